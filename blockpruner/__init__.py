@@ -1,0 +1,19 @@
+"""BlockPruner: smaller, faster LLMs by removing attention and MLP blocks, without retraining."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockpruner.api import Pruned, prune
+
+__all__ = ["Pruned", "prune"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load the API on first use: importing one module must not import the library."""
+    if name in __all__:
+        return getattr(importlib.import_module("blockpruner.api"), name)
+    raise AttributeError(f"module 'blockpruner' has no attribute {name!r}")

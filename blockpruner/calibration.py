@@ -1,0 +1,116 @@
+"""The calibration set: which samples are drawn, and how they become token rows.
+
+Decides sampling, packing and the set's digest. Where the texts come from is decided by `sources`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from blockpruner.errors import InputError
+from blockpruner.tables import CALIBRATION, read_table, write_table
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token rows, each at least two tokens; `joined` rows all have the same length, `per_sample` rows differ."""
+
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row) for row in self.rows)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rows' lengths and token ids."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(np.array([len(row), *row], dtype="<i4").tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path, source: str) -> None:
+        table = pa.table({"input_ids": [list(row) for row in self.rows]}, schema=CALIBRATION)
+        facts = {"rows": str(len(self.rows)), "tokens": str(self.tokens), "digest": self.digest, "source": source}
+        write_table(path, table, facts)
+
+    @classmethod
+    def load(cls, path: Path) -> CalibrationSet:
+        table, facts = read_table(path, CALIBRATION)
+        loaded = cls(tuple(tuple(row) for row in table.column("input_ids").to_pylist()))
+        if facts.get("digest") != loaded.digest:
+            raise InputError(f"{path} does not match its own digest; delete it and run `dvc repro`")
+        return loaded
+
+
+def draw(texts: Sequence[str], num_samples: int, split: str, seed: int) -> list[str]:
+    """Draw calibration samples.
+
+    split "paper": as the paper's public code does: 20 % of the data as test, that split in half, both with `seed`
+    (`datasets.train_test_split`), then `random.sample` of the first half after seeding. "all": `random.sample` of
+    everything.
+
+    Raises:
+        InputError: fewer texts than `num_samples`.
+    """
+    pool = list(texts)
+    if split == "paper":
+        import datasets
+
+        whole = datasets.Dataset.from_dict({"index": list(range(len(pool)))})
+        if len(pool) < 10:
+            raise InputError(f"calibration.split: paper needs at least 10 texts to split, found {len(pool)}")
+        held_out = whole.train_test_split(test_size=0.2, seed=seed)["test"]
+        half = held_out.train_test_split(test_size=0.5, seed=seed)["train"]
+        pool = [pool[i] for i in half["index"]]
+    if num_samples > len(pool):
+        raise InputError(
+            f"calibration.num_samples {num_samples} is more than the {len(pool)} texts that the source holds with "
+            f"calibration.split: {split}; lower it to at most {len(pool)}"
+        )
+    return [pool[i] for i in random.Random(seed).sample(range(len(pool)), num_samples)]
+
+
+def pack(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str) -> CalibrationSet:
+    """Tokenize samples into rows.
+
+    joined: all samples joined with a blank line, tokenized once, cut into rows of `seq_len`, the tail dropped
+    (what the paper's code does: "256 samples" are then about 15 rows of 2,048). per_sample: each sample is its
+    own row, truncated to `seq_len`; batches pad it on the right and leave pads out of attention and loss.
+
+    Raises:
+        InputError: no row comes out; says how many samples would do.
+    """
+    if packing == "joined":
+        ids = tokenizer("\n\n".join(samples))["input_ids"]
+        rows = [tuple(ids[i : i + seq_len]) for i in range(0, len(ids) - seq_len + 1, seq_len)]
+        if not rows:
+            needed = -(-seq_len * len(samples) // max(len(ids), 1))
+            raise InputError(
+                f"calibration has no row: {len(samples)} samples are {len(ids)} tokens, fewer than one row of "
+                f"seq_len {seq_len}; about {needed} samples would do: raise calibration.num_samples, or lower seq_len"
+            )
+    else:
+        encoded = [tuple(ids[:seq_len]) for ids in tokenizer(list(samples))["input_ids"]]
+        rows = [row for row in encoded if len(row) >= 2]
+        if not rows:
+            raise InputError(
+                f"calibration has no row: none of the {len(samples)} samples has two tokens or more; choose other "
+                "texts, one sample of two tokens would do"
+            )
+    return CalibrationSet(tuple(rows))
+
+
+def check_context(seq_len: int, config: dict[str, Any], key: str) -> None:
+    """Refuse rows longer than the model's context."""
+    context = config.get("max_position_embeddings")
+    if context is not None and seq_len > context:
+        raise InputError(f"{key} {seq_len} is longer than the model's context of {context} tokens; lower it")

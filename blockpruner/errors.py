@@ -1,0 +1,18 @@
+"""Errors for users: every message names the bad value, the valid ones and the fix.
+
+Decides the types that callers may catch. Our own invariants use `assert` and are not here.
+"""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """A value, file or environment that the user can correct; stages print it without a traceback."""
+
+
+class NonFiniteLossError(InputError):
+    """The loss of one (mask, row) is NaN or infinite."""
+
+
+class StorageError(InputError):
+    """A result could not be written (disk full, read-only place); finished results are untouched."""

@@ -1,0 +1,140 @@
+"""Model families as data: where blocks, norms, embedding and head are, and how many parameters each has.
+
+Decides everything that depends on the architecture. Adding a family is adding a row at the end of this file
+(and its class pair in `modeling_blockpruned.py`); the contract tests run over every row.
+No torch here: parameters are counted from the config alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blockpruner.blocks import BlockId, BlockKind, Mask, all_blocks
+from blockpruner.errors import InputError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Attribute names, within a decoder layer, of one residual branch `x + module(norm(x))`."""
+
+    norm: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One decoder architecture with sequential pre-norm residual blocks.
+
+    model_type: the `model_type` of its config; prefix: of its class names (LlamaConfig, LlamaForCausalLM);
+    decoder, layers, final_norm, head: attribute paths from the causal LM;
+    mha_parameters, mlp_parameters: parameters of one block, its norm included, from a config.
+    """
+
+    model_type: str
+    prefix: str
+    mha_parameters: Callable[[Config], int]
+    mlp_parameters: Callable[[Config], int]
+    decoder: str = "model"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    mha: Branch = Branch("input_layernorm", "self_attn")
+    mlp: Branch = Branch("post_attention_layernorm", "mlp")
+
+    def branch(self, kind: BlockKind) -> Branch:
+        return self.mha if kind is BlockKind.MHA else self.mlp
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a dense model and of each of its blocks."""
+
+    total: int
+    blocks: Mapping[BlockId, int]
+
+    def ratio(self, mask: Mask) -> float:
+        """Pruning ratio: share of all parameters that the mask removes, in [0, 1).
+
+        All parameters count, embeddings, head and norms included; a removed block's norm counts as removed
+        (the convention by which every ratio of arXiv 2406.10594 decodes to whole blocks).
+        """
+        return sum(self.blocks[block] for block in mask) / self.total
+
+
+def family_of(model_type: str) -> Family:
+    """The family row of a config's `model_type`; raises InputError that names the supported ones."""
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"model family {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
+            "A new family is one row in blockpruner/families.py: where its blocks, norms and head are, and the "
+            "parameters of a block"
+        )
+    return FAMILIES[model_type]
+
+
+def count_parameters(config: Config) -> ParameterCounts:
+    """Count parameters from a config (`config.json` as a mapping), without loading weights."""
+    row = family_of(str(config["model_type"]))
+    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    counts = {BlockKind.MHA: row.mha_parameters(config), BlockKind.MLP: row.mlp_parameters(config)}
+    blocks = {block: counts[block.kind] for block in all_blocks(layers)}
+    embeddings = int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
+    return ParameterCounts(total=embeddings + hidden + sum(blocks.values()), blocks=blocks)
+
+
+def cached_values_per_token(config: Config, removed: Mask) -> int:
+    """Numbers that the KV cache holds for one token: keys and values of every remaining MHA block."""
+    heads, head = _heads(config)
+    attentions = int(config["num_hidden_layers"]) - sum(block.kind is BlockKind.MHA for block in removed)
+    return 2 * (config.get("num_key_value_heads") or heads) * head * attentions
+
+
+def _heads(config: Config) -> tuple[int, int]:
+    heads = int(config["num_attention_heads"])
+    return heads, int(config.get("head_dim") or config["hidden_size"] // heads)
+
+
+def _attention(config: Config, *, qkv_bias: bool, output_bias: bool, head_norms: bool = False) -> int:
+    hidden = int(config["hidden_size"])
+    heads, head = _heads(config)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    projections = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
+    biases = (heads + 2 * kv_heads) * head if qkv_bias else 0
+    biases += hidden if output_bias else 0
+    return projections + biases + (2 * head if head_norms else 0) + hidden
+
+
+def _gated_mlp(config: Config) -> int:
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    biases = 2 * inner + hidden if config.get("mlp_bias", False) else 0
+    return 3 * hidden * inner + biases + hidden
+
+
+def _optional_bias(config: Config) -> int:
+    bias = bool(config.get("attention_bias", False))
+    return _attention(config, qkv_bias=bias, output_bias=bias)
+
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family("llama", "Llama", _optional_bias, _gated_mlp),
+        Family("mistral", "Mistral", lambda c: _attention(c, qkv_bias=False, output_bias=False), _gated_mlp),
+        Family("qwen2", "Qwen2", lambda c: _attention(c, qkv_bias=True, output_bias=False), _gated_mlp),
+        Family(
+            "qwen3",
+            "Qwen3",
+            lambda c: _attention(
+                c,
+                qkv_bias=bool(c.get("attention_bias", False)),
+                output_bias=bool(c.get("attention_bias", False)),
+                head_norms=True,
+            ),
+            _gated_mlp,
+        ),
+    )
+}

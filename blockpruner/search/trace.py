@@ -1,0 +1,162 @@
+"""The trace of a search: its iteration tables on disk, and how a trace is made, continued and read.
+
+Decides where tables lie (`<directory>/<search fingerprint>/iteration_000.parquet`), when one may be trusted, and
+when a search may stop (all budgets settled). What is considered in an iteration is the search's decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from blockpruner.blocks import Mask, format_mask, parse_mask
+from blockpruner.errors import InputError
+from blockpruner.progress import Observer
+from blockpruner.provenance import fingerprint
+from blockpruner.scoring.objectives import Objective, Score
+from blockpruner.search import search_of
+from blockpruner.search.iteration import Iteration
+from blockpruner.tables import ITERATION, read_table, set_aside, write_json, write_table
+from blockpruner.trials import TrialStore
+
+SEARCH_VERSION = 1
+TIE_BREAK = "mha by layer, then mlp by layer, strict <"
+
+
+def search_fingerprint(store: Mapping[str, Any], score: Mapping[str, Any]) -> str:
+    """Fingerprint of everything a sequence depends on: the store's, and every key of the run's `score` section."""
+    return fingerprint(
+        {"store": dict(store), "score": dict(score), "tie_break": TIE_BREAK, "search_version": SEARCH_VERSION}
+    )
+
+
+def table_path(directory: Path, index: int) -> Path:
+    return directory / f"iteration_{index:03d}.parquet"
+
+
+def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
+    scores = iteration.scores
+    table = pa.table(
+        {
+            "removed": [format_mask(s.mask).split(",") if s.mask else [] for s in scores],
+            "added": [None if unit is None else format_mask(unit) for unit in iteration.added],
+            "nll": [s.nll for s in scores],
+            "perplexity": [s.perplexity for s in scores],
+            "rows_used": [s.rows_used for s in scores],
+            "rows_total": [s.rows_total for s in scores],
+            "chosen": [i == iteration.chosen for i in range(len(scores))],
+            "row_nll": [list(s.row_nll) for s in scores],
+        },
+        schema=ITERATION,
+    )
+    path = table_path(directory, iteration.index)
+    write_table(path, table, {"search": search, "iteration": str(iteration.index), "complete": "true"})
+
+
+def read_iteration(directory: Path, index: int, search: str) -> Iteration:
+    """Read one table; raises InputError if it is missing, damaged, incomplete or of another search."""
+    path = table_path(directory, index)
+    table, facts = read_table(path, ITERATION)
+    if facts.get("search") != search or facts.get("iteration") != str(index) or facts.get("complete") != "true":
+        raise InputError(
+            f"{path} is not iteration {index} of search {search} (it says search {facts.get('search')!r}, iteration "
+            f"{facts.get('iteration')!r}, complete {facts.get('complete')!r})"
+        )
+    rows = table.to_pylist()
+    chosen = [i for i, row in enumerate(rows) if row["chosen"]]
+    if len(chosen) != 1:
+        raise InputError(f"{path} has {len(chosen)} chosen rows; exactly one is valid")
+    return Iteration(
+        index=index,
+        scores=tuple(
+            Score(parse_mask(",".join(row["removed"])), tuple(row["row_nll"]), row["rows_total"]) for row in rows
+        ),
+        added=tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows),
+        chosen=chosen[0],
+    )
+
+
+def read_trace(directory: Path, search: str) -> list[Iteration]:
+    """All consecutive iterations of a trace from 0; raises InputError on a table that cannot be trusted."""
+    trace: list[Iteration] = []
+    while table_path(directory, len(trace)).exists():
+        trace.append(read_iteration(directory, len(trace), search))
+    return trace
+
+
+def seed_store(directory: Path, search: str, store: TrialStore) -> list[str]:
+    """Put the trials of the tables present into the store, setting aside tables that cannot be trusted.
+
+    Returns one line for each table set aside.
+    """
+    problems = []
+    for path in sorted(directory.glob("iteration_*.parquet")):
+        try:
+            iteration = read_iteration(directory, int(path.stem.removeprefix("iteration_")), search)
+            wrong = next((s for s in iteration.scores if s.rows_total != store.rows), None)
+            if wrong is not None:
+                raise InputError(f"{path} is over {wrong.rows_total} rows; the calibration set has {store.rows}")
+        except InputError as error:
+            problems.append(f"{error}; set aside as {set_aside(path).name}, its trials are computed again")
+            continue
+        for score in iteration.scores:
+            if not store.known(score.mask, 0, score.rows_used):
+                store.put(score.mask, 0, score.row_nll)
+    return problems
+
+
+def run_search(
+    objective: Objective,
+    method: str,
+    units: Sequence[Mask],
+    settled: Callable[[Sequence[Mask], Sequence[Mask]], bool],
+    share: Callable[[Mask], float],
+    observer: Observer,
+    on_iteration: Callable[[Iteration], object] = lambda iteration: None,
+) -> list[Iteration]:
+    """Run a search until `settled(prefixes, remaining units)`, giving each iteration to `on_iteration`.
+
+    Args:
+        share: how much of the way to the largest budget a mask is, in [0, 1], for the progress display.
+    """
+    trace: list[Iteration] = []
+
+    def evaluate(index: int, masks: Sequence[Mask]) -> list[Score]:
+        base = trace[-1].removed if trace else Mask()
+        observer.begin(f"iteration {index}", len(masks), share(base))
+        return objective(masks)
+
+    prefixes: list[Mask] = []
+    remaining = list(units)
+    if settled(prefixes, remaining):
+        return trace
+    computed = objective.counts.trials_computed
+    for iteration in search_of(method)(evaluate, units):
+        trace.append(iteration)
+        on_iteration(iteration)
+        prefixes.append(iteration.removed)
+        remaining = [unit for unit in remaining if not unit <= iteration.removed]
+        new = objective.counts.trials_computed - computed
+        computed = objective.counts.trials_computed
+        best = iteration.scores[iteration.chosen]
+        added = iteration.added[iteration.chosen]
+        observer.end(
+            f"removed {format_mask(added or Mask())}, perplexity {best.perplexity:.4f} "
+            f"({new} of {len(iteration.scores)} trials computed)",
+            [
+                {"added": format_mask(unit) if unit else "(dense)", "perplexity": score.perplexity, "nll": score.nll}
+                for unit, score in zip(iteration.added, iteration.scores, strict=True)
+            ],
+            cached=new == 0,
+        )
+        if settled(prefixes, remaining):
+            break
+    return trace
+
+
+def write_search(directory: Path, search: str, fields: Mapping[str, Any]) -> None:
+    """Say what the tables of `directory` are: the search's fingerprint and what it is made of."""
+    write_json(directory / "search.json", {"search": search, **fields})

@@ -1,0 +1,153 @@
+"""Files that hold results: Parquet schemas, and writes that are whole or absent.
+
+Decides how a file gets onto disk (temporary name, fsync, `os.replace`) and what a reader accepts.
+What the rows mean is decided by the modules that write them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from blockpruner.errors import InputError, StorageError
+
+TEXTS = pa.schema([pa.field("text", pa.string(), nullable=False)])
+
+CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
+
+ITERATION = pa.schema(
+    [
+        pa.field("removed", pa.list_(pa.string()), nullable=False),
+        pa.field("added", pa.string()),
+        pa.field("nll", pa.float64(), nullable=False),
+        pa.field("perplexity", pa.float64(), nullable=False),
+        pa.field("rows_used", pa.int32(), nullable=False),
+        pa.field("rows_total", pa.int32(), nullable=False),
+        pa.field("chosen", pa.bool_(), nullable=False),
+        pa.field("row_nll", pa.list_(pa.float64()), nullable=False),
+    ]
+)
+"""What a search did in one iteration, one row per mask considered.
+
+removed: the whole mask; added: the candidate's blocks as text (null for the dense model);
+nll: mean over rows of each row's mean NLL, nats per token; perplexity: exp(nll);
+row_nll: the rows' own means, from which a trial store is seeded.
+"""
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    causes = {
+        errno.ENOSPC: "no space left on the device; free some and run again",
+        errno.EDQUOT: "the disk quota is used up; free some and run again",
+        errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
+        errno.EACCES: "permission denied; make the folder writable for this user or choose another place",
+        errno.EPERM: "permission denied; make the folder writable for this user or choose another place",
+    }
+    cause = causes.get(error.errno or 0, str(error))
+    return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` on a temporary path beside `path`, then move it into place; all or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # a read-only place: the error above already says so
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours; raises InputError that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; the stage before this one writes it: run `dvc repro`") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); delete it and run `dvc repro`") from error
+
+
+def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
+    """Write Parquet (zstd) with `metadata` in the schema, atomically."""
+    table = table.replace_schema_metadata(dict(metadata or {}))
+    write_atomic(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+
+def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
+    """Read Parquet and its metadata.
+
+    Raises:
+        InputError: missing, truncated or not Parquet, or other columns than `schema`.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; the stage before this one writes it: run `dvc repro`") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is truncated or not Parquet ({error}); it holds nothing that can be used") from error
+    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    if table.schema.names != schema.names:
+        raise InputError(f"{path} has columns {table.schema.names}; expected {schema.names}")
+    return table.replace_schema_metadata(None), metadata
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that cannot be trusted to `<name>.bad[.n]` beside it, so that nobody reads or loses it."""
+    target = path.with_name(path.name + ".bad")
+    count = 1
+    while target.exists():
+        target = path.with_name(f"{path.name}.bad.{count}")
+        count += 1
+    path.rename(target)
+    return target
+
+
+def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
+    """Let `build` fill a temporary directory, then put it in the place of `path`; on failure `path` is unchanged."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        build(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise storage_error(path, error) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file systems differ."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,151 @@
+"""The trial store: exact facts (mask, row) -> mean NLL, kept for ever and shared by every run and search.
+
+Decides when a number may be reused: the store's fingerprint holds calibration content, model identity, dtype,
+metric and SCORE_VERSION, never device, batch size or who asked. On disk it is a folder per fingerprint with one
+append-only log per writing process, each line checksummed and synced, so that a kill loses at most the unit
+being computed. It knows nothing of searches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from blockpruner.blocks import Mask, format_mask
+from blockpruner.errors import InputError
+from blockpruner.provenance import fingerprint
+from blockpruner.tables import set_aside, storage_error, write_json
+
+SCORE_VERSION = 1
+"""Raised whenever a change of the engine changes a number beyond rounding."""
+
+TRIALS_VARIABLE = "BLOCKPRUNER_TRIALS"
+
+
+def store_fingerprint(calibration: str, model: str, dtype: str, metric: str) -> dict[str, Any]:
+    """What a trial's value depends on; its `provenance.fingerprint` names the store."""
+    return {
+        "calibration": calibration,
+        "model": model,
+        "dtype": dtype,
+        "metric": metric,
+        "score_version": SCORE_VERSION,
+    }
+
+
+def trials_root() -> Path:
+    """data/trials, or the absolute path in BLOCKPRUNER_TRIALS, so that worktrees can share one store."""
+    return Path(os.environ.get(TRIALS_VARIABLE) or "data/trials")
+
+
+@dataclass
+class TrialStore:
+    """Per-row mean NLL (float64, nats per token) by mask; rows are indices into the calibration set.
+
+    Args:
+        fields: as from `store_fingerprint`.
+        rows: number of calibration rows.
+        root: folder of all stores; None keeps the facts in memory only.
+        problems: one line for each file or line that was found and not trusted.
+    """
+
+    fields: Mapping[str, Any]
+    rows: int
+    root: Path | None = None
+    problems: list[str] = field(default_factory=list)
+    _facts: dict[str, list[float]] = field(default_factory=dict)
+    _log: TextIO | None = None
+
+    def __post_init__(self) -> None:
+        self.fingerprint = fingerprint(self.fields)
+        if self.root is None:
+            return
+        directory = self.root / self.fingerprint
+        if not (directory / "fingerprint.json").exists():
+            write_json(directory / "fingerprint.json", dict(self.fields) | {"rows": self.rows})
+        for path in sorted(directory.glob("*.jsonl")):
+            self._read(path)
+
+    def get(self, mask: Mask) -> list[float] | None:
+        """NLL of every row, NaN where unknown; None if nothing is known of the mask."""
+        return self._facts.get(format_mask(mask))
+
+    def known(self, mask: Mask, start: int, stop: int) -> bool:
+        values = self.get(mask)
+        return values is not None and not any(math.isnan(v) for v in values[start:stop])
+
+    def put(self, mask: Mask, start: int, nll: Iterable[float]) -> None:
+        """Record rows [start, start + len(nll)) of a mask; on return they are on disk."""
+        values = [float(v) for v in nll]
+        self._remember(format_mask(mask), start, values)
+        if self.root is None:
+            return
+        try:
+            log = self._open()
+            log.write(_line({"mask": format_mask(mask), "start": start, "nll": values}))
+            log.flush()
+            os.fsync(log.fileno())
+        except OSError as error:
+            raise storage_error(self.root / self.fingerprint, error) from error
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _remember(self, mask: str, start: int, values: list[float]) -> None:
+        row = self._facts.setdefault(mask, [math.nan] * self.rows)
+        row[start : start + len(values)] = values
+
+    def _open(self) -> TextIO:
+        if self._log is None:
+            assert self.root is not None
+            name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}.jsonl"
+            self._log = open(self.root / self.fingerprint / name, "x", encoding="utf-8")  # noqa: SIM115
+            self._log.write(_line({"fingerprint": self.fingerprint, "rows": self.rows}))
+        return self._log
+
+    def _read(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        header = _parse(lines[0]) if lines else None
+        if header is None or header.get("fingerprint") != self.fingerprint or header.get("rows") != self.rows:
+            if len(lines) <= 1 and header is None:
+                return  # its writer was stopped (or is) before the first line was whole: it holds no fact
+            kept = set_aside(path)
+            self.problems.append(
+                f"{path} is not of store {self.fingerprint} (header {lines[0].strip()[:120] if lines else ''!r}); "
+                f"set aside as {kept.name}, its trials are computed again"
+            )
+            return
+        for number, line in enumerate(lines[1:], start=2):
+            entry = _parse(line)
+            if entry is not None and 0 <= entry["start"] and entry["start"] + len(entry["nll"]) <= self.rows:
+                self._remember(entry["mask"], entry["start"], entry["nll"])
+            elif number < len(lines):  # a torn last line is the unit that a kill interrupted
+                self.problems.append(f"{path}, line {number}: checksum does not match; that trial is computed again")
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    checksum, _, text = line.rstrip("\n").partition(" ")
+    if not line.endswith("\n") or checksum != f"{zlib.crc32(text.encode()):08x}":
+        return None
+    value: dict[str, Any] = json.loads(text)
+    return value
+
+
+def require_rows(rows: int) -> None:
+    if rows < 1:
+        raise InputError("the calibration set has no row; raise calibration.num_samples or lower calibration.seq_len")
