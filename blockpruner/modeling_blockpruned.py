@@ -53,7 +53,7 @@ def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches
             setattr(layers[index], module, hole())
 
 
-def drop_layers_(layers: nn.ModuleList, kept: list[int]) -> None:
+def drop_layers_(layers: nn.ModuleList, kept) -> None:
     """Keep only the given layers, in order."""
     for index in reversed(range(len(layers))):
         if index not in kept:

@@ -6,7 +6,7 @@ checkpoints (`modeling_blockpruned.py`), so that a masked, a pruned and a loaded
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -76,26 +76,30 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 @contextmanager
 def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
-    """The model without the blocks of `mask`, restored on exit; remaining attentions are renumbered meanwhile,
-    so that cached decoding is right too.
+    """The model without the blocks of `mask`, with every layer kept; restored on exit.
+
+    Meanwhile remaining attentions are renumbered and the config describes the holes, so that cached decoding is
+    right too.
 
     Raises:
         InputError: a block that the model does not have.
     """
-    layers = decoder_layers(model)
-    _check(mask, len(layers))
-    saved = [(module, dict(module._modules)) for module in layers]
-    removed = {kind: {b.layer for b in mask if b.kind is kind} for kind in BlockKind}
-    numbers = [getattr(layer, model_family(model).mha.module).layer_idx for layer in layers]
+    row, layers, config = model_family(model), decoder_layers(model), model.config
+    children = [dict(layer._modules) for layer in layers]
+    attentions = [getattr(layer, row.mha.module) for layer in layers]
+    numbers = [attention.layer_idx for attention in attentions]
+    config_class, config_fields = config.__class__, dict(config.__dict__)
     try:
-        blockpruned.remove_blocks_(layers, removed[BlockKind.MHA], removed[BlockKind.MLP], _branches(model))
-        blockpruned.number_attentions_(layers, model_family(model).mha.module)
+        _remove_(model, mask, range(len(layers)))
         yield model
     finally:
-        for module, children in saved:
-            module._modules.update(children)
-        for layer, number in zip(layers, numbers, strict=True):
-            getattr(layer, model_family(model).mha.module).layer_idx = number
+        for layer, modules in zip(layers, children, strict=True):
+            layer._modules.update(modules)
+        for attention, number in zip(attentions, numbers, strict=True):
+            attention.layer_idx = number
+        config.__class__ = config_class
+        config.__dict__.clear()
+        config.__dict__.update(config_fields)
 
 
 def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
@@ -104,32 +108,33 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     Layers that lose both blocks are dropped, remaining attentions renumbered 0..n-1 (else cached decoding is
     silently wrong), and model and config become the block-pruned classes of the family, which `save_pretrained`
     and `from_pretrained(..., trust_remote_code=True)` round-trip.
+
+    Raises:
+        InputError: a block that the model does not have.
     """
+    row, layers = model_family(model), len(decoder_layers(model))
+    removed = {(block.layer, block.kind) for block in mask}
+    kept = [i for i in range(layers) if not {(i, kind) for kind in BlockKind} <= removed]
+    _remove_(model, mask, kept)
+    model.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
+    return model
+
+
+def _remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
+    """Cut the holes, keep the layers `kept`, number the attentions, and let the config say so."""
     row, layers, config = model_family(model), decoder_layers(model), model.config
-    _check(mask, len(layers))
-    removed = {kind: {b.layer for b in mask if b.kind is kind} for kind in BlockKind}
-    mha, mlp = removed[BlockKind.MHA], removed[BlockKind.MLP]
-    blockpruned.remove_blocks_(layers, mha, mlp, _branches(model))
-    kept = [i for i in range(len(layers)) if not (i in mha and i in mlp)]
+    beyond = frozenset(block for block in mask if block.layer >= len(layers))
+    if beyond:
+        raise InputError(f"mask removes {format_mask(beyond)}, but the model has layers 0 to {len(layers) - 1}")
+    mha, mlp = ({block.layer for block in mask if block.kind is kind} for kind in BlockKind)
+    branches = ((row.mha.norm, row.mha.module), (row.mlp.norm, row.mlp.module))
+    blockpruned.remove_blocks_(layers, mha, mlp, branches)
     blockpruned.drop_layers_(layers, kept)
     blockpruned.number_attentions_(layers, row.mha.module)
-    model.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
     config.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedConfig")
     config.num_hidden_layers = len(kept)
     config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
     config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]
-    config.source_layers = kept
+    config.source_layers = list(kept)
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [config.layer_types[i] for i in kept]
-    return model
-
-
-def _branches(model: PreTrainedModel) -> tuple[tuple[str, str], tuple[str, str]]:
-    row = model_family(model)
-    return (row.mha.norm, row.mha.module), (row.mlp.norm, row.mlp.module)
-
-
-def _check(mask: Mask, layers: int) -> None:
-    beyond = frozenset(block for block in mask if block.layer >= layers)
-    if beyond:
-        raise InputError(f"mask removes {format_mask(beyond)}, but the model has layers 0 to {layers - 1}")

@@ -272,7 +272,7 @@ def _describe(path: Path, model: type[BaseModel], values: Any, error: Mapping[st
         valid = ", ".join(_valid_keys(model, error["loc"]))
         return f"{path}: unknown key {where!r}; valid keys there: {valid}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    given = "" if error["type"] == "value_error" else f" (given: {error.get('input')!r})"
+    given = "" if error["type"] in ("value_error", "missing") else f" (given: {error.get('input')!r})"
     return f"{path}: {where or 'file'}: {message}{given}"
 
 

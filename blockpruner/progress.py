@@ -25,11 +25,11 @@ class Observer(Protocol):
     def note(self, message: str) -> None:
         """One line of information."""
 
-    def begin(self, phase: str, total: int, overall: float | None = None) -> None:
-        """A phase of `total` steps starts; `overall` is the share of the whole stage that is already done."""
+    def begin(self, phase: str, overall: float | None = None) -> None:
+        """A phase starts; `overall` is the share of the whole stage that is already done."""
 
-    def advance(self, done: int, detail: str) -> None:
-        """`done` steps of the running phase are finished; `detail` names the last one."""
+    def advance(self, done: int, total: int, detail: str) -> None:
+        """`done` of `total` steps of the running phase are finished; `detail` names the last one."""
 
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
         """The running phase is over; `table` holds its results, `cached` says that nothing was computed."""
@@ -39,8 +39,8 @@ class SilentObserver:
     """Shows nothing."""
 
     def note(self, message: str) -> None: ...
-    def begin(self, phase: str, total: int, overall: float | None = None) -> None: ...
-    def advance(self, done: int, detail: str) -> None: ...
+    def begin(self, phase: str, overall: float | None = None) -> None: ...
+    def advance(self, done: int, total: int, detail: str) -> None: ...
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None: ...
 
 
@@ -52,15 +52,16 @@ class ConsoleObserver:
         self._interval = interval
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._phase, self._total, self._overall = "", 0, None
+        self._phase = ""
+        self._overall: float | None = None
         self._started = self._printed = self._stage_started = time.monotonic()
         self._first_overall: float | None = None
 
     def note(self, message: str) -> None:
         self._console.print(message, markup=False)
 
-    def begin(self, phase: str, total: int, overall: float | None = None) -> None:
-        self._phase, self._total, self._overall = phase, total, overall
+    def begin(self, phase: str, overall: float | None = None) -> None:
+        self._phase, self._overall = phase, overall
         self._started = self._printed = time.monotonic()
         if self._first_overall is None and overall is not None:
             self._first_overall = overall
@@ -69,17 +70,17 @@ class ConsoleObserver:
                        TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(phase + self._stage_eta(), total=total, detail="")
+            self._task = self._bar.add_task(phase + self._stage_eta(), total=None, detail="")
 
-    def advance(self, done: int, detail: str) -> None:
+    def advance(self, done: int, total: int, detail: str) -> None:
         now = time.monotonic()
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, detail=detail)
+            self._bar.update(self._task, completed=done, total=total, detail=detail)
         elif now - self._printed >= self._interval:
             self._printed = now
-            eta = (now - self._started) / max(done, 1) * (self._total - done)
+            eta = (now - self._started) / max(done, 1) * (total - done)
             self._console.print(
-                f"  {self._phase}: {done}/{self._total} ({detail}), {_duration(eta)} left{self._stage_eta()}",
+                f"  {self._phase}: {done}/{total} ({detail}), {_duration(eta)} left{self._stage_eta()}",
                 markup=False,
             )
 

@@ -111,5 +111,5 @@ class Objective:
                 self.counts.tokens += tokens
                 self.counts.seconds += now - last_done
                 last_done = now
-                self._observer.advance(done, f"without {format_mask(unit.mask).split(',')[-1] or 'nothing'}")
+                self._observer.advance(done, total, f"without {format_mask(unit.mask).split(',')[-1] or 'nothing'}")
         self.counts.trials_computed += len(missing)

@@ -126,7 +126,7 @@ def run_search(
 
     def evaluate(index: int, masks: Sequence[Mask]) -> list[Score]:
         base = trace[-1].removed if trace else Mask()
-        observer.begin(f"iteration {index}", len(masks), share(base))
+        observer.begin(f"iteration {index}", share(base))
         return objective(masks)
 
     prefixes: list[Mask] = []
