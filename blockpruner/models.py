@@ -32,6 +32,12 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>") from error
 
 
+def set_threads(threads: int | str) -> None:
+    """Set torch's intra-op threads; "auto" leaves torch's own choice."""
+    if threads != "auto":
+        torch.set_num_threads(int(threads))
+
+
 def load_model(directory: Path, dtype: str, device: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a checkpoint directory for inference.
 

@@ -10,12 +10,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.calibration import CalibrationSet
 from blockpruner.progress import Observer, SilentObserver
-from blockpruner.scoring.engine import Engine
 from blockpruner.trials import TrialStore
+
+if TYPE_CHECKING:  # torch is loaded only when something must be computed
+    from blockpruner.scoring.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Objective:
         rows = self._calibration.rows
         batches = self._engine.row_batches(rows)
         done, total, last_done = 0, len(missing) * len(batches), time.monotonic()
+        common = frozenset.intersection(*missing)
         for span in batches:
             wanted = [mask for mask in missing if not self._store.known(mask, span.start, span.stop)]
             self.counts.units_reused += len(missing) - len(wanted)
@@ -111,5 +115,5 @@ class Objective:
                 self.counts.tokens += tokens
                 self.counts.seconds += now - last_done
                 last_done = now
-                self._observer.advance(done, total, f"without {format_mask(unit.mask).split(',')[-1] or 'nothing'}")
+                self._observer.advance(done, total, f"candidate {format_mask(unit.mask - common or unit.mask) or 'dense'}")
         self.counts.trials_computed += len(missing)

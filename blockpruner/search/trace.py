@@ -1,25 +1,22 @@
-"""The trace of a search: its iteration tables on disk, and how a trace is made, continued and read.
+"""The trace of a search: its iteration tables on disk, how they are written, read and turned into trials again.
 
-Decides where tables lie (`<directory>/<search fingerprint>/iteration_000.parquet`), when one may be trusted, and
-when a search may stop (all budgets settled). What is considered in an iteration is the search's decision.
+Decides where tables lie (`<directory>/<search fingerprint>/iteration_000.parquet`) and when one may be trusted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.blocks import Mask, format_mask, parse_mask
+from blockpruner.blocks import format_mask, parse_mask
 from blockpruner.errors import InputError
-from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
-from blockpruner.scoring.objectives import Objective, Score
-from blockpruner.search import search_of
+from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
-from blockpruner.tables import ITERATION, read_table, set_aside, write_json, write_table
+from blockpruner.tables import ITERATION, read_json, read_table, set_aside, write_json, write_table
 from blockpruner.trials import TrialStore
 
 SEARCH_VERSION = 1
@@ -108,55 +105,12 @@ def seed_store(directory: Path, search: str, store: TrialStore) -> list[str]:
     return problems
 
 
-def run_search(
-    objective: Objective,
-    method: str,
-    units: Sequence[Mask],
-    settled: Callable[[Sequence[Mask], Sequence[Mask]], bool],
-    share: Callable[[Mask], float],
-    observer: Observer,
-    on_iteration: Callable[[Iteration], object] = lambda iteration: None,
-) -> list[Iteration]:
-    """Run a search until `settled(prefixes, remaining units)`, giving each iteration to `on_iteration`.
-
-    Args:
-        share: how much of the way to the largest budget a mask is, in [0, 1], for the progress display.
-    """
-    trace: list[Iteration] = []
-
-    def evaluate(index: int, masks: Sequence[Mask]) -> list[Score]:
-        base = trace[-1].removed if trace else Mask()
-        observer.begin(f"iteration {index}", share(base))
-        return objective(masks)
-
-    prefixes: list[Mask] = []
-    remaining = list(units)
-    if settled(prefixes, remaining):
-        return trace
-    computed = objective.counts.trials_computed
-    for iteration in search_of(method)(evaluate, units):
-        trace.append(iteration)
-        on_iteration(iteration)
-        prefixes.append(iteration.removed)
-        remaining = [unit for unit in remaining if not unit <= iteration.removed]
-        new = objective.counts.trials_computed - computed
-        computed = objective.counts.trials_computed
-        best = iteration.scores[iteration.chosen]
-        added = iteration.added[iteration.chosen]
-        observer.end(
-            f"removed {format_mask(added or Mask())}, perplexity {best.perplexity:.4f} "
-            f"({new} of {len(iteration.scores)} trials computed)",
-            [
-                {"added": format_mask(unit) if unit else "(dense)", "perplexity": score.perplexity, "nll": score.nll}
-                for unit, score in zip(iteration.added, iteration.scores, strict=True)
-            ],
-            cached=new == 0,
-        )
-        if settled(prefixes, remaining):
-            break
-    return trace
+def write_current(scores: Path, facts: Mapping[str, Any]) -> None:
+    """Say which of the traces under a run's score folder its run file asks for, and what it is made of."""
+    write_json(scores / "current.json", dict(facts))
 
 
-def write_search(directory: Path, search: str, fields: Mapping[str, Any]) -> None:
-    """Say what the tables of `directory` are: the search's fingerprint and what it is made of."""
-    write_json(directory / "search.json", {"search": search, **fields})
+def read_current(scores: Path) -> tuple[dict[str, Any], list[Iteration]]:
+    """The facts of a run's current search, and its trace."""
+    facts: dict[str, Any] = read_json(scores / "current.json")
+    return facts, read_trace(scores / facts["search"], facts["search"])

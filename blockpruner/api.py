@@ -1,0 +1,89 @@
+"""The three-line API: prune a model that is in memory, without files, stages or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from blockpruner.blocks import DENSE, removable_units
+from blockpruner.calibration import check_context, pack
+from blockpruner.checkpoints.hf import save_pruned
+from blockpruner.families import count_parameters
+from blockpruner.models import prune_
+from blockpruner.plans import Plan, commit
+from blockpruner.progress import Observer, SilentObserver
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.objectives import Objective
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.run import run_search
+from blockpruner.trials import TrialStore, store_fingerprint
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """model: the argument, pruned in place; plan: what was removed, in order; trials: every iteration's scores."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    plan: Plan
+    trials: tuple[Iteration, ...]
+
+    def save(self, directory: str) -> None:
+        """Write a checkpoint that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads."""
+        from pathlib import Path
+
+        save_pruned(self.model, Path(directory))
+        self.tokenizer.save_pretrained(directory)
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    ratio: float,
+    *,
+    seq_len: int = 2048,
+    packing: str = "joined",
+    method: str = "greedy",
+    unit: str = "block",
+    candidates: str = "all",
+    batch_tokens: int | str = "auto",
+    observer: Observer | None = None,
+) -> Pruned:
+    """Remove the blocks whose absence costs the least perplexity on `texts`, in place (arXiv 2406.10594).
+
+    Args:
+        model: a transformers causal LM of a supported family; it is changed.
+        texts: calibration samples; the paper uses 256 Alpaca samples.
+        ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken.
+        seq_len: tokens a calibration row; shortened to the model's context.
+
+    Raises:
+        InputError: unsupported family, no calibration row, a ratio that cannot be met.
+    """
+    observer = observer or SilentObserver()
+    config = model.config.to_dict()
+    counts = count_parameters(config)
+    budget = f"{ratio:.12g}"
+    seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
+    check_context(seq_len, config, "seq_len")
+    calibration = pack(texts, tokenizer, seq_len, packing)
+    dtype = str(model.dtype).removeprefix("torch.")
+    fields = store_fingerprint(calibration.digest, "in memory", dtype, "perplexity")
+    model.eval()
+    objective = Objective(
+        calibration, TrialStore(fields, len(calibration.rows)), lambda: Engine(model, batch_tokens), observer
+    )
+    units = removable_units(int(config["num_hidden_layers"]), unit, candidates)
+    trace = run_search(objective, method, units, [budget], counts, observer)
+    order = [iteration.added[iteration.chosen] or DENSE for iteration in trace]
+    perplexities = [trace[0].scores[0].perplexity, *(step.scores[step.chosen].perplexity for step in trace)]
+    facts = {
+        "target": f"in-memory-{budget}", "run": "in-memory", "method": method, "search": "in-memory",
+        "calibration": {"rows": len(calibration.rows), "tokens": calibration.tokens},
+    }  # fmt: skip
+    plan = commit(order, perplexities, counts, budget, facts)
+    return Pruned(prune_(model, plan.mask), tokenizer, plan, tuple(trace))

@@ -1,0 +1,151 @@
+"""The `hf` export: a directory that `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` loads.
+
+Decides what lies in it: safetensors without the removed weights, config with `auto_map`, the modelling file,
+tokenizer, chat template and generation config as they were, a model card, and `verification.json`, written by a
+fresh process that compared it with the masked dense model. A directory that failed does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from blockpruner import modeling_blockpruned
+from blockpruner.checkpoints import verify
+from blockpruner.errors import InputError
+from blockpruner.models import load_model, masked, prune_
+from blockpruner.plans import Plan
+from blockpruner.tables import replace_directory, write_json, write_text
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""Largest logit difference to the masked model, relative to the largest logit, by dtype of the weights."""
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
+
+
+def export_hf(dense: Path, plan: Plan, out: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> None:
+    """Write the pruned model of `plan` as a checkpoint directory at `out`, verified.
+
+    Raises:
+        InputError: the fresh process does not reproduce the masked model; nothing is left at `out`.
+    """
+    model = load_model(dense, dtype, device, trust_remote_code)
+
+    def build(directory: Path) -> None:
+        reference = directory.with_suffix(".reference")
+        try:
+            save_file(reference_outputs(model, plan), reference)
+            save_pruned(prune_(model, plan.mask), directory)
+            for pattern in TOKENIZER_FILES:
+                for path in dense.glob(pattern):
+                    shutil.copy(path, directory / path.name)
+            write_text(directory / "README.md", model_card(plan, dense))
+            write_json(directory / "blockpruner_plan.json", {**vars(plan)})
+            verify_checkpoint(directory, reference, TOLERANCE[model.dtype])
+        finally:
+            reference.unlink(missing_ok=True)
+
+    replace_directory(out, build)
+
+
+def save_pruned(model: PreTrainedModel, directory: Path) -> None:
+    """Save a model that went through `prune_`, its modelling file beside the weights and named in `auto_map`."""
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    type(model.config).register_for_auto_class("AutoConfig")
+    model.save_pretrained(directory, max_shard_size="5GB")
+    assert (directory / f"{modeling_blockpruned.__name__.rsplit('.', 1)[-1]}.py").exists()
+
+
+@torch.inference_mode()
+def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Tensor]:
+    """Logits [B, T, V] and greedy tokens [B, T + n] of the masked dense model on seeded random token ids."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator).to(model.device)
+    mask = torch.ones_like(ids)
+    with masked(model, plan.mask):
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+        tokens = model.generate(
+            ids, attention_mask=mask, use_cache=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+    attentions = torch.tensor(plan.layers - plan.blocks["mha"])
+    result = {"input_ids": ids, "logits": logits, "tokens": tokens, "attentions": attentions}
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in result.items()}
+
+
+def verify_checkpoint(directory: Path, reference: Path, tolerance: float) -> None:
+    """Run `verify.py` in a fresh isolated process; keep its report as verification.json, or raise InputError."""
+    modules = directory.with_suffix(".modules")
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", str(Path(verify.__file__)), str(directory), str(reference), str(tolerance)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    finally:
+        shutil.rmtree(modules, ignore_errors=True)
+    lines = result.stdout.strip().splitlines()
+    if result.returncode != 0 or not lines:
+        report = lines[-1] if lines else "\n".join(result.stderr.strip().splitlines()[-3:])
+        raise InputError(
+            f"the exported checkpoint does not reproduce the masked model in a fresh process: {report}. Nothing was "
+            "left behind; please report this with the family and the plan"
+        )
+    write_json(directory / "verification.json", json.loads(lines[-1]))
+
+
+def model_card(plan: Plan, dense: Path) -> str:
+    """README.md of the checkpoint: base model, what was removed in order, scores, how to load."""
+    source: dict[str, Any] = json.loads((dense / "blockpruner_source.json").read_text())["source"]
+    base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [blockpruner, pruned]"]
+    if "repo" in source:
+        front.append(f"base_model: {base}")
+    calibration = plan.calibration
+    steps = "\n".join(
+        f"| {k} | {unit} | {ratio:.2%} |" for k, (unit, ratio) in enumerate(zip(plan.order, plan.ratios, strict=True), 1)
+    )
+    return "\n".join(front) + f"""
+---
+
+# {plan.target}
+
+`{base}` without {plan.blocks["mha"]} of its {plan.layers} MHA and {plan.blocks["mlp"]} of its {plan.layers} MLP
+blocks: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters ({plan.ratio:.2%} removed), chosen by
+`{plan.method}` search with [BlockPruner](https://arxiv.org/abs/2406.10594) and not retrained.
+
+Perplexity on the calibration set ({calibration["rows"]} rows, {calibration["tokens"]:,} tokens):
+{calibration["dense_perplexity"]:.3f} before, {calibration["perplexity"]:.3f} after.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("<this directory>")
+```
+
+`trust_remote_code` runs the file `modeling_blockpruned.py` beside this card; it needs transformers 5.24 or newer and
+nothing else.
+
+| step | removed | share of parameters removed so far |
+|---:|---|---:|
+{steps}
+"""
+

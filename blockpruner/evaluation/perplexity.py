@@ -1,0 +1,87 @@
+"""Held-out perplexity, the way of arXiv 2406.10594 and of SliceGPT's code.
+
+Decides how held-out texts become rows and how their NLL is averaged. It runs a model's own forward, dense or
+pruned, and shares nothing with the scoring engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from blockpruner.errors import InputError, NonFiniteLossError
+
+LOGITS_BYTES = 64 * 2**20
+"""Upper bound of the logits held at once, as float32."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """perplexity: exp(nll); nll: mean over rows of row_nll; row_nll: each row's mean NLL, nats per token;
+    tokens: those in the rows, of which each row's first is not predicted."""
+
+    perplexity: float
+    nll: float
+    rows: int
+    tokens: int
+    row_nll: tuple[float, ...]
+
+
+def held_out_rows(tokenizer: Any, texts: Sequence[str], seq_len: int, max_rows: int | None = None) -> list[list[int]]:
+    """Join all texts with a blank line, tokenize once, cut into rows of `seq_len` tokens, drop the tail.
+
+    Raises:
+        InputError: the texts are shorter than one row.
+    """
+    ids: list[int] = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
+    rows = [ids[i : i + seq_len] for i in range(0, len(ids) - seq_len + 1, seq_len)]
+    if not rows:
+        raise InputError(
+            f"held-out perplexity has no row: {len(texts)} texts are {len(ids)} tokens, fewer than one row of "
+            f"evaluate.perplexity.seq_len {seq_len}; lower seq_len to at most {len(ids)}, or choose longer texts"
+        )
+    return rows[:max_rows]
+
+
+@torch.inference_mode()
+def measure_perplexity(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """PPL = exp(1/R * sum_r 1/(T-1) * sum_t -log p(x[r, t+1] | x[r, <=t])) over R rows of T tokens.
+
+    Log-softmax in float32 or wider, sums in float64; the head runs over chunks of tokens, so that the logits
+    [T, V] of a row are never whole in memory.
+
+    Args:
+        rows: token ids, each row at least two.
+        advance: called with (rows done, rows in all).
+
+    Raises:
+        NonFiniteLossError: NaN or infinite loss; names the row.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    chunk = max(1, LOGITS_BYTES // (model.config.vocab_size * 4))
+    means: list[float] = []
+    for number, row in enumerate(rows):
+        ids = torch.tensor([row], device=model.device)  # [1, T]
+        states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]  # [T-1, H]
+        total = 0.0
+        for part, targets in zip(states.split(chunk), ids[0, 1:].split(chunk), strict=True):
+            logits = head(part)
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            total += torch.nn.functional.cross_entropy(wide, targets, reduction="none").double().sum().item()
+        if not math.isfinite(total):
+            raise NonFiniteLossError(
+                f"held-out perplexity: the loss of row {number} is {total}; try a wider dtype (model.dtype: float32)"
+            )
+        means.append(total / (len(row) - 1))
+        advance(number + 1, len(rows))
+    nll = math.fsum(means) / len(means)
+    return Perplexity(math.exp(nll), nll, len(rows), sum(len(row) for row in rows), tuple(means))

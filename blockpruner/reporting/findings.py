@@ -1,0 +1,245 @@
+"""What the numbers mean: a sentence per target, signs of failed pruning, and where to stop.
+
+Decides the rules and their thresholds, each a named constant with its reason. A finding is a value; how it is shown
+is decided in `html` and `markdown`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import mean, median
+
+from blockpruner.blocks import BlockKind, format_mask
+from blockpruner.reporting.formats import listed, number, percent, signed_points, times
+from blockpruner.reporting.inputs import Removal, Study, Target, paired
+
+JUMP_FACTOR = 3.0
+"""A removal is a jump if it costs this many times the median of the removals before it. Greedy costs grow steadily,
+each seldom above twice the last median, so three times is a break in the curve and not its slope."""
+
+JUMP_NATS = 0.1
+"""... and costs at least this much (perplexity times 1.11): below it, three times next to nothing is still nothing."""
+
+COLLAPSE_NATS = math.log(1.5)
+"""A removal that multiplies perplexity by 1.5 is a jump whatever came before it, the first two removals included,
+which have no median to be held against."""
+
+MISMATCH_FACTOR = 1.5
+"""Held-out and calibration text differ, so their perplexities rise at different rates; a held-out rise (in nats) one
+and a half times the calibration rise means that the search spared what the calibration text needs and cut what the
+held-out text needs."""
+
+MISMATCH_NATS = 0.1
+"""... and the held-out rise must exceed that bound by this much (perplexity times 1.11), the size of the difference
+between two held-out samples of a few thousand tokens."""
+
+HIGH_RATIO = 0.1
+"""Below a tenth of the parameters the expected gain (11 %) is about the spread of repeated timings."""
+
+LOW_GAIN = 0.5
+"""Time of generation is bound by reading weights, so removing the share r of them should give a speed-up of
+1 / (1 - r); less than half of that gain is little. MLP blocks hold most parameters, MHA blocks much of the time and
+all of the KV cache, so mostly-MLP pruning has this sign."""
+
+KNEE_MARGIN = 0.05
+"""A stop before the fastest safe target must keep at least this much more of the speed gain than of the loss: less
+is the spread of timings."""
+
+
+class Level(StrEnum):
+    RESULT = "result"
+    NOTE = "note"
+    WARNING = "warning"
+    ADVICE = "advice"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """rule: its short name, stable for tests and machines; title and text: plain text, no markup."""
+
+    level: Level
+    rule: str
+    title: str
+    text: str
+
+
+def findings(study: Study) -> list[Finding]:
+    return [
+        *(_outcome(study, target) for target in study.targets),
+        *(_jump_warning(study, target) for target in study.traces if first_jump(target.removals) is not None),
+        *(_mismatch_warning(study, target) for target in study.targets if is_mismatch(study, target)),
+        *(_slow_warning(target) for target in study.targets if is_slow(target)),
+        _recommendation(study),
+        _noise(study),
+    ]
+
+
+def first_jump(removals: tuple[Removal, ...]) -> int | None:
+    """Index of the first removal whose NLL rise breaks the curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), or None."""
+    for i, removal in enumerate(removals):
+        earlier = [r.rise for r in removals[:i]]
+        usual = len(earlier) >= 2 and removal.rise >= max(JUMP_NATS, JUMP_FACTOR * median(earlier))
+        if usual or removal.rise >= COLLAPSE_NATS:
+            return i
+    return None
+
+
+def is_mismatch(study: Study, target: Target) -> bool:
+    """Whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS)."""
+    bound = MISMATCH_FACTOR * max(target.calibration_rise, 0.0) + MISMATCH_NATS
+    return study.heldout_rise(target) > bound
+
+
+def is_slow(target: Target) -> bool:
+    """Whether a high ratio brought little speed-up in generation (HIGH_RATIO, LOW_GAIN)."""
+    ratio = target.plan.ratio
+    return ratio >= HIGH_RATIO and target.speedups.generation - 1 < LOW_GAIN * (1 / (1 - ratio) - 1)
+
+
+def recommended(study: Study) -> Target | None:
+    """The target to stop at: the knee of loss against speed-up among targets that are faster and before any jump.
+
+    With s = speed-up of generation - 1 and l = NLL rise on held-out text, both as shares of their values at the
+    fastest such target, the knee maximises s - l (the height above the straight line from the dense model to it);
+    the fastest itself has 0 and is kept unless another is higher by KNEE_MARGIN.
+    """
+    safe = [t for t in study.targets if first_jump(t.removals) is None and t.speedups.generation > 1]
+    if not safe:
+        return None
+    fastest = max(safe, key=lambda t: t.speedups.generation)
+    loss = study.heldout_rise(fastest)
+    if loss <= 0:
+        return fastest
+
+    def height(target: Target) -> float:
+        return (target.speedups.generation - 1) / (fastest.speedups.generation - 1) - study.heldout_rise(target) / loss
+
+    best = max(safe, key=height)
+    return best if height(best) >= KNEE_MARGIN else fastest
+
+
+def blocks_of(target: Target) -> str:
+    return " + ".join(f"{target.plan.blocks[kind]} {kind.upper()}" for kind in BlockKind)
+
+
+def within_chance(study: Study) -> dict[str, list[str]]:
+    """Tasks whose score is within 2 standard errors of guessing, by model ("dense" or the target's name)."""
+    models = {"dense": study.dense} | {target.name: target.result for target in study.targets}
+    return {
+        name: [task for task, score in result.tasks.items() if not score.differs_from(result.chance[task])]
+        for name, result in models.items()
+    }
+
+
+def _outcome(study: Study, target: Target) -> Finding:
+    difference = paired(study.dense, target.result)
+    noise = "" if difference.differs_from(0) else ", within noise (less than 2 standard errors)"
+    return Finding(
+        Level.RESULT,
+        "outcome",
+        f"{target.name}: {percent(target.plan.ratio)} of the parameters removed ({blocks_of(target)} blocks)",
+        f"Held-out perplexity {number(study.dense.perplexity)} → {number(target.result.perplexity)}. Average accuracy "
+        f"{percent(study.dense.average.value)} → {percent(target.result.average.value)}, a paired difference of "
+        f"{signed_points(difference.value, difference.stderr)} points{noise}. Generation "
+        f"{times(target.speedups.generation)} as fast"
+        + (", within noise (the timings of both overlap)." if target.speedups.is_noise else "."),
+    )
+
+
+def _jump_warning(study: Study, target: Target) -> Finding:
+    index = first_jump(target.removals)
+    assert index is not None
+    removal = target.removals[index]
+    before = target.removals[index - 1].perplexity if index else target.dense_perplexity
+    past = [
+        t.name for t in study.targets if len(t.removals) > index and t.plan.order[: index + 1] == target.plan.order[: index + 1]
+    ]
+    safe = sum(len(r.added) for r in target.removals[:index])
+    advice = (
+        f"The last safe budget is {safe}blocks (ratio {target.removals[index - 1].ratio:.4f})."
+        if index
+        else "It is the first removal, so no budget of this sequence is safe."
+    )
+    return Finding(
+        Level.WARNING,
+        "jump",
+        f"Over-pruning: removing {format_mask(removal.added)} (removal {index + 1}) breaks the model",
+        f"Calibration perplexity jumps from {number(before)} to {number(removal.perplexity)} at this one removal. {advice} "
+        f"Beyond it: {listed(past)}.",
+    )
+
+
+def _mismatch_warning(study: Study, target: Target) -> Finding:
+    return Finding(
+        Level.WARNING,
+        "mismatch",
+        f"Calibration mismatch at {target.name}: held-out text suffers more than calibration text",
+        f"Perplexity is {times(math.exp(study.heldout_rise(target)))} the dense model's on held-out text, but only "
+        f"{times(math.exp(target.calibration_rise))} on the {target.plan.calibration['tokens']:,} calibration tokens that "
+        "chose the blocks. Calibrate on more text, or on text nearer to its use.",
+    )
+
+
+def _slow_warning(target: Target) -> Finding:
+    mlp, mha = target.plan.blocks[BlockKind.MLP], target.plan.blocks[BlockKind.MHA]
+    cause = (
+        f"Mostly MLP blocks were removed ({blocks_of(target)}): they hold parameters, while attention holds time and "
+        "KV cache. Try candidates: mha, or a budget in blocks."
+        if mlp > mha
+        else f"The blocks removed ({blocks_of(target)}) are not the cause; look at what bounds this machine (batch, "
+        "prompt length, threads)."
+    )
+    return Finding(
+        Level.WARNING,
+        "slow",
+        f"Little speed-up at {target.name}",
+        f"{percent(target.plan.ratio)} of the parameters are gone, yet generation is only "
+        f"{times(target.speedups.generation)} as fast; reading fewer weights alone would give "
+        f"{times(1 / (1 - target.plan.ratio))}. {cause}",
+    )
+
+
+def _recommendation(study: Study) -> Finding:
+    best = recommended(study)
+    if best is None:
+        return Finding(
+            Level.ADVICE,
+            "stop",
+            "No target is worth stopping at",
+            "None is both faster than the dense model and before a jump in perplexity. Prune less, or add targets.",
+        )
+    gain, loss = best.speedups.generation - 1, math.exp(study.heldout_rise(best)) - 1
+    others = [t for t in study.targets if t is not best]
+    return Finding(
+        Level.ADVICE,
+        "stop",
+        f"Recommended stopping point: {best.name}",
+        f"Ratio {percent(best.plan.ratio)}: {100 * gain:+.1f} % speed of generation for {100 * loss:+.1f} % held-out "
+        "perplexity, "
+        + (
+            "the best trade among the targets (the knee of held-out loss against speed-up, before any jump)."
+            if others
+            else "and no jump in perplexity. With one target there is no curve yet; add targets to compare."
+        ),
+    )
+
+
+def _noise(study: Study) -> Finding:
+    items, scores = study.dense.task_items, study.dense.tasks
+    counts = sorted(set(items.values()))
+    each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    chance = {name: tasks for name, tasks in within_chance(study).items() if tasks}
+    error = mean(s.stderr for s in scores.values())
+    size = f"about {100 * error:.0f} points" if math.isfinite(error) else "unknown"
+    average = f", and the average's {100 * study.dense.average.stderr:.1f}" if math.isfinite(error) else ""
+    near = "; ".join(f"{listed(tasks)} ({name})" for name, tasks in chance.items())
+    return Finding(
+        Level.NOTE,
+        "noise",
+        "How much to trust the scores",
+        f"With {each} items a task, a score's standard error is {size}{average}. Models are compared item by item; only "
+        "differences beyond 2 standard errors are marked. "
+        + (f"Not distinguishable from guessing: {near}." if near else "Every task is beyond 2 standard errors of chance."),
+    )

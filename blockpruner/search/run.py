@@ -1,0 +1,156 @@
+"""A search from start to stop: over its objective, until every budget is settled, each iteration written at once.
+
+Decides when a search may stop and what a run of it counts. What is considered in an iteration is the method's
+decision, what a trial is the store's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockpruner.blocks import DENSE, Mask, format_mask, removable_units
+from blockpruner.budgets import is_settled, parse_budget
+from blockpruner.calibration import CalibrationSet
+from blockpruner.families import ParameterCounts, count_parameters
+from blockpruner.progress import Observer
+from blockpruner.provenance import fingerprint
+from blockpruner.scoring.objectives import Objective, Score
+from blockpruner.search import search_of
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.trace import search_fingerprint, seed_store, write_current, write_iteration
+from blockpruner.tables import storage_error, write_json
+from blockpruner.trials import TrialStore, require_rows, store_fingerprint
+
+if TYPE_CHECKING:
+    from blockpruner.scoring.engine import Engine
+
+
+def run_search(
+    objective: Objective,
+    method: str,
+    units: Sequence[Mask],
+    budgets: Sequence[str],
+    counts: ParameterCounts,
+    observer: Observer,
+    on_iteration: Callable[[Iteration], object] = lambda iteration: None,
+) -> list[Iteration]:
+    """Run a search until no further removal could change which prefix meets any of the budgets.
+
+    Args:
+        units: what may be removed at once, in tie-break order.
+        on_iteration: receives each iteration when it is complete.
+    """
+    wanted = [parse_budget(text, counts) for text in budgets]
+    furthest = max((b.ratio or b.blocks / len(counts.blocks) for b in wanted if b.ratio or b.blocks), default=1.0)
+    trace: list[Iteration] = []
+    prefixes: list[Mask] = []
+    remaining = list(units)
+    known = 0
+
+    def share(mask: Mask) -> float:
+        """How much of the way to the furthest budget a mask is, for the progress display."""
+        return min(1.0, counts.ratio(mask) / furthest)
+
+    def evaluate(index: int, masks: Sequence[Mask]) -> list[Score]:
+        observer.begin(f"iteration {index}", share(prefixes[-1] if prefixes else DENSE))
+        return objective(masks)
+
+    search = search_of(method)(evaluate, units)
+    while not all(is_settled(budget, prefixes, counts, remaining) for budget in wanted):
+        iteration = next(search)
+        trace.append(iteration)
+        on_iteration(iteration)
+        prefixes.append(iteration.removed)
+        remaining = [unit for unit in remaining if not unit <= iteration.removed]
+        computed, known = objective.counts.trials_computed - known, objective.counts.trials_computed
+        best, added = iteration.scores[iteration.chosen], iteration.added[iteration.chosen]
+        observer.end(
+            f"removed {format_mask(added or DENSE)}, perplexity {best.perplexity:.4f}, "
+            f"ratio {counts.ratio(iteration.removed):.4f}, {computed} of {len(iteration.scores)} trials computed",
+            [
+                {"added": format_mask(unit) if unit else "(dense)", "perplexity": score.perplexity, "nll": score.nll}
+                for unit, score in zip(iteration.added, iteration.scores, strict=True)
+            ],
+            cached=computed == 0,
+        )
+    return trace
+
+
+def score_run(
+    scores: Path,
+    trials: Path,
+    *,
+    calibration: CalibrationSet,
+    model_identity: str,
+    dtype: str,
+    config: Mapping[str, Any],
+    score: Mapping[str, Any],
+    budgets: Sequence[str],
+    make_engine: Callable[[], Engine],
+    observer: Observer,
+    metrics: Path,
+) -> list[Iteration]:
+    """Score one run far enough for its budgets; write its iteration tables, `current.json` and the counts.
+
+    Args:
+        scores: the run's folder of traces; tables present seed the trial store (a clone after `dvc pull`).
+        trials: folder of all trial stores.
+        score: the run's `score` section, every key of which is part of the search's fingerprint.
+    """
+    require_rows(len(calibration.rows))
+    counts = count_parameters(config)
+    units = removable_units(int(config["num_hidden_layers"]), score["unit"], score["candidates"])
+    search_of(score["method"])
+    store_fields = store_fingerprint(calibration.digest, model_identity, dtype, score["metric"])
+    search = search_fingerprint(store_fields, score)
+    started = time.monotonic()
+    with exclusive(trials / f"{fingerprint(store_fields)}.lock", observer):
+        store = TrialStore(store_fields, len(calibration.rows), trials)
+        for problem in [*seed_store(scores / search, search, store), *store.problems]:
+            observer.note(f"warning: {problem}")
+        observer.note(f"calibration: {len(calibration.rows)} rows, {calibration.tokens} tokens; search {search}")
+        objective = Objective(calibration, store, make_engine, observer)
+        try:
+            trace = run_search(
+                objective, score["method"], units, budgets, counts, observer,
+                lambda iteration: write_iteration(scores / search, iteration, search),
+            )  # fmt: skip
+        finally:
+            store.close()
+    facts = {"rows": len(calibration.rows), "tokens": calibration.tokens, "digest": calibration.digest}
+    write_current(scores, {"search": search, "store": store_fields, "score": dict(score), "calibration": facts})
+    done = asdict(objective.counts)
+    done["tokens_per_second"] = round(done["tokens"] / done["seconds"], 1) if done["seconds"] else None
+    done["seconds"] = round(done["seconds"], 2)
+    write_json(metrics, {"iterations": len(trace), "wall_seconds": round(time.monotonic() - started, 2), **done})
+    return trace
+
+
+@contextmanager
+def exclusive(path: Path, observer: Observer) -> Iterator[None]:
+    """Hold a lock file; while another process computes the same trials, say so and wait for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "a+")  # noqa: SIM115
+    except OSError as error:
+        raise storage_error(path, error) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            observer.note(f"process {holder} computes the same trials; waiting for it, then reusing them")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.seek(0)
+        handle.truncate()
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield

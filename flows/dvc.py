@@ -1,0 +1,166 @@
+"""Running dvc: in a locked workspace, in a process group of its own, never left behind.
+
+Decides how a dvc command is started, followed and stopped, and how dvc.lock survives a kill in the middle of
+its being written. Which stages run, and when, is decided by flows.selection and flows.prune.
+
+`python -m flows.dvc ARGUMENTS` is dvc itself with two signals set up, see `main`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import yaml
+
+from blockpruner.errors import InputError
+from blockpruner.tables import set_aside, write_text
+
+GRACE = 20.0
+"""Seconds from SIGINT to SIGKILL; Prefect's runner gives a cancelled flow 30."""
+
+PARENT = "BLOCKPRUNER_DVC_PARENT"
+PR_SET_PDEATHSIG = 1
+LOCKFILE, SNAPSHOT, WORKSPACE_LOCK = Path("dvc.lock"), Path(".dvc/tmp/flow.dvc.lock"), Path(".dvc/tmp/flow.lock")
+
+
+class StageError(RuntimeError):
+    """A stage failed and has printed why."""
+
+
+@contextmanager
+def workspace(holder: str) -> Iterator[int]:
+    """Lock the workspace in the current folder for one flow; gives the lock's file descriptor.
+
+    The kernel frees it with the last process that holds the descriptor: no stale locks.
+
+    Raises:
+        InputError: another flow holds it; says which.
+    """
+    WORKSPACE_LOCK.parent.mkdir(exist_ok=True)
+    with open(WORKSPACE_LOCK, "a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise InputError(
+                f"this workspace is in use by {handle.read()}; wait for it or stop it, or use another clone: "
+                "one flow at a time changes params.yaml, dvc.lock and data/"
+            ) from None
+        handle.truncate(0)
+        handle.write(holder)
+        handle.flush()
+        yield handle.fileno()
+
+
+def repro(stage: str, lock: int, show: Callable[[str], object], environment: Mapping[str, str] | None = None) -> bool:
+    """Run `dvc repro --single-item` on one stage; True if its command ran, False if nothing had changed.
+
+    Args:
+        lock: what `workspace` gave; dvc holds it too, so that a killed flow's last stage ends before a new flow.
+        show: gets every line of output once, as it comes.
+        environment: added to this process's.
+
+    Raises:
+        StageError: the stage failed; `show` has seen why.
+    """
+    command = [sys.executable, "-m", "flows.dvc", "repro", "--single-item", stage]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    env = {**os.environ, **(environment or {}), "PATH": path, "PYTHONUNBUFFERED": "1", PARENT: str(os.getpid())}
+    ran = False
+    with _lockfile(show):
+        process = subprocess.Popen(
+            command, env=env, start_new_session=True, pass_fds=(lock,), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                ran = ran or line.startswith(f"Running stage '{stage}'")
+                if line.strip():
+                    show(line.rstrip())
+            code = process.wait()
+        except BaseException:  # a cancelled flow, Ctrl-C: this process is told, the stage is not
+            _stop(process)
+            raise
+    if code != 0:
+        raise StageError(f"stage {stage} failed (dvc ended with {code}); its output says why")
+    return ran
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """SIGINT to the whole group, then SIGKILL to what is left of it; a second interruption kills at once."""
+    try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(GRACE)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def _lockfile(show: Callable[[str], object]) -> Iterator[None]:
+    """Repair dvc.lock before and after a command: dvc writes it in place, and without it every command fails."""
+    _repair(show)
+    if LOCKFILE.exists():
+        shutil.copyfile(LOCKFILE, SNAPSHOT)
+    try:
+        yield
+    finally:
+        _repair(show)
+
+
+def _repair(show: Callable[[str], object]) -> None:
+    """Bring an empty or truncated dvc.lock back from the last snapshot, or else from the last commit."""
+    if not LOCKFILE.exists() or _whole(LOCKFILE):
+        return
+    bad = set_aside(LOCKFILE)
+    if SNAPSHOT.exists() and _whole(SNAPSHOT):
+        shutil.copyfile(SNAPSHOT, LOCKFILE)
+        show(f"{LOCKFILE} was cut short by a kill; restored from the flow's snapshot (the cut one is {bad})")
+        return
+    committed = subprocess.run(["git", "show", f"HEAD:./{LOCKFILE}"], capture_output=True, text=True)
+    if committed.returncode == 0:
+        write_text(LOCKFILE, committed.stdout)
+    origin = "restored from the last commit" if committed.returncode == 0 else "dvc starts a new one"
+    show(f"{LOCKFILE} was cut short by a kill; {origin} (the cut one is {bad})")
+
+
+def _whole(path: Path) -> bool:
+    try:
+        return isinstance(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader), dict)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+
+
+def main() -> int | None:
+    """dvc, which interrupts its process group on SIGTERM, and gets SIGTERM when the flow dies.
+
+    On its own, dvc dies of SIGTERM and leaves its stage running. A group SIGINT ends the stage (dvc itself
+    ignores SIGINT while a stage runs, then reports the stage as failed). SIGINT is reset because the children
+    of `nohup` and `&` inherit it as ignored, and the stage would, too.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(os.environ[PARENT]):
+            return 1  # the flow died before the line above
+    from dvc.cli import main as dvc  # after the signals: it takes a while
+
+    result: int | None = dvc(sys.argv[1:])
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""`python -m flows.prune [--run NAME ...] [--budget B ...]`: the pipeline as a Prefect flow.
+
+Without options everything in params.yaml is brought up to date. `--run` takes only that run (added to
+params.yaml if missing); `--budget` takes only that target of each run (added as `<run>-<budget>`).
+
+Decides what Prefect sees: one task per DVC stage, the state Cached for what had not changed, and the results as
+artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Works
+with the server of PREFECT_API_URL and without any (Prefect then starts one of its own, which takes 10 to 20 s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import os
+import socket
+import sys
+from pathlib import Path
+from uuid import UUID
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import State, StateType, TaskRunResult
+from prefect.runtime import flow_run, task_run
+from prefect.settings import get_current_settings
+from prefect.states import Completed, Crashed, Failed
+
+from blockpruner.errors import InputError
+from blockpruner.progress import OBSERVER_VARIABLE
+from blockpruner.tables import read_json
+from flows import dvc, observer
+from flows.selection import Plan, Selection, plan
+
+METRICS, REPORT = Path("data/metrics"), Path("data/report")
+
+
+@task(cache_policy=NO_CACHE)  # DVC is the cache
+def run_stage(stage: str, lock: int) -> State[None]:
+    """One DVC stage, its output in the task's log."""
+    url = get_current_settings().api.url
+    parent = {
+        OBSERVER_VARIABLE: "flows.observer:PrefectObserver",
+        "PREFECT_API_URL": url,
+        observer.PARENT: f"{flow_run.id}/{task_run.id}",
+    } if url else {}  # without a lasting server the stage would start another one
+    try:
+        ran = dvc.repro(stage, lock, get_run_logger().info, parent)
+    except BaseException as error:
+        if url:
+            close_phases(UUID(flow_run.id), UUID(task_run.id))
+        if isinstance(error, dvc.StageError):
+            return Failed(message=str(error))
+        raise
+    return Completed() if ran else Completed(name="Cached", message="nothing has changed")
+
+
+def close_phases(flow_run_id: UUID, task_run_id: UUID) -> None:
+    """Mark the phases that a stage left open; a killed process cannot do it itself."""
+    running = TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
+    with get_client(sync_client=True) as client:
+        phases = client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])),
+            task_run_filter=TaskRunFilter(state=running),
+        )
+        for phase in phases:
+            if TaskRunResult(id=task_run_id) in phase.task_inputs.get("__parents__", []):
+                client.set_task_run_state(phase.id, Crashed(message="the stage ended in this phase"), force=True)
+
+
+EVERYTHING = Selection()
+
+
+@flow(name="prune")
+def prune(selection: Selection = EVERYTHING) -> State[None]:
+    """Bring the chosen runs and targets up to date, stage by stage, then the report."""
+    logger = get_run_logger()
+    try:
+        with dvc.workspace(f"flow run {flow_run.name}, {process()}") as lock:
+            chosen = plan(selection)
+            chosen.write()
+            if chosen.additions:
+                logger.info(f"params.yaml: added {', '.join(chosen.additions)}; commit it with dvc.lock to keep them")
+            states = []
+            for stage in chosen.stages():
+                named = run_stage.with_options(name=stage, task_run_name=stage)
+                states.append(named(stage, lock, return_state=True))
+                if not states[-1].is_completed():
+                    return Failed(message=f"{states[-1].message}. Finished stages are kept: run again to go on")
+            publish(chosen)
+    except InputError as error:
+        return Failed(name="Refused", message=str(error))
+    cached = sum(state.name == "Cached" for state in states)
+    return Completed(message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached")
+
+
+def publish(chosen: Plan) -> None:
+    """The results as artifacts of the flow run: dense against pruned per run, the report, its plots."""
+    for run in chosen.runs:
+        models = (f"{run}-dense", *(target for target, of in chosen.targets.items() if of == run))
+        columns = {name: read_json(path) for name in models if (path := METRICS / f"{name}.json").exists()}
+        keys = dict.fromkeys(key for values in columns.values() for key in values)
+        if keys:
+            table = [{"": key} | {name: values.get(key) for name, values in columns.items()} for key in keys]
+            create_table_artifact(table, observer.artifact_key(f"results-{run}"), f"{run}: dense against pruned")
+    report = REPORT / "report.md"
+    if report.exists():
+        create_markdown_artifact(report.read_text(encoding="utf-8"), "report")
+    for plot in sorted(REPORT.glob("plots/*.png")):
+        url = "data:image/png;base64," + base64.b64encode(plot.read_bytes()).decode()
+        create_image_artifact(url, observer.artifact_key(f"plot-{plot.stem}"), plot.stem)
+
+
+def process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: up to date; 1: a stage failed; 2: refused, nothing changed; 130: interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m flows.prune", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
+    parser.add_argument("--budget", action="append", default=[], metavar="B", help="0.22, 17blocks or 7layers")
+    options = parser.parse_args(argv)
+    selection = Selection(runs=tuple(options.run), budgets=tuple(options.budget))
+    try:
+        plan(selection)  # the flow does both again; here they refuse before a server has to be started
+        with dvc.workspace(process()):
+            pass
+        state = prune(selection, return_state=True)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished work is kept: run again to go on", file=sys.stderr)
+        return 130
+    print(state.message, file=sys.stderr)
+    return 0 if state.is_completed() else 2 if state.name == "Refused" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

