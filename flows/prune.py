@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import base64
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
 from uuid import UUID
 
+import httpx
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -119,6 +121,15 @@ def publish(chosen: Plan) -> None:
         create_image_artifact(url, observer.artifact_key(f"plot-{plot.stem}"), plot.stem)
 
 
+def check_server() -> None:
+    url = get_current_settings().api.url
+    if url is not None and (error := get_client(sync_client=True).api_healthcheck()):
+        raise InputError(
+            f"the Prefect server at {url} (PREFECT_API_URL) does not answer: {error}; start it with "
+            "`prefect server start`, or unset PREFECT_API_URL to run without one"
+        )
+
+
 def process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
@@ -129,15 +140,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
     parser.add_argument("--budget", action="append", default=[], metavar="B", help="0.22, 17blocks or 7layers")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server
     selection = Selection(runs=tuple(options.run), budgets=tuple(options.budget))
     try:
         plan(selection)  # the flow does both again; here they refuse before a server has to be started
         with dvc.workspace(process()):
-            pass
+            check_server()
         state = prune(selection, return_state=True)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    except httpx.HTTPError as error:
+        print(f"the Prefect server went away ({error}); finished stages are kept: run again to go on", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; finished work is kept: run again to go on", file=sys.stderr)
         return 130

@@ -41,8 +41,8 @@ class Split:
 class Benchmark:
     """A zero-shot multiple-choice task.
 
-    task: its name, lm-eval's own; stock: its YAML under lm_eval/tasks; metric: what is reported first, acc_norm where the stock task has it;
-    columns: those that the stock prompt reads; splits: by the names of the stock task.
+    task: its name, lm-eval's own; stock: its YAML under lm_eval/tasks; metric: what is reported first, acc_norm
+    where the stock task has it; columns: those that the stock prompt reads; splits: by the stock task's names.
     """
 
     task: str
@@ -74,10 +74,8 @@ def tables_from_archive(name: str, read_member: Callable[[str], bytes]) -> dict[
     tables = {}
     for split, source in benchmark_of(name).splits.items():
         content = read_member(source.member)
-        if source.member.endswith(".arrow"):
-            table = pa.ipc.open_stream(content).read_all()
-        else:
-            table = _arc_items(content)
+        is_arrow = source.member.endswith(".arrow")
+        table = pa.ipc.open_stream(content).read_all() if is_arrow else _arc_items(content)
         tables[split] = _checked(name, table, source.member)
     return tables
 
@@ -219,7 +217,7 @@ _Dumper.add_representer(_Function, lambda dumper, value: dumper.represent_scalar
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     return config
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Generat
         token = _next_token(model, token, cache)
         tokens.append(token)
     ended = _now(model)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    layers: list[Any] = cache.layers
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return Generation(torch.cat(tokens, dim=1), prefilled - started, ended - prefilled, held)
 
 
@@ -104,7 +106,7 @@ def measure_speed(
     peaks = dict.fromkeys(models, 0)
     done, total = 0, len(models) * (repeats + 1)
     for repeat in range(repeats + 1):
-        for name in models if repeat % 2 else reversed(models):
+        for name in list(models)[:: 1 if repeat % 2 else -1]:
             result, peak = _run(models, name, prompts[name], new_tokens)
             if repeat:
                 runs[name].append(result)
@@ -114,9 +116,7 @@ def measure_speed(
     return {name: _speed(model, runs[name], peaks[name], prompt_tokens) for name, model in models.items()}
 
 
-def _run(
-    models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_tokens: int
-) -> tuple[Generation, int]:
+def _run(models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_tokens: int) -> tuple[Generation, int]:
     """One generation, and the peak of CUDA memory that is this model's (0 on a CPU)."""
     model = models[name]
     if model.device.type != "cuda":
@@ -147,7 +147,7 @@ def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tok
         batch=batch,
         repeats=len(runs),
         threads=torch.get_num_threads(),
-        device=_device_name(model.device),
+        device=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
@@ -173,5 +173,5 @@ def _timing(seconds: list[float]) -> Timing:
     return Timing(median(seconds), min(seconds), max(seconds))
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

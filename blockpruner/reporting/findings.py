@@ -66,11 +66,13 @@ class Finding:
 
 
 def findings(study: Study) -> list[Finding]:
+    mismatched = [target for target in study.targets if is_mismatch(study, target)]
+    slow = [target for target in study.targets if is_slow(target)]
     return [
         *(_outcome(study, target) for target in study.targets),
         *(_jump_warning(study, target) for target in study.traces if first_jump(target.removals) is not None),
-        *(_mismatch_warning(study, target) for target in study.targets if is_mismatch(study, target)),
-        *(_slow_warning(target) for target in study.targets if is_slow(target)),
+        *([_mismatch_warning(study, mismatched)] if mismatched else []),
+        *([_slow_warning(slow)] if slow else []),
         _recommendation(study),
         _noise(study),
     ]
@@ -99,13 +101,19 @@ def is_slow(target: Target) -> bool:
 
 
 def recommended(study: Study) -> Target | None:
-    """The target to stop at: the knee of loss against speed-up among targets that are faster and before any jump.
+    """The target to stop at: the knee of loss against speed-up among the safe targets.
+
+    Safe is faster than dense, before any jump, and without a calibration mismatch.
 
     With s = speed-up of generation - 1 and l = NLL rise on held-out text, both as shares of their values at the
-    fastest such target, the knee maximises s - l (the height above the straight line from the dense model to it);
+    fastest safe target, the knee maximises s - l (the height above the straight line from the dense model to it);
     the fastest itself has 0 and is kept unless another is higher by KNEE_MARGIN.
     """
-    safe = [t for t in study.targets if first_jump(t.removals) is None and t.speedups.generation > 1]
+    safe = [
+        target
+        for target in study.targets
+        if target.speedups.generation > 1 and first_jump(target.removals) is None and not is_mismatch(study, target)
+    ]
     if not safe:
         return None
     fastest = max(safe, key=lambda t: t.speedups.generation)
@@ -154,7 +162,9 @@ def _jump_warning(study: Study, target: Target) -> Finding:
     removal = target.removals[index]
     before = target.removals[index - 1].perplexity if index else target.dense_perplexity
     past = [
-        t.name for t in study.targets if len(t.removals) > index and t.plan.order[: index + 1] == target.plan.order[: index + 1]
+        t.name
+        for t in study.targets
+        if len(t.removals) > index and t.plan.order[: index + 1] == target.plan.order[: index + 1]
     ]
     safe = sum(len(r.added) for r in target.removals[:index])
     advice = (
@@ -166,39 +176,40 @@ def _jump_warning(study: Study, target: Target) -> Finding:
         Level.WARNING,
         "jump",
         f"Over-pruning: removing {format_mask(removal.added)} (removal {index + 1}) breaks the model",
-        f"Calibration perplexity jumps from {number(before)} to {number(removal.perplexity)} at this one removal. {advice} "
-        f"Beyond it: {listed(past)}.",
+        f"Calibration perplexity jumps from {number(before)} to {number(removal.perplexity)} at this one removal. "
+        f"{advice} Beyond it: {listed(past)}.",
     )
 
 
-def _mismatch_warning(study: Study, target: Target) -> Finding:
+def _mismatch_warning(study: Study, targets: list[Target]) -> Finding:
+    rises = [
+        f"{times(math.exp(study.heldout_rise(t)))} against {times(math.exp(t.calibration_rise))} at {t.name}"
+        for t in targets
+    ]
     return Finding(
         Level.WARNING,
         "mismatch",
-        f"Calibration mismatch at {target.name}: held-out text suffers more than calibration text",
-        f"Perplexity is {times(math.exp(study.heldout_rise(target)))} the dense model's on held-out text, but only "
-        f"{times(math.exp(target.calibration_rise))} on the {target.plan.calibration['tokens']:,} calibration tokens that "
-        "chose the blocks. Calibrate on more text, or on text nearer to its use.",
+        "Calibration mismatch: held-out text suffers more than the text that chose the blocks",
+        f"Perplexity over the dense model's, on held-out text against the {targets[0].plan.calibration['tokens']:,} "
+        f"calibration tokens: {listed(rises)}. Calibrate on more text, or on text nearer to its use.",
     )
 
 
-def _slow_warning(target: Target) -> Finding:
-    mlp, mha = target.plan.blocks[BlockKind.MLP], target.plan.blocks[BlockKind.MHA]
+def _slow_warning(targets: list[Target]) -> Finding:
+    gains = [
+        f"{t.name}: {percent(t.plan.ratio)} of the parameters removed ({blocks_of(t)}), generation "
+        f"{times(t.speedups.generation)} as fast; reading fewer weights alone would give "
+        f"{times(1 / (1 - t.plan.ratio))}"
+        for t in targets
+    ]
     cause = (
-        f"Mostly MLP blocks were removed ({blocks_of(target)}): they hold parameters, while attention holds time and "
-        "KV cache. Try candidates: mha, or a budget in blocks."
-        if mlp > mha
-        else f"The blocks removed ({blocks_of(target)}) are not the cause; look at what bounds this machine (batch, "
-        "prompt length, threads)."
+        "Mostly MLP blocks were removed: they hold parameters, while attention holds time and KV cache. Try "
+        "candidates: mha, or a budget in blocks."
+        if any(t.plan.blocks[BlockKind.MLP] > t.plan.blocks[BlockKind.MHA] for t in targets)
+        else "MLP blocks are not the majority of those removed, so look at what bounds this machine (batch, prompt "
+        "length, threads)."
     )
-    return Finding(
-        Level.WARNING,
-        "slow",
-        f"Little speed-up at {target.name}",
-        f"{percent(target.plan.ratio)} of the parameters are gone, yet generation is only "
-        f"{times(target.speedups.generation)} as fast; reading fewer weights alone would give "
-        f"{times(1 / (1 - target.plan.ratio))}. {cause}",
-    )
+    return Finding(Level.WARNING, "slow", "Little speed-up for the parameters removed", f"{'. '.join(gains)}. {cause}")
 
 
 def _recommendation(study: Study) -> Finding:
@@ -208,19 +219,20 @@ def _recommendation(study: Study) -> Finding:
             Level.ADVICE,
             "stop",
             "No target is worth stopping at",
-            "None is both faster than the dense model and before a jump in perplexity. Prune less, or add targets.",
+            "None is faster than the dense model, before any jump in perplexity and free of calibration mismatch. "
+            "Prune less, or add targets.",
         )
     gain, loss = best.speedups.generation - 1, math.exp(study.heldout_rise(best)) - 1
-    others = [t for t in study.targets if t is not best]
+    noise = " (within the spread of the timings)" if best.speedups.is_noise else ""
     return Finding(
         Level.ADVICE,
         "stop",
         f"Recommended stopping point: {best.name}",
-        f"Ratio {percent(best.plan.ratio)}: {100 * gain:+.1f} % speed of generation for {100 * loss:+.1f} % held-out "
-        "perplexity, "
+        f"Ratio {percent(best.plan.ratio)}: {100 * gain:+.1f} % speed of generation{noise} for {100 * loss:+.1f} % "
+        "held-out perplexity, "
         + (
-            "the best trade among the targets (the knee of held-out loss against speed-up, before any jump)."
-            if others
+            "the best trade among the targets: the knee of held-out loss against speed-up, before any warning sign."
+            if len(study.targets) > 1
             else "and no jump in perplexity. With one target there is no curve yet; add targets to compare."
         ),
     )
@@ -230,16 +242,21 @@ def _noise(study: Study) -> Finding:
     items, scores = study.dense.task_items, study.dense.tasks
     counts = sorted(set(items.values()))
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    chance = {name: tasks for name, tasks in within_chance(study).items() if tasks}
     error = mean(s.stderr for s in scores.values())
     size = f"about {100 * error:.0f} points" if math.isfinite(error) else "unknown"
     average = f", and the average's {100 * study.dense.average.stderr:.1f}" if math.isfinite(error) else ""
-    near = "; ".join(f"{listed(tasks)} ({name})" for name, tasks in chance.items())
+    models = within_chance(study)
+    at_chance = {task: [name for name, tasks in models.items() if task in tasks] for task in scores}
+    near = ", ".join(
+        f"{task} ({'every model' if len(names) == len(models) else ', '.join(names)})"
+        for task, names in at_chance.items()
+        if names
+    )
     return Finding(
         Level.NOTE,
         "noise",
         "How much to trust the scores",
-        f"With {each} items a task, a score's standard error is {size}{average}. Models are compared item by item; only "
-        "differences beyond 2 standard errors are marked. "
-        + (f"Not distinguishable from guessing: {near}." if near else "Every task is beyond 2 standard errors of chance."),
+        f"With {each} items a task, a score's standard error is {size}{average}. Models are compared item by item; "
+        "only differences beyond 2 standard errors are marked. "
+        + f"Not distinguishable from guessing: {near or 'none'}.",
     )

@@ -20,7 +20,7 @@ def signed_points(value: float, stderr: float) -> str:
 
 
 def times(factor: float) -> str:
-    return f"{factor:.2f}×"
+    return f"{number(factor)}×"
 
 
 def number(value: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -37,7 +38,7 @@ CLIP = (2.0, 98.0)
 FLOOR = 1e-3
 """Nats per token; the lowest colour of the heat map holds every rise up to this, gains included."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "blockpruner",
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -139,19 +140,11 @@ def _perplexity(figure: Figure, study: Study) -> None:
         axes.plot(ratios, values, line, color=BLUE, marker="o", markersize=4, linewidth=1.4, label=label)
         jump = first_jump(trace.removals)
         if jump is not None:
-            axes.axvline(ratios[jump], color=GREY, linestyle=":", linewidth=1.2)
-            axes.annotate(
-                "last safe", (ratios[jump], 0.98), xycoords=("data", "axes fraction"), xytext=(-3, 0),
-                textcoords="offset points", ha="right", va="top", fontsize=8.5, rotation=90,
-            )  # fmt: skip
+            axes.axvline(ratios[jump], color=GREY, linestyle=":", linewidth=1.5, label="last before a jump")
     ratios = [0.0, *(100 * t.plan.ratio for t in study.targets)]
     axes.plot(ratios, heldout, linestyle="none", color=ORANGE, marker="s", markersize=6.5, label="held-out")
-    if max(shown) > 3 * min(shown):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend(loc="upper left")
+    _scale(axes, shown)
+    axes.legend(loc="best")
 
 
 def _accuracy(figure: Figure, study: Study) -> None:
@@ -182,8 +175,10 @@ def _speed(figure: Figure, study: Study) -> None:
     axes.plot(speeds, losses, color=GREY, linewidth=1, zorder=1)
     axes.plot(speeds, losses, linestyle="none", color=BLUE, marker="o", markersize=6)
     names = ["dense", *(f"{100 * t.plan.ratio:.1f} %" for t in study.targets)]
-    for name, x, y in zip(names, speeds, losses, strict=True):
-        axes.annotate(name, (x, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8.5)
+    for i, (name, x, y) in enumerate(zip(names, speeds, losses, strict=True)):
+        offset = (0, -17 if i % 2 else 9)
+        axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=8.5)
+    _scale(axes, losses)
     if best is not None:
         axes.plot(
             best.speedups.generation, best.result.perplexity, "o", markersize=13, markerfacecolor="none",
@@ -230,11 +225,12 @@ def _heat(figure: Figure, trace: Target, kinds: Sequence[BlockKind]) -> None:
     rises = np.array([rise for removal in trace.removals for rise in removal.rises.values()])
     low = max(FLOOR, float(np.percentile(rises, CLIP[0])))
     high = max(float(np.percentile(rises, CLIP[1])), 2 * low)
-    mesh = [_heat_panel(axes, trace, kind, LogNorm(low, high, clip=True)) for axes, kind in zip(panels, kinds, strict=True)][0]
+    norm = LogNorm(low, high, clip=True)
+    meshes = [_heat_panel(axes, trace, kind, norm) for axes, kind in zip(panels, kinds, strict=True)]
     panels[0].set_ylabel("removal")
     panels[0].set_ylim(len(trace.removals) + 0.5, 0.5)
     panels[0].yaxis.set_major_locator(MaxNLocator(min(len(trace.removals), 12), integer=True, min_n_ticks=1))
-    bar = figure.colorbar(mesh, ax=panels, extend="both", aspect=18, pad=0.015, fraction=0.03)
+    bar = figure.colorbar(meshes[0], ax=panels, extend="both", aspect=18, pad=0.015, fraction=0.03)
     bar.set_label("NLL rise, nats/token")
     ticks = [t * 10.0**e for e in range(-3, 3) for t in (1, 2, 5) if low <= t * 10.0**e <= high]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
@@ -281,6 +277,15 @@ def _axes(figure: Figure, x: str, y: str) -> Axes:
     axes.set_ylabel(y)
     _grid(axes)
     return axes
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic scale for perplexities over a wide range."""
+    if max(values) > 3 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _grid(axes: Axes) -> None:

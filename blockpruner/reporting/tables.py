@@ -43,7 +43,12 @@ def headline(study: Study) -> Table:
     blank = "–"
 
     def rate(name: str, speed: Sequence[float], speedups: Sequence[float]) -> tuple[str, ...]:
-        return (name, blank, number(speed[0]), *(f"{number(s)} ({times(u)})" for s, u in zip(speed[1:], speedups, strict=True)))
+        return (
+            name,
+            blank,
+            number(speed[0]),
+            *(f"{number(s)} ({times(u)})" for s, u in zip(speed[1:], speedups, strict=True)),
+        )
 
     rows = [
         ("Parameters", blank, *(parameters(m.parameters) for m in models)),
@@ -79,7 +84,13 @@ def sequence(target: Target) -> Table:
     jump = first_jump(target.removals)
     rows = [("0", "(dense)", percent(0, 2), number(target.dense_perplexity), "")]
     rows += [
-        (str(i + 1), format_mask(r.added), percent(r.ratio, 2), number(r.perplexity), f"{r.rise:+.4f}".replace("-", "−"))
+        (
+            str(i + 1),
+            format_mask(r.added),
+            percent(r.ratio, 2),
+            number(r.perplexity),
+            f"{r.rise:+.4f}".replace("-", "−"),
+        )
         for i, r in enumerate(target.removals)
     ]
     strong = frozenset(() if jump is None else (jump + 1,))
@@ -88,10 +99,9 @@ def sequence(target: Target) -> Table:
 
 def curve_csv(studies: Sequence[Study]) -> str:
     """One row a model, at full precision; a dense model has ratio 0 and speed-ups of 1."""
-    head = (
-        "run target ratio removals parameters perplexity_calibration perplexity_heldout accuracy accuracy_stderr "
-        "speedup_prefill speedup_decode speedup_generation kv_cache_bytes weight_bytes"
-    ).split()
+    head = ["run", "target", "ratio", "removals", "parameters", "perplexity_calibration", "perplexity_heldout"]
+    head += ["accuracy", "accuracy_stderr", "speedup_prefill", "speedup_decode", "speedup_generation"]
+    head += ["kv_cache_bytes", "weight_bytes"]
     rows: list[tuple[object, ...]] = []
     for study in studies:
         dense = study.targets[0].dense_perplexity
@@ -105,7 +115,7 @@ def curve_csv(studies: Sequence[Study]) -> str:
 
 def iterations_csv(studies: Sequence[Study]) -> str:
     """One row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
-    head = ["run", "target", "iteration", "removed", "ratio", "perplexity_calibration", "nll_rise", "units_scored"]
+    head = ["run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "units_scored"]
     rows: list[tuple[object, ...]] = []
     for study in studies:
         for t in study.traces:

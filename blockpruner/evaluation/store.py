@@ -1,0 +1,84 @@
+"""The results store: what an evaluation found, by the content of what was evaluated.
+
+Decides what an entry is: <fingerprint of its key>.json with key and value, and for a task <fingerprint>.parquet
+with its items, named by digest in the JSON, which is written last. Shared by all runs, safe to delete. What goes
+into a key is decided by `suite`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from blockpruner.errors import InputError
+from blockpruner.provenance import file_sha256, fingerprint
+from blockpruner.tables import read_json, read_table, set_aside, write_json, write_table
+
+ITEMS = pa.schema(
+    [
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("item", pa.int32(), nullable=False),
+        pa.field("gold", pa.int32(), nullable=False),
+        pa.field("loglikelihoods", pa.list_(pa.float64()), nullable=False),
+        pa.field("acc", pa.float64(), nullable=False),
+        pa.field("acc_norm", pa.float64()),
+        pa.field("prompt_hash", pa.string(), nullable=False),
+    ]
+)
+"""One row per item of a task. item: its number in the split; gold: index of the right choice; loglikelihoods: log p
+of each choice given the context, nats; acc, acc_norm: 0 or 1 (acc_norm: by loglikelihood per character of the
+choice; null where the task has none); prompt_hash: SHA-256 of the first choice's context."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """value: JSON values; items: of schema ITEMS, for a task."""
+
+    value: dict[str, Any]
+    items: pa.Table | None = None
+
+
+class ResultsStore:
+    """Entries in one folder. An entry that cannot be trusted is named to `note`, set aside and not returned."""
+
+    def __init__(self, directory: Path, note: Callable[[str], object]) -> None:
+        self._directory = directory
+        self._note = note
+
+    def load(self, key: Mapping[str, Any]) -> Stored | None:
+        path, items = self._paths(key)
+        if not path.exists():
+            return None
+        try:
+            return _read(path, items, key)
+        except InputError as error:
+            aside = [set_aside(file).name for file in (path, items) if file.exists()]
+            self._note(f"{error}; set aside as {', '.join(aside)} and computed again")
+            return None
+
+    def save(self, key: Mapping[str, Any], result: Stored) -> None:
+        """Write an entry; raises StorageError, and then there is none."""
+        path, items = self._paths(key)
+        if result.items is not None:
+            write_table(items, result.items)
+        digest = None if result.items is None else file_sha256(items)
+        write_json(path, {"key": dict(key), "value": result.value, "items_sha256": digest})
+
+    def _paths(self, key: Mapping[str, Any]) -> tuple[Path, Path]:
+        name = fingerprint(key)
+        return self._directory / f"{name}.json", self._directory / f"{name}.parquet"
+
+
+def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
+    entry = read_json(path)
+    if not isinstance(entry, dict) or entry.keys() != {"key", "value", "items_sha256"} or entry["key"] != dict(key):
+        raise InputError(f"{path} is not the result of this evaluation")
+    if entry["items_sha256"] is None:
+        return Stored(entry["value"])
+    if not items.exists() or file_sha256(items) != entry["items_sha256"]:
+        raise InputError(f"{items} is not the table that {path.name} names")
+    return Stored(entry["value"], read_table(items, ITEMS)[0].cast(ITEMS))

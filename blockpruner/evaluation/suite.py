@@ -1,0 +1,255 @@
+"""The evaluation of one checkpoint: perplexity, zero-shot tasks, speed beside the dense model.
+
+Decides what identifies a result (its key in the results store) and how results are summed up. What is stored is
+never computed again, whoever asks; models are loaded only if something is missing; every finished task is stored
+at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel
+
+from blockpruner.calibration import check_context
+from blockpruner.errors import InputError
+from blockpruner.evaluation.benchmarks import BENCHMARKS, benchmark_of, task_digest
+from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
+from blockpruner.evaluation.speed import device_name, measure_speed, weight_bytes
+from blockpruner.evaluation.store import ResultsStore, Stored
+from blockpruner.models import load_model, load_tokenizer, resolve_device, set_threads
+from blockpruner.progress import Observer
+from blockpruner.provenance import file_sha256, fingerprint, machine, model_identity
+from blockpruner.tables import TEXTS, read_json, read_table, replace_directory, write_json, write_table
+
+EVAL_VERSION = 1
+"""Raised when a change of this code changes a number."""
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """A checkpoint that is loaded when first used."""
+
+    directory: Path
+    dtype: str
+    device: str
+    trust_remote_code: bool
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return load_model(self.directory, self.dtype, self.device, self.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.directory)
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """One unit of work and of loss. compute: called with a progress function; summary: one line from the value."""
+
+    name: str
+    key: Mapping[str, Any]
+    steps: str
+    compute: Callable[[Advance], Stored]
+    summary: Callable[[Mapping[str, Any]], str]
+
+
+def benchmark(
+    checkpoint: Path,
+    dense: Path,
+    sources: Path,
+    out: Path,
+    store: Path,
+    *,
+    perplexity: Mapping[str, Any],
+    zero_shot: Mapping[str, Any],
+    speed: Mapping[str, Any],
+    dtype: str,
+    device: str,
+    threads: int | str,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Evaluate `checkpoint` and write results.json, items.parquet and lm_eval.json to the folder `out`.
+
+    Args:
+        checkpoint: the dense model itself, or one of our own exports, whose modelling file is then trusted.
+        sources: holds perplexity.parquet and tasks/, as the fetch stage wrote them.
+        store: the results store.
+        perplexity: seq_len, max_rows; zero_shot: tasks, limit; speed: prompt_tokens, new_tokens, repeats, batch.
+
+    Returns:
+        results.json: parameters, weight_bytes; perplexity; tasks (each with its main metric's value and stderr);
+        average (mean of the main metrics, SE = sqrt(sum SE_t^2) / tasks); chance (accuracy of guessing, by task);
+        speed (pruned, unless `checkpoint` is the dense model; dense; dense over pruned seconds).
+
+    Raises:
+        InputError: an unknown task, rows longer than the context, missing or damaged sources or checkpoints.
+    """
+    tasks = [benchmark_of(name).task for name in zero_shot["tasks"]]
+    if not tasks:
+        raise InputError(f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}")
+    check_context(perplexity["seq_len"], read_json(checkpoint / "config.json"), "evaluate.perplexity.seq_len")
+    set_threads(threads)
+    dense_loader = _Loader(dense, dtype, device, trust_remote_code=False)
+    loader = dense_loader if checkpoint == dense else _Loader(checkpoint, dtype, device, trust_remote_code=True)
+    model = {"model": model_identity(checkpoint), "dtype": dtype, "eval_version": EVAL_VERSION}
+    text = model | {"tokenizer": _files_digest(checkpoint, TOKENIZER_FILES)}
+    phases = [
+        _perplexity_phase(loader, sources / "perplexity.parquet", perplexity, text),
+        *(_task_phase(loader, task, sources / "tasks", zero_shot["limit"], text) for task in tasks),
+        _speed_phase(loader, dense_loader, speed, model),
+    ]
+    results_store = ResultsStore(store, observer.note)
+    size = results_store.load(model | {"kind": "size"})
+    found = {
+        phase.name: _result(phase, results_store, observer, number / len(phases)) for number, phase in enumerate(phases)
+    }
+    if size is None:
+        size = Stored({"parameters": loader.model.num_parameters(), "weight_bytes": weight_bytes(loader.model)})
+        results_store.save(model | {"kind": "size"}, size)
+    results = {
+        **size.value,
+        "perplexity": {k: v for k, v in found["perplexity"].value.items() if k != "row_nll"},
+        "tasks": {task: found[task].value["scores"] for task in tasks},
+        "average": _average([found[task].value["scores"] for task in tasks]),
+        "chance": {task: _chance(found[task].items) for task in tasks},
+        "speed": found["speed"].value,
+    }
+
+    def build(directory: Path) -> None:
+        write_json(directory / "results.json", results)
+        write_table(directory / "items.parquet", pa.concat_tables([found[task].items for task in tasks]))
+        write_json(directory / "lm_eval.json", _merge(found[task].value["harness"] for task in tasks))
+
+    replace_directory(out, build)
+    return results
+
+
+def _result(phase: _Phase, store: ResultsStore, observer: Observer, overall: float) -> Stored:
+    """A phase's result from the store, or computed and stored."""
+    observer.begin(phase.name, overall)
+    stored = store.load(phase.key)
+    cached = stored is not None
+    if stored is None:
+        stored = phase.compute(lambda done, total: observer.advance(done, total, phase.steps))
+        store.save(phase.key, stored)
+    observer.end(phase.summary(stored.value), cached=cached)
+    return stored
+
+
+def _perplexity_phase(loader: _Loader, texts: Path, settings: Mapping[str, Any], identity: Mapping[str, Any]) -> _Phase:
+    held_out = read_table(texts, TEXTS)[0].column("text").to_pylist()
+    seq_len, max_rows = settings["seq_len"], settings["max_rows"]
+
+    def compute(advance: Advance) -> Stored:
+        rows = held_out_rows(loader.tokenizer, held_out, seq_len, max_rows)
+        return Stored(asdict(measure_perplexity(loader.model, rows, advance)) | {"seq_len": seq_len})
+
+    key = {"kind": "perplexity", "texts": fingerprint({"texts": held_out}), "seq_len": seq_len, "max_rows": max_rows}
+    return _Phase(
+        "perplexity",
+        {**identity, **key},
+        "rows",
+        compute,
+        lambda value: f"{value['perplexity']:.2f} over {value['rows']} rows of {value['seq_len']} tokens",
+    )
+
+
+def _task_phase(loader: _Loader, task: str, task_dir: Path, limit: int | None, identity: Mapping[str, Any]) -> _Phase:
+    def compute(advance: Advance) -> Stored:
+        from blockpruner.evaluation.zero_shot import evaluate  # lm-eval, seconds to import, only if it is to run
+
+        result = evaluate(loader.model, loader.tokenizer, task, task_dir, limit, advance=advance)
+        metric = benchmark_of(task).metric
+        values = {
+            "acc": result.acc,
+            "acc_stderr": result.acc_stderr,
+            "acc_norm": result.acc_norm,
+            "acc_norm_stderr": result.acc_norm_stderr,
+        }
+        main = {"metric": metric, "value": values[metric], "stderr": values[f"{metric}_stderr"]}
+        scores = {**main, **values, "items": result.items.num_rows}
+        return Stored({"scores": scores, "harness": result.harness}, result.items)
+
+    key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit}
+    return _Phase(
+        task,
+        {**identity, **key, "harness": version("lm-eval")},
+        "requests",
+        compute,
+        lambda value: "{metric} {value:.3f} of {items} items".format(**value["scores"]),
+    )
+
+
+def _speed_phase(loader: _Loader, dense: _Loader, settings: Mapping[str, Any], identity: Mapping[str, Any]) -> _Phase:
+    loaders = {"dense": dense} if loader is dense else {"pruned": loader, "dense": dense}
+
+    def compute(advance: Advance) -> Stored:
+        models = {name: side.model for name, side in loaders.items()}
+        value = {name: asdict(speed) for name, speed in measure_speed(models, **settings, advance=advance).items()}
+        if loader is dense:
+            return Stored(value)
+        medians = {
+            part: [value[name][f"{part}_seconds"]["median"] for name in ("dense", "pruned")]
+            for part in ("prefill", "decode", "generation")
+        }
+        return Stored(value | {f"speedup_{part}": before / after for part, (before, after) in medians.items()})
+
+    key = {
+        "kind": "speed",
+        "dense": identity["model"] if loader is dense else model_identity(dense.directory),
+        "settings": dict(settings),
+        "machine": machine(),
+        "device": device_name(resolve_device(loader.device)),
+        "threads": torch.get_num_threads(),
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+    }
+    return _Phase("speed", {**identity, **key}, "generations", compute, _speed_summary)
+
+
+def _speed_summary(value: Mapping[str, Any]) -> str:
+    dense = f"{value['dense']['decode_tokens_per_second']:.1f}"
+    if "pruned" not in value:
+        return f"{dense} tokens/s"
+    pruned = f"{value['pruned']['decode_tokens_per_second']:.1f}"
+    return f"{pruned} tokens/s, dense {dense}; generation {value['speedup_generation']:.2f}x"
+
+
+def _average(scores: list[dict[str, Any]]) -> dict[str, float | None]:
+    errors = [score["stderr"] for score in scores]
+    stderr = None if None in errors else math.hypot(*errors) / len(errors)
+    return {"value": math.fsum(score["value"] for score in scores) / len(scores), "stderr": stderr}
+
+
+def _chance(items: pa.Table | None) -> float:
+    """Expected accuracy of guessing: mean over items of 1 / choices."""
+    assert items is not None
+    choices = items.column("loglikelihoods").combine_chunks().value_lengths().to_pylist()
+    return math.fsum(1 / count for count in choices) / len(choices)
+
+
+def _merge(parts: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """lm-eval's results of single tasks, {section: {task: ...}}, as it reports several."""
+    merged: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for section, values in part.items():
+            merged.setdefault(section, {}).update(values)
+    return merged
+
+
+def _files_digest(directory: Path, patterns: Iterable[str]) -> str:
+    files = sorted({path for pattern in patterns for path in directory.glob(pattern)})
+    return fingerprint({path.name: file_sha256(path) for path in files})

@@ -1,0 +1,42 @@
+"""report: tables, plots and the self-contained page over all targets of params.yaml, at data/report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blockpruner.params import Run, load_params, load_run
+from blockpruner.progress import observer
+from blockpruner.reporting.inputs import RunLabels
+from blockpruner.reporting.report import write_report
+from stages import DATA, run
+
+
+def origin(source: Any) -> str:
+    """One line on where a source's bytes are from."""
+    if source.source == "pypi":
+        return " of ".join(part for part in (getattr(source, "file", ""), source.package) if part)
+    if source.source == "path":
+        return str(source.path)
+    return str(getattr(source, "repo", "the tasks' own hub data sets"))
+
+
+def labels(settings: Run) -> RunLabels:
+    calibration, evaluate = settings.calibration, settings.evaluate
+    return RunLabels(
+        model=f"{origin(settings.model)}, {settings.model.dtype}",
+        calibration=f"{origin(calibration.data)}; {calibration.num_samples} samples, {calibration.packing}, "
+        f"rows of up to {calibration.seq_len} tokens, seed {calibration.seed}",
+        heldout=f"{origin(evaluate.perplexity.data)}, rows of {evaluate.perplexity.seq_len} tokens",
+        tasks=f"{origin(evaluate.zero_shot.data)}; zero-shot, first {evaluate.zero_shot.limit or 'to last'} items",
+    )
+
+
+def main(_: str) -> None:
+    params = load_params()
+    names = {name: labels(load_run(name)) for name in params.runs}
+    write_report(DATA / "report", params.report.title, list(params.targets), names, DATA, params.report.plots)
+    observer().note(f"report: {DATA / 'report' / 'index.html'}")
+
+
+if __name__ == "__main__":
+    run("report", main)

@@ -1,0 +1,149 @@
+"""What every family row must satisfy: invariants 1 and 2 of the design, and parameter counts."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import tiny_model
+
+from blockpruner.blocks import DENSE, all_blocks, parse_mask
+from blockpruner.checkpoints.hf import save_pruned
+from blockpruner.errors import InputError
+from blockpruner.families import FAMILIES, cached_values_per_token, count_parameters
+from blockpruner.models import masked, prune_
+
+MASKS = ["mha.0", "mlp.0", "mha.0,mlp.0", "mha.3,mlp.3", "mha.0,mha.2,mlp.0,mlp.3", "mlp.0,mlp.1,mlp.2", "mha.1,mha.2"]
+IDS = torch.randint(1, 257, (2, 14), generator=torch.Generator().manual_seed(1))
+GENERATE = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
+
+families = pytest.mark.parametrize("family", sorted(FAMILIES))
+masks = pytest.mark.parametrize("mask", MASKS)
+
+
+def generate(model, ids=IDS, attention_mask=None, **options):
+    attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    return model.generate(ids, attention_mask=attention_mask, **GENERATE | options)
+
+
+@families
+def test_parameters_are_counted_from_the_config(family):
+    model = tiny_model(family)
+    counts = count_parameters(model.config.to_dict())
+    assert counts.total == sum(parameter.numel() for parameter in model.parameters())
+    for block in all_blocks(4):
+        pruned = prune_(copy.deepcopy(model), frozenset({block}))
+        assert counts.total - counts.blocks[block] == sum(parameter.numel() for parameter in pruned.parameters())
+
+
+@families
+def test_tied_embeddings_count_once(family):
+    model = tiny_model(family, tie_word_embeddings=True)
+    assert count_parameters(model.config.to_dict()).total == sum(p.numel() for p in model.parameters())
+
+
+@families
+@masks
+def test_masked_then_exit_restores_everything(family, mask):
+    model = tiny_model(family)
+    before, logits, config = model.state_dict(), model(IDS).logits, model.config.to_dict()
+    with masked(model, parse_mask(mask)):
+        assert not torch.equal(model(IDS).logits, logits)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(model(IDS).logits, logits)
+    assert model.config.to_dict() == config
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
+
+
+@families
+def test_masked_restores_after_an_error(family):
+    model = tiny_model(family)
+    logits = model(IDS).logits
+    with pytest.raises(RuntimeError, match="inside"), masked(model, parse_mask("mha.0,mlp.2")):
+        raise RuntimeError("inside")
+    assert torch.equal(model(IDS).logits, logits)
+
+
+@families
+@masks
+def test_pruned_equals_masked(family, mask):
+    """Logits, greedy decoding with and without cache, static cache, left padding, and the cache's size."""
+    model, removed = tiny_model(family), parse_mask(mask)
+    with masked(model, removed):
+        logits = model(IDS).logits
+        tokens = generate(model, use_cache=False)
+        assert torch.equal(generate(model), tokens)
+    config = model.config.to_dict()
+    pruned = prune_(copy.deepcopy(model), removed)
+    assert (pruned(IDS).logits - logits).abs().max() <= 1e-10
+    assert torch.equal(generate(pruned, use_cache=False), tokens)
+    assert torch.equal(generate(pruned), tokens)
+    assert torch.equal(generate(pruned, cache_implementation="static"), tokens)
+
+    cache = pruned(IDS[:, :5], use_cache=True).cache
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert held == cached_values_per_token(config, removed) * 2 * 5
+    step = pruned(IDS[:, 5:6], cache=cache, use_cache=True).logits[:, -1]
+    assert (step - logits[:, 5]).abs().max() <= 1e-10
+
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), IDS], dim=1)
+    mask2 = (torch.arange(17) >= 3).long().expand(2, -1)
+    assert torch.equal(generate(pruned, padded, mask2)[:, 3:], tokens)
+
+
+LOAD = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="auto").eval()
+ids = load_file(sys.argv[2])["ids"]
+mask = torch.ones_like(ids)
+tokens = model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=8, max_new_tokens=8, pad_token_id=0)
+save_file({"logits": model(ids).logits.contiguous(), "tokens": tokens}, sys.argv[3])
+assert "blockpruner" not in sys.modules
+"""
+
+
+def test_saved_checkpoint_in_a_fresh_process(tmp_path):
+    """All families in one fresh interpreter after another would take long: each family, its hardest mask."""
+    from safetensors.torch import save_file
+
+    save_file({"ids": IDS}, tmp_path / "ids")
+    processes = {}
+    expected = {}
+    for family in sorted(FAMILIES):
+        model = prune_(tiny_model(family), parse_mask("mha.0,mha.2,mlp.0,mlp.3"))
+        expected[family] = (model(IDS).logits, generate(model))
+        save_pruned(model, tmp_path / family)
+    loop = "import sys\nfor name in sys.argv[4:]:\n    exec(open(sys.argv[3]).read(), {'__name__': name})\n"
+    script = tmp_path / "load.py"
+    script.write_text(LOAD.replace("sys.argv[1]", "root + '/' + __name__")
+                      .replace("sys.argv[2]", "root + '/ids'").replace("sys.argv[3]", "root + '/' + __name__ + '.out'")
+                      .replace("import sys, torch", "import sys, torch\nroot = sys.argv[2]"))  # fmt: skip
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", loop, "x", str(tmp_path), str(script), *sorted(FAMILIES)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    for family, (logits, tokens) in expected.items():
+        found = load_file(tmp_path / f"{family}.out")
+        assert (found["logits"] - logits).abs().max() <= 1e-10, family
+        assert torch.equal(found["tokens"], tokens), family
+    assert not processes
+
+
+@families
+def test_mask_beyond_the_model(family):
+    with pytest.raises(InputError, match=r"mlp\.9.*layers 0 to 3"), masked(tiny_model(family), parse_mask("mlp.9")):
+        pass
+
+
+def test_dense_mask_changes_nothing():
+    model = tiny_model()
+    logits = model(IDS).logits
+    with masked(model, DENSE):
+        assert torch.equal(model(IDS).logits, logits)

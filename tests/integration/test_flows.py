@@ -1,0 +1,350 @@
+"""The flow over a miniature project: a real git and DVC repository with stub stages, and a real Prefect server.
+
+The stub appends "<stage> <item> <pid>" to log.txt, so that a test sees what ran without asking the flow.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from blockpruner.errors import InputError
+from flows import dvc
+from flows.selection import Selection, plan
+
+ROOT = Path(__file__).parents[2]
+PIPELINE = """
+stages:
+  fetch:
+    matrix: {run: "${runs}"}
+    cmd: python -m stub fetch ${item.run} data/sources/${item.run}.txt
+    outs: ["data/sources/${item.run}.txt"]
+  score:
+    matrix: {run: "${runs}"}
+    cmd: python -m stub score ${item.run} data/scores/${item.run}.txt
+    deps: ["data/sources/${item.run}.txt"]
+    outs: ["data/scores/${item.run}.txt"]
+  commit:
+    foreach: ${targets}
+    do:
+      cmd: python -m stub commit ${key} data/plans/${key}.txt
+      deps: ["data/scores/${item.run}.txt"]
+      outs: ["data/plans/${key}.txt"]
+  report:
+    cmd: python -m stub report all data/report/report.md
+    deps: [data/plans]
+    outs: [data/report]
+"""
+STUB = """
+import os, sys, time
+from pathlib import Path
+from blockpruner.progress import observer
+
+stage, item, out = sys.argv[1:]
+with open("log.txt", "a") as log:
+    log.write(f"{stage} {item} {os.getpid()}\\n")
+show = observer()
+show.note(f"hello from {stage} {item}")
+if stage == "score":
+    for index in range(2):
+        show.begin(f"iteration {index}", index / 2)
+        for step in range(2):
+            time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
+            show.advance(step + 1, 2, f"without mha.{step}")
+        rows = [{"added": "mha.0", "nll": 2.5}, {"added": "mha.1", "nll": float("nan")}]
+        show.end(f"removed mha.{index}", rows, cached=index == 0)
+Path(out).parent.mkdir(parents=True, exist_ok=True)
+Path(out).write_text(f"# {stage} {item}")
+if stage == "report":
+    Path("data/report/plots").mkdir()
+    Path("data/report/plots/block_map.png").write_bytes(b"not really")
+"""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The API URL of a Prefect server of the test session's own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("prefect")
+    with open(folder / "server.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, "PREFECT_HOME": str(folder)}, stdout=log, stderr=log, start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        wait_until(lambda: answers(url), f"no Prefect server: {folder / 'server.log'}")
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The miniature project as the current folder; the environment says nothing of a server."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "stub.py").write_text(STUB)
+    (folder / "dvc.yaml").write_text(PIPELINE)
+    (folder / "log.txt").touch()
+    shutil.copy(ROOT / "params.yaml", folder)
+    shutil.copytree(ROOT / "runs", folder / "runs")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"],
+                    ["git", *identity, "commit", "-qm", "start"]):
+        subprocess.run(command, check=True)
+    yield folder
+    for flow in STARTED:
+        flow.kill()
+    STARTED.clear()
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+def start(*options: str, **environment: str) -> subprocess.Popen[str]:
+    flow = subprocess.Popen(
+        [sys.executable, "-m", "flows.prune", *options], env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    STARTED.append(flow)
+    return flow
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.05)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def log() -> list[list[str]]:
+    """[stage, item, pid] of each stage that was started."""
+    return [line.split() for line in Path("log.txt").read_text().splitlines()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def workspace_is_free() -> bool:
+    try:
+        with dvc.workspace("the next flow"):
+            return True
+    except InputError:
+        return False
+
+
+def ask(url: str, what: str) -> list[dict[str, Any]]:
+    """Task runs or artifacts of the newest flow run."""
+    newest = httpx.post(f"{url}/flow_runs/filter", json={"sort": "EXPECTED_START_TIME_DESC", "limit": 1}).json()[0]
+    body = {"flow_runs": {"id": {"any_": [newest["id"]]}}}
+    answer: list[dict[str, Any]] = httpx.post(f"{url}/{what}/filter", json=body).json()
+    return answer
+
+
+def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) -> None:
+    metrics = project / "data" / "metrics"
+    metrics.mkdir(parents=True)
+    (metrics / "smollm2-dense.json").write_text('{"perplexity": 20.5, "accuracy": 0.5}')
+    (metrics / "smollm2-0.02.json").write_text('{"perplexity": 22.5, "accuracy": 0.4}')
+    flow = start(PREFECT_API_URL=server)
+    output, _ = flow.communicate()
+    assert flow.returncode == 0, output
+    stages = ["fetch smollm2", "score smollm2", "commit smollm2-0.02", "commit smollm2-0.05", "report all"]
+    assert [" ".join(line[:2]) for line in log()] == stages
+    for stage in stages:
+        assert output.count(f"hello from {stage}") == 1
+
+    wait_until(lambda: all(run["state"]["type"] == "COMPLETED" for run in ask(server, "task_runs")), "open task runs")
+    runs = ask(server, "task_runs")
+    names = {run["id"]: run["name"] for run in runs}
+    states = {run["name"]: run["state"]["name"] for run in runs}
+    parents = {run["name"]: [names[p["id"]] for p in run["task_inputs"].get("__parents__", [])] for run in runs}
+    assert states["iteration 0"] == "Cached" and states["iteration 1"] == states["score@smollm2"] == "Completed"
+    assert parents["iteration 0"] == parents["iteration 1"] == ["score@smollm2"]
+    assert set(names.values()) == {
+        "fetch@smollm2", "score@smollm2", "commit@smollm2-0.02", "commit@smollm2-0.05", "report",
+        "iteration 0", "iteration 1",
+    }
+
+    artifacts = ask(server, "artifacts")
+    kinds = Counter((artifact["type"], artifact["key"]) for artifact in artifacts)
+    assert kinds == {
+        ("progress", "score-smollm2-progress"): 2, ("table", "score-smollm2-table"): 2,
+        ("table", "results-smollm2"): 1, ("markdown", "report"): 1, ("image", "plot-block-map"): 1,
+    }
+    data = {artifact["key"]: artifact["data"] for artifact in artifacts}
+    assert data["plot-block-map"] == "data:image/png;base64,bm90IHJlYWxseQ=="
+    assert '{"": "perplexity", "smollm2-dense": 20.5, "smollm2-0.02": 22.5}' in data["results-smollm2"]
+    assert all(a["data"] == 100.0 for a in artifacts if a["type"] == "progress")
+
+
+def test_flow_without_a_server_runs_only_what_changed(project: Path) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
+    before = len(log())
+    flow = start("--budget", ".02", "--budget", "3blocks")
+    output, _ = flow.communicate()
+    assert flow.returncode == 0, output
+    assert [line[:2] for line in log()[before:]] == [["commit", "smollm2-3blocks"], ["report", "all"]]
+    assert output.count("Cached('nothing has changed'") == 3 and "5 stages: 2 run, 3 cached" in output
+    assert "added target smollm2-3blocks" in output
+    assert '\n  smollm2-3blocks: {run: smollm2, budget: "3blocks"}\n' in (project / "params.yaml").read_text()
+
+
+def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_workspace(project: Path, server: str) -> None:
+    flow = start(PREFECT_API_URL=server, STUB_SECONDS="2.5")
+    wait_until(lambda: len(log()) == 2, "score did not start")
+    second = start("--budget", "0.3", PREFECT_API_URL=server)
+    output, _ = second.communicate()
+    assert second.returncode == 2 and f"process {flow.pid} on" in output and "wait for it or stop it" in output
+    assert "0.3" not in (project / "params.yaml").read_text()
+    wait_until(lambda: any(run["name"].startswith("iteration") for run in ask(server, "task_runs")), "no phase shown")
+    flow.send_signal(signal.SIGTERM)
+    flow.communicate()
+    assert flow.returncode == 143
+    assert not alive(int(log()[-1][2]))
+    wait_until(lambda: all(run["state"]["type"] != "RUNNING" for run in ask(server, "task_runs")), "open task runs")
+    states = {run["name"]: run["state"]["name"] for run in ask(server, "task_runs")}
+    assert states["score@smollm2"] == "Crashed"
+    assert [state for name, state in states.items() if name.startswith("iteration")][-1] == "Crashed"
+
+
+def test_stage_ends_with_a_killed_flow(project: Path) -> None:
+    script = (
+        "from flows import dvc\n"
+        "with dvc.workspace('a test') as lock:\n"
+        "    for stage in ('fetch@smollm2', 'score@smollm2'): dvc.repro(stage, lock, print)\n"
+    )
+    flow = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "STUB_SECONDS": "30"}, stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as nohup and `&` do
+    )
+    wait_until(lambda: len(log()) == 2, "score did not start")
+    flow.kill()
+    flow.wait()
+    wait_until(lambda: not alive(int(log()[-1][2])), "the stage outlived its flow", seconds=10)
+    wait_until(workspace_is_free, "dvc outlived its flow", seconds=10)
+
+
+def test_failed_stage_is_named_and_its_output_shown(project: Path) -> None:
+    Path("stub.py").write_text("raise SystemExit('no such budget')")
+    lines: list[str] = []
+    with dvc.workspace("a test") as lock, pytest.raises(dvc.StageError, match="stage fetch@smollm2 failed"):
+        dvc.repro("fetch@smollm2", lock, lines.append)
+    assert lines.count("no such budget") == 1
+
+
+@pytest.mark.parametrize("damage", ["", "schema: '2.0'\nstages:\n  fetch@smollm2:\n    cmd: 'python -m"])
+def test_damaged_lock_file_is_restored(project: Path, damage: str) -> None:
+    lines: list[str] = []
+    with dvc.workspace("a test") as lock:
+        assert dvc.repro("fetch@smollm2", lock, lines.append)
+        assert not dvc.repro("fetch@smollm2", lock, lines.append)
+        whole = Path("dvc.lock").read_text()
+        Path("dvc.lock").write_text(damage)
+        assert not dvc.repro("fetch@smollm2", lock, lines.append)
+    assert Path("dvc.lock").read_text() == whole and Path("dvc.lock.bad").read_text() == damage
+    assert sum("restored from the flow's snapshot" in line for line in lines) == 1
+
+
+def test_added_run_and_target_keep_comments(project: Path) -> None:
+    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
+    before = Path("params.yaml").read_text()
+    chosen = plan(Selection(runs=("other",), budgets=("0.1", ".10", "17blocks")))
+    chosen.write()
+    assert chosen.additions == ("run other", "target other-0.1", "target other-17blocks")
+    assert chosen.stages() == (
+        "fetch@other", "score@other", "commit@other-0.1", "commit@other-17blocks", "report"
+    )
+    new = ['  other-0.1: {run: other, budget: "0.1"}', '  other-17blocks: {run: other, budget: "17blocks"}']
+    lines = Path("params.yaml").read_text().splitlines()
+    assert [line for line in lines if line not in new and not line.startswith("runs:")] == [
+        line for line in before.splitlines() if not line.startswith("runs:")
+    ]
+    runs = next(line for line in lines if line.startswith("runs:"))
+    assert runs.split("#")[0].split() == ["runs:", "[smollm2,", "other]"]
+    assert runs.split("#")[1] == before.splitlines()[1].split("#")[1]
+    assert all(line in lines for line in new)
+
+
+def test_no_options_take_everything_and_write_nothing(project: Path) -> None:
+    before = (Path("params.yaml").read_text(), Path("params.yaml").stat().st_mtime_ns)
+    chosen = plan(Selection())
+    chosen.write()
+    assert (Path("params.yaml").read_text(), Path("params.yaml").stat().st_mtime_ns) == before
+    assert list(chosen.targets) == ["smollm2-0.02", "smollm2-0.05"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "budgets", "message"),
+    [
+        ((), ("1.5",), "budget '1.5' is not valid; give a share of all parameters between 0 and 1"),
+        ((), ("0",), "budget '0' is not valid"),
+        (("../smollm2",), (), "run name '../smollm2' is not valid"),
+        (("none",), (), "run 'none' is unknown: runs/none.yaml does not exist; existing runs: llama2-7b, smollm2"),
+    ],
+)
+def test_bad_selection_is_refused(
+    project: Path, runs: tuple[str, ...], budgets: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        plan(Selection(runs=runs, budgets=budgets))
+    assert message in str(error.value) and "tmp" not in str(error.value)
+
+
+def test_command_refuses_without_traceback(project: Path) -> None:
+    before = Path("params.yaml").read_text()
+    flow = start("--budget", "1.5", "--budget", "0.3")
+    output, _ = flow.communicate()
+    assert flow.returncode == 2 and "budget '1.5' is not valid" in output and "Traceback" not in output
+    assert Path("params.yaml").read_text() == before
+
+
+def test_unreachable_server_is_named(project: Path) -> None:
+    flow = start(PREFECT_API_URL="http://127.0.0.1:9/api")
+    output, _ = flow.communicate()
+    assert flow.returncode == 2 and "http://127.0.0.1:9/api" in output and "Traceback" not in output
+
+
+def test_stage_goes_on_when_the_server_is_gone(project: Path) -> None:
+    environment = {
+        "BLOCKPRUNER_OBSERVER": "flows.observer:PrefectObserver", "PREFECT_API_URL": "http://127.0.0.1:9/api",
+        "BLOCKPRUNER_PREFECT_PARENT": f"{'0' * 32}/{'1' * 32}", "DVC_STAGE": "score@smollm2",
+    }
+    stage = subprocess.run(
+        [sys.executable, "-m", "stub", "score", "smollm2", "out.txt"], env={**os.environ, **environment},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    assert stage.returncode == 0 and Path("out.txt").exists(), stage.stdout
+    assert stage.stdout.count("Prefect cannot be told of the progress any more") == 1, stage.stdout
+    assert "iteration 1: removed mha.1" in stage.stdout

@@ -1,0 +1,81 @@
+"""Tiny models and a tiny tokenizer, built in memory, the same in every process.
+
+Weights have a standard deviation of 0.5: at the usual initialisation a wrong KV cache would not show.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 260
+EXTRA: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": {"head_dim": 12},
+}
+"""What makes each family's tiny model use what is special to it."""
+
+
+def tiny_model(
+    family: str = "llama", layers: int = 4, dtype: torch.dtype = torch.float64, **config: Any
+) -> PreTrainedModel:
+    """A random causal LM: hidden size 32, 4 query and 2 key/value heads, vocabulary 260, in eval mode."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.5,
+        "bos_token_id": 257,
+        "eos_token_id": 258,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **fields | EXTRA.get(family, {}) | config), dtype=dtype
+    )
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, 0.0, 0.5)
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (ids 1 to 256), <pad> 0, <s> 257, </s> 258; adds no special token by itself."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)} | {"<s>": 257, "</s>": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
+
+
+def save_tiny(directory: Path, family: str = "llama", layers: int = 4, **config: Any) -> Path:
+    """Write a tiny float32 checkpoint with its tokenizer."""
+    tiny_model(family, layers, torch.float32, **config).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def full_nll(model: PreTrainedModel, row: list[int] | tuple[int, ...]) -> float:
+    """Mean negative log-likelihood of a row by one plain forward pass of the whole model: the oracle."""
+    ids = torch.tensor([list(row)])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+    picked = logits.log_softmax(-1).gather(1, ids[0, 1:, None])
+    return -picked.mean().item()

@@ -1,0 +1,188 @@
+"""Benchmark rows against lm-eval's stock tasks; items from archives, folders and the hub."""
+
+import gzip
+import io
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from blockpruner.errors import InputError
+from blockpruner.evaluation import benchmarks
+from blockpruner.evaluation.benchmarks import (
+    BENCHMARKS,
+    benchmark_of,
+    hub_repository,
+    tables_from_archive,
+    tables_from_folder,
+    tables_from_hub,
+    task_digest,
+    write_task,
+)
+from tests.unit.zero_shot_items import ITEMS, tables_of
+
+STOCK = Path(load_yaml.__code__.co_filename).parent
+OURS = {"dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split"}
+
+
+def test_unknown_benchmark_names_the_valid_ones():
+    with pytest.raises(InputError, match=r"'boolq' is unknown; valid: piqa, winogrande, hellaswag"):
+        benchmark_of("boolq")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_rows_agree_with_the_stock_task(name):
+    row, stock = BENCHMARKS[name], load_yaml(STOCK / BENCHMARKS[name].stock)
+    metrics = [entry["metric"] for entry in stock["metric_list"]]
+    assert (row.task, row.metric) == (stock["task"], "acc_norm" if "acc_norm" in metrics else "acc")
+    assert set(row.splits) == {stock[f"{s}_split"] for s in ("validation", "test") if stock.get(f"{s}_split")}
+    assert hub_repository(name) == stock["dataset_path"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_written_task_is_the_stock_one_over_local_items(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tables = tables_of(name)
+    write_task(name, Path("being-written"), tables, location=Path("data/tasks"))
+    Path("data").mkdir()
+    Path("being-written").rename("data/tasks")
+    written = load_yaml(Path(f"data/tasks/{name}/{name}.yaml"))
+    stock = load_yaml(STOCK / BENCHMARKS[name].stock)
+    for key in (written.keys() | stock.keys()) - OURS:
+        ours, theirs = written[key], stock[key]
+        assert (ours.__code__.co_code == theirs.__code__.co_code) if callable(theirs) else ours == theirs, key
+    assert written["dataset_kwargs"]["data_files"] == {s: f"data/tasks/{name}/{s}.parquet" for s in tables}
+    task = TaskManager(include_path="data/tasks", include_defaults=False).load([name])["tasks"][name]
+    documents = list(task.eval_docs)
+    assert len(documents) == len(ITEMS[name])
+    for document, item in zip(documents, ITEMS[name], strict=True):
+        if name == "winogrande":
+            assert task.doc_to_choice(document) == list(item.contexts)
+        else:
+            assert (task.doc_to_text(document), task.doc_to_choice(document)) == (item.contexts[0], list(item.choices))
+
+
+def test_the_digest_is_of_the_content_not_of_the_place(tmp_path):
+    tables = tables_of("hellaswag")
+    write_task("hellaswag", tmp_path / "a", tables, location=Path("data/a"))
+    write_task("hellaswag", tmp_path / "b", tables, location=Path("data/b"))
+    digest = task_digest("hellaswag", tmp_path / "a")
+    assert task_digest("hellaswag", tmp_path / "b") == digest
+    write_task("hellaswag", tmp_path / "b", {k: v.slice(1) for k, v in tables.items()}, location=Path("data/b"))
+    seen = {digest, task_digest("hellaswag", tmp_path / "b")}
+    for file, old, new in (("utils.py", '"  "', '"   "'), ("hellaswag.yaml", "{{query}}", "{{query}} ")):
+        path = tmp_path / "a" / "hellaswag" / file
+        path.write_text(path.read_text().replace(old, new))
+        seen.add(task_digest("hellaswag", tmp_path / "a"))
+    assert len(seen) == 4
+    with pytest.raises(InputError, match=r"piqa\.yaml does not exist"):
+        task_digest("piqa", tmp_path / "a")
+
+
+def test_items_from_an_archive():
+    sink = io.BytesIO()
+    validation = tables_of("arc_easy")["validation"].replace_schema_metadata({"huggingface": "{}"})
+    with pa.ipc.new_stream(sink, validation.schema) as stream:
+        stream.write_table(validation)
+    docs = [
+        {"id": "x", "query": "Question: Why?\nAnswer:", "choices": ["because", "so", "thus", "hm", "no"], "gold": 4},
+        {"id": "y", "query": "Question: Answer: or Question: ?\nAnswer:", "choices": ["a", "b", "c"], "gold": 0},
+    ]
+    requests = [{"doc": doc, "idx": idx} for doc in docs for idx in range(len(doc["choices"]))]
+    lines = "\n".join(json.dumps(request) for request in requests) + "\n"
+    row = BENCHMARKS["arc_easy"]
+    archive = {row.splits["validation"].member: sink.getvalue(), row.splits["test"].member: gzip.compress(lines.encode())}
+    tables = tables_from_archive("arc_easy", archive.__getitem__)
+    assert tables["validation"].equals(tables_of("arc_easy")["validation"])
+    assert tables["validation"].schema.metadata is None
+    assert tables["test"].to_pylist() == [
+        {
+            "id": "x",
+            "question": "Why?",
+            "choices": {"text": ["because", "so", "thus", "hm", "no"], "label": ["A", "B", "C", "D", "E"]},
+            "answerKey": "E",
+        },
+        {
+            "id": "y",
+            "question": "Answer: or Question: ?",
+            "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]},
+            "answerKey": "A",
+        },
+    ]
+
+
+def test_items_from_a_folder(tmp_path):
+    table = tables_of("piqa")["validation"]
+    pq.write_table(table, tmp_path / "piqa_validation.parquet")
+    assert tables_from_folder("piqa", tmp_path)["validation"].equals(table)
+    with pytest.raises(InputError, match=r"winogrande_xl_validation\.parquet does not exist; .* sentence, option1"):
+        tables_from_folder("winogrande", tmp_path)
+    pq.write_table(table.drop_columns(["label"]), tmp_path / "piqa_validation.parquet")
+    with pytest.raises(InputError, match=r"has no column label \(it has goal, sol1, sol2\)"):
+        tables_from_folder("piqa", tmp_path)
+    pq.write_table(table.slice(0, 0), tmp_path / "piqa_validation.parquet")
+    with pytest.raises(InputError, match="holds no item"):
+        tables_from_folder("piqa", tmp_path)
+    (tmp_path / "piqa_validation.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(InputError, match=r"piqa_validation\.parquet is truncated or not Parquet"):
+        tables_from_folder("piqa", tmp_path)
+
+
+def test_items_from_the_hub(monkeypatch):
+    asked = []
+
+    def load(repository, config, split, revision):
+        asked.append((repository, config, split, revision))
+        return datasets.Dataset(tables_of("arc_challenge")[split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tables = tables_from_hub("arc_challenge", "c0ffee")
+    assert {split: table.to_pylist() for split, table in tables.items()} == {
+        split: table.to_pylist() for split, table in tables_of("arc_challenge").items()
+    }
+    assert asked == [("allenai/ai2_arc", "ARC-Challenge", split, "c0ffee") for split in ("validation", "test")]
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(InputError, match=r"benchmark piqa: split validation of hub data set 'baber/piqa'.*Couldn't reach"):
+        tables_from_hub("piqa")
+
+
+def test_without_lm_eval_the_fix_is_named(monkeypatch):
+    monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install lm-eval"):
+        hub_repository("piqa")
+
+
+def test_function_tags_survive(tmp_path):
+    write_task("winogrande", tmp_path, tables_of("winogrande"), location=tmp_path)
+    tagged = {
+        key.value: value.value
+        for key, value in yaml.compose((tmp_path / "winogrande" / "winogrande.yaml").read_text()).value
+        if value.tag == "!function"
+    }
+    assert tagged == {f"doc_to_{part}": f"preprocess_winogrande.doc_to_{part}" for part in ("text", "target", "choice")}
+
+
+def test_the_full_data_are_whole():
+    if "BLOCKPRUNER_DATA" not in os.environ:
+        pytest.skip("BLOCKPRUNER_DATA is not set: the full benchmark data are not checked")
+    folder = Path(os.environ["BLOCKPRUNER_DATA"])
+    scored = {
+        "piqa": ("validation", 1838),
+        "winogrande": ("validation", 1267),
+        "hellaswag": ("validation", 10042),
+        "arc_easy": ("test", 2376),
+        "arc_challenge": ("test", 1172),
+    }
+    for name, (split, rows) in scored.items():
+        assert tables_from_folder(name, folder)[split].num_rows == rows

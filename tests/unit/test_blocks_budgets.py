@@ -1,0 +1,163 @@
+
+import pytest
+
+from blockpruner.blocks import BlockId, BlockKind, format_mask, parse_block, parse_mask, removable_units
+from blockpruner.budgets import choose_prefix, is_settled, parse_budget
+from blockpruner.errors import InputError
+from blockpruner.families import cached_values_per_token, count_parameters, family_of
+
+
+def shape(hidden, inner, layers, heads, kv_heads, vocabulary, model_type="llama"):
+    return {
+        "model_type": model_type, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+    }  # fmt: skip
+
+
+# Baichuan2's fused W_pack holds the same parameters as separate q, k and v, so its shapes count as Llama's.
+SHAPES = {
+    "Llama2-7B": shape(4096, 11008, 32, 32, 32, 32000),
+    "Llama2-13B": shape(5120, 13824, 40, 40, 40, 32000),
+    "Baichuan2-7B": shape(4096, 11008, 32, 32, 32, 125696),
+    "Baichuan2-13B": shape(5120, 13696, 40, 40, 40, 125696),
+    "Qwen1.5-7B": shape(4096, 11008, 32, 32, 32, 151936, "qwen2"),
+    "Qwen1.5-14B": shape(5120, 13696, 40, 40, 40, 152064, "qwen2"),
+    "Mistral-7B-v0.3": shape(4096, 14336, 32, 32, 8, 32768, "mistral"),
+    "Llama3-8B": shape(4096, 14336, 32, 32, 8, 128256),
+}
+
+# The paper's ratios, per cent: model, parameters in billions, (MHA, MLP) removed and ratio, layers removed and ratio.
+OFFICIAL = [
+    ("Llama2-7B", 6.7384, [(12, 5, 21.99), (17, 2, 20.95), (14, 8, 30.00), (15, 11, 37.02), (17, 13, 43.03), (12, 6, 24.00)], 7, 21.02),
+    ("Llama2-13B", 13.0159, [(17, 7, 25.12)], 10, 24.37),
+    ("Baichuan2-7B", 7.5060, [(11, 7, 22.45)], 8, 21.57),
+    ("Baichuan2-13B", 13.8967, [(12, 10, 24.19), (14, 9, 24.19)], 10, 22.68),
+    ("Qwen1.5-7B", 7.7213, [(11, 7, 21.83)], 8, 20.97),
+    ("Qwen1.5-14B", 14.1673, [(16, 8, 23.72), (18, 7, 23.72), (20, 6, 23.72)], 10, 22.25),
+    ("Mistral-7B-v0.3", 7.2480, [(14, 7, 25.12)], 8, 24.07),
+    ("Llama3-8B", 8.0303, [(14, 8, 24.86)], 9, 24.45),
+]  # fmt: skip
+
+OFFICIAL_ORDER = (
+    "mha25 mha27 mha24 mha23 mha28 mha29 mha8 mlp7 mha19 mha30 mlp22 mha21 mlp27 mha18 mlp21 mlp11 mha12 "
+    "mha14 mlp14 mlp24"
+)
+"""BlockPruner's own removal sequence for Llama-2-7B with 64 samples."""
+
+
+def first(mha, mlp):
+    return frozenset(
+        [BlockId(BlockKind.MHA, i) for i in range(mha)] + [BlockId(BlockKind.MLP, i) for i in range(mlp)]
+    )
+
+
+@pytest.mark.parametrize(("name", "billions", "blocks", "layers", "layer_ratio"), OFFICIAL)
+def test_official_ratios(name, billions, blocks, layers, layer_ratio):
+    counts = count_parameters(SHAPES[name])
+    assert round(counts.total / 1e9, 4) == billions
+    for mha, mlp, percent in blocks:
+        assert round(100 * counts.ratio(first(mha, mlp)), 2) == percent
+    assert round(100 * counts.ratio(first(layers, layers)), 2) == layer_ratio
+
+
+def official_prefixes():
+    order = [parse_block(f"{name[:3]}.{name[3:]}") for name in OFFICIAL_ORDER.split()]
+    return [frozenset(order[: k + 1]) for k in range(len(order))]
+
+
+def test_budget_of_022_on_llama2_7b():
+    counts = count_parameters(SHAPES["Llama2-7B"])
+    prefixes = official_prefixes()
+    mask = prefixes[choose_prefix(parse_budget("0.22", counts), prefixes, counts) - 1]
+    kinds = [block.kind for block in mask]
+    assert (kinds.count(BlockKind.MHA), kinds.count(BlockKind.MLP)) == (12, 5)
+    layers = removable_units(32, "layer", "all")
+    whole = [frozenset().union(*layers[: k + 1]) for k in range(32)]
+    assert choose_prefix(parse_budget("0.22", counts), whole, counts) == 7
+
+
+def test_budget_in_blocks_and_layers():
+    counts = count_parameters(SHAPES["Llama2-7B"])
+    prefixes = official_prefixes()
+    assert choose_prefix(parse_budget("17blocks", counts), prefixes, counts) == 17
+    layers = removable_units(32, "layer", "all")
+    whole = [frozenset().union(*layers[: k + 1]) for k in range(31)]
+    assert choose_prefix(parse_budget("7layers", counts), whole, counts) == 7
+    assert choose_prefix(parse_budget("14blocks", counts), whole, counts) == 7
+    with pytest.raises(InputError, match="16blocks, 18blocks"):
+        choose_prefix(parse_budget("17blocks", counts), whole, counts)
+
+
+def test_a_tie_goes_to_the_larger():
+    counts = count_parameters(SHAPES["Llama2-7B"])
+    prefixes = official_prefixes()
+    middle = (counts.ratio(prefixes[3]) + counts.ratio(prefixes[4])) / 2
+    assert choose_prefix(parse_budget(repr(middle), counts), prefixes, counts) == 5
+
+
+@pytest.mark.parametrize("text", ["0", "1", "1.5", "-0.2", "0.0", "x", "0blocks", "32layers", "blocks", "22%"])
+def test_bad_budgets_name_the_value(text):
+    with pytest.raises(InputError, match=text.replace("%", "%")):
+        parse_budget(text, count_parameters(SHAPES["Llama2-7B"]))
+
+
+def test_unreachable_budgets_name_what_is_reachable():
+    counts = count_parameters(SHAPES["Llama2-7B"])
+    mha = removable_units(32, "block", "mha")
+    prefixes = [frozenset().union(*mha[: k + 1]) for k in range(32)]
+    with pytest.raises(InputError, match=r"0\.5.*largest reachable is 32blocks, ratio 0\.3187"):
+        choose_prefix(parse_budget("0.5", counts), prefixes, counts)
+    with pytest.raises(InputError, match=r"40blocks.*largest reachable is 32blocks"):
+        choose_prefix(parse_budget("40blocks", counts), prefixes, counts)
+    with pytest.raises(InputError, match=r"0\.001.*nothing.*0\.0100"):
+        choose_prefix(parse_budget("0.001", counts), prefixes, counts)
+
+
+def test_settled_exactly_when_a_longer_sequence_cannot_change_the_choice():
+    """Against brute force: over all next removals, is the chosen prefix always the same?"""
+    counts = count_parameters(SHAPES["Llama2-7B"])
+    prefixes = official_prefixes()
+    units = removable_units(32, "block", "all")
+    for text in ("0.01", "0.02", "0.05", "0.1", "0.2", "5blocks"):
+        budget = parse_budget(text, counts)
+        for length in range(1, 20):
+            now = prefixes[:length]
+            remaining = [unit for unit in units if not unit <= now[-1]]
+
+            def choice(sequence, budget=budget):
+                try:
+                    return choose_prefix(budget, sequence, counts)
+                except InputError:
+                    return None
+
+            settled = is_settled(budget, now, counts, remaining)
+            unchanged = choice(now) is not None and all(
+                choice([*now, now[-1] | unit]) == choice(now) for unit in remaining
+            )
+            assert settled == unchanged, (text, length)
+
+
+def test_text_forms():
+    assert format_mask(parse_mask("mlp.3,mha.12,mha.2")) == "mha.2,mha.12,mlp.3"
+    for bad in ("mha", "mha.x", "head.3", "mha.-1", "mha.3.4"):
+        with pytest.raises(InputError, match=bad):
+            parse_block(bad)
+
+
+def test_units():
+    assert [format_mask(u) for u in removable_units(2, "block", "all")] == ["mha.0", "mha.1", "mlp.0", "mlp.1"]
+    assert [format_mask(u) for u in removable_units(2, "layer", "all")] == ["mha.0,mlp.0", "mha.1,mlp.1"]
+    with pytest.raises(InputError, match="mlp.*layer"):
+        removable_units(2, "layer", "mlp")
+
+
+def test_unsupported_family_names_the_supported():
+    with pytest.raises(InputError, match="'mamba' is not supported; supported: llama, mistral, qwen2, qwen3"):
+        family_of("mamba")
+
+
+def test_cached_values():
+    config = SHAPES["Llama3-8B"]
+    assert cached_values_per_token(config, first(5, 3)) == 2 * 8 * 128 * 27
+
+

@@ -1,0 +1,66 @@
+"""Held-out perplexity against plain full-logits forwards."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tokenizers import processors
+
+from blockpruner.blocks import parse_mask
+from blockpruner.errors import InputError, NonFiniteLossError
+from blockpruner.evaluation import perplexity
+from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
+from blockpruner.models import masked, prune_
+from tests.tiny import full_nll, tiny_model, tiny_tokenizer
+
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "Sphinx of quartz."]
+MASK = parse_mask("mha.1,mlp.2,mha.3,mlp.3")
+
+
+def test_rows_are_the_joined_texts_cut_and_the_tail_dropped():
+    rows = held_out_rows(tiny_tokenizer(), TEXTS, 20)
+    assert [len(row) for row in rows] == [20] * (len("\n\n".join(TEXTS)) // 20)
+    assert tiny_tokenizer().decode([i for row in rows for i in row]) == "\n\n".join(TEXTS)[: 20 * len(rows)]
+    assert held_out_rows(tiny_tokenizer(), TEXTS, 20, max_rows=2) == rows[:2]
+
+
+def test_a_tokenizer_that_adds_bos_adds_one():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 257)]
+    )
+    rows = held_out_rows(tokenizer, TEXTS, 20)
+    assert rows[0][0] == 257 and sum(row.count(257) for row in rows) == 1
+
+
+def test_no_row_says_how_long_a_row_may_be():
+    with pytest.raises(InputError, match=r"3 texts are 98 tokens.*seq_len 512; lower seq_len to at most 98"):
+        held_out_rows(tiny_tokenizer(), TEXTS, 512)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("state", ["dense", "masked", "pruned"])
+def test_equals_full_forwards(family, state, monkeypatch):
+    monkeypatch.setattr(perplexity, "LOGITS_BYTES", 7 * 260 * 4)  # chunks of 7 tokens: 19 targets are not whole chunks
+    rows = held_out_rows(tiny_tokenizer(), TEXTS, 20)
+    model = tiny_model(family)
+    with masked(tiny_model(family), MASK if state != "dense" else frozenset()) as reference:
+        expected = [full_nll(reference, row) for row in rows]
+    seen = []
+    if state == "masked":
+        with masked(model, MASK):
+            found = measure_perplexity(model, rows)
+    else:
+        found = measure_perplexity(model if state == "dense" else prune_(model, MASK), rows, lambda *s: seen.append(s))
+        assert seen == [(i + 1, len(rows)) for i in range(len(rows))]
+    assert found.row_nll == pytest.approx(expected, rel=1e-12)
+    assert found.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-12)
+    assert (found.rows, found.tokens) == (len(rows), 20 * len(rows))
+
+
+def test_nan_names_the_row():
+    model = tiny_model()
+    model.get_input_embeddings().weight[250] = torch.nan
+    with pytest.raises(NonFiniteLossError, match="row 1 is nan"):
+        measure_perplexity(model, [[1, 2, 3], [1, 250, 3]])

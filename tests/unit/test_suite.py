@@ -1,0 +1,275 @@
+"""The evaluation of a checkpoint: results, the store, and what is computed again when something changes or breaks."""
+
+import contextlib
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from blockpruner.blocks import parse_mask
+from blockpruner.checkpoints.hf import save_pruned
+from blockpruner.errors import InputError
+from blockpruner.evaluation import suite, zero_shot
+from blockpruner.evaluation.store import ITEMS
+from blockpruner.models import masked, prune_
+from blockpruner.progress import SilentObserver
+from blockpruner.tables import TEXTS, write_table
+from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
+from tests.unit.zero_shot_items import write_tasks
+
+MASK = parse_mask("mha.0,mlp.2,mha.3,mlp.3")
+TEXT = "The quick brown fox jumps over the lazy dog. " * 6
+TASKS = ("piqa", "winogrande", "arc_easy")
+PHASES = ["perplexity", *TASKS, "speed"]
+
+
+class Recorder(SilentObserver):
+    def __init__(self):
+        self.computed, self.cached, self.notes, self.steps, self.overall = [], [], [], [], []
+
+    def note(self, message):
+        self.notes.append(message)
+
+    def begin(self, phase, overall=None):
+        self.phase = phase
+        self.overall.append(overall)
+
+    def advance(self, done, total, detail):
+        self.steps.append((self.phase, done, total, detail))
+
+    def end(self, summary, table=(), cached=False):
+        (self.cached if cached else self.computed).append(self.phase)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Dense and pruned checkpoint, sources, and the results of the first evaluation, which nobody may change."""
+    root = tmp_path_factory.mktemp("world")
+    save_tiny(root / "dense", max_position_embeddings=512)
+    model = tiny_model(dtype=torch.float32, max_position_embeddings=512)
+    save_pruned(prune_(model, MASK), root / "pruned")
+    tiny_tokenizer().save_pretrained(root / "pruned")
+    write_table(root / "sources" / "perplexity.parquet", pa.table({"text": [TEXT, TEXT]}, schema=TEXTS))
+    write_tasks(root / "sources" / "tasks", location=Path("sources/tasks"))
+    observer = Recorder()
+    with contextlib.chdir(root):
+        results = evaluate(root, observer)
+    return SimpleNamespace(root=root, results=results, observer=observer)
+
+
+@pytest.fixture
+def place(world, tmp_path, monkeypatch):
+    """A copy of the world to change, as the working folder (task files name their items relative to it)."""
+    root = shutil.copytree(world.root, tmp_path / "copy")
+    monkeypatch.chdir(root)
+    return root
+
+
+def evaluate(root, observer, checkpoint="pruned", **changes):
+    settings = {
+        "perplexity": {"seq_len": 40, "max_rows": 3},
+        "zero_shot": {"tasks": TASKS, "limit": 3},
+        "speed": {"prompt_tokens": 6, "new_tokens": 4, "repeats": 2, "batch": 1},
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": "auto",
+    }
+    places = [root / name for name in (checkpoint, "dense", "sources", "out", "store")]
+    return suite.benchmark(*places, observer=observer, **settings | changes)
+
+
+def no_model(*args, **kwargs):
+    raise AssertionError("a model was loaded although everything is stored")
+
+
+def test_results(world):
+    results = world.results
+    assert world.observer.computed == PHASES
+    assert world.observer.overall == [i / 5 for i in range(5)]
+    assert [step for step in world.observer.steps if step[0] == "perplexity"] == [
+        ("perplexity", i, 3, "rows") for i in (1, 2, 3)
+    ]
+    assert json.loads((world.root / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    ids = tiny_tokenizer()(f"{TEXT}\n\n{TEXT}")["input_ids"]
+    dense = tiny_model(dtype=torch.float32, max_position_embeddings=512)
+    with masked(dense, MASK) as model:
+        nll = sum(full_nll(model, ids[i : i + 40]) for i in (0, 40, 80)) / 3
+    found = results["perplexity"]
+    assert found == {"perplexity": pytest.approx(math.exp(nll), rel=1e-4), "nll": pytest.approx(nll, rel=1e-5),
+                     "rows": 3, "tokens": 120, "seq_len": 40}  # fmt: skip
+    parameters = 2 * 260 * 32 + 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 32) + 2 * (3 * 32 * 48 + 32)
+    assert (results["parameters"], results["weight_bytes"]) == (parameters, 4 * parameters)
+    scores = results["tasks"]
+    assert list(scores) == list(TASKS)
+    assert [scores[task]["metric"] for task in TASKS] == ["acc_norm", "acc", "acc_norm"]
+    for score in scores.values():
+        assert (score["value"], score["stderr"]) == (score[score["metric"]], score[f"{score['metric']}_stderr"])
+    assert results["average"]["value"] == pytest.approx(sum(s["value"] for s in scores.values()) / 3)
+    assert results["average"]["stderr"] == pytest.approx(math.sqrt(sum(s["stderr"] ** 2 for s in scores.values())) / 3)
+    chance = {"piqa": 0.5, "winogrande": 0.5, "arc_easy": (1 / 4 + 1 / 3 + 1 / 5) / 3}
+    assert results["chance"] == pytest.approx(chance)
+    speed = results["speed"]
+    assert speed["dense"]["kv_cache_bytes"] == 2 * speed["pruned"]["kv_cache_bytes"]
+    for part in ("prefill", "decode", "generation"):
+        medians = [speed[name][f"{part}_seconds"]["median"] for name in ("dense", "pruned")]
+        assert speed[f"speedup_{part}"] == pytest.approx(medians[0] / medians[1])
+    items = pq.read_table(world.root / "out" / "items.parquet")
+    assert items.schema.names == ITEMS.names and items.num_rows == 9
+    for task in TASKS:
+        rows = [row for row in items.to_pylist() if row["task"] == task]
+        assert sum(row[scores[task]["metric"]] for row in rows) / len(rows) == pytest.approx(scores[task]["value"])
+    harness = json.loads((world.root / "out" / "lm_eval.json").read_text())
+    assert list(harness["results"]) == list(harness["versions"]) == list(TASKS)
+
+
+def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch):
+    monkeypatch.setattr(suite, "load_model", no_model)
+    before = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
+    shutil.rmtree(place / "out")
+    observer = Recorder()
+    assert evaluate(place, observer) == world.results
+    assert (observer.computed, observer.cached) == ([], PHASES)
+    assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == before
+
+
+def test_the_dense_model_alone(place):
+    results = evaluate(place, Recorder(), checkpoint="dense", zero_shot={"tasks": ["piqa"], "limit": 2})
+    assert list(results["speed"]) == ["dense"]
+    assert results["parameters"] == tiny_model().num_parameters()
+
+
+def change_text(root):
+    write_table(root / "sources" / "perplexity.parquet", pa.table({"text": [TEXT, "other" * 20]}, schema=TEXTS))
+
+
+def change_item(root):
+    path = root / "sources" / "tasks" / "piqa" / "validation.parquet"
+    write_table(path, pq.read_table(path).take([1, 0, 2, 3, 4]))
+
+
+def change_prompt(root):
+    path = root / "sources" / "tasks" / "winogrande" / "preprocess_winogrande.py"
+    path.write_text(path.read_text() + "\n# another helper\n")
+
+
+def change_tokenizer(root):
+    path = root / "pruned" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": True}))
+
+
+def change_weights(root):
+    model = tiny_model(dtype=torch.float32, max_position_embeddings=512)
+    model.get_output_embeddings().weight[3, 3] += 1
+    save_pruned(prune_(model, MASK), root / "pruned")
+
+
+def change_dense(root):
+    path = root / "dense" / "config.json"
+    path.write_text(path.read_text() + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "again"),
+    [
+        (change_text, {}, ["perplexity"]),
+        (None, {"perplexity": {"seq_len": 20, "max_rows": 3}}, ["perplexity"]),
+        (None, {"perplexity": {"seq_len": 40, "max_rows": 2}}, ["perplexity"]),
+        (change_item, {}, ["piqa"]),
+        (change_prompt, {}, ["winogrande"]),
+        (None, {"zero_shot": {"tasks": TASKS, "limit": 2}}, list(TASKS)),
+        (change_tokenizer, {}, ["perplexity", *TASKS]),
+        (change_weights, {}, PHASES),
+        (None, {"dtype": "float64"}, PHASES),
+        (change_dense, {}, ["speed"]),
+        (None, {"speed": {"prompt_tokens": 6, "new_tokens": 5, "repeats": 2, "batch": 1}}, ["speed"]),
+        (None, {"zero_shot": {"tasks": TASKS[::-1], "limit": 3}}, []),
+    ],
+)
+def test_only_what_a_change_touches_is_computed_again(place, change, settings, again):
+    if change is not None:
+        change(place)
+    observer = Recorder()
+    evaluate(place, observer, **settings)
+    assert observer.computed == again
+
+
+@pytest.mark.parametrize("name", ["EVAL_VERSION", "machine", "harness"])
+def test_versions_and_machine_are_in_the_keys(place, name, monkeypatch):
+    if name == "EVAL_VERSION":
+        monkeypatch.setattr(suite, "EVAL_VERSION", suite.EVAL_VERSION + 1)
+    elif name == "machine":
+        monkeypatch.setattr(suite, "machine", lambda: "another machine")
+    else:
+        known = suite.version
+        monkeypatch.setattr(suite, "version", lambda package: "0" if package == "lm-eval" else known(package))
+    observer = Recorder()
+    evaluate(place, observer)
+    assert observer.computed == {"EVAL_VERSION": PHASES, "machine": ["speed"], "harness": list(TASKS)}[name]
+
+
+def test_a_kill_loses_one_task(place, monkeypatch):
+    shutil.rmtree(place / "store")
+    out = (place / "out" / "results.json").read_bytes()
+    original = zero_shot.evaluate
+
+    def killed(model, tokenizer, task, *args, **kwargs):
+        if task == "winogrande":
+            raise KeyboardInterrupt
+        return original(model, tokenizer, task, *args, **kwargs)
+
+    monkeypatch.setattr(zero_shot, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(place, Recorder())
+    assert (place / "out" / "results.json").read_bytes() == out
+    monkeypatch.setattr(zero_shot, "evaluate", original)
+    observer = Recorder()
+    evaluate(place, observer)
+    assert observer.cached == ["perplexity", "piqa"]
+
+
+def entry_of(root, kind, task=None):
+    for path in sorted((root / "store").glob("*.json")):
+        key = json.loads(path.read_text())["key"]
+        if key["kind"] == kind and key.get("task") == task:
+            return path
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "not ours", "items gone", "items truncated", "items swapped"])
+def test_an_entry_that_cannot_be_trusted_is_named_and_computed_again(world, place, damage):
+    path = entry_of(place, "task", "piqa")
+    table = path.with_suffix(".parquet")
+    bad = table if "items" in damage else path
+    other = entry_of(place, "task", "winogrande")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    elif damage == "foreign":
+        path.write_bytes(other.read_bytes())
+    elif damage == "not ours":
+        path.write_text("[1, 2]")
+    elif damage == "items gone":
+        table.unlink()
+    elif damage == "items truncated":
+        table.write_bytes(table.read_bytes()[:-20])
+    else:
+        table.write_bytes(other.with_suffix(".parquet").read_bytes())
+    observer = Recorder()
+    assert evaluate(place, observer)["tasks"] == world.results["tasks"]
+    assert observer.computed == ["piqa"]
+    assert len(observer.notes) == 1 and str(bad) in observer.notes[0] and f"{path.name}.bad" in observer.notes[0]
+    assert path.with_name(f"{path.name}.bad").exists()
+
+
+def test_bad_input(place):
+    with pytest.raises(InputError, match="evaluate.zero_shot.tasks is empty; name at least one of piqa"):
+        evaluate(place, Recorder(), zero_shot={"tasks": [], "limit": 1})
+    with pytest.raises(InputError, match="'race' is unknown; valid: piqa"):
+        evaluate(place, Recorder(), zero_shot={"tasks": ["race"], "limit": 1})
+    with pytest.raises(InputError, match="evaluate.perplexity.seq_len 600 is longer than the model's context of 512"):
+        evaluate(place, Recorder(), perplexity={"seq_len": 600, "max_rows": 1})
