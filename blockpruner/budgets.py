@@ -42,8 +42,8 @@ def parse_budget(text: str, counts: ParameterCounts) -> Budget:
         if isinstance(error, InputError):
             raise
     raise InputError(
-        f"budget {text!r} is not valid; give a share of all parameters between 0 and 1 (\"0.22\"), a number of "
-        "blocks (\"17blocks\") or of whole layers (\"7layers\")"
+        f'budget {text!r} is not valid; give a share of all parameters between 0 and 1 ("0.22"), a number of '
+        'blocks ("17blocks") or of whole layers ("7layers")'
     )
 
 
@@ -67,11 +67,9 @@ def is_settled(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCounts
     if budget.blocks is not None:
         return len(mask) >= budget.blocks
     assert budget.ratio is not None
-    gap = budget.ratio - counts.ratio(mask)
-    if gap <= 0:
-        return True
-    smallest_next = min(counts.ratio(mask | unit) for unit in remaining)
-    return smallest_next - budget.ratio > gap
+    ratio = budget.ratio
+    gap = ratio - counts.ratio(mask)
+    return gap <= 0 or min(counts.ratio(mask | unit) for unit in remaining) - ratio > gap
 
 
 def choose_prefix(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCounts) -> int:
@@ -94,7 +92,8 @@ def choose_prefix(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCou
         raise InputError(f"budget {budget.text!r} is not reached by whole units; nearest: {', '.join(near)}")
     assert budget.ratio is not None
     ratios = [0.0, *(counts.ratio(prefix) for prefix in prefixes)]
-    best = min(range(len(ratios)), key=lambda k: (round(abs(ratios[k] - budget.ratio), 12), -k))
+    wanted = budget.ratio
+    best = min(range(len(ratios)), key=lambda k: (round(abs(ratios[k] - wanted), 12), -k))
     if best == 0:
         raise InputError(
             f"budget {budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "

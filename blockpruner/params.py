@@ -179,8 +179,8 @@ class Target(Frozen):
         text = str(value)
         if not BUDGET.fullmatch(text) or (text.startswith(("0.", ".")) and float(text) == 0.0):
             raise ValueError(
-                f"budget {text!r} is not valid; give a share of all parameters between 0 and 1 (\"0.22\"), "
-                "a number of blocks (\"17blocks\") or of whole layers (\"7layers\")"
+                f'budget {text!r} is not valid; give a share of all parameters between 0 and 1 ("0.22"), '
+                'a number of blocks ("17blocks") or of whole layers ("7layers")'
             )
         return text
 
@@ -278,25 +278,23 @@ def _describe(path: Path, model: type[BaseModel], values: Any, error: Mapping[st
 
 def _valid_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Keys that a nested model takes, found by walking the annotations along an error's location."""
-    current: Any = model
+    models = [model]
     for part in location[:-1]:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(str(part))
-            current = field.annotation if field else None
-        elif current is not None:
-            options = [option for option in _options(current) if isinstance(option, type)]
-            tagged = [o for o in options if issubclass(o, BaseModel) and _tag(o) == part]
-            current = tagged[0] if tagged else next((o for o in options if issubclass(o, BaseModel)), None)
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return sorted(current.model_fields)
-    options = [o for o in _options(current) if isinstance(o, type) and issubclass(o, BaseModel)]
-    return sorted({key for option in options for key in option.model_fields})
+        tagged = [option for option in models if _tag(option) == part]
+        if tagged:  # a step into the member of a union, not into a field
+            models = tagged
+            continue
+        fields = [option.model_fields[str(part)] for option in models if str(part) in option.model_fields]
+        inner = [option for field in fields for option in (field.annotation, *_arguments(field.annotation))]
+        nested = [option for option in inner if isinstance(option, type) and issubclass(option, BaseModel)]
+        models = nested or models  # a key of a mapping, as in targets.<name>
+    return sorted({key for option in models for key in option.model_fields})
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
+def _arguments(annotation: Any) -> tuple[Any, ...]:
     return tuple(getattr(annotation, "__args__", ()))
 
 
 def _tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("source")
-    return field.annotation.__args__[0] if field is not None and field.annotation is not None else None
+    return _arguments(field.annotation)[0] if field is not None else None

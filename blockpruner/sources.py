@@ -193,7 +193,7 @@ def parse_texts(content: bytes, name: str, form: str) -> list[str]:
     if form == "wikipedia":
         documents = re.findall(r"<doc [^>]*>\n(.*?)\n?</doc>", content.decode(), flags=re.DOTALL)
         if not documents:
-            raise InputError(f"{name} holds no <doc> ... </doc>; is its format wikipedia? valid: alpaca, text, wikipedia")
+            raise InputError(f"{name} holds no <doc> ... </doc>; is its format another? valid: alpaca, text, wikipedia")
         return [document.strip() for document in documents]
     if name.endswith(".parquet"):
         return _texts_of_records(pq.read_table(io.BytesIO(content)).to_pylist(), name, form)
@@ -238,7 +238,12 @@ def fetch_checkpoint(model: Mapping[str, Any], out: Path, cache: Path, pins: Pat
     kept = cache / "models" / fingerprint({"model": _content_fields(origin), "convert_version": CONVERT_VERSION})
     if not (kept / SOURCE_FILE).exists():
         replace_directory(kept, lambda directory: _build_checkpoint(origin, directory, cache))
-    replace_directory(out, lambda directory: [link_or_copy(path, directory / path.name) for path in kept.iterdir()])
+
+    def link(directory: Path) -> None:
+        for path in kept.iterdir():
+            link_or_copy(path, directory / path.name)
+
+    replace_directory(out, link)
 
 
 def _content_fields(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,9 +273,7 @@ def _build_checkpoint(model: Mapping[str, Any], directory: Path, cache: Path) ->
 
         patterns = list(MODEL_FILES + (REMOTE_CODE_FILES if model["trust_remote_code"] else ()))
         try:
-            snapshot_download(
-                model["repo"], revision=model["revision"], allow_patterns=patterns, local_dir=directory
-            )
+            snapshot_download(model["repo"], revision=model["revision"], allow_patterns=patterns, local_dir=directory)
         except (OSError, ValueError, RuntimeError) as error:
             raise _hub_error(model["repo"], error) from error
         shutil.rmtree(directory / ".cache", ignore_errors=True)

@@ -127,7 +127,7 @@ class TrialStore:
             return
         for number, line in enumerate(lines[1:], start=2):
             entry = _parse(line)
-            if entry is not None and 0 <= entry["start"] and entry["start"] + len(entry["nll"]) <= self.rows:
+            if entry is not None and entry["start"] >= 0 and entry["start"] + len(entry["nll"]) <= self.rows:
                 self._remember(entry["mask"], entry["start"], entry["nll"])
             elif number < len(lines):  # a torn last line is the unit that a kill interrupted
                 self.problems.append(f"{path}, line {number}: checksum does not match; that trial is computed again")

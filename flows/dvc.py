@@ -78,8 +78,15 @@ def repro(stage: str, lock: int, show: Callable[[str], object], environment: Map
     ran = False
     with _lockfile(show):
         process = subprocess.Popen(
-            command, env=env, start_new_session=True, pass_fds=(lock,), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            command,
+            env=env,
+            start_new_session=True,
+            pass_fds=(lock,),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
         try:
             assert process.stdout is not None

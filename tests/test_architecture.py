@@ -61,5 +61,3 @@ def test_stages_depend_on_their_inputs_only():
     """Nothing but commit may depend on the score tables: their hash depends on history."""
     users = [name for name, s in STAGES.items() if any("data/scores" in d for d in s.get("do", s)["deps"])]
     assert users == ["commit"]
-
-

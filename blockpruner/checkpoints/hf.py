@@ -120,9 +120,12 @@ def model_card(plan: Plan, dense: Path) -> str:
         front.append(f"base_model: {base}")
     calibration = plan.calibration
     steps = "\n".join(
-        f"| {k} | {unit} | {ratio:.2%} |" for k, (unit, ratio) in enumerate(zip(plan.order, plan.ratios, strict=True), 1)
+        f"| {k} | {unit} | {ratio:.2%} |"
+        for k, (unit, ratio) in enumerate(zip(plan.order, plan.ratios, strict=True), 1)
     )
-    return "\n".join(front) + f"""
+    return (
+        "\n".join(front)
+        + f"""
 ---
 
 # {plan.target}
@@ -148,4 +151,4 @@ nothing else.
 |---:|---|---:|
 {steps}
 """
-
+    )

@@ -73,7 +73,7 @@ def measure_perplexity(
         ids = torch.tensor([row], device=model.device)  # [1, T]
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]  # [T-1, H]
         total = 0.0
-        for part, targets in zip(states.split(chunk), ids[0, 1:].split(chunk), strict=True):
+        for part, targets in zip(torch.split(states, chunk), torch.split(ids[0, 1:], chunk), strict=True):
             logits = head(part)
             wide = logits if logits.dtype == torch.float64 else logits.float()
             total += torch.nn.functional.cross_entropy(wide, targets, reduction="none").double().sum().item()

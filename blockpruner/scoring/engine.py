@@ -176,7 +176,7 @@ class Engine:
         chunk = max(1, LOGITS_BYTES // (self._head.weight.shape[0] * 4))
         losses = [
             torch.nn.functional.cross_entropy(_at_least_fp32(self._head(part)), target, reduction="none")
-            for part, target in zip(states.split(chunk), targets.split(chunk), strict=True)
+            for part, target in zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True)
         ]
         total = torch.zeros(batch.is_target.shape, dtype=torch.float64, device=hidden.device)
         total[batch.is_target] = torch.cat(losses).double()

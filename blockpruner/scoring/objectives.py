@@ -115,5 +115,7 @@ class Objective:
                 self.counts.tokens += tokens
                 self.counts.seconds += now - last_done
                 last_done = now
-                self._observer.advance(done, total, f"candidate {format_mask(unit.mask - common or unit.mask) or 'dense'}")
+                self._observer.advance(
+                    done, total, f"candidate {format_mask(unit.mask - common or unit.mask) or 'dense'}"
+                )
         self.counts.trials_computed += len(missing)

@@ -48,7 +48,7 @@ def run_search(
         on_iteration: receives each iteration when it is complete.
     """
     wanted = [parse_budget(text, counts) for text in budgets]
-    furthest = max((b.ratio or b.blocks / len(counts.blocks) for b in wanted if b.ratio or b.blocks), default=1.0)
+    furthest = max((b.ratio or (b.blocks or 0) / len(counts.blocks) for b in wanted), default=1.0)
     trace: list[Iteration] = []
     prefixes: list[Mask] = []
     remaining = list(units)

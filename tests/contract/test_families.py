@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import tiny_model
 
 from blockpruner.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.errors import InputError
 from blockpruner.families import FAMILIES, cached_values_per_token, count_parameters
 from blockpruner.models import masked, prune_
+from tests.tiny import tiny_model
 
 MASKS = ["mha.0", "mlp.0", "mha.0,mlp.0", "mha.3,mlp.3", "mha.0,mha.2,mlp.0,mlp.3", "mlp.0,mlp.1,mlp.2", "mha.1,mha.2"]
 IDS = torch.randint(1, 257, (2, 14), generator=torch.Generator().manual_seed(1))

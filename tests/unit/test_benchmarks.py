@@ -98,7 +98,10 @@ def test_items_from_an_archive():
     requests = [{"doc": doc, "idx": idx} for doc in docs for idx in range(len(doc["choices"]))]
     lines = "\n".join(json.dumps(request) for request in requests) + "\n"
     row = BENCHMARKS["arc_easy"]
-    archive = {row.splits["validation"].member: sink.getvalue(), row.splits["test"].member: gzip.compress(lines.encode())}
+    archive = {
+        row.splits["validation"].member: sink.getvalue(),
+        row.splits["test"].member: gzip.compress(lines.encode()),
+    }
     tables = tables_from_archive("arc_easy", archive.__getitem__)
     assert tables["validation"].equals(tables_of("arc_easy")["validation"])
     assert tables["validation"].schema.metadata is None
@@ -153,7 +156,9 @@ def test_items_from_the_hub(monkeypatch):
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(InputError, match=r"benchmark piqa: split validation of hub data set 'baber/piqa'.*Couldn't reach"):
+    with pytest.raises(
+        InputError, match=r"benchmark piqa: split validation of hub data set 'baber/piqa'.*Couldn't reach"
+    ):
         tables_from_hub("piqa")
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.tiny import full_nll, tiny_model
 
 from blockpruner.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.errors import NonFiniteLossError
@@ -10,6 +9,7 @@ from blockpruner.families import FAMILIES
 from blockpruner.models import masked
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
+from tests.tiny import full_nll, tiny_model
 
 
 def make_rows(lengths, seed=3):

@@ -232,7 +232,10 @@ def test_page_loads_nothing_and_escapes_its_title(report: Path) -> None:
     assert not re.search(r"url\((?!#)", text)
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert set(re.findall(r"https?://[^\"' <]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\"' <]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     assert "<h1>A &lt;b&gt;bold&lt;/b&gt; | title &amp; more</h1>" in text
     assert "<b>bold" not in text
     assert (report / "report.md").read_text().startswith(r"# A \<b\>bold\</b\> \| title \& more")

@@ -241,7 +241,9 @@ def entry_of(root, kind, task=None):
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "not ours", "items gone", "items truncated", "items swapped"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "foreign", "not ours", "items gone", "items truncated", "items swapped"]
+)
 def test_an_entry_that_cannot_be_trusted_is_named_and_computed_again(world, place, damage):
     path = entry_of(place, "task", "piqa")
     table = path.with_suffix(".parquet")

@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blockpruner.errors import InputError
+from blockpruner.params import load_params, load_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def params(tmp_path, **changes):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump({"runs": ["a"], "targets": {"x": {"run": "a", "budget": "0.1"}}} | changes))
+    return path
+
+
+def edited_run(tmp_path, edit):
+    values = yaml.safe_load((ROOT / "runs" / "smollm2.yaml").read_text())
+    edit(values)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    return lambda: load_run("r", tmp_path)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "runs").glob("*.yaml")])
+def test_shipped_runs_are_valid(name):
+    assert load_run(name, ROOT / "runs").export == ("hf",)
+
+
+def test_shipped_params_are_valid():
+    shipped = load_params(ROOT / "params.yaml")
+    assert shipped.budgets_of("smollm2") == ("0.02", "0.04")
+
+
+def test_the_llama_run_is_the_papers_setting():
+    run = load_run("llama2-7b", ROOT / "runs")
+    assert (run.calibration.num_samples, run.calibration.seq_len, run.calibration.seed) == (256, 2048, 42)
+    assert (run.calibration.packing, run.calibration.split, run.model.dtype) == ("joined", "paper", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"devices": 1}, ["'devices'", "report, runs, runtime, targets"]),
+        ({"runtime": {"devic": "cpu"}}, ["'runtime.devic'", "batch_tokens, device, threads"]),
+        ({"targets": {"x": {"run": "a", "budget": "0.1", "rato": 1}}}, ["targets.x.rato", "budget, run"]),
+        ({"targets": {"x": {"run": "b", "budget": "0.1"}}}, ["'x'", "'b'", "valid: a"]),
+        ({"targets": {"x": {"run": "a", "budget": "1.5"}}}, ["'1.5'", "between 0 and 1", "17blocks"]),
+        ({"targets": {"x": {"run": "a", "budget": 0}}}, ["'0'", "between 0 and 1"]),
+        ({"targets": {"x": {"run": "a", "budget": "-0.1"}}}, ["'-0.1'", "between 0 and 1"]),
+        (
+            {"targets": {"x": {"run": "a", "budget": "0.1"}, "y": {"run": "a", "budget": 0.10}}},
+            ["'x' and 'y' mean the same", "remove one"],
+        ),
+        ({"runs": ["../a"], "targets": {}}, ["'../a'", "no path"]),
+        ({"runs": ["a", "a"]}, ["twice"]),
+        ({"runs": [], "targets": {}}, ["runs"]),
+        ({"targets": {"a-dense": {"run": "a", "budget": "0.1"}}}, ["'a-dense'", "choose another"]),
+    ],
+)
+def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
+    path = params(tmp_path, **changes)
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    for word in ["params.yaml", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda v: v["calibration"].update(nsamples=1), ["calibration.nsamples", "num_samples", "seq_len"]),
+        (lambda v: v["model"].update(pakage="x"), ["model.pypi.pakage", "package", "sha256"]),
+        (lambda v: v["model"].update(source="web"), ["'web'", "'pypi'", "'hub'", "'path'"]),
+        (lambda v: v["model"].update(sha256="abc"), ["sha256", "'abc'"]),
+        (lambda v: v["calibration"].update(packing="padded"), ["packing", "'joined'", "'per_sample'", "'padded'"]),
+        (lambda v: v["score"].update(unit="layer", candidates="mha"), ["candidates", "unit: layer"]),
+        (lambda v: v.update(export=[]), ["export"]),
+        (lambda v: v["calibration"].update(num_samples=0), ["num_samples", "0"]),
+        (lambda v: v["evaluate"].pop("perplexity"), ["evaluate.perplexity", "required"]),
+    ],
+)
+def test_bad_runs(tmp_path, edit, words):
+    with pytest.raises(InputError) as error:
+        edited_run(tmp_path, edit)()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_unknown_run_names_the_known(tmp_path):
+    with pytest.raises(InputError, match=r"'nope' is unknown.*existing runs: llama2-7b, smollm2"):
+        load_run("nope", ROOT / "runs")
+    with pytest.raises(InputError, match="no path"):
+        load_run("../smollm2", ROOT / "runs")
+
+
+def test_not_yaml(tmp_path):
+    (tmp_path / "params.yaml").write_text("runs: [a\n")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_params(tmp_path / "params.yaml")

@@ -1,0 +1,192 @@
+"""What is on disk is whole or absent, and a fact is reused only where its fingerprint says so."""
+
+import errno
+import json
+import math
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blockpruner.blocks import parse_mask
+from blockpruner.errors import InputError, StorageError
+from blockpruner.scoring.objectives import Score
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.trace import read_iteration, read_trace, seed_store, table_path, write_iteration
+from blockpruner.tables import TEXTS, read_table, replace_directory, write_table, write_text
+from blockpruner.trials import TrialStore, store_fingerprint
+
+FIELDS = {"calibration": "c", "model": "m", "dtype": "float32", "metric": "perplexity"}
+MASK = parse_mask("mha.1,mlp.0")
+
+
+def store(root, rows=4, **changes):
+    return TrialStore(store_fingerprint(**FIELDS | changes), rows, root)
+
+
+def test_facts_survive_the_process(tmp_path):
+    first = store(tmp_path)
+    first.put(MASK, 1, [0.1, 1 / 3])
+    assert not first.known(MASK, 0, 4)
+    first.put(MASK, 0, [2.5])
+    first.put(MASK, 3, [math.pi])
+    second = store(tmp_path)
+    assert second.get(MASK) == [2.5, 0.1, 1 / 3, math.pi]
+    assert second.known(MASK, 0, 4)
+    assert second.problems == []
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "score_version"])
+def test_every_field_of_the_fingerprint_separates_stores(tmp_path, field):
+    store(tmp_path).put(MASK, 0, [1.0] * 4)
+    fields = store_fingerprint(**FIELDS)
+    other = TrialStore(fields | {field: "other"}, 4, tmp_path)
+    assert other.get(MASK) is None
+    assert store(tmp_path).get(MASK) == [1.0] * 4
+
+
+def test_fingerprint_holds_what_a_trial_depends_on_and_nothing_else():
+    assert set(store_fingerprint(**FIELDS)) == {"calibration", "model", "dtype", "metric", "score_version"}
+    for field in FIELDS:
+        assert store_fingerprint(**FIELDS | {field: "other"}) != store_fingerprint(**FIELDS)
+
+
+def test_two_writers_at_once(tmp_path):
+    a, b = store(tmp_path), store(tmp_path)
+    a.put(MASK, 0, [1.0, 2.0])
+    b.put(MASK, 2, [3.0, 4.0])
+    a.put(parse_mask("mlp.2"), 0, [0.0] * 4)
+    assert store(tmp_path).get(MASK) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_torn_last_line_loses_that_unit_only(tmp_path):
+    first = store(tmp_path)
+    first.put(MASK, 0, [1.0, 2.0])
+    first.put(MASK, 2, [3.0, 4.0])
+    first.close()
+    (log,) = (tmp_path / first.fingerprint).glob("*.jsonl")
+    log.write_bytes(log.read_bytes()[:-9])
+    again = store(tmp_path)
+    assert again.known(MASK, 0, 2)
+    assert not again.known(MASK, 2, 4)
+    assert again.problems == []
+
+
+def test_a_damaged_line_is_named_and_not_trusted(tmp_path):
+    first = store(tmp_path)
+    first.put(MASK, 0, [1.0, 2.0])
+    first.put(MASK, 2, [3.0, 4.0])
+    first.close()
+    (log,) = (tmp_path / first.fingerprint).glob("*.jsonl")
+    log.write_text(log.read_text().replace("[1.0,2.0]", "[1.0,9.0]"))
+    again = store(tmp_path)
+    assert not again.known(MASK, 0, 2)
+    assert again.known(MASK, 2, 4)
+    assert len(again.problems) == 1
+    assert f"{log}, line 2" in again.problems[0]
+
+
+def test_a_foreign_log_is_set_aside(tmp_path):
+    foreign, own = store(tmp_path, model="other"), store(tmp_path)
+    foreign.put(MASK, 0, [1.0] * 4)
+    foreign.close()
+    (log,) = (tmp_path / foreign.fingerprint).glob("*.jsonl")
+    moved = tmp_path / own.fingerprint / log.name
+    log.rename(moved)
+    again = store(tmp_path)
+    assert again.get(MASK) is None
+    assert "set aside" in again.problems[0]
+    assert moved.with_name(moved.name + ".bad").exists()
+
+
+def iteration(index=0):
+    rows = ((1.0, 2.0), (0.5, 1 / 3))
+    scores = tuple(Score(mask, nll, 2) for mask, nll in zip((MASK, parse_mask("mlp.1")), rows, strict=True))
+    return Iteration(index, scores, (None, parse_mask("mlp.1")), 1)
+
+
+def test_iteration_tables_come_back_to_the_bit(tmp_path):
+    write_iteration(tmp_path, iteration(), "s")
+    assert read_iteration(tmp_path, 0, "s") == iteration()
+    assert iteration().scores[1].perplexity == math.exp((0.5 + 1 / 3) / 2)
+
+
+def damage(path, how):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif how == "not parquet":
+        path.write_text("hello")
+    elif how == "foreign":
+        write_iteration(path.parent, iteration(), "other search")
+    elif how == "other iteration":
+        write_iteration(path.parent, replace(iteration(), index=5), "s")
+        table_path(path.parent, 5).rename(path)
+    elif how == "incomplete":
+        table = pq.read_table(path)
+        pq.write_table(table.replace_schema_metadata({"search": "s", "iteration": "0"}), path)
+    else:
+        pq.write_table(pa.table({"x": [1]}), path)
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "not parquet", "foreign", "other iteration", "incomplete", "other columns"]
+)
+def test_a_table_that_cannot_be_trusted_is_named_and_set_aside(tmp_path, how):
+    write_iteration(tmp_path, iteration(), "s")
+    path = table_path(tmp_path, 0)
+    damage(path, how)
+    with pytest.raises(InputError, match="iteration_000"):
+        read_trace(tmp_path, "s")
+    trials = TrialStore(store_fingerprint(**FIELDS), 2)
+    problems = seed_store(tmp_path, "s", trials)
+    assert trials.get(MASK) is None
+    assert len(problems) == 1
+    assert "set aside" in problems[0]
+    assert not path.exists()
+    assert path.with_name(path.name + ".bad").exists()
+
+
+def test_tables_seed_a_store(tmp_path):
+    write_iteration(tmp_path, iteration(), "s")
+    trials = TrialStore(store_fingerprint(**FIELDS), 2)
+    assert seed_store(tmp_path, "s", trials) == []
+    assert trials.get(MASK) == [1.0, 2.0]
+    assert trials.get(parse_mask("mlp.1")) == [0.5, 1 / 3]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def full(temporary):
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    from blockpruner.tables import write_atomic
+
+    with pytest.raises(StorageError, match=r"a\.txt: no space left.*kept"):
+        write_atomic(path, full)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_build_leaves_the_old_directory(tmp_path):
+    path = tmp_path / "d"
+    replace_directory(path, lambda directory: (directory / "x").write_text("1"))
+
+    def broken(directory):
+        (directory / "x").write_text("2")
+        raise InputError("no")
+
+    with pytest.raises(InputError):
+        replace_directory(path, broken)
+    assert (path / "x").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_parquet_with_other_columns(tmp_path):
+    write_table(tmp_path / "t.parquet", pa.table({"words": ["x"]}))
+    with pytest.raises(InputError, match=r"\['words'\].*\['text'\]"):
+        read_table(tmp_path / "t.parquet", TEXTS)
+    assert json.dumps(TEXTS.names) == '["text"]'
