@@ -24,22 +24,15 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    TaskRunFilter,
-    TaskRunFilterState,
-    TaskRunFilterStateType,
-)
-from prefect.client.schemas.objects import State, StateType, TaskRunResult
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run, task_run
 from prefect.settings import get_current_settings
-from prefect.states import Completed, Crashed, Failed
+from prefect.states import Completed, Failed
 
 from blockpruner.errors import InputError
 from blockpruner.progress import OBSERVER_VARIABLE
 from blockpruner.tables import read_json
-from flows import dvc, observer
+from flows import dvc, observer, phases
 from flows.selection import Plan, Selection, plan
 
 METRICS, REPORT = Path("data/metrics"), Path("data/report")
@@ -62,24 +55,11 @@ def run_stage(stage: str, lock: int) -> State[None]:
         ran = dvc.repro(stage, lock, get_run_logger().info, parent)
     except BaseException as error:
         if url:
-            close_phases(UUID(flow_run.id), UUID(task_run.id))
+            phases.close(UUID(flow_run.id), UUID(task_run.id))
         if isinstance(error, dvc.StageError):
             return Failed(message=str(error))
         raise
     return Completed() if ran else Completed(name="Cached", message="nothing has changed")
-
-
-def close_phases(flow_run_id: UUID, task_run_id: UUID) -> None:
-    """Mark the phases that a stage left open; a killed process cannot do it itself."""
-    running = TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
-    with get_client(sync_client=True) as client:
-        phases = client.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])),
-            task_run_filter=TaskRunFilter(state=running),
-        )
-        for phase in phases:
-            if TaskRunResult(id=task_run_id) in phase.task_inputs.get("__parents__", []):
-                client.set_task_run_state(phase.id, Crashed(message="the stage ended in this phase"), force=True)
 
 
 EVERYTHING = Selection()
@@ -116,13 +96,13 @@ def publish(chosen: Plan) -> None:
         keys = dict.fromkeys(key for values in columns.values() for key in values)
         if keys:
             table = [{"": key} | {name: values.get(key) for name, values in columns.items()} for key in keys]
-            create_table_artifact(table, observer.artifact_key(f"results-{run}"), f"{run}: dense against pruned")
+            create_table_artifact(table, phases.artifact_key(f"results-{run}"), f"{run}: dense against pruned")
     report = REPORT / "report.md"
     if report.exists():
         create_markdown_artifact(report.read_text(encoding="utf-8"), "report")
     for plot in sorted(REPORT.glob("plots/*.png")):
         url = "data:image/png;base64," + base64.b64encode(plot.read_bytes()).decode()
-        create_image_artifact(url, observer.artifact_key(f"plot-{plot.stem}"), plot.stem)
+        create_image_artifact(url, phases.artifact_key(f"plot-{plot.stem}"), plot.stem)
 
 
 def check_server() -> None:

@@ -6,7 +6,7 @@ and what is kept of an item. Tasks are read from files that `benchmarks.write_ta
     lm_eval --model hf --model_args pretrained=<checkpoint>,trust_remote_code=True --tasks <task>
         --include_path <task_dir> --limit <limit> --batch_size 8
 
-and, rounding apart, of any other batch size.
+to the item; loglikelihoods up to rounding, so that another batch size or device could turn a near-tie.
 """
 
 from __future__ import annotations

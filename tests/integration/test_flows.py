@@ -207,7 +207,7 @@ def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) 
         assert output.count(f"hello from {stage}") == 1
 
     wait_until(lambda: all(run["state"]["type"] == "COMPLETED" for run in ask(server, "task_runs")), "open task runs")
-    runs = ask(server, "task_runs"); print(output)
+    runs = ask(server, "task_runs")
     names = {run["id"]: run["name"] for run in runs}
     states = {run["name"]: run["state"]["name"] for run in runs}
     parents = {run["name"]: [names[p["id"]] for p in run["task_inputs"].get("__parents__", [])] for run in runs}

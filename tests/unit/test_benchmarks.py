@@ -59,6 +59,8 @@ def test_a_written_task_is_the_stock_one_over_local_items(name, tmp_path, monkey
         ours, theirs = written[key], stock[key]
         assert (ours.__code__.co_code == theirs.__code__.co_code) if callable(theirs) else ours == theirs, key
     assert written["dataset_kwargs"]["data_files"] == {s: f"data/tasks/{name}/{s}.parquet" for s in tables}
+    splits = {f"{split}_split": split if split in tables else None for split in ("training", "validation", "test")}
+    assert {key: written[key] for key in splits} == splits
     task = TaskManager(include_path="data/tasks", include_defaults=False).load([name])["tasks"][name]
     documents = list(task.eval_docs)
     assert len(documents) == len(ITEMS[name])

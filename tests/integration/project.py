@@ -1,0 +1,108 @@
+"""A copy of this project in a folder, with a tiny random model as its only run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).parents[2]
+WORDS = "the a cat dog runs sits on under red blue house tree and then it was very small or large".split()
+
+
+def sentence(number: int) -> str:
+    return " ".join(WORDS[(number * 7 + k * k + number * k) % len(WORDS)] for k in range(6))
+
+
+def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> Path:
+    """Lay out the project with run `tiny` (llama, 4 layers) and the targets {name: budget}; no git, DVC without SCM."""
+    project, inputs = folder / "project", folder / "inputs"
+    for name in ("blockpruner", "stages", "flows"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, project / name)
+    save_tiny(inputs / "model", tie_word_embeddings=True)
+    pq.write_table(pa.table({"text": [sentence(i) for i in range(60)]}), inputs / "texts.parquet")
+    items = {
+        "goal": [sentence(i) for i in range(8)],
+        "sol1": ["the cat", "a dog"] * 4,
+        "sol2": ["red tree", "it was"] * 4,
+        "label": [0, 1] * 4,
+    }
+    pq.write_table(pa.table(items), inputs / "piqa_validation.parquet")
+    run = {
+        "model": {"source": "path", "path": str(inputs / "model"), "dtype": "float32"},
+        "calibration": {
+            "data": {"source": "path", "path": str(inputs / "texts.parquet"), "format": "text"},
+            "num_samples": 10, "seq_len": 24, "packing": "joined", "split": "all", "seed": 42,
+        } | calibration,
+        "score": {"method": "greedy", "unit": "block", "candidates": "all", "metric": "perplexity",
+                  "acceleration": "none"},
+        "evaluate": {
+            "perplexity": {
+                "data": {"source": "path", "path": str(inputs / "texts.parquet"), "format": "text"},
+                "seq_len": 64, "max_rows": 2,
+            },
+            "zero_shot": {"data": {"source": "path", "path": str(inputs)}, "tasks": ["piqa"], "limit": 6},
+            "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
+        },
+        "export": ["hf"],
+    }  # fmt: skip
+    (project / "runs").mkdir()
+    (project / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run))
+    set_targets(project, targets)
+    dvc(project, "init", "--no-scm", "--quiet")
+    dvc(project, "config", "core.analytics", "false")
+    return project
+
+
+def set_targets(project: Path, targets: dict[str, str], **runtime: Any) -> None:
+    value = {
+        "runs": ["tiny"],
+        "targets": {name: {"run": "tiny", "budget": budget} for name, budget in targets.items()},
+        "report": {"title": "Tiny", "plots": False},
+        "runtime": {"device": "cpu", "batch_tokens": "auto", "threads": 1} | runtime,
+    }
+    (project / "params.yaml").write_text(yaml.safe_dump(value))
+
+
+def environment() -> dict[str, str]:
+    folder = str(Path(sys.executable).parent)
+    changes = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1", "PYTHONPATH": "."}
+    return {k: v for k, v in os.environ.items() if k != "BLOCKPRUNER_OBSERVER"} | changes
+
+
+def dvc(project: Path, *arguments: str) -> str:
+    """Run a dvc command; returns its output, fails the test if it fails."""
+    result = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=project, env=environment(), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def stage(project: Path, name: str, item: str = "tiny") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"stages.{name}", item], cwd=project, env=environment(), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+
+
+def counts(project: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((project / "data" / "metrics" / "tiny" / "score.json").read_text())
+    return result
+
+
+def tables(project: Path) -> dict[str, bytes]:
+    """Content of every iteration table, by name."""
+    return {path.name: path.read_bytes() for path in sorted((project / "data/scores").rglob("iteration_*.parquet"))}

@@ -1,0 +1,116 @@
+"""The whole DAG on a tiny model: what runs, what is reused, what comes out."""
+
+import json
+import re
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tests.integration.project import counts, dvc, make_project, set_targets, tables
+from tests.tiny import full_nll
+from transformers import AutoModelForCausalLM
+
+from blockpruner.blocks import all_blocks
+from blockpruner.models import masked
+from blockpruner.plans import Plan
+from blockpruner.tables import read_json
+
+
+def ran(output):
+    return re.findall(r"Running stage '([^']+)'", output)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("pipeline"), {"small": "2blocks"})
+
+
+@pytest.fixture(scope="module")
+def first(project):
+    return dvc(project, "repro")
+
+
+def brute_force(project, removals):
+    """Greedy search by full forward passes of the masked model: the oracle for the sequence."""
+    model = AutoModelForCausalLM.from_pretrained(project / "data/models/tiny", dtype=torch.float64)
+    rows = pq.read_table(project / "data/calibration/tiny/rows.parquet").column("input_ids").to_pylist()
+    removed, sequence = frozenset(), []
+    for _ in range(removals):
+        scores = {}
+        for block in all_blocks(4):
+            if block not in removed:
+                with masked(model, removed | {block}):
+                    scores[block] = sum(full_nll(model, row) for row in rows) / len(rows)
+        best = min(scores, key=scores.get)
+        removed |= {best}
+        sequence.append(str(best))
+    return sequence
+
+
+def test_everything_runs_once_in_order(project, first):
+    assert sorted(ran(first)) == sorted(
+        ["fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "commit@small", "materialize@small",
+         "benchmark@small", "report"]
+    )  # fmt: skip
+    for output in (
+        "checkpoints/small/hf/verification.json", "results/small/results.json", "results/tiny-dense/results.json",
+        "report/index.html", "report/report.md", "metrics/small.json", "provenance/score@tiny.json",
+    ):  # fmt: skip
+        assert (project / "data" / output).exists(), output
+
+
+def test_sequence_equals_brute_force(project, first):
+    plan = Plan.load(project / "data/plans/small/plan.json")
+    assert list(plan.order) == brute_force(project, 2)
+    assert plan.blocks["mha"] + plan.blocks["mlp"] == 2
+    table = pq.read_table(project / "data/plans/small/iterations.parquet").to_pylist()
+    assert [sum(row["iteration"] == k for row in table) for k in (0, 1)] == [9, 7]
+    assert all(row["rows_used"] == row["rows_total"] == counts_rows(project) for row in table)
+
+
+def counts_rows(project):
+    return pq.read_table(project / "data/calibration/tiny/rows.parquet").num_rows
+
+
+def test_checkpoint_is_verified_and_smaller(project, first):
+    report = read_json(project / "data/checkpoints/small/hf/verification.json")
+    assert report["ok"]
+    assert report["cached_equals_uncached"]
+    assert not report["blockpruner_imported"]
+    plan = Plan.load(project / "data/plans/small/plan.json")
+    results = read_json(project / "data/results/small/results.json")
+    assert results["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
+    assert results["tasks"]["piqa"]["items"] == 6
+
+
+def test_second_time_nothing_runs(project, first):
+    output = dvc(project, "repro")
+    assert ran(output) == []
+    assert "up to date" in output
+
+
+def test_budgets_up_down_and_back(project, first):
+    """Trials computed are exactly the never-computed ones; only a new target's later stages run."""
+    before = counts(project)
+    assert before["trials_computed"] == 9 + 7
+    set_targets(project, {"small": "2blocks", "large": "4blocks"})
+    output = dvc(project, "repro")
+    assert sorted(ran(output)) == sorted(
+        ["score@tiny", "commit@small", "commit@large", "materialize@large", "benchmark@large", "report"]
+    )
+    after = counts(project)
+    assert (after["trials_computed"], after["trials_reused"]) == (6 + 5, 9 + 7)
+    assert list(Plan.load(project / "data/plans/large/plan.json").order) == brute_force(project, 4)
+    kept = tables(project)
+
+    set_targets(project, {"small": "2blocks"})
+    output = dvc(project, "repro")
+    assert "materialize@small" not in ran(output)
+    assert counts(project)["trials_computed"] == 0
+    assert tables(project) == kept
+
+
+def test_dvc_reads_metrics_and_plots(project, first):
+    shown = json.loads(dvc(project, "metrics", "show", "--json"))
+    assert "data/metrics/small.json" in json.dumps(shown)
+    assert "index.html" in dvc(project, "plots", "show")
