@@ -10,7 +10,7 @@ import pyarrow as pa
 from blockpruner.evaluation import benchmarks
 from blockpruner.params import load_run
 from blockpruner.progress import observer
-from blockpruner.sources import fetch_checkpoint, load_texts, package_file, read_member
+from blockpruner.sources import fetch_checkpoint, load_texts, package_file, pinned_revision, read_member
 from blockpruner.tables import TEXTS, replace_directory, write_table
 from stages import CACHE, DATA, PINS, run
 
@@ -34,7 +34,8 @@ def main(name: str) -> None:
             elif tasks.data.source == "path":
                 tables = benchmarks.tables_from_folder(row.task, Path(tasks.data.path))
             else:
-                tables = benchmarks.tables_from_hub(row.task)
+                revision = pinned_revision(benchmarks.hub_repository(row.task), "dataset", None, PINS)
+                tables = benchmarks.tables_from_hub(row.task, revision)
             benchmarks.write_task(row.task, directory / "tasks", tables, location=out / "tasks")
             show.note(f"{row.task}: {sum(table.num_rows for table in tables.values())} items")
 

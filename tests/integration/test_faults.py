@@ -85,23 +85,41 @@ def test_tables_alone_spare_the_model(tmp_path, undisturbed):
 
 
 def test_a_read_only_data_folder(tmp_path):
-    """Root writes anywhere, so the stage runs as an unprivileged user where the tests run as root."""
+    """Root writes anywhere, so as root the folder is mounted read-only in a mount namespace of its own."""
     project = make_scored(tmp_path)
-    identity = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
-    (project / "data").chmod(0o555)
-    for parent in [tmp_path, *tmp_path.parents]:
-        if parent.stat().st_uid == os.getuid() and parent.stat().st_mode & 0o001 == 0 and str(parent) != "/":
-            parent.chmod(parent.stat().st_mode | 0o055)
-    try:
-        result = subprocess.run(
-            [sys.executable, "-m", "stages.score", "tiny"], cwd=project, env=environment(), capture_output=True,
-            text=True, check=False, **identity,
-        )  # fmt: skip
-    finally:
-        (project / "data").chmod(0o755)
-    if "Permission denied" in result.stderr and "error in stage" not in result.stderr:
-        pytest.skip(f"an unprivileged user cannot read this Python: {result.stderr.splitlines()[-1]}")
+    command = [sys.executable, "-m", "stages.score", "tiny"]
+    if os.getuid() == 0:
+        remount = 'mount --bind data data && mount -o remount,ro,bind data && exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", remount, "sh", *command]
+        if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0:
+            pytest.skip("root may not make a mount namespace here, so no folder can be made read-only for it")
+    else:
+        (project / "data").chmod(0o555)
+    result = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
+    (project / "data").chmod(0o755)
     assert result.returncode == 1
     assert "cannot write data/trials" in result.stderr
-    assert "permission denied; make the folder writable" in result.stderr
+    assert "read-only" in result.stderr or "permission denied" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_full_disk(tmp_path, undisturbed):
+    """On a small tmpfs the score stage says so; what was computed before is whole, and a rerun uses it."""
+    if os.getuid() != 0 or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs root and mount namespaces to mount a small tmpfs")
+    project = make_scored(tmp_path)
+    fill = (
+        "mkdir data/trials && mount -t tmpfs -o size=64k tmpfs data/trials && (head -c 52k /dev/zero > data/trials/fill);"
+        ' "$@"; code=$?; rm data/trials/fill; cp -r data/trials kept; exit $code'
+    )
+    command = ["unshare", "--mount", "sh", "-c", fill, "sh", sys.executable, "-m", "stages.score", "tiny"]
+    result = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stdout
+    assert "no space left on the device; free some and run again" in result.stderr
+    assert "Traceback" not in result.stderr
+    subprocess.run("rm -rf data/trials && mv kept data/trials", shell=True, cwd=project, check=True)
+    before = units_logged(project)
+    assert 0 < before < counts(undisturbed)["units_computed"]
+    assert stage(project, "score").returncode == 0
+    assert tables(project) == tables(undisturbed)
+    assert counts(project)["units_computed"] <= counts(undisturbed)["units_computed"] - before + 1

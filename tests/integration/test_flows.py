@@ -85,23 +85,28 @@ if stage == "report":
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PREFECT_HOME of the test session: one database, since making it takes 4 s."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="session")
+def server(home: Path) -> Iterator[str]:
     """The API URL of a Prefect server of the test session's own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("prefect")
-    with open(folder / "server.log", "w") as log:
+    with open(home / "server.log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, "PREFECT_HOME": str(folder)},
+            env={**os.environ, "PREFECT_HOME": str(home)},
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}/api"
     try:
-        wait_until(lambda: answers(url), f"no Prefect server: {folder / 'server.log'}")
+        wait_until(lambda: answers(url), f"no Prefect server: {home / 'server.log'}")
         yield url
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -109,7 +114,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def project(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The miniature project as the current folder; the environment says nothing of a server."""
     folder = tmp_path / "project"
     folder.mkdir()
@@ -120,7 +125,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.copytree(ROOT / "runs", folder / "runs")
     monkeypatch.chdir(folder)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setenv("PREFECT_HOME", str(home))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (

