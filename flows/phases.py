@@ -48,7 +48,10 @@ class Phase:
         self._progress: str | None = None
         self._shown = 0.0
         run = client.create_task_run(
-            Task(send, name=name), flow_run, dynamic_key=str(uuid4()), name=name,
+            Task(send, name=name),
+            flow_run,
+            dynamic_key=str(uuid4()),
+            name=name,
             task_inputs={"__parents__": [TaskRunResult(id=parent)]},
         )
         self._id = run.id
@@ -77,8 +80,12 @@ class Phase:
 
     def _create(self, kind: str, data: Any, description: str) -> str:
         artifact = ArtifactCreate(
-            key=artifact_key(f"{self._stage}-{kind}"), type=kind, description=description, data=data,
-            flow_run_id=self._flow_run, task_run_id=self._id,
+            key=artifact_key(f"{self._stage}-{kind}"),
+            type=kind,
+            description=description,
+            data=data,
+            flow_run_id=self._flow_run,
+            task_run_id=self._id,
         )
         # client.create_artifact would do the same and start the service described above
         body = artifact.model_dump(mode="json", exclude_unset=True)

@@ -95,7 +95,7 @@ def publish(chosen: Plan) -> None:
         columns = {name: read_json(path) for name in models if (path := METRICS / f"{name}.json").exists()}
         keys = dict.fromkeys(key for values in columns.values() for key in values)
         if keys:
-            table = [{"": key} | {name: values.get(key) for name, values in columns.items()} for key in keys]
+            table = [{"metric": key} | {name: values.get(key) for name, values in columns.items()} for key in keys]
             create_table_artifact(table, phases.artifact_key(f"results-{run}"), f"{run}: dense against pruned")
     report = REPORT / "report.md"
     if report.exists():

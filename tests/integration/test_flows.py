@@ -239,7 +239,7 @@ def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) 
     }
     data = {artifact["key"]: artifact["data"] for artifact in artifacts}
     assert data["plot-block-map"] == "data:image/png;base64,bm90IHJlYWxseQ=="
-    assert '{"": "perplexity", "smollm2-dense": 20.5, "smollm2-0.02": 22.5}' in data["results-smollm2"]
+    assert '{"metric": "perplexity", "smollm2-dense": 20.5, "smollm2-0.02": 22.5}' in data["results-smollm2"]
     assert all(a["data"] == 100.0 for a in artifacts if a["type"] == "progress")
 
 
