@@ -1,0 +1,1 @@
+"""Evaluation: held-out perplexity, zero-shot tasks and speed, cached by content."""

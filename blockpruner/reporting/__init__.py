@@ -1,0 +1,1 @@
+"""Reporting: from results to tables, plots and one self-contained page."""

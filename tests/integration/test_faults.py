@@ -11,7 +11,7 @@ import pytest
 from tests.integration.project import counts, environment, make_project, set_targets, stage, tables
 
 KILLS = int(os.environ.get("BLOCKPRUNER_KILLS", "3"))
-BUDGET = {"small": "3blocks"}
+BUDGET = {"small.3": "3blocks"}
 BATCH_TOKENS = 96  # four row batches a sweep
 
 

@@ -22,7 +22,7 @@ def ran(output):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("pipeline"), {"small": "2blocks"})
+    return make_project(tmp_path_factory.mktemp("pipeline"), {"small.2": "2blocks"})
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +49,21 @@ def brute_force(project, removals):
 
 def test_everything_runs_once_in_order(project, first):
     assert sorted(ran(first)) == sorted(
-        ["fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "commit@small", "materialize@small",
-         "benchmark@small", "report"]
+        ["fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "commit@small.2", "materialize@small.2",
+         "benchmark@small.2", "report"]
     )  # fmt: skip
     for output in (
-        "checkpoints/small/hf/verification.json", "results/small/results.json", "results/tiny-dense/results.json",
-        "report/index.html", "report/report.md", "metrics/small.json", "provenance/score@tiny.json",
+        "checkpoints/small.2/hf/verification.json", "results/small.2/results.json", "results/tiny-dense/results.json",
+        "report/index.html", "report/report.md", "metrics/small.2.json", "provenance/score@tiny.json",
     ):  # fmt: skip
         assert (project / "data" / output).exists(), output
 
 
 def test_sequence_equals_brute_force(project, first):
-    plan = Plan.load(project / "data/plans/small/plan.json")
+    plan = Plan.load(project / "data/plans/small.2/plan.json")
     assert list(plan.order) == brute_force(project, 2)
     assert plan.blocks["mha"] + plan.blocks["mlp"] == 2
-    table = pq.read_table(project / "data/plans/small/iterations.parquet").to_pylist()
+    table = pq.read_table(project / "data/plans/small.2/iterations.parquet").to_pylist()
     assert [sum(row["iteration"] == k for row in table) for k in (0, 1)] == [9, 7]
     assert all(row["rows_used"] == row["rows_total"] == counts_rows(project) for row in table)
 
@@ -73,12 +73,12 @@ def counts_rows(project):
 
 
 def test_checkpoint_is_verified_and_smaller(project, first):
-    report = read_json(project / "data/checkpoints/small/hf/verification.json")
+    report = read_json(project / "data/checkpoints/small.2/hf/verification.json")
     assert report["ok"]
     assert report["cached_equals_uncached"]
     assert not report["blockpruner_imported"]
-    plan = Plan.load(project / "data/plans/small/plan.json")
-    results = read_json(project / "data/results/small/results.json")
+    plan = Plan.load(project / "data/plans/small.2/plan.json")
+    results = read_json(project / "data/results/small.2/results.json")
     assert results["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
     assert results["tasks"]["piqa"]["items"] == 6
 
@@ -93,24 +93,24 @@ def test_budgets_up_down_and_back(project, first):
     """Trials computed are exactly the never-computed ones; only a new target's later stages run."""
     before = counts(project)
     assert before["trials_computed"] == 9 + 7
-    set_targets(project, {"small": "2blocks", "large": "4blocks"})
+    set_targets(project, {"small.2": "2blocks", "large.4": "4blocks"})
     output = dvc(project, "repro")
     assert sorted(ran(output)) == sorted(
-        ["score@tiny", "commit@small", "commit@large", "materialize@large", "benchmark@large", "report"]
+        ["score@tiny", "commit@small.2", "commit@large.4", "materialize@large.4", "benchmark@large.4", "report"]
     )
     after = counts(project)
     assert (after["trials_computed"], after["trials_reused"]) == (6 + 5, 9 + 7)
-    assert list(Plan.load(project / "data/plans/large/plan.json").order) == brute_force(project, 4)
+    assert list(Plan.load(project / "data/plans/large.4/plan.json").order) == brute_force(project, 4)
     kept = tables(project)
 
-    set_targets(project, {"small": "2blocks"})
+    set_targets(project, {"small.2": "2blocks"})
     output = dvc(project, "repro")
-    assert "materialize@small" not in ran(output)
+    assert "materialize@small.2" not in ran(output)
     assert counts(project)["trials_computed"] == 0
     assert tables(project) == kept
 
 
 def test_dvc_reads_metrics_and_plots(project, first):
     shown = json.loads(dvc(project, "metrics", "show", "--json"))
-    assert "data/metrics/small.json" in json.dumps(shown)
+    assert "data/metrics/small.2.json" in json.dumps(shown)
     assert "index.html" in dvc(project, "plots", "show")

@@ -41,7 +41,9 @@ def test_joined_is_one_tokenization_cut_with_the_tail_dropped():
 
 def test_no_row_says_how_many_samples_would_do():
     tokens = len(tiny_tokenizer()(TEXTS[0])["input_ids"])
-    with pytest.raises(InputError, match=rf"1 samples are {tokens} tokens.*seq_len 100; about {-(-100 // tokens)} samp"):
+    with pytest.raises(
+        InputError, match=rf"1 samples are {tokens} tokens.*seq_len 100; about {-(-100 // tokens)} samp"
+    ):
         pack(TEXTS[:1], tiny_tokenizer(), 100, "joined")
     with pytest.raises(InputError, match="no row"):
         pack(["", "a"], tiny_tokenizer(), 100, "per_sample")

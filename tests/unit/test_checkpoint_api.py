@@ -70,7 +70,9 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
         save(model, directory)
         if fault == "renumbering":
             path = directory / "modeling_blockpruned.py"
-            path.write_text(path.read_text().replace("attention.layer_idx = number", "attention.layer_idx = number + 1"))
+            path.write_text(
+                path.read_text().replace("attention.layer_idx = number", "attention.layer_idx = number + 1")
+            )
         else:
             with torch.no_grad():
                 model.model.norm.weight.mul_(1.5)

@@ -183,7 +183,10 @@ def test_weights_that_do_not_match_the_config(tmp_path, change):
 
 
 def test_texts(tmp_path):
-    records = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}]
+    records = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Hi", "input": "", "output": "Ho"},
+    ]
     first, second = sources.parse_texts(json.dumps(records).encode(), "x.json", "alpaca")
     assert first.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3")
     assert second.endswith("### Instruction:\nHi\n\n### Response:\nHo")
