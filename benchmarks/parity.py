@@ -57,7 +57,7 @@ def main(checkpoint: Path, sources: Path, removals: int, rows: int, length: int)
                 for mask in masks:
                     found[name][mask] = oracle(model, mask, data.rows)
             seconds[name] += time.perf_counter() - started
-            best = min(masks, key=lambda mask: sum(found[name][mask]))  # noqa: B023
+            best = min(masks, key=lambda mask: sum(found[name][mask]))
             chosen[name].append(str(next(iter(best - removed[name]))))
             removed[name] = best
         step_worst = max(

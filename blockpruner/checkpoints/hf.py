@@ -141,7 +141,7 @@ Perplexity on the calibration set ({calibration["rows"]} rows, {calibration["tok
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("<this directory>")
+tokenizer = AutoTokenizer.from_pretrained("<this directory>", trust_remote_code=True)
 ```
 
 `trust_remote_code` runs the file `modeling_blockpruned.py` beside this card; it needs transformers 5.24 or newer and

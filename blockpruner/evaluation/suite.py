@@ -53,7 +53,7 @@ class _Loader:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.directory)
+        return load_tokenizer(self.directory, self.trust_remote_code)
 
 
 @dataclass(frozen=True)

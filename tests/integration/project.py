@@ -13,10 +13,27 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the a cat dog runs sits on under red blue house tree and then it was very small or large".split()
+WORDS = (
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "runs",
+    "sits",
+    "on",
+    "under",
+    "red",
+    "blue",
+    "house",
+    "tree",
+    "was",
+    "very",
+    "small",
+)
 
 
 def sentence(number: int) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from tests.integration.project import counts, environment, make_project, set_targets, stage, tables
 
 KILLS = int(os.environ.get("BLOCKPRUNER_KILLS", "3"))
@@ -109,7 +110,7 @@ def test_a_full_disk(tmp_path, undisturbed):
         pytest.skip("needs root and mount namespaces to mount a small tmpfs")
     project = make_scored(tmp_path)
     fill = (
-        "mkdir data/trials && mount -t tmpfs -o size=64k tmpfs data/trials && (head -c 52k /dev/zero > data/trials/fill);"
+        "mkdir data/trials && mount -t tmpfs -o size=64k tmpfs data/trials; head -c 52k /dev/zero > data/trials/fill;"
         ' "$@"; code=$?; rm data/trials/fill; cp -r data/trials kept; exit $code'
     )
     command = ["unshare", "--mount", "sh", "-c", fill, "sh", sys.executable, "-m", "stages.score", "tiny"]

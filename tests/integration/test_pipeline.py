@@ -6,14 +6,14 @@ import re
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.integration.project import counts, dvc, make_project, set_targets, tables
-from tests.tiny import full_nll
 from transformers import AutoModelForCausalLM
 
 from blockpruner.blocks import all_blocks
 from blockpruner.models import masked
 from blockpruner.plans import Plan
 from blockpruner.tables import read_json
+from tests.integration.project import counts, dvc, make_project, set_targets, tables
+from tests.tiny import full_nll
 
 
 def ran(output):

@@ -2,12 +2,12 @@ import random
 
 import datasets
 import pytest
-from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 from blockpruner.blocks import DENSE
 from blockpruner.calibration import CalibrationSet, check_context, draw, pack
 from blockpruner.errors import InputError
 from blockpruner.scoring.engine import Engine
+from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 TEXTS = [f"text number {i}, with some words" for i in range(100)]
 

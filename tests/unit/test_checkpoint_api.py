@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import blockpruner
@@ -23,6 +22,7 @@ from blockpruner.families import count_parameters
 from blockpruner.models import masked
 from blockpruner.plans import Plan, commit
 from blockpruner.sources import fetch_checkpoint
+from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]

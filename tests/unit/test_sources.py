@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-from tests.tiny import save_tiny, tiny_model
 
 from blockpruner import sources
 from blockpruner.errors import InputError
 from blockpruner.models import load_model
 from blockpruner.provenance import model_identity
+from tests.tiny import save_tiny, tiny_model
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_hub_revision_is_resolved_once_and_kept(tmp_path, monkeypatch):
         sources.fetch_checkpoint(model, tmp_path / out, tmp_path / "cache", tmp_path / "pins.json")
     assert calls == ["a/b"]
     assert json.loads((tmp_path / "pins.json").read_text()) == {"model:a/b": "sha1"}
-    assert os.stat(tmp_path / "one/model.safetensors").st_ino == os.stat(tmp_path / "two/model.safetensors").st_ino
+    assert (tmp_path / "one/model.safetensors").samefile(tmp_path / "two/model.safetensors")
     assert sources.checkpoint_identity(tmp_path / "one") == model_identity(tmp_path / "hub")
 
 
@@ -146,7 +146,7 @@ def test_local_checkpoint_is_copied_not_linked(tmp_path):
     """DVC protects its outputs: a hard link would turn the user's own files read-only."""
     folder = save_tiny(tmp_path / "mine")
     fetch(tmp_path, folder)
-    assert os.stat(tmp_path / "out/model.safetensors").st_ino != os.stat(folder / "model.safetensors").st_ino
+    assert not (tmp_path / "out/model.safetensors").samefile(folder / "model.safetensors")
 
 
 def test_pickled_weights_are_refused(tmp_path):
