@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from blockpruner.blocks import DENSE, removable_units
-from blockpruner.calibration import check_context, pack
+from blockpruner.calibration import pack
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.families import count_parameters
 from blockpruner.models import prune_
@@ -33,8 +34,6 @@ class Pruned:
 
     def save(self, directory: str) -> None:
         """Write a checkpoint that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads."""
-        from pathlib import Path
-
         save_pruned(self.model, Path(directory))
         self.tokenizer.save_pretrained(directory)
 
@@ -69,7 +68,6 @@ def prune(
     counts = count_parameters(config)
     budget = f"{ratio:.12g}"
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
-    check_context(seq_len, config, "seq_len")
     calibration = pack(texts, tokenizer, seq_len, packing)
     dtype = str(model.dtype).removeprefix("torch.")
     fields = store_fingerprint(calibration.digest, "in memory", dtype, "perplexity")

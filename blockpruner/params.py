@@ -233,6 +233,11 @@ class Params(Frozen):
             meanings[meaning] = name
         return self
 
+    def target(self, name: str) -> Target:
+        if name not in self.targets:
+            raise InputError(f"target {name!r} is not in params.yaml; valid: {', '.join(self.targets) or 'none'}")
+        return self.targets[name]
+
     def budgets_of(self, run: str) -> tuple[str, ...]:
         return tuple(target.budget for target in self.targets.values() if target.run == run)
 

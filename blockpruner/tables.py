@@ -60,6 +60,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(path)
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
@@ -131,7 +132,7 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_orphans(path)
         temporary.mkdir()
         build(temporary)
         if path.exists():
@@ -143,6 +144,18 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_orphans(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it."""
+    for orphan in path.parent.glob(f".{path.name}.*.tmp"):
+        writer = orphan.name.rsplit(".", 2)[1]
+        if Path(f"/proc/{writer}").exists() and int(writer) != os.getpid():
+            continue
+        if orphan.is_dir():
+            shutil.rmtree(orphan, ignore_errors=True)
+        else:
+            orphan.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

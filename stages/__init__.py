@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blockpruner.errors import InputError
-from blockpruner.provenance import record
+from blockpruner.provenance import file_sha256, record
 
 DATA = Path("data")
 CACHE = DATA / "cache"
@@ -25,7 +25,8 @@ def run(stage: str, main: Callable[[str], object]) -> None:
     started = time.monotonic()
     try:
         main(item)
-        inputs = {"stage": stage, "item": item}
+        settings = [Path("params.yaml"), *sorted(Path("runs").glob("*.yaml"))]
+        inputs = {"stage": stage, "item": item, "sha256": {str(path): file_sha256(path) for path in settings}}
         record(DATA / "provenance" / f"{stage}{'@' if item else ''}{item}.json", inputs, time.monotonic() - started)
     except InputError as error:
         print(f"error in stage {stage} {item}: {error}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from stages import DATA, run
 
 
 def main(name: str) -> None:
-    target = load_params().targets[name]
+    target = load_params().target(name)
     scores = DATA / "scores" / target.run
     facts, trace = read_current(scores)
     counts = count_parameters(read_json(DATA / "models" / target.run / "config.json"))

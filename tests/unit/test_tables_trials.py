@@ -190,3 +190,11 @@ def test_parquet_with_other_columns(tmp_path):
     with pytest.raises(InputError, match=r"\['words'\].*\['text'\]"):
         read_table(tmp_path / "t.parquet", TEXTS)
     assert json.dumps(TEXTS.names) == '["text"]'
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path):
+    dead, alive = tmp_path / ".d.999999999.tmp", tmp_path / ".d.1.tmp"
+    dead.mkdir()
+    alive.mkdir()
+    replace_directory(tmp_path / "d", lambda directory: (directory / "x").write_text("1"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".d.1.tmp", "d"]
