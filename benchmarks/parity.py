@@ -62,7 +62,7 @@ def main(checkpoint: Path, sources: Path, removals: int, rows: int, length: int)
             removed[name] = best
         step_worst = max(
             abs(a - b) for mask in found["oracle"] for a, b in zip(found["engine"].get(mask, [float("inf")]),
-                                                                   found["oracle"][mask], strict=False)
+                                                                   found["oracle"][mask], strict=True)
         )  # fmt: skip
         worst = max(worst, step_worst)
         print(f"| {step} | {chosen['engine'][-1]} | {chosen['oracle'][-1]} | {step_worst:.1e} |", flush=True)

@@ -54,6 +54,29 @@ def _positive(text: str) -> int:
     return value
 
 
+def require_reachable(budget: Budget, units: Sequence[Mask], counts: ParameterCounts) -> None:
+    """Refuse, before anything is computed, a budget that no sequence over `units` meets.
+
+    Raises:
+        InputError: names the largest or nearest budget that can be reached.
+    """
+    everything = frozenset[BlockId]().union(*units)
+    largest = f"{len(everything)}blocks, ratio {counts.ratio(everything):.4f}"
+    size = len(units[0])
+    beyond = f"budget {budget.text!r} cannot be reached; the largest reachable is {largest}"
+    if budget.blocks is not None:
+        if budget.blocks > len(everything):
+            raise InputError(beyond)
+        if budget.blocks % size:
+            low = budget.blocks - budget.blocks % size
+            near = ", ".join(f"{n}blocks" for n in (low, low + size) if 0 < n <= len(everything))
+            raise InputError(f"budget {budget.text!r} is not reached by whole units; nearest: {near}")
+    elif budget.ratio is not None:
+        last = max(counts.ratio(unit) for unit in units)
+        if budget.ratio > counts.ratio(everything) + last / 2:
+            raise InputError(beyond)
+
+
 def is_settled(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCounts, remaining: Sequence[Mask]) -> bool:
     """Whether longer sequences cannot change which prefix meets `budget`.
 
@@ -76,31 +99,23 @@ def choose_prefix(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCou
     """Number of removals (1 or more) of the sequence that meet `budget`.
 
     Raises:
-        InputError: the budget is beyond the sequence's end, below its first removal, or not hit by a block count;
-            names the largest or nearest reachable budget.
+        InputError: nothing in the sequence meets it; what is out of reach is refused by `require_reachable` before.
     """
     if not prefixes:
         raise InputError(f"budget {budget.text!r} cannot be met: nothing can be removed")
     largest = f"{len(prefixes[-1])}blocks, ratio {counts.ratio(prefixes[-1]):.4f}"
     if budget.blocks is not None:
         sizes = [len(prefix) for prefix in prefixes]
-        if budget.blocks in sizes:
-            return sizes.index(budget.blocks) + 1
-        if budget.blocks > sizes[-1]:
-            raise InputError(f"budget {budget.text!r} cannot be reached; the largest reachable is {largest}")
-        near = [f"{size}blocks" for size in sizes if abs(size - budget.blocks) < sizes[0]]
-        raise InputError(f"budget {budget.text!r} is not reached by whole units; nearest: {', '.join(near)}")
+        if budget.blocks not in sizes:
+            raise InputError(f"budget {budget.text!r} is not in this sequence; its largest is {largest}")
+        return sizes.index(budget.blocks) + 1
     assert budget.ratio is not None
-    ratios = [0.0, *(counts.ratio(prefix) for prefix in prefixes)]
     wanted = budget.ratio
+    ratios = [0.0, *(counts.ratio(prefix) for prefix in prefixes)]
     best = min(range(len(ratios)), key=lambda k: (round(abs(ratios[k] - wanted), 12), -k))
     if best == 0:
         raise InputError(
             f"budget {budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
             f"{ratios[1]:.4f}"
         )
-    if best == len(prefixes) and ratios[best] < budget.ratio and len(prefixes) > 1:
-        last_step = ratios[best] - ratios[best - 1]
-        if budget.ratio - ratios[best] > last_step:
-            raise InputError(f"budget {budget.text!r} cannot be reached; the largest reachable is {largest}")
     return best

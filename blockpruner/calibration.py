@@ -89,6 +89,10 @@ def pack(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str) -> 
     Raises:
         InputError: no row comes out; says how many samples would do.
     """
+    if packing not in ("joined", "per_sample"):
+        raise InputError(f"packing {packing!r} is unknown; valid: joined, per_sample")
+    if seq_len < 2:
+        raise InputError(f"seq_len {seq_len} leaves no token to predict; give at least 2")
     if packing == "joined":
         ids = tokenizer("\n\n".join(samples))["input_ids"]
         rows = [tuple(ids[i : i + seq_len]) for i in range(0, len(ids) - seq_len + 1, seq_len)]

@@ -27,9 +27,12 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"runtime.device {device!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto")
+    return found
 
 
 def set_threads(threads: int | str) -> None:

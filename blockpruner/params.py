@@ -194,8 +194,8 @@ class Runtime(Frozen):
     """Changes speed, never a number; no stage lists it as a parameter."""
 
     device: str = "auto"
-    batch_tokens: int | Literal["auto"] = "auto"
-    threads: int | Literal["auto"] = "auto"
+    batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
 
 class Params(Frozen):

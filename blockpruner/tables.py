@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from blockpruner.errors import InputError, StorageError
 
@@ -109,7 +110,9 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; the stage before this one writes it: run `dvc repro`") from None
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is truncated or not Parquet ({error}); it holds nothing that can be used") from error
+        raise InputError(
+            f"{path} is truncated or not Parquet ({error}); nothing in it can be used: delete it and run `dvc repro`"
+        ) from error
     metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     if table.schema.names != schema.names:
         raise InputError(f"{path} has columns {table.schema.names}; expected {schema.names}")
@@ -130,32 +133,49 @@ def set_aside(path: Path) -> Path:
 def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
     """Let `build` fill a temporary directory, then put it in the place of `path`; on failure `path` is unchanged."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f".{path.name}-replaced.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans(path)
         temporary.mkdir()
         build(temporary)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, replaced)
         os.replace(temporary, path)
+    except SafetensorError as error:  # safetensors reports a failed write by this, with the cause as text
+        if "os error" not in str(error):
+            raise
+        full = "os error 28" in str(error)
+        raise storage_error(path, OSError(errno.ENOSPC if full else 0, str(error))) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise storage_error(path, error) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_orphans(path: Path) -> None:
     """Remove what killed writers of `path` left beside it."""
     for orphan in path.parent.glob(f".{path.name}.*.tmp"):
         writer = orphan.name.rsplit(".", 2)[1]
-        if Path(f"/proc/{writer}").exists() and int(writer) != os.getpid():
+        if not writer.isdecimal() or (int(writer) != os.getpid() and _runs(int(writer))):
             continue
         if orphan.is_dir():
             shutil.rmtree(orphan, ignore_errors=True)
         else:
             orphan.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's, or not a process id
+    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -14,7 +14,9 @@ import os
 import socket
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -62,6 +64,7 @@ class TrialStore:
     root: Path | None = None
     problems: list[str] = field(default_factory=list)
     _facts: dict[str, list[float]] = field(default_factory=dict)
+    _units: Counter[str] = field(default_factory=Counter)
     _log: TextIO | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +85,10 @@ class TrialStore:
         values = self.get(mask)
         return values is not None and not any(math.isnan(v) for v in values[start:stop])
 
+    def units(self, mask: Mask) -> int:
+        """In how many units the rows of a mask were recorded."""
+        return self._units[format_mask(mask)]
+
     def put(self, mask: Mask, start: int, nll: Iterable[float]) -> None:
         """Record rows [start, start + len(nll)) of a mask; on return they are on disk."""
         values = [float(v) for v in nll]
@@ -89,11 +96,15 @@ class TrialStore:
         if self.root is None:
             return
         try:
-            log = self._open()
-            log.write(_line({"mask": format_mask(mask), "start": start, "nll": values}))
-            log.flush()
-            os.fsync(log.fileno())
+            stream = self._open()
+            stream.write(_line({"mask": format_mask(mask), "start": start, "nll": values}))
+            stream.flush()
+            os.fsync(stream.fileno())
         except OSError as error:
+            log, self._log = self._log, None
+            with suppress(OSError):  # closing writes the rest of the line again, which fails again
+                if log is not None:
+                    log.close()
             raise storage_error(self.root / self.fingerprint, error) from error
 
     def close(self) -> None:
@@ -104,6 +115,7 @@ class TrialStore:
     def _remember(self, mask: str, start: int, values: list[float]) -> None:
         row = self._facts.setdefault(mask, [math.nan] * self.rows)
         row[start : start + len(values)] = values
+        self._units[mask] += 1
 
     def _open(self) -> TextIO:
         if self._log is None:

@@ -34,8 +34,12 @@ def labels(settings: Run) -> RunLabels:
 def main(_: str) -> None:
     params = load_params()
     names = {name: labels(load_run(name)) for name in params.runs}
-    write_report(DATA / "report", params.report.title, list(params.targets), names, DATA, params.report.plots)
-    observer().note(f"report: {DATA / 'report' / 'index.html'}")
+    show = observer()
+    built = [name for name in params.targets if (DATA / "results" / name / "results.json").exists()]
+    for name in sorted(set(params.targets) - set(built)):
+        show.note(f"target {name} is not built yet and not in the report; `dvc repro` builds it")
+    write_report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
+    show.note(f"report: {DATA / 'report' / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -77,18 +77,17 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
 
 @torch.inference_mode()
 def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Tensor]:
-    """Logits [B, T, V] and greedy tokens [B, T + n] of the masked dense model on seeded random token ids."""
+    """Of the masked dense model: greedy tokens [B, T + n] from seeded random prompts [B, T], and their logits."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator).to(model.device)
-    mask = torch.ones_like(ids)
     with masked(model, plan.mask):
-        logits = model(ids, attention_mask=mask, use_cache=False).logits
         tokens = model.generate(
-            ids, attention_mask=mask, use_cache=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-            do_sample=False, pad_token_id=0,
+            ids, attention_mask=torch.ones_like(ids), use_cache=False, max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
         )  # fmt: skip
+        logits = model(tokens, use_cache=False).logits
     attentions = torch.tensor(plan.layers - plan.blocks["mha"])
-    result = {"input_ids": ids, "logits": logits, "tokens": tokens, "attentions": attentions}
+    result = {"tokens": tokens, "logits": logits, "prompt": torch.tensor(PROMPT_TOKENS), "attentions": attentions}
     return {name: tensor.cpu().contiguous().clone() for name, tensor in result.items()}
 
 

@@ -15,36 +15,46 @@ from transformers import AutoModelForCausalLM
 
 
 def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, object]:
-    """Compare with the reference: logits, greedy tokens with and without KV cache, attentions in the cache."""
+    """Compare with the reference: logits of prompt and greedy continuation in one pass, the same fed token by token
+    through the KV cache, greedy tokens, and the attentions that hold a cache.
+
+    Tokens are reported, not required: in low precision, and on another device, a near-tie may fall the other way.
+    """
     reference = load_file(reference_file)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, trust_remote_code=True, dtype="auto", local_files_only=True
     ).eval()
-    ids, tokens = reference["input_ids"], reference["tokens"]
-    new = tokens.shape[1] - ids.shape[1]
-    mask = torch.ones_like(ids)
+    tokens, expected = reference["tokens"], reference["logits"].double()
+    prompt = int(reference["prompt"])
+    new = tokens.shape[1] - prompt
     with torch.inference_mode():
-        logits = model(ids, attention_mask=mask).logits.double()
-        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        cached = model.generate(ids, attention_mask=mask, use_cache=True, **options)
-        uncached = model.generate(ids, attention_mask=mask, use_cache=False, **options)
-        cache = model(ids, attention_mask=mask, use_cache=True).cache
-    difference = (logits - reference["logits"].double()).abs().max().item()
-    held = len([layer for layer in cache.layers if layer.is_initialized])
+        whole = model(tokens, use_cache=False).logits.double()
+        out = model(tokens[:, :prompt], use_cache=True)
+        stepped = [out.logits.double()]
+        for position in range(prompt, tokens.shape[1]):
+            out = model(tokens[:, position : position + 1], cache=out.cache, use_cache=True)
+            stepped.append(out.logits.double())
+        ids = tokens[:, :prompt]
+        greedy = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
     result: dict[str, object] = {
-        "max_logit_difference": difference,
-        "tolerance": tolerance * max(1.0, reference["logits"].abs().max().item()),
-        "greedy_tokens_equal": torch.equal(cached, tokens),
-        "cached_equals_uncached": torch.equal(cached, uncached),
-        "cache_layers": len(cache.layers),
+        "max_logit_difference": (whole - expected).abs().max().item(),
+        "max_logit_difference_cached": (torch.cat(stepped, dim=1) - expected).abs().max().item(),
+        "tolerance": tolerance * max(1.0, expected.abs().max().item()),
+        "greedy_tokens_equal": torch.equal(greedy, tokens),
+        "cache_layers": len(out.cache.layers),
         "cache_layers_expected": int(reference["attentions"]),
         "class": type(model).__name__,
         "blockpruner_imported": "blockpruner" in sys.modules,
     }
+    worst = max(float(str(result["max_logit_difference"])), float(str(result["max_logit_difference_cached"])))
     result["ok"] = (
-        difference <= float(str(result["tolerance"]))
-        and bool(result["greedy_tokens_equal"] and result["cached_equals_uncached"])
-        and held == len(cache.layers) == result["cache_layers_expected"]
+        worst <= float(str(result["tolerance"]))
+        and len([layer for layer in out.cache.layers if layer.is_initialized])
+        == result["cache_layers"]
+        == result["cache_layers_expected"]
         and not result["blockpruner_imported"]
     )
     return result

@@ -150,13 +150,16 @@ class Engine:
             recorded.append((hidden, kwargs))
             return hidden
 
+        hooks = [layer.__dict__.get("forward") for layer in self._layers]  # accelerate's, where a device map is used
         for layer in self._layers:
             layer.forward = record  # an instance attribute: shadows the class's method until deleted
         try:
             self._decoder(input_ids=input_ids, use_cache=False)
         finally:
-            for layer in self._layers:
+            for layer, hook in zip(self._layers, hooks, strict=True):
                 del layer.forward
+                if hook is not None:
+                    layer.forward = hook
         return _Prepared(recorded[0][0], tuple(kwargs for _, kwargs in recorded))
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> _Batch:

@@ -85,6 +85,7 @@ class Objective:
         """Score masks on all rows, in the order given; computes exactly what the store does not know."""
         missing = self.missing(masks)
         self.counts.trials_reused += len(masks) - len(missing)
+        self.counts.units_reused += sum(self._store.units(mask) for mask in set(masks) - set(missing))
         if missing:
             self._compute(missing)
         total = len(self._calibration.rows)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpruner.blocks import DENSE, Mask, format_mask, removable_units
-from blockpruner.budgets import is_settled, parse_budget
+from blockpruner.budgets import is_settled, parse_budget, require_reachable
 from blockpruner.calibration import CalibrationSet
 from blockpruner.families import ParameterCounts, count_parameters
 from blockpruner.progress import Observer
@@ -48,6 +48,8 @@ def run_search(
         on_iteration: receives each iteration when it is complete.
     """
     wanted = [parse_budget(text, counts) for text in budgets]
+    for budget in wanted:
+        require_reachable(budget, units, counts)
     furthest = max((b.ratio or (b.blocks or 0) / len(counts.blocks) for b in wanted), default=1.0)
     trace: list[Iteration] = []
     prefixes: list[Mask] = []

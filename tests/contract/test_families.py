@@ -114,7 +114,6 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"ids": IDS}, tmp_path / "ids")
-    processes = {}
     expected = {}
     for family in sorted(FAMILIES):
         model = prune_(tiny_model(family), parse_mask("mha.0,mha.2,mlp.0,mlp.3"))
@@ -133,7 +132,6 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path):
         found = load_file(tmp_path / f"{family}.out")
         assert (found["logits"] - logits).abs().max() <= 1e-10, family
         assert torch.equal(found["tokens"], tokens), family
-    assert not processes
 
 
 @families

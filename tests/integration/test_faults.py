@@ -1,5 +1,6 @@
 """A scoring process killed at any moment, an orphan beside it, damaged files: the same tables in the end."""
 
+import fcntl
 import os
 import random
 import signal
@@ -133,3 +134,31 @@ def test_a_full_disk(tmp_path, undisturbed):
     assert stage(project, "score").returncode == 0
     assert tables(project) == tables(undisturbed)
     assert counts(project)["units_computed"] <= counts(undisturbed)["units_computed"] - before + 1
+
+
+def test_a_second_process_waits_and_reuses(tmp_path, undisturbed):
+    """Held here as an orphaned scoring process would hold it: the stage says who it waits for, then goes on."""
+    project = make_scored(tmp_path)
+    subprocess.run(["cp", "-r", undisturbed / "data/trials", project / "data/trials"], check=True)
+    (path,) = (project / "data/trials").glob("*.lock")
+    with open(path, "r+") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.truncate(0)
+        handle.write("4711")
+        handle.flush()
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "stages.score", "tiny"],
+            cwd=project,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == (
+            "process 4711 computes the same trials; waiting for it, then reusing them\n"
+        )
+        assert process.poll() is None
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert counts(project)["trials_computed"] == 0
+    assert tables(project) == tables(undisturbed)

@@ -75,7 +75,7 @@ def counts_rows(project):
 def test_checkpoint_is_verified_and_smaller(project, first):
     report = read_json(project / "data/checkpoints/small.2/hf/verification.json")
     assert report["ok"]
-    assert report["cached_equals_uncached"]
+    assert report["greedy_tokens_equal"]
     assert not report["blockpruner_imported"]
     plan = Plan.load(project / "data/plans/small.2/plan.json")
     results = read_json(project / "data/results/small.2/results.json")

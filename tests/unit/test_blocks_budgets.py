@@ -1,7 +1,7 @@
 import pytest
 
 from blockpruner.blocks import BlockId, BlockKind, format_mask, parse_block, parse_mask, removable_units
-from blockpruner.budgets import choose_prefix, is_settled, parse_budget
+from blockpruner.budgets import choose_prefix, is_settled, parse_budget, require_reachable
 from blockpruner.errors import InputError
 from blockpruner.families import cached_values_per_token, count_parameters, family_of
 
@@ -83,7 +83,7 @@ def test_budget_in_blocks_and_layers():
     assert choose_prefix(parse_budget("7layers", counts), whole, counts) == 7
     assert choose_prefix(parse_budget("14blocks", counts), whole, counts) == 7
     with pytest.raises(InputError, match="16blocks, 18blocks"):
-        choose_prefix(parse_budget("17blocks", counts), whole, counts)
+        require_reachable(parse_budget("17blocks", counts), layers, counts)
 
 
 def test_a_tie_goes_to_the_larger():
@@ -102,11 +102,13 @@ def test_bad_budgets_name_the_value(text):
 def test_unreachable_budgets_name_what_is_reachable():
     counts = count_parameters(SHAPES["Llama2-7B"])
     mha = removable_units(32, "block", "mha")
-    prefixes = [frozenset().union(*mha[: k + 1]) for k in range(32)]
+    require_reachable(parse_budget("0.3187", counts), mha, counts)
+    require_reachable(parse_budget("32blocks", counts), mha, counts)
     with pytest.raises(InputError, match=r"0\.5.*largest reachable is 32blocks, ratio 0\.3187"):
-        choose_prefix(parse_budget("0.5", counts), prefixes, counts)
+        require_reachable(parse_budget("0.5", counts), mha, counts)
     with pytest.raises(InputError, match=r"40blocks.*largest reachable is 32blocks"):
-        choose_prefix(parse_budget("40blocks", counts), prefixes, counts)
+        require_reachable(parse_budget("40blocks", counts), mha, counts)
+    prefixes = [frozenset().union(*mha[: k + 1]) for k in range(32)]
     with pytest.raises(InputError, match=r"0\.001.*nothing.*0\.0100"):
         choose_prefix(parse_budget("0.001", counts), prefixes, counts)
 

@@ -1,0 +1,36 @@
+"""The wheel builds, holds the library alone, and runs the README's example without the repository."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_wheel_alone_runs_the_readme_example(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    source = tmp_path / "source"
+    names = ["blockpruner", "pyproject.toml", "README.md", "LICENSE"]
+    source.mkdir()
+    subprocess.run(["cp", "-r", *names, source], cwd=ROOT, check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-compile", "--target", tmp_path / "site", wheel], check=True)
+    assert {path.name.split("-")[0] for path in (tmp_path / "site").iterdir()} == {"blockpruner"}
+
+    (block,) = re.findall(r"```python\n(.*?blockpruner\.prune.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    save_tiny(tmp_path / "model")
+    (tmp_path / "calibration.txt").write_text("\n".join(f"{i} little words and {i * i} more" for i in range(60)))
+    script = block.replace("seq_len=2048", "seq_len=32") + "\nprint(blockpruner.__file__)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(tmp_path / "site")}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "site") in result.stdout
+    assert "removed" in result.stdout
+    assert (tmp_path / "pruned" / "modeling_blockpruned.py").exists()

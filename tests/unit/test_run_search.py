@@ -1,0 +1,114 @@
+"""What a search run reuses and what it computes: every input of the fingerprints, and budgets out of reach."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from blockpruner.calibration import CalibrationSet
+from blockpruner.errors import InputError
+from blockpruner.progress import SilentObserver
+from blockpruner.scoring.engine import Unit
+from blockpruner.search import run, trace
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "vocab_size": 16,
+}  # fmt: skip
+SCORE = {"method": "greedy", "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
+ROWS = CalibrationSet(((1, 2, 3), (4, 5, 6)))
+
+
+class CountingEngine:
+    """Scores a mask by its text, two row batches; counts what it is asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def row_batches(self, rows):
+        return [range(1), range(1, len(rows))]
+
+    def score(self, masks, rows, span):
+        for mask in masks:
+            self.asked.append((mask, span.start))
+            yield Unit(mask, span.start, tuple(sum(map(ord, str(sorted(map(str, mask))))) / 1000 for _ in span))
+
+
+def score_run(folder, budgets=("2blocks",), **changes):
+    engine = CountingEngine()
+    values = {
+        "calibration": ROWS, "model_identity": "m", "dtype": "float32", "config": CONFIG, "score": SCORE,
+    } | changes  # fmt: skip
+    run.score_run(
+        folder / "scores", folder / "trials", budgets=budgets, make_engine=lambda: engine,
+        observer=SilentObserver(), metrics=folder / "score.json", **values,
+    )  # fmt: skip
+    found = json.loads((folder / "score.json").read_text())
+    assert found["units_computed"] == len(engine.asked) == len(set(engine.asked))
+    found["search"] = json.loads((folder / "scores" / "current.json").read_text())["search"]
+    return SimpleNamespace(**found)
+
+
+def test_second_time_everything_is_reused(tmp_path):
+    first = score_run(tmp_path)
+    assert (first.trials_computed, first.units_computed) == (5 + 3, 2 * (5 + 3))
+    again = score_run(tmp_path)
+    assert (again.trials_computed, again.units_computed) == (0, 0)
+    assert (again.trials_reused, again.units_reused) == (first.trials_computed, first.units_computed)
+    assert again.search == first.search
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"calibration": CalibrationSet(((1, 2, 3), (4, 5, 7)))},
+        {"model_identity": "other"},
+        {"dtype": "bfloat16"},
+        {"score": SCORE | {"metric": "other"}},
+    ],
+    ids=["calibration", "model", "dtype", "metric"],
+)
+def test_what_changes_a_trial_is_computed_anew(tmp_path, change):
+    first = score_run(tmp_path)
+    other = score_run(tmp_path, **change)
+    assert other.trials_computed == first.trials_computed
+    assert other.search != first.search
+    assert score_run(tmp_path).trials_computed == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "computed"),
+    [({"candidates": "mha"}, 0), ({"unit": "layer"}, 1), ({"acceleration": "other"}, 0)],
+    ids=["candidates", "unit", "acceleration"],
+)
+def test_another_search_reuses_trials_but_not_tables(tmp_path, change, computed):
+    """Of the two layers, the block search (mha.0 first) has seen layer 0 as a pair, so only layer 1 is new."""
+    first = score_run(tmp_path)
+    other = score_run(tmp_path, score=SCORE | change)
+    assert other.search != first.search
+    assert other.trials_computed == computed
+
+
+@pytest.mark.parametrize("module", [run.store_fingerprint.__globals__, vars(trace)], ids=["trials", "search"])
+def test_versions_separate(tmp_path, monkeypatch, module):
+    first = score_run(tmp_path)
+    name = "SCORE_VERSION" if "SCORE_VERSION" in module else "SEARCH_VERSION"
+    monkeypatch.setitem(module, name, 99)
+    assert score_run(tmp_path).search != first.search
+
+
+@pytest.mark.parametrize(("budget", "score"), [("0.99", {}), ("5blocks", {}), ("3blocks", {"unit": "layer"})])
+def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, budget, score):
+    engine = CountingEngine()
+    with pytest.raises(InputError, match=r"cannot be reached; the largest reachable is 4blocks|nearest: 2blocks, 4bl"):
+        run.score_run(
+            tmp_path / "scores", tmp_path / "trials", calibration=ROWS, model_identity="m", dtype="float32",
+            config=CONFIG, score=SCORE | score, budgets=["1blocks" if not score else "2blocks", budget],
+            make_engine=lambda: engine, observer=SilentObserver(), metrics=tmp_path / "score.json",
+        )  # fmt: skip
+    assert engine.asked == []
+
+
+def test_unknown_method_names_the_valid_ones(tmp_path):
+    with pytest.raises(InputError, match=r"score\.method 'gredy' is unknown; valid: greedy"):
+        score_run(tmp_path, score=SCORE | {"method": "gredy"})
