@@ -24,12 +24,12 @@ from blockpruner.tables import TEXTS, read_table
 
 @torch.inference_mode()
 def oracle(model, mask, rows) -> list[float]:  # type: ignore[no-untyped-def]
-    """Mean NLL of each row from one full forward pass with whole logits."""
+    """Mean NLL of each row from one full forward pass with whole logits; softmax in float64, so that what is
+    compared is the engine, not two roundings of a sum over the vocabulary."""
     ids = torch.tensor([list(row) for row in rows])
     with masked(model, mask):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses.double().mean(dim=1).tolist()
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()
+    return -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(dim=1).tolist()
 
 
 def main(checkpoint: Path, sources: Path, removals: int, rows: int, length: int) -> int:

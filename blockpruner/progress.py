@@ -63,8 +63,8 @@ class ConsoleObserver:
     def begin(self, phase: str, overall: float | None = None) -> None:
         self._phase, self._overall = phase, overall
         self._started = self._printed = time.monotonic()
-        if self._first_overall is None and overall is not None:
-            self._first_overall = overall
+        if self._first_overall is None:
+            self._first_overall, self._stage_started = overall, self._started
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -94,6 +94,8 @@ class ConsoleObserver:
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None
+        if cached:
+            self._first_overall = None  # what was read from a cache says nothing about the time that is left
         took = "cached" if cached else _duration(time.monotonic() - self._started)
         self._console.print(f"{self._phase}: {summary} [{took}]", markup=False)
 

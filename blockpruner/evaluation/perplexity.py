@@ -15,9 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.errors import InputError, NonFiniteLossError
-
-LOGITS_BYTES = 64 * 2**20
-"""Upper bound of the logits held at once, as float32."""
+from blockpruner.scoring.engine import LOGITS_BYTES, token_nll
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,7 @@ def measure_perplexity(
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]  # [T-1, H]
         total = 0.0
         for part, targets in zip(torch.split(states, chunk), torch.split(ids[0, 1:], chunk), strict=True):
-            logits = head(part)
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            total += torch.nn.functional.cross_entropy(wide, targets, reduction="none").double().sum().item()
+            total += token_nll(head(part), targets).double().sum().item()
         if not math.isfinite(total):
             raise NonFiniteLossError(
                 f"held-out perplexity: the loss of row {number} is {total}; try a wider dtype (model.dtype: float32)"
