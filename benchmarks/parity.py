@@ -29,7 +29,7 @@ def oracle(model, mask, rows) -> list[float]:  # type: ignore[no-untyped-def]
     ids = torch.tensor([list(row) for row in rows])
     with masked(model, mask):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()
-    return -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(dim=1).tolist()
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(dim=1).neg().tolist()
 
 
 def main(checkpoint: Path, sources: Path, removals: int, rows: int, length: int) -> int:
