@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from blockpruner.blocks import DENSE, all_blocks
+from blockpruner.blocks import DENSE, Mask, all_blocks
 from blockpruner.calibration import CalibrationSet, draw, pack
 from blockpruner.models import load_model, load_tokenizer, masked
 from blockpruner.provenance import machine, versions
@@ -23,7 +25,7 @@ from blockpruner.tables import TEXTS, read_table
 
 
 @torch.inference_mode()
-def oracle(model, mask, rows) -> list[float]:  # type: ignore[no-untyped-def]
+def oracle(model: PreTrainedModel, mask: Mask, rows: Sequence[Sequence[int]]) -> list[float]:
     """Mean NLL of each row from one full forward pass with whole logits; softmax in float64, so that what is
     compared is the engine, not two roundings of a sum over the vocabulary."""
     ids = torch.tensor([list(row) for row in rows])

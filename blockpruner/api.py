@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from blockpruner.blocks import DENSE, removable_units
+from blockpruner.blocks import removable_units
 from blockpruner.calibration import pack
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.families import count_parameters
@@ -18,7 +18,7 @@ from blockpruner.plans import Plan, commit
 from blockpruner.progress import Observer, SilentObserver
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
-from blockpruner.search.iteration import Iteration
+from blockpruner.search.iteration import Iteration, removals
 from blockpruner.search.run import run_search
 from blockpruner.trials import TrialStore, store_fingerprint
 
@@ -77,8 +77,7 @@ def prune(
     )
     units = removable_units(int(config["num_hidden_layers"]), unit, candidates)
     trace = run_search(objective, method, units, [budget], counts, observer)
-    order = [iteration.added[iteration.chosen] or DENSE for iteration in trace]
-    perplexities = [trace[0].scores[0].perplexity, *(step.scores[step.chosen].perplexity for step in trace)]
+    order, perplexities = removals(trace)
     facts = {
         "target": f"in-memory-{budget}", "run": "in-memory", "method": method, "search": "in-memory",
         "calibration": {"rows": len(calibration.rows), "tokens": calibration.tokens},

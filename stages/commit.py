@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from blockpruner.blocks import DENSE
 from blockpruner.families import count_parameters
 from blockpruner.params import load_params
 from blockpruner.plans import commit, save_iterations
 from blockpruner.progress import observer
+from blockpruner.search.iteration import removals
 from blockpruner.search.trace import read_current, table_path
 from blockpruner.tables import read_json
 from stages import DATA, run
@@ -17,8 +17,7 @@ def main(name: str) -> None:
     scores = DATA / "scores" / target.run
     facts, trace = read_current(scores)
     counts = count_parameters(read_json(DATA / "models" / target.run / "config.json"))
-    order = [iteration.added[iteration.chosen] or DENSE for iteration in trace]
-    perplexities = [trace[0].scores[0].perplexity] + [step.scores[step.chosen].perplexity for step in trace]
+    order, perplexities = removals(trace)
     facts |= {"target": name, "run": target.run, "method": facts["score"]["method"]}
     plan = commit(order, perplexities, counts, target.budget, facts)
     tables = [table_path(scores / facts["search"], index) for index in range(len(plan.order))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from blockpruner.calibration import CalibrationSet
 from blockpruner.params import load_params, load_run
 from blockpruner.progress import observer
@@ -11,12 +13,15 @@ from blockpruner.tables import read_json
 from blockpruner.trials import trials_root
 from stages import DATA, run
 
+if TYPE_CHECKING:  # torch is loaded only when something must be computed
+    from blockpruner.scoring.engine import Engine
+
 
 def main(name: str) -> None:
     params, settings = load_params(), load_run(name)
     checkpoint, dtype = DATA / "models" / name, settings.model.dtype
 
-    def make_engine():  # type: ignore[no-untyped-def]
+    def make_engine() -> Engine:
         from blockpruner.models import load_model, set_threads
         from blockpruner.scoring.engine import Engine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from blockpruner.blocks import Mask
+from blockpruner.blocks import DENSE, Mask
 from blockpruner.scoring.objectives import Score
 
 Evaluate = Callable[[int, Sequence[Mask]], list[Score]]
@@ -25,3 +25,10 @@ class Iteration:
     def removed(self) -> Mask:
         """The cumulative mask after this iteration."""
         return self.scores[self.chosen].mask
+
+
+def removals(trace: Sequence[Iteration]) -> tuple[list[Mask], list[float]]:
+    """What each iteration removed, in order, and the perplexities of the dense model and after each removal."""
+    order = [iteration.added[iteration.chosen] or DENSE for iteration in trace]
+    after = [iteration.scores[iteration.chosen].perplexity for iteration in trace]
+    return order, [trace[0].scores[0].perplexity, *after]
