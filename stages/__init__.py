@@ -31,3 +31,6 @@ def run(stage: str, main: Callable[[str], object]) -> None:
     except InputError as error:
         print(f"error in stage {stage} {item}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"stage {stage} {item} interrupted; what is finished is kept: run again to go on", file=sys.stderr)
+        sys.exit(130)

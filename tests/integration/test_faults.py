@@ -162,3 +162,23 @@ def test_a_second_process_waits_and_reuses(tmp_path, undisturbed):
     assert process.returncode == 0
     assert counts(project)["trials_computed"] == 0
     assert tables(project) == tables(undisturbed)
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    project = make_scored(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.score", "tiny"],
+        cwd=project,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while units_logged(project) < 5 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; what is finished is kept: run again to go on" in errors
+    assert "Traceback" not in errors
