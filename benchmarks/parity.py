@@ -21,6 +21,7 @@ from blockpruner.calibration import CalibrationSet, draw, pack
 from blockpruner.models import load_model, load_tokenizer, masked
 from blockpruner.provenance import machine, versions
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.work import Task
 from blockpruner.tables import TEXTS, read_table
 
 
@@ -52,9 +53,9 @@ def main(checkpoint: Path, sources: Path, removals: int, rows: int, length: int)
             masks = [removed[name] | {b} for b in all_blocks(engine.layers) if b not in removed[name]]
             started = time.perf_counter()
             if name == "engine":
-                for span in engine.row_batches(data.rows):
-                    for unit in engine.score(masks, data.rows, span):
-                        found[name].setdefault(unit.mask, []).extend(unit.nll)
+                tasks = [Task(span, tuple(masks)) for span in engine.row_batches(data.rows, range(len(data.rows)))]
+                for unit in engine.run(tasks, data.rows):
+                    found[name].setdefault(unit.mask, []).extend(unit.nll)
             else:
                 for mask in masks:
                     found[name][mask] = oracle(model, mask, data.rows)

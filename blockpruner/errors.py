@@ -16,3 +16,7 @@ class NonFiniteLossError(InputError):
 
 class StorageError(InputError):
     """A result could not be written (disk full, read-only place); finished results are untouched."""
+
+
+class DeviceMemoryError(InputError):
+    """A model, or one row of tokens beside it, does not fit into the memory that there is; names the figures."""

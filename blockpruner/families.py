@@ -27,9 +27,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class Family:
-    """One decoder architecture with sequential pre-norm residual blocks.
+    """One decoder architecture with pre-norm residual blocks.
 
     model_type: the `model_type` of its config; prefix: of its class names (LlamaConfig, LlamaForCausalLM);
+    parallel: whether MHA and MLP both read the layer's input, x + MHA(norm(x)) + MLP(norm(x)), from a config;
     decoder, layers, final_norm, head: attribute paths from the causal LM;
     mha_parameters, mlp_parameters: parameters of one block, its norm included, from a config.
     """
@@ -38,6 +39,7 @@ class Family:
     prefix: str
     mha_parameters: Callable[[Config], int]
     mlp_parameters: Callable[[Config], int]
+    parallel: Callable[[Config], bool] = lambda config: False
     decoder: str = "model"
     layers: str = "model.layers"
     final_norm: str = "model.norm"

@@ -82,8 +82,20 @@ class TrialStore:
         return self._facts.get(format_mask(mask))
 
     def known(self, mask: Mask, start: int, stop: int) -> bool:
+        return not self.unknown(mask, start, stop)
+
+    def unknown(self, mask: Mask, start: int, stop: int) -> list[range]:
+        """The runs of consecutive rows within [start, stop) that are not known, in order."""
         values = self.get(mask)
-        return values is not None and not any(math.isnan(v) for v in values[start:stop])
+        runs: list[range] = []
+        for row in range(start, stop):
+            if values is not None and not math.isnan(values[row]):
+                continue
+            if runs and runs[-1].stop == row:
+                runs[-1] = range(runs[-1].start, row + 1)
+            else:
+                runs.append(range(row, row + 1))
+        return runs
 
     def units(self, mask: Mask) -> int:
         """In how many units the rows of a mask were recorded."""

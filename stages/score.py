@@ -21,7 +21,7 @@ def main(name: str) -> None:
     params, settings = load_params(), load_run(name)
     checkpoint, dtype = DATA / "models" / name, settings.model.dtype
 
-    def make_engine() -> Engine:
+    def make_scorer() -> Engine:
         from blockpruner.models import load_model, set_threads
         from blockpruner.scoring.engine import Engine
 
@@ -38,7 +38,7 @@ def main(name: str) -> None:
         config=read_json(checkpoint / "config.json"),
         score=settings.score.model_dump(),
         budgets=params.budgets_of(name),
-        make_engine=make_engine,
+        make_scorer=make_scorer,
         observer=observer(),
         metrics=DATA / "metrics" / name / "score.json",
     )

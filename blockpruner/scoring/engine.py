@@ -1,19 +1,21 @@
 """The scoring engine: NLL of a model under many masks, the shared part of their forward passes computed once.
 
-Decides the arithmetic of one trial. For any set of masks the decoder is walked once, block by block; masks that
-agree on all blocks so far share their hidden state, and where they part, the walk branches:
+Decides the arithmetic of one unit. For any set of masks the decoder is walked once, step by step; masks that
+agree on all steps so far share their hidden state, and where they part, the walk branches:
 
-    walk(block j, state h, masks):
-        one mask set has block j removed -> walk(j + 1, h)
-        the others keep it               -> walk(j + 1, block_j(h))
+    walk(step j, state h, masks):
+        the masks without block j    -> walk(j + 1, h)
+        the others                   -> walk(j + 1, h + block_j(h))
 
 For a greedy iteration over n live blocks that is n + n(n-1)/2 block forwards instead of n(n-1), the same
 operations for each mask as a full forward (so equal to rounding), and one extra hidden state in memory.
+A step is one block, or a whole layer where MHA and MLP both read the layer's input (parallel residual).
 Which masks are asked for, and what is done with the values, is decided above.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,20 +27,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.blocks import BlockId, BlockKind, Mask, format_mask
-from blockpruner.errors import NonFiniteLossError
+from blockpruner.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.models import decoder_layers, model_family
+from blockpruner.scoring.work import Rows, Task, Unit
 
 LOGITS_BYTES = 64 * 2**20
 """Upper bound of the logits held at once; the head runs over as many tokens as fit."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The unit of work and of loss: rows [start, start + len(nll)) of one mask; mean NLL of each, nats per token."""
-
-    mask: Mask
-    start: int
-    nll: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -61,9 +55,9 @@ class Engine:
     """Scores masks of one model, exactly.
 
     Args:
-        model: a dense causal LM of a supported family, in eval mode.
+        model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
         batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on CUDA what free memory
-            holds at 24 hidden states a token, at most 65,536.
+            holds, at most 65,536.
     """
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
@@ -74,72 +68,129 @@ class Engine:
         self._layers = decoder_layers(model)
         self._norm: nn.Module = attrgetter(row.final_norm)(model)
         self._head: nn.Linear = attrgetter(row.head)(model)
-        self._sequence = [BlockId(kind, layer) for layer in range(len(self._layers)) for kind in BlockKind]
+        pairs = [tuple(BlockId(kind, layer) for kind in BlockKind) for layer in range(len(self._layers))]
+        parallel = row.parallel(model.config.to_dict())
+        self._steps = pairs if parallel else [(block,) for pair in pairs for block in pair]
         self._batch_tokens = self._auto_batch_tokens() if batch_tokens == "auto" else int(batch_tokens)
 
     @property
     def layers(self) -> int:
         return len(self._layers)
 
-    def row_batches(self, rows: Sequence[Sequence[int]]) -> list[range]:
+    def row_batches(self, rows: Rows, span: range) -> list[range]:
         """Consecutive rows grouped so that the padded tokens of a group stay within the batch budget."""
         batches: list[range] = []
-        start, longest = 0, 0
-        for index, row in enumerate(rows):
-            longest = max(longest, len(row))
+        start, longest = span.start, 0
+        for index in span:
+            longest = max(longest, len(rows[index]))
             if index > start and longest * (index - start + 1) > self._batch_tokens:
                 batches.append(range(start, index))
-                start, longest = index, len(row)
-        batches.append(range(start, len(rows)))
+                start, longest = index, len(rows[index])
+        batches.append(range(start, span.stop))
         return batches
 
-    @torch.inference_mode()
-    def score(self, masks: Sequence[Mask], rows: Sequence[Sequence[int]], span: range) -> Iterator[Unit]:
-        """Yield each mask's NLL of the rows in `span`, in the order in which the walk reaches them.
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
+        """Yield the units of each task, in the order in which the walk reaches them.
+
+        A task whose rows do not fit into the device's memory is halved, its finished units kept; batches asked for
+        later are smaller too.
 
         Raises:
             NonFiniteLossError: a loss is NaN or infinite; names mask and row. Units yielded before are good.
+            DeviceMemoryError: not even one row fits.
         """
-        batch = self._batch([rows[i] for i in span])
+        waiting = list(reversed(tasks))
+        while waiting:
+            task = waiting.pop()
+            done: set[Mask] = set()
+            try:
+                for unit in self.score(task, rows):
+                    done.add(unit.mask)
+                    yield unit
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(". ")[0]
+            else:
+                continue
+            # outside of the handler, whose traceback would keep the failed walk's tensors alive
+            left = tuple(mask for mask in task.masks if mask not in done)
+            waiting.extend(reversed(self._halved(Task(task.span, left), rows, reason)))
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _halved(self, task: Task, rows: Rows, reason: str) -> list[Task]:
+        span, longest = task.span, max(len(rows[i]) for i in task.span)
+        if len(span) == 1:
+            raise DeviceMemoryError(
+                f"one row of {longest} tokens does not fit into the device's memory beside the model ({reason}); "
+                "lower calibration.seq_len, set runtime.streaming: true, or use a larger device. "
+                "Trials finished before are kept"
+            )
+        gc.collect()
+        torch.cuda.empty_cache()
+        self._batch_tokens = min(self._batch_tokens, longest * (len(span) // 2))
+        middle = (span.start + span.stop) // 2
+        return [Task(range(span.start, middle), task.masks), Task(range(middle, span.stop), task.masks)]
+
+    @torch.inference_mode()
+    def score(self, task: Task, rows: Rows) -> Iterator[Unit]:
+        """One walk: the units of a task, with the rows of its span as one batch."""
+        batch = self._batch([rows[i] for i in task.span])
         prepared = self._prepare(batch.input_ids)
-        for mask, hidden in self._walk(0, prepared.hidden, list(masks), prepared):
-            nll = self._nll(hidden, batch)
-            for offset, value in enumerate(nll):
-                if not math.isfinite(value):
-                    raise NonFiniteLossError(
-                        f"the loss of row {span.start + offset} is {value} with mask "
-                        f"{format_mask(mask) or '(dense)'}; try a wider dtype (model.dtype: float32), or leave the "
-                        "row out of the calibration set. Trials finished before are kept"
-                    )
-            yield Unit(mask, span.start, tuple(nll))
+        for mask, hidden in self._walk(0, prepared.hidden, task.masks, prepared):
+            yield self._unit(mask, hidden, batch, task.span)
 
     def _walk(
-        self, position: int, hidden: Tensor, masks: list[Mask], prepared: _Prepared
+        self, index: int, hidden: Tensor, masks: Sequence[Mask], prepared: _Prepared
     ) -> Iterator[tuple[Mask, Tensor]]:
-        while position < len(self._sequence):
-            block = self._sequence[position]
-            without = [mask for mask in masks if block in mask]
-            masks = [mask for mask in masks if block not in mask]
-            if without and masks:
-                yield from self._walk(position + 1, hidden, without, prepared)
-            elif without:
-                masks = without
-                position += 1
-                continue
-            hidden = self._forward(block, hidden, prepared)
-            position += 1
+        for position in range(index, len(self._steps)):
+            *branches, (kept, masks) = self._parts(position, masks)
+            added: dict[BlockId, Tensor] = {}
+            for keep, part in branches:
+                yield from self._walk(position + 1, self._forward(keep, hidden, prepared, added), part, prepared)
+            hidden = self._forward(kept, hidden, prepared, added)
         for mask in masks:
             yield mask, hidden
 
-    def _forward(self, block: BlockId, hidden: Tensor, prepared: _Prepared) -> Tensor:
+    def _parts(self, position: int, masks: Sequence[Mask]) -> list[tuple[tuple[BlockId, ...], list[Mask]]]:
+        """The masks by the blocks that they keep of a step, fewest blocks first."""
+        parts: dict[tuple[BlockId, ...], list[Mask]] = {}
+        for mask in masks:
+            parts.setdefault(tuple(block for block in self._steps[position] if block not in mask), []).append(mask)
+        return sorted(parts.items(), key=lambda part: len(part[0]))
+
+    def _forward(
+        self, keep: Sequence[BlockId], hidden: Tensor, prepared: _Prepared, added: dict[BlockId, Tensor]
+    ) -> Tensor:
+        """The residual stream after a step of which only `keep` is left; `added` holds what blocks add to `hidden`."""
+        result = hidden
+        for block in keep:
+            if block not in added:
+                added[block] = self._block(block, hidden, prepared)
+            result = result.to(added[block].device) + added[block]
+        return result
+
+    def _block(self, block: BlockId, hidden: Tensor, prepared: _Prepared) -> Tensor:
         layer, branch = self._layers[block.layer], self._row.branch(block.kind)
-        normed = getattr(layer, branch.norm)(hidden)
+        normed = getattr(layer, branch.norm)(hidden.to(self._device(block.layer)))
         module = getattr(layer, branch.module)
         if block.kind is BlockKind.MHA:
-            out = module(hidden_states=normed, **prepared.layer_kwargs[block.layer])[0]
-        else:
-            out = module(normed)
-        return hidden + out  # type: ignore[no-any-return]
+            return module(hidden_states=normed, **prepared.layer_kwargs[block.layer])[0]  # type: ignore[no-any-return]
+        return module(normed)  # type: ignore[no-any-return]
+
+    def _device(self, layer: int) -> torch.device:
+        return next(self._layers[layer].parameters()).device
+
+    def _unit(self, mask: Mask, hidden: Tensor, batch: _Batch, span: range) -> Unit:
+        nll = self._nll(hidden, batch)
+        for offset, value in enumerate(nll):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"the loss of row {span.start + offset} is {value} with mask {format_mask(mask) or '(dense)'}; "
+                    "try a wider dtype (model.dtype: float32), or leave the row out of the calibration set. "
+                    "Trials finished before are kept"
+                )
+        return Unit(mask, span.start, tuple(nll))
 
     def _prepare(self, input_ids: Tensor) -> _Prepared:
         """Run the family's own decoder with every layer replaced by a recorder: whatever it does before and
@@ -160,9 +211,10 @@ class Engine:
                 del layer.forward
                 if hook is not None:
                     layer.forward = hook
-        return _Prepared(recorded[0][0], tuple(kwargs for _, kwargs in recorded))
+        layer_kwargs = tuple(_moved(kwargs, self._device(layer)) for layer, (_, kwargs) in enumerate(recorded))
+        return _Prepared(recorded[0][0], layer_kwargs)
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> _Batch:
+    def _batch(self, rows: Rows) -> _Batch:
         device = self._head.weight.device
         longest = max(len(row) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -174,7 +226,7 @@ class Engine:
 
     def _nll(self, hidden: Tensor, batch: _Batch) -> list[float]:
         """Mean over each row's real targets of -log p(token), summed in float64; logits in chunks of tokens."""
-        states = self._norm(hidden[:, :-1])[batch.is_target]  # [N, H], N real targets
+        states = self._norm(hidden.to(batch.input_ids.device)[:, :-1])[batch.is_target]  # [N, H], N real targets
         targets = batch.input_ids[:, 1:][batch.is_target]  # [N]
         chunk = max(1, LOGITS_BYTES // (self._head.weight.shape[0] * 4))
         losses = [
@@ -191,8 +243,19 @@ class Engine:
         if device.type != "cuda":
             return 1024
         free, _ = torch.cuda.mem_get_info(device)
-        hidden_bytes = self._head.weight.shape[1] * self._head.weight.element_size()
-        return max(2048, min(65536, (free - 2 * LOGITS_BYTES) // (24 * hidden_bytes)))
+        config = self._model.config
+        numbers = 12 * config.hidden_size + 4 * config.intermediate_size  # live at once for a token within a block
+        fitting = (free - 4 * LOGITS_BYTES) // (numbers * self._head.weight.element_size())
+        return int(max(2048, min(65536, fitting)))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors within nested dicts and tuples, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return tuple(_moved(item, device) for item in value) if isinstance(value, tuple) else value
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,15 +10,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.calibration import CalibrationSet
 from blockpruner.progress import Observer, SilentObserver
+from blockpruner.scoring.work import Scorer, Task
 from blockpruner.trials import TrialStore
-
-if TYPE_CHECKING:  # torch is loaded only when something must be computed
-    from blockpruner.scoring.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,14 @@ class Score:
 
 @dataclass
 class Counts:
-    """Work of one process: units are (mask, row batch), trials are masks with all rows."""
+    """Work of one process: units are (mask, row batch), rows are (mask, row), trials are masks with all rows.
+
+    Reused is what was known before this process asked; `tokens` and `seconds` are of the units computed.
+    """
 
     units_computed: int = 0
     units_reused: int = 0
+    rows_computed: int = 0
     trials_computed: int = 0
     trials_reused: int = 0
     tokens: int = 0
@@ -59,64 +60,74 @@ class Objective:
     """Perplexity of a masked model on the calibration set.
 
     Args:
-        make_engine: loads the model; called once, when the first missing trial is asked for.
+        make_scorer: loads the model; called once, when the first missing unit is asked for.
     """
 
     def __init__(
         self,
         calibration: CalibrationSet,
         store: TrialStore,
-        make_engine: Callable[[], Engine],
+        make_scorer: Callable[[], Scorer],
         observer: Observer | None = None,
     ) -> None:
         self._calibration = calibration
         self._store = store
-        self._make_engine = make_engine
-        self._engine: Engine | None = None
+        self._make_scorer = make_scorer
+        self._scorer: Scorer | None = None
         self._observer = observer or SilentObserver()
+        self._asked: set[Mask] = set()
         self.counts = Counts()
 
-    def missing(self, masks: Sequence[Mask]) -> list[Mask]:
-        """Masks of which some row is not in the store."""
-        rows = len(self._calibration.rows)
-        return [mask for mask in masks if not self._store.known(mask, 0, rows)]
+    @property
+    def rows(self) -> int:
+        return len(self._calibration.rows)
 
-    def __call__(self, masks: Sequence[Mask]) -> list[Score]:
-        """Score masks on all rows, in the order given; computes exactly what the store does not know."""
-        missing = self.missing(masks)
-        self.counts.trials_reused += len(masks) - len(missing)
-        self.counts.units_reused += sum(self._store.units(mask) for mask in set(masks) - set(missing))
+    def __call__(self, masks: Sequence[Mask], rows: int | None = None) -> list[Score]:
+        """Score masks on the first `rows` rows (all, if None), in the order given; computes exactly what the store
+        does not know."""
+        rows = self.rows if rows is None else rows
+        for mask in dict.fromkeys(masks):
+            if mask not in self._asked:
+                self._asked.add(mask)
+                self.counts.units_reused += self._store.units(mask)
+                self.counts.trials_reused += self._store.known(mask, 0, self.rows)
+        missing: dict[range, list[Mask]] = {}
+        for mask in dict.fromkeys(masks):
+            for span in self._store.unknown(mask, 0, rows):
+                missing.setdefault(span, []).append(mask)
         if missing:
             self._compute(missing)
-        total = len(self._calibration.rows)
         scores = []
         for mask in masks:
             values = self._store.get(mask)
-            assert values is not None and not any(math.isnan(v) for v in values)
-            scores.append(Score(mask, tuple(values), total))
+            assert values is not None and self._store.known(mask, 0, rows)
+            scores.append(Score(mask, tuple(values[:rows]), self.rows))
         return scores
 
-    def _compute(self, missing: Sequence[Mask]) -> None:
-        if self._engine is None:
-            self._engine = self._make_engine()
+    def close(self) -> None:
+        if self._scorer is not None:
+            self._scorer.close()
+
+    def _compute(self, missing: dict[range, list[Mask]]) -> None:
+        if self._scorer is None:
+            self._scorer = self._make_scorer()
         rows = self._calibration.rows
-        batches = self._engine.row_batches(rows)
-        done, total, last_done = 0, len(missing) * len(batches), time.monotonic()
-        common = frozenset.intersection(*missing)
-        for span in batches:
-            wanted = [mask for mask in missing if not self._store.known(mask, span.start, span.stop)]
-            self.counts.units_reused += len(missing) - len(wanted)
-            done += len(missing) - len(wanted)
-            tokens = sum(len(rows[i]) for i in span)
-            for unit in self._engine.score(wanted, rows, span):
-                self._store.put(unit.mask, unit.start, unit.nll)
-                done += 1
-                now = time.monotonic()
-                self.counts.units_computed += 1
-                self.counts.tokens += tokens
-                self.counts.seconds += now - last_done
-                last_done = now
-                self._observer.advance(
-                    done, total, f"candidate {format_mask(unit.mask - common or unit.mask) or 'dense'}"
-                )
-        self.counts.trials_computed += len(missing)
+        batches: dict[range, list[Mask]] = {}
+        for span, masks in missing.items():
+            for batch in self._scorer.row_batches(rows, span):
+                batches.setdefault(batch, []).extend(masks)
+        tasks = [Task(batch, tuple(masks)) for batch, masks in batches.items()]
+        done, total = 0, sum(len(task.masks) * len(task.span) for task in tasks)
+        common = frozenset.intersection(*(mask for task in tasks for mask in task.masks))
+        last_done = time.monotonic()
+        for unit in self._scorer.run(tasks, rows):
+            self._store.put(unit.mask, unit.start, unit.nll)
+            now = time.monotonic()
+            done += len(unit.nll)
+            self.counts.units_computed += 1
+            self.counts.rows_computed += len(unit.nll)
+            self.counts.trials_computed += self._store.known(unit.mask, 0, self.rows)
+            self.counts.tokens += sum(len(row) for row in rows[unit.start : unit.start + len(unit.nll)])
+            self.counts.seconds += now - last_done
+            last_done = now
+            self._observer.advance(done, total, f"candidate {format_mask(unit.mask - common or unit.mask) or 'dense'}")

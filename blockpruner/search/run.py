@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blockpruner.blocks import DENSE, Mask, format_mask, removable_units
 from blockpruner.budgets import is_settled, parse_budget, require_reachable
@@ -22,14 +22,12 @@ from blockpruner.families import ParameterCounts, count_parameters
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
 from blockpruner.scoring.objectives import Objective, Score
+from blockpruner.scoring.work import Scorer
 from blockpruner.search import search_of
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import search_fingerprint, seed_store, write_current, write_iteration
 from blockpruner.tables import storage_error, write_json
 from blockpruner.trials import TrialStore, require_rows, store_fingerprint
-
-if TYPE_CHECKING:
-    from blockpruner.scoring.engine import Engine
 
 
 def run_search(
@@ -95,7 +93,7 @@ def score_run(
     config: Mapping[str, Any],
     score: Mapping[str, Any],
     budgets: Sequence[str],
-    make_engine: Callable[[], Engine],
+    make_scorer: Callable[[], Scorer],
     observer: Observer,
     metrics: Path,
 ) -> list[Iteration]:
@@ -118,13 +116,14 @@ def score_run(
         for problem in [*seed_store(scores / search, search, store), *store.problems]:
             observer.note(f"warning: {problem}")
         observer.note(f"calibration: {len(calibration.rows)} rows, {calibration.tokens} tokens; search {search}")
-        objective = Objective(calibration, store, make_engine, observer)
+        objective = Objective(calibration, store, make_scorer, observer)
         try:
             trace = run_search(
                 objective, score["method"], units, budgets, counts, observer,
                 lambda iteration: write_iteration(scores / search, iteration, search),
             )  # fmt: skip
         finally:
+            objective.close()
             store.close()
     facts = {"rows": len(calibration.rows), "tokens": calibration.tokens, "digest": calibration.digest}
     write_current(scores, {"search": search, "store": store_fields, "score": dict(score), "calibration": facts})

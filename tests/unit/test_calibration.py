@@ -7,6 +7,7 @@ from blockpruner.blocks import DENSE
 from blockpruner.calibration import CalibrationSet, check_context, draw, pack
 from blockpruner.errors import InputError
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.work import Task
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 TEXTS = [f"text number {i}, with some words" for i in range(100)]
@@ -56,8 +57,8 @@ def test_per_sample_rows_are_scored_without_their_pads():
     assert [len(row) for row in rows] == [24, 5, 16]
     model = tiny_model()
     engine = Engine(model, batch_tokens=1000)
-    assert engine.row_batches(rows) == [range(3)]
-    (unit,) = engine.score([DENSE], rows, range(3))
+    assert engine.row_batches(rows, range(3)) == [range(3)]
+    (unit,) = engine.run([Task(range(3), (DENSE,))], rows)
     assert unit.nll == pytest.approx([full_nll(model, row) for row in rows], abs=1e-10)
 
 

@@ -9,6 +9,7 @@ from blockpruner.families import FAMILIES
 from blockpruner.models import masked
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.work import Task
 from tests.tiny import full_nll, tiny_model
 
 
@@ -23,12 +24,12 @@ def sweep(base=DENSE, layers=4):
 
 def score_all(engine, masks, rows):
     found = {}
-    for span in engine.row_batches(rows):
-        for unit in engine.score(masks, rows, span):
-            for offset, value in enumerate(unit.nll):
-                key = (unit.mask, unit.start + offset)
-                assert key not in found, "a (mask, row) was scored twice"
-                found[key] = value
+    tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))]
+    for unit in engine.run(tasks, rows):
+        for offset, value in enumerate(unit.nll):
+            key = (unit.mask, unit.start + offset)
+            assert key not in found, "a (mask, row) was scored twice"
+            found[key] = value
     assert len(found) == len(set(masks)) * len(rows)
     return found
 
@@ -60,8 +61,8 @@ def test_work_is_the_prefix_shared_minimum(monkeypatch):
     """n + n(n-1)/2 block forwards for a sweep with its base over n live blocks (the module docstring's formula)."""
     model, rows = tiny_model(), make_rows([8])
     engine, calls = Engine(model), []
-    forward = engine._forward
-    monkeypatch.setattr(engine, "_forward", lambda *args: calls.append(args[0]) or forward(*args))
+    block = engine._block
+    monkeypatch.setattr(engine, "_block", lambda *args: calls.append(args[0]) or block(*args))
     base = parse_mask("mha.2")
     score_all(engine, sweep(base), rows)
     n = 8 - len(base)
@@ -88,7 +89,7 @@ def test_model_is_left_as_it_was():
 def test_row_batches_keep_to_the_token_budget():
     engine = Engine(tiny_model(), batch_tokens=20)
     rows = make_rows([5, 5, 9, 9, 30, 2])
-    batches = engine.row_batches(rows)
+    batches = engine.row_batches(rows, range(len(rows)))
     assert [i for batch in batches for i in batch] == list(range(6))
     for batch in batches:
         assert len(batch) == 1 or max(len(rows[i]) for i in batch) * len(batch) <= 20
@@ -100,10 +101,9 @@ def test_nan_names_mask_and_row():
     model.model.embed_tokens.weight[rows[2][0]] = float("nan")
     engine = Engine(model, batch_tokens=6)
     mask = parse_mask("mlp.1")
-    units = [unit for span in engine.row_batches(rows)[:2] for unit in engine.score([mask], rows, span)]
-    assert len(units) == 2
+    units = []
     with pytest.raises(NonFiniteLossError, match=r"row 2 is nan with mask mlp\.1.*float32"):
-        list(engine.score([mask], rows, range(2, 3)))
+        units.extend(engine.run([Task(span, (mask,)) for span in engine.row_batches(rows, range(3))], rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

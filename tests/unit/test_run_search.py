@@ -8,7 +8,7 @@ import pytest
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
 from blockpruner.progress import SilentObserver
-from blockpruner.scoring.engine import Unit
+from blockpruner.scoring.work import Unit
 from blockpruner.search import run, trace
 
 CONFIG = {
@@ -25,13 +25,18 @@ class CountingEngine:
     def __init__(self):
         self.asked = []
 
-    def row_batches(self, rows):
-        return [range(1), range(1, len(rows))]
+    def row_batches(self, rows, span):
+        return [range(row, row + 1) for row in span]
 
-    def score(self, masks, rows, span):
-        for mask in masks:
-            self.asked.append((mask, span.start))
-            yield Unit(mask, span.start, tuple(sum(map(ord, str(sorted(map(str, mask))))) / 1000 for _ in span))
+    def run(self, tasks, rows):
+        for task in tasks:
+            for mask in task.masks:
+                self.asked.append((mask, task.span.start))
+                value = sum(map(ord, str(sorted(map(str, mask))))) / 1000
+                yield Unit(mask, task.span.start, tuple(value for _ in task.span))
+
+    def close(self):
+        pass
 
 
 def score_run(folder, budgets=("2blocks",), **changes):
@@ -40,7 +45,7 @@ def score_run(folder, budgets=("2blocks",), **changes):
         "calibration": ROWS, "model_identity": "m", "dtype": "float32", "config": CONFIG, "score": SCORE,
     } | changes  # fmt: skip
     run.score_run(
-        folder / "scores", folder / "trials", budgets=budgets, make_engine=lambda: engine,
+        folder / "scores", folder / "trials", budgets=budgets, make_scorer=lambda: engine,
         observer=SilentObserver(), metrics=folder / "score.json", **values,
     )  # fmt: skip
     found = json.loads((folder / "score.json").read_text())
@@ -104,7 +109,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, 
         run.score_run(
             tmp_path / "scores", tmp_path / "trials", calibration=ROWS, model_identity="m", dtype="float32",
             config=CONFIG, score=SCORE | score, budgets=["1blocks" if not score else "2blocks", budget],
-            make_engine=lambda: engine, observer=SilentObserver(), metrics=tmp_path / "score.json",
+            make_scorer=lambda: engine, observer=SilentObserver(), metrics=tmp_path / "score.json",
         )  # fmt: skip
     assert engine.asked == []
 
