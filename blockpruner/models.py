@@ -23,13 +23,17 @@ from blockpruner.families import Family, family_of
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the first CUDA device, or the CPU."""
+    """ "auto" is the first CUDA device, or the CPU; "split" (a model over all CUDA devices) starts at the first."""
+    if device == "split":
+        if not torch.cuda.is_available():
+            raise InputError("runtime.device 'split' needs CUDA devices, and there is none here; use auto")
+        return torch.device("cuda:0")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>") from error
+        raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>, split") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise InputError(f"runtime.device {device!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto")
     return found
@@ -41,21 +45,38 @@ def set_threads(threads: int | str) -> None:
         torch.set_num_threads(int(threads))
 
 
-def load_model(directory: Path, dtype: str, device: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    directory: Path,
+    dtype: str,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    attention: str = "auto",
+) -> PreTrainedModel:
     """Load a checkpoint directory for inference.
 
+    Args:
+        device: as in `resolve_device`; "split" spreads the layers over all CUDA devices (accelerate's device map).
+        attention: transformers' attention implementation; "auto" leaves the choice to it.
+
     Raises:
-        InputError: unsupported family, or weights that do not match the config.
+        InputError: unsupported family, weights that do not match the config, or an attention that is not installed.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=getattr(torch, dtype),
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    place = resolve_device(device)
+    options: dict[str, str] = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=getattr(torch, dtype),
+            device_map="balanced" if device == "split" else None,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except ImportError as error:
+        raise InputError(f"runtime.attention {attention!r} cannot be used here: {error}; use auto or sdpa") from error
     problems = [
         f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -66,8 +87,8 @@ def load_model(directory: Path, dtype: str, device: str = "auto", trust_remote_c
             f"the weights in {directory} do not match its config.json ({'; '.join(problems)}); "
             "fetch the checkpoint again, or repair its config"
         )
-    result: PreTrainedModel = model.to(resolve_device(device)).eval().requires_grad_(False)
-    return result
+    result: PreTrainedModel = model if device == "split" else model.to(place)
+    return result.eval().requires_grad_(False)
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:

@@ -196,6 +196,26 @@ class Runtime(Frozen):
     device: str = "auto"
     batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    compile: bool = False
+    streaming: bool = False
+    executor: Literal["local", "ray"] = "local"
+    workers: int = Field(default=1, ge=1)
+    ray_address: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Runtime:
+        if self.executor == "local" and (self.workers != 1 or self.ray_address is not None):
+            given = f"workers: {self.workers}" if self.workers != 1 else f"ray_address: {self.ray_address}"
+            raise ValueError(f"{given} needs executor: ray; executor: local is one process of this machine")
+        if self.streaming and self.device == "split":
+            raise ValueError(
+                "streaming: true holds one layer at a time on one device, so device: split has nothing to split; "
+                "set device: auto, or streaming: false"
+            )
+        if self.streaming and self.compile:
+            raise ValueError("compile: true does not fit streaming: true, whose layers come and go; set one to false")
+        return self
 
 
 class Params(Frozen):

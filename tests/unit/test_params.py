@@ -42,7 +42,10 @@ def test_the_llama_run_is_the_papers_setting():
     ("changes", "words"),
     [
         ({"devices": 1}, ["'devices'", "report, runs, runtime, targets"]),
-        ({"runtime": {"devic": "cpu"}}, ["'runtime.devic'", "batch_tokens, device, threads"]),
+        ({"runtime": {"devic": "cpu"}}, ["'runtime.devic'", "batch_tokens, compile, device, executor"]),
+        ({"runtime": {"workers": 2}}, ["workers: 2 needs executor: ray"]),
+        ({"runtime": {"streaming": True, "device": "split"}}, ["device: split has nothing to split", "streaming"]),
+        ({"runtime": {"streaming": True, "compile": True}}, ["compile: true does not fit streaming"]),
         ({"targets": {"x": {"run": "a", "budget": "0.1", "rato": 1}}}, ["targets.x.rato", "budget, run"]),
         ({"targets": {"x": {"run": "b", "budget": "0.1"}}}, ["'x'", "'b'", "valid: a"]),
         ({"targets": {"x": {"run": "a", "budget": "1.5"}}}, ["'1.5'", "between 0 and 1", "17blocks"]),
