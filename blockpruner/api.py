@@ -16,6 +16,7 @@ from blockpruner.families import count_parameters
 from blockpruner.models import prune_
 from blockpruner.plans import Plan, commit
 from blockpruner.progress import Observer, SilentObserver
+from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.search.iteration import Iteration, removals
@@ -49,6 +50,7 @@ def prune(
     method: str = "greedy",
     unit: str = "block",
     candidates: str = "all",
+    acceleration: str = "none",
     batch_tokens: int | str = "auto",
     observer: Observer | None = None,
 ) -> Pruned:
@@ -58,6 +60,7 @@ def prune(
         model: a transformers causal LM of a supported family; it is changed.
         texts: calibration samples; the paper uses 256 Alpaca samples.
         ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken.
+        acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md says what they gain and risk).
         seq_len: tokens a calibration row; shortened to the model's context.
 
     Raises:
@@ -76,7 +79,8 @@ def prune(
         calibration, TrialStore(fields, len(calibration.rows)), lambda: Engine(model, batch_tokens), observer
     )
     units = removable_units(int(config["num_hidden_layers"]), unit, candidates)
-    trace = run_search(objective, method, units, [budget], counts, observer)
+    score = {"method": method, "acceleration": acceleration}
+    trace = run_search(objective, score | settings_of(score), units, [budget], counts, observer)
     order, perplexities = removals(trace)
     facts = {
         "target": f"in-memory-{budget}", "run": "in-memory", "method": method, "search": "in-memory",

@@ -99,7 +99,11 @@ class Score(Frozen):
     unit: Literal["block", "layer"] = "block"
     candidates: Literal["all", "mha", "mlp"] = "all"
     metric: Literal["perplexity"] = "perplexity"
-    acceleration: Literal["none"] = "none"
+    acceleration: Literal["none", "lazy", "race", "lazy+race"] = "none"
+    confidence: float | None = Field(default=None, gt=0.5, lt=1)
+    floor: int | None = Field(default=None, ge=1)
+    slack: float | None = Field(default=None, ge=0)
+    audit: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _layers_hold_both_kinds(self) -> Score:

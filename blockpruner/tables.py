@@ -34,13 +34,16 @@ ITERATION = pa.schema(
         pa.field("rows_total", pa.int32(), nullable=False),
         pa.field("chosen", pa.bool_(), nullable=False),
         pa.field("row_nll", pa.list_(pa.float64()), nullable=False),
+        pa.field("lazy_choice", pa.bool_()),
     ]
 )
 """What a search did in one iteration, one row per mask considered.
 
 removed: the whole mask; added: the candidate's blocks as text (null for the dense model);
 nll: mean over rows of each row's mean NLL, nats per token; perplexity: exp(nll);
-row_nll: the rows' own means, from which a trial store is seeded.
+rows_used < rows_total: lost a race after that many rows, so of use to no ranking; a candidate without a row was not
+considered; row_nll: the rows' own means, from which a trial store is seeded;
+lazy_choice: in an audited iteration, whether this one had been chosen before all candidates entered; else null.
 """
 
 

@@ -99,7 +99,9 @@ class Removal:
 
     added: the unit it removed; perplexity: on the calibration rows, after it; rise: its NLL minus the NLL before
     it, nats per token; ratio: cumulative share of parameters removed; rises: the same rise for every unit scored
-    on all rows, the removed one included; partial: number of units scored on some rows only.
+    on all rows, the removed one included; partial: number of units scored on some rows only; candidates: number of
+    units that could have been removed; rows_share: (candidate, row) pairs scored, as a share of all of them;
+    lazy_choice: what had been removed before an audit let all candidates enter; None without an audit.
     """
 
     added: Mask
@@ -108,6 +110,9 @@ class Removal:
     ratio: float
     rises: Mapping[Mask, float]
     partial: int
+    candidates: int
+    rows_share: float
+    lazy_choice: Mask | None
 
 
 @dataclass(frozen=True)
@@ -200,10 +205,10 @@ def read_removals(path: Path, plan: Plan) -> tuple[Removal, ...]:
         InputError: the tables do not lead to the plan's order of removal.
     """
     table, _ = read_table(path, ITERATIONS)
-    complete = table.filter(pa.compute.equal(table["rows_used"], table["rows_total"])).drop(["row_nll"]).to_pylist()
+    table = table.drop(["row_nll"])
+    complete = table.filter(pa.compute.equal(table["rows_used"], table["rows_total"])).to_pylist()
     known = {parse_mask(",".join(row["removed"])): row["nll"] for row in complete}
-    sizes = table["iteration"].value_counts().to_pylist()
-    considered = {entry["values"]: entry["counts"] for entry in sizes}
+    considered = [[r for r in table.to_pylist() if r["iteration"] == i and r["added"]] for i in range(len(plan.ratios))]
     removals: list[Removal] = []
     base = DENSE
     for index, ratio in enumerate(plan.ratios):
@@ -220,6 +225,7 @@ def read_removals(path: Path, plan: Plan) -> tuple[Removal, ...]:
             for row in rows
             if row["added"] is not None and parse_mask(",".join(row["removed"])) == base | parse_mask(row["added"])
         }
+        candidates = len(considered[0]) - index  # in the first iteration all enter
         removals.append(
             Removal(
                 added=mask - base,
@@ -227,7 +233,10 @@ def read_removals(path: Path, plan: Plan) -> tuple[Removal, ...]:
                 rise=chosen[0]["nll"] - known[base],
                 ratio=ratio,
                 rises=rises,
-                partial=considered[index] - len(rows),
+                partial=sum(row["rows_used"] < row["rows_total"] for row in considered[index]),
+                candidates=candidates,
+                rows_share=sum(row["rows_used"] / row["rows_total"] for row in considered[index]) / candidates,
+                lazy_choice=next((parse_mask(r["added"]) for r in considered[index] if r["lazy_choice"]), None),
             )
         )
         base = mask

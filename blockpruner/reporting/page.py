@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from blockpruner.blocks import DENSE, format_mask
 from blockpruner.provenance import commit, machine, versions
 from blockpruner.reporting.findings import Finding, findings
+from blockpruner.reporting.formats import percent
 from blockpruner.reporting.inputs import Study
 from blockpruner.reporting.plots import Plot, plots
 from blockpruner.reporting.tables import LEGEND, Table, headline, sequence
@@ -59,8 +61,6 @@ def _section(study: Study, draw: bool) -> Section:
 
 def _facts(study: Study) -> tuple[tuple[str, str], ...]:
     plan, dense, labels, counts = study.targets[0].plan, study.dense, study.labels, study.counts
-    removals = [removal for trace in study.traces for removal in trace.removals]
-    scored, partial = sum(len(removal.rises) for removal in removals), sum(removal.partial for removal in removals)
     tasks = ", ".join(f"{task} ({items:,} items)" for task, items in dense.task_items.items())
     rows, tokens = plan.calibration["rows"], plan.calibration["tokens"]
     return (
@@ -71,9 +71,26 @@ def _facts(study: Study) -> tuple[tuple[str, str], ...]:
         ("Speed", study.targets[0].result.speed.setting),
         (
             "Search",
-            f"{plan.method}: {scored:,} candidates scored on all rows in {len(removals):,} "
-            + (f"iterations, {partial:,} left out on the way" if partial else "iterations")
-            + f"; the last run of its stage computed {counts['trials_computed']:,} trials and reused "
-            f"{counts['trials_reused']:,}, in {counts['seconds']:,.0f} s of scoring",
+            f"{plan.method}: {_search(study)}; the last run of its stage computed {counts['trials_computed']:,} trials "
+            f"and reused {counts['trials_reused']:,}, in {counts['seconds']:,.0f} s of scoring",
         ),
     )
+
+
+def _search(study: Study) -> str:
+    """How much of the search was spared, and what its audits say."""
+    removals = [removal for trace in study.traces for removal in trace.removals]
+    candidates, scored = sum(r.candidates for r in removals), sum(len(r.rises) for r in removals)
+    text = f"{scored:,} candidates scored on all rows in {len(removals):,} iterations"
+    if scored < candidates:
+        partial, share = sum(r.partial for r in removals), sum(r.rows_share * r.candidates for r in removals)
+        text += (
+            f" of {candidates:,}; {partial:,} were dropped by a race, {candidates - scored - partial:,} not considered:"
+            f" {percent(share / candidates)} of all pairs of candidate and row computed"
+        )
+    audited = [r for r in removals if r.lazy_choice is not None]
+    if audited:
+        other = [f"{format_mask(r.added)}, not {format_mask(r.lazy_choice or DENSE)}" for r in audited
+                 if r.lazy_choice != r.added]  # fmt: skip
+        text += f"; {len(audited)} audits, " + (f"which chose otherwise: {'; '.join(other)}" if other else "all agree")
+    return text

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError
+from blockpruner.scoring.accelerate import Select
 from blockpruner.search.greedy import greedy
-from blockpruner.search.iteration import Evaluate, Iteration
+from blockpruner.search.iteration import Iteration
 
-Search = Callable[[Evaluate, Sequence[Mask]], Iterator[Iteration]]
+Search = Callable[[Select, Sequence[Mask]], Iterator[Iteration]]
 
 
 def search_of(method: str) -> Search:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockpruner.blocks import DENSE, Mask
 from blockpruner.scoring.objectives import Score
 
-Evaluate = Callable[[int, Sequence[Mask]], list[Score]]
-"""(iteration index, masks) -> their scores, in order."""
-
 
 @dataclass(frozen=True)
 class Iteration:
-    """scores and added run in parallel; added is None for a mask without a candidate (the dense model)."""
+    """scores and added run in parallel; added is None for a mask without a candidate (the dense model).
+
+    lazy_choice: in an audited iteration, the mask that had been chosen before all candidates entered.
+    """
 
     index: int
     scores: tuple[Score, ...]
     added: tuple[Mask | None, ...]
     chosen: int
+    lazy_choice: Mask | None = None
 
     @property
     def removed(self) -> Mask:

@@ -21,7 +21,8 @@ from blockpruner.calibration import CalibrationSet
 from blockpruner.families import ParameterCounts, count_parameters
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
-from blockpruner.scoring.objectives import Objective, Score
+from blockpruner.scoring.accelerate import Selection, accelerate, settings_of
+from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.work import Scorer
 from blockpruner.search import search_of
 from blockpruner.search.iteration import Iteration
@@ -32,7 +33,7 @@ from blockpruner.trials import TrialStore, require_rows, store_fingerprint
 
 def run_search(
     objective: Objective,
-    method: str,
+    score: Mapping[str, Any],
     units: Sequence[Mask],
     budgets: Sequence[str],
     counts: ParameterCounts,
@@ -42,6 +43,7 @@ def run_search(
     """Run a search until no further removal could change which prefix meets any of the budgets.
 
     Args:
+        score: method, and acceleration with its settings.
         units: what may be removed at once, in tie-break order.
         on_iteration: receives each iteration when it is complete.
     """
@@ -58,29 +60,53 @@ def run_search(
         """How much of the way to the furthest budget a mask is, for the progress display."""
         return min(1.0, counts.ratio(mask) / furthest)
 
-    def evaluate(index: int, masks: Sequence[Mask]) -> list[Score]:
-        observer.begin(f"iteration {index}", share(prefixes[-1] if prefixes else DENSE))
-        return objective(masks)
+    accelerated = accelerate(objective, score)
 
-    search = search_of(method)(evaluate, units)
+    def select(index: int, base: Mask, masks: Sequence[Mask]) -> Selection:
+        observer.begin(f"iteration {index}", share(prefixes[-1] if prefixes else DENSE))
+        return accelerated(index, base, masks)
+
+    search = search_of(score["method"])(select, units)
     while not all(is_settled(budget, prefixes, counts, remaining) for budget in wanted):
+        candidates = len(remaining)
         iteration = next(search)
         trace.append(iteration)
         on_iteration(iteration)
         prefixes.append(iteration.removed)
         remaining = [unit for unit in remaining if not unit <= iteration.removed]
-        computed, known = objective.counts.trials_computed - known, objective.counts.trials_computed
+        computed, known = objective.counts.rows_computed - known, objective.counts.rows_computed
         best, added = iteration.scores[iteration.chosen], iteration.added[iteration.chosen]
         observer.end(
             f"removed {format_mask(added or DENSE)}, perplexity {best.perplexity:.4f}, "
-            f"ratio {counts.ratio(iteration.removed):.4f}, {computed} of {len(iteration.scores)} trials computed",
+            f"ratio {counts.ratio(iteration.removed):.4f}; {_considered(iteration, candidates)}",
             [
-                {"added": format_mask(unit) if unit else "(dense)", "perplexity": score.perplexity, "nll": score.nll}
+                {
+                    "added": format_mask(unit) if unit else "(dense)",
+                    "perplexity": score.perplexity,
+                    "nll": score.nll,
+                    "rows": f"{score.rows_used}/{score.rows_total}",
+                }
                 for unit, score in zip(iteration.added, iteration.scores, strict=True)
             ],
             cached=computed == 0,
         )
     return trace
+
+
+def _considered(iteration: Iteration, candidates: int) -> str:
+    """What an iteration spent, and what an audit of it says."""
+    scores = [score for score, added in zip(iteration.scores, iteration.added, strict=True) if added is not None]
+    complete = sum(score.rows_used == score.rows_total for score in scores)
+    text = f"{complete} of {candidates} candidates scored on all rows"
+    if complete < len(scores):
+        text += f", {len(scores) - complete} dropped by the race"
+    if len(scores) < candidates:
+        text += f", {candidates - len(scores)} not considered"
+    if iteration.lazy_choice is not None:
+        same = iteration.lazy_choice == iteration.removed
+        base = iteration.removed - (iteration.added[iteration.chosen] or DENSE)
+        text += "; audit: the same choice" if same else f"; audit: not {format_mask(iteration.lazy_choice - base)}"
+    return text
 
 
 def score_run(
@@ -102,8 +128,9 @@ def score_run(
     Args:
         scores: the run's folder of traces; tables present seed the trial store (a clone after `dvc pull`).
         trials: folder of all trial stores.
-        score: the run's `score` section, every key of which is part of the search's fingerprint.
+        score: the run's `score` section, every key of which is part of the search's fingerprint, defaults filled in.
     """
+    score = dict(score) | settings_of(score)
     require_rows(len(calibration.rows))
     counts = count_parameters(config)
     units = removable_units(int(config["num_hidden_layers"]), score["unit"], score["candidates"])
@@ -119,7 +146,7 @@ def score_run(
         objective = Objective(calibration, store, make_scorer, observer)
         try:
             trace = run_search(
-                objective, score["method"], units, budgets, counts, observer,
+                objective, score, units, budgets, counts, observer,
                 lambda iteration: write_iteration(scores / search, iteration, search),
             )  # fmt: skip
         finally:

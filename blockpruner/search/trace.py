@@ -19,7 +19,7 @@ from blockpruner.search.iteration import Iteration
 from blockpruner.tables import ITERATION, read_json, read_table, set_aside, write_json, write_table
 from blockpruner.trials import TrialStore
 
-SEARCH_VERSION = 1
+SEARCH_VERSION = 2
 TIE_BREAK = "mha by layer, then mlp by layer, strict <"
 
 
@@ -46,6 +46,7 @@ def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
             "rows_total": [s.rows_total for s in scores],
             "chosen": [i == iteration.chosen for i in range(len(scores))],
             "row_nll": [list(s.row_nll) for s in scores],
+            "lazy_choice": [None if iteration.lazy_choice is None else s.mask == iteration.lazy_choice for s in scores],
         },
         schema=ITERATION,
     )
@@ -66,13 +67,15 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
     chosen = [i for i, row in enumerate(rows) if row["chosen"]]
     if len(chosen) != 1:
         raise InputError(f"{path} has {len(chosen)} chosen rows; exactly one is valid")
+    scores = tuple(
+        Score(parse_mask(",".join(row["removed"])), tuple(row["row_nll"]), row["rows_total"]) for row in rows
+    )
     return Iteration(
         index=index,
-        scores=tuple(
-            Score(parse_mask(",".join(row["removed"])), tuple(row["row_nll"]), row["rows_total"]) for row in rows
-        ),
+        scores=scores,
         added=tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows),
         chosen=chosen[0],
+        lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
     )
 
 

@@ -20,7 +20,8 @@ import pytest
 from blockpruner.blocks import Mask, format_mask, removable_units
 from blockpruner.errors import InputError
 from blockpruner.reporting.findings import Level, findings, first_jump, recommended
-from blockpruner.reporting.inputs import RunLabels, Study, paired, read_studies
+from blockpruner.reporting.inputs import ITERATIONS, RunLabels, Study, paired, read_studies
+from blockpruner.reporting.page import build_page
 from blockpruner.reporting.report import write_report
 from blockpruner.reporting.tables import headline
 from blockpruner.tables import write_json
@@ -84,7 +85,7 @@ def build(data: Path, world: World = World()) -> Path:
         }  # fmt: skip
         write_json(data / "plans" / target / "plan.json", plan)
         used = [row for row in rows if row["iteration"] < count]
-        pq.write_table(pa.Table.from_pylist(used), data / "plans" / target / "iterations.parquet")
+        pq.write_table(pa.Table.from_pylist(used, ITERATIONS), data / "plans" / target / "iterations.parquet")
         heldout = world.heldout_factor * (nlls[count] - nlls[0])
         results(data / "results" / target, world, position + 1, heldout, (world.speedups[position], plan))
     counts = {"trials_computed": 123, "trials_reused": 45, "seconds": 67.0, "units_computed": 123, "iterations": 6}
@@ -100,7 +101,7 @@ def _row(iteration: int, removed: Mask, added: str | None, nll: float, chosen: b
     return {
         "iteration": iteration, "removed": format_mask(removed).split(",") if removed else [], "added": added,
         "nll": nll, "perplexity": math.exp(nll), "rows_used": ROWS, "rows_total": ROWS, "chosen": chosen,
-        "row_nll": [nll] * ROWS,
+        "row_nll": [nll] * ROWS, "lazy_choice": None,
     }  # fmt: skip
 
 
@@ -343,6 +344,28 @@ def test_racing_losers_are_in_no_ranking_curve_or_heat_map(tmp_path: Path) -> No
         assert right.rises.items() <= left.rises.items()
         assert min(right.rises.values()) == right.rise
     assert [f.text for f in findings(plain)] == [f.text for f in findings(raced)]
+
+
+def test_the_page_says_what_was_spared_and_what_audits_found(tmp_path: Path) -> None:
+    """Iteration 1 without two of its candidates; an audit in 2 that agrees and one in 3 that does not."""
+    build(tmp_path, replace(World(), losers=True))
+    path = tmp_path / "plans" / "tiny-b" / "iterations.parquet"
+    rows = pq.read_table(path).to_pylist()
+    skipped = [row for row in rows if row["iteration"] == 1 and not row["chosen"] and row["rows_used"] == ROWS][-2:]
+    rows = [row for row in rows if row not in skipped]
+    choice = {i: next(row["added"] for row in rows if row["iteration"] == i and row["chosen"]) for i in (2, 3)}
+    other = next(row["added"] for row in rows if row["iteration"] == 3 and not row["chosen"])
+    for row in rows:
+        if row["iteration"] in (2, 3):
+            row["lazy_choice"] = row["added"] == {2: choice[2], 3: other}[row["iteration"]]
+    pq.write_table(pa.Table.from_pylist(rows, ITERATIONS), path)
+    page = build_page("t", read_studies(["tiny-b"], LABELS, tmp_path), draw=False)
+    text = dict(page.sections[0].facts)["Search"]
+    everything = sum(2 * LAYERS - i for i in range(6))
+    computed = (everything - 2 - 6 + 6 / ROWS) / everything
+    assert f"{everything - 8} candidates scored on all rows in 6 iterations of {everything}; 6 were dropped" in text
+    assert f"2 not considered: {100 * computed:.1f} %" in text
+    assert f"2 audits, which chose otherwise: {choice[3]}, not {other}" in text
 
 
 def test_a_partial_row_cannot_be_chosen(tmp_path: Path) -> None:

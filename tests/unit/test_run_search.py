@@ -83,7 +83,7 @@ def test_what_changes_a_trial_is_computed_anew(tmp_path, change):
 
 @pytest.mark.parametrize(
     ("change", "computed"),
-    [({"candidates": "mha"}, 0), ({"unit": "layer"}, 1), ({"acceleration": "other"}, 0)],
+    [({"candidates": "mha"}, 0), ({"unit": "layer"}, 1), ({"acceleration": "race"}, 0)],
     ids=["candidates", "unit", "acceleration"],
 )
 def test_another_search_reuses_trials_but_not_tables(tmp_path, change, computed):

@@ -1,0 +1,216 @@
+"""Lazy evaluation and racing: what they leave out, that the choice stands, that a store's content changes nothing."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from blockpruner.blocks import DENSE, format_mask, removable_units
+from blockpruner.calibration import CalibrationSet
+from blockpruner.errors import InputError
+from blockpruner.families import count_parameters
+from blockpruner.models import masked
+from blockpruner.progress import SilentObserver
+from blockpruner.scoring import accelerate as module
+from blockpruner.scoring.accelerate import accelerate, lower_bound, race, settings_of, slices
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.work import Unit
+from blockpruner.search.greedy import greedy
+from blockpruner.search.run import run_search
+from blockpruner.trials import TrialStore, store_fingerprint
+from tests.tiny import full_nll, tiny_model
+
+LAYERS, ROWS = 6, 12
+UNITS = removable_units(LAYERS, "block", "all")
+
+
+class World:
+    """Losses by formula: each block adds a cost of its own and, with the other block of its layer, an interaction."""
+
+    def __init__(self, seed, noise=0.02, interaction=0.05):
+        random = np.random.default_rng(seed)
+        self.cost = dict(zip(UNITS, random.permutation(np.geomspace(0.01, 3.0, len(UNITS))), strict=True))
+        self.noise = {unit: random.normal(0, noise, ROWS) for unit in UNITS}
+        self.interaction = interaction
+        self.asked = []
+
+    def rows_of(self, mask):
+        layers = [block.layer for block in mask]
+        both = sum(layers.count(layer) == 2 for layer in set(layers))
+        losses = np.full(ROWS, 2.0 + self.interaction * both)
+        for block in mask:
+            losses += self.cost[frozenset({block})] + self.noise[frozenset({block})]
+        return losses
+
+    def row_batches(self, rows, span):
+        return [span]
+
+    def run(self, tasks, rows):
+        for task in tasks:
+            for mask in task.masks:
+                self.asked += [(mask, row) for row in task.span]
+                yield Unit(mask, task.span.start, tuple(self.rows_of(mask)[task.span.start : task.span.stop]))
+
+    def close(self):
+        pass
+
+    def objective(self, store=None):
+        rows = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
+        return Objective(rows, store or TrialStore({}, ROWS), lambda: self)
+
+
+def sequence(world, steps=8, objective=None, **score):
+    objective = objective or world.objective()
+    search = greedy(accelerate(objective, settings_of({"acceleration": "none"} | score)), UNITS)
+    return [next(search) for _ in range(steps)]
+
+
+def order(trace):
+    return [format_mask(iteration.added[iteration.chosen]) for iteration in trace]
+
+
+def brute_force(world, steps=8):
+    removed, found = DENSE, []
+    for _ in range(steps):
+        left = [unit for unit in UNITS if not unit <= removed]
+        best = min(left, key=lambda unit: world.rows_of(removed | unit).mean())
+        found.append(format_mask(best))
+        removed |= best
+    return found
+
+
+def test_bound_is_scipys_interval(monkeypatch):
+    """Without the prior, and with rows that are few among very many: the one-sided interval of a paired t-test."""
+    monkeypatch.setattr(module, "PRIOR_ROWS", 0)
+    random = np.random.default_rng(0)
+    leader, others = random.normal(2, 0.3, 5), random.normal(2.2, 0.4, (3, 5))
+    wanted = [stats.ttest_rel(other, leader, alternative="greater").confidence_interval(0.95).low for other in others]
+    assert lower_bound(others - leader, 10**9, 0.95) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_bound_knows_that_the_rows_are_finite():
+    differences = np.random.default_rng(1).normal(0.1, 1.0, (4, 6))
+    assert lower_bound(differences, 6, 0.99) == pytest.approx(differences.mean(axis=1))
+    assert (lower_bound(differences, 7, 0.99) > lower_bound(differences, 60, 0.99)).all()
+
+
+def test_two_rows_that_agree_by_chance_drop_nobody():
+    """A difference of 0.02 +- 0 over two rows, where the others' rows differ by 0.1: not enough."""
+    differences = np.array([[0.02, 0.02], [0.0, 0.2], [0.3, 0.1], [0.4, 0.2]])
+    assert lower_bound(differences, 12, 0.95)[0] < 0 < lower_bound(differences + 1.0, 12, 0.95)[0]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 12, 100])
+def test_slices_end_with_the_last_row(rows):
+    stops = list(slices(rows))
+    assert stops[-1] == rows and stops == sorted(set(stops)) and all(stop >= 2 for stop in stops[:-1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("acceleration", ["race", "lazy", "lazy+race"])
+def test_same_sequence_for_less_where_candidates_differ(seed, acceleration):
+    world = World(seed)
+    trace = sequence(world, acceleration=acceleration, **({} if acceleration == "race" else {"floor": 3}))
+    assert order(trace) == brute_force(world)
+    exact = sum(len(UNITS) - step for step in range(8)) * ROWS
+    assert len(world.asked) < exact * {"race": 0.75, "lazy": 0.9, "lazy+race": 0.65}[acceleration]
+    assert len(world.asked) == len(set(world.asked))
+
+
+def test_the_choice_has_all_rows_and_losers_say_how_few_they_have():
+    trace = sequence(World(1), acceleration="lazy+race")
+    partial = [score for iteration in trace for score in iteration.scores if score.rows_used < ROWS]
+    assert partial and all(score.rows_used in slices(ROWS) for score in partial)
+    for iteration in trace:
+        assert iteration.scores[iteration.chosen].rows_used == ROWS
+    assert trace[0].added[0] is None and trace[0].scores[0].rows_used == ROWS
+
+
+def test_how_often_a_race_loses_the_best():
+    """Two hundred races over rows drawn anew, noise above most differences: seldom, more seldom with more confidence.
+
+    The confidence is of one comparison, and the leader is the luckiest of twelve, so it is not the race's own.
+    """
+    lost = dict.fromkeys((0.8, 0.99, 0.9999), 0)
+    for seed in range(200):
+        world = World(seed, noise=0.3, interaction=0.0)
+        best = min(UNITS, key=lambda unit: world.rows_of(unit).mean())
+        for confidence in lost:
+            lost[confidence] += race(world.objective(), UNITS, confidence)[best].rows_used < ROWS
+    assert lost[0.8] > 40 > 20 >= lost[0.99] > lost[0.9999] and lost[0.9999] <= 2
+
+
+def test_an_audit_finds_what_lazy_evaluation_missed():
+    """A block whose cost vanishes once another is gone: not monotone, so its old rise keeps it out until an audit."""
+    world = World(3, noise=0.0, interaction=0.0)
+    first, hidden = brute_force(world)[0], max(UNITS, key=world.cost.__getitem__)
+    plain = world.rows_of
+
+    def rows_of(mask):
+        gone = {format_mask({block}) for block in mask}
+        bonus = 0.0 if first not in gone or not hidden <= mask else world.cost[hidden] + 0.5
+        return plain(mask) - bonus
+
+    world.rows_of = rows_of
+    trace = sequence(world, acceleration="lazy", floor=2, slack=0.0, audit=2)
+    assert order(trace)[:2] == [first, order(trace)[1]] and order(trace)[1] != format_mask(hidden)
+    assert order(trace)[2] == format_mask(hidden)
+    assert trace[1].lazy_choice is None
+    assert trace[2].lazy_choice not in (None, trace[2].removed)
+    assert trace[4].lazy_choice == trace[4].removed
+    assert len(trace[2].scores) == len(UNITS) - 2 > len(trace[1].scores)
+
+
+def test_what_a_store_knows_changes_no_decision():
+    exact, cold, warm = World(5), World(5), World(5)
+    store = TrialStore({}, ROWS)
+    sequence(exact, objective=exact.objective(store))
+    assert sequence(warm, objective=warm.objective(store), acceleration="lazy+race") == sequence(
+        cold, acceleration="lazy+race"
+    )
+    assert warm.asked == [] and cold.asked
+
+
+def test_acceleration_on_a_real_model_is_brute_force():
+    """Whole path with the engine: a tiny random model, three removals, against full forward passes."""
+    model = tiny_model(layers=3)
+    rows = CalibrationSet(tuple(tuple(np.random.default_rng(i).integers(1, 257, 12).tolist()) for i in range(8)))
+    units = removable_units(3, "block", "all")
+    removed, wanted = DENSE, []
+    for _ in range(3):
+        losses = {}
+        for unit in units:
+            if not unit <= removed:
+                with masked(model, removed | unit):
+                    losses[unit] = math.fsum(full_nll(model, row) for row in rows.rows)
+        wanted.append(min(losses, key=losses.__getitem__))
+        removed |= wanted[-1]
+    fields = store_fingerprint(rows.digest, "m", "float64", "perplexity")
+    objective = Objective(rows, TrialStore(fields, 8), lambda: Engine(model, batch_tokens=30))
+    counts = count_parameters(model.config.to_dict())
+    score = {"method": "greedy"} | settings_of({"acceleration": "lazy+race", "confidence": 0.99999, "floor": 6})
+    trace = run_search(objective, score, units, ["3blocks"], counts, SilentObserver())
+    assert [iteration.added[iteration.chosen] for iteration in trace] == wanted
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        ({"acceleration": "fast"}, "'fast' is unknown; valid: none, lazy, race, lazy"),
+        ({"acceleration": "none", "audit": 3}, "audit does nothing with score.acceleration: none"),
+        ({"acceleration": "race", "floor": 3}, "floor does nothing.*lazy or lazy"),
+        ({"acceleration": "lazy", "confidence": 0.9}, "confidence does nothing.*race or lazy"),
+    ],
+)
+def test_settings_that_make_no_sense(score, words):
+    with pytest.raises(InputError, match=words):
+        settings_of(score)
+
+
+def test_settings_take_what_is_given_and_fill_in_the_rest():
+    found = settings_of({"acceleration": "lazy+race", "floor": 5, "method": "greedy"})
+    assert found["floor"] == 5 and found["acceleration"] == "lazy+race"
+    assert found.keys() == {"acceleration", "confidence", "floor", "slack", "audit"}
+    assert settings_of({"acceleration": "none", "method": "greedy"}) == {"acceleration": "none"}
