@@ -1,0 +1,105 @@
+"""Table 7 of the paper on a CUDA device: the time of BlockPruner's whole search on Llama2-7B and 13B shapes.
+
+    python -m benchmarks.gpu [llama2-7b | llama2-13b | tiny] [device] [removals] [rows] [row length]
+
+Random weights in bfloat16: the cost of the exact search does not depend on their values. By default 15 rows of 2,048
+tokens (about what the paper's 256 Alpaca samples give) and as many removals as the paper's 952 and 1,644 evaluations
+mean: 17 and 24. Prints the card, the row of the table beside the paper's, and the share of a matrix product's rate.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.flops import Flops
+from benchmarks.shapes import SHAPES, random_model, random_rows
+from blockpruner.blocks import DENSE, Mask, all_blocks, removable_units
+from blockpruner.calibration import CalibrationSet
+from blockpruner.families import count_parameters
+from blockpruner.models import resolve_device
+from blockpruner.progress import ConsoleObserver
+from blockpruner.provenance import machine, versions
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.objectives import Objective
+from blockpruner.search.run import run_search
+from blockpruner.trials import TrialStore
+
+PAPER = Path(__file__).parents[1] / "data" / "paper" / "table7_pruning_time.csv"
+REMOVALS = {"llama2-7b": 17, "llama2-13b": 24, "tiny": 3}
+
+
+def paper_minutes(shape: str) -> str:
+    name = shape.replace("llama2-", "Llama2-").replace("b", "B")
+    with open(PAPER) as handle:
+        rows = [row for row in csv.DictReader(handle) if row["model"] == name and row["method"] == "blockpruner"]
+    return rows[0]["minutes"] if rows else "–"
+
+
+@torch.inference_mode()
+def matrix_rate(device: torch.device, tokens: int, width: int) -> float:
+    """FLOP/s of one bfloat16 product [tokens, width] x [width, width]; best of 20."""
+    left, right = (torch.randn(n, width, device=device, dtype=torch.bfloat16) for n in (tokens, width))
+    best = 0.0
+    for _ in range(20):
+        started = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * tokens * width * width / (time.perf_counter() - started))
+    return best
+
+
+def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
+    device = resolve_device(place)
+    model = random_model(shape, torch.bfloat16, str(device))
+    config = model.config
+    data = CalibrationSet(tuple(map(tuple, random_rows(config.vocab_size, rows, length))))
+    objective = Objective(data, TrialStore({}, rows), lambda: Engine(model), ConsoleObserver())
+    counts = count_parameters(config.to_dict())
+    units = removable_units(config.num_hidden_layers, "block", "all")
+    budget, score = f"{removals}blocks", {"method": "greedy", "acceleration": "none"}
+    rate = matrix_rate(device, min(rows * length, 16384), config.hidden_size)
+    started = time.perf_counter()
+    trace = run_search(objective, score, units, [budget], counts, ConsoleObserver())
+    seconds = time.perf_counter() - started
+    flops, naive, evaluations = spent(config, [step.removed for step in trace], rows, length)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
+    print("\n| model | evaluations | minutes | the paper's, two RTX 4090 | PFLOP | TFLOP/s | of one product's rate |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        f"| {shape}, random weights, bfloat16 | {evaluations} | {seconds / 60:.1f} | {paper_minutes(shape)} | "
+        f"{flops / 1e15:.2f} | {flops / seconds / 1e12:.1f} | {flops / seconds / rate:.0%} |"
+    )
+    peak = f"; peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    print(
+        f"\n{card}, torch {versions(('torch',))['torch']}; {rows} rows of {length} tokens; full forward passes would "
+        f"take {naive / flops:.2f}x the FLOPs{peak}"
+    )
+    return 0
+
+
+def spent(config: object, prefixes: Sequence[Mask], rows: int, length: int) -> tuple[int, int, int]:
+    """FLOPs of the sweep, of a full forward pass for each candidate, and how many candidates there were."""
+    flops = Flops(config, rows, length)
+    exact = naive = evaluations = 0
+    for base in (DENSE, *prefixes[:-1]):
+        masks = [base | {block} for block in all_blocks(config.num_hidden_layers) if block not in base]  # type: ignore[attr-defined]
+        exact, naive, evaluations = exact + flops.exact(masks), naive + flops.naive(masks), evaluations + len(masks)
+    return exact, naive, evaluations
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    if given and given[0] not in SHAPES:
+        sys.exit(f"shape {given[0]!r} is unknown; valid: {', '.join(SHAPES)}")
+    shape = given[0] if given else "llama2-7b"
+    if len(given) < 2 and not torch.cuda.is_available():
+        sys.exit("no CUDA device was seen; name another device to run there: python -m benchmarks.gpu tiny cpu")
+    numbers = [int(n) for n in given[2:]] + [REMOVALS[shape], 15, 2048][len(given[2:]) :]
+    sys.exit(main(shape, given[1] if len(given) > 1 else "cuda", *numbers))

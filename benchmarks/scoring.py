@@ -1,0 +1,330 @@
+"""What scoring costs: full forward passes, as the paper's public code does, against the exact sweep and acceleration.
+
+    python -m benchmarks.scoring iteration [smollm2 | llama2-7b] [layers]   one iteration, 8 rows of 128 tokens, float32
+    python -m benchmarks.scoring search [removals] [seed ...]               greedy on SmolLM2, exact and lazy+race
+    python -m benchmarks.scoring growth                                     cost against layers, rows, vocabulary
+
+Each prints Markdown and keeps its figures in data/benchmarks/, from which `python -m benchmarks.plots` draws.
+`search` goes on where it was stopped. SmolLM2 is taken from data/models/smollm2 (`dvc repro fetch@smollm2`).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from benchmarks.flops import Flops
+from benchmarks.shapes import random_model, random_rows
+from blockpruner.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
+from blockpruner.calibration import CalibrationSet, draw, pack
+from blockpruner.models import load_model, load_tokenizer, masked
+from blockpruner.provenance import machine, versions
+from blockpruner.scoring.accelerate import accelerate, settings_of
+from blockpruner.scoring.engine import LOGITS_BYTES, Engine
+from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.work import Rows, Task, Unit
+from blockpruner.search.greedy import greedy
+from blockpruner.sources import checkpoint_identity
+from blockpruner.tables import TEXTS, read_table, write_json
+from blockpruner.trials import TrialStore, store_fingerprint
+
+ROWS, LENGTH = 8, 128
+SMOLLM2, TEXT = Path("data/models/smollm2"), Path("data/sources/smollm2/calibration.parquet")
+RESULTS = Path("data/benchmarks")
+
+
+def calibration_rows(seed: int) -> CalibrationSet:
+    """The first 8 rows of 128 tokens of 20 samples drawn with `seed`."""
+    texts, _ = read_table(TEXT, TEXTS)
+    samples = draw(texts.column("text").to_pylist(), 20, "all", seed)
+    return CalibrationSet(pack(samples, load_tokenizer(SMOLLM2), LENGTH, "joined").rows[:ROWS])
+
+
+@torch.inference_mode()
+def full_forward(model: PreTrainedModel, mask: Mask, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row losses by one forward pass with the logits of all tokens, [B], and those logits, [B, T, V]."""
+    with masked(model, mask):
+        logits = model(input_ids=ids, use_cache=False).logits
+    targets = ids[:, 1:]
+    losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(dim=1), logits
+
+
+@torch.inference_mode()
+def matrix_rate(model: PreTrainedModel, tokens: int) -> float:
+    """FLOP/s of the matrix products of one forward pass alone, each layer's own weights in turn; median of 5."""
+    head = model.get_output_embeddings()
+    chunk = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+    linears = [(m, tokens) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    linears += [(head, min(chunk, tokens - start)) for start in range(0, tokens, chunk)]
+    inputs = {(m.in_features, n): torch.randn(n, m.in_features, dtype=m.weight.dtype) for m, n in linears}
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for linear, n in linears:
+            linear(inputs[linear.in_features, n])
+        seconds.append(time.perf_counter() - started)
+    return sum(2 * n * m.weight.numel() for m, n in linears) / statistics.median(seconds)
+
+
+class Meter:
+    """Seconds and peak resident memory of pieces of work that take turns in one process."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak: dict[str, int] = {}
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        started = time.perf_counter()
+        result = work()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        self.peak[name] = max(self.peak.get(name, 0), peak)
+        return result
+
+
+def iteration(shape: str, layers: int | None) -> dict[str, Any]:
+    """The first iteration of a greedy search: dense and every block removed; naive and exact take turns."""
+    if shape == "smollm2":
+        model, rows = load_model(SMOLLM2, "float32"), calibration_rows(42)
+    else:
+        changes = {} if layers is None else {"num_hidden_layers": layers}
+        model = random_model(shape, torch.float32, **changes)
+        rows = CalibrationSet(tuple(map(tuple, random_rows(model.config.vocab_size, ROWS, LENGTH))))
+    ids, depth = torch.tensor(rows.rows), model.config.num_hidden_layers
+    masks = [DENSE, *(frozenset({block}) for block in all_blocks(depth))]
+    engine, flops, meter = Engine(model, ROWS * LENGTH), Flops(model.config, ROWS, LENGTH), Meter()
+    rate = matrix_rate(model, ROWS * LENGTH)
+    full_forward(model, DENSE, ids)
+    walk = engine.run([Task(range(ROWS), tuple(masks))], rows.rows)
+    worst = 0.0
+    for done in range(len(masks)):
+        unit: Unit = meter("exact", lambda: next(walk))
+        _, logits = meter("naive", lambda unit=unit: full_forward(model, unit.mask, ids))
+        reference = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(dim=1).neg()
+        del logits
+        worst = max(worst, (reference - torch.tensor(unit.nll, dtype=torch.float64)).abs().max().item())
+        if done % 10 == 0:
+            print(f"  {done + 1}/{len(masks)} masks", file=sys.stderr, flush=True)
+    rate = (rate + matrix_rate(model, ROWS * LENGTH)) / 2
+    race = Counted(engine, flops)
+    objective = Objective(rows, TrialStore({}, ROWS), lambda: race)
+    select = accelerate(objective, settings_of({"acceleration": "race"}))
+    meter("race", lambda: select(0, DENSE, masks))
+    counted = {"naive": flops.naive(masks), "exact": flops.exact(masks), "race": race.flops}
+    return {
+        "shape": shape if layers is None else f"{shape}, {layers} layers", "rows": ROWS, "length": LENGTH,
+        "masks": len(masks), "flops": counted, "seconds": meter.seconds, "peak": meter.peak, "matrix_rate": rate,
+        "worst": worst, "trials": {"naive": len(masks), "exact": len(masks), "race": objective.counts.trials_computed},
+        "rows_scored": {"naive": len(masks) * ROWS, "exact": len(masks) * ROWS, "race": objective.counts.rows_computed},
+        **setting(),
+    }  # fmt: skip
+
+
+class Counted:
+    """A scorer that counts the FLOPs of what it is asked for."""
+
+    def __init__(self, scorer: Engine, flops: Flops) -> None:
+        self._scorer = scorer
+        self._config = flops.config
+        self.flops = 0
+
+    def row_batches(self, rows: Rows, span: range) -> list[range]:
+        return self._scorer.row_batches(rows, span)
+
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
+        for task in tasks:
+            self.flops += Flops(self._config, len(task.span), len(rows[task.span.start])).exact(task.masks)
+        yield from self._scorer.run(tasks, rows)
+
+    def close(self) -> None:
+        self._scorer.close()
+
+
+def setting() -> dict[str, Any]:
+    return {"machine": machine(), "threads": torch.get_num_threads(), "versions": versions(("torch", "transformers"))}
+
+
+def show_iteration(found: dict[str, Any]) -> None:
+    flops, seconds = found["flops"], found["seconds"]
+    bound = flops["naive"] / flops["exact"]
+    ratio = seconds["naive"] / seconds["exact"]
+    print(f"\n{found['shape']}: {found['masks']} masks, {found['rows']} rows of {found['length']} tokens, float32")
+    print("\n| | TFLOP | seconds | GFLOP/s | of the matrix rate | trials on all rows | rows | peak memory, GiB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name in ("naive", "exact", "race"):
+        rate = flops[name] / seconds[name]
+        print(
+            f"| {name} | {flops[name] / 1e12:.2f} | {seconds[name]:.1f} | {rate / 1e9:.0f} | "
+            f"{rate / found['matrix_rate']:.0%} | {found['trials'][name]} | {found['rows_scored'][name]} | "
+            f"{found['peak'][name] / 2**30:.2f} |"
+        )
+    print(
+        f"\nnaive / exact: {ratio:.3f}x in time, {bound:.3f}x in FLOPs: {ratio / bound:.1%} of the bound; the matrices "
+        f"alone: {found['matrix_rate'] / 1e9:.0f} GFLOP/s; largest difference of a row's NLL {found['worst']:.1e}"
+    )
+
+
+def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """Greedy removals on SmolLM2, exact and lazy+race, each over trials of its own; resumed from their stores."""
+    path = RESULTS / "search.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    model, identity = load_model(SMOLLM2, "float32"), checkpoint_identity(SMOLLM2)
+    units = removable_units(model.config.num_hidden_layers, "block", "all")
+    found |= {"settings": settings_of({"acceleration": "lazy+race"}), "removals": removals} | setting()
+    for seed in seeds:
+        rows = calibration_rows(seed)
+        for mode in ("exact", "lazy+race"):
+            flops = Flops(model.config, ROWS, LENGTH)
+            engine = Engine(model, ROWS * LENGTH)
+            fields = store_fingerprint(rows.digest, identity, "float32", "perplexity")
+            store = TrialStore(fields, ROWS, RESULTS / "trials" / mode)
+            objective = Objective(rows, store, lambda engine=engine: engine)
+            asked = Asked(objective, model.config)
+            settings = settings_of({"acceleration": "none" if mode == "exact" else mode})
+            records = found.setdefault(mode, {}).setdefault(str(seed), [])
+            for step in greedy(accelerate(asked, settings), units):  # type: ignore[arg-type]
+                added = step.added[step.chosen]
+                assert added is not None
+                removed = step.removed - added
+                entered = [removed | unit for unit in units if not unit <= removed] + ([] if removed else [DENSE])
+                record = {
+                    "added": format_mask(added), "nll": step.scores[step.chosen].nll, "flops": asked.flops,
+                    "naive_flops": flops.naive(entered), "seconds": objective.counts.seconds,
+                    "candidates": len(entered), "considered": len(step.scores),
+                    "complete": sum(s.rows_used == ROWS for s in step.scores),
+                    "rows": sum(s.rows_used for s in step.scores),
+                    "audit": None if step.lazy_choice is None else format_mask(step.lazy_choice - removed),
+                }  # fmt: skip
+                if len(records) <= step.index:
+                    records.append(record | {"whole": objective.counts.units_reused == 0})
+                write_json(path, found)
+                print(
+                    f"  seed {seed}, {mode}, {step.index + 1}/{removals}: {record['added']}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                asked.flops, objective.counts.seconds, objective.counts.units_reused = 0, 0.0, 0
+                if step.index + 1 == removals:
+                    break
+            store.close()
+    return found
+
+
+class Asked:
+    """An objective that counts the FLOPs of what is asked anew in this search, whether the store knows it or not."""
+
+    def __init__(self, objective: Objective, config: Any) -> None:
+        self._objective, self._config = objective, config
+        self._known: dict[Mask, int] = {}
+        self.flops = 0
+
+    @property
+    def rows(self) -> int:
+        return self._objective.rows
+
+    def __call__(self, masks: Sequence[Mask], rows: int | None = None) -> Any:
+        stop = self.rows if rows is None else rows
+        for start in range(stop):
+            new = [mask for mask in dict.fromkeys(masks) if self._known.get(mask, 0) == start]
+            if new:
+                self.flops += Flops(self._config, 1, LENGTH).exact(new)
+            self._known |= dict.fromkeys(new, start + 1)
+        return self._objective(masks, rows)
+
+
+def show_search(found: dict[str, Any]) -> None:
+    print(f"\nSmolLM2-135M, {found['removals']} removals, {ROWS} rows of {LENGTH} tokens, {found['settings']}")
+    print("\n| seed | | removed, in order | NLL | against exact | FLOPs, of naive | s | scored on all rows | audits |")
+    print("|---:|---|---|---:|---:|---:|---:|---:|---|")
+    for seed in found["exact"]:
+        exact = found["exact"][seed]
+        for mode in ("exact", "lazy+race"):
+            records = found[mode][seed]
+            picks = [
+                r["added"] if r["added"] == e["added"] else f"**{r['added']}**"
+                for r, e in zip(records, exact, strict=False)
+            ]
+            share = sum(r["flops"] for r in records) / sum(r["naive_flops"] for r in records)
+            seconds = f"{sum(r['seconds'] for r in records):.0f}" if all(r["whole"] for r in records) else "–"
+            audits = [r for r in records if r["audit"]]
+            other = [f"{r['added']}, not {r['audit']}" for r in audits if r["audit"] != r["added"]]
+            said = f"{len(audits)}, " + ("; ".join(other) if other else "all agree") if audits else "–"
+            print(
+                f"| {seed} | {mode} | {' '.join(picks)} | {records[-1]['nll']:.5f} | "
+                f"{records[-1]['nll'] / exact[-1]['nll'] - 1:+.3%} | 1/{1 / share:.2f} | {seconds} | "
+                f"{sum(r['complete'] for r in records)} of {sum(r['candidates'] for r in records)} | {said} |"
+            )
+
+
+def growth() -> dict[str, Any]:
+    """Seconds and FLOPs of one exact iteration of small random models, one size changed at a time."""
+    points = []
+    base = {"num_hidden_layers": 8, "vocab_size": 16000}
+    small = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    for size, values in (
+        ("num_hidden_layers", (4, 8, 12, 16)),
+        ("rows", (2, 4, 8, 16)),
+        ("vocab_size", (4000, 16000, 64000)),
+    ):
+        for value in values:
+            changes = base | ({size: value} if size != "rows" else {})
+            rows = value if size == "rows" else 4
+            model = random_model("tiny", torch.float32, **small | changes)
+            data = random_rows(changes["vocab_size"], rows, LENGTH)
+            masks = [DENSE, *(frozenset({block}) for block in all_blocks(changes["num_hidden_layers"]))]
+            engine = Engine(model)
+            tasks = [Task(span, tuple(masks)) for span in engine.row_batches(data, range(rows))]
+            seconds = []
+            for _ in range(3):
+                started = time.perf_counter()
+                list(engine.run(tasks, data))
+                seconds.append(time.perf_counter() - started)
+            point = {"size": size, "value": value, "seconds": min(seconds),
+                     "flops": Flops(model.config, rows, LENGTH).exact(masks)}  # fmt: skip
+            points.append(point)
+            print(f"  {point}", file=sys.stderr, flush=True)
+    return {"points": points, **setting()}
+
+
+def show_growth(found: dict[str, Any]) -> None:
+    print("\n| size | value | GFLOP | seconds | GFLOP/s |\n|---|---:|---:|---:|---:|")
+    for p in found["points"]:
+        rate = p["flops"] / p["seconds"] / 1e9
+        print(f"| {p['size']} | {p['value']} | {p['flops'] / 1e9:.0f} | {p['seconds']:.2f} | {rate:.0f} |")
+
+
+def main(arguments: Sequence[str]) -> int:
+    command, *rest = arguments or ["help"]
+    if command == "iteration":
+        shape, layers = rest[0] if rest else "smollm2", int(rest[1]) if len(rest) > 1 else None
+        found = iteration(shape, layers)
+        write_json(RESULTS / f"iteration-{shape}.json", found)
+        show_iteration(found)
+    elif command == "search":
+        found = search(int(rest[0]) if rest else 16, [int(seed) for seed in rest[1:]] or [42, 43, 44])
+        show_search(found)
+    elif command == "growth":
+        found = growth()
+        write_json(RESULTS / "growth.json", found)
+        show_growth(found)
+    else:
+        print(__doc__)
+        return 2
+    print(f"\n{found['machine']}, {found['threads']} threads, torch {found['versions']['torch']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
