@@ -32,13 +32,15 @@ class Family:
     model_type: the `model_type` of its config; prefix: of its class names (LlamaConfig, LlamaForCausalLM);
     parallel: whether MHA and MLP both read the layer's input, x + MHA(norm(x)) + MLP(norm(x)), from a config;
     decoder, layers, final_norm, head: attribute paths from the causal LM;
-    mha_parameters, mlp_parameters: parameters of one block, its norm included, from a config.
+    mha_parameters, mlp_parameters: parameters of one block without its norm, from a config;
+    norm_bias: whether norms have a bias beside their weight.
     """
 
     model_type: str
     prefix: str
     mha_parameters: Callable[[Config], int]
     mlp_parameters: Callable[[Config], int]
+    norm_bias: bool = False
     parallel: Callable[[Config], bool] = lambda config: False
     decoder: str = "model"
     layers: str = "model.layers"
@@ -82,10 +84,11 @@ def count_parameters(config: Config) -> ParameterCounts:
     """Count parameters from a config (`config.json` as a mapping), without loading weights."""
     row = family_of(str(config["model_type"]))
     hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    counts = {BlockKind.MHA: row.mha_parameters(config), BlockKind.MLP: row.mlp_parameters(config)}
+    norm = 2 * hidden if row.norm_bias else hidden
+    counts = {BlockKind.MHA: row.mha_parameters(config) + norm, BlockKind.MLP: row.mlp_parameters(config) + norm}
     blocks = {block: counts[block.kind] for block in all_blocks(layers)}
     embeddings = int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
-    return ParameterCounts(total=embeddings + hidden + sum(blocks.values()), blocks=blocks)
+    return ParameterCounts(total=embeddings + norm + sum(blocks.values()), blocks=blocks)
 
 
 def cached_values_per_token(config: Config, removed: Mask) -> int:
@@ -107,18 +110,23 @@ def _attention(config: Config, *, qkv_bias: bool, output_bias: bool, head_norms:
     projections = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
     biases = (heads + 2 * kv_heads) * head if qkv_bias else 0
     biases += hidden if output_bias else 0
-    return projections + biases + (2 * head if head_norms else 0) + hidden
+    return projections + biases + (2 * head if head_norms else 0)
 
 
 def _gated_mlp(config: Config) -> int:
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     biases = 2 * inner + hidden if config.get("mlp_bias", False) else 0
-    return 3 * hidden * inner + biases + hidden
+    return 3 * hidden * inner + biases
 
 
-def _optional_bias(config: Config) -> int:
-    bias = bool(config.get("attention_bias", False))
-    return _attention(config, qkv_bias=bias, output_bias=bias)
+def _plain_mlp(config: Config) -> int:
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    return 2 * hidden * inner + inner + hidden
+
+
+def _optional_bias(config: Config, default: bool = False, head_norms: bool = False) -> int:
+    bias = bool(config.get("attention_bias", default))
+    return _attention(config, qkv_bias=bias, output_bias=bias, head_norms=head_norms)
 
 
 FAMILIES: dict[str, Family] = {
@@ -127,16 +135,18 @@ FAMILIES: dict[str, Family] = {
         Family("llama", "Llama", _optional_bias, _gated_mlp),
         Family("mistral", "Mistral", lambda c: _attention(c, qkv_bias=False, output_bias=False), _gated_mlp),
         Family("qwen2", "Qwen2", lambda c: _attention(c, qkv_bias=True, output_bias=False), _gated_mlp),
+        Family("qwen3", "Qwen3", lambda c: _optional_bias(c, head_norms=True), _gated_mlp),
         Family(
-            "qwen3",
-            "Qwen3",
-            lambda c: _attention(
-                c,
-                qkv_bias=bool(c.get("attention_bias", False)),
-                output_bias=bool(c.get("attention_bias", False)),
-                head_norms=True,
-            ),
-            _gated_mlp,
+            "gpt_neox",
+            "GPTNeoX",
+            lambda c: _optional_bias(c, default=True),
+            _plain_mlp,
+            norm_bias=True,
+            parallel=lambda c: bool(c.get("use_parallel_residual", True)),  # older config.json leave it out
+            decoder="gpt_neox",
+            layers="gpt_neox.layers",
+            final_norm="gpt_neox.final_layer_norm",
+            mha=Branch("input_layernorm", "attention"),
         ),
     )
 }

@@ -6,16 +6,19 @@ kernels, generation and caches are the family's.
 
 Config fields beside the base family's (layers are those kept, numbered from 0):
     layers_without_mha, layers_without_mlp: indices of layers whose branch was removed;
-    source_layers: the layer of the dense model that each kept layer was.
+    source_layers: the layer of the dense model that each kept layer was; None: no layer was dropped.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -27,7 +30,6 @@ from transformers import (
 )
 
 Branches = tuple[tuple[str, str], tuple[str, str]]
-BRANCHES: Branches = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
 """Norm and module attribute of the MHA and of the MLP branch in a decoder layer."""
 
 
@@ -45,7 +47,7 @@ class NoMLP(nn.Module):
         return hidden_states.new_zeros(())
 
 
-def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches: Branches = BRANCHES) -> None:
+def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches: Branches) -> None:
     """Replace the branches of the given layers, norms included, by holes."""
     for removed, (norm, module), hole in ((mha, branches[0], NoMHA), (mlp, branches[1], NoMLP)):
         for index in removed:
@@ -60,7 +62,7 @@ def drop_layers_(layers: nn.ModuleList, kept) -> None:
             del layers[index]
 
 
-def number_attentions_(layers: nn.ModuleList, module: str = "self_attn") -> None:
+def number_attentions_(layers: nn.ModuleList, module: str) -> None:
     """Number the remaining attentions 0..n-1: a cache takes an attention's number for its slot, and takes the
     length of the past from slot 0."""
     present = [attention for layer in layers if not isinstance(attention := getattr(layer, module), NoMHA)]
@@ -68,15 +70,16 @@ def number_attentions_(layers: nn.ModuleList, module: str = "self_attn") -> None
         attention.layer_idx = number
 
 
+@dataclass(kw_only=True, repr=False, eq=False)
 class BlockPrunedConfigMixin:
-    """The fields that describe the holes; caches are sized for the attentions that exist."""
+    """The fields that describe the holes; caches are sized for the attentions that exist.
 
-    def __init__(self, **kwargs):
-        mha, mlp = kwargs.pop("layers_without_mha", ()), kwargs.pop("layers_without_mlp", ())
-        source = kwargs.pop("source_layers", None)
-        super().__init__(**kwargs)
-        self.layers_without_mha, self.layers_without_mlp = list(mha), list(mlp)
-        self.source_layers = list(range(self.num_hidden_layers) if source is None else source)
+    A dataclass, since transformers makes one of every config class, with an `__init__` of its own.
+    """
+
+    layers_without_mha: list[int] = field(default_factory=list)
+    layers_without_mlp: list[int] = field(default_factory=list)
+    source_layers: list[int] | None = None
 
     def cache_config(self):
         """This config as a cache must see it: one layer for each attention."""
@@ -96,13 +99,16 @@ class BlockPrunedConfigMixin:
 
 
 class BlockPrunedMixin:
-    """A base-family causal LM with holes."""
+    """A base-family causal LM with holes; where its layers are, and the branches within one."""
+
+    decoder_layers = "model.layers"
+    layer_branches: Branches = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
 
     def __init__(self, config):
         super().__init__(config)
-        layers = self.model.layers
-        remove_blocks_(layers, set(config.layers_without_mha), set(config.layers_without_mlp))
-        number_attentions_(layers)
+        layers = self.get_submodule(self.decoder_layers)
+        remove_blocks_(layers, set(config.layers_without_mha), set(config.layers_without_mlp), self.layer_branches)
+        number_attentions_(layers, module=self.layer_branches[0][1])
 
 
 class LlamaBlockPrunedConfig(BlockPrunedConfigMixin, LlamaConfig):
@@ -135,3 +141,13 @@ class Qwen3BlockPrunedConfig(BlockPrunedConfigMixin, Qwen3Config):
 
 class Qwen3BlockPrunedForCausalLM(BlockPrunedMixin, Qwen3ForCausalLM):
     config_class = Qwen3BlockPrunedConfig
+
+
+class GPTNeoXBlockPrunedConfig(BlockPrunedConfigMixin, GPTNeoXConfig):
+    model_type = "gpt_neox_blockpruned"
+
+
+class GPTNeoXBlockPrunedForCausalLM(BlockPrunedMixin, GPTNeoXForCausalLM):
+    config_class = GPTNeoXBlockPrunedConfig
+    decoder_layers = "gpt_neox.layers"
+    layer_branches = (("input_layernorm", "attention"), ("post_attention_layernorm", "mlp"))

@@ -147,6 +147,8 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     kept = [i for i in range(layers) if not {(i, kind) for kind in BlockKind} <= removed]
     _remove_(model, mask, kept)
     model.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
+    # how a loaded model's weights were renamed from its file (GPT-NeoX's head); the new class reads its own names only
+    model._weight_conversions = []
     return model
 
 

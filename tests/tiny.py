@@ -13,27 +13,36 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from blockpruner.families import FAMILIES
+
 VOCABULARY = 260
+GROUPED = {"num_key_value_heads": 2}
+NEOX = {"rotary_pct": 0.5, "rotary_emb_base": 100}
 EXTRA: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 6},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
-    "qwen3": {"head_dim": 12},
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": 6},
+    "qwen2": GROUPED | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": GROUPED | {"head_dim": 12},
+    "gpt_neox": NEOX,
+    "gpt_neox sequential": NEOX | {"use_parallel_residual": False},
 }
-"""What makes each family's tiny model use what is special to it."""
+"""What makes each family's tiny model use what is special to it; after the family, a variant's name."""
+
+VARIANTS = sorted(EXTRA.keys() | FAMILIES)
+"""Every family, a new row without extras too, and the variants."""
 
 
 def tiny_model(
     family: str = "llama", layers: int = 4, dtype: torch.dtype = torch.float64, **config: Any
 ) -> PreTrainedModel:
-    """A random causal LM: hidden size 32, 4 query and 2 key/value heads, vocabulary 260, in eval mode."""
+    """A random causal LM of a family or variant: hidden size 32, 4 query and 2 key/value heads (GPT-NeoX: 4),
+    vocabulary 260, in eval mode."""
     fields: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 128,
         "initializer_range": 0.5,
         "bos_token_id": 257,
@@ -42,13 +51,13 @@ def tiny_model(
     }
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **fields | EXTRA.get(family, {}) | config), dtype=dtype
+        AutoConfig.for_model(family.split()[0], **fields | EXTRA.get(family, {}) | config), dtype=dtype
     )
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(parameter, 1.0, 0.3)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0.0, 0.5)
+        elif "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
     return model.eval().requires_grad_(False)
 
 

@@ -9,18 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blockpruner import modeling_blockpruned
 from blockpruner.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.errors import InputError
 from blockpruner.families import FAMILIES, cached_values_per_token, count_parameters
-from blockpruner.models import masked, prune_
-from tests.tiny import tiny_model
+from blockpruner.models import decoder_layers, load_model, masked, model_family, prune_
+from tests.tiny import VARIANTS, tiny_model
 
 MASKS = ["mha.0", "mlp.0", "mha.0,mlp.0", "mha.3,mlp.3", "mha.0,mha.2,mlp.0,mlp.3", "mlp.0,mlp.1,mlp.2", "mha.1,mha.2"]
 IDS = torch.randint(1, 257, (2, 14), generator=torch.Generator().manual_seed(1))
 GENERATE = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
 
-families = pytest.mark.parametrize("family", sorted(FAMILIES))
+families = pytest.mark.parametrize("family", VARIANTS)
 masks = pytest.mark.parametrize("mask", MASKS)
 
 
@@ -37,6 +38,21 @@ def test_parameters_are_counted_from_the_config(family):
     for block in all_blocks(4):
         pruned = prune_(copy.deepcopy(model), frozenset({block}))
         assert counts.total - counts.blocks[block] == sum(parameter.numel() for parameter in pruned.parameters())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "layers", "vocabulary", "published"),
+    [(512, 2048, 6, 50304, 70_426_624), (6144, 24576, 44, 50432, 20_554_567_680)],
+    ids=["pythia-70m", "gpt-neox-20b"],
+)
+def test_published_parameters_of_gpt_neox(hidden, inner, layers, vocabulary, published):
+    """From the fields that a config.json of 2022 has: neither attention_bias nor use_parallel_residual."""
+    config = {
+        "model_type": "gpt_neox", "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 8,
+        "num_hidden_layers": layers, "vocab_size": vocabulary,
+    }  # fmt: skip
+    assert count_parameters(config).total == published
+    assert FAMILIES["gpt_neox"].parallel(config)
 
 
 @families
@@ -57,7 +73,8 @@ def test_masked_then_exit_restores_everything(family, mask):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(model(IDS).logits, logits)
     assert model.config.to_dict() == config
-    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
+    attentions = [getattr(layer, model_family(model).mha.module) for layer in decoder_layers(model)]
+    assert [attention.layer_idx for attention in attentions] == [0, 1, 2, 3]
 
 
 @families
@@ -96,6 +113,16 @@ def test_pruned_equals_masked(family, mask):
     assert torch.equal(generate(pruned, padded, mask2)[:, 3:], tokens)
 
 
+@pytest.mark.parametrize("row", FAMILIES.values(), ids=list(FAMILIES))
+def test_modelling_class_says_what_the_row_says(row):
+    """The shipped file repeats what it needs of the row, since it must not import blockpruner."""
+    model = getattr(modeling_blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
+    branches = tuple((branch.norm, branch.module) for branch in (row.mha, row.mlp))
+    assert (model.decoder_layers, model.layer_branches) == (row.layers, branches)
+    assert model.config_class.model_type == f"{row.model_type}_blockpruned"
+    assert model.config_class().layers_without_mha == model.config_class().layers_without_mlp == []
+
+
 LOAD = """
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -110,13 +137,18 @@ assert "blockpruner" not in sys.modules
 
 
 def test_saved_checkpoint_in_a_fresh_process(tmp_path):
-    """All families in one fresh interpreter after another would take long: each family, its hardest mask."""
+    """All families in one fresh interpreter after another would take long: each family, its hardest mask.
+
+    The dense model comes from a file too, whose names of weights may be others than the model's (GPT-NeoX's head).
+    """
     from safetensors.torch import save_file
 
     save_file({"ids": IDS}, tmp_path / "ids")
     expected = {}
-    for family in sorted(FAMILIES):
-        model = prune_(tiny_model(family), parse_mask("mha.0,mha.2,mlp.0,mlp.3"))
+    for family in VARIANTS:
+        tiny_model(family).save_pretrained(tmp_path / "dense" / family)
+        model = load_model(tmp_path / "dense" / family, "float64", "cpu")
+        prune_(model, parse_mask("mha.0,mha.2,mlp.0,mlp.3"))
         expected[family] = (model(IDS).logits, generate(model))
         save_pruned(model, tmp_path / family)
     loop = "import sys\nfor name in sys.argv[4:]:\n    exec(open(sys.argv[3]).read(), {'__name__': name})\n"
@@ -125,7 +157,7 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path):
                       .replace("sys.argv[2]", "root + '/ids'").replace("sys.argv[3]", "root + '/' + __name__ + '.out'")
                       .replace("import sys, torch", "import sys, torch\nroot = sys.argv[2]"))  # fmt: skip
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", loop, "x", str(tmp_path), str(script), *sorted(FAMILIES)]
+    command = [sys.executable, "-I", "-c", loop, "x", str(tmp_path), str(script), *VARIANTS]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     for family, (logits, tokens) in expected.items():

@@ -152,7 +152,7 @@ def test_units():
 
 
 def test_unsupported_family_names_the_supported():
-    with pytest.raises(InputError, match="'mamba' is not supported; supported: llama, mistral, qwen2, qwen3"):
+    with pytest.raises(InputError, match="'mamba' is not supported; supported: gpt_neox, llama, mistral, qwen2, qwen3"):
         family_of("mamba")
 
 

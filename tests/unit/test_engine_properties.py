@@ -1,0 +1,229 @@
+"""Properties of the engine, over whatever tasks a search may ask for: each (mask, row) once, and equal to one plain
+forward pass of the masked model in float64; no more work than masks that share nothing need; and the same after
+running out of memory anywhere.
+
+Depths, masks, rows, batches and failures are drawn by hypothesis. Models and brute-force values are kept, since
+they are the same in all examples of a variant and a depth.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import accelerate
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockpruner.blocks import BlockId, BlockKind, Mask, all_blocks
+from blockpruner.errors import DeviceMemoryError
+from blockpruner.models import decoder_layers, masked, model_family
+from blockpruner.scoring import engine as engine_module
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.work import Task, Unit
+from tests.tiny import VARIANTS, VOCABULARY, full_nll, tiny_model
+
+Row = tuple[int, ...]
+model_of = cache(tiny_model)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of an engine; of the k-th batch, all masks but k, so that tasks differ in their masks too."""
+
+    variant: str
+    layers: int
+    rows: list[Row]
+    span: range
+    masks: list[Mask]
+    batch_tokens: int
+
+    def tasks(self, engine: Engine) -> list[Task]:
+        batches = engine.row_batches(self.rows, self.span)
+        return [Task(batch, tuple(self.masks[k % len(self.masks) :])) for k, batch in enumerate(batches)]
+
+
+@st.composite
+def row_lists(draw: st.DrawFn, fewest: int) -> list[Row]:
+    """Rows of 2 to 16 tokens, equally long or not; the pad's and the end's ids are tokens like others."""
+    count = draw(st.integers(fewest, 6))
+    one, several = st.integers(2, 16).map(lambda n: [n] * count), st.lists(st.integers(2, 16), min_size=count)
+    lengths = draw(st.one_of(one, several))[:count]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 3)))
+    return [tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()) for length in lengths]
+
+
+@st.composite
+def mask_lists(draw: st.DrawFn, layers: int, fewest: int) -> list[Mask]:
+    """Distinct masks: sets that have nothing to do with each other, or a base and any of its candidates."""
+    blocks = all_blocks(layers)
+    masks = st.frozensets(st.sampled_from(blocks))
+    pool = st.lists(masks, min_size=fewest, max_size=6, unique=True)
+    sweep = st.tuples(masks, st.lists(st.sampled_from(blocks), min_size=fewest - 1, max_size=6)).map(
+        lambda drawn: list(dict.fromkeys([drawn[0], *(drawn[0] | {block} for block in drawn[1])]))
+    )
+    return draw(st.one_of(pool, sweep))
+
+
+@st.composite
+def cases(draw: st.DrawFn, fewest: int = 1, batch_tokens: int = 2) -> Case:
+    layers, rows = draw(st.integers(1, 4)), draw(row_lists(fewest))
+    span = range(draw(st.integers(0, min(1, len(rows) - 1))), len(rows))
+    return Case(
+        draw(st.sampled_from(VARIANTS)),
+        layers,
+        rows,
+        span,
+        draw(mask_lists(layers, fewest)),
+        draw(st.integers(batch_tokens, 100)),
+    )
+
+
+@cache
+def brute_force(variant: str, layers: int, mask: Mask, row: Row) -> float:
+    with masked(model_of(variant, layers), mask) as model:
+        return full_nll(model, row)
+
+
+def assert_once_and_exact(case: Case, units: list[Unit], tasks: list[Task]) -> None:
+    found = [((unit.mask, unit.start + offset), value) for unit in units for offset, value in enumerate(unit.nll)]
+    keys = [key for key, _ in found]
+    assert len(keys) == len(set(keys)), "a (mask, row) was scored twice"
+    assert set(keys) == {(mask, row) for task in tasks for mask in task.masks for row in task.span}
+    for (mask, row), value in found:
+        assert value == pytest.approx(brute_force(case.variant, case.layers, mask, case.rows[row]), rel=0, abs=1e-10)
+
+
+def least_work(case: Case, task: Task) -> int:
+    """Block forwards that no scheme can share: a block's input depends on which of the blocks before it are left.
+
+    Before an MLP is its layer's MHA, unless both read the layer's input.
+    """
+    parallel = case.variant == "gpt_neox"
+
+    def before(block: BlockId, mask: Mask) -> Mask:
+        mha = {BlockId(BlockKind.MHA, block.layer)} if block.kind is BlockKind.MLP and not parallel else set()
+        return frozenset(b for b in mask if b.layer < block.layer or b in mha)
+
+    kept = [(mask, block) for mask in task.masks for block in all_blocks(case.layers) if block not in mask]
+    return len({(before(block, mask), block) for mask, block in kept})
+
+
+@settings(deadline=None, max_examples=300)
+@given(case=cases(), logit_tokens=st.integers(0, 40))
+def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, logit_tokens: int):
+    engine = Engine(model_of(case.variant, case.layers), case.batch_tokens)
+    tasks, calls, forward = case.tasks(engine), [], engine._block
+    assert [row for task in tasks for row in task.span] == list(case.span)
+    for task in tasks:
+        padded = len(task.span) * max(len(case.rows[row]) for row in task.span)
+        assert len(task.span) == 1 or padded <= case.batch_tokens
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "LOGITS_BYTES", logit_tokens * VOCABULARY * 4)
+        patch.setattr(engine, "_block", lambda *args: calls.append(args) or forward(*args))
+        units = list(engine.run(tasks, case.rows))
+    assert_once_and_exact(case, units, tasks)
+    assert len(calls) == sum(least_work(case, task) for task in tasks)
+
+
+class CrampedEngine(Engine):
+    """Runs out of memory where a batch has more than `rows` rows or `tokens` tokens to a row, but for those times
+    that `luck` says (True: it fits); keeps the walks, with those masks that each of them finished.
+
+    Garbage is not collected: it takes 50 ms where torch is loaded, at each of hundreds of failures.
+    """
+
+    def __init__(self, *args, rows: int = 1000, tokens: int = 1000, luck: Sequence[bool] = ()) -> None:
+        super().__init__(*args)
+        self.rows, self.tokens, self.luck = rows, tokens, iter(luck)
+        self.walks: list[tuple[Task, list[Mask]]] = []
+        self.losses = 0
+
+    def _halved(self, *args) -> list[Task]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_module.gc, "collect", lambda: 0)
+            return super()._halved(*args)
+
+    def score(self, task: Task, rows) -> Iterator[Unit]:
+        done: list[Mask] = []
+        self.walks.append((task, done))
+        for unit in super().score(task, rows):
+            done.append(unit.mask)
+            yield unit
+
+    def _allocate(self, rows: int, tokens: int, *rest: int) -> None:
+        if (rows > self.rows or tokens > self.tokens) and not next(self.luck, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has too little.")
+
+    def _block(self, block, hidden, *rest):
+        self._allocate(*hidden.shape)
+        return super()._block(block, hidden, *rest)
+
+    def _nll(self, hidden, *rest):
+        self._allocate(*hidden.shape)
+        values = super()._nll(hidden, *rest)
+        self.losses += 1
+        return values
+
+
+@settings(deadline=None, max_examples=150)
+@given(case=cases(fewest=3, batch_tokens=40), fitting=st.integers(1, 2), lucky_calls=st.lists(st.integers(0, 20)))
+def test_out_of_memory_anywhere_halves_the_batch_and_loses_nothing(case: Case, fitting: int, lucky_calls: list[int]):
+    """Of the calls with too large a batch, `lucky_calls` pass before each failure; after those, none does."""
+    luck = [passes for calls in lucky_calls for passes in [True] * calls + [False]]
+    engine = CrampedEngine(model_of(case.variant, case.layers), case.batch_tokens, rows=fitting, luck=luck)
+    tasks = case.tasks(engine)
+    units = list(engine.run(tasks, case.rows))
+    assert_once_and_exact(case, units, tasks)
+    assert engine.losses == len(units), "a finished loss was thrown away"
+
+    walked = [task for task, _ in engine.walks]
+    failed = [(task, done) for task, done in engine.walks if set(done) != set(task.masks)]
+    for task, done in failed:
+        left = tuple(mask for mask in task.masks if mask not in done)
+        middle = task.span.start + len(task.span) // 2
+        assert Task(range(task.span.start, middle), left) in walked
+        assert Task(range(middle, task.span.stop), left) in walked
+        longest = max(len(case.rows[row]) for row in task.span)
+        for batch in engine.row_batches([case.rows[0][:1] * longest] * 8, range(8)):
+            assert len(batch) <= max(1, len(task.span) // 2), "batches asked for later are no smaller"
+    assert len(walked) == len(tasks) + 2 * len(failed)
+
+
+@settings(deadline=None, max_examples=150)
+@given(case=cases(), giant=st.integers(0, 5))
+def test_one_row_that_does_not_fit_is_named_and_all_before_it_are_finished(case: Case, giant: int):
+    at = case.span.start + giant % len(case.span)
+    case = replace(case, rows=[*case.rows[:at], tuple(range(17 + giant)), *case.rows[at + 1 :]])
+    engine = CrampedEngine(model_of(case.variant, case.layers), case.batch_tokens, tokens=16)
+    units, tasks = [], [Task(batch, tuple(case.masks)) for batch in engine.row_batches(case.rows, case.span)]
+    with pytest.raises(DeviceMemoryError, match=rf"^one row of {17 + giant} tokens .*\(CUDA out of memory\)"):
+        units.extend(engine.run(tasks, case.rows))
+    assert_once_and_exact(case, units, [Task(range(case.span.start, at), tuple(case.masks))])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_that_accelerate_dispatched(variant: str):
+    """As over several devices: hooks around every module move what enters it, and the layers' `forward` is theirs.
+
+    The device is the CPU everywhere, so that this shows the hooks to be kept and harmless, not the moves themselves.
+    """
+    ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
+    model = tiny_model(variant, 2)
+    logits = model(ids).logits
+    device_map = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}
+    device_map |= {f"{model_family(model).layers}.{index}": "cpu" for index in range(2)}
+    accelerate.dispatch_model(model, device_map, main_device="cpu", force_hooks=True)
+    hooks = [layer.__dict__["forward"] for layer in decoder_layers(model)]
+    case = Case(variant, 2, [tuple(row) for row in ids.tolist()], range(2), all_masks(2), 9)
+    engine = Engine(model, case.batch_tokens)
+    tasks = case.tasks(engine)
+    assert_once_and_exact(case, list(engine.run(tasks, case.rows)), tasks)
+    assert [layer.__dict__["forward"] for layer in decoder_layers(model)] == hooks
+    assert torch.equal(model(ids).logits, logits)
+
+
+def all_masks(layers: int) -> list[Mask]:
+    blocks = all_blocks(layers)
+    return [frozenset(b for i, b in enumerate(blocks) if bits >> i & 1) for bits in range(2 ** len(blocks))]
