@@ -1,0 +1,509 @@
+"""Executors: where scoring runs. In this process, or on Ray workers that each hold a replica of the model.
+
+Decides how a scorer is made from the `runtime` settings, how tasks are shared out among workers and what the loss of
+a worker costs: the unit it was computing. What a unit is worth is the engine's affair; since a piece of work never
+splits a row range, a unit has the same shapes, and so the same bits, on any number of workers.
+
+Workers import this package. With a Ray of this machine that is given; on the nodes of a shared cluster the same
+version of blockpruner must be installed, and the checkpoint must be at the same path. No torch and no ray is loaded
+until a scorer is made.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import textwrap
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockpruner.blocks import BlockId, BlockKind, Mask
+from blockpruner.errors import InputError
+from blockpruner.families import Config, count_parameters
+from blockpruner.scoring.work import Rows, Scorer, Task, Unit
+from blockpruner.tables import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PIECES = 3
+"""Pieces of work per worker: more balance better, but each walks its shared prefix anew."""
+
+LOSSES = 3
+"""Workers lost in a row, without one unit in between, before scoring stops."""
+
+GRANT_SECONDS = 60
+"""How long Ray may take to grant the workers' resources; they may be in use by others of a shared cluster."""
+
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Of a private Ray; it holds the token rows only."""
+
+PRIVATE = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name the one switch, on any system, that keeps to loopback
+    "RAY_worker_niceness": "0",  # 15 by default: on a shared machine workers would wait for everything else
+}
+"""Environment of a private Ray: nothing reported, nothing listened for outside of this machine."""
+
+
+class WorkerLostError(InputError):
+    """Workers die as fast as they are replaced."""
+
+
+def make_scorer(
+    checkpoint: Path,
+    dtype: str,
+    runtime: Mapping[str, Any],
+    *,
+    trust_remote_code: bool = False,
+    note: Callable[[str], object] = lambda message: None,
+) -> Scorer:
+    """Load a checkpoint for scoring.
+
+    Args:
+        runtime: the keys of `runtime` in params.yaml: device, batch_tokens, threads, attention, compile, streaming,
+            executor, workers, ray_address.
+        note: receives lines of information, also those of workers.
+
+    Raises:
+        InputError: a device, attention, compiler, package or number of workers that is not to be had here.
+    """
+    if runtime["executor"] == "ray":
+        return RayScorer(checkpoint, dtype, runtime, trust_remote_code, note)
+    return _local_scorer(checkpoint, dtype, runtime, trust_remote_code, note)
+
+
+def _local_scorer(
+    checkpoint: Path, dtype: str, runtime: Mapping[str, Any], trust_remote_code: bool, note: Callable[[str], object]
+) -> Scorer:
+    from blockpruner.models import load_model, set_threads
+
+    set_threads(runtime["threads"])
+    device, attention, batch_tokens = runtime["device"], runtime["attention"], runtime["batch_tokens"]
+    if runtime["streaming"]:
+        from blockpruner.scoring.streaming import StreamingEngine
+
+        return StreamingEngine(
+            checkpoint, dtype, device=device, batch_tokens=batch_tokens, attention=attention,
+            trust_remote_code=trust_remote_code, note=note,
+        )  # fmt: skip
+    from blockpruner.scoring.engine import Engine
+
+    model = load_model(checkpoint, dtype, device, trust_remote_code, attention)
+    if runtime["compile"]:
+        _compile_(model)
+    return Engine(model, batch_tokens)
+
+
+def _compile_(model: PreTrainedModel) -> None:
+    """Compile each block's norm and module in place.
+
+    Layers share their graphs (weights are inputs of a graph), so that 30 layers take 6, two for each kind of module:
+    far from torch's limit of 8 recompilations. Shapes are dynamic from the start, since with torch's default the
+    kernel, and so the last bits, would depend on which shapes came before.
+    """
+    from blockpruner.models import decoder_layers, model_family
+
+    row, layers = model_family(model), decoder_layers(model)
+    for layer in layers:
+        for branch in (row.branch(kind) for kind in BlockKind):
+            getattr(layer, branch.norm).compile(dynamic=True)
+            getattr(layer, branch.module).compile(dynamic=True)
+    norm = getattr(layers[0], row.mha.norm)
+    try:  # at once, so that a missing compiler is an error of the setting, not of a unit
+        norm(norm.weight.new_ones(2, 2, len(norm.weight)))
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise InputError(f"runtime.compile: true cannot be used here: {reason}; install a C++ compiler, or set "
+                         "runtime.compile: false") from error  # fmt: skip
+
+
+# Sharing out
+
+
+@dataclass(frozen=True)
+class WalkCosts:
+    """Multiplications per token: of each block in the order of the walk, and of the head. They are the parameters."""
+
+    blocks: tuple[int, ...]
+    head: int
+
+    @classmethod
+    def of(cls, config: Config) -> WalkCosts:
+        """Read from a checkpoint's config."""
+        counts = count_parameters(config).blocks
+        return cls(
+            tuple(counts[block] for block in sorted(counts, key=_position)),
+            int(config["vocab_size"]) * int(config["hidden_size"]),
+        )
+
+    def of_mask(self, removed: Sequence[int], start: int = 0) -> int:
+        """From block `start` to the loss, without the blocks at the positions `removed`."""
+        return self.head + sum(self.blocks[start:]) - sum(self.blocks[i] for i in removed if i >= start)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One mask of a task, by number, and its cost: of its whole walk, and of the part that the leaf before lacks."""
+
+    task: int
+    mask: Mask
+    alone: int
+    after: int
+
+
+def share_out(tasks: Sequence[Task], rows: Rows, pieces: int, costs: WalkCosts) -> list[list[Task]]:
+    """Split tasks into at most `pieces` pieces of work; the costliest piece costs as little as it can.
+
+    Masks are put in the order in which the walk would reach them, where neighbours share the longest prefixes, and
+    the sequence of all tasks' masks is cut. A shared prefix counts once in each piece. Row ranges stay whole.
+    """
+    leaves: list[_Leaf] = []
+    for number, task in enumerate(tasks):
+        tokens = len(task.span) * max(len(rows[i]) for i in task.span)
+        order = sorted(task.masks, key=_walk_order)
+        places = [sorted(_position(block) for block in mask) for mask in order]
+        after = [costs.of_mask(b, _parting(a, b)) for a, b in pairwise(places)]
+        alone = [costs.of_mask(place) for place in places]
+        for mask, own, rest in zip(order, alone, [alone[0], *after], strict=True):
+            leaves.append(_Leaf(number, mask, tokens * own, tokens * rest))
+    low, high = max(leaf.alone for leaf in leaves), sum(leaf.after for leaf in leaves)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_fill(leaves, middle)) <= pieces else (middle + 1, high)
+    shared: list[list[Task]] = []
+    for piece in _fill(leaves, high):
+        masks: dict[int, list[Mask]] = {}
+        for leaf in piece:
+            masks.setdefault(leaf.task, []).append(leaf.mask)
+        shared.append([Task(tasks[number].span, tuple(part)) for number, part in masks.items()])
+    return shared
+
+
+def unfinished(tasks: Sequence[Task], units: Iterable[Unit]) -> list[Task]:
+    """What is left of tasks once some units are known; those may cover parts of a task's rows."""
+    done = {(unit.mask, unit.start + offset) for unit in units for offset in range(len(unit.nll))}
+    left: dict[range, list[Mask]] = {}
+    for task in tasks:
+        for mask in task.masks:
+            missing = [row for row in task.span if (mask, row) not in done]
+            edges = [0, *(i for i, (a, b) in enumerate(pairwise(missing), 1) if b != a + 1), len(missing)]
+            for start, stop in pairwise(edges):
+                if start < stop:
+                    left.setdefault(range(missing[start], missing[stop - 1] + 1), []).append(mask)
+    return [Task(span, tuple(masks)) for span, masks in left.items()]
+
+
+def _fill(leaves: Sequence[_Leaf], limit: int) -> list[list[_Leaf]]:
+    """Cut the leaves into the fewest runs whose cost stays within `limit`."""
+    runs: list[list[_Leaf]] = []
+    cost = limit
+    for leaf in leaves:
+        if cost + leaf.after > limit:
+            runs.append([])
+            cost = leaf.alone
+        else:
+            cost += leaf.after
+        runs[-1].append(leaf)
+    return runs
+
+
+def _position(block: BlockId) -> int:
+    """Place of a block in the walk: layer by layer, MHA before MLP."""
+    return 2 * block.layer + (block.kind is BlockKind.MLP)
+
+
+def _walk_order(mask: Mask) -> list[float]:
+    """Where masks part, the walk first runs the side without the block."""
+    return [*sorted(_position(block) for block in mask), float("inf")]
+
+
+def _parting(before: Sequence[int], removed: Sequence[int]) -> int:
+    """The first position at which two different masks part."""
+    return min(set(before) ^ set(removed))
+
+
+# Ray
+
+
+class Replica:
+    """A worker: one scorer in a process of its own."""
+
+    def __init__(self, checkpoint: Path, dtype: str, runtime: Mapping[str, Any], trust_remote_code: bool) -> None:
+        self._arguments = (checkpoint, dtype, runtime, trust_remote_code)
+        self._notes: list[str] = []
+
+    def load(self) -> tuple[str, int]:
+        """Load the model; host and process. Not in the constructor, from where errors do not arrive as themselves."""
+        self._scorer = _local_scorer(*self._arguments, self._notes.append)
+        return socket.gethostname(), os.getpid()
+
+    def row_batches(self, rows: Rows, span: range) -> list[range]:
+        return self._scorer.row_batches(rows, span)
+
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit | str]:
+        """Yield units, each after the lines that the scorer has noted before it."""
+        for unit in self._scorer.run(tasks, rows):
+            while self._notes:
+                yield self._notes.pop(0)
+            yield unit
+
+
+@dataclass(eq=False)
+class _Worker:
+    """job: what it is busy with, the reference of its loading or the generator of its piece; None when idle."""
+
+    number: int
+    actor: Any
+    job: Any
+    host: str = ""
+    pid: int = 0
+    piece: list[Task] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"worker {self.number}" + (f" (process {self.pid} on {self.host})" if self.pid else "")
+
+
+class RayScorer:
+    """`workers` replicas of the model, each an actor with one device (all of a share of them with device: split).
+
+    Without `ray_address` a Ray of this machine is started for this process alone, on loopback, and ended with it; a
+    Ray to which this process is connected already is used and left as it is.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        dtype: str,
+        runtime: Mapping[str, Any],
+        trust_remote_code: bool,
+        note: Callable[[str], object],
+    ) -> None:
+        self._note = note
+        self._costs = WalkCosts.of(read_json(checkpoint / "config.json"))
+        self._pieces = runtime["workers"] * (1 if runtime["streaming"] or runtime["workers"] == 1 else PIECES)
+        self._workers: list[_Worker] = []
+        self._waiting: deque[list[Task]] = deque()
+        self._losses = 0
+        self._rows: Rows | None = None
+        self._reference: Any = None
+        self._group: Any = None
+        self._ray, self._connected = connect(runtime["ray_address"])
+        try:
+            needs = resources(runtime, self._ray.cluster_resources())
+            self._group = self._reserve(needs, runtime["workers"])
+            self._actor = self._ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(Replica)
+            self._arguments = (checkpoint.resolve(), dtype, dict(runtime), trust_remote_code)
+            self._workers = [self._start(number) for number in range(runtime["workers"])]
+        except BaseException:
+            self.close()
+            raise
+        each = ", ".join(f"{count} {kind}" for kind, count in needs.items())
+        note(f"ray: {runtime['workers']} workers with {each} each")
+
+    def row_batches(self, rows: Rows, span: range) -> list[range]:
+        """As a worker's engine groups them; the finest answer, since one that ran out of memory speaks for all."""
+        answers: list[list[range]] = []
+        while not answers:
+            for worker in [worker for worker in self._workers if worker.job is None]:
+                with self._watch(worker):
+                    answers.append(self._ray.get(worker.actor.row_batches.remote(self._shared(rows), span)))
+            if not answers:
+                list(self._receive(self._next()))  # between runs all that can come is that a worker is loaded
+        return max(answers, key=len)
+
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
+        """Yield units as workers report them.
+
+        Raises:
+            InputError: what a worker's engine raised, as itself; units yielded before are good.
+            WorkerLostError: workers died `LOSSES` times in a row without finishing a unit.
+        """
+        self._waiting = deque(share_out(tasks, rows, self._pieces, self._costs))
+        try:
+            while self._waiting or any(worker.piece for worker in self._workers):
+                for worker in self._workers:
+                    if worker.job is None and self._waiting:
+                        worker.piece, worker.units = self._waiting.popleft(), []
+                        worker.job = worker.actor.run.remote(worker.piece, self._shared(rows))
+                yield from self._receive(self._next())
+        finally:
+            for worker in self._workers:
+                if worker.piece:  # stops after the unit that it is computing
+                    self._ray.cancel(worker.job)
+                    worker.job, worker.piece = None, []
+
+    def close(self) -> None:
+        """End the workers, and Ray itself where it was started here."""
+        for worker in self._workers:
+            self._ray.kill(worker.actor)
+        self._workers = []
+        if self._group is not None:
+            self._ray.util.remove_placement_group(self._group)
+            self._group = None
+        if self._connected:
+            self._ray.shutdown()
+            self._connected = False
+
+    def _reserve(self, needs: Mapping[str, int], workers: int) -> Any:
+        """All workers' resources at once, so that no worker waits for another run's."""
+        group = self._ray.util.placement_group([dict(needs)] * workers, strategy="PACK")
+        if group.wait(timeout_seconds=GRANT_SECONDS):
+            return group
+        free = {kind: int(self._ray.available_resources().get(kind, 0)) for kind in needs}
+        self._ray.util.remove_placement_group(group)
+        raise InputError(
+            f"Ray has not granted {workers} workers with {_figures(needs)} each within {GRANT_SECONDS} s; free now: "
+            f"{_figures(free)}, the rest in use or on nodes too small for a worker; lower runtime.workers, or wait"
+        )
+
+    def _start(self, number: int) -> _Worker:
+        place = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group, number)
+        actor = self._actor.options(scheduling_strategy=place).remote(*self._arguments)
+        return _Worker(number, actor, actor.load.remote())
+
+    def _shared(self, rows: Rows) -> Any:
+        """Reference of the rows in Ray's store, where they are put once."""
+        if rows is not self._rows:
+            self._rows, self._reference = rows, self._ray.put(rows)
+        return self._reference
+
+    def _next(self) -> _Worker:
+        """The next worker that has something to say."""
+        busy = [worker for worker in self._workers if worker.job is not None]
+        ready, _ = self._ray.wait([worker.job for worker in busy])
+        return next(worker for worker in busy if worker.job is ready[0])
+
+    def _receive(self, worker: _Worker) -> Iterator[Unit]:
+        """Take what a worker's job has brought: that it is loaded, a unit, a note, or the end of its piece."""
+        said: Any = None
+        with self._watch(worker):
+            if not worker.pid:
+                worker.host, worker.pid = self._ray.get(worker.job)
+                worker.job = None
+                return
+            try:
+                said = self._ray.get(next(worker.job))
+            except StopIteration:
+                worker.job, worker.piece = None, []
+        if isinstance(said, str):
+            self._note(f"{worker}: {said}")
+        elif said is not None:
+            worker.units.append(said)
+            self._losses = 0
+            yield said
+
+    @contextmanager
+    def _watch(self, worker: _Worker) -> Iterator[None]:
+        """Raise our own errors as themselves; replace a worker that is lost."""
+        try:
+            yield
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise error.cause from None
+            raise
+        except self._ray.exceptions.RayError as error:
+            self._replace(worker, error)
+
+    def _replace(self, lost: _Worker, error: Exception) -> None:
+        told = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
+        reason = textwrap.shorten(" ".join(told), 300)
+        self._losses += 1
+        if self._losses == LOSSES:
+            raise WorkerLostError(
+                f"{LOSSES} Ray workers in a row died before they finished a unit; the last was {lost}: {reason} "
+                "Where memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true; "
+                "with runtime.executor: local the cause shows itself. Trials finished before are kept"
+            ) from error
+        left = unfinished(lost.piece, lost.units)
+        if left:
+            self._waiting.appendleft(left)
+        work = (
+            f"Its {len(lost.units)} finished units are kept, the one that it was computing is repeated"
+            if lost.piece
+            else "It was loading the model"
+        )
+        self._note(f"{lost} was lost and is replaced. {work}. Ray says: {reason}")
+        self._ray.kill(lost.actor)
+        self._workers[lost.number] = self._start(lost.number)
+
+
+def connect(address: str | None) -> tuple[Any, bool]:
+    """Ray, and whether it was this call that connected this process to it.
+
+    Raises:
+        InputError: ray is not installed, or nothing answers at the address.
+    """
+    if address is None:
+        os.environ.update(PRIVATE)  # read when ray is imported
+    try:
+        import ray
+        import ray.util.scheduling_strategies
+    except ImportError as error:
+        raise InputError(
+            f"runtime.executor 'ray' needs the package ray ({error}); pip install 'blockpruner[ray]', or set "
+            "runtime.executor: local"
+        ) from error
+    if ray.is_initialized():
+        return ray, False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        return ray, True
+    if address.startswith("ray://"):
+        raise InputError(
+            f"runtime.ray_address {address!r} is of a Ray client, which cannot stream units; give <host>:<port> of the "
+            "cluster's head (6379 by default), or auto on one of its nodes"
+        )
+    try:
+        ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"runtime.ray_address {address!r} does not answer as a Ray cluster: {textwrap.shorten(str(error), 300)}; "
+            "give <host>:<port> of its head, or null for a Ray of this machine"
+        ) from error
+    return ray, True
+
+
+def resources(runtime: Mapping[str, Any], cluster: Mapping[str, float]) -> dict[str, int]:
+    """What Ray keeps for each worker: CPU cores and, for a device that is one, GPUs.
+
+    Args:
+        cluster: all that the cluster has, as from `ray.cluster_resources`.
+
+    Raises:
+        InputError: the workers do not all fit; with the figures.
+    """
+    workers, device, threads = runtime["workers"], runtime["device"], runtime["threads"]
+    if device.startswith("cuda:"):
+        raise InputError(
+            f"runtime.device {device!r}: with executor: ray it is Ray that assigns devices; use auto or cuda"
+        )
+    total = {kind: int(cluster.get(kind, 0)) for kind in ("CPU", "GPU")}
+    on_gpu = device in ("cuda", "split") or (device == "auto" and total["GPU"] > 0)
+    auto = 1 if on_gpu else max(1, total["CPU"] // workers)
+    needs = {"CPU": auto if threads == "auto" else int(threads)}
+    if on_gpu:
+        needs["GPU"] = max(1, total["GPU"] // workers) if device == "split" else 1
+    for kind, count in needs.items():
+        if workers * count > total[kind]:
+            fit = total[kind] // count
+            fix = f"lower runtime.workers to at most {fit}" if fit else "use another device"
+            if kind == "CPU" and count > 1:
+                fix += ", or runtime.threads"
+            raise InputError(
+                f"runtime.workers {workers} with {count} {kind} each need {workers * count} {kind}, and Ray has "
+                f"{total[kind]}; {fix}"
+            )
+    return needs
+
+
+def _figures(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{count} {kind}" for kind, count in counts.items())

@@ -1,0 +1,269 @@
+"""Scoring on a real Ray of this machine: the same bits on any number of workers, and what the loss of one costs."""
+
+import importlib.util
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blockpruner.blocks import DENSE, all_blocks
+from blockpruner.calibration import CalibrationSet
+from blockpruner.errors import InputError, NonFiniteLossError
+from blockpruner.progress import SilentObserver
+from blockpruner.scoring import executors
+from blockpruner.scoring.executors import Replica, WorkerLostError, make_scorer
+from blockpruner.scoring.work import Task, Unit
+from blockpruner.search.run import score_run
+from blockpruner.tables import read_json
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'blockpruner[ray]'"
+)
+
+RUNTIME = {
+    "device": "cpu", "batch_tokens": 24, "threads": 1, "attention": "auto", "compile": False,
+    "streaming": False, "executor": "ray", "workers": 1, "ray_address": None,
+}  # fmt: skip
+SCORE = {"method": "greedy", "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
+ROWS = CalibrationSet(tuple(tuple(1 + (7 * row + 3 * i * i) % 256 for i in range(12)) for row in range(5)))
+LAYERS, REMOVALS = 3, 2
+
+
+def processes(text):
+    """Command lines of the running processes that hold `text`."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:  # ended meanwhile
+            continue
+    return [line for line in lines if text in line]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_ray():
+    """The Ray that a scorer would start for itself, shared by the tests; afterwards nothing of it is left."""
+    ray, connected = executors.connect(None)
+    assert connected
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the replicas below
+    node = ray.nodes()[0]
+    session = Path(node["ObjectStoreSocketName"]).parents[1].name
+    assert node["NodeManagerAddress"] == "127.0.0.1"
+    assert processes(session), "the check below could not fail"
+    yield ray
+    ray.shutdown()
+    deadline = time.monotonic() + 20
+    while processes(session) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes(session) == []
+
+
+class Logged(Replica):
+    """Writes down each unit as it is computed, beside the checkpoint; slow enough to be killed in between."""
+
+    def run(self, tasks, rows):
+        log = self._arguments[0].parent / "computed"
+        for unit in super().run(tasks, rows):
+            with open(log, "a") as stream:
+                stream.write(f"{os.getpid()} {sorted(map(str, unit.mask))} {unit.start}\n")
+            yield unit
+            time.sleep(0.05)
+
+
+class Fake(Logged):
+    """Loads no torch; a row's value is what the mask's blocks and the row's number add up to."""
+
+    def load(self):
+        self._scorer = self
+        return "here", os.getpid()
+
+    def row_batches(self, rows, span):
+        return [range(row, row + 1) for row in span]
+
+    def run(self, tasks, rows):
+        log = self._arguments[0].parent / "computed"
+        for task in tasks:
+            for mask in task.masks:
+                time.sleep(0.1)
+                with open(log, "a") as stream:
+                    stream.write(f"{sorted(map(str, mask))} {task.span.start}\n")
+                yield "a note"
+                yield Unit(mask, task.span.start, tuple(value(mask, row) for row in task.span))
+
+
+class DiesInRun(Fake):
+    def run(self, tasks, rows):
+        os._exit(3)
+        yield
+
+
+class DiesInLoad(Fake):
+    def load(self):
+        os._exit(3)
+
+
+class Refuses(Fake):
+    def load(self):
+        raise InputError("runtime.attention 'x' cannot be used here")
+
+
+def value(mask, row):
+    return sum(block.layer + 1 for block in mask) + row / 8
+
+
+def computed(folder):
+    return (folder / "computed").read_text().splitlines()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    from tests.tiny import save_tiny
+
+    return save_tiny(tmp_path / "model", layers=LAYERS)
+
+
+@pytest.fixture
+def replica(monkeypatch):
+    return lambda kind: monkeypatch.setattr(executors, "Replica", kind)
+
+
+def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda line: None, **runtime):
+    """A greedy search; `during` is called after each unit. Returns the iteration tables, byte for byte."""
+
+    class Observed:
+        def __init__(self):
+            self.inner = make_scorer(checkpoint, "float32", RUNTIME | runtime, note=note)
+            self.row_batches, self.close, self.units = self.inner.row_batches, self.inner.close, 0
+
+        def run(self, tasks, rows):
+            for unit in self.inner.run(tasks, rows):
+                yield unit
+                self.units += 1
+                during(self.inner, self.units)
+
+    score_run(
+        folder / "scores", folder / "trials", calibration=ROWS, model_identity="m", dtype="float32",
+        config=read_json(checkpoint / "config.json"), score=SCORE, budgets=[f"{REMOVALS}blocks"],
+        make_scorer=Observed, observer=SilentObserver(), metrics=folder / "score.json",
+    )  # fmt: skip
+    counts = read_json(folder / "score.json")
+    masks = (1 + 2 * LAYERS) + (2 * LAYERS - 1)
+    assert (counts["iterations"], counts["trials_computed"]) == (REMOVALS, masks)
+    assert counts["units_computed"] == 3 * masks  # rows in batches of two, two and one
+    return {path.name: path.read_bytes() for path in (folder / "scores").glob("*/iteration_*.parquet")}
+
+
+def test_the_same_bits_locally_and_on_one_or_two_workers_and_after_a_loss(checkpoint, tmp_path, replica):
+    replica(Logged)
+    import torch
+
+    assert torch.get_num_threads() == 1  # as the workers'
+    tables = search(checkpoint, tmp_path / "local", executor="local")
+    assert len(tables) == REMOVALS
+    assert search(checkpoint, tmp_path / "one", workers=1) == tables
+    lines = computed(tmp_path)
+    assert len(lines) == len(set(lines)) == 36
+
+    (tmp_path / "computed").unlink()
+    notes, killed = [], []
+
+    def kill(scorer, units):
+        """In the second iteration, a worker that has finished a part of its piece and has another before it."""
+        for worker in scorer._workers:
+            left = sum(len(task.masks) for task in worker.piece) - len(worker.units)
+            if units > 21 and not killed and worker.units and left >= 2:
+                killed.append(worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
+
+    assert search(checkpoint, tmp_path / "two", kill, notes.append, workers=2) == tables
+    lines = [line.split(" ", 1) for line in computed(tmp_path)]
+    assert {pid for pid, _ in lines} > {str(pid) for pid in killed}
+    assert len({pid for pid, _ in lines}) >= 2
+    units = [unit for _, unit in lines]
+    assert len(set(units)) == 36 and len(units) <= 37, "only the unit that was being computed may be repeated"
+    assert notes[0] == "ray: 2 workers with 1 CPU each"
+    (lost,) = [line for line in notes if "was lost" in line]
+    assert f"(process {killed[0]} on " in lost and re.search(r"Its [1-9]\d* finished units are kept", lost)
+
+
+def test_a_streamed_worker(checkpoint, tmp_path):
+    notes = []
+    tables = search(checkpoint, tmp_path / "streamed", note=notes.append, streaming=True)
+    assert tables == search(checkpoint, tmp_path / "local", executor="local")
+    assert any(line.startswith("worker 0 (process ") and ": streaming: " in line for line in notes)
+
+
+def test_a_loss_that_is_not_finite_arrives_as_itself(checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.embed_tokens.weight"][ROWS.rows[3][0]] = float("nan")
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteLossError, match=r"^the loss of row 3 is nan with mask .*float32") as caught:
+        search(checkpoint, tmp_path)
+    assert type(caught.value) is NonFiniteLossError
+
+
+def run(scorer, tasks):
+    found = [
+        (unit.mask, unit.start + i, nll) for unit in scorer.run(tasks, ROWS.rows) for i, nll in enumerate(unit.nll)
+    ]
+    assert sorted((mask_row[:2] for mask_row in found), key=repr) == sorted(
+        ((mask, row) for task in tasks for mask in task.masks for row in task.span), key=repr
+    )
+    assert all(nll == value(mask, row) for mask, row, nll in found)
+
+
+def sweep(scorer):
+    masks = (DENSE, *(frozenset({block}) for block in all_blocks(LAYERS)))
+    return [Task(span, masks) for span in scorer.row_batches(ROWS.rows, range(5))]
+
+
+def test_a_run_that_is_left_early_stops_its_workers(checkpoint, tmp_path, replica):
+    replica(Fake)
+    notes = []
+    scorer = make_scorer(checkpoint, "float32", RUNTIME | {"workers": 2}, note=notes.append)
+    tasks = sweep(scorer)
+    units = scorer.run(tasks, ROWS.rows)
+    next(units)
+    units.close()
+    run(scorer, tasks[:1])
+    scorer.close()
+    assert len(computed(tmp_path)) <= 1 + len(tasks[0].masks) + 2 * 2
+    assert "a note" in notes[1] and notes[1].startswith("worker ")
+
+
+@pytest.mark.parametrize("kind", [DiesInRun, DiesInLoad])
+def test_workers_that_always_die_end_the_run(checkpoint, replica, kind):
+    replica(kind)
+    notes = []
+    scorer = make_scorer(checkpoint, "float32", RUNTIME, note=notes.append)
+    with pytest.raises(WorkerLostError, match=r"3 Ray workers in a row died.*Trials finished before are kept"):
+        run(scorer, sweep(scorer))
+    scorer.close()
+    assert sum("was lost and is replaced" in line for line in notes) == 2
+
+
+def test_what_a_worker_refuses_arrives_as_itself(checkpoint, replica):
+    replica(Refuses)
+    scorer = make_scorer(checkpoint, "float32", RUNTIME)
+    with pytest.raises(InputError, match=r"^runtime\.attention 'x' cannot be used here$"):
+        sweep(scorer)
+    scorer.close()
+
+
+def test_more_workers_than_there_is_room_for(checkpoint, private_ray, replica, monkeypatch):
+    cores = int(private_ray.cluster_resources()["CPU"])
+    with pytest.raises(InputError, match=rf"workers {cores + 1} .*Ray has {cores}; lower runtime.workers to at most"):
+        make_scorer(checkpoint, "float32", RUNTIME | {"workers": cores + 1})
+    replica(Fake)
+    monkeypatch.setattr(executors, "GRANT_SECONDS", 2)
+    first = make_scorer(checkpoint, "float32", RUNTIME | {"workers": cores})
+    with pytest.raises(InputError, match=r"has not granted 1 workers with 1 CPU each within 2 s; free now: 0 CPU"):
+        make_scorer(checkpoint, "float32", RUNTIME)
+    first.close()
+    make_scorer(checkpoint, "float32", RUNTIME).close()  # what the first had is free again

@@ -1,0 +1,249 @@
+"""How work is shared out, what a local scorer's options change (nothing but speed), and what is refused."""
+
+import itertools
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo
+
+from blockpruner.blocks import DENSE, BlockKind, all_blocks
+from blockpruner.errors import InputError
+from blockpruner.models import masked
+from blockpruner.scoring.executors import WalkCosts, connect, make_scorer, resources, share_out, unfinished
+from blockpruner.scoring.work import Task, Unit
+from tests.tiny import full_nll, save_tiny, tiny_model
+
+RUNTIME = {
+    "device": "cpu", "batch_tokens": 40, "threads": "auto", "attention": "auto", "compile": False,
+    "streaming": False, "executor": "local", "workers": 1, "ray_address": None,
+}  # fmt: skip
+ROWS = [[1] * 9, [1] * 4, [1] * 9, [1] * 6, [1] * 5]
+COSTS = WalkCosts((3, 5, 4, 2, 7, 1, 6, 6), head=10)
+WALK = sorted(all_blocks(4), key=lambda block: (block.layer, block.kind is BlockKind.MLP))
+
+
+def pool(count, seed):
+    generator = random.Random(seed)
+    return [frozenset(generator.sample(WALK, generator.randint(0, 5))) for _ in range(count)]
+
+
+def tasks_of(seed):
+    """Three tasks with overlapping pools, as when a search goes on where another one was interrupted."""
+    return [
+        Task(span, tuple(dict.fromkeys(pool(7 - n, seed + n))))
+        for n, span in enumerate([range(0, 2), range(2, 3), range(3, 5)])
+    ]
+
+
+def cost(piece):
+    """Brute force: every block run on a state counts once, a state being what was removed so far; every mask a head."""
+    total = 0
+    for task in piece:
+        states = {(i, mask & set(WALK[:i])) for mask in task.masks for i, block in enumerate(WALK) if block not in mask}
+        tokens = len(task.span) * max(len(ROWS[i]) for i in task.span)
+        total += tokens * (sum(COSTS.blocks[i] for i, _ in states) + COSTS.head * len(task.masks))
+    return total
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 6, 50])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_mask_is_in_one_piece_and_spans_stay_whole(pieces, seed):
+    tasks = tasks_of(seed)
+    shared = share_out(tasks, ROWS, pieces, COSTS)
+    found = [(task.span, mask) for piece in shared for task in piece for mask in task.masks]
+    assert sorted(found, key=repr) == sorted(((t.span, mask) for t in tasks for mask in t.masks), key=repr)
+    assert 1 <= len(shared) <= pieces and all(task.masks for piece in shared for task in piece)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_costliest_piece_is_as_cheap_as_any_cut_allows(pieces, seed):
+    tasks = tasks_of(seed)
+    order = [
+        (task, mask)
+        for task in tasks
+        for mask in sorted(task.masks, key=lambda mask: [block not in mask for block in WALK])  # the walk's order
+    ]
+
+    def grouped(part):
+        return [
+            Task(t.span, tuple(m for other, m in part if other is t)) for t in tasks if any(o is t for o, _ in part)
+        ]
+
+    best = min(
+        max(cost(grouped(order[start:stop])) for start, stop in itertools.pairwise([0, *cuts, len(order)]))
+        for cuts in itertools.combinations(range(1, len(order)), pieces - 1)
+    )
+    assert max(map(cost, share_out(tasks, ROWS, pieces, COSTS))) == best
+
+
+def test_a_sweep_is_balanced_and_its_prefixes_stay_together():
+    tasks = [Task(range(0, 2), (DENSE, *(frozenset({block}) for block in all_blocks(4))))]
+    whole = cost(tasks)
+    shared = share_out(tasks, ROWS, 3, COSTS)
+    assert len(shared) == 3
+    assert max(map(cost, shared)) < 0.5 * whole
+    assert sum(map(cost, shared)) < 1.25 * whole
+
+
+def test_sharing_out_does_not_depend_on_the_order_of_masks():
+    tasks = tasks_of(1)
+    turned = [Task(task.span, task.masks[::-1]) for task in tasks]
+    assert share_out(turned, ROWS, 4, COSTS) == share_out(tasks, ROWS, 4, COSTS)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_costs_are_the_parameters_that_multiply(family):
+    model = tiny_model(family, layers=2)
+    costs = WalkCosts.of(model.config.to_dict())
+    sizes = [
+        sum(weight.numel() for name, weight in layer.named_parameters() if name.startswith(branch))
+        for layer in model.model.layers
+        for branch in (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+    ]
+    assert costs == WalkCosts(tuple(sizes), model.lm_head.weight.numel())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unfinished_is_the_rest(seed):
+    tasks, generator = tasks_of(seed), random.Random(seed)
+    everything = {(mask, row) for task in tasks for mask in task.masks for row in task.span}
+    units = [
+        Unit(mask, row, (0.0,)) for mask, row in generator.sample(sorted(everything, key=repr), len(everything) // 2)
+    ]
+    left = [(mask, row) for task in unfinished(tasks, units) for mask in task.masks for row in task.span]
+    assert len(left) == len(set(left))
+    assert set(left) == everything - {(unit.mask, unit.start) for unit in units}
+    assert unfinished(tasks, []) == tasks
+    assert unfinished(tasks, [Unit(m, t.span.start, (0.0,) * len(t.span)) for t in tasks for m in t.masks]) == []
+
+
+def score(checkpoint, **runtime):
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(1, 257, (length,), generator=generator).tolist() for length in (12, 12, 12, 7, 9)]
+    masks = (DENSE, *(frozenset({block}) for block in all_blocks(2)))
+    scorer = make_scorer(checkpoint, "float64", RUNTIME | runtime)
+    tasks = [Task(span, masks) for span in scorer.row_batches(rows, range(5))]
+    found = {(u.mask, u.start + i): nll for u in scorer.run(tasks, rows) for i, nll in enumerate(u.nll)}
+    scorer.close()
+    return rows, found
+
+
+def agrees(rows, found, model):
+    """To the rounding of float32, in which norms, and eager's softmax, compute whatever the dtype."""
+    assert len(found) == 5 * len(rows)
+    for (mask, row), nll in found.items():
+        with masked(model, mask):
+            assert nll == pytest.approx(full_nll(model, rows[row]), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen2", layers=2)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "auto"])
+def test_attention_changes_no_score(checkpoint, attention):
+    agrees(*score(checkpoint, attention=attention), tiny_model("qwen2", 2, torch.float32).double())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++, which is not installed")
+def test_compiling_changes_no_score_however_many_layers(tmp_path):
+    """More layers than torch compiles variants of one function, beyond which it would run the rest uncompiled."""
+    layers = torch._dynamo.config.recompile_limit + 2
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        rows, found = score(save_tiny(tmp_path, layers=layers), batch_tokens="auto", compile=True)
+    agrees(rows, found, tiny_model("llama", layers, torch.float32).double())
+
+
+def test_compiled_is_compiled(checkpoint, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__))
+    make_scorer(checkpoint, "float32", RUNTIME | {"compile": True})
+    assert compiled == ["Qwen2RMSNorm", "Qwen2Attention", "Qwen2RMSNorm", "Qwen2MLP"] * 2
+
+
+def test_without_a_compiler_the_setting_is_named(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    program = (
+        "import sys; from pathlib import Path; from blockpruner.scoring.executors import make_scorer\n"
+        f"try: make_scorer(Path(sys.argv[1]), 'float32', {RUNTIME | {'compile': True}!r})\n"
+        "except ValueError as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, checkpoint], capture_output=True, text=True)
+    assert "InputError runtime.compile: true cannot be used here" in done.stdout, done.stderr
+    assert "runtime.compile: false" in done.stdout
+
+
+def test_threads_are_set(checkpoint):
+    before = torch.get_num_threads()
+    try:
+        make_scorer(checkpoint, "float32", RUNTIME | {"threads": before + 1})
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ray_that_is_not_installed(checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"needs the package ray.*pip install 'blockpruner\[ray\]'.*executor: local"):
+        make_scorer(checkpoint, "float32", RUNTIME | {"executor": "ray"})
+
+
+def test_the_module_loads_neither_torch_nor_ray():
+    """`score` takes a second when nothing must be computed."""
+    program = (
+        "import sys, blockpruner.scoring.executors; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "cluster", "needs"),
+    [
+        ({"workers": 2, "threads": "auto"}, {"CPU": 8.0}, {"CPU": 4}),
+        ({"workers": 2, "threads": 3}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 3}),
+        ({"workers": 2, "device": "auto"}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 1, "GPU": 1}),
+        ({"workers": 3, "device": "auto"}, {"CPU": 8.0}, {"CPU": 2}),
+        ({"workers": 1, "device": "cuda", "threads": 2}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 2, "GPU": 1}),
+        ({"workers": 2, "device": "split"}, {"CPU": 8.0, "GPU": 8.0}, {"CPU": 1, "GPU": 4}),
+    ],
+)
+def test_resources_of_a_worker(runtime, cluster, needs):
+    assert resources(RUNTIME | runtime, cluster) == needs
+
+
+@pytest.mark.parametrize(
+    ("runtime", "cluster", "message"),
+    [
+        ({"workers": 3}, {"CPU": 2.0}, r"workers 3 with 1 CPU each need 3 CPU, and Ray has 2; .* at most 2$"),
+        (
+            {"workers": 2, "threads": 4},
+            {"CPU": 6.0},
+            r"4 CPU each need 8 CPU, and Ray has 6; .* at most 1, or .*threads",
+        ),
+        (
+            {"workers": 3, "device": "auto"},
+            {"CPU": 8.0, "GPU": 2.0},
+            r"1 GPU each need 3 GPU, and Ray has 2; .*most 2$",
+        ),
+        ({"workers": 1, "device": "split"}, {"CPU": 8.0}, r"1 GPU each need 1 GPU, and Ray has 0; use another device$"),
+        ({"workers": 1, "device": "cuda:1"}, {"CPU": 8.0, "GPU": 2.0}, r"'cuda:1'.* use auto or cuda$"),
+    ],
+)
+def test_too_few_resources_are_refused_with_the_figures(runtime, cluster, message):
+    with pytest.raises(InputError, match=message):
+        resources(RUNTIME | runtime, cluster)
+
+
+def test_an_address_of_a_ray_client_is_refused():
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'blockpruner[ray]'")
+    with pytest.raises(InputError, match=r"'ray://head:10001' is of a Ray client.*<host>:<port>"):
+        connect("ray://head:10001")
