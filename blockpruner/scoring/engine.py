@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -43,12 +44,8 @@ class _Batch:
     is_target: Tensor  # [B, T-1] bool: position t predicts a real token t+1
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Embedded rows and, for each layer, the arguments that the family's own decoder passes to it."""
-
-    hidden: Tensor  # [B, T, H]
-    layer_kwargs: tuple[dict[str, Any], ...]
+LayerKwargs = tuple[dict[str, Any], ...]
+"""For each layer, the arguments that the family's own decoder passes to it beside the hidden state."""
 
 
 class Engine:
@@ -136,21 +133,23 @@ class Engine:
     def score(self, task: Task, rows: Rows) -> Iterator[Unit]:
         """One walk: the units of a task, with the rows of its span as one batch."""
         batch = self._batch([rows[i] for i in task.span])
-        prepared = self._prepare(batch.input_ids)
-        for mask, hidden in self._walk(0, prepared.hidden, task.masks, prepared):
-            yield self._unit(mask, hidden, batch, task.span)
+        embedded, layer_kwargs = self._prepare(batch.input_ids)
+        for masks, hidden in self._walk(range(len(self._steps)), embedded, task.masks, layer_kwargs):
+            for mask in masks:
+                yield self._unit(mask, hidden, batch, task.span)
 
     def _walk(
-        self, index: int, hidden: Tensor, masks: Sequence[Mask], prepared: _Prepared
-    ) -> Iterator[tuple[Mask, Tensor]]:
-        for position in range(index, len(self._steps)):
+        self, steps: range, hidden: Tensor, masks: Sequence[Mask], layer_kwargs: LayerKwargs
+    ) -> Iterator[tuple[Sequence[Mask], Tensor]]:
+        """The masks that agree on all of `steps`, with their hidden state after them, group by group."""
+        for position in steps:
             *branches, (kept, masks) = self._parts(position, masks)
             added: dict[BlockId, Tensor] = {}
+            later = range(position + 1, steps.stop)
             for keep, part in branches:
-                yield from self._walk(position + 1, self._forward(keep, hidden, prepared, added), part, prepared)
-            hidden = self._forward(kept, hidden, prepared, added)
-        for mask in masks:
-            yield mask, hidden
+                yield from self._walk(later, self._forward(keep, hidden, layer_kwargs, added), part, layer_kwargs)
+            hidden = self._forward(kept, hidden, layer_kwargs, added)
+        yield masks, hidden
 
     def _parts(self, position: int, masks: Sequence[Mask]) -> list[tuple[tuple[BlockId, ...], list[Mask]]]:
         """The masks by the blocks that they keep of a step, fewest blocks first."""
@@ -160,26 +159,31 @@ class Engine:
         return sorted(parts.items(), key=lambda part: len(part[0]))
 
     def _forward(
-        self, keep: Sequence[BlockId], hidden: Tensor, prepared: _Prepared, added: dict[BlockId, Tensor]
+        self, keep: Sequence[BlockId], hidden: Tensor, layer_kwargs: LayerKwargs, added: dict[BlockId, Tensor]
     ) -> Tensor:
         """The residual stream after a step of which only `keep` is left; `added` holds what blocks add to `hidden`."""
         result = hidden
         for block in keep:
             if block not in added:
-                added[block] = self._block(block, hidden, prepared)
+                added[block] = self._block(block, hidden, layer_kwargs)
             result = result.to(added[block].device) + added[block]
         return result
 
-    def _block(self, block: BlockId, hidden: Tensor, prepared: _Prepared) -> Tensor:
+    def _block(self, block: BlockId, hidden: Tensor, layer_kwargs: LayerKwargs) -> Tensor:
         layer, branch = self._layers[block.layer], self._row.branch(block.kind)
         normed = getattr(layer, branch.norm)(hidden.to(self._device(block.layer)))
         module = getattr(layer, branch.module)
         if block.kind is BlockKind.MHA:
-            return module(hidden_states=normed, **prepared.layer_kwargs[block.layer])[0]  # type: ignore[no-any-return]
+            return module(hidden_states=normed, **layer_kwargs[block.layer])[0]  # type: ignore[no-any-return]
         return module(normed)  # type: ignore[no-any-return]
 
     def _device(self, layer: int) -> torch.device:
         return next(self._layers[layer].parameters()).device
+
+    @property
+    def _home(self) -> torch.device:
+        """Where token ids, norm and head are."""
+        return self._head.weight.device
 
     def _unit(self, mask: Mask, hidden: Tensor, batch: _Batch, span: range) -> Unit:
         nll = self._nll(hidden, batch)
@@ -192,8 +196,10 @@ class Engine:
                 )
         return Unit(mask, span.start, tuple(nll))
 
-    def _prepare(self, input_ids: Tensor) -> _Prepared:
-        """Run the family's own decoder with every layer replaced by a recorder: whatever it does before and
+    def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
+        """Embedded rows [B, T, H], and what the layers are passed.
+
+        Runs the family's own decoder with every layer replaced by a recorder: whatever it does before and
         between its layers (embedding scale, rotary tables, per-layer masks) is taken from it, not rewritten."""
         recorded: list[tuple[Tensor, dict[str, Any]]] = []
 
@@ -211,18 +217,20 @@ class Engine:
                 del layer.forward
                 if hook is not None:
                     layer.forward = hook
-        layer_kwargs = tuple(_moved(kwargs, self._device(layer)) for layer, (_, kwargs) in enumerate(recorded))
-        return _Prepared(recorded[0][0], layer_kwargs)
+        layer_kwargs = tuple(
+            map_tensors(kwargs, partial(Tensor.to, device=self._device(layer)))
+            for layer, (_, kwargs) in enumerate(recorded)
+        )
+        return recorded[0][0], layer_kwargs
 
     def _batch(self, rows: Rows) -> _Batch:
-        device = self._head.weight.device
         longest = max(len(row) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
         lengths = torch.tensor([len(row) for row in rows])
         is_target = torch.arange(1, longest)[None, :] < lengths[:, None]
-        return _Batch(ids.to(device), is_target.to(device))
+        return _Batch(ids.to(self._home), is_target.to(self._home))
 
     def _nll(self, hidden: Tensor, batch: _Batch) -> list[float]:
         """Mean over each row's real targets of -log p(token), summed in float64; logits in chunks of tokens."""
@@ -233,29 +241,29 @@ class Engine:
             token_nll(self._head(part), target)
             for part, target in zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True)
         ]
-        total = torch.zeros(batch.is_target.shape, dtype=torch.float64, device=hidden.device)
+        total = torch.zeros(batch.is_target.shape, dtype=torch.float64, device=states.device)
         total[batch.is_target] = torch.cat(losses).double()
         means: list[float] = (total.sum(dim=1) / batch.is_target.sum(dim=1)).tolist()
         return means
 
-    def _auto_batch_tokens(self) -> int:
-        device = self._head.weight.device
-        if device.type != "cuda":
+    def _auto_batch_tokens(self, held: int = 0) -> int:
+        """What fits beside the weights: those in memory already, and `held` bytes to come."""
+        if self._home.type != "cuda":
             return 1024
-        free, _ = torch.cuda.mem_get_info(device)
+        free, _ = torch.cuda.mem_get_info(self._home)
         config = self._model.config
         numbers = 12 * config.hidden_size + 4 * config.intermediate_size  # live at once for a token within a block
-        fitting = (free - 4 * LOGITS_BYTES) // (numbers * self._head.weight.element_size())
+        fitting = (free - held - 4 * LOGITS_BYTES) // (numbers * self._head.weight.element_size())
         return int(max(2048, min(65536, fitting)))
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors within nested dicts and tuples, on `device`."""
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor within nested dicts and tuples changed."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return tuple(_moved(item, device) for item in value) if isinstance(value, tuple) else value
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return tuple(map_tensors(item, change) for item in value) if isinstance(value, tuple) else value
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,182 @@
+"""A checkpoint of three times the memory that its process may use, scored by streaming under a memory cgroup.
+
+The oracle is the engine in memory, in a process of its own outside of the cgroup. Run as a script, this file is the
+scoring process: MODE CHECKPOINT, its findings as JSON on stdout.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+
+MIB = 2**20
+LIMIT = 400 * MIB  # importing torch, transformers and the engine alone takes 280 MiB that are not mapped files
+LAYERS, HIDDEN, INNER, VOCABULARY, TOKENS = 21, 1024, 3584, 512, 16
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def write_checkpoint(directory):
+    """A random float32 Llama, a file per layer, never more than one layer in memory; returns its bytes."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(directory)
+    generator = torch.Generator().manual_seed(5)
+
+    def matrix(rows, columns):
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    where = {}
+
+    def write(name, tensors):
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, name))
+
+    write("outer.safetensors", {
+        "model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": matrix(VOCABULARY, HIDDEN),
+    })  # fmt: skip
+    shapes = {f"self_attn.{p}_proj": (HIDDEN, HIDDEN) for p in "qkvo"}
+    shapes |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER)}
+    for layer in range(LAYERS):
+        tensors = {f"{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+        tensors |= {f"{name}.weight": torch.ones(HIDDEN) for name in ("input_layernorm", "post_attention_layernorm")}
+        write(f"layer{layer}.safetensors", {f"model.layers.{layer}.{name}": t for name, t in tensors.items()})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def score(mode, checkpoint):
+    """All candidates of a greedy search's first iteration on one row, and some of them on another."""
+    from blockpruner.blocks import DENSE, all_blocks, format_mask
+    from blockpruner.models import load_model
+    from blockpruner.scoring.engine import Engine
+    from blockpruner.scoring.streaming import StreamingEngine
+    from blockpruner.scoring.work import Task
+
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(0, VOCABULARY, (TOKENS,), generator=generator).tolist() for _ in range(2)]
+    masks = (DENSE, *(frozenset({block}) for block in all_blocks(LAYERS)))
+    tasks = [Task(range(1), masks), Task(range(1, 2), masks[::9])]
+    mapped, notes, found = set(), [], {}
+
+    def look(*_):
+        maps = Path("/proc/self/maps").read_text()
+        mapped.update(line for line in maps.splitlines() if ".safetensors" in line)
+
+    if mode == "streamed":
+        before = figure("io", "rchar")
+        engine = StreamingEngine(checkpoint, "float32", device="cpu", note=notes.append, advance=look, tile_memory=MIB)
+    else:
+        engine = Engine(load_model(checkpoint, "float32", "cpu"))
+    table = [[unit.start, format_mask(unit.mask), unit.nll] for unit in engine.run(tasks, rows)]
+    if mode == "streamed":
+        found = {
+            "read": figure("io", "rchar") - before,
+            "spill_read": engine.spill_bytes_read,
+            "weights": engine.weight_bytes_read,
+            "measured": figure("status", "VmHWM") * 1024,
+            "predicted": engine.plan.peak,
+            "available": engine.plan.available,
+            "notes": notes,
+        }
+    look()
+    print(json.dumps({"table": sorted(table), "mapped": sorted(mapped)} | found))
+
+
+def figure(file, name):
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self", file).read_text())[1])
+
+
+@contextmanager
+def memory_cgroup(limit):
+    """A new cgroup of v1 or v2 with a limit of memory and no swap; yields its directory, and skips where it cannot."""
+    mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    parents = [
+        (left.split()[4], "memory.limit_in_bytes") if right.startswith("cgroup ") else (left.split()[4], "memory.max")
+        for left, right in mounts
+        if right.startswith("cgroup2 ") or (right.startswith("cgroup ") and "memory" in right.split()[-1].split(","))
+    ]
+    reasons = []
+    for parent, limit_name in parents:
+        group = Path(parent, f"blockpruner-test-{os.getpid()}")
+        try:
+            group.mkdir()
+        except OSError as error:
+            reasons.append(str(error))
+            continue
+        try:
+            if not (group / limit_name).exists():
+                reasons.append(f"{parent} has no memory controller")
+                continue
+            (group / limit_name).write_text(str(limit))
+            if (group / "memory.swap.max").exists():
+                (group / "memory.swap.max").write_text("0")
+            yield group
+            return
+        finally:
+            group.rmdir()
+    pytest.skip(f"no memory cgroup can be made here: {'; '.join(reasons) or 'none is mounted'}")
+
+
+def refused(group):
+    """How often the cgroup asked for a page beyond its limit, pages of cached files included."""
+    if (group / "memory.failcnt").exists():
+        return int((group / "memory.failcnt").read_text())
+    return int(re.search(r"^max (\d+)", (group / "memory.events").read_text(), re.MULTILINE)[1])
+
+
+def run(mode, checkpoint, group=None):
+    join = f"echo $$ > {group}/cgroup.procs && " if group else ""
+    result = subprocess.run(
+        ["sh", "-c", f'{join}exec "$0" "$@"', sys.executable, __file__, mode, str(checkpoint)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{mode}: exit {result.returncode}\n{result.stderr[-3000:]}"
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def uncache(directory):
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_three_times_the_memory(tmp_path):
+    with memory_cgroup(LIMIT) as group, TemporaryDirectory(dir=tmp_path) as name:  # too large for pytest to keep
+        checkpoint = Path(name)
+        size = write_checkpoint(checkpoint)
+        assert size >= 3 * LIMIT
+        expected = run("in memory", checkpoint)
+        assert expected["mapped"], "a mapped checkpoint does not show"
+        uncache(checkpoint)
+        streamed = run("streamed", checkpoint, group)
+        assert refused(group) == 0
+    print(*streamed["notes"], {name: value for name, value in streamed.items() if isinstance(value, int)}, sep="\n")
+    assert streamed["table"] == expected["table"]
+    assert len(streamed["table"]) == (1 + 2 * LAYERS) + len(range(0, 1 + 2 * LAYERS, 9))
+    assert not streamed["mapped"]
+    assert streamed["spill_read"] > 0
+    assert 0.95 * size <= streamed["read"] - streamed["spill_read"] <= 1.1 * size
+    assert streamed["available"] < LIMIT
+    assert streamed["measured"] <= streamed["predicted"] <= streamed["measured"] + 64 * MIB
+
+
+if __name__ == "__main__":
+    score(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,393 @@
+"""The streamed engine against the engine in memory, bit for bit, and against full forward passes."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blockpruner.blocks import DENSE, all_blocks, parse_mask
+from blockpruner.errors import DeviceMemoryError, InputError, NonFiniteLossError
+from blockpruner.models import load_model, masked
+from blockpruner.scoring import streaming
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.streaming import StreamingEngine
+from blockpruner.scoring.work import Task
+from tests.tiny import VARIANTS, full_nll, tiny_model
+from tests.unit.test_engine import make_rows, score_all, sweep
+
+
+def save(directory, family="llama", dtype=torch.float64, shard="5GB", **config):
+    tiny_model(family, dtype=dtype, **config).save_pretrained(directory, max_shard_size=shard)
+    return directory
+
+
+def both(checkpoint, masks, rows, dtype="float64", batch_tokens=40, **options):
+    """The streamed values and those of the engine in memory."""
+    streamed = StreamingEngine(checkpoint, dtype, device="cpu", batch_tokens=batch_tokens, **options)
+    in_memory = Engine(load_model(checkpoint, dtype, "cpu"), batch_tokens)
+    return score_all(streamed, masks, rows), score_all(in_memory, masks, rows)
+
+
+def random_masks(count, layers=4, seed=11):
+    chosen = random.Random(seed)
+    blocks = all_blocks(layers)
+    return list({frozenset(chosen.sample(blocks, chosen.randint(0, len(blocks)))) for _ in range(count)})
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("lengths", [[16] * 5, [16, 3, 9, 12, 2, 7]], ids=["even", "padded"])
+def test_equals_the_engine_in_memory_and_full_forwards(tmp_path, family, tied, lengths):
+    rows, masks = make_rows(lengths), sweep()
+    checkpoint = save(tmp_path, family, tie_word_embeddings=tied)
+    streamed, in_memory = both(checkpoint, masks, rows)
+    assert streamed == in_memory
+    model = tiny_model(family, tie_word_embeddings=tied)
+    for mask in masks:
+        with masked(model, mask):
+            for index, row in enumerate(rows):
+                assert streamed[mask, index] == pytest.approx(full_nll(model, row), abs=1e-10)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
+def test_arbitrary_masks(tmp_path, family):
+    """Among them dense, layers without both blocks, and nothing left at all."""
+    masks = [DENSE, frozenset(all_blocks(4)), parse_mask("mha.0,mlp.0"), *random_masks(30)]
+    masks = list(dict.fromkeys(masks))
+    rows = make_rows([10, 4, 10])
+    streamed, in_memory = both(save(tmp_path, family), masks, rows)
+    assert streamed == in_memory
+
+
+def test_tasks_with_masks_of_their_own(tmp_path):
+    """As after a resumed run: each batch lacks other masks."""
+    rows = make_rows([8, 5, 8])
+    tasks = [Task(range(i, i + 1), tuple(random_masks(6, seed=i))) for i in range(3)]
+    streamed = StreamingEngine(save(tmp_path), "float64", device="cpu")
+    in_memory = Engine(load_model(tmp_path, "float64", "cpu"))
+    units = list(streamed.run(tasks, rows))
+    assert {(unit.mask, unit.start): unit.nll for unit in units} == {
+        (unit.mask, unit.start): unit.nll for unit in in_memory.run(tasks, rows)
+    }
+    assert len(units) == sum(len(task.masks) for task in tasks)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_shards(tmp_path, tied):
+    save(tmp_path, shard="60KB", tie_word_embeddings=tied)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]))
+    assert streamed == in_memory
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_weights_of_another_dtype(tmp_path, monkeypatch, stored):
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 1000)  # so that a tensor passes in pieces
+    streamed, in_memory = both(save(tmp_path, dtype=stored), sweep(), make_rows([16, 9]), "float32")
+    assert streamed == in_memory
+
+
+def test_scoring_in_bfloat16(tmp_path):
+    streamed, in_memory = both(save(tmp_path, dtype=torch.bfloat16), sweep(), make_rows([16, 9]), "bfloat16")
+    assert streamed == in_memory
+
+
+def test_a_tied_weight_that_is_stored_as_the_head(tmp_path):
+    file = save(tmp_path, tie_word_embeddings=True) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]))
+    assert streamed == in_memory
+
+
+def test_eager_attention(tmp_path):
+    save(tmp_path, "mistral")
+    rows = make_rows([16, 9])
+    engine = StreamingEngine(tmp_path, "float64", device="cpu", attention="eager")
+    in_memory = Engine(load_model(tmp_path, "float64", "cpu", attention="eager"))
+    assert score_all(engine, sweep(), rows) == score_all(in_memory, sweep(), rows)
+
+
+@pytest.mark.parametrize("in_ram", [0, 1, 7, 1000])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_tiles_on_disk(tmp_path, monkeypatch, family, in_ram):
+    """The same values wherever the tiles are, twice; what is read and written is what distinct states need."""
+    length, hidden, layers = 12, 32, 4
+    tile, rows = length * hidden * 8, make_rows([length])
+    masks = list(dict.fromkeys([*sweep(), *random_masks(12)]))
+    (tmp_path / "spill").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spill"))
+    engine = StreamingEngine(save(tmp_path, family), "float64", device="cpu", tile_memory=in_ram * tile)
+    expected = score_all(Engine(load_model(tmp_path, "float64", "cpu")), masks, rows)
+    assert score_all(engine, masks, rows) == expected
+
+    def states(layer):
+        """Distinct states before a layer."""
+        return {frozenset(block for block in mask if block.layer < layer) for mask in masks}
+
+    assert engine.plan.tiles == len(masks) == len(states(layers))
+    assert engine.plan.ram_tiles == min(in_ram, len(masks))
+    if in_ram == 0:
+        advanced = [
+            {frozenset(b for b in mask if b.layer < layer) for mask in masks if sum(b.layer == layer for b in mask) < 2}
+            for layer in range(layers)
+        ]
+        made = [
+            {
+                frozenset(b for b in mask if b.layer <= layer)
+                for mask in masks
+                if sum(b.layer == layer for b in mask) < 2
+            }
+            for layer in range(layers)
+        ]
+        assert engine.spill_bytes_read == (sum(map(len, advanced)) + len(masks)) * tile
+        assert engine.spill_bytes_written == (1 + sum(map(len, made))) * tile
+    assert (engine.spill_bytes_read > 0) is (in_ram < len(masks))
+    assert score_all(engine, masks, rows) == expected
+    assert not list((tmp_path / "spill").iterdir())
+    assert all(parameter.is_meta for parameter in engine._model.parameters())
+
+
+def test_each_weight_is_read_once_and_no_weight_that_all_masks_remove(tmp_path):
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=20)
+    rows, base = make_rows([16, 9, 16]), parse_mask("mha.1,mlp.1,mlp.2")
+    sizes = {name: p.numel() * 8 for name, p in tiny_model().named_parameters()}
+    score_all(engine, sweep(), rows)
+    assert engine.weight_bytes_read == sum(sizes.values())
+    score_all(engine, sweep(base), rows)
+    gone = ("layers.1.", "layers.2.mlp.", "layers.2.post_attention_layernorm.")
+    left = sum(size for name, size in sizes.items() if not any(part in name for part in gone))
+    assert engine.weight_bytes_read == sum(sizes.values()) + left
+
+
+QUIET = """
+import json, re, sys
+from pathlib import Path
+from blockpruner.blocks import DENSE, all_blocks
+from blockpruner.scoring.streaming import StreamingEngine
+from blockpruner.scoring.work import Task
+
+def rchar():
+    return int(re.search(r"rchar: (\\d+)", Path("/proc/self/io").read_text())[1])
+
+results = []
+for path in sys.argv[1:]:
+    for tile_memory in (None, 0):
+        engine = StreamingEngine(Path(path), "float32", device="cpu", tile_memory=tile_memory)
+        tasks = [Task(range(1), (DENSE, *(frozenset({block}) for block in all_blocks(4))))]
+        list(engine.run(tasks, [[1, 2, 3]]))  # what is imported by then is not read again
+        before, spill, weights = rchar(), engine.spill_bytes_read, engine.weight_bytes_read
+        list(engine.run(tasks, [[1, 2, 3]]))
+        results.append([rchar() - before, engine.spill_bytes_read - spill, engine.weight_bytes_read - weights])
+print(json.dumps(results))
+"""
+
+
+def test_bytes_read_as_the_system_counts_them(tmp_path):
+    sizes = []
+    for name, tied, shard in (("untied", False, "1MB"), ("tied", True, "5GB")):
+        save(tmp_path / name, dtype=torch.float32, shard=shard, hidden_size=256, tie_word_embeddings=tied)
+        sizes += [sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors"))] * 2
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", QUIET, str(tmp_path / "untied"), str(tmp_path / "tied")]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    results = json.loads(output.splitlines()[-1])
+    for size, (read, spilled, weights) in zip(sizes, results, strict=True):
+        assert 0.95 * size <= read - spilled <= 1.1 * size
+        assert 0.95 * size <= weights <= size
+    assert [spilled > 0 for _, spilled, _ in results] == [False, True, False, True]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made within and are alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._known = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        if storage not in self._known:
+            self._known[storage] = True
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._forget, storage.nbytes())
+
+    def _forget(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shape", [(8, 16), (1, 120)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plan_bounds_what_lives(tmp_path, family, attention, shape, dtype):
+    """All tensors alive at once need no more than planned, and not less than a third of it."""
+    batch, length = shape
+    checkpoint = save(tmp_path, family, dtype=getattr(torch, dtype))
+    engine = StreamingEngine(checkpoint, dtype, device="cpu", batch_tokens=batch * length, attention=attention)
+    rows = make_rows([length] * batch)
+    tasks = [Task(range(batch), (DENSE, *sweep()[-2:]))]
+    with LiveBytes() as live:
+        list(engine.run(tasks, rows))
+    planned = engine.plan.needed - streaming.SCRATCH_BYTES
+    assert planned / 3 <= live.most <= planned
+
+
+def test_plan_is_told_and_layers_are_counted(tmp_path):
+    notes, steps = [], []
+    engine = StreamingEngine(
+        save(tmp_path), "float64", device="cpu", note=notes.append, advance=lambda *step: steps.append(step)
+    )
+    score_all(engine, sweep(), make_rows([16]))
+    assert len(notes) == 2
+    assert "9 states" in notes[0] and "9 in memory and 0 on disk" in notes[0]
+    assert "available" in notes[1] and "disk" in notes[1]
+    assert steps == [(n + 1, 4, f"layer {n}") for n in range(4)]
+
+
+def test_too_little_memory_is_refused_before_reading(tmp_path, monkeypatch):
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=64)
+    monkeypatch.setattr(streaming, "available_memory", lambda: 2**20)
+    with pytest.raises(DeviceMemoryError, match=r"of memory, and 1\.0 MiB are free.*batch_tokens \(now 64\).*seq_len"):
+        score_all(engine, sweep(), make_rows([16]))
+    assert engine.weight_bytes_read == 0
+
+
+def test_tiles_go_to_disk_when_memory_is_short(tmp_path, monkeypatch):
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu")
+    rows = make_rows([16])
+    expected = score_all(engine, sweep(), rows)
+    least = engine.plan.needed - engine.plan.tiles * engine.plan.tile
+    monkeypatch.setattr(streaming, "available_memory", lambda: least + 5 * engine.plan.tile // 2)
+    assert score_all(engine, sweep(), rows) == expected
+    assert engine.plan.ram_tiles == 2 and engine.plan.needed <= engine.plan.available
+
+
+def test_too_little_disk_is_refused_before_reading(tmp_path, monkeypatch):
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(DeviceMemoryError, match=r"of disk in .*TMPDIR to a directory on a larger disk"):
+        score_all(engine, sweep(), make_rows([16]))
+    assert engine.weight_bytes_read == 0
+
+
+def test_no_tiles_in_a_file_system_that_is_memory(tmp_path, monkeypatch):
+    kinds = {
+        line.split()[4]: line.partition(" - ")[2].split()[0]
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+    }
+    if kinds.get("/dev/shm") != "tmpfs":
+        pytest.skip("no tmpfs at /dev/shm")
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
+    monkeypatch.setattr("tempfile.tempdir", "/dev/shm")
+    with pytest.raises(DeviceMemoryError, match="disk in /dev/shm, and 0.0 MiB are free"):
+        score_all(engine, sweep(), make_rows([16]))
+
+
+def test_memory_that_runs_out_in_a_pass_names_the_fix(tmp_path, monkeypatch):
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=33)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+
+    monkeypatch.setattr(engine, "_block", fail)
+    with pytest.raises(DeviceMemoryError, match=r"CUDA out of memory.*runtime.batch_tokens, now 33"):
+        score_all(engine, sweep(), make_rows([16]))
+    assert all(parameter.is_meta for parameter in engine._model.parameters())
+
+
+def test_nan_names_mask_and_row(tmp_path):
+    file = save(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][200] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    rows = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [200, 13, 14, 15, 16, 17]]
+    engine, mask = StreamingEngine(tmp_path, "float64", device="cpu", batch_tokens=6), parse_mask("mlp.1")
+    units = []
+    with pytest.raises(NonFiniteLossError, match=r"row 2 is nan with mask mlp\.1.*float32"):
+        units.extend(engine.run([Task(span, (mask,)) for span in engine.row_batches(rows, range(3))], rows))
+
+
+def edited(tensors, change):
+    name = "model.layers.2.mlp.up_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "unexpected":
+        tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
+    elif change == "mismatched":
+        tensors[name] = tensors[name][:-1].clone()
+    elif change == "dtype":
+        tensors[name] = tensors[name].to(torch.int8)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"missing keys: model\.layers\.2\.mlp\.up_proj\.weight"),
+        ("unexpected", r"unexpected keys: model\.layers\.9\.mlp\.up_proj\.weight"),
+        ("mismatched", r"mismatched keys: model\.layers\.2\.mlp\.up_proj\.weight \[47, 32\], not \[48, 32\]"),
+        ("dtype", r"model\.layers\.2\.mlp\.up_proj\.weight is of dtype I8, and streamed are F64, F32, F16, BF16"),
+    ],
+)
+def test_weights_that_do_not_match(tmp_path, change, message):
+    file = save(tmp_path) / "model.safetensors"
+    save_file(edited(load_file(file), change), file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        StreamingEngine(tmp_path, "float64", device="cpu")
+
+
+def test_old_rotary_buffers_are_ignored(tmp_path):
+    file = save(tmp_path) / "model.safetensors"
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(file) | buffer, file, metadata={"format": "pt"})
+    streamed, in_memory = both(tmp_path, [DENSE], make_rows([9]))
+    assert streamed == in_memory
+
+
+@pytest.mark.parametrize("keep", [4, 1000, -100])
+def test_a_torn_file_is_named(tmp_path, keep):
+    file = save(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read as safetensors.*fetch"):
+        StreamingEngine(tmp_path, "float64", device="cpu")
+
+
+def test_a_missing_shard_or_no_weights_are_named(tmp_path):
+    save(tmp_path, shard="60KB")
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(InputError, match=r"model-00002-of-.*fetch"):
+        StreamingEngine(tmp_path, "float64", device="cpu")
+    for file in tmp_path.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        StreamingEngine(tmp_path, "float64", device="cpu")
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_buffers_are_those_of_a_loaded_model(tmp_path, family):
+    engine = StreamingEngine(save(tmp_path, family, dtype=torch.float32), "bfloat16", device="cpu")
+    loaded = dict(load_model(tmp_path, "bfloat16", "cpu").named_buffers())
+    buffers = dict(engine._model.named_buffers())
+    assert buffers.keys() == loaded.keys() and buffers
+    for name, buffer in buffers.items():
+        assert buffer.dtype == loaded[name].dtype and torch.equal(buffer, loaded[name])
