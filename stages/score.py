@@ -16,13 +16,18 @@ from stages import DATA, run
 
 def main(name: str) -> None:
     params, settings = load_params(), load_run(name)
-    checkpoint, dtype = DATA / "models" / name, settings.model.dtype
-
-    watch = observer()
+    checkpoint, dtype, watch = DATA / "models" / name, settings.model.dtype, observer()
 
     def make() -> Scorer:
         remote = getattr(settings.model, "trust_remote_code", False)
-        return make_scorer(checkpoint, dtype, params.runtime.model_dump(), trust_remote_code=remote, note=watch.note)
+        return make_scorer(
+            checkpoint,
+            dtype,
+            params.runtime.model_dump(),
+            trust_remote_code=remote,
+            note=watch.note,
+            advance=watch.advance,
+        )
 
     score_run(
         DATA / "scores" / name,

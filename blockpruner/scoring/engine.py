@@ -37,7 +37,7 @@ LOGITS_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Rows padded on the right; pads follow every real token, so causal attention never sees them."""
 
     input_ids: Tensor  # [B, T] int64
@@ -185,7 +185,7 @@ class Engine:
         """Where token ids, norm and head are."""
         return self._head.weight.device
 
-    def _unit(self, mask: Mask, hidden: Tensor, batch: _Batch, span: range) -> Unit:
+    def _unit(self, mask: Mask, hidden: Tensor, batch: Batch, span: range) -> Unit:
         nll = self._nll(hidden, batch)
         for offset, value in enumerate(nll):
             if not math.isfinite(value):
@@ -223,16 +223,16 @@ class Engine:
         )
         return recorded[0][0], layer_kwargs
 
-    def _batch(self, rows: Rows) -> _Batch:
+    def _batch(self, rows: Rows) -> Batch:
         longest = max(len(row) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
         lengths = torch.tensor([len(row) for row in rows])
         is_target = torch.arange(1, longest)[None, :] < lengths[:, None]
-        return _Batch(ids.to(self._home), is_target.to(self._home))
+        return Batch(ids.to(self._home), is_target.to(self._home))
 
-    def _nll(self, hidden: Tensor, batch: _Batch) -> list[float]:
+    def _nll(self, hidden: Tensor, batch: Batch) -> list[float]:
         """Mean over each row's real targets of -log p(token), summed in float64; logits in chunks of tokens."""
         states = self._norm(hidden.to(batch.input_ids.device)[:, :-1])[batch.is_target]  # [N, H], N real targets
         targets = batch.input_ids[:, 1:][batch.is_target]  # [N]

@@ -63,6 +63,7 @@ def make_scorer(
     *,
     trust_remote_code: bool = False,
     note: Callable[[str], object] = lambda message: None,
+    advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
 ) -> Scorer:
     """Load a checkpoint for scoring.
 
@@ -70,17 +71,23 @@ def make_scorer(
         runtime: the keys of `runtime` in params.yaml: device, batch_tokens, threads, attention, compile, streaming,
             executor, workers, ray_address.
         note: receives lines of information, also those of workers.
+        advance: receives the layers done, of how many, and the last one's name, while a model is streamed here.
 
     Raises:
         InputError: a device, attention, compiler, package or number of workers that is not to be had here.
     """
     if runtime["executor"] == "ray":
         return RayScorer(checkpoint, dtype, runtime, trust_remote_code, note)
-    return _local_scorer(checkpoint, dtype, runtime, trust_remote_code, note)
+    return _local_scorer(checkpoint, dtype, runtime, trust_remote_code, note, advance)
 
 
 def _local_scorer(
-    checkpoint: Path, dtype: str, runtime: Mapping[str, Any], trust_remote_code: bool, note: Callable[[str], object]
+    checkpoint: Path,
+    dtype: str,
+    runtime: Mapping[str, Any],
+    trust_remote_code: bool,
+    note: Callable[[str], object],
+    advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
 ) -> Scorer:
     from blockpruner.models import load_model, set_threads
 
@@ -91,7 +98,8 @@ def _local_scorer(
 
         return StreamingEngine(
             checkpoint, dtype, device=device, batch_tokens=batch_tokens, attention=attention,
-            trust_remote_code=trust_remote_code, note=note,
+            trust_remote_code=trust_remote_code, note=note, advance=advance,
+            share=runtime["workers"] if runtime["ray_address"] is None else 1,
         )  # fmt: skip
     from blockpruner.scoring.engine import Engine
 

@@ -15,31 +15,25 @@ fit. Which masks are asked for is decided above.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from torch import Tensor
 
 from blockpruner.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.errors import DeviceMemoryError, InputError, StorageError
 from blockpruner.models import resolve_device
-from blockpruner.scoring.engine import LOGITS_BYTES, Engine, LayerKwargs, _Batch, map_tensors
+from blockpruner.scoring.engine import LOGITS_BYTES, Batch, Engine, LayerKwargs, map_tensors
+from blockpruner.scoring.memory import available_memory, free_on, is_in_memory, resident_memory
+from blockpruner.scoring.weights import Weights, aligned, memory_of, read_into, skeleton
 from blockpruner.scoring.work import Rows, Task, Unit
-
-PIECE_BYTES = 4 * 2**20
-"""Read of a weight at once: through a buffer of this size where it needs another dtype or device."""
 
 SCRATCH_BYTES = 48 * 2**20
 """Allowance for what no tensor shows: code of the kernels, paged in by their first use, their packing buffers, and
@@ -47,14 +41,6 @@ what the allocator cannot give back."""
 
 TILE_SHARE = 0.9
 """Of the memory left, that tiles may take: other processes want some, and so do pages on their way to the disk."""
-
-ALIGNMENT = 512
-"""Bytes; that of CUDA's allocator, and a multiple of that of torch's on a CPU."""
-
-VECTOR = 64
-"""Bytes; some kernels sum in an order that depends on where within so many bytes a weight starts."""
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Shape = tuple[int, int]
 """Rows and padded tokens of a batch, [B, T]."""
@@ -134,7 +120,7 @@ class _Work:
     """A task under way: its batch, and its distinct states, each with the slot of its tile."""
 
     span: range
-    batch: _Batch
+    batch: Batch
     shape: torch.Size
     layer_kwargs: LayerKwargs
     states: list[tuple[Sequence[Mask], int]]
@@ -150,6 +136,7 @@ class StreamingEngine(Engine):
         note: is told the plan of each pass.
         advance: is told the layers done, of how many, and the last one's name.
         tile_memory: bytes of RAM for tiles at most; None is nine tenths of what is left.
+        share: processes that do the same on this machine, each of which may take its part of the memory that is free.
 
     Attributes:
         plan: of the last pass.
@@ -171,11 +158,17 @@ class StreamingEngine(Engine):
         note: Callable[[str], object] = lambda line: None,
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         tile_memory: int | None = None,
+        share: int = 1,
     ) -> None:
+        if sys.platform != "linux":
+            raise InputError(
+                "runtime.streaming: true needs Linux, where it can know how much memory there is; set it to false"
+            )
+        self._share = share
         self._place = resolve_device(device)
-        model = _skeleton(checkpoint, dtype, self._place, attention, trust_remote_code)
+        model = skeleton(checkpoint, dtype, self._place, attention, trust_remote_code)
         super().__init__(model, 1)
-        self._weights = weights = _Weights(model, checkpoint, self._place)
+        self._weights = weights = Weights(model, checkpoint, self._place)
         self._note, self._advance, self._tile_memory = note, advance, tile_memory
         layers, norm, head = (f"{path}." for path in (self._row.layers, self._row.final_norm, self._row.head))
         outer = [name for name in weights.names if not name.startswith(layers)]
@@ -315,7 +308,7 @@ class StreamingEngine(Engine):
     def _plan(self, tasks: Sequence[Task], rows: Rows) -> Plan:
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
-        tile = _aligned(max(batch * length for batch, length in shapes) * hidden * item)
+        tile = aligned(max(batch * length for batch, length in shapes) * hidden * item)
         tiles = sum(len(self._split(range(len(self._steps)), task.masks)) for task in tasks)
         layers, size = self._layer_names(_removed(tasks)), self._weights.bytes
         carried = size(self._kept) + self._argument_bytes(set(shapes))
@@ -328,7 +321,7 @@ class StreamingEngine(Engine):
         on_device = [carried + weights + working + spare for weights, working, _ in phases]
         fixed = SCRATCH_BYTES + self._weights.staging.nbytes + spare
         on_host = [fixed + (need if self._place.type == "cpu" else 0) for need in on_device]
-        available = available_memory()
+        available = available_memory() // self._share
         ram_tiles = tiles if self._tile_memory is None else min(tiles, self._tile_memory // tile)
         for need, (_, _, resting) in zip(on_host, phases, strict=True):
             room = int(TILE_SHARE * max(0, available - need)) // tile
@@ -345,13 +338,13 @@ class StreamingEngine(Engine):
             tile=tile,
             tiles=tiles,
             ram_tiles=ram_tiles,
-            resident=_resident(),
+            resident=resident_memory(),
             needed=needed,
             available=available,
             device_needed=max(on_device) if cuda else 0,
-            device_available=_free_on(self._place) if cuda else 0,
+            device_available=free_on(self._place) if cuda else 0,
             spill_place=place,
-            spill_free=0 if _is_in_memory(place) else shutil.disk_usage(place).free,
+            spill_free=0 if is_in_memory(place) else shutil.disk_usage(place).free,
             batch_tokens=self._batch_tokens,
         )
 
@@ -435,7 +428,7 @@ class _Tiles:
         if slot < len(self._ram):
             self._tensor(self._ram[slot], hidden.shape).copy_(hidden)
             return
-        data = _memory(hidden.cpu().contiguous())
+        data = memory_of(hidden.cpu().contiguous())
         self.bytes_written += len(data)
         offset = self._offset(slot)
         while data:
@@ -447,7 +440,7 @@ class _Tiles:
         if slot < len(self._ram):
             return self._tensor(self._ram[slot], shape).to(self._device)
         found = self._tensor(self._arrival, shape)
-        _read(self._file.fileno(), found, self._offset(slot), "the file of tiles")
+        read_into(self._file.fileno(), found, self._offset(slot), "the file of tiles")
         self.bytes_read += found.nbytes
         return found.to(self._device)
 
@@ -461,283 +454,9 @@ class _Tiles:
         return memory[: shape.numel() * self._dtype.itemsize].view(self._dtype).view(shape)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies."""
-
-    file: Path
-    offset: int
-    dtype: torch.dtype
-    shape: torch.Size
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-
-class _Weights:
-    """Puts a checkpoint's tensors into a model's parameters, and takes them out again.
-
-    names: of each tensor to be read, with the parameters that use it (a head may share the embedding's).
-    """
-
-    def __init__(self, model: PreTrainedModel, checkpoint: Path, device: torch.device) -> None:
-        self._model, self._device = model, device
-        self._empty = dict(model.named_parameters(remove_duplicate=False))
-        self._stored, self.names = _matched(model, checkpoint, self._empty)
-        direct = all(self._is_used_as_stored(name) for name in self.names)
-        self.staging = torch.empty(0 if direct else PIECE_BYTES, dtype=torch.uint8)
-        self._files: dict[Path, int] = {}
-        self.bytes_read = 0
-        self.forget = False
-        """Whether the system shall not cache what was read: a pass over more than memory finds nothing again."""
-
-    def bytes(self, names: Iterable[str]) -> int:
-        """Memory of these weights in the dtype of scoring."""
-        return sum(_aligned(self._empty[name].nbytes + VECTOR) for name in names)
-
-    def stored_bytes(self, names: Iterable[str]) -> int:
-        return sum(self._stored[name].nbytes for name in names)
-
-    def slab(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
-
-    def load(self, names: Sequence[str], slab: Tensor | None = None) -> None:
-        """Read these weights into `slab`, or into memory that is freed when all of them are dropped."""
-        slab = self.slab(self.bytes(names)) if slab is None else slab
-        start = 0
-        for name in sorted(names, key=lambda name: (self._stored[name].file, self._stored[name].offset)):
-            empty, stored = self._empty[name], self._stored[name]
-            # a model in memory uses tensors where safetensors maps them, which is aligned as they are in the file
-            first = start + (stored.offset % VECTOR if self._is_used_as_stored(name) else 0)
-            target = slab[first : first + empty.nbytes].view(empty.dtype).view(empty.shape)
-            self._fill(target.view(-1), name)
-            start += _aligned(empty.nbytes + VECTOR)
-            for use in self.names[name]:
-                self._set(use, nn.Parameter(target, requires_grad=False))
-
-    def drop(self, names: Iterable[str]) -> None:
-        for name in names:
-            for use in self.names[name]:
-                self._set(use, self._empty[use])
-
-    def close(self) -> None:
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-
-    def _set(self, name: str, parameter: nn.Parameter) -> None:
-        path, _, leaf = name.rpartition(".")
-        self._model.get_submodule(path)._parameters[leaf] = parameter
-
-    def _is_used_as_stored(self, name: str) -> bool:
-        return self._device.type == "cpu" and self._empty[name].dtype == self._stored[name].dtype
-
-    def _fill(self, target: Tensor, name: str) -> None:
-        stored, direct = self._stored[name], self._is_used_as_stored(name)
-        if stored.file not in self._files:
-            self._files[stored.file] = os.open(stored.file, os.O_RDONLY)
-        file, item = self._files[stored.file], stored.dtype.itemsize
-        for start in range(0, len(target), PIECE_BYTES // item):
-            part = target[start : start + PIECE_BYTES // item]
-            piece = part if direct else self.staging[: part.numel() * item].view(stored.dtype)
-            _read(file, piece, stored.offset + start * item, str(stored.file))
-            self.bytes_read += piece.nbytes
-            if not direct:
-                part.copy_(piece)
-            if self.forget:  # from the file's start: a page run that crosses a tensor's start goes only as a whole
-                os.posix_fadvise(file, 0, stored.offset + start * item + piece.nbytes, os.POSIX_FADV_DONTNEED)
-
-
-def _matched(
-    model: PreTrainedModel, checkpoint: Path, expected: dict[str, nn.Parameter]
-) -> tuple[dict[str, _Stored], dict[str, tuple[str, ...]]]:
-    """The checkpoint's tensors by the model's names, and the parameters that use each; checked as `load_model` does."""
-    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
-    stored = {
-        rename_source_key(key, renamings, [], model.base_model_prefix, expected)[0]: entry
-        for key, entry in _read_headers(checkpoint).items()
-    }
-    uses: dict[str, tuple[str, ...]] = {name: (name,) for name in expected}
-    for one, other in model.all_tied_weights_keys.items():
-        if one not in stored or other not in stored:  # where both are stored they may differ, so each is read
-            absent, present = (one, other) if other in stored or one not in stored else (other, one)
-            uses[present] += uses.pop(absent)
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    problems = {
-        "missing keys": uses.keys() - stored.keys(),
-        "unexpected keys": {
-            key for key in stored.keys() - uses.keys() if not any(re.search(pattern, key) for pattern in ignored)
-        },
-        "mismatched keys": {
-            f"{key} {[*stored[key].shape]}, not {[*expected[key].shape]}"
-            for key in stored.keys() & uses.keys()
-            if stored[key].shape != expected[key].shape
-        },
-    }
-    found = [f"{what}: {', '.join(sorted(keys)[:5])}" for what, keys in problems.items() if keys]
-    if found:
-        raise InputError(
-            f"the weights in {checkpoint} do not match its config.json ({'; '.join(found)}); "
-            "fetch the checkpoint again, or repair its config"
-        )
-    return stored, uses
-
-
-def _read_headers(checkpoint: Path) -> dict[str, _Stored]:
-    """Every tensor of a checkpoint directory, by the name in its file."""
-    single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
-    if single.exists():
-        files = [single]
-    elif index.exists():
-        files = [checkpoint / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    else:
-        raise InputError(f"{checkpoint} holds neither {single.name} nor {index.name}; fetch the checkpoint again")
-    return {name: entry for file in files for name, entry in _read_header(file).items()}
-
-
-def _read_header(path: Path) -> dict[str, _Stored]:
-    """The header of a safetensors file: its length in 8 bytes, then JSON of name -> dtype, shape, offsets."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            if length > size:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        result = {}
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is of dtype {entry['dtype']}, and streamed are {', '.join(DTYPES)}")
-            stored = _Stored(path, 8 + length + start, DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
-            if stored.nbytes != stop - start or 8 + length + stop > size:
-                raise ValueError(f"{name} takes bytes {start} to {stop}, beyond the file's end or not of its shape")
-            result[name] = stored
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}; fetch the checkpoint again") from error
-    return result
-
-
-def _skeleton(
-    checkpoint: Path, dtype: str, device: torch.device, attention: str, trust_remote_code: bool
-) -> PreTrainedModel:
-    """The model with its parameters on the meta device, and its buffers, which no checkpoint holds, on `device`."""
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
-    options: dict[str, str] = {} if attention == "auto" else {"attn_implementation": attention}
-    try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
-            )
-    except ImportError as error:
-        raise InputError(f"runtime.attention {attention!r} cannot be used here: {error}; use auto or sdpa") from error
-    for module in model.modules():
-        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
-    result: PreTrainedModel = model.eval()
-    return result
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within, a module's parameters lose their memory, untouched yet, as they are registered."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
 def _removed(tasks: Sequence[Task]) -> Mask:
     """The blocks that every mask removes."""
     return frozenset.intersection(*(mask for task in tasks for mask in task.masks))
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _read(file: int, target: Tensor, offset: int, name: str) -> None:
-    """Fill a contiguous tensor of main memory from `offset` of a file."""
-    data = _memory(target)
-    while data:
-        count = os.preadv(file, [data], offset)
-        if count == 0:
-            raise InputError(f"{name} ends at byte {offset}, before its last tensor does; fetch the checkpoint again")
-        data, offset = data[count:], offset + count
-
-
-def available_memory() -> int:
-    """Bytes of main memory to be had: of the system, and within each memory cgroup of this process."""
-    text = Path("/proc/meminfo").read_text()
-    system = int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
-    return max(0, min([system, *_cgroup_rooms()]))
-
-
-def _cgroup_rooms() -> Iterator[int]:
-    """Limit less what cannot be reclaimed, of this process's memory cgroup and of those above it; v1 and v2.
-
-    Cached pages of files can be reclaimed, but for those that are mapped: they are the code that runs.
-    """
-    groups = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    for _, root, place, kind, options in _mounts():
-        if kind == "cgroup2":
-            limit, usage, stats = "memory.max", "memory.current", ("active_file", "inactive_file", "file_mapped")
-            paths = [path for controllers, path in groups if not controllers]
-        elif kind == "cgroup" and "memory" in options.split(","):
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            stats = ("total_active_file", "total_inactive_file", "total_mapped_file")
-            paths = [path for controllers, path in groups if "memory" in controllers.split(",")]
-        else:
-            continue
-        for path in paths:
-            top, inner = Path(place), os.path.relpath(path, root)
-            group = top if inner.startswith("..") else top / inner  # in a container only its own part is mounted
-            for directory in (group, *group.parents[: len(group.parts) - len(top.parts)]):
-                text = (directory / limit).read_text().strip() if (directory / limit).exists() else "max"
-                if text != "max":
-                    stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-                    active, inactive, mapped = (int(stat[name]) for name in stats)
-                    used = int((directory / usage).read_text())
-                    yield int(text) - used + max(0, active + inactive - mapped)
-
-
-def _mounts() -> Iterator[tuple[str, str, str, str, str]]:
-    """Device number, root, place, file system and its options, of every mount."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        _, _, device, root, place, *_ = left.split()
-        kind, _, options = right.split(" ", 2)
-        yield device, root, place, kind, options
-
-
-def _is_in_memory(place: str) -> bool:
-    number = Path(place).stat().st_dev
-    device = f"{os.major(number)}:{os.minor(number)}"
-    return any(mount[0] == device and mount[3] in ("tmpfs", "ramfs") for mount in _mounts())
-
-
-def _free_on(device: torch.device) -> int:
-    """Bytes of the device's memory to be had, what torch holds in reserve included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def _resident() -> int:
-    """Bytes of main memory that this process holds."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _size(count: int) -> str:

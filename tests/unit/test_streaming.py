@@ -19,6 +19,7 @@ from blockpruner.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.errors import DeviceMemoryError, InputError, NonFiniteLossError
 from blockpruner.models import load_model, masked
 from blockpruner.scoring import streaming
+from blockpruner.scoring import weights as weights_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
@@ -92,7 +93,7 @@ def test_shards(tmp_path, tied):
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_weights_of_another_dtype(tmp_path, monkeypatch, stored):
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 1000)  # so that a tensor passes in pieces
+    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)  # so that a tensor passes in pieces
     streamed, in_memory = both(save(tmp_path, dtype=stored), sweep(), make_rows([16, 9]), "float32")
     assert streamed == in_memory
 
