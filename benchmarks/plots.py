@@ -51,8 +51,9 @@ def search(figure: Figure, found: dict[str, Any]) -> None:
             axes.plot(spent, [r["nll"] for r in records], color=colour, marker="o", markersize=3, linewidth=1.2,
                       label=label if seed == next(iter(found[mode])) else None)  # fmt: skip
             audits = [i for i, r in enumerate(records) if r["audit"]]
-            axes.plot([spent[i] for i in audits], [records[i]["nll"] for i in audits], "s", color=colour, markersize=6,
-                      markerfacecolor="none", label="audit" if audits and seed == next(iter(found[mode])) else None)  # fmt: skip
+            squares = "audit" if audits and seed == next(iter(found[mode])) else None
+            places = [spent[i] for i in audits], [records[i]["nll"] for i in audits]
+            axes.plot(*places, "s", color=colour, markersize=6, markerfacecolor="none", label=squares)
     axes.axvline(1 / 6, color=GREY, linewidth=0.8, linestyle=":")
     axes.annotate("1/6", (1 / 6, axes.get_ylim()[0]), (3, 3), textcoords="offset points", color=GREY)
     axes.set_xlabel("FLOPs spent, as a share of full forward passes for the same removals")

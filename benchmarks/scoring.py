@@ -3,6 +3,7 @@
     python -m benchmarks.scoring iteration [smollm2 | llama2-7b] [layers]   one iteration, 8 rows of 128 tokens, float32
     python -m benchmarks.scoring search [removals] [seed ...]               greedy on SmolLM2, exact and lazy+race
     python -m benchmarks.scoring growth                                     cost against layers, rows, vocabulary
+    python -m benchmarks.scoring workers [n ...]                            Ray workers of one thread each
 
 Each prints Markdown and keeps its figures in data/benchmarks/, from which `python -m benchmarks.plots` draws.
 `search` goes on where it was stopped. SmolLM2 is taken from data/models/smollm2 (`dvc repro fetch@smollm2`).
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,9 +29,11 @@ from benchmarks.shapes import random_model, random_rows
 from blockpruner.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.calibration import CalibrationSet, draw, pack
 from blockpruner.models import load_model, load_tokenizer, masked
+from blockpruner.params import Runtime
 from blockpruner.provenance import machine, versions
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import LOGITS_BYTES, Engine
+from blockpruner.scoring.executors import make_scorer
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.work import Rows, Task, Unit
 from blockpruner.search.greedy import greedy
@@ -40,6 +44,7 @@ from blockpruner.trials import TrialStore, store_fingerprint
 ROWS, LENGTH = 8, 128
 SMOLLM2, TEXT = Path("data/models/smollm2"), Path("data/sources/smollm2/calibration.parquet")
 RESULTS = Path("data/benchmarks")
+SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 
 def calibration_rows(seed: int) -> CalibrationSet:
@@ -272,7 +277,6 @@ def growth() -> dict[str, Any]:
     """Seconds and FLOPs of one exact iteration of small random models, one size changed at a time."""
     points = []
     base = {"num_hidden_layers": 8, "vocab_size": 16000}
-    small = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     for size, values in (
         ("num_hidden_layers", (4, 8, 12, 16)),
         ("rows", (2, 4, 8, 16)),
@@ -281,7 +285,7 @@ def growth() -> dict[str, Any]:
         for value in values:
             changes = base | ({size: value} if size != "rows" else {})
             rows = value if size == "rows" else 4
-            model = random_model("tiny", torch.float32, **small | changes)
+            model = random_model("tiny", torch.float32, **SMALL | changes)
             data = random_rows(changes["vocab_size"], rows, LENGTH)
             masks = [DENSE, *(frozenset({block}) for block in all_blocks(changes["num_hidden_layers"]))]
             engine = Engine(model)
@@ -305,6 +309,38 @@ def show_growth(found: dict[str, Any]) -> None:
         print(f"| {p['size']} | {p['value']} | {p['flops'] / 1e9:.0f} | {p['seconds']:.2f} | {rate:.0f} |")
 
 
+def workers(counts: Sequence[int]) -> dict[str, Any]:
+    """Seconds of one exact iteration of a small random model on so many Ray workers of one thread each, and locally."""
+    model = random_model("tiny", torch.float32, **SMALL | {"num_hidden_layers": 12, "vocab_size": 16000})
+    data = random_rows(16000, ROWS, LENGTH)
+    masks = [DENSE, *(frozenset({block}) for block in all_blocks(12))]
+    runtime = Runtime(threads=1, device="cpu").model_dump()
+    points = []
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for count in (0, *counts):
+            settings = runtime if not count else runtime | {"executor": "ray", "workers": count}
+            scorer = make_scorer(Path(folder), "float32", settings)
+            tasks = [Task(span, tuple(masks)) for span in scorer.row_batches(data, range(ROWS))]
+            list(scorer.run([Task(task.span, (DENSE,)) for task in tasks], data))
+            seconds = []
+            for _ in range(3):
+                started = time.perf_counter()
+                list(scorer.run(tasks, data))
+                seconds.append(time.perf_counter() - started)
+            scorer.close()
+            points.append({"workers": count, "seconds": statistics.median(seconds)})
+            print(f"  {points[-1]}", file=sys.stderr, flush=True)
+    return {"points": points, **setting()}
+
+
+def show_workers(found: dict[str, Any]) -> None:
+    print("\n| workers of one thread | seconds | against one process |\n|---|---:|---:|")
+    for p in found["points"]:
+        speedup = found["points"][0]["seconds"] / p["seconds"]
+        print(f"| {p['workers'] or 'none: this process'} | {p['seconds']:.2f} | {speedup:.2f}x |")
+
+
 def main(arguments: Sequence[str]) -> int:
     command, *rest = arguments or ["help"]
     if command == "iteration":
@@ -319,6 +355,10 @@ def main(arguments: Sequence[str]) -> int:
         found = growth()
         write_json(RESULTS / "growth.json", found)
         show_growth(found)
+    elif command == "workers":
+        found = workers([int(count) for count in rest] or [1, 2])
+        write_json(RESULTS / "workers.json", found)
+        show_workers(found)
     else:
         print(__doc__)
         return 2
