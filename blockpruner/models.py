@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from blockpruner import modeling_blockpruned as blockpruned
 from blockpruner.blocks import BlockKind, Mask, format_mask
-from blockpruner.errors import InputError
+from blockpruner.errors import DeviceMemoryError, InputError
 from blockpruner.families import Family, family_of
 
 
@@ -62,7 +62,7 @@ def load_model(
         InputError: unsupported family, weights that do not match the config, or an attention that is not installed.
     """
     place = resolve_device(device)
-    options: dict[str, str] = {} if attention == "auto" else {"attn_implementation": attention}
+    options = attention_options(attention, dtype, place)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -77,6 +77,8 @@ def load_model(
         )
     except ImportError as error:
         raise InputError(f"runtime.attention {attention!r} cannot be used here: {error}; use auto or sdpa") from error
+    except torch.OutOfMemoryError as error:
+        raise _too_large(directory, device) from error
     problems = [
         f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -87,8 +89,37 @@ def load_model(
             f"the weights in {directory} do not match its config.json ({'; '.join(problems)}); "
             "fetch the checkpoint again, or repair its config"
         )
-    result: PreTrainedModel = model if device == "split" else model.to(place)
+    if device == "split":
+        if {"cpu", "disk"} & {str(part) for part in model.hf_device_map.values()}:
+            raise _too_large(directory, device)
+        result: PreTrainedModel = model
+    else:
+        try:
+            result = model.to(place)
+        except torch.OutOfMemoryError as error:
+            raise _too_large(directory, device) from error
     return result.eval().requires_grad_(False)
+
+
+def attention_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:
+    """Keyword arguments that choose transformers' attention implementation.
+
+    Raises:
+        InputError: flash attention with a dtype or on a device that it has no kernel for.
+    """
+    if attention == "flash_attention_2" and (device.type != "cuda" or dtype not in ("bfloat16", "float16")):
+        raise InputError(
+            f"runtime.attention flash_attention_2 has no kernel for {dtype} on {device.type}: it needs a CUDA device "
+            "and model.dtype bfloat16 or float16; use auto or sdpa"
+        )
+    return {} if attention == "auto" else {"attn_implementation": attention}
+
+
+def _too_large(directory: Path, device: str) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"the model in {directory} does not fit into the memory of runtime.device {device!r}; use a larger device, "
+        "device: split over several, or, for scoring, runtime.streaming: true"
+    )
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:

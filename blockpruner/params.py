@@ -106,6 +106,17 @@ class Score(Frozen):
     audit: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
+    def _settings_do_something(self) -> Score:
+        for part, keys in (("race", ("confidence",)), ("lazy", ("floor", "slack", "audit"))):
+            idle = [key for key in keys if getattr(self, key) is not None]
+            if idle and part not in self.acceleration.split("+"):
+                raise ValueError(
+                    f"{idle[0]} does nothing with acceleration: {self.acceleration}; remove it, or set acceleration: "
+                    f"{part} or lazy+race"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _layers_hold_both_kinds(self) -> Score:
         if self.unit == "layer" and self.candidates != "all":
             raise ValueError(

@@ -208,7 +208,8 @@ def read_removals(path: Path, plan: Plan) -> tuple[Removal, ...]:
     table = table.drop(["row_nll"])
     complete = table.filter(pa.compute.equal(table["rows_used"], table["rows_total"])).to_pylist()
     known = {parse_mask(",".join(row["removed"])): row["nll"] for row in complete}
-    considered = [[r for r in table.to_pylist() if r["iteration"] == i and r["added"]] for i in range(len(plan.ratios))]
+    added = [row for row in table.to_pylist() if row["added"] is not None]
+    considered = [[row for row in added if row["iteration"] == index] for index in range(len(plan.ratios))]
     removals: list[Removal] = []
     base = DENSE
     for index, ratio in enumerate(plan.ratios):

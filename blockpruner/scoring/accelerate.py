@@ -6,13 +6,14 @@ the same decisions.
 
 Racing (as in F-race, on paired rows): all candidates see the same rows, so the variance of their differences is small.
 After each slice of rows a candidate is dropped when the lower confidence bound of its mean difference to the leader is
-above zero, t-distributed over rows, with the finite population correction: what is decided is the mean over
-the calibration rows, not over all text. The winner is always scored on all rows.
+above zero. What is decided is the mean over the calibration rows, not over all text, so the rows are a finite
+population; and what a row said of a candidate in an earlier step says most of what it will say in this one, so only the
+change since has to be estimated. The winner is always scored on all rows.
 
 Lazy (as in lazy greedy): a candidate's last known rise of the loss is its priority. The most promising are scored
-first; the rest stays unscored when its rises, less a margin learned from how rises have moved, are above the best
-fresh one. Rises are not monotone, hence audits: in every n-th step all candidates enter, and what would have been
-chosen without is recorded.
+first; the rest stays unscored when its rises, less a margin, are above the best fresh one. The margin is learned from
+how rises have moved, and wider for a candidate whose own rise is known on few rows. Rises are not monotone, hence
+audits: in every n-th step all candidates enter, and what would have been chosen without is recorded.
 """
 
 from __future__ import annotations
@@ -55,72 +56,116 @@ PRIOR_ROWS = 4
 """How many rows the candidates' typical variance is worth, beside a candidate's own."""
 
 
-def lower_bound(differences: np.ndarray, total: int, confidence: float) -> np.ndarray:
-    """Lower confidence bound of each candidate's mean difference over all rows, from the rows seen.
+@dataclass(frozen=True)
+class Runner:
+    """A candidate in a race: its rises of the loss over the base, nats per token, row by row.
 
-        mean - t(confidence, p + k - 1) * s * sqrt((1 - k / total) / k),
-        s^2 = (p * s0^2 + (k - 1) * sd^2) / (p + k - 1)
+    seen: [k], of this step; past: [K], of an earlier one, K >= k, or [0] where nothing more is known.
+    """
 
-    with k rows seen of `total`, sd a candidate's own standard deviation, s0 the candidates' median one and
-    p = PRIOR_ROWS: a moderated t statistic (Smyth 2004), since two or three rows alone often look alike by chance.
+    seen: np.ndarray
+    past: np.ndarray
+
+    @property
+    def expected(self) -> np.ndarray:
+        """Rises on as many rows as are known of at all, [K]: the seen ones, and behind them the past ones, moved by
+        the mean change on the rows seen. Their mean is the difference estimator of two-phase sampling."""
+        rest = self.past[len(self.seen) :]
+        return np.concatenate([self.seen, rest + (self.change.mean() if len(rest) else 0.0)])
+
+    @property
+    def change(self) -> np.ndarray:
+        """From past to seen, [k]."""
+        change: np.ndarray = self.seen - self.past[: len(self.seen)]
+        return change
+
+
+def lower_bounds(others: Sequence[Runner], leader: Runner, total: int, confidence: float) -> np.ndarray:
+    """Lower confidence bound of the mean over all rows of each runner's difference to the leader.
+
+        mean(d) - t(confidence, p + k - 1) * sqrt(V(d) * (1/K - 1/total) + V(c) * (1/k - 1/K))
+
+    k rows are seen of `total`; d is the difference of what is expected of the two on the K rows that something is
+    known of, c that of their changes on the rows seen. A candidate that was scored on all rows in an earlier step has
+    K = total, so that only what has changed since is uncertain. Without a past K = k, and this is the bound of a
+    paired t-test with the finite population correction. V is a variance, moderated (Smyth 2004), since two or three
+    rows often look alike by chance: (p * median over runners + (k - 1) * own) / (p + k - 1), p = PRIOR_ROWS.
+    """
+    k = len(leader.seen)
+    known = np.array([min(len(runner.expected), len(leader.expected)) for runner in others])
+    d = [runner.expected[:rows] - leader.expected[:rows] for runner, rows in zip(others, known, strict=True)]
+    c = [runner.change - leader.change for runner, rows in zip(others, known, strict=True) if rows > k]
+    freedom = PRIOR_ROWS + k - 1
+
+    def moderated(rows: Sequence[np.ndarray]) -> np.ndarray:
+        own = np.array([row.var(ddof=1) for row in rows])
+        result: np.ndarray = (PRIOR_ROWS * np.median(own) + (k - 1) * own) / freedom
+        return result
+
+    variance = moderated(d) * (1 / known - 1 / total)
+    if c:
+        variance[known > k] += moderated(c) * (1 / k - 1 / known[known > k])
+    means = np.array([row.mean() for row in d])
+    bounds: np.ndarray = means - stats.t.ppf(confidence, freedom) * np.sqrt(variance)
+    return bounds
+
+
+def race(
+    objective: Objective,
+    base: Mask,
+    masks: Sequence[Mask],
+    confidence: float,
+    past: Mapping[Mask, np.ndarray] | None = None,
+    standing: Score | None = None,
+) -> dict[Mask, Score]:
+    """Score masks on more and more rows, dropping those that are worse than the leader.
 
     Args:
-        differences: [candidates, k], a candidate's loss less the leader's, row by row.
+        base: scored on the same rows, beside the race.
+        past: rises of masks in an earlier step, row by row from the first row on.
+        standing: of a mask with all rows, which the others run against and which cannot be dropped; without it, one
+            of the others at least sees all rows.
     """
-    seen = differences.shape[1]
-    own = differences.var(axis=1, ddof=1)
-    freedom = PRIOR_ROWS + seen - 1
-    variance = (PRIOR_ROWS * np.median(own) + (seen - 1) * own) / freedom
-    spread = np.sqrt(variance / seen * (1 - seen / total))
-    bound: np.ndarray = differences.mean(axis=1) - stats.t.ppf(confidence, freedom) * spread
-    return bound
-
-
-def race(objective: Objective, masks: Sequence[Mask], confidence: float) -> dict[Mask, Score]:
-    """Score masks on more and more rows, dropping those that are worse than the leader; one at least sees all rows."""
+    past = past or {}
     known: dict[Mask, Score] = {}
     alive = list(masks)
     for stop in slices(objective.rows):
-        if len(alive) == 1:
+        if len(alive) == 1 and standing is None:
             stop = objective.rows
-        known |= {score.mask: score for score in objective(alive, stop)}
+        before, *scores = objective([base, *alive], stop)
+        known |= {score.mask: score for score in scores}
         if stop == objective.rows:
             break
-        losses = np.array([known[mask].row_nll for mask in alive])
-        leader = int(losses.mean(axis=1).argmin())
-        others = [i for i in range(len(alive)) if i != leader]
-        bounds = lower_bound(losses[others] - losses[leader], objective.rows, confidence)
+        zero = np.array(before.row_nll)
+        runners = [Runner(np.array(s.row_nll) - zero, past.get(s.mask, np.empty(0))) for s in scores]
+        if standing is not None:
+            rises = np.array(standing.row_nll) - np.array(objective([base])[0].row_nll)
+            runners.append(Runner(rises[:stop], rises))
+        leader = int(np.argmin([runner.expected.mean() for runner in runners]))
+        others = [i for i in range(len(runners)) if i != leader]
+        bounds = lower_bounds([runners[i] for i in others], runners[leader], objective.rows, confidence)
         kept = {leader, *(i for i, bound in zip(others, bounds, strict=True) if bound <= 0)}
         alive = [mask for i, mask in enumerate(alive) if i in kept]
+        if not alive:
+            break
     return known
 
 
 Select = Callable[[int, Mask, Sequence[Mask]], Selection]
 
 DEFAULTS: Mapping[str, Mapping[str, float]] = {
-    "race": {"confidence": 0.99},
-    "lazy": {"floor": 8, "slack": 2.0, "audit": 6},
+    "race": {"confidence": 0.999},
+    "lazy": {"floor": 10, "slack": 2.0, "audit": 6},
 }
 """Settings by part of `score.acceleration`; docs/performance.md has the measurements behind them."""
 
 
 def settings_of(score: Mapping[str, Any]) -> dict[str, Any]:
-    """`acceleration` of a `score` section, and the settings that belong to it, defaults filled in.
-
-    Raises:
-        InputError: unknown acceleration, or a setting that does nothing with it.
-    """
+    """`acceleration` of a `score` section, and the settings that belong to it, defaults filled in."""
     name = score["acceleration"]
-    parts = [] if name == "none" else name.split("+")
     if name not in ("none", "lazy", "race", "lazy+race"):
         raise InputError(f"score.acceleration {name!r} is unknown; valid: none, lazy, race, lazy+race")
-    for part, defaults in DEFAULTS.items():
-        idle = [key for key in defaults if key in score and part not in parts]
-        if idle:
-            raise InputError(
-                f"score.{idle[0]} does nothing with score.acceleration: {name}; remove it, or set acceleration: "
-                f"{part} or lazy+race"
-            )
+    parts = [] if name == "none" else name.split("+")
     defaults = {key: value for part in parts for key, value in DEFAULTS[part].items()}
     return {"acceleration": name} | {key: score.get(key, value) for key, value in defaults.items()}
 
@@ -142,9 +187,10 @@ class Accelerated:
     """Selects the candidates of one search, step after step.
 
     Args:
-        confidence: of the race's bounds, in (0.5, 1); None scores each candidate that enters on all rows.
+        confidence: of each comparison in a race, in (0.5, 1); None scores each candidate that enters on all rows.
         floor: candidates that enter a step at least; None lets all enter (racing alone).
-        slack: margin of the lazy rule, in root mean squares of the differences between fresh and stale rises seen.
+        slack: margin of the lazy rule, as a multiple of sqrt(m^2 + e^2): m is the median of how far a rise was off
+            when it was taken again, e the standard error of the candidate's own rise.
         audit: all candidates enter every `audit`-th step; 0 is never.
     """
 
@@ -156,7 +202,7 @@ class Accelerated:
         self._floor = floor
         self._slack = slack
         self._audit = audit
-        self._rises: dict[Mask, float] = {}
+        self._rises: dict[Mask, np.ndarray] = {}
         self._drifts: list[float] = []
 
     def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Selection:
@@ -174,38 +220,48 @@ class Accelerated:
             if self._audit and index % self._audit == 0:
                 lazy_choice = _best(found)
                 rest = [mask for mask in candidates if mask not in found]
-                found |= self._score([lazy_choice, *rest], base)
+                found |= self._score(rest, base, found[lazy_choice])
         if base in masks:
             found[base] = self._objective([base])[0]
         return Selection(tuple(found[mask] for mask in masks if mask in found), lazy_choice)
 
     def _most_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, Score]:
-        stale = {mask: self._rises[mask - base] for mask in candidates}
+        stale = {mask: float(self._rises[mask - base].mean()) for mask in candidates}
+        error = {mask: standard_error(self._rises[mask - base], self._objective.rows) for mask in candidates}
         waiting = sorted(candidates, key=stale.__getitem__)
         entering, waiting = waiting[: self._floor], waiting[self._floor :]
         found: dict[Mask, Score] = {}
         while entering:
-            incumbent = [_best(found)] if found else []
-            found |= self._score([*incumbent, *entering], base)
-            best = self._rises[_best(found) - base]
-            margin = self._slack * math.sqrt(float(np.mean(np.square(self._drifts))))
-            entering = [mask for mask in waiting if stale[mask] - margin < best]
+            found |= self._score(entering, base, found[_best(found)] if found else None)
+            best = float(self._rises[_best(found) - base].mean())
+            drift = float(np.median(np.abs(self._drifts)))
+            entering = [m for m in waiting if stale[m] - self._slack * math.hypot(drift, error[m]) < best]
             waiting = [mask for mask in waiting if mask not in entering]
         return found
 
-    def _score(self, masks: Sequence[Mask], base: Mask) -> dict[Mask, Score]:
+    def _score(self, masks: Sequence[Mask], base: Mask, standing: Score | None = None) -> dict[Mask, Score]:
         """Score masks, by a race or on all rows, and keep their rises over the base on the same rows."""
+        if not masks:
+            return {}
+        past = {mask: self._rises[mask - base] for mask in masks if mask - base in self._rises}
         if self._confidence is None:
-            found = dict(zip(masks, self._objective(masks), strict=True))
+            found = dict(zip(masks, self._objective([base, *masks])[1:], strict=True))
         else:
-            found = race(self._objective, masks, self._confidence)
-        before = self._objective([base])[0].row_nll
+            found = race(self._objective, base, masks, self._confidence, past, standing)
+        before = np.array(self._objective([base])[0].row_nll)
         for mask, score in found.items():
-            rise = score.nll - math.fsum(before[: score.rows_used]) / score.rows_used
-            if mask - base in self._rises:
-                self._drifts.append(rise - self._rises[mask - base])
-            self._rises[mask - base] = rise
+            seen = np.array(score.row_nll) - before[: score.rows_used]
+            runner = Runner(seen, past.get(mask, np.empty(0)))
+            if mask in past:
+                self._drifts.append(float(runner.expected.mean() - past[mask].mean()))
+            self._rises[mask - base] = runner.expected
         return found
+
+
+def standard_error(rises: np.ndarray, total: int) -> float:
+    """Of the mean over all rows, from those known: sd / sqrt(K) with the finite population correction."""
+    known = len(rises)
+    return float(rises.std(ddof=1)) * math.sqrt(1 / known - 1 / total) if known < total else 0.0
 
 
 def _best(scores: Mapping[Mask, Score]) -> Mask:

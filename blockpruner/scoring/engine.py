@@ -104,7 +104,9 @@ class Engine:
                 for unit in self.score(task, rows):
                     done.add(unit.mask)
                     yield unit
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 reason = str(error).partition(". ")[0]
             else:
                 continue
@@ -182,7 +184,7 @@ class Engine:
 
     @property
     def _home(self) -> torch.device:
-        """Where token ids, norm and head are."""
+        """Where token ids and head are."""
         return self._head.weight.device
 
     def _unit(self, mask: Mask, hidden: Tensor, batch: Batch, span: range) -> Unit:
@@ -234,7 +236,8 @@ class Engine:
 
     def _nll(self, hidden: Tensor, batch: Batch) -> list[float]:
         """Mean over each row's real targets of -log p(token), summed in float64; logits in chunks of tokens."""
-        states = self._norm(hidden.to(batch.input_ids.device)[:, :-1])[batch.is_target]  # [N, H], N real targets
+        normed = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
+        states = normed.to(self._home)[batch.is_target]  # [N, H], N real targets
         targets = batch.input_ids[:, 1:][batch.is_target]  # [N]
         chunk = max(1, LOGITS_BYTES // (self._head.weight.shape[0] * 4))
         losses = [
@@ -255,6 +258,12 @@ class Engine:
         numbers = 12 * config.hidden_size + 4 * config.intermediate_size  # live at once for a token within a block
         fitting = (free - held - 4 * LOGITS_BYTES) // (numbers * self._head.weight.element_size())
         return int(max(2048, min(65536, fitting)))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory is used up: torch's own error, or a library's that could not allocate its workspace."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in said or "ALLOC_FAILED" in said
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

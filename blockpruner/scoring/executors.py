@@ -35,7 +35,10 @@ PIECES = 3
 """Pieces of work per worker: more balance better, but each walks its shared prefix anew."""
 
 LOSSES = 3
-"""Workers lost in a row, without one unit in between, before scoring stops."""
+"""Losses for each worker, without one unit in between, before scoring stops."""
+
+SILENCE_SECONDS = 600
+"""After which a search that hears from no worker says so: a unit may be long, or a lost worker not replaceable."""
 
 GRANT_SECONDS = 60
 """How long Ray may take to grant the workers' resources; they may be in use by others of a shared cluster."""
@@ -88,6 +91,7 @@ def _local_scorer(
     trust_remote_code: bool,
     note: Callable[[str], object],
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
+    memory: int | None = None,
 ) -> Scorer:
     from blockpruner.models import load_model, set_threads
 
@@ -99,7 +103,7 @@ def _local_scorer(
         return StreamingEngine(
             checkpoint, dtype, device=device, batch_tokens=batch_tokens, attention=attention,
             trust_remote_code=trust_remote_code, note=note, advance=advance,
-            share=runtime["workers"] if runtime["ray_address"] is None else 1,
+            memory=memory,
         )  # fmt: skip
     from blockpruner.scoring.engine import Engine
 
@@ -243,24 +247,25 @@ def _parting(before: Sequence[int], removed: Sequence[int]) -> int:
 class Replica:
     """A worker: one scorer in a process of its own."""
 
-    def __init__(self, checkpoint: Path, dtype: str, runtime: Mapping[str, Any], trust_remote_code: bool) -> None:
+    def __init__(
+        self, checkpoint: Path, dtype: str, runtime: Mapping[str, Any], trust_remote_code: bool, memory: int | None
+    ) -> None:
         self._arguments = (checkpoint, dtype, runtime, trust_remote_code)
-        self._notes: list[str] = []
+        self._runtime, self._memory = runtime, memory
 
     def load(self) -> tuple[str, int]:
         """Load the model; host and process. Not in the constructor, from where errors do not arrive as themselves."""
-        self._scorer = _local_scorer(*self._arguments, self._notes.append)
+        self._scorer = _local_scorer(*self._arguments, lambda line: None, memory=self._memory)
         return socket.gethostname(), os.getpid()
 
     def row_batches(self, rows: Rows, span: range) -> list[range]:
         return self._scorer.row_batches(rows, span)
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit | str]:
-        """Yield units, each after the lines that the scorer has noted before it."""
-        for unit in self._scorer.run(tasks, rows):
-            while self._notes:
-                yield self._notes.pop(0)
-            yield unit
+        """Yield units; before those of a streamed pass, the lines of its plan."""
+        if self._runtime["streaming"]:
+            yield from self._scorer.plan_of(tasks, rows).lines()  # type: ignore[attr-defined]
+        yield from self._scorer.run(tasks, rows)
 
 
 @dataclass(eq=False)
@@ -303,12 +308,13 @@ class RayScorer:
         self._rows: Rows | None = None
         self._reference: Any = None
         self._group: Any = None
-        self._ray, self._connected = connect(runtime["ray_address"])
+        self._ray, self._connected = connect(runtime["ray_address"], runtime["streaming"])
         try:
             needs = resources(runtime, self._ray.cluster_resources())
             self._group = self._reserve(needs, runtime["workers"])
             self._actor = self._ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(Replica)
-            self._arguments = (checkpoint.resolve(), dtype, dict(runtime), trust_remote_code)
+            memory = self._memory_of_a_worker(runtime) if runtime["streaming"] else None
+            self._arguments = (checkpoint.resolve(), dtype, dict(runtime), trust_remote_code, memory)
             self._workers = [self._start(number) for number in range(runtime["workers"])]
         except BaseException:
             self.close()
@@ -332,7 +338,7 @@ class RayScorer:
 
         Raises:
             InputError: what a worker's engine raised, as itself; units yielded before are good.
-            WorkerLostError: workers died `LOSSES` times in a row without finishing a unit.
+            WorkerLostError: workers died `LOSSES` times each, without finishing a unit.
         """
         self._waiting = deque(share_out(tasks, rows, self._pieces, self._costs))
         try:
@@ -360,6 +366,17 @@ class RayScorer:
             self._ray.shutdown()
             self._connected = False
 
+    def _memory_of_a_worker(self, runtime: Mapping[str, Any]) -> int:
+        """Bytes that each streamed worker may take, the same for one that replaces another.
+
+        All workers may be on one node; of that it is this one, or the smallest of a cluster, that is asked.
+        """
+        from blockpruner.scoring.memory import available_memory
+
+        nodes = [int(node["Resources"].get("memory", 0)) for node in self._ray.nodes() if node["Alive"]]
+        free = available_memory() if runtime["ray_address"] is None else min(nodes)
+        return free // int(runtime["workers"])
+
     def _reserve(self, needs: Mapping[str, int], workers: int) -> Any:
         """All workers' resources at once, so that no worker waits for another run's."""
         group = self._ray.util.placement_group([dict(needs)] * workers, strategy="PACK")
@@ -386,7 +403,12 @@ class RayScorer:
     def _next(self) -> _Worker:
         """The next worker that has something to say."""
         busy = [worker for worker in self._workers if worker.job is not None]
-        ready, _ = self._ray.wait([worker.job for worker in busy])
+        ready: list[Any] = []
+        while not ready:
+            ready, _ = self._ray.wait([worker.job for worker in busy], timeout=SILENCE_SECONDS)
+            if not ready:
+                loading = ", ".join(str(worker) for worker in busy if not worker.pid) or "none"
+                self._note(f"no worker has reported for {SILENCE_SECONDS} s; still to be started or loaded: {loading}")
         return next(worker for worker in busy if worker.job is ready[0])
 
     def _receive(self, worker: _Worker) -> Iterator[Unit]:
@@ -424,9 +446,9 @@ class RayScorer:
         told = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
         reason = textwrap.shorten(" ".join(told), 300)
         self._losses += 1
-        if self._losses == LOSSES:
+        if self._losses == LOSSES * len(self._workers):
             raise WorkerLostError(
-                f"{LOSSES} Ray workers in a row died before they finished a unit; the last was {lost}: {reason} "
+                f"{self._losses} Ray workers in a row died before they finished a unit; the last was {lost}: {reason} "
                 "Where memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true; "
                 "with runtime.executor: local the cause shows itself. Trials finished before are kept"
             ) from error
@@ -443,14 +465,17 @@ class RayScorer:
         self._workers[lost.number] = self._start(lost.number)
 
 
-def connect(address: str | None) -> tuple[Any, bool]:
+def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
     """Ray, and whether it was this call that connected this process to it.
+
+    Args:
+        streaming: workers plan their memory themselves, so that a private Ray need not kill the one that uses it.
 
     Raises:
         InputError: ray is not installed, or nothing answers at the address.
     """
     if address is None:
-        os.environ.update(PRIVATE)  # read when ray is imported
+        os.environ.update(PRIVATE | ({"RAY_memory_monitor_refresh_ms": "0"} if streaming else {}))  # read at import
     try:
         import ray
         import ray.util.scheduling_strategies

@@ -30,7 +30,7 @@ from torch import Tensor
 from blockpruner.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.errors import DeviceMemoryError, InputError, StorageError
 from blockpruner.models import resolve_device
-from blockpruner.scoring.engine import LOGITS_BYTES, Batch, Engine, LayerKwargs, map_tensors
+from blockpruner.scoring.engine import LOGITS_BYTES, Batch, Engine, LayerKwargs, is_out_of_memory, map_tensors
 from blockpruner.scoring.memory import available_memory, free_on, is_in_memory, resident_memory
 from blockpruner.scoring.weights import Weights, aligned, memory_of, read_into, skeleton
 from blockpruner.scoring.work import Rows, Task, Unit
@@ -136,7 +136,7 @@ class StreamingEngine(Engine):
         note: is told the plan of each pass.
         advance: is told the layers done, of how many, and the last one's name.
         tile_memory: bytes of RAM for tiles at most; None is nine tenths of what is left.
-        share: processes that do the same on this machine, each of which may take its part of the memory that is free.
+        memory: bytes of main memory that a pass may take; None is what is free.
 
     Attributes:
         plan: of the last pass.
@@ -158,13 +158,13 @@ class StreamingEngine(Engine):
         note: Callable[[str], object] = lambda line: None,
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         tile_memory: int | None = None,
-        share: int = 1,
+        memory: int | None = None,
     ) -> None:
         if sys.platform != "linux":
             raise InputError(
                 "runtime.streaming: true needs Linux, where it can know how much memory there is; set it to false"
             )
-        self._share = share
+        self._memory = memory
         self._place = resolve_device(device)
         model = skeleton(checkpoint, dtype, self._place, attention, trust_remote_code)
         super().__init__(model, 1)
@@ -212,7 +212,7 @@ class StreamingEngine(Engine):
         """
         if not tasks:
             return
-        plan = self.plan = self._plan(tasks, rows)
+        plan = self.plan = self.plan_of(tasks, rows)
         for line in plan.lines():
             self._note(line)
         plan.check()
@@ -220,7 +220,9 @@ class StreamingEngine(Engine):
         self._weights.forget = plan.weights_read > plan.available
         try:
             yield from self._pass(tasks, rows, tiles)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise DeviceMemoryError(
                 f"a streamed pass ran out of the device's memory ({str(error).partition('. ')[0]}); lower "
                 f"runtime.batch_tokens, now {self._batch_tokens}. Trials finished before are kept"
@@ -305,7 +307,8 @@ class StreamingEngine(Engine):
         branch = self._row.branch(kind)
         return f"{self._row.layers}.{layer}.{branch.norm}.", f"{self._row.layers}.{layer}.{branch.module}."
 
-    def _plan(self, tasks: Sequence[Task], rows: Rows) -> Plan:
+    def plan_of(self, tasks: Sequence[Task], rows: Rows) -> Plan:
+        """What a pass over these tasks needs; nothing is read."""
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
         tile = aligned(max(batch * length for batch, length in shapes) * hidden * item)
@@ -321,7 +324,8 @@ class StreamingEngine(Engine):
         on_device = [carried + weights + working + spare for weights, working, _ in phases]
         fixed = SCRATCH_BYTES + self._weights.staging.nbytes + spare
         on_host = [fixed + (need if self._place.type == "cpu" else 0) for need in on_device]
-        available = available_memory() // self._share
+        available = available_memory()
+        available = available if self._memory is None else min(available, self._memory)
         ram_tiles = tiles if self._tile_memory is None else min(tiles, self._tile_memory // tile)
         for need, (_, _, resting) in zip(on_host, phases, strict=True):
             room = int(TILE_SHARE * max(0, available - need)) // tile

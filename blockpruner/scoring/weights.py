@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from blockpruner.errors import InputError
+from blockpruner.models import attention_options
 
 PIECE_BYTES = 4 * 2**20
 """Read of a weight at once: through a buffer of this size where it needs another dtype or device."""
@@ -31,7 +32,11 @@ ALIGNMENT = 512
 VECTOR = 64
 """Bytes; some kernels sum in an order that depends on where within so many bytes a weight starts."""
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHERS = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,9 @@ class Weights:
         for name in sorted(names, key=lambda name: (self._stored[name].file, self._stored[name].offset)):
             empty, stored = self._empty[name], self._stored[name]
             # a model in memory uses tensors where safetensors maps them, which is aligned as they are in the file
-            first = start + (stored.offset % VECTOR if self._is_used_as_stored(name) else 0)
+            # (or else a copy, where it is not aligned to its own items)
+            mapped = self._is_used_as_stored(name) and stored.offset % stored.dtype.itemsize == 0
+            first = start + (stored.offset % VECTOR if mapped else 0)
             target = slab[first : first + empty.nbytes].view(empty.dtype).view(empty.shape)
             self._fill(target.view(-1), name)
             start += aligned(empty.nbytes + VECTOR)
@@ -127,7 +134,7 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device, and its buffers, which no checkpoint holds, on `device`."""
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
-    options: dict[str, str] = {} if attention == "auto" else {"attn_implementation": attention}
+    options = attention_options(attention, dtype, device)
     try:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
@@ -183,6 +190,11 @@ def _matched(
             for key in stored.keys() & uses.keys()
             if stored[key].shape != expected[key].shape
         },
+        f"not of a dtype that is streamed ({', '.join(FLOATS)})": {
+            f"{key} {stored[key].dtype}"
+            for key in stored.keys() & uses.keys()
+            if stored[key].dtype not in FLOATS.values()
+        },
     }
     found = [f"{what}: {', '.join(sorted(keys)[:5])}" for what, keys in problems.items() if keys]
     if found:
@@ -218,9 +230,10 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         result = {}
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is of dtype {entry['dtype']}, and streamed are {', '.join(DTYPES)}")
-            stored = _Stored(path, 8 + length + start, DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
+            dtype = (FLOATS | OTHERS).get(entry["dtype"])
+            if dtype is None:
+                raise ValueError(f"{name} is of the unknown dtype {entry['dtype']}")
+            stored = _Stored(path, 8 + length + start, dtype, torch.Size(entry["shape"]))
             if stored.nbytes != stop - start or 8 + length + stop > size:
                 raise ValueError(f"{name} takes bytes {start} to {stop}, beyond the file's end or not of its shape")
             result[name] = stored

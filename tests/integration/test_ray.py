@@ -68,8 +68,9 @@ class Logged(Replica):
     def run(self, tasks, rows):
         log = self._arguments[0].parent / "computed"
         for unit in super().run(tasks, rows):
-            with open(log, "a") as stream:
-                stream.write(f"{os.getpid()} {sorted(map(str, unit.mask))} {unit.start}\n")
+            if isinstance(unit, Unit):
+                with open(log, "a") as stream:
+                    stream.write(f"{os.getpid()} {sorted(map(str, unit.mask))} {unit.start}\n")
             yield unit
             time.sleep(0.05)
 
