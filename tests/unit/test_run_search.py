@@ -1,6 +1,7 @@
 """What a search run reuses and what it computes: every input of the fingerprints, and budgets out of reach."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
 from blockpruner.progress import SilentObserver
+from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.work import Unit
 from blockpruner.search import run, trace
 
@@ -92,6 +94,21 @@ def test_another_search_reuses_trials_but_not_tables(tmp_path, change, computed)
     other = score_run(tmp_path, score=SCORE | change)
     assert other.search != first.search
     assert other.trials_computed == computed
+
+
+def test_an_accelerated_search_is_one_of_its_own_and_its_tables_seed_a_store(tmp_path):
+    """Settings left out are those of the defaults; without the trial store, its tables hold all that it computed."""
+    rows = CalibrationSet(tuple((i, i + 1) for i in range(8)))
+    fast = {"calibration": rows, "score": SCORE | {"acceleration": "lazy+race"}}
+    first, exact = score_run(tmp_path, **fast), score_run(tmp_path / "exact", calibration=rows)
+    assert first.units_computed < exact.units_computed
+    assert first.search != exact.search
+    defaults = SCORE | settings_of(fast["score"])
+    assert score_run(tmp_path, calibration=rows, score=defaults).search == first.search
+    assert score_run(tmp_path, calibration=rows, score=defaults | {"floor": 3}).search != first.search
+    shutil.rmtree(tmp_path / "trials")
+    again = score_run(tmp_path, **fast)
+    assert (again.units_computed, again.trials_computed) == (0, 0)
 
 
 @pytest.mark.parametrize("module", [run.store_fingerprint.__globals__, vars(trace)], ids=["trials", "search"])
