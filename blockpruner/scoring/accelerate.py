@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError
@@ -106,7 +106,7 @@ def lower_bounds(others: Sequence[Runner], leader: Runner, total: int, confidenc
     if c:
         variance[known > k] += moderated(c) * (1 / k - 1 / known[known > k])
     means = np.array([row.mean() for row in d])
-    bounds: np.ndarray = means - stats.t.ppf(confidence, freedom) * np.sqrt(variance)
+    bounds: np.ndarray = means - special.stdtrit(freedom, confidence) * np.sqrt(variance)
     return bounds
 
 
