@@ -162,7 +162,7 @@ def test_unsupported_family(tmp_path):
     folder = save_tiny(tmp_path / "mine")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    with pytest.raises(InputError, match="'mamba' is not supported; supported: llama"):
+    with pytest.raises(InputError, match="'mamba' is not supported; supported: gpt_neox, llama"):
         fetch(tmp_path, folder)
 
 
