@@ -27,7 +27,8 @@ from blockpruner.progress import ConsoleObserver
 from blockpruner.provenance import machine, versions
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
-from blockpruner.search.run import run_search
+from blockpruner.search import search_settings
+from blockpruner.search.run import SearchRun
 from blockpruner.trials import TrialStore
 
 PAPER = Path(__file__).parents[1] / "data" / "paper" / "table7_pruning_time.csv"
@@ -63,10 +64,12 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
     objective = Objective(data, TrialStore({}, rows), lambda: Engine(model), ConsoleObserver())
     counts = count_parameters(config.to_dict())
     units = removable_units(config.num_hidden_layers, "block", "all")
-    budget, score = f"{removals}blocks", {"method": "greedy", "acceleration": "none"}
+    score = search_settings({"method": "greedy", "metric": "perplexity", "acceleration": "none"})
     rate = matrix_rate(device, min(rows * length, 16384), config.hidden_size)
     started = time.perf_counter()
-    trace = run_search(objective, score, units, [budget], counts, ConsoleObserver())
+    (trace,) = (
+        SearchRun(objective, objective, score, units, counts, ConsoleObserver()).traces([f"{removals}blocks"]).values()
+    )
     seconds = time.perf_counter() - started
     flops, naive, evaluations = spent(config, [step.removed for step in trace], rows, length)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()

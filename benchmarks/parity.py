@@ -55,7 +55,7 @@ def main(checkpoint: Path, sources: Path, removals: int, rows: int, length: int)
             if name == "engine":
                 tasks = [Task(span, tuple(masks)) for span in engine.row_batches(data.rows, range(len(data.rows)))]
                 for unit in engine.run(tasks, data.rows):
-                    found[name].setdefault(unit.mask, []).extend(unit.nll)
+                    found[name].setdefault(unit.mask, []).extend(unit.loss)
             else:
                 for mask in masks:
                     found[name][mask] = oracle(model, mask, data.rows)

@@ -37,6 +37,7 @@ from blockpruner.scoring.executors import make_scorer
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.work import Rows, Task, Unit
 from blockpruner.search.greedy import greedy
+from blockpruner.search.problem import Problem
 from blockpruner.sources import checkpoint_identity
 from blockpruner.tables import TEXTS, read_table, write_json
 from blockpruner.trials import TrialStore, store_fingerprint
@@ -119,7 +120,7 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
         _, logits = meter("naive", lambda unit=unit: full_forward(model, unit.mask, ids))
         reference = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(dim=1).neg()
         del logits
-        worst = max(worst, (reference - torch.tensor(unit.nll, dtype=torch.float64)).abs().max().item())
+        worst = max(worst, (reference - torch.tensor(unit.loss, dtype=torch.float64)).abs().max().item())
         if done % 10 == 0:
             print(f"  {done + 1}/{len(masks)} masks", file=sys.stderr, flush=True)
     rate = (rate + matrix_rate(model, ROWS * LENGTH)) / 2
@@ -202,13 +203,14 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
             asked = Asked(objective, model.config)
             chosen = settings_of({"acceleration": "none"}) if mode == "exact" else settings
             records = found.setdefault(mode, {}).setdefault(str(seed), [])
-            for step in greedy(accelerate(asked, chosen), units):  # type: ignore[arg-type]
+            problem = Problem(units, asked, accelerate(asked, chosen), ROWS)  # type: ignore[arg-type]
+            for step in greedy(problem):
                 added = step.added[step.chosen]
                 assert added is not None
                 removed = step.removed - added
                 entered = [removed | unit for unit in units if not unit <= removed] + ([] if removed else [DENSE])
                 record = {
-                    "added": format_mask(added), "nll": step.scores[step.chosen].nll, "flops": asked.flops,
+                    "added": format_mask(added), "nll": step.scores[step.chosen].loss, "flops": asked.flops,
                     "naive_flops": flops.naive(entered), "seconds": objective.counts.seconds,
                     "candidates": len(entered), "considered": len(step.scores),
                     "complete": sum(s.rows_used == ROWS for s in step.scores),
@@ -242,7 +244,7 @@ class Asked:
     def rows(self) -> int:
         return self._objective.rows
 
-    def __call__(self, masks: Sequence[Mask], rows: int | None = None) -> Any:
+    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> Any:
         stop = self.rows if rows is None else rows
         for start in range(stop):
             new = [mask for mask in dict.fromkeys(masks) if self._known.get(mask, 0) == start]

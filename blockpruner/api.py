@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from blockpruner.families import count_parameters
 from blockpruner.models import prune_
 from blockpruner.plans import Plan, commit
 from blockpruner.progress import Observer, SilentObserver
-from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.metrics import PERPLEXITY, Metric, metric_of
 from blockpruner.scoring.objectives import Objective
+from blockpruner.search import method_of, search_settings
 from blockpruner.search.iteration import Iteration, removals
-from blockpruner.search.run import run_search
+from blockpruner.search.run import SearchRun
 from blockpruner.trials import TrialStore, store_fingerprint
 
 
@@ -50,16 +51,19 @@ def prune(
     method: str = "greedy",
     unit: str = "block",
     candidates: str = "all",
+    metric: str = "perplexity",
+    options: Mapping[str, Any] | None = None,
     acceleration: str = "none",
     batch_tokens: int | str = "auto",
     observer: Observer | None = None,
 ) -> Pruned:
-    """Remove the blocks whose absence costs the least perplexity on `texts`, in place (arXiv 2406.10594).
+    """Remove the blocks whose absence costs the least on `texts`, in place (by default as arXiv 2406.10594 does).
 
     Args:
         model: a transformers causal LM of a supported family; it is changed.
         texts: calibration samples; the paper uses 256 Alpaca samples.
         ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken.
+        method, unit, candidates, metric, options: as in a run file's `score` section (docs/methods.md).
         acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md says what they gain and risk).
         seq_len: tokens a calibration row; shortened to the model's context.
 
@@ -73,17 +77,24 @@ def prune(
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
     calibration = pack(texts, tokenizer, seq_len, packing)
     dtype = str(model.dtype).removeprefix("torch.")
-    fields = store_fingerprint(calibration.digest, "in memory", dtype, "perplexity")
     model.eval()
-    objective = Objective(
-        calibration, TrialStore(fields, len(calibration.rows)), lambda: Engine(model, batch_tokens), observer
+    score = search_settings(
+        {"method": method, "unit": unit, "metric": metric, "options": options, "acceleration": acceleration}
     )
+    engine = Engine(model, batch_tokens)
+
+    def objective(of: Metric) -> Objective:
+        fields = store_fingerprint(calibration.digest, "in memory", dtype, of.loss)
+        store = TrialStore(fields, len(calibration.rows))
+        return Objective(calibration, store, lambda: engine, observer, of)
+
+    asked = objective(metric_of(metric))
+    nll = asked if asked.metric.loss == PERPLEXITY.loss else objective(PERPLEXITY)
     units = removable_units(int(config["num_hidden_layers"]), unit, candidates)
-    score = {"method": method, "acceleration": acceleration}
-    trace = run_search(objective, score | settings_of(score), units, [budget], counts, observer)
-    order, perplexities = removals(trace)
+    (trace,) = SearchRun(asked, nll, score, units, counts, observer).traces([budget]).values()
+    order, perplexities = removals(trace, method_of(method).nested)
     facts = {
-        "target": f"in-memory-{budget}", "run": "in-memory", "method": method, "search": "in-memory",
+        "target": f"in-memory-{budget}", "run": "in-memory", "score": score, "search": "in-memory",
         "calibration": {"rows": len(calibration.rows), "tokens": calibration.tokens},
     }  # fmt: skip
     plan = commit(order, perplexities, counts, budget, facts)

@@ -7,8 +7,8 @@ rows of arXiv 2406.10594 are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from blockpruner.blocks import BlockId, Mask
 from blockpruner.errors import InputError
@@ -93,6 +93,37 @@ def is_settled(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCounts
     ratio = budget.ratio
     gap = ratio - counts.ratio(mask)
     return gap <= 0 or min(counts.ratio(mask | unit) for unit in remaining) - ratio > gap
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A budget as a test of single masks, for searches that do not remove one unit after the other.
+
+    share: how much a mask removes, counted as the budget counts; wanted: how much it should; tolerance: how far off
+    still meets it: half of the smallest unit, so that no mask could be nearer by one unit more or less.
+    """
+
+    budget: Budget
+    share: Callable[[Mask], float]
+    wanted: float
+    tolerance: float
+
+    def distance(self, mask: Mask) -> float:
+        return abs(self.share(mask) - self.wanted)
+
+    def is_met(self, mask: Mask) -> bool:
+        return self.distance(mask) <= self.tolerance + 1e-12
+
+    def around(self, mask: Mask) -> Goal:
+        """The same goal, moved to what a mask achieves, so that two masks that meet it can be compared."""
+        return replace(self, wanted=self.share(mask))
+
+
+def goal_of(budget: Budget, units: Sequence[Mask], counts: ParameterCounts) -> Goal:
+    if budget.blocks is not None:
+        return Goal(budget, len, budget.blocks, 0.0)
+    assert budget.ratio is not None
+    return Goal(budget, counts.ratio, budget.ratio, min(counts.ratio(unit) for unit in units) / 2)
 
 
 def choose_prefix(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCounts) -> int:

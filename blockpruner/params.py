@@ -98,7 +98,8 @@ class Score(Frozen):
     method: str = "greedy"
     unit: Literal["block", "layer"] = "block"
     candidates: Literal["all", "mha", "mlp"] = "all"
-    metric: Literal["perplexity"] = "perplexity"
+    metric: str = "perplexity"
+    options: dict[str, bool | int | float | str | tuple[str | int, ...]] = {}
     acceleration: Literal["none", "lazy", "race", "lazy+race"] = "none"
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     floor: int | None = Field(default=None, ge=1)

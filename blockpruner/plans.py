@@ -30,6 +30,7 @@ class Plan:
     run: str
     budget: str
     method: str
+    metric: str
     search: str
     layers: int
     removed: tuple[str, ...]
@@ -63,7 +64,7 @@ def commit(
     Args:
         order: the units removed, in order.
         perplexities: on the calibration set, of the dense model and after each removal (one more than `order`).
-        facts: target, run, method, search, and the calibration's rows and tokens.
+        facts: target, run, score (its method and metric), search, and the calibration's rows and tokens.
 
     Raises:
         InputError: the budget cannot be met; names the largest or nearest that can.
@@ -79,7 +80,8 @@ def commit(
         target=facts["target"],
         run=facts["run"],
         budget=budget,
-        method=facts["method"],
+        method=facts["score"]["method"],
+        metric=facts["score"]["metric"],
         search=facts["search"],
         layers=len(counts.blocks) // 2,
         removed=tuple(str(block) for block in sorted_blocks(mask)),

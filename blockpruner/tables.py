@@ -28,21 +28,24 @@ ITERATION = pa.schema(
     [
         pa.field("removed", pa.list_(pa.string()), nullable=False),
         pa.field("added", pa.string()),
-        pa.field("nll", pa.float64(), nullable=False),
-        pa.field("perplexity", pa.float64(), nullable=False),
+        pa.field("loss", pa.float64()),
+        pa.field("perplexity", pa.float64()),
         pa.field("rows_used", pa.int32(), nullable=False),
         pa.field("rows_total", pa.int32(), nullable=False),
         pa.field("chosen", pa.bool_(), nullable=False),
-        pa.field("row_nll", pa.list_(pa.float64()), nullable=False),
+        pa.field("row_loss", pa.list_(pa.float64()), nullable=False),
+        pa.field("row_nll", pa.list_(pa.float64())),
         pa.field("lazy_choice", pa.bool_()),
     ]
 )
 """What a search did in one iteration, one row per mask considered.
 
-removed: the whole mask; added: the candidate's blocks as text (null for the dense model);
-nll: mean over rows of each row's mean NLL, nats per token; perplexity: exp(nll);
-rows_used < rows_total: lost a race after that many rows, so of use to no ranking; a candidate without a row was not
-considered; row_nll: the rows' own means, from which a trial store is seeded;
+removed: the whole mask; added: the candidate's blocks as text (null for the dense model, and in a search that does not
+add one unit after the other); loss: mean over rows of each row's loss in the search's metric, null where none was asked
+for; perplexity: exp(mean over rows of each row's mean NLL, nats per token), of the chosen mask and the dense model
+always, of others where it is the metric; rows_used < rows_total: scored on the first rows only (in a race, or in a
+generation's first rounds), so of use to no ranking; a candidate without a row was not considered;
+row_loss, row_nll: the rows' own, from which trial stores are seeded;
 lazy_choice: in an audited iteration, whether this one had been chosen before all candidates entered; else null.
 """
 

@@ -1,4 +1,4 @@
-"""The trial store: exact facts (mask, row) -> mean NLL, kept for ever and shared by every run and search.
+"""The trial store: exact facts (mask, row) -> loss, kept for ever and shared by every run and search.
 
 Decides when a number may be reused: the store's fingerprint holds calibration content, model identity, dtype,
 metric and SCORE_VERSION, never device, batch size or who asked. On disk it is a folder per fingerprint with one
@@ -26,7 +26,7 @@ from blockpruner.errors import InputError
 from blockpruner.provenance import fingerprint
 from blockpruner.tables import set_aside, storage_error, write_json
 
-SCORE_VERSION = 1
+SCORE_VERSION = 2
 """Raised whenever a change of the engine changes a number beyond rounding."""
 
 TRIALS_VARIABLE = "BLOCKPRUNER_TRIALS"
@@ -43,6 +43,11 @@ def store_fingerprint(calibration: str, model: str, dtype: str, metric: str) -> 
     }
 
 
+def trial_key(mask: Mask, base: Mask | None = None) -> str:
+    """What a trial is of: a mask, or a unit within what a base leaves ("mha.3,mlp.1|mha.7")."""
+    return format_mask(mask) if base is None else f"{format_mask(base)}|{format_mask(mask)}"
+
+
 def trials_root() -> Path:
     """data/trials, or the absolute path in BLOCKPRUNER_TRIALS, so that worktrees can share one store."""
     return Path(os.environ.get(TRIALS_VARIABLE) or "data/trials")
@@ -50,7 +55,7 @@ def trials_root() -> Path:
 
 @dataclass
 class TrialStore:
-    """Per-row mean NLL (float64, nats per token) by mask; rows are indices into the calibration set.
+    """Per-row loss (float64, of one metric) by `trial_key`; rows are indices into the calibration set.
 
     Args:
         fields: as from `store_fingerprint`.
@@ -77,16 +82,16 @@ class TrialStore:
         for path in sorted(directory.glob("*.jsonl")):
             self._read(path)
 
-    def get(self, mask: Mask) -> list[float] | None:
-        """NLL of every row, NaN where unknown; None if nothing is known of the mask."""
-        return self._facts.get(format_mask(mask))
+    def get(self, key: str) -> list[float] | None:
+        """Loss of every row, NaN where unknown; None if nothing is known."""
+        return self._facts.get(key)
 
-    def known(self, mask: Mask, start: int, stop: int) -> bool:
-        return not self.unknown(mask, start, stop)
+    def known(self, key: str, start: int, stop: int) -> bool:
+        return not self.unknown(key, start, stop)
 
-    def unknown(self, mask: Mask, start: int, stop: int) -> list[range]:
+    def unknown(self, key: str, start: int, stop: int) -> list[range]:
         """The runs of consecutive rows within [start, stop) that are not known, in order."""
-        values = self.get(mask)
+        values = self.get(key)
         runs: list[range] = []
         for row in range(start, stop):
             if values is not None and not math.isnan(values[row]):
@@ -97,19 +102,19 @@ class TrialStore:
                 runs.append(range(row, row + 1))
         return runs
 
-    def units(self, mask: Mask) -> int:
-        """In how many units the rows of a mask were recorded."""
-        return self._units[format_mask(mask)]
+    def units(self, key: str) -> int:
+        """In how many units the rows of a trial were recorded."""
+        return self._units[key]
 
-    def put(self, mask: Mask, start: int, nll: Iterable[float]) -> None:
-        """Record rows [start, start + len(nll)) of a mask; on return they are on disk."""
-        values = [float(v) for v in nll]
-        self._remember(format_mask(mask), start, values)
+    def put(self, key: str, start: int, loss: Iterable[float]) -> None:
+        """Record rows [start, start + len(loss)) of a trial; on return they are on disk."""
+        values = [float(v) for v in loss]
+        self._remember(key, start, values)
         if self.root is None:
             return
         try:
             stream = self._open()
-            stream.write(_line({"mask": format_mask(mask), "start": start, "nll": values}))
+            stream.write(_line({"trial": key, "start": start, "loss": values}))
             stream.flush()
             os.fsync(stream.fileno())
         except OSError as error:
@@ -124,10 +129,10 @@ class TrialStore:
             self._log.close()
             self._log = None
 
-    def _remember(self, mask: str, start: int, values: list[float]) -> None:
-        row = self._facts.setdefault(mask, [math.nan] * self.rows)
+    def _remember(self, key: str, start: int, values: list[float]) -> None:
+        row = self._facts.setdefault(key, [math.nan] * self.rows)
         row[start : start + len(values)] = values
-        self._units[mask] += 1
+        self._units[key] += 1
 
     def _open(self) -> TextIO:
         if self._log is None:
@@ -151,8 +156,8 @@ class TrialStore:
             return
         for number, line in enumerate(lines[1:], start=2):
             entry = _parse(line)
-            if entry is not None and entry["start"] >= 0 and entry["start"] + len(entry["nll"]) <= self.rows:
-                self._remember(entry["mask"], entry["start"], entry["nll"])
+            if entry is not None and entry["start"] >= 0 and entry["start"] + len(entry["loss"]) <= self.rows:
+                self._remember(entry["trial"], entry["start"], entry["loss"])
             elif number < len(lines):  # a torn last line is the unit that a kill interrupted
                 self.problems.append(f"{path}, line {number}: checksum does not match; that trial is computed again")
 

@@ -7,7 +7,7 @@ from blockpruner.params import load_params
 from blockpruner.plans import commit, save_iterations
 from blockpruner.progress import observer
 from blockpruner.search.iteration import removals
-from blockpruner.search.trace import read_current, table_path
+from blockpruner.search.trace import read_current, read_trace, table_path, trace_directory
 from blockpruner.tables import read_json
 from stages import DATA, run
 
@@ -15,13 +15,14 @@ from stages import DATA, run
 def main(name: str) -> None:
     target = load_params().target(name)
     scores = DATA / "scores" / target.run
-    facts, trace = read_current(scores)
+    facts = read_current(scores)
+    directory = trace_directory(scores, facts, target.budget)
+    trace = read_trace(directory, facts["search"])
     counts = count_parameters(read_json(DATA / "models" / target.run / "config.json"))
-    order, perplexities = removals(trace)
-    facts |= {"target": name, "run": target.run, "method": facts["score"]["method"]}
-    plan = commit(order, perplexities, counts, target.budget, facts)
-    tables = [table_path(scores / facts["search"], index) for index in range(len(plan.order))]
-    save_iterations(tables, DATA / "plans" / name / "iterations.parquet")
+    order, perplexities = removals(trace, facts["nested"])
+    plan = commit(order, perplexities, counts, target.budget, facts | {"target": name, "run": target.run})
+    used = len(plan.order) if facts["nested"] else len(trace)
+    save_iterations([table_path(directory, i) for i in range(used)], DATA / "plans" / name / "iterations.parquet")
     plan.save(DATA / "plans" / name / "plan.json")
     observer().note(f"{name}: removed {', '.join(plan.order)}; ratio {plan.ratio:.4f} for budget {target.budget}")
 

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.errors import InputError, NonFiniteLossError
-from blockpruner.scoring.engine import LOGITS_BYTES, token_nll
+from blockpruner.scoring.engine import LOGITS_BYTES
+from blockpruner.scoring.losses import token_nll
 
 
 @dataclass(frozen=True)

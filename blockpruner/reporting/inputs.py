@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from blockpruner.blocks import DENSE, Mask, format_mask, parse_mask
 from blockpruner.errors import InputError
 from blockpruner.plans import Plan
+from blockpruner.scoring.metrics import PERPLEXITY, metric_of
 from blockpruner.tables import ITERATION, read_json, read_table
 
 ITERATIONS = pa.schema([pa.field("iteration", pa.int32(), nullable=False), *ITERATION])
@@ -205,36 +206,44 @@ def read_removals(path: Path, plan: Plan) -> tuple[Removal, ...]:
         InputError: the tables do not lead to the plan's order of removal.
     """
     table, _ = read_table(path, ITERATIONS)
-    table = table.drop(["row_nll"])
+    table = table.drop(["row_loss", "row_nll"])
     complete = table.filter(pa.compute.equal(table["rows_used"], table["rows_total"])).to_pylist()
-    known = {parse_mask(",".join(row["removed"])): row["nll"] for row in complete}
+    known = {parse_mask(",".join(row["removed"])): row["loss"] for row in complete}
     added = [row for row in table.to_pylist() if row["added"] is not None]
     considered = [[row for row in added if row["iteration"] == index] for index in range(len(plan.ratios))]
+    perplexities = {  # of what was chosen; of a mask that lost a race they are of its first rows only
+        parse_mask(",".join(row["removed"])): row["perplexity"]
+        for row in table.to_pylist()
+        if row["chosen"] or not row["removed"]
+    }
+    influence, is_nll = metric_of(plan.metric).influence, metric_of(plan.metric).loss == PERPLEXITY.loss
     removals: list[Removal] = []
     base = DENSE
     for index, ratio in enumerate(plan.ratios):
-        rows = [row for row in complete if row["iteration"] == index]
-        chosen = [row for row in rows if row["chosen"]]
-        if len(chosen) != 1 or base not in known:
+        chosen = [row for row in considered[index] if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
+        if len(chosen) != 1 or perplexities.get(base) is None or chosen[0]["perplexity"] is None:
             raise InputError(
-                f"{path} has {len(chosen)} fully scored choices in iteration {index}, or none before it; exactly "
-                "one is valid: delete the file and run `dvc repro`"
+                f"{path} has {len(chosen)} fully scored choices in iteration {index}, or no perplexity of one or of "
+                "what was before it; exactly one is valid: delete the file and run `dvc repro`"
             )
         mask = parse_mask(",".join(chosen[0]["removed"]))
         rises = {
-            parse_mask(row["added"]): row["nll"] - known[base]
-            for row in rows
-            if row["added"] is not None and parse_mask(",".join(row["removed"])) == base | parse_mask(row["added"])
+            parse_mask(row["added"]): row["loss"] - (0.0 if influence else known.get(base, math.nan))
+            for row in complete
+            if row["iteration"] == index
+            and row["added"] is not None
+            and parse_mask(",".join(row["removed"])) == base | parse_mask(row["added"])
         }
-        candidates = len(considered[0]) - index  # in the first iteration all enter
+        log_ratio = math.log(chosen[0]["perplexity"] / perplexities[base])
+        candidates = max(len(considered[0]) - index, len(considered[index]))  # in the first iteration all enter
         removals.append(
             Removal(
                 added=mask - base,
                 perplexity=chosen[0]["perplexity"],
-                rise=chosen[0]["nll"] - known[base],
+                rise=rises[mask - base] if is_nll and mask - base in rises else log_ratio,
                 ratio=ratio,
                 rises=rises,
-                partial=sum(row["rows_used"] < row["rows_total"] for row in considered[index]),
+                partial=sum(0 < row["rows_used"] < row["rows_total"] for row in considered[index]),
                 candidates=candidates,
                 rows_share=sum(row["rows_used"] / row["rows_total"] for row in considered[index]) / candidates,
                 lazy_choice=next((parse_mask(r["added"]) for r in considered[index] if r["lazy_choice"]), None),

@@ -136,10 +136,10 @@ def race(
         known |= {score.mask: score for score in scores}
         if stop == objective.rows:
             break
-        zero = np.array(before.row_nll)
-        runners = [Runner(np.array(s.row_nll) - zero, past.get(s.mask, np.empty(0))) for s in scores]
+        zero = np.array(before.row_loss)
+        runners = [Runner(np.array(s.row_loss) - zero, past.get(s.mask, np.empty(0))) for s in scores]
         if standing is not None:
-            rises = np.array(standing.row_nll) - np.array(objective([base])[0].row_nll)
+            rises = np.array(standing.row_loss) - np.array(objective([base])[0].row_loss)
             runners.append(Runner(rises[:stop], rises))
         leader = int(np.argmin([runner.expected.mean() for runner in runners]))
         others = [i for i in range(len(runners)) if i != leader]
@@ -248,9 +248,9 @@ class Accelerated:
             found = dict(zip(masks, self._objective([base, *masks])[1:], strict=True))
         else:
             found = race(self._objective, base, masks, self._confidence, past, standing)
-        before = np.array(self._objective([base])[0].row_nll)
+        before = np.array(self._objective([base])[0].row_loss)
         for mask, score in found.items():
-            seen = np.array(score.row_nll) - before[: score.rows_used]
+            seen = np.array(score.row_loss) - before[: score.rows_used]
             runner = Runner(seen, past.get(mask, np.empty(0)))
             if mask in past:
                 self._drifts.append(float(runner.expected.mean() - past[mask].mean()))
@@ -267,4 +267,4 @@ def standard_error(rises: np.ndarray, total: int) -> float:
 def _best(scores: Mapping[Mask, Score]) -> Mask:
     """The lowest of the masks scored on all rows, the first of equals."""
     complete = [score for score in scores.values() if score.rows_used == score.rows_total]
-    return min(complete, key=lambda score: score.nll).mask
+    return min(complete, key=lambda score: score.loss).mask

@@ -18,7 +18,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -27,13 +27,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.blocks import BlockId, BlockKind, Mask, format_mask
+from blockpruner.blocks import DENSE, BlockId, BlockKind, Mask, format_mask
 from blockpruner.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.models import decoder_layers, model_family
+from blockpruner.scoring.activations import INFLUENCES
+from blockpruner.scoring.losses import LOSSES
+from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import Rows, Task, Unit
 
 LOGITS_BYTES = 64 * 2**20
 """Upper bound of the logits held at once; the head runs over as many tokens as fit."""
+
+
+REFERENCE = "reference"
+"""The loss of a task that is asked for by the engine alone: what the dense model says, kept for those that compare."""
+
+REFERENCED = frozenset(metric.loss for metric in METRICS.values() if metric.reference)
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class Batch:
     """Rows padded on the right; pads follow every real token, so causal attention never sees them."""
 
     input_ids: Tensor  # [B, T] int64
-    is_target: Tensor  # [B, T-1] bool: position t predicts a real token t+1
+    is_real: Tensor  # [B, T] bool
+    is_target: Tensor  # [B, T-1] bool: position t predicts a real token t+1 that is scored
 
 
 LayerKwargs = tuple[dict[str, Any], ...]
@@ -69,6 +79,8 @@ class Engine:
         parallel = row.parallel(model.config.to_dict())
         self._steps = pairs if parallel else [(block,) for pair in pairs for block in pair]
         self._batch_tokens = self._auto_batch_tokens() if batch_tokens == "auto" else int(batch_tokens)
+        # what the dense model's log-probabilities are made of, by row: H numbers a token, not V
+        self._dense: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def layers(self) -> int:
@@ -96,7 +108,7 @@ class Engine:
             NonFiniteLossError: a loss is NaN or infinite; names mask and row. Units yielded before are good.
             DeviceMemoryError: not even one row fits.
         """
-        waiting = list(reversed(tasks))
+        waiting = list(reversed(self.referenced(tasks, rows)))
         while waiting:
             task = waiting.pop()
             done: set[Mask] = set()
@@ -112,7 +124,13 @@ class Engine:
                 continue
             # outside of the handler, whose traceback would keep the failed walk's tensors alive
             left = tuple(mask for mask in task.masks if mask not in done)
-            waiting.extend(reversed(self._halved(Task(task.span, left), rows, reason)))
+            waiting.extend(reversed(self._halved(replace(task, masks=left), rows, reason)))
+
+    def referenced(self, tasks: Sequence[Task], rows: Rows) -> list[Task]:
+        """The tasks, and before them those of the dense model that their losses compare with and that are not known."""
+        spans = dict.fromkeys(task.span for task in tasks if task.loss in REFERENCED)
+        missing = [span for span in spans if any(tuple(rows[i]) not in self._dense for i in span)]
+        return [*(Task(span, (DENSE,), REFERENCE) for span in missing), *tasks]
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -129,16 +147,18 @@ class Engine:
         torch.cuda.empty_cache()
         self._batch_tokens = min(self._batch_tokens, longest * (len(span) // 2))
         middle = (span.start + span.stop) // 2
-        return [Task(range(span.start, middle), task.masks), Task(range(middle, span.stop), task.masks)]
+        return [replace(task, span=part) for part in (range(span.start, middle), range(middle, span.stop))]
 
     @torch.inference_mode()
     def score(self, task: Task, rows: Rows) -> Iterator[Unit]:
         """One walk: the units of a task, with the rows of its span as one batch."""
         batch = self._batch([rows[i] for i in task.span])
         embedded, layer_kwargs = self._prepare(batch.input_ids)
+        if task.loss in INFLUENCES:
+            yield from self._influences(task, embedded, batch, layer_kwargs)
+            return
         for masks, hidden in self._walk(range(len(self._steps)), embedded, task.masks, layer_kwargs):
-            for mask in masks:
-                yield self._unit(mask, hidden, batch, task.span)
+            yield from self._units(masks, hidden, batch, task, rows)
 
     def _walk(
         self, steps: range, hidden: Tensor, masks: Sequence[Mask], layer_kwargs: LayerKwargs
@@ -187,16 +207,47 @@ class Engine:
         """Where token ids and head are."""
         return self._head.weight.device
 
-    def _unit(self, mask: Mask, hidden: Tensor, batch: Batch, span: range) -> Unit:
-        nll = self._nll(hidden, batch)
-        for offset, value in enumerate(nll):
+    def _units(self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows) -> Iterator[Unit]:
+        """The units of masks that have reached the end of their walk; none for the reference, which is kept."""
+        keys = [tuple(rows[i]) for i in task.span]
+        states = self._final_states(hidden, batch)
+        if task.loss == REFERENCE:
+            parts = torch.split(states.cpu(), batch.is_target.sum(dim=1).tolist())
+            self._dense.update(zip(keys, parts, strict=True))
+            return
+        dense = torch.cat([self._dense[key] for key in keys]) if task.loss in REFERENCED else states[:0]
+        values = self._losses(states, dense, batch, task.loss)
+        for mask in masks:
+            yield self._unit(mask, values, task)
+
+    def _unit(self, mask: Mask, values: Sequence[float], task: Task) -> Unit:
+        for offset, value in enumerate(values):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss of row {span.start + offset} is {value} with mask {format_mask(mask) or '(dense)'}; "
-                    "try a wider dtype (model.dtype: float32), or leave the row out of the calibration set. "
-                    "Trials finished before are kept"
+                    f"the loss of row {task.span.start + offset} is {value} with mask "
+                    f"{format_mask(mask) or '(dense)'}; try a wider dtype (model.dtype: float32), or leave the row "
+                    "out of the calibration set. Trials finished before are kept"
                 )
-        return Unit(mask, span.start, tuple(nll))
+        return Unit(mask, task.span.start, tuple(values))
+
+    def _influences(self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> Iterator[Unit]:
+        """One pass without `task.base`; each unit when its last block is done. A unit lies within one layer."""
+        influence, wide = INFLUENCES[task.loss], torch.promote_types(hidden.dtype, torch.float32)
+        wanted: dict[int, list[Mask]] = {}
+        for mask in task.masks:
+            wanted.setdefault(max(block.layer for block in mask - task.base), []).append(mask)
+        per_layer = len(self._steps) // self.layers
+        for layer in range(self.layers):
+            reads, adds = dict[BlockId, Tensor](), dict[BlockId, Tensor]()
+            for step in self._steps[layer * per_layer : (layer + 1) * per_layer]:
+                kept = [block for block in step if block not in task.base]
+                reads |= dict.fromkeys(kept, hidden)
+                hidden = self._forward(kept, hidden, layer_kwargs, adds)
+            for mask in wanted.get(layer, []):
+                unit = sorted(mask - task.base, key=lambda block: block.order)
+                f = torch.stack([adds[block].to(wide) for block in unit]).sum(dim=0)
+                x = reads[unit[0]].to(f)
+                yield self._unit(mask, influence(x, f, batch.is_real.to(f.device)).tolist(), task)
 
     def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
         """Embedded rows [B, T, H], and what the layers are passed.
@@ -231,19 +282,29 @@ class Engine:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
         lengths = torch.tensor([len(row) for row in rows])
-        is_target = torch.arange(1, longest)[None, :] < lengths[:, None]
-        return Batch(ids.to(self._home), is_target.to(self._home))
+        is_real = torch.arange(longest)[None, :] < lengths[:, None]
+        is_target = (is_real & (ids >= 0))[:, 1:]
+        ids = torch.where(ids < 0, ~ids, ids)
+        return Batch(ids.to(self._home), is_real.to(self._home), is_target.to(self._home))
 
-    def _nll(self, hidden: Tensor, batch: Batch) -> list[float]:
-        """Mean over each row's real targets of -log p(token), summed in float64; logits in chunks of tokens."""
-        normed = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
-        states = normed.to(self._home)[batch.is_target]  # [N, H], N real targets
+    def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What the head reads where it predicts a target, [N, H], N targets of the batch, row by row."""
+        normed: Tensor = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
+        return normed.to(self._home)[batch.is_target]
+
+    def _losses(self, states: Tensor, dense: Tensor, batch: Batch, loss: str) -> list[float]:
+        """Mean over each row's targets, summed in float64; logits in chunks of tokens.
+
+        Args:
+            states, dense: of the masked and of the dense model, [N, H]; dense is empty where it is not needed.
+        """
+        token_loss, chunk = LOSSES[loss], max(1, LOGITS_BYTES // (self._head.weight.shape[0] * 4))
         targets = batch.input_ids[:, 1:][batch.is_target]  # [N]
-        chunk = max(1, LOGITS_BYTES // (self._head.weight.shape[0] * 4))
-        losses = [
-            token_nll(self._head(part), target)
-            for part, target in zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True)
-        ]
+        losses = []
+        for start in range(0, len(states), chunk):
+            part = slice(start, start + chunk)
+            reference = self._head(dense[part].to(self._home))
+            losses.append(token_loss(self._head(states[part]), targets[part], reference))
         total = torch.zeros(batch.is_target.shape, dtype=torch.float64, device=states.device)
         total[batch.is_target] = torch.cat(losses).double()
         means: list[float] = (total.sum(dim=1) / batch.is_target.sum(dim=1)).tolist()
@@ -273,13 +334,3 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: map_tensors(item, change) for key, item in value.items()}
     return tuple(map_tensors(item, change) for item in value) if isinstance(value, tuple) else value
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) of each token, nats: log-sum-exp of the logits [N, V] less the target's logit; [N].
-
-    In float32 at least. `cross_entropy` would do, but over a vocabulary of 49,152 its sum is off by 4e-6 on average,
-    always to the same side; `logsumexp` is exact to 2e-6 and unbiased.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.logsumexp(dim=-1) - wide.gather(-1, targets[:, None])[:, 0]

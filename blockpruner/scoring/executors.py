@@ -17,7 +17,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,22 +194,23 @@ def share_out(tasks: Sequence[Task], rows: Rows, pieces: int, costs: WalkCosts) 
         masks: dict[int, list[Mask]] = {}
         for leaf in piece:
             masks.setdefault(leaf.task, []).append(leaf.mask)
-        shared.append([Task(tasks[number].span, tuple(part)) for number, part in masks.items()])
+        shared.append([replace(tasks[number], masks=tuple(part)) for number, part in masks.items()])
     return shared
 
 
 def unfinished(tasks: Sequence[Task], units: Iterable[Unit]) -> list[Task]:
     """What is left of tasks once some units are known; those may cover parts of a task's rows."""
-    done = {(unit.mask, unit.start + offset) for unit in units for offset in range(len(unit.nll))}
-    left: dict[range, list[Mask]] = {}
+    done = {(unit.mask, unit.start + offset) for unit in units for offset in range(len(unit.loss))}
+    left: dict[Task, list[Mask]] = {}
     for task in tasks:
         for mask in task.masks:
             missing = [row for row in task.span if (mask, row) not in done]
             edges = [0, *(i for i, (a, b) in enumerate(pairwise(missing), 1) if b != a + 1), len(missing)]
             for start, stop in pairwise(edges):
                 if start < stop:
-                    left.setdefault(range(missing[start], missing[stop - 1] + 1), []).append(mask)
-    return [Task(span, tuple(masks)) for span, masks in left.items()]
+                    rest = range(missing[start], missing[stop - 1] + 1)
+                    left.setdefault(replace(task, span=rest, masks=()), []).append(mask)
+    return [replace(task, masks=tuple(masks)) for task, masks in left.items()]
 
 
 def _fill(leaves: Sequence[_Leaf], limit: int) -> list[list[_Leaf]]:

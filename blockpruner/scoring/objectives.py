@@ -1,7 +1,7 @@
 """Objectives: the number that a search minimises, asked of the trial store first and of the model only if needed.
 
-Decides what a score is made of (perplexity over the calibration rows) and which trials must be computed. A
-search sees only `Objective.__call__`; it knows neither store nor model.
+Decides what a score is made of (a metric over the calibration rows) and which trials must be computed. A search sees
+only `Objective.__call__`; it knows neither store nor model.
 """
 
 from __future__ import annotations
@@ -11,33 +11,40 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from blockpruner.blocks import Mask, format_mask
+from blockpruner.blocks import DENSE, Mask, format_mask
 from blockpruner.calibration import CalibrationSet
 from blockpruner.progress import Observer, SilentObserver
+from blockpruner.scoring.metrics import PERPLEXITY, Metric
 from blockpruner.scoring.work import Scorer, Task
-from blockpruner.trials import TrialStore
+from blockpruner.trials import TrialStore, trial_key
 
 
 @dataclass(frozen=True)
 class Score:
-    """row_nll: each row's mean NLL in nats per token; nll: their mean; perplexity: exp(nll)."""
+    """row_loss: each row's own loss, a mean over its tokens, of the first rows of rows_total; loss: their mean, NaN
+    where nothing was asked."""
 
     mask: Mask
-    row_nll: tuple[float, ...]
+    row_loss: tuple[float, ...]
     rows_total: int
 
     @property
-    def nll(self) -> float:
-        return math.fsum(self.row_nll) / len(self.row_nll)
+    def loss(self) -> float:
+        return math.fsum(self.row_loss) / len(self.row_loss) if self.row_loss else math.nan
 
     @property
     def perplexity(self) -> float:
-        """PPL = exp(mean over rows of the row's mean NLL), as the public code of arXiv 2406.10594 computes it."""
-        return math.exp(self.nll)
+        """exp(mean over rows of the row's mean NLL), as the public code of arXiv 2406.10594 computes it; of a score
+        whose loss is the NLL."""
+        return math.exp(self.loss)
 
     @property
     def rows_used(self) -> int:
-        return len(self.row_nll)
+        return len(self.row_loss)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.rows_used == self.rows_total
 
 
 @dataclass
@@ -57,10 +64,12 @@ class Counts:
 
 
 class Objective:
-    """Perplexity of a masked model on the calibration set.
+    """A metric of a masked model on the calibration set.
 
     Args:
-        make_scorer: loads the model; called once, when the first missing unit is asked for.
+        store: of this metric's trials.
+        make_scorer: loads the model; called when a missing unit is asked for. Whoever makes a scorer closes it.
+        metric: a loss is of a mask; an influence is of what a mask has beyond a base.
     """
 
     def __init__(
@@ -69,46 +78,54 @@ class Objective:
         store: TrialStore,
         make_scorer: Callable[[], Scorer],
         observer: Observer | None = None,
+        metric: Metric = PERPLEXITY,
     ) -> None:
+        self.metric = metric
         self._calibration = calibration
         self._store = store
         self._make_scorer = make_scorer
         self._scorer: Scorer | None = None
         self._observer = observer or SilentObserver()
-        self._asked: set[Mask] = set()
+        self._asked: set[str] = set()
         self.counts = Counts()
 
     @property
     def rows(self) -> int:
         return len(self._calibration.rows)
 
-    def __call__(self, masks: Sequence[Mask], rows: int | None = None) -> list[Score]:
+    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[Score]:
         """Score masks on the first `rows` rows (all, if None), in the order given; computes exactly what the store
-        does not know."""
+        does not know.
+
+        Args:
+            base: of an influence, what each mask is held against; the base itself has no influence, and no row.
+        """
         rows = self.rows if rows is None else rows
-        for mask in dict.fromkeys(masks):
-            if mask not in self._asked:
-                self._asked.add(mask)
-                self.counts.units_reused += self._store.units(mask)
-                self.counts.trials_reused += self._store.known(mask, 0, self.rows)
+        keys = {mask: self._key(mask, base) for mask in masks if not self.metric.influence or mask != base}
+        for key in keys.values():
+            if key not in self._asked:
+                self._asked.add(key)
+                self.counts.units_reused += self._store.units(key)
+                self.counts.trials_reused += self._store.known(key, 0, self.rows)
         missing: dict[range, list[Mask]] = {}
-        for mask in dict.fromkeys(masks):
-            for span in self._store.unknown(mask, 0, rows):
+        for mask, key in keys.items():
+            for span in self._store.unknown(key, 0, rows):
                 missing.setdefault(span, []).append(mask)
         if missing:
-            self._compute(missing)
-        scores = []
-        for mask in masks:
-            values = self._store.get(mask)
-            assert values is not None and self._store.known(mask, 0, rows)
-            scores.append(Score(mask, tuple(values[:rows]), self.rows))
-        return scores
+            self._compute(missing, base)
+        return [self._score(mask, keys.get(mask), rows) for mask in masks]
 
-    def close(self) -> None:
-        if self._scorer is not None:
-            self._scorer.close()
+    def _key(self, mask: Mask, base: Mask) -> str:
+        return trial_key(mask - base, base) if self.metric.influence else trial_key(mask)
 
-    def _compute(self, missing: dict[range, list[Mask]]) -> None:
+    def _score(self, mask: Mask, key: str | None, rows: int) -> Score:
+        if key is None:
+            return Score(mask, (), self.rows)
+        values = self._store.get(key)
+        assert values is not None and self._store.known(key, 0, rows)
+        return Score(mask, tuple(values[:rows]), self.rows)
+
+    def _compute(self, missing: dict[range, list[Mask]], base: Mask) -> None:
         if self._scorer is None:
             self._scorer = self._make_scorer()
         rows = self._calibration.rows
@@ -116,18 +133,20 @@ class Objective:
         for span, masks in missing.items():
             for batch in self._scorer.row_batches(rows, span):
                 batches.setdefault(batch, []).extend(masks)
-        tasks = [Task(batch, tuple(masks)) for batch, masks in batches.items()]
+        loss, given = self.metric.loss, base if self.metric.influence else DENSE
+        tasks = [Task(batch, tuple(masks), loss, given) for batch, masks in batches.items()]
         done, total = 0, sum(len(task.masks) * len(task.span) for task in tasks)
         common = frozenset.intersection(*(mask for task in tasks for mask in task.masks))
         last_done = time.monotonic()
         for unit in self._scorer.run(tasks, rows):
-            self._store.put(unit.mask, unit.start, unit.nll)
+            key = self._key(unit.mask, base)
+            self._store.put(key, unit.start, unit.loss)
             now = time.monotonic()
-            done += len(unit.nll)
+            done += len(unit.loss)
             self.counts.units_computed += 1
-            self.counts.rows_computed += len(unit.nll)
-            self.counts.trials_computed += self._store.known(unit.mask, 0, self.rows)
-            self.counts.tokens += sum(len(row) for row in rows[unit.start : unit.start + len(unit.nll)])
+            self.counts.rows_computed += len(unit.loss)
+            self.counts.trials_computed += self._store.known(key, 0, self.rows)
+            self.counts.tokens += sum(len(row) for row in rows[unit.start : unit.start + len(unit.loss)])
             self.counts.seconds += now - last_done
             last_done = now
             self._observer.advance(done, total, f"candidate {format_mask(unit.mask - common or unit.mask) or 'dense'}")

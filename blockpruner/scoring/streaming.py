@@ -30,7 +30,16 @@ from torch import Tensor
 from blockpruner.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.errors import DeviceMemoryError, InputError, StorageError
 from blockpruner.models import resolve_device
-from blockpruner.scoring.engine import LOGITS_BYTES, Batch, Engine, LayerKwargs, is_out_of_memory, map_tensors
+from blockpruner.scoring.activations import INFLUENCES
+from blockpruner.scoring.engine import (
+    LOGITS_BYTES,
+    REFERENCED,
+    Batch,
+    Engine,
+    LayerKwargs,
+    is_out_of_memory,
+    map_tensors,
+)
 from blockpruner.scoring.memory import available_memory, free_on, is_in_memory, resident_memory
 from blockpruner.scoring.weights import Weights, aligned, memory_of, read_into, skeleton
 from blockpruner.scoring.work import Rows, Task, Unit
@@ -119,7 +128,7 @@ class Plan:
 class _Work:
     """A task under way: its batch, and its distinct states, each with the slot of its tile."""
 
-    span: range
+    task: Task
     batch: Batch
     shape: torch.Size
     layer_kwargs: LayerKwargs
@@ -212,6 +221,13 @@ class StreamingEngine(Engine):
         """
         if not tasks:
             return
+        influence = next((task.loss for task in tasks if task.loss in INFLUENCES), None)
+        if influence is not None:
+            raise InputError(
+                f"score.metric {influence} takes one forward pass of the model in memory, it is not streamed; set "
+                "runtime.streaming: false"
+            )
+        tasks = self.referenced(tasks, rows)
         plan = self.plan = self.plan_of(tasks, rows)
         for line in plan.lines():
             self._note(line)
@@ -247,9 +263,7 @@ class StreamingEngine(Engine):
         self._weights.load(self._after)
         for work in works:
             for masks, slot in work.states:
-                hidden = tiles.get(slot, work.shape)
-                for mask in masks:
-                    yield self._unit(mask, hidden, work.batch, work.span)
+                yield from self._units(masks, tiles.get(slot, work.shape), work.batch, work.task, rows)
 
     def _embedded(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> list[_Work]:
         self._weights.load(self._kept)
@@ -261,7 +275,7 @@ class StreamingEngine(Engine):
             slot = tiles.new()
             tiles.put(slot, hidden)
             layer_kwargs = tuple(map_tensors(kwargs, distinct) for kwargs in layer_kwargs)
-            works.append(_Work(task.span, batch, hidden.shape, layer_kwargs, [(task.masks, slot)]))
+            works.append(_Work(task, batch, hidden.shape, layer_kwargs, [(task.masks, slot)]))
         self._weights.drop(self._before)
         return works
 
@@ -311,6 +325,8 @@ class StreamingEngine(Engine):
         """What a pass over these tasks needs; nothing is read."""
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
+        compared = any(task.loss in REFERENCED for task in tasks)
+        tokens = sum(len(rows[i]) for i in {i for task in tasks for i in task.span}) if compared else 0
         tile = aligned(max(batch * length for batch, length in shapes) * hidden * item)
         tiles = sum(len(self._split(range(len(self._steps)), task.masks)) for task in tasks)
         layers, size = self._layer_names(_removed(tasks)), self._weights.bytes
@@ -319,10 +335,10 @@ class StreamingEngine(Engine):
         phases = (  # weights, working memory, tiles at rest
             (size(self._before), max(map(self._embedding_bytes, shapes)), len(tasks)),
             (max(map(size, layers)), max(map(self._layer_bytes, shapes)), tiles),
-            (size(self._after), max(map(self._loss_bytes, shapes)), tiles),
+            (size(self._after), max(self._loss_bytes(shape, compared) for shape in shapes), tiles),
         )
         on_device = [carried + weights + working + spare for weights, working, _ in phases]
-        fixed = SCRATCH_BYTES + self._weights.staging.nbytes + spare
+        fixed = SCRATCH_BYTES + self._weights.staging.nbytes + spare + tokens * hidden * item  # those kept of the dense
         on_host = [fixed + (need if self._place.type == "cpu" else 0) for need in on_device]
         available = available_memory()
         available = available if self._memory is None else min(available, self._memory)
@@ -378,10 +394,11 @@ class StreamingEngine(Engine):
         scores = batch * length**2 * (config.num_attention_heads * 2 * (item + max(item, 4)) if eager else item)
         return int(self._norm_bytes(shape) + batch * length * (widths + states) * item + scores)
 
-    def _loss_bytes(self, shape: Shape) -> int:
+    def _loss_bytes(self, shape: Shape, compared: bool) -> int:
         vocabulary, item = self._head.weight.shape[0], self._head.weight.element_size()
         tokens = min(shape[0] * shape[1], max(1, LOGITS_BYTES // (vocabulary * 4)))
-        logits = 2 * max(item, 4) + (item if item < 4 else 0)  # widened, their exponentials, and as the head gave them
+        wide = 7 if compared else 2  # log-probabilities of both and of their mean, and what sums are made of
+        logits = wide * max(item, 4) + (item if item < 4 else 0) * (1 + compared)  # and as the head gave them
         return 2 * self._norm_bytes(shape) + tokens * vocabulary * logits
 
     def _argument_bytes(self, shapes: Iterable[Shape]) -> int:

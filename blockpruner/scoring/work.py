@@ -10,27 +10,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from blockpruner.blocks import Mask
+from blockpruner.blocks import DENSE, Mask
 
 Rows = Sequence[Sequence[int]]
-"""Token rows; rows of different lengths are padded on the right within a batch."""
+"""Token rows; rows of different lengths are padded on the right within a batch. A negative number is a token that is
+given but not scored: the bitwise complement of its id."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Masks to be scored on the same rows [span.start, span.stop), a batch."""
+    """Masks to be scored on the same rows [span.start, span.stop), a batch.
+
+    loss: what is computed, a name of `losses` or `activations`; base: for an influence, what is removed already: the
+    unit that is asked about is then mask - base.
+    """
 
     span: range
     masks: tuple[Mask, ...]
+    loss: str = "perplexity"
+    base: Mask = DENSE
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows [start, start + len(nll)) of one mask; mean NLL of each, nats per token."""
+    """Rows [start, start + len(loss)) of one mask; the loss of each, a mean over its tokens."""
 
     mask: Mask
     start: int
-    nll: tuple[float, ...]
+    loss: tuple[float, ...]
 
 
 class Scorer(Protocol):

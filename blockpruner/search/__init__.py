@@ -1,22 +1,111 @@
-"""Every method that ends in a mask: SEARCHES, one function each."""
+"""Every method that ends in a mask: SEARCHES, one row each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from blockpruner.blocks import Mask
 from blockpruner.errors import InputError
-from blockpruner.scoring.accelerate import Select
+from blockpruner.scoring.accelerate import settings_of
+from blockpruner.scoring.metrics import METRICS, metric_of
+from blockpruner.search.beam import beam
+from blockpruner.search.evolution import evolution
+from blockpruner.search.given import given
 from blockpruner.search.greedy import greedy
 from blockpruner.search.iteration import Iteration
-
-Search = Callable[[Select, Sequence[Mask]], Iterator[Iteration]]
-
-
-def search_of(method: str) -> Search:
-    if method not in SEARCHES:
-        raise InputError(f"score.method {method!r} is unknown; valid: {', '.join(sorted(SEARCHES))}")
-    return SEARCHES[method]
+from blockpruner.search.one_shot import one_shot
+from blockpruner.search.random_order import random_order
+from blockpruner.search.swap import swap
 
 
-SEARCHES: dict[str, Search] = {"greedy": greedy}
+@dataclass(frozen=True)
+class Method:
+    """A search and how it may be run.
+
+    search: called with a problem and the options as keywords; options: their defaults, a type where one must be given;
+    nested: the first removals of one trace meet every smaller budget; otherwise each budget has a trace of its own,
+    whose last choice is the answer; scores: it asks for scores of masks ("masks"), also of units ("units"), or for
+    none (""); accelerated: it takes steps in which only the best candidate matters.
+    """
+
+    search: Callable[..., Iterator[Iteration]]
+    nested: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scores: str = "masks"
+    accelerated: bool = False
+
+
+def method_of(name: str) -> Method:
+    """The row of a method; raises InputError that names the valid ones."""
+    if name not in SEARCHES:
+        raise InputError(f"score.method {name!r} is unknown; valid: {', '.join(sorted(SEARCHES))}")
+    return SEARCHES[name]
+
+
+def search_settings(score: Mapping[str, Any]) -> dict[str, Any]:
+    """A `score` section with every default filled in: all that a search depends on beside its trials.
+
+    Raises:
+        InputError: an unknown method, metric or option, or two settings that do not fit together.
+    """
+    name, metric = score["method"], metric_of(score["metric"])
+    method = method_of(name)
+    if not method.scores and metric.name != "perplexity":
+        raise InputError(
+            f"score.metric {metric.name} does nothing with method: {name}, which asks for no score; remove it"
+        )
+    if metric.influence and method.scores != "units":
+        able = ", ".join(sorted(other for other, row in SEARCHES.items() if row.scores == "units"))
+        losses = ", ".join(row.name for row in METRICS.values() if not row.influence)
+        raise InputError(
+            f"score.metric {metric.name} is of single units, and method: {name} compares whole masks; choose a metric "
+            f"of masks ({losses}), or one of the methods {able}"
+        )
+    if score["acceleration"] != "none" and (metric.influence or not method.accelerated):
+        raise InputError(
+            f"score.acceleration {score['acceleration']} does not fit method: {name} with metric: {metric.name}: there "
+            f"is nothing to leave out; set acceleration: none"
+        )
+    return {**score, **settings_of(score), "options": _options(name, method, score.get("options") or {})}
+
+
+def _options(name: str, method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in given.items():
+        if key not in method.options:
+            valid = ", ".join(method.options) or "none"
+            raise InputError(f"score.options.{key} is unknown to method: {name}; valid: {valid}")
+        wanted = _type_of(method.options[key])
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise InputError(f"score.options.{key}: {value!r} is not of type {wanted.__name__}")
+    for key, default in method.options.items():
+        if isinstance(default, type) and key not in given:
+            raise InputError(f"method: {name} needs score.options.{key}, of type {default.__name__}")
+    return {key: given.get(key, default) for key, default in method.options.items()}
+
+
+def _type_of(default: Any) -> type:
+    return default if isinstance(default, type) else type(default)
+
+
+SEARCHES: dict[str, Method] = {
+    "greedy": Method(greedy, scores="units", accelerated=True),
+    "one_shot": Method(one_shot, scores="units"),
+    "beam": Method(beam, nested=False, options={"width": 3}),
+    "evolution": Method(
+        evolution,
+        nested=False,
+        options={
+            "generations": 50,
+            "offspring": 32,
+            "survivors": (8, 2),
+            "patience": 20,
+            "start": "random",
+            "seed": 42,
+        },
+        accelerated=True,
+    ),
+    "swap": Method(swap, nested=False, options={"start": "greedy", "tries": 64, "seed": 42}, accelerated=True),
+    "random": Method(random_order, options={"seed": 42}, scores=""),
+    "given": Method(given, options={"order": tuple}, scores=""),
+}

@@ -11,9 +11,12 @@ from blockpruner.scoring.objectives import Score
 
 @dataclass(frozen=True)
 class Iteration:
-    """scores and added run in parallel; added is None for a mask without a candidate (the dense model).
+    """scores and added run in parallel; added is None for a mask that is not one candidate more than the last choice.
 
     lazy_choice: in an audited iteration, the mask that had been chosen before all candidates entered.
+    nll: parallel to scores, what perplexity is made of: of the chosen mask and the dense model always, of others where
+    it is the metric; empty until the run of the search fills it in. The dense model is the first mask of the first
+    iteration.
     """
 
     index: int
@@ -21,15 +24,29 @@ class Iteration:
     added: tuple[Mask | None, ...]
     chosen: int
     lazy_choice: Mask | None = None
+    nll: tuple[Score | None, ...] = ()
 
     @property
     def removed(self) -> Mask:
         """The cumulative mask after this iteration."""
         return self.scores[self.chosen].mask
 
+    @property
+    def perplexity(self) -> float:
+        """Of the model without `removed`, on the calibration set."""
+        score = self.nll[self.chosen]
+        assert score is not None
+        return score.perplexity
 
-def removals(trace: Sequence[Iteration]) -> tuple[list[Mask], list[float]]:
-    """What each iteration removed, in order, and the perplexities of the dense model and after each removal."""
+
+def removals(trace: Sequence[Iteration], nested: bool) -> tuple[list[Mask], list[float]]:
+    """What a search removed, in order, and the perplexities of the dense model and after each removal.
+
+    A search that is not nested has no order: its answer, the last choice, is one removal.
+    """
+    dense = trace[0].nll[0]
+    assert dense is not None and dense.mask == DENSE
+    if not nested:
+        return [trace[-1].removed], [dense.perplexity, trace[-1].perplexity]
     order = [iteration.added[iteration.chosen] or DENSE for iteration in trace]
-    after = [iteration.scores[iteration.chosen].perplexity for iteration in trace]
-    return order, [trace[0].scores[0].perplexity, *after]
+    return order, [dense.perplexity, *(iteration.perplexity for iteration in trace)]

@@ -10,94 +10,158 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from blockpruner.blocks import DENSE, Mask, format_mask, removable_units
-from blockpruner.budgets import is_settled, parse_budget, require_reachable
+from blockpruner.budgets import Budget, Goal, goal_of, is_settled, parse_budget, require_reachable
 from blockpruner.calibration import CalibrationSet
 from blockpruner.families import ParameterCounts, count_parameters
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
-from blockpruner.scoring.accelerate import Selection, accelerate, settings_of
-from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.accelerate import accelerate
+from blockpruner.scoring.metrics import PERPLEXITY, metric_of
+from blockpruner.scoring.objectives import Objective, Score
 from blockpruner.scoring.work import Scorer
-from blockpruner.search import search_of
+from blockpruner.search import method_of, search_settings
 from blockpruner.search.iteration import Iteration
-from blockpruner.search.trace import search_fingerprint, seed_store, write_current, write_iteration
+from blockpruner.search.problem import Problem
+from blockpruner.search.trace import search_fingerprint, seed_stores, trace_directory, write_current, write_iteration
 from blockpruner.tables import storage_error, write_json
 from blockpruner.trials import TrialStore, require_rows, store_fingerprint
 
 
-def run_search(
-    objective: Objective,
-    score: Mapping[str, Any],
-    units: Sequence[Mask],
-    budgets: Sequence[str],
-    counts: ParameterCounts,
-    observer: Observer,
-    on_iteration: Callable[[Iteration], object] = lambda iteration: None,
-) -> list[Iteration]:
-    """Run a search until no further removal could change which prefix meets any of the budgets.
+class SearchRun:
+    """One search over one model.
 
     Args:
-        score: method, and acceleration with its settings.
+        objective: of the metric that the search minimises.
+        nll: of perplexity, in which every choice is reported; the same one where that is the metric.
+        score: as from `search_settings`.
         units: what may be removed at once, in tie-break order.
-        on_iteration: receives each iteration when it is complete.
     """
-    wanted = [parse_budget(text, counts) for text in budgets]
-    for budget in wanted:
-        require_reachable(budget, units, counts)
-    furthest = max((b.ratio or (b.blocks or 0) / len(counts.blocks) for b in wanted), default=1.0)
-    trace: list[Iteration] = []
-    prefixes: list[Mask] = []
-    remaining = list(units)
-    known = 0
 
-    def share(mask: Mask) -> float:
-        """How much of the way to the furthest budget a mask is, for the progress display."""
-        return min(1.0, counts.ratio(mask) / furthest)
+    def __init__(
+        self,
+        objective: Objective,
+        nll: Objective,
+        score: Mapping[str, Any],
+        units: Sequence[Mask],
+        counts: ParameterCounts,
+        observer: Observer,
+    ) -> None:
+        self._objective = objective
+        self._nll = nll
+        self._units = units
+        self._counts = counts
+        self._observer = observer
+        self._method = method_of(score["method"])
+        self._options = score["options"]
+        self._score = score
+        self._known = 0
 
-    accelerated = accelerate(objective, score)
+    def traces(
+        self, budgets: Sequence[str], on_iteration: Callable[[str, Iteration], object] = lambda budget, iteration: None
+    ) -> dict[str, list[Iteration]]:
+        """Search for all budgets; the trace by budget, or one for all of them, under "", where the search is nested.
 
-    def select(index: int, base: Mask, masks: Sequence[Mask]) -> Selection:
-        observer.begin(f"iteration {index}", share(prefixes[-1] if prefixes else DENSE))
-        return accelerated(index, base, masks)
+        Args:
+            on_iteration: receives the trace's name and each iteration when it is complete.
 
-    search = search_of(score["method"])(select, units)
-    while not all(is_settled(budget, prefixes, counts, remaining) for budget in wanted):
-        candidates = len(remaining)
-        iteration = next(search)
-        trace.append(iteration)
-        on_iteration(iteration)
-        prefixes.append(iteration.removed)
-        remaining = [unit for unit in remaining if not unit <= iteration.removed]
-        computed, known = objective.counts.rows_computed - known, objective.counts.rows_computed
+        Raises:
+            InputError: a budget that cannot be reached; before anything is computed.
+        """
+        wanted = [parse_budget(text, self._counts) for text in budgets]
+        for budget in wanted:
+            require_reachable(budget, self._units, self._counts)
+        searches = {"": self._nested(wanted)} if self._method.nested else {b.text: self._for(b) for b in wanted}
+        found: dict[str, list[Iteration]] = {name: [] for name in searches}
+        for name, iterations in searches.items():
+            for iteration in iterations:
+                on_iteration(name, iteration)
+                found[name].append(iteration)
+        return found
+
+    def _nested(self, budgets: Sequence[Budget]) -> Iterator[Iteration]:
+        """Iterations until no further removal could change which prefix meets any of the budgets."""
+        furthest = max((b.ratio or (b.blocks or 0) / len(self._counts.blocks) for b in budgets), default=1.0)
+        prefixes: list[Mask] = []
+        remaining = list(self._units)
+        search = self._search(None)
+        while not all(is_settled(budget, prefixes, self._counts, remaining) for budget in budgets):
+            # how much of the way to the furthest budget is done
+            done = self._counts.ratio(prefixes[-1] if prefixes else DENSE) / furthest
+            self._observer.begin(f"iteration {len(prefixes)}", min(1.0, done))
+            iteration = self._reported(next(search), len(remaining))
+            yield iteration
+            prefixes.append(iteration.removed)
+            remaining = [unit for unit in remaining if not unit <= iteration.removed]
+
+    def _for(self, budget: Budget) -> Iterator[Iteration]:
+        """Iterations of a search for one budget; the last one's choice is the answer."""
+        search = self._search(goal_of(budget, self._units, self._counts))
+        while True:
+            self._observer.begin(f"budget {budget.text}, step")
+            try:
+                iteration = next(search)
+            except StopIteration:
+                return
+            yield self._reported(iteration)
+
+    def _search(self, goal: Goal | None) -> Iterator[Iteration]:
+        select = accelerate(self._objective, self._score)  # what it has learned belongs to one search alone
+        return self._method.search(
+            Problem(self._units, self._objective, select, self._objective.rows, goal), **self._options
+        )
+
+    def _reported(self, iteration: Iteration, candidates: int | None = None) -> Iteration:
+        """The iteration with the NLL of what it chose, told to the observer.
+
+        Args:
+            candidates: how many units could have been removed; None where that is not what a step is made of.
+        """
+        iteration = replace(iteration, nll=self._nll_of(iteration))
+        asked = self._objective.counts.rows_computed
+        computed, self._known = asked - self._known, asked
         best, added = iteration.scores[iteration.chosen], iteration.added[iteration.chosen]
-        observer.end(
-            f"removed {format_mask(added or DENSE)}, perplexity {best.perplexity:.4f}, "
-            f"ratio {counts.ratio(iteration.removed):.4f}; {_considered(iteration, candidates)}",
+        what = (
+            f"removed {format_mask(added)}" if added else f"best so far {format_mask(best.mask) or 'the dense model'}"
+        )
+        considered = "" if candidates is None else _considered(iteration, candidates)
+        self._observer.end(
+            f"{what}, perplexity {iteration.perplexity:.4f}, "
+            f"ratio {self._counts.ratio(iteration.removed):.4f}{considered}",
             [
                 {
-                    "added": format_mask(unit) if unit else "(dense)",
-                    "perplexity": score.perplexity,
-                    "nll": score.nll,
+                    "added" if candidates is not None else "removed": format_mask(unit or score.mask) or "(dense)",
+                    "loss": score.loss,
+                    "perplexity": plain.perplexity if plain is not None and plain.row_loss else None,
                     "rows": f"{score.rows_used}/{score.rows_total}",
                 }
-                for unit, score in zip(iteration.added, iteration.scores, strict=True)
+                for unit, score, plain in zip(iteration.added, iteration.scores, iteration.nll, strict=True)
             ],
             cached=computed == 0,
         )
-    return trace
+        return iteration
+
+    def _nll_of(self, iteration: Iteration) -> tuple[Score | None, ...]:
+        own = self._objective is self._nll
+        wanted = {iteration.removed} | ({DENSE} if iteration.index == 0 else set())
+        found = {score.mask: score for score in iteration.scores if own}
+        missing = [mask for mask in wanted if mask not in found or not found[mask].is_complete]
+        found |= dict(zip(missing, self._nll(missing), strict=True))
+        return tuple(found.get(score.mask) for score in iteration.scores)
 
 
 def _considered(iteration: Iteration, candidates: int) -> str:
     """What an iteration spent, and what an audit of it says."""
     scores = [score for score, added in zip(iteration.scores, iteration.added, strict=True) if added is not None]
-    complete = sum(score.rows_used == score.rows_total for score in scores)
-    text = f"{complete} of {candidates} candidates scored on all rows"
+    complete = sum(score.is_complete for score in scores)
+    if not complete:
+        return ""
+    text = f"; {complete} of {candidates} candidates scored on all rows"
     if complete < len(scores):
         text += f", {len(scores) - complete} dropped by the race"
     if len(scores) < candidates:
@@ -122,43 +186,80 @@ def score_run(
     make_scorer: Callable[[], Scorer],
     observer: Observer,
     metrics: Path,
-) -> list[Iteration]:
+) -> dict[str, list[Iteration]]:
     """Score one run far enough for its budgets; write its iteration tables, `current.json` and the counts.
 
     Args:
-        scores: the run's folder of traces; tables present seed the trial store (a clone after `dvc pull`).
+        scores: the run's folder of traces; tables present seed the trial stores (a clone after `dvc pull`).
         trials: folder of all trial stores.
         score: the run's `score` section, every key of which is part of the search's fingerprint, defaults filled in.
+
+    Returns:
+        The trace by budget; one for all, under "", where the search is nested.
     """
-    score = dict(score) | settings_of(score)
+    score = search_settings(score)
+    method, metric = method_of(score["method"]), metric_of(score["metric"])
     require_rows(len(calibration.rows))
     counts = count_parameters(config)
     units = removable_units(int(config["num_hidden_layers"]), score["unit"], score["candidates"])
-    search_of(score["method"])
-    store_fields = store_fingerprint(calibration.digest, model_identity, dtype, score["metric"])
-    search = search_fingerprint(store_fields, score)
+    fields = {
+        name: store_fingerprint(calibration.digest, model_identity, dtype, name)
+        for name in sorted({metric.loss, PERPLEXITY.loss})
+    }
+    search = search_fingerprint(fields[metric.loss], score)
+    facts = {"rows": len(calibration.rows), "tokens": calibration.tokens, "digest": calibration.digest}
+    current = {
+        "search": search, "nested": method.nested, "store": fields[metric.loss], "score": score, "calibration": facts,
+    }  # fmt: skip
     started = time.monotonic()
-    with exclusive(trials / f"{fingerprint(store_fields)}.lock", observer):
-        store = TrialStore(store_fields, len(calibration.rows), trials)
-        for problem in [*seed_store(scores / search, search, store), *store.problems]:
+    with ExitStack() as stack:
+        stores = {}
+        for name, field in fields.items():  # in one order everywhere, so that two processes cannot wait for each other
+            stack.enter_context(exclusive(trials / f"{fingerprint(field)}.lock", observer))
+            stores[name] = TrialStore(field, len(calibration.rows), trials)
+            stack.callback(stores[name].close)
+        seeded = seed_stores(
+            scores / search, search, stores[metric.loss], stores[PERPLEXITY.loss], influence=metric.influence
+        )
+        for problem in [*seeded, *(line for store in stores.values() for line in store.problems)]:
             observer.note(f"warning: {problem}")
         observer.note(f"calibration: {len(calibration.rows)} rows, {calibration.tokens} tokens; search {search}")
-        objective = Objective(calibration, store, make_scorer, observer)
-        try:
-            trace = run_search(
-                objective, score, units, budgets, counts, observer,
-                lambda iteration: write_iteration(scores / search, iteration, search),
-            )  # fmt: skip
-        finally:
-            objective.close()
-            store.close()
-    facts = {"rows": len(calibration.rows), "tokens": calibration.tokens, "digest": calibration.digest}
-    write_current(scores, {"search": search, "store": store_fields, "score": dict(score), "calibration": facts})
+        scorer = _Once(make_scorer)
+        stack.callback(scorer.close)
+        objective = Objective(calibration, stores[metric.loss], scorer, observer, metric)
+        nll = objective if metric.loss == PERPLEXITY.loss else Objective(
+            calibration, stores[PERPLEXITY.loss], scorer, observer
+        )  # fmt: skip
+        run = SearchRun(objective, nll, score, units, counts, observer)
+        traces = run.traces(
+            budgets, lambda name, iteration: write_iteration(trace_directory(scores, current, name), iteration, search)
+        )
+    write_current(scores, current)
     done = asdict(objective.counts)
+    if nll is not objective:
+        done = {key: value + asdict(nll.counts)[key] for key, value in done.items()}
     done["tokens_per_second"] = round(done["tokens"] / done["seconds"], 1) if done["seconds"] else None
     done["seconds"] = round(done["seconds"], 2)
-    write_json(metrics, {"iterations": len(trace), "wall_seconds": round(time.monotonic() - started, 2), **done})
-    return trace
+    iterations = sum(map(len, traces.values()))
+    write_json(metrics, {"iterations": iterations, "wall_seconds": round(time.monotonic() - started, 2), **done})
+    return traces
+
+
+class _Once:
+    """A scorer for several objectives: made when the first one asks, closed in the end."""
+
+    def __init__(self, make: Callable[[], Scorer]) -> None:
+        self._make = make
+        self._made: Scorer | None = None
+
+    def __call__(self) -> Scorer:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The trace of a search: its iteration tables on disk, how they are written, read and turned into trials again.
 
-Decides where tables lie (`<directory>/<search fingerprint>/iteration_000.parquet`) and when one may be trusted.
+Decides where tables lie (`<scores>/<search fingerprint>/iteration_000.parquet`, in a folder for each budget where the
+search is not nested) and when one may be trusted.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.blocks import format_mask, parse_mask
+from blockpruner.blocks import DENSE, format_mask, parse_mask
 from blockpruner.errors import InputError
 from blockpruner.provenance import fingerprint
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.tables import ITERATION, read_json, read_table, set_aside, write_json, write_table
-from blockpruner.trials import TrialStore
+from blockpruner.trials import TrialStore, trial_key
 
-SEARCH_VERSION = 2
+SEARCH_VERSION = 3
 TIE_BREAK = "mha by layer, then mlp by layer, strict <"
 
 
@@ -35,17 +36,18 @@ def table_path(directory: Path, index: int) -> Path:
 
 
 def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
-    scores = iteration.scores
+    scores, nll = iteration.scores, iteration.nll
     table = pa.table(
         {
             "removed": [format_mask(s.mask).split(",") if s.mask else [] for s in scores],
             "added": [None if unit is None else format_mask(unit) for unit in iteration.added],
-            "nll": [s.nll for s in scores],
-            "perplexity": [s.perplexity for s in scores],
+            "loss": [s.loss if s.row_loss else None for s in scores],
+            "perplexity": [s.perplexity if s is not None and s.row_loss else None for s in nll],
             "rows_used": [s.rows_used for s in scores],
             "rows_total": [s.rows_total for s in scores],
             "chosen": [i == iteration.chosen for i in range(len(scores))],
-            "row_nll": [list(s.row_nll) for s in scores],
+            "row_loss": [list(s.row_loss) for s in scores],
+            "row_nll": [None if s is None else list(s.row_loss) for s in nll],
             "lazy_choice": [None if iteration.lazy_choice is None else s.mask == iteration.lazy_choice for s in scores],
         },
         schema=ITERATION,
@@ -67,8 +69,13 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
     chosen = [i for i, row in enumerate(rows) if row["chosen"]]
     if len(chosen) != 1:
         raise InputError(f"{path} has {len(chosen)} chosen rows; exactly one is valid")
+    masks = [parse_mask(",".join(row["removed"])) for row in rows]
     scores = tuple(
-        Score(parse_mask(",".join(row["removed"])), tuple(row["row_nll"]), row["rows_total"]) for row in rows
+        Score(mask, tuple(row["row_loss"]), row["rows_total"]) for mask, row in zip(masks, rows, strict=True)
+    )
+    nll = tuple(
+        None if row["row_nll"] is None else Score(mask, tuple(row["row_nll"]), row["rows_total"])
+        for mask, row in zip(masks, rows, strict=True)
     )
     return Iteration(
         index=index,
@@ -76,6 +83,7 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
         added=tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows),
         chosen=chosen[0],
         lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
+        nll=nll,
     )
 
 
@@ -87,25 +95,33 @@ def read_trace(directory: Path, search: str) -> list[Iteration]:
     return trace
 
 
-def seed_store(directory: Path, search: str, store: TrialStore) -> list[str]:
-    """Put the trials of the tables present into the store, setting aside tables that cannot be trusted.
+def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore, influence: bool) -> list[str]:
+    """Put the trials of the tables present into the stores of the metric and of the NLL (which may be one), setting
+    aside tables that cannot be trusted.
 
     Returns one line for each table set aside.
     """
     problems = []
-    for path in sorted(directory.glob("iteration_*.parquet")):
+    for path in sorted(directory.glob("**/iteration_*.parquet")):
         try:
-            iteration = read_iteration(directory, int(path.stem.removeprefix("iteration_")), search)
+            iteration = read_iteration(path.parent, int(path.stem.removeprefix("iteration_")), search)
             wrong = next((s for s in iteration.scores if s.rows_total != store.rows), None)
             if wrong is not None:
                 raise InputError(f"{path} is over {wrong.rows_total} rows; the calibration set has {store.rows}")
         except InputError as error:
             problems.append(f"{error}; set aside as {set_aside(path).name}, its trials are computed again")
             continue
-        for score in iteration.scores:
-            if not store.known(score.mask, 0, score.rows_used):
-                store.put(score.mask, 0, score.row_nll)
+        for score, added, plain in zip(iteration.scores, iteration.added, iteration.nll, strict=True):
+            base = score.mask - (added or DENSE)
+            _seed(store, trial_key(added or DENSE, base) if influence else trial_key(score.mask), score)
+            if plain is not None:
+                _seed(nll, trial_key(plain.mask), plain)
     return problems
+
+
+def _seed(store: TrialStore, key: str, score: Score) -> None:
+    if score.row_loss and not store.known(key, 0, score.rows_used):
+        store.put(key, 0, score.row_loss)
 
 
 def write_current(scores: Path, facts: Mapping[str, Any]) -> None:
@@ -113,7 +129,13 @@ def write_current(scores: Path, facts: Mapping[str, Any]) -> None:
     write_json(scores / "current.json", dict(facts))
 
 
-def read_current(scores: Path) -> tuple[dict[str, Any], list[Iteration]]:
-    """The facts of a run's current search, and its trace."""
+def read_current(scores: Path) -> dict[str, Any]:
+    """What a run's current search is, and what it is made of."""
     facts: dict[str, Any] = read_json(scores / "current.json")
-    return facts, read_trace(scores / facts["search"], facts["search"])
+    return facts
+
+
+def trace_directory(scores: Path, facts: Mapping[str, Any], budget: str) -> Path:
+    """Where the trace that answers a budget lies: one serves all budgets of a nested search, else each has its own."""
+    directory = scores / str(facts["search"])
+    return directory if facts["nested"] else directory / budget

@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_arrives_as_itself(checkpoint, tmp_path):
 
 def run(scorer, tasks):
     found = [
-        (unit.mask, unit.start + i, nll) for unit in scorer.run(tasks, ROWS.rows) for i, nll in enumerate(unit.nll)
+        (unit.mask, unit.start + i, nll) for unit in scorer.run(tasks, ROWS.rows) for i, nll in enumerate(unit.loss)
     ]
     assert sorted((mask_row[:2] for mask_row in found), key=repr) == sorted(
         ((mask, row) for task in tasks for mask in task.masks for row in task.span), key=repr

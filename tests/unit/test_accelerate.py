@@ -17,8 +17,10 @@ from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, rac
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.work import Unit
+from blockpruner.search import search_settings
 from blockpruner.search.greedy import greedy
-from blockpruner.search.run import run_search
+from blockpruner.search.problem import Problem
+from blockpruner.search.run import SearchRun
 from blockpruner.trials import TrialStore, store_fingerprint
 from tests.tiny import full_nll, tiny_model
 
@@ -63,7 +65,8 @@ class World:
 
 def sequence(world, steps=8, objective=None, **score):
     objective = objective or world.objective()
-    search = greedy(accelerate(objective, settings_of({"acceleration": "none"} | score)), UNITS)
+    select = accelerate(objective, settings_of({"acceleration": "none"} | score))
+    search = greedy(Problem(UNITS, objective, select, ROWS))
     return [next(search) for _ in range(steps)]
 
 
@@ -203,7 +206,7 @@ def test_nothing_that_is_known_is_better_than_the_choice(seed, noise):
     for step in sequence(world, 10, world.objective(store), acceleration="lazy+race", floor=3, audit=2):
         asked = [unit for unit in UNITS if not unit <= step.removed or unit == step.added[step.chosen]]
         base = step.removed - step.added[step.chosen]
-        complete = [base | unit for unit in asked if store.known(base | unit, 0, ROWS)]
+        complete = [base | unit for unit in asked if store.known(format_mask(base | unit), 0, ROWS)]
         assert step.removed == min(complete, key=lambda mask: world.rows_of(mask).mean())
         assert {score.mask for score in step.scores if score.rows_used == ROWS} - {base} == set(complete)
 
@@ -229,7 +232,7 @@ def test_stopped_anywhere_and_run_again(units):
     world.asked.clear()
     world.run = plain
     assert sequence(world, objective=world.objective(store), acceleration="lazy+race", floor=3, audit=3) == expected
-    assert len(world.asked) == len(whole.asked) - sum(len(unit.nll) for unit in store_calls)
+    assert len(world.asked) == len(whole.asked) - sum(len(unit.loss) for unit in store_calls)
 
 
 def test_what_a_store_knows_changes_no_decision():
@@ -259,8 +262,9 @@ def test_acceleration_on_a_real_model_is_brute_force():
     fields = store_fingerprint(rows.digest, "m", "float64", "perplexity")
     objective = Objective(rows, TrialStore(fields, 8), lambda: Engine(model, batch_tokens=30))
     counts = count_parameters(model.config.to_dict())
-    score = {"method": "greedy"} | settings_of({"acceleration": "lazy+race", "confidence": 0.99999, "floor": 6})
-    trace = run_search(objective, score, units, ["3blocks"], counts, SilentObserver())
+    score = {"method": "greedy", "metric": "perplexity", "acceleration": "lazy+race", "confidence": 0.99999, "floor": 6}
+    run = SearchRun(objective, objective, search_settings(score), units, counts, SilentObserver())
+    trace = run.traces(["3blocks"])[""]
     assert [iteration.added[iteration.chosen] for iteration in trace] == wanted
 
 

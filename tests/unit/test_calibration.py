@@ -59,7 +59,7 @@ def test_per_sample_rows_are_scored_without_their_pads():
     engine = Engine(model, batch_tokens=1000)
     assert engine.row_batches(rows, range(3)) == [range(3)]
     (unit,) = engine.run([Task(range(3), (DENSE,))], rows)
-    assert unit.nll == pytest.approx([full_nll(model, row) for row in rows], abs=1e-10)
+    assert unit.loss == pytest.approx([full_nll(model, row) for row in rows], abs=1e-10)
 
 
 def test_file_round_trip_and_digest(tmp_path):

@@ -29,7 +29,8 @@ TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]
 
 def plan_of(config, order):
     counts = count_parameters(config)
-    facts = {"target": "t", "run": "r", "method": "greedy", "search": "s", "calibration": {"rows": 3, "tokens": 30}}
+    score = {"method": "greedy", "metric": "perplexity"}
+    facts = {"target": "t", "run": "r", "score": score, "search": "s", "calibration": {"rows": 3, "tokens": 30}}
     units = [parse_mask(unit) for unit in order]
     return commit(units, [2.0] * (len(units) + 1), counts, f"{sum(map(len, units))}blocks", facts)
 

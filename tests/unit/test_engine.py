@@ -26,7 +26,7 @@ def score_all(engine, masks, rows):
     found = {}
     tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))]
     for unit in engine.run(tasks, rows):
-        for offset, value in enumerate(unit.nll):
+        for offset, value in enumerate(unit.loss):
             key = (unit.mask, unit.start + offset)
             assert key not in found, "a (mask, row) was scored twice"
             found[key] = value

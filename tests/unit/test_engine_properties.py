@@ -87,7 +87,7 @@ def brute_force(variant: str, layers: int, mask: Mask, row: Row) -> float:
 
 
 def assert_once_and_exact(case: Case, units: list[Unit], tasks: list[Task]) -> None:
-    found = [((unit.mask, unit.start + offset), value) for unit in units for offset, value in enumerate(unit.nll)]
+    found = [((unit.mask, unit.start + offset), value) for unit in units for offset, value in enumerate(unit.loss)]
     keys = [key for key, _ in found]
     assert len(keys) == len(set(keys)), "a (mask, row) was scored twice"
     assert set(keys) == {(mask, row) for task in tasks for mask in task.masks for row in task.span}
@@ -160,9 +160,12 @@ class CrampedEngine(Engine):
         self._allocate(*hidden.shape)
         return super()._block(block, hidden, *rest)
 
-    def _nll(self, hidden, *rest):
+    def _final_states(self, hidden, batch):
         self._allocate(*hidden.shape)
-        values = super()._nll(hidden, *rest)
+        return super()._final_states(hidden, batch)
+
+    def _losses(self, *args):
+        values = super()._losses(*args)
         self.losses += 1
         return values
 

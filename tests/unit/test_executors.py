@@ -128,7 +128,7 @@ def score(checkpoint, **runtime):
     masks = (DENSE, *(frozenset({block}) for block in all_blocks(2)))
     scorer = make_scorer(checkpoint, "float64", RUNTIME | runtime)
     tasks = [Task(span, masks) for span in scorer.row_batches(rows, range(5))]
-    found = {(u.mask, u.start + i): nll for u in scorer.run(tasks, rows) for i, nll in enumerate(u.nll)}
+    found = {(u.mask, u.start + i): nll for u in scorer.run(tasks, rows) for i, nll in enumerate(u.loss)}
     scorer.close()
     return rows, found
 

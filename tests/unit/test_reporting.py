@@ -67,15 +67,16 @@ def build(data: Path, world: World = World()) -> Path:
         if world.losers:
             worst = format_mask(queue[-1])
             lie = next(r for r in rows if r["iteration"] == index and r["added"] == worst)
-            lie.update(nll=nll - 5.0, perplexity=math.exp(nll - 5.0), rows_used=1, row_nll=[nll - 5.0])
+            lie.update(loss=nll - 5.0, perplexity=math.exp(nll - 5.0), rows_used=1, row_loss=[nll - 5.0])
         removed, nll = removed | chosen, nll + cost
         masks.append(removed)
         nlls.append(nll)
     results(data / "results" / "tiny-dense", world, 0, 0.0, None)
     for position, (target, count) in enumerate(world.removals):
         plan = {
-            "kind": "mask", "target": target, "run": "tiny", "budget": "0.1", "method": "greedy", "search": "f00d",
-            "layers": world.layers, "removed": format_mask(masks[count - 1]).split(","),
+            "kind": "mask", "target": target, "run": "tiny", "budget": "0.1", "method": "greedy",
+            "metric": "perplexity", "search": "f00d", "layers": world.layers,
+            "removed": format_mask(masks[count - 1]).split(","),
             "order": [format_mask(unit) for unit in queue[:count]], "ratio": _ratio(masks[count - 1]),
             "ratios": [_ratio(mask) for mask in masks[:count]],
             "blocks": {kind: sum(b.kind == kind for b in masks[count - 1]) for kind in ("mha", "mlp")},
@@ -100,8 +101,8 @@ def _ratio(mask: Mask) -> float:
 def _row(iteration: int, removed: Mask, added: str | None, nll: float, chosen: bool) -> dict[str, Any]:
     return {
         "iteration": iteration, "removed": format_mask(removed).split(",") if removed else [], "added": added,
-        "nll": nll, "perplexity": math.exp(nll), "rows_used": ROWS, "rows_total": ROWS, "chosen": chosen,
-        "row_nll": [nll] * ROWS, "lazy_choice": None,
+        "loss": nll, "perplexity": math.exp(nll), "rows_used": ROWS, "rows_total": ROWS, "chosen": chosen,
+        "row_loss": [nll] * ROWS, "row_nll": [nll] * ROWS, "lazy_choice": None,
     }  # fmt: skip
 
 

@@ -9,9 +9,8 @@ import pytest
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
 from blockpruner.progress import SilentObserver
-from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.work import Unit
-from blockpruner.search import run, trace
+from blockpruner.search import run, search_settings, trace
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
@@ -71,14 +70,15 @@ def test_second_time_everything_is_reused(tmp_path):
         {"calibration": CalibrationSet(((1, 2, 3), (4, 5, 7)))},
         {"model_identity": "other"},
         {"dtype": "bfloat16"},
-        {"score": SCORE | {"metric": "other"}},
+        {"score": SCORE | {"metric": "kl"}},
     ],
     ids=["calibration", "model", "dtype", "metric"],
 )
 def test_what_changes_a_trial_is_computed_anew(tmp_path, change):
     first = score_run(tmp_path)
     other = score_run(tmp_path, **change)
-    assert other.trials_computed == first.trials_computed
+    own = 3 if "score" in change else 0  # the perplexity of what it chose, for people, is that of the first search
+    assert other.trials_computed == first.trials_computed and other.trials_reused == own
     assert other.search != first.search
     assert score_run(tmp_path).trials_computed == 0
 
@@ -103,7 +103,7 @@ def test_an_accelerated_search_is_one_of_its_own_and_its_tables_seed_a_store(tmp
     first, exact = score_run(tmp_path, **fast), score_run(tmp_path / "exact", calibration=rows)
     assert first.units_computed < exact.units_computed
     assert first.search != exact.search
-    defaults = SCORE | settings_of(fast["score"])
+    defaults = search_settings(fast["score"])
     assert score_run(tmp_path, calibration=rows, score=defaults).search == first.search
     assert score_run(tmp_path, calibration=rows, score=defaults | {"floor": 3}).search != first.search
     shutil.rmtree(tmp_path / "trials")
@@ -132,5 +132,5 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, 
 
 
 def test_unknown_method_names_the_valid_ones(tmp_path):
-    with pytest.raises(InputError, match=r"score\.method 'gredy' is unknown; valid: greedy"):
+    with pytest.raises(InputError, match=r"score\.method 'gredy' is unknown; valid: beam, evolution, given, greedy"):
         score_run(tmp_path, score=SCORE | {"method": "gredy"})

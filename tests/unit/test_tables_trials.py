@@ -13,12 +13,13 @@ from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError, StorageError
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
-from blockpruner.search.trace import read_iteration, read_trace, seed_store, table_path, write_iteration
+from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
 from blockpruner.tables import TEXTS, read_table, replace_directory, write_table, write_text
 from blockpruner.trials import TrialStore, store_fingerprint
 
 FIELDS = {"calibration": "c", "model": "m", "dtype": "float32", "metric": "perplexity"}
-MASK = parse_mask("mha.1,mlp.0")
+KEY = "mha.1,mlp.0"
+MASK = parse_mask(KEY)
 
 
 def store(root, rows=4, **changes):
@@ -27,23 +28,23 @@ def store(root, rows=4, **changes):
 
 def test_facts_survive_the_process(tmp_path):
     first = store(tmp_path)
-    first.put(MASK, 1, [0.1, 1 / 3])
-    assert not first.known(MASK, 0, 4)
-    first.put(MASK, 0, [2.5])
-    first.put(MASK, 3, [math.pi])
+    first.put(KEY, 1, [0.1, 1 / 3])
+    assert not first.known(KEY, 0, 4)
+    first.put(KEY, 0, [2.5])
+    first.put(KEY, 3, [math.pi])
     second = store(tmp_path)
-    assert second.get(MASK) == [2.5, 0.1, 1 / 3, math.pi]
-    assert second.known(MASK, 0, 4)
+    assert second.get(KEY) == [2.5, 0.1, 1 / 3, math.pi]
+    assert second.known(KEY, 0, 4)
     assert second.problems == []
 
 
 @pytest.mark.parametrize("field", [*FIELDS, "score_version"])
 def test_every_field_of_the_fingerprint_separates_stores(tmp_path, field):
-    store(tmp_path).put(MASK, 0, [1.0] * 4)
+    store(tmp_path).put(KEY, 0, [1.0] * 4)
     fields = store_fingerprint(**FIELDS)
     other = TrialStore(fields | {field: "other"}, 4, tmp_path)
-    assert other.get(MASK) is None
-    assert store(tmp_path).get(MASK) == [1.0] * 4
+    assert other.get(KEY) is None
+    assert store(tmp_path).get(KEY) == [1.0] * 4
 
 
 def test_fingerprint_holds_what_a_trial_depends_on_and_nothing_else():
@@ -54,48 +55,48 @@ def test_fingerprint_holds_what_a_trial_depends_on_and_nothing_else():
 
 def test_two_writers_at_once(tmp_path):
     a, b = store(tmp_path), store(tmp_path)
-    a.put(MASK, 0, [1.0, 2.0])
-    b.put(MASK, 2, [3.0, 4.0])
-    a.put(parse_mask("mlp.2"), 0, [0.0] * 4)
-    assert store(tmp_path).get(MASK) == [1.0, 2.0, 3.0, 4.0]
+    a.put(KEY, 0, [1.0, 2.0])
+    b.put(KEY, 2, [3.0, 4.0])
+    a.put("mlp.2", 0, [0.0] * 4)
+    assert store(tmp_path).get(KEY) == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_a_torn_last_line_loses_that_unit_only(tmp_path):
     first = store(tmp_path)
-    first.put(MASK, 0, [1.0, 2.0])
-    first.put(MASK, 2, [3.0, 4.0])
+    first.put(KEY, 0, [1.0, 2.0])
+    first.put(KEY, 2, [3.0, 4.0])
     first.close()
     (log,) = (tmp_path / first.fingerprint).glob("*.jsonl")
     log.write_bytes(log.read_bytes()[:-9])
     again = store(tmp_path)
-    assert again.known(MASK, 0, 2)
-    assert not again.known(MASK, 2, 4)
+    assert again.known(KEY, 0, 2)
+    assert not again.known(KEY, 2, 4)
     assert again.problems == []
 
 
 def test_a_damaged_line_is_named_and_not_trusted(tmp_path):
     first = store(tmp_path)
-    first.put(MASK, 0, [1.0, 2.0])
-    first.put(MASK, 2, [3.0, 4.0])
+    first.put(KEY, 0, [1.0, 2.0])
+    first.put(KEY, 2, [3.0, 4.0])
     first.close()
     (log,) = (tmp_path / first.fingerprint).glob("*.jsonl")
     log.write_text(log.read_text().replace("[1.0,2.0]", "[1.0,9.0]"))
     again = store(tmp_path)
-    assert not again.known(MASK, 0, 2)
-    assert again.known(MASK, 2, 4)
+    assert not again.known(KEY, 0, 2)
+    assert again.known(KEY, 2, 4)
     assert len(again.problems) == 1
     assert f"{log}, line 2" in again.problems[0]
 
 
 def test_a_foreign_log_is_set_aside(tmp_path):
     foreign, own = store(tmp_path, model="other"), store(tmp_path)
-    foreign.put(MASK, 0, [1.0] * 4)
+    foreign.put(KEY, 0, [1.0] * 4)
     foreign.close()
     (log,) = (tmp_path / foreign.fingerprint).glob("*.jsonl")
     moved = tmp_path / own.fingerprint / log.name
     log.rename(moved)
     again = store(tmp_path)
-    assert again.get(MASK) is None
+    assert again.get(KEY) is None
     assert "set aside" in again.problems[0]
     assert moved.with_name(moved.name + ".bad").exists()
 
@@ -103,7 +104,7 @@ def test_a_foreign_log_is_set_aside(tmp_path):
 def iteration(index=0):
     rows = ((1.0, 2.0), (0.5, 1 / 3))
     scores = tuple(Score(mask, nll, 2) for mask, nll in zip((MASK, parse_mask("mlp.1")), rows, strict=True))
-    return Iteration(index, scores, (None, parse_mask("mlp.1")), 1)
+    return Iteration(index, scores, (None, parse_mask("mlp.1")), 1, nll=(None, Score(scores[1].mask, (7.0, 0.1), 2)))
 
 
 def test_iteration_tables_come_back_to_the_bit(tmp_path):
@@ -139,20 +140,32 @@ def test_a_table_that_cannot_be_trusted_is_named_and_set_aside(tmp_path, how):
     with pytest.raises(InputError, match="iteration_000"):
         read_trace(tmp_path, "s")
     trials = TrialStore(store_fingerprint(**FIELDS), 2)
-    problems = seed_store(tmp_path, "s", trials)
-    assert trials.get(MASK) is None
+    problems = seed_stores(tmp_path, "s", trials, TrialStore({}, 2), influence=False)
+    assert trials.get(KEY) is None
     assert len(problems) == 1
     assert "set aside" in problems[0]
     assert not path.exists()
     assert path.with_name(path.name + ".bad").exists()
 
 
-def test_tables_seed_a_store(tmp_path):
-    write_iteration(tmp_path, iteration(), "s")
-    trials = TrialStore(store_fingerprint(**FIELDS), 2)
-    assert seed_store(tmp_path, "s", trials) == []
-    assert trials.get(MASK) == [1.0, 2.0]
-    assert trials.get(parse_mask("mlp.1")) == [0.5, 1 / 3]
+def test_tables_seed_the_stores_of_the_metric_and_of_the_nll(tmp_path):
+    write_iteration(tmp_path / "17blocks", iteration(), "s")
+    trials, nll = TrialStore(store_fingerprint(**FIELDS), 2), TrialStore({}, 2)
+    assert seed_stores(tmp_path, "s", trials, nll, influence=False) == []
+    assert trials.get(KEY) == [1.0, 2.0]
+    assert trials.get("mlp.1") == [0.5, 1 / 3]
+    assert nll.get("mlp.1") == [7.0, 0.1] and nll.get(KEY) is None
+
+
+def test_an_influence_is_of_a_unit_within_a_base(tmp_path):
+    scores = (Score(MASK, (1.0, 2.0), 2), Score(MASK | parse_mask("mlp.2"), (), 2))
+    write_iteration(
+        tmp_path, Iteration(0, scores, (parse_mask("mha.1"), parse_mask("mlp.2")), 0, nll=(None, None)), "s"
+    )
+    trials = TrialStore({}, 2)
+    assert seed_stores(tmp_path, "s", trials, trials, influence=True) == []
+    assert trials.get("mlp.0|mha.1") == [1.0, 2.0]
+    assert trials.get("mlp.0,mha.1|mlp.2") is None and trials.get(KEY) is None
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

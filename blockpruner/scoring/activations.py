@@ -1,0 +1,46 @@
+"""Influences of a unit: how much it changes the residual stream, from one forward pass.
+
+INFLUENCES has one function each: x [B, T, H] is the state that a block or a layer reads, f [B, T, H] what it adds,
+is_real [B, T] tells tokens from pads. Float32 at least. Lower is less important.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, linalg
+from torch.nn import functional
+
+Influence = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, f, is_real) -> [B]."""
+
+
+def block_influence(x: Tensor, f: Tensor, is_real: Tensor) -> Tensor:
+    """BI = 1 - mean over a row's tokens of cos(x, x + f), [B], in [0, 2] (ShortGPT, arXiv 2403.03853, eq. 1; of a block
+    it is LLM-Drop's score, arXiv 2406.15786, eq. 2, and the paper's figure 1)."""
+    return 1 - _mean(functional.cosine_similarity(x, x + f, dim=-1), is_real)
+
+
+def relative_magnitude(x: Tensor, f: Tensor, is_real: Tensor) -> Tensor:
+    """RM = mean over a row's tokens of |f| / |x + f|, [B] (weight subcloning, arXiv 2312.09299)."""
+    return _mean(linalg.vector_norm(f, dim=-1) / linalg.vector_norm(x + f, dim=-1), is_real)
+
+
+def relative_magnitude_frobenius(x: Tensor, f: Tensor, is_real: Tensor) -> Tensor:
+    """RM with one norm over all of a row's tokens: |F| / |X + F|, Frobenius, [B].
+
+    Tokens of massive activation (often the first) outweigh all others in it, which is how the paper's rows for this
+    method may have come about.
+    """
+    real = is_real[..., None]
+    result: Tensor = linalg.vector_norm(f * real, dim=(1, 2)) / linalg.vector_norm((x + f) * real, dim=(1, 2))
+    return result
+
+
+def _mean(values: Tensor, is_real: Tensor) -> Tensor:
+    return (values * is_real).sum(dim=1) / is_real.sum(dim=1)
+
+
+INFLUENCES: dict[str, Influence] = {
+    influence.__name__: influence for influence in (block_influence, relative_magnitude, relative_magnitude_frobenius)
+}

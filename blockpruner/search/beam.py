@@ -1,0 +1,52 @@
+"""Beam search: greedy that remembers the `width` best masks of each number of removed units, instead of one.
+
+Decides which masks are kept and when a path ends. A mask that two orders of removal lead to is one mask. A path ends as
+greedy does, at the first mask that one unit more would take farther from the goal; the best of all kept masks that
+meet the goal is the answer. With a width of 1 this is greedy, with one that nothing falls out of an exhaustive search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from blockpruner.blocks import DENSE, Mask
+from blockpruner.scoring.objectives import Score
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.options import require_at_least
+from blockpruner.search.problem import Problem
+from blockpruner.search.space import goal_of_problem, is_settled, nearest, unit_order
+
+
+def beam(problem: Problem, *, width: int = 3) -> Iterator[Iteration]:
+    """Yield one iteration for each number of removed units, and one in which the kept masks that meet the goal compete.
+
+    Where none of the kept masks meets the goal, those compete that remove as much as the nearest one.
+
+    Raises:
+        InputError: an option out of range, or a budget that is nearest to removing nothing.
+    """
+    require_at_least("width", width, 1)
+    goal, units, order = goal_of_problem(problem), problem.units, unit_order(problem.units)
+    live, best = [DENSE], DENSE
+    kept: list[Score] = []
+    index = 0
+    while live:
+        masks = {mask | unit for mask in live for unit in units if not unit <= mask}
+        scores = problem.ask([*([DENSE] if index == 0 else []), *sorted(masks, key=order)])
+        ranked = sorted((score for score in scores if score.mask), key=lambda score: score.loss)  # stable: unit order
+        yield Iteration(index, tuple(scores), _added(scores, best, units), scores.index(ranked[0]))
+        best = ranked[0].mask
+        kept += ranked[:width]
+        live = [score.mask for score in ranked[:width] if not is_settled(goal, score.mask, units)]
+        index += 1
+    if not any(goal.is_met(score.mask) for score in kept):
+        goal = goal.around(nearest(goal, [score.mask for score in kept]))
+    finished = sorted((score for score in kept if goal.is_met(score.mask)), key=lambda score: order(score.mask))
+    winner = min(finished, key=lambda score: score.loss)
+    yield Iteration(index, tuple(finished), (None,) * len(finished), finished.index(winner))
+
+
+def _added(scores: list[Score], base: Mask, units: Sequence[Mask]) -> tuple[Mask | None, ...]:
+    """The unit that a mask has beyond the last choice, None where it is not that mask with one unit more."""
+    extended = {base | unit: unit for unit in units if not unit <= base}
+    return tuple(extended.get(score.mask) for score in scores)

@@ -1,0 +1,138 @@
+"""Evolutionary search: of one mask many variants, the best of which replaces it: (1 + lambda), as EvoPress has it.
+
+Decides how masks vary and on how many rows they are compared (arXiv 2410.14649: 32 offspring, a few swaps each, first
+on few tokens and the best on more). Here variants are all of the same budget, and the parent is replaced only by a mask
+with a lower loss on all rows, so that no generation is worse than the one before.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
+
+from blockpruner.blocks import DENSE, Mask
+from blockpruner.errors import InputError
+from blockpruner.scoring.objectives import Score
+from blockpruner.search.greedy import greedy_to_goal
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.options import require_at_least, require_one_of
+from blockpruner.search.problem import Problem
+from blockpruner.search.space import Space, goal_of_problem, nearest, unit_order
+
+ROWS_FACTOR = 4
+"""How many times as many rows each round sees; with two rounds before the last, 16 times as many from first to last, as
+EvoPress (2,048 to 32,768 tokens)."""
+
+ACROSS = 0.1
+"""Probability that a swap is between kinds, where it could also be within one: such swaps change more at once."""
+
+DRAWS = 10
+"""How often as many masks are drawn as are wanted, before less will do: a parent may have few variants left."""
+
+
+def evolution(
+    problem: Problem,
+    *,
+    generations: int = 50,
+    offspring: int = 32,
+    survivors: Sequence[int] = (8, 2),
+    patience: int = 20,
+    start: str = "random",
+    seed: int = 42,
+) -> Iterator[Iteration]:
+    """Yield one iteration for each generation, after greedy's own where it starts from greedy.
+
+    Args:
+        generations: how many times there are offspring; a start with random masks is a generation before these.
+        survivors: how many are left of the offspring after each round but the last, which is over all rows; a round
+            sees a quarter of the rows of the next one, and one at least.
+        patience: generations without improvement after which the search stops; 0 is never.
+        start: "greedy": from greedy's own mask, and by its ratio; "random": from the best of `offspring` random masks.
+
+    Raises:
+        InputError: an option out of range, or a budget that is nearest to removing nothing.
+    """
+    require_at_least("generations", generations, 1)
+    require_at_least("offspring", offspring, 1)
+    require_at_least("patience", patience, 0)
+    require_one_of("start", start, ("greedy", "random"))
+    if any(type(n) is not int or n < 1 for n in survivors) or list(survivors) != sorted(survivors, reverse=True):
+        raise InputError(
+            f"score.options.survivors {list(survivors)} is not valid; valid: numbers of 1 or more, none larger "
+            "than the one before"
+        )
+    goal, rng = goal_of_problem(problem), random.Random(seed)
+    order = unit_order(problem.units)
+    if start == "greedy":
+        prefixes = yield from greedy_to_goal(problem)
+        scores = problem.ask([nearest(goal, prefixes)])
+        index, parent = len(prefixes), scores[0]
+        space = Space(problem.units, goal.around(parent.mask))
+    else:
+        index, space = 1, Space(problem.units, goal)
+        masks = _distinct(partial(space.draw, rng), offspring, ())
+        scores = [*problem.ask([DENSE]), *contest(problem, sorted(masks, key=order), survivors)]
+        parent = _best(scores[1:])
+        yield Iteration(0, tuple(scores), (None,) * len(scores), scores.index(parent))
+    known: set[Mask] = set()  # on all rows, and no better than the parent
+    idle = 0
+    for generation in range(index, index + generations):
+        known |= {score.mask for score in scores if score.is_complete}
+        masks = _distinct(partial(vary, parent.mask, space, rng), offspring, known)
+        scores = [parent, *contest(problem, sorted(masks, key=order), survivors)]
+        best = _best(scores)
+        yield Iteration(generation, tuple(scores), (None,) * len(scores), scores.index(best))
+        idle = idle + 1 if best == parent else 0
+        if not masks or 0 < patience == idle:
+            return
+        parent = best
+
+
+def vary(mask: Mask, space: Space, rng: random.Random) -> Mask:
+    """A mask after min(a, b) swaps, a and b drawn from 1 to 3, as EvoPress draws them."""
+    for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
+        exchanges = space.exchanges(mask)
+        across = [exchange for exchange in exchanges if exchange.across]
+        within = [exchange for exchange in exchanges if not exchange.across]
+        likely = across if across and (not within or rng.random() < ACROSS) else within
+        if not likely:
+            break
+        chosen = rng.choice(likely)
+        restored = DENSE.union(*rng.sample(chosen.restorable, chosen.restored))
+        mask = mask - restored | DENSE.union(*rng.sample(chosen.removable, chosen.removed))
+    return mask
+
+
+def contest(problem: Problem, masks: Sequence[Mask], survivors: Sequence[int]) -> list[Score]:
+    """Score masks on more and more rows, the best of a round in the next; each on as many rows as it came to see.
+
+    Args:
+        masks: of equal scores the first goes on.
+        survivors: how many go on after each round but the last.
+    """
+    found: dict[Mask, Score] = {}
+    for rounds_left, kept in zip(range(len(survivors), 0, -1), survivors, strict=True):
+        scores = problem.ask(masks, math.ceil(problem.rows / ROWS_FACTOR**rounds_left))
+        found |= {score.mask: score for score in scores}
+        masks = [score.mask for score in sorted(scores, key=lambda score: score.loss)[:kept]]
+    found |= {score.mask: score for score in problem.ask(masks)}
+    return list(found.values())
+
+
+def _best(scores: Sequence[Score]) -> Score:
+    """The lowest of those on all rows, the first of equals."""
+    return min((score for score in scores if score.is_complete), key=lambda score: score.loss)
+
+
+def _distinct(draw: Callable[[], Mask], wanted: int, known: Container[Mask]) -> list[Mask]:
+    """As many different masks as are wanted, in the order drawn; fewer where there seem to be no more."""
+    found: dict[Mask, None] = {}
+    for _ in range(DRAWS * wanted):
+        mask = draw()
+        if mask not in known:
+            found[mask] = None
+        if len(found) == wanted:
+            break
+    return list(found)

@@ -1,0 +1,33 @@
+"""A sequence from elsewhere, materialized without a search: published, or written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from blockpruner.blocks import DENSE, format_mask, parse_mask
+from blockpruner.errors import InputError
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.one_shot import in_order
+from blockpruner.search.problem import Problem
+
+
+def given(problem: Problem, *, order: Sequence[str]) -> Iterator[Iteration]:
+    """Remove in the order given.
+
+    Args:
+        order: what each step removes: a block ("mha.25"), or several ("mha.3,mlp.3").
+
+    Raises:
+        InputError: a block that the model or `candidates` does not have, or one that is named twice.
+    """
+    steps = [parse_mask(text) for text in order]
+    known, seen = DENSE.union(*problem.units), DENSE
+    for step in steps:
+        for fault, blocks in (("does not have", step - known), ("had removed before", step & seen)):
+            if blocks:
+                raise InputError(
+                    f"score.options.order removes {format_mask(blocks)}, which this model {fault}; its blocks are "
+                    f"{format_mask(known)}"
+                )
+        seen |= step
+    return in_order(steps, problem.rows)

@@ -1,0 +1,35 @@
+"""One-shot ranking: score every unit once, in the dense model, and remove the lowest, one after the other.
+
+Over layers by Block Influence it is ShortGPT (arXiv 2403.03853), by relative magnitude the paper's RM, by perplexity
+Shortened-LLM (arXiv 2402.02834); over blocks by Block Influence LLM-Drop (arXiv 2406.15786), and by perplexity the
+first ablation of table 2 of arXiv 2406.10594.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from blockpruner.blocks import DENSE, Mask
+from blockpruner.scoring.objectives import Score
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.problem import Problem
+
+
+def one_shot(problem: Problem) -> Iterator[Iteration]:
+    """Yield one removal at a time; all scores are in the first iteration."""
+    dense, *scores = problem.ask([DENSE, *problem.units])
+    ranked = sorted(range(len(scores)), key=lambda i: scores[i].loss)  # stable: of equals the first
+    first = Iteration(0, (dense, *scores), (None, *problem.units), 1 + ranked[0])
+    yield first
+    order = [problem.units[i] for i in ranked]
+    yield from in_order(order, problem.rows, start=1)
+
+
+def in_order(order: Sequence[Mask], rows: int, start: int = 0) -> Iterator[Iteration]:
+    """Iterations that remove units in a known order from the `start`-th on, without asking for a score."""
+    for index in range(start, len(order)):
+        mask = DENSE.union(*order[: index + 1])
+        dense = [(Score(DENSE, (), rows), None)] if index == 0 else []
+        rows_of: list[tuple[Score, Mask | None]] = [*dense, (Score(mask, (), rows), order[index])]
+        scores, added = zip(*rows_of, strict=True)
+        yield Iteration(index, scores, added, len(scores) - 1)

@@ -1,0 +1,117 @@
+"""The masks that a goal allows: which there are, how one is drawn, how one becomes another, which comes first.
+
+Nothing here is scored. Units are of a kind when they count the same: all of them where the goal counts blocks, the MHA
+blocks and the MLP blocks where it counts parameters. Whether a mask meets the goal depends on nothing but how many
+units of each kind it removes: its composition.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from blockpruner.blocks import DENSE, Mask
+from blockpruner.budgets import Goal
+from blockpruner.errors import InputError
+from blockpruner.search.problem import Problem
+
+
+def goal_of_problem(problem: Problem) -> Goal:
+    """Raises InputError where every unit is farther from the goal than the dense model, before anything is scored."""
+    assert problem.goal is not None
+    nearest(problem.goal, problem.units)
+    return problem.goal
+
+
+def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
+    """Of masks that remove something the one nearest to the goal; a tie goes to the larger, as in `choose_prefix`.
+
+    Raises:
+        InputError: the dense model is nearer.
+    """
+    masks = list(masks)
+    found = min([DENSE, *masks], key=lambda mask: (round(goal.distance(mask), 12), -goal.share(mask)))
+    if found == DENSE:
+        raise InputError(
+            f"budget {goal.budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
+            f"{min(map(goal.share, masks)):.4f}"
+        )
+    return found
+
+
+def is_settled(goal: Goal, mask: Mask, units: Sequence[Mask]) -> bool:
+    """Whether a mask with one unit more, any of them, would be farther from the goal: `budgets.is_settled` of it."""
+    shares = [goal.share(mask | unit) for unit in units if not unit <= mask]
+    return not shares or min(shares) - goal.wanted > goal.wanted - goal.share(mask)
+
+
+def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:
+    """A sort key by which, of two masks, the one comes first that removes the first unit in which they differ.
+
+    Of one mask with another unit each, the one with the earlier unit comes first: greedy's tie-break.
+    """
+    return lambda mask: tuple(i for i, unit in enumerate(units) if unit <= mask)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A way to change a mask within the goal: restore `restored` of the removed units of a kind, all in `restorable`,
+    and remove `removed` of the kept ones of a kind, all in `removable`, instead; one of the numbers is 1.
+
+    across: the kinds differ, as where three MHA blocks count as much as one MLP block.
+    """
+
+    restorable: Sequence[Mask]
+    restored: int
+    removable: Sequence[Mask]
+    removed: int
+    across: bool
+
+
+class Space:
+    """All masks over units that meet a goal; where there is none, all that come as near to it as the nearest does.
+
+    goal: as given, or moved to the nearest mask.
+    """
+
+    def __init__(self, units: Sequence[Mask], goal: Goal) -> None:
+        kinds: dict[float, list[Mask]] = {}
+        for unit in units:
+            kinds.setdefault(goal.share(unit), []).append(unit)
+        self._kinds = list(kinds.values())
+        some = {  # one mask of each composition
+            counts: DENSE.union(*(unit for kind, n in zip(self._kinds, counts, strict=True) for unit in kind[:n]))
+            for counts in product(*(range(len(kind) + 1) for kind in self._kinds))
+            if any(counts)
+        }
+        if not any(map(goal.is_met, some.values())):
+            goal = goal.around(nearest(goal, some.values()))
+        self.goal = goal
+        self._compositions = [counts for counts, mask in some.items() if goal.is_met(mask)]
+
+    def draw(self, rng: random.Random) -> Mask:
+        """Any of the masks, each as likely as another."""
+        sizes = [
+            math.prod(math.comb(len(kind), n) for kind, n in zip(self._kinds, counts, strict=True))
+            for counts in self._compositions
+        ]
+        (counts,) = rng.choices(self._compositions, sizes)
+        return DENSE.union(*(unit for kind, n in zip(self._kinds, counts, strict=True) for unit in rng.sample(kind, n)))
+
+    def exchanges(self, mask: Mask) -> list[Exchange]:
+        """All ways from one of the masks to others, those within a kind first."""
+        removed = [[unit for unit in kind if unit <= mask] for kind in self._kinds]
+        kept = [[unit for unit in kind if not unit <= mask] for kind in self._kinds]
+        found = [Exchange(r, 1, k, 1, across=False) for r, k in zip(removed, kept, strict=True) if r and k]
+        for counts in self._compositions:
+            change = [after - len(before) for after, before in zip(counts, removed, strict=True)]
+            fewer = [kind for kind, n in enumerate(change) if n < 0]
+            more = [kind for kind, n in enumerate(change) if n > 0]
+            if len(fewer) == len(more) == 1:
+                restored, added = -change[fewer[0]], change[more[0]]
+                if 1 in (restored, added):
+                    found.append(Exchange(removed[fewer[0]], restored, kept[more[0]], added, across=True))
+        return found

@@ -1,0 +1,116 @@
+"""Swap search: a removed unit restored and another removed instead, as long as that lowers the loss.
+
+Decides in which order the swaps of a mask are tried. Greedy cannot undo a removal; this can. What each unit's
+restoration and removal does to the loss alone is asked first, and the sum of what a swap consists of predicts its
+effect; the most promising ones are then scored themselves.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterator, Mapping
+from itertools import islice
+
+from blockpruner.blocks import DENSE, Mask
+from blockpruner.search.greedy import greedy_to_goal
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.options import require_at_least, require_one_of
+from blockpruner.search.problem import Problem
+from blockpruner.search.space import Exchange, Space, goal_of_problem, nearest, unit_order
+
+BATCH = 16
+"""Swaps asked for at once: they share what they have in common, but those after one that helps are asked in vain."""
+
+
+def swap(problem: Problem, *, start: str = "greedy", tries: int = 64, seed: int = 42) -> Iterator[Iteration]:
+    """Yield one iteration for each swap that helped and a last one for none, after greedy's own if it starts there.
+
+    Args:
+        start: "greedy": from greedy's own mask; "random": from one drawn with `seed`. Every later one is, by ratio,
+            within the tolerance of the goal around this one.
+        tries: swaps of a mask that are scored, none of them better, before the search ends; 0 is all there are, so
+            that it ends in a local optimum.
+
+    Raises:
+        InputError: an option out of range, or a budget that is nearest to removing nothing.
+    """
+    require_at_least("tries", tries, 0)
+    require_one_of("start", start, ("greedy", "random"))
+    goal = goal_of_problem(problem)
+    if start == "greedy":
+        prefixes = yield from greedy_to_goal(problem)
+        index, mask = len(prefixes), nearest(goal, prefixes)
+    else:
+        index, mask = 0, Space(problem.units, goal).draw(random.Random(seed))
+    space, order = Space(problem.units, goal.around(mask)), unit_order(problem.units)
+    known = {mask}  # of the space: no better than the current mask
+    while True:
+        probes = [mask ^ unit for unit in problem.units]  # restored where it was removed, else removed
+        asked = dict.fromkeys([*([DENSE] if index == 0 else []), mask, *probes])
+        found = {score.mask: score for score in problem.ask(list(asked))}
+        change = {unit: found[mask ^ unit].loss - found[mask].loss for unit in problem.units}
+        swaps = (other for other in by_prediction(mask, space.exchanges(mask), change) if other not in known)
+        best, tried = found[mask], 0
+        while best.mask == mask:
+            batch = list(islice(swaps, min(BATCH, tries - tried) if tries else BATCH))
+            if not batch:
+                break
+            scores = problem.ask(sorted(batch, key=order))
+            best = min([best, *scores], key=lambda score: score.loss)  # of equals the first
+            found |= {score.mask: score for score in scores}
+            known.update(batch)
+            tried += len(batch)
+        yield Iteration(index, tuple(found.values()), (None,) * len(found), list(found).index(best.mask))
+        if best.mask == mask:
+            return
+        mask = best.mask
+        index += 1
+
+
+def by_prediction(mask: Mask, exchanges: list[Exchange], change: Mapping[Mask, float]) -> Iterator[Mask]:
+    """All masks that one of the exchanges leads to, by the sum of the changes of the loss that it is made of."""
+
+    def of(exchange: Exchange) -> Iterator[tuple[float, Mask]]:
+        back, out = (sorted(units, key=change.__getitem__) for units in (exchange.restorable, exchange.removable))
+        costs = [[change[unit] for unit in units] for units in (back, out)]
+        for predicted, (restored, removed) in cheapest(costs, (exchange.restored, exchange.removed)):
+            fewer = mask - DENSE.union(*(back[i] for i in restored))
+            yield predicted, fewer | DENSE.union(*(out[i] for i in removed))
+
+    for _, other in heapq.merge(*map(of, exchanges), key=lambda found: found[0]):
+        yield other
+
+
+Choice = tuple[tuple[int, ...], ...]
+"""Of several lists the indices chosen from each."""
+
+
+def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple[float, Choice]]:
+    """Choose sizes[k] of costs[k], for each k, in all ways, those with the lowest sum first, as far as they are wanted.
+
+    Args:
+        costs: each list ascending. Then any choice is reached from the cheapest one, the first of each list, by moving
+            one index up by one at a time, and no move lowers the sum.
+
+    Yields:
+        The sum, and for each list the indices chosen, ascending.
+    """
+    first: Choice = tuple(tuple(range(size)) for size in sizes)
+
+    def total(choice: Choice) -> float:
+        return sum(costs[k][i] for k, indices in enumerate(choice) for i in indices)
+
+    waiting, seen = [(total(first), first)], {first}
+    while waiting:
+        cost, choice = heapq.heappop(waiting)
+        yield cost, choice
+        for k, indices in enumerate(choice):
+            ends = [*indices[1:], len(costs[k])]
+            for place, (i, end) in enumerate(zip(indices, ends, strict=True)):
+                if i + 1 < end:
+                    moved = (*indices[:place], i + 1, *indices[place + 1 :])
+                    following = (*choice[:k], moved, *choice[k + 1 :])
+                    if following not in seen:
+                        seen.add(following)
+                        heapq.heappush(waiting, (total(following), following))

@@ -1,0 +1,459 @@
+"""Beam, evolution and swap against brute force over all masks of small models, with losses from a table."""
+
+import math
+import random
+from collections import Counter
+from itertools import chain, combinations, islice, pairwise
+
+import pytest
+
+from blockpruner.blocks import DENSE, all_blocks, format_mask, removable_units
+from blockpruner.budgets import goal_of, parse_budget
+from blockpruner.calibration import CalibrationSet
+from blockpruner.errors import InputError
+from blockpruner.families import ParameterCounts, count_parameters
+from blockpruner.models import masked
+from blockpruner.progress import SilentObserver
+from blockpruner.scoring.accelerate import accelerate, settings_of
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.work import Unit
+from blockpruner.search import search_settings
+from blockpruner.search.beam import beam
+from blockpruner.search.evolution import contest, evolution, vary
+from blockpruner.search.greedy import greedy
+from blockpruner.search.problem import Problem
+from blockpruner.search.run import SearchRun
+from blockpruner.search.space import Space, unit_order
+from blockpruner.search.swap import by_prediction, cheapest, swap
+from blockpruner.trials import TrialStore
+from tests.tiny import full_nll, tiny_model
+
+ROWS = 8
+SIZES = [1.0, 2.016, 3.0]
+"""Of an MLP block, an MHA block being 1: any two alike, Llama-2, SmolLM2."""
+
+
+class Table:
+    """Losses of masks without any structure beyond a cost of each block, or (interaction=0) with that one alone."""
+
+    def __init__(self, seed, layers=4, size=3.0, interaction=1.0, noise=0.02):
+        self.seed, self.interaction, self.noise = seed, interaction, noise
+        self.units = removable_units(layers, "block", "all")
+        self.counts = ParameterCounts(
+            total=round(1000 * layers * (1.5 + size)),
+            blocks={block: 1000 if block.kind == "mha" else round(1000 * size) for block in all_blocks(layers)},
+        )
+        chance = random.Random(seed)
+        self.cost = {block: chance.uniform(0.1, 1.0) for block in all_blocks(layers)}
+        self.asked = []
+
+    def rows_of(self, mask):
+        chance = random.Random(f"{self.seed} {format_mask(mask)}")
+        loss = sum(self.cost[block] for block in mask) + self.interaction * chance.random()
+        return [loss + self.noise * chance.random() for _ in range(ROWS)]
+
+    def loss(self, mask):
+        return math.fsum(self.rows_of(mask)) / ROWS
+
+    def rank(self, mask):
+        """Loss, then the tie-break: all MHA by layer, then all MLP by layer."""
+        return self.loss(mask), sorted(block.order for block in mask)
+
+    def row_batches(self, rows, span):
+        return [span]
+
+    def run(self, tasks, rows):
+        for task in tasks:
+            for mask in task.masks:
+                self.asked += [(mask, row) for row in task.span]
+                yield Unit(mask, task.span.start, tuple(self.rows_of(mask)[task.span.start : task.span.stop]))
+
+    def close(self):
+        pass
+
+    def masks(self):
+        """All but the dense one."""
+        blocks = list(self.counts.blocks)
+        return [frozenset(m) for m in chain.from_iterable(combinations(blocks, n) for n in range(1, len(blocks) + 1))]
+
+    def goal(self, budget):
+        return goal_of(parse_budget(budget, self.counts), self.units, self.counts)
+
+    def search(self, method, budget, acceleration="none", **options):
+        """The trace; nothing was computed twice, or is missing in it."""
+        self.asked = []
+        calibration = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
+        objective = Objective(calibration, TrialStore({}, ROWS), lambda: self)
+        select = accelerate(objective, settings_of({"acceleration": acceleration}))
+        problem = Problem(self.units, objective, select, ROWS, self.goal(budget))
+        trace = list(method(problem, **options))
+        assert len(self.asked) == len(set(self.asked))
+        seen = {(score.mask, row) for step in trace for score in step.scores for row in range(score.rows_used)}
+        assert set(self.asked) == seen
+        assert [step.index for step in trace] == list(range(len(trace)))
+        assert trace[0].scores[0].mask == DENSE and trace[0].added[0] is None
+        assert all(step.scores[step.chosen].is_complete for step in trace)
+        for step in trace:
+            assert len({score.mask for score in step.scores}) == len(step.scores) == len(step.added)
+        return trace
+
+    def greedy(self, wanted):
+        """Masks of a greedy search to the end of the model, and the one nearest to a ratio."""
+        removed, path = DENSE, []
+        while len(removed) < len(self.cost):
+            removed = min((removed | {block} for block in self.cost if block not in removed), key=self.rank)
+            path.append(removed)
+        return path, min(path, key=lambda mask: abs(self.counts.ratio(mask) - wanted))
+
+    def within(self, centre):
+        """Masks that are as far from a ratio as half of an MHA block at most."""
+        half = 500 / self.counts.total
+        return [m for m in self.masks() if abs(self.counts.ratio(m) - centre) <= half + 1e-12]
+
+    def neighbours(self, mask, centre):
+        """Masks within the tolerance that have one unit for another of its kind, or for some of the other kind."""
+        found = []
+        for other in self.within(centre):
+            kinds = [Counter(self.counts.blocks[block] for block in part) for part in (mask - other, other - mask)]
+            if not all(len(kind) == 1 for kind in kinds):
+                continue
+            (back,), (out,) = kinds
+            few, many = sorted((kinds[0][back], kinds[1][out]))
+            if few == 1 and (many == 1 or back != out):
+                found.append(other)
+        return found
+
+
+def ratios(seed, count):
+    chance = random.Random(seed)
+    return [f"{chance.uniform(0.1, 0.7):.6f}" for _ in range(count)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("seed", range(8))
+def test_beam_of_width_one_is_greedy(seed, size):
+    table = Table(seed, size=size)
+    for budget in [*ratios(seed, 3), "1blocks", "5blocks"]:
+        path, answer = table.greedy(float(budget.removesuffix("blocks")))
+        if budget.endswith("blocks"):
+            answer = path[int(budget.removesuffix("blocks")) - 1]
+        *steps, last = table.search(beam, budget, width=1)
+        assert [step.removed for step in steps] == path[: len(steps)]
+        assert last.removed == answer
+        assert [step.added[step.chosen] for step in steps] == [
+            after - before for before, after in zip([DENSE, *path], path[: len(steps)], strict=False)
+        ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("seed", range(4))
+def test_beam_that_forgets_nothing_is_exhaustive(seed, size):
+    table = Table(seed, size=size)
+    for budget in [*ratios(seed, 2), "3blocks"]:
+        goal = table.goal(budget)
+        allowed = table.within(float(budget)) if "blocks" not in budget else [m for m in table.masks() if len(m) == 3]
+        *steps, last = table.search(beam, budget, width=10**6)
+        assert last.removed == min(allowed, key=table.rank)
+        assert {score.mask for score in last.scores} == set(allowed)
+        assert all(goal.is_met(score.mask) for score in last.scores)
+        assert steps
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_beam_keeps_the_best_of_each_size(seed):
+    """By blocks each step is of one size: its masks are those that extend one of the three best of the step before."""
+    table, kept = Table(seed), [DENSE]
+    *steps, last = table.search(beam, "5blocks")
+    assert len(steps) == 5
+    for step in steps:
+        extended = {mask | unit for mask in kept for unit in table.units if not unit <= mask}
+        assert {score.mask for score in step.scores} - {DENSE} == extended
+        kept = sorted(extended, key=table.rank)[:3]
+        assert step.removed == kept[0]
+    assert {score.mask for score in last.scores} == set(kept) and last.removed == kept[0]
+
+
+@pytest.mark.parametrize("start", ["greedy", "random"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("seed", range(4))
+def test_swap_ends_in_a_local_optimum(seed, size, start):
+    table = Table(seed, size=size)
+    for budget in ratios(seed, 2):
+        trace = table.search(swap, budget, start=start, tries=0, seed=seed)
+        _, first = table.greedy(float(budget))
+        if start == "random":
+            first = trace[0].scores[1].mask
+            assert first in table.within(float(budget))
+        centre = table.counts.ratio(first)
+        visited = [first, *(step.removed for step in trace if step.added[step.chosen] is None)]
+        assert visited[-1] == visited[-2]  # a last step that says that nothing helps
+        losses = [table.loss(mask) for mask in visited[:-1]]
+        assert losses == sorted(losses, reverse=True) and len(set(losses)) == len(losses)
+        for before, after in pairwise(visited[:-1]):
+            assert after in table.neighbours(before, centre)
+        around = table.neighbours(visited[-1], centre)
+        assert min(map(table.loss, around), default=math.inf) >= losses[-1]
+
+
+def test_swap_leaves_what_greedy_cannot():
+    """Two blocks that are cheap together only: greedy takes another first, and the swaps find the pair."""
+    table = Table(0, interaction=0.0)
+    a, b, c, *_ = all_blocks(4)
+    special = {frozenset({c}): 0.01, frozenset({a, b}): 0.02, frozenset({a, c}): 0.5}
+    table.loss_of = table.rows_of
+    table.rows_of = lambda mask: [special[mask]] * ROWS if mask in special else table.loss_of(mask)
+    trace = table.search(swap, "2blocks")
+    assert trace[0].removed == {c} and c in trace[1].removed
+    assert trace[-1].removed == {a, b}
+
+
+@pytest.mark.parametrize("tries", [1, 5, 20])
+def test_swap_gives_up_after_so_many_tries(tries):
+    table = Table(1, layers=8)
+    trace = table.search(swap, "6blocks", start="random", tries=tries)
+    assert len(trace) > 2
+    last = [score.mask for score in trace[-1].scores if len(score.mask) == 6]
+    assert len(last) == 1 + tries
+    tried = [score.mask for step in trace for score in step.scores[1:] if len(score.mask) == 6]
+    tried.remove(trace[0].scores[1].mask)
+    assert len(tried) == len(set(tried))  # a mask that did not help once is no try again
+
+
+def test_cheapest_choices_come_first():
+    chance = random.Random(0)
+    for sizes in [(1, 1), (1, 3), (3, 1), (2, 2), (4, 1)]:
+        costs = [sorted(chance.uniform(-1, 1) for _ in range(n)) for n in (6, 4)]
+        wanted = sorted(
+            (sum(costs[0][i] for i in left) + sum(costs[1][i] for i in right), (left, right))
+            for left in combinations(range(6), sizes[0])
+            for right in combinations(range(4), sizes[1])
+        )
+        found = list(cheapest(costs, sizes))
+        assert [choice for _, choice in found] == [choice for _, choice in wanted]
+        assert [cost for cost, _ in found] == pytest.approx([cost for cost, _ in wanted])
+    assert len(list(islice(cheapest([list(range(200)), list(range(200))], (5, 1)), 100))) == 100  # of 5e11
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_predictions_are_right_where_effects_add_up(size):
+    table = Table(3, size=size, interaction=0.0, noise=0.0)
+    chance = random.Random(1)
+    for budget in ratios(2, 4):
+        mask = chance.choice(table.within(float(budget)))
+        goal = table.goal(budget).around(mask)
+        change = {unit: table.loss(mask ^ unit) - table.loss(mask) for unit in table.units}
+        found = list(by_prediction(mask, Space(table.units, goal).exchanges(mask), change))
+        assert sorted(map(format_mask, found)) == sorted(map(format_mask, table.neighbours(mask, goal.wanted)))
+        losses = list(map(table.loss, found))
+        assert losses == pytest.approx(sorted(losses))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_space_draws_every_mask_alike(size):
+    table = Table(0, layers=3, size=size)
+    space, chance = Space(table.units, table.goal("0.3")), random.Random(5)
+    drawn = Counter(space.draw(chance) for _ in range(6000))
+    assert set(drawn) == set(table.within(0.3))
+    expected = 6000 / len(drawn)
+    assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in drawn.values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_variants_stay_within_the_goal(size):
+    """And every mask of the space comes up in the end, those of other numbers of MHA and MLP blocks too."""
+    table, chance = Table(0, layers=3, size=size), random.Random(2)
+    allowed = set(table.within(0.4))
+    space, mask, seen = Space(table.units, table.goal("0.4")), min(allowed, key=table.rank), set()
+    for _ in range(4000):
+        mask = vary(mask, space, chance)
+        seen.add(mask)
+    assert seen == allowed
+
+
+@pytest.mark.parametrize("start", ["greedy", "random"])
+@pytest.mark.parametrize("size", SIZES)
+def test_evolution_is_deterministic_and_finds_the_best_mask(size, start):
+    table = Table(5, size=size)
+    for budget in ratios(7, 2):
+        options = {"start": start, "generations": 80, "offspring": 12, "survivors": (6, 3), "patience": 0}
+        trace = table.search(evolution, budget, **options)
+        _, first = table.greedy(float(budget))
+        centre = table.counts.ratio(first) if start == "greedy" else float(budget)
+        allowed = table.within(centre)
+        own = [step for step in trace if step.added[step.chosen] is None]
+        assert {score.mask for step in own for score in step.scores} - {DENSE} <= set(allowed)
+        losses = [table.loss(step.removed) for step in own]
+        assert losses == sorted(losses, reverse=True)
+        assert start == "random" or losses[0] <= table.loss(first)
+        assert trace[-1].removed == min(allowed, key=table.rank)
+        offered = [s.mask for step in own for s in step.scores[bool(step.index) :] if s.is_complete]
+        assert len(offered) == len(set(offered))  # what is no better than the parent is not offered again
+        assert table.search(evolution, budget, **options) == trace
+    draws = [table.search(evolution, "0.4", offspring=4, survivors=(), seed=seed)[0] for seed in range(3)]
+    assert draws[0] != draws[1] != draws[2]
+
+
+def test_evolution_stops_when_nothing_gets_better():
+    table = Table(2, layers=10)
+    trace = table.search(evolution, "6blocks", patience=3, generations=500, offspring=4, survivors=())
+    removed = [step.removed for step in trace]
+    idle = [before == after for before, after in pairwise(removed)]
+    assert len(trace) < 501 and idle[-3:] == [True] * 3
+    assert not any(all(idle[i : i + 3]) for i in range(len(idle) - 3))
+    assert len(table.search(evolution, "6blocks", patience=0, generations=9, offspring=4, survivors=())) == 1 + 9
+
+
+def test_contest_gives_rows_to_the_best():
+    """32 masks on 1 of 8 rows, the best 8 of them on 2, the best 2 of these on all."""
+    table = Table(4, noise=2.0)
+    objective = Objective(CalibrationSet(tuple((i, i) for i in range(ROWS))), TrialStore({}, ROWS), lambda: table)
+    masks = table.masks()[:32]
+    rows = {mask: table.rows_of(mask) for mask in masks}
+    first = sorted(masks, key=lambda mask: rows[mask][0])
+    second = sorted(first[:8], key=lambda mask: sum(rows[mask][:2]))
+    wanted = dict.fromkeys(masks, 1) | dict.fromkeys(first[:8], 2) | dict.fromkeys(second[:2], ROWS)
+    problem = Problem(table.units, objective, lambda *_: None, ROWS)
+    assert {score.mask: score.rows_used for score in contest(problem, masks, (8, 2))} == wanted
+
+
+@pytest.mark.parametrize("method", [beam, swap, evolution])
+def test_of_equals_the_first_in_unit_order(method):
+    """Greedy's own first choice stays where nothing is strictly better."""
+    table = Table(0)
+    table.rows_of = lambda mask: [1.0] * ROWS
+    options = {} if method is beam else {"start": "greedy"}
+    assert format_mask(table.search(method, "3blocks", **options)[-1].removed) == "mha.0,mha.1,mha.2"
+
+
+def test_of_equal_swaps_the_first_in_unit_order():
+    table = Table(0)
+    first = table.search(swap, "3blocks", start="random")[0].scores[1].mask
+    table.rows_of = lambda mask: [2.0 if mask == first else 1.0] * ROWS
+    near = [m for m in table.masks() if len(m) == 3 and len(m - first) == 1]
+    best = min(near, key=lambda mask: sorted(block.order for block in mask))
+    assert table.search(swap, "3blocks", start="random")[-1].removed == best
+
+
+def test_unit_order_is_greedys_tie_break():
+    units = removable_units(3, "block", "all")
+    order = unit_order(units)
+    for n in range(5):
+        for base in map(frozenset, combinations(all_blocks(3), n)):
+            extended = [base | unit for unit in units if not unit <= base]
+            assert sorted(extended, key=order) == extended
+
+
+@pytest.mark.parametrize("method", [beam, swap, evolution])
+def test_a_goal_that_no_mask_meets(method):
+    """An MHA block and an MLP block five times as large: of 1, 5 and 6 the nearest to 3.2 is 5."""
+    table = Table(0, layers=1, size=5.0)
+    options = {} if method is beam else {"start": "random"}
+    budget = f"{3200 / table.counts.total:.9f}"
+    assert format_mask(table.search(method, budget, **options)[-1].removed) == "mlp.0"
+
+
+@pytest.mark.parametrize("method", [swap, evolution])
+def test_an_accelerated_start(method):
+    """Races and lazy steps are greedy's; what they left out is not missed, and nothing is computed twice."""
+    table = Table(6, layers=10, interaction=0.1, noise=0.05)
+    trace = table.search(method, "0.3", "lazy+race", start="greedy", **({"tries": 8} if method is swap else {}))
+    asked = len(table.asked)
+    exact = table.search(method, "0.3", start="greedy", **({"tries": 8} if method is swap else {}))
+    assert trace[-1].removed == exact[-1].removed
+    assert asked < len(table.asked)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (beam, {"width": 0}, r"score\.options\.width 0 is out of range; valid: 1 or more"),
+        (swap, {"tries": -1}, r"score\.options\.tries -1 is out of range; valid: 0 or more"),
+        (swap, {"start": "best"}, r"score\.options\.start 'best' is unknown; valid: greedy, random"),
+        (evolution, {"start": "best"}, r"score\.options\.start 'best' is unknown; valid: greedy, random"),
+        (evolution, {"generations": 0}, r"score\.options\.generations 0 is out of range; valid: 1 or more"),
+        (evolution, {"offspring": 0}, r"score\.options\.offspring 0 is out of range; valid: 1 or more"),
+        (evolution, {"patience": -1}, r"score\.options\.patience -1 is out of range; valid: 0 or more"),
+        (evolution, {"survivors": (2, 8)}, r"score\.options\.survivors \[2, 8\] is not valid; .* none larger"),
+        (evolution, {"survivors": (8, 0)}, r"score\.options\.survivors \[8, 0\] is not valid; valid: numbers of 1"),
+        (evolution, {"survivors": ("8",)}, r"score\.options\.survivors \['8'\] is not valid"),
+    ],
+)
+def test_options_out_of_range(method, options, message):
+    table = Table(0)
+    with pytest.raises(InputError, match=message):
+        table.search(method, "0.3", **options)
+    assert table.asked == []
+
+
+@pytest.mark.parametrize("method", [beam, swap, evolution])
+def test_a_budget_that_is_nearest_to_nothing(method):
+    table = Table(0)
+    with pytest.raises(InputError, match=r"budget '0\.02' is nearest to removing nothing; the smallest .* is 0\.0556"):
+        table.search(method, "0.02")
+    assert table.asked == []
+
+
+def test_a_start_that_overshoots_a_small_budget():
+    """Greedy's first removal is an MLP block, three times what was wanted: then nothing is nearer, as for greedy."""
+    table = Table(0, interaction=0.0)
+    table.cost[all_blocks(4)[-1]] = 0.0
+    for method, options in ((swap, {}), (evolution, {"start": "greedy"}), (beam, {"width": 1})):
+        with pytest.raises(InputError, match=r"nearest to removing nothing; the smallest .* is 0\.1667"):
+            table.search(method, "0.06", **options)
+    assert table.counts.ratio(table.search(beam, "0.06", width=9)[-1].removed) == pytest.approx(1 / 18)
+
+
+def test_whole_layers():
+    """Units of two blocks: all of a kind, exchanged whole."""
+    table = Table(3, layers=6)
+    table.units = removable_units(6, "layer", "all")
+    best = min((frozenset().union(*m) for m in combinations(table.units, 3)), key=table.rank)
+    assert table.search(beam, "3layers", width=99)[-1].removed == best
+    assert table.search(evolution, "3layers", survivors=())[-1].removed == best
+    assert len(table.search(swap, "6blocks")[-1].removed) == 6
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("beam", {"width": 50}),
+        ("evolution", {"offspring": 16, "survivors": (8,)}),
+        ("swap", {"tries": 0}),
+    ],
+)
+def test_on_a_model_against_full_forwards(method, options):
+    """Through `SearchRun`, by ratio and by blocks, with the exact engine."""
+    model = tiny_model(layers=3)
+    chance = random.Random(0)
+    rows = CalibrationSet(tuple(tuple(chance.randrange(1, 257) for _ in range(10)) for _ in range(3)))
+    counts = count_parameters(model.config.to_dict())
+    units = removable_units(3, "block", "all")
+
+    def loss(mask):
+        with masked(model, mask):
+            return sum(full_nll(model, row) for row in rows.rows) / len(rows.rows)
+
+    masks = [frozenset(m) for n in range(1, 7) for m in combinations(all_blocks(3), n)]
+    losses = {mask: loss(mask) for mask in masks}
+    half = min(counts.blocks.values()) / 2 / counts.total
+    objective = Objective(rows, TrialStore({}, 3), lambda: Engine(model))
+    score = search_settings(
+        {"method": method, "metric": "perplexity", "acceleration": "none", "unit": "block", "options": options}
+    )
+    traces = SearchRun(objective, objective, score, units, counts, SilentObserver()).traces(["0.3", "3blocks"])
+    for budget, allowed in (
+        ("0.3", [m for m in masks if abs(counts.ratio(m) - 0.3) <= half]),
+        ("3blocks", [m for m in masks if len(m) == 3]),
+    ):
+        last = traces[budget][-1]
+        assert last.scores[last.chosen].loss == pytest.approx(losses[last.removed], abs=1e-10)
+        assert last.nll[last.chosen].loss == pytest.approx(losses[last.removed], abs=1e-10)
+        assert last.removed in allowed
+        if method == "swap":
+            path = list(islice(greedy(Problem(units, objective, accelerate(objective, score), 3)), 3))
+            assert losses[last.removed] <= losses[path[-1].removed] or budget != "3blocks"
+            near = [m for m in allowed if len(m - last.removed) == len(last.removed - m) == 1]
+            assert losses[last.removed] == min(losses[m] for m in [last.removed, *near]) or budget != "3blocks"
+        else:
+            assert last.removed == min(allowed, key=losses.__getitem__)
