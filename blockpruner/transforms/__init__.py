@@ -1,0 +1,1 @@
+"""The methods that change weights instead of removing blocks; each works in place and leaves a model that saves."""

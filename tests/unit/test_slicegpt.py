@@ -1,0 +1,309 @@
+"""SliceGPT against the same thing written as projections, and its checkpoint in a fresh process."""
+
+import copy
+import importlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blockpruner import modeling_slicegpt
+from blockpruner.errors import InputError
+from blockpruner.families import FAMILIES
+from blockpruner.transforms.slicegpt import slice_
+from blockpruner.transforms.widths import (
+    SLICEABLE,
+    sliced_parameters,
+    sliced_ratio,
+    sliced_width,
+    width_for_ratio,
+)
+from tests.tiny import tiny_model
+
+MODELS = {family: (family, {}) for family in SLICEABLE} | {
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen3 with biases": ("qwen3", {"attention_bias": True}),
+}
+models = pytest.mark.parametrize("name", MODELS)
+GENERATOR = torch.Generator().manual_seed(3)
+ROWS = [torch.randint(1, 257, (length,), generator=GENERATOR).tolist() for length in (30, 9, 17, 24, 2)]
+IDS = torch.randint(1, 257, (2, 14), generator=GENERATOR)
+GENERATE = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
+
+LLAMA2_7B = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA2_13B = LLAMA2_7B | {
+    "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+}  # fmt: skip
+
+
+def tiny(name, layers=3, dtype=torch.float64):
+    family, extra = MODELS[name]
+    return tiny_model(family, layers, dtype, **extra)
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """transformers' norms compute in float32, whatever the dtype: that would hide any error below 1e-6."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for family in SLICEABLE:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        monkeypatch.setattr(getattr(module, f"{FAMILIES[family].prefix}RMSNorm"), "forward", forward)
+
+
+class Projected:
+    """Oracle: slicing is a projection of the dense model's residual stream before each block, and rotates nothing.
+
+    x <- P x with P = Q_n Q_n^T, then x <- x + block(norm(x)): in the coordinates Q_n^T x that is the sliced network,
+    and |P x|^2 = |Q_n^T x|^2, so that the norm divides by the dense hidden size. Q as the public code has it: damping,
+    then eigenvectors sorted by eigenvalue; every row alone, unpadded.
+    """
+
+    def __init__(self, model, rows, width):
+        self.model, self.width = model, width
+        self.projections = []
+        states = [self.embed(torch.tensor([row])) for row in rows]
+        for block in self.blocks():
+            self.projections.append(self.projection(states))
+            states = [block(state @ self.projections[-1]) for state in states]
+
+    def projection(self, states):
+        tokens = np.concatenate([state[0].numpy() for state in states])
+        gram = tokens.T @ tokens
+        gram += 0.01 * np.diag(gram).mean() * np.eye(len(gram))
+        values, vectors = np.linalg.eigh(gram)
+        kept = vectors[:, np.argsort(-values)[: self.width]]
+        return torch.from_numpy(kept @ kept.T)
+
+    def embed(self, ids):
+        return self.model.model.embed_tokens.weight[ids]
+
+    def norm(self, norm, x):
+        return norm.weight * x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps)
+
+    def mask(self, layer, length):
+        ago = torch.arange(length)[:, None] - torch.arange(length)[None]
+        config = self.model.config
+        windowed = config.model_type == "mistral" or (config.model_type == "qwen2" and layer >= 2)
+        return ((ago >= 0) & (ago < (config.sliding_window if windowed else length)))[None, None]
+
+    def attention(self, layer, x):
+        module = self.model.model.layers[layer]
+        places = self.model.model.rotary_emb(x, torch.arange(x.shape[1])[None])
+        normed = self.norm(module.input_layernorm, x)
+        mask = self.mask(layer, x.shape[1])
+        return x + module.self_attn(normed, position_embeddings=places, attention_mask=mask)[0]
+
+    def mlp(self, layer, x):
+        module = self.model.model.layers[layer]
+        mlp, normed = module.mlp, self.norm(module.post_attention_layernorm, x)
+        return x + mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+
+    def blocks(self):
+        for layer in range(self.model.config.num_hidden_layers):
+            yield lambda x, layer=layer: self.attention(layer, x)
+            yield lambda x, layer=layer: self.mlp(layer, x)
+
+    def logits(self, ids):
+        x = self.embed(ids)
+        for projection, block in zip(self.projections, self.blocks(), strict=True):
+            x = block(x @ projection)
+        return self.norm(self.model.model.norm, x) @ self.model.lm_head.weight.T
+
+
+@models
+@pytest.mark.parametrize("width", [8, 24, 29])
+@pytest.mark.parametrize("batch_tokens", [1, 10_000], ids=["row by row", "padded"])
+def test_sliced_equals_the_projected_dense_model(exact_norms, name, width, batch_tokens):
+    model = tiny(name)
+    oracle = Projected(copy.deepcopy(model), ROWS, width)
+    sliced = slice_(model, ROWS, width, batch_tokens=batch_tokens)
+    expected = oracle.logits(IDS)
+    assert (sliced(IDS).logits - expected).abs().max() <= 1e-8
+    assert expected.abs().max() > 1
+
+
+@models
+def test_full_width_is_only_a_rotation(exact_norms, name):
+    model = tiny(name)
+    expected = model(IDS).logits
+    embedding = model.get_input_embeddings().weight.clone()
+    assert (slice_(model, ROWS, 32)(IDS).logits - expected).abs().max() <= 1e-8
+    assert not torch.allclose(model.get_input_embeddings().weight, embedding)
+
+
+@models
+@pytest.mark.parametrize("width", [8, 24, 32])
+def test_parameters_are_counted_from_the_config(name, width):
+    model = tiny(name)
+    config, dense = model.config.to_dict(), model.num_parameters()
+    assert sliced_parameters(config, width) == (dense, slice_(model, ROWS, width).num_parameters())
+
+
+@pytest.mark.parametrize(("config", "width", "ratio"), [(LLAMA2_7B, 2864, 21.45), (LLAMA2_13B, 3584, 21.52)])
+def test_ratios_of_the_paper(config, width, ratio):
+    """Table 1 of arXiv 2406.10594, sparsity 0.30, written out: what is sliced, what is not, and the shortcuts."""
+    d, inner, layers, n = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], width
+    dense = 2 * 32000 * d + layers * (4 * d * d + 3 * d * inner) + (2 * layers + 1) * d
+    sliced = 32000 * (n + d) + layers * (4 * n * d + 3 * n * inner) + (d - n) * inner
+    sliced += (2 * layers - 1) * n * n + n * d
+    assert sliced_width(d, 0.30) == n
+    assert sliced_parameters(config, n) == (dense, sliced)
+    assert round(100 * sliced_ratio(config, n), 2) == ratio
+    assert width_for_ratio(config, ratio / 100) == n
+
+
+def test_width_of_a_sparsity():
+    assert [sliced_width(4096, s) for s in (0, 0.25, 0.3)] == [4096, 3072, 2864]
+    assert sliced_width(5120, 0.8) == 1024  # (1 - 0.8) * 5120 is 1023.9999999999998 in floating point
+    assert sliced_width(32, 0.4, multiple=1) == 19
+    for sparsity in (-0.1, 1.0, 0.9):
+        with pytest.raises(InputError, match=r"at most 0\.7500, which keeps 8"):
+            sliced_width(32, sparsity)
+
+
+def test_width_of_a_ratio():
+    """The nearest of all; to slice a little makes a model larger, by the shortcuts."""
+    widths = range(8, 4097, 8)
+    for ratio in (0.01, 0.1, 0.2, 0.5, 0.9):
+        distance = {n: abs(sliced_ratio(LLAMA2_7B, n) - ratio) for n in widths}
+        assert width_for_ratio(LLAMA2_7B, ratio) == min(distance, key=distance.get)
+    assert sliced_ratio(LLAMA2_7B, 4096) == pytest.approx(-64 * 4096 * 4096 / 6.7384e9, rel=1e-3)
+    assert width_for_ratio(LLAMA2_7B, 1e-4) < 4096
+    for ratio in (0.99, -0.2):
+        with pytest.raises(InputError, match=rf"ratio {ratio} .*from -0\.1593 \(width 4096\) to 0\.9719 \(width 8\)"):
+            width_for_ratio(LLAMA2_7B, ratio)
+
+
+def test_kept_directions_hold_the_most_energy():
+    """Of the embedded calibration tokens: as much as the largest singular values say, and more than random ones."""
+    model, width = tiny("llama"), 12
+    tokens = torch.tensor([token for row in ROWS for token in row])
+    dense = model.get_input_embeddings()(tokens)
+    sliced = slice_(model, ROWS, width).get_input_embeddings()(tokens)
+    singular = np.linalg.svd(dense.numpy(), compute_uv=False)
+    assert sliced.square().sum().item() == pytest.approx((singular[:width] ** 2).sum(), rel=1e-12)
+    energies = sliced.square().sum(0)
+    assert torch.equal(energies, energies.sort(descending=True).values)
+    for _ in range(20):
+        other, _ = torch.linalg.qr(torch.randn(32, width, dtype=torch.float64, generator=GENERATOR))
+        assert (dense @ other).square().sum() < sliced.square().sum()
+
+
+@models
+def test_cached_decoding_equals_uncached(name):
+    model = slice_(tiny(name), ROWS, 24)
+    mask = torch.ones_like(IDS)
+    tokens = model.generate(IDS, attention_mask=mask, use_cache=False, **GENERATE)
+    assert torch.equal(model.generate(IDS, attention_mask=mask, **GENERATE), tokens)
+    assert torch.equal(model.generate(IDS, attention_mask=mask, cache_implementation="static", **GENERATE), tokens)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), IDS], dim=1)
+    left = (torch.arange(17) >= 3).long().expand(2, -1)
+    assert torch.equal(model.generate(padded, attention_mask=left, **GENERATE)[:, 3:], tokens)
+
+    whole, out = model(IDS, use_cache=False).logits, model(IDS[:, :5], use_cache=True)
+    for position in range(5, 14):
+        out = model(IDS[:, position : position + 1], cache=out.cache, use_cache=True)
+        assert (out.logits[:, -1] - whole[:, position]).abs().max() <= 1e-5  # Qwen3's head norms are in float32
+
+
+LOAD = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+root, *names = sys.argv[1:]
+ids = load_file(f"{root}/ids")["ids"]
+for name in names:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        f"{root}/{name}", trust_remote_code=True, dtype="auto", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    save_file({"logits": model(ids).logits.contiguous()}, f"{root}/{name}.out")
+    print(type(model).__name__, model.config.sliced_width, model.num_parameters())
+assert "blockpruner" not in sys.modules
+"""
+
+
+def test_saved_checkpoint_in_a_fresh_process(tmp_path):
+    save_file({"ids": IDS}, tmp_path / "ids")
+    expected, says = {}, []
+    for name in MODELS:
+        model = slice_(tiny(name, 2), ROWS, 24)
+        type(model).register_for_auto_class("AutoModelForCausalLM")
+        type(model.config).register_for_auto_class("AutoConfig")
+        model.save_pretrained(tmp_path / name)
+        expected[name] = model(IDS).logits
+        says.append(f"{FAMILIES[MODELS[name][0]].prefix}SliceGPTForCausalLM 24 {model.num_parameters()}")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", LOAD, str(tmp_path), *MODELS]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == says
+    for name, logits in expected.items():
+        assert (load_file(tmp_path / f"{name}.out")["logits"] - logits).abs().max() <= 1e-10, name
+
+
+def test_sliced_model_is_a_model_like_others():
+    """It can be trained, its hidden states are recorded, and its dtype stays."""
+    model = slice_(tiny("llama", dtype=torch.bfloat16), ROWS, 24).requires_grad_(True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    out = model(IDS, labels=IDS, output_hidden_states=True)
+    assert [state.shape[-1] for state in out.hidden_states] == [24, 24, 24, 32]
+    out.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_untied_for_good():
+    model = slice_(tiny("llama tied"), ROWS, 24)
+    logits = model(IDS).logits
+    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
+    assert torch.equal(model(IDS).logits, logits)
+    assert not model.config.tie_word_embeddings
+
+
+def test_progress_is_by_layer():
+    events = []
+    slice_(tiny("llama"), ROWS, 24, advance=lambda *event: events.append(event))
+    assert events == [(1, 3, "layer 0"), (2, 3, "layer 1"), (3, 3, "layer 2")]
+
+
+def test_what_cannot_be_sliced():
+    neox = tiny_model("gpt_neox")
+    for call in (lambda: slice_(neox, ROWS, 24), lambda: sliced_parameters(neox.config.to_dict(), 24)):
+        with pytest.raises(InputError, match="'gpt_neox' cannot be sliced.*llama, mistral, qwen2, qwen3"):
+            call()
+    for width in (0, 33):
+        with pytest.raises(InputError, match=f"width {width} is not valid.*give 1 to 32"):
+            slice_(tiny("llama"), ROWS, width)
+    split = tiny("llama")
+    split.lm_head.to("meta")
+    with pytest.raises(InputError, match="a model on cpu, meta cannot be sliced"):
+        slice_(split, ROWS, 24)
+    overflowing = tiny("llama")
+    overflowing.get_input_embeddings().weight[5:].mul_(float("inf"))
+    with pytest.raises(InputError, match="not finite"):
+        slice_(overflowing, ROWS, 24)
+
+
+@pytest.mark.parametrize("family", SLICEABLE)
+def test_modelling_classes_say_what_the_row_says(family):
+    """The shipped file repeats what it needs of the row, since it must not import blockpruner."""
+    row = FAMILIES[family]
+    model = getattr(modeling_slicegpt, f"{row.prefix}SliceGPTForCausalLM")
+    assert [block[:2] for block in modeling_slicegpt.BLOCKS] == [(b.norm, b.module) for b in (row.mha, row.mlp)]
+    assert (row.layers, row.final_norm, row.head) == ("model.layers", "model.norm", "lm_head")
+    assert model.config_class.model_type == f"{family}_slicegpt"
+    assert model.config_class().sliced_width == model.config_class().hidden_size
+    assert model.config_class(hidden_size=64).sliced_width == 64
+    assert model._no_split_modules == (model.layer_class.__name__,)
