@@ -114,7 +114,7 @@ class TrialStore:
             return
         try:
             stream = self._open()
-            stream.write(_line({"trial": key, "start": start, "loss": values}))
+            stream.write(checksummed({"trial": key, "start": start, "loss": values}))
             stream.flush()
             os.fsync(stream.fileno())
         except OSError as error:
@@ -139,12 +139,12 @@ class TrialStore:
             assert self.root is not None
             name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}.jsonl"
             self._log = open(self.root / self.fingerprint / name, "x", encoding="utf-8")  # noqa: SIM115
-            self._log.write(_line({"fingerprint": self.fingerprint, "rows": self.rows}))
+            self._log.write(checksummed({"fingerprint": self.fingerprint, "rows": self.rows}))
         return self._log
 
     def _read(self, path: Path) -> None:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        header = _parse(lines[0]) if lines else None
+        header = parse_checksummed(lines[0]) if lines else None
         if header is None or header.get("fingerprint") != self.fingerprint or header.get("rows") != self.rows:
             if len(lines) <= 1 and header is None:
                 return  # its writer was stopped (or is) before the first line was whole: it holds no fact
@@ -155,19 +155,21 @@ class TrialStore:
             )
             return
         for number, line in enumerate(lines[1:], start=2):
-            entry = _parse(line)
+            entry = parse_checksummed(line)
             if entry is not None and entry["start"] >= 0 and entry["start"] + len(entry["loss"]) <= self.rows:
                 self._remember(entry["trial"], entry["start"], entry["loss"])
             elif number < len(lines):  # a torn last line is the unit that a kill interrupted
                 self.problems.append(f"{path}, line {number}: checksum does not match; that trial is computed again")
 
 
-def _line(value: Mapping[str, Any]) -> str:
+def checksummed(value: Mapping[str, Any]) -> str:
+    """A line of a log: the CRC-32 of the JSON text, then the text."""
     text = json.dumps(value, separators=(",", ":"))
     return f"{zlib.crc32(text.encode()):08x} {text}\n"
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def parse_checksummed(line: str) -> dict[str, Any] | None:
+    """What `checksummed` wrote, or None if the line is not whole."""
     checksum, _, text = line.rstrip("\n").partition(" ")
     if not line.endswith("\n") or checksum != f"{zlib.crc32(text.encode()):08x}":
         return None

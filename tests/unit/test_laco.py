@@ -1,0 +1,542 @@
+"""LaCo against models built by hand from its formulas, a walk written as its notebook, and scans of all thresholds."""
+
+import copy
+import errno
+import json
+import math
+import os
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from blockpruner.errors import DeviceMemoryError, InputError, StorageError
+from blockpruner.models import decoder_layers, load_model, model_family
+from blockpruner.transforms.laco import (
+    DEFAULTS,
+    Merge,
+    SimilarityLog,
+    Walk,
+    collapse,
+    dropped,
+    layers_after,
+    search_threshold,
+    similarity_fields,
+)
+from blockpruner.transforms.merging import VARIANTS, Similarity, merge_, merged
+from tests.tiny import VARIANTS as MODELS
+from tests.tiny import tiny_model
+
+MERGES = (Merge(3, 2), Merge(1, 1), Merge(1, 2))  # the third merges a merged layer and one merged before
+SETTINGS = {"count": 3, "lowest": 0, "highest": None, "interval": 1}
+ROWS = [[5, 17, 200, 3, 99, 41, 8], [250, 1, 0], [60, 61, 62, 63]]
+FIELDS = similarity_fields("c", "m", "float64", "repo")
+
+
+def by_hand(dense, merges, variant):
+    """A model of fewer layers, made from its config, with weights put together by name from the dense state dict."""
+    prefix = model_family(dense).layers + "."
+    state = {name: value.clone() for name, value in dense.state_dict().items()}
+    layers = [
+        {
+            name.removeprefix(f"{prefix}{i}."): state.pop(name)
+            for name in list(state)
+            if name.startswith(f"{prefix}{i}.")
+        }
+        for i in range(dense.config.num_hidden_layers)
+    ]
+    types = list(getattr(dense.config, "layer_types", None) or [None] * len(layers))
+    for merge in merges:
+        first, last = merge.layer, merge.layer + merge.count
+        new = dict(layers[first])
+        for name, theta in layers[first].items():
+            if variant == "paper":
+                new[name] = theta + sum(layers[first + k][name] - theta for k in range(1, merge.count + 1))
+            elif "norm" not in name:
+                for k in range(1, merge.count + 1):  # the notebook's loop: the base is the one already updated
+                    new[name] = new[name] + (layers[first + k][name] - new[name])
+        layers[first : last + 1] = [new]
+        types[first : last + 1] = [types[first]]
+    config = copy.deepcopy(dense.config)
+    config.num_hidden_layers = len(layers)
+    if types[0] is not None:
+        config.layer_types = types
+    model = type(dense)(config).to(dense.dtype)
+    state |= {f"{prefix}{i}.{name}": value for i, layer in enumerate(layers) for name, value in layer.items()}
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+# Merges
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", MODELS)
+def test_a_merged_model_is_the_one_built_by_hand(family, variant):
+    dense = tiny_model(family, layers=8)
+    kind, ids = type(dense), torch.tensor([[5, 17, 200, 3, 99, 41, 8, 250, 77]])
+    expected = logits_of(by_hand(dense, MERGES, variant), ids)
+    scale = expected.abs().max()
+    with merged(dense, MERGES, variant) as model:
+        assert (logits_of(model, ids) - expected).abs().max() <= 1e-11 * scale
+    model = merge_(dense, MERGES, variant)
+    assert model is dense and type(model) is kind
+    assert len(decoder_layers(model)) == model.config.num_hidden_layers == 3
+    assert len(getattr(model.config, "layer_types", None) or range(3)) == 3
+    assert (logits_of(model, ids) - expected).abs().max() <= 1e-11 * scale
+    with torch.no_grad():
+        cached, past = [], None
+        for token in ids[0]:
+            step = model(token[None, None], past_key_values=past, use_cache=True)
+            past = step.past_key_values
+            cached.append(step.logits[0, -1])
+    assert len(past) == 3
+    assert (torch.stack(cached) - expected[0]).abs().max() <= 1e-11 * scale
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_repo_is_the_last_layer_under_the_first_ones_norms_to_the_bit(family):
+    model = tiny_model(family, layers=6)
+    before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in decoder_layers(model)]
+    merge_(model, [Merge(1, 3)], "repo")
+    after = [layer.state_dict() for layer in decoder_layers(model)]
+    for layer, (base, linears) in enumerate([(0, 0), (1, 4), (5, 5)]):
+        for name, value in after[layer].items():
+            assert torch.equal(value, before[base if "norm" in name else linears][name])
+
+
+def test_paper_is_computed_in_float32_and_rounded_once():
+    model = tiny_model(layers=5, dtype=torch.bfloat16)
+    name = "self_attn.o_proj.weight"
+    theta = [layer.get_parameter(name).float().numpy().copy() for layer in decoder_layers(model)]
+    merge_(model, [Merge(1, 3)], "paper")
+    found = decoder_layers(model)[1].get_parameter(name)
+    expected = theta[1] + (theta[2] - theta[1]) + (theta[3] - theta[1]) + (theta[4] - theta[1])
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, torch.from_numpy(expected).bfloat16())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", MODELS)
+def test_saved_it_is_a_plain_checkpoint(tmp_path, family, variant):
+    tiny_model(family, layers=6).save_pretrained(tmp_path / "dense")
+    model = merge_(load_model(tmp_path / "dense", "float64", "cpu"), [Merge(2, 2), Merge(0, 1)], variant)
+    ids = torch.tensor([[5, 17, 200, 3, 99, 41, 8, 250, 77]])
+    model.save_pretrained(tmp_path / "merged")
+    assert sorted(path.suffix for path in (tmp_path / "merged").iterdir())[-1] == ".safetensors"
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["model_type"] == family.split()[0] and config["num_hidden_layers"] == 3 and "auto_map" not in config
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert type(loaded) is type(model) and len(decoder_layers(loaded)) == 3
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert torch.allclose(logits_of(loaded, ids), logits_of(model, ids), rtol=0, atol=1e-12)
+
+
+def snapshot(model):
+    return {
+        "weights": {name: (value, value.clone()) for name, value in model.named_parameters()},
+        "numbers": [getattr(layer, model_family(model).mha.module).layer_idx for layer in decoder_layers(model)],
+        "layers": list(decoder_layers(model)),
+        "config": copy.deepcopy(model.config.to_dict()),
+    }
+
+
+def assert_as_in(before, model):
+    after = snapshot(model)
+    assert after["weights"].keys() == before["weights"].keys()
+    for name, (parameter, value) in after["weights"].items():
+        assert parameter is before["weights"][name][0] and torch.equal(value, before["weights"][name][1])
+    assert {k: v for k, v in after.items() if k != "weights"} == {k: v for k, v in before.items() if k != "weights"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", MODELS)
+def test_a_similarity_leaves_the_dense_model_to_the_bit(monkeypatch, family, variant):
+    model = tiny_model(family, layers=8)
+    before = snapshot(model)
+    similarity = Similarity(model, ROWS, variant, {})
+    similarity(MERGES)
+    assert_as_in(before, model)
+    with pytest.raises(InputError, match=r"merge 2 \(5\+1"):
+        similarity((Merge(3, 2), Merge(5, 1)))
+    assert_as_in(before, model)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(similarity, "_advance", fail)
+    with pytest.raises(KeyboardInterrupt):
+        similarity(MERGES[:1])
+    assert_as_in(before, model)
+
+
+@given(st.integers(1, 12), st.lists(st.tuples(st.integers(-1, 12), st.integers(-1, 6)), max_size=5))
+def test_source_layers(depth, pairs):
+    """Against a list of sets; a merge that runs out of the model is refused, whichever it is."""
+    merges, layers, possible = [Merge(*pair) for pair in pairs], [{layer} for layer in range(depth)], True
+    for merge in merges:
+        possible &= merge.layer >= 0 and merge.count > 0 and merge.layer + merge.count < len(layers)
+        if possible:
+            for _ in range(merge.count):
+                layers[merge.layer] = layers[merge.layer] | layers.pop(merge.layer + 1)
+    if not possible:
+        with pytest.raises(InputError, match="is not possible among"):
+            layers_after(merges, depth)
+        return
+    assert [set(sources) for sources in layers_after(merges, depth)] == layers
+    assert all(list(sources) == sorted(sources) for sources in layers_after(merges, depth))
+    assert dropped(merges, depth) == depth - len(layers)
+
+
+def test_an_unknown_variant_changes_nothing():
+    model = tiny_model()
+    with pytest.raises(InputError, match=r"variant 'both' is unknown; valid: repo, paper"):
+        merge_(model, [Merge(0, 1)], "both")
+    assert len(decoder_layers(model)) == 4
+
+
+# Similarity
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 12, "auto"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+def test_similarity_is_the_mean_cosine_after_the_final_norm(family, variant, batch_tokens):
+    dense = tiny_model(family, layers=8)
+    other = by_hand(dense, MERGES, variant)
+    expected = []
+    for row in ROWS:
+        with torch.no_grad():
+            a, b = (
+                model(torch.tensor([row]), output_hidden_states=True).hidden_states[-1].numpy().ravel()
+                for model in (dense, other)
+            )
+        expected.append(a @ b / np.sqrt((a @ a) * (b @ b)))
+    found = Similarity(dense, ROWS, variant, {}, batch_tokens=batch_tokens)(MERGES)
+    assert found == pytest.approx(np.mean(expected), abs=1e-12)
+    assert abs(found) < 0.999
+
+
+def test_progress_names_rows_and_merge():
+    seen = []
+    Similarity(tiny_model(), ROWS, "repo", {}, advance=lambda *event: seen.append(event))((Merge(1, 2),))
+    assert seen == [(1, 3, "1+2"), (2, 3, "1+2"), (3, 3, "1+2")]
+
+
+def test_what_is_known_is_not_measured():
+    recorded = []
+    similarity = Similarity(tiny_model(), ROWS, "repo", {(Merge(2, 1),): 0.25}, lambda *fact: recorded.append(fact))
+    assert similarity((Merge(2, 1),)) == 0.25 and recorded == []
+    value = similarity((Merge(1, 1),))
+    assert similarity((Merge(1, 1),)) == value and recorded == [((Merge(1, 1),), value)]
+
+
+def test_no_rows():
+    with pytest.raises(InputError, match="has no row"):
+        Similarity(tiny_model(), [], "repo", {})
+
+
+def test_states_that_are_not_finite_name_row_and_merges():
+    model, rows = tiny_model(), [[1, 2, 3], [4, 200, 5]]
+    model.model.embed_tokens.weight[200] = math.inf
+    with pytest.raises(InputError, match=r"row 1 are not finite.*merges 1\+1; try a wider dtype"):
+        Similarity(model, rows, "repo", {})((Merge(1, 1),))
+
+
+def test_out_of_memory_names_what_to_lower(monkeypatch):
+    similarity = Similarity(tiny_model(), ROWS, "repo", {})
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr(Similarity, "_states", full)
+    with pytest.raises(DeviceMemoryError, match=r"rows of 7 tokens and the layers merged by 1\+1 do not fit"):
+        similarity((Merge(1, 1),))
+
+
+# The walk
+
+
+def notebook_walk(similarity, depth, count, lowest, highest, interval, threshold):
+    """The public notebook's loop over a list of layers that really shrinks; the candidates asked, and the merges."""
+    model, merges, asked = list(range(depth)), (), []
+    lay = highest - count
+    while lay >= lowest:
+        candidate, number = list(model), 0
+        for _ in range(count - 1):
+            if lay + 1 < len(candidate):
+                del candidate[lay + 1]
+                number += 1
+        asked.append((*merges, Merge(lay, number)))
+        if similarity(asked[-1]) > threshold:
+            model, merges = candidate, asked[-1]
+            lay -= interval
+            if lay >= len(model):
+                raise AssertionError("the notebook's rule l = depth - 1 - C is never needed")
+        else:
+            lay -= 1
+    return asked, merges
+
+
+@st.composite
+def walks(draw, deepest=12):
+    depth = draw(st.integers(3, deepest))
+    highest = draw(st.integers(2, depth - 1))
+    lowest = draw(st.integers(0, highest - 2))
+    count = draw(st.integers(2, highest - lowest))
+    return {
+        "depth": depth, "count": count, "lowest": lowest, "highest": highest, "interval": draw(st.integers(1, 4)),
+    }  # fmt: skip
+
+
+@st.composite
+def similarities(draw):
+    """Any function of the merges: unrelated values, values of few kinds (ties), or falling with what is merged."""
+    seed, kind = draw(st.integers(0, 10**6)), draw(st.sampled_from(["any", "ties", "falling"]))
+
+    @cache
+    def similarity(merges):
+        value = random.Random(f"{seed} {merges}").uniform(-1, 1)
+        if kind == "falling":
+            return 1 - sum(m.count * random.Random(f"{seed} {m.layer}").uniform(0.01, 0.1) for m in merges)
+        return round(value, 1) if kind == "ties" else value
+
+    return similarity
+
+
+@given(walks(20), similarities(), st.sampled_from([-2.0, -0.3, 0.0, 0.2, 0.6, 0.9, 2.0]))
+def test_the_walk_is_the_notebooks(walk, similarity, threshold):
+    expected, merges = notebook_walk(similarity, threshold=threshold, **walk)
+    asked = []
+    found = collapse(lambda m: asked.append(m) or similarity(m), threshold=threshold, **walk)
+    assert asked == expected and found == merges
+
+
+def test_the_last_layer_is_the_default_highest():
+    assert Walk(9, 3, 0, None, 1).removable() == Walk(9, 3, 0, 8, 1).removable()
+    asked = []
+    collapse(lambda m: asked.append(m[-1]) or -1.0, 9, threshold=0.5, **SETTINGS)
+    assert asked == [Merge(layer, 2) for layer in (5, 4, 3, 2, 1, 0)]
+
+
+def test_merges_are_limited_to_the_layers_that_are_there():
+    found = collapse(lambda m: 1.0, 8, threshold=0.5, count=4, lowest=0, highest=7, interval=1)
+    assert found == (Merge(3, 3), Merge(2, 2), Merge(1, 1), Merge(0, 1))
+    assert len(layers_after(found, 8)) == 1
+
+
+# The threshold
+
+
+def all_results(similarity, walk):
+    """Merges by threshold, at every distinct similarity of any candidate that any sequence of decisions leads to."""
+    candidates = set()
+
+    def visit(layer, depth, merges):
+        if layer < walk["lowest"]:
+            return
+        number = min(walk["count"] - 1, depth - 1 - layer)
+        candidates.add((*merges, Merge(layer, number)))
+        visit(layer - 1, depth, merges)
+        visit(layer - walk["interval"], depth - number, (*merges, Merge(layer, number)))
+
+    visit(walk["highest"] - walk["count"], walk["depth"], ())
+    thresholds = sorted({similarity(m) for m in candidates} | {-2.0}, reverse=True)
+    return {t: notebook_walk(similarity, threshold=t, **walk)[1] for t in thresholds}
+
+
+@settings(max_examples=60, deadline=None)
+@given(walks(9), similarities())
+def test_results_are_all_that_a_threshold_can_give(walk, similarity):
+    expected = [merges for merges in all_results(similarity, walk).values() if merges]
+    expected = [merges for i, merges in enumerate(expected) if i == 0 or merges != expected[i - 1]]
+    found = list(Walk(**walk).results(similarity))
+    assert [merges for _, merges in found] == expected
+    assert [t for t, _ in found] == sorted({t for t, _ in found}, reverse=True)
+    for threshold, merges in found:
+        assert collapse(similarity, threshold=threshold, **walk) == merges
+
+
+@settings(max_examples=60, deadline=None)
+@given(walks(9), similarities())
+def test_the_threshold_is_the_largest_that_meets_the_budget(walk, similarity):
+    depth = walk["depth"]
+    scan = all_results(similarity, walk)
+    removed = {t: sum(m.count for m in merges) for t, merges in scan.items()}
+    for wanted in range(1, depth):
+        meeting = [t for t in removed if removed[t] == wanted]
+        asked = []
+        search = {k: v for k, v in walk.items() if k != "depth"}
+        if meeting:
+            threshold, merges = search_threshold(lambda m: asked.append(m) or similarity(m), depth, wanted, **search)  # noqa: B023
+            assert merges == scan[max(meeting)] and dropped(merges, depth) == wanted
+            assert notebook_walk(similarity, threshold=threshold, **walk)[1] == merges
+        else:
+            with pytest.raises(InputError, match=rf"removes {wanted} of {depth} layers at no threshold") as error:
+                search_threshold(lambda m: asked.append(m) or similarity(m), depth, wanted, **search)  # noqa: B023
+            if asked:  # else no walk could remove as many, and the nearest are those that one could
+                below = [n for n in removed.values() if 0 < n < wanted]
+                above = [n for n in removed.values() if n > wanted]
+                nearest = ([max(below)] if below else []) + ([min(above)] if above else [])
+                told = str(error.value).split("the nearest that it removes: ")[1].split(". Ask")[0]
+                assert [int(part.split()[0]) for part in told.split(" and ")] == nearest
+        assert len(asked) == len(set(asked)), "a candidate was measured twice"
+
+
+def test_a_lower_threshold_may_remove_fewer_layers():
+    """Why this is no bisection: 4 layers go at T = 0.75 alone; around it, 0 and 2."""
+    values = {(Merge(4, 2),): 0.7, (Merge(3, 2),): 0.8, (Merge(3, 2), Merge(2, 2)): 0.78}
+    similarity = lambda merges: values.get(merges, 0.1)  # noqa: E731
+    removed = {t: dropped(collapse(similarity, 8, threshold=t, **SETTINGS), 8) for t in (0.85, 0.75, 0.6)}
+    assert removed == {0.85: 0, 0.75: 4, 0.6: 2}
+    threshold, merges = search_threshold(similarity, 8, 4, **SETTINGS)
+    assert merges == (Merge(3, 2), Merge(2, 2)) and threshold == pytest.approx((0.7 + 0.78) / 2)
+
+
+@pytest.mark.parametrize(("wanted", "near"), [(7, "5"), (3, "2 and 4"), (0, "2"), (-3, "2")])
+def test_a_budget_that_no_walk_meets_is_refused_before_anything_is_measured(wanted, near):
+    walk = {"count": 3, "lowest": 2, "highest": 7, "interval": 1}
+    with pytest.raises(
+        InputError, match=rf"{wanted} of 8 layers at no threshold; the nearest that it removes: {near}\."
+    ):
+        search_threshold(lambda merges: pytest.fail("measured"), 8, wanted, **walk)
+
+
+def test_the_nearest_below_and_above_are_named():
+    """The third merge (6 layers) and the fourth (7) are equally similar: no threshold takes one without the other."""
+    similarity = lambda merges: {1: 0.9, 2: -0.5}.get(len(merges), -0.6)  # noqa: E731
+    message = r"removes: 5 \(at T = -0\.5500\) and 7 \(at T = -0\.8000\)\. Ask for one of these, or change C, I, L or H"
+    with pytest.raises(InputError, match=message):
+        search_threshold(similarity, 8, 6, count=4, lowest=0, highest=7, interval=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"highest": 8}, r"highest layer H = 8 is not in a model of 8 layers; valid: 0 to 7"),
+        ({"highest": -1}, r"highest layer H = -1"),
+        ({"lowest": 6, "highest": 5}, r"lowest layer L = 6 is not valid; choose 0 to H = 5"),
+        ({"lowest": -1}, r"lowest layer L = -1"),
+        ({"count": 1}, r"count C = 1 is not valid; choose 2 to H - L = 7"),
+        ({"count": 9}, r"count C = 9 is not valid; choose 2 to H - L = 7"),
+        ({"count": 4, "lowest": 4}, r"count C = 4 is not valid; choose 2 to H - L = 3"),
+        ({"interval": 0}, r"interval I = 0 is not valid"),
+    ],
+)
+def test_settings_that_fit_no_model(change, message):
+    never = lambda merges: pytest.fail("measured")  # noqa: E731
+    with pytest.raises(InputError, match=message):
+        search_threshold(never, 8, 2, **SETTINGS | change)
+    with pytest.raises(InputError, match=message):
+        collapse(never, 8, threshold=0.5, **SETTINGS | change)
+
+
+def test_defaults_fit_the_papers_models():
+    walk = {name: value for name, value in DEFAULTS.items() if name != "variant"}
+    assert {7, 8, 9, 10} <= Walk(32, **walk).removable() and DEFAULTS["variant"] in VARIANTS
+
+
+# What is known
+
+
+def test_a_killed_search_goes_on_where_it_was(tmp_path):
+    path, model = tmp_path / "similarities.jsonl", tiny_model(layers=8)
+    forwards = []
+    model.model.register_forward_hook(lambda *args: forwards.append(1))
+
+    def search(kill_after=None):
+        log = SimilarityLog(path, FIELDS)
+        similarity = Similarity(model, ROWS, "repo", log.known, log.record)
+
+        def measure(merges):
+            if kill_after is not None and len(log.known) >= kill_after:
+                raise KeyboardInterrupt
+            return similarity(merges)
+
+        try:
+            return search_threshold(measure, 8, 4, **SETTINGS), len(log.known)
+        finally:
+            log.close()
+
+    with pytest.raises(KeyboardInterrupt):
+        search(kill_after=4)
+    with open(path, "ab") as file:  # a line that the kill interrupted
+        file.write(b'0badc0de {"merges":[[3,2]],"sim')
+    assert len(SimilarityLog(path, FIELDS).known) == 4
+    found, measured = search()
+    assert len(forwards) == measured + 2, "one forward for each candidate, and two for the dense states"
+    forwards.clear()
+    assert search() == (found, measured) and forwards == []
+    path.unlink()
+    assert search() == (found, measured), "an undisturbed search gives the same"
+
+
+def test_a_log_keeps_values_to_the_bit(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    log = SimilarityLog(path, FIELDS)
+    facts = {(): 1.0, (Merge(3, 2),): 0.1 + 0.2, (Merge(3, 2), Merge(1, 1)): -math.pi / 4}
+    for merges, value in facts.items():
+        log.record(merges, value)
+    assert SimilarityLog(path, FIELDS).known == facts, "on disk before the log is closed"
+    log.close()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_foreign_log_is_set_aside(tmp_path, field):
+    path = tmp_path / "log.jsonl"
+    log = SimilarityLog(path, FIELDS)
+    log.record((Merge(3, 2),), 0.5)
+    log.close()
+    other = SimilarityLog(path, FIELDS | {field: "other"})
+    assert other.known == {} and len(other.problems) == 1 and "set aside as log.jsonl.bad" in other.problems[0]
+    assert (tmp_path / "log.jsonl.bad").exists() and not path.exists()
+
+
+def test_a_damaged_line_is_named_and_measured_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = SimilarityLog(path, FIELDS)
+    for layer in range(3):
+        log.record((Merge(layer, 1),), 0.5)
+    log.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1] + lines[2].replace(b"0.5", b"0.9") + lines[3])
+    again = SimilarityLog(path, FIELDS)
+    assert set(again.known) == {(Merge(0, 1),), (Merge(2, 1),)}
+    assert again.problems == [f"{path}, line 3: checksum does not match; measured again"]
+
+
+@pytest.mark.parametrize("length", [0, 20])
+def test_a_log_cut_in_its_first_line_starts_anew(tmp_path, length):
+    path = tmp_path / "log.jsonl"
+    log = SimilarityLog(path, FIELDS)
+    log.record((Merge(3, 2),), 0.5)
+    log.close()
+    path.write_bytes(path.read_bytes()[:length])
+    again = SimilarityLog(path, FIELDS)
+    assert again.known == {} and again.problems == []
+    again.record((Merge(2, 1),), 0.25)
+    again.close()
+    assert SimilarityLog(path, FIELDS).known == {(Merge(2, 1),): 0.25}
+
+
+def test_a_full_disk_is_an_error_for_users(tmp_path, monkeypatch):
+    log = SimilarityLog(tmp_path / "log.jsonl", FIELDS)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"log\.jsonl"):
+        log.record((Merge(3, 2),), 0.5)
