@@ -41,7 +41,7 @@ class Batch:
     """Rows padded on the right; pads follow every real token, so causal attention never sees them."""
 
     input_ids: Tensor  # [B, T] int64
-    is_target: Tensor  # [B, T-1] bool: position t predicts a real token t+1
+    is_target: Tensor  # [B, T-1] bool: position t predicts a token t+1 that is neither a pad nor only given
 
 
 LayerKwargs = tuple[dict[str, Any], ...]
@@ -226,13 +226,11 @@ class Engine:
         return recorded[0][0], layer_kwargs
 
     def _batch(self, rows: Rows) -> Batch:
-        longest = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        tokens = torch.full((len(rows), max(len(row) for row in rows)), ~0, dtype=torch.int64)  # pads: given, id 0
         for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        lengths = torch.tensor([len(row) for row in rows])
-        is_target = torch.arange(1, longest)[None, :] < lengths[:, None]
-        return Batch(ids.to(self._home), is_target.to(self._home))
+            tokens[i, : len(row)] = torch.tensor(row)
+        ids = torch.where(tokens < 0, ~tokens, tokens)
+        return Batch(ids.to(self._home), (tokens[:, 1:] >= 0).to(self._home))
 
     def _nll(self, hidden: Tensor, batch: Batch) -> list[float]:
         """Mean over each row's real targets of -log p(token), summed in float64; logits in chunks of tokens."""
