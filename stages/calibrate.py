@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockpruner.calibration import check_context, draw, pack
+from blockpruner.calibration import check_context, draw, draw_in_turn, pack, pack_answers
 from blockpruner.params import load_run
 from blockpruner.progress import observer
 from blockpruner.tables import TEXTS, read_json, read_table
@@ -11,18 +11,24 @@ from stages import DATA, run
 
 def main(name: str) -> None:
     settings = load_run(name)
-    wanted, checkpoint = settings.calibration, DATA / "models" / name
+    wanted, checkpoint, sources = settings.calibration, DATA / "models" / name, DATA / "sources" / name
     check_context(wanted.seq_len, read_json(checkpoint / "config.json"), "calibration.seq_len")
-    texts, _ = read_table(DATA / "sources" / name / "calibration.parquet", TEXTS)
-    samples = draw(texts.column("text").to_pylist(), wanted.num_samples, wanted.split, wanted.seed)
 
     from transformers import AutoTokenizer
 
     remote = getattr(settings.model, "trust_remote_code", False)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=remote)
-    rows = pack(samples, tokenizer, wanted.seq_len, wanted.packing)
+    if wanted.data.source == "tasks":
+        from blockpruner.evaluation.zero_shot import gold_answers  # loads lm-eval
+
+        tasks = {task: gold_answers(task, sources / "tasks", wanted.data.skip) for task in wanted.data.tasks}
+        rows = pack_answers(draw_in_turn(tasks, wanted.num_samples, wanted.seed), tokenizer, wanted.seq_len)
+    else:
+        texts, _ = read_table(sources / "calibration.parquet", TEXTS)
+        samples = draw(texts.column("text").to_pylist(), wanted.num_samples, wanted.split, wanted.seed)
+        rows = pack(samples, tokenizer, wanted.seq_len, wanted.packing)
     rows.save(DATA / "calibration" / name / "rows.parquet", wanted.data.source)
-    observer().note(f"{len(samples)} samples -> {len(rows.rows)} rows, {rows.tokens} tokens ({wanted.packing})")
+    observer().note(f"{wanted.num_samples} samples -> {len(rows.rows)} rows, {rows.tokens} tokens ({wanted.packing})")
 
 
 if __name__ == "__main__":

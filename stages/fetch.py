@@ -20,9 +20,14 @@ def main(name: str) -> None:
     evaluate, tasks = settings.evaluate, settings.evaluate.zero_shot
     rows = [benchmarks.benchmark_of(task) for task in tasks.tasks]
     out = DATA / "sources" / name
+    calibration, texts = settings.calibration.data, {"perplexity": evaluate.perplexity.data}
+    if calibration.source == "tasks":
+        for task in calibration.tasks:
+            benchmarks.unscored_items(task, calibration.skip)  # an error here costs no download
+    else:
+        texts["calibration"] = calibration
 
     def build(directory: Path) -> None:
-        texts = {"calibration": settings.calibration.data, "perplexity": evaluate.perplexity.data}
         for role, data in texts.items():
             found = load_texts(data.model_dump(), CACHE, PINS)
             write_table(directory / f"{role}.parquet", pa.table({"text": found}, schema=TEXTS))

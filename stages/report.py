@@ -17,6 +17,8 @@ def origin(source: Any) -> str:
         return " of ".join(part for part in (getattr(source, "file", ""), source.package) if part)
     if source.source == "path":
         return str(source.path)
+    if source.source == "tasks":
+        return f"right answers of {', '.join(source.tasks)}"
     return str(getattr(source, "repo", "the tasks' own hub data sets"))
 
 

@@ -62,6 +62,27 @@ def benchmark_of(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
+def unscored_items(name: str, skip: int | None) -> tuple[str, int]:
+    """The split that holds items which are not evaluated, and the first of them.
+
+    All of the split that lm-eval does not score where a task has two (ARC: validation); else what follows the first
+    `skip` items of the one that it does.
+
+    Raises:
+        InputError: unknown task, or one split only and no `skip`.
+    """
+    splits = benchmark_of(name).splits
+    if len(splits) == len(EVALUATION_SPLITS):
+        return EVALUATION_SPLITS[0], 0
+    if skip is None:
+        spare = ", ".join(row.task for row in BENCHMARKS.values() if len(row.splits) == len(EVALUATION_SPLITS))
+        raise InputError(
+            f"benchmark {name} has no split beside the one that is evaluated; set calibration.data.skip to at least "
+            f"evaluate.zero_shot.limit, so that items after those are drawn, or calibrate on {spare} alone"
+        )
+    return next(iter(splits)), skip
+
+
 # --- items ----------------------------------------------------------------------------------------------------
 
 

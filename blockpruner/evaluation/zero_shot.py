@@ -1,4 +1,4 @@
-"""Zero-shot accuracy through lm-eval; the only module that imports it.
+"""Zero-shot accuracy through lm-eval, and the answers that calibration may score; the only module that imports it.
 
 Decides how lm-eval is run (its own `hf` model class over a model in memory, stock prompts, no few-shot examples)
 and what is kept of an item. Tasks are read from files that `benchmarks.write_task` wrote. The numbers are those of
@@ -28,6 +28,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel
 
+from blockpruner.calibration import Answer
+from blockpruner.errors import InputError
+from blockpruner.evaluation.benchmarks import unscored_items
 from blockpruner.evaluation.store import ITEMS
 
 BATCH_SIZE = 8
@@ -65,9 +68,8 @@ def evaluate(
         advance: called with (requests done, requests in all); an item has a request for each of its choices.
     """
     with _quiet():
-        loaded = TaskManager(include_path=str(task_dir), include_defaults=False).load([task])
+        loaded = _load(task, task_dir)
         definition = loaded["tasks"][task]
-        definition.set_config(key="num_fewshot", value=0)
         lm = _Harness(advance, pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         raw = harness_evaluate(lm=lm, task_dict=loaded, limit=limit)
     assert raw is not None
@@ -97,6 +99,36 @@ def evaluate(
     )
 
 
+def gold_answers(task: str, task_dir: Path, skip: int | None) -> list[Answer]:
+    """Prompt and right answer of every item that is not evaluated, as lm-eval scores them.
+
+    Items of `benchmarks.unscored_items`, less those whose prompt an evaluated item has too (of the full data, 2 of
+    ARC-Challenge's 299, and 3 of PIQA's 1,788 after the first 50). Near twins of other wording stay.
+
+    Args:
+        task_dir: holds <task>/<task>.yaml.
+        skip: for a task with one split, how many items at its start may be evaluated.
+
+    Raises:
+        InputError: one split and no `skip`, or no such item.
+    """
+    split, first = unscored_items(task, skip)
+    with _quiet():
+        definition = _load(task, task_dir)["tasks"][task]
+        items = list(definition.validation_docs() if split == "validation" else definition.test_docs())
+        evaluated = items[:first] if first else list(definition.eval_docs)
+        prompts = {prompt for item in evaluated for prompt, _ in _requests(definition, item)}
+        answers = [_requests(definition, item)[_gold(definition, item)] for item in items[first:]]
+    answers = [answer for answer in answers if answer[0] not in prompts]
+    if not answers:
+        raise InputError(
+            f"benchmark {task} has no item to calibrate on: of its {len(items)} {split} items none after the first "
+            f"{first} asks what no evaluated item asks; lower calibration.data.skip and evaluate.zero_shot.limit, or "
+            f"leave {task} out of calibration.data.tasks"
+        )
+    return answers
+
+
 class _Harness(HFLM):  # type: ignore[misc]
     """lm-eval's own model class, reporting progress instead of drawing a bar."""
 
@@ -114,6 +146,19 @@ class _Harness(HFLM):  # type: ignore[misc]
         self._done += len(inps)
         self._advance(self._done, self._total)
         return logits
+
+
+def _load(task: str, task_dir: Path) -> Any:
+    """lm-eval's task dictionary of one task, without few-shot examples."""
+    loaded = TaskManager(include_path=str(task_dir), include_defaults=False).load([task])
+    loaded["tasks"][task].set_config(key="num_fewshot", value=0)
+    return loaded
+
+
+def _requests(definition: Any, doc: dict[str, Any]) -> list[Answer]:
+    """Prompt and continuation of each choice, as lm-eval makes them (`Task.build_all_requests`)."""
+    context = definition.fewshot_context(doc, 0, gen_prefix=definition.doc_to_prefix(doc))
+    return [request.args for request in definition.construct_requests(doc, context)]
 
 
 def _gold(definition: Any, doc: dict[str, Any]) -> int:

@@ -22,6 +22,17 @@ def edited_run(tmp_path, edit):
     return lambda: load_run("r", tmp_path)
 
 
+def answers(limit=50, packing="per_sample", split="all", num_samples=10, **data):
+    """An edit of a run: calibration on the answers of tasks."""
+
+    def edit(values):
+        tasks = {"source": "tasks", "tasks": ["piqa", "arc_easy"], "skip": 50} | data
+        values["calibration"].update(data=tasks, packing=packing, split=split, num_samples=num_samples)
+        values["evaluate"]["zero_shot"]["limit"] = limit
+
+    return edit
+
+
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "runs").glob("*.yaml")])
 def test_shipped_runs_are_valid(name):
     assert load_run(name, ROOT / "runs").export == ("hf",)
@@ -77,6 +88,15 @@ def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
         (lambda v: v["model"].update(source="web"), ["'web'", "'pypi'", "'hub'", "'path'"]),
         (lambda v: v["model"].update(sha256="abc"), ["sha256", "'abc'"]),
         (lambda v: v["calibration"].update(packing="padded"), ["packing", "'joined'", "'per_sample'", "'padded'"]),
+        (answers(tasks=[]), ["calibration.data.tasks.tasks", "at least 1"]),
+        (answers(skipp=1), ["calibration.data.tasks.skipp", "skip, source, tasks"]),
+        (answers(tasks=["piqa", "piqa"]), ["same task twice", "keep one"]),
+        (answers(tasks=["boolq"]), ["'boolq' is not among evaluate.zero_shot.tasks", "valid: piqa, winogrande"]),
+        (answers(skip=49), ["skip: 49 would calibrate on what is evaluated", "first 50 items", "at most 49"]),
+        (answers(limit=None), ["skip: 50 would calibrate", "scores every item", "leave skip out"]),
+        (answers(packing="joined"), ["packing: joined does not fit", "set packing: per_sample"]),
+        (answers(split="paper"), ["split: paper is for texts", "set split: all"]),
+        (answers(num_samples=1), ["num_samples: 1 gives no item to some of the 2 tasks", "at least 2"]),
         (lambda v: v["score"].update(unit="layer", candidates="mha"), ["candidates", "unit: layer"]),
         (lambda v: v["score"].update(acceleration="fast"), ["'fast'", "'lazy+race'"]),
         (lambda v: v["score"].update(audit=3), ["audit does nothing with acceleration: none", "lazy or lazy+race"]),
@@ -92,6 +112,11 @@ def test_bad_runs(tmp_path, edit, words):
         edited_run(tmp_path, edit)()
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("edit", [answers(), answers(skip=None, limit=None), answers(skip=60, num_samples=2)])
+def test_calibration_on_answers(tmp_path, edit):
+    assert edited_run(tmp_path, edit)().calibration.data.tasks == ("piqa", "arc_easy")
 
 
 def test_unknown_run_names_the_known(tmp_path):
