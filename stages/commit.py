@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from blockpruner.families import count_parameters
 from blockpruner.params import load_params
 from blockpruner.plans import commit, save_iterations
@@ -19,7 +21,7 @@ def main(name: str) -> None:
     counts = count_parameters(read_json(DATA / "models" / target.run / "config.json"))
     order, perplexities = removals(trace)
     facts |= {"target": name, "run": target.run, "method": facts["score"]["method"]}
-    plan = commit(order, perplexities, counts, target.budget, facts)
+    plan = replace(commit(order, perplexities, counts, target.budget, facts), recover=target.recover)
     tables = [table_path(scores / facts["search"], index) for index in range(len(plan.order))]
     save_iterations(tables, DATA / "plans" / name / "iterations.parquet")
     plan.save(DATA / "plans" / name / "plan.json")

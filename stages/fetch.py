@@ -23,6 +23,8 @@ def main(name: str) -> None:
 
     def build(directory: Path) -> None:
         texts = {"calibration": settings.calibration.data, "perplexity": evaluate.perplexity.data}
+        if settings.recover is not None:
+            texts["recover"] = settings.recover.data
         for role, data in texts.items():
             found = load_texts(data.model_dump(), CACHE, PINS)
             write_table(directory / f"{role}.parquet", pa.table({"text": found}, schema=TEXTS))

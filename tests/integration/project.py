@@ -72,6 +72,7 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
             "zero_shot": {"data": {"source": "path", "path": str(inputs)}, "tasks": ["piqa"], "limit": 6},
             "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
         },
+        "recover": None,
         "export": ["hf"],
     }  # fmt: skip
     (project / "runs").mkdir()
