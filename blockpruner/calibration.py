@@ -59,8 +59,8 @@ class CalibrationSet:
         return loaded
 
 
-def draw(texts: Sequence[str], num_samples: int, split: str, seed: int) -> list[str]:
-    """Draw calibration samples.
+def draw(texts: Sequence[str], num_samples: int, split: str, seed: int, section: str = "calibration") -> list[str]:
+    """Draw samples; `section` is that of the run file, for the message.
 
     split "paper": as the paper's public code does: 20 % of the data as test, that split in half, both with `seed`
     (`datasets.train_test_split`), then `random.sample` of the first half after seeding. "all": `random.sample` of
@@ -81,8 +81,8 @@ def draw(texts: Sequence[str], num_samples: int, split: str, seed: int) -> list[
         pool = [pool[i] for i in half["index"]]
     if num_samples > len(pool):
         raise InputError(
-            f"calibration.num_samples {num_samples} is more than the {len(pool)} texts that the source holds with "
-            f"calibration.split: {split}; lower it to at most {len(pool)}"
+            f"{section}.num_samples {num_samples} is more than the {len(pool)} texts that the source holds (split: "
+            f"{split}); lower it to at most {len(pool)}"
         )
     return [pool[i] for i in random.Random(seed).sample(range(len(pool)), num_samples)]
 

@@ -200,6 +200,21 @@ class Evaluate(Frozen):
     speed: Speed = Speed()
 
 
+class Recover(Frozen):
+    """LoRA after pruning, for targets with `recover: true`; the defaults are the paper's, or named in `recovery`."""
+
+    data: Texts
+    num_samples: int = Field(default=8000, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+    rank: int = Field(default=32, ge=1)
+    alpha: float = Field(default=10.0, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    batch: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=4, ge=1)
+    epochs: int = Field(default=1, ge=1)
+    seed: int = 42
+
+
 class Run(Frozen):
     """One model, calibration set, search and evaluation: runs/<name>.yaml."""
 
@@ -207,6 +222,7 @@ class Run(Frozen):
     calibration: Calibration
     score: Score = Score()
     evaluate: Evaluate
+    recover: Recover | None = None
     export: tuple[Literal["hf"], ...] = ("hf",)
 
     @field_validator("export")
@@ -238,10 +254,11 @@ class Run(Frozen):
 
 
 class Target(Frozen):
-    """A pruned model to build: a run and how far to prune it."""
+    """A pruned model to build: a run, how far to prune it, and whether to train it afterwards (the run's `recover`)."""
 
     run: str
     budget: str
+    recover: bool = False
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -306,7 +323,7 @@ class Params(Frozen):
                 )
         if len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs {list(self.runs)} name the same run twice; keep one")
-        meanings: dict[tuple[str, float | str], str] = {}
+        meanings: dict[tuple[str, float | str, bool], str] = {}
         for name, target in self.targets.items():
             if target.run not in self.runs:
                 raise ValueError(
@@ -314,7 +331,8 @@ class Params(Frozen):
                 )
             if name in {f"{run}-dense" for run in self.runs} or name in self.runs:
                 raise ValueError(f"target name {name!r} is taken by a run or its dense baseline; choose another")
-            meaning = (target.run, target.budget if target.budget[-1] == "s" else float(target.budget))
+            budget = target.budget if target.budget[-1] == "s" else float(target.budget)
+            meaning = (target.run, budget, target.recover)
             if meaning in meanings:
                 raise ValueError(
                     f"targets {meanings[meaning]!r} and {name!r} mean the same (run {target.run}, budget "
@@ -329,12 +347,19 @@ class Params(Frozen):
         return self.targets[name]
 
     def budgets_of(self, run: str) -> tuple[str, ...]:
-        return tuple(target.budget for target in self.targets.values() if target.run == run)
+        return tuple(dict.fromkeys(target.budget for target in self.targets.values() if target.run == run))
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read params.yaml; raises InputError that names file, key, value and the valid ones."""
-    return _load(path, Params)
+    params = _load(path, Params)
+    for name, target in params.targets.items():
+        if target.recover and load_run(target.run).recover is None:
+            raise InputError(
+                f"{path}: target {name!r} has recover: true, but runs/{target.run}.yaml has no recover section; add "
+                "one (at least recover: {data: ...}, as in runs/llama2-7b.yaml), or set recover: false"
+            )
+    return params
 
 
 def load_run(name: str, directory: Path = Path("runs")) -> Run:

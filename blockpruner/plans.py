@@ -23,7 +23,8 @@ from blockpruner.tables import ITERATION, read_json, read_table, write_json, wri
 class Plan:
     """removed: all blocks, sorted; order: what each removal took, in order; ratio: share of all parameters removed;
     ratios: the cumulative ratio after each removal; blocks: counts by kind; parameters: dense and pruned;
-    calibration: rows, tokens and the perplexity on them of the dense and of the pruned model."""
+    calibration: rows, tokens and the perplexity on them of the dense and of the pruned model; recover: whether the
+    pruned model is trained before it is evaluated."""
 
     kind: str
     target: str
@@ -40,6 +41,7 @@ class Plan:
     blocks: Mapping[str, int]
     parameters: Mapping[str, int]
     calibration: Mapping[str, Any]
+    recover: bool = False
 
     @property
     def mask(self) -> Mask:

@@ -19,7 +19,7 @@ from typing import Any
 
 from blockpruner.tables import write_json
 
-PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "pyarrow", "numpy", "dvc", "prefect")
+PACKAGES = ("torch", "transformers", "peft", "datasets", "lm-eval", "pyarrow", "numpy", "dvc", "prefect")
 
 
 def fingerprint(value: Mapping[str, Any]) -> str:

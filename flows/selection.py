@@ -33,7 +33,7 @@ class Selection(Frozen):
     )
     budgets: tuple[str, ...] = Field(
         default=(),
-        description='Added as targets of each run: "0.22" (share of parameters), "17blocks", "7layers". '
+        description='Added as targets of each run, not recovered: "0.22" (share of parameters), "17blocks", "7layers". '
         "None: the runs' targets in params.yaml.",
     )
 
@@ -82,7 +82,7 @@ def plan(selection: Selection) -> Plan:
         if run not in params.runs:
             document["runs"].append(run)
             additions.append(f"run {run}")
-    known = {(target.run, _meaning(target.budget)): name for name, target in params.targets.items()}
+    known = {(t.run, _meaning(t.budget)): name for name, t in params.targets.items() if not t.recover}
     targets = {} if selection.budgets else {name: t.run for name, t in params.targets.items() if t.run in runs}
     for run, budget in ((run, budget) for run in runs for budget in selection.budgets):
         name = known.get((run, _meaning(budget)))

@@ -38,7 +38,8 @@ def evaluate(name: str, run_name: str, checkpoint: Path) -> dict[str, Any]:
 
 def main(name: str) -> None:
     plan = Plan.load(DATA / "plans" / name / "plan.json")
-    evaluate(name, plan.run, DATA / "checkpoints" / name / load_run(plan.run).export[0])
+    pruned = DATA / "checkpoints" / name / load_run(plan.run).export[0]
+    evaluate(name, plan.run, DATA / "recovered" / name / "hf" if plan.recover else pruned)
 
 
 if __name__ == "__main__":

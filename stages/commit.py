@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from blockpruner.families import count_parameters
 from blockpruner.params import load_params
 from blockpruner.plans import commit, save_iterations
@@ -20,7 +22,8 @@ def main(name: str) -> None:
     trace = read_trace(directory, facts["search"])
     counts = count_parameters(read_json(DATA / "models" / target.run / "config.json"))
     order, perplexities = removals(trace, facts["nested"])
-    plan = commit(order, perplexities, counts, target.budget, facts | {"target": name, "run": target.run})
+    facts |= {"target": name, "run": target.run}
+    plan = replace(commit(order, perplexities, counts, target.budget, facts), recover=target.recover)
     used = len(plan.order) if facts["nested"] else len(trace)
     save_iterations([table_path(directory, i) for i in range(used)], DATA / "plans" / name / "iterations.parquet")
     plan.save(DATA / "plans" / name / "plan.json")

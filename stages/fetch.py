@@ -26,6 +26,8 @@ def main(name: str) -> None:
             benchmarks.unscored_items(task, calibration.skip)  # an error here costs no download
     else:
         texts["calibration"] = calibration
+    if settings.recover is not None:
+        texts["recover"] = settings.recover.data
 
     def build(directory: Path) -> None:
         for role, data in texts.items():

@@ -53,18 +53,46 @@ def export_hf(dense: Path, plan: Plan, out: Path, *, dtype: str, device: str, tr
     def build(directory: Path) -> None:
         reference = directory.with_suffix(".reference")
         try:
-            save_file(reference_outputs(model, plan), reference)
-            save_pruned(prune_(model, plan.mask), directory)
-            for pattern in TOKENIZER_FILES:
-                for path in dense.glob(pattern):
-                    shutil.copy(path, directory / path.name)
-            write_text(directory / "README.md", model_card(plan, dense))
-            write_json(directory / "blockpruner_plan.json", {**vars(plan)})
+            with masked(model, plan.mask):
+                save_file(reference_outputs(model, plan), reference)
+            save_checkpoint(prune_(model, plan.mask), plan, dense, directory, model_card(plan, dense))
             verify_checkpoint(directory, reference, TOLERANCE[model.dtype])
         finally:
             reference.unlink(missing_ok=True)
 
     replace_directory(out, build)
+
+
+def save_recovered(model: PreTrainedModel, plan: Plan, dense: Path, out: Path, training: str) -> None:
+    """Write a pruned model that was trained since as a checkpoint directory at `out`, with the files of `export_hf`.
+
+    Args:
+        training: how it was trained, for the card; follows "and then".
+
+    Raises:
+        InputError: the fresh process does not reproduce `model`, with and without cache; nothing is left at `out`.
+    """
+
+    def build(directory: Path) -> None:
+        reference = directory.with_suffix(".reference")
+        try:
+            save_file(reference_outputs(model, plan), reference)
+            save_checkpoint(model, plan, dense, directory, model_card(plan, dense, f"then {training}"))
+            verify_checkpoint(directory, reference, TOLERANCE[model.dtype])
+        finally:
+            reference.unlink(missing_ok=True)
+
+    replace_directory(out, build)
+
+
+def save_checkpoint(model: PreTrainedModel, plan: Plan, dense: Path, directory: Path, card: str) -> None:
+    """Everything in a checkpoint directory but its verification; tokenizer and generation config come from `dense`."""
+    save_pruned(model, directory)
+    for pattern in TOKENIZER_FILES:
+        for path in dense.glob(pattern):
+            shutil.copy(path, directory / path.name)
+    write_text(directory / "README.md", card)
+    write_json(directory / "blockpruner_plan.json", {**vars(plan)})
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
@@ -77,15 +105,15 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
 
 @torch.inference_mode()
 def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Tensor]:
-    """Of the masked dense model: greedy tokens [B, T + n] from seeded random prompts [B, T], and their logits."""
+    """Of the masked dense model, or one pruned by the plan: greedy tokens [B, T + n] from seeded random prompts
+    [B, T], and their logits."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator).to(model.device)
-    with masked(model, plan.mask):
-        tokens = model.generate(
-            ids, attention_mask=torch.ones_like(ids), use_cache=False, max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
-        )  # fmt: skip
-        logits = model(tokens, use_cache=False).logits
+    tokens = model.generate(
+        ids, attention_mask=torch.ones_like(ids), use_cache=False, max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    logits = model(tokens, use_cache=False).logits
     attentions = torch.tensor(plan.layers - plan.blocks["mha"])
     result = {"tokens": tokens, "logits": logits, "prompt": torch.tensor(PROMPT_TOKENS), "attentions": attentions}
     return {name: tensor.cpu().contiguous().clone() for name, tensor in result.items()}
@@ -104,14 +132,14 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float) -> Non
     if result.returncode != 0 or not lines:
         report = lines[-1] if lines else "\n".join(result.stderr.strip().splitlines()[-3:])
         raise InputError(
-            f"the exported checkpoint does not reproduce the masked model in a fresh process: {report}. Nothing was "
+            f"the exported checkpoint does not reproduce the model in memory in a fresh process: {report}. Nothing was "
             "left behind; please report this with the family and the plan"
         )
     write_json(directory / "verification.json", json.loads(lines[-1]))
 
 
-def model_card(plan: Plan, dense: Path) -> str:
-    """README.md of the checkpoint: base model, what was removed in order, scores, how to load."""
+def model_card(plan: Plan, dense: Path, since: str = "not retrained") -> str:
+    """README.md of the checkpoint: base model, what was removed in order, what was done since, scores, how to load."""
     source: dict[str, Any] = json.loads((dense / "blockpruner_source.json").read_text())["source"]
     base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [blockpruner, pruned]"]
@@ -131,10 +159,10 @@ def model_card(plan: Plan, dense: Path) -> str:
 
 `{base}` without {plan.blocks["mha"]} of its {plan.layers} MHA and {plan.blocks["mlp"]} of its {plan.layers} MLP
 blocks: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters ({plan.ratio:.2%} removed), chosen by
-`{plan.method}` search with [BlockPruner](https://arxiv.org/abs/2406.10594) and not retrained.
+`{plan.method}` search with [BlockPruner](https://arxiv.org/abs/2406.10594) and {since}.
 
 Perplexity on the calibration set ({calibration["rows"]} rows, {calibration["tokens"]:,} tokens):
-{calibration["dense_perplexity"]:.3f} before, {calibration["perplexity"]:.3f} after.
+{calibration["dense_perplexity"]:.3f} before the removal, {calibration["perplexity"]:.3f} after it.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -147,7 +147,8 @@ def _outcome(study: Study, target: Target) -> Finding:
     return Finding(
         Level.RESULT,
         "outcome",
-        f"{target.name}: {percent(target.plan.ratio)} of the parameters removed ({blocks_of(target)} blocks)",
+        f"{target.name}: {percent(target.plan.ratio)} of the parameters removed ({blocks_of(target)} blocks)"
+        + (", then recovered with LoRA" if target.plan.recover else ""),
         f"Held-out perplexity {number(study.dense.perplexity)} → {number(target.result.perplexity)}. Average accuracy "
         f"{percent(study.dense.average.value)} → {percent(target.result.average.value)}, a paired difference of "
         f"{signed_points(difference.value, difference.stderr)} points{noise}. Generation "

@@ -28,12 +28,14 @@ ITERATIONS = pa.schema([pa.field("iteration", pa.int32(), nullable=False), *ITER
 
 @dataclass(frozen=True)
 class RunLabels:
-    """One line each for people: which model, and which data it was calibrated and evaluated on."""
+    """One line each for people: which model, and which data it was calibrated and evaluated on; recovery: the texts
+    and settings that recovered targets were trained with."""
 
     model: str
     calibration: str
     heldout: str
     tasks: str
+    recovery: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Study:
-    """One run: its dense model and the targets built from it, least pruned first. counts: of its `score` stage."""
+    """One run: its dense model and the targets built from it, least pruned first, as pruned before as recovered.
+    counts: of its `score` stage."""
 
     run: str
     labels: RunLabels
@@ -174,7 +177,7 @@ def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: 
     studies = []
     for run in dict.fromkeys(target.plan.run for target in found):
         dense = _read_result(data / "results" / f"{run}-dense", "dense")
-        own = sorted((t for t in found if t.plan.run == run), key=lambda t: (t.plan.ratio, t.name))
+        own = sorted((t for t in found if t.plan.run == run), key=lambda t: (t.plan.ratio, t.plan.recover, t.name))
         for target in own:
             if target.result.items.keys() != dense.items.keys():
                 raise InputError(

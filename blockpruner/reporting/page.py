@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from blockpruner.blocks import DENSE, format_mask
 from blockpruner.provenance import commit, machine, versions
 from blockpruner.reporting.findings import Finding, findings
-from blockpruner.reporting.formats import percent
+from blockpruner.reporting.formats import listed, percent
 from blockpruner.reporting.inputs import Study
 from blockpruner.reporting.plots import Plot, plots
 from blockpruner.reporting.tables import LEGEND, Table, headline, sequence
@@ -63,11 +63,13 @@ def _facts(study: Study) -> tuple[tuple[str, str], ...]:
     plan, dense, labels, counts = study.targets[0].plan, study.dense, study.labels, study.counts
     tasks = ", ".join(f"{task} ({items:,} items)" for task, items in dense.task_items.items())
     rows, tokens = plan.calibration["rows"], plan.calibration["tokens"]
+    trained = [target.name for target in study.targets if target.plan.recover]
     return (
         ("Model", labels.model),
         ("Calibration", f"{labels.calibration}: {rows:,} rows, {tokens:,} tokens"),
         ("Held-out text", f"{labels.heldout}: {dense.heldout_rows:,} rows, {dense.heldout_tokens:,} tokens"),
         ("Tasks", f"{labels.tasks}: {tasks}"),
+        *([("Recovery", f"LoRA on {labels.recovery}: {listed(trained)}")] if trained else []),
         ("Speed", study.targets[0].result.speed.setting),
         (
             "Search",

@@ -54,6 +54,11 @@ def headline(study: Study) -> Table:
         ("Parameters", blank, *(parameters(m.parameters) for m in models)),
         ("Parameters removed", blank, percent(0), *(percent(t.plan.ratio) for t in targets)),
         ("Blocks removed", blank, "0", *(blocks_of(t) for t in targets)),
+        *(
+            [("Trained since", blank, "no", *("LoRA" if t.plan.recover else "no" for t in targets))]
+            if any(t.plan.recover for t in targets)
+            else []
+        ),
         ("Held-out perplexity", blank, *(number(m.perplexity) for m in models)),
         *(
             (

@@ -41,7 +41,8 @@ def sentence(number: int) -> str:
 
 
 def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> Path:
-    """Lay out the project with run `tiny` (llama, 4 layers) and the targets {name: budget}; no git, DVC without SCM."""
+    """Lay out the project with run `tiny` (llama, 4 layers) and the targets {name: budget}, recovered where the name
+    begins with "lora"; no git, DVC without SCM."""
     project, inputs = folder / "project", folder / "inputs"
     for name in ("blockpruner", "stages", "flows"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -72,6 +73,10 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
             "zero_shot": {"data": {"source": "path", "path": str(inputs)}, "tasks": ["piqa"], "limit": 6},
             "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
         },
+        "recover": {
+            "data": {"source": "path", "path": str(inputs / "texts.parquet"), "format": "text"},
+            "num_samples": 12, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2,
+        },
         "export": ["hf"],
     }  # fmt: skip
     (project / "runs").mkdir()
@@ -85,7 +90,10 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
 def set_targets(project: Path, targets: dict[str, str], **runtime: Any) -> None:
     value = {
         "runs": ["tiny"],
-        "targets": {name: {"run": "tiny", "budget": budget} for name, budget in targets.items()},
+        "targets": {
+            name: {"run": "tiny", "budget": budget, "recover": name.startswith("lora")}
+            for name, budget in targets.items()
+        },
         "report": {"title": "Tiny", "plots": False},
         "runtime": {"device": "cpu", "batch_tokens": "auto", "threads": 1} | runtime,
     }

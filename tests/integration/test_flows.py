@@ -331,6 +331,20 @@ def test_added_run_and_target_keep_comments(project: Path) -> None:
     assert all(line in lines for line in new)
 
 
+def test_a_budget_means_the_target_that_is_not_recovered(project: Path) -> None:
+    run = Path("runs/smollm2.yaml")
+    recover = "recover: {data: {source: path, path: texts.parquet}}"
+    run.write_text(run.read_text().replace("recover: null", recover))
+    text = Path("params.yaml").read_text().replace('budget: "0.05"}', 'budget: "0.05", recover: true}')
+    Path("params.yaml").write_text(text.replace("smollm2-0.05", "smollm2-lora"))
+    chosen = plan(Selection(budgets=("0.02", "0.05")))
+    assert list(chosen.targets) == ["smollm2-0.02", "smollm2-0.05"]
+    assert chosen.additions == ("target smollm2-0.05",)
+    run.write_text(run.read_text().replace(recover, "recover: null"))
+    with pytest.raises(InputError, match=r"'smollm2-lora' has recover: true, but runs/smollm2.yaml has no recover"):
+        plan(Selection())
+
+
 def test_no_options_take_everything_and_write_nothing(project: Path) -> None:
     before = (Path("params.yaml").read_text(), Path("params.yaml").stat().st_mtime_ns)
     chosen = plan(Selection())

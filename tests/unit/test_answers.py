@@ -204,7 +204,7 @@ def test_the_loss_of_a_row_is_that_of_its_answer(mask):
     (unit,) = Engine(model, batch_tokens=10_000).run([Task(range(len(rows)), (mask,))], rows)
     with masked(model, mask):
         expected = [answer_nll(model, pair) for pair in pairs] + [full_nll(model, text)]
-    assert unit.nll == pytest.approx(expected, abs=1e-10)
+    assert unit.loss == pytest.approx(expected, abs=1e-10)
 
 
 def test_the_loss_is_lm_evals_loglikelihood_by_token(task_dir):
@@ -219,7 +219,7 @@ def test_the_loss_is_lm_evals_loglikelihood_by_token(task_dir):
     rows = pack_answers([(prompt, answer)], tiny_tokenizer(), 24).rows
     assert len(rows[0]) == 24 < len(prompt + answer)
     (unit,) = Engine(model).run([Task(range(1), (DENSE,))], rows)
-    assert unit.nll == pytest.approx([-loglikelihood / len(answer)], rel=1e-6)
+    assert unit.loss == pytest.approx([-loglikelihood / len(answer)], rel=1e-6)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------

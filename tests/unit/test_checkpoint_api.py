@@ -86,7 +86,7 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
             save(model, directory)
 
     monkeypatch.setattr(hf, "save_pruned", spoil)
-    with pytest.raises(InputError, match="does not reproduce the masked model"):
+    with pytest.raises(InputError, match="does not reproduce the model in memory"):
         export_hf(dense, plan, tmp_path / "out", dtype="float32", device="cpu")
     assert list(tmp_path.iterdir()) == []
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from blockpruner.errors import InputError
-from blockpruner.params import load_params, load_run
+from blockpruner.params import Recover, load_params, load_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +36,7 @@ def answers(limit=50, packing="per_sample", split="all", num_samples=10, **data)
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "runs").glob("*.yaml")])
 def test_shipped_runs_are_valid(name):
     assert load_run(name, ROOT / "runs").export == ("hf",)
+    assert "recover" in yaml.safe_load((ROOT / "runs" / f"{name}.yaml").read_text())  # DVC wants the key, null or not
 
 
 def test_shipped_params_are_valid():
@@ -49,6 +50,25 @@ def test_the_llama_run_is_the_papers_setting():
     assert (run.calibration.packing, run.calibration.split, run.model.dtype) == ("joined", "paper", "bfloat16")
 
 
+def test_the_llama_run_recovers_by_the_papers_recipe_and_so_do_the_defaults():
+    recover = load_run("llama2-7b", ROOT / "runs").recover
+    assert (recover.num_samples, recover.rank, recover.alpha, recover.learning_rate) == (8000, 32, 10, 2e-4)
+    assert (recover.batch, recover.accumulation, recover.epochs) == (1, 4, 1)
+    assert Recover(data=recover.data) == recover
+
+
+def test_targets_may_differ_in_recovery_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    target = {"run": "llama2-7b", "budget": "0.2"}
+    targets = {"before": target, "after": target | {"recover": True}}
+    found = load_params(params(tmp_path, runs=["llama2-7b"], targets=targets))
+    assert found.target("after").recover and not found.target("before").recover
+    assert found.budgets_of("llama2-7b") == ("0.2",)
+    targets["again"] = target | {"recover": True, "budget": "0.20"}
+    with pytest.raises(InputError, match="'after' and 'again' mean the same"):
+        load_params(params(tmp_path, runs=["llama2-7b"], targets=targets))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -57,7 +77,7 @@ def test_the_llama_run_is_the_papers_setting():
         ({"runtime": {"workers": 2}}, ["workers: 2 needs executor: ray"]),
         ({"runtime": {"streaming": True, "device": "split"}}, ["device: split has nothing to split", "streaming"]),
         ({"runtime": {"streaming": True, "compile": True}}, ["compile: true does not fit streaming"]),
-        ({"targets": {"x": {"run": "a", "budget": "0.1", "rato": 1}}}, ["targets.x.rato", "budget, run"]),
+        ({"targets": {"x": {"run": "a", "budget": "0.1", "rato": 1}}}, ["targets.x.rato", "budget, recover, run"]),
         ({"targets": {"x": {"run": "b", "budget": "0.1"}}}, ["'x'", "'b'", "valid: a"]),
         ({"targets": {"x": {"run": "a", "budget": "1.5"}}}, ["'1.5'", "between 0 and 1", "17blocks"]),
         ({"targets": {"x": {"run": "a", "budget": 0}}}, ["'0'", "between 0 and 1"]),
@@ -70,6 +90,13 @@ def test_the_llama_run_is_the_papers_setting():
         ({"runs": ["a", "a"]}, ["twice"]),
         ({"runs": [], "targets": {}}, ["runs"]),
         ({"targets": {"a-dense": {"run": "a", "budget": "0.1"}}}, ["'a-dense'", "choose another"]),
+        (
+            {
+                "runs": ["smollm2"],
+                "targets": {"x": {"run": "smollm2", "budget": "0.1", "recover": True}},
+            },
+            ["'x' has recover: true", "runs/smollm2.yaml has no recover section", "set recover: false"],
+        ),
     ],
 )
 def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
@@ -105,6 +132,10 @@ def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
         (lambda v: v.update(export=[]), ["export"]),
         (lambda v: v["calibration"].update(num_samples=0), ["num_samples", "0"]),
         (lambda v: v["evaluate"].pop("perplexity"), ["evaluate.perplexity", "required"]),
+        (lambda v: v.update(recover={"rank": 8}), ["recover.data", "required"]),
+        (lambda v: v.update(recover={"r": 8}), ["recover.r", "accumulation, alpha, batch", "rank"]),
+        (lambda v: v.update(recover={"rank": 0}), ["recover.rank", "0"]),
+        (lambda v: v.update(recover={"learning_rate": -1}), ["recover.learning_rate", "-1"]),
     ],
 )
 def test_bad_runs(tmp_path, edit, words):

@@ -369,6 +369,24 @@ def test_the_page_says_what_was_spared_and_what_audits_found(tmp_path: Path) -> 
     assert f"2 audits, which chose otherwise: {choice[3]}, not {other}" in text
 
 
+def test_a_recovered_target_says_so(tmp_path: Path) -> None:
+    """Two targets with one budget, of which tiny-a was trained: it stands behind the other, marked."""
+    build(tmp_path, replace(World(), removals=(("tiny-a", 3), ("tiny-b", 3))))
+    path = tmp_path / "plans" / "tiny-a" / "plan.json"
+    write_json(path, _json(path) | {"recover": True})
+    labels = {"tiny": replace(LABELS["tiny"], recovery="8,000 samples")}
+    (section,) = build_page("t", read_studies(["tiny-a", "tiny-b"], labels, tmp_path), draw=False).sections
+    assert section.headline.head == ("", "chance", "dense", "tiny-b", "tiny-a")
+    assert ("Trained since", "–", "no", "no", "LoRA") in section.headline.rows
+    assert dict(section.facts)["Recovery"] == "LoRA on 8,000 samples: tiny-a"
+    titles = [finding.title for finding in section.findings if finding.level is Level.RESULT]
+    assert [title.endswith("then recovered with LoRA") for title in titles] == [False, True]
+    build(tmp_path / "plain")
+    (section,) = build_page("t", read_studies(["tiny-a"], labels, tmp_path / "plain"), draw=False).sections
+    assert "Recovery" not in dict(section.facts)
+    assert "Trained since" not in [row[0] for row in section.headline.rows]
+
+
 def test_a_partial_row_cannot_be_chosen(tmp_path: Path) -> None:
     build(tmp_path)
     path = tmp_path / "plans" / "tiny-a" / "iterations.parquet"
