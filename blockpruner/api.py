@@ -94,7 +94,8 @@ def prune(
     (trace,) = SearchRun(asked, nll, score, units, counts, observer).traces([budget]).values()
     order, perplexities = removals(trace, method_of(method).nested)
     facts = {
-        "target": f"in-memory-{budget}", "run": "in-memory", "score": score, "search": "in-memory",
+        "target": f"in-memory-{budget}", "run": "in-memory", "score": score, "search": "in-memory", "kind": "mask",
+        "nested": method_of(method).nested,
         "calibration": {"rows": len(calibration.rows), "tokens": calibration.tokens},
     }  # fmt: skip
     plan = commit(order, perplexities, counts, budget, facts)

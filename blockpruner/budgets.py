@@ -72,9 +72,14 @@ def require_reachable(budget: Budget, units: Sequence[Mask], counts: ParameterCo
             near = ", ".join(f"{n}blocks" for n in (low, low + size) if 0 < n <= len(everything))
             raise InputError(f"budget {budget.text!r} is not reached by whole units; nearest: {near}")
     elif budget.ratio is not None:
-        last = max(counts.ratio(unit) for unit in units)
-        if budget.ratio > counts.ratio(everything) + last / 2:
+        sizes = [counts.ratio(unit) for unit in units]
+        if budget.ratio > counts.ratio(everything) + max(sizes) / 2:
             raise InputError(beyond)
+        if budget.ratio < min(sizes) / 2:
+            raise InputError(
+                f"budget {budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
+                f"{min(sizes):.4f}"
+            )
 
 
 def is_settled(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCounts, remaining: Sequence[Mask]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blockpruner.calibration import CalibrationSet
 from blockpruner.checkpoints import EXPORTS
 from blockpruner.params import load_params, load_run
 from blockpruner.plans import Plan
@@ -12,11 +13,13 @@ from stages import DATA, run
 def main(name: str) -> None:
     params, plan = load_params(), Plan.load(DATA / "plans" / name / "plan.json")
     settings, dense = load_run(plan.run), DATA / "models" / plan.run
+    rows = CalibrationSet.load(DATA / "calibration" / plan.run / "rows.parquet").rows
     for form in settings.export:
         EXPORTS[form](
             dense,
             plan,
             DATA / "checkpoints" / name / form,
+            rows=rows,
             dtype=settings.model.dtype,
             device=params.runtime.device,
             trust_remote_code=getattr(settings.model, "trust_remote_code", False),

@@ -10,6 +10,7 @@ from blockpruner.scoring.work import Scorer
 from blockpruner.search.run import score_run
 from blockpruner.sources import checkpoint_identity
 from blockpruner.tables import read_json
+from blockpruner.transforms.planning import Bench
 from blockpruner.trials import trials_root
 from stages import DATA, run
 
@@ -17,28 +18,34 @@ from stages import DATA, run
 def main(name: str) -> None:
     params, settings = load_params(), load_run(name)
     checkpoint, dtype, watch = DATA / "models" / name, settings.model.dtype, observer()
+    runtime, remote = params.runtime, getattr(settings.model, "trust_remote_code", False)
+    calibration = CalibrationSet.load(DATA / "calibration" / name / "rows.parquet")
 
-    def make() -> Scorer:
-        remote = getattr(settings.model, "trust_remote_code", False)
+    def scorer() -> Scorer:
+        options = runtime.model_dump()
         return make_scorer(
-            checkpoint,
-            dtype,
-            params.runtime.model_dump(),
-            trust_remote_code=remote,
-            note=watch.note,
-            advance=watch.advance,
-        )
+            checkpoint, dtype, options, trust_remote_code=remote, note=watch.note, advance=watch.advance
+        )  # fmt: skip
+
+    def bench() -> Bench:
+        from blockpruner.models import load_model, set_threads
+        from blockpruner.transforms.merging import ModelBench
+
+        set_threads(runtime.threads)
+        model = load_model(checkpoint, dtype, runtime.device, remote, runtime.attention)
+        return ModelBench(model, calibration.rows, watch.advance)
 
     score_run(
         DATA / "scores" / name,
         trials_root(),
-        calibration=CalibrationSet.load(DATA / "calibration" / name / "rows.parquet"),
+        calibration=calibration,
         model_identity=checkpoint_identity(checkpoint),
         dtype=dtype,
         config=read_json(checkpoint / "config.json"),
         score=settings.score.model_dump(exclude_none=True),
         budgets=params.budgets_of(name),
-        make_scorer=make,  # torch is loaded only when something must be computed
+        make_scorer=scorer,  # torch is loaded only when something must be computed
+        make_bench=bench,
         observer=watch,
         metrics=DATA / "metrics" / name / "score.json",
     )

@@ -12,19 +12,24 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from blockpruner import modeling_blockpruned
+from blockpruner import modeling_blockpruned, modeling_slicegpt
 from blockpruner.checkpoints import verify
+from blockpruner.checkpoints.card import model_card
 from blockpruner.errors import InputError
 from blockpruner.models import load_model, masked, prune_
 from blockpruner.plans import Plan
+from blockpruner.scoring.work import Rows
 from blockpruner.tables import replace_directory, write_json, write_text
+from blockpruner.transforms.laco import Merge
+from blockpruner.transforms.merging import merge_, merged
+from blockpruner.transforms.slicegpt import slice_
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -42,20 +47,26 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
 
 
-def export_hf(dense: Path, plan: Plan, out: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> None:
+def export_hf(
+    dense: Path, plan: Plan, out: Path, *, rows: Rows, dtype: str, device: str, trust_remote_code: bool = False
+) -> None:
     """Write the pruned model of `plan` as a checkpoint directory at `out`, verified.
 
+    Args:
+        rows: the calibration rows, from which SliceGPT takes its directions.
+
     Raises:
-        InputError: the fresh process does not reproduce the masked model; nothing is left at `out`.
+        InputError: the fresh process does not reproduce the model in memory; nothing is left at `out`.
     """
     model = load_model(dense, dtype, device, trust_remote_code)
 
     def build(directory: Path) -> None:
         reference = directory.with_suffix(".reference")
         try:
-            with masked(model, plan.mask):
-                save_file(reference_outputs(model, plan), reference)
-            save_checkpoint(prune_(model, plan.mask), plan, dense, directory, model_card(plan, dense))
+            pruned = PRUNERS[plan.kind](
+                model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
+            )
+            save_checkpoint(pruned, plan, dense, directory, model_card(plan, dense))
             verify_checkpoint(directory, reference, TOLERANCE[model.dtype])
         finally:
             reference.unlink(missing_ok=True)
@@ -96,16 +107,19 @@ def save_checkpoint(model: PreTrainedModel, plan: Plan, dense: Path, directory: 
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
-    """Save a model that went through `prune_`, its modelling file beside the weights and named in `auto_map`."""
-    type(model).register_for_auto_class("AutoModelForCausalLM")
-    type(model.config).register_for_auto_class("AutoConfig")
+    """Save a pruned model; if its class is ours, the modelling file lies beside the weights, named in `auto_map`."""
+    module = type(model).__module__
+    is_ours = module in (modeling_blockpruned.__name__, modeling_slicegpt.__name__)
+    if is_ours:
+        type(model).register_for_auto_class("AutoModelForCausalLM")
+        type(model.config).register_for_auto_class("AutoConfig")
     model.save_pretrained(directory, max_shard_size="5GB")
-    assert (directory / f"{modeling_blockpruned.__name__.rsplit('.', 1)[-1]}.py").exists()
+    assert not is_ours or (directory / f"{module.rsplit('.', 1)[-1]}.py").exists()
 
 
 @torch.inference_mode()
 def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Tensor]:
-    """Of the masked dense model, or one pruned by the plan: greedy tokens [B, T + n] from seeded random prompts
+    """Of a model as the plan leaves it: greedy tokens [B, T + n] from seeded random prompts
     [B, T], and their logits."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator).to(model.device)
@@ -138,44 +152,33 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float) -> Non
     write_json(directory / "verification.json", json.loads(lines[-1]))
 
 
-def model_card(plan: Plan, dense: Path, since: str = "not retrained") -> str:
-    """README.md of the checkpoint: base model, what was removed in order, what was done since, scores, how to load."""
-    source: dict[str, Any] = json.loads((dense / "blockpruner_source.json").read_text())["source"]
-    base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [blockpruner, pruned]"]
-    if "repo" in source:
-        front.append(f"base_model: {base}")
-    calibration = plan.calibration
-    steps = "\n".join(
-        f"| {k} | {unit} | {ratio:.2%} |"
-        for k, (unit, ratio) in enumerate(zip(plan.order, plan.ratios, strict=True), 1)
-    )
-    return (
-        "\n".join(front)
-        + f"""
----
+Note = Callable[[PreTrainedModel], object]
+"""Takes down what a model says, for the verification."""
 
-# {plan.target}
 
-`{base}` without {plan.blocks["mha"]} of its {plan.layers} MHA and {plan.blocks["mlp"]} of its {plan.layers} MLP
-blocks: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters ({plan.ratio:.2%} removed), chosen by
-`{plan.method}` search with [BlockPruner](https://arxiv.org/abs/2406.10594) and {since}.
+def _remove(model: PreTrainedModel, plan: Plan, rows: Rows, note: Note) -> PreTrainedModel:
+    with masked(model, plan.mask):
+        note(model)
+    return prune_(model, plan.mask)
 
-Perplexity on the calibration set ({calibration["rows"]} rows, {calibration["tokens"]:,} tokens):
-{calibration["dense_perplexity"]:.3f} before the removal, {calibration["perplexity"]:.3f} after it.
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+def _merge(model: PreTrainedModel, plan: Plan, rows: Rows, note: Note) -> PreTrainedModel:
+    merges, variant = [Merge(*pair) for pair in plan.details["merges"]], plan.details["variant"]
+    with merged(model, merges, variant):
+        note(model)
+    return merge_(model, merges, variant)
 
-model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("<this directory>", trust_remote_code=True)
-```
 
-`trust_remote_code` runs the file `modeling_blockpruned.py` beside this card; it needs transformers 5.24 or newer and
-nothing else.
+def _slice(model: PreTrainedModel, plan: Plan, rows: Rows, note: Note) -> PreTrainedModel:
+    sliced = slice_(model, rows, plan.details["width"])
+    note(sliced)
+    return sliced
 
-| step | removed | share of parameters removed so far |
-|---:|---|---:|
-{steps}
-"""
-    )
+
+PRUNERS: dict[str, Callable[[PreTrainedModel, Plan, Rows, Note], PreTrainedModel]] = {
+    "mask": _remove,
+    "laco": _merge,
+    "slicegpt": _slice,
+}
+"""By kind of plan: the model changed in place, for good; where it can be, what it should say is noted from the dense
+model changed for a while, which is another way to the same."""

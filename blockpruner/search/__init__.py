@@ -1,4 +1,4 @@
-"""Every method that ends in a mask: SEARCHES, one row each."""
+"""Every method that ends in a mask: SEARCHES, one row each. Those that change weights are in `transforms`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blockpruner.errors import InputError
+from blockpruner.options import fill_options
 from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, metric_of
 from blockpruner.search.beam import beam
@@ -17,6 +18,7 @@ from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.random_order import random_order
 from blockpruner.search.swap import swap
+from blockpruner.transforms import TRANSFORMS
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,14 @@ class Method:
     accelerated: bool = False
 
 
+UNUSED = {"unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
+"""Keys of a `score` section that mean nothing to a transformation, and their defaults."""
+
+
 def method_of(name: str) -> Method:
     """The row of a method; raises InputError that names the valid ones."""
     if name not in SEARCHES:
-        raise InputError(f"score.method {name!r} is unknown; valid: {', '.join(sorted(SEARCHES))}")
+        raise InputError(f"score.method {name!r} is unknown; valid: {', '.join(sorted({*SEARCHES, *TRANSFORMS}))}")
     return SEARCHES[name]
 
 
@@ -49,7 +55,13 @@ def search_settings(score: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an unknown method, metric or option, or two settings that do not fit together.
     """
-    name, metric = score["method"], metric_of(score["metric"])
+    name, metric, given = score["method"], metric_of(score["metric"]), score.get("options") or {}
+    if name in TRANSFORMS:
+        idle = next((key for key, value in UNUSED.items() if score.get(key, value) != value), None)
+        if idle is not None:
+            raise InputError(f"score.{idle}: {score[idle]} does nothing with method: {name}, which removes no block; "
+                             "remove it")  # fmt: skip
+        return {"method": name, "metric": metric.name, "options": fill_options(name, TRANSFORMS[name], given)}
     method = method_of(name)
     if not method.scores and metric.name != "perplexity":
         raise InputError(
@@ -67,25 +79,7 @@ def search_settings(score: Mapping[str, Any]) -> dict[str, Any]:
             f"score.acceleration {score['acceleration']} does not fit method: {name} with metric: {metric.name}: there "
             f"is nothing to leave out; set acceleration: none"
         )
-    return {**score, **settings_of(score), "options": _options(name, method, score.get("options") or {})}
-
-
-def _options(name: str, method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in given.items():
-        if key not in method.options:
-            valid = ", ".join(method.options) or "none"
-            raise InputError(f"score.options.{key} is unknown to method: {name}; valid: {valid}")
-        wanted = _type_of(method.options[key])
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise InputError(f"score.options.{key}: {value!r} is not of type {wanted.__name__}")
-    for key, default in method.options.items():
-        if isinstance(default, type) and key not in given:
-            raise InputError(f"method: {name} needs score.options.{key}, of type {default.__name__}")
-    return {key: given.get(key, default) for key, default in method.options.items()}
-
-
-def _type_of(default: Any) -> type:
-    return default if isinstance(default, type) else type(default)
+    return {**score, **settings_of(score), "options": fill_options(name, method.options, given)}
 
 
 SEARCHES: dict[str, Method] = {

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from blockpruner.blocks import DENSE, Mask
+from blockpruner.options import require_at_least
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
-from blockpruner.search.options import require_at_least
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import goal_of_problem, is_settled, nearest, unit_order
 

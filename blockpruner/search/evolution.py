@@ -14,10 +14,10 @@ from functools import partial
 
 from blockpruner.blocks import DENSE, Mask
 from blockpruner.errors import InputError
+from blockpruner.options import require_at_least, require_one_of
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.greedy import greedy_to_goal
 from blockpruner.search.iteration import Iteration
-from blockpruner.search.options import require_at_least, require_one_of
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import Space, goal_of_problem, nearest, unit_order
 

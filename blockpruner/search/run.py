@@ -29,7 +29,9 @@ from blockpruner.search import method_of, search_settings
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.trace import search_fingerprint, seed_stores, trace_directory, write_current, write_iteration
-from blockpruner.tables import storage_error, write_json
+from blockpruner.tables import read_json, storage_error, write_json
+from blockpruner.transforms import TRANSFORMS
+from blockpruner.transforms.planning import PLANNERS, Bench, Material
 from blockpruner.trials import TrialStore, require_rows, store_fingerprint
 
 
@@ -184,22 +186,49 @@ def score_run(
     score: Mapping[str, Any],
     budgets: Sequence[str],
     make_scorer: Callable[[], Scorer],
+    make_bench: Callable[[], Bench],
     observer: Observer,
     metrics: Path,
-) -> dict[str, list[Iteration]]:
+) -> None:
     """Score one run far enough for its budgets; write its iteration tables, `current.json` and the counts.
 
     Args:
         scores: the run's folder of traces; tables present seed the trial stores (a clone after `dvc pull`).
         trials: folder of all trial stores.
         score: the run's `score` section, every key of which is part of the search's fingerprint, defaults filled in.
-
-    Returns:
-        The trace by budget; one for all, under "", where the search is nested.
+        make_scorer, make_bench: load the model, for a method that ends in a mask and for one that changes weights.
     """
     score = search_settings(score)
-    method, metric = method_of(score["method"]), metric_of(score["metric"])
     require_rows(len(calibration.rows))
+    started = time.monotonic()
+    facts = {"rows": len(calibration.rows), "tokens": calibration.tokens, "digest": calibration.digest}
+    if score["method"] in TRANSFORMS:
+        material = Material(calibration, model_identity, dtype, config, trials, make_bench, observer)
+        current, counts = _plan_transform(scores, score, budgets, material)
+    else:
+        current, counts = _search(
+            scores, trials, calibration, model_identity, dtype, config, score, budgets, make_scorer, observer
+        )
+    write_current(scores, {**current, "score": score, "calibration": facts})
+    counts["tokens_per_second"] = round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
+    counts["seconds"] = round(counts["seconds"], 2)
+    write_json(metrics, {**counts, "wall_seconds": round(time.monotonic() - started, 2)})
+
+
+def _search(
+    scores: Path,
+    trials: Path,
+    calibration: CalibrationSet,
+    model_identity: str,
+    dtype: str,
+    config: Mapping[str, Any],
+    score: Mapping[str, Any],
+    budgets: Sequence[str],
+    make_scorer: Callable[[], Scorer],
+    observer: Observer,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run a search that ends in a mask; what `current.json` says of it, and its counts."""
+    method, metric = method_of(score["method"]), metric_of(score["metric"])
     counts = count_parameters(config)
     units = removable_units(int(config["num_hidden_layers"]), score["unit"], score["candidates"])
     fields = {
@@ -207,42 +236,56 @@ def score_run(
         for name in sorted({metric.loss, PERPLEXITY.loss})
     }
     search = search_fingerprint(fields[metric.loss], score)
-    facts = {"rows": len(calibration.rows), "tokens": calibration.tokens, "digest": calibration.digest}
-    current = {
-        "search": search, "nested": method.nested, "store": fields[metric.loss], "score": score, "calibration": facts,
-    }  # fmt: skip
-    started = time.monotonic()
+    current = {"kind": "mask", "search": search, "nested": method.nested, "store": fields[metric.loss]}
     with ExitStack() as stack:
         stores = {}
         for name, field in fields.items():  # in one order everywhere, so that two processes cannot wait for each other
             stack.enter_context(exclusive(trials / f"{fingerprint(field)}.lock", observer))
             stores[name] = TrialStore(field, len(calibration.rows), trials)
             stack.callback(stores[name].close)
-        seeded = seed_stores(
-            scores / search, search, stores[metric.loss], stores[PERPLEXITY.loss], influence=metric.influence
-        )
+        own, plain = stores[metric.loss], stores[PERPLEXITY.loss]
+        seeded = seed_stores(scores / search, search, own, plain, influence=metric.influence)
         for problem in [*seeded, *(line for store in stores.values() for line in store.problems)]:
             observer.note(f"warning: {problem}")
         observer.note(f"calibration: {len(calibration.rows)} rows, {calibration.tokens} tokens; search {search}")
         scorer = _Once(make_scorer)
         stack.callback(scorer.close)
-        objective = Objective(calibration, stores[metric.loss], scorer, observer, metric)
-        nll = objective if metric.loss == PERPLEXITY.loss else Objective(
-            calibration, stores[PERPLEXITY.loss], scorer, observer
-        )  # fmt: skip
-        run = SearchRun(objective, nll, score, units, counts, observer)
-        traces = run.traces(
+        objective = nll = Objective(calibration, own, scorer, observer, metric)
+        if own is not plain:
+            nll = Objective(calibration, plain, scorer, observer)
+        traces = SearchRun(objective, nll, score, units, counts, observer).traces(
             budgets, lambda name, iteration: write_iteration(trace_directory(scores, current, name), iteration, search)
         )
-    write_current(scores, current)
     done = asdict(objective.counts)
     if nll is not objective:
         done = {key: value + asdict(nll.counts)[key] for key, value in done.items()}
-    done["tokens_per_second"] = round(done["tokens"] / done["seconds"], 1) if done["seconds"] else None
-    done["seconds"] = round(done["seconds"], 2)
-    iterations = sum(map(len, traces.values()))
-    write_json(metrics, {"iterations": iterations, "wall_seconds": round(time.monotonic() - started, 2), **done})
-    return traces
+    return current, {"iterations": sum(map(len, traces.values())), **done}
+
+
+def _plan_transform(
+    scores: Path, score: Mapping[str, Any], budgets: Sequence[str], material: Material
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Find what a transformation does for each budget; what `current.json` says of it, and what was computed."""
+    calibration, observer, method = material.calibration, material.observer, score["method"]
+    fields = store_fingerprint(calibration.digest, material.model_identity, material.dtype, PERPLEXITY.loss)
+    search = search_fingerprint(fields, score)
+    current: dict[str, Any] = {"kind": method, "search": search, "nested": False, "store": fields}
+
+    with ExitStack() as stack:
+        stack.enter_context(exclusive(material.trials / f"{fingerprint(fields)}.lock", observer))
+        store = TrialStore(fields, len(calibration.rows), material.trials)
+        stack.callback(store.close)
+        dense = Objective(calibration, store, lambda: material.bench.scorer(), observer)
+        current["dense_nll"] = dense([DENSE])[0].loss
+        for text in budgets:
+            path = trace_directory(scores, current, text) / "details.json"
+            observer.begin(f"{method} for {text}")
+            is_known = path.exists()
+            if not is_known:
+                write_json(path, PLANNERS[method](parse_budget(text, material.counts), score["options"], material))
+            found = {key: value for key, value in read_json(path).items() if key != "nll"}
+            observer.end(", ".join(f"{key} {value}" for key, value in found.items()), cached=is_known)
+    return current, {"iterations": 0, **asdict(dense.counts)}
 
 
 class _Once:

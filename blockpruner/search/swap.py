@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 
 from blockpruner.blocks import DENSE, Mask
+from blockpruner.options import require_at_least, require_one_of
 from blockpruner.search.greedy import greedy_to_goal
 from blockpruner.search.iteration import Iteration
-from blockpruner.search.options import require_at_least, require_one_of
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import Exchange, Space, goal_of_problem, nearest, unit_order
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import attrgetter
 from statistics import fmean
 
@@ -19,10 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from blockpruner import modeling_blockpruned as blockpruned
+from blockpruner.blocks import DENSE
 from blockpruner.errors import DeviceMemoryError, InputError
 from blockpruner.models import decoder_layers, model_family
 from blockpruner.scoring.engine import Engine, is_out_of_memory
-from blockpruner.scoring.work import Rows
+from blockpruner.scoring.work import Rows, Scorer, Task
 from blockpruner.transforms.laco import Merge, Merges, layers_after
 from blockpruner.trials import require_rows
 
@@ -124,7 +126,8 @@ class Similarity:
         batch_tokens: int | str = "auto",
     ) -> None:
         require_rows(len(rows))
-        self._model, self._rows, self._variant = model, rows, variant
+        self._model, self._variant = model, variant
+        self._rows = [[token if token >= 0 else ~token for token in row] for row in rows]  # scored or only given
         self._known, self._record, self._advance = dict(known), record, advance
         self._decoder: nn.Module = attrgetter(model_family(model).decoder)(model)
         self._batches = Engine(model, batch_tokens).row_batches(rows, range(len(rows)))
@@ -174,6 +177,30 @@ class Similarity:
             states = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
             for row, state in zip(rows, states, strict=True):
                 yield state[: len(row)]
+
+
+@dataclass(frozen=True)
+class ModelBench:
+    """What is measured with a dense model in memory, on the calibration rows (`planning.Bench`)."""
+
+    model: PreTrainedModel
+    rows: Rows
+    advance: Callable[[int, int, str], object]
+
+    def scorer(self) -> Scorer:
+        return Engine(self.model)
+
+    def similarity(
+        self, variant: str, known: Mapping[Merges, float], record: Callable[[Merges, float], object]
+    ) -> Similarity:
+        return Similarity(self.model, self.rows, variant, known, record, self.advance)
+
+    def merged_nll(self, merges: Merges, variant: str) -> list[float]:
+        with merged(self.model, merges, variant) as model:
+            engine = Engine(model)
+            tasks = [Task(span, (DENSE,)) for span in engine.row_batches(self.rows, range(len(self.rows)))]
+            units = sorted(engine.run(tasks, self.rows), key=lambda unit: unit.start)
+        return [value for unit in units for value in unit.loss]
 
 
 def _last_linears(layers: Layers) -> dict[str, Tensor]:

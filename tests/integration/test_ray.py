@@ -149,7 +149,7 @@ def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda li
     score_run(
         folder / "scores", folder / "trials", calibration=ROWS, model_identity="m", dtype="float32",
         config=read_json(checkpoint / "config.json"), score=SCORE, budgets=[f"{REMOVALS}blocks"],
-        make_scorer=Observed, observer=SilentObserver(), metrics=folder / "score.json",
+        make_scorer=Observed, make_bench=lambda: None, observer=SilentObserver(), metrics=folder / "score.json",
     )  # fmt: skip
     counts = read_json(folder / "score.json")
     masks = (1 + 2 * LAYERS) + (2 * LAYERS - 1)

@@ -239,6 +239,7 @@ def test_fetch_and_calibrate(tmp_path, monkeypatch):
             "data": {"source": "tasks", "tasks": tasks, "skip": SKIP},
             "num_samples": 3, "seq_len": 128, "packing": "per_sample",
         },
+        "score": {"metric": "answer_likelihood"},
         "evaluate": {
             "perplexity": {"data": {"source": "path", "path": str(items / "texts.parquet")}, "seq_len": 8},
             "zero_shot": {"data": {"source": "path", "path": str(items)}, "tasks": [*BENCHMARKS], "limit": SKIP},

@@ -30,7 +30,10 @@ TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]
 def plan_of(config, order):
     counts = count_parameters(config)
     score = {"method": "greedy", "metric": "perplexity"}
-    facts = {"target": "t", "run": "r", "score": score, "search": "s", "calibration": {"rows": 3, "tokens": 30}}
+    facts = {
+        "target": "t", "run": "r", "score": score, "search": "s", "calibration": {"rows": 3, "tokens": 30},
+        "kind": "mask", "nested": True,
+    }  # fmt: skip
     units = [parse_mask(unit) for unit in order]
     return commit(units, [2.0] * (len(units) + 1), counts, f"{sum(map(len, units))}blocks", facts)
 
@@ -46,7 +49,7 @@ def dense(tmp_path_factory):
 
 def test_export_is_complete_and_verified(tmp_path, dense):
     plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0", "mlp.3", "mlp.0"])
-    export_hf(dense, plan, tmp_path / "out", dtype="float32", device="cpu")
+    export_hf(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"README.md", "config.json", "generation_config.json", "model.safetensors", "verification.json",
                      "modeling_blockpruned.py", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
@@ -63,7 +66,7 @@ def test_export_is_complete_and_verified(tmp_path, dense):
 
 def test_export_in_bfloat16(tmp_path, dense):
     plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0", "mlp.2"])
-    export_hf(dense, plan, tmp_path / "out", dtype="bfloat16", device="cpu")
+    export_hf(dense, plan, tmp_path / "out", rows=(), dtype="bfloat16", device="cpu")
     assert json.loads((tmp_path / "out/verification.json").read_text())["ok"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).dtype is torch.bfloat16
 
@@ -87,7 +90,7 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
 
     monkeypatch.setattr(hf, "save_pruned", spoil)
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
-        export_hf(dense, plan, tmp_path / "out", dtype="float32", device="cpu")
+        export_hf(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,103 @@
+"""The model card of a checkpoint: README.md, from its plan.
+
+Decides what a person reads who finds the directory: base model, what was done to it, scores, how to load it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from blockpruner.plans import Plan
+
+CODE = {"mask": "modeling_blockpruned.py", "slicegpt": "modeling_slicegpt.py"}
+"""The file beside the weights that a kind of plan needs; the others load as plain models of their family."""
+
+
+def model_card(plan: Plan, dense: Path, since: str = "not retrained") -> str:
+    """README.md of the checkpoint.
+
+    Args:
+        dense: the base model's directory; since: what was done after pruning.
+    """
+    source: dict[str, Any] = json.loads((dense / "blockpruner_source.json").read_text())["source"]
+    base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [blockpruner, pruned]"]
+    if "repo" in source:
+        front.append(f"base_model: {base}")
+    return (
+        "\n".join(front)
+        + f"""
+---
+
+# {plan.target}
+
+`{base}` {_what(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
+({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
+
+{_perplexity(plan)}
+{_loading(plan)}{_steps(plan)}"""
+    )
+
+
+def _what(plan: Plan) -> str:
+    if plan.kind == "laco":
+        layers, details = plan.blocks["mha"], plan.details
+        return (
+            f"with {layers} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
+            f"`{details['variant']}`, merges {', '.join(plan.order)})"
+        )
+    if plan.kind == "slicegpt":
+        details = plan.details
+        return (
+            f"with its residual stream sliced from {details['hidden']:,} to {details['width']:,} columns by SliceGPT "
+            "(arXiv 2401.15024)"
+        )
+    by = f" by `{plan.metric}`" if plan.metric else ""
+    return (
+        f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its {plan.layers} MLP "
+        f"blocks, chosen by `{plan.method}` search{by}"
+    )
+
+
+def _perplexity(plan: Plan) -> str:
+    calibration = plan.calibration
+    if calibration["perplexity"] is None:
+        return ""
+    return f"""Perplexity on the calibration set ({calibration["rows"]} rows, {calibration["tokens"]:,} tokens):
+{calibration["dense_perplexity"]:.3f} before, {calibration["perplexity"]:.3f} after pruning.
+"""
+
+
+def _loading(plan: Plan) -> str:
+    option = ", trust_remote_code=True" if plan.kind in CODE else ""
+    text = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("<this directory>"{option})
+tokenizer = AutoTokenizer.from_pretrained("<this directory>"{option})
+```
+"""
+    if plan.kind in CODE:
+        text += f"""
+`trust_remote_code` runs the file `{CODE[plan.kind]}` beside this card; it needs transformers 5.24 or newer and
+nothing else.
+"""
+    return text
+
+
+def _steps(plan: Plan) -> str:
+    if plan.kind != "mask":
+        return ""
+    if not plan.nested:
+        return f"\nRemoved: {', '.join(plan.removed)}.\n"
+    steps = "\n".join(
+        f"| {k} | {unit} | {ratio:.2%} |"
+        for k, (unit, ratio) in enumerate(zip(plan.order, plan.ratios, strict=True), 1)
+    )
+    return f"""
+| step | removed | share of parameters removed so far |
+|---:|---|---:|
+{steps}
+"""

@@ -1,0 +1,128 @@
+"""Every method from its run file to a checkpoint that a fresh process loads, stage by stage, on a tiny model."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from blockpruner.calibration import CalibrationSet
+from blockpruner.errors import InputError
+from blockpruner.plans import Plan
+from blockpruner.search import SEARCHES
+from blockpruner.transforms import TRANSFORMS
+from stages import calibrate, commit, fetch, materialize, score
+from stages.benchmark import evaluate
+from tests.integration.project import make_project, set_targets
+from tests.tiny import full_nll
+
+METHODS = {
+    "greedy": {"method": "greedy", "metric": "js"},
+    "one_shot": {"method": "one_shot", "unit": "layer", "metric": "block_influence"},
+    "random": {"method": "random"},
+    "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
+    "beam": {"method": "beam", "options": {"width": 2}},
+    "evolution": {"method": "evolution", "metric": "kl", "options": {"generations": 3, "offspring": 4}},
+    "swap": {"method": "swap"},
+    "laco": {"method": "laco", "options": {"count": 2}},
+    "slicegpt": {"method": "slicegpt"},
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = make_project(tmp_path_factory.mktemp("methods"), {"t": "0.2"}, num_samples=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        fetch.main("tiny")
+        calibrate.main("tiny")
+    return folder
+
+
+def choose(project, section, budget):
+    path = project / "runs" / "tiny.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": section}))
+    set_targets(project, {"t": budget})
+
+
+def scored(section, project, budget="0.2"):
+    choose(project, section, budget)
+    score.main("tiny")
+    return json.loads((project / "data/metrics/tiny/score.json").read_text())
+
+
+def test_all_methods_are_here():
+    assert METHODS.keys() == SEARCHES.keys() | TRANSFORMS.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_from_run_file_to_checkpoint(project, monkeypatch, method):
+    monkeypatch.chdir(project)
+    assert scored(METHODS[method], project)["iterations"] >= (method not in TRANSFORMS)
+    commit.main("t")
+    materialize.main("t")
+    plan, out = Plan.load(project / "data/plans/t/plan.json"), project / "data/checkpoints/t/hf"
+    assert json.loads((out / "verification.json").read_text())["ok"]
+    assert plan.ratio == pytest.approx(0.2, abs=0.06)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    assert model.num_parameters() == plan.parameters["pruned"]
+    rows = CalibrationSet.load(project / "data/calibration/tiny/rows.parquet").rows
+    nll = math.fsum(full_nll(model, row) for row in rows) / len(rows)
+    if method == "slicegpt":
+        assert plan.calibration["perplexity"] is None
+    else:
+        assert plan.calibration["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+    assert "perplexity" in (out / "README.md").read_text().lower() or method == "slicegpt"
+
+
+def test_a_plain_model_needs_no_code_of_ours(project, monkeypatch):
+    monkeypatch.chdir(project)
+    scored(METHODS["laco"], project, "1layers")
+    commit.main("t")
+    materialize.main("t")
+    out = project / "data/checkpoints/t/hf"
+    assert not list(out.glob("*.py"))
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_sliced_model_is_benchmarked_as_any_other(project, monkeypatch):
+    monkeypatch.chdir(project)
+    scored(METHODS["slicegpt"], project)
+    commit.main("t")
+    materialize.main("t")
+    found = evaluate("t", "tiny", project / "data/checkpoints/t/hf")
+    assert found["parameters"] == Plan.load(project / "data/plans/t/plan.json").parameters["pruned"]
+    assert found["speed"]["pruned"]["kv_cache_bytes"] == found["speed"]["dense"]["kv_cache_bytes"]
+
+
+def test_switching_method_and_metric_and_back_computes_nothing_again(project, monkeypatch):
+    monkeypatch.chdir(project)
+    for section in METHODS.values():
+        scored(section, project)
+    for method, section in METHODS.items():
+        again = scored(section, project)
+        assert again["rows_computed"] == 0, method
+
+
+@pytest.mark.parametrize(
+    ("section", "budget", "message"),
+    [
+        ({"method": "laco"}, "0.2", r"count C = 4 is not valid; choose 2 to H - L = 3"),
+        ({"method": "laco", "options": {"count": 2}}, "3blocks", "nearest: 2blocks, 4blocks"),
+        ({"method": "laco", "options": {"variant": "mine"}}, "0.2", "'mine' is unknown; valid: repo, paper"),
+        ({"method": "slicegpt"}, "4blocks", "counts blocks, and slicegpt removes none"),
+        ({"method": "slicegpt"}, "0.999", "out of SliceGPT's reach"),
+        ({"method": "slicegpt", "unit": "layer"}, "0.2", "score.unit: layer does nothing with method: slicegpt"),
+        ({"method": "slicegpt", "options": {"width": 8}}, "0.2", "score.options.width is unknown.*valid: none"),
+        ({"method": "greedy"}, "0.001", "nearest to removing nothing"),
+        ({"method": "beam", "metric": "block_influence"}, "0.2", "compares whole masks"),
+        ({"method": "random", "metric": "kl"}, "0.2", "asks for no score"),
+        ({"method": "given"}, "0.2", "needs score.options.order"),
+    ],
+)
+def test_an_impossible_request_is_a_clear_error(project, monkeypatch, section, budget, message):
+    monkeypatch.chdir(project)
+    with pytest.raises(InputError, match=message):
+        scored(section, project, budget)
