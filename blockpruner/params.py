@@ -233,21 +233,6 @@ class Run(Frozen):
         return value
 
     @model_validator(mode="after")
-    def _answers_have_a_metric_of_their_own(self) -> Run:
-        metric, source = self.score.metric, self.calibration.data.source
-        if metric == "answer_likelihood" and source != "tasks":
-            raise ValueError(
-                f"score.metric: answer_likelihood needs the answers of items, and calibration.data.source: {source} "
-                "has texts; set calibration.data.source: tasks, or score.metric: perplexity"
-            )
-        if metric == "perplexity" and source == "tasks" and self.score.method not in ("laco", "slicegpt"):
-            raise ValueError(
-                "score.metric: perplexity of answers given their questions is answer_likelihood; with "
-                "calibration.data.source: tasks set score.metric: answer_likelihood"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _calibrates_on_nothing_that_is_evaluated(self) -> Run:
         data, zero_shot = self.calibration.data, self.evaluate.zero_shot
         if not isinstance(data, TaskAnswers):
@@ -264,6 +249,21 @@ class Run(Frozen):
                 f"calibration.data.skip: {data.skip} would calibrate on what is evaluated: evaluate.zero_shot.limit "
                 f"scores {scored}; set a limit of at most {data.skip}, or leave skip out and name only tasks with a "
                 "split that is not evaluated"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_have_a_metric_of_their_own(self) -> Run:
+        metric, source = self.score.metric, self.calibration.data.source
+        if metric == "answer_likelihood" and source != "tasks":
+            raise ValueError(
+                f"score.metric: answer_likelihood needs the answers of items, and calibration.data.source: {source} "
+                "has texts; set calibration.data.source: tasks, or score.metric: perplexity"
+            )
+        if metric == "perplexity" and source == "tasks" and self.score.method not in ("laco", "slicegpt"):
+            raise ValueError(
+                "score.metric: perplexity of answers given their questions is answer_likelihood; with "
+                "calibration.data.source: tasks set score.metric: answer_likelihood"
             )
         return self
 

@@ -122,7 +122,7 @@ def _plan(
         layers=len(counts.blocks) // 2,
         removed=removed,
         order=order,
-        ratio=1 - pruned / counts.total,
+        ratio=(counts.total - pruned) / counts.total,
         ratios=ratios,
         blocks=blocks or {kind.value: 0 for kind in BlockKind},
         parameters={"dense": counts.total, "pruned": pruned},

@@ -22,12 +22,13 @@ def edited_run(tmp_path, edit):
     return lambda: load_run("r", tmp_path)
 
 
-def answers(limit=50, packing="per_sample", split="all", num_samples=10, **data):
+def answers(limit=50, packing="per_sample", split="all", num_samples=10, metric="answer_likelihood", **data):
     """An edit of a run: calibration on the answers of tasks."""
 
     def edit(values):
         tasks = {"source": "tasks", "tasks": ["piqa", "arc_easy"], "skip": 50} | data
         values["calibration"].update(data=tasks, packing=packing, split=split, num_samples=num_samples)
+        values["score"]["metric"] = metric
         values["evaluate"]["zero_shot"]["limit"] = limit
 
     return edit
@@ -124,6 +125,8 @@ def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
         (answers(packing="joined"), ["packing: joined does not fit", "set packing: per_sample"]),
         (answers(split="paper"), ["split: paper is for texts", "set split: all"]),
         (answers(num_samples=1), ["num_samples: 1 gives no item to some of the 2 tasks", "at least 2"]),
+        (answers(metric="perplexity"), ["perplexity of answers", "set score.metric: answer_likelihood"]),
+        (lambda v: v["score"].update(metric="answer_likelihood"), ["needs the answers of items", "source: tasks"]),
         (lambda v: v["score"].update(unit="layer", candidates="mha"), ["candidates", "unit: layer"]),
         (lambda v: v["score"].update(acceleration="fast"), ["'fast'", "'lazy+race'"]),
         (lambda v: v["score"].update(audit=3), ["audit does nothing with acceleration: none", "lazy or lazy+race"]),
