@@ -1,0 +1,246 @@
+"""Every method on SmolLM2-135M at about 10 % and 20 % of its parameters: what it keeps of the model, and what it costs.
+
+    python -m benchmarks.methods [method ...]     names of METHODS; all of them, if none is given
+
+Prints Markdown and keeps everything in data/benchmarks/methods/: goes on where it was stopped. Searches run in float32
+over six rows of 128 tokens and share their trials, models are evaluated in bfloat16. Needs `dvc repro fetch@smollm2`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.scoring import LENGTH, SMOLLM2, TEXT, setting
+from blockpruner.calibration import CalibrationSet, draw, draw_in_turn, pack, pack_answers
+from blockpruner.evaluation.benchmarks import benchmark_of
+from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
+from blockpruner.evaluation.zero_shot import evaluate, gold_answers
+from blockpruner.models import load_model, load_tokenizer, masked
+from blockpruner.params import Runtime, Score
+from blockpruner.plans import Plan, commit_run
+from blockpruner.progress import ConsoleObserver
+from blockpruner.provenance import fingerprint
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.executors import make_scorer
+from blockpruner.scoring.objectives import Objective
+from blockpruner.search.run import score_run
+from blockpruner.sources import checkpoint_identity
+from blockpruner.tables import TEXTS, read_json, read_table, write_json
+from blockpruner.transforms.laco import Merge
+from blockpruner.transforms.merging import ModelBench, merged
+from blockpruner.transforms.slicegpt import slice_
+from blockpruner.trials import TrialStore, store_fingerprint
+
+RESULTS = Path("data/benchmarks/methods")
+TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
+ITEMS, ROWS, HELD_OUT_ROWS, ANSWERS = 50, 6, 6, 15
+FAST = {"acceleration": "lazy+race"}
+BUDGETS = ("0.10", "0.20")
+
+METHODS: dict[str, dict[str, Any]] = {
+    "BlockPruner": {"method": "greedy"},
+    "ShortGPT": {"method": "one_shot", "unit": "layer", "metric": "block_influence"},
+    "Relative Magnitude, tokens": {"method": "one_shot", "unit": "layer", "metric": "relative_magnitude"},
+    "Relative Magnitude, Frobenius": {"method": "one_shot", "unit": "layer", "metric": "relative_magnitude_frobenius"},
+    "Shortened-LLM": {"method": "one_shot", "unit": "layer"},
+    "SLEB": {"method": "greedy", "unit": "layer"},
+    "one-shot perplexity": {"method": "one_shot"},
+    "LLM-Drop": {"method": "one_shot", "metric": "block_influence"},
+    "greedy, Block Influence": {"method": "greedy", "metric": "block_influence"},
+    "greedy, Relative Magnitude": {"method": "greedy", "metric": "relative_magnitude"},
+    "random": {"method": "random"},
+    "LaCo, repo": {"method": "laco"},
+    "LaCo, paper": {"method": "laco", "options": {"variant": "paper"}},
+    "SliceGPT": {"method": "slicegpt"},
+    "greedy, MLP only": {"method": "greedy", "candidates": "mlp"},
+    "greedy, MHA only": {"method": "greedy", "candidates": "mha"},
+    "swap from BlockPruner": {"method": "swap"},
+    "greedy, lazy + race": {"method": "greedy", **FAST},
+    "greedy, KL": {"method": "greedy", "metric": "kl", **FAST},
+    "greedy, JS": {"method": "greedy", "metric": "js", **FAST},
+    "greedy, answers": {"method": "greedy", "metric": "answer_likelihood", **FAST},
+    "evolution, random start": {"method": "evolution", "options": {"generations": 40}},
+    "evolution from BlockPruner": {"method": "evolution", "options": {"start": "greedy", "generations": 40}},
+    "beam, width 2": {"method": "beam", "options": {"width": 2}},
+}
+
+
+def text_rows(tokenizer: Any) -> CalibrationSet:
+    texts, _ = read_table(TEXT, TEXTS)
+    samples = draw(texts.column("text").to_pylist(), 20, "all", 42)
+    return CalibrationSet(pack(samples, tokenizer, LENGTH, "joined").rows[:ROWS])
+
+
+def answer_rows(tokenizer: Any) -> CalibrationSet:
+    """Items that are not evaluated, as many of each task."""
+    pools = {task: gold_answers(task, TEXT.parent / "tasks", ITEMS) for task in TASKS}
+    return pack_answers(draw_in_turn(pools, ANSWERS, 42), tokenizer, LENGTH)
+
+
+def search(name: str, rows: CalibrationSet, budgets: tuple[str, ...]) -> tuple[Path, dict[str, float]]:
+    """Score far enough for the budgets; the folder of traces, and what all starts of it took together."""
+    folder = RESULTS / "scores" / name
+    score_run(
+        folder,
+        RESULTS / "trials",
+        calibration=rows,
+        model_identity=checkpoint_identity(SMOLLM2),
+        dtype="float32",
+        config=read_json(SMOLLM2 / "config.json"),
+        score=Score(**METHODS[name]).model_dump(exclude_none=True),
+        budgets=budgets,
+        make_scorer=lambda: make_scorer(SMOLLM2, "float32", Runtime().model_dump()),
+        make_bench=lambda: ModelBench(load_model(SMOLLM2, "float32"), rows.rows, lambda *step: None),
+        observer=ConsoleObserver(),
+        metrics=folder / "score.json",
+    )
+    now, path = read_json(folder / "score.json"), folder / "cost.json"
+    before = read_json(path) if path.exists() else {"seconds": 0.0, "computed": 0}
+    cost = {
+        "seconds": before["seconds"] + (now["wall_seconds"] if now["rows_computed"] or not path.exists() else 0.0),
+        "computed": before["computed"] + now["trials_computed"],
+        "asked": now["trials_computed"] + now["trials_reused"],
+    }
+    write_json(path, cost)
+    return folder, cost
+
+
+@contextmanager
+def pruned(dense: PreTrainedModel, plan: Plan, rows: CalibrationSet) -> Iterator[PreTrainedModel]:
+    """The model of a plan, in the dtype of `dense`, which is restored."""
+    if plan.kind == "mask":
+        with masked(dense, plan.mask) as model:
+            yield model
+    elif plan.kind == "laco":
+        with merged(dense, [Merge(*pair) for pair in plan.details["merges"]], plan.details["variant"]) as model:
+            yield model
+    else:
+        yield slice_(load_model(SMOLLM2, "float32"), rows.rows, plan.details["width"]).to(dense.dtype)
+
+
+def quality(model: PreTrainedModel, tokenizer: Any, advance: str) -> dict[str, Any]:
+    """Held-out perplexity, and each item's score by task."""
+    texts = read_table(TEXT.parent / "perplexity.parquet", TEXTS)[0].column("text").to_pylist()
+    found: dict[str, Any] = {
+        "perplexity": measure_perplexity(model, held_out_rows(tokenizer, texts, 1024, HELD_OUT_ROWS)).perplexity
+    }
+    for task in TASKS:
+        print(f"  {advance}: {task}", file=sys.stderr, flush=True)
+        items = evaluate(model, tokenizer, task, TEXT.parent / "tasks", ITEMS).items
+        found[task] = items.column(benchmark_of(task).metric).to_pylist()
+    return found
+
+
+def calibration_nll(plan: Plan, rows: CalibrationSet, model: PreTrainedModel) -> float:
+    """Of the text rows, whatever the search minimised, in float32."""
+    if plan.kind == "mask":
+        fields = store_fingerprint(rows.digest, checkpoint_identity(SMOLLM2), "float32", "perplexity")
+        store = TrialStore(fields, len(rows.rows), RESULTS / "trials")
+        (score,) = Objective(rows, store, lambda: Engine(model))([plan.mask])
+        store.close()
+        return score.loss
+    if plan.kind == "laco":
+        return math.log(plan.calibration["perplexity"])
+    sliced = slice_(load_model(SMOLLM2, "float32"), rows.rows, plan.details["width"])
+    return measure_perplexity(sliced, rows.rows).nll
+
+
+def study(names: list[str]) -> dict[str, Any]:
+    """Search, commit and evaluate, method by method; whatever is known is read."""
+    tokenizer, config = load_tokenizer(SMOLLM2), read_json(SMOLLM2 / "config.json")
+    text, answers = text_rows(tokenizer), answer_rows(tokenizer)
+    wide, narrow = load_model(SMOLLM2, "float32"), load_model(SMOLLM2, "bfloat16")
+    path = RESULTS / "results.json"
+    found: dict[str, Any] = read_json(path) if path.exists() else {"methods": {}}
+    found |= setting() | {"rows": text.tokens, "answer tokens": answers.tokens}
+    if "dense" not in found:
+        found["dense"] = quality(narrow, tokenizer, "dense")
+        rows = measure_perplexity(wide, text.rows)
+        found["dense"]["nll"] = rows.nll
+        write_json(path, found)
+    known: dict[str, Any] = {fingerprint(record["what"]): record for m in found["methods"].values() for record in m}
+    for name in names:
+        rows = answers if METHODS[name].get("metric") == "answer_likelihood" else text
+        budgets = BUDGETS[:1] if METHODS[name].get("candidates") == "mha" else BUDGETS  # all MHA blocks are 19.7 %
+        folder, cost = search(name, rows, budgets)
+        records = []
+        for budget in budgets:
+            plan, _ = commit_run(folder, config, budget, {"target": name, "run": "smollm2"})
+            what = {"kind": plan.kind, "removed": list(plan.removed), "details": dict(plan.details)}
+            record = dict(known.get(fingerprint(what), {"what": what}))
+            if "quality" not in record:
+                started = time.perf_counter()
+                with pruned(narrow, plan, text) as model:
+                    record["quality"] = quality(model, tokenizer, f"{name}, {budget}")
+                record["quality"]["nll"] = calibration_nll(plan, text, wide)
+                record["evaluation seconds"] = time.perf_counter() - started
+            records.append(record | {"budget": budget, "ratio": plan.ratio, "blocks": dict(plan.blocks), "cost": cost})
+            known[fingerprint(what)] = record
+        found["methods"][name] = records
+        write_json(path, found)
+    return found
+
+
+def average(quality: Mapping[str, Any]) -> tuple[float, float]:
+    """Mean over tasks of the mean score, in per cent, and its standard error."""
+    errors = [stdev(quality[task]) / math.sqrt(len(quality[task])) for task in TASKS]
+    return 100 * fmean(fmean(quality[task]) for task in TASKS), 100 * math.hypot(*errors) / len(TASKS)
+
+
+def paired(quality: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
+    """The difference of two averages over the same items, in per cent, and its standard error."""
+    parts = [[a - b for a, b in zip(quality[task], other[task], strict=True)] for task in TASKS]
+    errors = [stdev(part) / math.sqrt(len(part)) for part in parts]
+    return 100 * fmean(map(fmean, parts)), 100 * math.hypot(*errors) / len(TASKS)
+
+
+def show(found: Mapping[str, Any]) -> None:
+    dense = found["dense"]
+    mean, error = average(dense)
+    print(
+        f"\nDense: calibration NLL {dense['nll']:.4f}, held-out perplexity {dense['perplexity']:.2f}, five tasks "
+        f"{mean:.1f} ± {error:.1f}. {found['rows']} calibration tokens ({found['answer tokens']} of questions and "
+        f"answers for answer likelihood), {HELD_OUT_ROWS * 1024} held-out tokens, {ITEMS} items a task."
+    )
+    for budget in BUDGETS:
+        rows = [(name, r) for name, m in found["methods"].items() for r in m if r["budget"] == budget]
+        reference = next((r for name, r in rows if name == "BlockPruner"), {"quality": dense})
+        print(f"\nBudget {budget}, by held-out perplexity:\n")
+        print(
+            "| method | ratio | MHA + MLP | calibration NLL | held-out perplexity | five tasks | to BlockPruner | "
+            "trials asked | computed | search, s |"
+        )
+        print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+        for name, record in sorted(rows, key=lambda row: row[1]["quality"]["perplexity"]):
+            quality, cost, blocks = record["quality"], record["cost"], record["blocks"]
+            (mean, error), (gap, spread) = average(quality), paired(quality, reference["quality"])
+            removed = "–" if record["what"]["kind"] == "slicegpt" else f"{blocks['mha']} + {blocks['mlp']}"
+            print(
+                f"| {name} | {100 * record['ratio']:.2f} % | {removed} | {quality['nll']:.4f} | "
+                f"{quality['perplexity']:.1f} | {mean:.1f} ± {error:.1f} | {gap:+.1f} ± {spread:.1f} | "
+                f"{cost['asked']} | {cost['computed']} | {cost['seconds']:.0f} |"
+            )
+    print(f"\n{found['machine']}, {found['threads']} threads, torch {found['versions']['torch']}")
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(METHODS)
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        sys.exit(f"unknown method {unknown[0]!r}; valid: {', '.join(METHODS)}")
+    torch.manual_seed(0)
+    show(study(names))
+
+
+if __name__ == "__main__":
+    main()
