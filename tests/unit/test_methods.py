@@ -3,6 +3,7 @@ methods and metrics computes, to the trial; and every error of a `score` section
 
 import json
 import random
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from blockpruner.blocks import DENSE, BlockKind, format_mask, parse_mask, removable_units
 from blockpruner.budgets import choose_prefix, parse_budget
@@ -17,7 +19,7 @@ from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
 from blockpruner.families import count_parameters
 from blockpruner.models import decoder_layers, masked
-from blockpruner.params import load_run
+from blockpruner.params import Score, load_run
 from blockpruner.progress import SilentObserver
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, metric_of
@@ -439,3 +441,14 @@ def test_defaults_are_filled_in_and_are_part_of_the_settings(method):
     assert set(filled["options"]) == set(SEARCHES[method].options)
     assert search_settings(filled) == filled
     assert filled | {"options": options} == SCORE | {"method": method, "options": options}
+
+
+def test_every_search_in_the_documentation_is_valid():
+    """`score` sections of docs/methods.md, as a run file would have them; LaCo and SliceGPT search no masks."""
+    texts = re.findall(r"`(\{method: .*?\})`", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"))
+    sections = [yaml.safe_load(text) for text in texts]
+    assert {section["method"] for section in sections} == set(SEARCHES) | {"laco", "slicegpt"}
+    for section in sections:
+        if section["method"] in SEARCHES:
+            settings = search_settings(Score(**section).model_dump(exclude_none=True))
+            assert settings | section == settings | {"options": section.get("options", settings["options"])}
