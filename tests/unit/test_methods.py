@@ -29,6 +29,8 @@ from blockpruner.search import SEARCHES, search_settings
 from blockpruner.search.iteration import removals
 from blockpruner.search.problem import Problem
 from blockpruner.search.run import SearchRun, score_run
+from blockpruner.search.trace import read_current, read_trace, trace_directory
+from blockpruner.transforms import TRANSFORMS
 from blockpruner.trials import TrialStore
 from tests.tiny import full_nll, tiny_model
 from tests.unit.test_metrics import divergence, influence, model_of, recorded, row
@@ -323,17 +325,19 @@ class CountingEngine:
 def scored(folder, budget="2blocks", rows=((1, 2, 3), (4, 5, 6)), **score):
     """What a run of the search computed, in trials, and its removed mask by budget."""
     engine = CountingEngine()
-    traces = score_run(
+    score_run(
         folder / "scores", folder / "trials", calibration=CalibrationSet(rows), model_identity="m", dtype="float32",
-        config=CONFIG, score=SCORE | score, budgets=[budget], make_scorer=lambda: engine, observer=SilentObserver(),
-        metrics=folder / "score.json",
+        config=CONFIG, score=SCORE | score, budgets=[budget], make_scorer=lambda: engine, make_bench=None,
+        observer=SilentObserver(), metrics=folder / "score.json",
     )  # fmt: skip
     assert len(engine.asked) == len(set(engine.asked))
     by_loss = {loss: sum(asked[0] == loss for asked in engine.asked) for loss in {asked[0] for asked in engine.asked}}
     facts = json.loads((folder / "score.json").read_text())
     assert facts["trials_computed"] * len(rows) == facts["units_computed"] == sum(by_loss.values())
-    (trace,) = traces.values()
-    return {loss: n // len(rows) for loss, n in by_loss.items()}, format_mask(trace[-1].removed)
+    current = read_current(folder / "scores")
+    trace = read_trace(trace_directory(folder / "scores", current, budget), current["search"])
+    steps = int(budget.removesuffix("blocks")) if current["nested"] else len(trace)  # longer ones may be left of before
+    return {loss: n // len(rows) for loss, n in by_loss.items()}, format_mask(trace[steps - 1].removed)
 
 
 def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
@@ -425,6 +429,18 @@ def test_tables_alone_seed_the_perplexities(tmp_path, method, options):
         ({"method": "beam", "options": {"width": 3.0}}, r"score\.options\.width: 3\.0 is not of type int"),
         ({"method": "swap", "options": {"start": 1}}, r"score\.options\.start: 1 is not of type str"),
         ({"method": "evolution", "options": {"survivors": 8}}, r"score\.options\.survivors: 8 is not of type tuple"),
+        *(
+            (
+                {"method": method, **change},
+                rf"score\.\w+: \w+ does nothing with method: {method}, which removes no block",
+            )
+            for method in ("laco", "slicegpt")
+            for change in ({"unit": "layer"}, {"candidates": "mha"}, {"metric": "kl"}, {"acceleration": "race"})
+        ),
+        (
+            {"method": "slicegpt", "options": {"width": 8}},
+            r"options\.width is unknown to method: slicegpt; valid: none",
+        ),
         ({"method": "given"}, r"method: given needs score\.options\.order, of type tuple"),
         ({"method": "given", "options": {"order": "mha.0"}}, r"score\.options\.order: 'mha\.0' is not of type tuple"),
     ],
@@ -443,12 +459,13 @@ def test_defaults_are_filled_in_and_are_part_of_the_settings(method):
     assert filled | {"options": options} == SCORE | {"method": method, "options": options}
 
 
-def test_every_search_in_the_documentation_is_valid():
-    """`score` sections of docs/methods.md, as a run file would have them; LaCo and SliceGPT search no masks."""
+def test_every_score_section_in_the_documentation_is_valid():
+    """Those of docs/methods.md, as a run file would have them."""
     texts = re.findall(r"`(\{method: .*?\})`", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"))
     sections = [yaml.safe_load(text) for text in texts]
-    assert {section["method"] for section in sections} == set(SEARCHES) | {"laco", "slicegpt"}
+    assert {section["method"] for section in sections} == {*SEARCHES, *TRANSFORMS}
     for section in sections:
-        if section["method"] in SEARCHES:
-            settings = search_settings(Score(**section).model_dump(exclude_none=True))
-            assert settings | section == settings | {"options": section.get("options", settings["options"])}
+        score = Score(**section).model_dump(exclude_none=True)
+        settings = search_settings(score)
+        assert score["options"].items() <= settings["options"].items()
+        assert {key: settings[key] for key in section if key != "options"}.items() <= section.items()
