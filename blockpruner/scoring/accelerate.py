@@ -173,7 +173,7 @@ def settings_of(score: Mapping[str, Any]) -> dict[str, Any]:
 def accelerate(objective: Objective, settings: Mapping[str, Any]) -> Select:
     """How the candidates of a step are selected, from `settings_of`."""
     if settings["acceleration"] == "none":
-        return lambda index, base, masks: Selection(tuple(objective(masks)))
+        return lambda index, base, masks: Selection(tuple(objective(masks, base=base)))
     return Accelerated(
         objective,
         confidence=settings.get("confidence"),

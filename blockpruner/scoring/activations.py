@@ -38,7 +38,8 @@ def relative_magnitude_frobenius(x: Tensor, f: Tensor, is_real: Tensor) -> Tenso
 
 
 def _mean(values: Tensor, is_real: Tensor) -> Tensor:
-    return (values * is_real).sum(dim=1) / is_real.sum(dim=1)
+    # chosen, not multiplied: where a pad's embedding is zero, its ratio of norms may be 0 / 0
+    return values.where(is_real, 0.0).sum(dim=1) / is_real.sum(dim=1)
 
 
 INFLUENCES: dict[str, Influence] = {

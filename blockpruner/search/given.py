@@ -20,7 +20,7 @@ def given(problem: Problem, *, order: Sequence[str]) -> Iterator[Iteration]:
     Raises:
         InputError: a block that the model or `candidates` does not have, or one that is named twice.
     """
-    steps = [parse_mask(text) for text in order]
+    steps = [parse_mask(str(text)) for text in order]  # a number in YAML is no block either, and is named
     known, seen = DENSE.union(*problem.units), DENSE
     for step in steps:
         for fault, blocks in (("does not have", step - known), ("had removed before", step & seen)):

@@ -18,6 +18,7 @@ from typing import Any
 from blockpruner.blocks import DENSE, Mask, format_mask, removable_units
 from blockpruner.budgets import Budget, Goal, goal_of, is_settled, parse_budget, require_reachable
 from blockpruner.calibration import CalibrationSet
+from blockpruner.errors import InputError
 from blockpruner.families import ParameterCounts, count_parameters
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
@@ -73,7 +74,8 @@ class SearchRun:
             on_iteration: receives the trace's name and each iteration when it is complete.
 
         Raises:
-            InputError: a budget that cannot be reached; before anything is computed.
+            InputError: a budget that cannot be reached, before anything is computed; or one that a search's removals
+                end before.
         """
         wanted = [parse_budget(text, self._counts) for text in budgets]
         for budget in wanted:
@@ -96,10 +98,23 @@ class SearchRun:
             # how much of the way to the furthest budget is done
             done = self._counts.ratio(prefixes[-1] if prefixes else DENSE) / furthest
             self._observer.begin(f"iteration {len(prefixes)}", min(1.0, done))
-            iteration = self._reported(next(search), len(remaining))
+            found = next(search, None)
+            if found is None:
+                raise self._out_of_removals(budgets, prefixes, remaining)
+            iteration = self._reported(found, len(remaining))
             yield iteration
             prefixes.append(iteration.removed)
             remaining = [unit for unit in remaining if not unit <= iteration.removed]
+
+    def _out_of_removals(
+        self, budgets: Sequence[Budget], prefixes: Sequence[Mask], remaining: Sequence[Mask]
+    ) -> InputError:
+        text = next(b.text for b in budgets if not is_settled(b, prefixes, self._counts, remaining))
+        last = prefixes[-1] if prefixes else DENSE
+        return InputError(
+            f"budget {text!r} is not reached: the removals end at {len(last)}blocks, ratio "
+            f"{self._counts.ratio(last):.4f}; ask for less, or give a longer score.options.order"
+        )
 
     def _for(self, budget: Budget) -> Iterator[Iteration]:
         """Iterations of a search for one budget; the last one's choice is the answer."""

@@ -1,0 +1,317 @@
+"""Metrics against plain numpy: KL and Jensen-Shannon from the logits of whole forward passes, influences from the
+states that forward hooks record in the family's own model; every family, padded rows, scored and given tokens."""
+
+import math
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from blockpruner.blocks import DENSE, BlockId, BlockKind, all_blocks, format_mask, parse_mask, removable_units
+from blockpruner.errors import InputError
+from blockpruner.models import decoder_layers, masked, model_family
+from blockpruner.scoring import engine as engine_module
+from blockpruner.scoring.engine import REFERENCE, Engine
+from blockpruner.scoring.losses import LOSSES, token_js, token_kl
+from blockpruner.scoring.metrics import METRICS
+from blockpruner.scoring.streaming import StreamingEngine
+from blockpruner.scoring.work import Task
+from tests.tiny import VARIANTS, VOCABULARY, tiny_model
+from tests.unit.test_engine_properties import CrampedEngine
+
+LAYERS = 3
+MASKS = [
+    parse_mask(text)
+    for text in ("", "mha.0", "mlp.2", "mha.1,mlp.0", "mha.1,mlp.1", "mha.0,mha.1,mlp.1,mlp.2")
+] + [frozenset(all_blocks(LAYERS))]  # fmt: skip
+INFLUENCES = sorted(name for name, metric in METRICS.items() if metric.influence)
+DIVERGENCES = sorted(name for name, metric in METRICS.items() if metric.reference)
+model_of = cache(tiny_model)
+
+
+def row(length, seed, given=0):
+    """Tokens, the first `given` of which are given and not scored."""
+    ids = np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist()
+    return tuple(~token for token in ids[:given]) + tuple(ids[given:])
+
+
+ROWS = [row(12, 1), row(5, 2), row(12, 3, given=9), row(2, 4), row(9, 5, given=3), (7, 8, ~9, 10, ~11, ~12, 13)]
+
+
+# --- divergences -----------------------------------------------------------------------------------------------------
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def kl(p, q):
+    return float((np.exp(p) * (p - q)).sum())
+
+
+def js(p, q):
+    m = np.log((np.exp(p) + np.exp(q)) / 2)
+    return (kl(p, m) + kl(q, m)) / 2
+
+
+@cache
+def log_probabilities(variant, mask, tokens, seed=7):
+    """Of a row's scored positions, each from the whole model's logits, [N, V] float64."""
+    model = other_model(variant) if seed != 7 else model_of(variant, LAYERS)
+    ids = torch.tensor([[token if token >= 0 else ~token for token in tokens]])
+    with masked(model, mask), torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0].double().numpy()
+    return log_softmax(logits[[t - 1 for t in range(1, len(tokens)) if tokens[t] >= 0]])
+
+
+def divergence(loss, variant, mask, tokens, **model):
+    dense, left = (log_probabilities(variant, m, tokens, **model) for m in (DENSE, mask))
+    return np.mean([{"kl": kl, "js": js}[loss](p, q) for p, q in zip(dense, left, strict=True)])
+
+
+@cache
+def other_model(variant):
+    """The same model with a head of its own."""
+    model = tiny_model(variant, LAYERS)
+    head = model.get_output_embeddings().weight
+    head.data = head.data.flip(0)
+    return model
+
+
+def values_of(engine, rows, loss, masks=MASKS, base=DENSE):
+    tasks = [Task(span, tuple(masks), loss, base) for span in engine.row_batches(rows, range(len(rows)))]
+    units = list(engine.run(tasks, rows))
+    found = {(unit.mask, unit.start + i): value for unit in units for i, value in enumerate(unit.loss)}
+    assert len(found) == sum(len(unit.loss) for unit in units) == len(masks) * len(rows)
+    return found
+
+
+def assert_divergences(found, loss, variant, rows, masks=MASKS, **model):
+    for mask in masks:
+        for index, tokens in enumerate(rows):
+            wanted = divergence(loss, variant, mask, tokens, **model)
+            assert found[mask, index] == pytest.approx(wanted, rel=1e-10, abs=1e-10), format_mask(mask)
+
+
+@pytest.mark.parametrize("batch_tokens", [1000, 24, 2], ids=["one batch", "batches", "rows"])
+@pytest.mark.parametrize("loss", DIVERGENCES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_divergences_equal_whole_forward_passes(variant, loss, batch_tokens):
+    found = values_of(Engine(model_of(variant, LAYERS), batch_tokens), ROWS, loss)
+    assert_divergences(found, loss, variant, ROWS)
+    assert all(abs(found[DENSE, index]) < 1e-14 for index in range(len(ROWS)))
+    assert min(value for (mask, _), value in found.items() if mask) > 1e-3  # what is compared is far from nothing
+
+
+@pytest.mark.parametrize("loss", DIVERGENCES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_streamed_divergences(tmp_path, variant, loss):
+    model_of(variant, LAYERS).save_pretrained(tmp_path)
+    engine = StreamingEngine(tmp_path, "float64", device="cpu", batch_tokens=24)
+    assert_divergences(values_of(engine, ROWS, loss), loss, variant, ROWS)
+    engine.close()
+
+
+def test_streamed_passes_share_one_reference(tmp_path):
+    model_of("llama", LAYERS).save_pretrained(tmp_path)
+    engine = StreamingEngine(tmp_path, "float64", device="cpu", batch_tokens=24)
+    referenced = spy_on_references(engine)
+    for loss in ("kl", "js", "kl"):
+        assert_divergences(values_of(engine, ROWS, loss), loss, "llama", ROWS)
+    assert sorted(referenced) == list(range(len(ROWS)))
+    engine.close()
+
+
+def spy_on_references(engine):
+    """Receives each row whose reference is kept."""
+    rows_done, units = [], engine._units
+
+    def spy(masks, hidden, batch, task, rows):
+        yield from units(masks, hidden, batch, task, rows)
+        if task.loss == REFERENCE:
+            rows_done.extend(task.span)
+
+    engine._units = spy
+    return rows_done
+
+
+@pytest.mark.parametrize("luck", [[], [True] * 3 + [False], [True] * 15 + [False], [True] * 21 + [False, True, False]])
+@pytest.mark.parametrize("fitting", [1, 2])
+@pytest.mark.parametrize("loss", DIVERGENCES)
+def test_out_of_memory_in_the_reference_and_after_it(loss, fitting, luck):
+    """Halved where a batch does not fit, be it of the dense model or of the masks; each reference is computed once."""
+    engine = CrampedEngine(model_of("llama", LAYERS), 1000, rows=fitting, luck=luck)
+    referenced = spy_on_references(engine)
+    found = values_of(engine, ROWS, loss)
+    assert_divergences(found, loss, "llama", ROWS)
+    assert sorted(referenced) == list(range(len(ROWS)))
+    failed_in_reference = any(task.loss == REFERENCE and len(task.span) > fitting for task, _ in engine.walks)
+    assert failed_in_reference and len(engine.walks) > 2
+
+
+def test_a_reference_is_computed_once_and_for_its_own_rows_only():
+    """Other rows, the same tokens given instead of scored, and another model are other references; rows that come
+    again, in other batches or another order, are not."""
+    engine = Engine(model_of("llama", LAYERS), 24)
+    referenced = spy_on_references(engine)
+    values_of(engine, ROWS, "kl")
+    assert sorted(referenced) == list(range(len(ROWS)))
+    for batch_tokens in (1000, 2):
+        engine._batch_tokens = batch_tokens
+        backwards = ROWS[::-1]
+        assert_divergences(values_of(engine, backwards, "js"), "js", "llama", backwards)
+    assert len(referenced) == len(ROWS)
+    others = [row(12, 9), *(tuple(~t for t in tokens[:-1]) + tokens[-1:] for tokens in ROWS[:2]), ROWS[0][:-1]]
+    assert_divergences(values_of(engine, others, "kl"), "kl", "llama", others)
+    assert len(referenced) == len(ROWS) + len(others)
+    assert_divergences(values_of(engine, ROWS, "kl"), "kl", "llama", ROWS)
+    second = Engine(other_model("llama"), 24)
+    assert_divergences(values_of(second, ROWS, "kl"), "kl", "llama", ROWS, seed=8)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7, 1000])
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_losses_in_chunks(monkeypatch, loss, tokens):
+    model = model_of("llama", LAYERS)
+    whole = values_of(Engine(model), ROWS, loss)
+    monkeypatch.setattr(engine_module, "LOGITS_BYTES", tokens * VOCABULARY * 4)
+    assert values_of(Engine(model), ROWS, loss) == pytest.approx(whole, rel=1e-13, abs=1e-13)
+
+
+def test_divergences_of_distributions():
+    """JS is symmetric and between 0 and ln 2, which distributions that have nothing in common reach; KL is not."""
+    generator = torch.Generator().manual_seed(1)
+    one, two = (50 * torch.randn(64, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    two[0, :20], two[0, 20:], one[0, :20], one[0, 20:] = 500.0, 0.0, 0.0, 500.0
+    targets = torch.zeros(64, dtype=torch.int64)
+    forth, back = token_js(one, targets, two), token_js(two, targets, one)
+    torch.testing.assert_close(forth, back, rtol=1e-12, atol=1e-14)
+    assert forth.min() >= 0 and forth.max() <= math.log(2) + 1e-15
+    assert forth[0].item() == pytest.approx(math.log(2), abs=1e-15)
+    assert not torch.allclose(token_kl(one, targets, two), token_kl(two, targets, one))
+    p, q = (log_softmax(logits.numpy()) for logits in (two, one))
+    assert token_kl(one, targets, two).tolist() == pytest.approx([kl(*pair) for pair in zip(p, q, strict=True)])
+    for loss in (token_kl, token_js):
+        assert loss(one, targets, one).abs().max() < 1e-14
+        assert loss(one.bfloat16(), targets, two.bfloat16()).dtype is torch.float32
+
+
+# --- influences ------------------------------------------------------------------------------------------------------
+
+
+def recorded(model, base, tokens):
+    """What hooks see in the model without `base`: for each unit, a block or a layer, the state that it reads and the
+    one with what it adds, [T, H] each; from the model's own layers, not its `output_hidden_states`."""
+    row, layers = model_family(model), decoder_layers(model)
+    seen = {}
+
+    def first(value):
+        return (value[0] if isinstance(value, tuple) else value)[0]
+
+    def keep(name):
+        def hook(module, args, kwargs, output):
+            seen[name] = first(args[0] if args else kwargs["hidden_states"]), first(output)
+
+        return hook
+
+    handles = []
+    ids = torch.tensor([[token if token >= 0 else ~token for token in tokens]])
+    with masked(model, base):
+        for index, layer in enumerate(layers):
+            handles.append(layer.register_forward_hook(keep(index), with_kwargs=True))
+            for block in {BlockId(kind, index) for kind in BlockKind} - base:
+                branch = row.branch(block.kind)
+                for part in (branch.norm, branch.module):
+                    hook = keep((block, part == branch.norm))
+                    handles.append(getattr(layer, part).register_forward_hook(hook, with_kwargs=True))
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    wide = torch.promote_types(model.dtype, torch.float32)
+    units = {}
+    for block in all_blocks(len(layers)):
+        if block not in base:
+            x, f = seen[block, True][0].to(wide), seen[block, False][1].to(wide)
+            units[frozenset({block})] = x.numpy(), (x + f).numpy()
+    for index in range(len(layers)):
+        unit = frozenset(BlockId(kind, index) for kind in BlockKind) - base
+        if len(unit) == 2:
+            units[unit] = tuple(state.to(wide).numpy() for state in seen[index])
+    return units
+
+
+def influence(name, x, y):
+    """From its formula: x is read, y = x + f goes on."""
+    if name == "block_influence":
+        return 1 - np.mean((x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)))
+    if name == "relative_magnitude":
+        return np.mean(np.linalg.norm(y - x, axis=-1) / np.linalg.norm(y, axis=-1))
+    return np.sqrt(((y - x) ** 2).sum() / (y**2).sum())
+
+
+@pytest.mark.parametrize("batch_tokens", [1000, 24], ids=["one batch", "batches"])
+@pytest.mark.parametrize("base", ["", "mha.1,mlp.2", "mha.0,mlp.0"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_influences_of_blocks_and_layers(variant, base, batch_tokens):
+    """Of what a base leaves; pads do not count, given tokens do."""
+    model, base = model_of(variant, LAYERS), parse_mask(base)
+    oracle = [recorded(model, base, tokens) for tokens in ROWS]
+    assert len(oracle[0]) == len(all_blocks(LAYERS)) + LAYERS - len(base) - len({block.layer for block in base})
+    masks = [base | unit for unit in oracle[0]]
+    for name in INFLUENCES:
+        found = values_of(Engine(model, batch_tokens), ROWS, name, masks, base)
+        for index, units in enumerate(oracle):
+            for unit, (x, y) in units.items():
+                assert found[base | unit, index] == pytest.approx(influence(name, x, y), rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", INFLUENCES)
+def test_what_is_left_of_a_layer_is_a_unit(name):
+    """A whole layer asked for where the base has one of its blocks: what is beyond the base."""
+    model, base = model_of("llama", LAYERS), parse_mask("mha.1")
+    mask = parse_mask("mha.1,mlp.1")
+    found = values_of(Engine(model), ROWS, name, [mask], base)
+    for index, tokens in enumerate(ROWS):
+        x, y = recorded(model, base, tokens)[parse_mask("mlp.1")]
+        assert found[mask, index] == pytest.approx(influence(name, x, y), rel=1e-10)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", INFLUENCES)
+def test_influences_in_bfloat16_are_taken_in_float32(name, variant):
+    model = tiny_model(variant, LAYERS, torch.bfloat16)
+    units = removable_units(LAYERS, "block", "all")
+    found = values_of(Engine(model, 2), ROWS, name, units)
+    rounded = []
+    for index, tokens in enumerate(ROWS):
+        oracle = recorded(model, DENSE, tokens)
+        for unit in units:
+            x, y = oracle[unit]
+            assert found[unit, index] == pytest.approx(influence(name, x, y), rel=1e-5, abs=1e-6)
+            narrow = (torch.tensor(state).bfloat16().float().numpy() for state in (x, y))
+            rounded.append(abs(influence(name, *narrow) - found[unit, index]))
+    assert max(rounded) > 1e-4  # the sum x + f in bfloat16 would have shown
+
+
+def test_one_pass_serves_all_units_of_a_base(monkeypatch):
+    engine, calls = Engine(model_of("llama", LAYERS)), []
+    block = engine._block
+    monkeypatch.setattr(engine, "_block", lambda *args: calls.append(args[0]) or block(*args))
+    base = parse_mask("mlp.0")
+    values_of(engine, ROWS, "block_influence", [base | {b} for b in all_blocks(LAYERS) if b not in base], base)
+    assert len(calls) == 2 * LAYERS - len(base)
+
+
+@pytest.mark.parametrize("name", INFLUENCES)
+def test_influences_are_not_streamed(tmp_path, name):
+    model_of("llama", LAYERS).save_pretrained(tmp_path)
+    engine = StreamingEngine(tmp_path, "float64", device="cpu")
+    units: Iterator = engine.run([Task(range(1), (parse_mask("mha.0"),), name)], ROWS)
+    with pytest.raises(InputError, match=rf"score\.metric {name} .* set runtime\.streaming: false"):
+        next(units)
+    assert engine.weight_bytes_read == 0
+    engine.close()
