@@ -7,7 +7,7 @@ plans and do not know which method made them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Plan:
     parameters: Mapping[str, int]
     calibration: Mapping[str, Any]
     recover: bool = False
+    nested: bool = True
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mask(self) -> Mask:

@@ -37,6 +37,9 @@ th:first-child,td:first-child{text-align:left;padding-left:0}
 .headline th:first-child{position:sticky;left:0;background:var(--page);padding-right:12px}
 thead th{border-bottom:2px solid var(--line)}tbody th{font-weight:400}
 .headline th:nth-child(2),.headline td:nth-child(2){color:var(--soft);font-weight:400}
+.targets th:nth-child(2),.targets td:nth-child(2),.targets th:nth-child(4),.targets td:nth-child(4),
+.choices th:nth-child(2),.choices td:nth-child(2){text-align:left}
+.targets td:nth-child(2),.targets td:nth-child(4){white-space:normal;min-width:11em}
 tr.strong th,tr.strong td{font-weight:650}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,310px),1fr));gap:20px}
 figure{margin:0 0 26px}figcaption{margin-top:6px}
@@ -85,6 +88,17 @@ TEMPLATE = """<!doctype html>
 Dense: the model with all its blocks.</p>
 </header>
 <main>
+{% for overview in page.overviews %}
+<section>
+<h2>{{ overview.title }}</h2>
+{{ table(overview.choices, "choices") }}
+{% for plot in overview.plots %}{{ figure(plot) }}
+{% endfor %}
+<h3>All targets</h3>
+{{ table(overview.targets, "targets") }}
+<p class="legend">{{ overview.legend }}</p>
+</section>
+{% endfor %}
 {% for section in page.sections %}
 <section>
 <h2>{{ section.run }}</h2>
