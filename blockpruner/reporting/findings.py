@@ -192,7 +192,7 @@ def _mismatch_warning(study: Study, targets: list[Target]) -> Finding:
     return Finding(
         Level.WARNING,
         "mismatch",
-        "Calibration mismatch: held-out text suffers more than the text that chose the blocks",
+        "Calibration mismatch: held-out text suffers more than the calibration text",
         f"Perplexity over the dense model's, on held-out text against the {targets[0].plan.calibration['tokens']:,} "
         f"calibration tokens: {listed(rises)}. Calibrate on more text, or on text nearer to its use.",
     )

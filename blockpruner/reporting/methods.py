@@ -24,8 +24,8 @@ UNSCORED = ("random", "given")
 METRIC_WORDS: Mapping[str, str] = {
     "perplexity": "perplexity",
     "answer_likelihood": "likelihood of the right answers",
-    "kl": "KL divergence from the dense model",
-    "js": "Jensen-Shannon divergence from the dense model",
+    "kl": "KL divergence",
+    "js": "JS divergence",
     "block_influence": "Block Influence",
     "relative_magnitude": "relative magnitude",
     "relative_magnitude_frobenius": "relative magnitude (Frobenius)",
@@ -45,13 +45,13 @@ def method_words(target: Target) -> str:
 
 
 def taken_out(target: Target) -> str:
-    """For instance "3 MHA + 4 MLP blocks"."""
+    """For instance "3 MHA + 4 MLP"."""
     plan = target.plan
     if plan.kind == "slicegpt":
-        return f"width {plan.details['width']:,} of {plan.details['hidden']:,}"
+        return f"width {plan.details['hidden']:,} → {plan.details['width']:,}"
     if plan.kind == "laco":
-        return f"{plan.blocks[BlockKind.MHA]} layers merged into others"
-    return " + ".join(f"{plan.blocks[kind]} {kind.upper()}" for kind in BlockKind) + " blocks"
+        return f"{plan.blocks[BlockKind.MHA]} layers by merging"
+    return " + ".join(f"{plan.blocks[kind]} {kind.upper()}" for kind in BlockKind)
 
 
 def cost_words(target: Target) -> tuple[str, str]:

@@ -133,11 +133,11 @@ SPEED_CAPTION = (
     "ring marks the recommended stopping point."
 )
 TASKS_CAPTION = "Accuracy by task, ± 1 standard error. The dashed line is what guessing scores."
-ORDER_CAPTION = "Which blocks are gone, and in which order: each removed block carries the number of its removal."
-MAP_CAPTION = "Which blocks are gone. The search chose all of them together, so they have no order."
+ORDER_CAPTION = "Which blocks are gone in {}, and in which order: each removed block carries the number of its removal."
+MAP_CAPTION = "Which blocks are gone in {}. The search chose all of them together, so they have no order."
 PARETO_CAPTION = (
     "What pruning buys at which loss: lower and further right is better. The line joins the models that no other "
-    "betters in both; the numbers are their rows in the table of what to take. Colour and shape: the method; the "
+    "betters in both; the numbers are their rows in the upper table. Colour and shape: the method; the "
     "stronger the fill, the more of the removed blocks are attention (hollow: none). The star is the dense model."
 )
 
@@ -238,7 +238,7 @@ def _pareto(figure: Figure, comparison: Comparison, methods: Sequence[str]) -> N
         axes.plot(gain.of(options[0]), options[0].result.perplexity, "*", color=INK, markersize=11)
         axes.margins(x=0.08, y=0.1)
     panels[0].set_ylabel("held-out perplexity")
-    _log(panels[0])
+    _log(panels[0], [option.result.perplexity for option in options])
     keys = [
         Line2D([], [], linestyle="none", marker=shape, color=colour, markersize=7, label=method)
         for method, (colour, shape) in zip(methods, MARKS * len(methods), strict=False)
@@ -263,9 +263,11 @@ def _attention(option: Option) -> float:
 
 
 def _map_plot(target: Target) -> Plot:
-    width = max(7.0, 0.29 * target.plan.layers + 1.5)
+    width = max(10.2, 0.29 * target.plan.layers + 1.5)
     caption = ORDER_CAPTION if target.removals else MAP_CAPTION
-    return _render(f"{target.name}-map", caption, True, (width, 1.75), lambda figure: _map(figure, target))
+    return _render(
+        f"{target.name}-map", caption.format(target.name), True, (width, 1.75), lambda figure: _map(figure, target)
+    )
 
 
 def _map(figure: Figure, target: Target) -> None:
@@ -341,7 +343,7 @@ def _heat_caption(trace: Target, scores: _Scores) -> str:
 
 def _heat_plot(trace: Target) -> Plot:
     scores = _scores(trace)
-    size = (max(7.0, 0.155 * trace.plan.layers * len(scores.panels) + 2.0), 1.75 + 0.21 * len(scores.rows))
+    size = (max(10.2, 0.155 * trace.plan.layers * len(scores.panels) + 2.0), 1.75 + 0.21 * len(scores.rows))
     caption = _heat_caption(trace, scores)
     return _render(f"{trace.name}-heat", caption, True, size, lambda figure: _heat(figure, trace, scores))
 
@@ -413,12 +415,13 @@ def _axes(figure: Figure, x: str, y: str) -> Axes:
 def _scale(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic scale for perplexities over a wide range."""
     if max(values) > 3 * min(values):
-        _log(axes)
+        _log(axes, values)
 
 
-def _log(axes: Axes) -> None:
+def _log(axes: Axes, values: Sequence[float]) -> None:
+    wide = max(values) > 10 * min(values)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -30,8 +30,8 @@ LEGEND = (
     f"{IN_NOISE}: the timings of both overlap."
 )
 COMPARISON_LEGEND = (
-    "First table: the models that no other betters in speed of generation and held-out perplexity together (the Pareto "
-    "front), the slowest first: take the first that is fast enough. Second table: all targets, by parameters removed; "
+    "Upper table: the models that no other betters in speed of generation and held-out perplexity together (the Pareto "
+    "front), the slowest first: take the first that is fast enough. Lower table: all targets, by parameters removed; "
     "those of the front are stressed. Against ref: difference of the averages to the first target of the same size "
     f"(within {100 * BAND:.1f} % of the parameters), ± 1 standard error of the paired items; {WORSE} {BETTER}: beyond "
     f"2. {IN_NOISE}: the timings of pruned and dense overlap."
@@ -96,17 +96,19 @@ def headline(study: Study) -> Table:
 
 def choices(comparison: Comparison) -> Table:
     """The models on the front of speed, the slowest first: what to take for a wanted speed."""
-    head = ("for a generation speed-up of", "take", "held-out PPL", "average, %", "KV cache", "parameters removed")
+    head = ("#", "generation", "take", "method", "held-out PPL", "average, %", "KV cache", "removed")
     rows = [
         (
+            str(i),
             _speed(option),
             option.name,
+            option.method,
             number(option.result.perplexity),
             points(option.result.average.value, option.result.average.stderr),
             _cache(option),
             percent(option.ratio),
         )
-        for option in comparison.front(SPEED)
+        for i, option in enumerate(comparison.front(SPEED), 1)
     ]
     return Table(head, tuple(rows))
 
@@ -114,8 +116,8 @@ def choices(comparison: Comparison) -> Table:
 def compared(comparison: Comparison) -> Table:
     """All targets of one dense model by size; strong are those on the front of speed."""
     head = (
-        "target", "method", "removed", "taken out", "calibration PPL", "held-out PPL", "average, %", "against ref",
-        "generation", "KV cache",
+        "target", "method", "removed", "taken out", "calibration PPL", "held-out PPL", "generation", "KV cache",
+        "average, %", "against ref",
     )  # fmt: skip
     best = comparison.front(SPEED)
     options = [(option, band[0]) for band in comparison.bands() for option in band]
@@ -134,10 +136,10 @@ def _compared(option: Option, reference: Option) -> tuple[str, ...]:
         taken_out(target),
         BLANK if calibration is None else number(calibration),
         number(option.result.perplexity),
+        _speed(option),
+        _saved(option),
         points(average.value, average.stderr),
         "ref" if option == reference else _difference(reference, option),
-        _speed(option),
-        _cache(option),
     )
 
 
@@ -152,8 +154,12 @@ def _speed(option: Option) -> str:
 
 
 def _cache(option: Option) -> str:
-    saved = f" (−{percent(option.cache_saved, 0)})" if option.cache_saved else ""
+    saved = f" ({_saved(option)})" if option.cache_saved else ""
     return size(option.result.speed.kv_cache_bytes) + saved
+
+
+def _saved(option: Option) -> str:
+    return f"−{percent(option.cache_saved, 0)}" if option.cache_saved else percent(0, 0)
 
 
 def sequence(target: Target) -> Table:

@@ -18,11 +18,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blockpruner.blocks import Mask, format_mask, removable_units
+from blockpruner.blocks import Mask, format_mask, parse_mask, removable_units
+from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
+from blockpruner.families import count_parameters
+from blockpruner.plans import commit, save_iterations
+from blockpruner.progress import SilentObserver
 from blockpruner.reporting.comparison import front
 from blockpruner.reporting.findings import Level, findings, first_jump, is_mismatch, recommended
-from blockpruner.reporting.inputs import ITERATIONS, Considered, RunLabels, Study, paired, read_studies
+from blockpruner.reporting.inputs import (
+    ITERATIONS,
+    Considered,
+    RunLabels,
+    Study,
+    considered,
+    paired,
+    read_iterations,
+    read_studies,
+    removals,
+)
 from blockpruner.reporting.markdown import render_markdown
 from blockpruner.reporting.methods import METRIC_WORDS, SEARCH_WORDS, UNSCORED
 from blockpruner.reporting.page import Page, build_page
@@ -30,7 +44,10 @@ from blockpruner.reporting.plots import plots
 from blockpruner.reporting.report import write_report
 from blockpruner.reporting.tables import curve_csv, headline, sequence
 from blockpruner.scoring.metrics import METRICS
-from blockpruner.search import SEARCHES
+from blockpruner.scoring.work import Unit
+from blockpruner.search import SEARCHES, iteration
+from blockpruner.search.run import score_run
+from blockpruner.search.trace import read_current, table_path, trace_directory
 from blockpruner.tables import write_json
 
 LAYERS, ROWS = 12, 4
@@ -137,7 +154,7 @@ def _swapped(masks: list[Mask], nlls: list[float], count: int) -> list[dict[str,
     rows = [_row(0, Mask(), None, nlls[0], False), _row(0, masks[count - 2], None, nlls[count] + 0.2, True)]
     loser = masks[count - 1] ^ masks[0]
     rows += [_row(1, masks[count - 1], None, nlls[count], True), _row(1, loser, None, 9.0, False)]
-    return [*rows, _row(1, masks[count], None, 1.0, False) | {"rows_used": 1}]
+    return [*rows, _row(1, masks[count - 1] | parse_mask("mlp.0"), None, 1.0, False) | {"rows_used": 1}]
 
 
 def _transform(world: World, plan: dict[str, Any], count: int) -> dict[str, Any]:
@@ -613,6 +630,18 @@ def test_one_ranking_decides_all_removals_and_nothing_was_spared(tmp_path: Path)
     assert "already removed" not in heat
 
 
+def test_the_likelihood_of_answers_is_not_held_against_a_text(tmp_path: Path) -> None:
+    worlds = [others(run, "greedy", metric=run, heldout_factor=2.5) for run in ("perplexity", "answer_likelihood")]
+    labels = {world.metric: LABEL for world in worlds}
+    for world in worlds:
+        build(tmp_path, world)
+    texts, answers = read_studies([name for world in worlds for name, _ in world.removals], labels, tmp_path)
+    assert [rule for rule, _ in rules(texts)] == ["mismatch"]
+    assert rules(answers) == []
+    assert "greedy, blocks, by likelihood of the right answers" in search_of(answers)
+    assert "nats per token of the right answer" in drawn(answers)["answer_likelihood-b-heat"]
+
+
 def test_a_search_without_scores_has_an_order_but_no_heat_map(tmp_path: Path) -> None:
     """Held-out text may then suffer as it likes: the calibration text has decided nothing."""
     found = study(tmp_path, others("random", "random", heldout_factor=2.5))
@@ -623,7 +652,7 @@ def test_a_search_without_scores_has_an_order_but_no_heat_map(tmp_path: Path) ->
 
 
 def test_a_search_for_one_budget_has_no_sequence(tmp_path: Path) -> None:
-    world = others("swap", "swap", removals=(("swap-a", 3), ("swap-b", 5)))
+    world = others("swap", "swap", removals=(("swap-a", 3), ("swap-b", 6)))
     found = study(tmp_path, world)
     assert found.traces == ()
     assert {t.considered for t in found.targets} == {Considered("blocks", 2, 3, 1)}
@@ -638,7 +667,7 @@ def test_a_search_for_one_budget_has_no_sequence(tmp_path: Path) -> None:
     assert "Rings are the targets on the calibration rows" in plot["swap-perplexity"]
     assert page_of(found).sections[0].sequences == ()
     assert [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))] == [
-        str(math.exp(nll)) for nll in (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06)
+        str(math.exp(nll)) for nll in (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06 + 0.07)
     ]
     path = tmp_path / "plans" / "swap-a" / "plan.json"
     write_json(path, _json(path) | {"order": ["mha.1"]})
@@ -651,7 +680,7 @@ def test_merged_layers_have_no_tables_and_no_trials(tmp_path: Path) -> None:
     assert set(drawn(found)) == {f"laco-{name}" for name in ("perplexity", "accuracy", "speed", "tasks")}
     page = page_of(found)
     text = render_markdown(page)
-    assert "3 layers merged into others; LaCo (repo), layers merged, by cosine similarity" in text
+    assert "3 layers by merging; LaCo (repo), layers merged, by cosine similarity" in text
     method = dict(page.sections[0].facts)["Method"]
     assert "laco-a: 9+1, 8+1, 7+1 (those above a similarity of 0.65)" in method
     assert "Search" not in dict(page.sections[0].facts)
@@ -672,7 +701,7 @@ def test_an_unknown_calibration_perplexity_is_a_dash_and_in_no_curve(tmp_path: P
     assert [row[at] for row in overview.targets.rows] == ["–", "–"]
     assert [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))] == ["", "", ""]
     row = next(row for row in headline(found).rows if row[0] == "Taken out")
-    assert row[2:] == ("nothing", "width 480 of 576", "width 384 of 576")
+    assert row[2:] == ("nothing", "width 576 → 480", "width 576 → 384")
     slow = replace(found.targets[1], speedups=replace(found.targets[1].speedups, generation=1.01))
     (warning,) = [f for f in findings(replace(found, targets=(slow,))) if f.rule == "slow"]
     assert "Slicing" in warning.text
@@ -703,7 +732,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for world in SEVERAL:
         build(data, world)
     names = [name for world in SEVERAL for name, _ in world.removals]
-    write_report(data / "report", "Several", names, LABELS, data, True)
+    write_report(data / "report", "Several", names, LABELS, data, False)
     return data
 
 
@@ -711,7 +740,7 @@ SEVERAL = (
     replace(World(), speedups=(1.05, 1.12)),
     replace(SHORTGPT, removals=(("shortgpt-a", 2), ("shortgpt-b", 5)), speedups=(1.13, 1.3), accuracy_loss=0.2),
     others("random", "random", speedups=(1.05, 1.14), costs=(0.1, 0.12, 0.14, 0.16, 0.18, 0.2)),
-    others("swap", "swap", removals=(("swap-a", 3), ("swap-b", 5)), speedups=(1.05, 1.1), heldout_factor=1.0),
+    others("swap", "swap", removals=(("swap-a", 3), ("swap-b", 6)), speedups=(1.05, 1.1), heldout_factor=1.0),
     others("laco", "laco", speedups=(1.1, 1.26), heldout_factor=2.2),
     others("slicegpt", "slicegpt", speedups=(0.97, 1.02), heldout_factor=1.7),
 )
@@ -755,7 +784,7 @@ def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
     found = read_studies(names, LABELS, several)
     (overview,) = page_of(*found).overviews
     assert overview.title == "What to take for tiny 1.0 (float32)"
-    front_rows = [row[1] for row in overview.choices.rows]
+    front_rows = [row[2] for row in overview.choices.rows]
     csv_rows = list(csv.DictReader((several / "report" / "pareto.csv").open()))
     assert front_rows == [row["target"] for row in csv_rows if row["front_speed"] == "1"]
     rows = {row[0]: dict(zip(overview.targets.head, row, strict=True)) for row in overview.targets.rows}
@@ -791,11 +820,80 @@ def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path: Path) -> None:
     assert page_of(*read_studies(names[:1], other, tmp_path)).overviews == ()
 
 
-def test_the_page_of_several_methods_is_sound(several: Path) -> None:
+def test_the_page_of_several_methods_is_sound(several: Path, tmp_path: Path) -> None:
     text = (several / "report" / "index.html").read_text()
+    assert not re.search(r"\b(nan|None|inf)\b", text)
+    write_report(tmp_path / "two", "Two", ["swap-a", "shortgpt-a", "slicegpt-a"], LABELS, several, True)
+    text = (tmp_path / "two" / "index.html").read_text()
     page = _Page()
     page.feed(text)
     assert len(page.ids) == len(set(page.ids))
-    assert text.count("<svg ") == len(list((several / "report" / "plots").glob("*.svg")))
-    assert "nan" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
-    assert "None" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
+    assert text.count("<svg ") == len(list((tmp_path / "two" / "plots").glob("*.svg"))) == 1 + 3 * 4 + 3
+
+
+class FakeScorer:
+    """Answers any question about a mask by a number that its text fixes."""
+
+    def row_batches(self, rows: Any, span: range) -> list[range]:
+        return [span]
+
+    def run(self, tasks: Any, rows: Any) -> Any:
+        for task in tasks:
+            for mask in task.masks:
+                value = 1 + len(mask) + sum(map(ord, format_mask(mask))) % 97 / 100
+                yield Unit(mask, task.span.start, (value,) * len(task.span))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "unit"),
+    [
+        ("greedy", {"acceleration": "lazy+race"}, "blocks"),
+        ("greedy", {"metric": "block_influence", "candidates": "mlp"}, "MLP blocks"),
+        ("one_shot", {"metric": "kl", "unit": "layer"}, "whole layers"),
+        ("random", {}, "blocks"),
+        ("given", {"options": {"order": ("mha.1,mlp.1", "mha.2,mlp.2", "mha.0,mlp.0")}}, "whole layers"),
+        ("beam", {"candidates": "mha"}, "MHA blocks"),
+        ("evolution", {"options": {"generations": 3, "offspring": 4, "survivors": (2,)}}, "blocks"),
+        ("swap", {"options": {"tries": 4}}, "blocks"),
+    ],
+)
+def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, changes: dict[str, Any], unit: str) -> None:
+    """From the search itself, by way of the files that score and commit write."""
+    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 5,
+              "num_attention_heads": 2, "vocab_size": 16}  # fmt: skip
+    score = {"method": method, "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
+    traces = score_run(
+        tmp_path / "scores", tmp_path / "trials", calibration=CalibrationSet(((1, 2), (3, 4), (5, 6), (7, 8))),
+        model_identity="m", dtype="float32", config=config, score=score | changes, budgets=["4blocks"],
+        make_scorer=FakeScorer, observer=SilentObserver(), metrics=tmp_path / "score.json",
+    )  # fmt: skip
+    (trace,) = traces.values()
+    facts = read_current(tmp_path / "scores") | {"target": "t", "run": "r"}
+    order, perplexities = iteration.removals(trace, facts["nested"])
+    plan = replace(
+        commit(order, perplexities, count_parameters(config), "4blocks", facts), nested=SEARCHES[method].nested
+    )
+    used = range(len(plan.order) if plan.nested else len(trace))
+    directory = trace_directory(tmp_path / "scores", facts, "4blocks")
+    path = tmp_path / "iterations.parquet"
+    save_iterations([table_path(directory, i) for i in used], path)
+    rows = read_iterations(path)
+    found = considered(rows)
+    assert found.unit == unit
+    scored = [score for i in used for score in trace[i].scores if score.mask and score.row_loss]
+    complete = {score.mask for score in scored if score.is_complete}
+    assert (found.complete, found.partial) == (len(complete), len({score.mask for score in scored} - complete))
+    if plan.nested:
+        sequence = removals(rows, plan, path)
+        assert [removal.added for removal in sequence] == order[: len(plan.order)]
+        assert [sequence[0].before, *(removal.perplexity for removal in sequence)] == pytest.approx(
+            perplexities[: len(plan.order) + 1]
+        )
+        assert not any(math.isnan(cost) for removal in sequence for cost in removal.costs.values())
+        asked = [bool(score.row_loss) for score in trace[0].scores]
+        assert sequence[0].candidates == (len(asked) - 1 if any(asked) else 0)
+    else:
+        assert sum(row["chosen"] for row in rows) == len(trace)
