@@ -14,6 +14,7 @@ from statistics import mean, median
 from blockpruner.blocks import BlockKind, format_mask
 from blockpruner.reporting.formats import listed, number, percent, signed_points, times
 from blockpruner.reporting.inputs import Removal, Study, Target, paired
+from blockpruner.reporting.methods import UNSCORED, method_words, taken_out
 
 JUMP_FACTOR = 3.0
 """A removal is a jump if it costs this many times the median of the removals before it. Greedy costs grow steadily,
@@ -89,9 +90,15 @@ def first_jump(removals: tuple[Removal, ...]) -> int | None:
 
 
 def is_mismatch(study: Study, target: Target) -> bool:
-    """Whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS)."""
-    bound = MISMATCH_FACTOR * max(target.calibration_rise, 0.0) + MISMATCH_NATS
-    return study.heldout_rise(target) > bound
+    """Whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS).
+
+    Where the calibration text has decided nothing, or its perplexity is unknown or of answers and not of a text, there
+    is nothing to hold against each other.
+    """
+    rise = target.calibration_rise
+    if rise is None or target.plan.method in UNSCORED or target.plan.metric == "answer_likelihood":
+        return False
+    return study.heldout_rise(target) > MISMATCH_FACTOR * max(rise, 0.0) + MISMATCH_NATS
 
 
 def is_slow(target: Target) -> bool:
@@ -128,10 +135,6 @@ def recommended(study: Study) -> Target | None:
     return best if height(best) >= KNEE_MARGIN else fastest
 
 
-def blocks_of(target: Target) -> str:
-    return " + ".join(f"{target.plan.blocks[kind]} {kind.upper()}" for kind in BlockKind)
-
-
 def within_chance(study: Study) -> dict[str, list[str]]:
     """Tasks whose score is within 2 standard errors of guessing, by model ("dense" or the target's name)."""
     models = {"dense": study.dense} | {target.name: target.result for target in study.targets}
@@ -147,8 +150,8 @@ def _outcome(study: Study, target: Target) -> Finding:
     return Finding(
         Level.RESULT,
         "outcome",
-        f"{target.name}: {percent(target.plan.ratio)} of the parameters removed ({blocks_of(target)} blocks)"
-        + (", then recovered with LoRA" if target.plan.recover else ""),
+        f"{target.name}: {percent(target.plan.ratio)} of the parameters removed ({taken_out(target)}; "
+        f"{method_words(target)})" + (", then recovered with LoRA" if target.plan.recover else ""),
         f"Held-out perplexity {number(study.dense.perplexity)} → {number(target.result.perplexity)}. Average accuracy "
         f"{percent(study.dense.average.value)} → {percent(target.result.average.value)}, a paired difference of "
         f"{signed_points(difference.value, difference.stderr)} points{noise}. Generation "
@@ -161,7 +164,6 @@ def _jump_warning(study: Study, target: Target) -> Finding:
     index = first_jump(target.removals)
     assert index is not None
     removal = target.removals[index]
-    before = target.removals[index - 1].perplexity if index else target.dense_perplexity
     past = [
         t.name
         for t in study.targets
@@ -177,20 +179,20 @@ def _jump_warning(study: Study, target: Target) -> Finding:
         Level.WARNING,
         "jump",
         f"Over-pruning: removing {format_mask(removal.added)} (removal {index + 1}) breaks the model",
-        f"Calibration perplexity jumps from {number(before)} to {number(removal.perplexity)} at this one removal. "
-        f"{advice} Beyond it: {listed(past)}.",
+        f"Calibration perplexity jumps from {number(removal.before)} to {number(removal.perplexity)} at this one "
+        f"removal. {advice} Beyond it: {listed(past)}.",
     )
 
 
 def _mismatch_warning(study: Study, targets: list[Target]) -> Finding:
     rises = [
-        f"{times(math.exp(study.heldout_rise(t)))} against {times(math.exp(t.calibration_rise))} at {t.name}"
+        f"{times(math.exp(study.heldout_rise(t)))} against {times(math.exp(t.calibration_rise or 0.0))} at {t.name}"
         for t in targets
     ]
     return Finding(
         Level.WARNING,
         "mismatch",
-        "Calibration mismatch: held-out text suffers more than the text that chose the blocks",
+        "Calibration mismatch: held-out text suffers more than the calibration text",
         f"Perplexity over the dense model's, on held-out text against the {targets[0].plan.calibration['tokens']:,} "
         f"calibration tokens: {listed(rises)}. Calibrate on more text, or on text nearer to its use.",
     )
@@ -198,17 +200,26 @@ def _mismatch_warning(study: Study, targets: list[Target]) -> Finding:
 
 def _slow_warning(targets: list[Target]) -> Finding:
     gains = [
-        f"{t.name}: {percent(t.plan.ratio)} of the parameters removed ({blocks_of(t)}), generation "
+        f"{t.name}: {percent(t.plan.ratio)} of the parameters removed ({taken_out(t)}), generation "
         f"{times(t.speedups.generation)} as fast; reading fewer weights alone would give "
         f"{times(1 / (1 - t.plan.ratio))}"
         for t in targets
     ]
-    cause = (
-        "Mostly MLP blocks were removed: they hold parameters, while attention holds time and KV cache. Try "
-        "candidates: mha, or a budget in blocks."
-        if any(t.plan.blocks[BlockKind.MLP] > t.plan.blocks[BlockKind.MHA] for t in targets)
-        else "MLP blocks are not the majority of those removed, so look at what bounds this machine (batch, prompt "
-        "length, threads)."
+    causes = [
+        (
+            any(t.plan.kind == "mask" and t.plan.blocks[BlockKind.MLP] > t.plan.blocks[BlockKind.MHA] for t in targets),
+            "Mostly MLP blocks were removed: they hold parameters, while attention holds time and KV cache. Try "
+            "candidates: mha, or a budget in blocks.",
+        ),
+        (
+            any(t.plan.kind == "slicegpt" for t in targets),
+            "Slicing makes every product smaller and their number larger, and leaves the KV cache as it is: it pays "
+            "off where products are large (batch, prompt length, hidden size).",
+        ),
+    ]
+    cause = " ".join(text for applies, text in causes if applies) or (
+        "MLP blocks are not the majority of those removed, so look at what bounds this machine (batch, prompt length, "
+        "threads)."
     )
     return Finding(Level.WARNING, "slow", "Little speed-up for the parameters removed", f"{'. '.join(gains)}. {cause}")
 

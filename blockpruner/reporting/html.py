@@ -34,12 +34,17 @@ overflow-wrap:anywhere}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9375rem;min-width:min(100%,560px)}
 th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left;padding-left:0}
-.headline th:first-child{position:sticky;left:0;background:var(--page);padding-right:12px}
+.headline th:first-child,.targets th:first-child{position:sticky;left:0;background:var(--page);padding-right:12px}
 thead th{border-bottom:2px solid var(--line)}tbody th{font-weight:400}
 .headline th:nth-child(2),.headline td:nth-child(2){color:var(--soft);font-weight:400}
+.targets th:nth-child(2),.targets td:nth-child(2),.choices th:nth-child(n+3):nth-child(-n+4),
+.choices td:nth-child(n+3):nth-child(-n+4){text-align:left}
+.targets{font-size:.875rem}.targets th,.targets td{padding:6px 8px}.targets thead th{white-space:normal}
+.targets th:nth-child(6){min-width:6em}
+.targets th:first-child{padding-left:0}.targets td:nth-child(2){white-space:normal;min-width:13em}
 tr.strong th,tr.strong td{font-weight:650}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,310px),1fr));gap:20px}
-figure{margin:0 0 26px}figcaption{margin-top:6px}
+figure{margin:0 0 26px}.scroll+figure{margin-top:26px}figcaption{margin-top:6px}
 figure svg{display:block;width:100%;height:auto}figure svg text{font-family:inherit!important}
 details{margin:1em 0}summary{cursor:pointer;color:var(--accent)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 16px;font-size:.9375rem;margin:0}
@@ -85,6 +90,17 @@ TEMPLATE = """<!doctype html>
 Dense: the model with all its blocks.</p>
 </header>
 <main>
+{% for overview in page.overviews %}
+<section>
+<h2>{{ overview.title }}</h2>
+{{ table(overview.choices, "choices") }}
+{% for plot in overview.plots %}{{ figure(plot) }}
+{% endfor %}
+<h3>All targets</h3>
+{{ table(overview.targets, "targets") }}
+<p class="legend">{{ overview.legend }}</p>
+</section>
+{% endfor %}
 {% for section in page.sections %}
 <section>
 <h2>{{ section.run }}</h2>

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blockpruner.blocks import DENSE, Mask, format_mask, parse_mask
+from blockpruner.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, parse_mask
 from blockpruner.errors import InputError
 from blockpruner.plans import Plan
 from blockpruner.scoring.metrics import PERPLEXITY, metric_of
@@ -100,49 +100,71 @@ class Speedups:
 class Removal:
     """One iteration of a search.
 
-    added: the unit it removed; perplexity: on the calibration rows, after it; rise: its NLL minus the NLL before
-    it, nats per token; ratio: cumulative share of parameters removed; rises: the same rise for every unit scored
-    on all rows, the removed one included; partial: number of units scored on some rows only; candidates: number of
-    units that could have been removed; rows_share: (candidate, row) pairs scored, as a share of all of them;
-    lazy_choice: what had been removed before an audit let all candidates enter; None without an audit.
+    added: the unit it removed; before, perplexity: on the calibration rows, before and after it; rise: ln of their
+    quotient, nats per token; ratio: cumulative share of parameters removed; costs: in the unit of the search's metric,
+    of every unit scored on all rows, the removed one included: its influence, or how much its removal adds to the loss;
+    partial: number of units scored on some rows only; candidates: number of units that could have been removed, 0 where
+    no score was asked for; work: how many units' worth of rows were scored; lazy_choice: what had been removed before
+    an audit let all candidates enter; None without an audit.
     """
 
     added: Mask
+    before: float
     perplexity: float
     rise: float
     ratio: float
-    rises: Mapping[Mask, float]
+    costs: Mapping[Mask, float]
     partial: int
     candidates: int
-    rows_share: float
+    work: float
     lazy_choice: Mask | None
 
 
 @dataclass(frozen=True)
+class Considered:
+    """All that a search looked at, whatever its steps are made of.
+
+    unit: what it removed at once, in words; steps: iterations in which something was scored; complete, partial: masks
+    scored on all rows, and on the first rows only.
+    """
+
+    unit: str
+    steps: int
+    complete: int
+    partial: int
+
+
+@dataclass(frozen=True)
 class Target:
-    """A pruned model: its plan, how the search got there, its results and its speed against the dense model."""
+    """A pruned model: its plan, how the search got there, its results and its speed against the dense model.
+
+    removals: empty where the plan has no sequence of removals; considered: None where no masks were compared.
+    """
 
     name: str
     plan: Plan
     removals: tuple[Removal, ...]
+    considered: Considered | None
     result: Result
     speedups: Speedups
 
     @property
-    def dense_perplexity(self) -> float:
-        """Of the dense model on the calibration rows."""
-        return float(self.plan.calibration["dense_perplexity"])
+    def calibration_perplexity(self) -> float | None:
+        """Of the pruned model on the calibration rows; None where nobody knew it when the plan was made."""
+        value = self.plan.calibration["perplexity"]
+        return None if value is None else float(value)
 
     @property
-    def calibration_rise(self) -> float:
+    def calibration_rise(self) -> float | None:
         """ln(PPL / dense PPL) on the calibration rows, nats per token."""
-        return math.log(self.plan.calibration["perplexity"] / self.dense_perplexity)
+        value = self.calibration_perplexity
+        return None if value is None else math.log(value / self.plan.calibration["dense_perplexity"])
 
 
 @dataclass(frozen=True)
 class Study:
     """One run: its dense model and the targets built from it, least pruned first, as pruned before as recovered.
-    counts: of its `score` stage."""
+    counts: of its `score` stage, of which it has one if its plans are masks."""
 
     run: str
     labels: RunLabels
@@ -153,14 +175,21 @@ class Study:
     @property
     def traces(self) -> tuple[Target, ...]:
         """Targets whose removal sequence is not the beginning of another's: nested searches have one."""
-        orders = [target.plan.order for target in self.targets]
+        targets = [target for target in self.targets if target.removals]
+        orders = [target.plan.order for target in targets]
         last = {order: i for i, order in enumerate(orders)}
         return tuple(
             target
-            for i, target in enumerate(self.targets)
+            for i, target in enumerate(targets)
             if last[orders[i]] == i
             and not any(len(o) > len(orders[i]) and o[: len(orders[i])] == orders[i] for o in orders)
         )
+
+    @property
+    def dense_calibration(self) -> float | None:
+        """Perplexity of the dense model on the calibration rows, if a search measured it."""
+        known = [t.plan.calibration["dense_perplexity"] for t in self.targets if t.calibration_perplexity is not None]
+        return float(known[0]) if known else None
 
     def heldout_rise(self, target: Target) -> float:
         """ln(PPL / dense PPL) on the held-out text, nats per token."""
@@ -184,43 +213,51 @@ def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: 
                     f"{data / 'results' / target.name} and {data / 'results' / f'{run}-dense'} were evaluated on "
                     "different items, so they cannot be compared; run `dvc repro` to evaluate both alike"
                 )
-        studies.append(Study(run, labels[run], dense, tuple(own), read_json(data / "metrics" / run / "score.json")))
+        searched = any(target.plan.kind == "mask" for target in own)
+        counts = read_json(data / "metrics" / run / "score.json") if searched else {}
+        studies.append(Study(run, labels[run], dense, tuple(own), counts))
     return studies
 
 
-def paired(dense: Result, pruned: Result, task: str | None = None) -> Estimate:
-    """Difference of scores, pruned minus dense, with the standard error of paired items.
+def paired(base: Result, other: Result, task: str | None = None) -> Estimate:
+    """Difference of scores, other minus base, with the standard error of paired items.
 
-    Per task, d_i = pruned_i - dense_i over its n items: mean(d), SE = sd(d) / sqrt(n) with n - 1 degrees of
+    Per task, d_i = other_i - base_i over its n items: mean(d), SE = sd(d) / sqrt(n) with n - 1 degrees of
     freedom (Miller, arXiv 2411.00640, section 4). Without `task`: the mean over tasks, SE = sqrt(sum SE_t^2) / tasks.
     """
     if task is None:
-        parts = [paired(dense, pruned, name) for name in dense.tasks]
+        parts = [paired(base, other, name) for name in base.tasks]
         return Estimate(mean(p.value for p in parts), math.hypot(*(p.stderr for p in parts)) / len(parts))
-    differences = [pruned.items[key] - dense.items[key] for key in dense.items if key[0] == task]
+    differences = [other.items[key] - base.items[key] for key in base.items if key[0] == task]
     spread = stdev(differences) if len(differences) > 1 else math.inf
     return Estimate(mean(differences), spread / math.sqrt(len(differences)))
 
 
-def read_removals(path: Path, plan: Plan) -> tuple[Removal, ...]:
-    """Read the iteration tables of a plan, in order.
+def read_iterations(path: Path) -> list[dict[str, Any]]:
+    """The rows of a plan's iteration tables, the masks parsed, without the scores of each calibration row."""
+    table, _ = read_table(path, ITERATIONS)
+    rows: list[dict[str, Any]] = table.drop(["row_loss", "row_nll"]).to_pylist()
+    for row in rows:
+        row["removed"] = parse_mask(",".join(row["removed"]))
+        row["added"] = None if row["added"] is None else parse_mask(row["added"])
+    return rows
+
+
+def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[Removal, ...]:
+    """The removals of a plan whose search is nested, in order.
 
     Raises:
-        InputError: the tables do not lead to the plan's order of removal.
+        InputError: the rows, which are of `path`, do not lead to the plan's order of removal.
     """
-    table, _ = read_table(path, ITERATIONS)
-    table = table.drop(["row_loss", "row_nll"])
-    complete = table.filter(pa.compute.equal(table["rows_used"], table["rows_total"])).to_pylist()
-    known = {parse_mask(",".join(row["removed"])): row["loss"] for row in complete}
-    added = [row for row in table.to_pylist() if row["added"] is not None]
+    added = [row for row in rows if row["added"] is not None]
     considered = [[row for row in added if row["iteration"] == index] for index in range(len(plan.ratios))]
+    complete = [row for row in rows if row["rows_used"] == row["rows_total"]]
+    losses = {row["removed"]: row["loss"] for row in complete}
     perplexities = {  # of what was chosen; of a mask that lost a race they are of its first rows only
-        parse_mask(",".join(row["removed"])): row["perplexity"]
-        for row in table.to_pylist()
-        if row["chosen"] or not row["removed"]
+        row["removed"]: row["perplexity"] for row in rows if row["chosen"] or row["removed"] == DENSE
     }
     influence, is_nll = metric_of(plan.metric).influence, metric_of(plan.metric).loss == PERPLEXITY.loss
-    removals: list[Removal] = []
+    found: list[Removal] = []
     base = DENSE
     for index, ratio in enumerate(plan.ratios):
         chosen = [row for row in considered[index] if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
@@ -229,42 +266,75 @@ def read_removals(path: Path, plan: Plan) -> tuple[Removal, ...]:
                 f"{path} has {len(chosen)} fully scored choices in iteration {index}, or no perplexity of one or of "
                 "what was before it; exactly one is valid: delete the file and run `dvc repro`"
             )
-        mask = parse_mask(",".join(chosen[0]["removed"]))
-        rises = {
-            parse_mask(row["added"]): row["loss"] - (0.0 if influence else known.get(base, math.nan))
-            for row in complete
-            if row["iteration"] == index
-            and row["added"] is not None
-            and parse_mask(",".join(row["removed"])) == base | parse_mask(row["added"])
+        mask = chosen[0]["removed"]
+        costs = {
+            row["added"]: row["loss"] - (0.0 if influence else losses.get(base, math.nan))
+            for row in considered[index]
+            if row["rows_used"] == row["rows_total"] and row["removed"] == base | row["added"]
         }
-        log_ratio = math.log(chosen[0]["perplexity"] / perplexities[base])
-        candidates = max(len(considered[0]) - index, len(considered[index]))  # in the first iteration all enter
-        removals.append(
+        asked = any(row["rows_used"] for row in considered[index])
+        units = max(len(considered[0]) - index, len(considered[index]))  # in the first iteration all enter
+        before, after = perplexities[base], chosen[0]["perplexity"]
+        found.append(
             Removal(
                 added=mask - base,
-                perplexity=chosen[0]["perplexity"],
-                rise=rises[mask - base] if is_nll and mask - base in rises else log_ratio,
+                before=before,
+                perplexity=after,
+                rise=costs[mask - base] if is_nll and mask - base in costs else math.log(after / before),
                 ratio=ratio,
-                rises=rises,
+                costs=costs,
                 partial=sum(0 < row["rows_used"] < row["rows_total"] for row in considered[index]),
-                candidates=candidates,
-                rows_share=sum(row["rows_used"] / row["rows_total"] for row in considered[index]) / candidates,
-                lazy_choice=next((parse_mask(r["added"]) for r in considered[index] if r["lazy_choice"]), None),
+                candidates=units if asked else 0,
+                work=sum(row["rows_used"] / row["rows_total"] for row in considered[index]),
+                lazy_choice=next((row["added"] for row in considered[index] if row["lazy_choice"]), None),
             )
         )
         base = mask
-    order = [format_mask(removal.added) for removal in removals]
-    if order != list(plan.order):
+    _require_same([format_mask(removal.added) for removal in found], plan.order, path)
+    return tuple(found)
+
+
+def considered(rows: Sequence[Mapping[str, Any]]) -> Considered:
+    """What all iterations of one search looked at. Of a search that scores nothing it is not known which kinds of block
+    it may remove."""
+    masks = [row["removed"] for row in rows if row["removed"]]
+    scored = [row for row in rows if row["removed"] and row["rows_used"]]
+    complete = {row["removed"] for row in scored if row["rows_used"] == row["rows_total"]}
+    kinds = {block.kind for row in scored for block in row["removed"]}
+    if all(BlockId(kind, block.layer) in mask for mask in masks for block in mask for kind in BlockKind):
+        unit = "whole layers"
+    else:
+        unit = {(BlockKind.MHA,): "MHA blocks", (BlockKind.MLP,): "MLP blocks"}.get(tuple(kinds), "blocks")
+    return Considered(
+        unit=unit,
+        steps=len({row["iteration"] for row in scored}),
+        complete=len(complete),
+        partial=len({row["removed"] for row in scored} - complete),
+    )
+
+
+def _require_same(removed: Sequence[str], order: Sequence[str], path: Path) -> None:
+    if list(removed) != list(order):
         raise InputError(
-            f"{path} removes {', '.join(order)}; the plan beside it removes {', '.join(plan.order)}: they are of "
+            f"{path} removes {', '.join(removed)}; the plan beside it removes {', '.join(order)}: they are of "
             "different searches; delete both and run `dvc repro`"
         )
-    return tuple(removals)
 
 
 def _read_target(name: str, data: Path) -> Target:
     plan = Plan.load(data / "plans" / name / "plan.json")
-    removals = read_removals(data / "plans" / name / "iterations.parquet", plan)
+    sequence: tuple[Removal, ...] = ()
+    search = None
+    if plan.kind == "mask":
+        path = data / "plans" / name / "iterations.parquet"
+        rows = read_iterations(path)
+        search = considered(rows)
+        if plan.nested:
+            sequence = removals(rows, plan, path)
+        else:
+            last = max((row["iteration"] for row in rows if row["chosen"]), default=None)
+            answer = [row["removed"] for row in rows if row["chosen"] and row["iteration"] == last]
+            _require_same([format_mask(mask) for mask in answer], plan.order, path)
     results = data / "results" / name
     fields = read_json(results / "results.json")["speed"]
     pruned, dense = _speed(fields["pruned"]), _speed(fields["dense"])
@@ -274,7 +344,7 @@ def _read_target(name: str, data: Path) -> Target:
         generation=fields["speedup_generation"],
         is_noise=pruned.fastest <= dense.slowest and dense.fastest <= pruned.slowest,
     )
-    return Target(name, plan, removals, _read_result(results, "pruned"), speedups)
+    return Target(name, plan, sequence, search, _read_result(results, "pruned"), speedups)
 
 
 def _read_result(directory: Path, model: str) -> Result:

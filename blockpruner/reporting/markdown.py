@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 
 from blockpruner.reporting.findings import Level
-from blockpruner.reporting.page import Page, Section
+from blockpruner.reporting.page import Overview, Page, Section
+from blockpruner.reporting.plots import Plot
 from blockpruner.reporting.tables import Table
 
 MARKS = {Level.RESULT: "", Level.NOTE: "", Level.WARNING: "⚠ ", Level.ADVICE: "➜ "}
 
 
 def render_markdown(page: Page) -> str:
-    parts = [f"# {escape(page.title)}", *(_section(section) for section in page.sections), escape(page.provenance)]
+    parts = [f"# {escape(page.title)}", *map(_overview, page.overviews), *map(_section, page.sections)]
+    parts.append(escape(page.provenance))
     return "\n\n".join(parts) + "\n"
 
 
@@ -21,11 +23,20 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split()))
 
 
+def _overview(overview: Overview) -> str:
+    parts = [f"## {escape(overview.title)}", _table(overview.choices), *map(_figure, overview.plots)]
+    return "\n\n".join([*parts, "### All targets", _table(overview.targets), escape(overview.legend)])
+
+
+def _figure(plot: Plot) -> str:
+    return f"![{plot.name}](plots/{plot.name}.png)\n\n{escape(plot.caption)}"
+
+
 def _section(section: Section) -> str:
     parts = [f"## {escape(section.run)}"]
     parts.append("\n".join(f"- {MARKS[f.level]}**{escape(f.title)}.** {escape(f.text)}" for f in section.findings))
     parts += [_table(section.headline), escape(section.legend)]
-    parts += [f"![{plot.name}](plots/{plot.name}.png)\n\n{escape(plot.caption)}" for plot in section.plots]
+    parts += map(_figure, section.plots)
     for title, table in section.sequences:
         parts += [f"### {escape(title)}", _table(table)]
     parts.append("\n".join(f"- **{escape(name)}:** {escape(text)}" for name, text in section.facts))

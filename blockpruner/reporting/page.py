@@ -1,17 +1,23 @@
-"""What a report says, in which order: one section a run. How it is marked up is decided in `html` and `markdown`."""
+"""What a report says, in which order: what can stand in for each dense model, then one section a run.
+
+How it is marked up is decided in `html` and `markdown`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from blockpruner.blocks import DENSE, format_mask
 from blockpruner.provenance import commit, machine, versions
+from blockpruner.reporting.comparison import Comparison, comparisons
 from blockpruner.reporting.findings import Finding, findings
 from blockpruner.reporting.formats import listed, percent
 from blockpruner.reporting.inputs import Study
-from blockpruner.reporting.plots import Plot, plots
-from blockpruner.reporting.tables import LEGEND, Table, headline, sequence
+from blockpruner.reporting.methods import method_words
+from blockpruner.reporting.plots import Plot, pareto_plot, plots
+from blockpruner.reporting.tables import COMPARISON_LEGEND, LEGEND, Table, choices, compared, headline, sequence
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,33 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Overview:
+    """All targets of one dense model, of several runs where it has them. choices: those on the front of speed."""
+
+    title: str
+    choices: Table
+    targets: Table
+    legend: str
+    plots: tuple[Plot, ...]
+
+
+@dataclass(frozen=True)
 class Page:
     """Everything is plain text; nothing in it is markup except the plots' SVG."""
 
     title: str
+    overviews: tuple[Overview, ...]
     sections: tuple[Section, ...]
     provenance: str
 
+    @property
+    def plots(self) -> tuple[Plot, ...]:
+        return tuple(chain(*(o.plots for o in self.overviews), *(s.plots for s in self.sections)))
+
 
 def build_page(title: str, studies: Sequence[Study], draw: bool) -> Page:
-    return Page(title, tuple(_section(study, draw) for study in studies), provenance_line())
+    overviews = tuple(_overview(found, draw) for found in comparisons(studies) if len(found.options) > 2)
+    return Page(title, overviews, tuple(_section(study, draw) for study in studies), provenance_line())
 
 
 def provenance_line() -> str:
@@ -45,6 +68,16 @@ def provenance_line() -> str:
     where = found[:12] + found[40:] if found else "unknown (no repository)"
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"Made at commit {where} with {packages}, on {machine()}."
+
+
+def _overview(comparison: Comparison, draw: bool) -> Overview:
+    return Overview(
+        title=f"What to take for {comparison.studies[0].labels.model}",
+        choices=choices(comparison),
+        targets=compared(comparison),
+        legend=COMPARISON_LEGEND,
+        plots=(pareto_plot(comparison),) if draw else (),
+    )
 
 
 def _section(study: Study, draw: bool) -> Section:
@@ -60,7 +93,7 @@ def _section(study: Study, draw: bool) -> Section:
 
 
 def _facts(study: Study) -> tuple[tuple[str, str], ...]:
-    plan, dense, labels, counts = study.targets[0].plan, study.dense, study.labels, study.counts
+    plan, dense, labels = study.targets[0].plan, study.dense, study.labels
     tasks = ", ".join(f"{task} ({items:,} items)" for task, items in dense.task_items.items())
     rows, tokens = plan.calibration["rows"], plan.calibration["tokens"]
     trained = [target.name for target in study.targets if target.plan.recover]
@@ -71,24 +104,42 @@ def _facts(study: Study) -> tuple[tuple[str, str], ...]:
         ("Tasks", f"{labels.tasks}: {tasks}"),
         *([("Recovery", f"LoRA on {labels.recovery}: {listed(trained)}")] if trained else []),
         ("Speed", study.targets[0].result.speed.setting),
-        (
-            "Search",
-            f"{plan.method}: {_search(study)}; the last run of its stage computed {counts['trials_computed']:,} trials "
-            f"and reused {counts['trials_reused']:,}, in {counts['seconds']:,.0f} s of scoring",
-        ),
+        _made(study),
     )
 
 
-def _search(study: Study) -> str:
-    """How much of the search was spared, and what its audits say."""
+def _made(study: Study) -> tuple[str, str]:
+    """How the plans of a run came about: the method in words, and its work or its steps."""
+    counts, words = study.counts, listed(list(dict.fromkeys(map(method_words, study.targets))))
+    if counts:
+        return "Search", (
+            f"{words}: {_nested(study) if study.traces else _budget_by_budget(study)}; the last run of its stage "
+            f"computed {counts['trials_computed']:,} trials and reused {counts['trials_reused']:,}, in "
+            f"{counts['seconds']:,.0f} s of scoring"
+        )
+    merges = [
+        f"{target.name}: {', '.join(target.plan.order)} (those above a similarity of "
+        f"{target.plan.details['threshold']:.4g})"
+        for target in study.targets
+        if target.plan.kind == "laco"
+    ]
+    what = "; merges in order, N+k for the k layers above layer N of that moment into it, in " if merges else ""
+    return "Method", f"{words}{what}{'; '.join(merges)}"
+
+
+def _nested(study: Study) -> str:
+    """How much of a search for all budgets was spared, and what its audits say."""
     removals = [removal for trace in study.traces for removal in trace.removals]
-    candidates, scored = sum(r.candidates for r in removals), sum(len(r.rises) for r in removals)
-    text = f"{scored:,} candidates scored on all rows in {len(removals):,} iterations"
+    candidates, scored = sum(r.candidates for r in removals), sum(len(r.costs) for r in removals)
+    steps = sum(r.candidates > 0 for r in removals)
+    if not steps:
+        return "no candidate was scored"
+    text = f"{scored:,} candidates scored on all rows in {steps:,} iteration{'s' if steps > 1 else ''}"
     if scored < candidates:
-        partial, share = sum(r.partial for r in removals), sum(r.rows_share * r.candidates for r in removals)
+        partial, share = sum(r.partial for r in removals), sum(r.work for r in removals) / candidates
         text += (
             f" of {candidates:,}; {partial:,} were dropped by a race, {candidates - scored - partial:,} not considered:"
-            f" {percent(share / candidates)} of all pairs of candidate and row computed"
+            f" {percent(share)} of all pairs of candidate and row computed"
         )
     audited = [r for r in removals if r.lazy_choice is not None]
     if audited:
@@ -96,3 +147,15 @@ def _search(study: Study) -> str:
                  if r.lazy_choice != r.added]  # fmt: skip
         text += f"; {len(audited)} audits, " + (f"which chose otherwise: {'; '.join(other)}" if other else "all agree")
     return text
+
+
+def _budget_by_budget(study: Study) -> str:
+    """What a search that starts anew for each budget asked for."""
+    searches = {t.plan.budget: t.considered for t in study.targets if t.considered is not None}.values()
+    partial = sum(search.partial for search in searches)
+    return (
+        f"{sum(search.complete for search in searches):,} masks scored on all rows"
+        + (f" and {partial:,} on the first rows only" if partial else "")
+        + f", in {sum(search.steps for search in searches):,} steps"
+        + (f" of {len(searches)} searches, one for each budget" if len(searches) > 1 else "")
+    )

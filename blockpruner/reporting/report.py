@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from blockpruner.reporting.comparison import comparisons
 from blockpruner.reporting.html import render_html
 from blockpruner.reporting.inputs import RunLabels, read_studies
 from blockpruner.reporting.markdown import render_markdown
 from blockpruner.reporting.page import build_page
-from blockpruner.reporting.tables import curve_csv, iterations_csv
+from blockpruner.reporting.tables import curve_csv, iterations_csv, pareto_csv
 from blockpruner.tables import replace_directory
 
 
@@ -34,10 +35,11 @@ def write_report(
             "index.html": render_html(page),
             "curve.csv": curve_csv(studies),
             "iterations.csv": iterations_csv(studies),
+            "pareto.csv": pareto_csv(comparisons(studies)),
         }
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
-        for plot in (plot for section in page.sections for plot in section.plots):
+        for plot in page.plots:
             (directory / "plots").mkdir(exist_ok=True)
             (directory / "plots" / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
             (directory / "plots" / f"{plot.name}.png").write_bytes(plot.png)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -17,25 +18,52 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blockpruner.blocks import Mask, format_mask, removable_units
+from blockpruner.blocks import Mask, format_mask, parse_mask, removable_units
+from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
-from blockpruner.reporting.findings import Level, findings, first_jump, recommended
-from blockpruner.reporting.inputs import ITERATIONS, RunLabels, Study, paired, read_studies
-from blockpruner.reporting.page import build_page
+from blockpruner.families import count_parameters
+from blockpruner.plans import commit, save_iterations
+from blockpruner.progress import SilentObserver
+from blockpruner.reporting.comparison import front
+from blockpruner.reporting.findings import Level, findings, first_jump, is_mismatch, recommended
+from blockpruner.reporting.inputs import (
+    ITERATIONS,
+    Considered,
+    RunLabels,
+    Study,
+    considered,
+    paired,
+    read_iterations,
+    read_studies,
+    removals,
+)
+from blockpruner.reporting.markdown import render_markdown
+from blockpruner.reporting.methods import METRIC_WORDS, SEARCH_WORDS, UNSCORED
+from blockpruner.reporting.page import Page, build_page
+from blockpruner.reporting.plots import plots
 from blockpruner.reporting.report import write_report
-from blockpruner.reporting.tables import headline
+from blockpruner.reporting.tables import curve_csv, headline, sequence
+from blockpruner.scoring.metrics import METRICS
+from blockpruner.scoring.work import Unit
+from blockpruner.search import SEARCHES, iteration
+from blockpruner.search.run import score_run
+from blockpruner.search.trace import read_current, table_path, trace_directory
 from blockpruner.tables import write_json
 
 LAYERS, ROWS = 12, 4
 MHA, MLP, TOTAL = 900_000, 2_700_000, 60_000_000
 CHANCE = {"piqa": 0.5, "winogrande": 0.5, "arc_easy": 0.25}
-LABELS = {"tiny": RunLabels("tiny 1.0 (float32)", "Alpaca prompts", "Wikipedia", "stock tasks")}
+LABEL = RunLabels("tiny 1.0 (float32)", "Alpaca prompts", "Wikipedia", "stock tasks")
+LABELS = dict.fromkeys(("tiny", "shortgpt", "kl", "random", "swap", "laco", "slicegpt"), LABEL)
 
 
 @dataclass(frozen=True)
 class World:
     """What the fixture writes; a test changes one field. costs: NLL rise of each removal; speedups: by target."""
 
+    run: str = "tiny"
+    method: str = "greedy"
+    metric: str = "perplexity"
     layers: int = LAYERS
     costs: tuple[float, ...] = (0.03, 0.035, 0.04, 0.05, 0.06, 0.07)
     removals: tuple[tuple[str, int], ...] = (("tiny-a", 3), ("tiny-b", 6))
@@ -71,11 +99,13 @@ def build(data: Path, world: World = World()) -> Path:
         removed, nll = removed | chosen, nll + cost
         masks.append(removed)
         nlls.append(nll)
-    results(data / "results" / "tiny-dense", world, 0, 0.0, None)
+    searched = world.method not in ("laco", "slicegpt")
+    rows = [told for row in rows if (told := _told(world, row))]
+    results(data / "results" / f"{world.run}-dense", world, 0, 0.0, None)
     for position, (target, count) in enumerate(world.removals):
         plan = {
-            "kind": "mask", "target": target, "run": "tiny", "budget": "0.1", "method": "greedy",
-            "metric": "perplexity", "search": "f00d", "layers": world.layers,
+            "kind": "mask", "target": target, "run": world.run, "budget": f"{count}blocks", "method": world.method,
+            "metric": world.metric, "search": "f00d", "layers": world.layers,
             "removed": format_mask(masks[count - 1]).split(","),
             "order": [format_mask(unit) for unit in queue[:count]], "ratio": _ratio(masks[count - 1]),
             "ratios": [_ratio(mask) for mask in masks[:count]],
@@ -84,14 +114,62 @@ def build(data: Path, world: World = World()) -> Path:
             "calibration": {"rows": ROWS, "tokens": 512, "dense_perplexity": math.exp(nlls[0]),
                             "perplexity": math.exp(nlls[count])},
         }  # fmt: skip
-        write_json(data / "plans" / target / "plan.json", plan)
         used = [row for row in rows if row["iteration"] < count]
-        pq.write_table(pa.Table.from_pylist(used, ITERATIONS), data / "plans" / target / "iterations.parquet")
+        if world.method == "swap":
+            plan |= {"order": [format_mask(masks[count - 1])], "ratios": [plan["ratio"]], "nested": False}
+            used = _swapped(masks, nlls, count)
+        plan |= _transform(world, plan, count)
+        write_json(data / "plans" / target / "plan.json", plan)
+        if searched:
+            pq.write_table(pa.Table.from_pylist(used, ITERATIONS), data / "plans" / target / "iterations.parquet")
         heldout = world.heldout_factor * (nlls[count] - nlls[0])
         results(data / "results" / target, world, position + 1, heldout, (world.speedups[position], plan))
     counts = {"trials_computed": 123, "trials_reused": 45, "seconds": 67.0, "units_computed": 123, "iterations": 6}
-    write_json(data / "metrics" / "tiny" / "score.json", counts)
+    if searched:
+        write_json(data / "metrics" / world.run / "score.json", counts)
     return data
+
+
+def _told(world: World, row: dict[str, Any]) -> dict[str, Any] | None:
+    """A row of greedy by perplexity as the world's method and metric leave it, None if they leave none.
+
+    KL is a tenth of the rise of NLL over the dense model, an influence three tenths of that over the model before.
+    """
+    is_kept = row["chosen"] or not row["removed"]
+    if not is_kept and (world.method in ("random", "given") or (world.method == "one_shot" and row["iteration"])):
+        return None
+    if world.metric == "kl":
+        row = row | {"loss": 0.1 * (row["loss"] - 2.5)}
+    elif world.metric == "block_influence":
+        row = row | {"loss": 0.3 * (row["loss"] - 2.5 - sum(world.costs[: row["iteration"]]))}
+    if world.metric != "perplexity" and not is_kept:
+        row = row | {"perplexity": None, "row_nll": None}
+    if world.method in ("random", "given") or (world.method == "one_shot" and row["iteration"]):
+        row = row | {"loss": None, "rows_used": 0, "row_loss": []}
+    return row
+
+
+def _swapped(masks: list[Mask], nlls: list[float], count: int) -> list[dict[str, Any]]:
+    """Two steps to the mask of `count` removals; two others lose, one of them after one row."""
+    rows = [_row(0, Mask(), None, nlls[0], False), _row(0, masks[count - 2], None, nlls[count] + 0.2, True)]
+    loser = masks[count - 1] ^ masks[0]
+    rows += [_row(1, masks[count - 1], None, nlls[count], True), _row(1, loser, None, 9.0, False)]
+    return [*rows, _row(1, masks[count - 1] | parse_mask("mlp.0"), None, 1.0, False) | {"rows_used": 1}]
+
+
+def _transform(world: World, plan: dict[str, Any], count: int) -> dict[str, Any]:
+    """What is different in the plan of a change of weights that leaves no sequence of removals."""
+    changed: dict[str, Any] = {"removed": [], "order": [], "ratios": [], "nested": False}
+    if world.method == "laco":
+        merges = [f"{world.layers - 3 - i}+1" for i in range(count)]
+        details = {"variant": "repo", "merges": merges, "threshold": 0.65}
+        return changed | {"kind": "laco", "order": merges, "metric": "cosine", "blocks": {"mha": count, "mlp": count},
+                          "details": details}  # fmt: skip
+    if world.method == "slicegpt":
+        calibration = plan["calibration"] | {"dense_perplexity": None, "perplexity": None}
+        return changed | {"kind": "slicegpt", "metric": "", "blocks": {"mha": 0, "mlp": 0}, "calibration": calibration,
+                          "details": {"width": 576 - 32 * count, "hidden": 576}}  # fmt: skip
+    return {}
 
 
 def _ratio(mask: Mask) -> float:
@@ -162,9 +240,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_report_is_complete_and_its_tables_hold_the_inputs(report: Path) -> None:
     data = report.parent
-    names = [f"tiny-{plot}" for plot in ("perplexity", "accuracy", "speed", "tasks")] + ["tiny-b-map", "tiny-b-heat"]
+    names = [f"tiny-{plot}" for plot in ("pareto", "perplexity", "accuracy", "speed", "tasks")] + [
+        "tiny-b-map",
+        "tiny-b-heat",
+    ]
     assert {p.relative_to(report).as_posix() for p in report.rglob("*") if p.is_file()} == {
-        "report.md", "index.html", "curve.csv", "iterations.csv",
+        "report.md", "index.html", "curve.csv", "iterations.csv", "pareto.csv",
         *(f"plots/{name}.{kind}" for name in names for kind in ("svg", "png")),
     }  # fmt: skip
     dense, a, b = (_json(data / "results" / name / "results.json") for name in ("tiny-dense", "tiny-a", "tiny-b"))
@@ -254,7 +335,7 @@ def test_without_plots_the_old_folder_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "report" / "plots").mkdir(parents=True)
     write_report(tmp_path / "report", "t", ["tiny-a"], LABELS, tmp_path, False)
     names = sorted(p.name for p in (tmp_path / "report").iterdir())
-    assert names == ["curve.csv", "index.html", "iterations.csv", "report.md"]
+    assert names == ["curve.csv", "index.html", "iterations.csv", "pareto.csv", "report.md"]
     assert "<svg" not in (tmp_path / "report" / "index.html").read_text()
 
 
@@ -341,9 +422,9 @@ def test_racing_losers_are_in_no_ranking_curve_or_heat_map(tmp_path: Path) -> No
         assert right.partial == 1
         assert left.partial == 0
         assert (right.added, right.perplexity, right.rise) == (left.added, left.perplexity, left.rise)
-        assert len(right.rises) == len(left.rises) - 1
-        assert right.rises.items() <= left.rises.items()
-        assert min(right.rises.values()) == right.rise
+        assert len(right.costs) == len(left.costs) - 1
+        assert right.costs.items() <= left.costs.items()
+        assert min(right.costs.values()) == right.rise
     assert [f.text for f in findings(plain)] == [f.text for f in findings(raced)]
 
 
@@ -478,3 +559,341 @@ def test_whole_layers_count_as_their_blocks(tmp_path: Path) -> None:
     first = _json(data / "plans" / "tiny-b" / "plan.json")["order"][0]
     assert first.count(",") == 1
     assert f"| 1 | {first} |" in text
+
+
+def others(run: str, method: str, **changes: Any) -> World:
+    """A run of another method, its targets named after it."""
+    world = replace(World(), run=run, method=method, removals=((f"{run}-a", 3), (f"{run}-b", 6)))
+    return replace(world, **changes)
+
+
+SHORTGPT = others(
+    "shortgpt", "one_shot", metric="block_influence", unit="layer", costs=(0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
+)
+
+
+def search_of(found: Study) -> str:
+    (section,) = build_page("t", [found], draw=False).sections
+    return dict(section.facts)["Search"]
+
+
+def drawn(found: Study) -> dict[str, str]:
+    """The SVG and the caption of a run's plots."""
+    return {plot.name: plot.svg + plot.caption for plot in plots(found)}
+
+
+def test_every_search_and_metric_has_words() -> None:
+    assert SEARCH_WORDS.keys() == SEARCHES.keys()
+    assert METRIC_WORDS.keys() == METRICS.keys()
+    assert set(UNSCORED) == {name for name, method in SEARCHES.items() if not method.scores}
+
+
+def test_costs_are_in_the_metric_and_rises_in_nats(tmp_path: Path) -> None:
+    """A KL divergence counts from that of the mask before; an influence is of the unit itself."""
+    (nll,) = study(tmp_path / "0").traces
+    for run, metric, factor, words in (
+        ("kl", "kl", 0.1, ("KL divergence rise", "nats per token")),
+        ("influence", "block_influence", 0.3, ("Block Influence", "1 - cosine")),
+    ):
+        world = others(run, "greedy", metric=metric)
+        build(tmp_path / run, world)
+        (found,) = read_studies([name for name, _ in world.removals], {run: LABEL}, tmp_path / run)
+        (trace,) = found.traces
+        for left, right in zip(nll.removals, trace.removals, strict=True):
+            assert right.added == left.added
+            assert right.rise == pytest.approx(left.rise)
+            assert right.costs.keys() == left.costs.keys()
+            assert all(right.costs[unit] == pytest.approx(factor * left.costs[unit]) for unit in left.costs)
+        table = sequence(trace)
+        assert table.head[-1] == ", ".join(words)
+        costs = [float(row[-1]) for row in table.rows[1:]]
+        assert costs == pytest.approx([factor * cost for cost in World().costs], rel=1e-3)
+        heat = drawn(found)[f"{run}-b-heat"]
+        assert all(word in heat for word in words)
+        assert "NLL" not in heat
+        assert search_of(found).startswith(f"greedy, blocks, by {METRIC_WORDS[metric]}: 129 candidates scored on all")
+    assert sequence(nll).head[-1] == "NLL rise, nats/token"
+
+
+def test_one_ranking_decides_all_removals_and_nothing_was_spared(tmp_path: Path) -> None:
+    found = study(tmp_path, SHORTGPT)
+    words = "one-shot, whole layers, by Block Influence"
+    assert all(words in f.title for f in findings(found) if f.rule == "outcome")
+    assert search_of(found).startswith(f"{words}: 12 candidates scored on all rows in 1 iteration; the last run of")
+    (trace,) = found.traces
+    ranking = trace.removals[0].costs
+    assert [row[-1] for row in sequence(trace).rows[1:]] == [f"{ranking[r.added]:.4g}" for r in trace.removals]
+    assert [r.rise for r in trace.removals] == pytest.approx(SHORTGPT.costs)
+    heat = drawn(found)["shortgpt-b-heat"]
+    assert "This one ranking decided all removals" in heat
+    assert "whole layers" in heat
+    assert "already removed" not in heat
+
+
+def test_the_likelihood_of_answers_is_not_held_against_a_text(tmp_path: Path) -> None:
+    worlds = [others(run, "greedy", metric=run, heldout_factor=2.5) for run in ("perplexity", "answer_likelihood")]
+    labels = {world.metric: LABEL for world in worlds}
+    for world in worlds:
+        build(tmp_path, world)
+    texts, answers = read_studies([name for world in worlds for name, _ in world.removals], labels, tmp_path)
+    assert [rule for rule, _ in rules(texts)] == ["mismatch"]
+    assert rules(answers) == []
+    assert "greedy, blocks, by likelihood of the right answers" in search_of(answers)
+    assert "nats per token of the right answer" in drawn(answers)["answer_likelihood-b-heat"]
+
+
+def test_a_search_without_scores_has_an_order_but_no_heat_map(tmp_path: Path) -> None:
+    """Held-out text may then suffer as it likes: the calibration text has decided nothing."""
+    found = study(tmp_path, others("random", "random", heldout_factor=2.5))
+    assert set(drawn(found)) == {f"random-{name}" for name in ("perplexity", "accuracy", "speed", "tasks", "b-map")}
+    assert search_of(found).startswith("random order, blocks: no candidate was scored; the last run")
+    assert rules(found) == []
+    assert len(sequence(found.traces[0]).rows) == 7
+
+
+def test_a_search_for_one_budget_has_no_sequence(tmp_path: Path) -> None:
+    world = others("swap", "swap", removals=(("swap-a", 3), ("swap-b", 6)))
+    found = study(tmp_path, world)
+    assert found.traces == ()
+    assert {t.considered for t in found.targets} == {Considered("blocks", 2, 3, 1)}
+    assert "swap search, blocks, by perplexity: 6 masks scored on all rows and 2 on the first rows only" in (
+        search_of(found)
+    )
+    assert ", in 4 steps of 2 searches, one for each budget; the last" in search_of(found)
+    assert not any("not considered" in text for text in (search_of(found), render_markdown(page_of(found))))
+    plot = drawn(found)
+    assert {name for name in plot if name.endswith(("map", "heat"))} == {"swap-a-map", "swap-b-map"}
+    assert "have no order" in plot["swap-a-map"]
+    assert "Rings are the targets on the calibration rows" in plot["swap-perplexity"]
+    assert page_of(found).sections[0].sequences == ()
+    assert [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))] == [
+        str(math.exp(nll)) for nll in (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06 + 0.07)
+    ]
+    path = tmp_path / "plans" / "swap-a" / "plan.json"
+    write_json(path, _json(path) | {"order": ["mha.1"]})
+    with pytest.raises(InputError, match=r"swap-a/iterations\.parquet removes .* the plan beside it removes mha\.1"):
+        read_studies(["swap-a"], LABELS, tmp_path)
+
+
+def test_merged_layers_have_no_tables_and_no_trials(tmp_path: Path) -> None:
+    found = study(tmp_path, others("laco", "laco"))
+    assert set(drawn(found)) == {f"laco-{name}" for name in ("perplexity", "accuracy", "speed", "tasks")}
+    page = page_of(found)
+    text = render_markdown(page)
+    assert "3 layers by merging; LaCo (repo), layers merged, by cosine similarity" in text
+    method = dict(page.sections[0].facts)["Method"]
+    assert "laco-a: 9+1, 8+1, 7+1 (those above a similarity of 0.65)" in method
+    assert "Search" not in dict(page.sections[0].facts)
+    assert found.targets[1].calibration_rise == pytest.approx(sum(World().costs))
+    assert is_mismatch(replace(found, dense=replace(found.dense, perplexity=1.0)), found.targets[1])
+
+
+def test_an_unknown_calibration_perplexity_is_a_dash_and_in_no_curve(tmp_path: Path) -> None:
+    """Held-out perplexity is 2.5 times what the calibration would allow, were it known."""
+    found = study(tmp_path, others("slicegpt", "slicegpt", heldout_factor=2.5))
+    assert (found.dense_calibration, found.targets[0].calibration_rise) == (None, None)
+    plot = drawn(found)["slicegpt-perplexity"]
+    assert "Held-out perplexity of the dense" in plot
+    assert ">calibration<" not in plot
+    assert rules(found) == []
+    (overview,) = page_of(found).overviews
+    at = overview.targets.head.index("calibration PPL")
+    assert [row[at] for row in overview.targets.rows] == ["–", "–"]
+    assert [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))] == ["", "", ""]
+    row = next(row for row in headline(found).rows if row[0] == "Taken out")
+    assert row[2:] == ("nothing", "width 576 → 480", "width 576 → 384")
+    slow = replace(found.targets[1], speedups=replace(found.targets[1].speedups, generation=1.01))
+    (warning,) = [f for f in findings(replace(found, targets=(slow,))) if f.rule == "slow"]
+    assert "Slicing" in warning.text
+    assert "MLP" not in warning.text
+
+
+def page_of(*found: Study) -> Page:
+    return build_page("t", found, draw=False)
+
+
+def test_front_agrees_with_brute_force() -> None:
+    """On a coarse grid, so that ties in one coordinate and duplicates abound."""
+    random = np.random.default_rng(1)
+    for size in (*range(6), *[20] * 200):
+        points = [(int(x), int(y)) for x, y in random.integers(0, 7, (size, 2))]
+        dominated = [
+            any(p[0] <= q[0] and p[1] <= q[1] and (p[0] < q[0] or p[1] < q[1]) for p in points) for q in points
+        ]
+        assert front(points) == [i for i, below in enumerate(dominated) if not below]
+    assert front([(1.0, 2.0)]) == [0]
+    assert front([(1.0, 2.0), (1.0, 2.0), (1.0, 3.0), (2.0, 2.0)]) == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six runs of one model."""
+    data = tmp_path_factory.mktemp("several")
+    for world in SEVERAL:
+        build(data, world)
+    names = [name for world in SEVERAL for name, _ in world.removals]
+    write_report(data / "report", "Several", names, LABELS, data, False)
+    return data
+
+
+SEVERAL = (
+    replace(World(), speedups=(1.05, 1.12)),
+    replace(SHORTGPT, removals=(("shortgpt-a", 2), ("shortgpt-b", 5)), speedups=(1.13, 1.3), accuracy_loss=0.2),
+    others("random", "random", speedups=(1.05, 1.14), costs=(0.1, 0.12, 0.14, 0.16, 0.18, 0.2)),
+    others("swap", "swap", removals=(("swap-a", 3), ("swap-b", 6)), speedups=(1.05, 1.1), heldout_factor=1.0),
+    others("laco", "laco", speedups=(1.1, 1.26), heldout_factor=2.2),
+    others("slicegpt", "slicegpt", speedups=(0.97, 1.02), heldout_factor=1.7),
+)
+
+
+def test_pareto_csv_holds_every_model_and_the_fronts(several: Path) -> None:
+    rows = list(csv.DictReader((several / "report" / "pareto.csv").open()))
+    assert len(rows) == 13
+    assert {row["target"] for row in rows} == {"dense", *(n for world in SEVERAL for n, _ in world.removals)}
+    speeds = [float(row["speedup_generation"]) for row in rows]
+    assert speeds == sorted(speeds)
+    points = {
+        row["target"]: {
+            "speed": float(row["speedup_generation"]),
+            "kv_cache": -float(row["kv_cache_bytes"]),
+            "parameters": float(row["ratio"]),
+            "loss": float(row["perplexity_heldout"]),
+        }
+        for row in rows
+    }
+    for name, point in points.items():
+        if name != "dense":
+            plan, result = (_json(several / p) for p in (f"plans/{name}/plan.json", f"results/{name}/results.json"))
+            assert point["speed"] == result["speed"]["speedup_generation"]
+            assert point["loss"] == result["perplexity"]["perplexity"]
+            assert point["parameters"] == plan["ratio"]
+    for gain in ("speed", "kv_cache", "parameters"):
+        worse = {
+            name
+            for name, point in points.items()
+            for other in points.values()
+            if other[gain] >= point[gain]
+            and other["loss"] <= point["loss"]
+            and (other[gain], other["loss"]) != (point[gain], point["loss"])
+        }
+        assert {row["target"] for row in rows if row[f"front_{gain}"] == "1"} == points.keys() - worse, gain
+
+
+def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
+    names = [name for world in SEVERAL for name, _ in world.removals]
+    found = read_studies(names, LABELS, several)
+    (overview,) = page_of(*found).overviews
+    assert overview.title == "What to take for tiny 1.0 (float32)"
+    front_rows = [row[2] for row in overview.choices.rows]
+    csv_rows = list(csv.DictReader((several / "report" / "pareto.csv").open()))
+    assert front_rows == [row["target"] for row in csv_rows if row["front_speed"] == "1"]
+    rows = {row[0]: dict(zip(overview.targets.head, row, strict=True)) for row in overview.targets.rows}
+    assert list(rows)[:1] == ["tiny-a"]
+    assert set(rows) == set(names)
+    assert {list(rows)[i] for i in overview.targets.strong} == set(front_rows) - {"dense"}
+    assert rows["shortgpt-a"]["method"] == "one-shot, whole layers, by Block Influence"
+    ratios = {name: _json(several / "plans" / name / "plan.json")["ratio"] for name in names}
+    reference = ""
+    for name, row in rows.items():
+        if row["against ref"] == "ref":
+            assert not reference or ratios[name] > ratios[reference]
+            reference = name
+            continue
+        assert abs(ratios[name] - ratios[reference]) <= 0.015
+        left, right = (pq.read_table(several / "results" / n / "items.parquet").to_pylist() for n in (reference, name))
+        d = np.array([b["acc"] - a["acc"] for a, b in zip(left, right, strict=True)]).reshape(3, 50)
+        error = math.sqrt(float((d.var(axis=1, ddof=1) / 50).sum())) / 3
+        text = f"{100 * d.mean():+.1f} ± {100 * error:.1f}".replace("-", "−")
+        assert row["against ref"].rstrip(" ↓↑") == text
+        assert row["against ref"].endswith("↓") == (d.mean() < -2 * error)
+    assert rows["shortgpt-b"]["against ref"].endswith("ref")
+
+
+def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path: Path) -> None:
+    worlds = (World(), others("random", "random"))
+    for world in worlds:
+        build(tmp_path, world)
+    names = [name for world in worlds for name, _ in world.removals]
+    other = LABELS | {"random": replace(LABEL, heldout="another text")}
+    assert len(page_of(*read_studies(names, LABELS, tmp_path)).overviews) == 1
+    assert len(page_of(*read_studies(names, other, tmp_path)).overviews) == 2
+    assert page_of(*read_studies(names[:1], other, tmp_path)).overviews == ()
+
+
+def test_the_page_of_several_methods_is_sound(several: Path, tmp_path: Path) -> None:
+    text = (several / "report" / "index.html").read_text()
+    assert not re.search(r"\b(nan|None|inf)\b", text)
+    write_report(tmp_path / "two", "Two", ["swap-a", "shortgpt-a", "slicegpt-a"], LABELS, several, True)
+    text = (tmp_path / "two" / "index.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert text.count("<svg ") == len(list((tmp_path / "two" / "plots").glob("*.svg"))) == 1 + 3 * 4 + 3
+
+
+class FakeScorer:
+    """Answers any question about a mask by a number that its text fixes."""
+
+    def row_batches(self, rows: Any, span: range) -> list[range]:
+        return [span]
+
+    def run(self, tasks: Any, rows: Any) -> Any:
+        for task in tasks:
+            for mask in task.masks:
+                value = 1 + len(mask) + sum(map(ord, format_mask(mask))) % 97 / 100
+                yield Unit(mask, task.span.start, (value,) * len(task.span))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "unit"),
+    [
+        ("greedy", {"acceleration": "lazy+race"}, "blocks"),
+        ("greedy", {"metric": "block_influence", "candidates": "mlp"}, "MLP blocks"),
+        ("one_shot", {"metric": "kl", "unit": "layer"}, "whole layers"),
+        ("random", {}, "blocks"),
+        ("given", {"options": {"order": ("mha.1,mlp.1", "mha.2,mlp.2", "mha.0,mlp.0")}}, "whole layers"),
+        ("beam", {"candidates": "mha"}, "MHA blocks"),
+        ("evolution", {"options": {"generations": 3, "offspring": 4, "survivors": (2,)}}, "blocks"),
+        ("swap", {"options": {"tries": 4}}, "blocks"),
+    ],
+)
+def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, changes: dict[str, Any], unit: str) -> None:
+    """From the search itself, by way of the files that score and commit write."""
+    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 5,
+              "num_attention_heads": 2, "vocab_size": 16}  # fmt: skip
+    score = {"method": method, "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
+    traces = score_run(
+        tmp_path / "scores", tmp_path / "trials", calibration=CalibrationSet(((1, 2), (3, 4), (5, 6), (7, 8))),
+        model_identity="m", dtype="float32", config=config, score=score | changes, budgets=["4blocks"],
+        make_scorer=FakeScorer, observer=SilentObserver(), metrics=tmp_path / "score.json",
+    )  # fmt: skip
+    (trace,) = traces.values()
+    facts = read_current(tmp_path / "scores") | {"target": "t", "run": "r"}
+    order, perplexities = iteration.removals(trace, facts["nested"])
+    plan = replace(
+        commit(order, perplexities, count_parameters(config), "4blocks", facts), nested=SEARCHES[method].nested
+    )
+    used = range(len(plan.order) if plan.nested else len(trace))
+    directory = trace_directory(tmp_path / "scores", facts, "4blocks")
+    path = tmp_path / "iterations.parquet"
+    save_iterations([table_path(directory, i) for i in used], path)
+    rows = read_iterations(path)
+    found = considered(rows)
+    assert found.unit == unit
+    scored = [score for i in used for score in trace[i].scores if score.mask and score.row_loss]
+    complete = {score.mask for score in scored if score.is_complete}
+    assert (found.complete, found.partial) == (len(complete), len({score.mask for score in scored} - complete))
+    if plan.nested:
+        sequence = removals(rows, plan, path)
+        assert [removal.added for removal in sequence] == order[: len(plan.order)]
+        assert [sequence[0].before, *(removal.perplexity for removal in sequence)] == pytest.approx(
+            perplexities[: len(plan.order) + 1]
+        )
+        assert not any(math.isnan(cost) for removal in sequence for cost in removal.costs.values())
+        asked = [bool(score.row_loss) for score in trace[0].scores]
+        assert sequence[0].candidates == (len(asked) - 1 if any(asked) else 0)
+    else:
+        assert sum(row["chosen"] for row in rows) == len(trace)
