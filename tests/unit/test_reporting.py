@@ -21,8 +21,7 @@ import pytest
 from blockpruner.blocks import Mask, format_mask, parse_mask, removable_units
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
-from blockpruner.families import count_parameters
-from blockpruner.plans import commit, save_iterations
+from blockpruner.plans import commit_run, save_iterations
 from blockpruner.progress import SilentObserver
 from blockpruner.reporting.comparison import front
 from blockpruner.reporting.findings import Level, findings, first_jump, is_mismatch, recommended
@@ -47,7 +46,7 @@ from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import Unit
 from blockpruner.search import SEARCHES, iteration
 from blockpruner.search.run import score_run
-from blockpruner.search.trace import read_current, table_path, trace_directory
+from blockpruner.search.trace import read_current, read_trace, trace_directory
 from blockpruner.tables import write_json
 
 LAYERS, ROWS = 12, 4
@@ -865,21 +864,19 @@ def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, change
     config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 5,
               "num_attention_heads": 2, "vocab_size": 16}  # fmt: skip
     score = {"method": method, "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
-    traces = score_run(
+    score_run(
         tmp_path / "scores", tmp_path / "trials", calibration=CalibrationSet(((1, 2), (3, 4), (5, 6), (7, 8))),
         model_identity="m", dtype="float32", config=config, score=score | changes, budgets=["4blocks"],
-        make_scorer=FakeScorer, observer=SilentObserver(), metrics=tmp_path / "score.json",
+        make_scorer=FakeScorer, make_bench=lambda: None, observer=SilentObserver(), metrics=tmp_path / "score.json",
     )  # fmt: skip
-    (trace,) = traces.values()
-    facts = read_current(tmp_path / "scores") | {"target": "t", "run": "r"}
-    order, perplexities = iteration.removals(trace, facts["nested"])
-    plan = replace(
-        commit(order, perplexities, count_parameters(config), "4blocks", facts), nested=SEARCHES[method].nested
-    )
-    used = range(len(plan.order) if plan.nested else len(trace))
-    directory = trace_directory(tmp_path / "scores", facts, "4blocks")
+    plan, tables = commit_run(tmp_path / "scores", config, "4blocks", {"target": "t", "run": "r"})
+    assert plan.nested == SEARCHES[method].nested
+    facts = read_current(tmp_path / "scores")
+    trace = read_trace(trace_directory(tmp_path / "scores", facts, "4blocks"), facts["search"])
+    order, perplexities = iteration.removals(trace, plan.nested)
+    used = range(len(tables))
     path = tmp_path / "iterations.parquet"
-    save_iterations([table_path(directory, i) for i in used], path)
+    save_iterations(tables, path)
     rows = read_iterations(path)
     found = considered(rows)
     assert found.unit == unit
