@@ -21,6 +21,7 @@ def fill_options(method: str, defaults: Mapping[str, Any], given: Mapping[str, A
     Raises:
         InputError: an unknown option, one of another type, or a missing one.
     """
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     for key, value in given.items():
         if key not in defaults:
             raise InputError(

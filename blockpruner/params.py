@@ -133,7 +133,7 @@ class Score(Frozen):
     unit: Literal["block", "layer"] = "block"
     candidates: Literal["all", "mha", "mlp"] = "all"
     metric: str = "perplexity"
-    options: dict[str, bool | int | float | str | tuple[str | int, ...]] = {}
+    options: dict[str, bool | int | float | str | tuple[str | int, ...] | None] = {}
     acceleration: Literal["none", "lazy", "race", "lazy+race"] = "none"
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     floor: int | None = Field(default=None, ge=1)
