@@ -68,7 +68,9 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
     rate = matrix_rate(device, min(rows * length, 16384), config.hidden_size)
     started = time.perf_counter()
     (trace,) = (
-        SearchRun(objective, objective, score, units, counts, ConsoleObserver()).traces([f"{removals}blocks"]).values()
+        SearchRun(objective, objective, score, units, {"parameters": counts}, ConsoleObserver())
+        .traces([f"{removals}blocks"])
+        .values()
     )
     seconds = time.perf_counter() - started
     flops, naive, evaluations = spent(config, [step.removed for step in trace], rows, length)

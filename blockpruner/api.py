@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from blockpruner.blocks import removable_units
+from blockpruner.budgets import resources_of
 from blockpruner.calibration import pack
 from blockpruner.checkpoints.hf import save_pruned
-from blockpruner.families import count_parameters
 from blockpruner.models import prune_
 from blockpruner.plans import Plan, commit
 from blockpruner.progress import Observer, SilentObserver
@@ -72,7 +72,7 @@ def prune(
     """
     observer = observer or SilentObserver()
     config = model.config.to_dict()
-    counts = count_parameters(config)
+    resources = resources_of(config)
     budget = f"{ratio:.12g}"
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
     calibration = pack(texts, tokenizer, seq_len, packing)
@@ -91,12 +91,12 @@ def prune(
     asked = objective(metric_of(metric))
     nll = asked if asked.metric.loss == PERPLEXITY.loss else objective(PERPLEXITY)
     units = removable_units(int(config["num_hidden_layers"]), unit, candidates)
-    (trace,) = SearchRun(asked, nll, score, units, counts, observer).traces([budget]).values()
+    (trace,) = SearchRun(asked, nll, score, units, resources, observer).traces([budget]).values()
     order, perplexities = removals(trace, method_of(method).nested)
     facts = {
         "target": f"in-memory-{budget}", "run": "in-memory", "score": score, "search": "in-memory", "kind": "mask",
         "nested": method_of(method).nested,
         "calibration": {"rows": len(calibration.rows), "tokens": calibration.tokens},
     }  # fmt: skip
-    plan = commit(order, perplexities, counts, budget, facts)
+    plan = commit(order, perplexities, resources, budget, facts)
     return Pruned(prune_(model, plan.mask), tokenizer, plan, tuple(trace))

@@ -1,31 +1,58 @@
 """Budgets: how far to prune, and which prefix of a removal sequence meets one.
 
-A budget is a ratio ("0.22"), a number of blocks ("17blocks") or of whole layers ("7layers", by parameters the
-same as that many layers). A ratio is met by the prefix whose ratio is nearest, a tie going to the larger, as the
-rows of arXiv 2406.10594 are.
+A budget is a share of one resource of the dense model: of its parameters ("0.22", or "7layers", the parameters of that
+many layers), of its KV cache ("0.30kv"), or of the time in which it generates ("1.25x", a speed-up); or it is a number
+of blocks ("17blocks"). A share is met by the prefix whose share is nearest, a tie going to the larger, as the rows of
+arXiv 2406.10594 are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from blockpruner.blocks import BlockId, Mask
+from blockpruner.blocks import BlockId, Mask, all_blocks
 from blockpruner.errors import InputError
-from blockpruner.families import ParameterCounts
+from blockpruner.families import Config, Costs, count_kv_cache, count_parameters
+
+Resources = Mapping[str, Costs]
+"""By name: "parameters" and "kv" (the KV cache), counted from the config; "latency" (time of generation) where it was
+measured."""
+
+SHARE = re.compile(r"(?P<value>\d*\.?\d+)(?P<unit>kv|x|)")
+FORMS = (
+    'give a share of all parameters between 0 and 1 ("0.22"), a number of blocks ("17blocks") or of whole layers '
+    '("7layers"), a share of the KV cache ("0.30kv"), or a speed-up of generation above 1 ("1.25x")'
+)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """text: as in params.yaml; ratio: share of all parameters, or blocks: a count; exactly one is not None."""
+    """text: as in params.yaml; ratio: share of a resource, or blocks: a count; exactly one is not None."""
 
     text: str
     ratio: float | None = None
     blocks: int | None = None
+    resource: str = "parameters"
+
+    def amount(self, mask: Mask, costs: Costs) -> str:
+        """How much a mask removes, in words of this budget."""
+        ratio, blocks = costs.ratio(mask), f"{len(mask)}blocks"
+        if self.resource == "latency":
+            return f"{blocks}, {1 / (1 - ratio):.4f}x"
+        return f"{blocks}, {ratio:.4f}kv" if self.resource == "kv" else f"{blocks}, ratio {ratio:.4f}"
 
 
-def parse_budget(text: str, counts: ParameterCounts) -> Budget:
-    """Read a budget for one model; raises InputError."""
+def parse_budget(text: str, counts: Costs) -> Budget:
+    """Read a budget for one model.
+
+    Args:
+        counts: its parameters.
+
+    Raises:
+        InputError: names the text and the valid forms.
+    """
     try:
         if text.endswith("blocks"):
             return Budget(text, blocks=_positive(text.removesuffix("blocks")))
@@ -35,16 +62,16 @@ def parse_budget(text: str, counts: ParameterCounts) -> Budget:
             if layers >= depth:
                 raise InputError(f"budget {text!r} removes every layer of {depth}; the largest is {depth - 1}layers")
             return Budget(text, ratio=layers / depth * sum(counts.blocks.values()) / counts.total)
-        ratio = float(text)
-        if 0.0 < ratio < 1.0:
-            return Budget(text, ratio=ratio)
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-    raise InputError(
-        f'budget {text!r} is not valid; give a share of all parameters between 0 and 1 ("0.22"), a number of '
-        'blocks ("17blocks") or of whole layers ("7layers")'
-    )
+    share = SHARE.fullmatch(text)
+    value, unit = (float(share["value"]), share["unit"]) if share else (0.0, "")
+    if unit == "x" and value > 1.0:
+        return Budget(text, ratio=1.0 - 1.0 / value, resource="latency")
+    if unit != "x" and 0.0 < value < 1.0:
+        return Budget(text, ratio=value, resource="kv" if unit else "parameters")
+    raise InputError(f"budget {text!r} is not valid; {FORMS}")
 
 
 def _positive(text: str) -> int:
@@ -54,16 +81,32 @@ def _positive(text: str) -> int:
     return value
 
 
-def require_reachable(budget: Budget, units: Sequence[Mask], counts: ParameterCounts) -> None:
+def resources_of(config: Config, latency: Mapping[str, int] | None = None) -> dict[str, Costs]:
+    """What a model takes, and each of its blocks.
+
+    Args:
+        latency: nanoseconds of generation: "total", and of one block "mha" and "mlp"; None where it was not measured.
+    """
+    found = {"parameters": count_parameters(config), "kv": count_kv_cache(config)}
+    if latency is not None:
+        layers = int(config["num_hidden_layers"])
+        blocks = {block: latency[block.kind] for block in all_blocks(layers)}
+        found["latency"] = Costs(total=latency["total"], blocks=blocks)
+    return found
+
+
+def require_reachable(budget: Budget, units: Sequence[Mask], costs: Costs) -> None:
     """Refuse, before anything is computed, a budget that no sequence over `units` meets.
+
+    Args:
+        costs: of the budget's resource.
 
     Raises:
         InputError: names the largest or nearest budget that can be reached.
     """
     everything = frozenset[BlockId]().union(*units)
-    largest = f"{len(everything)}blocks, ratio {counts.ratio(everything):.4f}"
     size = len(units[0])
-    beyond = f"budget {budget.text!r} cannot be reached; the largest reachable is {largest}"
+    beyond = f"budget {budget.text!r} cannot be reached; the largest reachable is {budget.amount(everything, costs)}"
     if budget.blocks is not None:
         if budget.blocks > len(everything):
             raise InputError(beyond)
@@ -72,32 +115,41 @@ def require_reachable(budget: Budget, units: Sequence[Mask], counts: ParameterCo
             near = ", ".join(f"{n}blocks" for n in (low, low + size) if 0 < n <= len(everything))
             raise InputError(f"budget {budget.text!r} is not reached by whole units; nearest: {near}")
     elif budget.ratio is not None:
-        sizes = [counts.ratio(unit) for unit in units]
-        if budget.ratio > counts.ratio(everything) + max(sizes) / 2:
+        sizes = [costs.ratio(unit) for unit in that_cost(units, costs)]
+        if not sizes or budget.ratio > costs.ratio(everything) + max(sizes) / 2:
             raise InputError(beyond)
         if budget.ratio < min(sizes) / 2:
-            raise InputError(
-                f"budget {budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
-                f"{min(sizes):.4f}"
-            )
+            raise _removes_nothing(budget, min(that_cost(units, costs), key=costs.ratio), costs)
 
 
-def is_settled(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCounts, remaining: Sequence[Mask]) -> bool:
+def that_cost(masks: Sequence[Mask], costs: Costs) -> list[Mask]:
+    """Those that take something of a resource: an MLP block takes none of the KV cache."""
+    return [mask for mask in masks if costs.ratio(mask) > 0]
+
+
+def _removes_nothing(budget: Budget, smallest: Mask, costs: Costs) -> InputError:
+    return InputError(
+        f"budget {budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
+        f"{budget.amount(smallest, costs)}"
+    )
+
+
+def is_settled(budget: Budget, prefixes: Sequence[Mask], costs: Costs, remaining: Sequence[Mask]) -> bool:
     """Whether longer sequences cannot change which prefix meets `budget`.
 
     Args:
         prefixes: cumulative masks of the sequence so far, shortest first (without the dense one).
+        costs: of the budget's resource.
         remaining: the units that may still be removed.
     """
     mask = prefixes[-1] if prefixes else frozenset[BlockId]()
-    if not remaining:
-        return True
     if budget.blocks is not None:
-        return len(mask) >= budget.blocks
+        return not remaining or len(mask) >= budget.blocks
     assert budget.ratio is not None
     ratio = budget.ratio
-    gap = ratio - counts.ratio(mask)
-    return gap <= 0 or min(counts.ratio(mask | unit) for unit in remaining) - ratio > gap
+    gap = ratio - costs.ratio(mask)
+    larger = [costs.ratio(mask | unit) for unit in that_cost(remaining, costs)]
+    return not larger or gap <= 0 or min(larger) - ratio > gap
 
 
 @dataclass(frozen=True)
@@ -124,34 +176,36 @@ class Goal:
         return replace(self, wanted=self.share(mask))
 
 
-def goal_of(budget: Budget, units: Sequence[Mask], counts: ParameterCounts) -> Goal:
+def goal_of(budget: Budget, units: Sequence[Mask], costs: Costs) -> Goal:
+    """The goal of a search over `units`, each of which takes something of the budget's resource, whose costs these
+    are."""
     if budget.blocks is not None:
         return Goal(budget, len, budget.blocks, 0.0)
     assert budget.ratio is not None
-    return Goal(budget, counts.ratio, budget.ratio, min(counts.ratio(unit) for unit in units) / 2)
+    return Goal(budget, costs.ratio, budget.ratio, min(costs.ratio(unit) for unit in units) / 2)
 
 
-def choose_prefix(budget: Budget, prefixes: Sequence[Mask], counts: ParameterCounts) -> int:
-    """Number of removals (1 or more) of the sequence that meet `budget`.
+def choose_prefix(budget: Budget, prefixes: Sequence[Mask], costs: Costs) -> int:
+    """Number of removals (1 or more) of the sequence that meet `budget`; of prefixes with one share the shortest.
+
+    Args:
+        costs: of the budget's resource.
 
     Raises:
         InputError: nothing in the sequence meets it; what is out of reach is refused by `require_reachable` before.
     """
     if not prefixes:
         raise InputError(f"budget {budget.text!r} cannot be met: nothing can be removed")
-    largest = f"{len(prefixes[-1])}blocks, ratio {counts.ratio(prefixes[-1]):.4f}"
     if budget.blocks is not None:
         sizes = [len(prefix) for prefix in prefixes]
         if budget.blocks not in sizes:
+            largest = budget.amount(prefixes[-1], costs)
             raise InputError(f"budget {budget.text!r} is not in this sequence; its largest is {largest}")
         return sizes.index(budget.blocks) + 1
     assert budget.ratio is not None
     wanted = budget.ratio
-    ratios = [0.0, *(counts.ratio(prefix) for prefix in prefixes)]
-    best = min(range(len(ratios)), key=lambda k: (round(abs(ratios[k] - wanted), 12), -k))
+    ratios = [0.0, *(costs.ratio(prefix) for prefix in prefixes)]
+    best = min(range(len(ratios)), key=lambda k: (round(abs(ratios[k] - wanted), 12), -ratios[k]))
     if best == 0:
-        raise InputError(
-            f"budget {budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
-            f"{ratios[1]:.4f}"
-        )
+        raise _removes_nothing(budget, next(iter(that_cost(prefixes, costs)), prefixes[0]), costs)
     return best

@@ -54,14 +54,15 @@ class Family:
 
 
 @dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters of a dense model and of each of its blocks."""
+class Costs:
+    """What a dense model takes of one resource, and what each of its blocks does: parameters, numbers in the KV cache,
+    nanoseconds."""
 
     total: int
     blocks: Mapping[BlockId, int]
 
     def ratio(self, mask: Mask) -> float:
-        """Pruning ratio: share of all parameters that the mask removes, in [0, 1).
+        """Share of the whole that the mask removes, in [0, 1]; of parameters it is the pruning ratio.
 
         All parameters count, embeddings, head and norms included; a removed block's norm counts as removed
         (the convention by which every ratio of arXiv 2406.10594 decodes to whole blocks).
@@ -80,7 +81,7 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def count_parameters(config: Config) -> ParameterCounts:
+def count_parameters(config: Config) -> Costs:
     """Count parameters from a config (`config.json` as a mapping), without loading weights."""
     row = family_of(str(config["model_type"]))
     hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
@@ -88,14 +89,17 @@ def count_parameters(config: Config) -> ParameterCounts:
     counts = {BlockKind.MHA: row.mha_parameters(config) + norm, BlockKind.MLP: row.mlp_parameters(config) + norm}
     blocks = {block: counts[block.kind] for block in all_blocks(layers)}
     embeddings = int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
-    return ParameterCounts(total=embeddings + norm + sum(blocks.values()), blocks=blocks)
+    return Costs(total=embeddings + norm + sum(blocks.values()), blocks=blocks)
 
 
-def cached_values_per_token(config: Config, removed: Mask) -> int:
-    """Numbers that the KV cache holds for one token: keys and values of every remaining MHA block."""
+def count_kv_cache(config: Config) -> Costs:
+    """Numbers that the KV cache holds for one token: keys and values of every MHA block."""
     heads, head = _heads(config)
-    attentions = int(config["num_hidden_layers"]) - sum(block.kind is BlockKind.MHA for block in removed)
-    return 2 * (config.get("num_key_value_heads") or heads) * head * attentions
+    values = 2 * int(config.get("num_key_value_heads") or heads) * head
+    blocks = {
+        block: values if block.kind is BlockKind.MHA else 0 for block in all_blocks(int(config["num_hidden_layers"]))
+    }
+    return Costs(total=sum(blocks.values()), blocks=blocks)
 
 
 def _heads(config: Config) -> tuple[int, int]:

@@ -18,7 +18,15 @@ from blockpruner.errors import InputError
 
 T = TypeVar("T", bound="Frozen")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-BUDGET = re.compile(r"(?P<ratio>0?\.\d+)|(?P<blocks>[1-9]\d*)blocks|(?P<layers>[1-9]\d*)layers")
+BUDGET = re.compile(r"(?P<share>0?\.\d+)(kv)?|[1-9]\d*(blocks|layers)|(?P<speedup>\d+\.?\d*)x")
+
+
+def budget_meaning(text: str) -> tuple[str, float | None]:
+    """Equal for budgets that are the same, however they are written: unit and number; of no budget the text."""
+    if not BUDGET.fullmatch(text):
+        return text, None
+    unit = text.lstrip("0123456789.")
+    return unit, float(text.removesuffix(unit))
 
 
 class Frozen(BaseModel):
@@ -128,11 +136,21 @@ class Calibration(Frozen):
         return self
 
 
+class Latency(Frozen):
+    """The generation that is timed where a budget is a speed-up; by default that of table 6 of the paper."""
+
+    prompt_tokens: int = Field(default=128, ge=1)
+    new_tokens: int = Field(default=128, ge=2)
+    batch: int = Field(default=1, ge=1)
+    repeats: int = Field(default=5, ge=1)
+
+
 class Score(Frozen):
     method: str = "greedy"
     unit: Literal["block", "layer"] = "block"
     candidates: Literal["all", "mha", "mlp"] = "all"
     metric: str = "perplexity"
+    latency: Latency = Latency()
     options: dict[str, bool | int | float | str | tuple[str | int, ...] | None] = {}
     acceleration: Literal["none", "lazy", "race", "lazy+race"] = "none"
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
@@ -279,10 +297,12 @@ class Target(Frozen):
     @classmethod
     def _budget(cls, value: object) -> str:
         text = str(value)
-        if not BUDGET.fullmatch(text) or (text.startswith(("0.", ".")) and float(text) == 0.0):
+        match = BUDGET.fullmatch(text)
+        if not match or float(match["share"] or 1) == 0.0 or float(match["speedup"] or 2) <= 1.0:
             raise ValueError(
                 f'budget {text!r} is not valid; give a share of all parameters between 0 and 1 ("0.22"), '
-                'a number of blocks ("17blocks") or of whole layers ("7layers")'
+                'a number of blocks ("17blocks") or of whole layers ("7layers"), a share of the KV cache ("0.30kv"), '
+                'or a speed-up of generation above 1 ("1.25x")'
             )
         return text
 
@@ -338,7 +358,7 @@ class Params(Frozen):
                 )
         if len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs {list(self.runs)} name the same run twice; keep one")
-        meanings: dict[tuple[str, float | str, bool], str] = {}
+        meanings: dict[tuple[object, ...], str] = {}
         for name, target in self.targets.items():
             if target.run not in self.runs:
                 raise ValueError(
@@ -346,8 +366,7 @@ class Params(Frozen):
                 )
             if name in {f"{run}-dense" for run in self.runs} or name in self.runs:
                 raise ValueError(f"target name {name!r} is taken by a run or its dense baseline; choose another")
-            budget = target.budget if target.budget[-1] == "s" else float(target.budget)
-            meaning = (target.run, budget, target.recover)
+            meaning = (target.run, budget_meaning(target.budget), target.recover)
             if meaning in meanings:
                 raise ValueError(
                     f"targets {meanings[meaning]!r} and {name!r} mean the same (run {target.run}, budget "

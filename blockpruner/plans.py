@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.blocks import BlockKind, Mask, format_mask, parse_mask, sorted_blocks
-from blockpruner.budgets import choose_prefix, parse_budget
-from blockpruner.families import Config, ParameterCounts, count_parameters
+from blockpruner.blocks import DENSE, BlockKind, Mask, all_blocks, format_mask, parse_mask, sorted_blocks
+from blockpruner.budgets import Resources, choose_prefix, parse_budget, resources_of
+from blockpruner.families import Config
 from blockpruner.search.iteration import removals
 from blockpruner.search.trace import read_current, read_trace, table_path, trace_directory
 from blockpruner.tables import ITERATION, read_json, read_table, write_json, write_table
@@ -29,10 +29,11 @@ from blockpruner.transforms.widths import sliced_parameters
 class Plan:
     """kind: "mask" (blocks are removed), "laco" (layers are merged) or "slicegpt" (the residual stream is sliced);
     removed: all blocks, sorted; order: what each removal took, in order, or LaCo's merges; ratio: share of all
-    parameters removed; ratios: the cumulative ratio after each removal; blocks: counts by kind; parameters: dense and
-    pruned; calibration: rows, tokens and the perplexity on them of the dense and of the pruned model (null where it
-    is only known once the model is made); recover: whether the pruned model is trained before it is evaluated;
-    nested: whether `order` is a sequence whose beginnings meet smaller budgets; details: of a transformation."""
+    parameters removed; ratios: the cumulative ratio after each removal; removes: the share of each resource, the time
+    of generation where it was measured, as blocks cost it; blocks: counts by kind; parameters: dense and pruned;
+    calibration: rows, tokens and the perplexity on them of the dense and of the pruned model (null where it is only
+    known once the model is made); recover: whether the pruned model is trained before it is evaluated; nested: whether
+    `order` is a sequence whose beginnings meet smaller budgets; details: of a transformation."""
 
     kind: str
     target: str
@@ -51,6 +52,7 @@ class Plan:
     calibration: Mapping[str, Any]
     recover: bool = False
     nested: bool = True
+    removes: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,7 +71,7 @@ class Plan:
 
 
 def commit(
-    order: Sequence[Mask], perplexities: Sequence[float], counts: ParameterCounts, budget: str, facts: Mapping[str, Any]
+    order: Sequence[Mask], perplexities: Sequence[float], resources: Resources, budget: str, facts: Mapping[str, Any]
 ) -> Plan:
     """Choose the prefix of a removal sequence that meets `budget`.
 
@@ -82,17 +84,18 @@ def commit(
         InputError: the budget cannot be met; names the largest or nearest that can.
     """
     prefixes = [Mask().union(*order[: k + 1]) for k in range(len(order))]
-    steps = choose_prefix(parse_budget(budget, counts), prefixes, counts)
+    counts = resources["parameters"]
+    wanted = parse_budget(budget, counts)
+    steps = choose_prefix(wanted, prefixes, resources[wanted.resource])
     mask = prefixes[steps - 1]
     return _plan(
         facts,
         budget,
-        counts,
+        resources,
+        gone=mask,
         removed=tuple(str(block) for block in sorted_blocks(mask)),
         order=tuple(format_mask(unit) for unit in order[:steps]),
         ratios=tuple(counts.ratio(prefix) for prefix in prefixes[:steps]),
-        blocks={kind.value: sum(block.kind is kind for block in mask) for kind in BlockKind},
-        pruned=counts.total - sum(counts.blocks[block] for block in mask),
         perplexities=(perplexities[0], perplexities[steps]),
     )
 
@@ -100,17 +103,21 @@ def commit(
 def _plan(
     facts: Mapping[str, Any],
     budget: str,
-    counts: ParameterCounts,
+    resources: Resources,
     *,
-    pruned: int,
     perplexities: tuple[float, float | None],
+    gone: Mask = DENSE,
+    pruned: int | None = None,
     removed: tuple[str, ...] = (),
     order: tuple[str, ...] = (),
     ratios: tuple[float, ...] = (),
-    blocks: Mapping[str, int] | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> Plan:
-    dense, after = perplexities
+    """gone: the blocks that the pruned model does without; pruned: its parameters, where these do not say it."""
+    (dense, after), counts = perplexities, resources["parameters"]
+    if pruned is None:
+        pruned = counts.total - sum(counts.blocks[block] for block in gone)
+    ratio = (counts.total - pruned) / counts.total
     return Plan(
         kind=facts["kind"],
         target=facts["target"],
@@ -122,9 +129,10 @@ def _plan(
         layers=len(counts.blocks) // 2,
         removed=removed,
         order=order,
-        ratio=(counts.total - pruned) / counts.total,
+        ratio=ratio,
         ratios=ratios,
-        blocks=blocks or {kind.value: 0 for kind in BlockKind},
+        removes={name: costs.ratio(gone) for name, costs in resources.items()} | {"parameters": ratio},
+        blocks={kind.value: sum(block.kind is kind for block in gone) for kind in BlockKind},
         parameters={"dense": counts.total, "pruned": pruned},
         calibration={**facts["calibration"], "dense_perplexity": dense, "perplexity": after},
         nested=facts["nested"],
@@ -135,24 +143,22 @@ def _plan(
 def _commit_mask(scores: Path, config: Config, budget: str, facts: Mapping[str, Any]) -> tuple[Plan, list[Path]]:
     directory = trace_directory(scores, facts, budget)
     trace = read_trace(directory, facts["search"])
-    plan = commit(*removals(trace, facts["nested"]), count_parameters(config), budget, facts)
+    plan = commit(*removals(trace, facts["nested"]), resources_of(config, facts["latency"]), budget, facts)
     used = len(plan.order) if plan.nested else len(trace)
     return plan, [table_path(directory, index) for index in range(used)]
 
 
 def _commit_merges(scores: Path, config: Config, budget: str, facts: Mapping[str, Any]) -> tuple[Plan, list[Path]]:
     details = read_json(trace_directory(scores, facts, budget) / "details.json")
-    merges, counts = [Merge(*pair) for pair in details["merges"]], count_parameters(config)
-    depth = len(counts.blocks) // 2
-    gone = frozenset(chain.from_iterable(layer[1:] for layer in layers_after(merges, depth)))
+    merges, depth = [Merge(*pair) for pair in details["merges"]], int(config["num_hidden_layers"])
+    merged = set(chain.from_iterable(layer[1:] for layer in layers_after(merges, depth)))
     nll = details.pop("nll")
     plan = _plan(
         facts,
         budget,
-        counts,
+        resources_of(config, facts["latency"]),
+        gone=frozenset(block for block in all_blocks(depth) if block.layer in merged),
         order=tuple(map(str, merges)),
-        blocks={kind.value: len(gone) for kind in BlockKind},
-        pruned=counts.total - sum(n for block, n in counts.blocks.items() if block.layer in gone),
         perplexities=(math.exp(facts["dense_nll"]), math.exp(math.fsum(nll) / len(nll))),
         details=details,
     )
@@ -162,8 +168,8 @@ def _commit_merges(scores: Path, config: Config, budget: str, facts: Mapping[str
 def _commit_width(scores: Path, config: Config, budget: str, facts: Mapping[str, Any]) -> tuple[Plan, list[Path]]:
     details = read_json(trace_directory(scores, facts, budget) / "details.json")
     _, pruned = sliced_parameters(config, details["width"])
-    perplexities = (math.exp(facts["dense_nll"]), None)
-    return _plan(facts, budget, count_parameters(config), pruned=pruned, perplexities=perplexities, details=details), []
+    resources, perplexities = resources_of(config, facts["latency"]), (math.exp(facts["dense_nll"]), None)
+    return _plan(facts, budget, resources, pruned=pruned, perplexities=perplexities, details=details), []
 
 
 def commit_run(scores: Path, config: Config, budget: str, target: Mapping[str, Any]) -> tuple[Plan, list[Path]]:

@@ -122,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     """0: up to date; 1: a stage failed; 2: refused, nothing changed; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.prune", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
-    parser.add_argument("--budget", action="append", default=[], metavar="B", help="0.22, 17blocks or 7layers")
+    parser.add_argument(
+        "--budget", action="append", default=[], metavar="B", help="0.22, 17blocks, 7layers, 0.3kv, 1.25x"
+    )
     options = parser.parse_args(argv)
     selection = Selection(runs=tuple(options.run), budgets=tuple(options.budget))
     try:

@@ -19,7 +19,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from blockpruner.errors import InputError
-from blockpruner.params import BUDGET, Frozen, load_params, load_run
+from blockpruner.params import Frozen, budget_meaning, load_params, load_run
 from blockpruner.tables import write_text
 
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
@@ -33,7 +33,8 @@ class Selection(Frozen):
     )
     budgets: tuple[str, ...] = Field(
         default=(),
-        description='Added as targets of each run, not recovered: "0.22" (share of parameters), "17blocks", "7layers". '
+        description='Added as targets of each run, not recovered: "0.22" (share of parameters), "17blocks", "7layers", '
+        '"0.30kv" (share of the KV cache), "1.25x" (speed-up). '
         "None: the runs' targets in params.yaml.",
     )
 
@@ -82,12 +83,12 @@ def plan(selection: Selection) -> Plan:
         if run not in params.runs:
             document["runs"].append(run)
             additions.append(f"run {run}")
-    known = {(t.run, _meaning(t.budget)): name for name, t in params.targets.items() if not t.recover}
+    known = {(t.run, budget_meaning(t.budget)): name for name, t in params.targets.items() if not t.recover}
     targets = {} if selection.budgets else {name: t.run for name, t in params.targets.items() if t.run in runs}
     for run, budget in ((run, budget) for run in runs for budget in selection.budgets):
-        name = known.get((run, _meaning(budget)))
+        name = known.get((run, budget_meaning(budget)))
         if name is None:
-            name = known[run, _meaning(budget)] = f"{run}-{budget}"
+            name = known[run, budget_meaning(budget)] = f"{run}-{budget}"
             if name in params.targets:
                 raise InputError(
                     f"{PARAMS}: target {name!r} exists with budget {params.targets[name].budget!r} of run "
@@ -102,11 +103,6 @@ def plan(selection: Selection) -> Plan:
     editor.dump(document, buffer)
     _check(buffer.getvalue())
     return Plan(runs, targets, buffer.getvalue(), tuple(additions))
-
-
-def _meaning(budget: str) -> float | str:
-    match = BUDGET.fullmatch(budget)
-    return float(budget) if match and match["ratio"] else budget
 
 
 def _check(text: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from blockpruner.calibration import CalibrationSet
 from blockpruner.params import load_params, load_run
 from blockpruner.progress import observer
@@ -18,37 +21,36 @@ from stages import DATA, run
 def main(name: str) -> None:
     params, settings = load_params(), load_run(name)
     checkpoint, dtype, watch = DATA / "models" / name, settings.model.dtype, observer()
-    runtime, remote = params.runtime, getattr(settings.model, "trust_remote_code", False)
-    calibration = CalibrationSet.load(DATA / "calibration" / name / "rows.parquet")
+    runtime, remote = params.runtime.model_dump(), getattr(settings.model, "trust_remote_code", False)
+    calibration, out = CalibrationSet.load(DATA / "calibration" / name / "rows.parquet"), DATA / "scores" / name
 
     def scorer() -> Scorer:
-        options = runtime.model_dump()
-        return make_scorer(
-            checkpoint, dtype, options, trust_remote_code=remote, note=watch.note, advance=watch.advance
-        )  # fmt: skip
+        return make_scorer(checkpoint, dtype, runtime, trust_remote_code=remote, note=watch.note, advance=watch.advance)
 
     def bench() -> Bench:
         from blockpruner.models import load_model, set_threads
         from blockpruner.transforms.merging import ModelBench
 
-        set_threads(runtime.threads)
-        model = load_model(checkpoint, dtype, runtime.device, remote, runtime.attention)
+        set_threads(runtime["threads"])
+        model = load_model(checkpoint, dtype, runtime["device"], remote, runtime["attention"])
         return ModelBench(model, calibration.rows, watch.advance)
 
+    def latency() -> Mapping[str, Any]:
+        from blockpruner.evaluation.latency import kept_latency
+
+        return kept_latency(out, checkpoint, dtype, settings.score.latency.model_dump(), runtime, remote, watch)
+
     score_run(
-        DATA / "scores" / name,
-        trials_root(),
+        out, trials_root(),
         calibration=calibration,
         model_identity=checkpoint_identity(checkpoint),
         dtype=dtype,
         config=read_json(checkpoint / "config.json"),
-        score=settings.score.model_dump(exclude_none=True),
+        score=settings.score.model_dump(exclude_none=True, exclude={"latency"}),
         budgets=params.budgets_of(name),
-        make_scorer=scorer,  # torch is loaded only when something must be computed
-        make_bench=bench,
-        observer=watch,
-        metrics=DATA / "metrics" / name / "score.json",
-    )
+        make_scorer=scorer, make_bench=bench, latency=latency,  # torch is loaded only when something must be computed
+        observer=watch, metrics=DATA / "metrics" / name / "score.json",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def measure_speed(
         models: by name, all on one device, of one vocabulary.
         advance: called with (generations done, generations in all), warm-up included.
     """
-    prompts = {name: _prompt(model, batch, prompt_tokens) for name, model in models.items()}
+    prompts = {name: random_prompt(model, batch, prompt_tokens) for name, model in models.items()}
     runs: dict[str, list[Generation]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
     done, total = 0, len(models) * (repeats + 1)
@@ -152,7 +152,8 @@ def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tok
     )
 
 
-def _prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+def random_prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Token ids [batch, length], the same for every model of one vocabulary."""
     generator = torch.Generator().manual_seed(PROMPT_SEED)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 

@@ -147,6 +147,7 @@ def within_chance(study: Study) -> dict[str, list[str]]:
 def _outcome(study: Study, target: Target) -> Finding:
     difference = paired(study.dense, target.result)
     noise = "" if difference.differs_from(0) else ", within noise (less than 2 standard errors)"
+    timed = target.plan.removes.get("latency")
     return Finding(
         Level.RESULT,
         "outcome",
@@ -156,7 +157,8 @@ def _outcome(study: Study, target: Target) -> Finding:
         f"{percent(study.dense.average.value)} → {percent(target.result.average.value)}, a paired difference of "
         f"{signed_points(difference.value, difference.stderr)} points{noise}. Generation "
         f"{times(target.speedups.generation)} as fast"
-        + (", within noise (the timings of both overlap)." if target.speedups.is_noise else "."),
+        + (", within noise (the timings of both overlap)" if target.speedups.is_noise else "")
+        + (f"; by what its blocks took when they were timed, {times(1 / (1 - timed))}." if timed is not None else "."),
     )
 
 

@@ -79,11 +79,17 @@ def search_settings(score: Mapping[str, Any]) -> dict[str, Any]:
             f"score.acceleration {score['acceleration']} does not fit method: {name} with metric: {metric.name}: there "
             f"is nothing to leave out; set acceleration: none"
         )
-    return {**score, **settings_of(score), "options": fill_options(name, method.options, given)}
+    options = fill_options(name, method.options, given)
+    if options.get("per", "none") != "none" and (metric.influence or score["acceleration"] != "none"):
+        raise InputError(
+            f"score.options.per {options['per']} prices the rise of a loss of every candidate; set metric to one of "
+            f"{', '.join(row.name for row in METRICS.values() if not row.influence)}, and acceleration: none"
+        )
+    return {**score, **settings_of(score), "options": options}
 
 
 SEARCHES: dict[str, Method] = {
-    "greedy": Method(greedy, scores="units", accelerated=True),
+    "greedy": Method(greedy, options={"per": "none"}, scores="units", accelerated=True),
     "one_shot": Method(one_shot, scores="units"),
     "beam": Method(beam, nested=False, options={"width": 3}),
     "evolution": Method(

@@ -2,7 +2,8 @@
 
 Decides the order of removal. Sequences are nested: the first k removals answer every smaller budget, so the
 caller stops when its budgets are settled. Since only the lowest score of an iteration matters, `select` may leave
-candidates out that cannot have it. Over whole layers it is SLEB (arXiv 2402.09025).
+candidates out that cannot have it. Over whole layers it is SLEB (arXiv 2402.09025). With a price, what counts is the
+rise of the loss for what a removal saves of a resource, so that MHA and MLP blocks are weighed by what they cost.
 """
 
 from __future__ import annotations
@@ -10,14 +11,32 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 from blockpruner.blocks import DENSE, Mask
+from blockpruner.errors import InputError
+from blockpruner.families import Costs
+from blockpruner.options import require_one_of
+from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import goal_of_problem, is_settled
 
+PRICES = ("none", "parameters", "kv", "latency")
 
-def greedy(problem: Problem) -> Iterator[Iteration]:
-    """Yield iterations until nothing is left to remove."""
+
+def greedy(problem: Problem, *, per: str = "none") -> Iterator[Iteration]:
+    """Yield iterations until nothing is left to remove.
+
+    Args:
+        per: the resource whose share prices a removal, of which every unit takes something; "none": all cost the same.
+
+    Raises:
+        InputError: an unknown resource, or one that was not measured.
+    """
+    require_one_of("per", per, PRICES)
+    if per != "none" and per not in problem.resources:
+        raise InputError(f"score.options.per {per} is not known here; valid: none, {', '.join(problem.resources)}")
+    costs = problem.resources.get(per)
     removed: Mask = DENSE
+    before = 0.0
     remaining = list(problem.units)
     index = 0
     while remaining:
@@ -25,12 +44,22 @@ def greedy(problem: Problem) -> Iterator[Iteration]:
         selection = problem.select(index, removed, base + [removed | unit for unit in remaining])
         scores = selection.scores
         complete = [i for i, s in enumerate(scores) if s.is_complete and s.mask != removed]
-        best = min(complete, key=lambda i: scores[i].loss)
+        if base:
+            before = scores[0].loss
+        best = min(complete, key=lambda i: _price(scores[i], removed, before, costs))
         added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
         yield Iteration(index, scores, added, best, selection.lazy_choice)
         remaining = [unit for unit in remaining if unit != added[best]]
-        removed = scores[best].mask
+        removed, before = scores[best].mask, scores[best].loss
         index += 1
+
+
+def _price(score: Score, removed: Mask, before: float, costs: Costs | None) -> float:
+    """What is lowest for the best candidate; where removal lowers the loss, the more it saves the better."""
+    if costs is None:
+        return score.loss
+    rise, share = score.loss - before, costs.ratio(score.mask - removed)
+    return rise / share if rise > 0 else rise * share
 
 
 def greedy_to_goal(problem: Problem) -> Generator[Iteration, None, list[Mask]]:

@@ -7,11 +7,11 @@ but which masks to ask about.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from blockpruner.blocks import DENSE, Mask
-from blockpruner.budgets import Goal
+from blockpruner.budgets import Goal, Resources
 from blockpruner.scoring.accelerate import Select
 from blockpruner.scoring.objectives import Score
 
@@ -26,10 +26,12 @@ class Ask(Protocol):
 class Problem:
     """units: what may be removed at once, in tie-break order: of equal scores the first wins; ask: scores any masks;
     select: scores the candidates of one step, leaving out some that cannot win where the run is accelerated;
-    rows: of the calibration set; goal: the budget of a search that works for one alone, else None."""
+    rows: of the calibration set; goal: the budget of a search that works for one alone, else None; resources: what
+    units cost, of the resources that are known (`budgets.Resources`)."""
 
     units: Sequence[Mask]
     ask: Ask
     select: Select
     rows: int
     goal: Goal | None = None
+    resources: Resources = field(default_factory=dict)

@@ -16,10 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.blocks import DENSE, Mask, format_mask, removable_units
-from blockpruner.budgets import Budget, Goal, goal_of, is_settled, parse_budget, require_reachable
+from blockpruner.budgets import (
+    Budget,
+    Goal,
+    Resources,
+    goal_of,
+    is_settled,
+    parse_budget,
+    require_reachable,
+    resources_of,
+    that_cost,
+)
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
-from blockpruner.families import ParameterCounts, count_parameters
+from blockpruner.families import Costs, count_parameters
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
 from blockpruner.scoring.accelerate import accelerate
@@ -43,7 +53,8 @@ class SearchRun:
         objective: of the metric that the search minimises.
         nll: of perplexity, in which every choice is reported; the same one where that is the metric.
         score: as from `search_settings`.
-        units: what may be removed at once, in tie-break order.
+        units: what may be removed at once, in tie-break order; of those only what takes of the resource that prices
+            removals, where one does.
     """
 
     def __init__(
@@ -52,17 +63,18 @@ class SearchRun:
         nll: Objective,
         score: Mapping[str, Any],
         units: Sequence[Mask],
-        counts: ParameterCounts,
+        resources: Resources,
         observer: Observer,
     ) -> None:
         self._objective = objective
         self._nll = nll
-        self._units = units
-        self._counts = counts
+        self._resources = resources
         self._observer = observer
         self._method = method_of(score["method"])
         self._options = score["options"]
         self._score = score
+        price = resources.get(self._options.get("per", "none"))
+        self._units = units if price is None else that_cost(units, price)
         self._known = 0
 
     def traces(
@@ -77,9 +89,9 @@ class SearchRun:
             InputError: a budget that cannot be reached, before anything is computed; or one that a search's removals
                 end before.
         """
-        wanted = [parse_budget(text, self._counts) for text in budgets]
+        wanted = [parse_budget(text, self._resources["parameters"]) for text in budgets]
         for budget in wanted:
-            require_reachable(budget, self._units, self._counts)
+            require_reachable(budget, self._units, self._costs(budget))
         searches = {"": self._nested(wanted)} if self._method.nested else {b.text: self._for(b) for b in wanted}
         found: dict[str, list[Iteration]] = {name: [] for name in searches}
         for name, iterations in searches.items():
@@ -88,15 +100,17 @@ class SearchRun:
                 found[name].append(iteration)
         return found
 
+    def _costs(self, budget: Budget) -> Costs:
+        return self._resources[budget.resource]
+
     def _nested(self, budgets: Sequence[Budget]) -> Iterator[Iteration]:
         """Iterations until no further removal could change which prefix meets any of the budgets."""
-        furthest = max((b.ratio or (b.blocks or 0) / len(self._counts.blocks) for b in budgets), default=1.0)
         prefixes: list[Mask] = []
         remaining = list(self._units)
-        search = self._search(None)
-        while not all(is_settled(budget, prefixes, self._counts, remaining) for budget in budgets):
-            # how much of the way to the furthest budget is done
-            done = self._counts.ratio(prefixes[-1] if prefixes else DENSE) / furthest
+        search = self._search(None, self._units)
+        while not all(is_settled(budget, prefixes, self._costs(budget), remaining) for budget in budgets):
+            mask = prefixes[-1] if prefixes else DENSE
+            done = min((self._done(budget, mask) for budget in budgets), default=0.0)
             self._observer.begin(f"iteration {len(prefixes)}", min(1.0, done))
             found = next(search, None)
             if found is None:
@@ -106,19 +120,27 @@ class SearchRun:
             prefixes.append(iteration.removed)
             remaining = [unit for unit in remaining if not unit <= iteration.removed]
 
+    def _done(self, budget: Budget, mask: Mask) -> float:
+        """How much of the way to a budget a mask is."""
+        if budget.blocks is not None:
+            return len(mask) / budget.blocks
+        return self._costs(budget).ratio(mask) / (budget.ratio or 1.0)
+
     def _out_of_removals(
         self, budgets: Sequence[Budget], prefixes: Sequence[Mask], remaining: Sequence[Mask]
     ) -> InputError:
-        text = next(b.text for b in budgets if not is_settled(b, prefixes, self._counts, remaining))
+        budget = next(b for b in budgets if not is_settled(b, prefixes, self._costs(b), remaining))
         last = prefixes[-1] if prefixes else DENSE
         return InputError(
-            f"budget {text!r} is not reached: the removals end at {len(last)}blocks, ratio "
-            f"{self._counts.ratio(last):.4f}; ask for less, or give a longer score.options.order"
+            f"budget {budget.text!r} is not reached: the removals end at {budget.amount(last, self._costs(budget))}; "
+            "ask for less, or give a longer score.options.order"
         )
 
     def _for(self, budget: Budget) -> Iterator[Iteration]:
         """Iterations of a search for one budget; the last one's choice is the answer."""
-        search = self._search(goal_of(budget, self._units, self._counts))
+        costs = self._costs(budget)
+        units = self._units if budget.ratio is None else that_cost(self._units, costs)
+        search = self._search(goal_of(budget, units, costs), units)
         while True:
             self._observer.begin(f"budget {budget.text}, step")
             try:
@@ -127,11 +149,10 @@ class SearchRun:
                 return
             yield self._reported(iteration)
 
-    def _search(self, goal: Goal | None) -> Iterator[Iteration]:
+    def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
         select = accelerate(self._objective, self._score)  # what it has learned belongs to one search alone
-        return self._method.search(
-            Problem(self._units, self._objective, select, self._objective.rows, goal), **self._options
-        )
+        problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources)
+        return self._method.search(problem, **self._options)
 
     def _reported(self, iteration: Iteration, candidates: int | None = None) -> Iteration:
         """The iteration with the NLL of what it chose, told to the observer.
@@ -149,7 +170,7 @@ class SearchRun:
         considered = "" if candidates is None else _considered(iteration, candidates)
         self._observer.end(
             f"{what}, perplexity {iteration.perplexity:.4f}, "
-            f"ratio {self._counts.ratio(iteration.removed):.4f}{considered}",
+            f"ratio {self._resources['parameters'].ratio(iteration.removed):.4f}{considered}",
             [
                 {
                     "added" if candidates is not None else "removed": format_mask(unit or score.mask) or "(dense)",
@@ -204,6 +225,7 @@ def score_run(
     make_bench: Callable[[], Bench],
     observer: Observer,
     metrics: Path,
+    latency: Callable[[], Mapping[str, Any]] | None = None,
 ) -> None:
     """Score one run far enough for its budgets; write its iteration tables, `current.json` and the counts.
 
@@ -212,17 +234,28 @@ def score_run(
         trials: folder of all trial stores.
         score: the run's `score` section, every key of which is part of the search's fingerprint, defaults filled in.
         make_scorer, make_bench: load the model, for a method that ends in a mask and for one that changes weights.
+        latency: what generation and each block takes (`budgets.resources_of`); asked for only where a budget is a
+            speed-up, or removals are priced by it.
+
+    Raises:
+        InputError: settings or budgets that cannot be met, before anything is computed.
     """
     score = search_settings(score)
     require_rows(len(calibration.rows))
+    parameters = count_parameters(config)
+    timed = {parse_budget(text, parameters).resource for text in budgets} | {score["options"].get("per")}
+    if "latency" in timed and latency is None:
+        raise InputError("a speed-up is no budget here: what blocks take of the time is not measured")
+    known = latency() if latency is not None and "latency" in timed else None
+    resources = resources_of(config, known)
     started = time.monotonic()
     facts = {"rows": len(calibration.rows), "tokens": calibration.tokens, "digest": calibration.digest}
     if score["method"] in TRANSFORMS:
-        material = Material(calibration, model_identity, dtype, config, trials, make_bench, observer)
-        current, counts = _plan_transform(scores, score, budgets, material)
+        material = Material(calibration, model_identity, dtype, config, resources, trials, make_bench, observer)
+        current, counts = _plan_transform(scores, score, budgets, material, known)
     else:
         current, counts = _search(
-            scores, trials, calibration, model_identity, dtype, config, score, budgets, make_scorer, observer
+            scores, trials, calibration, model_identity, dtype, resources, score, budgets, make_scorer, observer, known
         )
     write_current(scores, {**current, "score": score, "calibration": facts})
     counts["tokens_per_second"] = round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
@@ -236,22 +269,25 @@ def _search(
     calibration: CalibrationSet,
     model_identity: str,
     dtype: str,
-    config: Mapping[str, Any],
+    resources: Resources,
     score: Mapping[str, Any],
     budgets: Sequence[str],
     make_scorer: Callable[[], Scorer],
     observer: Observer,
+    latency: Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run a search that ends in a mask; what `current.json` says of it, and its counts."""
     method, metric = method_of(score["method"]), metric_of(score["metric"])
-    counts = count_parameters(config)
-    units = removable_units(int(config["num_hidden_layers"]), score["unit"], score["candidates"])
+    units = removable_units(len(resources["parameters"].blocks) // 2, score["unit"], score["candidates"])
     fields = {
         name: store_fingerprint(calibration.digest, model_identity, dtype, name)
         for name in sorted({metric.loss, PERPLEXITY.loss})
     }
-    search = search_fingerprint(fields[metric.loss], score)
-    current = {"kind": "mask", "search": search, "nested": method.nested, "store": fields[metric.loss]}
+    priced = {"latency": latency} if score["options"].get("per") == "latency" else {}
+    search = search_fingerprint(fields[metric.loss], {**score, **priced})
+    current = {
+        "kind": "mask", "search": search, "nested": method.nested, "store": fields[metric.loss], "latency": latency
+    }  # fmt: skip
     with ExitStack() as stack:
         stores = {}
         for name, field in fields.items():  # in one order everywhere, so that two processes cannot wait for each other
@@ -268,7 +304,7 @@ def _search(
         objective = nll = Objective(calibration, own, scorer, observer, metric)
         if own is not plain:
             nll = Objective(calibration, plain, scorer, observer)
-        traces = SearchRun(objective, nll, score, units, counts, observer).traces(
+        traces = SearchRun(objective, nll, score, units, resources, observer).traces(
             budgets, lambda name, iteration: write_iteration(trace_directory(scores, current, name), iteration, search)
         )
     done = asdict(objective.counts)
@@ -278,14 +314,17 @@ def _search(
 
 
 def _plan_transform(
-    scores: Path, score: Mapping[str, Any], budgets: Sequence[str], material: Material
+    scores: Path,
+    score: Mapping[str, Any],
+    budgets: Sequence[str],
+    material: Material,
+    latency: Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Find what a transformation does for each budget; what `current.json` says of it, and what was computed."""
     calibration, observer, method = material.calibration, material.observer, score["method"]
     fields = store_fingerprint(calibration.digest, material.model_identity, material.dtype, PERPLEXITY.loss)
     search = search_fingerprint(fields, score)
-    current: dict[str, Any] = {"kind": method, "search": search, "nested": False, "store": fields}
-
+    current: dict[str, Any] = {"kind": method, "search": search, "nested": False, "store": fields, "latency": latency}
     with ExitStack() as stack:
         stack.enter_context(exclusive(material.trials / f"{fingerprint(fields)}.lock", observer))
         store = TrialStore(fields, len(calibration.rows), material.trials)
@@ -297,7 +336,8 @@ def _plan_transform(
             observer.begin(f"{method} for {text}")
             is_known = path.exists()
             if not is_known:
-                write_json(path, PLANNERS[method](parse_budget(text, material.counts), score["options"], material))
+                budget = parse_budget(text, material.resources["parameters"])
+                write_json(path, PLANNERS[method](budget, score["options"], material))
             found = {key: value for key, value in read_json(path).items() if key != "nll"}
             observer.end(", ".join(f"{key} {value}" for key, value in found.items()), cached=is_known)
     return current, {"iterations": 0, **asdict(dense.counts)}

@@ -136,6 +136,11 @@ def read_current(scores: Path) -> dict[str, Any]:
 
 
 def trace_directory(scores: Path, facts: Mapping[str, Any], budget: str) -> Path:
-    """Where the trace that answers a budget lies: one serves all budgets of a nested search, else each has its own."""
+    """Where the trace that answers a budget lies: one serves all budgets of a nested search, else each has its own.
+
+    What a speed-up means was measured, so that a trace for one belongs to a measurement too.
+    """
     directory = scores / str(facts["search"])
-    return directory if facts["nested"] else directory / budget
+    if facts["nested"]:
+        return directory
+    return directory / (f"{budget}-{fingerprint(facts['latency'])}" if budget.endswith("x") else budget)

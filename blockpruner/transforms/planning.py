@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from blockpruner.blocks import Mask, removable_units
-from blockpruner.budgets import Budget, choose_prefix, require_reachable
+from blockpruner.budgets import Budget, Resources, choose_prefix, require_reachable
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
-from blockpruner.families import Config, ParameterCounts, count_parameters
+from blockpruner.families import Config
 from blockpruner.options import require_one_of
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
@@ -47,6 +47,7 @@ class Material:
     model_identity: str
     dtype: str
     config: Config
+    resources: Resources
     trials: Path
     make_bench: Callable[[], Bench]
     observer: Observer
@@ -54,10 +55,6 @@ class Material:
     @cached_property
     def bench(self) -> Bench:
         return self.make_bench()
-
-    @cached_property
-    def counts(self) -> ParameterCounts:
-        return count_parameters(self.config)
 
 
 Record = Callable[[Merges, float], object]
@@ -74,12 +71,12 @@ def plan_merges(budget: Budget, options: Mapping[str, Any], material: Material) 
     Raises:
         InputError: a budget or settings that no walk meets; names what is nearest.
     """
-    variant, counts = str(options["variant"]), material.counts
+    variant, costs = str(options["variant"]), material.resources[budget.resource]
     require_one_of("variant", variant, ("repo", "paper"))
-    depth = len(counts.blocks) // 2
+    depth = len(costs.blocks) // 2
     layers = removable_units(depth, "layer", "all")
-    require_reachable(budget, layers, counts)
-    wanted = choose_prefix(budget, [Mask().union(*layers[: k + 1]) for k in range(depth - 1)], counts)
+    require_reachable(budget, layers, costs)
+    wanted = choose_prefix(budget, [Mask().union(*layers[: k + 1]) for k in range(depth - 1)], costs)
     fields = similarity_fields(material.calibration.digest, material.model_identity, material.dtype, variant)
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
         for problem in log.problems:
@@ -121,11 +118,12 @@ def plan_width(budget: Budget, options: Mapping[str, Any], material: Material) -
         width; hidden: the dense model's.
 
     Raises:
-        InputError: a budget in blocks, a ratio out of reach, or a family that cannot be sliced.
+        InputError: a budget that is no share of parameters, a ratio out of reach, or a family that cannot be sliced.
     """
-    if budget.ratio is None:
+    if budget.ratio is None or budget.resource != "parameters":
         raise InputError(
-            f'budget {budget.text!r} counts blocks, and slicegpt removes none; give a share of all parameters ("0.22")'
+            f"budget {budget.text!r} is met by removing blocks, and slicegpt removes none; give a share of all "
+            'parameters ("0.22")'
         )
     return {"width": width_for_ratio(material.config, budget.ratio), "hidden": int(material.config["hidden_size"])}
 

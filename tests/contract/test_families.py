@@ -13,7 +13,7 @@ from blockpruner import modeling_blockpruned
 from blockpruner.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.errors import InputError
-from blockpruner.families import FAMILIES, cached_values_per_token, count_parameters
+from blockpruner.families import FAMILIES, count_kv_cache, count_parameters
 from blockpruner.models import decoder_layers, load_model, masked, model_family, prune_
 from tests.tiny import VARIANTS, tiny_model
 
@@ -104,7 +104,8 @@ def test_pruned_equals_masked(family, mask):
 
     cache = pruned(IDS[:, :5], use_cache=True).cache
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert held == cached_values_per_token(config, removed) * 2 * 5
+    values = count_kv_cache(config)
+    assert held == (values.total - sum(values.blocks[block] for block in removed)) * 2 * 5
     step = pruned(IDS[:, 5:6], cache=cache, use_cache=True).logits[:, -1]
     assert (step - logits[:, 5]).abs().max() <= 1e-10
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
+from blockpruner.evaluation import latency, speed
 from blockpruner.plans import Plan
 from blockpruner.search import SEARCHES
 from blockpruner.transforms import TRANSFORMS
@@ -107,12 +108,64 @@ def test_switching_method_and_metric_and_back_computes_nothing_again(project, mo
 
 
 @pytest.mark.parametrize(
+    "section", [{"options": {"per": "kv"}}, METHODS["beam"], {"method": "laco", "options": {"count": 2}}]
+)
+def test_a_budget_of_the_kv_cache(project, monkeypatch, section):
+    monkeypatch.chdir(project)
+    scored(section, project, "0.25kv")
+    commit.main("t")
+    materialize.main("t")
+    plan, out = Plan.load(project / "data/plans/t/plan.json"), project / "data/checkpoints/t/hf"
+    assert plan.removes["kv"] == 0.25 and plan.blocks["mha"] == 1
+    assert plan.blocks["mlp"] == (plan.kind == "laco")
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    cache = model(torch.arange(5)[None], use_cache=True)
+    cache = getattr(cache, "past_key_values", None) or cache.cache
+    assert len(cache.layers) == 3
+
+
+@pytest.mark.parametrize("section", [{}, {"options": {"per": "latency"}}, METHODS["swap"]])
+def test_a_speed_up_is_measured_once(project, monkeypatch, section):
+    """The times are made up: that an MHA block is worth two MLP blocks decides what 1.3x means."""
+    monkeypatch.chdir(project)
+    seconds = {"dense": 1.0, "mha": 1.0 - 2 * 0.1, "mlp": 1.0 - 2 * 0.05}
+    measured = []
+
+    def generate(model, prompt, new_tokens):
+        measured.append(tuple(prompt.shape))
+        without = [name for name in ("mha", "mlp") if getattr(model.config, f"layers_without_{name}", None)]
+        assert len(without) <= 1
+        return speed.Generation(prompt, seconds[without[0] if without else "dense"], 0.0, 0)
+
+    monkeypatch.setattr(latency, "generate", generate)
+    for path in (project / "data/scores/tiny").glob("latency-*.json"):
+        path.unlink()
+    section = section | {"latency": {"prompt_tokens": 6, "new_tokens": 3, "repeats": 2, "batch": 2}}
+    scored(section, project, "1.3x")
+    assert measured == [(2, 6)] * 9
+    commit.main("t")
+    plan = Plan.load(project / "data/plans/t/plan.json")
+    expected = 0.1 * plan.blocks["mha"] + 0.05 * plan.blocks["mlp"]
+    assert plan.removes["latency"] == pytest.approx(expected)
+    assert plan.removes["latency"] == pytest.approx(1 - 1 / 1.3, abs=0.05)
+    scored(section, project, "1.2x")
+    assert len(measured) == 9
+    set_targets(project, {"t": "1.3x"}, streaming=True)
+    for path in (project / "data/scores/tiny").glob("latency-*.json"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"runtime.streaming is true; give budgets in parameters or KV cache"):
+        score.main("tiny")
+
+
+@pytest.mark.parametrize(
     ("section", "budget", "message"),
     [
         ({"method": "laco"}, "0.2", r"count C = 4 is not valid; choose 2 to H - L = 3"),
         ({"method": "laco", "options": {"count": 2}}, "3blocks", "nearest: 2blocks, 4blocks"),
         ({"method": "laco", "options": {"variant": "mine"}}, "0.2", "'mine' is unknown; valid: repo, paper"),
-        ({"method": "slicegpt"}, "4blocks", "counts blocks, and slicegpt removes none"),
+        ({"method": "slicegpt"}, "4blocks", "met by removing blocks, and slicegpt removes none"),
+        ({"method": "slicegpt"}, "0.25kv", "met by removing blocks, and slicegpt removes none"),
+        ({"method": "greedy", "candidates": "mlp"}, "0.25kv", "largest reachable is 4blocks, 0.0000kv"),
         ({"method": "slicegpt"}, "0.999", "out of SliceGPT's reach"),
         ({"method": "slicegpt", "unit": "layer"}, "0.2", "score.unit: layer does nothing with method: slicegpt"),
         ({"method": "slicegpt", "options": {"width": 8}}, "0.2", "score.options.width is unknown.*valid: none"),

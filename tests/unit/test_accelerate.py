@@ -263,7 +263,7 @@ def test_acceleration_on_a_real_model_is_brute_force():
     objective = Objective(rows, TrialStore(fields, 8), lambda: Engine(model, batch_tokens=30))
     counts = count_parameters(model.config.to_dict())
     score = {"method": "greedy", "metric": "perplexity", "acceleration": "lazy+race", "confidence": 0.99999, "floor": 6}
-    run = SearchRun(objective, objective, search_settings(score), units, counts, SilentObserver())
+    run = SearchRun(objective, objective, search_settings(score), units, {"parameters": counts}, SilentObserver())
     trace = run.traces(["3blocks"])[""]
     assert [iteration.added[iteration.chosen] for iteration in trace] == wanted
 

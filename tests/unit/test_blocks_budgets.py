@@ -1,9 +1,9 @@
 import pytest
 
 from blockpruner.blocks import BlockId, BlockKind, format_mask, parse_block, parse_mask, removable_units
-from blockpruner.budgets import choose_prefix, is_settled, parse_budget, require_reachable
+from blockpruner.budgets import choose_prefix, is_settled, parse_budget, require_reachable, resources_of
 from blockpruner.errors import InputError
-from blockpruner.families import cached_values_per_token, count_parameters, family_of
+from blockpruner.families import count_kv_cache, count_parameters, family_of
 
 
 def shape(hidden, inner, layers, heads, kv_heads, vocabulary, model_type="llama"):
@@ -93,7 +93,10 @@ def test_a_tie_goes_to_the_larger():
     assert choose_prefix(parse_budget(repr(middle), counts), prefixes, counts) == 5
 
 
-@pytest.mark.parametrize("text", ["0", "1", "1.5", "-0.2", "0.0", "x", "0blocks", "32layers", "blocks", "22%"])
+@pytest.mark.parametrize(
+    "text",
+    ["0", "1", "1.5", "-0.2", "0.0", "x", "0blocks", "32layers", "blocks", "22%", "1kv", "0.9x", "1.0x", "0.2 kv"],
+)
 def test_bad_budgets_name_the_value(text):
     with pytest.raises(InputError, match=text.replace("%", "%")):
         parse_budget(text, count_parameters(SHAPES["Llama2-7B"]))
@@ -137,6 +140,50 @@ def test_settled_exactly_when_a_longer_sequence_cannot_change_the_choice():
             assert settled == unchanged, (text, length)
 
 
+LATENCY = {"total": 1_000, "mha": 11, "mlp": 7}
+
+
+def test_resources_of_llama2_7b():
+    found = resources_of(SHAPES["Llama2-7B"], LATENCY)
+    mask = first(8, 4)
+    assert found["parameters"].ratio(mask) == count_parameters(SHAPES["Llama2-7B"]).ratio(mask)
+    assert found["kv"].total == 2 * 4096 * 32
+    assert found["kv"].ratio(mask) == 8 / 32
+    assert found["latency"].ratio(mask) == (8 * 11 + 4 * 7) / 1000
+    assert resources_of(SHAPES["Llama2-7B"]).keys() == {"parameters", "kv"}
+
+
+@pytest.mark.parametrize("text", ["0.1kv", "0.2kv", "0.234kv", "1.05x", "1.1x", "1.123x"])
+def test_a_budget_of_another_resource_is_met_by_the_nearest_prefix(text):
+    costs = resources_of(SHAPES["Llama2-7B"], LATENCY)
+    budget = parse_budget(text, costs["parameters"])
+    prefixes, ratio = official_prefixes(), costs[budget.resource].ratio
+    wanted = float(text[:-2]) if text.endswith("kv") else 1 - 1 / float(text[:-1])
+    steps = choose_prefix(budget, prefixes, costs[budget.resource])
+    distances = [abs(ratio(prefix) - wanted) for prefix in prefixes]
+    assert distances[steps - 1] == min(distances)
+    assert steps - 1 == distances.index(min(distances))  # no MLP block is removed for nothing
+    units = removable_units(32, "block", "all")
+    settled = [
+        is_settled(budget, prefixes[:k], costs[budget.resource], [u for u in units if not u <= prefixes[k - 1]])
+        for k in range(1, 21)
+    ]
+    assert settled.index(True) + 1 >= steps and all(settled[settled.index(True) :])
+
+
+def test_budgets_of_other_resources_out_of_reach():
+    costs = resources_of(SHAPES["Llama2-7B"], LATENCY)
+    mha, mlp = (removable_units(32, "block", kind) for kind in ("mha", "mlp"))
+    half, fast = (parse_budget(text, costs["parameters"]) for text in ("0.5kv", "1.9x"))
+    require_reachable(half, mha, costs["kv"])
+    with pytest.raises(InputError, match=r"'0\.5kv' cannot be reached; the largest reachable is 32blocks, 0\.0000kv"):
+        require_reachable(half, mlp, costs["kv"])
+    with pytest.raises(InputError, match=r"'1\.9x' cannot be reached; the largest reachable is 32blocks, 1\.5432x"):
+        require_reachable(fast, mha, costs["latency"])
+    with pytest.raises(InputError, match=r"'0\.001kv' is nearest to removing nothing.*1blocks, 0\.0312kv"):
+        require_reachable(parse_budget("0.001kv", costs["parameters"]), mha + mlp, costs["kv"])
+
+
 def test_text_forms():
     assert format_mask(parse_mask("mlp.3,mha.12,mha.2")) == "mha.2,mha.12,mlp.3"
     for bad in ("mha", "mha.x", "head.3", "mha.-1", "mha.3.4"):
@@ -158,4 +205,6 @@ def test_unsupported_family_names_the_supported():
 
 def test_cached_values():
     config = SHAPES["Llama3-8B"]
-    assert cached_values_per_token(config, first(5, 3)) == 2 * 8 * 128 * 27
+    values, removed = count_kv_cache(config), first(5, 3)
+    assert values.total == 2 * 8 * 128 * 32
+    assert values.ratio(removed) == 5 / 32

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import blockpruner
 from blockpruner.blocks import all_blocks, parse_mask
+from blockpruner.budgets import resources_of
 from blockpruner.calibration import pack
 from blockpruner.checkpoints import hf
 from blockpruner.checkpoints.hf import export_hf
@@ -28,14 +29,13 @@ TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]
 
 
 def plan_of(config, order):
-    counts = count_parameters(config)
     score = {"method": "greedy", "metric": "perplexity"}
     facts = {
         "target": "t", "run": "r", "score": score, "search": "s", "calibration": {"rows": 3, "tokens": 30},
         "kind": "mask", "nested": True,
     }  # fmt: skip
     units = [parse_mask(unit) for unit in order]
-    return commit(units, [2.0] * (len(units) + 1), counts, f"{sum(map(len, units))}blocks", facts)
+    return commit(units, [2.0] * (len(units) + 1), resources_of(config), f"{sum(map(len, units))}blocks", facts)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ class Searched:
         asked = objective(metric)
         nll = asked if metric.loss == "perplexity" else objective(METRICS["perplexity"])
         counts = count_parameters(model.config.to_dict())
-        run = SearchRun(asked, nll, score, units, counts, SilentObserver())
+        run = SearchRun(asked, nll, score, units, {"parameters": counts}, SilentObserver())
         (self.trace,) = run.traces([budget or f"{len(DENSE.union(*units))}blocks"]).values()
         order, self.perplexities = removals(self.trace, nested=True)
         self.order = [format_mask(unit) for unit in order]
@@ -419,7 +419,7 @@ def test_tables_alone_seed_the_perplexities(tmp_path, method, options):
             )
         ),
         ({"acceleration": "fast"}, r"score\.acceleration 'fast' is unknown; valid: none, lazy, race, lazy\+race"),
-        ({"options": {"width": 3}}, r"score\.options\.width is unknown to method: greedy; valid: none"),
+        ({"options": {"width": 3}}, r"score\.options\.width is unknown to method: greedy; valid: per"),
         (
             {"method": "swap", "options": {"try": 3}},
             r"score\.options\.try is unknown to method: swap; valid: start, tries, seed",

@@ -82,6 +82,12 @@ def test_targets_may_differ_in_recovery_alone(tmp_path, monkeypatch):
         ({"targets": {"x": {"run": "b", "budget": "0.1"}}}, ["'x'", "'b'", "valid: a"]),
         ({"targets": {"x": {"run": "a", "budget": "1.5"}}}, ["'1.5'", "between 0 and 1", "17blocks"]),
         ({"targets": {"x": {"run": "a", "budget": 0}}}, ["'0'", "between 0 and 1"]),
+        ({"targets": {"x": {"run": "a", "budget": "0.0kv"}}}, ["'0.0kv'", "share of the KV cache"]),
+        ({"targets": {"x": {"run": "a", "budget": "1.0x"}}}, ["'1.0x'", "speed-up of generation above 1"]),
+        (
+            {"targets": {"x": {"run": "a", "budget": "1.5x"}, "y": {"run": "a", "budget": "1.50x"}}},
+            ["'x' and 'y' mean the same"],
+        ),
         ({"targets": {"x": {"run": "a", "budget": "-0.1"}}}, ["'-0.1'", "between 0 and 1"]),
         (
             {"targets": {"x": {"run": "a", "budget": "0.1"}, "y": {"run": "a", "budget": 0.10}}},

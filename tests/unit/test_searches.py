@@ -11,7 +11,7 @@ from blockpruner.blocks import DENSE, all_blocks, format_mask, removable_units
 from blockpruner.budgets import goal_of, parse_budget
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
-from blockpruner.families import ParameterCounts, count_parameters
+from blockpruner.families import Costs, count_parameters
 from blockpruner.models import masked
 from blockpruner.progress import SilentObserver
 from blockpruner.scoring.accelerate import accelerate, settings_of
@@ -40,7 +40,7 @@ class Table:
     def __init__(self, seed, layers=4, size=3.0, interaction=1.0, noise=0.02):
         self.seed, self.interaction, self.noise = seed, interaction, noise
         self.units = removable_units(layers, "block", "all")
-        self.counts = ParameterCounts(
+        self.counts = Costs(
             total=round(1000 * layers * (1.5 + size)),
             blocks={block: 1000 if block.kind == "mha" else round(1000 * size) for block in all_blocks(layers)},
         )
@@ -77,8 +77,16 @@ class Table:
         blocks = list(self.counts.blocks)
         return [frozenset(m) for m in chain.from_iterable(combinations(blocks, n) for n in range(1, len(blocks) + 1))]
 
+    @property
+    def resources(self):
+        """MHA blocks alone hold the KV cache; in time an MHA block is worth 1.4 MLP blocks."""
+        kv = Costs(len(self.units) // 2, {block: int(block.kind == "mha") for block in self.counts.blocks})
+        times = {block: 14 if block.kind == "mha" else 10 for block in self.counts.blocks}
+        return {"parameters": self.counts, "kv": kv, "latency": Costs(2 * sum(times.values()), times)}
+
     def goal(self, budget):
-        return goal_of(parse_budget(budget, self.counts), self.units, self.counts)
+        budget = parse_budget(budget, self.counts)
+        return goal_of(budget, self.units, self.resources[budget.resource])
 
     def search(self, method, budget, acceleration="none", **options):
         """The trace; nothing was computed twice, or is missing in it."""
@@ -86,7 +94,7 @@ class Table:
         calibration = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
         objective = Objective(calibration, TrialStore({}, ROWS), lambda: self)
         select = accelerate(objective, settings_of({"acceleration": acceleration}))
-        problem = Problem(self.units, objective, select, ROWS, self.goal(budget))
+        problem = Problem(self.units, objective, select, ROWS, self.goal(budget), self.resources)
         trace = list(method(problem, **options))
         assert len(self.asked) == len(set(self.asked))
         seen = {(score.mask, row) for step in trace for score in step.scores for row in range(score.rows_used)}
@@ -123,6 +131,57 @@ class Table:
             if few == 1 and (many == 1 or back != out):
                 found.append(other)
         return found
+
+
+@pytest.mark.parametrize("per", ["parameters", "latency"])
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_at_a_price(seed, per):
+    """Against a walk that divides each rise by what is saved, written anew."""
+    table = Table(seed)
+    saved = {block: n / table.resources[per].total for block, n in table.resources[per].blocks.items()}
+    trace = table.search(greedy, "0.3", per=per)
+    removed = DENSE
+    for step in trace:
+        rises = {block: table.loss(removed | {block}) - table.loss(removed) for block in saved if block not in removed}
+        worth = {block: rise / saved[block] if rise > 0 else rise * saved[block] for block, rise in rises.items()}
+        removed |= {min(worth, key=worth.get)}
+        assert step.removed == removed
+    assert removed == frozenset(saved)
+
+
+@pytest.mark.parametrize(("budget", "least", "most"), [("0.5kv", 0.5, 0.5), ("1.2x", 1 - 1 / 1.2, 1 - 1 / 1.2)])
+@pytest.mark.parametrize("method", ["beam", "evolution", "swap"])
+def test_a_search_for_another_resource(method, budget, least, most):
+    """Through SearchRun: the answer removes the wanted share, as near as half a unit, and no block that saves nothing;
+    swap's is no worse than any neighbour's."""
+    table = Table(3)
+    resource = parse_budget(budget, table.counts).resource
+    calibration = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
+    objective = Objective(calibration, TrialStore({}, ROWS), lambda: table)
+    section = {"method": method, "metric": "perplexity", "acceleration": "none", "unit": "block"}
+    run = SearchRun(objective, objective, search_settings(section), table.units, table.resources, SilentObserver())
+    (trace,) = run.traces([budget]).values()
+    answer, costs = trace[-1].removed, table.resources[resource]
+    half = min(n for n in costs.blocks.values() if n) / 2 / costs.total
+    if method == "swap":
+        half *= 2  # within the tolerance of its start, which is within that of the goal
+    assert least - half - 1e-12 <= costs.ratio(answer) <= most + half + 1e-12
+    if resource == "kv":
+        assert {block.kind for block in answer} == {"mha"}
+        best = min(
+            (frozenset(m) for m in combinations([b for b in costs.blocks if b.kind == "mha"], 2)), key=table.rank
+        )
+        assert answer == best
+
+
+def test_a_price_that_is_not_known():
+    table = Table(0)
+    section = {"method": "greedy", "metric": "perplexity", "acceleration": "none", "unit": "block"}
+    with pytest.raises(InputError, match="per 'time' is unknown; valid: none, parameters, kv, latency"):
+        table.search(greedy, "0.3", per="time")
+    for change in ({"metric": "block_influence"}, {"acceleration": "race"}):
+        with pytest.raises(InputError, match="score.options.per kv prices the rise of a loss"):
+            search_settings(section | change | {"options": {"per": "kv"}})
 
 
 def ratios(seed, count):
@@ -441,7 +500,9 @@ def test_on_a_model_against_full_forwards(method, options):
     score = search_settings(
         {"method": method, "metric": "perplexity", "acceleration": "none", "unit": "block", "options": options}
     )
-    traces = SearchRun(objective, objective, score, units, counts, SilentObserver()).traces(["0.3", "3blocks"])
+    traces = SearchRun(objective, objective, score, units, {"parameters": counts}, SilentObserver()).traces(
+        ["0.3", "3blocks"]
+    )
     for budget, allowed in (
         ("0.3", [m for m in masks if abs(counts.ratio(m) - 0.3) <= half]),
         ("3blocks", [m for m in masks if len(m) == 3]),
