@@ -318,9 +318,10 @@ def test_added_run_and_target_keep_comments(project: Path) -> None:
     before = Path("params.yaml").read_text()
     chosen = plan(Selection(runs=("other",), budgets=("0.1", ".10", "17blocks", "0.10kv", ".1kv", "1.5x")))
     chosen.write()
-    assert chosen.additions == ("run other", "target other-0.1", "target other-17blocks")
-    assert chosen.stages() == ("fetch@other", "score@other", "commit@other-0.1", "commit@other-17blocks", "report")
-    new = ['  other-0.1: {run: other, budget: "0.1"}', '  other-17blocks: {run: other, budget: "17blocks"}']
+    names = ["0.1", "17blocks", "0.10kv", "1.5x"]
+    assert chosen.additions == ("run other", *(f"target other-{name}" for name in names))
+    assert chosen.stages() == ("fetch@other", "score@other", *(f"commit@other-{name}" for name in names), "report")
+    new = [f'  other-{name}: {{run: other, budget: "{name}"}}' for name in names]
     lines = Path("params.yaml").read_text().splitlines()
     assert [line for line in lines if line not in new and not line.startswith("runs:")] == [
         line for line in before.splitlines() if not line.startswith("runs:")
@@ -359,7 +360,11 @@ def test_no_options_take_everything_and_write_nothing(project: Path) -> None:
         ((), ("1.5",), "budget '1.5' is not valid; give a share of all parameters between 0 and 1"),
         ((), ("0",), "budget '0' is not valid"),
         (("../smollm2",), (), "run name '../smollm2' is not valid"),
-        (("none",), (), "run 'none' is unknown: runs/none.yaml does not exist; existing runs: llama2-7b, llama2-7b-official, smollm2"),
+        (
+            ("none",),
+            (),
+            "run 'none' is unknown: runs/none.yaml does not exist; existing runs: llama2-7b, llama2-7b-official, smollm2",
+        ),
     ],
 )
 def test_bad_selection_is_refused(project: Path, runs: tuple[str, ...], budgets: tuple[str, ...], message: str) -> None:
