@@ -74,12 +74,13 @@ def search_settings(score: Mapping[str, Any]) -> dict[str, Any]:
             f"score.metric {metric.name} is of single units, and method: {name} compares whole masks; choose a metric "
             f"of masks ({losses}), or one of the methods {able}"
         )
-    if score["acceleration"] != "none" and (metric.influence or not method.accelerated):
+    options = fill_options(name, method.options, given)
+    greedy_steps = method.accelerated and options.get("start") != "random"
+    if score["acceleration"] != "none" and (metric.influence or not greedy_steps):
         raise InputError(
             f"score.acceleration {score['acceleration']} does not fit method: {name} with metric: {metric.name}: there "
             f"is nothing to leave out; set acceleration: none"
         )
-    options = fill_options(name, method.options, given)
     if options.get("per", "none") != "none" and (metric.influence or score["acceleration"] != "none"):
         raise InputError(
             f"score.options.per {options['per']} prices the rise of a loss of every candidate; set metric to one of "

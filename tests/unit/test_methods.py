@@ -416,6 +416,7 @@ def test_tables_alone_seed_the_perplexities(tmp_path, method, options):
                 ("one_shot", "perplexity", "lazy+race"),
                 ("beam", "perplexity", "race"),
                 ("random", "perplexity", "lazy"),
+                ("evolution", "perplexity", "race"),  # its start is random
             )
         ),
         ({"acceleration": "fast"}, r"score\.acceleration 'fast' is unknown; valid: none, lazy, race, lazy\+race"),
