@@ -13,6 +13,7 @@ from blockpruner.blocks import removable_units
 from blockpruner.budgets import resources_of
 from blockpruner.calibration import pack
 from blockpruner.checkpoints.hf import save_pruned
+from blockpruner.errors import InputError
 from blockpruner.models import prune_
 from blockpruner.plans import Plan, commit
 from blockpruner.progress import Observer, SilentObserver
@@ -22,6 +23,7 @@ from blockpruner.scoring.objectives import Objective
 from blockpruner.search import method_of, search_settings
 from blockpruner.search.iteration import Iteration, removals
 from blockpruner.search.run import SearchRun
+from blockpruner.transforms import TRANSFORMS
 from blockpruner.trials import TrialStore, store_fingerprint
 
 
@@ -44,7 +46,7 @@ def prune(
     model: PreTrainedModel,
     tokenizer: Any,
     texts: Sequence[str],
-    ratio: float,
+    ratio: float | str,
     *,
     seq_len: int = 2048,
     packing: str = "joined",
@@ -62,18 +64,28 @@ def prune(
     Args:
         model: a transformers causal LM of a supported family; it is changed.
         texts: calibration samples; the paper uses 256 Alpaca samples.
-        ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken.
-        method, unit, candidates, metric, options: as in a run file's `score` section (docs/methods.md).
+        ratio: share of all parameters to remove, in (0, 1), the nearest reachable one is taken; or a budget as in
+            params.yaml ("17blocks", "0.30kv").
+        method, unit, candidates, metric, options: as in a run file's `score` section (docs/methods.md), of the methods
+            that remove blocks; a speed-up and answers to items are for the stages alone.
         acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md says what they gain and risk).
         seq_len: tokens a calibration row; shortened to the model's context.
 
     Raises:
-        InputError: unsupported family, no calibration row, a ratio that cannot be met.
+        InputError: unsupported family, no calibration row, a ratio that cannot be met, settings that do not fit.
     """
+    if method in TRANSFORMS:
+        raise InputError(f"method {method!r} changes weights, which prune does not; use a run file and the stages")
+    if metric == "answer_likelihood" or isinstance(texts, str):
+        raise InputError(
+            "metric 'answer_likelihood' is of items and their answers, which prune does not take; write a run file"
+            if metric == "answer_likelihood"
+            else "texts is one string; give a list of calibration samples"
+        )
     observer = observer or SilentObserver()
     config = model.config.to_dict()
     resources = resources_of(config)
-    budget = f"{ratio:.12g}"
+    budget = ratio if isinstance(ratio, str) else f"{ratio:.12f}".rstrip("0")
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
     calibration = pack(texts, tokenizer, seq_len, packing)
     dtype = str(model.dtype).removeprefix("torch.")

@@ -8,23 +8,18 @@ arXiv 2406.10594 are.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blockpruner.blocks import BlockId, Mask, all_blocks
 from blockpruner.errors import InputError
 from blockpruner.families import Config, Costs, count_kv_cache, count_parameters
+from blockpruner.notation import read_budget
 
 Resources = Mapping[str, Costs]
 """By name: "parameters" and "kv" (the KV cache), counted from the config; "latency" (time of generation) where it was
 measured."""
-
-SHARE = re.compile(r"(?P<value>\d*\.?\d+)(?P<unit>kv|x|)")
-FORMS = (
-    'give a share of all parameters between 0 and 1 ("0.22"), a number of blocks ("17blocks") or of whole layers '
-    '("7layers"), a share of the KV cache ("0.30kv"), or a speed-up of generation above 1 ("1.25x")'
-)
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Budget:
         """How much a mask removes, in words of this budget."""
         ratio, blocks = costs.ratio(mask), f"{len(mask)}blocks"
         if self.resource == "latency":
-            return f"{blocks}, {1 / (1 - ratio):.4f}x"
+            return f"{blocks}, {speedup(ratio):.4f}x"
         return f"{blocks}, {ratio:.4f}kv" if self.resource == "kv" else f"{blocks}, ratio {ratio:.4f}"
 
 
@@ -53,32 +48,27 @@ def parse_budget(text: str, counts: Costs) -> Budget:
     Raises:
         InputError: names the text and the valid forms.
     """
-    try:
-        if text.endswith("blocks"):
-            return Budget(text, blocks=_positive(text.removesuffix("blocks")))
-        if text.endswith("layers"):
-            layers = _positive(text.removesuffix("layers"))
-            depth = len(counts.blocks) // 2
-            if layers >= depth:
-                raise InputError(f"budget {text!r} removes every layer of {depth}; the largest is {depth - 1}layers")
-            return Budget(text, ratio=layers / depth * sum(counts.blocks.values()) / counts.total)
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-    share = SHARE.fullmatch(text)
-    value, unit = (float(share["value"]), share["unit"]) if share else (0.0, "")
-    if unit == "x" and value > 1.0:
-        return Budget(text, ratio=1.0 - 1.0 / value, resource="latency")
-    if unit != "x" and 0.0 < value < 1.0:
-        return Budget(text, ratio=value, resource="kv" if unit else "parameters")
-    raise InputError(f"budget {text!r} is not valid; {FORMS}")
+    number, unit = read_budget(text)
+    if unit == "blocks":
+        return Budget(text, blocks=int(number))
+    if unit == "layers":
+        depth = len(counts.blocks) // 2
+        if number >= depth:
+            raise InputError(f"budget {text!r} removes every layer of {depth}; the largest is {depth - 1}layers")
+        return Budget(text, ratio=number / depth * sum(counts.blocks.values()) / counts.total)
+    if unit == "x":
+        return Budget(text, ratio=1 - 1 / number, resource="latency")
+    return Budget(text, ratio=number, resource=unit or "parameters")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+def speedup(share: float) -> float:
+    """Of a model that saves a share of the time."""
+    return 1 / (1 - share) if share < 1 else math.inf
+
+
+def distance(share: float, wanted: float) -> float:
+    """Between two shares, such that two which differ by rounding alone are equal."""
+    return round(abs(share - wanted), 12)
 
 
 def resources_of(config: Config, latency: Mapping[str, int] | None = None) -> dict[str, Costs]:
@@ -147,9 +137,9 @@ def is_settled(budget: Budget, prefixes: Sequence[Mask], costs: Costs, remaining
         return not remaining or len(mask) >= budget.blocks
     assert budget.ratio is not None
     ratio = budget.ratio
-    gap = ratio - costs.ratio(mask)
     larger = [costs.ratio(mask | unit) for unit in that_cost(remaining, costs)]
-    return not larger or gap <= 0 or min(larger) - ratio > gap
+    reached = costs.ratio(mask)
+    return not larger or reached >= ratio or distance(min(larger), ratio) > distance(reached, ratio)
 
 
 @dataclass(frozen=True)
@@ -166,7 +156,7 @@ class Goal:
     tolerance: float
 
     def distance(self, mask: Mask) -> float:
-        return abs(self.share(mask) - self.wanted)
+        return distance(self.share(mask), self.wanted)
 
     def is_met(self, mask: Mask) -> bool:
         return self.distance(mask) <= self.tolerance + 1e-12
@@ -199,13 +189,15 @@ def choose_prefix(budget: Budget, prefixes: Sequence[Mask], costs: Costs) -> int
     if budget.blocks is not None:
         sizes = [len(prefix) for prefix in prefixes]
         if budget.blocks not in sizes:
-            largest = budget.amount(prefixes[-1], costs)
-            raise InputError(f"budget {budget.text!r} is not in this sequence; its largest is {largest}")
+            wanted = budget.blocks
+            around = [max(n for n in [0, *sizes] if n < wanted), min((n for n in sizes if n > wanted), default=0)]
+            near = ", ".join(f"{size}blocks" for size in around if size)
+            raise InputError(f"budget {budget.text!r} is not in this sequence; nearest: {near}")
         return sizes.index(budget.blocks) + 1
     assert budget.ratio is not None
-    wanted = budget.ratio
+    share = budget.ratio
     ratios = [0.0, *(costs.ratio(prefix) for prefix in prefixes)]
-    best = min(range(len(ratios)), key=lambda k: (round(abs(ratios[k] - wanted), 12), -ratios[k]))
+    best = min(range(len(ratios)), key=lambda k: (distance(ratios[k], share), -ratios[k]))
     if best == 0:
         raise _removes_nothing(budget, next(iter(that_cost(prefixes, costs)), prefixes[0]), costs)
     return best

@@ -15,18 +15,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from blockpruner.errors import InputError
+from blockpruner.notation import read_budget
 
 T = TypeVar("T", bound="Frozen")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-BUDGET = re.compile(r"(?P<share>0?\.\d+)(kv)?|[1-9]\d*(blocks|layers)|(?P<speedup>\d+\.?\d*)x")
-
-
-def budget_meaning(text: str) -> tuple[str, float | None]:
-    """Equal for budgets that are the same, however they are written: unit and number; of no budget the text."""
-    if not BUDGET.fullmatch(text):
-        return text, None
-    unit = text.lstrip("0123456789.")
-    return unit, float(text.removesuffix(unit))
 
 
 class Frozen(BaseModel):
@@ -278,7 +270,11 @@ class Run(Frozen):
                 f"score.metric: answer_likelihood needs the answers of items, and calibration.data.source: {source} "
                 "has texts; set calibration.data.source: tasks, or score.metric: perplexity"
             )
-        if metric == "perplexity" and source == "tasks" and self.score.method not in ("laco", "slicegpt"):
+        if (
+            metric == "perplexity"
+            and source == "tasks"
+            and self.score.method not in ("laco", "slicegpt", "random", "given")
+        ):
             raise ValueError(
                 "score.metric: perplexity of answers given their questions is answer_likelihood; with "
                 "calibration.data.source: tasks set score.metric: answer_likelihood"
@@ -297,13 +293,7 @@ class Target(Frozen):
     @classmethod
     def _budget(cls, value: object) -> str:
         text = str(value)
-        match = BUDGET.fullmatch(text)
-        if not match or float(match["share"] or 1) == 0.0 or float(match["speedup"] or 2) <= 1.0:
-            raise ValueError(
-                f'budget {text!r} is not valid; give a share of all parameters between 0 and 1 ("0.22"), '
-                'a number of blocks ("17blocks") or of whole layers ("7layers"), a share of the KV cache ("0.30kv"), '
-                'or a speed-up of generation above 1 ("1.25x")'
-            )
+        read_budget(text)
         return text
 
 
@@ -313,7 +303,7 @@ class Report(Frozen):
 
 
 class Runtime(Frozen):
-    """Changes speed, never a number; no stage lists it as a parameter."""
+    """Changes speed, never a number but measured ones; no stage lists it as a parameter."""
 
     device: str = "auto"
     batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -366,7 +356,7 @@ class Params(Frozen):
                 )
             if name in {f"{run}-dense" for run in self.runs} or name in self.runs:
                 raise ValueError(f"target name {name!r} is taken by a run or its dense baseline; choose another")
-            meaning = (target.run, budget_meaning(target.budget), target.recover)
+            meaning = (target.run, read_budget(target.budget), target.recover)
             if meaning in meanings:
                 raise ValueError(
                     f"targets {meanings[meaning]!r} and {name!r} mean the same (run {target.run}, budget "

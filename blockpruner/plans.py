@@ -15,8 +15,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.blocks import DENSE, BlockKind, Mask, all_blocks, format_mask, parse_mask, sorted_blocks
-from blockpruner.budgets import Resources, choose_prefix, parse_budget, resources_of
+from blockpruner.blocks import (
+    DENSE,
+    BlockKind,
+    Mask,
+    all_blocks,
+    format_mask,
+    parse_mask,
+    removable_units,
+    sorted_blocks,
+)
+from blockpruner.budgets import Resources, choose_prefix, is_settled, parse_budget, resources_of, that_cost
+from blockpruner.errors import InputError
 from blockpruner.families import Config
 from blockpruner.search.iteration import removals
 from blockpruner.search.trace import read_current, read_trace, table_path, trace_directory
@@ -33,7 +43,7 @@ class Plan:
     of generation where it was measured, as blocks cost it; blocks: counts by kind; parameters: dense and pruned;
     calibration: rows, tokens and the perplexity on them of the dense and of the pruned model (null where it is only
     known once the model is made); recover: whether the pruned model is trained before it is evaluated; nested: whether
-    `order` is a sequence whose beginnings meet smaller budgets; details: of a transformation."""
+    `order` is a sequence whose beginnings meet smaller budgets; options: the method's; details: a transformation's."""
 
     kind: str
     target: str
@@ -53,6 +63,7 @@ class Plan:
     recover: bool = False
     nested: bool = True
     removes: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,6 +136,7 @@ def _plan(
         budget=budget,
         method=facts["score"]["method"],
         metric=facts["score"]["metric"],
+        options=facts["score"].get("options", {}),
         search=facts["search"],
         layers=len(counts.blocks) // 2,
         removed=removed,
@@ -140,10 +152,38 @@ def _plan(
     )
 
 
+def _resources(config: Config, budget: str, facts: Mapping[str, Any]) -> Resources:
+    """Of the model; raises InputError where the budget is a speed-up and the search has measured none."""
+    found = resources_of(config, facts.get("latency"))
+    if parse_budget(budget, found["parameters"]).resource not in found:
+        raise InputError(
+            f"budget {budget!r} is a speed-up, and the run's scores know no times; run its stage score again"
+        )
+    return found
+
+
+def _require_scored(order: Sequence[Mask], resources: Resources, budget: str, facts: Mapping[str, Any]) -> None:
+    """Refuse a sequence that was not scored as far as the budget: it was searched for others."""
+    score, counts = facts["score"], resources["parameters"]
+    units = removable_units(len(counts.blocks) // 2, score["unit"], score["candidates"])
+    price = resources.get(score["options"].get("per", "none"))
+    prefixes = [Mask().union(*order[: k + 1]) for k in range(len(order))]
+    remaining = [unit for unit in (units if price is None else that_cost(units, price)) if not unit <= prefixes[-1]]
+    wanted = parse_budget(budget, counts)
+    if not is_settled(wanted, prefixes, resources[wanted.resource], remaining):
+        reached = wanted.amount(prefixes[-1], resources[wanted.resource])
+        raise InputError(f"run {facts['run']} is scored up to {reached}, not to budget {budget!r}; run its stage score")
+
+
 def _commit_mask(scores: Path, config: Config, budget: str, facts: Mapping[str, Any]) -> tuple[Plan, list[Path]]:
-    directory = trace_directory(scores, facts, budget)
+    resources, directory = _resources(config, budget, facts), trace_directory(scores, facts, budget)
     trace = read_trace(directory, facts["search"])
-    plan = commit(*removals(trace, facts["nested"]), resources_of(config, facts["latency"]), budget, facts)
+    if not trace:
+        raise InputError(f"{directory} has no iteration for budget {budget!r}; run its stage score")
+    order, perplexities = removals(trace, facts["nested"])
+    if facts["nested"]:
+        _require_scored(order, resources, budget, facts)
+    plan = commit(order, perplexities, resources, budget, facts)
     used = len(plan.order) if plan.nested else len(trace)
     return plan, [table_path(directory, index) for index in range(used)]
 
@@ -156,7 +196,7 @@ def _commit_merges(scores: Path, config: Config, budget: str, facts: Mapping[str
     plan = _plan(
         facts,
         budget,
-        resources_of(config, facts["latency"]),
+        _resources(config, budget, facts),
         gone=frozenset(block for block in all_blocks(depth) if block.layer in merged),
         order=tuple(map(str, merges)),
         perplexities=(math.exp(facts["dense_nll"]), math.exp(math.fsum(nll) / len(nll))),
@@ -168,7 +208,7 @@ def _commit_merges(scores: Path, config: Config, budget: str, facts: Mapping[str
 def _commit_width(scores: Path, config: Config, budget: str, facts: Mapping[str, Any]) -> tuple[Plan, list[Path]]:
     details = read_json(trace_directory(scores, facts, budget) / "details.json")
     _, pruned = sliced_parameters(config, details["width"])
-    resources, perplexities = resources_of(config, facts["latency"]), (math.exp(facts["dense_nll"]), None)
+    resources, perplexities = _resources(config, budget, facts), (math.exp(facts["dense_nll"]), None)
     return _plan(facts, budget, resources, pruned=pruned, perplexities=perplexities, details=details), []
 
 

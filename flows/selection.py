@@ -19,7 +19,8 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from blockpruner.errors import InputError
-from blockpruner.params import Frozen, budget_meaning, load_params, load_run
+from blockpruner.notation import read_budget
+from blockpruner.params import Frozen, load_params, load_run
 from blockpruner.tables import write_text
 
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
@@ -83,12 +84,12 @@ def plan(selection: Selection) -> Plan:
         if run not in params.runs:
             document["runs"].append(run)
             additions.append(f"run {run}")
-    known = {(t.run, budget_meaning(t.budget)): name for name, t in params.targets.items() if not t.recover}
+    known = {(t.run, read_budget(t.budget)): name for name, t in params.targets.items() if not t.recover}
     targets = {} if selection.budgets else {name: t.run for name, t in params.targets.items() if t.run in runs}
     for run, budget in ((run, budget) for run in runs for budget in selection.budgets):
-        name = known.get((run, budget_meaning(budget)))
+        name = known.get((run, read_budget(budget)))
         if name is None:
-            name = known[run, budget_meaning(budget)] = f"{run}-{budget}"
+            name = known[run, read_budget(budget)] = f"{run}-{budget}"
             if name in params.targets:
                 raise InputError(
                     f"{PARAMS}: target {name!r} exists with budget {params.targets[name].budget!r} of run "

@@ -38,7 +38,9 @@ def main(name: str) -> None:
     def latency() -> Mapping[str, Any]:
         from blockpruner.evaluation.latency import kept_latency
 
-        return kept_latency(out, checkpoint, dtype, settings.score.latency.model_dump(), runtime, remote, watch)
+        return kept_latency(
+            out, trials_root(), checkpoint, dtype, settings.score.latency.model_dump(), runtime, remote, watch
+        )
 
     score_run(
         out, trials_root(),

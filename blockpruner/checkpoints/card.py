@@ -55,9 +55,10 @@ def _what(plan: Plan) -> str:
             "(arXiv 2401.15024)"
         )
     by = f" by `{plan.metric}`" if plan.metric else ""
+    options = ", ".join(f"`{key}: {value}`" for key, value in plan.options.items() if key != "order")
     return (
         f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its {plan.layers} MLP "
-        f"blocks, chosen by `{plan.method}` search{by}"
+        f"blocks, chosen by `{plan.method}` search{by}{f' ({options})' if options else ''}"
     )
 
 

@@ -23,11 +23,14 @@ from blockpruner.models import decoder_layers, load_model, masked, set_threads
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
 from blockpruner.sources import checkpoint_identity
-from blockpruner.tables import read_json, write_json
+from blockpruner.tables import read_json, set_aside, write_json
+
+LATENCY_VERSION = 1
 
 
 def kept_latency(
     folder: Path,
+    shared: Path,
     checkpoint: Path,
     dtype: str,
     timed: Mapping[str, int],
@@ -35,39 +38,60 @@ def kept_latency(
     trust_remote_code: bool,
     observer: Observer,
 ) -> dict[str, Any]:
-    """What was measured for a model and kept in a folder; measured now if there is none.
+    """What was measured for a model and kept; measured now if there is none, or none that is whole.
 
     It is not measured again on another device or day, so that what was decided by it stays decided; whoever wants that
     deletes the file.
 
     Args:
+        folder: the run's own, which travels with its scores.
+        shared: for all runs of this machine, so that a speed-up means the same in all that name one model.
         timed: prompt_tokens, new_tokens, batch, repeats, as of `measure_latency`.
         runtime: as in params.yaml.
 
     Raises:
-        InputError: a model that is streamed, since it is larger than memory.
+        InputError: a model that is streamed, since it is larger than memory, or scored by the workers of a cluster,
+            whose devices are not this process's.
     """
-    identity = checkpoint_identity(checkpoint)
-    path = folder / f"latency-{fingerprint({'model': identity, 'dtype': dtype, **timed})}.json"
-    known = path.exists()
-    if not known:
-        if runtime["streaming"]:
+    facts = {"version": LATENCY_VERSION, "model": checkpoint_identity(checkpoint), "dtype": dtype, **timed}
+    name = f"latency-{fingerprint(facts)}.json"
+    for path in (folder / name, shared / name):
+        if path.exists():
+            found: dict[str, Any] = read_json(path)
+            if {"total", "mha", "mlp"} <= found.keys():
+                observer.note(f"{_words(found)} (kept: {path})")
+                write_json(folder / name, found)
+                return found
+            observer.note(f"warning: {path} is no measurement; set aside as {set_aside(path).name}")
+    for key, cause in (("streaming", "is larger than it"), ("ray_address", "is scored on other machines")):
+        if runtime[key]:
             raise InputError(
-                "a speed-up is measured with the model in memory, and runtime.streaming is true; give budgets in "
-                "parameters or KV cache, or set streaming: false"
+                f"a speed-up is measured with the model in this process's memory, and with runtime.{key}: "
+                f"{runtime[key]} it {cause}; give budgets in parameters or KV cache, or measure first, without it"
             )
-        observer.begin("latency of blocks")
-        set_threads(runtime["threads"])
-        model = load_model(checkpoint, dtype, runtime["device"], trust_remote_code, runtime["attention"])
-        write_json(path, measure_latency(model, **timed, advance=observer.advance))
-    found: dict[str, Any] = read_json(path)
-    seconds = found["seconds"]
-    observer.note(
-        f"latency: {seconds['dense']:.3f} s for {found['batch']} x ({found['prompt_tokens']} + {found['new_tokens']}) "
-        f"tokens on {found['device']}; an MHA block {found['mha'] / 1e6:.2f} ms, an MLP block {found['mlp'] / 1e6:.2f} "
-        f"ms ({'kept' if known else 'measured'}: {path})"
-    )
+    observer.begin("latency of blocks")
+    set_threads(runtime["threads"])
+    model = load_model(checkpoint, dtype, runtime["device"], trust_remote_code, runtime["attention"])
+    found = measure_latency(model, **timed, advance=observer.advance)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for place in (shared, folder):
+        write_json(place / name, found)
+    observer.end(_words(found))
+    if found["scale"] < 1:
+        observer.note(
+            f"warning: all blocks together seemed to take {1 / found['scale']:.2f} times as long as the model, so the "
+            "times are noise; raise score.latency.repeats or new_tokens"
+        )
     return found
+
+
+def _words(found: Mapping[str, Any]) -> str:
+    return (
+        f"{found['total'] / 1e9:.3f} s for {found['batch']} x ({found['prompt_tokens']} + {found['new_tokens']}) "
+        f"tokens on {found['device']}; an MHA block {found['mha'] / 1e6:.2f}, an MLP block {found['mlp'] / 1e6:.2f} ms"
+    )
 
 
 def measure_latency(
@@ -86,7 +110,8 @@ def measure_latency(
 
     Returns:
         total: nanoseconds of one generation of the dense model; mha, mlp: of one block, 0 where none could be
-        measured; seconds: the medians that they are made of; and what was timed, on what.
+        measured; scale: what these were multiplied by so that all blocks take no more than the whole; seconds: the
+        medians that they are made of; and what was timed, on what.
     """
     blocks = all_blocks(len(decoder_layers(model)))
     masks = {"dense": DENSE} | {
@@ -104,10 +129,13 @@ def measure_latency(
                 seconds[name].append(timed.prefill_seconds + timed.decode_seconds)
             advance(repeat * len(masks) + place + 1, total, name)
     medians = {name: median(times) for name, times in seconds.items()}
-    saved = {name: (medians["dense"] - medians[name]) / len(mask) for name, mask in masks.items() if mask}
+    saved = {name: max(0.0, medians["dense"] - medians[name]) / len(mask) for name, mask in masks.items() if mask}
+    all_of_them = sum(saved.values()) * len(blocks) / 2
+    scale = min(1.0, medians["dense"] / all_of_them) if all_of_them else 1.0
     return {
         "total": round(1e9 * medians["dense"]),
-        **{name: max(0, round(1e9 * each)) for name, each in saved.items()},
+        **{name: int(1e9 * scale * each) for name, each in saved.items()},
+        "scale": scale,
         "seconds": medians,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

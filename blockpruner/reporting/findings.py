@@ -12,6 +12,7 @@ from enum import StrEnum
 from statistics import mean, median
 
 from blockpruner.blocks import BlockKind, format_mask
+from blockpruner.budgets import speedup
 from blockpruner.reporting.formats import listed, number, percent, signed_points, times
 from blockpruner.reporting.inputs import Removal, Study, Target, paired
 from blockpruner.reporting.methods import UNSCORED, method_words, taken_out
@@ -158,7 +159,11 @@ def _outcome(study: Study, target: Target) -> Finding:
         f"{signed_points(difference.value, difference.stderr)} points{noise}. Generation "
         f"{times(target.speedups.generation)} as fast"
         + (", within noise (the timings of both overlap)" if target.speedups.is_noise else "")
-        + (f"; by what its blocks took when they were timed, {times(1 / (1 - timed))}." if timed is not None else "."),
+        + (
+            f"; by the times of its blocks, of which the budget was made, {times(speedup(timed))}."
+            if timed is not None
+            else "."
+        ),
     )
 
 

@@ -32,6 +32,13 @@ METRIC_WORDS: Mapping[str, str] = {
 }
 
 
+PRICE_WORDS: Mapping[str, str] = {
+    "parameters": " per parameter saved",
+    "kv": " per KV cache saved",
+    "latency": " per time saved",
+}
+
+
 def method_words(target: Target) -> str:
     """For instance "one-shot, whole layers, by Block Influence"; what LoRA did after it is not said."""
     plan = target.plan
@@ -41,7 +48,8 @@ def method_words(target: Target) -> str:
         return "SliceGPT, hidden width sliced"
     assert target.considered is not None
     words = f"{SEARCH_WORDS[plan.method]}, {target.considered.unit}"
-    return words if plan.method in UNSCORED else f"{words}, by {METRIC_WORDS[plan.metric]}"
+    price = PRICE_WORDS.get(plan.options.get("per", "none"), "")
+    return words if plan.method in UNSCORED else f"{words}, by {METRIC_WORDS[plan.metric]}{price}"
 
 
 def taken_out(target: Target) -> str:

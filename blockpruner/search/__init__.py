@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blockpruner.errors import InputError
-from blockpruner.options import fill_options
+from blockpruner.options import fill_options, require_one_of
 from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, metric_of
 from blockpruner.search.beam import beam
 from blockpruner.search.evolution import evolution
 from blockpruner.search.given import given
-from blockpruner.search.greedy import greedy
+from blockpruner.search.greedy import PRICES, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.random_order import random_order
@@ -81,6 +81,7 @@ def search_settings(score: Mapping[str, Any]) -> dict[str, Any]:
             f"score.acceleration {score['acceleration']} does not fit method: {name} with metric: {metric.name}: there "
             f"is nothing to leave out; set acceleration: none"
         )
+    require_one_of("per", options.get("per", "none"), PRICES)
     if options.get("per", "none") != "none" and (metric.influence or score["acceleration"] != "none"):
         raise InputError(
             f"score.options.per {options['per']} prices the rise of a loss of every candidate; set metric to one of "

@@ -18,15 +18,20 @@ def given(problem: Problem, *, order: Sequence[str]) -> Iterator[Iteration]:
         order: what each step removes: a block ("mha.25"), or several ("mha.3,mlp.3").
 
     Raises:
-        InputError: a block that the model or `candidates` does not have, or one that is named twice.
+        InputError: no block, one that the model or `candidates` does not have, or one that is named twice.
     """
     steps = [parse_mask(str(text)) for text in order]  # a number in YAML is no block either, and is named
+    if not steps:
+        raise InputError('score.options.order is empty; name what to remove, for instance ["mha.25", "mlp.3"]')
     known, seen = DENSE.union(*problem.units), DENSE
     for step in steps:
-        for fault, blocks in (("does not have", step - known), ("had removed before", step & seen)):
+        for fault, blocks in (
+            ("is not among the candidates", step - known),
+            ("was removed before", step & seen),
+        ):
             if blocks:
                 raise InputError(
-                    f"score.options.order removes {format_mask(blocks)}, which this model {fault}; its blocks are "
+                    f"score.options.order removes {format_mask(blocks)}, which {fault}; the candidates are "
                     f"{format_mask(known)}"
                 )
         seen |= step

@@ -13,7 +13,6 @@ from collections.abc import Generator, Iterator
 from blockpruner.blocks import DENSE, Mask
 from blockpruner.errors import InputError
 from blockpruner.families import Costs
-from blockpruner.options import require_one_of
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
@@ -31,9 +30,8 @@ def greedy(problem: Problem, *, per: str = "none") -> Iterator[Iteration]:
     Raises:
         InputError: an unknown resource, or one that was not measured.
     """
-    require_one_of("per", per, PRICES)
     if per != "none" and per not in problem.resources:
-        raise InputError(f"score.options.per {per} is not known here; valid: none, {', '.join(problem.resources)}")
+        raise InputError(f"score.options.per {per!r} is not known here; valid: none, {', '.join(problem.resources)}")
     costs = problem.resources.get(per)
     removed: Mask = DENSE
     before = 0.0

@@ -7,6 +7,7 @@ decision, what a trial is the store's.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from blockpruner.budgets import (
 )
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
-from blockpruner.families import Costs, count_parameters
+from blockpruner.families import Costs
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
 from blockpruner.scoring.accelerate import accelerate
@@ -44,6 +45,8 @@ from blockpruner.tables import read_json, storage_error, write_json
 from blockpruner.transforms import TRANSFORMS
 from blockpruner.transforms.planning import PLANNERS, Bench, Material
 from blockpruner.trials import TrialStore, require_rows, store_fingerprint
+
+UNTIMED = "what blocks take of the time is not known here: the stage score measures it"
 
 
 class SearchRun:
@@ -75,6 +78,11 @@ class SearchRun:
         self._score = score
         price = resources.get(self._options.get("per", "none"))
         self._units = units if price is None else that_cost(units, price)
+        if not self._units:
+            raise InputError(
+                f"score.options.per {self._options['per']}: no candidate takes anything of it; valid with these "
+                "candidates: none, parameters"
+            )
         self._known = 0
 
     def traces(
@@ -91,6 +99,8 @@ class SearchRun:
         """
         wanted = [parse_budget(text, self._resources["parameters"]) for text in budgets]
         for budget in wanted:
+            if budget.resource not in self._resources:
+                raise InputError(f"budget {budget.text!r} is a speed-up, and {UNTIMED}")
             require_reachable(budget, self._units, self._costs(budget))
         searches = {"": self._nested(wanted)} if self._method.nested else {b.text: self._for(b) for b in wanted}
         found: dict[str, list[Iteration]] = {name: [] for name in searches}
@@ -169,7 +179,7 @@ class SearchRun:
         )
         considered = "" if candidates is None else _considered(iteration, candidates)
         self._observer.end(
-            f"{what}, perplexity {iteration.perplexity:.4f}, "
+            f"{what}, {self._loss_words(best)}perplexity {iteration.perplexity:.4f}, "
             f"ratio {self._resources['parameters'].ratio(iteration.removed):.4f}{considered}",
             [
                 {
@@ -183,6 +193,11 @@ class SearchRun:
             cached=computed == 0,
         )
         return iteration
+
+    def _loss_words(self, score: Score) -> str:
+        """What decides, where that is not perplexity."""
+        same = self._objective is self._nll or math.isnan(score.loss)
+        return "" if same else f"{self._objective.metric.name} {score.loss:.4f}, "
 
     def _nll_of(self, iteration: Iteration) -> tuple[Score | None, ...]:
         own = self._objective is self._nll
@@ -242,11 +257,7 @@ def score_run(
     """
     score = search_settings(score)
     require_rows(len(calibration.rows))
-    parameters = count_parameters(config)
-    timed = {parse_budget(text, parameters).resource for text in budgets} | {score["options"].get("per")}
-    if "latency" in timed and latency is None:
-        raise InputError("a speed-up is no budget here: what blocks take of the time is not measured")
-    known = latency() if latency is not None and "latency" in timed else None
+    known = _known_latency(config, score, budgets, latency)
     resources = resources_of(config, known)
     started = time.monotonic()
     facts = {"rows": len(calibration.rows), "tokens": calibration.tokens, "digest": calibration.digest}
@@ -261,6 +272,27 @@ def score_run(
     counts["tokens_per_second"] = round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
     counts["seconds"] = round(counts["seconds"], 2)
     write_json(metrics, {**counts, "wall_seconds": round(time.monotonic() - started, 2)})
+
+
+def _known_latency(
+    config: Mapping[str, Any],
+    score: Mapping[str, Any],
+    budgets: Sequence[str],
+    latency: Callable[[], Mapping[str, Any]] | None,
+) -> Mapping[str, Any] | None:
+    """The measurement, where something depends on it; other budgets are checked before it is made."""
+    resources = resources_of(config)
+    wanted = [parse_budget(text, resources["parameters"]) for text in budgets]
+    if "latency" not in {budget.resource for budget in wanted} | {score["options"].get("per")}:
+        return None
+    if score["method"] not in TRANSFORMS:
+        units = removable_units(int(config["num_hidden_layers"]), score["unit"], score["candidates"])
+        for budget in wanted:
+            if budget.resource in resources:
+                require_reachable(budget, units, resources[budget.resource])
+    if latency is None:
+        raise InputError(f"budgets {list(budgets)} or score.options.per need a speed-up, and {UNTIMED}")
+    return latency()
 
 
 def _search(
@@ -330,7 +362,6 @@ def _plan_transform(
         store = TrialStore(fields, len(calibration.rows), material.trials)
         stack.callback(store.close)
         dense = Objective(calibration, store, lambda: material.bench.scorer(), observer)
-        current["dense_nll"] = dense([DENSE])[0].loss
         for text in budgets:
             path = trace_directory(scores, current, text) / "details.json"
             observer.begin(f"{method} for {text}")
@@ -340,6 +371,7 @@ def _plan_transform(
                 write_json(path, PLANNERS[method](budget, score["options"], material))
             found = {key: value for key, value in read_json(path).items() if key != "nll"}
             observer.end(", ".join(f"{key} {value}" for key, value in found.items()), cached=is_known)
+        current["dense_nll"] = dense([DENSE])[0].loss
     return current, {"iterations": 0, **asdict(dense.counts)}
 
 

@@ -1,7 +1,7 @@
 """The masks that a goal allows: which there are, how one is drawn, how one becomes another, which comes first.
 
 Nothing here is scored. Units are of a kind when they count the same: all of them where the goal counts blocks, the MHA
-blocks and the MLP blocks where it counts parameters. Whether a mask meets the goal depends on nothing but how many
+blocks and the MLP blocks where it counts a resource. Whether a mask meets the goal depends on nothing but how many
 units of each kind it removes: its composition.
 """
 
@@ -33,7 +33,7 @@ def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
         InputError: the dense model is nearer.
     """
     masks = list(masks)
-    found = min([DENSE, *masks], key=lambda mask: (round(goal.distance(mask), 12), -goal.share(mask)))
+    found = min([DENSE, *masks], key=lambda mask: (goal.distance(mask), -goal.share(mask)))
     if found == DENSE:
         raise InputError(
             f"budget {goal.budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
@@ -44,8 +44,10 @@ def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
 
 def is_settled(goal: Goal, mask: Mask, units: Sequence[Mask]) -> bool:
     """Whether a mask with one unit more, any of them, would be farther from the goal: `budgets.is_settled` of it."""
-    shares = [goal.share(mask | unit) for unit in units if not unit <= mask]
-    return not shares or min(shares) - goal.wanted > goal.wanted - goal.share(mask)
+    larger = [mask | unit for unit in units if not unit <= mask]
+    if not larger or goal.share(mask) >= goal.wanted:
+        return True
+    return goal.distance(min(larger, key=goal.share)) > goal.distance(mask)
 
 
 def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:

@@ -74,7 +74,7 @@ def plan_merges(budget: Budget, options: Mapping[str, Any], material: Material) 
     variant, costs = str(options["variant"]), material.resources[budget.resource]
     require_one_of("variant", variant, ("repo", "paper"))
     depth = len(costs.blocks) // 2
-    layers = removable_units(depth, "layer", "all")
+    layers = removable_units(depth, "layer", "all")[: depth - 1]  # one layer is left at least
     require_reachable(budget, layers, costs)
     wanted = choose_prefix(budget, [Mask().union(*layers[: k + 1]) for k in range(depth - 1)], costs)
     fields = similarity_fields(material.calibration.digest, material.model_identity, material.dtype, variant)
@@ -83,7 +83,10 @@ def plan_merges(budget: Budget, options: Mapping[str, Any], material: Material) 
             material.observer.note(f"warning: {problem}")
         measure = _Measure(material, variant, log)
         walk = {key: options[key] for key in ("count", "lowest", "highest", "interval")}
-        threshold, merges = search_threshold(measure, depth, wanted, **walk)
+        try:
+            threshold, merges = search_threshold(measure, depth, wanted, **walk)
+        except InputError as error:
+            raise InputError(f"budget {budget.text!r}: {error}") from error
         similarity = measure(merges)
     return {
         "variant": variant,

@@ -76,14 +76,17 @@ def width_for_ratio(config: Config, ratio: float, multiple: int = MULTIPLE) -> i
     """The width whose ratio is nearest to `ratio`, a share of all parameters; a tie goes to the larger ratio.
 
     Raises:
-        InputError: no width comes to `ratio`; names the smallest and the largest that one does.
+        InputError: no width comes near `ratio`; names the smallest and the largest that one comes to.
     """
     widths = range(multiple, int(config["hidden_size"]) + 1, multiple)
     ratios = {width: sliced_ratio(config, width) for width in widths}  # falls with the width
-    smallest, largest = ratios[widths[-1]], ratios[widths[0]]
-    if not smallest <= ratio <= largest:
+    ratios = {width: share for width, share in ratios.items() if share > 0}  # a wide one adds more than it removes
+    if not ratios:
+        raise InputError("SliceGPT makes this model larger at every width: its shortcuts outweigh what is sliced")
+    widest, narrowest = max(ratios), min(ratios)
+    if not ratios[widest] / 2 <= ratio <= ratios[narrowest]:
         raise InputError(
-            f"ratio {ratio} is out of SliceGPT's reach here: this model has ratios from {smallest:.4f} (width "
-            f"{widths[-1]}) to {largest:.4f} (width {widths[0]})"
+            f"ratio {ratio} is out of SliceGPT's reach here: this model has ratios from {ratios[widest]:.4f} (width "
+            f"{widest}) to {ratios[narrowest]:.4f} (width {narrowest})"
         )
-    return min(widths, key=lambda width: (round(abs(ratios[width] - ratio), 12), width))
+    return min(ratios, key=lambda width: (round(abs(ratios[width] - ratio), 12), width))

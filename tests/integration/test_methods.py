@@ -48,6 +48,11 @@ def choose(project, section, budget):
     set_targets(project, {"t": budget})
 
 
+def forget_times(project):
+    for path in [*project.glob("data/scores/tiny/latency-*.json"), *project.glob("data/trials/latency-*.json")]:
+        path.unlink()
+
+
 def scored(section, project, budget="0.2"):
     choose(project, section, budget)
     score.main("tiny")
@@ -98,6 +103,38 @@ def test_a_sliced_model_is_benchmarked_as_any_other(project, monkeypatch):
     assert found["speed"]["pruned"]["kv_cache_bytes"] == found["speed"]["dense"]["kv_cache_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("greedy", r"run tiny is scored up to \d+blocks, ratio 0\.\d+, not to budget '0\.6'; run its stage score"),
+        ("beam", r"has no iteration for budget '0\.6'; run its stage score"),
+        ("given", r"run tiny is scored up to 2blocks, ratio 0\.\d+, not to budget '0\.6'; run its stage score"),
+        ("laco", r"details\.json does not exist"),
+    ],
+)
+def test_a_budget_that_was_not_scored_is_not_committed(project, monkeypatch, method, message):
+    monkeypatch.chdir(project)
+    scored(METHODS[method], project)
+    set_targets(project, {"t": "0.6"})
+    with pytest.raises(InputError, match=message):
+        commit.main("t")
+
+
+def test_a_speed_up_that_was_not_measured_is_not_committed(project, monkeypatch):
+    monkeypatch.chdir(project)
+    scored(METHODS["beam"], project)
+    set_targets(project, {"t": "1.3x"})
+    with pytest.raises(InputError, match=r"'1\.3x' is a speed-up, and the run's scores know no times"):
+        commit.main("t")
+
+
+def test_a_step_over_a_budget_in_blocks_names_what_is_near(project, monkeypatch):
+    monkeypatch.chdir(project)
+    scored(METHODS["given"], project, "3blocks")
+    with pytest.raises(InputError, match=r"'3blocks' is not in this sequence; nearest: 2blocks, 4blocks"):
+        commit.main("t")
+
+
 def test_switching_method_and_metric_and_back_computes_nothing_again(project, monkeypatch):
     monkeypatch.chdir(project)
     for section in METHODS.values():
@@ -138,8 +175,7 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
         return speed.Generation(prompt, seconds[without[0] if without else "dense"], 0.0, 0)
 
     monkeypatch.setattr(latency, "generate", generate)
-    for path in (project / "data/scores/tiny").glob("latency-*.json"):
-        path.unlink()
+    forget_times(project)
     section = section | {"latency": {"prompt_tokens": 6, "new_tokens": 3, "repeats": 2, "batch": 2}}
     scored(section, project, "1.3x")
     assert measured == [(2, 6)] * 9
@@ -151,10 +187,36 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
     scored(section, project, "1.2x")
     assert len(measured) == 9
     set_targets(project, {"t": "1.3x"}, streaming=True)
-    for path in (project / "data/scores/tiny").glob("latency-*.json"):
-        path.unlink()
-    with pytest.raises(InputError, match=r"runtime.streaming is true; give budgets in parameters or KV cache"):
+    forget_times(project)
+    with pytest.raises(InputError, match=r"runtime.streaming: True it is larger than it; give budgets in parameters"):
         score.main("tiny")
+
+
+def test_other_budgets_are_refused_before_times_are_measured(project, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(latency, "generate", None)
+    forget_times(project)
+    choose(project, {"method": "greedy"}, "1.3x")
+    set_targets(project, {"t": "1.3x", "u": "9blocks"})
+    with pytest.raises(InputError, match="'9blocks' cannot be reached; the largest reachable is 8blocks"):
+        score.main("tiny")
+
+
+def test_a_damaged_measurement_is_set_aside(project, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(latency, "generate", lambda model, prompt, n: speed.Generation(prompt, 1.0, 0.0, 0))
+    with pytest.raises(InputError, match=r"'1\.3x' cannot be reached; the largest reachable is 8blocks, 1\.0000x"):
+        scored({"method": "greedy"}, project, "1.3x")
+    (path,) = (project / "data/scores/tiny").glob("latency-*.json")
+    (shared,) = (project / "data/trials").glob("latency-*.json")
+    whole = path.read_text()
+    for damaged in ((path,), (path, shared)):  # another run's is taken, or it is measured again
+        for file in damaged:
+            file.write_text("{}")
+        with pytest.raises(InputError, match="largest reachable"):
+            scored({"method": "greedy"}, project, "1.3x")
+        assert path.read_text() == shared.read_text() == whole
+        assert all(file.with_name(file.name + ".bad").read_text() == "{}" for file in damaged)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +228,12 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
         ({"method": "slicegpt"}, "4blocks", "met by removing blocks, and slicegpt removes none"),
         ({"method": "slicegpt"}, "0.25kv", "met by removing blocks, and slicegpt removes none"),
         ({"method": "greedy", "candidates": "mlp"}, "0.25kv", "largest reachable is 4blocks, 0.0000kv"),
+        (
+            {"method": "greedy", "candidates": "mlp", "options": {"per": "kv"}},
+            "0.2",
+            "no candidate takes",
+        ),
+        ({"method": "laco", "options": {"count": 2}}, "0.95kv", "largest reachable is 6blocks, 0.7500kv"),
         ({"method": "slicegpt"}, "0.999", "out of SliceGPT's reach"),
         ({"method": "slicegpt", "unit": "layer"}, "0.2", "score.unit: layer does nothing with method: slicegpt"),
         ({"method": "slicegpt", "options": {"width": 8}}, "0.2", "score.options.width is unknown.*valid: none"),

@@ -1,9 +1,11 @@
 import pytest
 
 from blockpruner.blocks import BlockId, BlockKind, format_mask, parse_block, parse_mask, removable_units
-from blockpruner.budgets import choose_prefix, is_settled, parse_budget, require_reachable, resources_of
+from blockpruner.budgets import choose_prefix, goal_of, is_settled, parse_budget, require_reachable, resources_of
 from blockpruner.errors import InputError
 from blockpruner.families import count_kv_cache, count_parameters, family_of
+from blockpruner.search.space import is_settled as settled_for_a_goal
+from blockpruner.search.space import nearest as nearest_mask
 
 
 def shape(hidden, inner, layers, heads, kv_heads, vocabulary, model_type="llama"):
@@ -93,12 +95,29 @@ def test_a_tie_goes_to_the_larger():
     assert choose_prefix(parse_budget(repr(middle), counts), prefixes, counts) == 5
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["0", "1", "1.5", "-0.2", "0.0", "x", "0blocks", "32layers", "blocks", "22%", "1kv", "0.9x", "1.0x", "0.2 kv"],
-)
+@pytest.mark.parametrize("layers", [10, 30])
+def test_a_longer_sequence_never_changes_a_share_of_the_kv_cache(layers):
+    """Shares of the KV cache tie often (0.15 between 1 and 2 of 10), and rounding must not decide."""
+    found = resources_of(SHAPES["Llama2-7B"] | {"num_hidden_layers": layers})
+    costs, mha = found["kv"], removable_units(layers, "block", "mha")
+    prefixes = [frozenset().union(*mha[: k + 1]) for k in range(layers)]
+    for percent in range(5, 100):
+        budget = parse_budget(f"0.{percent:02d}kv", found["parameters"])
+        nearest = min(range(layers + 1), key=lambda k: (abs(100 * k - percent * layers), -k))
+        assert choose_prefix(budget, prefixes, costs) == nearest
+        stop = next(k for k in range(1, layers + 1) if is_settled(budget, prefixes[:k], costs, mha[k:]))
+        assert choose_prefix(budget, prefixes[:stop], costs) == nearest
+        goal = goal_of(budget, mha, costs)
+        stop = next(k for k in range(1, layers + 1) if settled_for_a_goal(goal, prefixes[k - 1], mha))
+        assert len(nearest_mask(goal, prefixes[:stop])) == nearest
+
+
+BAD = ["0", "1", "1.5", "-0.2", "0.0", "x", "0blocks", "32layers", "blocks", "22%", "1kv", "0.9x", "1.0x", "0.2 kv"]
+
+
+@pytest.mark.parametrize("text", [*BAD, "2.x", "9" * 400 + "x", "1.5blocks"])
 def test_bad_budgets_name_the_value(text):
-    with pytest.raises(InputError, match=text.replace("%", "%")):
+    with pytest.raises(InputError, match=f"budget {text!r}"):
         parse_budget(text, count_parameters(SHAPES["Llama2-7B"]))
 
 

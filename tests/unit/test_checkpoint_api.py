@@ -143,3 +143,25 @@ def test_bad_ratio(ratio):
 def test_importing_a_module_does_not_import_the_library():
     code = "import sys, blockpruner.blocks, blockpruner.plans; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(("budget", "mha", "blocks"), [("3blocks", None, 3), ("0.5kv", 2, 2)])
+def test_prune_to_another_budget(budget, mha, blocks):
+    options = {"per": "kv"} if mha else {}
+    plan = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, ratio=budget, seq_len=32, options=options).plan
+    assert sum(plan.blocks.values()) == blocks == len(plan.removed)
+    assert mha is None or plan.blocks["mha"] == mha
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": "1.2x"}, "budget '1.2x' is a speed-up, and what blocks take of the time is not known here"),
+        ({"method": "laco"}, "method 'laco' changes weights, which prune does not"),
+        ({"metric": "answer_likelihood"}, "'answer_likelihood' is of items and their answers"),
+        ({"texts": "one string"}, "texts is one string; give a list"),
+    ],
+)
+def test_prune_says_what_it_cannot(changes, message):
+    with pytest.raises(InputError, match=message):
+        blockpruner.prune(tiny_model(), tiny_tokenizer(), **{"texts": TEXTS, "ratio": 0.2, "seq_len": 32} | changes)

@@ -234,15 +234,15 @@ def test_given_keeps_the_order_and_says_each_steps_perplexity():
         (
             ("mha.0", "mlp.3"),
             {},
-            r"score\.options\.order removes mlp\.3, which this model does not have; its blocks are",
+            r"score\.options\.order removes mlp\.3, which is not among the candidates; the candidates are",
         ),
-        (("mha.0", "mha.0"), {}, r"removes mha\.0, which this model had removed before"),
-        (("mha.0,mlp.1", "mlp.1,mlp.2"), {}, r"removes mlp\.1, which this model had removed before"),
-        (("mlp.0",), {"candidates": "mha"}, r"does not have; its blocks are mha\.0,mha\.1,mha\.2$"),
+        (("mha.0", "mha.0"), {}, r"removes mha\.0, which was removed before"),
+        (("mha.0,mlp.1", "mlp.1,mlp.2"), {}, r"removes mlp\.1, which was removed before"),
+        (("mlp.0",), {"candidates": "mha"}, r"is not among the candidates; the candidates are mha\.0,mha\.1,mha\.2$"),
         (("attn.3",), {}, r"block 'attn\.3' is not of the form mha\.<layer>"),
         ((25,), {}, r"block '25' is not of the form mha\.<layer>"),
         (("mha.0", "mlp.0"), {}, r"budget '3blocks' is not reached: the removals end at 2blocks, ratio 0\.\d{4}"),
-        ((), {}, r"budget '3blocks' is not reached: the removals end at 0blocks"),
+        ((), {}, r"score\.options\.order is empty; name what to remove"),
     ],
 )
 def test_given_refuses(order, changes, message):

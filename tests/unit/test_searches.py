@@ -178,7 +178,12 @@ def test_a_price_that_is_not_known():
     table = Table(0)
     section = {"method": "greedy", "metric": "perplexity", "acceleration": "none", "unit": "block"}
     with pytest.raises(InputError, match="per 'time' is unknown; valid: none, parameters, kv, latency"):
-        table.search(greedy, "0.3", per="time")
+        search_settings(section | {"options": {"per": "time"}})
+    settings, mlps = search_settings(section | {"options": {"per": "kv"}}), removable_units(4, "block", "mlp")
+    with pytest.raises(InputError, match="per kv: no candidate takes anything of it"):
+        SearchRun(None, None, settings, mlps, table.resources, None)
+    with pytest.raises(InputError, match="per 'latency' is not known here; valid: none, parameters"):
+        next(greedy(Problem(table.units, None, None, ROWS, None, {"parameters": table.counts}), per="latency"))
     for change in ({"metric": "block_influence"}, {"acceleration": "race"}):
         with pytest.raises(InputError, match="score.options.per kv prices the rise of a loss"):
             search_settings(section | change | {"options": {"per": "kv"}})

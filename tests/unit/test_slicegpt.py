@@ -179,9 +179,11 @@ def test_width_of_a_ratio():
         distance = {n: abs(sliced_ratio(LLAMA2_7B, n) - ratio) for n in widths}
         assert width_for_ratio(LLAMA2_7B, ratio) == min(distance, key=distance.get)
     assert sliced_ratio(LLAMA2_7B, 4096) == pytest.approx(-64 * 4096 * 4096 / 6.7384e9, rel=1e-3)
-    assert width_for_ratio(LLAMA2_7B, 1e-4) < 4096
+    assert sliced_ratio(LLAMA2_7B, width_for_ratio(LLAMA2_7B, 0.0015)) > 0
+    with pytest.raises(InputError, match=r"from 0\.0019 \(width 3576\) to 0\.9719"):
+        width_for_ratio(LLAMA2_7B, 5e-4)
     for ratio in (0.99, -0.2):
-        with pytest.raises(InputError, match=rf"ratio {ratio} .*from -0\.1593 \(width 4096\) to 0\.9719 \(width 8\)"):
+        with pytest.raises(InputError, match=rf"ratio {ratio} .*from 0\.0019 \(width 3576\) to 0\.9719 \(width 8\)"):
             width_for_ratio(LLAMA2_7B, ratio)
 
 
