@@ -1,9 +1,10 @@
 """Every method on SmolLM2-135M at about 10 % and 20 % of its parameters: what it keeps of the model, and what it costs.
 
-    python -m benchmarks.methods [method ...]     names of METHODS; all of them, if none is given
+    python -m benchmarks.methods [method ...]     names of METHODS; all that are not in methods.json, if none is given
 
-Prints Markdown and keeps everything in data/benchmarks/methods/: goes on where it was stopped. Searches run in float32
-over six rows of 128 tokens and share their trials, models are evaluated in bfloat16. Needs `dvc repro fetch@smollm2`.
+Prints Markdown. What it found is kept in benchmarks/methods.json, whose methods are not run again unless named, and
+scores in data/benchmarks/methods/, so that it goes on where it was stopped. Searches run in float32 over six rows of
+128 tokens and share their trials, models are evaluated in bfloat16. Needs `dvc repro fetch@smollm2`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from blockpruner.transforms.merging import ModelBench, merged
 from blockpruner.transforms.slicegpt import slice_
 from blockpruner.trials import TrialStore, store_fingerprint
 
-RESULTS = Path("data/benchmarks/methods")
+RESULTS, FOUND = Path("data/benchmarks/methods"), Path("benchmarks/methods.json")
 TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 ITEMS, ROWS, HELD_OUT_ROWS, ANSWERS = 50, 6, 6, 15
 FAST = {"acceleration": "lazy+race"}
@@ -62,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SliceGPT": {"method": "slicegpt"},
     "LaCo, repo": {"method": "laco", "options": {"count": 3}},  # with 4 it removes 3 or 5 of 30 layers, never 4
     "LaCo, paper": {"method": "laco", "options": {"count": 3, "variant": "paper"}},
-    "swap from BlockPruner": {"method": "swap"},
+    "swap from BlockPruner": {"method": "swap", "options": {"tries": 32}},
     "evolution from BlockPruner": {"method": "evolution", "options": {"start": "greedy", "generations": 20}},
     "evolution, random start": {"method": "evolution", "options": {"generations": 20}},
     "greedy, MLP only": {"method": "greedy", "candidates": "mlp"},
@@ -131,7 +132,7 @@ def pruned(dense: PreTrainedModel, plan: Plan, rows: CalibrationSet) -> Iterator
 
 
 def quality(model: PreTrainedModel, tokenizer: Any, advance: str) -> dict[str, Any]:
-    """Held-out perplexity, and each item's score by task."""
+    """Held-out perplexity, and by task a digit for each item: 1 where the model is right."""
     texts = read_table(TEXT.parent / "perplexity.parquet", TEXTS)[0].column("text").to_pylist()
     found: dict[str, Any] = {
         "perplexity": measure_perplexity(model, held_out_rows(tokenizer, texts, 1024, HELD_OUT_ROWS)).perplexity
@@ -139,7 +140,7 @@ def quality(model: PreTrainedModel, tokenizer: Any, advance: str) -> dict[str, A
     for task in TASKS:
         print(f"  {advance}: {task}", file=sys.stderr, flush=True)
         items = evaluate(model, tokenizer, task, TEXT.parent / "tasks", ITEMS).items
-        found[task] = items.column(benchmark_of(task).metric).to_pylist()
+        found[task] = "".join(f"{score:.0f}" for score in items.column(benchmark_of(task).metric).to_pylist())
     return found
 
 
@@ -158,18 +159,24 @@ def calibration_nll(plan: Plan, rows: CalibrationSet, model: PreTrainedModel) ->
 
 
 def study(names: list[str]) -> dict[str, Any]:
-    """Search, commit and evaluate, method by method; whatever is known is read."""
+    """Search, commit and evaluate, method by method; whatever is known is read.
+
+    Args:
+        names: none for all methods that are not known.
+    """
+    found: dict[str, Any] = read_json(FOUND) if FOUND.exists() else {"methods": {}}
+    names = names or [name for name in METHODS if name not in found["methods"]]
+    if not names:
+        return found
     tokenizer, config = load_tokenizer(SMOLLM2), read_json(SMOLLM2 / "config.json")
     text, answers = text_rows(tokenizer), answer_rows(tokenizer)
     wide, narrow = load_model(SMOLLM2, "float32"), load_model(SMOLLM2, "bfloat16")
-    path = RESULTS / "results.json"
-    found: dict[str, Any] = read_json(path) if path.exists() else {"methods": {}}
     found |= setting() | {"rows": text.tokens, "answer tokens": answers.tokens}
     if "dense" not in found:
         found["dense"] = quality(narrow, tokenizer, "dense")
         rows = measure_perplexity(wide, text.rows)
         found["dense"]["nll"] = rows.nll
-        write_json(path, found)
+        write_json(FOUND, found)
     known: dict[str, Any] = {fingerprint(record["what"]): record for m in found["methods"].values() for record in m}
     for name in names:
         rows = answers if METHODS[name].get("metric") == "answer_likelihood" else text
@@ -189,19 +196,20 @@ def study(names: list[str]) -> dict[str, Any]:
             records.append(record | {"budget": budget, "ratio": plan.ratio, "blocks": dict(plan.blocks), "cost": cost})
             known[fingerprint(what)] = record
         found["methods"][name] = records
-        write_json(path, found)
+        write_json(FOUND, found)
     return found
 
 
 def average(quality: Mapping[str, Any]) -> tuple[float, float]:
     """Mean over tasks of the mean score, in per cent, and its standard error."""
-    errors = [stdev(quality[task]) / math.sqrt(len(quality[task])) for task in TASKS]
-    return 100 * fmean(fmean(quality[task]) for task in TASKS), 100 * math.hypot(*errors) / len(TASKS)
+    scores = [list(map(int, quality[task])) for task in TASKS]
+    errors = [stdev(part) / math.sqrt(len(part)) for part in scores]
+    return 100 * fmean(map(fmean, scores)), 100 * math.hypot(*errors) / len(TASKS)
 
 
 def paired(quality: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
     """The difference of two averages over the same items, in per cent, and its standard error."""
-    parts = [[a - b for a, b in zip(quality[task], other[task], strict=True)] for task in TASKS]
+    parts = [[int(a) - int(b) for a, b in zip(quality[task], other[task], strict=True)] for task in TASKS]
     errors = [stdev(part) / math.sqrt(len(part)) for part in parts]
     return 100 * fmean(map(fmean, parts)), 100 * math.hypot(*errors) / len(TASKS)
 
@@ -236,7 +244,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(METHODS)
+    names = sys.argv[1:]
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         sys.exit(f"unknown method {unknown[0]!r}; valid: {', '.join(METHODS)}")
