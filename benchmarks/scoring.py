@@ -203,7 +203,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
             asked = Asked(objective, model.config)
             chosen = settings_of({"acceleration": "none"}) if mode == "exact" else settings
             records = found.setdefault(mode, {}).setdefault(str(seed), [])
-            problem = Problem(units, asked, accelerate(asked, chosen), ROWS)  # type: ignore[arg-type]
+            problem = Problem(units, asked, accelerate(asked, chosen), ROWS)  # type: ignore[arg-type]  # Asked stands in for an Objective
             for step in greedy(problem):
                 added = step.added[step.chosen]
                 assert added is not None

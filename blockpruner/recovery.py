@@ -163,7 +163,7 @@ def _accumulate_(model: PreTrainedModel, rows: Sequence[Sequence[int]], batch: i
         part = [torch.tensor(row, device=model.device) for row in rows[start : start + batch]]
         try:
             loss = _row_nll(model, part).sum() / len(rows)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 f"training on {len(part)} rows of up to {max(map(len, part))} tokens does not fit into the memory of "

@@ -287,7 +287,7 @@ class SimilarityLog:
     def _open(self) -> TextIO:
         if self._stream is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+            self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
             if self._stream.tell() == 0:
                 self._stream.write(checksummed({"fingerprint": fingerprint(self._fields), "fields": self._fields}))
         return self._stream

@@ -16,19 +16,18 @@ from blockpruner.scoring import accelerate as module
 from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, settings_of, slices
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
-from blockpruner.scoring.work import Unit
 from blockpruner.search import search_settings
 from blockpruner.search.greedy import greedy
 from blockpruner.search.problem import Problem
 from blockpruner.search.run import SearchRun
 from blockpruner.trials import TrialStore, store_fingerprint
-from tests.tiny import full_nll, tiny_model
+from tests.tiny import MadeUp, full_nll, tiny_model
 
 LAYERS, ROWS = 6, 12
 UNITS = removable_units(LAYERS, "block", "all")
 
 
-class World:
+class World(MadeUp):
     """Losses by formula: each block adds a cost of its own and, with the other block of its layer, an interaction."""
 
     def __init__(self, seed, noise=0.02, interaction=0.05):
@@ -45,18 +44,6 @@ class World:
         for block in mask:
             losses += self.cost[frozenset({block})] + self.noise[frozenset({block})]
         return losses
-
-    def row_batches(self, rows, span):
-        return [span]
-
-    def run(self, tasks, rows):
-        for task in tasks:
-            for mask in task.masks:
-                self.asked += [(mask, row) for row in task.span]
-                yield Unit(mask, task.span.start, tuple(self.rows_of(mask)[task.span.start : task.span.stop]))
-
-    def close(self):
-        pass
 
     def objective(self, store=None):
         rows = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))

@@ -375,17 +375,23 @@ def test_the_threshold_is_the_largest_that_meets_the_budget(walk, similarity):
     depth = walk["depth"]
     scan = all_results(similarity, walk)
     removed = {t: sum(m.count for m in merges) for t, merges in scan.items()}
+    asked = []
+
+    def measure(merges):
+        asked.append(merges)
+        return similarity(merges)
+
     for wanted in range(1, depth):
         meeting = [t for t in removed if removed[t] == wanted]
-        asked = []
+        asked.clear()
         search = {k: v for k, v in walk.items() if k != "depth"}
         if meeting:
-            threshold, merges = search_threshold(lambda m: asked.append(m) or similarity(m), depth, wanted, **search)  # noqa: B023
+            threshold, merges = search_threshold(measure, depth, wanted, **search)
             assert merges == scan[max(meeting)] and dropped(merges, depth) == wanted
             assert notebook_walk(similarity, threshold=threshold, **walk)[1] == merges
         else:
             with pytest.raises(InputError, match=rf"removes {wanted} of {depth} layers at no threshold") as error:
-                search_threshold(lambda m: asked.append(m) or similarity(m), depth, wanted, **search)  # noqa: B023
+                search_threshold(measure, depth, wanted, **search)
             if asked:  # else no walk could remove as many, and the nearest are those that one could
                 below = [n for n in removed.values() if 0 < n < wanted]
                 above = [n for n in removed.values() if n > wanted]
@@ -398,7 +404,10 @@ def test_the_threshold_is_the_largest_that_meets_the_budget(walk, similarity):
 def test_a_lower_threshold_may_remove_fewer_layers():
     """Why this is no bisection: 4 layers go at T = 0.75 alone; around it, 0 and 2."""
     values = {(Merge(4, 2),): 0.7, (Merge(3, 2),): 0.8, (Merge(3, 2), Merge(2, 2)): 0.78}
-    similarity = lambda merges: values.get(merges, 0.1)  # noqa: E731
+
+    def similarity(merges):
+        return values.get(merges, 0.1)
+
     removed = {t: dropped(collapse(similarity, 8, threshold=t, **SETTINGS), 8) for t in (0.85, 0.75, 0.6)}
     assert removed == {0.85: 0, 0.75: 4, 0.6: 2}
     threshold, merges = search_threshold(similarity, 8, 4, **SETTINGS)
@@ -416,7 +425,10 @@ def test_a_budget_that_no_walk_meets_is_refused_before_anything_is_measured(want
 
 def test_the_nearest_below_and_above_are_named():
     """The third merge (6 layers) and the fourth (7) are equally similar: no threshold takes one without the other."""
-    similarity = lambda merges: {1: 0.9, 2: -0.5}.get(len(merges), -0.6)  # noqa: E731
+
+    def similarity(merges):
+        return {1: 0.9, 2: -0.5}.get(len(merges), -0.6)
+
     message = r"removes: 5 \(at T = -0\.5500\) and 7 \(at T = -0\.8000\)\. Ask for one of these, or change C, I, L or H"
     with pytest.raises(InputError, match=message):
         search_threshold(similarity, 8, 6, count=4, lowest=0, highest=7, interval=1)
@@ -436,7 +448,10 @@ def test_the_nearest_below_and_above_are_named():
     ],
 )
 def test_settings_that_fit_no_model(change, message):
-    never = lambda merges: pytest.fail("measured")  # noqa: E731
+
+    def never(merges):
+        pytest.fail("measured")
+
     with pytest.raises(InputError, match=message):
         search_threshold(never, 8, 2, **SETTINGS | change)
     with pytest.raises(InputError, match=message):

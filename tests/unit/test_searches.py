@@ -17,7 +17,6 @@ from blockpruner.progress import SilentObserver
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
-from blockpruner.scoring.work import Unit
 from blockpruner.search import search_settings
 from blockpruner.search.beam import beam
 from blockpruner.search.evolution import contest, evolution, vary
@@ -27,14 +26,14 @@ from blockpruner.search.run import SearchRun
 from blockpruner.search.space import Space, unit_order
 from blockpruner.search.swap import by_prediction, cheapest, swap
 from blockpruner.trials import TrialStore
-from tests.tiny import full_nll, tiny_model
+from tests.tiny import MadeUp, full_nll, tiny_model
 
 ROWS = 8
 SIZES = [1.0, 2.016, 3.0]
 """Of an MLP block, an MHA block being 1: any two alike, Llama-2, SmolLM2."""
 
 
-class Table:
+class Table(MadeUp):
     """Losses of masks without any structure beyond a cost of each block, or (interaction=0) with that one alone."""
 
     def __init__(self, seed, layers=4, size=3.0, interaction=1.0, noise=0.02):
@@ -59,18 +58,6 @@ class Table:
     def rank(self, mask):
         """Loss, then the tie-break: all MHA by layer, then all MLP by layer."""
         return self.loss(mask), sorted(block.order for block in mask)
-
-    def row_batches(self, rows, span):
-        return [span]
-
-    def run(self, tasks, rows):
-        for task in tasks:
-            for mask in task.masks:
-                self.asked += [(mask, row) for row in task.span]
-                yield Unit(mask, task.span.start, tuple(self.rows_of(mask)[task.span.start : task.span.stop]))
-
-    def close(self):
-        pass
 
     def masks(self):
         """All but the dense one."""
