@@ -67,6 +67,27 @@ def all_blocks(layers: int) -> list[BlockId]:
     return [BlockId(kind, layer) for kind in BlockKind for layer in range(layers)]
 
 
+def pack(mask: Mask, layers: int) -> list[tuple[int | None, int | None]]:
+    """The blocks that a mask leaves, in as few layers as their order allows.
+
+    Where MHA and MLP follow one another, a layer is no more than one of each in turn, so that an MHA may share a layer
+    with the MLP of a later one if everything between them is removed.
+
+    Returns:
+        For each new layer, the layer that its MHA and the layer that its MLP comes from; None: it has none.
+    """
+    packed: list[tuple[int | None, int | None]] = []
+    for layer in range(layers):
+        mha, mlp = (layer if BlockId(kind, layer) not in mask else None for kind in BlockKind)
+        if mha is not None:
+            packed.append((mha, None))
+        if mlp is not None and packed and packed[-1][1] is None:
+            packed[-1] = (packed[-1][0], mlp)
+        elif mlp is not None:
+            packed.append((None, mlp))
+    return packed
+
+
 def removable_units(layers: int, unit: str, candidates: str) -> list[Mask]:
     """What a search may remove at once, in tie-break order.
 

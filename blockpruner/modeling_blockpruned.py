@@ -17,20 +17,32 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-Branches = tuple[tuple[str, str], tuple[str, str]]
-"""Norm and module attribute of the MHA and of the MLP branch in a decoder layer."""
+Branches = tuple[tuple[str, ...], tuple[str, ...]]
+"""Attributes of the MHA and of the MLP branch in a decoder layer: module, then its norms."""
 
 
 class NoMHA(nn.Module):
@@ -49,10 +61,11 @@ class NoMLP(nn.Module):
 
 def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches: Branches) -> None:
     """Replace the branches of the given layers, norms included, by holes."""
-    for removed, (norm, module), hole in ((mha, branches[0], NoMHA), (mlp, branches[1], NoMLP)):
+    for removed, (module, *norms), hole in ((mha, branches[0], NoMHA), (mlp, branches[1], NoMLP)):
         for index in removed:
-            setattr(layers[index], norm, nn.Identity())
             setattr(layers[index], module, hole())
+            for norm in norms:
+                setattr(layers[index], norm, nn.Identity())
 
 
 def drop_layers_(layers: nn.ModuleList, kept) -> None:
@@ -102,13 +115,13 @@ class BlockPrunedMixin:
     """A base-family causal LM with holes; where its layers are, and the branches within one."""
 
     decoder_layers = "model.layers"
-    layer_branches: Branches = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+    layer_branches: Branches = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
 
     def __init__(self, config):
         super().__init__(config)
         layers = self.get_submodule(self.decoder_layers)
         remove_blocks_(layers, set(config.layers_without_mha), set(config.layers_without_mlp), self.layer_branches)
-        number_attentions_(layers, module=self.layer_branches[0][1])
+        number_attentions_(layers, module=self.layer_branches[0][0])
 
 
 class LlamaBlockPrunedConfig(BlockPrunedConfigMixin, LlamaConfig):
@@ -143,6 +156,63 @@ class Qwen3BlockPrunedForCausalLM(BlockPrunedMixin, Qwen3ForCausalLM):
     config_class = Qwen3BlockPrunedConfig
 
 
+class Phi3BlockPrunedConfig(BlockPrunedConfigMixin, Phi3Config):
+    model_type = "phi3_blockpruned"
+
+
+class Phi3BlockPrunedForCausalLM(BlockPrunedMixin, Phi3ForCausalLM):
+    config_class = Phi3BlockPrunedConfig
+
+
+class Gemma2BlockPrunedConfig(BlockPrunedConfigMixin, Gemma2Config):
+    model_type = "gemma2_blockpruned"
+
+
+class Gemma2BlockPrunedForCausalLM(BlockPrunedMixin, Gemma2ForCausalLM):
+    config_class = Gemma2BlockPrunedConfig
+    layer_branches = (
+        ("self_attn", "input_layernorm", "post_attention_layernorm"),
+        ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    )
+
+
+class Gemma3BlockPrunedConfig(BlockPrunedConfigMixin, Gemma3TextConfig):
+    model_type = "gemma3_text_blockpruned"
+
+
+class Gemma3BlockPrunedForCausalLM(BlockPrunedMixin, Gemma3ForCausalLM):
+    config_class = Gemma3BlockPrunedConfig
+    layer_branches = (
+        ("self_attn", "input_layernorm", "post_attention_layernorm"),
+        ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    )
+
+
+class Olmo2BlockPrunedConfig(BlockPrunedConfigMixin, Olmo2Config):
+    model_type = "olmo2_blockpruned"
+
+
+class Olmo2BlockPrunedForCausalLM(BlockPrunedMixin, Olmo2ForCausalLM):
+    config_class = Olmo2BlockPrunedConfig
+    layer_branches = (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
+
+
+class MixtralBlockPrunedConfig(BlockPrunedConfigMixin, MixtralConfig):
+    model_type = "mixtral_blockpruned"
+
+
+class MixtralBlockPrunedForCausalLM(BlockPrunedMixin, MixtralForCausalLM):
+    config_class = MixtralBlockPrunedConfig
+
+
+class Qwen3MoeBlockPrunedConfig(BlockPrunedConfigMixin, Qwen3MoeConfig):
+    model_type = "qwen3_moe_blockpruned"
+
+
+class Qwen3MoeBlockPrunedForCausalLM(BlockPrunedMixin, Qwen3MoeForCausalLM):
+    config_class = Qwen3MoeBlockPrunedConfig
+
+
 class GPTNeoXBlockPrunedConfig(BlockPrunedConfigMixin, GPTNeoXConfig):
     model_type = "gpt_neox_blockpruned"
 
@@ -150,4 +220,4 @@ class GPTNeoXBlockPrunedConfig(BlockPrunedConfigMixin, GPTNeoXConfig):
 class GPTNeoXBlockPrunedForCausalLM(BlockPrunedMixin, GPTNeoXForCausalLM):
     config_class = GPTNeoXBlockPrunedConfig
     decoder_layers = "gpt_neox.layers"
-    layer_branches = (("input_layernorm", "attention"), ("post_attention_layernorm", "mlp"))
+    layer_branches = (("attention", "input_layernorm"), ("mlp", "post_attention_layernorm"))

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from blockpruner import modeling_blockpruned as blockpruned
-from blockpruner.blocks import BlockKind, Mask, format_mask
+from blockpruner.blocks import BlockKind, Mask, format_mask, pack
 from blockpruner.errors import DeviceMemoryError, InputError
 from blockpruner.families import Family, family_of
 
@@ -62,7 +62,7 @@ def load_model(
         InputError: unsupported family, weights that do not match the config, or an attention that is not installed.
     """
     place = resolve_device(device)
-    options = attention_options(attention, dtype, place)
+    options = kernel_options(attention, dtype, place)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -101,8 +101,9 @@ def load_model(
     return result.eval().requires_grad_(False)
 
 
-def attention_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:
-    """Keyword arguments that choose transformers' attention implementation.
+def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:
+    """Keyword arguments that choose transformers' implementation of attention and, in float64, of experts: its usual
+    one knows no float64.
 
     Raises:
         InputError: flash attention with a dtype or on a device that it has no kernel for.
@@ -112,7 +113,8 @@ def attention_options(attention: str, dtype: str, device: torch.device) -> dict[
             f"runtime.attention flash_attention_2 has no kernel for {dtype} on {device.type}: it needs a CUDA device "
             "and model.dtype bfloat16 or float16; use auto or sdpa"
         )
-    return {} if attention == "auto" else {"attn_implementation": attention}
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    return options | ({"experts_implementation": "eager"} if dtype == "float64" else {})
 
 
 def _too_large(directory: Path, device: str) -> DeviceMemoryError:
@@ -167,37 +169,65 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     """Remove the blocks of `mask` from the model in place, for good.
 
     Layers that lose both blocks are dropped, remaining attentions renumbered 0..n-1 (else cached decoding is
-    silently wrong), and model and config become the block-pruned classes of the family, which `save_pretrained`
+    silently wrong). If what is left fills whole layers (`blocks.pack`), the model stays one of its own class with
+    fewer layers; else model and config become the block-pruned classes of the family, which `save_pretrained`
     and `from_pretrained(..., trust_remote_code=True)` round-trip.
 
     Raises:
         InputError: a block that the model does not have.
     """
-    row, layers = model_family(model), len(decoder_layers(model))
-    removed = {(block.layer, block.kind) for block in mask}
-    kept = [i for i in range(layers) if not {(i, kind) for kind in BlockKind} <= removed]
-    _remove_(model, mask, kept)
-    model.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
-    # how a loaded model's weights were renamed from its file (GPT-NeoX's head); the new class reads its own names only
-    model._weight_conversions = []
+    row, layers = model_family(model), decoder_layers(model)
+    _check(mask, len(layers))
+    packed = pack(mask, len(layers))
+    whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
+    if len(whole) == len(packed) and not row.is_parallel(model.config.to_dict()):
+        _join_(model, whole)
+    else:
+        removed = {(block.layer, block.kind) for block in mask}
+        kept = [i for i in range(len(layers)) if not {(i, kind) for kind in BlockKind} <= removed]
+        _remove_(model, mask, kept)
+        model.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
+        # how a loaded model's weights came from those of its file (GPT-NeoX's head, a mixture's experts); the new class
+        # reads its own names only
+        model._weight_conversions = []
     return model
+
+
+def _join_(model: PreTrainedModel, whole: Sequence[tuple[int, int]]) -> None:
+    """Keep layers of which each has the MHA of one layer and the MLP of another."""
+    row, layers = model_family(model), decoder_layers(model)
+    for mha, mlp in whole:
+        for name in (row.mlp.module, *row.mlp.norms):
+            setattr(layers[mha], name, getattr(layers[mlp], name))
+    blockpruned.drop_layers_(layers, [mha for mha, _ in whole])
+    blockpruned.number_attentions_(layers, row.mha.module)
+    renumber_(model.config, row, whole)
+
+
+def renumber_(config: Any, row: Family, layers: Sequence[tuple[int, int]]) -> None:
+    """Let the config of a model speak of these layers alone; each has the MHA of one layer and the MLP of another."""
+    for field, value in row.renumbered(config.to_dict(), layers).items():
+        setattr(config, field, value)
+    config.num_hidden_layers = len(layers)
+
+
+def _check(mask: Mask, layers: int) -> None:
+    beyond = frozenset(block for block in mask if block.layer >= layers)
+    if beyond:
+        raise InputError(f"mask removes {format_mask(beyond)}, but the model has layers 0 to {layers - 1}")
 
 
 def _remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
     """Cut the holes, keep the layers `kept`, number the attentions, and let the config say so."""
     row, layers, config = model_family(model), decoder_layers(model), model.config
-    beyond = frozenset(block for block in mask if block.layer >= len(layers))
-    if beyond:
-        raise InputError(f"mask removes {format_mask(beyond)}, but the model has layers 0 to {len(layers) - 1}")
+    _check(mask, len(layers))
     mha, mlp = ({block.layer for block in mask if block.kind is kind} for kind in BlockKind)
-    branches = ((row.mha.norm, row.mha.module), (row.mlp.norm, row.mlp.module))
+    branches = ((row.mha.module, *row.mha.norms), (row.mlp.module, *row.mlp.norms))
     blockpruned.remove_blocks_(layers, mha, mlp, branches)
     blockpruned.drop_layers_(layers, kept)
     blockpruned.number_attentions_(layers, row.mha.module)
+    renumber_(config, row, [(layer, layer) for layer in kept])
     config.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedConfig")
-    config.num_hidden_layers = len(kept)
     config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
     config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]
     config.source_layers = list(kept)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[i] for i in kept]

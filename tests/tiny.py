@@ -18,12 +18,21 @@ from blockpruner.scoring.work import Unit
 
 VOCABULARY = 260
 GROUPED = {"num_key_value_heads": 2}
+GEMMA = GROUPED | {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 12, "tie_word_embeddings": False}
+EXPERTS = {"num_experts_per_tok": 2}
 NEOX = {"rotary_pct": 0.5, "rotary_emb_base": 100}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "mistral": GROUPED | {"sliding_window": 6},
     "qwen2": GROUPED | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     "qwen3": GROUPED | {"head_dim": 12},
+    "phi3": GROUPED | {"sliding_window": 6},
+    "gemma2": GEMMA | {"final_logit_softcapping": 20.0, "attn_logit_softcapping": 10.0},
+    "gemma3_text": GEMMA | {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "olmo2": GROUPED,
+    "mixtral": GROUPED | EXPERTS | {"num_local_experts": 3},
+    "qwen3_moe": GROUPED | EXPERTS | {"num_experts": 3, "moe_intermediate_size": 20, "mlp_only_layers": [2]},
+    "qwen3_moe step": GROUPED | EXPERTS | {"num_experts": 3, "moe_intermediate_size": 20, "decoder_sparse_step": 2},
     "gpt_neox": NEOX,
     "gpt_neox sequential": NEOX | {"use_parallel_residual": False},
 }
@@ -52,7 +61,9 @@ def tiny_model(
     }
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family.split()[0], **fields | EXTRA.get(family, {}) | config), dtype=dtype
+        AutoConfig.for_model(family.split()[0], **fields | EXTRA.get(family, {}) | config),
+        dtype=dtype,
+        experts_implementation="eager",  # the others know no float64
     )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

@@ -7,22 +7,16 @@ fresh process that compared it with the masked dense model. A directory that fai
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from blockpruner import modeling_blockpruned, modeling_slicegpt
-from blockpruner.checkpoints import verify
 from blockpruner.checkpoints.card import model_card
-from blockpruner.errors import InputError
+from blockpruner.checkpoints.verification import TOLERANCE, reference_outputs, verify_checkpoint
 from blockpruner.models import load_model, masked, prune_
 from blockpruner.plans import Plan
 from blockpruner.scoring.work import Rows
@@ -41,10 +35,6 @@ TOKENIZER_FILES = (
     "*.jinja",
     "generation_config.json",
 )
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""Largest logit difference to the masked model, relative to the largest logit, by dtype of the weights."""
-
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
 
 
 def export_hf(
@@ -115,41 +105,6 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
         type(model.config).register_for_auto_class("AutoConfig")
     model.save_pretrained(directory, max_shard_size="5GB")
     assert not is_ours or (directory / f"{module.rsplit('.', 1)[-1]}.py").exists()
-
-
-@torch.inference_mode()
-def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Tensor]:
-    """Of a model as the plan leaves it: greedy tokens [B, T + n] from seeded random prompts
-    [B, T], and their logits."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator).to(model.device)
-    tokens = model.generate(
-        ids, attention_mask=torch.ones_like(ids), use_cache=False, max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
-    )  # fmt: skip
-    logits = model(tokens, use_cache=False).logits
-    attentions = torch.tensor(plan.layers - plan.blocks["mha"])
-    result = {"tokens": tokens, "logits": logits, "prompt": torch.tensor(PROMPT_TOKENS), "attentions": attentions}
-    return {name: tensor.cpu().contiguous().clone() for name, tensor in result.items()}
-
-
-def verify_checkpoint(directory: Path, reference: Path, tolerance: float) -> None:
-    """Run `verify.py` in a fresh isolated process; keep its report as verification.json, or raise InputError."""
-    modules = directory.with_suffix(".modules")
-    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", str(Path(verify.__file__)), str(directory), str(reference), str(tolerance)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    finally:
-        shutil.rmtree(modules, ignore_errors=True)
-    lines = result.stdout.strip().splitlines()
-    if result.returncode != 0 or not lines:
-        report = lines[-1] if lines else "\n".join(result.stderr.strip().splitlines()[-3:])
-        raise InputError(
-            f"the exported checkpoint does not reproduce the model in memory in a fresh process: {report}. Nothing was "
-            "left behind; please report this with the family and the plan"
-        )
-    write_json(directory / "verification.json", json.loads(lines[-1]))
 
 
 Note = Callable[[PreTrainedModel], object]

@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+ENGINE = "transformers"
+"""The Python module that is asked."""
+
 
 def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, object]:
     """Compare with the reference: logits of prompt and greedy continuation in one pass, the same fed token by token
@@ -21,10 +24,11 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
     Tokens are reported, not required: in low precision, and on another device, a near-tie may fall the other way.
     """
     reference = load_file(reference_file)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, trust_remote_code=True, dtype="auto", local_files_only=True
-    ).eval()
     tokens, expected = reference["tokens"], reference["logits"].double()
+    experts = "eager" if reference["logits"].dtype is torch.float64 else None  # the usual one knows no float64
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, trust_remote_code=True, dtype="auto", local_files_only=True, experts_implementation=experts
+    ).eval()
     prompt = int(reference["prompt"])
     new = tokens.shape[1] - prompt
     with torch.inference_mode():
@@ -40,6 +44,7 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
             pad_token_id=0,
         )  # fmt: skip
     result: dict[str, object] = {
+        "engine": ENGINE,
         "max_logit_difference": (whole - expected).abs().max().item(),
         "max_logit_difference_cached": (torch.cat(stepped, dim=1) - expected).abs().max().item(),
         "tolerance": tolerance * max(1.0, expected.abs().max().item()),

@@ -76,7 +76,9 @@ class Engine:
         self._norm: nn.Module = attrgetter(row.final_norm)(model)
         self._head: nn.Linear = attrgetter(row.head)(model)
         pairs = [tuple(BlockId(kind, layer) for kind in BlockKind) for layer in range(len(self._layers))]
-        parallel = row.parallel(model.config.to_dict())
+        config = model.config.to_dict()
+        parallel = row.is_parallel(config)
+        self._cap: float | None = config[row.logit_cap] if row.logit_cap else None
         self._steps = pairs if parallel else [(block,) for pair in pairs for block in pair]
         self._batch_tokens = self._auto_batch_tokens() if batch_tokens == "auto" else int(batch_tokens)
         # what the dense model's log-probabilities are made of, by row: H numbers a token, not V
@@ -193,11 +195,14 @@ class Engine:
 
     def _block(self, block: BlockId, hidden: Tensor, layer_kwargs: LayerKwargs) -> Tensor:
         layer, branch = self._layers[block.layer], self._row.branch(block.kind)
-        normed = getattr(layer, branch.norm)(hidden.to(self._device(block.layer)))
-        module = getattr(layer, branch.module)
+        module, states = getattr(layer, branch.module), hidden.to(self._device(block.layer))
+        if branch.norm is not None:
+            states = getattr(layer, branch.norm)(states)
         if block.kind is BlockKind.MHA:
-            return module(hidden_states=normed, **layer_kwargs[block.layer])[0]  # type: ignore[no-any-return]
-        return module(normed)  # type: ignore[no-any-return]
+            states = module(hidden_states=states, **layer_kwargs[block.layer])[0]
+        else:
+            states = module(states)
+        return states if branch.post is None else getattr(layer, branch.post)(states)  # type: ignore[no-any-return]
 
     def _device(self, layer: int) -> torch.device:
         return next(self._layers[layer].parameters()).device
@@ -303,12 +308,16 @@ class Engine:
         losses = []
         for start in range(0, len(states), chunk):
             part = slice(start, start + chunk)
-            reference = self._head(dense[part].to(self._home))
-            losses.append(token_loss(self._head(states[part]), targets[part], reference))
+            reference = self._logits(dense[part].to(self._home))
+            losses.append(token_loss(self._logits(states[part]), targets[part], reference))
         total = torch.zeros(batch.is_target.shape, dtype=torch.float64, device=states.device)
         total[batch.is_target] = torch.cat(losses).double()
         means: list[float] = (total.sum(dim=1) / batch.is_target.sum(dim=1)).tolist()
         return means
+
+    def _logits(self, states: Tensor) -> Tensor:
+        logits: Tensor = self._head(states)
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     def _auto_batch_tokens(self, held: int = 0) -> int:
         """What fits beside the weights: those in memory already, and `held` bytes to come."""

@@ -125,9 +125,9 @@ def _compile_(model: PreTrainedModel) -> None:
     row, layers = model_family(model), decoder_layers(model)
     for layer in layers:
         for branch in (row.branch(kind) for kind in BlockKind):
-            getattr(layer, branch.norm).compile(dynamic=True)
-            getattr(layer, branch.module).compile(dynamic=True)
-    norm = getattr(layers[0], row.mha.norm)
+            for name in (branch.module, *branch.norms):
+                getattr(layer, name).compile(dynamic=True)
+    norm = getattr(layers[0], row.mha.norms[0])
     try:  # at once, so that a missing compiler is an error of the setting, not of a unit
         norm(norm.weight.new_ones(2, 2, len(norm.weight)))
     except RuntimeError as error:

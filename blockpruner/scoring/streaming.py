@@ -317,9 +317,9 @@ class StreamingEngine(Engine):
             result.append([name for name in names if name.startswith(prefix) and not name.startswith(unread)])
         return result
 
-    def _modules(self, layer: int, kind: BlockKind) -> tuple[str, str]:
+    def _modules(self, layer: int, kind: BlockKind) -> list[str]:
         branch = self._row.branch(kind)
-        return f"{self._row.layers}.{layer}.{branch.norm}.", f"{self._row.layers}.{layer}.{branch.module}."
+        return [f"{self._row.layers}.{layer}.{name}." for name in (branch.module, *branch.norms)]
 
     def plan_of(self, tasks: Sequence[Task], rows: Rows) -> Plan:
         """What a pass over these tasks needs; nothing is read."""

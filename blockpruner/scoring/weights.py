@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from blockpruner.errors import InputError
-from blockpruner.models import attention_options
+from blockpruner.models import kernel_options
 
 PIECE_BYTES = 4 * 2**20
 """Read of a weight at once: through a buffer of this size where it needs another dtype or device."""
@@ -134,7 +134,7 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device, and its buffers, which no checkpoint holds, on `device`."""
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
-    options = attention_options(attention, dtype, device)
+    options = kernel_options(attention, dtype, device)
     try:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from blockpruner import modeling_blockpruned as blockpruned
 from blockpruner.blocks import DENSE
 from blockpruner.errors import DeviceMemoryError, InputError
-from blockpruner.models import decoder_layers, model_family
+from blockpruner.models import decoder_layers, model_family, renumber_
 from blockpruner.scoring.engine import Engine, is_out_of_memory
 from blockpruner.scoring.work import Rows, Scorer, Task
 from blockpruner.transforms.laco import Merge, Merges, layers_after
@@ -53,12 +53,15 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
     for merge in merges:
         group = remaining[merge.layer : merge.layer + merge.count + 1]
         del remaining[merge.layer + 1 : merge.layer + merge.count + 1]
+        if len({frozenset(name for name, _ in layer.named_parameters()) for layer in group}) > 1:
+            raise InputError(
+                f"LaCo merge {merge} is of layers of different kinds (dense MLPs and experts), whose parameters cannot "
+                "be added; choose a range of layers of one kind (score.options lowest, highest), or another method"
+            )
         _replace_parameters_(group[0], VARIANTS[variant](group))
     blockpruned.drop_layers_(layers, kept)
     blockpruned.number_attentions_(layers, model_family(model).mha.module)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[layer] for layer in kept]
+    renumber_(config, model_family(model), [(layer, layer) for layer in kept])
     return model
 
 
@@ -207,12 +210,13 @@ def _last_linears(layers: Layers) -> dict[str, Tensor]:
     """What LaCo's public notebook computes: theta* = theta_{l+m} for the linear modules, and norms stay layer l's.
 
     It adds theta_{l+k} minus the base as updated so far, so that all terms but the last cancel, and it does so for
-    the weights of the linear modules only (its models have no biases; a bias belongs to its module).
+    the weights of the linear modules only (its models have no biases; a bias belongs to its module, and the matrices of
+    experts and of their router are linear, too).
     """
     return {
         f"{path}.{name}": parameter
         for path, module in layers[-1].named_modules()
-        if isinstance(module, nn.Linear)
+        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
         for name, parameter in module.named_parameters(recurse=False)
     }
 

@@ -60,7 +60,7 @@ def sliced_parameters(config: Config, width: int) -> tuple[int, int]:
         "hidden_size": width,
         "head_dim": int(config.get("head_dim") or hidden // int(config["num_attention_heads"])),
     }
-    blocks = layers * (row.mha_parameters(narrow) + row.mlp_parameters(narrow))
+    blocks = sum(row.mha_parameters(narrow, layer) + row.mlp_parameters(narrow, layer) for layer in range(layers))
     last_output = (int(config["intermediate_size"]) + bool(config.get("mlp_bias", False))) * (hidden - width)
     shortcuts = (2 * layers - 1) * width * width + width * hidden
     return count_parameters(config).total, vocabulary * (width + hidden) + blocks + last_output + shortcuts

@@ -52,7 +52,7 @@ def test_published_parameters_of_gpt_neox(hidden, inner, layers, vocabulary, pub
         "num_hidden_layers": layers, "vocab_size": vocabulary,
     }  # fmt: skip
     assert count_parameters(config).total == published
-    assert FAMILIES["gpt_neox"].parallel(config)
+    assert FAMILIES["gpt_neox"].is_parallel(config)
 
 
 @families
@@ -111,6 +111,8 @@ def test_pruned_equals_masked(family, mask):
 
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), IDS], dim=1)
     mask2 = (torch.arange(17) >= 3).long().expand(2, -1)
+    if pruned.config._attn_implementation == "eager":  # in float64, transformers' own is NaN where all is masked
+        pruned = pruned.float()
     assert torch.equal(generate(pruned, padded, mask2)[:, 3:], tokens)
 
 
@@ -118,7 +120,7 @@ def test_pruned_equals_masked(family, mask):
 def test_modelling_class_says_what_the_row_says(row):
     """The shipped file repeats what it needs of the row, since it must not import blockpruner."""
     model = getattr(modeling_blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
-    branches = tuple((branch.norm, branch.module) for branch in (row.mha, row.mlp))
+    branches = tuple((branch.module, *branch.norms) for branch in (row.mha, row.mlp))
     assert (model.decoder_layers, model.layer_branches) == (row.layers, branches)
     assert model.config_class.model_type == f"{row.model_type}_blockpruned"
     assert model.config_class().layers_without_mha == model.config_class().layers_without_mlp == []
@@ -128,7 +130,8 @@ LOAD = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="auto").eval()
+options = {"trust_remote_code": True, "dtype": "auto", "experts_implementation": "eager"}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options).eval()
 ids = load_file(sys.argv[2])["ids"]
 mask = torch.ones_like(ids)
 tokens = model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=8, max_new_tokens=8, pad_token_id=0)

@@ -1,0 +1,80 @@
+"""Verification of a checkpoint: what the model in memory says, and a fresh process that must say the same.
+
+Decides what the reference is and what becomes of the answer; how an engine is asked is in its own script (`verify.py`
+is that of transformers), which knows nothing of blockpruner.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from blockpruner.checkpoints import verify
+from blockpruner.errors import InputError
+from blockpruner.plans import Plan
+from blockpruner.tables import write_json
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""Largest logit difference to the masked model, relative to the largest logit, by dtype of the weights."""
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
+
+
+@torch.inference_mode()
+def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Tensor]:
+    """Of a model as the plan leaves it: greedy tokens [B, T + n] from seeded random prompts
+    [B, T], and their logits."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator).to(model.device)
+    tokens = model.generate(
+        ids, attention_mask=torch.ones_like(ids), use_cache=False, max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    logits = model(tokens, use_cache=False).logits
+    attentions = torch.tensor(plan.layers - plan.blocks["mha"])
+    result = {"tokens": tokens, "logits": logits, "prompt": torch.tensor(PROMPT_TOKENS), "attentions": attentions}
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in result.items()}
+
+
+def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
+    """Run an engine's script in a fresh isolated process; keep its report as verification.json.
+
+    An engine that is not installed is said to be unchecked there.
+
+    Args:
+        script: called with checkpoint, reference and tolerance, it prints one JSON object; its ENGINE is the Python
+            module that it needs.
+
+    Raises:
+        InputError: the checkpoint does not say what the reference says.
+    """
+    engine: str = script.ENGINE
+    if find_spec(engine) is None:
+        report: dict[str, Any] = {"ok": None, "engine": engine, "unchecked": f"{engine} is not installed"}
+        write_json(directory / "verification.json", report)
+        return
+    modules = directory.with_suffix(".modules")
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", str(script.__file__), str(directory), str(reference), str(tolerance)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    finally:
+        shutil.rmtree(modules, ignore_errors=True)
+    lines = result.stdout.strip().splitlines()
+    if result.returncode != 0 or not lines:
+        said = lines[-1] if lines else "\n".join(result.stderr.strip().splitlines()[-3:])
+        raise InputError(
+            f"the exported checkpoint does not reproduce the model in memory in a fresh process ({engine}): {said}. "
+            "Nothing was left behind; please report this with the family and the plan"
+        )
+    write_json(directory / "verification.json", json.loads(lines[-1]))
