@@ -64,19 +64,18 @@ def load_model(
     place = resolve_device(device)
     options = kernel_options(attention, dtype, place)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=getattr(torch, dtype),
-            device_map="balanced" if device == "split" else None,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
-    except ImportError as error:
-        raise InputError(f"runtime.attention {attention!r} cannot be used here: {error}; use auto or sdpa") from error
+        with usable(attention):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=getattr(torch, dtype),
+                device_map="balanced" if device == "split" else None,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except torch.OutOfMemoryError as error:
         raise _too_large(directory, device) from error
     problems = [
@@ -115,6 +114,18 @@ def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str
         )
     options = {} if attention == "auto" else {"attn_implementation": attention}
     return options | ({"experts_implementation": "eager"} if dtype == "float64" else {})
+
+
+@contextmanager
+def usable(attention: str) -> Iterator[None]:
+    """Within, a model is made; raises InputError if this attention is not installed, or none of the model's."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if attention == "auto":
+            raise
+        reason = str(error).partition(". ")[0]
+        raise InputError(f"runtime.attention {attention!r} cannot be used here: {reason}; use auto") from error
 
 
 def _too_large(directory: Path, device: str) -> DeviceMemoryError:

@@ -125,7 +125,7 @@ def _compile_(model: PreTrainedModel) -> None:
     row, layers = model_family(model), decoder_layers(model)
     for layer in layers:
         for branch in (row.branch(kind) for kind in BlockKind):
-            for name in (branch.module, *branch.norms):
+            for name in (*branch.norms, branch.module):
                 getattr(layer, name).compile(dynamic=True)
     norm = getattr(layers[0], row.mha.norms[0])
     try:  # at once, so that a missing compiler is an error of the setting, not of a unit

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from blockpruner.errors import InputError
-from blockpruner.models import kernel_options
+from blockpruner.models import kernel_options, usable
 
 PIECE_BYTES = 4 * 2**20
 """Read of a weight at once: through a buffer of this size where it needs another dtype or device."""
@@ -56,7 +56,8 @@ class _Stored:
 class Weights:
     """Puts a checkpoint's tensors into a model's parameters, and takes them out again.
 
-    names: of each tensor to be read, with the parameters that use it (a head may share the embedding's).
+    names: of each weight to be read, with the parameters that use it (a head may share the embedding's). A weight may be
+    stored in parts: the matrices of a mixture's experts are one to the model.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path, device: torch.device) -> None:
@@ -75,7 +76,7 @@ class Weights:
         return sum(aligned(self._empty[name].nbytes + VECTOR) for name in names)
 
     def stored_bytes(self, names: Iterable[str]) -> int:
-        return sum(self._stored[name].nbytes for name in names)
+        return sum(part.nbytes for name in names for part in self._stored[name])
 
     def slab(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
@@ -84,11 +85,11 @@ class Weights:
         """Read these weights into `slab`, or into memory that is freed when all of them are dropped."""
         slab = self.slab(self.bytes(names)) if slab is None else slab
         start = 0
-        for name in sorted(names, key=lambda name: (self._stored[name].file, self._stored[name].offset)):
-            empty, stored = self._empty[name], self._stored[name]
+        for name in sorted(names, key=lambda name: (self._stored[name][0].file, self._stored[name][0].offset)):
+            empty, (stored, *others) = self._empty[name], self._stored[name]
             # a model in memory uses tensors where safetensors maps them, which is aligned as they are in the file
-            # (or else a copy, where it is not aligned to its own items)
-            mapped = self._is_used_as_stored(name) and stored.offset % stored.dtype.itemsize == 0
+            # (or else a copy, where it is not aligned to its own items, or is put together)
+            mapped = not others and self._is_used_as_stored(name) and stored.offset % stored.dtype.itemsize == 0
             first = start + (stored.offset % VECTOR if mapped else 0)
             target = slab[first : first + empty.nbytes].view(empty.dtype).view(empty.shape)
             self._fill(target.view(-1), name)
@@ -111,10 +112,15 @@ class Weights:
         self._model.get_submodule(path)._parameters[leaf] = parameter
 
     def _is_used_as_stored(self, name: str) -> bool:
-        return self._device.type == "cpu" and self._empty[name].dtype == self._stored[name].dtype
+        return self._device.type == "cpu" and self._empty[name].dtype == self._stored[name][0].dtype
 
     def _fill(self, target: Tensor, name: str) -> None:
-        stored, direct = self._stored[name], self._is_used_as_stored(name)
+        for part in self._stored[name]:
+            size = part.shape.numel()
+            self._read(target[:size], part, self._is_used_as_stored(name))
+            target = target[size:]
+
+    def _read(self, target: Tensor, stored: _Stored, direct: bool) -> None:
         if stored.file not in self._files:
             self._files[stored.file] = os.open(stored.file, os.O_RDONLY)
         file, item = self._files[stored.file], stored.dtype.itemsize
@@ -135,13 +141,10 @@ def skeleton(
     """The model with its parameters on the meta device, and its buffers, which no checkpoint holds, on `device`."""
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
     options = kernel_options(attention, dtype, device)
-    try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
-            )
-    except ImportError as error:
-        raise InputError(f"runtime.attention {attention!r} cannot be used here: {error}; use auto or sdpa") from error
+    with usable(attention), _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
+        )
     for module in model.modules():
         module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
     result: PreTrainedModel = model.eval()
@@ -167,12 +170,21 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _matched(
     model: PreTrainedModel, checkpoint: Path, expected: dict[str, nn.Parameter]
-) -> tuple[dict[str, _Stored], dict[str, tuple[str, ...]]]:
+) -> tuple[dict[str, tuple[_Stored, ...]], dict[str, tuple[str, ...]]]:
     """The checkpoint's tensors by the model's names, and the parameters that use each; checked as `load_model` does."""
-    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    merges = [change for change in changes if isinstance(change, WeightConverter)]
+    patterns = [pattern for merge in merges for pattern in merge.source_patterns]
+    parts: dict[str, list[tuple[list[int], _Stored]]] = {}
+    for key, entry in _read_headers(checkpoint).items():
+        name, pattern = rename_source_key(key, renamings, merges, model.base_model_prefix, expected)
+        # of a mixture: expert by expert, and of an expert its matrices in the order of the patterns
+        place = [] if pattern is None else [*map(int, re.findall(r"experts\.(\d+)\.", key)), patterns.index(pattern)]
+        parts.setdefault(name, []).append((place, entry))
     stored = {
-        rename_source_key(key, renamings, [], model.base_model_prefix, expected)[0]: entry
-        for key, entry in _read_headers(checkpoint).items()
+        name: tuple(entry for _, entry in sorted(entries, key=lambda entry: entry[0]))
+        for name, entries in parts.items()
     }
     uses: dict[str, tuple[str, ...]] = {name: (name,) for name in expected}
     for one, other in model.all_tied_weights_keys.items():
@@ -186,14 +198,15 @@ def _matched(
             key for key in stored.keys() - uses.keys() if not any(re.search(pattern, key) for pattern in ignored)
         },
         "mismatched keys": {
-            f"{key} {[*stored[key].shape]}, not {[*expected[key].shape]}"
+            f"{key} {', '.join(map(str, map(list, _shapes(stored[key]))))}, not {[*expected[key].shape]}"
             for key in stored.keys() & uses.keys()
-            if stored[key].shape != expected[key].shape
+            if not _make_up(expected[key].shape, _shapes(stored[key]))
         },
         f"not of a dtype that is streamed ({', '.join(FLOATS)})": {
-            f"{key} {stored[key].dtype}"
+            f"{key} {part.dtype}"
             for key in stored.keys() & uses.keys()
-            if stored[key].dtype not in FLOATS.values()
+            for part in stored[key]
+            if part.dtype not in FLOATS.values()
         },
     }
     found = [f"{what}: {', '.join(sorted(keys)[:5])}" for what, keys in problems.items() if keys]
@@ -203,6 +216,17 @@ def _matched(
             "fetch the checkpoint again, or repair its config"
         )
     return stored, uses
+
+
+def _shapes(parts: Sequence[_Stored]) -> list[torch.Size]:
+    return [part.shape for part in parts]
+
+
+def _make_up(whole: torch.Size, parts: Sequence[torch.Size]) -> bool:
+    """Whether the parts, one after another, are the weight: itself, or matrices [*, H] of a weight [E, I, H]."""
+    if len(parts) == 1:
+        return parts[0] == whole
+    return sum(part.numel() for part in parts) == whole.numel() and all(part[1:] == whole[2:] for part in parts)
 
 
 def _read_headers(checkpoint: Path) -> dict[str, _Stored]:

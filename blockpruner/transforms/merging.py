@@ -48,16 +48,19 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
     if variant not in VARIANTS:
         raise InputError(f"LaCo variant {variant!r} is unknown; valid: {', '.join(VARIANTS)}")
     layers, config = decoder_layers(model), model.config
-    kept = [sources[0] for sources in layers_after(merges, len(layers))]
+    after = layers_after(merges, len(layers))
+    for sources in after:
+        if len({frozenset(name for name, _ in layers[source].named_parameters()) for source in sources}) > 1:
+            raise InputError(
+                f"LaCo's merges {', '.join(map(str, merges))} are of layers of different kinds (dense MLPs and experts), "
+                "whose parameters cannot be added; keep to layers of one kind (score.options: lowest, highest), or "
+                "choose another method"
+            )
+    kept = [sources[0] for sources in after]
     remaining = list(layers)
     for merge in merges:
         group = remaining[merge.layer : merge.layer + merge.count + 1]
         del remaining[merge.layer + 1 : merge.layer + merge.count + 1]
-        if len({frozenset(name for name, _ in layer.named_parameters()) for layer in group}) > 1:
-            raise InputError(
-                f"LaCo merge {merge} is of layers of different kinds (dense MLPs and experts), whose parameters cannot "
-                "be added; choose a range of layers of one kind (score.options lowest, highest), or another method"
-            )
         _replace_parameters_(group[0], VARIANTS[variant](group))
     blockpruned.drop_layers_(layers, kept)
     blockpruned.number_attentions_(layers, model_family(model).mha.module)

@@ -92,7 +92,9 @@ def assert_once_and_exact(case: Case, units: list[Unit], tasks: list[Task]) -> N
     assert len(keys) == len(set(keys)), "a (mask, row) was scored twice"
     assert set(keys) == {(mask, row) for task in tasks for mask in task.masks for row in task.span}
     for (mask, row), value in found:
-        assert value == pytest.approx(brute_force(case.variant, case.layers, mask, case.rows[row]), rel=0, abs=1e-10)
+        expected = brute_force(case.variant, case.layers, mask, case.rows[row])
+        tolerance = 1e-5 if case.variant == "gemma2" else 1e-10  # whose attention weights are float32, pads or not
+        assert value == pytest.approx(expected, rel=0, abs=tolerance)
 
 
 def least_work(case: Case, task: Task) -> int:

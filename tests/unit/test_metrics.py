@@ -224,9 +224,8 @@ def recorded(model, base, tokens):
             handles.append(layer.register_forward_hook(keep(index), with_kwargs=True))
             for block in {BlockId(kind, index) for kind in BlockKind} - base:
                 branch = row.branch(block.kind)
-                for part in (branch.norm, branch.module):
-                    hook = keep((block, part == branch.norm))
-                    handles.append(getattr(layer, part).register_forward_hook(hook, with_kwargs=True))
+                for part, end in ((branch.norm or branch.module, 0), (branch.post or branch.module, 1)):
+                    handles.append(getattr(layer, part).register_forward_hook(keep((block, end)), with_kwargs=True))
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
     for handle in handles:
@@ -235,7 +234,7 @@ def recorded(model, base, tokens):
     units = {}
     for block in all_blocks(len(layers)):
         if block not in base:
-            x, f = seen[block, True][0].to(wide), seen[block, False][1].to(wide)
+            x, f = seen[block, 0][0].to(wide), seen[block, 1][1].to(wide)
             units[frozenset({block})] = x.numpy(), (x + f).numpy()
     for index in range(len(layers)):
         unit = frozenset(BlockId(kind, index) for kind in BlockKind) - base

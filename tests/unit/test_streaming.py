@@ -244,6 +244,10 @@ def test_plan_bounds_what_lives(tmp_path, family, attention, shape, dtype):
     """All tensors alive at once need no more than planned, and not less than a third of it."""
     batch, length = shape
     checkpoint = save(tmp_path, family, dtype=getattr(torch, dtype))
+    if family == "gemma2" and attention == "sdpa":
+        with pytest.raises(InputError, match=r"'sdpa' cannot be used.*Gemma2.*use auto"):
+            StreamingEngine(checkpoint, dtype, device="cpu", attention=attention)
+        attention = "auto"
     engine = StreamingEngine(checkpoint, dtype, device="cpu", batch_tokens=batch * length, attention=attention)
     rows = make_rows([length] * batch)
     tasks = [Task(range(batch), (DENSE, *sweep()[-2:]))]
