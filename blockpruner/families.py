@@ -21,8 +21,8 @@ Config = Mapping[str, Any]
 class Branch:
     """Attribute names, within a decoder layer, of one residual branch `x + post(module(norm(x)))`.
 
-    norm, post: the norms before and after the module, None where there is none; output: the path within the module of
-    its last projection, a module or a parameter, without which the branch adds zero.
+    norm, post: the norms before and after the module, None where there is none; output: the name within the module of
+    its last projection (each expert's, in a mixture), without which the branch adds zero.
     """
 
     module: str
@@ -210,7 +210,6 @@ AFTER_NORMS = (
     Branch("self_attn", None, "o_proj", "post_attention_layernorm"),
     Branch("mlp", None, "down_proj", "post_feedforward_layernorm"),
 )
-MIXTURE = Branch("mlp", "post_attention_layernorm", "experts.down_proj")
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
@@ -241,7 +240,7 @@ FAMILIES: dict[str, Family] = {
             mlp=BETWEEN_NORMS[1],
         ),
         Family("olmo2", "Olmo2", _wide_norms, _gated_mlp, mha=AFTER_NORMS[0], mlp=AFTER_NORMS[1]),
-        Family("mixtral", "Mixtral", _no_bias, lambda c, layer: _experts(c, "intermediate_size"), mlp=MIXTURE),
+        Family("mixtral", "Mixtral", _no_bias, lambda c, layer: _experts(c, "intermediate_size")),
         Family(
             "qwen3_moe",
             "Qwen3Moe",
@@ -249,7 +248,6 @@ FAMILIES: dict[str, Family] = {
             _sparse_mlp,
             renumbered=_sparse_layers,
             defaults={"mlp_only_layers": (), "decoder_sparse_step": 1},
-            mlp=MIXTURE,
         ),
         Family(
             "gpt_neox",

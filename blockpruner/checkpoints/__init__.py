@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from blockpruner.checkpoints.hf import export_hf
+from blockpruner.checkpoints.zeroed import export_zeroed
 
-EXPORTS = {"hf": export_hf}
+EXPORTS = {"hf": export_hf, "zeroed": export_zeroed}

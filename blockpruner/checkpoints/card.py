@@ -11,15 +11,13 @@ from typing import Any
 
 from blockpruner.plans import Plan
 
-CODE = {"mask": "modeling_blockpruned.py", "slicegpt": "modeling_slicegpt.py"}
-"""The file beside the weights that a kind of plan needs; the others load as plain models of their family."""
 
-
-def model_card(plan: Plan, dense: Path, since: str = "not retrained") -> str:
+def model_card(plan: Plan, dense: Path, code: str | None, since: str = "not retrained", note: str = "") -> str:
     """README.md of the checkpoint.
 
     Args:
-        dense: the base model's directory; since: what was done after pruning.
+        dense: the base model's directory; code: the modelling file beside the weights, None for a plain model of its
+            family; since: what was done after pruning; note: what is to be said of this format.
     """
     source: dict[str, Any] = json.loads((dense / "blockpruner_source.json").read_text())["source"]
     base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
@@ -36,8 +34,8 @@ def model_card(plan: Plan, dense: Path, since: str = "not retrained") -> str:
 `{base}` {_what(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
-{_perplexity(plan)}
-{_loading(plan)}{_steps(plan)}"""
+{_perplexity(plan)}{note}
+{_loading(code)}{_steps(plan)}"""
     )
 
 
@@ -71,8 +69,8 @@ def _perplexity(plan: Plan) -> str:
 """
 
 
-def _loading(plan: Plan) -> str:
-    option = ", trust_remote_code=True" if plan.kind in CODE else ""
+def _loading(code: str | None) -> str:
+    option = ", trust_remote_code=True" if code else ""
     text = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,10 +78,9 @@ model = AutoModelForCausalLM.from_pretrained("<this directory>"{option})
 tokenizer = AutoTokenizer.from_pretrained("<this directory>"{option})
 ```
 """
-    if plan.kind in CODE:
+    if code:
         text += f"""
-`trust_remote_code` runs the file `{CODE[plan.kind]}` beside this card; it needs transformers 5.24 or newer and
-nothing else.
+`trust_remote_code` runs the file `{code}` beside this card; it needs transformers 5.24 or newer and nothing else.
 """
     return text
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from blockpruner import modeling_blockpruned, modeling_slicegpt
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.verification import TOLERANCE, reference_outputs, verify_checkpoint
 from blockpruner.models import load_model, masked, prune_
@@ -56,7 +55,7 @@ def export_hf(
             pruned = PRUNERS[plan.kind](
                 model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
             )
-            save_checkpoint(pruned, plan, dense, directory, model_card(plan, dense))
+            save_checkpoint(pruned, plan, dense, directory, model_card(plan, dense, code_file(pruned)))
             verify_checkpoint(directory, reference, TOLERANCE[model.dtype])
         finally:
             reference.unlink(missing_ok=True)
@@ -78,7 +77,8 @@ def save_recovered(model: PreTrainedModel, plan: Plan, dense: Path, out: Path, t
         reference = directory.with_suffix(".reference")
         try:
             save_file(reference_outputs(model, plan), reference)
-            save_checkpoint(model, plan, dense, directory, model_card(plan, dense, f"then {training}"))
+            card = model_card(plan, dense, code_file(model), f"then {training}")
+            save_checkpoint(model, plan, dense, directory, card)
             verify_checkpoint(directory, reference, TOLERANCE[model.dtype])
         finally:
             reference.unlink(missing_ok=True)
@@ -98,13 +98,18 @@ def save_checkpoint(model: PreTrainedModel, plan: Plan, dense: Path, directory: 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
     """Save a pruned model; if its class is ours, the modelling file lies beside the weights, named in `auto_map`."""
-    module = type(model).__module__
-    is_ours = module in (modeling_blockpruned.__name__, modeling_slicegpt.__name__)
-    if is_ours:
+    code = code_file(model)
+    if code:
         type(model).register_for_auto_class("AutoModelForCausalLM")
         type(model.config).register_for_auto_class("AutoConfig")
     model.save_pretrained(directory, max_shard_size="5GB")
-    assert not is_ours or (directory / f"{module.rsplit('.', 1)[-1]}.py").exists()
+    assert not code or (directory / code).exists()
+
+
+def code_file(model: PreTrainedModel) -> str | None:
+    """The modelling file that the model's checkpoint needs: None for a class of transformers' own."""
+    module = type(model).__module__.rpartition(".")[2]
+    return f"{module}.py" if module in ("modeling_blockpruned", "modeling_slicegpt") else None
 
 
 Note = Callable[[PreTrainedModel], object]

@@ -56,8 +56,8 @@ class _Stored:
 class Weights:
     """Puts a checkpoint's tensors into a model's parameters, and takes them out again.
 
-    names: of each weight to be read, with the parameters that use it (a head may share the embedding's). A weight may be
-    stored in parts: the matrices of a mixture's experts are one to the model.
+    names: of each weight to be read, with the parameters that use it (a head may share the embedding's). A weight
+    may be stored in parts: the matrices of a mixture's experts are one to the model.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path, device: torch.device) -> None:

@@ -52,8 +52,8 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
     for sources in after:
         if len({frozenset(name for name, _ in layers[source].named_parameters()) for source in sources}) > 1:
             raise InputError(
-                f"LaCo's merges {', '.join(map(str, merges))} are of layers of different kinds (dense MLPs and experts), "
-                "whose parameters cannot be added; keep to layers of one kind (score.options: lowest, highest), or "
+                f"LaCo's merges {', '.join(map(str, merges))} are of layers of different kinds (dense MLPs and experts)"
+                ", whose parameters cannot be added; keep to layers of one kind (score.options: lowest, highest), or "
                 "choose another method"
             )
     kept = [sources[0] for sources in after]

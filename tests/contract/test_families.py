@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from blockpruner import modeling_blockpruned
 from blockpruner.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.checkpoints.hf import save_pruned
+from blockpruner.checkpoints.zeroed import zero_
 from blockpruner.errors import InputError
 from blockpruner.families import FAMILIES, count_kv_cache, count_parameters
 from blockpruner.models import decoder_layers, load_model, masked, model_family, prune_
@@ -114,6 +115,41 @@ def test_pruned_equals_masked(family, mask):
     if pruned.config._attn_implementation == "eager":  # in float64, transformers' own is NaN where all is masked
         pruned = pruned.float()
     assert torch.equal(generate(pruned, padded, mask2)[:, 3:], tokens)
+
+
+@families
+@masks
+def test_zeroed_equals_masked(family, mask):
+    model, removed = tiny_model(family, dtype=torch.float32), parse_mask(mask)
+    with masked(model, removed):
+        expected, tokens = model(IDS).logits, generate(model)
+    zero_(model, removed)
+    assert (model(IDS).logits - expected).abs().max() <= 1e-5
+    assert torch.equal(generate(model), tokens)
+
+
+@families
+@pytest.mark.parametrize(
+    ("mask", "layers"), [("mha.0,mlp.0", 3), ("mlp.1,mha.2", 3), ("mlp.0,mha.1,mlp.1,mha.2,mlp.3,mha.3", 1)]
+)
+def test_what_fills_whole_layers_is_a_plain_model(family, mask, layers):
+    """An MHA and a later MLP share a layer where nothing is left between them."""
+    model, removed = tiny_model(family), parse_mask(mask)
+    with masked(model, removed):
+        logits, tokens = model(IDS).logits, generate(model)
+    kind = type(model)
+    pruned = prune_(copy.deepcopy(model), removed)
+    if model_family(model).is_parallel(model.config.to_dict()):
+        assert type(pruned) is not kind
+        return
+    assert type(pruned) is kind and type(pruned.config) is type(model.config)
+    assert pruned.config.num_hidden_layers == len(decoder_layers(pruned)) == layers
+    assert (pruned(IDS).logits - logits).abs().max() <= 1e-10
+    assert torch.equal(generate(pruned), tokens)
+    # built anew from its config it has the same parameters, in layers of the same kinds
+    fresh = kind._from_config(pruned.config, dtype=pruned.dtype, experts_implementation="eager")
+    fresh.load_state_dict(pruned.state_dict())
+    assert torch.equal(fresh(IDS).logits, pruned(IDS).logits)
 
 
 @pytest.mark.parametrize("row", FAMILIES.values(), ids=list(FAMILIES))

@@ -17,6 +17,7 @@ from blockpruner.budgets import resources_of
 from blockpruner.calibration import pack
 from blockpruner.checkpoints import hf
 from blockpruner.checkpoints.hf import export_hf
+from blockpruner.checkpoints.zeroed import export_zeroed
 from blockpruner.errors import InputError
 from blockpruner.families import count_parameters
 from blockpruner.models import masked
@@ -69,6 +70,28 @@ def test_export_in_bfloat16(tmp_path, dense):
     export_hf(dense, plan, tmp_path / "out", rows=(), dtype="bfloat16", device="cpu")
     assert json.loads((tmp_path / "out/verification.json").read_text())["ok"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).dtype is torch.bfloat16
+
+
+def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
+    plan = plan_of(json.loads((dense / "config.json").read_text()), ["mlp.1", "mha.2"])
+    export_hf(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
+    assert json.loads((tmp_path / "out/verification.json").read_text())["class"] == "LlamaForCausalLM"
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "trust_remote_code" not in (tmp_path / "out/README.md").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.num_hidden_layers == 3 and loaded.num_parameters() == plan.parameters["pruned"]
+
+
+def test_zeroed_keeps_the_shape_and_says_so(tmp_path, dense):
+    plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0", "mlp.3"])
+    export_zeroed(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
+    report = json.loads((tmp_path / "out/verification.json").read_text())
+    assert report["ok"] and report["cache_layers"] == 4 and report["class"] == "LlamaForCausalLM"
+    assert "neither smaller nor faster" in (tmp_path / "out/README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == plan.parameters["dense"]
+    with pytest.raises(InputError, match="method 'laco' of run 'r' removes none; leave zeroed out"):
+        export_zeroed(dense, replace(plan, kind="laco", method="laco"), tmp_path / "x", rows=(), dtype="float32",
+                      device="cpu")  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", ["renumbering", "weights"])
