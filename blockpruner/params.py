@@ -21,6 +21,9 @@ T = TypeVar("T", bound="Frozen")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+Export = Literal["hf", "zeroed"]
+
+
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=False)
 
@@ -233,7 +236,7 @@ class Run(Frozen):
     score: Score = Score()
     evaluate: Evaluate
     recover: Recover | None = None
-    export: tuple[Literal["hf", "zeroed"], ...] = ("hf",)
+    export: tuple[Export, ...] = ("hf",)
 
     @field_validator("export")
     @classmethod
@@ -282,12 +285,21 @@ class Run(Frozen):
         return self
 
 
+class Push(Frozen):
+    """The hub repository that `python -m stages.push <target>` uploads a checkpoint to; nothing else does."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    format: Export = "hf"
+    private: bool = True
+
+
 class Target(Frozen):
     """A pruned model to build: a run, how far to prune it, and whether to train it afterwards (the run's `recover`)."""
 
     run: str
     budget: str
     recover: bool = False
+    push: Push | None = None
 
     @field_validator("budget", mode="before")
     @classmethod

@@ -139,14 +139,18 @@ def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> s
         try:
             info = api.model_info(repo) if kind == "model" else api.dataset_info(repo)
         except (OSError, ValueError, RuntimeError) as error:
-            raise _hub_error(repo, error) from error
+            raise hub_error(repo, error) from error
         assert info.sha is not None
         known[key] = info.sha
         write_json(pins, dict(sorted(known.items())))
     return known[key]
 
 
-def _hub_error(repo: str, error: Exception) -> InputError:
+ANOTHER_SOURCE = "check the network, or use another source (pypi, path)"
+
+
+def hub_error(repo: str, error: Exception, fix: str = ANOTHER_SOURCE) -> InputError:
+    """What to tell the user of an error of `huggingface_hub`, in one line."""
     causes = {
         "GatedRepoError": "access is gated: accept its terms on the hub and log in with `hf auth login`",
         "RepositoryNotFoundError": "no such repository, or it is private: check the name, or log in with "
@@ -157,8 +161,8 @@ def _hub_error(repo: str, error: Exception) -> InputError:
     cause = causes.get(type(error).__name__)
     if cause is None:
         lines = str(error).strip().splitlines()
-        cause = f"{lines[0] if lines else type(error).__name__}; check the network, or use another source (pypi, path)"
-    return InputError(f"hub repository {repo!r} cannot be read: {cause}. Nothing was left behind")
+        cause = f"{lines[0] if lines else type(error).__name__}; {fix}"
+    return InputError(f"hub repository {repo!r} cannot be used: {cause}. Nothing was left behind")
 
 
 # --- texts ------------------------------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ def load_texts(data: Mapping[str, Any], cache: Path, pins: Path) -> list[str]:
     try:
         table = datasets.load_dataset(data["repo"], data["config"], split=data["split"], revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
-        raise _hub_error(data["repo"], error) from error
+        raise hub_error(data["repo"], error) from error
     return _texts_of_records(table.to_list(), data["repo"], data["format"])
 
 
@@ -286,7 +290,7 @@ def _build_checkpoint(model: Mapping[str, Any], directory: Path, cache: Path) ->
         try:
             snapshot_download(model["repo"], revision=model["revision"], allow_patterns=patterns, local_dir=directory)
         except (OSError, ValueError, RuntimeError) as error:
-            raise _hub_error(model["repo"], error) from error
+            raise hub_error(model["repo"], error) from error
         shutil.rmtree(directory / ".cache", ignore_errors=True)
     if not any(directory.glob("*.safetensors")):
         raise InputError(

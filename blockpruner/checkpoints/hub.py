@@ -1,0 +1,44 @@
+"""A checkpoint directory as a repository of the Hugging Face hub.
+
+Decides what may be uploaded: what a fresh process has verified. When, and under which name, is the user's choice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blockpruner.errors import InputError
+from blockpruner.sources import hub_error
+from blockpruner.tables import read_json
+
+
+def push(checkpoint: Path, repo: str, private: bool) -> str:
+    """Upload a checkpoint directory in one commit; returns its address.
+
+    Args:
+        repo: "<user or organization>/<name>", made if it does not exist; private: whether it is then private.
+
+    Raises:
+        InputError: no such checkpoint, one that was not verified, or a hub that refuses; nothing is changed there.
+    """
+    from huggingface_hub import HfApi, ModelCard
+
+    report = checkpoint / "verification.json"
+    if not report.exists():
+        raise InputError(f"{checkpoint} is not a verified checkpoint; run its materialize stage first")
+    found = read_json(report)
+    if found["ok"] is not True:
+        raise InputError(
+            f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')}); install the engine and "
+            "run the materialize stage again"
+        )
+    api = HfApi()
+    try:
+        ModelCard.load(checkpoint / "README.md").validate()
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=checkpoint, commit_message=f"{checkpoint.parent.name}: pruned with blockpruner"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise hub_error(repo, error, "check the name, the network, and that your token may write there") from error
+    return str(commit.commit_url)

@@ -1,0 +1,23 @@
+"""push <target>: a checkpoint uploaded to the hub, as the target's `push` says. Not part of the DAG: run it by hand."""
+
+from __future__ import annotations
+
+from blockpruner.checkpoints.hub import push
+from blockpruner.errors import InputError
+from blockpruner.params import load_params
+from blockpruner.progress import observer
+from stages import DATA, run
+
+
+def main(name: str) -> None:
+    target = load_params().target(name)
+    if target.push is None:
+        raise InputError(
+            f"target {name!r} says nothing about the hub; add push: {{repo: <user>/<name>}} to it in params.yaml"
+        )
+    folder = DATA / ("recovered" if target.recover else "checkpoints") / name / target.push.format
+    observer().note(f"{name}: {push(folder, target.push.repo, target.push.private)}")
+
+
+if __name__ == "__main__":
+    run("push", main)

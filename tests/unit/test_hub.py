@@ -1,0 +1,88 @@
+"""Pushing to the hub, against a stand-in that keeps what it is given."""
+
+import json
+
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard, metadata_load
+
+from blockpruner.checkpoints.card import model_card
+from blockpruner.checkpoints.hub import push
+from blockpruner.errors import InputError
+from blockpruner.params import Target
+from tests.tiny import tiny_model
+from tests.unit.test_checkpoint_api import plan_of
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder, dense = tmp_path / "mine-0.2" / "hf", tmp_path / "dense"
+    folder.mkdir(parents=True)
+    dense.mkdir()
+    (dense / "blockpruner_source.json").write_text(json.dumps({"source": {"repo": "meta-llama/Llama-2-7b-hf"}}))
+    plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
+    (folder / "README.md").write_text(model_card(plan, dense, "modeling_blockpruned.py"))
+    (folder / "verification.json").write_text('{"ok": true}')
+    return folder
+
+
+class Hub:
+    def __init__(self, monkeypatch, error=None):
+        self.calls, self.error = [], error
+        monkeypatch.setattr(ModelCard, "validate", lambda card: self.calls.append(("validate", card.data.to_dict())))
+        for name in ("create_repo", "upload_folder"):
+            monkeypatch.setattr(huggingface_hub.HfApi, name, lambda api, *a, _name=name, **k: self.call(_name, a, k))
+
+    def call(self, name, args, options):
+        if self.error:
+            raise self.error
+        self.calls.append((name, *args, options))
+        return type("Commit", (), {"commit_url": "https://hub.invalid/me/small/commit/1"})
+
+
+def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatch):
+    hub = Hub(monkeypatch)
+    assert push(checkpoint, "me/small", private=True) == "https://hub.invalid/me/small/commit/1"
+    (_, card), (_, repo, made), (_, sent) = hub.calls
+    assert card["base_model"] == "meta-llama/Llama-2-7b-hf" and repo == "me/small"
+    assert made == {"private": True, "exist_ok": True}
+    assert sent["folder_path"] == checkpoint and "mine-0.2" in sent["commit_message"]
+
+
+def test_the_cards_metadata_is_what_the_hub_knows(checkpoint):
+    data = metadata_load(checkpoint / "README.md")
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    assert data["tags"] == ["blockpruner", "pruned"] and data["base_model"] == "meta-llama/Llama-2-7b-hf"
+    assert ModelCard.load(checkpoint / "README.md").text.startswith("\n# t\n")
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        (None, "is not a verified checkpoint; run its materialize stage"),
+        ('{"ok": null, "unchecked": "xllamacpp is not installed"}', "was not verified .xllamacpp is not installed."),
+    ],
+)
+def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words):
+    hub = Hub(monkeypatch)
+    (checkpoint / "verification.json").unlink()
+    if report:
+        (checkpoint / "verification.json").write_text(report)
+    with pytest.raises(InputError, match=words):
+        push(checkpoint, "me/small", private=True)
+    assert hub.calls == []
+
+
+def test_a_hub_that_refuses_is_one_clear_line(checkpoint, monkeypatch):
+    Hub(monkeypatch, OSError("403 Forbidden: you lack write access\nand a long story"))
+    with pytest.raises(InputError, match=r"'me/small' cannot be used: 403 Forbidden.*token may write there") as error:
+        push(checkpoint, "me/small", private=False)
+    assert "story" not in str(error.value)
+
+
+def test_a_target_names_repository_format_and_privacy():
+    target = Target(run="mine", budget="0.2", push={"repo": "me/small"})
+    assert (target.push.format, target.push.private) == ("hf", True)
+    assert Target(run="mine", budget="0.2").push is None
+    with pytest.raises(ValueError, match="pattern"):
+        Target(run="mine", budget="0.2", push={"repo": "small"})
