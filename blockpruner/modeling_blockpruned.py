@@ -4,6 +4,9 @@ Decides how a decoder runs without some of its blocks: a removed branch adds not
 holds no weights. Each class is transformers' own model of the base family with holes in it, so that attention
 kernels, generation and caches are the family's.
 
+Experts of mixtures run as the user sets it: transformers allows that where a model's file says
+@use_experts_implementation, as the base families' do.
+
 Config fields beside the base family's (layers are those kept, numbered from 0):
     layers_without_mha, layers_without_mlp: indices of layers whose branch was removed;
     source_layers: the layer of the dense model that each kept layer was; None: no layer was dropped.

@@ -56,6 +56,26 @@ def test_published_parameters_of_gpt_neox(hidden, inner, layers, vocabulary, pub
     assert FAMILIES["gpt_neox"].is_parallel(config)
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "more", "published"),
+    [
+        ("gemma2", (2304, 9216, 26, 8, 4, 256000), {"head_dim": 256}, 2_614_341_888),
+        ("gemma3_text", (1152, 6912, 26, 4, 1, 262144), {"head_dim": 256}, 999_885_952),
+        ("phi3", (3072, 8192, 32, 32, 32, 32064), {}, 3_821_079_552),
+        ("olmo2", (4096, 11008, 32, 32, 32, 100352), {}, 7_298_617_344),
+        ("mixtral", (4096, 14336, 32, 32, 8, 32000), {"num_local_experts": 8}, 46_702_792_704),
+        ("qwen3_moe", (2048, 6144, 48, 32, 4, 151936),
+         {"head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768}, 30_532_122_624),
+    ],
+    ids=["gemma-2-2b", "gemma-3-1b", "phi-3-mini", "olmo-2-7b", "mixtral-8x7b", "qwen3-30b-a3b"],
+)  # fmt: skip
+def test_published_parameters(family, sizes, more, published):
+    """From the fields of their config.json, which leave out what is the class's default (Gemma's tied embeddings)."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config = {"model_type": family, **dict(zip((*names, "vocab_size"), sizes, strict=True)), **more}
+    assert count_parameters(config).total == published
+
+
 @families
 def test_tied_embeddings_count_once(family):
     model = tiny_model(family, tie_word_embeddings=True)
@@ -115,6 +135,16 @@ def test_pruned_equals_masked(family, mask):
     if pruned.config._attn_implementation == "eager":  # in float64, transformers' own is NaN where all is masked
         pruned = pruned.float()
     assert torch.equal(generate(pruned, padded, mask2)[:, 3:], tokens)
+
+
+@families
+def test_a_pruned_model_can_be_exported_by_torch(family):
+    pruned = prune_(tiny_model(family, dtype=torch.float32), parse_mask("mha.0,mha.2,mlp.0,mlp.3"))
+    pruned.set_experts_implementation("batched_mm")  # the eager one branches on the router's choice
+    inputs = {"input_ids": IDS, "use_cache": False}
+    with torch.no_grad():
+        exported = torch.export.export(pruned, args=(), kwargs=inputs).module()
+        assert (exported(**inputs).logits - pruned(**inputs).logits).abs().max() <= 1e-5
 
 
 @families

@@ -48,7 +48,7 @@ def greedy(checkpoint, rows):
     removed, order, losses = DENSE, [], []
     for _ in range(REMOVALS):
         masks = [removed | {block} for block in all_blocks(engine.layers) if block not in removed]
-        found = {mask: 0.0 for mask in masks}
+        found = dict.fromkeys(masks, 0.0)
         for unit in engine.run([Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))], rows):
             found[unit.mask] += sum(unit.loss)
         losses.append(list(found.values()))

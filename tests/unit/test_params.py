@@ -78,7 +78,10 @@ def test_targets_may_differ_in_recovery_alone(tmp_path, monkeypatch):
         ({"runtime": {"workers": 2}}, ["workers: 2 needs executor: ray"]),
         ({"runtime": {"streaming": True, "device": "split"}}, ["device: split has nothing to split", "streaming"]),
         ({"runtime": {"streaming": True, "compile": True}}, ["compile: true does not fit streaming"]),
-        ({"targets": {"x": {"run": "a", "budget": "0.1", "rato": 1}}}, ["targets.x.rato", "budget, push, recover, run"]),
+        (
+            {"targets": {"x": {"run": "a", "budget": "0.1", "rato": 1}}},
+            ["targets.x.rato", "budget, push, recover, run"],
+        ),
         ({"targets": {"x": {"run": "b", "budget": "0.1"}}}, ["'x'", "'b'", "valid: a"]),
         ({"targets": {"x": {"run": "a", "budget": "1.5"}}}, ["'1.5'", "between 0 and 1", "17blocks"]),
         ({"targets": {"x": {"run": "a", "budget": 0}}}, ["'0'", "between 0 and 1"]),
