@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from blockpruner import modeling_blockpruned as blockpruned
 from blockpruner.blocks import BlockKind, Mask, format_mask, pack
 from blockpruner.errors import DeviceMemoryError, InputError
 from blockpruner.families import Family, family_of
+
+# transformers has no class of its own for Baichuan 13B; the one for checkpoints is used in memory too
+AutoConfig.register(blockpruned.BaichuanConfig.model_type, blockpruned.BaichuanConfig)
+AutoModelForCausalLM.register(blockpruned.BaichuanConfig, blockpruned.BaichuanForCausalLM)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -75,8 +79,8 @@ def load_model(
             ignore_mismatched_sizes=True,
             **options,
         )
-    except ImportError as error:
-        raise InputError(f"runtime.attention {attention!r} cannot be used here: {error}; use auto or sdpa") from error
+    except (ImportError, ValueError) as error:
+        raise unusable_attention(attention, error) from error
     except torch.OutOfMemoryError as error:
         raise _too_large(directory, device) from error
     problems = [
@@ -115,6 +119,15 @@ def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str
         )
     options = {} if attention == "auto" else {"attn_implementation": attention}
     return options | ({"experts_implementation": "eager"} if dtype == "float64" else {})
+
+
+def unusable_attention(attention: str, error: Exception) -> Exception:
+    """What to raise where transformers refused to build a model: ours if an attention was asked for, which is not
+    installed, or which the family has no use of."""
+    if attention == "auto":
+        return error
+    reason = str(error).partition(". ")[0]
+    return InputError(f"runtime.attention {attention!r} cannot be used here: {reason}; use auto or sdpa")
 
 
 def _too_large(directory: Path, device: str) -> DeviceMemoryError:

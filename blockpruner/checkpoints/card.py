@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from blockpruner.families import family_of
 from blockpruner.plans import Plan
 
 CODE = {"mask": "modeling_blockpruned.py", "slicegpt": "modeling_slicegpt.py"}
-"""The file beside the weights that a kind of plan needs; the others load as plain models of their family."""
+"""The file beside the weights that a kind of plan needs; the others load as plain models of their family, which needs
+one itself where transformers has no class for it."""
 
 
 def model_card(plan: Plan, dense: Path, since: str = "not retrained") -> str:
@@ -37,7 +39,7 @@ def model_card(plan: Plan, dense: Path, since: str = "not retrained") -> str:
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
 {_perplexity(plan)}
-{_loading(plan)}{_steps(plan)}"""
+{_loading(_code(plan, dense))}{_steps(plan)}"""
     )
 
 
@@ -71,8 +73,14 @@ def _perplexity(plan: Plan) -> str:
 """
 
 
-def _loading(plan: Plan) -> str:
-    option = ", trust_remote_code=True" if plan.kind in CODE else ""
+def _code(plan: Plan, dense: Path) -> str | None:
+    """The file of code beside the weights, where there is one."""
+    own = family_of(json.loads((dense / "config.json").read_text())["model_type"]).own_class
+    return CODE.get(plan.kind, CODE["mask"] if own else None)
+
+
+def _loading(code: str | None) -> str:
+    option = ", trust_remote_code=True" if code else ""
     text = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,9 +88,9 @@ model = AutoModelForCausalLM.from_pretrained("<this directory>"{option})
 tokenizer = AutoTokenizer.from_pretrained("<this directory>"{option})
 ```
 """
-    if plan.kind in CODE:
+    if code:
         text += f"""
-`trust_remote_code` runs the file `{CODE[plan.kind]}` beside this card; it needs transformers 5.24 or newer and
+`trust_remote_code` runs the file `{code}` beside this card; it needs transformers 5.24 or newer and
 nothing else.
 """
     return text

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from blockpruner.errors import InputError
-from blockpruner.models import kernel_options
+from blockpruner.models import kernel_options, unusable_attention
 
 PIECE_BYTES = 4 * 2**20
 """Read of a weight at once: through a buffer of this size where it needs another dtype or device."""
@@ -140,8 +140,8 @@ def skeleton(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
             )
-    except ImportError as error:
-        raise InputError(f"runtime.attention {attention!r} cannot be used here: {error}; use auto or sdpa") from error
+    except (ImportError, ValueError) as error:
+        raise unusable_attention(attention, error) from error
     for module in model.modules():
         module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
     result: PreTrainedModel = model.eval()
