@@ -49,6 +49,7 @@ class Family:
     parallel: the config field that says whether MHA and MLP both read the layer's input, x + MHA(norm(x)) +
     MLP(norm(x));
     logit_cap: the config field of c where the logits are c tanh(head / c);
+    alibi: whether attention masks hold a bias of its own for each head;
     renumbered: the config fields that speak of single layers, for new layers of which each has the MHA of one layer
     and the MLP of another;
     defaults: of config fields, where a config.json may leave them out;
@@ -62,6 +63,7 @@ class Family:
     norm_bias: bool = False
     parallel: str | None = None
     logit_cap: str | None = None
+    alibi: bool = False
     renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: _types(config, layers)
     defaults: Config = field(default_factory=dict)
     decoder: str = "model"
@@ -215,6 +217,7 @@ FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
         Family("llama", "Llama", _optional_bias, _gated_mlp),
+        Family("baichuan", "Baichuan", _no_bias, _gated_mlp, alibi=True),
         Family("mistral", "Mistral", _no_bias, _gated_mlp),
         Family("qwen2", "Qwen2", lambda c, layer: _attention(c, qkv_bias=True), _gated_mlp),
         Family("qwen3", "Qwen3", _head_norms, _gated_mlp),

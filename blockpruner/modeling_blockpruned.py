@@ -43,6 +43,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 
 Branches = tuple[tuple[str, ...], tuple[str, ...]]
 """Attributes of the MHA and of the MLP branch in a decoder layer: module, then its norms."""
@@ -127,12 +129,84 @@ class BlockPrunedMixin:
         number_attentions_(layers, module=self.layer_branches[0][0])
 
 
+def alibi_slopes(heads: int) -> list[float]:
+    """2^(-8 i / n) for i = 1 to n where the n heads are a power of two; where they are not, those of the power of two
+    below, then every other one of the power of two above (arXiv 2108.12409)."""
+    below = 1 << (heads.bit_length() - 1)
+    first, second = ([2.0 ** (-8 * i / n) for i in range(1, n + 1)] for n in (below, 2 * below))
+    return first + second[::2][: heads - below]
+
+
+class NoRotation(nn.Module):
+    """In place of rotary tables: cosine 1 and sine 0."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.new_ones(1, 1, 1), x.new_zeros(1, 1, 1)
+
+
+class BaichuanConfig(LlamaConfig):
+    """Of Baichuan 13B, with queries, keys and values as Llama has them. `rope_parameters`, which every config of
+    Llama's kind has, says nothing here."""
+
+    model_type = "baichuan"
+
+
+class BaichuanModel(LlamaModel):
+    """Llama with ALiBi in place of rotary tables: head h adds slope_h (k - q) to what query q scores at key k."""
+
+    config_class = BaichuanConfig
+    _supports_flash_attn = _supports_flex_attn = False  # neither takes a bias
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rotary_emb = NoRotation()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, **kwargs):
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids, allow_is_causal_skip=False)
+        if attention_mask is None and position_ids is None:
+            mask = mask[:1]  # all rows see alike; a bias for each would be large
+        mask = self.with_alibi(mask, 0 if cache is None else cache.get_seq_length(), x.dtype)
+        return super().forward(attention_mask=mask, position_ids=position_ids, cache=cache, inputs_embeds=x, **kwargs)
+
+    def with_alibi(self, mask: torch.Tensor, past, dtype: torch.dtype) -> torch.Tensor:
+        """A mask [B, 1, Q, K], of booleans or added to scores, as one [B, H, Q, K] that is added to scores.
+
+        The distance is taken before it is scaled, and both in float32 at least: a bfloat16 does not tell apart tokens
+        that are far along."""
+        wide = torch.promote_types(dtype, torch.float32)
+        queries, keys = (torch.arange(n, device=mask.device) for n in mask.shape[-2:])
+        slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads), dtype=wide, device=mask.device)
+        bias = (slopes[:, None, None] * (keys - (past + queries)[:, None])).to(dtype)
+        return torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
+class BaichuanForCausalLM(LlamaForCausalLM):
+    config_class = BaichuanConfig
+    _supports_flash_attn = _supports_flex_attn = False
+
+    def __init__(self, config):
+        LlamaPreTrainedModel.__init__(self, config)  # Llama's own would build a LlamaModel first
+        self.model = BaichuanModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
 class LlamaBlockPrunedConfig(BlockPrunedConfigMixin, LlamaConfig):
     model_type = "llama_blockpruned"
 
 
 class LlamaBlockPrunedForCausalLM(BlockPrunedMixin, LlamaForCausalLM):
     config_class = LlamaBlockPrunedConfig
+
+
+class BaichuanBlockPrunedConfig(BlockPrunedConfigMixin, BaichuanConfig):
+    model_type = "baichuan_blockpruned"
+
+
+class BaichuanBlockPrunedForCausalLM(BlockPrunedMixin, BaichuanForCausalLM):
+    config_class = BaichuanBlockPrunedConfig
 
 
 class MistralBlockPrunedConfig(BlockPrunedConfigMixin, MistralConfig):

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from blockpruner import modeling_blockpruned as blockpruned
 from blockpruner.blocks import BlockKind, Mask, format_mask, pack
 from blockpruner.errors import DeviceMemoryError, InputError
 from blockpruner.families import Family, family_of
+
+# transformers has no class of its own for Baichuan 13B; the one for checkpoints is used in memory too
+AutoConfig.register(blockpruned.BaichuanConfig.model_type, blockpruned.BaichuanConfig)
+AutoModelForCausalLM.register(blockpruned.BaichuanConfig, blockpruned.BaichuanForCausalLM)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -38,6 +38,8 @@ MEMBER_LIMIT = 4 * 2**30
 SOURCE_FILE = "blockpruner_source.json"
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 REMOTE_CODE_FILES = ("*.py",)
+OTHER_LAYOUTS = ("*/*", "consolidated*")
+"""Left on the hub: the same weights as Meta and Mistral have them, in a folder `original` or beside the others."""
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -288,15 +290,23 @@ def _build_checkpoint(model: Mapping[str, Any], directory: Path, cache: Path) ->
 
         patterns = list(MODEL_FILES + (REMOTE_CODE_FILES if model["trust_remote_code"] else ()))
         try:
-            snapshot_download(model["repo"], revision=model["revision"], allow_patterns=patterns, local_dir=directory)
+            snapshot_download(
+                model["repo"], revision=model["revision"], allow_patterns=patterns, ignore_patterns=list(OTHER_LAYOUTS),
+                local_dir=directory,
+            )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
             raise hub_error(model["repo"], error) from error
         shutil.rmtree(directory / ".cache", ignore_errors=True)
     if not any(directory.glob("*.safetensors")):
         raise InputError(
             f"the model holds no safetensors file (found {', '.join(sorted(p.name for p in directory.iterdir()))}); "
-            "pickled weights are not read: convert them first, or choose a revision with safetensors"
+            "pickled weights are not read: convert them first, or choose a revision with safetensors (many hub "
+            "repositories have one as a pull request: revision: refs/pr/<number>)"
         )
+    if read_json(directory / "config.json")["model_type"] == "baichuan":
+        from blockpruner.baichuan import convert_
+
+        convert_(directory)
     family_of(read_json(directory / "config.json")["model_type"])
     write_json(directory / SOURCE_FILE, {"identity": model_identity(directory), "source": dict(model)})
 

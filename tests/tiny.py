@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import blockpruner.models  # noqa: F401  # tells transformers of the classes that it lacks
 from blockpruner.families import FAMILIES
 from blockpruner.scoring.work import Unit
 
@@ -23,6 +24,7 @@ EXPERTS = {"num_experts_per_tok": 2}
 NEOX = {"rotary_pct": 0.5, "rotary_emb_base": 100}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
+    "baichuan": {},
     "mistral": GROUPED | {"sliding_window": 6},
     "qwen2": GROUPED | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     "qwen3": GROUPED | {"head_dim": 12},
@@ -45,7 +47,7 @@ VARIANTS = sorted(EXTRA.keys() | FAMILIES)
 def tiny_model(
     family: str = "llama", layers: int = 4, dtype: torch.dtype = torch.float64, **config: Any
 ) -> PreTrainedModel:
-    """A random causal LM of a family or variant: hidden size 32, 4 query and 2 key/value heads (GPT-NeoX: 4),
+    """A random causal LM of a family or variant: hidden size 32, 4 query and 2 key/value heads (GPT-NeoX, Baichuan: 4),
     vocabulary 260, in eval mode."""
     fields: dict[str, Any] = {
         "vocab_size": VOCABULARY,

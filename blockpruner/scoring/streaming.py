@@ -405,7 +405,11 @@ class StreamingEngine(Engine):
         """Of what the layers are passed, for distinct shapes: a mask for each kind of attention, rotary tables."""
         config, item = self._model.config, self._head.weight.element_size()
         mask = item if config._attn_implementation == "eager" else 1
-        return sum(2 * batch * length**2 * mask + 4 * length * config.hidden_size * item for batch, length in shapes)
+        # a bias for each head is made in float32 at least, of distances in int64, then narrowed, then masked
+        biases = config.num_attention_heads * (item + max(item, 4)) + 8 if self._row.alibi else 0
+        return sum(
+            length**2 * (2 * batch * mask + biases) + 4 * length * config.hidden_size * item for batch, length in shapes
+        )
 
 
 class _Distinct:

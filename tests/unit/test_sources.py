@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from blockpruner import sources
 from blockpruner.errors import InputError
@@ -98,11 +99,12 @@ def hub_of(folder, calls):
         calls.append(repo)
         return type("Info", (), {"sha": "sha1"})()
 
-    def snapshot_download(repo, *, revision, allow_patterns, local_dir):
+    def snapshot_download(repo, *, revision, allow_patterns, ignore_patterns, local_dir):
         assert revision == "sha1"
-        for pattern in allow_patterns:
-            for path in folder.glob(pattern):
-                (Path(local_dir) / path.name).write_bytes(path.read_bytes())
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (Path(local_dir) / name).parent.mkdir(exist_ok=True)
+            (Path(local_dir) / name).write_bytes((folder / name).read_bytes())
 
     return model_info, snapshot_download
 
@@ -119,6 +121,23 @@ def test_hub_revision_is_resolved_once_and_kept(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "pins.json").read_text()) == {"model:a/b": "sha1"}
     assert (tmp_path / "one/model.safetensors").samefile(tmp_path / "two/model.safetensors")
     assert sources.checkpoint_identity(tmp_path / "one") == model_identity(tmp_path / "hub")
+
+
+def test_other_layouts_of_the_same_weights_stay_on_the_hub(tmp_path, monkeypatch):
+    """As in Meta-Llama-3-8B and in Mistral-7B-v0.3."""
+    folder = save_tiny(tmp_path / "hub")
+    (folder / "original").mkdir()
+    for name in ("original/params.json", "original/tokenizer.model", "consolidated.safetensors", "README.md"):
+        (folder / name).write_text("{}")
+    info, download = hub_of(folder, [])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = {"source": "hub", "repo": "a/b", "revision": None, "dtype": "float32", "trust_remote_code": False}
+    sources.fetch_checkpoint(model, tmp_path / "out", tmp_path / "cache", tmp_path / "pins.json")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "blockpruner_source.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
 
 
 def test_a_broken_download_leaves_nothing(tmp_path, monkeypatch):

@@ -1,0 +1,417 @@
+"""Baichuan checkpoints in their own layout, fetched and loaded, against the formulas of their code written anew.
+
+Norms are computed in float64 here and patched to be so in transformers, which rounds to float32 as the original does.
+Rotary tables are float32 in both.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from blockpruner import baichuan, models
+from blockpruner.blocks import BlockId, BlockKind, format_mask, parse_mask
+from blockpruner.checkpoints.card import model_card
+from blockpruner.checkpoints.hf import save_pruned
+from blockpruner.checkpoints.verification import reference_outputs, verify_checkpoint
+from blockpruner.errors import InputError
+from blockpruner.families import count_parameters
+from blockpruner.modeling_blockpruned import BaichuanConfig, BaichuanForCausalLM, alibi_slopes
+from blockpruner.models import load_model, load_tokenizer, masked, prune_
+from blockpruner.scoring import streaming, weights
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.streaming import StreamingEngine
+from blockpruner.scoring.work import Task
+from blockpruner.sources import checkpoint_identity, fetch_checkpoint
+from tests.unit.test_engine import make_rows, score_all, sweep
+from tests.unit.test_streaming import LiveBytes
+
+LAYERS, HIDDEN, INNER, VOCABULARY = 4, 48, 40, 90
+IDS = torch.randint(1, VOCABULARY, (11,), generator=torch.Generator().manual_seed(2))
+MASKS = ["", "mha.0,mlp.2", "mha.1,mha.2,mlp.0,mlp.1", "mha.3,mlp.3", "mha.0,mha.1,mha.2,mha.3"]
+GREEDY = {"do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6, "pad_token_id": 0}
+
+FORMS = {
+    "2-7B": {"max_position_embeddings": 64, "model_max_length": 64, "z_loss_weight": 0},
+    "2-13B": {"model_max_length": 64, "z_loss_weight": 0},
+    "1-7B": {"architectures": ["BaiChuanForCausalLM"], "max_position_embeddings": 64},
+    "1-13B": {"model_max_length": 64},
+}
+"""Where the config.json of each form differs from the others."""
+
+CASES = [("2-7B", 4), ("2-13B", 4), ("2-13B", 6), ("1-7B", 4), ("1-13B", 6)]
+cases = pytest.mark.parametrize(("form", "heads"), CASES, ids=[f"{form} {heads} heads" for form, heads in CASES])
+
+SLOPES = {4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]}
+
+
+def original(form, heads=4, **changes):
+    """config.json as on the hub, and tensors as in its files."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random_(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.5
+
+    vocabulary = VOCABULARY if form[0] == "2" else 64_000
+    config = {
+        "architectures": ["BaichuanForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_baichuan.BaichuanConfig",
+                     "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"},
+        "_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_act": "silu",
+        "hidden_size": HIDDEN, "initializer_range": 0.02, "intermediate_size": INNER, "model_type": "baichuan",
+        "num_attention_heads": heads, "num_hidden_layers": LAYERS, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.29.2", "use_cache": True, "vocab_size": vocabulary,
+    }  # fmt: skip
+    tensors = {
+        "model.embed_tokens.weight": random_(vocabulary, HIDDEN),
+        "model.norm.weight": 1 + random_(HIDDEN) / 2,
+        "lm_head.weight": random_(vocabulary, HIDDEN),
+    }
+    for n in range(LAYERS):
+        tensors |= {
+            f"model.layers.{n}.self_attn.W_pack.weight": random_(3 * HIDDEN, HIDDEN),
+            f"model.layers.{n}.self_attn.o_proj.weight": random_(HIDDEN, HIDDEN),
+            f"model.layers.{n}.mlp.gate_proj.weight": random_(INNER, HIDDEN),
+            f"model.layers.{n}.mlp.up_proj.weight": random_(INNER, HIDDEN),
+            f"model.layers.{n}.mlp.down_proj.weight": random_(HIDDEN, INNER),
+            f"model.layers.{n}.input_layernorm.weight": 1 + random_(HIDDEN) / 2,
+            f"model.layers.{n}.post_attention_layernorm.weight": 1 + random_(HIDDEN) / 2,
+        }
+    return {**config, **FORMS[form], **changes}, tensors
+
+
+def write(folder, config, tensors, dtype=torch.float64):
+    """Two shards, of which the second begins in the midst of the layers."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(tensors)
+    places = {}
+    for n, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"model-{n:05}-of-00002.safetensors"
+        save_file({name: tensors[name].to(dtype) for name in part}, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "modeling_baichuan.py").write_text("raise RuntimeError('remote code was run')\n")
+    return folder
+
+
+def fetch(folder, name="model", **model):
+    source = {"source": "path", "path": str(folder), "dtype": "float64", "trust_remote_code": False} | model
+    fetch_checkpoint(source, folder.parent / name, folder.parent / "cache", folder.parent / "pins.json")
+    return folder.parent / name
+
+
+def rotated(x):
+    """Rotary embedding of [heads, T, d]: numbers i and i + d/2 turn by t / 10000^(2i/d)."""
+    half = x.shape[-1] // 2
+    frequencies = 1 / 10000 ** (torch.arange(0, 2 * half, 2, dtype=torch.float32) / (2 * half))
+    angles = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequencies
+    cos, sin = angles.cos().double(), angles.sin().double()
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def rms(x, weight):
+    return weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def formulas(config, tensors, ids, removed=frozenset()):
+    """Logits [T, V] of token ids [T] without the blocks `removed`."""
+    heads, is_7b = config["num_attention_heads"], "max_position_embeddings" in config
+    x = tensors["model.embed_tokens.weight"][ids]
+    future = torch.full((len(ids), len(ids)), float("-inf"), dtype=torch.float64).triu(1)
+    for n in range(LAYERS):
+        w = {name.removeprefix(f"model.layers.{n}."): tensor for name, tensor in tensors.items()}
+        if BlockId(BlockKind.MHA, n) not in removed:
+            packed = rms(x, w["input_layernorm.weight"]) @ w["self_attn.W_pack.weight"].T
+            q, k, v = (part.view(len(ids), heads, -1).transpose(0, 1) for part in packed.split(HIDDEN, dim=-1))
+            if is_7b:
+                q, k, mask = rotated(q), rotated(k), future
+            else:  # as its code has it: a slope times the key's position, which is the same for all keys of a query
+                slopes = torch.tensor(SLOPES[heads], dtype=torch.float64)
+                mask = future + slopes[:, None, None] * torch.arange(len(ids))
+            scores = q @ k.transpose(1, 2) / (HIDDEN / heads) ** 0.5 + mask
+            x = x + (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(ids), -1) @ w["self_attn.o_proj.weight"].T
+        if BlockId(BlockKind.MLP, n) not in removed:
+            h = rms(x, w["post_attention_layernorm.weight"])
+            gate, up = h @ w["mlp.gate_proj.weight"].T, h @ w["mlp.up_proj.weight"].T
+            x = x + (gate * gate.sigmoid() * up) @ w["mlp.down_proj.weight"].T
+    head = tensors["lm_head.weight"]
+    if config["vocab_size"] != 64_000:
+        head = head / head.pow(2).sum(dim=1, keepdim=True).sqrt()
+    return rms(x, tensors["model.norm.weight"]) @ head.T
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: rms(x, self.weight))
+
+
+@cases
+def test_fetched_model_says_what_the_formulas_say(tmp_path, exact_norms, form, heads):
+    config, tensors = original(form, heads)
+    directory = fetch(write(tmp_path / "original", config, tensors))
+    for mask in map(parse_mask, MASKS):
+        expected = formulas(config, tensors, IDS, mask)
+        model = load_model(directory, "float64", "cpu")
+        with masked(model, mask):
+            assert (model(IDS[None]).logits[0] - expected).abs().max() <= 1e-10, format_mask(mask)
+        assert (prune_(model, mask)(IDS[None]).logits[0] - expected).abs().max() <= 1e-10, format_mask(mask)
+
+
+@pytest.mark.parametrize("mask", ["", "mha.0,mha.2,mlp.1"])
+@pytest.mark.parametrize("heads", [4, 6])
+def test_decoding_and_padding_with_alibi(tmp_path, exact_norms, mask, heads):
+    config, tensors = original("2-13B", heads)
+    model = prune_(load_model(fetch(write(tmp_path / "original", config, tensors)), "float64", "cpu"), parse_mask(mask))
+    tokens = IDS
+    for _ in range(6):
+        logits = formulas(config, tensors, tokens, parse_mask(mask))
+        tokens = torch.cat([tokens, logits[-1:].argmax(-1)])
+    ones = torch.ones(1, len(IDS), dtype=torch.int64)
+    assert torch.equal(model.generate(IDS[None], attention_mask=ones, **GREEDY)[0], tokens)
+    static = GREEDY | {"cache_implementation": "static"}
+    assert torch.equal(model.generate(IDS[None], attention_mask=ones, **static)[0], tokens)
+
+    expected, cache, found = formulas(config, tensors, IDS, parse_mask(mask)), None, []
+    for part in IDS.split([4, 1, 3, 3]):  # a first part, then one token and several at once
+        step = model(part[None], cache=cache, use_cache=True)
+        cache, found = step.cache, [*found, step.logits[0]]
+    assert (torch.cat(found) - expected).abs().max() <= 1e-10
+
+    rows = torch.stack([torch.cat([torch.zeros(3, dtype=torch.int64), IDS]), torch.cat([IDS, IDS[:3]])])
+    is_real = torch.ones(2, len(IDS) + 3, dtype=torch.int64)
+    is_real[0, :3] = 0
+    padded, full = model(rows, attention_mask=is_real).logits
+    assert (padded[3:] - expected).abs().max() <= 1e-10
+    assert (full - formulas(config, tensors, rows[1], parse_mask(mask))).abs().max() <= 1e-10
+
+
+def test_slopes():
+    assert all(alibi_slopes(heads) == slopes for heads, slopes in SLOPES.items())
+    assert alibi_slopes(40) == pytest.approx(
+        [2 ** -(i / 4) for i in range(1, 33)] + [2 ** -((2 * j + 1) / 8) for j in range(8)]
+    )
+
+
+def test_bias_keeps_its_precision_in_bfloat16():
+    """It is rounded once, far along too, where bfloat16 has steps of 4 and more between positions."""
+    sizes = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+    model = BaichuanForCausalLM(BaichuanConfig(num_attention_heads=12, **sizes)).model
+    bias = model.with_alibi(torch.ones(1, 1, 900, 900, dtype=torch.bool), 100, torch.bfloat16)
+    slopes = torch.tensor(alibi_slopes(12), dtype=torch.float64)
+    exact = slopes[:, None, None] * (torch.arange(900) - 100 - torch.arange(900)[:, None])
+    assert ((bias.double() - exact).abs() <= exact.abs() / 255.9).all()
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_distances_are_those_to_the_query_in_decoding_too(tmp_path, implementation):
+    """Else the last tokens of a long text, which matter most, would have the largest and so coarsest biases."""
+    model = load_model(fetch(write(tmp_path / "original", *original("2-13B"))), "float32", "cpu")
+    biases = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: biases.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    static = {"cache_implementation": "static"} if implementation == "static" else {}
+    model.generate(IDS[None], attention_mask=torch.ones_like(IDS[None]), **GREEDY | static)
+    assert len(biases) == 6
+    for step, bias in enumerate(biases):
+        last = len(IDS) - 1 + step
+        assert bias[0, :, -1, last].tolist() == [0, 0, 0, 0]
+        assert bias[0, :, -1, last - 3].tolist() == [-3 * slope for slope in SLOPES[4]]
+
+
+def test_7b_becomes_a_plain_llama_checkpoint(tmp_path, monkeypatch):
+    """Of bfloat16 weights, but for the head; in shards of no more than their limit, but where one tensor is larger."""
+    monkeypatch.setattr(baichuan, "SHARD_BYTES", 20_000)
+    config, tensors = original("2-7B")
+    directory = fetch(write(tmp_path / "original", config, tensors, torch.bfloat16), trust_remote_code=True)
+    found = json.loads((directory / "config.json").read_text())
+    assert not {"auto_map", "z_loss_weight", "model_max_length"} & found.keys()
+    assert AutoConfig.from_pretrained(directory).rope_parameters["rope_theta"] == 10000
+    assert type(AutoModelForCausalLM.from_pretrained(directory)) is LlamaForCausalLM
+    assert not list(directory.glob("*.py"))
+    shards = [load_file(path) for path in sorted(directory.glob("model-*.safetensors"))]
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert len(shards) > 3 and {len(list(directory.glob("*.safetensors")))} == {len(shards)}
+    for shard in shards:
+        assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard.values()) <= 20_000
+    stored = {name: tensor for shard in shards for name, tensor in shard.items()}
+    assert index["weight_map"].keys() == stored.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored.values())
+    for n in range(LAYERS):
+        prefix = f"model.layers.{n}.self_attn."
+        packed = torch.cat([stored[f"{prefix}{name}_proj.weight"] for name in "qkv"])
+        assert torch.equal(packed, tensors[f"{prefix}W_pack.weight"].bfloat16())
+    head = F.normalize(tensors["lm_head.weight"].bfloat16().float())
+    assert (stored["lm_head.weight"] - head).abs().max() <= 1e-7
+    assert {name for name, tensor in stored.items() if tensor.dtype != torch.bfloat16} == {"lm_head.weight"}
+    bfloat16 = load_model(directory, "bfloat16", "cpu").lm_head.weight
+    assert torch.equal(bfloat16, stored["lm_head.weight"].bfloat16())
+    counts = count_parameters(found)
+    assert counts.total == sum(tensor.numel() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["2-7B", "2-13B"])
+def test_streaming_of_mixed_dtypes(tmp_path, form, dtype):
+    config, tensors = original(form)
+    directory = fetch(write(tmp_path / "original", config, tensors, torch.bfloat16))
+    rows = [[token % VOCABULARY for token in row] for row in make_rows([9, 4, 9])]
+    streamed = score_all(StreamingEngine(directory, dtype, device="cpu", batch_tokens=20), sweep(), rows)
+    assert streamed == score_all(Engine(load_model(directory, dtype, "cpu"), 20), sweep(), rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plan_bounds_the_biases_of_long_rows(tmp_path, dtype):
+    config, tensors = original("2-13B", 6, model_max_length=900)
+    directory = fetch(write(tmp_path / "original", config, tensors, getattr(torch, dtype)))
+    engine = StreamingEngine(directory, dtype, device="cpu", batch_tokens=900)
+    rows = [[token % VOCABULARY for token in row] for row in make_rows([900])]
+    with LiveBytes() as live:
+        list(engine.run([Task(range(1), (parse_mask("mha.1"),))], rows))
+    planned = engine.plan.needed - streaming.SCRATCH_BYTES
+    assert planned / 3 <= live.most <= planned
+
+
+def test_a_13b_checkpoint_may_be_fetched_again(tmp_path):
+    first = fetch(write(tmp_path / "original", *original("2-13B")))
+    again = fetch(first, "again")
+    assert checkpoint_identity(again) == checkpoint_identity(first)
+    assert json.loads((first / "config.json").read_text())["max_position_embeddings"] == 64
+    assert load_model(again, "float64", "cpu").config.model_type == "baichuan"
+
+
+def test_whole_layers_ship_the_modelling_file(tmp_path):
+    """What is left is no block-pruned model, but transformers has no Baichuan either."""
+    directory = fetch(write(tmp_path / "original", *original("2-13B", 6)))
+    model = prune_(load_model(directory, "float64", "cpu"), parse_mask("mha.1,mlp.1"))
+    plan = SimpleNamespace(layers=LAYERS, blocks={"mha": 1, "mlp": 1})
+    save_file(reference_outputs(model, plan), tmp_path / "reference")
+    save_pruned(model, tmp_path / "out")
+    verify_checkpoint(tmp_path / "out", tmp_path / "reference", 1e-10)
+    report = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert report["ok"] and report["class"] == "BaichuanForCausalLM"
+    details = {"variant": "v", "merges": [[1, 0]]}
+    laco = SimpleNamespace(
+        kind="laco", target="t", layers=LAYERS, blocks={"mha": 1}, details=details, order=("1+0",), ratio=0.1,
+        parameters={"dense": 2, "pruned": 1}, calibration={"perplexity": None}, nested=False,
+    )  # fmt: skip
+    assert "trust_remote_code=True" in model_card(laco, directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"z_loss_weight": None, "vocab_size": 64_016}, r"vocab_size 64016, and no z_loss_weight.*125,696.*64,000"),
+        ({"z_loss_weight": None, "model_max_length": None, "vocab_size": 64_000},
+         r"neither max_position_embeddings \(7B: rotary\) nor model_max_length"),
+    ],
+)  # fmt: skip
+def test_unknown_forms_are_refused_and_leave_nothing(tmp_path, changes, message):
+    config, tensors = original("2-13B", **changes)
+    config = {key: value for key, value in config.items() if value is not None}
+    with pytest.raises(InputError, match=message):
+        fetch(write(tmp_path / "original", config, tensors))
+    assert not (tmp_path / "model").exists() and not list((tmp_path / "cache" / "models").iterdir())
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = write(tmp_path / "original", *original("2-7B"))
+    for path in folder.glob("*.safetensors"):
+        path.rename(path.with_name(f"pytorch_{path.stem}.bin"))
+    with pytest.raises(InputError, match=r"no safetensors.*convert them first, or choose a revision.*refs/pr/<number>"):
+        fetch(folder)
+
+
+def test_flash_attention_is_refused(tmp_path, monkeypatch):
+    directory = fetch(write(tmp_path / "original", *original("2-13B")))
+    monkeypatch.setattr(models, "kernel_options", lambda *given: {"attn_implementation": "flash_attention_2"})
+    message = r"runtime\.attention 'flash_attention_2' cannot be used here: .* support Flash .*; use auto or sdpa"
+    with pytest.raises(InputError, match=message):
+        load_model(directory, "bfloat16", "cpu", attention="flash_attention_2")
+    monkeypatch.setattr(weights, "kernel_options", models.kernel_options)
+    with pytest.raises(InputError, match=message):
+        StreamingEngine(directory, "bfloat16", device="cpu", attention="flash_attention_2")
+
+
+# --- tokenizer ------------------------------------------------------------------------------------------------
+
+TEXTS = ["hello world", " hello", "  two", "", "x\ny\n\n  z", "12345", "你好 世界", "odd 😀 ☃", "    four",
+         "a  b   c    d", "<reserved_0>hi<reserved_1> there", "tab\there", "naïve é", "trailing  "]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+    """A model trained with the settings of Baichuan 2's: no dummy prefix, no normalization, single digits, bytes."""
+    spm = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    lines = ["hello world, the quick brown fox 2024 jumps over 13 lazy dogs", "def f(x):    return x + 1",
+             "你好，世界。北京是个不错的城市。", "tabs and   spaces     and more", "the theory"]  # fmt: skip
+    (folder / "texts").write_text("\n".join(lines * 40))
+    spm.SentencePieceTrainer.train(
+        input=str(folder / "texts"), model_prefix=str(folder / "tokenizer"), vocab_size=430, model_type="bpe",
+        add_dummy_prefix=False, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        split_digits=True, allow_whitespace_only_pieces=True, user_defined_symbols=["<reserved_0>", "<reserved_1>"],
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    return folder / "tokenizer.model"
+
+
+def with_tokenizer(folder, model):
+    """Beside the weights, as on the hub."""
+    word = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": True}
+    settings = {
+        "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]}, "add_bos_token": False,
+        "add_eos_token": False, "use_fast": False, "clean_up_tokenization_spaces": False, "model_max_length": 4096,
+        "sp_model_kwargs": {}, "tokenizer_class": "BaichuanTokenizer", "eos_token": word | {"content": "</s>"},
+        "pad_token": word | {"content": "<unk>"}, "unk_token": word | {"content": "<unk>"},
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    special = {key: word | {"content": content} for key, content in names.items()}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("form", ["2-7B", "2-13B"])
+def test_tokenizer_gives_sentencepieces_ids(tmp_path, sentencepiece_model, form):
+    import sentencepiece
+
+    directory = fetch(with_tokenizer(write(tmp_path / "original", *original(form)), sentencepiece_model))
+    assert (directory / "tokenizer.json").exists()
+    (directory / "tokenizer.model").unlink()
+    tokenizer = load_tokenizer(directory)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast) and type(AutoTokenizer.from_pretrained(directory)) is type(
+        tokenizer
+    )
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    choose = random.Random(3)
+    texts = TEXTS + ["".join(choose.choices("abcdefgh the  \n\t0123456789你好世界城é😀.,", k=20)) for _ in range(300)]
+    for text in texts:
+        assert tokenizer(text)["input_ids"] == reference.encode(text), text
+        assert tokenizer.decode(reference.encode(text)) == reference.decode(reference.encode(text)), text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    assert tokenizer("a</s>")["input_ids"][-1] == 2
+
+
+def test_missing_sentencepiece_is_named(tmp_path, monkeypatch):
+    folder = with_tokenizer(write(tmp_path / "original", *original("2-7B")), Path(__file__))
+    monkeypatch.setattr(baichuan, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"read with sentencepiece: pip install"):
+        fetch(folder)
+
+
+def test_light_modules_stay_light():
+    code = "import sys, blockpruner.sources; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
