@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blockpruner.checkpoints.gguf import export_gguf
 from blockpruner.checkpoints.hf import export_hf
 
-EXPORTS = {"hf": export_hf}
+EXPORTS = {"hf": export_hf, "gguf": export_gguf}
