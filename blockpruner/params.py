@@ -21,7 +21,7 @@ T = TypeVar("T", bound="Frozen")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-Export = Literal["hf", "zeroed"]
+Export = Literal["hf", "gguf", "zeroed"]
 
 
 class Frozen(BaseModel):
@@ -241,9 +241,18 @@ class Run(Frozen):
     @field_validator("export")
     @classmethod
     def _exports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("export is empty; name at least one format, for instance [hf]")
+        if "hf" not in value:
+            raise ValueError(f"export: {list(value)} lacks hf, the format that is benchmarked; add it")
         return value
+
+    @model_validator(mode="after")
+    def _exports_what_others_load(self) -> Run:
+        if self.score.method == "slicegpt" and self.export != ("hf",):
+            raise ValueError(
+                f"export: {list(self.export)} does not fit score.method: slicegpt, whose layers only transformers "
+                "loads, by code of ours; set export: [hf]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _calibrates_on_nothing_that_is_evaluated(self) -> Run:

@@ -38,8 +38,7 @@ def evaluate(name: str, run_name: str, checkpoint: Path) -> dict[str, Any]:
 
 def main(name: str) -> None:
     plan = Plan.load(DATA / "plans" / name / "plan.json")
-    pruned = DATA / "checkpoints" / name / load_run(plan.run).export[0]
-    evaluate(name, plan.run, DATA / "recovered" / name / "hf" if plan.recover else pruned)
+    evaluate(name, plan.run, DATA / ("recovered" if plan.recover else "checkpoints") / name / "hf")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from blockpruner.checkpoints.gguf import export_gguf
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.zeroed import export_zeroed
 
-EXPORTS = {"hf": export_hf, "zeroed": export_zeroed}
+EXPORTS = {"hf": export_hf, "gguf": export_gguf, "zeroed": export_zeroed}

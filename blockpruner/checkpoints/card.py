@@ -12,16 +12,25 @@ from typing import Any
 from blockpruner.plans import Plan
 
 
-def model_card(plan: Plan, dense: Path, code: str | None, since: str = "not retrained", note: str = "") -> str:
+def model_card(
+    plan: Plan,
+    dense: Path,
+    code: str | None = None,
+    since: str = "not retrained",
+    note: str = "",
+    library: str = "transformers",
+    loading: str | None = None,
+) -> str:
     """README.md of the checkpoint.
 
     Args:
-        dense: the base model's directory; code: the modelling file beside the weights, None for a plain model of its
-            family; since: what was done after pruning; note: what is to be said of this format.
+        dense: the base model's directory; code: the modelling file beside the weights, None where there is none;
+        since: what was done after pruning; note: what is to be said of this format; library: what loads the checkpoint;
+        loading: how, None: as transformers does.
     """
     source: dict[str, Any] = json.loads((dense / "blockpruner_source.json").read_text())["source"]
     base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [blockpruner, pruned]"]
+    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [blockpruner, pruned]"]
     if "repo" in source:
         front.append(f"base_model: {base}")
     return (
@@ -35,7 +44,7 @@ def model_card(plan: Plan, dense: Path, code: str | None, since: str = "not retr
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
 {_perplexity(plan)}{note}
-{_loading(code)}{_steps(plan)}"""
+{_loading(code) if loading is None else loading}{_steps(plan)}"""
     )
 
 

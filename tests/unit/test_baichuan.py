@@ -20,8 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from blockpruner import baichuan, models
 from blockpruner.blocks import BlockId, BlockKind, format_mask, parse_mask
-from blockpruner.checkpoints.card import model_card
-from blockpruner.checkpoints.hf import save_pruned
+from blockpruner.checkpoints.hf import code_file, save_pruned
 from blockpruner.checkpoints.verification import reference_outputs, verify_checkpoint
 from blockpruner.errors import InputError
 from blockpruner.families import count_parameters
@@ -301,12 +300,7 @@ def test_whole_layers_ship_the_modelling_file(tmp_path):
     verify_checkpoint(tmp_path / "out", tmp_path / "reference", 1e-10)
     report = json.loads((tmp_path / "out" / "verification.json").read_text())
     assert report["ok"] and report["class"] == "BaichuanForCausalLM"
-    details = {"variant": "v", "merges": [[1, 0]]}
-    laco = SimpleNamespace(
-        kind="laco", target="t", layers=LAYERS, blocks={"mha": 1}, details=details, order=("1+0",), ratio=0.1,
-        parameters={"dense": 2, "pruned": 1}, calibration={"perplexity": None}, nested=False,
-    )  # fmt: skip
-    assert "trust_remote_code=True" in model_card(laco, directory)
+    assert code_file(model) == "modeling_blockpruned.py"  # which the card says, and how to load it
 
 
 @pytest.mark.parametrize(
@@ -336,7 +330,7 @@ def test_pickled_weights_are_refused(tmp_path):
 def test_flash_attention_is_refused(tmp_path, monkeypatch):
     directory = fetch(write(tmp_path / "original", *original("2-13B")))
     monkeypatch.setattr(models, "kernel_options", lambda *given: {"attn_implementation": "flash_attention_2"})
-    message = r"runtime\.attention 'flash_attention_2' cannot be used here: .* support Flash .*; use auto or sdpa"
+    message = r"runtime\.attention 'flash_attention_2' cannot be used here: .* support Flash .*; use auto"
     with pytest.raises(InputError, match=message):
         load_model(directory, "bfloat16", "cpu", attention="flash_attention_2")
     monkeypatch.setattr(weights, "kernel_options", models.kernel_options)

@@ -1,0 +1,234 @@
+"""The `gguf` export: files for llama.cpp, in 16 and in 8 bits.
+
+Decides architecture, names and order of the tensors, and what is refused. The architecture is `deci`, whose layers may
+lack an attention, unless every layer is whole; a layer without MLP has one of zeros, since llama.cpp passes over the
+attention, too, of a layer whose `feed_forward_length` is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from blockpruner.checkpoints import verify_llama_cpp
+from blockpruner.checkpoints.card import model_card
+from blockpruner.checkpoints.hf import PRUNERS
+from blockpruner.checkpoints.packing import Packed, packed
+from blockpruner.checkpoints.verification import reference_outputs, verify_checkpoint
+from blockpruner.checkpoints.vocabulary import vocabulary
+from blockpruner.errors import InputError
+from blockpruner.models import load_model, load_tokenizer, model_family
+from blockpruner.plans import Plan
+from blockpruner.scoring.work import Rows
+from blockpruner.tables import replace_directory, write_json, write_text
+
+WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+"""By family, llama.cpp's architecture of a model whose layers are all whole."""
+
+ROPES = ("default", "linear", "llama3")
+
+NAMES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+
+TOLERANCE = 1e-3
+"""Root mean square error of log probabilities, relative to the largest logit, that needs no explanation; SmolLM2-135M
+in 16 bits has 1.3e-4, dense or pruned, and 2e-2 where something is wrong."""
+
+STUB = 32
+"""Width of an MLP of zeros: one block of llama.cpp's quantizations."""
+
+TEXT = """It's 1984, and we'll pay $3.50 for 1234567 items (that's 12%!).
+    def f(x):\treturn {"a": x ** 2}  # indented
+
+Zażółć gęślą jaźń, ça va? Ещё раз: 你好，世界 🙂👩‍💻 ½ co-op's   end  """
+"""Contractions, digits, runs of blanks, several scripts: what tokenizers split differently. No capitals beyond ASCII
+side by side, which llama.cpp splits otherwise than Mistral's tokenizers."""
+
+LOADING = """```sh
+llama-cli -m model-Q8_0.gguf
+```
+
+`model-F16.gguf` is the same in 16 bits, from which `llama-quantize model-F16.gguf model-Q4_K_M.gguf Q4_K_M` makes
+smaller ones.
+"""
+
+
+def export_gguf(
+    dense: Path, plan: Plan, out: Path, *, rows: Rows, dtype: str, device: str, trust_remote_code: bool = False
+) -> None:
+    """Write the pruned model of `plan` as GGUF files in a directory at `out`, verified with llama.cpp where it is
+    installed (`xllamacpp`).
+
+    Raises:
+        InputError: a model, tokenizer or plan that these files cannot express, or llama.cpp does not reproduce the
+            model in memory; nothing is left at `out`.
+    """
+    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trust_remote_code).to_dict()
+    check(config, plan)
+    # in float32, since a pass in bfloat16 errs as much as 8 bits do, and hides what a file has wrong
+    model = load_model(dense, dtype, device, trust_remote_code).float()
+    tokenizer = load_tokenizer(dense, trust_remote_code)
+    words = vocabulary(tokenizer, config)
+    beside = facts(tokenizer, config)
+
+    def build(directory: Path) -> None:
+        reference = directory.with_suffix(".reference")
+        try:
+            pruned = PRUNERS[plan.kind](
+                model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan) | beside, reference)
+            )
+            for precision in verify_llama_cpp.PRECISIONS:
+                write(pruned, words, precision, directory / f"model-{precision}.gguf")
+            write_text(directory / "README.md", model_card(plan, dense, library="gguf", loading=LOADING))
+            write_json(directory / "blockpruner_plan.json", {**vars(plan)})
+            verify_checkpoint(directory, reference, TOLERANCE, verify_llama_cpp)
+        finally:
+            reference.unlink(missing_ok=True)
+
+    replace_directory(out, build)
+
+
+def check(config: Mapping[str, Any], plan: Plan) -> None:
+    """Raises InputError for a model or plan that the files cannot express."""
+    family, rope = config["model_type"], config.get("rope_parameters", {})
+    reason = None
+    if plan.kind == "slicegpt":
+        reason = "a plan of SliceGPT has layers of a form that no engine but transformers knows"
+    elif family not in WHOLE:
+        reason = (
+            f"model family {family!r} is not supported; supported: {', '.join(WHOLE)}. If the plan leaves whole layers "
+            "only, what export: [hf] writes is a plain checkpoint of the family, which llama.cpp's "
+            "convert_hf_to_gguf.py reads"
+        )
+    elif plan.blocks["mha"] == plan.layers:
+        reason = "the plan leaves no attention, and llama.cpp's models have at least one"
+    elif config.get("sliding_window") is not None:
+        reason = f"sliding_window: {config['sliding_window']} cannot be said here, where attentions see everything"
+    elif rope["rope_type"] not in ROPES:
+        reason = f"rope_type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPES)}"
+    elif config["hidden_act"] != "silu":
+        reason = f"hidden_act {config['hidden_act']!r} is not supported; supported: silu"
+    if reason is not None:
+        raise InputError(f"export gguf: {reason}. Use export: [hf]")
+
+
+def facts(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What is compared beside logits: tokens [T] of a text with a special one, and bytes that an attention caches of
+    each token."""
+    text = TEXT + (tokenizer.eos_token or "")
+    return {
+        "text": torch.tensor(list(text.encode()), dtype=torch.uint8),
+        "text_tokens": torch.tensor(tokenizer(text).input_ids),
+        "cache_bytes": torch.tensor(2 * 2 * config["num_key_value_heads"] * _head(config)),
+    }
+
+
+def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path: Path) -> None:
+    """Write a pruned model as one file; norms and biases stay in 32 bits, and a matrix whose rows are no multiple of a
+    quantization's block is in 16."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+
+    parts = packed(model)
+    architecture = WHOLE[model_family(model).model_type] if parts.is_whole else "deci"
+
+    def kind(tensor: Tensor) -> Any:
+        wanted = GGMLQuantizationType[precision]
+        if tensor.ndim == 1:
+            return GGMLQuantizationType.F32
+        return GGMLQuantizationType.F16 if tensor.shape[1] % GGML_QUANT_SIZES[wanted][0] else wanted
+
+    writer = GGUFWriter(path, architecture)
+    keys = hyperparameters(model.config.to_dict(), parts, architecture) | dict(words)
+    keys |= {"file_type": LlamaFileType[f"MOSTLY_{precision}"], "quantization_version": 2}
+    for name, value in keys.items():
+        getattr(writer, f"add_{name}")(value)
+    for name, tensor in tensors(model, parts, architecture):
+        block, size = GGML_QUANT_SIZES[kind(tensor)]
+        writer.add_tensor_info(name, tensor.shape, None, tensor.numel() // block * size, kind(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, tensor in tensors(model, parts, architecture):  # once more: the whole model is never held twice
+        writer.write_tensor_data(quants.quantize(tensor.float().cpu().numpy(), kind(tensor)))
+    writer.close()
+
+
+def hyperparameters(config: Mapping[str, Any], parts: Packed, architecture: str) -> dict[str, Any]:
+    """By the name of the `GGUFWriter.add_*` that takes each; in `deci`, numbers of heads and widths are by layer."""
+    from gguf import RopeScalingType
+
+    heads, head, rope = config["num_attention_heads"], _head(config), config["rope_parameters"]
+    counts: dict[str, Any] = {
+        "head_count": [heads if mha else 0 for mha, _ in parts.layers],
+        "head_count_kv": [config["num_key_value_heads"] if mha else 0 for mha, _ in parts.layers],
+        "feed_forward_length": [config["intermediate_size"] if mlp else STUB for _, mlp in parts.layers],
+    }
+    if architecture != "deci":
+        counts = {name: values[0] for name, values in counts.items()}
+    scaling = {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": rope.get("factor")}
+    return {
+        "block_count": len(parts.layers),
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "vocab_size": config["vocab_size"],
+        "layer_norm_rms_eps": config["rms_norm_eps"],
+        "rope_freq_base": rope["rope_theta"],
+        "rope_dimension_count": head,
+        "key_length": head,
+        "value_length": head,
+        **counts,
+        **(scaling if rope["rope_type"] == "linear" else {}),
+    }
+
+
+def tensors(model: PreTrainedModel, parts: Packed, architecture: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights in llama.cpp's form."""
+    row, config = model_family(model), model.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    yield "token_embd.weight", parts.embedding
+    yield "output_norm.weight", model.get_decoder().norm.weight
+    if parts.head is not None:
+        yield "output.weight", parts.head
+    rope, head = config.rope_parameters, _head(config.to_dict())
+    if rope["rope_type"] == "llama3":
+        plain = rope["rope_theta"] ** -(torch.arange(0, head, 2) / head)
+        yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    for n, layer in enumerate(parts.layers):
+        for source, branch, norm in zip(layer, (row.mha, row.mlp), ("attn_norm", "ffn_norm"), strict=True):
+            if source is None:
+                continue
+            yield f"blk.{n}.{norm}.weight", getattr(source, str(branch.norm)).weight
+            for name, weight in getattr(source, branch.module).named_parameters():
+                projection, part = name.split(".")
+                if projection in heads and architecture != "qwen2":
+                    weight = _interleaved(weight, heads[projection])
+                yield f"blk.{n}.{NAMES[projection]}.{part}", weight
+        if layer[1] is None:
+            yield f"blk.{n}.ffn_norm.weight", torch.ones(config.hidden_size)
+            for name, shape in (("gate", (STUB, -1)), ("up", (STUB, -1)), ("down", (-1, STUB))):
+                rows, columns = (config.hidden_size if size == -1 else size for size in shape)
+                yield f"blk.{n}.ffn_{name}.weight", torch.zeros(rows, columns)
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of queries or keys [heads x d, ...] from transformers' order, in which the two numbers that a rotation mixes
+    are half a head apart, to llama.cpp's `llama` and `deci`, in which they are neighbours."""
+    return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def _head(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])

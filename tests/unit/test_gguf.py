@@ -1,0 +1,328 @@
+"""The GGUF export against llama.cpp (xllamacpp), which is the oracle, and against transformers' logits."""
+
+import copy
+import importlib.util
+import json
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gguf import GGUFReader, TokenType
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from blockpruner.blocks import BlockKind, parse_mask
+from blockpruner.checkpoints import gguf, verify_llama_cpp
+from blockpruner.checkpoints.gguf import TEXT, export_gguf
+from blockpruner.checkpoints.verification import reference_outputs
+from blockpruner.checkpoints.vocabulary import vocabulary
+from blockpruner.errors import InputError
+from blockpruner.models import masked, prune_
+from tests.tiny import tiny_model
+from tests.unit.test_checkpoint_api import plan_of
+
+engine = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None,
+    reason="xllamacpp, which is llama.cpp, is not installed",
+)
+
+MASKS = {
+    "attention only": "mlp.2",
+    "MLP only": "mha.2",
+    "both": "mha.2,mlp.2",
+    "first": "mha.0,mlp.0",
+    "MLPs before the first attention": "mha.0,mha.1",
+    "last": "mha.5,mlp.5",
+    "last attention": "mha.5",
+    "last MLP": "mlp.5",
+    "many": "mha.0,mha.1,mha.5,mlp.3,mlp.4",
+}
+SCALED = {"rope_theta": 10000.0, "factor": 8.0}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+MODELS = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": False},
+    "llama biases": {"attention_bias": True, "mlp_bias": True},
+    "llama wide heads": {"head_dim": 16},
+    "llama tied": {"tie_word_embeddings": True},
+    "llama rope llama3": {"rope_parameters": {"rope_type": "llama3", **SCALED, **LLAMA3}},
+    "llama rope linear": {"rope_parameters": {"rope_type": "linear", **SCALED}},
+    "qwen2 rope linear": {"rope_parameters": {"rope_type": "linear", **SCALED}, "use_sliding_window": False},
+    "mistral": {"sliding_window": None},
+}
+
+
+@cache
+def pieces():
+    """Merges of bytes, learned from the very text that is compared, so that each rule of splitting shows."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT * 3, "low lower lowest 12 123 1234 's 'll"], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def byte_level(split, ignore_merges=False, **special):
+    vocab, merges = pieces()
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "</s>", "bos_token": "<s>"} | special)
+
+
+def words(*steps):
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+
+
+def regex(pattern):
+    isolated = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([isolated, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def sentencepiece(**options):
+    """Pieces by rank, with every pair of pieces that makes one as a merge, as transformers reads a tokenizer.model."""
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=120, show_progress=False)
+    tokenizer.train_from_iterator([("▁" + TEXT.replace(" ", "▁")).split("\n")[0]] * 2 + ["▁low▁lower", "▁▁▁▁"], trainer)
+    found = json.loads(tokenizer.to_str())["model"]["vocab"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(found, key=found.get)]
+    vocab = {name: index for index, name in enumerate(names)}
+    merges = [
+        (name[:cut], name[cut:])
+        for name in names[259:]
+        for cut in range(1, len(name))
+        if name[:cut] in vocab and name[cut:] in vocab
+    ]
+    return LlamaTokenizer(vocab=vocab, merges=merges, **options)
+
+
+@cache
+def plain():
+    return byte_level(words())
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TOKENIZERS = {
+    "gpt-2": plain,
+    "smollm": lambda: byte_level(words(pre_tokenizers.Digits(individual_digits=True))),
+    "llama-bpe": lambda: byte_level(regex(LLAMA_3), ignore_merges=True),
+    "tekken": lambda: byte_level(regex(TEKKEN), ignore_merges=True),
+    "qwen2": lambda: Qwen2Tokenizer(*pieces()),
+    "default": sentencepiece,
+}
+"""What llama.cpp calls them ("default" is SentencePiece's), as transformers or their tokenizer.json have them."""
+
+
+def model_of(name, **changes):
+    options = {"vocab_size": 304, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    # at the usual 0.5, rounding to 16 bits makes a chaos; at 0.2, a wrong file still errs 60 times as much
+    options |= {"initializer_range": 0.2}
+    return tiny_model(name.split()[0], 6, torch.float32, **options | MODELS[name] | changes)
+
+
+def asked(model, mask, path, tokenizer=None, words=None):
+    """What llama.cpp says of a masked model's file, beside what the masked model says itself."""
+    tokenizer, mask = tokenizer or plain(), parse_mask(mask)
+    attentions = 6 - sum(block.kind is BlockKind.MHA for block in mask)
+    with masked(model, mask):
+        reference = reference_outputs(model, SimpleNamespace(layers=6, blocks={"mha": 6 - attentions}))
+    reference |= gguf.facts(tokenizer, model.config.to_dict())
+    pruned = prune_(copy.deepcopy(model), mask)
+    words = words or vocabulary(tokenizer, model.config.to_dict())
+    gguf.write(pruned, words, "F16", path)
+    report = verify_llama_cpp.ask(path, reference)
+    assert report["cache_layers"] == attentions
+    best = reference["logits"].topk(2).values[:, int(reference["prompt"]) - 1 : -1]
+    return report | {"margin": (best[..., 0] - best[..., 1]).min().item()}
+
+
+@cache
+def error_of_dense(name):
+    with tempfile.TemporaryDirectory() as folder:
+        report = asked(model_of(name), "", Path(folder) / "dense.gguf")
+    return report["rms_logprob_difference"], report["max_logprob_difference"]
+
+
+@engine
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_no_worse_than_the_dense_file(tmp_path, name, mask):
+    report = asked(model_of(name), mask, tmp_path / "pruned.gguf")
+    rms, largest = error_of_dense(name)
+    assert report["rms_logprob_difference"] <= 1.5 * rms
+    assert report["max_logprob_difference"] <= 2.5 * largest <= 0.06
+    assert report["greedy_tokens_equal"] or report["margin"] <= 2 * largest
+    assert report["text_tokens_equal"]
+
+
+@engine
+@pytest.mark.parametrize("mask", ["", "mha.0,mlp.3"], ids=["whole", "holes"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_models_have(tmp_path, name, mask):
+    report = asked(model_of(name), mask, tmp_path / "model.gguf")
+    architecture = GGUFReader(tmp_path / "model.gguf").fields["general.architecture"].contents()
+    assert architecture == ("deci" if mask else {"qwen2": "qwen2"}.get(name.split()[0], "llama"))
+    assert report["max_logprob_difference"] <= 0.06
+
+
+@engine
+@pytest.mark.parametrize("pre", TOKENIZERS)
+def test_tokens_are_those_of_transformers(tmp_path, pre):
+    tokenizer = TOKENIZERS[pre]()
+    model = model_of("llama", vocab_size=len(tokenizer) + 3)
+    report = asked(model, "mha.0,mlp.3", tmp_path / "model.gguf", tokenizer)
+    assert report["text_tokens_equal"]
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == pre
+    assert fields["tokenizer.ggml.tokens"].contents()[-1] == f"[PAD{len(tokenizer) + 2}]"
+    types = fields["tokenizer.ggml.token_type"].contents()
+    assert (types[tokenizer.eos_token_id], types[-1]) == (TokenType.CONTROL, TokenType.UNUSED)
+
+
+@engine
+def test_another_splitting_is_noticed(tmp_path):
+    """Digits one by one, in a file that says otherwise."""
+    tokenizer = TOKENIZERS["smollm"]()
+    words = vocabulary(tokenizer, {"vocab_size": 304}) | {"tokenizer_pre": "gpt-2"}
+    assert not asked(model_of("llama"), "mha.0", tmp_path / "model.gguf", tokenizer, words)["text_tokens_equal"]
+
+
+@engine
+def test_without_stubs_llama_cpp_is_wrong(tmp_path, monkeypatch):
+    """What the format seems to ask for: feed_forward_length 0 and no tensors, where a layer has no MLP. llama.cpp loads
+    it and passes over the attention, too."""
+    counts, parts = gguf.hyperparameters, gguf.tensors
+
+    def zero(config, packed, architecture):
+        widths = [config["intermediate_size"] if mlp else 0 for _, mlp in packed.layers]
+        return counts(config, packed, architecture) | {"feed_forward_length": widths}
+
+    def unfilled(model, packed, architecture):
+        stubs = tuple(f"blk.{n}.ffn" for n, (_, mlp) in enumerate(packed.layers) if mlp is None)
+        return ((name, weight) for name, weight in parts(model, packed, architecture) if not name.startswith(stubs))
+
+    model = model_of("llama")
+    right = asked(model, "mlp.2", tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf, "hyperparameters", zero)
+    monkeypatch.setattr(gguf, "tensors", unfilled)
+    wrong = asked(model, "mlp.2", tmp_path / "model.gguf")
+    assert wrong["rms_logprob_difference"] > 50 * right["rms_logprob_difference"]
+    assert not wrong["greedy_tokens_equal"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    model_of("llama").save_pretrained(folder)
+    plain().save_pretrained(folder)
+    (folder / "blockpruner_source.json").write_text('{"source": {"source": "path", "path": "mine"}}')
+    return folder
+
+
+def export(dense, out, order=("mha.0", "mlp.3", "mlp.2"), dtype="float32", **changes):
+    plan = plan_of(json.loads((dense / "config.json").read_text()), order)
+    export_gguf(dense, replace(plan, **changes), out, rows=(), dtype=dtype, device="cpu")
+
+
+@engine
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_is_complete_and_verified(tmp_path, dense, dtype):
+    export(dense, tmp_path / "out", dtype=dtype)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md", "blockpruner_plan.json", "model-F16.gguf", "model-Q8_0.gguf", "verification.json",
+    }  # fmt: skip
+    report = json.loads((tmp_path / "out/verification.json").read_text())
+    assert report["ok"] and report["cache_layers_expected"] == 5
+    assert report["files"]["F16"]["rms_logprob_difference"] < report["files"]["Q8_0"]["rms_logprob_difference"] / 5
+    assert "llama-cli -m model-Q8_0.gguf" in (tmp_path / "out/README.md").read_text()
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "out/model-Q8_0.gguf").tensors}
+    assert (kinds["token_embd.weight"], kinds["output_norm.weight"]) == ("Q8_0", "F32")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_merged_layers_are_a_plain_model(tmp_path, dense, monkeypatch):
+    """LaCo, and what is written where llama.cpp is not installed."""
+    monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
+    details = {"merges": [[1, 2]], "variant": "paper"}
+    export(dense, tmp_path / "out", kind="laco", details=details, blocks={"mha": 2, "mlp": 2})
+    fields = GGUFReader(tmp_path / "out/model-F16.gguf").fields
+    assert (fields["general.architecture"].contents(), fields["llama.block_count"].contents()) == ("llama", 4)
+    assert "not installed" in json.loads((tmp_path / "out/verification.json").read_text())["unchecked"]
+
+
+@engine
+@pytest.mark.parametrize("fault", ["output_norm.weight", "blk.1.attn_q.weight", "blk.3.ffn_down.weight", "tokenizer"])
+def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fault):
+    parts, words = gguf.tensors, gguf.vocabulary
+
+    def spoilt(*arguments):
+        return ((name, weight * 1.2 if name == fault else weight) for name, weight in parts(*arguments))
+
+    monkeypatch.setattr(gguf, "tensors", spoilt)
+    if fault == "tokenizer":
+        monkeypatch.setattr(gguf, "vocabulary", lambda *arguments: words(*arguments) | {"add_bos_token": True})
+    with pytest.raises(InputError, match="does not reproduce the model in memory"):
+        export(dense, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "plan", "message"),
+    [
+        ({"model_type": "gemma2"}, {}, "'gemma2' is not supported; supported: llama, mistral, qwen2.*convert_hf"),
+        ({"model_type": "mistral"}, {}, "sliding_window: 4096 cannot be said"),
+        ({"model_type": "mistral", "sliding_window": 6}, {}, "sliding_window: 6 cannot be said"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6}, {}, "sliding_window: 6 cannot"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, {}, "'yarn' is not supported; supported: default"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, {}, "'dynamic' is not supported"),
+        ({"hidden_act": "gelu"}, {}, "'gelu' is not supported; supported: silu"),
+        ({}, {"kind": "slicegpt"}, "SliceGPT"),
+        ({}, {"blocks": {"mha": 6, "mlp": 0}}, "leaves no attention"),
+    ],
+)
+def test_what_a_file_cannot_say(config, plan, message):
+    config = AutoConfig.for_model(**{"model_type": "llama", "num_hidden_layers": 6} | config).to_dict()
+    with pytest.raises(InputError, match=message + r".*Use export: \[hf\]"):
+        gguf.check(config, replace(plan_of(config, ["mha.0"]), **plan))
+
+
+def unequal_halves():
+    """A pair of pieces that makes a third, and that is no merge: SentencePiece has them all."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5, "ab": 6, "aa": 7, "aab": 8}
+    return LlamaTokenizer(vocab=vocab, merges=[("a", "b"), ("a", "a"), ("aa", "b")])
+
+
+def lower_cased():
+    tokenizer = byte_level(words())
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (lambda: byte_level(regex(r"\\p{N}{1,2}")), r"splits text in a way unknown here: .*\{1,2\} then bytes"),
+        (lambda: byte_level(regex(LLAMA_3)), "splits text in a way unknown here"),  # without ignore_merges
+        (lambda: byte_level(pre_tokenizers.Whitespace()), "Whitespace"),
+        (lower_cased, "after Lowercase"),
+        (unequal_halves, "merges by halves of tokens"),
+        (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))), "a WordLevel model"),
+    ],
+)
+def test_tokenizers_without_an_equal_are_refused(tokenizer, message):
+    with pytest.raises(InputError, match=rf"the tokenizer .*{message}.*supported: byte-level BPE.*Use export: \[hf\]"):
+        vocabulary(tokenizer(), {"vocab_size": 304})
