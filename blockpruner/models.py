@@ -129,7 +129,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
 
 
 def model_family(model: PreTrainedModel) -> Family:
-    return family_of(model.config.model_type)
+    """The family row of a model, dense or block-pruned."""
+    return family_of(model.config.model_type.removesuffix("_blockpruned"))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -233,7 +233,7 @@ class Run(Frozen):
     score: Score = Score()
     evaluate: Evaluate
     recover: Recover | None = None
-    export: tuple[Literal["hf"], ...] = ("hf",)
+    export: tuple[Literal["hf", "nas"], ...] = ("hf",)
 
     @field_validator("export")
     @classmethod

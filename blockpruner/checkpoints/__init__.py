@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from blockpruner.checkpoints.hf import export_hf
+from blockpruner.checkpoints.nas import export_nas
 
-EXPORTS = {"hf": export_hf}
+EXPORTS = {"hf": export_hf, "nas": export_nas}

@@ -15,15 +15,22 @@ CODE = {"mask": "modeling_blockpruned.py", "slicegpt": "modeling_slicegpt.py"}
 """The file beside the weights that a kind of plan needs; the others load as plain models of their family."""
 
 
-def model_card(plan: Plan, dense: Path, since: str = "not retrained") -> str:
+def model_card(
+    plan: Plan,
+    dense: Path,
+    since: str = "not retrained",
+    library: str = "transformers",
+    loading: str | None = None,
+) -> str:
     """README.md of the checkpoint.
 
     Args:
-        dense: the base model's directory; since: what was done after pruning.
+        dense: the base model's directory; since: what was done after pruning; library: what loads the checkpoint;
+        loading: how, None: as transformers does.
     """
     source: dict[str, Any] = json.loads((dense / "blockpruner_source.json").read_text())["source"]
     base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [blockpruner, pruned]"]
+    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [blockpruner, pruned]"]
     if "repo" in source:
         front.append(f"base_model: {base}")
     return (
@@ -37,7 +44,7 @@ def model_card(plan: Plan, dense: Path, since: str = "not retrained") -> str:
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
 {_perplexity(plan)}
-{_loading(plan)}{_steps(plan)}"""
+{_loading(plan) if loading is None else loading}{_steps(plan)}"""
     )
 
 
