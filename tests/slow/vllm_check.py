@@ -1,0 +1,94 @@
+"""What vLLM makes of a checkpoint directory; runs in vLLM's own environment, which has blockpruner only as its plugin.
+
+Run as a script: `python vllm_check.py check|serve <checkpoint> <reference.json> <answer.json>`. The reference has
+prompts, each with its greedy continuation and the log-probability of every token but the first. The answer is a file
+since vLLM's processes log to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+ROWS, PROMPT, NEW = 4, 256, 64
+"""The shape of the speed measurement."""
+
+OPTIONS = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True}
+
+
+def check(checkpoint: str, reference_file: str) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    reference = json.loads(Path(reference_file).read_text())
+    llm = LLM(checkpoint, seed=0, enable_prefix_caching=False, disable_log_stats=True, **OPTIONS)
+
+    def run(rows: list[list[int]], **options: Any) -> list[Any]:
+        settings = SamplingParams(temperature=0.0, ignore_eos=True, **options)
+        return llm.generate([{"prompt_token_ids": row} for row in rows], settings, use_tqdm=False)
+
+    difference = 0.0
+    asked = run([row["tokens"] for row in reference], max_tokens=1, prompt_logprobs=0)
+    for row, output in zip(reference, asked, strict=True):
+        steps = zip(row["tokens"][1:], output.prompt_logprobs[1:], row["logprobs"], strict=True)
+        difference = max(difference, *(abs(step[token].logprob - wanted) for token, step, wanted in steps))
+    new = len(reference[0]["tokens"]) - len(reference[0]["prompt"])
+    greedy = run([row["prompt"] for row in reference], max_tokens=new)
+    tokens = [row["prompt"] + list(output.outputs[0].token_ids) for row, output in zip(reference, greedy, strict=True)]
+
+    rows = [[(7 * i + 13 * k) % 40000 + 100 for i in range(PROMPT)] for k in range(ROWS)]
+    run(rows, max_tokens=2)
+    seconds = []
+    for count in (1, 1 + NEW):
+        start = time.perf_counter()
+        run(rows, max_tokens=count)
+        seconds.append(time.perf_counter() - start)
+    cache = llm.llm_engine.vllm_config.cache_config
+    return {
+        "max_logprob_difference": difference,
+        "greedy_tokens_equal": tokens == [row["tokens"] for row in reference],
+        "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
+        "prefill_tokens_per_second": round(ROWS * PROMPT / seconds[0], 1),
+        "decode_tokens_per_second": round(ROWS * NEW / (seconds[1] - seconds[0]), 1),
+        "megabytes": round(sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")) / 1e6, 1),
+    }
+
+
+def serve(checkpoint: str, reference_file: str) -> dict[str, Any]:
+    """One completion of the first prompt from vLLM's OpenAI endpoint, on this machine only."""
+    row = json.loads(Path(reference_file).read_text())[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", checkpoint, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--served-model-name", "pruned", *options]
+    body = {"model": "pruned", "prompt": row["prompt"], "max_tokens": len(row["tokens"]) - len(row["prompt"])}
+    body |= {"temperature": 0, "ignore_eos": True}
+    request = Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    server = subprocess.Popen(command)
+    try:
+        for _ in range(300):
+            assert server.poll() is None, "vllm serve ended"
+            try:
+                with urlopen(request, timeout=120) as response:
+                    return {"completion": json.load(response)["choices"][0]["text"]}
+            except URLError:
+                time.sleep(1)
+        raise AssertionError("vllm serve did not answer in 5 minutes")
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+if __name__ == "__main__":
+    what = {"check": check, "serve": serve}[sys.argv[1]]
+    Path(sys.argv[4]).write_text(json.dumps(what(*sys.argv[2:4])))

@@ -1,0 +1,296 @@
+"""The nas export: read by mlx-lm, and by a plain forward pass from config.json and safetensors alone."""
+
+import json
+import math
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from blockpruner.checkpoints import EXPORTS, nas, verification
+from blockpruner.checkpoints.nas import export_nas
+from blockpruner.errors import InputError
+from blockpruner.models import masked
+from blockpruner.sources import fetch_checkpoint
+from blockpruner.transforms.laco import Merge
+from blockpruner.transforms.merging import merged
+from tests.tiny import save_tiny
+from tests.unit.test_checkpoint_api import plan_of
+
+ROOT = Path(__file__).parents[2]
+IDS = torch.randint(1, 257, (2, 20), generator=torch.Generator().manual_seed(3))
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+QWEN2 = {"use_sliding_window": False}
+CASES = {
+    "attention": ("llama", {}, "mha.1,mha.3"),
+    "mlp": ("llama", {"attention_bias": True, "mlp_bias": True}, "mlp.2,mlp.4"),
+    "both": ("llama", {"rope_parameters": LLAMA3}, "mha.2,mlp.2,mha.4,mlp.3"),
+    "first and last attention": ("llama", {"tie_word_embeddings": True}, "mha.0,mha.1,mha.5"),
+    "wide": ("llama", {"intermediate_size": 256, "rope_parameters": LLAMA3 | {"rope_type": "linear"}}, "mha.3"),
+    "whole layers": ("mistral", {"sliding_window": None}, "mha.1,mlp.1,mlp.4,mha.5"),
+    "qwen2 attention": ("qwen2", QWEN2, "mha.0,mha.3"),
+    "qwen2 mlp": ("qwen2", QWEN2 | {"tie_word_embeddings": True}, "mlp.0,mlp.3,mlp.5"),
+    "merged": ("qwen2", QWEN2, "mha.4,mha.5,mlp.4,mlp.5"),
+}
+
+cases = pytest.mark.parametrize("case", CASES)
+with_mlx = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx_lm is not installed (extra serve)")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Of a case: the exported directory, the dense one, and its plan; made once."""
+
+    @cache
+    def make(case):
+        family, config, removed = CASES[case]
+        folder = tmp_path_factory.mktemp("nas")
+        save_tiny(folder / "mine", family, 6, **config)
+        model = {"source": "path", "path": str(folder / "mine"), "dtype": "float32", "trust_remote_code": False}
+        fetch_checkpoint(model, folder / "model", folder / "cache", folder / "pins.json")
+        plan = plan_of(json.loads((folder / "model/config.json").read_text()), removed.split(","))
+        if case == "merged":
+            plan = replace(plan, kind="laco", order=("2+2",), details={"merges": [[2, 2]], "variant": "paper"})
+        export_nas(folder / "model", plan, folder / "out", rows=(), dtype="float32", device="cpu")
+        return folder / "out", folder / "model", plan
+
+    return make
+
+
+def dense_logits(dense, plan):
+    """Of the dense model with the blocks masked, or the layers merged, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)
+    if plan.kind == "laco":
+        merges = [Merge(*pair) for pair in plan.details["merges"]]
+        with merged(model, merges, plan.details["variant"]), torch.no_grad():
+            return model(IDS, use_cache=False).logits
+    with masked(model, plan.mask), torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def oracle(directory):
+    """A DeciLM forward pass in float64 as its readers define it, from the files alone."""
+    config = json.loads((directory / "config.json").read_text())
+    weights = {name: weight.double() for name, weight in load_file(directory / "model.safetensors").items()}
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head, length = hidden // heads, IDS.shape[1]
+    used = set()
+
+    def get(name):
+        used.add(name)
+        return weights[name]
+
+    def linear(x, name, bias):
+        return x @ get(f"{name}.weight").T + (get(f"{name}.bias") if bias else 0)
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * get(f"{name}.weight")
+
+    rope = config["rope_theta"] ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
+    scaling = config.get("rope_scaling", {"rope_type": "default"})
+    assert scaling.items() <= config["rope_parameters"].items()
+    assert config["rope_parameters"]["rope_theta"] == config["rope_theta"]
+    if scaling["rope_type"] == "linear":
+        rope = rope / scaling["factor"]
+    elif scaling["rope_type"] == "llama3":
+        turns = scaling["original_max_position_embeddings"] * rope / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        rope = rope * (smooth + (1 - smooth) / scaling["factor"])
+    angles = torch.arange(length)[:, None] * rope
+
+    def rotate(x):  # [B, heads, T, head]
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+
+    x = get("model.embed_tokens.weight")[IDS]
+    assert len(config["block_configs"]) == config["num_hidden_layers"]
+    for i, block in enumerate(config["block_configs"]):
+        attention, ffn, name = block["attention"], block["ffn"], f"model.layers.{i}"
+        if not attention["no_op"]:
+            y, bias = norm(x, f"{name}.input_layernorm"), config["attention_bias"]
+            group = attention["n_heads_in_group"]
+            q, k, v = (
+                linear(y, f"{name}.self_attn.{part}_proj", bias).unflatten(-1, (-1, head)).transpose(1, 2)
+                for part in "qkv"
+            )
+            assert (q.shape[1], k.shape[1]) == (heads, heads // group)
+            k, v = (part.repeat_interleave(group, dim=1) for part in (rotate(k), v))
+            scores = rotate(q) @ k.transpose(-1, -2) / math.sqrt(head)
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+            y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+            x = x + linear(y, f"{name}.self_attn.o_proj", bias)
+        if not ffn["no_op"]:
+            width = int(2 * round(ffn["ffn_mult"], 6) * hidden / 3)
+            width += -width % 256
+            y, bias = norm(x, f"{name}.post_attention_layernorm"), config["mlp_bias"]
+            gate, up = (linear(y, f"{name}.mlp.{part}_proj", bias) for part in ("gate", "up"))
+            assert gate.shape[-1] == up.shape[-1] == width
+            x = x + linear(torch.nn.functional.silu(gate) * up, f"{name}.mlp.down_proj", bias)
+    tied = config["tie_word_embeddings"]
+    logits = norm(x, "model.norm") @ get("model.embed_tokens.weight" if tied else "lm_head.weight").T
+    assert used == weights.keys()
+    return logits
+
+
+@cases
+def test_directory_says_the_masked_model(exported, case):
+    directory, dense, plan = exported(case)
+    expected = dense_logits(dense, plan)
+    assert (oracle(directory) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    config = json.loads((directory / "config.json").read_text())
+    assert not config["block_configs"][0]["attention"]["no_op"]
+    attentions = [block for block in config["block_configs"] if not block["attention"]["no_op"]]
+    assert len(attentions) == plan.layers - plan.blocks["mha"]
+
+
+@with_mlx
+@cases
+def test_mlx_says_the_masked_model(exported, case):
+    directory, _, plan = exported(case)
+    report = json.loads((directory / "verification.json").read_text())
+    assert report["ok"] and report["engine"] == "mlx_lm"
+    assert max(report["max_logit_difference"], report["max_logit_difference_cached"]) <= 1e-3
+    assert report["cache_layers"] == plan.layers - plan.blocks["mha"]
+    assert not report["blockpruner_imported"]
+
+
+def test_directory_is_complete(exported):
+    directory, _, plan = exported("first and last attention")
+    names = {path.name for path in directory.iterdir()}
+    assert names == {"README.md", "blockpruner_plan.json", "config.json", "generation_config.json", "model.safetensors",
+                     "tokenizer.json", "tokenizer_config.json", "verification.json"}  # fmt: skip
+    assert {path.name for path in directory.parent.iterdir()} >= {"out", "model"}
+    assert not list(directory.parent.glob(".*"))
+    config = json.loads((directory / "config.json").read_text())
+    # MHA 0, 1 and 5 are gone: MLPs 0 and 1 are folded, MLPs 4 and 5 lie in two layers
+    kinds = [(not block["attention"]["no_op"], not block["ffn"]["no_op"]) for block in config["block_configs"]]
+    assert kinds == [(True, True)] * 3 + [(False, True)]
+    card = (directory / "README.md").read_text()
+    assert "library_name: mlx" in card and "from_pretrained" not in card
+    held = sum(weight.numel() for weight in load_file(directory / "model.safetensors").values())
+    assert f"hold {held:,} parameters, {held - plan.parameters['pruned']:,} more" in card
+
+
+def test_what_takes_no_zeros_holds_the_model_alone(exported):
+    directory, _, plan = exported("wide")
+    held = sum(weight.numel() for weight in load_file(directory / "model.safetensors").values())
+    assert held == plan.parameters["pruned"]
+    assert "more than the model has" not in (directory / "README.md").read_text()
+
+
+@with_mlx
+def test_export_in_bfloat16(exported, tmp_path):
+    _, dense, plan = exported("qwen2 attention")
+    export_nas(dense, plan, tmp_path / "out", rows=(), dtype="bfloat16", device="cpu")
+    report = json.loads((tmp_path / "out/verification.json").read_text())
+    assert report["ok"] and report["median_logit_difference"] > 1e-3
+    weights = load_file(tmp_path / "out/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@with_mlx
+@pytest.mark.parametrize(
+    ("function", "fault"),
+    [
+        ("nas_weights", lambda made: made["model.norm.weight"].mul_(1.01)),
+        ("nas_config", lambda made: made.update(rope_theta=9e3)),
+        ("nas_config", lambda made: made["block_configs"][0]["attention"].update(n_heads_in_group=1)),
+    ],
+    ids=["weights", "rope", "heads"],
+)
+def test_a_wrong_checkpoint_fails_and_leaves_nothing(exported, tmp_path, monkeypatch, function, fault):
+    _, dense, plan = exported("attention")
+    right = getattr(nas, function)
+
+    def wrong(*arguments):
+        made = right(*arguments)
+        fault(made)
+        return made
+
+    monkeypatch.setattr(nas, function, wrong)
+    with pytest.raises(InputError, match=r"does not reproduce the model in memory.*\(mlx_lm\)"):
+        export_nas(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_mlx_it_is_said_to_be_unchecked(exported, tmp_path, monkeypatch):
+    _, dense, plan = exported("attention")
+    monkeypatch.setattr(verification, "find_spec", lambda name: None)
+    EXPORTS["nas"](dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
+    report = json.loads((tmp_path / "out/verification.json").read_text())
+    assert (report["ok"], report["unchecked"]) == (None, "mlx_lm is not installed")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3", {}, "no engine reads a 'qwen3' model.*llama, mistral, qwen2.*export: \\[hf\\]"),
+        ("llama", {"kind": "slicegpt"}, "sliced by SliceGPT.*export: \\[hf\\]"),
+        ("llama", {"blocks": {"mha": 6, "mlp": 0}}, "removes all 6 MHA blocks"),
+        ("llama", {"dtype": "float64"}, "with dtype 'float64'.*valid: float32, float16, bfloat16.*hf"),
+        ("mistral", {"sliding_window": 6}, "mistral model with sliding_window 6 .*valid: None"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6}, "qwen2 model with sliding_window 6 "),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'.*valid: silu"),
+        ("llama", {"head_dim": 12}, "head_dim 12 .*valid: 8"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+         "rope_type 'dynamic'.*valid: default, linear, llama3"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_said_is_refused(tmp_path, family, changes, message):
+    """From the config alone: there are no weights."""
+    plan = {key: changes.pop(key) for key in ("kind", "blocks") if key in changes}
+    dtype = changes.pop("dtype", "float32")
+    fields = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 6} | changes
+    config = AutoConfig.for_model(family, **fields)
+    config.save_pretrained(tmp_path / "model")
+    made = replace(plan_of(config.to_dict(), ["mha.1"]), **plan)
+    with pytest.raises(InputError, match=message):
+        export_nas(tmp_path / "model", made, tmp_path / "out", rows=(), dtype=dtype, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+PLUGIN = """
+import importlib, sys
+from transformers import AutoConfig, LlamaConfig
+module, function = sys.argv[1].split(":")
+register = getattr(importlib.import_module(module), function)
+known = sys.argv[3] == "known"
+if known:
+    class Other(LlamaConfig):
+        model_type = "nemotron-nas"
+    AutoConfig.register("nemotron-nas", Other)
+register()
+register()
+config = AutoConfig.from_pretrained(sys.argv[2])
+assert type(config).__name__ == ("Other" if known else "NemotronNasConfig"), type(config)
+assert known or config.block_configs[3].attention.no_op and not hasattr(config.block_configs[3].ffn, "hidden_act")
+config.save_pretrained(sys.argv[4])
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("blockpruner", "torch")))
+"""
+
+
+@pytest.mark.parametrize("known", ["known", "unknown"])
+def test_plugin_tells_transformers_the_config(exported, tmp_path, known):
+    """As vLLM does: by the entry point, more than once, in a fresh process; another's config of the type stays."""
+    directory, *_ = exported("first and last attention")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    entry = project["entry-points"]["vllm.general_plugins"]["blockpruner"]
+    command = [sys.executable, "-c", PLUGIN, entry, str(directory), known, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert [name for name in json.loads(result.stdout.replace("'", '"')) if name.startswith("blockpruner")] == [
+        "blockpruner", "blockpruner.vllm_plugin",
+    ]  # fmt: skip
+    saved, given = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, directory))
+    assert saved["block_configs"] == given["block_configs"]
