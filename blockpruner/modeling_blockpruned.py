@@ -4,9 +4,6 @@ Decides how a decoder runs without some of its blocks: a removed branch adds not
 holds no weights. Each class is transformers' own model of the base family with holes in it, so that attention
 kernels, generation and caches are the family's.
 
-Experts of mixtures run as the user sets it: transformers allows that where a model's file says
-@use_experts_implementation, as the base families' do.
-
 Config fields beside the base family's (layers are those kept, numbered from 0):
     layers_without_mha, layers_without_mlp: indices of layers whose branch was removed;
     source_layers: the layer of the dense model that each kept layer was; None: no layer was dropped.
@@ -127,6 +124,11 @@ class BlockPrunedMixin:
         layers = self.get_submodule(self.decoder_layers)
         remove_blocks_(layers, set(config.layers_without_mha), set(config.layers_without_mlp), self.layer_branches)
         number_attentions_(layers, module=self.layer_branches[0][0])
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        """As the base family: transformers looks for an answer in the file of the class, and this is another one."""
+        return cls.__bases__[-1]._can_set_experts_implementation()
 
 
 def alibi_slopes(heads: int) -> list[float]:
