@@ -1,0 +1,173 @@
+"""SmolLM2-135M dense and pruned in the engines that its exports are for: bytes, prefill and decode.
+
+    python -m benchmarks.serving [engine ...]     engines: ENGINES; all, if none is named
+
+The pruned models are those of BlockPruner in benchmarks/methods.json, at about 10 % and 20 %. One sequence, the prompt and
+new tokens of Table 6 of arXiv 2406.10594; all models of an engine take turns within each repeat, and medians are shown.
+Prints Markdown for docs/serving.md. Needs `dvc repro fetch@smollm2` and `pip install '.[serve]'`; vLLM's figures are
+printed by `make test-slow`, in its own environment.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.methods import FOUND
+from benchmarks.scoring import SMOLLM2, setting
+from blockpruner.blocks import parse_mask
+from blockpruner.budgets import resources_of
+from blockpruner.checkpoints import EXPORTS
+from blockpruner.checkpoints.verify_llama_cpp import Server
+from blockpruner.evaluation.speed import generate, random_prompt
+from blockpruner.models import load_model
+from blockpruner.plans import Plan, commit
+from blockpruner.tables import read_json
+
+MODELS = Path("data/benchmarks/serving")
+PROMPT, NEW, REPEATS = 128, 128, 5
+
+
+@dataclass(frozen=True)
+class Run:
+    prefill: float  # seconds
+    decode: float
+    kv_bytes: int
+
+
+def plans() -> dict[str, Plan]:
+    config = read_json(SMOLLM2 / "config.json")
+    result: dict[str, Plan] = {}
+    for record in read_json(FOUND)["methods"]["BlockPruner"]:
+        removed = record["what"]["removed"]
+        facts = {
+            "target": f"smollm2-{record['budget']}", "run": "smollm2", "search": "benchmarks/methods.json", "kind": "mask",
+            "nested": False, "score": {"method": "greedy", "metric": "perplexity"}, "calibration": {"rows": 0, "tokens": 0},
+        }  # fmt: skip
+        mask = parse_mask(",".join(removed))
+        plan = commit([mask], [1.0, 1.0], resources_of(config), f"{len(removed)}blocks", facts)
+        if not result:
+            nothing = {"mha": 0, "mlp": 0}
+            counts = dict.fromkeys(plan.parameters, plan.parameters["dense"])
+            result["dense"] = replace(
+                plan, removed=(), order=(), ratios=(), ratio=0.0, blocks=nothing, parameters=counts
+            )
+        result[f"{plan.ratio:.2%}"] = plan
+    return result
+
+
+def exported(name: str, plan: Plan, form: str) -> Path:
+    out = MODELS / name.rstrip("%") / form
+    if not out.exists():
+        EXPORTS[form](SMOLLM2, plan, out, rows=(), dtype="float32", device="cpu")
+    return out
+
+
+def transformers_(directory: Path) -> tuple[int, Callable[[], Run]]:
+    model = load_model(directory, "float32", "cpu", trust_remote_code=True)
+    prompt = random_prompt(model, 1, PROMPT)
+
+    def run() -> Run:
+        found = generate(model, prompt, NEW)
+        return Run(found.prefill_seconds, found.decode_seconds, found.kv_cache_bytes)
+
+    return (directory / "model.safetensors").stat().st_size, run
+
+
+def llama_cpp(precision: str) -> Callable[[Path], tuple[int, Callable[[], Run]]]:
+    def opened(directory: Path) -> tuple[int, Callable[[], Run]]:
+        path = directory / f"model-{precision}.gguf"
+        server = Server(path, PROMPT + NEW + 8, tempfile.mkdtemp())
+        ids = [100 + 7 * i for i in range(PROMPT)]
+
+        def run() -> Run:
+            said = server.post(
+                "/completion", prompt=ids, n_predict=NEW, temperature=0, ignore_eos=True, cache_prompt=False
+            )["timings"]
+            assert (said["prompt_n"], said["predicted_n"]) == (PROMPT, NEW)
+            return Run(said["prompt_ms"] / 1e3, said["predicted_ms"] / 1e3, server.cached())
+
+        return path.stat().st_size, run
+
+    return opened
+
+
+def mlx_lm(directory: Path) -> tuple[int, Callable[[], Run]]:
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model as load
+
+    mx.set_default_device(mx.cpu)
+    model, _ = load(directory)
+    ids = mx.array([[100 + 7 * i for i in range(PROMPT)]])
+
+    def run() -> Run:
+        cache, start = make_prompt_cache(model), time.perf_counter()
+        token = mx.argmax(model(ids, cache=cache)[:, -1:], axis=-1)
+        mx.eval(token)
+        prefilled = time.perf_counter()
+        for _ in range(NEW - 1):
+            token = mx.argmax(model(token, cache=cache), axis=-1)
+            mx.eval(token)
+        ended = time.perf_counter()
+        held = sum(part[..., : layer.offset, :].nbytes for layer in cache for part in (layer.keys, layer.values))
+        return Run(prefilled - start, ended - prefilled, held)
+
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors")), run
+
+
+ENGINES: dict[str, tuple[str, Callable[[Path], tuple[int, Callable[[], Run]]]]] = {
+    "transformers, float32": ("hf", transformers_),
+    "llama.cpp, F16": ("gguf", llama_cpp("F16")),
+    "llama.cpp, Q8_0": ("gguf", llama_cpp("Q8_0")),
+    "mlx-lm on a CPU, float32": ("nas", mlx_lm),
+}
+
+
+def measure(models: Mapping[str, Callable[[], Run]]) -> dict[str, Run]:
+    """Medians over the repeats; one generation each before that, to warm up."""
+    runs: dict[str, list[Run]] = {name: [] for name in models}
+    for repeat in range(REPEATS + 1):
+        for name in list(models)[:: 1 if repeat % 2 else -1]:
+            found = models[name]()
+            if repeat:
+                runs[name].append(found)
+    return {
+        name: Run(median(r.prefill for r in all_), median(r.decode for r in all_), all_[0].kv_bytes)
+        for name, all_ in runs.items()
+    }
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or list(ENGINES)
+    unknown = [name for name in wanted if name not in ENGINES]
+    if unknown:
+        sys.exit(f"unknown engine {unknown[0]!r}; valid: {', '.join(ENGINES)}")
+    torch.manual_seed(0)
+    print("| engine | model | file, MB | KV cache, MB | prefill, tokens/s | decode, tokens/s |")
+    print("|---|---|---:|---:|---:|---:|")
+    for engine in wanted:
+        form, opened = ENGINES[engine]
+        found = {name: opened(exported(name, plan, form)) for name, plan in plans().items()}
+        runs = measure({name: run for name, (_, run) in found.items()})
+        first = runs["dense"]
+        for name, run in runs.items():
+            print(
+                f"| {engine} | {name} | {found[name][0] / 1e6:.1f} | {run.kv_bytes / 1e6:.2f} | "
+                f"{PROMPT / run.prefill:.0f} ({first.prefill / run.prefill:.2f}x) | "
+                f"{NEW / run.decode:.1f} ({first.decode / run.decode:.2f}x) |",
+                flush=True,
+            )
+    facts = setting()
+    print(f"\n{facts['machine']}, {facts['threads']} threads, {PROMPT} + {NEW} tokens, medians of {REPEATS}")
+
+
+if __name__ == "__main__":
+    main()
