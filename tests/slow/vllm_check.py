@@ -8,6 +8,7 @@ since vLLM's processes log to stdout.
 from __future__ import annotations
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -44,18 +45,18 @@ def check(checkpoint: str, reference_file: str) -> dict[str, Any]:
 
     rows = [[(7 * i + 13 * k) % 40000 + 100 for i in range(PROMPT)] for k in range(ROWS)]
     run(rows, max_tokens=2)
-    seconds = []
-    for count in (1, 1 + NEW):
+    seconds = {1: math.inf, 1 + NEW: math.inf}  # the best of three each, since others may use the machine
+    for count in [*seconds] * 3:
         start = time.perf_counter()
         run(rows, max_tokens=count)
-        seconds.append(time.perf_counter() - start)
+        seconds[count] = min(seconds[count], time.perf_counter() - start)
     cache = llm.llm_engine.vllm_config.cache_config
     return {
         "max_logprob_difference": difference,
         "greedy_tokens_equal": tokens == [row["tokens"] for row in reference],
         "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
-        "prefill_tokens_per_second": round(ROWS * PROMPT / seconds[0], 1),
-        "decode_tokens_per_second": round(ROWS * NEW / (seconds[1] - seconds[0]), 1),
+        "prefill_tokens_per_second": round(ROWS * PROMPT / seconds[1], 1),
+        "decode_tokens_per_second": round(ROWS * NEW / (seconds[1 + NEW] - seconds[1]), 1),
         "megabytes": round(sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")) / 1e6, 1),
     }
 
@@ -67,8 +68,9 @@ def serve(checkpoint: str, reference_file: str) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", checkpoint, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", "pruned", *options]
+    # not the command vllm, which asks for the version of a package vllm, and the one for CPUs has another name
+    command = [sys.executable, "-I", "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pruned", *options]
     body = {"model": "pruned", "prompt": row["prompt"], "max_tokens": len(row["tokens"]) - len(row["prompt"])}
     body |= {"temperature": 0, "ignore_eos": True}
     request = Request(
@@ -77,13 +79,13 @@ def serve(checkpoint: str, reference_file: str) -> dict[str, Any]:
     server = subprocess.Popen(command)
     try:
         for _ in range(300):
-            assert server.poll() is None, "vllm serve ended"
+            assert server.poll() is None, "vLLM's server ended"
             try:
                 with urlopen(request, timeout=120) as response:
                     return {"completion": json.load(response)["choices"][0]["text"]}
             except URLError:
                 time.sleep(1)
-        raise AssertionError("vllm serve did not answer in 5 minutes")
+        raise AssertionError("vLLM's server did not answer in 5 minutes")
     finally:
         server.terminate()
         server.wait(60)
