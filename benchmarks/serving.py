@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving [engine ...]     engines: ENGINES; all, if none is named
 
-The pruned models are those of BlockPruner in benchmarks/methods.json, at about 10 % and 20 %. One sequence, the prompt and
-new tokens of Table 6 of arXiv 2406.10594; all models of an engine take turns within each repeat, and medians are shown.
+The pruned models are those of BlockPruner in benchmarks/methods.json, at about 10 % and 20 %. One sequence, the prompt
+and new tokens of Table 6 of arXiv 2406.10594; an engine's models take turns within each repeat, and medians are shown.
 Prints Markdown for docs/serving.md. Needs `dvc repro fetch@smollm2` and `pip install '.[serve]'`; vLLM's figures are
 printed by `make test-slow`, in its own environment.
 """
@@ -48,8 +48,9 @@ def plans() -> dict[str, Plan]:
     for record in read_json(FOUND)["methods"]["BlockPruner"]:
         removed = record["what"]["removed"]
         facts = {
-            "target": f"smollm2-{record['budget']}", "run": "smollm2", "search": "benchmarks/methods.json", "kind": "mask",
-            "nested": False, "score": {"method": "greedy", "metric": "perplexity"}, "calibration": {"rows": 0, "tokens": 0},
+            "target": f"smollm2-{record['budget']}", "run": "smollm2", "search": str(FOUND), "kind": "mask",
+            "nested": False, "score": {"method": "greedy", "metric": "perplexity"},
+            "calibration": {"rows": 0, "tokens": 0},
         }  # fmt: skip
         mask = parse_mask(",".join(removed))
         plan = commit([mask], [1.0, 1.0], resources_of(config), f"{len(removed)}blocks", facts)

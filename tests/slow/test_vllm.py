@@ -1,4 +1,4 @@
-"""SmolLM2 without three MHA and three MLP blocks in vLLM: `make test-slow`, with an environment of vLLM's own."""
+"""Pruned SmolLM2 in vLLM: `make test-slow`, with an environment of vLLM's own."""
 
 import json
 import os
@@ -8,19 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.serving import plans
 from blockpruner.checkpoints.nas import export_nas
 from blockpruner.models import load_model, load_tokenizer, masked
-from tests.unit.test_checkpoint_api import plan_of
 
-ROOT = Path(__file__).parents[2]
-DENSE = ROOT / "data/models/smollm2"
-REMOVED = ["mha.10", "mha.12", "mha.20", "mlp.5", "mlp.12", "mlp.22"]
 PROMPTS = ["The capital of France is", "Once upon a time, a little fox", "def fibonacci(n):\n"]
 NEW_TOKENS = 24
 
-pytestmark = pytest.mark.skipif(
-    "BLOCKPRUNER_VLLM" not in os.environ, reason="vLLM has an environment of its own; say make test-slow"
-)
+pytestmark = pytest.mark.slow
 
 
 def ask(what: str, checkpoint: Path, reference: Path) -> dict:
@@ -54,25 +49,31 @@ def write_reference(model, tokenizer, path: Path) -> Path:
     return path
 
 
-def test_vllm_says_what_the_masked_model_says(tmp_path):
-    plan = plan_of(json.loads((DENSE / "config.json").read_text()), REMOVED)
-    model, tokenizer = load_model(DENSE, "float32", "cpu"), load_tokenizer(DENSE)
+def test_vllm_says_what_the_masked_model_says(tmp_path, smollm2):
+    """At two ratios; what vLLM measures on the way is printed."""
+    model, tokenizer = load_model(smollm2, "float32", "cpu"), load_tokenizer(smollm2)
     dense = write_reference(model, tokenizer, tmp_path / "dense.json")
-    with masked(model, plan.mask):
-        reference = write_reference(model, tokenizer, tmp_path / "pruned.json")
+    chosen = {name: plan for name, plan in plans().items() if name != "dense"}
+    references = {}
+    for name, plan in chosen.items():
+        with masked(model, plan.mask):
+            references[name] = write_reference(model, tokenizer, tmp_path / f"{name}.json")
     del model
-    export_nas(DENSE, plan, tmp_path / "nas", rows=(), dtype="float32", device="cpu")
-
-    reports = {"dense": ask("check", DENSE, dense), "pruned": ask("check", tmp_path / "nas", reference)}
+    reports = {"dense": ask("check", smollm2, dense)}
+    for name, plan in chosen.items():
+        export_nas(smollm2, plan, tmp_path / f"nas {name}", rows=(), dtype="float32", device="cpu")
+        reports[name] = ask("check", tmp_path / f"nas {name}", references[name])
     for name, report in reports.items():
         print(name, json.dumps(report))
         assert report["max_logprob_difference"] <= 1e-3
         assert report["greedy_tokens_equal"]
-    assert ask("check", tmp_path / "nas", dense)["max_logprob_difference"] > 0.1  # the check sees a difference
     tokens = {name: report["kv_cache_tokens"] for name, report in reports.items()}
-    assert tokens["pruned"] / tokens["dense"] == pytest.approx(30 / 27, rel=0.02)  # of 30 attentions 27 hold a cache
+    for name, plan in chosen.items():
+        assert tokens[name] / tokens["dense"] == pytest.approx(30 / (30 - plan.blocks["mha"]), rel=0.02)
 
-    answer = ask("serve", tmp_path / "nas", reference)
-    row = json.loads(reference.read_text())[0]
+    name = min(chosen)
+    assert ask("check", tmp_path / f"nas {name}", dense)["max_logprob_difference"] > 0.1  # the check sees a difference
+    answer = ask("serve", tmp_path / f"nas {name}", references[name])
+    row = json.loads(references[name].read_text())[0]
     print(answer)
     assert answer["completion"] == tokenizer.decode(row["tokens"][len(row["prompt"]) :])
