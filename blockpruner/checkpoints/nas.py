@@ -36,8 +36,8 @@ ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = ("float32", "float16", "bfloat16")
 TOLERANCE, TOLERANCE_ROUNDED = 5e-4, 0.15
 """Logit difference of mlx-lm to the masked model, both in float32, relative to the largest logit; the other where the
-file holds rounded weights (an embedding folded in 16 bits, LaCo's sums). Seen on SmolLM2-135M: at most 1.2e-5 to 1.2e-4,
-and medians of 0.01 to 0.04 rounded."""
+file holds rounded weights (an embedding folded in 16 bits, LaCo's sums). Seen on SmolLM2-135M: at most 1.2e-4, and
+medians of 0.01 to 0.04 rounded."""
 
 MULTIPLE = 256
 """Of what the width of an MLP must be one: readers compute it from `ffn_mult` and round up."""
