@@ -128,7 +128,8 @@ class BlockPrunedMixin:
     @classmethod
     def _can_set_experts_implementation(cls):
         """As the base family: transformers looks for an answer in the file of the class, and this is another one."""
-        return cls.__bases__[-1]._can_set_experts_implementation()
+        family = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return family._can_set_experts_implementation()
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -82,6 +82,13 @@ def load_model(
             )
     except torch.OutOfMemoryError as error:
         raise _too_large(directory, device) from error
+    except RuntimeError as error:  # parts of a weight that do not make it up
+        if "conversion" not in str(error):
+            raise
+        raise InputError(
+            f"the weights in {directory} do not match its config.json (experts that are missing or of other shapes); "
+            "fetch the checkpoint again, or repair its config"
+        ) from error
     problems = [
         f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

@@ -243,6 +243,8 @@ class Run(Frozen):
     def _exports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if "hf" not in value:
             raise ValueError(f"export: {list(value)} lacks hf, the format that is benchmarked; add it")
+        if len(set(value)) != len(value):
+            raise ValueError(f"export: {list(value)} names the same format twice; keep one")
         return value
 
     @model_validator(mode="after")
@@ -252,6 +254,12 @@ class Run(Frozen):
                 f"export: {list(self.export)} does not fit score.method: slicegpt, whose layers only transformers "
                 "loads, by code of ours; set export: [hf]"
             )
+        if self.score.method == "laco" and "zeroed" in self.export:
+            raise ValueError(
+                "export: zeroed silences removed blocks, and score.method: laco merges layers; leave zeroed out"
+            )
+        if self.model.dtype == "float64" and "nas" in self.export:
+            raise ValueError("export: nas has no model.dtype: float64; set float32, or leave nas out")
         return self
 
     @model_validator(mode="after")
@@ -403,6 +411,12 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             raise InputError(
                 f"{path}: target {name!r} has recover: true, but runs/{target.run}.yaml has no recover section; add "
                 "one (at least recover: {data: ...}, as in runs/llama2-7b.yaml), or set recover: false"
+            )
+        formats = ("hf",) if target.recover else load_run(target.run).export if target.push else ()
+        if target.push and target.push.format not in formats:
+            raise InputError(
+                f"{path}: target {name!r} pushes {target.push.format}, and what is written of it is "
+                f"{', '.join(formats)}; set push.format to one of them, or add it to export of runs/{target.run}.yaml"
             )
     return params
 

@@ -140,7 +140,7 @@ def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> s
         api = HfApi()
         try:
             info = api.model_info(repo) if kind == "model" else api.dataset_info(repo)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # its HTTP library's too, which is another in each version
             raise hub_error(repo, error) from error
         assert info.sha is not None
         known[key] = info.sha
@@ -164,7 +164,7 @@ def hub_error(repo: str, error: Exception, fix: str = ANOTHER_SOURCE) -> InputEr
     if cause is None:
         lines = str(error).strip().splitlines()
         cause = f"{lines[0] if lines else type(error).__name__}; {fix}"
-    return InputError(f"hub repository {repo!r} cannot be used: {cause}. Nothing was left behind")
+    return InputError(f"hub repository {repo!r} cannot be used: {cause}")
 
 
 # --- texts ------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def load_texts(data: Mapping[str, Any], cache: Path, pins: Path) -> list[str]:
     revision = pinned_revision(data["repo"], "dataset", data["revision"], pins)
     try:
         table = datasets.load_dataset(data["repo"], data["config"], split=data["split"], revision=revision)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise hub_error(data["repo"], error) from error
     return _texts_of_records(table.to_list(), data["repo"], data["format"])
 
@@ -294,7 +294,7 @@ def _build_checkpoint(model: Mapping[str, Any], directory: Path, cache: Path) ->
                 model["repo"], revision=model["revision"], allow_patterns=patterns, ignore_patterns=list(OTHER_LAYOUTS),
                 local_dir=directory,
             )  # fmt: skip
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # as above
             raise hub_error(model["repo"], error) from error
         shutil.rmtree(directory / ".cache", ignore_errors=True)
     if not any(directory.glob("*.safetensors")):

@@ -21,7 +21,7 @@ from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import PRUNERS
 from blockpruner.checkpoints.packing import Packed, packed
-from blockpruner.checkpoints.verification import reference_outputs, verify_checkpoint
+from blockpruner.checkpoints.verification import reference_beside, reference_outputs, verify_checkpoint
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.errors import InputError
 from blockpruner.models import load_model, load_tokenizer, model_family
@@ -79,15 +79,13 @@ def export_gguf(
     """
     config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trust_remote_code).to_dict()
     check(config, plan)
+    tokenizer = load_tokenizer(dense, trust_remote_code)
+    words, beside = vocabulary(tokenizer, config), facts(tokenizer, config)
     # in float32, since a pass in bfloat16 errs as much as 8 bits do, and hides what a file has wrong
     model = load_model(dense, dtype, device, trust_remote_code).float()
-    tokenizer = load_tokenizer(dense, trust_remote_code)
-    words = vocabulary(tokenizer, config)
-    beside = facts(tokenizer, config)
 
     def build(directory: Path) -> None:
-        reference = directory.with_suffix(".reference")
-        try:
+        with reference_beside(directory) as reference:
             pruned = PRUNERS[plan.kind](
                 model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan) | beside, reference)
             )
@@ -96,8 +94,6 @@ def export_gguf(
             write_text(directory / "README.md", model_card(plan, dense, library="gguf", loading=LOADING))
             write_json(directory / "blockpruner_plan.json", {**vars(plan)})
             verify_checkpoint(directory, reference, TOLERANCE, verify_llama_cpp)
-        finally:
-            reference.unlink(missing_ok=True)
 
     replace_directory(out, build)
 

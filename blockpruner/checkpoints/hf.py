@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.card import model_card
-from blockpruner.checkpoints.verification import TOLERANCE, reference_outputs, verify_checkpoint
+from blockpruner.checkpoints.verification import reference_beside, reference_outputs, tolerance_of, verify_checkpoint
 from blockpruner.models import load_model, masked, prune_
 from blockpruner.plans import Plan
 from blockpruner.scoring.work import Rows
@@ -50,15 +50,12 @@ def export_hf(
     model = load_model(dense, dtype, device, trust_remote_code)
 
     def build(directory: Path) -> None:
-        reference = directory.with_suffix(".reference")
-        try:
+        with reference_beside(directory) as reference:
             pruned = PRUNERS[plan.kind](
                 model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
             )
             save_checkpoint(pruned, plan, dense, directory, model_card(plan, dense, code_file(pruned)))
-            verify_checkpoint(directory, reference, TOLERANCE[model.dtype])
-        finally:
-            reference.unlink(missing_ok=True)
+            verify_checkpoint(directory, reference, tolerance_of(model))
 
     replace_directory(out, build)
 
@@ -74,14 +71,11 @@ def save_recovered(model: PreTrainedModel, plan: Plan, dense: Path, out: Path, t
     """
 
     def build(directory: Path) -> None:
-        reference = directory.with_suffix(".reference")
-        try:
+        with reference_beside(directory) as reference:
             save_file(reference_outputs(model, plan), reference)
             card = model_card(plan, dense, code_file(model), f"then {training}")
             save_checkpoint(model, plan, dense, directory, card)
-            verify_checkpoint(directory, reference, TOLERANCE[model.dtype])
-        finally:
-            reference.unlink(missing_ok=True)
+            verify_checkpoint(directory, reference, tolerance_of(model))
 
     replace_directory(out, build)
 

@@ -19,7 +19,7 @@ def push(checkpoint: Path, repo: str, private: bool) -> str:
         repo: "<user or organization>/<name>", made if it does not exist; private: whether it is then private.
 
     Raises:
-        InputError: no such checkpoint, one that was not verified, or a hub that refuses; nothing is changed there.
+        InputError: no such checkpoint, one that was not verified, or a hub that refuses.
     """
     from huggingface_hub import HfApi, ModelCard
 
@@ -39,6 +39,6 @@ def push(checkpoint: Path, repo: str, private: bool) -> str:
         commit = api.upload_folder(
             repo_id=repo, folder_path=checkpoint, commit_message=f"{checkpoint.parent.name}: pruned with blockpruner"
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as in `sources`
         raise hub_error(repo, error, "check the name, the network, and that your token may write there") from error
     return str(commit.commit_url)

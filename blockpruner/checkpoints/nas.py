@@ -22,7 +22,7 @@ from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import PRUNERS, save_beside
 from blockpruner.checkpoints.packing import Packed, packed
-from blockpruner.checkpoints.verification import reference_outputs, verify_checkpoint
+from blockpruner.checkpoints.verification import reference_beside, reference_outputs, verify_checkpoint
 from blockpruner.errors import InputError
 from blockpruner.models import load_model, model_family
 from blockpruner.plans import Plan
@@ -67,8 +67,7 @@ def export_nas(
     model, narrow = load_model(dense, dtype, device, trust_remote_code).float(), getattr(torch, dtype)
 
     def build(directory: Path) -> None:
-        reference = directory.with_suffix(".reference")
-        try:
+        with reference_beside(directory) as reference:
             pruned = PRUNERS[plan.kind](
                 model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
             )
@@ -81,8 +80,6 @@ def export_nas(
             held = sum(weight.numel() for weight in weights.values())
             save_beside(plan, dense, directory, model_card(plan, dense, library="mlx", loading=_loading(plan, held)))
             verify_checkpoint(directory, reference, TOLERANCE if is_exact else TOLERANCE_ROUNDED, verify_mlx)
-        finally:
-            reference.unlink(missing_ok=True)
 
     replace_directory(out, build)
 

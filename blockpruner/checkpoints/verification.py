@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -32,8 +34,8 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
 
 @torch.inference_mode()
 def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Tensor]:
-    """Of a model as the plan leaves it: greedy tokens [B, T + n] from seeded random prompts
-    [B, T], and their logits."""
+    """Of a model as the plan leaves it: greedy tokens [B, T + n] from seeded random prompts [B, T], and their logits,
+    in one pass and token by token through the KV cache."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator).to(model.device)
     tokens = model.generate(
@@ -41,9 +43,27 @@ def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Ten
         min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
     )  # fmt: skip
     logits = model(tokens, use_cache=False).logits
+    cached = verify.stepped(model, tokens, PROMPT_TOKENS)[0]
     attentions = torch.tensor(plan.layers - plan.blocks["mha"])
-    result = {"tokens": tokens, "logits": logits, "prompt": torch.tensor(PROMPT_TOKENS), "attentions": attentions}
+    result = {"tokens": tokens, "logits": logits, "cached": cached, "attentions": attentions}
+    result["prompt"] = torch.tensor(PROMPT_TOKENS)
     return {name: tensor.cpu().contiguous().clone() for name, tensor in result.items()}
+
+
+def tolerance_of(model: PreTrainedModel) -> float:
+    """`TOLERANCE` of the model's dtype, but for eager attention, whose weights are never more than float32."""
+    is_eager = model.config._attn_implementation == "eager" and model.dtype is torch.float64
+    return TOLERANCE[torch.float32 if is_eager else model.dtype]
+
+
+@contextmanager
+def reference_beside(directory: Path) -> Iterator[Path]:
+    """Where a reference lies while a checkpoint is written and checked."""
+    path = directory.with_suffix(".reference")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
@@ -72,7 +92,7 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
         shutil.rmtree(modules, ignore_errors=True)
     lines = result.stdout.strip().splitlines()
     if result.returncode != 0 or not lines:
-        said = lines[-1] if lines else "\n".join(result.stderr.strip().splitlines()[-3:])
+        said = lines[-1] if lines else result.stderr.strip().rpartition("\n")[2]
         raise InputError(
             f"the exported checkpoint does not reproduce the model in memory in a fresh process ({engine}): {said}. "
             "Nothing was left behind; please report this with the family and the plan"

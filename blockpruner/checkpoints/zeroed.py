@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from blockpruner.blocks import Mask
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import code_file, save_checkpoint
-from blockpruner.checkpoints.verification import TOLERANCE, reference_outputs, verify_checkpoint
+from blockpruner.checkpoints.verification import reference_beside, reference_outputs, tolerance_of, verify_checkpoint
 from blockpruner.errors import InputError
 from blockpruner.models import decoder_layers, load_model, masked, model_family
 from blockpruner.plans import Plan
@@ -45,16 +45,13 @@ def export_zeroed(
     model = load_model(dense, dtype, device, trust_remote_code)
 
     def build(directory: Path) -> None:
-        reference = directory.with_suffix(".reference")
-        try:
+        with reference_beside(directory) as reference:
             with masked(model, plan.mask) as reduced:
                 outputs = reference_outputs(reduced, plan)
             save_file(outputs | {"attentions": torch.tensor(plan.layers)}, reference)
             zero_(model, plan.mask)
             save_checkpoint(model, plan, dense, directory, model_card(plan, dense, code_file(model), note=NOTE))
-            verify_checkpoint(directory, reference, TOLERANCE[model.dtype])
-        finally:
-            reference.unlink(missing_ok=True)
+            verify_checkpoint(directory, reference, tolerance_of(model))
 
     replace_directory(out, build)
 

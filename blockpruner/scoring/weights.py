@@ -64,7 +64,7 @@ class Weights:
         self._model, self._device = model, device
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._stored, self.names = _matched(model, checkpoint, self._empty)
-        direct = all(self._is_used_as_stored(name) for name in self.names)
+        direct = all(self._is_used_as_stored(name, part) for name in self.names for part in self._stored[name])
         self.staging = torch.empty(0 if direct else PIECE_BYTES, dtype=torch.uint8)
         self._files: dict[Path, int] = {}
         self.bytes_read = 0
@@ -89,7 +89,7 @@ class Weights:
             empty, (stored, *others) = self._empty[name], self._stored[name]
             # a model in memory uses tensors where safetensors maps them, which is aligned as they are in the file
             # (or else a copy, where it is not aligned to its own items, or is put together)
-            mapped = not others and self._is_used_as_stored(name) and stored.offset % stored.dtype.itemsize == 0
+            mapped = not others and self._is_used_as_stored(name, stored) and stored.offset % stored.dtype.itemsize == 0
             first = start + (stored.offset % VECTOR if mapped else 0)
             target = slab[first : first + empty.nbytes].view(empty.dtype).view(empty.shape)
             self._fill(target.view(-1), name)
@@ -111,13 +111,13 @@ class Weights:
         path, _, leaf = name.rpartition(".")
         self._model.get_submodule(path)._parameters[leaf] = parameter
 
-    def _is_used_as_stored(self, name: str) -> bool:
-        return self._device.type == "cpu" and self._empty[name].dtype == self._stored[name][0].dtype
+    def _is_used_as_stored(self, name: str, part: _Stored) -> bool:
+        return self._device.type == "cpu" and self._empty[name].dtype == part.dtype
 
     def _fill(self, target: Tensor, name: str) -> None:
         for part in self._stored[name]:
             size = part.shape.numel()
-            self._read(target[:size], part, self._is_used_as_stored(name))
+            self._read(target[:size], part, self._is_used_as_stored(name, part))
             target = target[size:]
 
     def _read(self, target: Tensor, stored: _Stored, direct: bool) -> None:
@@ -198,9 +198,9 @@ def _matched(
             key for key in stored.keys() - uses.keys() if not any(re.search(pattern, key) for pattern in ignored)
         },
         "mismatched keys": {
-            f"{key} {', '.join(map(str, map(list, _shapes(stored[key]))))}, not {[*expected[key].shape]}"
+            f"{key} {_count(stored[key])}{[*stored[key][0].shape]}, not {[*expected[key].shape]}"
             for key in stored.keys() & uses.keys()
-            if not _make_up(expected[key].shape, _shapes(stored[key]))
+            if not _make_up(expected[key].shape, [part.shape for part in stored[key]])
         },
         f"not of a dtype that is streamed ({', '.join(FLOATS)})": {
             f"{key} {part.dtype}"
@@ -218,8 +218,8 @@ def _matched(
     return stored, uses
 
 
-def _shapes(parts: Sequence[_Stored]) -> list[torch.Size]:
-    return [part.shape for part in parts]
+def _count(parts: Sequence[_Stored]) -> str:
+    return f"{len(parts)} parts, the first " if len(parts) > 1 else ""
 
 
 def _make_up(whole: torch.Size, parts: Sequence[torch.Size]) -> bool:

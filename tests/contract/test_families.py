@@ -196,8 +196,7 @@ LOAD = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-options = {"trust_remote_code": True, "dtype": "auto", "experts_implementation": "eager"}
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()  # as the README says
 ids = load_file(sys.argv[2])["ids"]
 mask = torch.ones_like(ids)
 tokens = model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=8, max_new_tokens=8, pad_token_id=0)
@@ -216,8 +215,8 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path):
     save_file({"ids": IDS}, tmp_path / "ids")
     expected = {}
     for family in VARIANTS:
-        tiny_model(family).save_pretrained(tmp_path / "dense" / family)
-        model = load_model(tmp_path / "dense" / family, "float64", "cpu")
+        tiny_model(family, dtype=torch.float32).save_pretrained(tmp_path / "dense" / family)
+        model = load_model(tmp_path / "dense" / family, "float32", "cpu")
         prune_(model, parse_mask("mha.0,mha.2,mlp.0,mlp.3"))
         expected[family] = (model(IDS).logits, generate(model))
         save_pruned(model, tmp_path / family)
@@ -232,7 +231,7 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path):
     assert result.returncode == 0, result.stderr
     for family, (logits, tokens) in expected.items():
         found = load_file(tmp_path / f"{family}.out")
-        assert (found["logits"] - logits).abs().max() <= 1e-10, family
+        assert (found["logits"] - logits).abs().max() <= 1e-5, family
         assert torch.equal(found["tokens"], tokens), family
 
 

@@ -94,6 +94,20 @@ def test_zeroed_keeps_the_shape_and_says_so(tmp_path, dense):
                       device="cpu")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("phi3", "float32"), ("mixtral", "bfloat16"), ("qwen3_moe", "bfloat16"), ("gemma2", "float64")],
+)
+def test_other_families_are_exported_and_verified(tmp_path, family, dtype):
+    """Among them a class that transformers wraps, and models that rounding sends to other experts."""
+    save_tiny(tmp_path / "mine", family)
+    model = {"source": "path", "path": str(tmp_path / "mine"), "dtype": dtype, "trust_remote_code": False}
+    fetch_checkpoint(model, tmp_path / "model", tmp_path / "cache", tmp_path / "pins.json")
+    plan = plan_of(json.loads((tmp_path / "model/config.json").read_text()), ["mha.0", "mlp.2"])
+    export_hf(tmp_path / "model", plan, tmp_path / "out", rows=(), dtype=dtype, device="cpu")
+    assert json.loads((tmp_path / "out/verification.json").read_text())["ok"]
+
+
 @pytest.mark.parametrize("fault", ["renumbering", "weights"])
 def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fault):
     plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0"])

@@ -265,6 +265,28 @@ def test_merged_layers_are_a_plain_model(tmp_path, dense, monkeypatch):
 
 
 @engine
+@pytest.mark.parametrize("fault", ["output_norm.weight", "blk.1.attn_q.weight", "blk.3.ffn_down.weight"])
+def test_a_fault_of_one_file_fails(tmp_path, dense, monkeypatch, fault):
+    """Only that in 8 bits is wrong, whose own rounding must not hide it."""
+    parts, write = gguf.tensors, gguf.write
+    precisions = []
+
+    def spoilt(*arguments):
+        wrong = fault if precisions[-1] == "Q8_0" else None
+        return ((name, weight * 1.2 if name == wrong else weight) for name, weight in parts(*arguments))
+
+    def remembered(model, words, precision, path):
+        precisions.append(precision)
+        write(model, words, precision, path)
+
+    monkeypatch.setattr(gguf, "tensors", spoilt)
+    monkeypatch.setattr(gguf, "write", remembered)
+    with pytest.raises(InputError, match="does not reproduce the model in memory"):
+        export(dense, tmp_path / "out")
+    assert precisions == ["F16", "Q8_0"] and list(tmp_path.iterdir()) == []
+
+
+@engine
 @pytest.mark.parametrize("fault", ["output_norm.weight", "blk.1.attn_q.weight", "blk.3.ffn_down.weight", "tokenizer"])
 def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fault):
     parts, words = gguf.tensors, gguf.vocabulary

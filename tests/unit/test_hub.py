@@ -80,6 +80,16 @@ def test_a_hub_that_refuses_is_one_clear_line(checkpoint, monkeypatch):
     assert "story" not in str(error.value)
 
 
+def test_no_hub_at_all_is_one_clear_line(checkpoint, monkeypatch):
+    """With the hub's own client, at a port where nobody listens."""
+    monkeypatch.setattr(ModelCard, "validate", lambda card: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    real = huggingface_hub.HfApi
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: real(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(InputError, match=r"'me/small' cannot be used: .*token may write there"):
+        push(checkpoint, "me/small", private=True)
+
+
 def test_a_target_names_repository_format_and_privacy():
     target = Target(run="mine", budget="0.2", push={"repo": "me/small"})
     assert (target.push.format, target.push.private) == ("hf", True)

@@ -71,6 +71,17 @@ def test_targets_may_differ_in_recovery_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("more", "words"),
+    [({}, "pushes gguf, and what is written of it is hf; .*export of runs/llama2-7b"), ({"recover": True}, "is hf;")],
+)
+def test_what_is_pushed_is_written(tmp_path, monkeypatch, more, words):
+    monkeypatch.chdir(ROOT)
+    target = {"run": "llama2-7b", "budget": "0.2", "push": {"repo": "me/small", "format": "gguf"}, **more}
+    with pytest.raises(InputError, match=words):
+        load_params(params(tmp_path, runs=["llama2-7b"], targets={"x": target}))
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"devices": 1}, ["'devices'", "report, runs, runtime, targets"]),

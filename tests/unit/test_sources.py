@@ -78,7 +78,7 @@ HUB_ERRORS = [
 
 
 @pytest.mark.parametrize(("error", "words"), HUB_ERRORS)
-def testhub_errors_are_one_clear_line_and_leave_nothing(tmp_path, monkeypatch, error, words):
+def test_hub_errors_are_one_clear_line_and_leave_nothing(tmp_path, monkeypatch, error, words):
     import httpx
 
     def fail(*args, **kwargs):

@@ -258,6 +258,20 @@ def test_plan_bounds_what_lives(tmp_path, family, attention, shape, dtype):
     assert planned / 3 <= live.most <= planned
 
 
+@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_stored_in_several_dtypes(tmp_path, wide, dtype):
+    """One expert in float32, the others in bfloat16."""
+    save(tmp_path, "mixtral", dtype=torch.bfloat16)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in weights:
+        if f"experts.{wide}." in name:
+            weights[name] = weights[name].float() * 1.001
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]), dtype)
+    assert streamed == in_memory
+
+
 def test_plan_is_told_and_layers_are_counted(tmp_path):
     notes, steps = [], []
     engine = StreamingEngine(
