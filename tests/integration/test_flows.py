@@ -363,7 +363,7 @@ def test_no_options_take_everything_and_write_nothing(project: Path) -> None:
         (
             ("none",),
             (),
-            "run 'none' is unknown: runs/none.yaml does not exist; existing runs: .*llama2-7b, ",
+            "run 'none' is unknown: runs/none.yaml does not exist; existing runs: baichuan2-13b, ",
         ),
     ],
 )
