@@ -258,6 +258,14 @@ def test_plan_bounds_what_lives(tmp_path, family, attention, shape, dtype):
     assert planned / 3 <= live.most <= planned
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_ordered_by_number(tmp_path, family):
+    """Not by name: of twelve, 10 and 11 come last."""
+    save(tmp_path, family, **{"num_local_experts" if family == "mixtral" else "num_experts": 12})
+    streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]))
+    assert streamed == in_memory
+
+
 @pytest.mark.parametrize("wide", [0, 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_experts_stored_in_several_dtypes(tmp_path, wide, dtype):
