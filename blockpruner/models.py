@@ -6,8 +6,10 @@ checkpoints (`modeling_blockpruned.py`), so that a masked, a pruned and a loaded
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,13 @@ def _too_large(directory: Path, device: str) -> DeviceMemoryError:
         f"the model in {directory} does not fit into the memory of runtime.device {device!r}; use a larger device, "
         "device: split over several, or, for scoring, runtime.streaming: true"
     )
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with modules and config of its own over the same tensors: to be pruned while the first stays whole."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    result: PreTrainedModel = copy.deepcopy(model, shared)
+    return result
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:

@@ -19,6 +19,8 @@ from blockpruner.notation import read_budget
 
 T = TypeVar("T", bound="Frozen")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NO_RUNS = frozenset({"dvc", "sets"})
+"""Files of runs/ that are something else: the pipeline of studies, and the sets of them."""
 
 
 Export = Literal["hf", "nas", "gguf", "zeroed"]
@@ -228,8 +230,64 @@ class Recover(Frozen):
     seed: int = 42
 
 
+class Budgets(Frozen):
+    """One amount of pruning, as a budget of each kind of method: those that remove blocks, layers, or width."""
+
+    block: str
+    layer: str
+    width: str
+
+    @field_validator("block", "layer", "width")
+    @classmethod
+    def _budget(cls, value: str) -> str:
+        read_budget(value)
+        return value
+
+
+class WikiText(Frozen):
+    """Perplexity on WikiText-2's test split, read where it is: `evaluate.perplexity` of a run from the hub has it, other
+    runs find it through BLOCKPRUNER_DATA."""
+
+    seq_len: int = Field(default=2048, ge=2)
+    max_rows: int | None = Field(default=None, ge=1)
+
+
+class Study(Frozen):
+    """What the tables of the paper vary over a run (`experiments` says which table needs what).
+
+    methods: names of `experiments.METHODS`, None for all; main: Tables 1, 2, 4, 6; curve, partial: shares of parameters,
+    of Figure 10 and of Figures 4 and 6, where one kind of block alone is removed; high: Table 5; sensitivity: to which
+    budget the sets of `calibrations` and how they agree are compared; seeds: of calibration, beside its own;
+    calibrations: by name, the keys of `calibration` that each changes; laco: options of LaCo, and how many samples it
+    compares; tasks: zero-shot tasks beside `evaluate.zero_shot`, of the dense and the main models; speed: of the curves,
+    Table 6 being `evaluate.speed`.
+    """
+
+    methods: tuple[str, ...] | None = None
+    main: Budgets
+    curve: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
+    high: tuple[Budgets, ...] = ()
+    sensitivity: str
+    seeds: tuple[int, ...] = ()
+    calibrations: dict[str, dict[str, Any]] = {}
+    laco: dict[str, bool | int | float | str | tuple[str | int, ...] | None] = {}
+    laco_samples: int | None = Field(default=None, ge=1)
+    tasks: tuple[str, ...] = ()
+    tasks_limit: int | None = Field(default=None, ge=1)
+    wikitext: WikiText | None = None
+    speed: Speed = Speed()
+
+    @field_validator("curve", "partial")
+    @classmethod
+    def _budgets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            read_budget(text)
+        return value
+
+
 class Run(Frozen):
-    """One model, calibration set, search and evaluation: runs/<name>.yaml."""
+    """One model, calibration set, search and evaluation: runs/<name>.yaml. study: only where it has one."""
 
     model: Model
     calibration: Calibration
@@ -237,6 +295,7 @@ class Run(Frozen):
     evaluate: Evaluate
     recover: Recover | None = None
     export: tuple[Export, ...] = ("hf",)
+    study: Study | None = None
 
     @field_validator("export")
     @classmethod
@@ -326,6 +385,16 @@ class Target(Frozen):
         return text
 
 
+class Paper(Frozen):
+    """What the pipeline in runs/dvc.yaml computes; `python -m flows.paper` adds to it.
+
+    studies: runs with a `study` section; sets: names of runs/sets.yaml, whose tables are made.
+    """
+
+    studies: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+
+
 class Report(Frozen):
     title: str = "Block pruning"
     plots: bool = True
@@ -365,6 +434,7 @@ class Params(Frozen):
     runs: tuple[str, ...] = Field(min_length=1)
     targets: dict[str, Target]
     report: Report = Report()
+    paper: Paper = Paper()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -423,11 +493,13 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 def load_run(name: str, directory: Path = Path("runs")) -> Run:
     """Read runs/<name>.yaml."""
+    if name in NO_RUNS:
+        raise InputError(f"run name {name!r} is taken: runs/{name}.yaml is no run")
     if not NAME.fullmatch(name):
         raise InputError(f"run name {name!r} is not valid: letters, digits, '.', '_' and '-' only, no path")
     path = directory / f"{name}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(p.stem for p in directory.glob("*.yaml"))) or "none"
+        known = ", ".join(sorted({p.stem for p in directory.glob("*.yaml")} - NO_RUNS)) or "none"
         raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
     return _load(path, Run)
 

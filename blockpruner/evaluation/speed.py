@@ -21,11 +21,12 @@ PROMPT_SEED = 0
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds over the repeats."""
+    """Seconds over the repeats; samples: of each, in order, so that those of two models taking turns are pairs."""
 
     median: float
     min: float
     max: float
+    samples: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _now(model: PreTrainedModel) -> float:
 
 
 def _timing(seconds: list[float]) -> Timing:
-    return Timing(median(seconds), min(seconds), max(seconds))
+    return Timing(median(seconds), min(seconds), max(seconds), tuple(seconds))
 
 
 def device_name(device: torch.device) -> str:

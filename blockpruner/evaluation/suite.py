@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
@@ -38,8 +38,17 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 Advance = Callable[[int, int], None]
 
 
+class Subject(Protocol):
+    """What is evaluated: a model and its tokenizer, made when first used."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def tokenizer(self) -> Any: ...
+
+
 @dataclass(frozen=True)
-class _Loader:
+class Checkpoint:
     """A checkpoint that is loaded when first used."""
 
     directory: Path
@@ -52,12 +61,16 @@ class _Loader:
         return load_model(self.directory, self.dtype, self.device, self.trust_remote_code)
 
     @cached_property
+    def identity(self) -> str:
+        return model_identity(self.directory)
+
+    @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.directory, self.trust_remote_code)
 
 
 @dataclass(frozen=True)
-class _Phase:
+class Phase:
     """One unit of work and of loss. compute: called with a progress function; summary: one line from the value."""
 
     name: str
@@ -103,25 +116,21 @@ def benchmark(
         raise InputError(f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}")
     check_context(perplexity["seq_len"], read_json(checkpoint / "config.json"), "evaluate.perplexity.seq_len")
     set_threads(threads)
-    dense_loader = _Loader(dense, dtype, device, trust_remote_code=False)
-    loader = dense_loader if checkpoint == dense else _Loader(checkpoint, dtype, device, trust_remote_code=True)
-    model = {"model": model_identity(checkpoint), "dtype": dtype, "eval_version": EVAL_VERSION}
-    text = model | {"tokenizer": _files_digest(checkpoint, TOKENIZER_FILES)}
+    dense_loader = Checkpoint(dense, dtype, device, trust_remote_code=False)
+    loader = dense_loader if checkpoint == dense else Checkpoint(checkpoint, dtype, device, trust_remote_code=True)
+    model = {"model": loader.identity, "dtype": dtype, "eval_version": EVAL_VERSION}
+    text = model | {"tokenizer": tokenizer_digest(checkpoint)}
     phases = [
-        _perplexity_phase(loader, sources / "perplexity.parquet", perplexity, text),
-        *(_task_phase(loader, task, sources / "tasks", zero_shot["limit"], text) for task in tasks),
-        _speed_phase(loader, dense_loader, speed, model),
+        perplexity_phase(loader, sources / "perplexity.parquet", perplexity, text),
+        *(task_phase(loader, task, sources / "tasks", zero_shot["limit"], text) for task in tasks),
+        speed_phase(loader, dense_loader, speed, model),
     ]
     results_store = ResultsStore(store, observer.note)
-    size = results_store.load(model | {"kind": "size"})
     found = {
-        phase.name: _result(phase, results_store, observer, number / len(phases)) for number, phase in enumerate(phases)
+        phase.name: settle(phase, results_store, observer, number / len(phases)) for number, phase in enumerate(phases)
     }
-    if size is None:
-        size = Stored({"parameters": loader.model.num_parameters(), "weight_bytes": weight_bytes(loader.model)})
-        results_store.save(model | {"kind": "size"}, size)
     results = {
-        **size.value,
+        **size_of(loader, model, results_store),
         "perplexity": {k: v for k, v in found["perplexity"].value.items() if k != "row_nll"},
         "tasks": {task: found[task].value["scores"] for task in tasks},
         "average": _average([found[task].value["scores"] for task in tasks]),
@@ -138,7 +147,23 @@ def benchmark(
     return results
 
 
-def _result(phase: _Phase, store: ResultsStore, observer: Observer, overall: float) -> Stored:
+def size_of(subject: Subject, identity: Mapping[str, Any], store: ResultsStore) -> dict[str, Any]:
+    """parameters and weight_bytes, from the store or counted."""
+    key = {**identity, "kind": "size"}
+    size = store.load(key)
+    if size is None:
+        model = subject.model
+        size = Stored({"parameters": model.num_parameters(), "weight_bytes": weight_bytes(model)})
+        store.save(key, size)
+    return size.value
+
+
+def tokenizer_digest(directory: Path) -> str:
+    files = sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)})
+    return fingerprint({path.name: file_sha256(path) for path in files})
+
+
+def settle(phase: Phase, store: ResultsStore, observer: Observer, overall: float) -> Stored:
     """A phase's result from the store, or computed and stored."""
     observer.begin(phase.name, overall)
     stored = store.load(phase.key)
@@ -150,7 +175,7 @@ def _result(phase: _Phase, store: ResultsStore, observer: Observer, overall: flo
     return stored
 
 
-def _perplexity_phase(loader: _Loader, texts: Path, settings: Mapping[str, Any], identity: Mapping[str, Any]) -> _Phase:
+def perplexity_phase(loader: Subject, texts: Path, settings: Mapping[str, Any], identity: Mapping[str, Any]) -> Phase:
     held_out = read_table(texts, TEXTS)[0].column("text").to_pylist()
     seq_len, max_rows = settings["seq_len"], settings["max_rows"]
 
@@ -159,7 +184,7 @@ def _perplexity_phase(loader: _Loader, texts: Path, settings: Mapping[str, Any],
         return Stored(asdict(measure_perplexity(loader.model, rows, advance)) | {"seq_len": seq_len})
 
     key = {"kind": "perplexity", "texts": fingerprint({"texts": held_out}), "seq_len": seq_len, "max_rows": max_rows}
-    return _Phase(
+    return Phase(
         "perplexity",
         {**identity, **key},
         "rows",
@@ -168,7 +193,7 @@ def _perplexity_phase(loader: _Loader, texts: Path, settings: Mapping[str, Any],
     )
 
 
-def _task_phase(loader: _Loader, task: str, task_dir: Path, limit: int | None, identity: Mapping[str, Any]) -> _Phase:
+def task_phase(loader: Subject, task: str, task_dir: Path, limit: int | None, identity: Mapping[str, Any]) -> Phase:
     def compute(advance: Advance) -> Stored:
         from blockpruner.evaluation.zero_shot import evaluate  # lm-eval, seconds to import, only if it is to run
 
@@ -185,7 +210,7 @@ def _task_phase(loader: _Loader, task: str, task_dir: Path, limit: int | None, i
         return Stored({"scores": scores, "harness": result.harness}, result.items)
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit}
-    return _Phase(
+    return Phase(
         task,
         {**identity, **key, "harness": version("lm-eval")},
         "requests",
@@ -194,7 +219,7 @@ def _task_phase(loader: _Loader, task: str, task_dir: Path, limit: int | None, i
     )
 
 
-def _speed_phase(loader: _Loader, dense: _Loader, settings: Mapping[str, Any], identity: Mapping[str, Any]) -> _Phase:
+def speed_phase(loader: Subject, dense: Checkpoint, settings: Mapping[str, Any], identity: Mapping[str, Any]) -> Phase:
     loaders = {"dense": dense} if loader is dense else {"pruned": loader, "dense": dense}
 
     def compute(advance: Advance) -> Stored:
@@ -210,14 +235,14 @@ def _speed_phase(loader: _Loader, dense: _Loader, settings: Mapping[str, Any], i
 
     key = {
         "kind": "speed",
-        "dense": identity["model"] if loader is dense else model_identity(dense.directory),
+        "dense": dense.identity,
         "settings": dict(settings),
         "machine": machine(),
-        "device": device_name(resolve_device(loader.device)),
+        "device": device_name(resolve_device(dense.device)),
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
     }
-    return _Phase("speed", {**identity, **key}, "generations", compute, _speed_summary)
+    return Phase("speed", {**identity, **key}, "generations", compute, _speed_summary)
 
 
 def _speed_summary(value: Mapping[str, Any]) -> str:
@@ -248,8 +273,3 @@ def _merge(parts: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[s
         for section, values in part.items():
             merged.setdefault(section, {}).update(values)
     return merged
-
-
-def _files_digest(directory: Path, patterns: Iterable[str]) -> str:
-    files = sorted({path for pattern in patterns for path in directory.glob(pattern)})
-    return fingerprint({path.name: file_sha256(path) for path in files})

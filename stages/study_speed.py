@@ -1,0 +1,29 @@
+"""study_speed <run>: generation of the models of a study beside the dense one, at data/studies/<run>/speed."""
+
+from __future__ import annotations
+
+from blockpruner.evaluation.study import time_study
+from blockpruner.experiments import study_of
+from blockpruner.params import load_run
+from blockpruner.progress import observer
+from stages import DATA, STUDIES, run
+from stages.study_evaluate import candidates, dense
+
+
+def main(name: str) -> None:
+    settings = load_run(name)
+    time_study(
+        dense(name, settings),
+        candidates(name, settings),
+        STUDIES / name / "speed",
+        DATA / "evaluations",
+        settings={
+            "main": settings.evaluate.speed.model_dump(),
+            "timed": study_of(settings).speed.model_dump(),
+        },
+        observer=observer(),
+    )
+
+
+if __name__ == "__main__":
+    run("study_speed", main)
