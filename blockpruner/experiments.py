@@ -1,7 +1,7 @@
 """The experiments of the paper as data: which searches a study makes, how far each goes, and which are compared.
 
-Decides what the tables and figures of arXiv 2406.10594 are made of. A method or a factor is added in one place, here; how
-a search runs is decided by `search`, what is measured of its models by `evaluation`, how it looks by `reporting`.
+Decides what the tables and figures of arXiv 2406.10594 are made of. A method or a factor is added in one place, here;
+how a search runs is decided by `search`, what is measured of its models by `evaluation`, how it looks by `reporting`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ BLOCKPRUNER = "BlockPruner"
 
 @dataclass(frozen=True)
 class Method:
-    """kind: of its budgets; score: what it changes in the run's `score` section; use: the parts of a study that it takes
-    part in: "main", "curve", "partial", "high", "seeds"."""
+    """kind: of its budgets; score: what it changes in the run's `score` section; use: the parts of a study that it
+    takes part in: "main", "metric", "curve", "partial", "high", "seeds"."""
 
     kind: Kind
     score: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    BLOCKPRUNER: Method("block", {}, ("main", "curve", "partial", "high", "seeds")),
+    BLOCKPRUNER: Method("block", {}, ("main", "metric", "curve", "partial", "high", "seeds")),
     "SliceGPT": Method("width", {"method": "slicegpt"}, ("main",)),
     "LaCo": Method("layer", {"method": "laco"}, ("main",)),
     "Relative Magnitude": Method(
@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {
     ),
     "one-shot perplexity": Method("block", {"method": "one_shot"}, ("main",)),
     "greedy layers (SLEB)": Method("layer", {"unit": "layer"}, ("main", "high", "seeds")),
-    "BlockPruner by JS": Method("block", {"metric": "js"}, ("main",)),
+    "BlockPruner by JS": Method("block", {"metric": "js"}, ("metric",)),
     "BlockPruner by BI": Method("block", {"metric": "block_influence"}, ("main", "partial")),
     "BlockPruner by RM": Method("block", {"metric": "relative_magnitude"}, ("main", "partial")),
     "MHA only": Method("block", {"candidates": "mha"}, ("partial",)),
@@ -51,6 +51,9 @@ METHODS: dict[str, Method] = {
     "random": Method("block", {"method": "random"}, ("main",)),
 }
 """By the names that tables show. The run's own `score` section says how BlockPruner searches."""
+
+TIMED = (BLOCKPRUNER, "MHA only", "MLP only")
+"""Of these, every budget is timed: the paper's open question is the balance of the two kinds of block."""
 
 ACCELERATED = ("acceleration", "confidence", "floor", "slack", "audit")
 
@@ -92,15 +95,16 @@ def variants(run: Run) -> tuple[Variant, ...]:
         if name not in METHODS:
             raise InputError(f"study.methods: {name!r} is unknown; valid: {', '.join(METHODS)}")
     found = [_method(run, study, name) for name in METHODS if name in names]
+    found = [variant for variant in found if variant.budgets]
     for seed in study.seeds:
         found += [
-            _varied(run, study, v, "seed", str(seed), {"seed": seed}, (budget_of(study.main, v.kind),))
+            _varied(run, v, "seed", str(seed), {"seed": seed}, v.main)
             for v in found
-            if not v.factor and "seeds" in METHODS[v.method].use
+            if not v.factor and v.main is not None and "seeds" in METHODS[v.method].use
         ]
     if BLOCKPRUNER in names:
         for level, change in study.calibrations.items():
-            found.append(_varied(run, study, found[0], "calibration", level, change, (study.sensitivity,)))
+            found.append(_varied(run, found[0], "calibration", level, change, study.sensitivity))
     return tuple(found)
 
 
@@ -112,20 +116,26 @@ def study_of(run: Run) -> Study:
     return run.study
 
 
-def budget_of(budgets: Budgets, kind: Kind) -> str:
-    return str(getattr(budgets, kind))
+def budget_of(budgets: Budgets, kind: Kind) -> str | None:
+    found: str | None = getattr(budgets, kind)
+    return found
 
 
 def _method(run: Run, study: Study, name: str) -> Variant:
     row = METHODS[name]
-    main = budget_of(study.main, row.kind) if "main" in row.use else None
-    partial = study.partial if "partial" in row.use else ()
-    curve = study.curve if "curve" in row.use else ()
-    high = tuple(budget_of(budgets, row.kind) for budgets in study.high) if "high" in row.use else ()
-    sensitivity = (study.sensitivity,) if name == BLOCKPRUNER else ()
-    budgets = tuple(dict.fromkeys([*([main] if main else []), *partial, *curve, *high, *sensitivity]))
+    by_use = {
+        "main": [budget_of(study.main, row.kind)],
+        "metric": study.metric,
+        "partial": study.partial,
+        "curve": study.curve,
+        "high": [budget_of(budgets, row.kind) for budgets in study.high],
+    }
+    wanted = [budget for use, budgets in by_use.items() if use in row.use for budget in budgets if budget is not None]
+    if name == BLOCKPRUNER:
+        wanted.append(study.sensitivity)
+    budgets, main = tuple(dict.fromkeys(wanted)), budget_of(study.main, row.kind) if "main" in row.use else None
     change = {"num_samples": study.laco_samples} if name == "LaCo" and study.laco_samples else {}
-    timed = budgets if {"MHA only", "MLP only", BLOCKPRUNER} & {name} else ()
+    timed = budgets if name in TIMED else ()
     return Variant(
         name, name, row.kind, _score(run, study, name), _calibration(run, change), budgets, main=main, timed=timed
     )
@@ -134,7 +144,7 @@ def _method(run: Run, study: Study, name: str) -> Variant:
 def _score(run: Run, study: Study, name: str) -> Score:
     """The run's `score` section with a method's changes; acceleration only where the search has steps to accelerate."""
     change = dict(METHODS[name].score)
-    own = {key: value for key, value in run.score.model_dump(exclude_unset=True).items()}
+    own = run.score.model_dump(exclude_unset=True)
     if change.get("method", "greedy") != "greedy" or change.get("metric") in ("block_influence", "relative_magnitude"):
         own = {key: value for key, value in own.items() if key not in (*ACCELERATED, "options")}
     if name == "LaCo":
@@ -148,12 +158,12 @@ def _calibration(run: Run, change: Mapping[str, Any]) -> Calibration:
 
 def _varied(
     run: Run,
-    study: Study,
     of: Variant,
     factor: Literal["seed", "calibration"],
     level: str,
     change: Mapping[str, Any],
-    budgets: tuple[str, ...],
+    budget: str | None,
 ) -> Variant:
     name = f"{of.method}, seed {level}" if factor == "seed" else f"{of.method}, {level}"
-    return Variant(name, of.method, of.kind, of.score, _calibration(run, change), budgets, factor=factor, level=level)
+    assert budget is not None
+    return Variant(name, of.method, of.kind, of.score, _calibration(run, change), (budget,), factor=factor, level=level)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
 
 from blockpruner.errors import InputError
 from blockpruner.notation import read_budget
 
-T = TypeVar("T", bound="Frozen")
+T = TypeVar("T", bound=BaseModel)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NO_RUNS = frozenset({"dvc", "sets"})
 """Files of runs/ that are something else: the pipeline of studies, and the sets of them."""
@@ -231,22 +231,24 @@ class Recover(Frozen):
 
 
 class Budgets(Frozen):
-    """One amount of pruning, as a budget of each kind of method: those that remove blocks, layers, or width."""
+    """One amount of pruning, as a budget of each kind of method: those that remove blocks, layers, or width (null: no
+    such method, as for families that SliceGPT does not know)."""
 
     block: str
     layer: str
-    width: str
+    width: str | None = None
 
     @field_validator("block", "layer", "width")
     @classmethod
-    def _budget(cls, value: str) -> str:
-        read_budget(value)
+    def _budget(cls, value: str | None) -> str | None:
+        if value is not None:
+            read_budget(value)
         return value
 
 
 class WikiText(Frozen):
-    """Perplexity on WikiText-2's test split, read where it is: `evaluate.perplexity` of a run from the hub has it, other
-    runs find it through BLOCKPRUNER_DATA."""
+    """Perplexity on WikiText-2's test split, for runs whose `evaluate.perplexity` is another text: read where
+    BLOCKPRUNER_DATA says, if it says."""
 
     seq_len: int = Field(default=2048, ge=2)
     max_rows: int | None = Field(default=None, ge=1)
@@ -255,16 +257,17 @@ class WikiText(Frozen):
 class Study(Frozen):
     """What the tables of the paper vary over a run (`experiments` says which table needs what).
 
-    methods: names of `experiments.METHODS`, None for all; main: Tables 1, 2, 4, 6; curve, partial: shares of parameters,
-    of Figure 10 and of Figures 4 and 6, where one kind of block alone is removed; high: Table 5; sensitivity: to which
-    budget the sets of `calibrations` and how they agree are compared; seeds: of calibration, beside its own;
-    calibrations: by name, the keys of `calibration` that each changes; laco: options of LaCo, and how many samples it
-    compares; tasks: zero-shot tasks beside `evaluate.zero_shot`, of the dense and the main models; speed: of the curves,
-    Table 6 being `evaluate.speed`.
+    methods: names of `experiments.METHODS`, None for all; main: Tables 1, 2 and 6; metric: Table 4; curve, partial: of
+    Figure 10 and Table 9, and of Figures 4 and 6, where one kind of block alone is removed; high: Table 5; sensitivity:
+    to which budget the sets of `calibrations` are compared; seeds: of calibration, beside its own; calibrations: by
+    name, the keys of `calibration` that each changes; laco: options of LaCo, and how many samples it compares; tasks:
+    beside those of `evaluate.zero_shot`, of the dense and the main models; speed: of the curves, Table 6 being
+    `evaluate.speed`.
     """
 
     methods: tuple[str, ...] | None = None
     main: Budgets
+    metric: tuple[str, ...] = ()
     curve: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
     high: tuple[Budgets, ...] = ()
@@ -278,7 +281,7 @@ class Study(Frozen):
     wikitext: WikiText | None = None
     speed: Speed = Speed()
 
-    @field_validator("curve", "partial")
+    @field_validator("metric", "curve", "partial")
     @classmethod
     def _budgets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
@@ -383,6 +386,12 @@ class Target(Frozen):
         text = str(value)
         read_budget(text)
         return text
+
+
+class Sets(RootModel[dict[str, tuple[str, ...]]]):
+    """runs/sets.yaml: the runs of each set."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 class Paper(Frozen):
@@ -502,6 +511,18 @@ def load_run(name: str, directory: Path = Path("runs")) -> Run:
         known = ", ".join(sorted({p.stem for p in directory.glob("*.yaml")} - NO_RUNS)) or "none"
         raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
     return _load(path, Run)
+
+
+def load_set(name: str, path: Path = Path("runs/sets.yaml")) -> dict[str, Run]:
+    """The runs of a set by name; raises InputError for an unknown set, or a run of it without a study."""
+    sets = _load(path, Sets).root
+    if name not in sets:
+        raise InputError(f"set {name!r} is unknown; valid: {', '.join(sets)} (one more is a line in {path})")
+    runs = {run: load_run(run, path.parent) for run in sets[name]}
+    for run, settings in runs.items():
+        if settings.study is None:
+            raise InputError(f"{path}: set {name!r} names {run!r}, and runs/{run}.yaml has no study section; add one")
+    return runs
 
 
 def _load(path: Path, model: type[T]) -> T:

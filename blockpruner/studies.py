@@ -1,7 +1,7 @@
 """The searches of a study, one after the other: their traces, what they cost, and the plans that they lead to.
 
-Decides what a study hands on to evaluation and report (a folder for each search: `rows.parquet`, `search.json` and a plan
-for each budget). Which searches there are is decided by `experiments`; trials are shared by all of them.
+Decides what a study hands on to evaluation and report (a folder for each search: `rows.parquet`, `search.json` and a
+plan for each budget). Which searches there are is decided by `experiments`; trials are shared by all of them.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Search:
     """What is known of a search when it is over.
 
     order: all its removals, as text, beyond the last budget too; perplexities: on its calibration rows, of the dense
-    model and after each removal; first: the loss of every unit scored on all rows in its first iteration, in its metric;
-    both empty where it removes no blocks. rows, tokens: of its calibration set. cost: seconds, trials computed, trials
-    asked for, of all starts together.
+    model and after each removal; first: the loss of every unit scored on all rows in its first iteration, in its
+    metric; all empty where it removes no blocks. rows, tokens: of its calibration set. cost: seconds, trials computed,
+    trials asked for, of all starts together.
     """
 
     variant: str

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,7 +30,11 @@ GRACE = 20.0
 
 PARENT = "BLOCKPRUNER_DVC_PARENT"
 PR_SET_PDEATHSIG = 1
-LOCKFILE, SNAPSHOT, WORKSPACE_LOCK = Path("dvc.lock"), Path(".dvc/tmp/flow.dvc.lock"), Path(".dvc/tmp/flow.lock")
+LOCKFILES, SNAPSHOTS, WORKSPACE_LOCK = (
+    (Path("dvc.lock"), Path("runs/dvc.lock")),
+    Path(".dvc/tmp"),
+    Path(".dvc/tmp/flow.lock"),
+)
 
 
 class StageError(RuntimeError):
@@ -61,22 +66,30 @@ def workspace(holder: str) -> Iterator[int]:
         yield handle.fileno()
 
 
-def repro(stage: str, lock: int, show: Callable[[str], object], environment: Mapping[str, str] | None = None) -> bool:
+def repro(
+    stage: str,
+    lock: int,
+    show: Callable[[str], object],
+    environment: Mapping[str, str] | None = None,
+    again: bool = False,
+) -> bool:
     """Run `dvc repro --single-item` on one stage; True if its command ran, False if nothing had changed.
 
     Args:
         lock: what `workspace` gave; dvc holds it too, so that a killed flow's last stage ends before a new flow.
         show: gets every line of output once, as it comes.
         environment: added to this process's.
+        again: whether the command runs even if nothing has changed.
 
     Raises:
         StageError: the stage failed; `show` has seen why.
     """
-    command = [sys.executable, "-m", "flows.dvc", "repro", "--single-item", stage]
+    force = ["--force"] if again else []
+    command = [sys.executable, "-m", "flows.dvc", "repro", "--single-item", *force, stage]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     env = {**os.environ, **(environment or {}), "PATH": path, "PYTHONUNBUFFERED": "1", PARENT: str(os.getpid())}
     ran = False
-    with _lockfile(show):
+    with _lockfiles(show):
         process = subprocess.Popen(
             command,
             env=env,
@@ -115,32 +128,51 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
+def stale(stages: Sequence[str], show: Callable[[str], object]) -> frozenset[str]:
+    """Those of the stages whose inputs, command or outputs are not what dvc last saw, by one `dvc status`.
+
+    A stage behind one of them may have to run, too, which is known only when that has run.
+    """
+    with _lockfiles(show):
+        command = [sys.executable, "-m", "dvc", "status", "--json", *stages]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise StageError(f"dvc status failed: {result.stderr.strip() or result.stdout.strip()}")
+    return frozenset(json.loads(result.stdout)) & frozenset(stages)
+
+
 @contextmanager
-def _lockfile(show: Callable[[str], object]) -> Iterator[None]:
-    """Repair dvc.lock before and after a command: dvc writes it in place, and without it every command fails."""
+def _lockfiles(show: Callable[[str], object]) -> Iterator[None]:
+    """Repair dvc.lock files before and after a command: dvc writes them in place, and cannot read an empty one."""
     _repair(show)
-    if LOCKFILE.exists():
-        shutil.copyfile(LOCKFILE, SNAPSHOT)
+    for path in LOCKFILES:
+        if path.exists():
+            shutil.copyfile(path, _snapshot(path))
     try:
         yield
     finally:
         _repair(show)
 
 
+def _snapshot(path: Path) -> Path:
+    return SNAPSHOTS / f"flow.{'.'.join(path.parts)}"
+
+
 def _repair(show: Callable[[str], object]) -> None:
     """Bring an empty or truncated dvc.lock back from the last snapshot, or else from the last commit."""
-    if not LOCKFILE.exists() or _whole(LOCKFILE):
-        return
-    bad = set_aside(LOCKFILE)
-    if SNAPSHOT.exists() and _whole(SNAPSHOT):
-        shutil.copyfile(SNAPSHOT, LOCKFILE)
-        show(f"{LOCKFILE} was cut short by a kill; restored from the flow's snapshot (the cut one is {bad})")
-        return
-    committed = subprocess.run(["git", "show", f"HEAD:./{LOCKFILE}"], capture_output=True, text=True)
-    if committed.returncode == 0:
-        write_text(LOCKFILE, committed.stdout)
-    origin = "restored from the last commit" if committed.returncode == 0 else "dvc starts a new one"
-    show(f"{LOCKFILE} was cut short by a kill; {origin} (the cut one is {bad})")
+    for path in LOCKFILES:
+        if not path.exists() or _whole(path):
+            continue
+        bad, snapshot = set_aside(path), _snapshot(path)
+        if snapshot.exists() and _whole(snapshot):
+            shutil.copyfile(snapshot, path)
+            show(f"{path} was cut short by a kill; restored from the flow's snapshot (the cut one is {bad})")
+            continue
+        committed = subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True, text=True)
+        if committed.returncode == 0:
+            write_text(path, committed.stdout)
+        origin = "restored from the last commit" if committed.returncode == 0 else "dvc starts a new one"
+        show(f"{path} was cut short by a kill; {origin} (the cut one is {bad})")
 
 
 def _whole(path: Path) -> bool:

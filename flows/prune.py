@@ -39,8 +39,8 @@ METRICS, REPORT = Path("data/metrics"), Path("data/report")
 
 
 @task(cache_policy=NO_CACHE)  # DVC is the cache
-def run_stage(stage: str, lock: int) -> State[None]:
-    """One DVC stage, its output in the task's log."""
+def run_stage(stage: str, lock: int, again: bool = False) -> State[None]:
+    """One DVC stage, its output in the task's log; `again` runs it even if nothing has changed."""
     url = get_current_settings().api.url
     parent = (
         {
@@ -52,7 +52,7 @@ def run_stage(stage: str, lock: int) -> State[None]:
         else {}
     )  # without a lasting server the stage would start another one
     try:
-        ran = dvc.repro(stage, lock, get_run_logger().info, parent)
+        ran = dvc.repro(stage, lock, get_run_logger().info, parent, again)
     except BaseException as error:
         if url:
             phases.close(UUID(flow_run.id), UUID(task_run.id))

@@ -20,10 +20,10 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from blockpruner.errors import InputError
 from blockpruner.notation import read_budget
-from blockpruner.params import Frozen, load_params, load_run
+from blockpruner.params import Frozen, Run, load_params, load_run, load_set
 from blockpruner.tables import write_text
 
-PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
+PARAMS, PIPELINE, STUDIES = Path("params.yaml"), Path("dvc.yaml"), Path("runs/dvc.yaml")
 
 
 class Selection(Frozen):
@@ -75,9 +75,7 @@ def plan(selection: Selection) -> Plan:
     runs = tuple(dict.fromkeys(selection.runs)) or params.runs
     for run in runs:
         load_run(run)
-    editor = YAML()
-    editor.preserve_quotes = True
-    editor.width = 4096
+    editor = _editor()
     document = editor.load(PARAMS.read_text(encoding="utf-8"))
     additions = []
     for run in runs:
@@ -100,10 +98,65 @@ def plan(selection: Selection) -> Plan:
             document["targets"][name] = value
             additions.append(f"target {name}")
         targets[name] = run
+    text = _dumped(editor, document)
+    _check(text)
+    return Plan(runs, targets, text, tuple(additions))
+
+
+@dataclass(frozen=True)
+class PaperPlan:
+    """What has to be there for the tables of a set. text, additions: as of `Plan`."""
+
+    name: str
+    runs: Mapping[str, Run]
+    text: str
+    additions: tuple[str, ...]
+
+    def write(self) -> None:
+        if self.additions:
+            write_text(PARAMS, self.text)
+
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """DVC's names of the stages: of each run, and of the set, each behind those that it depends on."""
+        pipeline = yaml.safe_load(STUDIES.read_text(encoding="utf-8"))["stages"]
+        of_runs = [name for name, stage in pipeline.items() if "run" in stage["matrix"]]
+        of_sets = [name for name in pipeline if name not in of_runs]
+        chains = [tuple(f"{STUDIES}:{name}@{run}" for name in of_runs) for run in self.runs]
+        return (*chains, tuple(f"{STUDIES}:{name}@{self.name}" for name in of_sets))
+
+
+def paper_plan(name: str) -> PaperPlan:
+    """Check a set against the files of the current folder; changes none of them.
+
+    Raises:
+        InputError: an unknown set, or files that are wrong already.
+    """
+    params, runs = load_params(PARAMS), load_set(name)
+    wanted = {"studies": tuple(runs), "sets": (name,)}
+    editor = _editor()
+    document = editor.load(PARAMS.read_text(encoding="utf-8"))
+    additions = []
+    for key, names in wanted.items():
+        listed = document.setdefault("paper", CommentedMap()).setdefault(key, [])
+        for missing in (one for one in names if one not in getattr(params.paper, key)):
+            listed.append(missing)
+            additions.append(f"{'set' if key == 'sets' else 'study'} {missing}")
+    text = _dumped(editor, document)
+    _check(text)
+    return PaperPlan(name, runs, text, tuple(additions))
+
+
+def _editor() -> YAML:
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = 4096
+    return editor
+
+
+def _dumped(editor: YAML, document: CommentedMap) -> str:
     buffer = io.StringIO()
     editor.dump(document, buffer)
-    _check(buffer.getvalue())
-    return Plan(runs, targets, buffer.getvalue(), tuple(additions))
+    return buffer.getvalue()
 
 
 def _check(text: str) -> None:

@@ -41,7 +41,7 @@ def main(name: str) -> None:
         perplexity=evaluate.perplexity.model_dump(),
         tasks=dict.fromkeys(evaluate.zero_shot.tasks, evaluate.zero_shot.limit),
         main_tasks=dict.fromkeys(study.tasks, study.tasks_limit),
-        wikitext=study.wikitext and study.wikitext.model_dump(),
+        wikitext=study.wikitext.model_dump() if study.wikitext else None,
         observer=observer(),
     )
 

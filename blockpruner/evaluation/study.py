@@ -1,7 +1,7 @@
 """The evaluation of a study's models in memory: each made from the dense model and a plan, no checkpoint between.
 
-Decides what identifies such a model (its key in the results store) and what is asked of it. A model that several searches
-lead to is measured once, whoever asks; every result is stored when it is known.
+Decides what identifies such a model (its key in the results store) and what is asked of it. A model that several
+searches lead to is measured once, whoever asks; every result is stored when it is known.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ def time_study(
     Args:
         settings: prompt_tokens, new_tokens, repeats, batch of "main" (of the main models) and of "timed".
     """
-    results, found = ResultsStore(store, observer.note), {}
+    results = ResultsStore(store, observer.note)
+    found: dict[str, dict[str, Any]] = {}
     wanted = {name: candidate for name, candidate in unique(candidates).items() if candidate.main or candidate.timed}
     for number, (name, subject, identity) in enumerate(_subjects(dense, wanted)):
         asked = [key for key in settings if name == DENSE or getattr(wanted[name], key)]

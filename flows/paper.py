@@ -1,0 +1,145 @@
+"""`python -m flows.paper --set NAME [--dry-run] [--publish]`: every table and figure of the paper for a set of runs.
+
+Brings the studies of the set (runs/sets.yaml) up to date and makes its tables at data/tables/NAME. What is known is not
+computed again: one pass finds the stages that are stale, and only those are started. `--dry-run` prints what would be
+computed and what it takes, and computes nothing; `--publish` copies the tables to docs/results.md.
+
+Decides which stages of runs/dvc.yaml run, and what Prefect sees. How a stage runs is decided by flows.dvc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import httpx
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
+
+from blockpruner.errors import InputError
+from blockpruner.params import load_set
+from blockpruner.tables import replace_directory, write_text
+from flows import dvc, phases
+from flows.prune import check_server, process, run_stage
+from flows.selection import PaperPlan, paper_plan
+
+TABLES, STUDIES, DOCS = Path("data/tables"), Path("data/studies"), Path("docs")
+DATA_VARIABLE = "BLOCKPRUNER_DATA"
+
+
+@task(cache_policy=NO_CACHE)
+def keep_stage() -> State[None]:
+    """A stage that is up to date, and so is everything before it."""
+    return Completed(name="Cached", message="nothing has changed")
+
+
+@flow(name="paper-tables")
+def paper(name: str, publish: bool = False) -> State[None]:
+    """Every table and figure of the paper for the runs of a set."""
+    logger = get_run_logger()
+    try:
+        with dvc.workspace(f"flow run {flow_run.name}, {process()}") as lock:
+            plan = paper_plan(name)
+            plan.write()
+            if plan.additions:
+                logger.info(
+                    f"params.yaml: added {', '.join(plan.additions)}; commit it with runs/dvc.lock to keep them"
+                )
+            chains = plan.stages()
+            stale = dvc.stale([stage for chain in chains for stage in chain], logger.info)
+            fetch_again = frozenset(f"runs/dvc.yaml:fetch@{run}" for run in lacking_data(plan))
+            states: list[State[None]] = []
+            for chain in chains:
+                behind = chain is chains[-1] and any(state.name != "Cached" for state in states)
+                for stage in chain:
+                    behind = behind or stage in stale or stage in fetch_again
+                    label = stage.partition(":")[2]
+                    if behind:
+                        started = run_stage.with_options(name=label, task_run_name=label)
+                        states.append(started(stage, lock, again=stage in fetch_again, return_state=True))
+                    else:
+                        kept = keep_stage.with_options(name=label, task_run_name=label)
+                        states.append(kept(return_state=True))
+                    if not states[-1].is_completed():
+                        return Failed(message=f"{states[-1].message}. Finished work is kept: run again to go on")
+            show_tables(name)
+            if publish:
+                logger.info(f"published: {publish_tables(name)}")
+    except InputError as error:
+        return Failed(name="Refused", message=str(error))
+    cached = sum(state.name == "Cached" for state in states)
+    made = f"{len(states)} stages: {len(states) - cached} run, {cached} cached; tables: {TABLES / name / 'index.html'}"
+    return Completed(message=made)
+
+
+def lacking_data(plan: PaperPlan) -> list[str]:
+    """Runs that were fetched without the data that BLOCKPRUNER_DATA names now; dvc does not see the environment."""
+    if not os.environ.get(DATA_VARIABLE):
+        return []
+    sources = {name: STUDIES / name / "sources" for name, run in plan.runs.items() if run.study and run.study.wikitext}
+    return [name for name, folder in sources.items() if folder.exists() and not (folder / "wikitext.parquet").exists()]
+
+
+def show_tables(name: str) -> None:
+    """The report of the set as artifacts of the flow run."""
+    report = TABLES / name / "report.md"
+    create_markdown_artifact(report.read_text(encoding="utf-8"), phases.artifact_key(f"tables-{name}"))
+    create_link_artifact((report.parent / "index.html").resolve().as_uri(), key=phases.artifact_key(f"page-{name}"))
+
+
+def publish_tables(name: str) -> Path:
+    """Copy a set's report and its plots to docs/results.md and docs/results/."""
+    source, out = TABLES / name, DOCS / "results.md"
+    replace_directory(DOCS / "results", lambda folder: [shutil.copy(p, folder) for p in source.glob("plots/*.png")])
+    text = (source / "report.md").read_text(encoding="utf-8")
+    write_text(out, re.sub(r"\]\(plots/", "](results/", text))
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: up to date; 1: a stage failed; 2: refused, nothing changed; 130: interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m flows.paper", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("--set", required=True, metavar="NAME", help="a set of runs/sets.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be computed, and what it takes")
+    parser.add_argument("--gpu", metavar="KIND", help="for the hours of --dry-run")
+    parser.add_argument("--publish", action="store_true", help="copy the tables to docs/results.md")
+    options = parser.parse_args(argv)
+    try:
+        if options.dry_run:
+            print(dry_run(options.set, options.gpu))
+            return 0
+        paper_plan(options.set)  # the flow does both again; here they refuse before a server has to be started
+        with dvc.workspace(process()):
+            check_server()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        state = paper(options.set, options.publish, return_state=True)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except httpx.HTTPError as error:
+        print(f"the Prefect server went away ({error}); finished stages are kept: run again to go on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; finished work is kept: run again to go on", file=sys.stderr)
+        return 130
+    print(state.message, file=sys.stderr)
+    return 0 if state.is_completed() else 2 if state.name == "Refused" else 1
+
+
+def dry_run(name: str, gpu: str | None) -> str:
+    from blockpruner.estimates import describe, estimate
+
+    return describe(name, [estimate(run, settings) for run, settings in load_set(name).items()], gpu)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
