@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prefect import flow, get_run_logger, task
@@ -57,7 +58,7 @@ def paper(name: str, publish: bool = False) -> State[None]:
             chains = plan.stages()
             stale = dvc.stale([stage for chain in chains for stage in chain], logger.info)
             fetch_again = frozenset(f"runs/dvc.yaml:fetch@{run}" for run in lacking_data(plan))
-            states: list[State[None]] = []
+            states: list[State[Any]] = []
             for chain in chains:
                 behind = chain is chains[-1] and any(state.name != "Cached" for state in states)
                 for stage in chain:
