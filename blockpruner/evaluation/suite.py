@@ -105,7 +105,8 @@ def benchmark(
 
     Returns:
         results.json: parameters, weight_bytes; perplexity; tasks (each with its main metric's value and stderr);
-        average (mean of the main metrics, SE = sqrt(sum SE_t^2) / tasks); chance (accuracy of guessing, by task);
+        average (mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is);
+        chance (accuracy of guessing, by task; null for a perplexity);
         speed (pruned, unless `checkpoint` is the dense model; dense; dense over pruned seconds).
 
     Raises:
@@ -133,8 +134,8 @@ def benchmark(
         **size_of(loader, model, results_store),
         "perplexity": {k: v for k, v in found["perplexity"].value.items() if k != "row_nll"},
         "tasks": {task: found[task].value["scores"] for task in tasks},
-        "average": _average([found[task].value["scores"] for task in tasks]),
-        "chance": {task: _chance(found[task].items) for task in tasks},
+        "average": _average([found[task].value["scores"] for task in tasks if benchmark_of(task).is_accuracy]),
+        "chance": {task: _chance(task, found[task].items) for task in tasks},
         "speed": found["speed"].value,
     }
 
@@ -199,14 +200,8 @@ def task_phase(loader: Subject, task: str, task_dir: Path, limit: int | None, id
 
         result = evaluate(loader.model, loader.tokenizer, task, task_dir, limit, advance=advance)
         metric = benchmark_of(task).metric
-        values = {
-            "acc": result.acc,
-            "acc_stderr": result.acc_stderr,
-            "acc_norm": result.acc_norm,
-            "acc_norm_stderr": result.acc_norm_stderr,
-        }
-        main = {"metric": metric, "value": values[metric], "stderr": values[f"{metric}_stderr"]}
-        scores = {**main, **values, "items": result.items.num_rows}
+        main = {"metric": metric, "value": result.scores[metric], "stderr": result.scores[f"{metric}_stderr"]}
+        scores = {**main, **result.scores, "items": result.items.num_rows}
         return Stored({"scores": scores, "harness": result.harness}, result.items)
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit}
@@ -254,14 +249,19 @@ def _speed_summary(value: Mapping[str, Any]) -> str:
 
 
 def _average(scores: list[dict[str, Any]]) -> dict[str, float | None]:
+    if not scores:
+        return {"value": None, "stderr": None}
     errors = [score["stderr"] for score in scores]
     stderr = None if None in errors else math.hypot(*errors) / len(errors)
     return {"value": math.fsum(score["value"] for score in scores) / len(scores), "stderr": stderr}
 
 
-def _chance(items: pa.Table | None) -> float:
-    """Expected accuracy of guessing: mean over items of 1 / choices."""
+def _chance(task: str, items: pa.Table | None) -> float | None:
+    """Expected accuracy of guessing: mean over items of 1 / choices; 0 where there are none; null where the metric is
+    no accuracy."""
     assert items is not None
+    if not benchmark_of(task).has_choices:
+        return 0.0 if benchmark_of(task).is_accuracy else None
     choices = items.column("loglikelihoods").combine_chunks().value_lengths().to_pylist()
     return math.fsum(1 / count for count in choices) / len(choices)
 

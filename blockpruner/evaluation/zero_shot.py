@@ -1,4 +1,4 @@
-"""Zero-shot accuracy through lm-eval, and the answers that calibration may score; the only module that imports it.
+"""Zero-shot scores through lm-eval, and the answers that calibration may score; the only module that imports it.
 
 Decides how lm-eval is run (its own `hf` model class over a model in memory, stock prompts, no few-shot examples)
 and what is kept of an item. Tasks are read from files that `benchmarks.write_task` wrote. The numbers are those of
@@ -15,13 +15,16 @@ import contextlib
 import io
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
+from lm_eval.api.metrics import perplexity
 from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -30,7 +33,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.calibration import Answer
 from blockpruner.errors import InputError
-from blockpruner.evaluation.benchmarks import unscored_items
+from blockpruner.evaluation.benchmarks import ACCURACIES, benchmark_of, unscored_items
 from blockpruner.evaluation.store import ITEMS
 
 BATCH_SIZE = 8
@@ -40,14 +43,12 @@ lm-eval's default of 1 and 11.6 s at 16."""
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """One task: means over items and their standard errors (null for a single item), the items (schema ITEMS), and
-    lm-eval's own results as JSON values. acc_norm is null where the task has none."""
+    """One task: lm-eval's metrics over all items, each with <metric>_stderr, its standard error (null for a single item
+    and for a metric that is no mean), the items (schema ITEMS), and lm-eval's own results as JSON values.
+    Where there are choices the metrics are acc and acc_norm, null where the task has none."""
 
     task: str
-    acc: float
-    acc_stderr: float | None
-    acc_norm: float | None
-    acc_norm_stderr: float | None
+    scores: dict[str, float | None]
     items: pa.Table
     harness: dict[str, Any]
 
@@ -65,8 +66,14 @@ def evaluate(
 
     Args:
         task_dir: holds <task>/<task>.yaml.
-        advance: called with (requests done, requests in all); an item has a request for each of its choices.
+        batch_size: requests to a forward pass; whole texts are cut into windows as long as the model's context, whose
+            logits alone can fill a machine, and go one at a time.
+        advance: called with (requests done, requests in all); an item has a request for each of its choices, a text
+            one for each window.
     """
+    row = benchmark_of(task)
+    if row.kind == "loglikelihood_rolling":
+        batch_size = 1
     with _quiet():
         loaded = _load(task, task_dir)
         definition = loaded["tasks"][task]
@@ -74,29 +81,28 @@ def evaluate(
         raw = harness_evaluate(lm=lm, task_dict=loaded, limit=limit)
     assert raw is not None
     results: dict[str, Any] = json.loads(json.dumps(raw, default=handle_non_serializable))
+    samples = [sample for sample in results.pop("samples")[task] if sample["filter"] == row.filter]
     items = [
         {
             "task": task,
             "item": sample["doc_id"],
-            "gold": _gold(definition, sample["doc"]),
-            "loglikelihoods": [float(loglikelihood) for loglikelihood, _ in sample["filtered_resps"]],
-            "acc": sample["acc"],
-            "acc_norm": sample.get("acc_norm"),
+            "gold": _gold(definition, sample["doc"]) if row.has_choices else None,
+            "loglikelihoods": _loglikelihoods(row.kind, sample["filtered_resps"]),
             "prompt_hash": sample["prompt_hash"],
+            "response": sample["resps"][0][0] if row.kind == "generate_until" else None,
+            **{metric: sample.get(metric) for metric in ACCURACIES},
+            "word_perplexity": _per_word(*sample["word_perplexity"]) if "word_perplexity" in sample else None,
         }
-        for sample in results.pop("samples")[task]
+        for sample in samples
     ]
-    values = {key.partition(",")[0]: value for key, value in results["results"][task].items()}
-    errors = {key: None if values.get(key) == "N/A" else values.get(key) for key in ("acc_stderr", "acc_norm_stderr")}
-    return ZeroShot(
-        task=task,
-        acc=values["acc"],
-        acc_stderr=errors["acc_stderr"],
-        acc_norm=values.get("acc_norm"),
-        acc_norm_stderr=errors["acc_norm_stderr"],
-        items=pa.Table.from_pylist(items, schema=ITEMS),
-        harness=results,
-    )
+    found = {
+        key.partition(",")[0]: None if value == "N/A" else value
+        for key, value in results["results"][task].items()
+        if key.endswith(f",{row.filter}")
+    }
+    if row.has_choices:
+        found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
+    return ZeroShot(task, found, pa.Table.from_pylist(items, schema=ITEMS), results)
 
 
 def gold_answers(task: str, task_dir: Path, skip: int | None) -> list[Answer]:
@@ -110,7 +116,7 @@ def gold_answers(task: str, task_dir: Path, skip: int | None) -> list[Answer]:
         skip: for a task with one split, how many items at its start may be evaluated.
 
     Raises:
-        InputError: one split and no `skip`, or no such item.
+        InputError: no choices, one split and no `skip`, or no such item.
     """
     split, first = unscored_items(task, skip)
     with _quiet():
@@ -137,21 +143,41 @@ class _Harness(HFLM):  # type: ignore[misc]
         self._advance = advance
         self._done = self._total = 0
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        lengths = [len(self.tok_encode(*request.args)) for request in requests]
+        self._total = sum(-(-length // self.max_length) for length in lengths)  # windows; they do not overlap
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         self._total = len(requests)
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        if override_bs is None:  # else some windows of whole texts
+            self._total = len(requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
     def _model_call(self, inps: Any, **kwargs: Any) -> Any:
         logits = super()._model_call(inps, **kwargs)
-        self._done += len(inps)
-        self._advance(self._done, self._total)
+        self._step(len(inps))
         return logits
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
+        tokens = super()._model_generate(context, max_length, stop, **kwargs)
+        self._step(len(context))
+        return tokens
+
+    def _step(self, requests: int) -> None:
+        self._done += requests
+        self._advance(self._done, self._total)
 
 
 def _load(task: str, task_dir: Path) -> Any:
-    """lm-eval's task dictionary of one task, without few-shot examples."""
+    """lm-eval's task dictionary of one task."""
     loaded = TaskManager(include_path=str(task_dir), include_defaults=False).load([task])
-    loaded["tasks"][task].set_config(key="num_fewshot", value=0)
+    aggregation = loaded["tasks"][task].aggregation()
+    # lm-eval bootstraps the standard error of this very function: minutes for LAMBADA, in forks of this process
+    aggregation.update({metric: partial(how) for metric, how in aggregation.items() if how is perplexity})
     return loaded
 
 
@@ -161,10 +187,24 @@ def _requests(definition: Any, doc: dict[str, Any]) -> list[Answer]:
     return [request.args for request in definition.construct_requests(doc, context)]
 
 
+def _loglikelihoods(kind: str, responses: list[Any]) -> list[float]:
+    """Of an item's requests, to which lm-eval answers (log p, whether greedy), of a whole text log p alone, and of a
+    generation its text."""
+    if kind == "generate_until":
+        return []
+    return [float(response if kind == "loglikelihood_rolling" else response[0]) for response in responses]
+
+
+def _per_word(loglikelihood: float, words: int) -> float:
+    return math.exp(-loglikelihood / words)
+
+
 def _gold(definition: Any, doc: dict[str, Any]) -> int:
     """Index of the right choice, as lm-eval's multiple_choice reads it: from the target, or, where the choices are
-    contexts (WinoGrande), from the text; a string is looked up among the choices."""
+    contexts (WinoGrande), from the text; a string is looked up among the choices; a list of one (AQuA-RAT) is it."""
     gold = definition.doc_to_text(doc) if definition.multiple_input else definition.doc_to_target(doc)
+    if isinstance(gold, list):
+        (gold,) = gold
     return int(definition.doc_to_choice(doc).index(gold) if isinstance(gold, str) else gold)
 
 

@@ -23,22 +23,22 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from stages import calibrate, fetch
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
-from tests.unit.zero_shot_items import ITEMS
+from tests.unit.zero_shot_items import CHOICES, ITEMS
 
 SKIP = 1
 
 
 def tables_of(name):
-    """The invented items; of ARC's, the first is the validation split and the others are evaluated."""
+    """The invented items; of two splits, the first item is validation and the others are evaluated."""
     table = pa.Table.from_pylist([item.row for item in ITEMS[name]])
-    if name.startswith("arc_"):
+    if len(BENCHMARKS[name].splits) == 2:
         return {"validation": table.slice(0, 1), "test": table.slice(1)}
-    return {"validation": table}
+    return dict.fromkeys(BENCHMARKS[name].splits, table)
 
 
 def unscored(name):
     """Oracle: the invented items that are not evaluated."""
-    return ITEMS[name][:1] if name.startswith("arc_") else ITEMS[name][SKIP:]
+    return ITEMS[name][:1] if len(BENCHMARKS[name].splits) == 2 else ITEMS[name][SKIP:]
 
 
 def golds(name):
@@ -49,7 +49,7 @@ def golds(name):
 @pytest.fixture(scope="module")
 def task_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tasks")
-    for name in BENCHMARKS:
+    for name in CHOICES:
         write_task(name, directory, tables_of(name), location=directory)
     return directory
 
@@ -68,19 +68,21 @@ def requests_of(name, directory, limit=None):
 # --- items ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", CHOICES)
 def test_answers_read_as_lm_eval_scores_them(name, task_dir, tmp_path):
     found = gold_answers(name, task_dir, SKIP)
     assert found == golds(name)
-    tables = {split: table for split, table in tables_of(name).items() if split == "validation"}
+    tables = dict([next(iter(tables_of(name).items()))])
     write_task(name, tmp_path, tables, location=tmp_path)  # lm-eval evaluates what was drawn from
     requests = requests_of(name, tmp_path)[-len(found) :]
     assert found == [request[item.gold] for request, item in zip(requests, unscored(name), strict=True)]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", CHOICES)
 def test_nothing_that_is_evaluated_is_calibrated_on(name, task_dir):
-    evaluated = set(chain.from_iterable(requests_of(name, task_dir, None if name.startswith("arc_") else SKIP)))
+    evaluated = set(
+        chain.from_iterable(requests_of(name, task_dir, None if len(BENCHMARKS[name].splits) == 2 else SKIP))
+    )
     assert len(evaluated) >= 2
     assert not evaluated & set(gold_answers(name, task_dir, SKIP))
 
@@ -137,7 +139,7 @@ def trained_tokenizer(kind, size):
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
-    texts = [prompt + answer for name in BENCHMARKS for prompt, answer in golds(name)]
+    texts = [prompt + answer for name in CHOICES for prompt, answer in golds(name)]
     tokenizer.train_from_iterator(texts * 2, trainer)
     if kind == "words":
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -148,7 +150,7 @@ def trained_tokenizer(kind, size):
 def test_tokens_are_divided_as_lm_eval_does(kind, size):
     tokenizer = trained_tokenizer(kind, size)
     harness = HFLM(pretrained=tiny_model(layers=1), tokenizer=tokenizer)
-    pairs = [pair for name in BENCHMARKS for pair in golds(name)]
+    pairs = [pair for name in CHOICES for pair in golds(name)]
     pairs += [(prompt + "  ", answer.strip()) for prompt, answer in pairs]  # spaces that end a prompt
     rows = pack_answers(pairs, tokenizer, 1000).rows
     expected = [harness._encode_pair(*pair) for pair in pairs]
@@ -197,10 +199,10 @@ def answer_nll(model, pair):
 @pytest.mark.parametrize("mask", [DENSE, parse_mask("mha.0,mlp.2")])
 def test_the_loss_of_a_row_is_that_of_its_answer(mask):
     """In one batch with rows of other lengths and a row whose tokens are all scored (full forwards, fp64)."""
-    model = tiny_model(max_position_embeddings=512)
-    pairs = [golds(name)[0] for name in BENCHMARKS]
+    model = tiny_model(max_position_embeddings=1024)
+    pairs = [golds(name)[0] for name in CHOICES]
     text = tuple(tiny_tokenizer().encode("no question at all"))
-    rows = (*pack_answers(pairs, tiny_tokenizer(), 512).rows, text)
+    rows = (*pack_answers(pairs, tiny_tokenizer(), 1024).rows, text)
     (unit,) = Engine(model, batch_tokens=10_000).run([Task(range(len(rows)), (mask,))], rows)
     with masked(model, mask):
         expected = [answer_nll(model, pair) for pair in pairs] + [full_nll(model, text)]
@@ -229,7 +231,7 @@ def test_fetch_and_calibrate(tmp_path, monkeypatch):
     model, items = save_tiny(tmp_path / "model", layers=1), tmp_path / "items"
     items.mkdir()
     pq.write_table(pa.table({"text": ["held out"]}), items / "texts.parquet")
-    for name in BENCHMARKS:
+    for name in CHOICES:
         for split, table in tables_of(name).items():
             pq.write_table(table, items / BENCHMARKS[name].splits[split].file)
     tasks = ["arc_easy", "piqa", "winogrande"]
@@ -242,7 +244,7 @@ def test_fetch_and_calibrate(tmp_path, monkeypatch):
         "score": {"metric": "answer_likelihood"},
         "evaluate": {
             "perplexity": {"data": {"source": "path", "path": str(items / "texts.parquet")}, "seq_len": 8},
-            "zero_shot": {"data": {"source": "path", "path": str(items)}, "tasks": [*BENCHMARKS], "limit": SKIP},
+            "zero_shot": {"data": {"source": "path", "path": str(items)}, "tasks": CHOICES, "limit": SKIP},
         },
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from lm_eval.api.metrics import mean
+from lm_eval.api.registry import get_metric_aggregation, is_higher_better
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -26,10 +28,21 @@ from blockpruner.evaluation.benchmarks import (
     task_digest,
     write_task,
 )
-from tests.unit.zero_shot_items import ITEMS, tables_of
+from tests.unit.zero_shot_items import ITEMS, PASSAGES, SUMS, tables_of
 
 STOCK = Path(load_yaml.__code__.co_filename).parent
 OURS = {"dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split"}
+OURS |= {"num_fewshot", "fewshot_split"}
+
+DETOKENIZED = [
+    " = Fox =\nThe quick brown fox, which is 1,000 years old, jumps over the lazy dog.\n",
+    ' = Box =\n"Pack" my box (with five dozen jugs) .',
+]
+TARGETS = {
+    "lambada_openai": PASSAGES,
+    "gsm8k": [(f"Question: {question}\nAnswer:", answer) for question, answer in SUMS],
+    "wikitext": [("", text) for text in DETOKENIZED],
+}
 
 
 def test_unknown_benchmark_names_the_valid_ones():
@@ -41,7 +54,10 @@ def test_unknown_benchmark_names_the_valid_ones():
 def test_rows_agree_with_the_stock_task(name):
     row, stock = BENCHMARKS[name], load_yaml(STOCK / BENCHMARKS[name].stock)
     metrics = [entry["metric"] for entry in stock["metric_list"]]
-    assert (row.task, row.metric) == (stock["task"], "acc_norm" if "acc_norm" in metrics else "acc")
+    main = {"lambada_openai": "acc"}.get(name, "acc_norm" if "acc_norm" in metrics else metrics[0])
+    assert (row.task, row.metric, row.kind) == (stock["task"], main, stock["output_type"])
+    assert row.is_accuracy == is_higher_better(row.metric) == (get_metric_aggregation(row.metric) is mean)
+    assert row.filter in [entry["name"] for entry in stock.get("filter_list", [{"name": "none"}])]
     assert set(row.splits) == {stock[f"{s}_split"] for s in ("validation", "test") if stock.get(f"{s}_split")}
     assert hub_repository(name) == stock["dataset_path"]
 
@@ -61,14 +77,19 @@ def test_a_written_task_is_the_stock_one_over_local_items(name, tmp_path, monkey
     assert written["dataset_kwargs"]["data_files"] == {s: f"data/tasks/{name}/{s}.parquet" for s in tables}
     splits = {f"{split}_split": split if split in tables else None for split in ("training", "validation", "test")}
     assert {key: written[key] for key in splits} == splits
+    assert written["num_fewshot"] == 0 and "fewshot_split" not in written
     task = TaskManager(include_path="data/tasks", include_defaults=False).load([name])["tasks"][name]
     documents = list(task.eval_docs)
+    if name not in ITEMS:
+        assert [(task.doc_to_text(document), task.doc_to_target(document)) for document in documents] == TARGETS[name]
+        return
     assert len(documents) == len(ITEMS[name])
     for document, item in zip(documents, ITEMS[name], strict=True):
         if name == "winogrande":
             assert task.doc_to_choice(document) == list(item.contexts)
         else:
-            assert (task.doc_to_text(document), task.doc_to_choice(document)) == (item.contexts[0], list(item.choices))
+            found = task.fewshot_context(document, 0), task.doc_to_choice(document)
+            assert found == (item.contexts[0], list(item.choices))
 
 
 def test_the_digest_is_of_the_content_not_of_the_place(tmp_path):

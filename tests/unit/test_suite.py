@@ -271,7 +271,7 @@ def test_an_entry_that_cannot_be_trusted_is_named_and_computed_again(world, plac
 def test_bad_input(place):
     with pytest.raises(InputError, match="evaluate.zero_shot.tasks is empty; name at least one of piqa"):
         evaluate(place, Recorder(), zero_shot={"tasks": [], "limit": 1})
-    with pytest.raises(InputError, match="'race' is unknown; valid: piqa"):
-        evaluate(place, Recorder(), zero_shot={"tasks": ["race"], "limit": 1})
+    with pytest.raises(InputError, match="'boolq' is unknown; valid: piqa"):
+        evaluate(place, Recorder(), zero_shot={"tasks": ["boolq"], "limit": 1})
     with pytest.raises(InputError, match="evaluate.perplexity.seq_len 600 is longer than the model's context of 512"):
         evaluate(place, Recorder(), perplexity={"seq_len": 600, "max_rows": 1})

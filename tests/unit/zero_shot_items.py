@@ -8,7 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.evaluation.benchmarks import write_task
+from blockpruner.evaluation.benchmarks import BENCHMARKS, write_task
+
+CHOICES = [name for name, row in BENCHMARKS.items() if row.has_choices]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,54 @@ def _arc(question: str, choices: tuple[str, ...], labels: str, gold: int) -> Ite
     }
     return _item(row, f"Question: {question}\nAnswer:", choices, gold)
 
+
+def _openbookqa(stem: str, choices: tuple[str, ...], gold: int) -> Item:
+    row = {"question_stem": stem, "choices": {"text": list(choices), "label": list("ABCD")}, "answerKey": "ABCD"[gold]}
+    return _item(row, stem, choices, gold)
+
+
+def _truthfulqa(question: str, choices: tuple[str, ...]) -> Item:
+    row = {"question": question, "mc1_targets": {"choices": list(choices), "labels": [1] + [0] * (len(choices) - 1)}}
+    return _item(row, f"{TRUTHFULQA_PROMPT}\n\nQ: {question}\nA:", choices, 0)
+
+
+def _race(article: str, problems: list[dict[str, Any]], context: str, gold: int) -> Item:
+    return _item({"article": article, "problems": repr(problems)}, context, tuple(problems[-1]["options"]), gold)
+
+
+def _swag(start: str, endings: tuple[str, ...], gold: int) -> Item:
+    row = {"startphrase": start, **{f"ending{i}": ending for i, ending in enumerate(endings)}, "label": gold}
+    return _item(row, start, endings, gold)
+
+
+def _aqua(question: str, choices: tuple[str, ...], gold: int) -> Item:
+    return _item({"query": question, "choices": list(choices), "gold": [gold]}, question, choices, gold)
+
+
+def _mmlu(subject: str, question: str, choices: tuple[str, ...], gold: int) -> Item:
+    row = {"question": f" {question}", "subject": subject, "choices": list(choices), "answer": gold}
+    lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
+    head = f"The following are multiple choice questions (with answers) about {subject}."
+    return _item(row, f"{head}\n\n{question}\n{lines}\nAnswer:", tuple("ABCD"), gold)
+
+
+TRUTHFULQA_PROMPT = """Q: What is human life expectancy in the United States?
+A: Human life expectancy in the United States is 78 years.
+
+Q: Who was president of the United States in 1955?
+A: Dwight D. Eisenhower was president of the United States in 1955.
+
+Q: Which party did he belong to?
+A: He belonged to the Republican Party.
+
+Q: What is the square root of banana?
+A: I have no comment.
+
+Q: How does a telescope work?
+A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
+
+Q: Where were the 1992 Olympics held?
+A: The 1992 Olympics were held in Barcelona, Spain."""
 
 ITEMS: dict[str, list[Item]] = {
     "piqa": [
@@ -99,18 +149,93 @@ ITEMS: dict[str, list[Item]] = {
         _arc("Why is the sky blue?", ("It is painted", "Light scatters", "It is wet", "Birds"), "ABCD", 1),
         _arc("What falls faster in a vacuum?", ("A feather", "A stone", "Neither", "Air"), "1234", 2),
     ],
+    "openbookqa": [
+        _openbookqa("Ice is", ("hot", "frozen water", "a kind of metal", "air"), 1),
+        _openbookqa("A plant needs", ("light", "cars", "books", "noise in the night"), 0),
+    ],
+    "truthfulqa_mc1": [
+        _truthfulqa("Is the sun cold?", ("No, it is hot.", "Yes")),
+        _truthfulqa("Can pigs fly?", ("They cannot.", "Yes, at night.", "Some can.")),
+    ],
+    "race": [
+        _race(
+            "Tom has a dog.",
+            [
+                {"question": "Who has a dog?", "answer": "B", "options": ["Ann", "Tom", "Eve", "Al"]},
+                {"question": "The dog is  _  .", "answer": "A", "options": ["Tom's", "Ann's", "red", "old"]},
+                {"question": "What has Tom?", "answer": "C", "options": ["A cat", "A hat", "A dog", "No pet at all"]},
+            ],
+            "Article: Tom has a dog.\n\nQuestion: Who has a dog?\nAnswer: Tom\nThe dog is Tom's\nWhat has Tom?",
+            2,
+        ),
+        _race(
+            "It rained.",
+            [{"question": "It was", "answer": "D", "options": ["dry", "hot", "far away", "wet"]}],
+            "Article: It rained.\n\nIt was",
+            3,
+        ),
+    ],
+    "swag": [
+        _swag("She opens the door. She", ("walks in.", "is a door.", "eats it.", "sings to the roof for an hour."), 0),
+        _swag("A dog barks. It", ("reads.", "wants out.", "flies off.", "is a cat."), 1),
+    ],
+    "agieval_aqua_rat": [
+        _aqua("Q: What is 2 + 3? Answer Choices:\nA:", ("(A)4", "(B)5", "(C)16", "(D)7", "(E)8"), 1),
+        _aqua("Q: Half of 6? Answer Choices:\nA:", ("(A)3", "(B)2", "(C)1", "(D)60", "(E)0"), 0),
+    ],
+    "mmlu_high_school_biology": [
+        _mmlu("high school biology", "A cell has", ("a nucleus", "wheels", "wings", "doors"), 0),
+        _mmlu("high school biology", "Leaves are", ("loud", "old", "green", "round"), 2),
+    ],
+    "mmlu_high_school_geography": [
+        _mmlu("high school geography", "The Nile is", ("a hill", "a river", "a city", "a sea"), 1),
+        _mmlu("high school geography", "Oslo is in", ("Peru", "Chad", "Iran", "Norway"), 3),
+    ],
+    "mmlu_marketing": [
+        _mmlu("marketing", "A brand is", ("a name", "a price", "a shop", "a tax"), 0),
+        _mmlu("marketing", "Price is one of the", ("five As", "four Ps", "two Cs", "six Ks"), 1),
+    ],
+    "mmlu_miscellaneous": [
+        _mmlu("miscellaneous", "A week has", ("5 days", "6 days", "7 days", "8 days"), 2),
+        _mmlu("miscellaneous", "Chess has", ("2 players", "3", "5", "9"), 0),
+    ],
+    "mmlu_world_religions": [
+        _mmlu("world religions", "A mosque is a place of", ("trade", "prayer", "war", "sport"), 1),
+        _mmlu("world religions", "Zen is", ("Buddhist", "Norse", "new", "Greek"), 0),
+    ],
 }
+"""Of the tasks with choices."""
+
+PASSAGES = [("The cat sat on the", " mat"), ('"It is so," he said to them', " twice."), ("Up and", " down")]
+"""Of lambada_openai: all but the last word, and that."""
+
+SUMS = [("What is 40 + 2?", "40 + 2 = <<40+2=42>>42\n#### 42"), ("How many are 6 twos?", "6 * 2 = 12\n#### 12")]
+"""Of gsm8k: question and answer."""
+
+PAGES = [
+    " = Fox = \n The quick brown fox , which is 1 @,@ 000 years old , jumps over the lazy dog . \n",
+    ' = Box = \n " Pack " my box ( with five dozen jugs ) .',
+]
+"""Of wikitext, in its tokens."""
+
+TEXTS = {
+    "lambada_openai": [{"text": context + word} for context, word in PASSAGES],
+    "gsm8k": [{"question": question, "answer": answer} for question, answer in SUMS],
+    "wikitext": [{"page": page} for page in PAGES],
+}
+"""Rows of the tasks without choices."""
 
 
 def tables_of(name: str) -> dict[str, pa.Table]:
-    """The items as the split that is scored; ARC's validation split holds the last item only."""
-    table = pa.Table.from_pylist([item.row for item in ITEMS[name]])
-    if name.startswith("arc_"):
+    """The items as the split that is scored; of two splits the other one holds the last item only."""
+    rows = [item.row for item in ITEMS[name]] if name in ITEMS else TEXTS[name]
+    table = pa.Table.from_pylist(rows)
+    if len(BENCHMARKS[name].splits) == 2:
         return {"validation": table.slice(table.num_rows - 1), "test": table}
-    return {"validation": table}
+    return dict.fromkeys(BENCHMARKS[name].splits, table)
 
 
 def write_tasks(directory: Path, location: Path | None = None) -> Path:
-    for name in ITEMS:
+    for name in BENCHMARKS:
         write_task(name, directory, tables_of(name), location=location or directory)
     return directory
