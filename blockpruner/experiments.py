@@ -91,9 +91,9 @@ def variants(run: Run) -> tuple[Variant, ...]:
     """
     study = study_of(run)
     names = METHODS if study.methods is None else study.methods
-    for name in names:
+    for name in (*names, *study.options, *study.samples):
         if name not in METHODS:
-            raise InputError(f"study.methods: {name!r} is unknown; valid: {', '.join(METHODS)}")
+            raise InputError(f"study names the method {name!r}, which is unknown; valid: {', '.join(METHODS)}")
     found = [_method(run, study, name) for name in METHODS if name in names]
     found = [variant for variant in found if variant.budgets]
     for seed in study.seeds:
@@ -134,7 +134,7 @@ def _method(run: Run, study: Study, name: str) -> Variant:
     if name == BLOCKPRUNER:
         wanted.append(study.sensitivity)
     budgets, main = tuple(dict.fromkeys(wanted)), budget_of(study.main, row.kind) if "main" in row.use else None
-    change = {"num_samples": study.laco_samples} if name == "LaCo" and study.laco_samples else {}
+    change = {"num_samples": study.samples[name]} if name in study.samples else {}
     timed = budgets if name in TIMED else ()
     return Variant(
         name, name, row.kind, _score(run, study, name), _calibration(run, change), budgets, main=main, timed=timed
@@ -147,8 +147,8 @@ def _score(run: Run, study: Study, name: str) -> Score:
     own = run.score.model_dump(exclude_unset=True)
     if change.get("method", "greedy") != "greedy" or change.get("metric") in ("block_influence", "relative_magnitude"):
         own = {key: value for key, value in own.items() if key not in (*ACCELERATED, "options")}
-    if name == "LaCo":
-        change["options"] = study.laco
+    if name in study.options:
+        change["options"] = study.options[name]
     return Score.model_validate({**own, **change})
 
 

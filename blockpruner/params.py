@@ -260,9 +260,9 @@ class Study(Frozen):
     methods: names of `experiments.METHODS`, None for all; main: Tables 1, 2 and 6; metric: Table 4; curve, partial: of
     Figure 10 and Table 9, and of Figures 4 and 6, where one kind of block alone is removed; high: Table 5; sensitivity:
     to which budget the sets of `calibrations` are compared; seeds: of calibration, beside its own; calibrations: by
-    name, the keys of `calibration` that each changes; laco: options of LaCo, and how many samples it compares; tasks:
-    beside those of `evaluate.zero_shot`, of the dense and the main models; speed: of the curves, Table 6 being
-    `evaluate.speed`.
+    name, the keys of `calibration` that each changes; options, samples: by method, in place of `score.options` and of
+    `calibration.num_samples`; tasks: beside those of `evaluate.zero_shot`, of the dense and the main models; speed: of
+    the curves, Table 6 being `evaluate.speed`.
     """
 
     methods: tuple[str, ...] | None = None
@@ -274,8 +274,8 @@ class Study(Frozen):
     sensitivity: str
     seeds: tuple[int, ...] = ()
     calibrations: dict[str, dict[str, Any]] = {}
-    laco: dict[str, bool | int | float | str | tuple[str | int, ...] | None] = {}
-    laco_samples: int | None = Field(default=None, ge=1)
+    options: dict[str, dict[str, bool | int | float | str | tuple[str | int, ...] | None]] = {}
+    samples: dict[str, Annotated[int, Field(ge=1)]] = {}
     tasks: tuple[str, ...] = ()
     tasks_limit: int | None = Field(default=None, ge=1)
     wikitext: WikiText | None = None

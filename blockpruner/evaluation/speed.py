@@ -26,7 +26,7 @@ class Timing:
     median: float
     min: float
     max: float
-    samples: tuple[float, ...]
+    samples: list[float]
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _now(model: PreTrainedModel) -> float:
 
 
 def _timing(seconds: list[float]) -> Timing:
-    return Timing(median(seconds), min(seconds), max(seconds), tuple(seconds))
+    return Timing(median(seconds), min(seconds), max(seconds), seconds)
 
 
 def device_name(device: torch.device) -> str:
