@@ -1,0 +1,178 @@
+"""The searches of a study, and its models in memory: against single searches and masked models, and what is kept."""
+
+import json
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from blockpruner.calibration import CalibrationSet
+from blockpruner.evaluation import suite
+from blockpruner.evaluation.study import Candidate, Pruned, evaluate_study, time_study, unique
+from blockpruner.evaluation.suite import Checkpoint
+from blockpruner.experiments import Variant
+from blockpruner.models import load_model, masked
+from blockpruner.params import Calibration, Runtime, Score
+from blockpruner.progress import SilentObserver
+from blockpruner.scoring.executors import make_scorer
+from blockpruner.studies import Search, Setting, load_plans, search_all
+from blockpruner.tables import TEXTS, read_json, write_table
+from blockpruner.transforms.merging import ModelBench
+from tests.tiny import save_tiny, tiny_tokenizer
+from tests.unit.zero_shot_items import write_tasks
+
+TEXTS_OF_WORLD = [f"sentence number {i} is about {'cats' if i % 2 else 'dogs'} and nothing else" for i in range(30)]
+DATA = {"source": "path", "path": "nowhere", "format": "text"}
+
+
+def variant(name, score=None, budgets=("2blocks", "1blocks"), **calibration):
+    section = {"data": DATA, "num_samples": 6, "seq_len": 20, "packing": "per_sample", "split": "all", "seed": 1}
+    return Variant(name, name, "block", Score(**score or {}), Calibration(**section | calibration), budgets)
+
+
+VARIANTS = (
+    variant("BlockPruner"),
+    variant("one-shot", {"method": "one_shot"}),
+    variant("ShortGPT", {"method": "one_shot", "unit": "layer", "metric": "block_influence"}, ("1layers",)),
+    variant("seed 2", seed=2),
+    variant("LaCo", {"method": "laco", "options": {"count": 2}}, ("1layers",)),
+    variant("SliceGPT", {"method": "slicegpt"}, ("0.2",)),
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    save_tiny(root / "model", max_position_embeddings=512)
+    made = []
+
+    def scorer():
+        made.append(1)
+        return make_scorer(root / "model", "float32", Runtime(device="cpu").model_dump())
+
+    setting = Setting(
+        "tiny", "tiny", "float32", read_json(root / "model" / "config.json"),
+        tiny_tokenizer, lambda data: TEXTS_OF_WORLD, root / "trials", scorer,
+        lambda rows: ModelBench(load_model(root / "model", "float32", "cpu"), rows, lambda *step: None),
+    )  # fmt: skip
+    search_all(VARIANTS, root / "scores", root / "plans", setting, SilentObserver())
+    return SimpleNamespace(root=root, setting=setting, made=made)
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_search_leads_to_its_plans(world):
+    found = {v.name: Search.load(world.root / "plans" / v.slug) for v in VARIANTS}
+    assert len(world.made) == 1  # one model for all of them
+    base = found["BlockPruner"]
+    assert (
+        base.rows == 6
+        and base.tokens == 6 * 20
+        and len(base.order) >= 2
+        and len(base.perplexities) == len(base.order) + 1
+    )
+    assert set(base.first) == {f"{kind}.{layer}" for kind in ("mha", "mlp") for layer in range(4)}
+    assert base.order[0] == min(base.first, key=base.first.get)
+    assert base.cost["computed"] == base.cost["asked"] > 0
+    plans = load_plans(world.root / "plans", VARIANTS[0])
+    assert {budget: plan.order for budget, plan in plans.items()} == {
+        "2blocks": base.order[:2],
+        "1blocks": base.order[:1],
+    }
+    one_shot = found["one-shot"]  # its scores are BlockPruner's first iteration
+    assert one_shot.cost["computed"] < one_shot.cost["asked"]
+    assert one_shot.order[:2] == tuple(sorted(base.first, key=base.first.get)[:2])
+    assert found["seed 2"].cost["computed"] == found["seed 2"].cost["asked"]
+    assert found["LaCo"].order == () == found["SliceGPT"].order
+
+
+def test_a_second_time_computes_nothing_and_writes_the_same(world):
+    before, made = files(world.root / "plans"), len(world.made)
+    (world.root / "plans" / "of-yesterday").mkdir()
+    search_all(VARIANTS, world.root / "scores", world.root / "plans", world.setting, SilentObserver())
+    assert len(world.made) == made
+    assert files(world.root / "plans") == before and not (world.root / "plans" / "of-yesterday").exists()
+
+
+def candidates(world):
+    found = []
+    for v in VARIANTS:
+        rows = CalibrationSet.load(world.root / "plans" / v.slug / "rows.parquet")
+        for budget, plan in load_plans(world.root / "plans", v).items():
+            found.append(Candidate(plan, rows, main=budget == v.budgets[0], timed=v.name == "BlockPruner"))
+    return found
+
+
+def test_models_in_memory_are_the_masked_model_and_leave_the_dense_one_whole(world):
+    dense = Checkpoint(world.root / "model", "float32", "cpu", False)
+    ids = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(0))
+    weights = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
+    before = dense.model(input_ids=ids).logits
+    for candidate in candidates(world):
+        pruned = Pruned(dense, candidate).model
+        logits = pruned(input_ids=ids).logits
+        if candidate.plan.kind == "mask":
+            with masked(load_model(world.root / "model", "float32", "cpu"), candidate.plan.mask) as reference:
+                torch.testing.assert_close(logits, reference(input_ids=ids).logits)
+        assert pruned.num_parameters() == candidate.plan.parameters["pruned"]
+        assert not torch.equal(logits, before)
+    assert torch.equal(dense.model(input_ids=ids).logits, before)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in dense.model.state_dict().items())
+
+
+def test_searches_that_lead_to_one_model_ask_for_it_once(world):
+    first = candidates(world)[0]
+    again = Candidate(first.plan, CalibrationSet(((1, 2, 3),)), main=False, timed=True)
+    (found,) = unique([first, again]).values()
+    assert found.main and found.timed and found.name == first.name == again.name
+    sliced = next(c for c in candidates(world) if c.plan.kind == "slicegpt")
+    assert sliced.name != Candidate(sliced.plan, CalibrationSet(((1, 2, 3),))).name  # its directions are of the rows
+
+
+def test_evaluation_of_a_study(world, monkeypatch):
+    monkeypatch.chdir(world.root)
+    write_table(world.root / "sources" / "perplexity.parquet", pa.table({"text": ["word " * 60]}, schema=TEXTS))
+    write_table(world.root / "sources" / "wikitext.parquet", pa.table({"text": ["other " * 60]}, schema=TEXTS))
+    write_tasks(world.root / "sources" / "tasks", location=world.root / "sources" / "tasks")
+    wanted = candidates(world)
+
+    def evaluate():
+        dense = Checkpoint(world.root / "model", "float32", "cpu", False)
+        evaluate_study(
+            dense, wanted, world.root / "sources", world.root / "results", world.root / "store",
+            perplexity={"seq_len": 40, "max_rows": 2}, tasks={"piqa": 3}, main_tasks={"winogrande": 2},
+            wikitext={"seq_len": 30, "max_rows": 1}, observer=SilentObserver(),
+        )  # fmt: skip
+        speed = {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2, "batch": 1}
+        settings = {"main": speed, "timed": speed | {"new_tokens": 2}}
+        time_study(
+            dense, wanted, world.root / "speed", world.root / "store", settings=settings, observer=SilentObserver()
+        )
+        return files(world.root / "results") | files(world.root / "speed")
+
+    first = evaluate()
+    models = json.loads((world.root / "results" / "models.json").read_text())
+    assert list(models) == ["dense", *unique(wanted)]
+    items = pq.read_table(world.root / "results" / "items.parquet").to_pylist()
+    for name, model in models.items():
+        main = name == "dense" or unique(wanted)[name].main
+        assert set(model["tasks"]) == ({"piqa", "winogrande"} if main else {"piqa"})
+        assert set(model["perplexity"]) == ({"heldout", "wikitext2"} if main else {"heldout"})
+        own = [item for item in items if item["model"] == name and item["task"] == "piqa"]
+        assert sum(item["acc_norm"] for item in own) / 3 == pytest.approx(model["tasks"]["piqa"]["value"])
+    timed = json.loads((world.root / "speed" / "speed.json").read_text())
+    assert set(timed["dense"]) == {"main", "timed"} and set(timed[wanted[0].name]) == {"main", "timed"}
+    assert (
+        set(timed[wanted[1].name]) == {"timed"}
+        and len(timed["dense"]["main"]["dense"]["decode_seconds"]["samples"]) == 2
+    )
+
+    def no_model(*args, **kwargs):
+        raise AssertionError("a model was loaded although everything is stored")
+
+    monkeypatch.setattr(suite, "load_model", no_model)
+    assert evaluate() == first
