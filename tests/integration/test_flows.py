@@ -23,8 +23,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from blockpruner.errors import InputError
 from flows import dvc
+from flows.paper import DATA_VARIABLE, lacking_data
+from flows.paper import main as paper_main
 from flows.prune import main
-from flows.selection import Selection, plan
+from flows.selection import Selection, paper_plan, plan
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9/api"
@@ -35,6 +37,7 @@ targets:                   # pruned models to build
   smollm2-0.05: {run: smollm2, budget: "0.05"}
 report:
   title: SmolLM2-135M, block by block   # shown on top
+paper: {studies: [], sets: []}
 """
 PIPELINE = """
 stages:
@@ -58,6 +61,27 @@ stages:
     deps: [data/plans]
     outs: [data/report]
 """
+STUDIES = """
+vars: [../params.yaml]
+stages:
+  fetch:
+    wdir: ..
+    matrix: {run: "${paper.studies}"}
+    cmd: python -m stub fetch ${item.run} data/studies/${item.run}/sources/texts
+    outs: ["data/studies/${item.run}/sources"]
+  search:
+    wdir: ..
+    matrix: {run: "${paper.studies}"}
+    cmd: python -m stub search ${item.run} data/studies/${item.run}/plans
+    deps: ["data/studies/${item.run}/sources"]
+    outs: ["data/studies/${item.run}/plans"]
+  tables:
+    wdir: ..
+    matrix: {set: "${paper.sets}"}
+    cmd: python -m stub tables ${item.set} data/tables/${item.set}/report.md
+    deps: [data/studies]
+    outs: ["data/tables/${item.set}"]
+"""
 STUB = """
 import os, sys, time
 from pathlib import Path
@@ -78,6 +102,10 @@ if stage == "score":
         show.end(f"removed mha.{index}", rows, cached=index == 0)
 Path(out).parent.mkdir(parents=True, exist_ok=True)
 Path(out).write_text(f"# {stage} {item}")
+if stage == "tables":
+    Path(out).write_text("![a](plots/a.png)")
+    (Path(out).parent / "plots").mkdir()
+    (Path(out).parent / "plots" / "a.png").write_bytes(b"not really")
 if stage == "report":
     Path("data/report/plots").mkdir()
     Path("data/report/plots/block_map.png").write_bytes(b"not really")
@@ -122,7 +150,11 @@ def project(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     (folder / "dvc.yaml").write_text(PIPELINE)
     (folder / "log.txt").touch()
     (folder / "params.yaml").write_text(PARAMS)
-    shutil.copytree(ROOT / "runs", folder / "runs")
+    shutil.copytree(ROOT / "runs", folder / "runs", ignore=shutil.ignore_patterns("dvc.*"))
+    (folder / "runs" / "dvc.yaml").write_text(STUDIES)
+    (folder / "runs" / "sets.yaml").write_text(
+        "two: [smollm2-paper, llama2-7b]\none: [smollm2-paper]\nnone: [smollm2]\n"
+    )
     monkeypatch.chdir(folder)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(home))
@@ -144,16 +176,16 @@ def project(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 STARTED: list[subprocess.Popen[str]] = []
 
 
-def start(*options: str, **environment: str) -> subprocess.Popen[str]:
-    flow = subprocess.Popen(
-        [sys.executable, "-m", "flows.prune", *options],
+def start(*options: str, flow: str = "prune", **environment: str) -> subprocess.Popen[str]:
+    started = subprocess.Popen(
+        [sys.executable, "-m", f"flows.{flow}", *options],
         env={**os.environ, **environment},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    STARTED.append(flow)
-    return flow
+    STARTED.append(started)
+    return started
 
 
 def wait_until(condition: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
@@ -403,3 +435,47 @@ def test_stage_goes_on_when_the_server_is_gone(project: Path) -> None:
     assert stage.returncode == 0 and Path("out.txt").exists(), stage.stdout
     assert stage.stdout.count("Prefect cannot be told of the progress any more") == 1, stage.stdout
     assert "iteration 1: removed mha.1" in stage.stdout
+
+
+def test_tables_of_a_set_start_only_what_is_stale(project: Path, server: str) -> None:
+    def tables(name: str, *options: str) -> tuple[list[str], str]:
+        before = len(log())
+        flow = start("--set", name, *options, flow="paper", PREFECT_API_URL=server)
+        output, _ = flow.communicate()
+        assert flow.returncode == 0, output
+        return [" ".join(line[:2]) for line in log()[before:]], output
+
+    started, output = tables("one")
+    assert started == ["fetch smollm2-paper", "search smollm2-paper", "tables one"]
+    assert "params.yaml: added study smollm2-paper, set one" in output
+    started, output = tables("one", "--publish")
+    assert started == [] and "3 stages: 0 run, 3 cached" in output
+    assert Path("docs/results.md").read_text() == "![a](results/a.png)" and Path("docs/results/a.png").exists()
+    shutil.rmtree("data/studies/smollm2-paper/plans")
+    started, _ = tables("two")
+    assert started == ["search smollm2-paper", "fetch llama2-7b", "search llama2-7b", "tables two"]
+    assert "paper: {studies: [smollm2-paper, llama2-7b], sets: [one, two]}" in Path("params.yaml").read_text()
+    assert tables("one")[0] == ["tables one"]  # its input has one study more
+
+
+def test_data_that_a_study_was_fetched_without_is_fetched(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = paper_plan("two")
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    Path("data/studies/smollm2-paper/sources").mkdir(parents=True)
+    assert lacking_data(chosen) == []
+    monkeypatch.setenv(DATA_VARIABLE, "somewhere")
+    assert lacking_data(chosen) == ["smollm2-paper"]  # llama2-7b measures WikiText-2 anyway
+    Path("data/studies/smollm2-paper/sources/wikitext.parquet").touch()
+    assert lacking_data(chosen) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("three", "set 'three' is unknown; valid: two, one, none"), ("none", "runs/smollm2.yaml has no study section")],
+)
+def test_a_set_that_cannot_be_made_changes_nothing(
+    project: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    before = Path("params.yaml").read_text()
+    assert paper_main(["--set", name]) == 2
+    assert message in capsys.readouterr().err and Path("params.yaml").read_text() == before
