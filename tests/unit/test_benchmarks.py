@@ -28,16 +28,12 @@ from blockpruner.evaluation.benchmarks import (
     task_digest,
     write_task,
 )
-from tests.unit.zero_shot_items import ITEMS, PASSAGES, SUMS, tables_of
+from tests.unit.zero_shot_items import DETOKENIZED, ITEMS, PASSAGES, SUMS, tables_of
 
 STOCK = Path(load_yaml.__code__.co_filename).parent
 OURS = {"dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split"}
 OURS |= {"num_fewshot", "fewshot_split"}
 
-DETOKENIZED = [
-    " = Fox =\nThe quick brown fox, which is 1,000 years old, jumps over the lazy dog.\n",
-    ' = Box =\n"Pack" my box (with five dozen jugs) .',
-]
 TARGETS = {
     "lambada_openai": PASSAGES,
     "gsm8k": [(f"Question: {question}\nAnswer:", answer) for question, answer in SUMS],
