@@ -97,8 +97,8 @@ def unscored_items(name: str, skip: int | None) -> tuple[str, int]:
     choices = [row for row in BENCHMARKS.values() if row.has_choices]
     if not BENCHMARKS[name].has_choices:
         raise InputError(
-            f"benchmark {name} is not multiple choice, and calibration is on the right one of several choices; it "
-            f"takes {', '.join(row.task for row in choices)}"
+            f"calibration.data.tasks: {name} is not multiple choice, so it has no right choice to calibrate on; valid: "
+            f"{', '.join(row.task for row in choices)}"
         )
     if len(splits) == len(EVALUATION_SPLITS):
         return EVALUATION_SPLITS[0], 0

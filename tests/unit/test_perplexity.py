@@ -2,7 +2,10 @@
 
 import copy
 import math
+import os
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import processors
@@ -64,3 +67,28 @@ def test_nan_names_the_row():
     model.get_input_embeddings().weight[250] = torch.nan
     with pytest.raises(NonFiniteLossError, match="row 1 is nan"):
         measure_perplexity(model, [[1, 2, 3], [1, 250, 3]])
+
+
+def test_wikitext2_at_2048_is_that_of_transformers_own_loss():
+    """And of a cross-entropy in float64, over the first rows of the whole test set joined, as the paper measures."""
+    if "BLOCKPRUNER_DATA" not in os.environ:
+        pytest.skip("BLOCKPRUNER_DATA is not set: WikiText-2 is not measured")
+    texts = (
+        pq.read_table(Path(os.environ["BLOCKPRUNER_DATA"]) / "wikitext2_raw_test.parquet").column("text").to_pylist()
+    )
+    rows = held_out_rows(tiny_tokenizer(), texts, 2048, max_rows=3)
+    assert (
+        tiny_tokenizer().decode(rows[0]).startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English")
+    )
+    model = tiny_model(layers=2, dtype=torch.float32, max_position_embeddings=2048)
+    found = measure_perplexity(model, rows)
+    losses, double = [], []
+    for row in rows:
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            out = model(input_ids=ids, labels=ids)
+        losses.append(out.loss.item())
+        double.append(torch.nn.functional.cross_entropy(out.logits[0, :-1].double(), ids[0, 1:]).item())
+    assert found.tokens == 3 * 2048
+    for expected in (losses, double):
+        assert found.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-4)

@@ -271,6 +271,36 @@ def test_report_is_complete_and_its_tables_hold_the_inputs(report: Path) -> None
     assert "standard error is about 7 points" in page
 
 
+def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> None:
+    data = build(tmp_path)
+    directories = sorted((data / "results").iterdir())
+    for number, path in enumerate(directories):
+        fields = _json(path / "results.json")
+        fields["tasks"]["wikitext"] = {"metric": "word_perplexity", "value": 30.0 + number, "stderr": None, "items": 2}
+        fields["tasks"]["gsm8k"] = {"metric": "exact_match", "value": 0.5, "stderr": 0.5, "items": 2}
+        fields["chance"] |= {"wikitext": None, "gsm8k": 0.0}
+        write_json(path / "results.json", fields)
+        rows = [{"task": "gsm8k", "item": i, "exact_match": float(i)} for i in range(2)]
+        rows += [{"task": "wikitext", "item": i, "exact_match": None} for i in range(2)]
+        tables = [pq.read_table(path / "items.parquet"), pa.Table.from_pylist(rows)]
+        pq.write_table(pa.concat_tables(tables, promote_options="permissive"), path / "items.parquet")
+    (found,) = read_studies(["tiny-a", "tiny-b"], LABELS, data)
+    results = [found.dense, *(target.result for target in found.targets)]
+    assert [list(result.tasks) for result in results] == [[*CHANCE, "gsm8k"]] * 3
+    assert {task for task, _ in found.dense.items} == {*CHANCE, "gsm8k"}
+    assert found.dense.items["gsm8k", "1"] == 1.0
+    values = [30.0 + [path.name for path in directories].index(name) for name in ("tiny-dense", "tiny-a", "tiny-b")]
+    assert [result.perplexities for result in results] == [{"wikitext, word perplexity": value} for value in values]
+    write_report(data / "report", "title", ["tiny-b", "tiny-a"], LABELS, data, False)
+    markdown = (data / "report" / "report.md").read_text()
+    assert f"| wikitext, word perplexity | – | {' | '.join(f'{value:.2f}' for value in values)} |" in markdown
+    assert "| gsm8k, % | 0.0 | 50.0 ± 50.0" in markdown
+    fields["tasks"], fields["chance"] = {"wikitext": fields["tasks"]["wikitext"]}, {"wikitext": None}
+    write_json(data / "results" / "tiny-dense" / "results.json", fields)
+    with pytest.raises(InputError, match=r"no task that is scored by accuracy.*zero_shot\.tasks beside wikitext"):
+        read_studies(["tiny-a"], LABELS, data)
+
+
 def test_csv_files_hold_full_precision(report: Path) -> None:
     curve = list(csv.DictReader((report / "curve.csv").open()))
     assert [row["target"] for row in curve] == ["tiny-dense", "tiny-a", "tiny-b"]

@@ -19,6 +19,7 @@ from blockpruner.evaluation import suite, zero_shot
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.models import masked, prune_
 from blockpruner.progress import SilentObserver
+from blockpruner.provenance import file_sha256
 from blockpruner.tables import TEXTS, write_table
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
@@ -142,6 +143,37 @@ def test_the_dense_model_alone(place):
     results = evaluate(place, Recorder(), checkpoint="dense", zero_shot={"tasks": ["piqa"], "limit": 2})
     assert list(results["speed"]) == ["dense"]
     assert results["parameters"] == tiny_model().num_parameters()
+
+
+def test_any_mix_of_tasks(place):
+    """Only accuracies are averaged; guessing a word or a number is never right, and no perplexity is a matter of it."""
+    tasks = ["piqa", "wikitext", "lambada_openai", "mmlu_marketing"]
+    results = evaluate(place, Recorder(), zero_shot={"tasks": tasks, "limit": 2})
+    scores = results["tasks"]
+    assert [scores[task]["metric"] for task in tasks] == ["acc_norm", "word_perplexity", "acc", "acc"]
+    accuracies = [scores[task]["value"] for task in tasks if task != "wikitext"]
+    assert results["average"]["value"] == pytest.approx(sum(accuracies) / 3)
+    assert scores["wikitext"]["value"] > 1 and scores["wikitext"]["stderr"] is None
+    assert results["chance"] == {"piqa": 0.5, "wikitext": None, "lambada_openai": 0.0, "mmlu_marketing": 0.25}
+    rows = pq.read_table(place / "out" / "items.parquet").to_pylist()
+    assert [row["task"] for row in rows] == [task for task in tasks for _ in range(2)]
+    assert [row["word_perplexity"] is not None for row in rows] == [row["task"] == "wikitext" for row in rows]
+    again = Recorder()
+    assert evaluate(place, again, zero_shot={"tasks": tasks, "limit": 2}) == results and not again.computed
+    alone = evaluate(place, Recorder(), zero_shot={"tasks": ["wikitext"], "limit": 2})
+    assert alone["average"] == {"value": None, "stderr": None}
+
+
+def test_items_of_an_older_entry_are_read(world, place):
+    """As written before there were tasks without choices: in the first columns only."""
+    path = entry_of(place, "task", "piqa")
+    table = path.with_suffix(".parquet")
+    pq.write_table(pq.read_table(table).select(ITEMS.names[:7]), table)
+    entry = json.loads(path.read_text()) | {"items_sha256": file_sha256(table)}
+    path.write_text(json.dumps(entry))
+    observer = Recorder()
+    assert evaluate(place, observer) == world.results and not observer.computed
+    assert pq.read_table(place / "out" / "items.parquet").equals(pq.read_table(world.root / "out" / "items.parquet"))
 
 
 def change_text(root):

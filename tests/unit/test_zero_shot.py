@@ -3,21 +3,21 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from blockpruner.blocks import parse_mask
 from blockpruner.checkpoints.hf import save_pruned
-from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, tables_from_folder, write_task
+from blockpruner.evaluation.benchmarks import BENCHMARKS, tables_from_folder, write_task
 from blockpruner.evaluation.zero_shot import evaluate
 from blockpruner.models import prune_
+from tests.harness import assert_same, command_line
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.unit.zero_shot_items import CHOICES, ITEMS, TEXTS, write_tasks
+from tests.unit.zero_shot_items import CHOICES, DETOKENIZED, ITEMS, PAGES, PASSAGES, TEXTS, write_tasks
 
 MASK = parse_mask("mha.0,mlp.2,mha.3,mlp.3")
 
@@ -104,32 +104,81 @@ def test_limit_progress_and_silence(task_dir, scored, capfd):
 def test_the_command_line_gives_the_same_items(scored, task_dir, tmp_path):
     save_pruned(pruned_model(), tmp_path / "checkpoint")
     tiny_tokenizer().save_pretrained(tmp_path / "checkpoint")
-    code = "import sys; sys.modules['blockpruner'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    command = [sys.executable, "-c", code, "--model", "hf", "--tasks", ",".join(BENCHMARKS), "--device", "cpu"]
-    command += ["--model_args", f"pretrained={tmp_path / 'checkpoint'},trust_remote_code=True", "--batch_size", "8"]
-    command += ["--include_path", str(task_dir), "--log_samples", "--output_path", str(tmp_path / "out")]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    for task in BENCHMARKS:
-        (path,) = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")
-        theirs = [json.loads(line) for line in path.read_text().splitlines()]
-        theirs = sorted((s for s in theirs if s["filter"] == BENCHMARKS[task].filter), key=lambda s: s["doc_id"])
-        ours = scored[task].items.to_pylist()
-        for metric in ACCURACIES:
-            assert [s.get(metric) for s in theirs] == [row[metric] for row in ours]
-        assert [s["prompt_hash"] for s in theirs] == [row["prompt_hash"] for row in ours]
-        for sample, row in zip(theirs, ours, strict=True):
-            # the process may use another number of threads, so rounding may differ
-            if row["response"] is not None:
-                assert sample["resps"] == [[row["response"]]]
-            else:
-                answers = [answer if task == "wikitext" else answer[0] for answer in sample["filtered_resps"]]
-                assert [float(answer) for answer in answers] == pytest.approx(row["loglikelihoods"], rel=1e-4)
-    (path,) = (tmp_path / "out").rglob("results_*.json")
-    for task, results in json.loads(path.read_text())["results"].items():
-        row = BENCHMARKS[task]
-        assert results[f"{row.metric},{row.filter}"] == pytest.approx(scored[task].scores[row.metric], rel=1e-4)
+    results, samples = command_line(tmp_path / "checkpoint", task_dir, list(BENCHMARKS), tmp_path / "out")
+    for task, ours in scored.items():
+        assert_same(results[task], samples[task], ours)
+
+
+# --- tasks without choices ----------------------------------------------------------------------------------------
+
+
+def speller(cycle):
+    """A model that says the next letter of `cycle` after each of its letters, whatever came before."""
+    model = tiny_model(layers=1, dtype=torch.float32, max_position_embeddings=512)
+    prune_(model, parse_mask("mha.0,mlp.0"))
+    ids = tiny_tokenizer()(cycle)["input_ids"]
+    embeddings = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
+    head = torch.zeros_like(embeddings)
+    head[ids[1:] + ids[:1]] = 50 * embeddings[ids]
+    model.get_output_embeddings().weight = torch.nn.Parameter(head)
+    return model
+
+
+def test_a_last_word_is_right_if_it_is_the_greedy_one(tmp_path):
+    texts = ["x m abc", "x m abd", "m abcdefghijkl"]
+    write_task("lambada_openai", tmp_path, {"test": pa.table({"text": texts})}, location=tmp_path)
+    found = evaluate(speller(" abcdefghijklm"), tiny_tokenizer(), "lambada_openai", tmp_path)
+    assert found.items.column("acc").to_pylist() == [1.0, 0.0, 1.0]
+    assert found.scores["acc"] == pytest.approx(2 / 3)
+    assert found.scores["acc_stderr"] == pytest.approx(np.std([1, 0, 1], ddof=1) / np.sqrt(3))
+
+
+def test_the_perplexity_of_last_words_is_that_of_plain_forwards(scored):
+    found, model = scored["lambada_openai"], pruned_model()
+    expected = [loglikelihood(model, *passage) for passage in PASSAGES]
+    assert [row["loglikelihoods"] for row in found.items.to_pylist()] == [
+        [pytest.approx(e, rel=1e-4)] for e in expected
+    ]
+    assert found.scores["perplexity"] == pytest.approx(np.exp(-np.mean(expected)), rel=1e-3)
+    assert found.scores["perplexity_stderr"] is None
+
+
+def test_a_sum_is_right_if_the_last_number_said_is(tmp_path):
+    rows = [{"question": "What?", "answer": f"so\n#### {answer}"} for answer in ("42", "43", "4,2")]
+    write_task("gsm8k", tmp_path, {"test": pa.Table.from_pylist(rows)}, location=tmp_path)
+    steps = []
+    args = (speller(": 42;"), tiny_tokenizer(), "gsm8k", tmp_path, None, 2, lambda *step: steps.append(step))
+    found = evaluate(*args)
+    assert found.items.column("response").to_pylist() == [(" 42;:" * 52)[:256]] * 3
+    assert found.items.column("exact_match").to_pylist() == [1.0, 0.0, 1.0]  # commas are not looked at
+    assert found.scores["exact_match"] == pytest.approx(2 / 3)
+    assert found.harness["results"]["gsm8k"]["exact_match,strict-match"] == 0
+    assert steps == [(2, 3), (3, 3)]
+
+
+def test_word_perplexity_is_over_windows_and_the_words_of_the_page(task_dir):
+    """A window predicts what no other does, after one token at least, and is as long as the context if it can be."""
+    model, size, steps = tiny_model(dtype=torch.float32, max_position_embeddings=32), 32, []
+    found = evaluate(model, tiny_tokenizer(), "wikitext", task_dir, advance=lambda *step: steps.append(step))
+    logs, windows = [], 0
+    for text in DETOKENIZED:
+        ids = [tiny_tokenizer().bos_token_id, *tiny_tokenizer()(text)["input_ids"]]
+        total = 0.0
+        for start in range(1, len(ids), size):
+            end = min(start + size, len(ids))
+            begin = start - 1 if start == 1 else end - 1 - size
+            said = model(torch.tensor([ids[begin : end - 1]]), use_cache=False).logits[0].double().log_softmax(-1)
+            total += sum(said[i - 1 - begin, ids[i]].item() for i in range(start, end))
+            windows += 1
+        logs.append(total)
+    words = [len(page.split()) + page[0].isspace() + page[-1].isspace() for page in PAGES]  # lm-eval counts edges too
+    rows = found.items.to_pylist()
+    assert [row["loglikelihoods"] for row in rows] == [[pytest.approx(log, rel=1e-5)] for log in logs]
+    assert found.scores["word_perplexity"] == pytest.approx(np.exp(-sum(logs) / sum(words)), rel=1e-3)
+    assert [row["word_perplexity"] for row in rows] == pytest.approx(np.exp(-np.array(logs) / words), rel=1e-3)
+    size = sum(len(page.encode()) for page in PAGES)
+    assert found.scores["bits_per_byte"] == pytest.approx(-sum(logs) / np.log(2) / size, rel=1e-5)
+    assert steps == [(i + 1, windows) for i in range(windows)]
 
 
 def test_the_full_data_can_be_scored(tmp_path):

@@ -218,6 +218,12 @@ PAGES = [
 ]
 """Of wikitext, in its tokens."""
 
+DETOKENIZED = [
+    " = Fox =\nThe quick brown fox, which is 1,000 years old, jumps over the lazy dog.\n",
+    ' = Box =\n"Pack" my box (with five dozen jugs) .',
+]
+"""The same as plain text, as lm-eval's rules make it."""
+
 TEXTS = {
     "lambada_openai": [{"text": context + word} for context, word in PASSAGES],
     "gsm8k": [{"question": question, "answer": answer} for question, answer in SUMS],

