@@ -56,6 +56,13 @@ TASKS: dict[str, Items] = {
     "hellaswag": Items(10042, 4, 317.3),
     "arc_easy": Items(2376, 4, 126.7),
     "arc_challenge": Items(1172, 4, 148.3),
+    "openbookqa": Items(500, 4, 59.8),
+    "lambada_openai": Items(5153, 1, 78.1),
+    "mmlu_high_school_biology": Items(310, 4, 381.7),
+    "mmlu_high_school_geography": Items(198, 4, 270.1),
+    "mmlu_marketing": Items(234, 4, 304.8),
+    "mmlu_miscellaneous": Items(783, 4, 264.1),
+    "mmlu_world_religions": Items(171, 4, 236.7),
 }
 """Counted over all items of the stock tasks as lm-eval asks them, by the same tokenizer. A few items of ARC have three
 or five choices."""
@@ -187,16 +194,21 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
             calibration set without a row.
     """
     study, found = study_of(settings), variants(settings)
-    model = settings.model.model_dump()
-    config, dtype = find_config(model, studies / run / "model"), settings.model.dtype
+    config, dtype = find_config(settings.model.model_dump(), studies / run / "model"), settings.model.dtype
     item, parameters = ITEM_BYTES[dtype], count_parameters(config).total
     known: set[tuple[str, Mask]] = set()
-    searches = tuple(search_cost(variant, config, known) for variant in found)
+    searches = []
+    for variant in found:
+        try:
+            searches.append(search_cost(variant, config, known))
+        except InputError as error:
+            raise InputError(f"runs/{run}.yaml, {variant.name}: {error}") from error
 
-    pruned = [(variant, budget) for variant in found for budget in variant.budgets]
-    main = [budget == variant.main for variant, budget in pruned]
-    kept = [1.0, *(_kept_flops(variant, budget, config) for variant, budget in pruned)]
-    main_kept = [1.0, *(share for share, is_main in zip(kept[1:], main, strict=True) if is_main)]
+    models = [model for variant in found for model in pruned_models(variant, config)]
+    flops = Flops.of(config, 1, settings.evaluate.perplexity.seq_len)
+    part = {removed: flops.full(removed) / flops.full(DENSE) for removed in {model.removed for model in models}}
+    kept = [1.0, *(part[model.removed] for model in models)]
+    main_kept = [1.0, *(part[model.removed] for model in models if model.main)]
     perplexity, zero_shot, wikitext = settings.evaluate.perplexity, settings.evaluate.zero_shot, study.wikitext
     work = [(kept, *_text_work(config, perplexity.seq_len, perplexity.max_rows))]
     if wikitext is not None:
@@ -206,7 +218,10 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
     work += [(shares, *_task_work(config, name, limit)) for shares, name, limit in tasks if name in TASKS]
     items = sum(len(shares) * _items(name, limit) for shares, name, limit in tasks if name in TASKS)
 
-    generated = list(_generations(settings, found, config, item))
+    generated = [
+        *_generations(settings.evaluate.speed, [model.removed for model in models if model.main], config, item),
+        *_generations(study.speed, [model.removed for model in models if model.timed], config, item),
+    ]
     live = live_numbers(int(config["hidden_size"]), int(config["intermediate_size"])) * item
     beside = 4 * LOGITS_BYTES + live * max(cost.length for cost in searches)
     counts = count_parameters(config).blocks
@@ -217,7 +232,7 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
         run=run,
         dtype=dtype,
         parameters=parameters,
-        searches=searches,
+        searches=tuple(searches),
         models=len(kept),
         evaluation_tokens=sum(len(shares) * tokens for shares, tokens, _ in work),
         evaluation_flops=round(sum(sum(shares) * flops for shares, _, flops in work)),
@@ -371,20 +386,28 @@ def _trial_bytes(cost: SearchCost) -> int:
 # --- evaluation and speed ---------------------------------------------------------------------------------------
 
 
-def _kept_flops(variant: Variant, budget: str, config: Config) -> float:
-    """Which part of the dense model's FLOPs a pruned one takes."""
-    flops = Flops.of(config, 1, variant.calibration.seq_len)
-    return flops.full(_removed(variant, budget, config)) / flops.full(DENSE)
+@dataclass(frozen=True)
+class Pruned:
+    """A model of a study. removed: the blocks taken to be gone; of methods that remove none, the whole layers that
+    count as much."""
+
+    removed: Mask
+    main: bool
+    timed: bool
 
 
-def _removed(variant: Variant, budget: str, config: Config) -> Mask:
-    """The blocks taken to be removed; of methods that remove none, the whole layers that count as much."""
-    is_block = variant.kind == "block"
-    units = removable_units(
-        int(config["num_hidden_layers"]), "block" if is_block else "layer", variant.score.candidates
-    )
-    prefixes, (step,) = removals(units, [budget], config)
-    return prefixes[step - 1]
+def pruned_models(variant: Variant, config: Config) -> list[Pruned]:
+    """Those that a search leads to; budgets that the same removals meet lead to one."""
+    unit = "block" if variant.kind == "block" else "layer"
+    units = removable_units(int(config["num_hidden_layers"]), unit, variant.score.candidates)
+    prefixes, steps = removals(units, variant.budgets, config)
+    met: dict[int, list[str]] = {}
+    for budget, step in zip(variant.budgets, steps, strict=True):
+        met.setdefault(step, []).append(budget)
+    return [
+        Pruned(prefixes[step - 1], variant.main in budgets, not {*variant.timed}.isdisjoint(budgets))
+        for step, budgets in met.items()
+    ]
 
 
 def _text_work(config: Config, seq_len: int, max_rows: int | None) -> tuple[int, int]:
@@ -404,25 +427,13 @@ def _task_work(config: Config, name: str, limit: int | None) -> tuple[int, int]:
     return requests * length, Flops.of(config, requests, length).naive([DENSE])
 
 
-def _generations(settings: Run, found: Sequence[Variant], config: Config, item: int) -> Iterator[tuple[int, float]]:
-    """Tokens, and bytes read, of each model's timing: itself and the dense one beside it, a warm-up before."""
+def _generations(speed: Speed, masks: Sequence[Mask], config: Config, item: int) -> Iterator[tuple[int, float]]:
+    """Tokens, and bytes read, of each timing after a warm-up: of the dense model, and of pruned ones beside it."""
     counts, cached = count_parameters(config), count_kv_cache(config)
-
-    def of(speed: Speed, mask: Mask) -> tuple[int, float]:
+    steps = (speed.repeats + 1) * speed.new_tokens
+    for mask in (DENSE, *(mask for pruned in masks for mask in (DENSE, pruned))):
         states = speed.batch * (speed.prompt_tokens + speed.new_tokens / 2) * cached.total * (1 - cached.ratio(mask))
-        read = item * (counts.total * (1 - counts.ratio(mask)) + states)
-        steps = (speed.repeats + 1) * speed.new_tokens
-        return steps * speed.batch, steps * read
-
-    assert settings.study is not None
-    for speed, asked in (
-        (settings.evaluate.speed, [(v, v.main) for v in found if v.main is not None]),
-        (settings.study.speed, [(v, budget) for v in found for budget in v.timed]),
-    ):
-        yield of(speed, DENSE)
-        for variant, budget in asked:
-            yield of(speed, DENSE)
-            yield of(speed, _removed(variant, budget, config))
+        yield steps * speed.batch, steps * item * (counts.total * (1 - counts.ratio(mask)) + states)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------

