@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.flops import Flops
-from benchmarks.shapes import SHAPES, random_model, random_rows
+from benchmarks.shapes import MODELS, random_model, random_rows
 from blockpruner.blocks import DENSE, Mask, all_blocks, removable_units
 from blockpruner.calibration import CalibrationSet
-from blockpruner.families import count_parameters
+from blockpruner.families import Config, count_parameters
+from blockpruner.flops import Flops
 from blockpruner.models import resolve_device
 from blockpruner.progress import ConsoleObserver
 from blockpruner.provenance import machine, versions
@@ -73,7 +73,7 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
         .values()
     )
     seconds = time.perf_counter() - started
-    flops, naive, evaluations = spent(config, [step.removed for step in trace], rows, length)
+    flops, naive, evaluations = spent(config.to_dict(), [step.removed for step in trace], rows, length)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
     print("\n| model | evaluations | minutes | the paper's, two RTX 4090 | PFLOP | TFLOP/s | of one product's rate |")
     print("|---|---:|---:|---:|---:|---:|---:|")
@@ -89,20 +89,20 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
     return 0
 
 
-def spent(config: object, prefixes: Sequence[Mask], rows: int, length: int) -> tuple[int, int, int]:
+def spent(config: Config, prefixes: Sequence[Mask], rows: int, length: int) -> tuple[int, int, int]:
     """FLOPs of the sweep, of a full forward pass for each candidate, and how many candidates there were."""
-    flops = Flops(config, rows, length)
+    flops, layers = Flops.of(config, rows, length), int(config["num_hidden_layers"])
     exact = naive = evaluations = 0
     for base in (DENSE, *prefixes[:-1]):
-        masks = [base | {block} for block in all_blocks(config.num_hidden_layers) if block not in base]  # type: ignore[attr-defined]
+        masks = [base | {block} for block in all_blocks(layers) if block not in base]
         exact, naive, evaluations = exact + flops.exact(masks), naive + flops.naive(masks), evaluations + len(masks)
     return exact, naive, evaluations
 
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    if given and given[0] not in SHAPES:
-        sys.exit(f"shape {given[0]!r} is unknown; valid: {', '.join(SHAPES)}")
+    if given and given[0] not in MODELS:
+        sys.exit(f"shape {given[0]!r} is unknown; valid: {', '.join(MODELS)}")
     shape = given[0] if given else "llama2-7b"
     if len(given) < 2 and not torch.cuda.is_available():
         sys.exit("no CUDA device was seen; name another device to run there: python -m benchmarks.gpu tiny cpu")

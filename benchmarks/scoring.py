@@ -24,18 +24,19 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from benchmarks.flops import Flops
 from benchmarks.shapes import random_model, random_rows
 from blockpruner.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.calibration import CalibrationSet, draw, pack
+from blockpruner.families import Config
+from blockpruner.flops import Flops
 from blockpruner.models import load_model, load_tokenizer, masked
 from blockpruner.params import Runtime
 from blockpruner.provenance import machine, versions
 from blockpruner.scoring.accelerate import accelerate, settings_of
-from blockpruner.scoring.engine import LOGITS_BYTES, Engine
+from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.executors import make_scorer
 from blockpruner.scoring.objectives import Objective
-from blockpruner.scoring.work import Rows, Task, Unit
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task, Unit
 from blockpruner.search.greedy import greedy
 from blockpruner.search.problem import Problem
 from blockpruner.sources import checkpoint_identity
@@ -110,7 +111,7 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
         rows = CalibrationSet(tuple(map(tuple, random_rows(model.config.vocab_size, ROWS, LENGTH))))
     ids, depth = torch.tensor(rows.rows), model.config.num_hidden_layers
     masks = [DENSE, *(frozenset({block}) for block in all_blocks(depth))]
-    engine, flops, meter = Engine(model, ROWS * LENGTH), Flops(model.config, ROWS, LENGTH), Meter()
+    engine, flops, meter = Engine(model, ROWS * LENGTH), Flops.of(model.config.to_dict(), ROWS, LENGTH), Meter()
     rate = matrix_rate(model, ROWS * LENGTH)
     full_forward(model, DENSE, ids)
     walk = engine.run([Task(range(ROWS), tuple(masks))], rows.rows)
@@ -124,7 +125,7 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
         if done % 10 == 0:
             print(f"  {done + 1}/{len(masks)} masks", file=sys.stderr, flush=True)
     rate = (rate + matrix_rate(model, ROWS * LENGTH)) / 2
-    race = Counted(engine, flops)
+    race = Counted(engine, model.config.to_dict())
     objective = Objective(rows, TrialStore({}, ROWS), lambda: race)
     select = accelerate(objective, settings_of({"acceleration": "race"}))
     meter("race", lambda: select(0, DENSE, masks))
@@ -141,9 +142,9 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
 class Counted:
     """A scorer that counts the FLOPs of what it is asked for."""
 
-    def __init__(self, scorer: Engine, flops: Flops) -> None:
+    def __init__(self, scorer: Engine, config: Config) -> None:
         self._scorer = scorer
-        self._config = flops.config
+        self._config = config
         self.flops = 0
 
     def row_batches(self, rows: Rows, span: range) -> list[range]:
@@ -151,7 +152,7 @@ class Counted:
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
         for task in tasks:
-            self.flops += Flops(self._config, len(task.span), len(rows[task.span.start])).exact(task.masks)
+            self.flops += Flops.of(self._config, len(task.span), len(rows[task.span.start])).exact(task.masks)
         yield from self._scorer.run(tasks, rows)
 
     def close(self) -> None:
@@ -195,12 +196,12 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
     for seed in seeds:
         rows = calibration_rows(seed)
         for mode in ("exact", "lazy+race"):
-            flops = Flops(model.config, ROWS, LENGTH)
+            flops = Flops.of(model.config.to_dict(), ROWS, LENGTH)
             engine = Engine(model, ROWS * LENGTH)
             fields = store_fingerprint(rows.digest, identity, "float32", "perplexity")
             store = TrialStore(fields, ROWS, RESULTS / "trials" / mode)
             objective = Objective(rows, store, lambda engine=engine: engine)
-            asked = Asked(objective, model.config)
+            asked = Asked(objective, model.config.to_dict())
             chosen = settings_of({"acceleration": "none"}) if mode == "exact" else settings
             records = found.setdefault(mode, {}).setdefault(str(seed), [])
             problem = Problem(units, asked, accelerate(asked, chosen), ROWS)  # type: ignore[arg-type]  # Asked stands in for an Objective
@@ -249,7 +250,7 @@ class Asked:
         for start in range(stop):
             new = [mask for mask in dict.fromkeys(masks) if self._known.get(mask, 0) == start]
             if new:
-                self.flops += Flops(self._config, 1, LENGTH).exact(new)
+                self.flops += Flops.of(self._config, 1, LENGTH).exact(new)
             self._known |= dict.fromkeys(new, start + 1)
         return self._objective(masks, rows)
 
@@ -301,7 +302,7 @@ def growth() -> dict[str, Any]:
                 list(engine.run(tasks, data))
                 seconds.append(time.perf_counter() - started)
             point = {"size": size, "value": value, "seconds": min(seconds),
-                     "flops": Flops(model.config, rows, LENGTH).exact(masks)}  # fmt: skip
+                     "flops": Flops.of(model.config.to_dict(), rows, LENGTH).exact(masks)}  # fmt: skip
             points.append(point)
             print(f"  {point}", file=sys.stderr, flush=True)
     return {"points": points, **setting()}

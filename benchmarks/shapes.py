@@ -9,19 +9,20 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-SHAPES: Mapping[str, Mapping[str, Any]] = {
+from blockpruner.families import Config
+from blockpruner.shapes import SHAPES
+
+MODELS: Mapping[str, Config] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 500},
-    "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "vocab_size": 32000},
-    "llama2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-                   "vocab_size": 32000},
+    "llama2-7b": SHAPES["meta-llama/Llama-2-7b-hf"],
+    "llama2-13b": SHAPES["meta-llama/Llama-2-13b-hf"],
 }  # fmt: skip
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> PreTrainedModel:
     """A Llama of a named shape on `device`, weights uniform with a deviation of 0.02, norms 1."""
-    config = LlamaConfig(**SHAPES[shape] | {"max_position_embeddings": 4096} | changes)
+    config = LlamaConfig(**{"max_position_embeddings": 4096, **MODELS[shape], **changes})
     torch.manual_seed(0)
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -45,6 +45,8 @@ class Family:
 
     model_type: the `model_type` of its config; prefix: of its class names (LlamaConfig, LlamaForCausalLM);
     mha_parameters, mlp_parameters: parameters of one block without its norms;
+    products: multiplications of one MLP block for a token: the parameters of its matrices, of a mixture those of the
+    router and of the experts that a token goes to;
     norm_bias: whether norms have a bias beside their weight;
     parallel: the config field that says whether MHA and MLP both read the layer's input, x + MHA(norm(x)) +
     MLP(norm(x));
@@ -60,6 +62,7 @@ class Family:
     prefix: str
     mha_parameters: Count
     mlp_parameters: Count
+    products: Count = lambda config, layer: _gated_products(config)
     norm_bias: bool = False
     parallel: str | None = None
     logit_cap: str | None = None
@@ -133,6 +136,29 @@ def count_kv_cache(config: Config) -> Costs:
     return Costs(total=sum(blocks.values()), blocks=blocks)
 
 
+def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
+    """Multiplications for one token: of each block's matrices, and, for each token that it attends to, of an MHA
+    block's queries with keys (with values there are as many).
+
+    Raises:
+        InputError: MHA and MLP side by side, which share no prefix within a layer.
+    """
+    row = family_of(str(config["model_type"]))
+    config = {**row.defaults, **config}
+    if row.is_parallel(config):
+        raise InputError(
+            f"costs of model family {row.model_type!r} are not known: its MHA and MLP blocks read the same input, and "
+            f"are counted here one after the other; set {row.parallel}: false, or measure"
+        )
+    heads, head = _heads(config)
+    mha = _attention(config)
+    blocks = {
+        block: mha if block.kind is BlockKind.MHA else row.products(config, block.layer)
+        for block in all_blocks(int(config["num_hidden_layers"]))
+    }
+    return blocks, heads * head
+
+
 def _heads(config: Config) -> tuple[int, int]:
     heads = int(config["num_attention_heads"])
     return heads, int(config.get("head_dim") or config["hidden_size"] // heads)
@@ -189,6 +215,10 @@ def _gated_mlp(config: Config, layer: int) -> int:
     return 3 * hidden * inner + biases
 
 
+def _gated_products(config: Config, inner: str = "intermediate_size") -> int:
+    return 3 * int(config["hidden_size"]) * int(config[inner])
+
+
 def _plain_mlp(config: Config, layer: int) -> int:
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     return 2 * hidden * inner + inner + hidden
@@ -198,6 +228,16 @@ def _experts(config: Config, inner: str) -> int:
     """A mixture of gated MLPs, with the router that chooses among them."""
     count = int(config.get("num_local_experts") or config["num_experts"])
     return int(config["hidden_size"]) * count * (3 * int(config[inner]) + 1)
+
+
+def _routed(config: Config, inner: str) -> int:
+    """The router and the experts that a token goes to."""
+    count = int(config.get("num_local_experts") or config["num_experts"])
+    return int(config["num_experts_per_tok"]) * _gated_products(config, inner) + int(config["hidden_size"]) * count
+
+
+def _sparse_products(config: Config, layer: int) -> int:
+    return _routed(config, "moe_intermediate_size") if _is_sparse(config, layer) else _gated_products(config)
 
 
 def _sparse_mlp(config: Config, layer: int) -> int:
@@ -243,12 +283,19 @@ FAMILIES: dict[str, Family] = {
             mlp=BETWEEN_NORMS[1],
         ),
         Family("olmo2", "Olmo2", _wide_norms, _gated_mlp, mha=AFTER_NORMS[0], mlp=AFTER_NORMS[1]),
-        Family("mixtral", "Mixtral", _no_bias, lambda c, layer: _experts(c, "intermediate_size")),
+        Family(
+            "mixtral",
+            "Mixtral",
+            _no_bias,
+            lambda c, layer: _experts(c, "intermediate_size"),
+            lambda c, layer: _routed(c, "intermediate_size"),
+        ),
         Family(
             "qwen3_moe",
             "Qwen3Moe",
             _head_norms,
             _sparse_mlp,
+            _sparse_products,
             renumbered=_sparse_layers,
             defaults={"mlp_only_layers": (), "decoder_sparse_step": 1},
         ),
@@ -257,6 +304,7 @@ FAMILIES: dict[str, Family] = {
             "GPTNeoX",
             _optional_bias,
             _plain_mlp,
+            lambda c, layer: 2 * int(c["hidden_size"]) * int(c["intermediate_size"]),
             norm_bias=True,
             parallel="use_parallel_residual",
             defaults={"attention_bias": True, "use_parallel_residual": True},

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.errors import InputError, NonFiniteLossError
-from blockpruner.scoring.engine import LOGITS_BYTES
 from blockpruner.scoring.losses import token_nll
+from blockpruner.scoring.work import LOGITS_BYTES
 
 
 @dataclass(frozen=True)

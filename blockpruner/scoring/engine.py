@@ -33,11 +33,7 @@ from blockpruner.models import decoder_layers, model_family
 from blockpruner.scoring.activations import INFLUENCES
 from blockpruner.scoring.losses import LOSSES
 from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.work import Rows, Task, Unit
-
-LOGITS_BYTES = 64 * 2**20
-"""Upper bound of the logits held at once; the head runs over as many tokens as fit."""
-
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task, Unit, live_numbers
 
 REFERENCE = "reference"
 """The loss of a task that is asked for by the engine alone: what the dense model says, kept for those that compare."""
@@ -325,7 +321,7 @@ class Engine:
             return 1024
         free, _ = torch.cuda.mem_get_info(self._home)
         config = self._model.config
-        numbers = 12 * config.hidden_size + 4 * config.intermediate_size  # live at once for a token within a block
+        numbers = live_numbers(config.hidden_size, config.intermediate_size)
         fitting = (free - held - 4 * LOGITS_BYTES) // (numbers * self._head.weight.element_size())
         return int(max(2048, min(65536, fitting)))
 

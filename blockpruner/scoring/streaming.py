@@ -32,7 +32,6 @@ from blockpruner.errors import DeviceMemoryError, InputError, StorageError
 from blockpruner.models import resolve_device
 from blockpruner.scoring.activations import INFLUENCES
 from blockpruner.scoring.engine import (
-    LOGITS_BYTES,
     REFERENCED,
     Batch,
     Engine,
@@ -42,7 +41,7 @@ from blockpruner.scoring.engine import (
 )
 from blockpruner.scoring.memory import available_memory, free_on, is_in_memory, resident_memory
 from blockpruner.scoring.weights import Weights, aligned, memory_of, read_into, skeleton
-from blockpruner.scoring.work import Rows, Task, Unit
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task, Unit
 
 SCRATCH_BYTES = 48 * 2**20
 """Allowance for what no tensor shows: code of the kernels, paged in by their first use, their packing buffers, and

