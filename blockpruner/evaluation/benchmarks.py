@@ -7,7 +7,6 @@ on them is decided by `zero_shot`. Adding a benchmark is adding a row at the end
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import json
 import shutil
@@ -22,6 +21,7 @@ import yaml
 
 from blockpruner.errors import InputError
 from blockpruner.provenance import file_sha256, fingerprint
+from blockpruner.sources import gunzip
 from blockpruner.tables import write_table, write_text
 
 EVALUATION_SPLITS = ("validation", "test")
@@ -96,7 +96,7 @@ def tables_from_archive(name: str, read_member: Callable[[str], bytes]) -> dict[
     for split, source in benchmark_of(name).splits.items():
         content = read_member(source.member)
         is_arrow = source.member.endswith(".arrow")
-        table = pa.ipc.open_stream(content).read_all() if is_arrow else _arc_items(content)
+        table = _arrow_items(content, source.member) if is_arrow else _arc_items(content, source.member)
         tables[split] = _checked(name, table, source.member)
     return tables
 
@@ -161,21 +161,35 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-def _arc_items(content: bytes) -> pa.Table:
+def _arrow_items(content: bytes, member: str) -> pa.Table:
+    try:
+        table = pa.ipc.open_stream(content).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{member} is truncated, damaged or no Arrow stream ({error})") from error
+    return table
+
+
+def _arc_items(content: bytes, member: str) -> pa.Table:
     """ARC items from scoring requests, several to an item: {doc: {id, query, choices, gold}}, in order of first
     appearance. The stock prompt adds "Question: " and "\\nAnswer:" itself. The letters of the choices are numbered
     anew from A; the stock task scores by their index."""
     items: dict[str, dict[str, Any]] = {}
-    for line in gzip.decompress(content).decode().splitlines():
-        doc = json.loads(line)["doc"]
-        labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
-        items[doc["id"]] = {
-            "id": doc["id"],
-            "question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-            "choices": {"text": doc["choices"], "label": labels},
-            "answerKey": labels[doc["gold"]],
-        }
-    return pa.Table.from_pylist(list(items.values()))
+    try:
+        for line in gunzip(content, member).decode().splitlines():
+            doc = json.loads(line)["doc"]
+            labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
+            items[doc["id"]] = {
+                "id": doc["id"],
+                "question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+                "choices": {"text": doc["choices"], "label": labels},
+                "answerKey": labels[doc["gold"]],
+            }
+        return pa.Table.from_pylist(list(items.values()))
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise InputError(f"{member} holds no scoring requests of ARC ({error!r})") from error
 
 
 # --- task files -------------------------------------------------------------------------------------------------

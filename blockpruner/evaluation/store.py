@@ -81,4 +81,4 @@ def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
         return Stored(entry["value"])
     if not items.exists() or file_sha256(items) != entry["items_sha256"]:
         raise InputError(f"{items} is not the table that {path.name} names")
-    return Stored(entry["value"], read_table(items, ITEMS)[0].cast(ITEMS))
+    return Stored(entry["value"], read_table(items, ITEMS)[0])

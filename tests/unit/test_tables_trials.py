@@ -1,7 +1,6 @@
 """What is on disk is whole or absent, and a fact is reused only where its fingerprint says so."""
 
 import errno
-import json
 import math
 from dataclasses import replace
 
@@ -200,9 +199,8 @@ def test_a_failed_build_leaves_the_old_directory(tmp_path):
 
 def test_parquet_with_other_columns(tmp_path):
     write_table(tmp_path / "t.parquet", pa.table({"words": ["x"]}))
-    with pytest.raises(InputError, match=r"\['words'\].*\['text'\]"):
+    with pytest.raises(InputError, match=r"words: string; expected text: string"):
         read_table(tmp_path / "t.parquet", TEXTS)
-    assert json.dumps(TEXTS.names) == '["text"]'
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path):
