@@ -169,7 +169,7 @@ def processes(project: Path) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
-            if entry.name.isdecimal() and os.readlink(entry / "cwd") == str(project):
+            if entry.name.isdecimal() and (entry / "cwd").readlink() == project:
                 state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
                 found += [int(entry.name)] * (state != "Z")
     return found
@@ -472,7 +472,7 @@ def worker_lost(name: str) -> dict[str, Any]:
         if wait_for(lambda: (project / "paused").exists() or code.poll() is not None, 300) is None or code.poll():
             raise RuntimeError(log.read_text())
         pids = [int(pid) for pid in re.findall(r"worker \d+ \(process (\d+)", log.read_text())]
-        workers = pids or [pid for pid in ray_workers(code.pid)]
+        workers = pids or ray_workers(code.pid)
         os.kill(workers[0], signal.SIGKILL)
         (project / "go").touch()
         code.wait()
@@ -499,7 +499,12 @@ def together(project: Path, commands: list[list[str]], **extra: str) -> list[tup
     """Start commands at once; the exit code and output of each."""
     started = [
         subprocess.Popen(
-            command, cwd=project, env=with_hook(-1, **extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=project,
+            env=with_hook(-1, **extra),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for command in commands
     ]
@@ -566,9 +571,11 @@ def two_repros(name: str) -> dict[str, Any]:
     with copied(stage, name) as project:
         ended = together(project, [[sys.executable, "-m", "dvc", "repro", "--single-item", stage]] * 2)
         refused = [last_word(output) for code, output in ended if code]
-        return {"flow": f"exit codes {sorted(code for code, _ in ended)}; {(refused or ['both ran'])[0]}"} | afterwards(
-            project, stage, ended[0][1]
-        ) | {"same": content(project, stage) == content(reference, stage)}
+        return (
+            {"flow": f"exit codes {sorted(code for code, _ in ended)}; {(refused or ['both ran'])[0]}"}
+            | afterwards(project, stage, ended[0][1])
+            | {"same": content(project, stage) == content(reference, stage)}
+        )
 
 
 # --- the matrix -------------------------------------------------------------------------------------------------------
@@ -607,7 +614,9 @@ def is_good(facts: dict[str, Any]) -> bool:
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = ["| what | where | stage | what ended, and how | finished units kept | computed twice | same tables | good |"]
+    lines = [
+        "| what | where | stage | what ended, and how | finished units kept | computed twice | same tables | good |"
+    ]
     lines.append("|---" * 8 + "|")
     for name, facts in found.items():
         what, where, stage = name.split(", ")

@@ -159,7 +159,7 @@ class TrialStore:
             if entry is not None and _is_unit(entry, self.rows):
                 self._remember(entry["trial"], entry["start"], entry["loss"])
             elif number < len(lines):  # a torn last line is the unit that a kill interrupted
-                self.problems.append(f"{path}, line {number}: damaged or no trial of this store; that trial is computed again")
+                self.problems.append(f"{path}, line {number}: damaged, or no trial; it is computed again")
 
 
 def checksummed(value: Mapping[str, Any]) -> str:

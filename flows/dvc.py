@@ -30,6 +30,7 @@ GRACE = 20.0
 PARENT = "BLOCKPRUNER_DVC_PARENT"
 PR_SET_PDEATHSIG = 1
 LOCKFILE, SNAPSHOT, WORKSPACE_LOCK = Path("dvc.lock"), Path(".dvc/tmp/flow.dvc.lock"), Path(".dvc/tmp/flow.lock")
+READERS = Path(".dvc/tmp/rwlock")
 
 
 class StageError(RuntimeError):
@@ -128,7 +129,13 @@ def _lockfile(show: Callable[[str], object]) -> Iterator[None]:
 
 
 def _repair(show: Callable[[str], object]) -> None:
-    """Bring an empty or truncated dvc.lock back from the last snapshot, or else from the last commit."""
+    """Bring an empty or truncated dvc.lock back from the last snapshot, or else from the last commit.
+
+    dvc's own list of who reads and writes what is set aside where it is cut short: it is of processes, and this
+    flow's are the only ones.
+    """
+    if READERS.exists() and not _whole(READERS):
+        show(f"{READERS} was cut short by a kill; set aside as {set_aside(READERS)}")
     if not LOCKFILE.exists() or _whole(LOCKFILE):
         return
     bad = set_aside(LOCKFILE)

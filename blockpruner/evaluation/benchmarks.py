@@ -7,11 +7,15 @@ on them is decided by `zero_shot`. Adding a benchmark is adding a row at the end
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import io
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,10 @@ import yaml
 
 from blockpruner.errors import InputError
 from blockpruner.provenance import file_sha256, fingerprint
-from blockpruner.sources import gunzip
-from blockpruner.tables import write_table, write_text
+from blockpruner.tables import write_atomic, write_text
+
+GZIP_LIMIT = 2**30
+"""Largest content of a gzipped member, bytes."""
 
 EVALUATION_SPLITS = ("validation", "test")
 """Splits that a stock task may name beside its training split; lm-eval scores on "test" where a task has one."""
@@ -170,13 +176,24 @@ def _arrow_items(content: bytes, member: str) -> pa.Table:
     return table
 
 
+def _gunzip(content: bytes, member: str) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as handle:
+            found = handle.read(GZIP_LIMIT + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{member} is damaged or not gzip ({error})") from error
+    if len(found) > GZIP_LIMIT:
+        raise InputError(f"{member} unpacks to more than {GZIP_LIMIT} bytes, the limit")
+    return found
+
+
 def _arc_items(content: bytes, member: str) -> pa.Table:
     """ARC items from scoring requests, several to an item: {doc: {id, query, choices, gold}}, in order of first
     appearance. The stock prompt adds "Question: " and "\\nAnswer:" itself. The letters of the choices are numbered
     anew from A; the stock task scores by their index."""
     items: dict[str, dict[str, Any]] = {}
     try:
-        for line in gunzip(content, member).decode().splitlines():
+        for line in _gunzip(content, member).decode().splitlines():
             doc = json.loads(line)["doc"]
             labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
             items[doc["id"]] = {
@@ -206,8 +223,9 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
     """
     benchmark_of(name)
     folder = directory / name
-    for split, table in tables.items():
-        write_table(folder / f"{split}.parquet", table)
+    for split, table in tables.items():  # without metadata of ours: a file's bytes are part of a result's key
+        plain = table.replace_schema_metadata({})
+        write_atomic(folder / f"{split}.parquet", partial(pq.write_table, plain, compression="zstd"))
     config, helpers = _stock_config(name)
     config |= {
         "dataset_path": "parquet",
