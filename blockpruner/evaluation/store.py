@@ -72,7 +72,8 @@ class ResultsStore:
         if result.items is not None:
             write_table(items, result.items)
         digest = None if result.items is None else file_sha256(items)
-        write_json(path, {"key": dict(key), "value": result.value, "items_sha256": digest})
+        content = {"key": dict(key), "value": result.value, "items_sha256": digest}
+        write_json(path, {**content, "digest": fingerprint(content)})
 
     def _paths(self, key: Mapping[str, Any]) -> tuple[Path, Path]:
         name = fingerprint(key)
@@ -81,8 +82,11 @@ class ResultsStore:
 
 def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
     entry = read_json(path)
+    digest = entry.pop("digest", None) if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or entry.keys() != {"key", "value", "items_sha256"} or entry["key"] != dict(key):
         raise InputError(f"{path} is not the result of this evaluation")
+    if digest not in (None, fingerprint(entry)):  # None: written before there were digests
+        raise InputError(f"{path} is damaged: it is not what was written")
     if entry["items_sha256"] is None:
         return Stored(entry["value"])
     if not items.exists() or file_sha256(items) != entry["items_sha256"]:

@@ -15,10 +15,10 @@ from statistics import mean, stdev
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from blockpruner.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, parse_mask
 from blockpruner.errors import InputError
+from blockpruner.evaluation.store import ITEMS
 from blockpruner.plans import Plan
 from blockpruner.scoring.metrics import PERPLEXITY, metric_of
 from blockpruner.tables import ITERATION, read_json, read_table
@@ -362,11 +362,7 @@ def _read_result(directory: Path, model: str) -> Result:
         )
     perplexity = fields["perplexity"]
     path = directory / "items.parquet"
-    metrics = sorted({task["metric"] for task in tasks.values()})
-    try:
-        rows = pq.read_table(path, columns=["task", "item", *metrics]).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete {directory} and run `dvc repro`") from error
+    rows = read_table(path, ITEMS)[0].drop(["loglikelihoods", "prompt_hash"]).to_pylist()
     return Result(
         parameters=fields["parameters"],
         weight_bytes=fields["weight_bytes"],

@@ -6,7 +6,8 @@ search is not nested) and when one may be trusted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
             f"{facts.get('iteration')!r}, complete {facts.get('complete')!r})"
         )
     rows = table.to_pylist()
+    _require_whole(rows, path)
     chosen = [i for i, row in enumerate(rows) if row["chosen"]]
     if len(chosen) != 1:
         raise InputError(f"{path} has {len(chosen)} chosen rows; exactly one is valid")
@@ -85,6 +87,19 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
         lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
         nll=nll,
     )
+
+
+def _require_whole(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse losses that are no numbers, or not of as many calibration rows as the table says."""
+    for number, row in enumerate(rows):
+        losses = row["row_loss"] + (row["row_nll"] or [])
+        if not all(loss is not None and math.isfinite(loss) for loss in losses):
+            raise InputError(f"{path}, row {number}: a loss is no finite number")
+        used, nll = len(row["row_loss"]), len(row["row_nll"] or [])
+        if used != row["rows_used"] or max(used, nll) > row["rows_total"]:
+            raise InputError(
+                f"{path}, row {number}: {used} losses and {nll} NLLs; it says {row['rows_used']} of {row['rows_total']}"
+            )
 
 
 def read_trace(directory: Path, search: str) -> list[Iteration]:

@@ -345,6 +345,36 @@ def test_damaged_lock_file_is_restored(project: Path, damage: str) -> None:
     assert sum("restored from the flow's snapshot" in line for line in lines) == 1
 
 
+def test_a_list_of_readers_that_a_kill_cut_short_is_set_aside(project: Path) -> None:
+    """dvc rewrites it in place, and does not start while it cannot read it."""
+    lines: list[str] = []
+    Path(".dvc/tmp/rwlock").write_text('{"read": {"a')
+    with dvc.workspace("a test") as lock:
+        assert dvc.repro("fetch@smollm2", lock, lines.append)
+    assert sum("rwlock was cut short by a kill; set aside" in line for line in lines) == 1
+
+
+def test_ten_starts_at_once(project: Path) -> None:
+    """One holds the workspace, nine say whose it is; as flows.prune does it, without Prefect's 3 s of import."""
+    script = (
+        "import os\nfrom blockpruner.errors import InputError\nfrom flows import dvc\n"
+        "try:\n    with dvc.workspace(f'process {os.getpid()}') as lock: dvc.repro('score@smollm2', lock, str)\n"
+        "except InputError as error: print(error)"
+    )
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "fetch@smollm2"], check=True)
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env={**os.environ, "STUB_SECONDS": "2"}, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(10)
+    ]
+    said = [start.communicate()[0] for start in starts]
+    (holder,) = (start.pid for start, words in zip(starts, said, strict=True) if not words)
+    assert all(f"in use by process {holder}; wait for it or stop it" in words for words in said if words)
+    assert [line[:2] for line in log()] == [["fetch", "smollm2"], ["score", "smollm2"]]
+    assert Path("data/scores/smollm2.txt").read_text() == "# score smollm2"
+
+
 def test_added_run_and_target_keep_comments(project: Path) -> None:
     shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
     before = Path("params.yaml").read_text()

@@ -21,6 +21,7 @@ import pytest
 from blockpruner.blocks import Mask, format_mask, parse_mask, removable_units
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
+from blockpruner.evaluation.store import ITEMS
 from blockpruner.plans import commit_run, save_iterations
 from blockpruner.progress import SilentObserver
 from blockpruner.reporting.comparison import front
@@ -194,7 +195,8 @@ def results(path: Path, world: World, position: int, heldout: float, pruned: tup
         stderr = math.sqrt(score.mean() * (1 - score.mean()) / (n - 1))
         tasks[task] = {"metric": "acc", "value": score.mean(), "stderr": stderr, "acc": score.mean(),
                        "acc_stderr": stderr, "acc_norm": None, "acc_norm_stderr": None, "items": n}  # fmt: skip
-        items += [{"task": task, "item": i, "acc": s, "acc_norm": None} for i, s in enumerate(score)]
+        unread = {"gold": 0, "loglikelihoods": [], "prompt_hash": "", "acc_norm": None}
+        items += [{"task": task, "item": i, "acc": s} | unread for i, s in enumerate(score)]
     average = {"value": np.mean([t["value"] for t in tasks.values()]),
                "stderr": math.sqrt(sum(t["stderr"] ** 2 for t in tasks.values())) / len(tasks)}  # fmt: skip
     parameters = pruned[1]["parameters"]["pruned"] if pruned else TOTAL
@@ -207,7 +209,7 @@ def results(path: Path, world: World, position: int, heldout: float, pruned: tup
                   "seq_len": 1024}  # fmt: skip
     write_json(path / "results.json", {"parameters": parameters, "weight_bytes": 4 * parameters, "speed": speed,
                "perplexity": perplexity, "tasks": tasks, "average": average, "chance": CHANCE})  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(items), path / "items.parquet")
+    pq.write_table(pa.Table.from_pylist(items, ITEMS), path / "items.parquet")
 
 
 def _speed(factor: float, parameters: int, kibibytes: int) -> dict[str, Any]:
@@ -502,7 +504,7 @@ def test_a_partial_row_cannot_be_chosen(tmp_path: Path) -> None:
     path = tmp_path / "plans" / "tiny-a" / "iterations.parquet"
     rows = pq.read_table(path).to_pylist()
     next(row for row in rows if row["chosen"])["rows_used"] = 1
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(rows, ITERATIONS), path)
     with pytest.raises(InputError, match=r"0 fully scored choices in iteration 0.*dvc repro"):
         read_studies(["tiny-a"], LABELS, tmp_path)
 
@@ -540,7 +542,7 @@ def test_equal_models_are_within_noise(tmp_path: Path) -> None:
     [
         (lambda d: (d / "results/tiny-dense/results.json").unlink(), r"tiny-dense/results\.json does not exist"),
         (lambda d: (d / "plans/tiny-a/iterations.parquet").write_bytes(b"PAR1"), r"iterations\.parquet is truncated"),
-        (lambda d: (d / "results/tiny-a/items.parquet").write_bytes(b""), r"items\.parquet cannot be read"),
+        (lambda d: (d / "results/tiny-a/items.parquet").write_bytes(b""), r"items\.parquet is truncated"),
         (
             lambda d: pq.write_table(
                 pq.read_table(d / "results/tiny-a/items.parquet").slice(1), d / "results/tiny-a/items.parquet"

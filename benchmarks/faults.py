@@ -1,0 +1,658 @@
+"""What is lost when something breaks, and whether a second run ends in the same tables: a matrix, measured.
+
+    python -m benchmarks.faults [word ...]     only the cells whose names hold all these words
+
+The pipeline of the integration tests (a tiny random model, one target that is recovered) is run once undisturbed and
+kept as it was before each stage. A cell copies that, breaks one thing in the middle of the stage, lets everything end,
+runs the stage again as a flow does, and compares its outputs with the undisturbed ones. Finished cells are kept in
+data/benchmarks/faults.json and skipped; delete the file to measure anew. Prints Markdown for docs/operations.md.
+
+Signals go to the flow (`flows.prune` with a Prefect server), to its dvc or to its stage, at the stage's middle write:
+a stage stops there, between a file's content and its name, until the signal has had its effect. The cells of disks
+mount small file systems in a namespace of their own, for which they need root.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from blockpruner.tables import read_json, write_json
+from tests.integration.project import dvc, environment, make_project, set_targets
+
+FOUND, WORK = Path("data/benchmarks/faults.json"), Path("data/benchmarks/faults").resolve()
+TARGETS = {"lora.2": "2blocks"}
+STAGES = {
+    "fetch@tiny": ("models", "sources"),
+    "calibrate@tiny": ("calibration",),
+    "score@tiny": ("scores",),
+    "baseline@tiny": ("results/tiny-dense",),
+    "commit@lora.2": ("plans",),
+    "materialize@lora.2": ("checkpoints",),
+    "recover@lora.2": ("recovered",),
+    "benchmark@lora.2": ("results/lora.2",),
+    "report": ("report",),
+}
+"""The outputs of each stage, under data/."""
+
+STORES = {"score": "trials", "baseline": "evaluations", "benchmark": "evaluations", "recover": "adapters"}
+"""Where a stage keeps its finished units; of the others the whole stage is one."""
+
+PAUSE = """
+import os, sys, time
+from pathlib import Path
+
+if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages.") and "FAULT_AT" in os.environ:
+    count, at = 0, int(os.environ["FAULT_AT"])  # at: the write to stop at; 0: none, they are only counted
+    def counted(original):
+        def wrapper(*arguments, **options):
+            global count
+            count += 1
+            if count == at:
+                Path("paused").write_text(str(os.getpid()))
+                while not Path("go").exists():
+                    time.sleep(0.01)
+            if not at:
+                Path("writes").write_text(str(count))
+            return original(*arguments, **options)
+        return wrapper
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+"""
+"""A sitecustomize that stops a stage at one of its writes."""
+
+FLOW = """
+import sys
+from flows import prune, selection
+
+stage = sys.argv.pop()
+selection.Plan.stages = lambda plan: (stage,)
+sys.exit(prune.main([]))
+"""
+REPRO = """
+import sys
+from flows import dvc
+
+with dvc.workspace("the run after it") as lock:
+    dvc.repro(sys.argv[1], lock, print)
+"""
+
+
+# --- the undisturbed run ----------------------------------------------------------------------------------------
+
+
+def before(stage: str) -> Path:
+    return WORK / "before" / stage / "project"
+
+
+def undisturbed() -> Path:
+    """The project after its undisturbed run, kept before each stage, too; `writes.json` says how often each writes."""
+    done = WORK / "undisturbed" / "project"
+    if (done / "writes.json").exists():
+        return done
+    shutil.rmtree(WORK, ignore_errors=True)
+    hook = WORK / "hook"
+    hook.mkdir(parents=True)
+    (hook / "sitecustomize.py").write_text(PAUSE)
+    project = make_project(WORK / "undisturbed", TARGETS, num_samples=14)
+    set_targets(project, TARGETS, batch_tokens=96)
+    writes = {}
+    for stage in STAGES:
+        shutil.copytree(project, before(stage))
+        writes[stage] = run(project, REPRO, stage, at=0) and int((project / "writes").read_text())
+    write_json(done / "writes.json", writes)
+    return done
+
+
+def after(stage: str) -> Path:
+    following = list(STAGES)[list(STAGES).index(stage) + 1 :]
+    return before(following[0]) if following else WORK / "undisturbed" / "project"
+
+
+def with_hook(at: int, **extra: str) -> dict[str, str]:
+    root = os.pathsep.join([str(WORK / "hook"), "."])
+    return environment() | {"PYTHONPATH": root, "FAULT_AT": str(at), "HF_HUB_OFFLINE": "1"} | extra
+
+
+def run(project: Path, code: str, stage: str, at: int = -1) -> str:
+    """Run a stage through flows.dvc; its output. Raises RuntimeError with it if that fails."""
+    result = subprocess.run(
+        [sys.executable, "-c", code, stage], cwd=project, env=with_hook(at), capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise RuntimeError(result.stdout + result.stderr)
+    return result.stdout
+
+
+# --- what is compared ---------------------------------------------------------------------------------------------
+
+
+def content(project: Path, stage: str) -> dict[str, Any]:
+    """A stage's outputs by file; of JSON what is not a time."""
+    files = (path for out in STAGES[stage] for path in sorted((project / "data" / out).rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(project)): timeless(read_json(path)) if path.suffix == ".json" else path.read_bytes()
+        for path in files
+    }
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: timeless(each) for key, each in value.items() if key not in ("speed", "date")}
+    return value
+
+
+def units(project: Path, stage: str) -> dict[str, Any]:
+    """The finished units of a stage's store: a trial's log line by its place, a file by its inode and time."""
+    folder = project / "data" / STORES.get(stage.partition("@")[0], "none")
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*.jsonl")):
+        found |= {f"{path.name}:{i}": line for i, line in enumerate(path.read_text().splitlines()[1:])}
+    for path in (*folder.glob("*.json"), *folder.glob("*.safetensors")):
+        found[path.name] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found
+
+
+def processes(project: Path) -> list[int]:
+    """Living processes that work in the project."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal() and (entry / "cwd").readlink() == project:
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                found += [int(entry.name)] * (state != "Z")
+    return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> float | None:
+    """Seconds until the condition held; None if it did not."""
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > seconds:
+            return None
+        time.sleep(0.01)
+    return time.monotonic() - started
+
+
+def afterwards(project: Path, stage: str, said: str) -> dict[str, Any]:
+    """Run the stage again and compare; `said` is the output of what was broken."""
+    reference = after(stage)
+    kept, started = units(project, stage), time.monotonic()
+    total = len(units(reference, stage)) - len(units(before(stage), stage)) if stage.partition("@")[0] in STORES else 1
+    done = content(project, stage) == content(reference, stage)
+    output = run(project, REPRO, stage)
+    final = units(project, stage)
+    again = len(final) - len(units(reference, stage)) if stage.startswith("score") else 0
+    again += sum(final.get(name) != unit for name, unit in kept.items())
+    here = len(kept) - len(units(before(stage), stage)) if stage.partition("@")[0] in STORES else int(done)
+    return {
+        "kept": f"{here} of {total}",
+        "twice": again + (not done and stage.partition("@")[0] not in ("score",)),
+        "rerun": round(time.monotonic() - started, 1),
+        "same": content(project, stage) == content(reference, stage),
+        "traceback": "Traceback" in said,
+        "said": last_word(said),
+        "repaired": [line for line in output.splitlines() if "restored" in line or "set aside" in line],
+    }
+
+
+def last_word(said: str) -> str:
+    """The line that tells a person what happened."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"error in stage|interrupted|failed|cannot|set aside|refused", line)]
+    text = (telling or lines or [""])[-1]
+    return text.replace(str(WORK), "…").replace("|", "/")[:230]
+
+
+# --- cells: signals -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def copied(stage: str, name: str) -> Iterator[Path]:
+    folder = WORK / "cells" / re.sub(r"\W+", "-", name)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(before(stage), folder / "project")
+    try:
+        yield folder / "project"
+    finally:
+        for pid in processes(folder / "project"):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def signalled(name: str, stage: str, target: str, number: signal.Signals) -> dict[str, Any]:
+    middle = read_json(undisturbed() / "writes.json")[stage] // 2
+    with copied(stage, name) as project, prefect_server() as url:
+        log = project / "flow.log"
+        with open(log, "w") as output:
+            flow = subprocess.Popen(
+                [sys.executable, "-c", FLOW, stage],
+                cwd=project,
+                env=with_hook(max(1, middle), PREFECT_API_URL=url, PREFECT_HOME=str(WORK / "prefect")),
+                stdout=output,
+                stderr=output,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )
+        if wait_for(lambda: (project / "paused").exists() or flow.poll() is not None, 300) is None or flow.poll():
+            raise RuntimeError(f"{stage} did not come to its write {middle}: {log.read_text()}")
+        stage_pid = int((project / "paused").read_text())
+        pids = {"flow": flow.pid, "dvc": dvc_of(project), "stage": stage_pid}
+        os.kill(pids[target], number)
+        unheard = target == "dvc" and number is not signal.SIGTERM  # the stage lives on, and the flow waits for it
+        ended = wait_for(lambda: flow.poll() is not None and not processes(project), 1 if unheard else 60)
+        (project / "go").touch()
+        after = wait_for(lambda: flow.poll() is not None, 300)
+        free = wait_for(lambda: not processes(project), 30)
+        facts = {
+            "flow": f"{flow.returncode} after {ended:.1f} s" if ended is not None else f"{flow.returncode}, went on",
+            "left": processes(project) if free is None or after is None else [],
+        }
+        return facts | afterwards(project, stage, log.read_text())
+
+
+def dvc_of(project: Path) -> int:
+    (pid,) = (pid for pid in processes(project) if b"flows.dvc" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return pid
+
+
+SERVER: list[subprocess.Popen[bytes]] = []
+PORT: list[int] = []
+
+
+@contextmanager
+def prefect_server() -> Iterator[str]:
+    """A Prefect server of this script's own, which stays until the script ends."""
+    if not SERVER:
+        start_server()
+    yield f"http://127.0.0.1:{PORT[0]}/api"
+
+
+def start_server() -> None:
+    if not PORT:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            PORT.append(probe.getsockname()[1])
+    SERVER.append(
+        subprocess.Popen(
+            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(PORT[0])],
+            env=environment() | {"PREFECT_HOME": str(WORK / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    )
+    if wait_for(answers, 240) is None:
+        raise RuntimeError("no Prefect server")
+
+
+def stop_server() -> None:
+    if SERVER:
+        server = SERVER.pop()
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers() -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT[0]}/api/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+# --- cells: disks ---------------------------------------------------------------------------------------------------
+
+
+def in_namespace(name: str) -> dict[str, Any]:
+    """The cell in a process with mounts of its own."""
+    undisturbed()
+    command = ["unshare", "--mount", sys.executable, "-m", "benchmarks.faults", "--inside", name]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    if result.returncode:
+        raise RuntimeError(f"{result.stderr[-600:]} (mounting needs root and mount namespaces)")
+    facts: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return facts
+
+
+def pages(project: Path) -> int:
+    return sum(-(-path.stat().st_size // 4096) for path in project.rglob("*") if path.is_file())
+
+
+def full(name: str, stage: str, share: float) -> dict[str, Any]:
+    """The project on a tmpfs that has room for a share of what the stage writes."""
+    grows = pages(after(stage)) - pages(before(stage))
+    with copied(stage, name) as origin:
+        project = origin.with_name("small") / "project"
+        project.parent.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", project.parent], check=True)
+        shutil.copytree(origin, project)
+        filler, room = project.parent / "filler", int(grows * share) * 4096
+        free = shutil.disk_usage(project.parent).free
+        filler.write_bytes(bytes(free - room))
+        said = attempt(project, REPRO, stage)
+        filler.unlink()
+        facts = {"flow": f"room for {room >> 10} KiB of {grows * 4} KiB"} | afterwards(project, stage, said)
+        subprocess.run(["umount", "--lazy", project.parent], check=True)
+        return facts
+
+
+def read_only(name: str, stage: str) -> dict[str, Any]:
+    """data/ mounted read-only."""
+    with copied(stage, name) as project:
+        data = project / "data"
+        data.mkdir(exist_ok=True)
+        subprocess.run(["mount", "--bind", data, data], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", data], check=True)
+        said = attempt(project, REPRO, stage)
+        subprocess.run(["umount", data], check=True)
+        return {"flow": "data/ read-only"} | afterwards(project, stage, said)
+
+
+def attempt(project: Path, code: str, stage: str) -> str:
+    """The output of a run that is to fail."""
+    try:
+        return "it did not fail: " + run(project, code, stage)
+    except RuntimeError as error:
+        return str(error)
+
+
+# --- cells: damaged files -------------------------------------------------------------------------------------------
+
+
+def damaged(name: str, stage: str, pattern: str, how: Callable[[bytes], bytes]) -> dict[str, Any]:
+    """A file that a stage reads is damaged; the stage alone is run, then what a person would run: `dvc repro`."""
+    with copied(stage, name) as project:
+        (path,) = sorted(project.glob(pattern))[:1]
+        damaged_bytes = how(path.read_bytes())
+        path.unlink()  # the DVC cache's copy is a hard link
+        path.write_bytes(damaged_bytes)
+        module, _, item = stage.partition("@")
+        command = [sys.executable, "-m", f"stages.{module}", *([item] if item else [])]
+        alone = subprocess.run(command, cwd=project, env=with_hook(-1), capture_output=True, text=True, check=False)
+        facts = {"flow": f"{path.relative_to(project)}; the stage alone ends with {alone.returncode}"}
+        dvc(project, "repro", stage)
+        return facts | afterwards(project, stage, alone.stdout + alone.stderr)
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) * 2 // 3]
+
+
+def nothing(content: bytes) -> bytes:
+    return b""
+
+
+DAMAGED = {
+    "texts": ("calibrate@tiny", "data/sources/tiny/calibration.parquet"),
+    "calibration rows": ("score@tiny", "data/calibration/tiny/rows.parquet"),
+    "held-out texts": ("benchmark@lora.2", "data/sources/tiny/perplexity.parquet"),
+    "items": ("benchmark@lora.2", "data/sources/tiny/tasks/piqa/validation.parquet"),
+    "an iteration's table": ("commit@lora.2", "data/scores/tiny/*/iteration_001.parquet"),
+    "a plan's iterations": ("report", "data/plans/lora.2/iterations.parquet"),
+    "a result's items": ("report", "data/results/lora.2/items.parquet"),
+    "a stored result": ("report", "data/evaluations/*.parquet"),
+    "weights": ("materialize@lora.2", "data/models/tiny/model.safetensors"),
+}
+DVC_FILES = {
+    "dvc.lock": "dvc.lock",
+    "DVC's rwlock": ".dvc/tmp/rwlock",
+    "params.yaml": "params.yaml",
+}
+
+
+def emptied(name: str, file: str) -> dict[str, Any]:
+    """A file that DVC writes in place was cut to nothing; then a flow."""
+    stage = "commit@lora.2"
+    with copied(stage, name) as project:
+        (project / file).write_bytes(b"")
+        said = attempt(project, REPRO, stage)
+        if file == "params.yaml":
+            shutil.copy(before(stage) / file, project / file)
+        return {"flow": "a flow after it: " + last_word(said)} | afterwards(project, stage, said)
+
+
+# --- cells: servers and workers -------------------------------------------------------------------------------------
+
+
+def server_down(name: str, up_again: float | None) -> dict[str, Any]:
+    """The Prefect server killed while a stage runs, and started again after some seconds (None: when all is over)."""
+    stage = "score@tiny"
+    undisturbed()
+    with copied(stage, name) as project, prefect_server() as url:
+        log = project / "flow.log"
+        with open(log, "w") as output:
+            flow = subprocess.Popen(
+                [sys.executable, "-c", FLOW, stage],
+                cwd=project,
+                env=with_hook(40, PREFECT_API_URL=url, PREFECT_HOME=str(WORK / "prefect")),
+                stdout=output,
+                stderr=output,
+            )
+        wait_for(lambda: (project / "paused").exists(), 300)
+        stop_server()
+        if up_again is not None:
+            time.sleep(up_again)
+            start_server()
+        (project / "go").touch()
+        ended = wait_for(lambda: flow.poll() is not None, 240)
+        free = wait_for(lambda: not processes(project), 30)
+        facts = {
+            "flow": f"{flow.returncode} after {ended:.0f} s" if ended is not None else "did not end",
+            "left": processes(project) if free is None else [],
+        }
+        return facts | afterwards(project, stage, log.read_text())
+
+
+def worker_lost(name: str) -> dict[str, Any]:
+    """One of two Ray workers killed while it scores."""
+    stage = "score@tiny"
+    undisturbed()
+    with copied(stage, name) as project:
+        set_targets(project, TARGETS, batch_tokens=96, executor="ray", workers=2)
+        log = project / "flow.log"
+        with open(log, "w") as output:
+            code = subprocess.Popen(
+                [sys.executable, "-m", "stages.score", "tiny"],
+                cwd=project,
+                env=with_hook(10),
+                stdout=output,
+                stderr=output,
+            )
+        if wait_for(lambda: (project / "paused").exists() or code.poll() is not None, 300) is None or code.poll():
+            raise RuntimeError(log.read_text())
+        pids = [int(pid) for pid in re.findall(r"worker \d+ \(process (\d+)", log.read_text())]
+        workers = pids or ray_workers(code.pid)
+        os.kill(workers[0], signal.SIGKILL)
+        (project / "go").touch()
+        code.wait()
+        said = log.read_text()
+        lost = [line for line in said.splitlines() if "was lost" in line]
+        return {"flow": f"{code.returncode}; {(lost or ['nothing said'])[0][:120]}"} | afterwards(project, stage, said)
+
+
+def ray_workers(root: int) -> list[int]:
+    """Processes below `root` that are Ray workers of ours."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
+    below, grown = {root}, True
+    while grown:
+        more = {int(pid) for pid, ppid, *_ in rows if int(ppid) in below} - below
+        below, grown = below | more, bool(more)
+    return [int(pid) for pid, _, *rest in rows if int(pid) in below and "ray::" in "".join(rest)]
+
+
+# --- cells: several at once -----------------------------------------------------------------------------------------
+
+
+def together(project: Path, commands: list[list[str]], **extra: str) -> list[tuple[int, str]]:
+    """Start commands at once; the exit code and output of each."""
+    started = [
+        subprocess.Popen(
+            command,
+            cwd=project,
+            env=with_hook(-1, **extra),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+
+
+def ten_flows(name: str) -> dict[str, Any]:
+    """Ten `python -m flows.prune` on an empty workspace at once."""
+    first = next(iter(STAGES))
+    reference = undisturbed()
+    with copied(first, name) as project, prefect_server() as url:
+        ended = together(
+            project,
+            [[sys.executable, "-m", "flows.prune"]] * 10,
+            PREFECT_API_URL=url,
+            PREFECT_HOME=str(WORK / "prefect"),
+        )
+        codes = sorted(code for code, _ in ended)
+        refused = [last_word(output) for code, output in ended if code == 2 and "is in use by" in output]
+        same = all(content(project, s) == content(reference, s) for s in STAGES if s != "report")
+        return {
+            "flow": f"exit codes {codes}",
+            "kept": "",
+            "twice": len(units(project, "score@tiny")) - len(units(reference, "score@tiny")),
+            "same": same and codes == [0] + [2] * 9 and len(refused) == 9,
+            "traceback": any("Traceback" in output for _, output in ended),
+            "said": refused[0] if refused else "",
+            "left": processes(project),
+        }
+
+
+def two_scores(name: str, workspaces: int) -> dict[str, Any]:
+    """Two score stages at once: in one workspace, or in two on one trial store."""
+    stage, reference = "score@tiny", undisturbed()
+    with copied(stage, name) as project, copied(stage, name + " too") as other:
+        places = [project, other][:workspaces] * (3 - workspaces)
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "stages.score", "tiny"],
+                cwd=place,
+                env=with_hook(-1, BLOCKPRUNER_TRIALS=str(project / "data/trials")),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for place in places
+        ]
+        outputs = [process.communicate()[0] for process in started]
+        waited = [line for output in outputs for line in output.splitlines() if "waiting for it" in line]
+        return {
+            "flow": f"exit codes {[process.returncode for process in started]}",
+            "kept": "",
+            "twice": len(units(project, stage)) - len(units(reference, stage)),
+            "same": all(content(place, stage) == content(reference, stage) for place in places),
+            "traceback": any("Traceback" in output for output in outputs),
+            "said": last_word(waited[0]) if waited else "neither had to wait",
+        }
+
+
+def two_repros(name: str) -> dict[str, Any]:
+    """Two plain `dvc repro` of one workspace at once."""
+    stage, reference = "score@tiny", undisturbed()
+    with copied(stage, name) as project:
+        ended = together(project, [[sys.executable, "-m", "dvc", "repro", "--single-item", stage]] * 2)
+        refused = [last_word(output) for code, output in ended if code]
+        return (
+            {"flow": f"exit codes {sorted(code for code, _ in ended)}; {(refused or ['both ran'])[0]}"}
+            | afterwards(project, stage, ended[0][1])
+            | {"same": content(project, stage) == content(reference, stage)}
+        )
+
+
+# --- the matrix -------------------------------------------------------------------------------------------------------
+
+
+def cells() -> dict[str, Callable[[str], dict[str, Any]]]:
+    """Every cell by name: a function of its name."""
+    found: dict[str, Callable[[str], dict[str, Any]]] = {}
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        for target in ("flow", "dvc", "stage"):
+            for stage in STAGES:
+                found[f"{number.name}, {target}, {stage}"] = lambda name, s=stage, t=target, n=number: signalled(
+                    name, s, t, n
+                )
+    for stage in STAGES:
+        found[f"disk full, in the stage, {stage}"] = lambda name, s=stage: full(name, s, 0.4)
+        found[f"disk full, at its end, {stage}"] = lambda name, s=stage: full(name, s, 1.0)
+        found[f"read-only, data/, {stage}"] = lambda name, s=stage: read_only(name, s)
+    for what, (stage, pattern) in DAMAGED.items():
+        found[f"truncated, {what}, {stage}"] = lambda name, s=stage, p=pattern: damaged(name, s, p, truncated)
+        found[f"empty, {what}, {stage}"] = lambda name, s=stage, p=pattern: damaged(name, s, p, nothing)
+    for what, file in DVC_FILES.items():
+        found[f"empty, {what}, commit@lora.2"] = lambda name, f=file: emptied(name, f)
+    found["server, down for 5 s, score@tiny"] = lambda name: server_down(name, 5.0)
+    found["server, down for good, score@tiny"] = lambda name: server_down(name, None)
+    found["worker lost, one of 2 of Ray, score@tiny"] = worker_lost
+    found["at once, ten flows, everything"] = ten_flows
+    found["at once, two stages, score@tiny"] = lambda name: two_scores(name, 1)
+    found["at once, two workspaces on one store, score@tiny"] = lambda name: two_scores(name, 2)
+    found["at once, two dvc repro, score@tiny"] = two_repros
+    return found
+
+
+def is_good(facts: dict[str, Any]) -> bool:
+    return facts["same"] and not facts["traceback"] and not facts.get("left") and facts["twice"] <= 1
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        "| what | where | stage | what ended, and how | finished units kept | computed twice | same tables | good |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for name, facts in found.items():
+        what, where, stage = name.split(", ")
+        lines.append(
+            f"| {what} | {where} | `{stage}` | {facts['flow']} | {facts['kept']} | {facts['twice']} "
+            f"| {'yes' if facts['same'] else 'NO'} | {'yes' if is_good(facts) else 'NO: ' + facts['said']} |"
+        )
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> None:
+    wanted = {name: cell for name, cell in cells().items() if all(word in name for word in words)}
+    found: dict[str, Any] = read_json(FOUND) if FOUND.exists() else {}
+    for name, cell in wanted.items():
+        if name in found:
+            continue
+        started = time.monotonic()
+        try:
+            inside = name.startswith(("disk full", "read-only"))
+            facts = in_namespace(name) if inside else cell(name)
+        except Exception as error:
+            facts = {"flow": f"this script: {error!r}"[:1500], "kept": "", "twice": 99, "same": False} | {
+                "traceback": False,
+                "said": "",
+            }
+        found[name] = facts | {"seconds": round(time.monotonic() - started, 1)}
+        write_json(FOUND, found)
+        print(f"{'good' if is_good(facts) else 'BAD '} {name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
+    print(table({name: facts for name, facts in found.items() if name in wanted}))
+
+
+if __name__ == "__main__":
+    try:
+        if sys.argv[1:2] == ["--inside"]:
+            print(json.dumps(cells()[sys.argv[2]](sys.argv[2])))
+        else:
+            main(sys.argv[1:])
+    finally:
+        stop_server()

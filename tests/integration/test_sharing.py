@@ -1,0 +1,90 @@
+"""A colleague clones, pulls and asks for one target more; an experiment in a folder of its own; the stores cleaned."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.integration.project import ROOT, counts, dvc, environment, make_project, set_targets, stage, tables
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Scored for two removals, committed, and pushed to a remote that is a folder."""
+    project = make_project(tmp_path_factory.mktemp("first"), {"small": "2blocks"})
+    for name in (".gitignore", ".dvc/config"):  # those that are shipped
+        shutil.copy(ROOT / name, project / name)
+    git(project, "init", "-q")
+    dvc(project, "remote", "add", "--default", "shared", str(project.parent / "remote"))
+    dvc(project, "repro", "commit@small")
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "two removals")
+    dvc(project, "push")
+    return project
+
+
+def test_a_clone_computes_only_what_is_new(project, tmp_path):
+    """Of the first two iterations nothing; of the third and fourth every trial, once."""
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(project), str(clone))
+    dvc(clone, "pull", "--allow-missing")
+    assert not (clone / "data/trials").exists() and tables(clone) == tables(project)
+    set_targets(clone, {"small": "2blocks", "large": "4blocks"})
+    dvc(clone, "repro", "commit@large")
+    assert counts(clone)["trials_computed"] == 6 + 5
+    assert {name: table for name, table in tables(clone).items() if name in tables(project)} == tables(project)
+    assert len(tables(clone)) == 4
+
+
+def test_clean_lists_and_deletes_only_what_no_run_uses(project, tmp_path):
+    copy = tmp_path / "project"
+    shutil.copytree(project, copy)
+    (used,) = (copy / "data/trials").glob("*/")
+    unused = copy / "data/trials/0123456789abcdef"
+    shutil.copytree(used, unused)
+    text = (unused / "fingerprint.json").read_text()
+    (unused / "fingerprint.json").write_text(text.replace('"model": "', '"model": "0'))
+    (copy / "data/scores/tiny/x.parquet.bad").touch()
+    before = {path for path in copy.rglob("*") if "provenance" not in path.parts}
+    listed = stage(copy, "clean", "")
+    assert {path for path in copy.rglob("*") if "provenance" not in path.parts} == before
+    assert (
+        f"  unused: {unused.relative_to(copy)}\n" in listed.stdout and str(used.relative_to(copy)) not in listed.stdout
+    )
+    assert stage(copy, "clean", "delete").returncode == 0
+    gone = before - set(copy.rglob("*"))
+    assert gone == {unused, *(unused / path.name for path in used.iterdir()), copy / "data/scores/tiny/x.parquet.bad"}
+    shutil.rmtree(copy / "data/calibration")
+    assert "run 'tiny' is not fetched and calibrated here" in stage(copy, "clean", "delete").stderr
+
+
+@pytest.mark.skipif("BLOCKPRUNER_EXPERIMENTS" not in os.environ, reason="BLOCKPRUNER_EXPERIMENTS is not set: 1 minute")
+@pytest.mark.parametrize("how", [["--temp"], ["--queue"]])
+def test_an_experiment_shares_the_trials(project, how):
+    """In a folder of its own, with the workspace as it was; its third removal's trials are in the shared store then."""
+    store = str(project / "data/trials")
+    shared = environment() | {"BLOCKPRUNER_TRIALS": store}
+    change = "targets.more={run: tiny, budget: 3blocks, recover: false}"
+
+    def exp(*arguments):
+        command = [sys.executable, "-m", "dvc", "exp", *arguments]
+        result = subprocess.run(command, cwd=project, env=shared, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    logs = set((project / "data/trials").rglob("*.jsonl"))
+    exp("run", *how, "-n", f"more{how[0]}", "-S", change, "commit@more")
+    if how == ["--queue"]:
+        exp("run", "--run-all")
+    assert "more: " not in (project / "params.yaml").read_text()
+    new = set((project / "data/trials").rglob("*.jsonl")) - logs
+    lines = sum(len(path.read_text().splitlines()) - 1 for path in new)
+    assert lines == (6 if how == ["--temp"] else 0), "the second experiment finds the first one's trials"
+    assert f"more{how[0]}" in exp("show", "--csv")

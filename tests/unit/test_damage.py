@@ -1,0 +1,330 @@
+"""Archives and tables made by hypothesis, whole, damaged, malicious: each gives what was put in, or an InputError."""
+
+# ruff: noqa: PT017  (an InputError may come, and then it names the file)
+
+import gzip
+import io
+import json
+import stat
+import struct
+import tarfile
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blockpruner import sources
+from blockpruner.calibration import CalibrationSet
+from blockpruner.errors import InputError
+from blockpruner.evaluation import benchmarks
+from blockpruner.evaluation.benchmarks import tables_from_archive, tables_from_folder
+from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
+from blockpruner.search.trace import read_iteration, table_path
+from blockpruner.tables import CALIBRATION, ITERATION, TEXTS, read_table, write_table
+from blockpruner.trials import TrialStore, checksummed
+
+MEMBER, TEXT = "data/texts.json", json.dumps([{"text": "one"}, {"text": "two"}])
+many = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+names = st.sampled_from(
+    [MEMBER, f"../{MEMBER}", f"/{MEMBER}", "../../../../etc/passwd", "/etc/passwd", "data", "data/", "", ".", "a" * 300]
+)
+
+
+def zipped(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content, mode in members:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = mode << 16
+            archive.writestr(info, content, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def tarred(path, members):
+    kinds = {stat.S_IFREG: tarfile.REGTYPE, stat.S_IFLNK: tarfile.SYMTYPE, stat.S_IFDIR: tarfile.DIRTYPE}
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content, mode in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kinds[mode], "/etc/passwd"
+            info.size = len(content) if mode == stat.S_IFREG else 0
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+MAKERS = {"a.whl": zipped, "a.tar.gz": tarred}
+kinds = st.sampled_from([stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR])
+
+
+def read_or_refuse(archive, member):
+    """The member's bytes, or None where it is refused; any other exception fails the test."""
+    try:
+        return sources.read_member(archive, member)
+    except InputError as error:
+        assert archive.name in str(error)
+        return None
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@given(members=st.lists(st.tuples(names, st.binary(max_size=50), kinds), max_size=4), wanted=names)
+@many
+def test_a_member_is_a_regular_file_of_that_very_name_and_nothing_is_unpacked(name, members, wanted, tmp_path):
+    unique = list({entry[0]: entry for entry in members if entry[0]}.values())
+    folder = tmp_path / "archives"
+    folder.mkdir(exist_ok=True)
+    archive = MAKERS[name](folder / name, unique)
+    regular = {n: c for n, c, mode in unique if mode == stat.S_IFREG and not n.endswith("/")}
+    assert read_or_refuse(archive, wanted) == regular.get(wanted)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.name not in MAKERS] == []
+
+
+flips = st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=3)
+
+
+def flipped(content, changes):
+    damaged = bytearray(content)
+    for place, mask in changes:
+        damaged[place % len(damaged)] ^= mask
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@given(changes=flips, keep=st.integers(0, 100))
+@many
+def test_a_damaged_archive_is_refused(name, changes, keep, tmp_path):
+    """What still reads of a wheel is what was put in; an sdist has no checksum of its own but its SHA-256."""
+    whole = MAKERS[name](tmp_path / name, [(MEMBER, TEXT.encode() * 20, stat.S_IFREG)]).read_bytes()
+    for content in (flipped(whole, changes), whole[: len(whole) * keep // 101]):
+        (tmp_path / name).write_bytes(content)
+        found = read_or_refuse(tmp_path / name, MEMBER)
+        assert found in (None, TEXT.encode() * 20) or name == "a.tar.gz"
+
+
+def test_what_is_larger_than_the_limit_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MEMBER_LIMIT", 1000)
+    for name, make in MAKERS.items():
+        archive = make(tmp_path / name, [(MEMBER, bytes(1001), stat.S_IFREG)])
+        with pytest.raises(InputError, match=r"data/texts\.json in a\.\S+ is 1001 bytes; the limit is 1000"):
+            sources.read_member(archive, MEMBER)
+    monkeypatch.setattr(benchmarks, "GZIP_LIMIT", 1000)
+    with pytest.raises(InputError, match="unpacks to more than 1000 bytes"):
+        benchmarks._arc_items(gzip.compress(bytes(10**6)), "requests.jsonl.gz")
+
+
+def test_a_bomb_that_declares_little_gives_no_more_than_it_declares(tmp_path):
+    archive = zipped(tmp_path / "a.whl", [(MEMBER, bytes(10**6), stat.S_IFREG)])
+    small = archive.read_bytes().replace(struct.pack("<L", 10**6), struct.pack("<L", 100))
+    archive.write_bytes(small)
+    assert read_or_refuse(archive, MEMBER) is None
+
+
+def test_an_sdist_that_goes_back_to_its_beginning_ends(tmp_path):
+    """A negative size sends tarfile back to the same header for ever."""
+    info = tarfile.TarInfo("data/other")
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 10 + struct.pack(">h", -512)
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
+        file.write(bytes(header) + bytes(1024))
+    assert read_or_refuse(tmp_path / "a.tar.gz", MEMBER) is None
+
+
+@given(content=st.binary(max_size=200), form=st.sampled_from(["alpaca", "text", "wikipedia"]))
+@many
+def test_bytes_that_are_no_texts_are_refused(content, form):
+    for name in ("x.json", "x.jsonl", "x.parquet", "x.txt"):
+        try:
+            found = sources.parse_texts(content, name, form)
+        except InputError as error:
+            assert name in str(error)
+        else:
+            assert all(isinstance(text, str) for text in found)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.sampled_from(["text", "x"]), children),
+    max_leaves=6,
+)
+
+
+@given(value=json_values)
+@many
+def test_json_that_is_no_records_is_refused(value):
+    try:
+        found = sources.parse_texts(json.dumps(value).encode(), "x.json", "text")
+    except InputError as error:
+        assert "x.json" in str(error)
+    else:
+        assert found == [record["text"] for record in value]
+
+
+@given(content=st.binary(max_size=200))
+@many
+def test_items_that_are_none_are_refused(content, tmp_path):
+    (tmp_path / "piqa_validation.parquet").write_bytes(content)
+    with pytest.raises(InputError, match="piqa"):
+        tables_from_folder("piqa", tmp_path)
+    for member in (content, gzip.compress(content), gzip.compress(b'{"doc": {"id": 1, "choices": 3}}')):
+        with pytest.raises(InputError):
+            tables_from_archive("arc_easy", lambda name, member=member: member)
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+losses = st.lists(st.floats(0, 100), min_size=3, max_size=3)
+WHOLE = {
+    "texts": (TEXTS, {"text": ["a cat", "", "ein Hund: äöü"]}, {}),
+    "calibration": (CALIBRATION, {"input_ids": [[1, 2, 3], [~4, 5]]}, {"digest": "x"}),
+    "iteration": (
+        ITERATION,
+        {
+            "removed": [[], ["mha.0"], ["mlp.1", "mha.2"]], "added": [None, "mha.0", "mlp.1"],
+            "loss": [1.5, 2.5, 0.3], "perplexity": [3.0, 4.0, None], "rows_used": [3, 3, 3], "rows_total": [3, 3, 3],
+            "chosen": [False, True, False], "row_loss": [[1.0, 2.0, 3.0]] * 3, "row_nll": [None, [1.0, 2.0, 0.1], None],
+            "lazy_choice": [None, True, None],
+        },
+        {"search": "s", "iteration": "0", "complete": "true"},
+    ),
+    "items": (
+        ITEMS,
+        {"task": ["piqa"] * 2, "item": [0, 1], "gold": [1, 0], "loglikelihoods": [[-1.0, -2.0]] * 2, "acc": [0.0, 1.0],
+         "acc_norm": [None, 1.0], "prompt_hash": ["x", "y"]},
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@given(changes=flips, keep=st.integers(0, 100))
+@many
+def test_a_damaged_table_is_refused_or_is_the_same(kind, changes, keep, tmp_path):
+    schema, columns, facts = WHOLE[kind]
+    path = tmp_path / "t.parquet"
+    write_table(path, pa.table(columns, schema=schema), facts)
+    whole = path.read_bytes()
+    for content in (flipped(whole, changes), whole[: len(whole) * keep // 101]):
+        path.write_bytes(content)
+        try:
+            table, found = read_table(path, schema)
+        except InputError as error:
+            assert "t.parquet" in str(error)
+        else:
+            assert table.to_pydict() == columns
+            assert found == facts or kind in ("calibration", "iteration")  # whose readers check their facts
+
+
+@given(kind=st.sampled_from(sorted(WHOLE)), other=st.sampled_from(sorted(WHOLE)), column=st.integers(0, 9))
+@many
+def test_another_schema_is_refused(kind, other, column, tmp_path):
+    schema, columns, _ = WHOLE[kind]
+    table, path = pa.table(columns, schema=schema), tmp_path / "t.parquet"
+    position = column % table.num_columns
+    nulls = pa.nulls(table.num_rows, pa.decimal128(5))
+    for wrong in (table.remove_column(position), table.set_column(position, schema.names[position], nulls)):
+        pq.write_table(wrong, path)
+        with pytest.raises(InputError, match="expected"):
+            read_table(path, schema)
+    pq.write_table(pa.table(WHOLE[other][1], schema=WHOLE[other][0]), path)
+    if other != kind:
+        with pytest.raises(InputError, match="expected"):
+            read_table(path, schema)
+    required = [field for field in schema if not field.nullable]
+    field = required[column % len(required)]
+    pq.write_table(
+        table.set_column(schema.get_field_index(field.name), field.name, pa.nulls(len(table), field.type)), path
+    )
+    with pytest.raises(InputError, match=f"no value in some rows of {field.name}"):
+        read_table(path, schema)
+
+
+rows = st.fixed_dictionaries(
+    {
+        "removed": st.lists(st.sampled_from(["mha.0", "mlp.1", "mha", "x.1", ""]), max_size=2),
+        "added": st.none() | st.sampled_from(["mha.0", "mlp.99", "mha.-1", "?"]),
+        "loss": st.none() | st.floats(),
+        "perplexity": st.none() | st.floats(),
+        "rows_used": st.integers(-1, 3),
+        "rows_total": st.integers(-1, 3),
+        "chosen": st.booleans(),
+        "row_loss": st.lists(st.none() | st.floats(), max_size=3),
+        "row_nll": st.none() | st.lists(st.none() | st.floats(), max_size=3),
+        "lazy_choice": st.none() | st.booleans(),
+    }
+)
+
+
+@given(content=st.lists(rows, max_size=3))
+@settings(many, max_examples=80)
+def test_a_table_of_nonsense_seeds_no_trial(content, tmp_path):
+    """What is accepted has a finite loss for each row that it says it used."""
+    path = table_path(tmp_path, 0)
+    write_table(path, pa.Table.from_pylist(content, schema=ITERATION), WHOLE["iteration"][2])
+    try:
+        iteration = read_iteration(tmp_path, 0, "s")
+    except InputError:
+        return
+    for row, score in zip(content, iteration.scores, strict=True):
+        assert row["rows_used"] == len(score.row_loss) <= row["rows_total"]
+        assert all(abs(loss) < float("inf") for loss in score.row_loss)
+
+
+@given(changes=flips, keep=st.integers(0, 100))
+@many
+def test_a_damaged_calibration_set_is_refused(changes, keep, tmp_path):
+    path, whole = tmp_path / "rows.parquet", CalibrationSet(((1, 2, 3), (~4, 5)))
+    whole.save(path, "text")
+    content = path.read_bytes()
+    for damaged in (flipped(content, changes), content[: len(content) * keep // 101]):
+        path.write_bytes(damaged)
+        try:
+            assert CalibrationSet.load(path) == whole
+        except InputError as error:
+            assert "rows.parquet" in str(error)
+
+
+@given(changes=flips, keep=st.integers(0, 100))
+@many
+def test_a_damaged_result_is_set_aside(changes, keep, tmp_path):
+    schema, columns, _ = WHOLE["items"]
+    whole = Stored({"acc": 0.5}, pa.table(columns, schema=schema))
+    notes = []
+    store = ResultsStore(tmp_path, notes.append)
+    store.save({"k": 1}, whole)
+    for suffix in ("json", "parquet"):
+        (path,) = (path for path in tmp_path.glob(f"*.{suffix}"))
+        content = path.read_bytes()
+        for damaged in (flipped(content, changes), content[: len(content) * keep // 101]):
+            path.write_bytes(damaged)
+            found = store.load({"k": 1})
+            assert found is None or damaged == content
+            assert found is not None or "computed again" in notes[-1]
+            if found is None:
+                store.save({"k": 1}, whole)
+        for aside in tmp_path.glob("*.bad*"):
+            aside.unlink()
+
+
+@given(changes=flips, keep=st.integers(0, 100), entry=json_values)
+@many
+def test_a_damaged_log_gives_no_other_loss(changes, keep, entry, tmp_path):
+    put = {"mha.0": [1.0, 2.0], "mlp.1": [0.25, 1e-9]}
+    for path in tmp_path.glob("*/*"):
+        path.unlink()
+    store = TrialStore({"model": "m"}, 2, tmp_path)
+    for key, loss in put.items():
+        store.put(key, 0, loss)
+    store.close()
+    (log,) = tmp_path.glob("*/*.jsonl")
+    content = log.read_bytes()
+    valid_but_wrong = content + checksummed(entry if isinstance(entry, dict) else {"trial": entry, "start": 0}).encode()
+    for damaged in (flipped(content, changes), content[: len(content) * keep // 101], valid_but_wrong):
+        log.write_bytes(damaged)
+        again = TrialStore({"model": "m"}, 2, tmp_path)
+        for key in put:
+            assert again.get(key) in (None, put[key])
+        assert not again.get("text")
+        for aside in log.parent.glob("*.bad*"):
+            aside.unlink()
