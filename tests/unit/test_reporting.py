@@ -282,10 +282,11 @@ def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> N
         fields["tasks"]["gsm8k"] = {"metric": "exact_match", "value": 0.5, "stderr": 0.5, "items": 2}
         fields["chance"] |= {"wikitext": None, "gsm8k": 0.0}
         write_json(path / "results.json", fields)
-        rows = [{"task": "gsm8k", "item": i, "exact_match": float(i)} for i in range(2)]
-        rows += [{"task": "wikitext", "item": i, "exact_match": None} for i in range(2)]
-        tables = [pq.read_table(path / "items.parquet"), pa.Table.from_pylist(rows)]
-        pq.write_table(pa.concat_tables(tables, promote_options="permissive"), path / "items.parquet")
+        blank = {"loglikelihoods": [], "prompt_hash": ""}
+        rows = [{"task": "gsm8k", "item": i, "exact_match": float(i)} | blank for i in range(2)]
+        rows += [{"task": "wikitext", "item": i} | blank for i in range(2)]
+        tables = [pq.read_table(path / "items.parquet").cast(ITEMS), pa.Table.from_pylist(rows, ITEMS)]
+        pq.write_table(pa.concat_tables(tables), path / "items.parquet")
     (found,) = read_studies(["tiny-a", "tiny-b"], LABELS, data)
     results = [found.dense, *(target.result for target in found.targets)]
     assert [list(result.tasks) for result in results] == [[*CHANCE, "gsm8k"]] * 3
