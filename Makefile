@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup demo check test test-slow clean
+.PHONY: setup demo serve check test test-slow test-ui clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +22,11 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
 	@echo "The report: data/report/index.html"
+
+# The Prefect UI at http://127.0.0.1:4200; docs/operations.md.
+serve: export PREFECT_HOME ?= $(CURDIR)/.prefect
+serve: setup
+	$(BIN)/python -m flows.serve
 
 check: setup
 	$(BIN)/ruff check .
