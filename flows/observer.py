@@ -28,6 +28,7 @@ FLUSH = 10.0
 @dataclass(frozen=True)
 class Begin:
     phase: str
+    overall: float | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class PrefectObserver:
             self._thread = Thread(target=self._report, args=[phases.send], name="prefect-observer", daemon=True)
             self._thread.start()
             atexit.register(self._flush)
-        self._send(Begin(phase))
+        self._send(Begin(phase, overall))
 
     def advance(self, done: int, total: int, detail: str) -> None:
         self._console.advance(done, total, detail)

@@ -11,7 +11,6 @@ with the server of PREFECT_API_URL and without any (Prefect then starts one of i
 from __future__ import annotations
 
 import argparse
-import base64
 import os
 import signal
 import socket
@@ -127,7 +126,7 @@ def publish(chosen: Plan) -> None:
         page = os.environ.get(PAGE_VARIABLE) or (REPORT / "index.html").resolve().as_uri()
         create_link_artifact(page, "The report's page", key="report-page")
     for plot in sorted(REPORT.glob("plots/*.png")):
-        url = "data:image/png;base64," + base64.b64encode(plot.read_bytes()).decode()
+        url = phases.image_url(plot.read_bytes())
         create_image_artifact(url, phases.artifact_key(f"plot-{plot.stem}"), plot.stem)
 
 
