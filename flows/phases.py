@@ -38,7 +38,7 @@ from flows import charts
 from flows.observer import Advance, Begin, End, Event
 
 INTERVAL = 2.0
-"""Seconds between two updates of a progress artifact."""
+"""Seconds between two updates of a progress artifact, and by which events may be late for pictures to be drawn."""
 
 
 def artifact_key(text: str) -> str:
@@ -83,7 +83,8 @@ class Phase:
         self._client, self._flow_run, self._stage, self._name = client, flow_run, stage, name
         self._outlook = outlook
         self._progress: str | None = None
-        self._shown, self._started = 0.0, time.monotonic()
+        self._shown = 0.0
+        self._first: tuple[float, int] | None = None
         run = client.create_task_run(
             Task(send, name=name),
             flow_run,
@@ -96,9 +97,12 @@ class Phase:
 
     def advance(self, event: Advance) -> None:
         now = time.monotonic()
+        if self._first is None:  # what came before, such as loading the model, says nothing of the pace
+            self._first = now, event.done
+        since, steps = now - self._first[0], event.done - self._first[1]
         if now - self._shown >= INTERVAL:
-            rest = left((now - self._started) / event.done * (event.total - event.done))
-            done = f"{self._name}: {event.done} of {event.total} ({event.detail}), {rest}{self._outlook}"
+            rest = f", {left(since / steps * (event.total - event.done))}" if steps else ""
+            done = f"{self._name}: {event.done} of {event.total} ({event.detail}){rest}{self._outlook}"
             self._show(100.0 * event.done / event.total, done)
             self._shown = now
 
@@ -142,14 +146,15 @@ class Search:
         self._removed: list[Mask] = []
 
     def pictures(self, event: End) -> dict[str, bytes]:
-        """Of one more iteration; none where nothing was computed, since drawing takes longer than reading a table."""
+        """Of one more iteration; none where nothing was computed, or where iterations end faster than pictures are
+        drawn: the stage would wait for them in the end."""
         rows = charts.candidates(event.table)
         chosen = [unit for unit, row in rows.items() if row["chosen"]]
         if not chosen:
             return {}
         self._removed += chosen
         self._layers = max(self._layers, *(block.layer + 1 for unit in rows for block in unit))
-        if event.cached:
+        if event.cached or time.monotonic() - event.at > INTERVAL:
             return {}
         drawn = {"scores": charts.scores(rows)} if charts.scored(rows) else {}
         return drawn | {"blocks": charts.blocks(self._layers, self._removed)}

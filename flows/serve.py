@@ -12,6 +12,7 @@ PostgreSQL).
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -56,6 +57,7 @@ def deployments() -> list[RunnerDeployment]:
 
 def run_deployments() -> None:
     """The runner: until SIGTERM, which cancels the flow that runs."""
+    logging.getLogger("prefect.runner").setLevel(logging.WARNING)  # else it says at every look that a run waits
     serve(*deployments(), limit=1, pause_on_shutdown=False, print_starting_message=False, query_seconds=POLL)
 
 
