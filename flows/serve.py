@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -43,8 +43,11 @@ FLOWS = (prune, sweep)
 POLL = 2.0
 """Seconds between two looks of the runner for what to start; and what to cancel, if the server's events are lost."""
 
-START, END = 120.0, 45.0
-"""Seconds that a process gets to start, and to end; a runner that ends gives its flow 30."""
+START = 300.0
+"""Seconds that the server gets to start; making its database takes most of them."""
+
+END = {"runner": 45.0, "server": 10.0}
+"""Seconds to end, before SIGKILL; the runner gives its flow 30 of its own, the server waits for open pages."""
 
 SERVER = {"PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false"}
 """A run that waits for the one before it is not late."""
@@ -112,18 +115,19 @@ class Page(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def report_page(host: str, port: int) -> Iterator[str]:
-    """Serve the report's folder, which comes and goes with the stage that writes it; gives the page's URL."""
-    require_free(host, port, "PREFECT_SERVER_API_PORT")
+def report_page(host: str, port: int) -> Iterator[None]:
+    """Serve the report's folder, which comes and goes with the stage that writes it."""
     with ThreadingHTTPServer((host, port), partial(Page, directory=str(REPORT))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://{host}:{port}/index.html"
-        server.shutdown()
+        try:
+            yield
+        finally:
+            server.shutdown()
 
 
 @contextmanager
 def child(
-    command: list[str], environment: dict[str, str], output: IO[bytes] | None = None
+    command: list[str], environment: dict[str, str], seconds: float, output: IO[bytes] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own, so that Ctrl-C reaches this one alone; it ends with the block, or with this
     process, however that ends."""
@@ -141,8 +145,9 @@ def child(
     finally:
         try:
             process.terminate()
-            process.wait(END)
-        finally:  # a second Ctrl-C, or too slow
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+        finally:  # also after a second Ctrl-C
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -166,7 +171,7 @@ def prefect_server(url: str) -> Iterator[subprocess.Popen[bytes]]:
     log = get_current_settings().home / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-    with open(log, "wb") as output, child(command, SERVER, output) as process:
+    with open(log, "wb") as output, child(command, SERVER, END["server"], output) as process:
         end = time.monotonic() + START
         while not answers(url):
             if process.poll() is not None or time.monotonic() > end:
@@ -183,13 +188,14 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             url, running = find_server()
-            host = get_current_settings().server.api.host
-            page = stack.enter_context(report_page(host, place(url)[1] + 1))
-            processes = []
-            if not running:
-                processes.append(stack.enter_context(prefect_server(url)))
+            host, port = get_current_settings().server.api.host, place(url)[1] + 1
+            require_free(host, port, "PREFECT_SERVER_API_PORT")
+            page = f"http://{host}:{port}/index.html"
+            processes = [] if running else [stack.enter_context(prefect_server(url))]
             script = [sys.executable, "-c", "from flows.serve import run_deployments; run_deployments()"]
-            processes.append(stack.enter_context(child(script, {"PREFECT_API_URL": url, PAGE_VARIABLE: page})))
+            told = {"PREFECT_API_URL": url, PAGE_VARIABLE: page}
+            processes.append(stack.enter_context(child(script, told, END["runner"])))
+            stack.enter_context(report_page(host, port))  # after the processes: its thread and fork do not mix
             print(f"{'Using' if running else 'Started'} the Prefect server: {url.removesuffix('/api')}/deployments")
             print(f"The report, once there is one: {page}\nCtrl-C ends all.", flush=True)
             while all(process.poll() is None for process in processes):
