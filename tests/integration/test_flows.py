@@ -74,7 +74,8 @@ if stage == "score":
         for step in range(2):
             time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
             show.advance(step + 1, 2, f"without mha.{step}")
-        rows = [{"added": "mha.0", "nll": 2.5}, {"added": "mha.1", "nll": float("nan")}]
+        losses = {"mha.0": 2.5, "mha.1": float("nan")}
+        rows = [{"added": n, "loss": v, "rows": "2/2", "chosen": n == f"mha.{index}"} for n, v in losses.items()]
         show.end(f"removed mha.{index}", rows, cached=index == 0)
 Path(out).parent.mkdir(parents=True, exist_ok=True)
 Path(out).write_text(f"# {stage} {item}")
@@ -233,11 +234,15 @@ def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) 
     assert kinds == {
         ("progress", "score-smollm2-progress"): 2,
         ("table", "score-smollm2-table"): 2,
+        ("image", "score-smollm2-scores"): 1,
+        ("image", "score-smollm2-blocks"): 1,
         ("table", "results-smollm2"): 1,
         ("markdown", "report"): 1,
+        ("markdown", "report-page"): 1,
         ("image", "plot-block-map"): 1,
     }
     data = {artifact["key"]: artifact["data"] for artifact in artifacts}
+    assert (project / "data/report/index.html").as_uri() in data["report-page"]
     assert data["plot-block-map"] == "data:image/png;base64,bm90IHJlYWxseQ=="
     assert '{"metric": "perplexity", "smollm2-dense": 20.5, "smollm2-0.02": 22.5}' in data["results-smollm2"]
     assert all(a["data"] == 100.0 for a in artifacts if a["type"] == "progress")

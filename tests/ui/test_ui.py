@@ -30,7 +30,7 @@ pytestmark = [
         reason="no browser: no chromium on PATH (Debian: apt-get install chromium), and BLOCKPRUNER_CHROMIUM is unset",
     ),
 ]
-SECONDS = 300.0
+SECONDS = 900.0
 CANCELLED_WITHIN = 15.0
 
 
