@@ -18,7 +18,6 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from blockpruner.errors import InputError
-from blockpruner.plans import Plan as Pruning
 from blockpruner.tables import read_json
 from flows.prune import METRICS, begin, publish, run_stages
 from flows.selection import Grid, Plan, Selection
@@ -44,7 +43,7 @@ def sweep(grid: Grid) -> State[None]:
             for number, run in enumerate(chosen.runs, 1):
                 for item in (run, *chosen.targets_of(run)):
                     started = time.monotonic()
-                    states[item] = _item(chosen, item, lock, _reason(grid, run, states))
+                    states[item] = _item(chosen, item, lock, left_out(grid, run, states))
                     if item != run:
                         rows.append(_row(run, item, states[item], time.monotonic() - started))
                 create_table_artifact(rows, "sweep", f"The sweep after {number} of {len(chosen.runs)} runs")
@@ -65,7 +64,7 @@ def _item(chosen: Plan, item: str, lock: int, reason: str) -> State[Any]:
     return bring_up.with_options(name=item, task_run_name=item)(chosen.stages_of(item), lock, return_state=True)
 
 
-def _reason(grid: Grid, run: str, states: dict[str, State[Any]]) -> str:
+def left_out(grid: Grid, run: str, states: dict[str, State[Any]]) -> str:
     """Why the next item of a run is left out; "" if it is not."""
     failed = [item for item, state in states.items() if not state.is_completed()]
     if run in failed:
@@ -79,7 +78,7 @@ def _row(run: str, target: str, state: State[Any], seconds: float) -> dict[str, 
     metrics = {name: METRICS / f"{name}.json" for name in (target, f"{run}-dense")}
     if state.is_completed():
         pruned, dense = (read_json(path) for path in metrics.values())
-        values["removed, %"] = round(100 * Pruning.load(PLANS / target / "plan.json").ratio, 2)
+        values["removed, %"] = round(100 * read_json(PLANS / target / "plan.json")["ratio"], 2)
         for key, name in COMPARED.items():
             values |= {name: pruned[key]} | ({f"{name}, dense": dense[key]} if key in dense else {})
     return values | {"minutes": round(seconds / 60, 1), "why": "" if state.is_completed() else state.message}
