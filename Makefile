@@ -1,4 +1,5 @@
 # `make demo`: set up, then run the whole pipeline on a real model. `make test`: set up, then all checks and tests.
+# `make serve`: the Prefect UI, to start and watch all of it. `make test-ui`: the same, driven by a browser.
 # `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB).
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup demo check test test-slow clean
+.PHONY: setup demo serve check test test-slow test-ui clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +24,11 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
 	@echo "The report: data/report/index.html"
 
+# The Prefect UI at http://127.0.0.1:4200; docs/operations.md.
+serve: export PREFECT_HOME ?= $(CURDIR)/.prefect
+serve: setup
+	$(BIN)/python -m flows.serve
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +41,11 @@ test: check
 test-slow: setup $(SLOW_VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2
 	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" $(BIN)/python -m pytest -s -n 0 -m slow tests/slow
+
+# Needs a browser (Debian: apt-get install chromium). SCREENSHOTS=docs renews those of docs/operations.md.
+test-ui: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ui]'
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 BLOCKPRUNER_SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/python -m pytest -s -n 0 -m ui tests/ui
 
 # vLLM has its own versions of torch and transformers, so blockpruner comes without its dependencies, as the plugin that
 # it is there. Text needs neither torchaudio nor torchcodec.

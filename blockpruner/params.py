@@ -500,6 +500,10 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     return params
 
 
+def run_names(directory: Path = Path("runs")) -> list[str]:
+    return sorted({path.stem for path in directory.glob("*.yaml")} - NO_RUNS)
+
+
 def load_run(name: str, directory: Path = Path("runs")) -> Run:
     """Read runs/<name>.yaml."""
     if name in NO_RUNS:
@@ -508,14 +512,22 @@ def load_run(name: str, directory: Path = Path("runs")) -> Run:
         raise InputError(f"run name {name!r} is not valid: letters, digits, '.', '_' and '-' only, no path")
     path = directory / f"{name}.yaml"
     if not path.exists():
-        known = ", ".join(sorted({p.stem for p in directory.glob("*.yaml")} - NO_RUNS)) or "none"
+        known = ", ".join(run_names(directory)) or "none"
         raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
     return _load(path, Run)
 
 
-def load_set(name: str, path: Path = Path("runs/sets.yaml")) -> dict[str, Run]:
+SETS = Path("runs/sets.yaml")
+
+
+def load_sets(path: Path = SETS) -> dict[str, tuple[str, ...]]:
+    """Runs by set, from runs/sets.yaml."""
+    return _load(path, Sets).root
+
+
+def load_set(name: str, path: Path = SETS) -> dict[str, Run]:
     """The runs of a set by name; raises InputError for an unknown set, or a run of it without a study."""
-    sets = _load(path, Sets).root
+    sets = load_sets(path)
     if name not in sets:
         raise InputError(f"set {name!r} is unknown; valid: {', '.join(sets)} (one more is a line in {path})")
     runs = {run: load_run(run, path.parent) for run in sets[name]}

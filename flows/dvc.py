@@ -25,8 +25,9 @@ import yaml
 from blockpruner.errors import InputError
 from blockpruner.tables import set_aside, write_text
 
-GRACE = 20.0
-"""Seconds from SIGINT to SIGKILL; Prefect's runner gives a cancelled flow 30."""
+GRACE = 10.0
+"""Seconds from SIGINT to SIGKILL: with the 2 s that Prefect's runner may need to hear of it, a cancelled flow's device
+work ends within 15. The runner gives the flow itself 30."""
 
 PARENT = "BLOCKPRUNER_DVC_PARENT"
 PR_SET_PDEATHSIG = 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -28,6 +29,7 @@ FLUSH = 10.0
 @dataclass(frozen=True)
 class Begin:
     phase: str
+    overall: float | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class End:
     summary: str
     table: list[dict[str, Any]]
     cached: bool
+    at: float
+    """When, as of time.monotonic."""
 
 
 Event = Begin | Advance | End | None
@@ -67,7 +71,7 @@ class PrefectObserver:
             self._thread = Thread(target=self._report, args=[phases.send], name="prefect-observer", daemon=True)
             self._thread.start()
             atexit.register(self._flush)
-        self._send(Begin(phase))
+        self._send(Begin(phase, overall))
 
     def advance(self, done: int, total: int, detail: str) -> None:
         self._console.advance(done, total, detail)
@@ -75,7 +79,7 @@ class PrefectObserver:
 
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
         self._console.end(summary, table, cached)
-        self._send(End(summary, [dict(row) for row in table], cached))
+        self._send(End(summary, [dict(row) for row in table], cached, time.monotonic()))
 
     def _send(self, event: Event) -> None:
         if self._sending:

@@ -13,14 +13,12 @@ import argparse
 import os
 import re
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
@@ -30,8 +28,8 @@ from blockpruner.errors import InputError
 from blockpruner.params import load_set
 from blockpruner.tables import replace_directory, write_text
 from flows import dvc, phases
-from flows.prune import check_server, process, run_stage
-from flows.selection import PaperPlan, paper_plan
+from flows.prune import process, run_here, run_stage
+from flows.selection import PaperPlan, Tables, paper_plan
 
 TABLES, STUDIES, DOCS = Path("data/tables"), Path("data/studies"), Path("docs")
 DATA_VARIABLE = "BLOCKPRUNER_DATA"
@@ -44,9 +42,9 @@ def keep_stage() -> State[None]:
 
 
 @flow(name="paper-tables")
-def paper(name: str, publish: bool = False) -> State[None]:
+def paper(tables: Tables) -> State[None]:
     """Every table and figure of the paper for the runs of a set."""
-    logger = get_run_logger()
+    logger, name = get_run_logger(), tables.name
     try:
         with dvc.workspace(f"flow run {flow_run.name}, {process()}") as lock:
             plan = paper_plan(name)
@@ -73,7 +71,7 @@ def paper(name: str, publish: bool = False) -> State[None]:
                     if not states[-1].is_completed():
                         return Failed(message=f"{states[-1].message}. Finished work is kept: run again to go on")
             show_tables(name)
-            if publish:
+            if tables.publish:
                 logger.info(f"published: {publish_tables(name)}")
     except InputError as error:
         return Failed(name="Refused", message=str(error))
@@ -91,10 +89,13 @@ def lacking_data(plan: PaperPlan) -> list[str]:
 
 
 def show_tables(name: str) -> None:
-    """The report of the set as artifacts of the flow run."""
+    """The report of the set as artifacts of the flow run: its text, a link to its page, its plots."""
     report = TABLES / name / "report.md"
     create_markdown_artifact(report.read_text(encoding="utf-8"), phases.artifact_key(f"tables-{name}"))
     create_link_artifact((report.parent / "index.html").resolve().as_uri(), key=phases.artifact_key(f"page-{name}"))
+    for plot in sorted(report.parent.glob("plots/*.png")):
+        key = phases.artifact_key(f"{name}-{plot.stem}")
+        create_image_artifact(phases.image_url(plot.read_bytes()), key, plot.stem)
 
 
 def publish_tables(name: str) -> Path:
@@ -114,26 +115,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", metavar="KIND", help="for the hours of --dry-run")
     parser.add_argument("--publish", action="store_true", help="copy the tables to docs/results.md")
     options = parser.parse_args(argv)
-    try:
-        if options.dry_run:
+    if options.dry_run:
+        try:
             print(dry_run(options.set, options.gpu))
-            return 0
-        paper_plan(options.set)  # the flow does both again; here they refuse before a server has to be started
-        with dvc.workspace(process()):
-            check_server()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        state = paper(options.set, options.publish, return_state=True)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except httpx.HTTPError as error:
-        print(f"the Prefect server went away ({error}); finished stages are kept: run again to go on", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; finished work is kept: run again to go on", file=sys.stderr)
-        return 130
-    print(state.message, file=sys.stderr)
-    return 0 if state.is_completed() else 2 if state.name == "Refused" else 1
+        except InputError as error:
+            print(error, file=sys.stderr)
+            return 2
+        return 0
+    wanted = Tables(name=options.set, publish=options.publish)
+    return run_here(lambda: paper_plan(wanted.name), lambda: paper(wanted, return_state=True))
 
 
 def dry_run(name: str, gpu: str | None) -> str:

@@ -11,17 +11,24 @@ with the server of PREFECT_API_URL and without any (Prefect then starts one of i
 from __future__ import annotations
 
 import argparse
-import base64
 import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import httpx
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
@@ -36,6 +43,8 @@ from flows import dvc, observer, phases
 from flows.selection import Plan, Selection, plan
 
 METRICS, REPORT = Path("data/metrics"), Path("data/report")
+PAGE_VARIABLE = "BLOCKPRUNER_REPORT_PAGE"
+"""Where a browser finds the report's page; set by flows.serve, since a page of the UI may not link to a file."""
 
 
 @task(cache_policy=NO_CACHE)  # DVC is the cache
@@ -68,22 +77,36 @@ EVERYTHING = Selection()
 @flow(name="prune")
 def prune(selection: Selection = EVERYTHING) -> State[None]:
     """Bring the chosen runs and targets up to date, stage by stage, then the report."""
-    logger = get_run_logger()
     try:
-        with dvc.workspace(f"flow run {flow_run.name}, {process()}") as lock:
-            chosen = plan(selection)
-            chosen.write()
-            if chosen.additions:
-                logger.info(f"params.yaml: added {', '.join(chosen.additions)}; commit it with dvc.lock to keep them")
-            states = []
-            for stage in chosen.stages():
-                named = run_stage.with_options(name=stage, task_run_name=stage)
-                states.append(named(stage, lock, return_state=True))
-                if not states[-1].is_completed():
-                    return Failed(message=f"{states[-1].message}. Finished stages are kept: run again to go on")
-            publish(chosen)
+        with begin(selection) as (chosen, lock):
+            outcome = run_stages(chosen.stages(), lock)
+            if outcome.is_completed():
+                publish(chosen)
+            return outcome
     except InputError as error:
         return Failed(name="Refused", message=str(error))
+
+
+@contextmanager
+def begin(selection: Selection) -> Iterator[tuple[Plan, int]]:
+    """The checked selection, written to params.yaml, in a locked workspace."""
+    with dvc.workspace(f"flow run {flow_run.name}, {process()}") as lock:
+        chosen = plan(selection)
+        chosen.write()
+        if chosen.additions:
+            added = ", ".join(chosen.additions)
+            get_run_logger().info(f"params.yaml: added {added}; commit it with dvc.lock to keep them")
+        yield chosen, lock
+
+
+def run_stages(stages: Sequence[str], lock: int) -> State[None]:
+    """Stages one after the other, up to the first that fails."""
+    states: list[State[Any]] = []
+    for stage in stages:
+        named = run_stage.with_options(name=stage, task_run_name=stage)
+        states.append(named(stage, lock, return_state=True))
+        if not states[-1].is_completed():
+            return Failed(message=f"{states[-1].message}. Finished stages are kept: run again to go on")
     cached = sum(state.name == "Cached" for state in states)
     return Completed(message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached")
 
@@ -91,7 +114,7 @@ def prune(selection: Selection = EVERYTHING) -> State[None]:
 def publish(chosen: Plan) -> None:
     """The results as artifacts of the flow run: dense against pruned per run, the report, its plots."""
     for run in chosen.runs:
-        models = (f"{run}-dense", *(target for target, of in chosen.targets.items() if of == run))
+        models = (f"{run}-dense", *chosen.targets_of(run))
         columns = {name: read_json(path) for name in models if (path := METRICS / f"{name}.json").exists()}
         keys = dict.fromkeys(key for values in columns.values() for key in values)
         if keys:
@@ -100,8 +123,10 @@ def publish(chosen: Plan) -> None:
     report = REPORT / "report.md"
     if report.exists():
         create_markdown_artifact(report.read_text(encoding="utf-8"), "report")
+        page = os.environ.get(PAGE_VARIABLE) or (REPORT / "index.html").resolve().as_uri()
+        create_link_artifact(page, "The report's page", key="report-page")
     for plot in sorted(REPORT.glob("plots/*.png")):
-        url = "data:image/png;base64," + base64.b64encode(plot.read_bytes()).decode()
+        url = phases.image_url(plot.read_bytes())
         create_image_artifact(url, phases.artifact_key(f"plot-{plot.stem}"), plot.stem)
 
 
@@ -110,7 +135,7 @@ def check_server() -> None:
     if url is not None and (error := get_client(sync_client=True).api_healthcheck()):
         raise InputError(
             f"the Prefect server at {url} (PREFECT_API_URL) does not answer: {error}; start it with "
-            "`prefect server start`, or unset PREFECT_API_URL to run without one"
+            "`make serve`, or unset PREFECT_API_URL to run without one"
         )
 
 
@@ -118,21 +143,18 @@ def process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0: up to date; 1: a stage failed; 2: refused, nothing changed; 130: interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m flows.prune", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
-    parser.add_argument(
-        "--budget", action="append", default=[], metavar="B", help="0.22, 17blocks, 7layers, 0.3kv, 1.25x"
-    )
-    options = parser.parse_args(argv)
-    selection = Selection(runs=tuple(options.run), budgets=tuple(options.budget))
+def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> int:
+    """Run a flow from the command line; the exit status of `main`.
+
+    Args:
+        check: refuses what the flow would refuse, before a server has to be started.
+    """
     try:
-        plan(selection)  # the flow does both again; here they refuse before a server has to be started
+        check()
         with dvc.workspace(process()):
             check_server()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server
-        state = prune(selection, return_state=True)
+        state = start()
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -144,6 +166,18 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(state.message, file=sys.stderr)
     return 0 if state.is_completed() else 2 if state.name == "Refused" else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: up to date; 1: a stage failed; 2: refused, nothing changed; 130: interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m flows.prune", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
+    parser.add_argument(
+        "--budget", action="append", default=[], metavar="B", help="0.22, 17blocks, 7layers, 0.3kv, 1.25x"
+    )
+    options = parser.parse_args(argv)
+    selection = Selection(runs=tuple(options.run), budgets=tuple(options.budget))
+    return run_here(lambda: plan(selection), lambda: prune(selection, return_state=True))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a flow is asked to do: runs and budgets, the change of params.yaml they need, the stages to run.
 
-Decides the names of added targets (`<run>-<budget>`) and how params.yaml is edited. What a value may be is
-decided by blockpruner.params, which checks the new content before it is written.
+Decides the form that the UI shows, the names of added targets (`<run>-<budget>`) and how params.yaml is edited. What
+a value may be is decided by blockpruner.params, which checks the new content before it is written.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field
@@ -20,24 +21,77 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from blockpruner.errors import InputError
 from blockpruner.notation import read_budget
-from blockpruner.params import Frozen, Run, load_params, load_run, load_set
+from blockpruner.params import Frozen, Run, load_params, load_run, load_set, load_sets, run_names
 from blockpruner.tables import write_text
 
 PARAMS, PIPELINE, STUDIES = Path("params.yaml"), Path("dvc.yaml"), Path("runs/dvc.yaml")
+BUDGET = r"^(0*\.\d+(kv)?|0*[1-9]\d*(blocks|layers)|\d*\.?\d+x)$"
+"""How a form tells a typing error; what a model can reach is known only when the flow runs."""
+
+KINDS = (
+    "0.22 (a share of all parameters), 17blocks, 7layers, 0.30kv (a share of the KV cache), 1.25x (a speed-up of "
+    "generation)"
+)
+
+
+def offer_runs(schema: dict[str, Any]) -> None:
+    """Name the run files that exist when the form is made; which of them are good is checked by the flow."""
+    schema["items"]["enum"] = run_names()
+    schema["uniqueItems"] = True
+
+
+def offer_sets(schema: dict[str, Any]) -> None:
+    schema["enum"] = list(load_sets())
+
+
+def check_budgets(schema: dict[str, Any]) -> None:
+    schema["items"]["pattern"] = BUDGET
+    schema["uniqueItems"] = True
 
 
 class Selection(Frozen):
-    """The parameters of the flow; empty means: everything in params.yaml, as it is."""
+    """What to bring up to date; nothing chosen means everything in params.yaml, as it is."""
 
     runs: tuple[str, ...] = Field(
-        default=(), description="Names of runs/<name>.yaml; added to params.yaml if missing there. None: all its runs."
+        default=(),
+        description="Names of the files in runs/; added to params.yaml if missing there. None: all its runs.",
+        json_schema_extra=offer_runs,
     )
     budgets: tuple[str, ...] = Field(
         default=(),
-        description='Added as targets of each run, not recovered: "0.22" (share of parameters), "17blocks", "7layers", '
-        '"0.30kv" (share of the KV cache), "1.25x" (speed-up). '
-        "None: the runs' targets in params.yaml.",
+        description=f"How far to prune: {KINDS}. Each is added as a target of each run, not recovered. None: the runs' "
+        "targets in params.yaml.",
+        json_schema_extra=check_budgets,
     )
+
+
+class Grid(Frozen):
+    """Every run with every budget, one run after the other; one that fails does not stop the others."""
+
+    runs: tuple[str, ...] = Field(
+        min_length=1,
+        description="Names of the files in runs/, in the order in which they are pruned; added to params.yaml if "
+        "missing there.",
+        json_schema_extra=offer_runs,
+    )
+    budgets: tuple[str, ...] = Field(
+        default=("0.05", "0.1", "0.15", "0.2", "0.25"),
+        min_length=1,
+        description=f"How far to prune each: {KINDS}. A greedy search is made once, as far as the largest needs.",
+        json_schema_extra=check_budgets,
+    )
+    stop_on_failure: bool = Field(default=False, description="Leave out what comes after the first failure.")
+
+
+class Tables(Frozen):
+    """Every table and figure of the paper for a set of runs; what is known is not computed again."""
+
+    name: str = Field(
+        description="A set of runs/sets.yaml. `smollm2` takes about an hour on 2 CPU cores; the others need a GPU and "
+        "the hub: `python -m flows.paper --set NAME --dry-run` says what they take.",
+        json_schema_extra=offer_sets,
+    )
+    publish: bool = Field(default=False, description="Copy the tables to docs/results.md.")
 
 
 @dataclass(frozen=True)
@@ -63,6 +117,13 @@ class Plan:
             items = self.runs if "matrix" in stage else self.targets if "foreach" in stage else None
             names += [name] if items is None else [f"{name}@{item}" for item in items]
         return tuple(names)
+
+    def targets_of(self, run: str) -> tuple[str, ...]:
+        return tuple(target for target, of in self.targets.items() if of == run)
+
+    def stages_of(self, item: str) -> tuple[str, ...]:
+        """Those of one run or one target; of "", those of neither: the report."""
+        return tuple(stage for stage in self.stages() if stage.partition("@")[2] == item)
 
 
 def plan(selection: Selection) -> Plan:

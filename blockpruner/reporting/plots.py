@@ -271,18 +271,22 @@ def _map_plot(target: Target) -> Plot:
 
 
 def _map(figure: Figure, target: Target) -> None:
-    axes = figure.subplots()
-    layers, kinds = target.plan.layers, list(BlockKind)
-    number = {block: i for i, removal in enumerate(target.removals, 1) for block in removal.added}
+    block_map(figure, target.plan.layers, target.plan.mask, [removal.added for removal in target.removals])
+
+
+def block_map(figure: Figure, layers: int, mask: Mask, removals: Sequence[Mask]) -> None:
+    """Which blocks are gone, with the number of the removal that took each where they have an order."""
+    axes, kinds = figure.subplots(), list(BlockKind)
+    number = {block: i for i, removal in enumerate(removals, 1) for block in removal}
     colour = colormaps[COLOURS]
     for block in (BlockId(kind, layer) for kind in kinds for layer in range(layers)):
         corner = (block.layer - 0.46, kinds.index(block.kind) - 0.44)
-        if block not in target.plan.mask:
+        if block not in mask:
             axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor="none", edgecolor=GREY, linewidth=0.6))
             continue
-        share = (number.get(block, 1) - 1) / max(len(target.removals) - 1, 1)
+        share = (number.get(block, 1) - 1) / max(len(removals) - 1, 1)
         axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor=colour(share), edgecolor="none"))
-        if target.removals:
+        if removals:
             place, ink = (block.layer, kinds.index(block.kind)), "black" if share > 0.5 else "white"
             axes.text(*place, str(number[block]), color=ink, ha="center", va="center", fontsize=8.5)
     axes.set_xlim(-0.6, layers - 0.4)

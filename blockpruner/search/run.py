@@ -187,8 +187,11 @@ class SearchRun:
                     "loss": score.loss,
                     "perplexity": plain.perplexity if plain is not None and plain.row_loss else None,
                     "rows": f"{score.rows_used}/{score.rows_total}",
+                    "chosen": number == iteration.chosen,
                 }
-                for unit, score, plain in zip(iteration.added, iteration.scores, iteration.nll, strict=True)
+                for number, (unit, score, plain) in enumerate(
+                    zip(iteration.added, iteration.scores, iteration.nll, strict=True)
+                )
             ],
             cached=computed == 0,
         )

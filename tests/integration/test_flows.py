@@ -5,6 +5,7 @@ The stub appends "<stage> <item> <pid>" to log.txt, so that a test sees what ran
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,13 +21,15 @@ from typing import Any
 import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed, Failed
 
 from blockpruner.errors import InputError
 from flows import dvc
 from flows.paper import DATA_VARIABLE, lacking_data
 from flows.paper import main as paper_main
 from flows.prune import main
-from flows.selection import Selection, paper_plan, plan
+from flows.selection import Grid, Selection, paper_plan, plan
+from flows.sweep import left_out, sweep
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9/api"
@@ -92,13 +95,16 @@ with open("log.txt", "a") as log:
     log.write(f"{stage} {item} {os.getpid()}\\n")
 show = observer()
 show.note(f"hello from {stage} {item}")
+if f"{stage} {item}" == os.environ.get("STUB_FAILS"):
+    sys.exit("out of luck")
 if stage == "score":
     for index in range(2):
         show.begin(f"iteration {index}", index / 2)
         for step in range(2):
             time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
             show.advance(step + 1, 2, f"without mha.{step}")
-        rows = [{"added": "mha.0", "nll": 2.5}, {"added": "mha.1", "nll": float("nan")}]
+        losses = {"mha.0": 2.5, "mha.1": float("nan")}
+        rows = [{"added": n, "loss": v, "rows": "2/2", "chosen": n == f"mha.{index}"} for n, v in losses.items()]
         show.end(f"removed mha.{index}", rows, cached=index == 0)
 Path(out).parent.mkdir(parents=True, exist_ok=True)
 Path(out).write_text(f"# {stage} {item}")
@@ -230,6 +236,12 @@ def ask(url: str, what: str) -> list[dict[str, Any]]:
     return answer
 
 
+def parents_of(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Names of the task runs that each task run is nested under."""
+    names = {run["id"]: run["name"] for run in runs}
+    return {run["name"]: [names[p["id"]] for p in run["task_inputs"].get("__parents__", [])] for run in runs}
+
+
 def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) -> None:
     metrics = project / "data" / "metrics"
     metrics.mkdir(parents=True)
@@ -245,12 +257,11 @@ def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) 
 
     wait_until(lambda: all(run["state"]["type"] == "COMPLETED" for run in ask(server, "task_runs")), "open task runs")
     runs = ask(server, "task_runs")
-    names = {run["id"]: run["name"] for run in runs}
     states = {run["name"]: run["state"]["name"] for run in runs}
-    parents = {run["name"]: [names[p["id"]] for p in run["task_inputs"].get("__parents__", [])] for run in runs}
+    parents = parents_of(runs)
     assert states["iteration 0"] == "Cached" and states["iteration 1"] == states["score@smollm2"] == "Completed"
     assert parents["iteration 0"] == parents["iteration 1"] == ["score@smollm2"]
-    assert set(names.values()) == {
+    assert set(parents) == {
         "fetch@smollm2",
         "score@smollm2",
         "commit@smollm2-0.02",
@@ -265,14 +276,59 @@ def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) 
     assert kinds == {
         ("progress", "score-smollm2-progress"): 2,
         ("table", "score-smollm2-table"): 2,
+        ("image", "score-smollm2-scores"): 1,
+        ("image", "score-smollm2-blocks"): 1,
         ("table", "results-smollm2"): 1,
         ("markdown", "report"): 1,
+        ("markdown", "report-page"): 1,
         ("image", "plot-block-map"): 1,
     }
     data = {artifact["key"]: artifact["data"] for artifact in artifacts}
+    assert (project / "data/report/index.html").as_uri() in data["report-page"]
     assert data["plot-block-map"] == "data:image/png;base64,bm90IHJlYWxseQ=="
     assert '{"metric": "perplexity", "smollm2-dense": 20.5, "smollm2-0.02": 22.5}' in data["results-smollm2"]
     assert all(a["data"] == 100.0 for a in artifacts if a["type"] == "progress")
+
+
+def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(
+    project: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
+    targets = ["smollm2-0.1", "smollm2-0.2", "other-0.1", "other-0.2"]
+    for name, perplexity in {"smollm2-dense": 20.0, "other-dense": 30.0, **dict.fromkeys(targets, 40.0)}.items():
+        values = {"perplexity": perplexity, "average": 0.5} | ({"speedup_generation": 1.1} if name in targets else {})
+        for path, content in {f"metrics/{name}.json": values, f"plans/{name}/plan.json": {"ratio": 0.123}}.items():
+            Path("data", path).parent.mkdir(parents=True, exist_ok=True)
+            Path("data", path).write_text(json.dumps(content))
+    monkeypatch.setenv("STUB_FAILS", "commit smollm2-0.1")
+    with temporary_settings({PREFECT_API_URL: server}):
+        state = sweep(Grid(runs=("smollm2", "other"), budgets=("0.1", "0.2")), return_state=True)
+    assert state.is_failed() and "not complete: smollm2-0.1. Finished" in str(state.message)
+    assert [" ".join(line[:2]) for line in log()] == [
+        *("fetch smollm2", "score smollm2", "commit smollm2-0.1", "commit smollm2-0.2"),
+        *("fetch other", "score other", "commit other-0.1", "commit other-0.2"),
+        "report all",
+    ]
+    nested = parents_of(ask(server, "task_runs"))
+    assert nested["commit@other-0.2"] == ["other-0.2"] and nested["score@other"] == ["other"]
+    tables = [json.loads(a["data"]) for a in ask(server, "artifacts") if a["key"] == "sweep"]
+    assert sorted(map(len, tables)) == [2, 4]
+    rows = {row.pop("target"): row for row in max(tables, key=len)}
+    assert rows["smollm2-0.1"]["state"] == "Failed" and "commit@smollm2-0.1 failed" in rows["smollm2-0.1"]["why"]
+    del rows["other-0.2"]["minutes"]
+    assert rows["other-0.2"] == {
+        "run": "other", "state": "Completed", "removed, %": 12.3, "perplexity": 40.0, "perplexity, dense": 30.0,
+        "accuracy": 0.5, "accuracy, dense": 0.5, "speed-up": 1.1, "why": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stop", "failed", "reason"),
+    [(False, "a", "a has no scores"), (False, "a-0.1", ""), (True, "z", "z failed"), (False, "z", "")],
+)
+def test_sweep_leaves_out_what_needs_the_failed_or_what_comes_after_it(stop: bool, failed: str, reason: str) -> None:
+    grid = Grid(runs=("z", "a"), budgets=("0.1",), stop_on_failure=stop)
+    assert left_out(grid, "a", {failed: Failed(), "other": Completed()}) == reason
 
 
 def test_flow_without_a_server_runs_only_what_changed(project: Path) -> None:

@@ -1,0 +1,214 @@
+"""`make serve` (`python -m flows.serve`): the pipeline in a browser, on this machine only.
+
+Starts the Prefect server, unless one answers at PREFECT_API_URL; a runner, which starts FLOWS when the UI asks it to,
+one at a time; and the page of the report, one port above the server's. Ctrl-C ends all of it.
+
+Decides what is served, where, and how it ends. What a flow does, and what its form asks for, is decided elsewhere.
+Prefect's own settings say where the server listens (PREFECT_SERVER_API_HOST, PREFECT_SERVER_API_PORT), where its files
+are (PREFECT_HOME) and which database it has (PREFECT_SERVER_DATABASE_CONNECTION_URL: SQLite in PREFECT_HOME, or
+PostgreSQL).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from prefect import serve
+from prefect.client.orchestration import get_client
+from prefect.deployments.runner import RunnerDeployment
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.types.entrypoint import EntrypointType
+
+from blockpruner.errors import InputError
+from flows.dvc import PR_SET_PDEATHSIG
+from flows.paper import paper
+from flows.prune import PAGE_VARIABLE, REPORT, prune
+from flows.sweep import sweep
+
+FLOWS = (prune, sweep, paper)
+
+POLL = 2.0
+"""Seconds between two looks of the runner for what to start; and what to cancel, if the server's events are lost."""
+
+START = 300.0
+"""Seconds that the server gets to start; making its database takes most of them."""
+
+END = {"runner": 45.0, "server": 10.0}
+"""Seconds to end, before SIGKILL; the runner gives its flow 30 of its own, the server waits for open pages."""
+
+SERVER = {"PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false"}
+"""A run that waits for the one before it is not late."""
+
+
+def deployments() -> list[RunnerDeployment]:
+    """Of FLOWS, each under its own name; their forms name the run files that there are now."""
+    return [RunnerDeployment.from_flow(flow, flow.name, entrypoint_type=EntrypointType.MODULE_PATH) for flow in FLOWS]
+
+
+def run_deployments() -> None:
+    """The runner: until SIGTERM, which cancels the flow that runs."""
+    logging.getLogger("prefect.runner").setLevel(logging.WARNING)  # else it says at every look that a run waits
+    serve(*deployments(), limit=1, pause_on_shutdown=False, print_starting_message=False, query_seconds=POLL)
+
+
+def find_server() -> tuple[str, bool]:
+    """URL of the server's API, and whether one answers there.
+
+    Raises:
+        InputError: nothing answers, and none can be started there.
+    """
+    settings = get_current_settings()
+    here = (settings.server.api.host, settings.server.api.port)
+    url = settings.api.url or f"http://{here[0]}:{here[1]}/api"
+    if answers(url):
+        return url, True
+    host, port = place(url)
+    if settings.api.url is not None and host not in ("127.0.0.1", "localhost", here[0]):
+        raise InputError(
+            f"the Prefect server at {url} (PREFECT_API_URL) does not answer; start it on {host}, or unset "
+            "PREFECT_API_URL to start one here"
+        )
+    require_free(host, port, "PREFECT_SERVER_API_PORT (or PREFECT_API_URL)")
+    return url, False
+
+
+def answers(url: str) -> bool:
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        return client.api_healthcheck() is None
+
+
+def place(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "127.0.0.1", parts.port or 80
+
+
+def require_free(host: str, port: int, setting: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} of {host} cannot be used ({error.strerror}), and what has it is no Prefect server; stop "
+                f"that, or set {setting} to a free port"
+            ) from None
+
+
+class Page(SimpleHTTPRequestHandler):
+    """The files of the report."""
+
+    def log_message(self, *_: Any) -> None:
+        """Not in this terminal."""
+
+
+@contextmanager
+def report_page(host: str, port: int) -> Iterator[None]:
+    """Serve the report's folder, which comes and goes with the stage that writes it."""
+    with ThreadingHTTPServer((host, port), partial(Page, directory=str(REPORT))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+
+
+@contextmanager
+def child(
+    command: list[str], environment: dict[str, str], seconds: float, output: IO[bytes] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own, so that Ctrl-C reaches this one alone; it ends with the block, or with this
+    process, however that ends."""
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        preexec_fn=partial(end_with, os.getpid()),
+    )
+    try:
+        yield process
+    finally:
+        try:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+        finally:  # also after a second Ctrl-C
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def end_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def prefect_server(url: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The server, answering; what it says goes to server.log in PREFECT_HOME.
+
+    Raises:
+        InputError: it did not start; ends with what it said.
+    """
+    host, port = place(url)
+    log = get_current_settings().home / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+    with open(log, "wb") as output, child(command, SERVER, END["server"], output) as process:
+        end = time.monotonic() + START
+        while not answers(url):
+            if process.poll() is not None or time.monotonic() > end:
+                said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
+                raise InputError(f"the Prefect server did not start at {url}; {log} ends with:\n{said}")
+            time.sleep(0.2)
+        yield process
+
+
+def main() -> int:
+    """0: ended by Ctrl-C or SIGTERM; 1: the server or the runner ended by itself; 2: refused."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where `nohup` or `&` had it ignored
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with ExitStack() as stack:
+            url, running = find_server()
+            host, port = get_current_settings().server.api.host, place(url)[1] + 1
+            require_free(host, port, "PREFECT_SERVER_API_PORT")
+            page = f"http://{host}:{port}/index.html"
+            processes = [] if running else [stack.enter_context(prefect_server(url))]
+            script = [sys.executable, "-c", "from flows.serve import run_deployments; run_deployments()"]
+            told = {"PREFECT_API_URL": url, PAGE_VARIABLE: page}
+            processes.append(stack.enter_context(child(script, told, END["runner"])))
+            stack.enter_context(report_page(host, port))  # after the processes: its thread and fork do not mix
+            print(f"{'Using' if running else 'Started'} the Prefect server: {url.removesuffix('/api')}/deployments")
+            print(f"The report, once there is one: {page}\nCtrl-C ends all.", flush=True)
+            while all(process.poll() is None for process in processes):
+                time.sleep(0.5)
+            print("the Prefect server (see server.log in PREFECT_HOME) or the runner has ended", file=sys.stderr)
+            return 1
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Several runs with several budgets each, as a Prefect flow: every model of a study, and one table of all.
+
+Decides the order (run after run, so that the first is complete early), what a failure leaves out, and the table. What
+a run or a target needs is decided by flows.selection, how a stage is run by flows.prune.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from blockpruner.errors import InputError
+from blockpruner.tables import read_json
+from flows.prune import METRICS, begin, publish, run_stages
+from flows.selection import Grid, Plan, Selection
+
+PLANS = Path("data/plans")
+COMPARED = {"perplexity": "perplexity", "average": "accuracy", "speedup_generation": "speed-up"}
+"""Metrics in the table, and their names there."""
+
+
+@task(cache_policy=NO_CACHE)
+def bring_up(stages: Sequence[str], lock: int) -> State[None]:
+    """The stages of one run or one target, nested under it."""
+    return run_stages(stages, lock)
+
+
+@flow(name="sweep")
+def sweep(grid: Grid) -> State[None]:
+    """Prune every run to every budget, run after run, and compare all of them in one table."""
+    try:
+        with begin(Selection(runs=grid.runs, budgets=grid.budgets)) as (chosen, lock):
+            states: dict[str, State[Any]] = {}
+            rows: list[dict[str, Any]] = []
+            for number, run in enumerate(chosen.runs, 1):
+                for item in (run, *chosen.targets_of(run)):
+                    started = time.monotonic()
+                    states[item] = _item(chosen, item, lock, left_out(grid, run, states))
+                    if item != run:
+                        rows.append(_row(run, item, states[item], time.monotonic() - started))
+                create_table_artifact(rows, "sweep", f"The sweep after {number} of {len(chosen.runs)} runs")
+            if any(states[target].is_completed() for target in chosen.targets):
+                states["report"] = run_stages(chosen.stages_of(""), lock)
+                publish(chosen)
+    except InputError as error:
+        return Failed(name="Refused", message=str(error))
+    failed = [item for item, state in states.items() if not state.is_completed()]
+    if failed:
+        return Failed(message=f"not complete: {', '.join(failed)}. Finished stages are kept: run again to go on")
+    return Completed(message=f"{len(chosen.targets)} models of {len(chosen.runs)} runs")
+
+
+def _item(chosen: Plan, item: str, lock: int, reason: str) -> State[Any]:
+    if reason:
+        return Failed(name="Left out", message=reason)
+    return bring_up.with_options(name=item, task_run_name=item)(chosen.stages_of(item), lock, return_state=True)
+
+
+def left_out(grid: Grid, run: str, states: dict[str, State[Any]]) -> str:
+    """Why the next item of a run is left out; "" if it is not."""
+    failed = [item for item, state in states.items() if not state.is_completed()]
+    if run in failed:
+        return f"{run} has no scores"
+    return f"{failed[0]} failed" if failed and grid.stop_on_failure else ""
+
+
+def _row(run: str, target: str, state: State[Any], seconds: float) -> dict[str, Any]:
+    """One line of the table: what was removed, and each metric of the pruned and of the dense model."""
+    values: dict[str, Any] = {"run": run, "target": target, "state": state.name}
+    metrics = {name: METRICS / f"{name}.json" for name in (target, f"{run}-dense")}
+    if state.is_completed():
+        pruned, dense = (read_json(path) for path in metrics.values())
+        values["removed, %"] = round(100 * read_json(PLANS / target / "plan.json")["ratio"], 2)
+        for key, name in COMPARED.items():
+            values |= {name: pruned[key]} | ({f"{name}, dense": dense[key]} if key in dense else {})
+    return values | {"minutes": round(seconds / 60, 1), "why": "" if state.is_completed() else state.message}

@@ -1,0 +1,218 @@
+"""What a person does in the browser, from the form to the report: `make test-ui` (Debian: apt-get install chromium).
+
+BLOCKPRUNER_CHROMIUM names another browser; BLOCKPRUNER_SCREENSHOTS a folder that the screenshots are written to.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.integration.project import environment, make_project, sentence
+from tests.tiny import save_tiny
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the extra `ui` is not installed (make test-ui does it)")
+CHROMIUM = os.environ.get("BLOCKPRUNER_CHROMIUM") or shutil.which("chromium")
+pytestmark = [
+    pytest.mark.ui,
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="no browser: no chromium on PATH (Debian: apt-get install chromium), and BLOCKPRUNER_CHROMIUM is unset",
+    ),
+]
+SECONDS = 900.0
+CANCELLED_WITHIN = 15.0
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Two runs of a model with 12 layers: `tiny` is scored in seconds, `slow` takes long enough to be cancelled."""
+    folder = tmp_path_factory.mktemp("ui")
+    project = make_project(folder, {"tiny-0.1": "0.1"})
+    save_tiny(folder / "inputs/model", layers=12, tie_word_embeddings=True)
+    texts = folder / "inputs/many.parquet"
+    pq.write_table(pa.table({"text": [sentence(i) for i in range(4000)]}), texts)
+    run = yaml.safe_load((project / "runs/tiny.yaml").read_text())
+    run["calibration"]["num_samples"] = 1000
+    run["calibration"]["data"]["path"] = str(texts)
+    (project / "runs/slow.yaml").write_text(yaml.safe_dump(run))
+    return project
+
+
+@pytest.fixture(scope="module")
+def served(project):
+    """`make serve` in the project: its URL. Ctrl-C ends it, and leaves no process."""
+    url = f"http://127.0.0.1:{free_port()}"
+    settings = {"PREFECT_HOME": str(project / ".prefect"), "PREFECT_SERVER_API_PORT": url.rsplit(":", 1)[1]}
+    outside = {key: value for key, value in environment().items() if key != "PREFECT_API_URL"}
+    with open(project / "serve.log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.serve"], cwd=project, env=outside | settings, stdout=log, stderr=log
+        )
+    try:
+        wait_until(lambda: b"Ctrl-C" in (project / "serve.log").read_bytes() or process.poll() is not None)
+        assert process.poll() is None, (project / "serve.log").read_text()
+        wait_until(lambda: len(ask(url, "deployments/filter")) >= 2)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(SECONDS)
+    assert processes(project) == set()
+
+
+@pytest.fixture
+def page(served):
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has no sandbox
+        page = browser.new_page(viewport={"width": 1500, "height": 1150})
+        page.set_default_timeout(1000 * SECONDS)
+        yield page
+        browser.close()
+
+
+def free_port():
+    """A port with a free one above it, for the report's page."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+                return port
+            except OSError:
+                continue
+
+
+def wait_until(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def processes(project):
+    """Ids of all processes that work in the project's folder."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cwd").resolve() == project and (entry / "cmdline").read_bytes():
+                found.add(int(entry.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def ask(url, what, **filters):
+    return httpx.post(f"{url}/api/{what}", json=filters, timeout=SECONDS).json()
+
+
+def flow_run(url, name):
+    return ask(url, "flow_runs/filter", flow_runs={"name": {"any_": [name]}})[0]
+
+
+def tasks(url, name):
+    """Names and states of a flow run's task runs, in the order of their start, and the name of each one's parent."""
+    chosen = {"id": {"any_": [flow_run(url, name)["id"]]}}
+    runs = sorted(ask(url, "task_runs/filter", flow_runs=chosen), key=lambda run: run["created"])
+    names = {run["id"]: run["name"] for run in runs}
+    parents = [[names[p["id"]] for p in run["task_inputs"].get("__parents__", [])] for run in runs]
+    return [(run["name"], run["state_name"], *parent) for run, parent in zip(runs, parents, strict=True)]
+
+
+def shoot(page, name):
+    page.wait_for_timeout(2000)  # what moves in has arrived
+    folder = os.environ.get("BLOCKPRUNER_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def fill_form(page, url, run, budget, name):
+    page.goto(f"{url}/deployments")
+    page.get_by_role("link", name="prune", exact=True).first.click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").first.click()
+    runs = page.locator(".schema-form-property-array .p-select-button__control")
+    runs.press("ArrowDown")
+    page.locator(".p-select-option", has_text=run).click()
+    runs.press("Tab")
+    page.get_by_role("button", name="Add item").click()
+    page.locator("textarea").last.fill(budget)
+    page.locator("input").first.fill(name)
+
+
+def submit(page):
+    page.get_by_role("button", name="Submit").click()
+
+
+def open_run(page, url, name):
+    page.goto(f"{url}/runs")
+    page.get_by_role("link", name=name, exact=True).first.click()
+
+
+def test_trigger_watch_cancel_and_retry(page, served, project):
+    idle = processes(project)
+    fill_form(page, served, "tiny", "a lot", "first")
+    submit(page)
+    page.get_by_text("'a lot' does not match").wait_for()
+    page.locator("textarea").last.fill("0.2")
+    shoot(page, "ui-form")
+    submit(page)
+    page.get_by_role("link", name="first").first.wait_for()
+    fill_form(page, served, "slow", "0.15", "second")
+    submit(page)
+    page.get_by_role("link", name="second").first.wait_for()
+    wait_until(lambda: flow_run(served, "first")["state_type"] not in ("SCHEDULED", "PENDING"))
+    if flow_run(served, "first")["state_type"] == "RUNNING":
+        assert flow_run(served, "second")["state_name"] == "Scheduled"
+
+    wait_until(lambda: flow_run(served, "first")["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"))
+    assert flow_run(served, "first")["state_name"] == "Completed", (project / "serve.log").read_text()
+    found = tasks(served, "first")
+    assert ("iteration 0", "Completed", "score@tiny") in found and ("score@tiny", "Completed") in found
+    open_run(page, served, "first")
+    page.get_by_text("Task Runs", exact=True).click()
+    page.get_by_text("iteration 1", exact=True).first.wait_for()
+    shoot(page, "ui-run")
+    page.get_by_text("Artifacts", exact=True).click()
+    for key in ("report", "report-page", "results-tiny", "score-tiny-table", "score-tiny-scores", "score-tiny-blocks"):
+        page.get_by_text(key, exact=True).first.wait_for()
+    page.goto(f"{served}/artifacts/key/score-tiny-scores")
+    page.locator("img").first.wait_for()
+    shoot(page, "ui-artifacts")
+    page.goto(f"{served}/artifacts/key/report-page")
+    link = page.get_by_role("link", name="The report's page").first.get_attribute("href")
+    assert "<title>Tiny</title>" in httpx.get(link).text
+
+    wait_until(lambda: any(name == "iteration 1" for name, *_ in tasks(served, "second")))
+    open_run(page, served, "second")
+    page.get_by_role("button", name="Cancel").click()
+    assert flow_run(served, "second")["state_type"] == "RUNNING"
+    page.get_by_role("button", name="Confirm").click()
+    clicked = time.monotonic()
+    wait_until(lambda: processes(project) <= idle)
+    took = time.monotonic() - clicked
+    print(f"gone {took:.1f} s after the click")
+    assert took < CANCELLED_WITHIN
+    wait_until(lambda: flow_run(served, "second")["state_name"] == "Cancelled")
+    before = tasks(served, "second")
+    assert before[-1][1:] == ("Crashed", "score@slow"), before
+
+    page.get_by_role("button", name="Retry").first.click()
+    page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+    wait_until(
+        lambda: flow_run(served, "second")["state_name"] not in ("Cancelled", "AwaitingRetry", "Running", "Pending")
+    )
+    assert flow_run(served, "second")["state_name"] == "Completed", (project / "serve.log").read_text()
+    again = tasks(served, "second")[len(before) :]
+    assert ("fetch@slow", "Cached") in again and ("score@slow", "Completed") in again
+    assert ("iteration 0", "Cached", "score@slow") in again and (before[-1][0], "Completed", "score@slow") in again

@@ -1,0 +1,232 @@
+"""What `make serve` decides: the forms, where the server is, how processes end; and what the pictures show."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import httpx
+import pytest
+from matplotlib.figure import Figure
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_SERVER_API_HOST,
+    PREFECT_SERVER_API_PORT,
+    temporary_settings,
+)
+from prefect.utilities.schema_tools import is_valid_schema, validate
+
+from blockpruner.errors import InputError
+from blockpruner.notation import read_budget
+from flows import charts, phases, serve
+from flows.observer import End
+from flows.selection import Grid, Selection
+
+
+@pytest.fixture
+def forms(tmp_path, monkeypatch):
+    """Schemas of all deployments' parameters, made where two run files are."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name in ("small", "large"):
+        Path(f"runs/{name}.yaml").touch()
+    return {d.name: d._parameter_openapi_schema.model_dump() for d in serve.deployments()}
+
+
+def test_forms_describe_every_field_and_offer_the_run_files(forms):
+    for schema in forms.values():
+        is_valid_schema(schema)
+        (form,) = schema["definitions"].values()
+        assert all(field["description"] for field in form["properties"].values())
+        assert form["description"] and form["properties"]["runs"]["items"]["enum"] == ["large", "small"]
+
+
+@pytest.mark.parametrize(
+    ("deployment", "parameters", "wrong"),
+    [
+        ("prune", {}, None),
+        ("prune", {"selection": {"runs": ["small"], "budgets": ["0.2", "17blocks"]}}, None),
+        ("prune", {"selection": {"runs": ["none"]}}, "none"),
+        ("prune", {"selection": {"budgets": ["a lot"]}}, "a lot"),
+        ("prune", {"selection": {"budgets": ["20%"]}}, "20%"),
+        ("prune", {"selection": {"bugdets": ["0.2"]}}, "bugdets"),
+        ("sweep", {"grid": {"runs": ["small", "large"]}}, None),
+        ("sweep", {"grid": {"runs": []}}, "[]"),
+        ("sweep", {"grid": {"runs": ["small", "small"]}}, "small"),
+        ("sweep", {}, "grid"),
+    ],
+)
+def test_server_refuses_what_no_flow_could_run(forms, deployment, parameters, wrong):
+    errors = validate(parameters, forms[deployment])
+    assert bool(errors) == (wrong is not None)
+    assert wrong is None or wrong in str([error.message for error in errors])
+
+
+@pytest.mark.parametrize("text", ["0.22", ".5", "00.1", "17blocks", "7layers", "0.30kv", ".3kv", "1.25x", "2x"])
+def test_form_takes_every_budget_that_the_flow_takes(forms, text):
+    read_budget(text)
+    assert not validate({"selection": {"budgets": [text]}}, forms["prune"])
+    assert Selection(budgets=(text,)).budgets == Grid(runs=("r",), budgets=(text,)).budgets
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def settings(port):
+    with temporary_settings({PREFECT_SERVER_API_PORT: port, PREFECT_SERVER_API_HOST: "127.0.0.1"}):
+        yield
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/api/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_server_is_started_where_nothing_is_and_used_where_one_answers(settings, port):
+    assert serve.find_server() == (f"http://127.0.0.1:{port}/api", False)
+    with HTTPServer(("127.0.0.1", port), Healthy) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        assert serve.find_server() == (f"http://127.0.0.1:{port}/api", True)
+        server.shutdown()
+
+
+def test_taken_port_is_named_with_the_fix(settings, port, capsys, monkeypatch):
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)  # this process keeps its own
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        assert serve.main() == 2
+    assert f"port {port} of 127.0.0.1 cannot be used" in (said := capsys.readouterr().err)
+    assert "PREFECT_SERVER_API_PORT" in said and "Traceback" not in said
+
+
+def test_server_elsewhere_is_not_started_here(settings):
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.2:9/api"}), pytest.raises(InputError) as error:
+        serve.find_server()
+    assert "http://127.0.0.2:9/api" in str(error.value) and "unset PREFECT_API_URL" in str(error.value)
+
+
+def test_report_page_follows_the_file(tmp_path, monkeypatch, port):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").touch()
+    url = f"http://127.0.0.1:{port}"
+    with serve.report_page("127.0.0.1", port):
+        assert httpx.get(f"{url}/index.html").status_code == 404
+        Path("data/report").mkdir(parents=True)
+        Path("data/report/index.html").write_text("the page")
+        assert httpx.get(f"{url}/index.html").text == "the page"
+        assert (
+            httpx.get(f"{url}/../../secret").status_code == httpx.get(f"{url}/%2e%2e/%2e%2e/secret").status_code == 404
+        )
+    serve.require_free("127.0.0.1", port, "nothing")
+
+
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+
+
+def test_process_that_does_not_end_is_killed(tmp_path):
+    with open(tmp_path / "out", "wb") as output, serve.child([sys.executable, "-c", DEAF], {}, 0.3, output) as process:
+        wait_until(lambda: (tmp_path / "out").read_text())
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_process_ends_with_this_one():
+    script = (
+        "import sys, time; from flows.serve import child\n"
+        "with child([sys.executable, '-c', 'import time; time.sleep(60)'], {}, 9) as process:\n"
+        "    print(process.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    wait_until(lambda: not alive(pid))
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+LOSSES = {"mha.0": 9.0, "mlp.0": 3.0, "mha.1": 2.5, "mlp.1": 2.75, "mha.2": float("nan")}
+
+
+def rows(chosen, losses=LOSSES, used=5):
+    return [{"added": n, "loss": v, "rows": f"{used}/5", "chosen": n == chosen} for n, v in losses.items()]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, each with its texts."""
+    figures = []
+
+    def catch(size, draw):
+        figures.append(figure := Figure(figsize=size))
+        draw(figure)
+        return b"png"
+
+    monkeypatch.setattr(charts, "_png", catch)
+    return figures
+
+
+def test_bars_stand_at_their_layers_and_show_what_each_costs_more(drawn):
+    charts.scores(charts.candidates(rows("mha.1")))
+    (axes,) = drawn[0].axes
+    bars = {round(bar.get_x() + bar.get_width() / 2, 3): bar.get_height() for bar in axes.patches}
+    assert bars == pytest.approx({-0.2: 6.5, 0.2: 0.5, 0.8: 0.0, 1.2: 0.25})
+    (mark,) = axes.lines
+    assert mark.get_xdata()[0] == pytest.approx(0.8)
+
+
+def end(chosen, **values):
+    return End("s", rows(chosen), **({"cached": False, "at": time.monotonic()} | values))
+
+
+def test_map_grows_also_by_what_is_not_drawn(drawn):
+    search = phases.Search()
+    assert search.pictures(end("mlp.1", cached=True)) == search.pictures(end("mha.2", at=time.monotonic() - 60)) == {}
+    assert search.pictures(End("evaluated", [], False, time.monotonic())) == {}
+    assert search.pictures(end("mha.1")) == {"scores": b"png", "blocks": b"png"}
+    numbers = {(round(t.get_position()[0]), t.get_position()[1]): t.get_text() for t in drawn[-1].axes[0].texts}
+    assert numbers == {(1, 1): "1", (2, 0): "2", (1, 0): "3"}  # (layer, 0 for MHA and 1 for MLP)
+
+
+def test_order_without_losses_has_a_map_only(drawn):
+    lost = [row | {"loss": float("nan")} for row in rows("mlp.0")]
+    assert phases.Search().pictures(End("s", lost, False, time.monotonic())).keys() == {"blocks"}
+
+
+def test_pictures_are_png():
+    assert charts.scores(charts.candidates(rows("mha.1"))).startswith(b"\x89PNG")
+
+
+def test_outlook_counts_computed_phases_only():
+    """Ten iterations, of which two were known and one took 100 s: seven tenths of the way are left."""
+    pace = phases.Pace()
+    assert pace.begin(0.0, 0.0) == pace.begin(None, 0.0) == ""
+    pace.end(cached=True)
+    assert pace.begin(0.2, 1.0) == ""
+    pace.end(cached=False)
+    assert pace.begin(0.3, 101.0) == "; the stage: 30% done, 0:11:40 left"
