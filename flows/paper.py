@@ -75,6 +75,8 @@ def paper(tables: Tables) -> State[None]:
                 logger.info(f"published: {publish_tables(name)}")
     except InputError as error:
         return Failed(name="Refused", message=str(error))
+    except dvc.StageError as error:
+        return Failed(message=str(error))
     cached = sum(state.name == "Cached" for state in states)
     made = f"{len(states)} stages: {len(states) - cached} run, {cached} cached; tables: {TABLES / name / 'index.html'}"
     return Completed(message=made)
