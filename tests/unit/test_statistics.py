@@ -1,0 +1,447 @@
+"""Statistics against arithmetic by hand, enumerations of all resamples, definitions written out, and libraries."""
+
+import itertools
+import math
+from statistics import median
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.power import TTestPower
+
+from blockpruner.errors import InputError
+from blockpruner.evaluation import statistics
+from blockpruner.evaluation.statistics import (
+    Comparison,
+    Discordance,
+    Interval,
+    Summary,
+    average,
+    differences,
+    expected_error,
+    holm,
+    jaccard,
+    mcnemar,
+    median_interval,
+    minimum_detectable_difference,
+    paired_bootstrap,
+    paired_t,
+    perplexity_ratio,
+    rank_biased_overlap,
+    ratio_of_medians,
+    seed_summary,
+    standard_error,
+)
+
+BITS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
+PAIRS = st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=2, max_size=12)
+RANKINGS = st.lists(st.integers(0, 9), unique=True, max_size=8)
+
+
+def two_models(sizes, seed, *, fractions=False):
+    """Scores of two models that agree on most items, by task."""
+    rng = np.random.default_rng(seed)
+    a = {f"t{i}": rng.random(n) if fractions else (rng.random(n) < 0.6).astype(float) for i, n in enumerate(sizes)}
+    return a, {task: np.where(rng.random(len(x)) < 0.2, 1 - x, x) for task, x in a.items()}
+
+
+def assert_quantiles(interval, population, level, resamples):
+    """The interval's ends are quantiles of a sample of `resamples` from `population`, within 5 standard errors."""
+    population = np.asarray(population)
+    for end, q in ((interval.low, (1 - level) / 2), (interval.high, (1 + level) / 2)):
+        slack = 5 * math.sqrt(q * (1 - q) / resamples)
+        assert np.mean(population < end - 1e-9) <= q + slack and np.mean(population <= end + 1e-9) >= q - slack
+
+
+# Averages and their errors
+
+
+def test_average_and_its_error_by_hand():
+    scores = {"x": [1, 1, 0, 1], "y": [0, 1, 0.5]}
+    # x: mean 3/4, sd^2 = (3 * 1/16 + 9/16) / 3 = 1/4, SE^2 = 1/16
+    # y: mean 1/2, sd^2 = (1/4 + 1/4 + 0) / 2 = 1/4, SE^2 = 1/12
+    assert average(scores) == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert standard_error({"x": scores["x"]}) == pytest.approx(1 / 4)
+    assert standard_error(scores) == pytest.approx(math.sqrt(1 / 16 + 1 / 12) / 2)
+
+
+def test_a_single_item_has_an_infinite_error():
+    assert standard_error({"x": [1], "y": [0, 1, 1]}) == math.inf
+
+
+def test_differences_are_b_minus_a_by_task():
+    found = differences({"y": [1, 0], "x": [0.25]}, {"x": [1], "y": [True, True]})
+    assert {task: items.tolist() for task, items in found.items()} == {"x": [0.75], "y": [0, 1]}
+    assert list(found) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ({"x": [1]}, {"y": [1]}, r"\['x'\] and \['y'\]"),
+        ({}, {}, "one or more"),
+        ({"x": [1, 0]}, {"x": [1]}, r"task x: a has shape \(2,\) and b \(1,\)"),
+        ({"x": []}, {"x": []}, "n >= 1"),
+        ({"x": [[1], [0]]}, {"x": [[1], [0]]}, r"shape \(2, 1\)"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(a, b, message):
+    with pytest.raises(InputError, match=message):
+        differences(a, b)
+
+
+# McNemar
+
+
+def test_mcnemar_by_hand():
+    a = [1, 0, 0, 0, 0, 0, 1, 1, 0]
+    b = [0, 1, 1, 1, 1, 1, 1, 1, 0]
+    # 1 and 5 of 6 discordant items: p = 2 (C(6, 0) + C(6, 1)) / 2^6 = 14 / 64
+    assert mcnemar(a, b) == Discordance(1, 5, pytest.approx(14 / 64))
+    assert mcnemar([1, 0], [0, 1]) == Discordance(1, 1, 1.0)
+    assert mcnemar([1, 0, 1], [1, 0, 1]) == Discordance(0, 0, 1.0)
+
+
+@given(BITS)
+def test_mcnemar_is_a_sign_test_of_the_discordant_items(pairs):
+    found = mcnemar(*zip(*pairs, strict=True))
+    assert (found.only_a, found.only_b) == (pairs.count((1, 0)), pairs.count((0, 1)))
+    if n := found.only_a + found.only_b:
+        assert found.p == pytest.approx(stats.binomtest(found.only_a, n, 0.5).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([1, 0.5], [1, 0], "must be 0 or 1, not 0.5"),
+        ([1, 0], [1, math.nan], "not nan"),
+        ([1, 0], [1], "shape"),
+        ([], [], "n >= 1"),
+    ],
+)
+def test_mcnemar_refuses(a, b, message):
+    with pytest.raises(InputError, match=message):
+        mcnemar(a, b)
+
+
+# Bootstrap over items
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.95])
+def test_bootstrap_against_all_resamples(level):
+    a = {"x": [0, 0], "y": [1, 0, 0, 0.5]}
+    b = {"x": [0, 1], "y": [0, 0, 1, 1]}
+    d = {"x": [0, 1], "y": [-1, 0, 1, 0.5]}  # 2^2 * 4^4 resamples, each as likely as any other
+    every = [
+        (sum(x) / 2 + sum(y) / 4) / 2
+        for x in itertools.product(d["x"], repeat=2)
+        for y in itertools.product(d["y"], repeat=4)
+    ]
+    found = paired_bootstrap(a, b, resamples=20_000, level=level)
+    assert found.value == pytest.approx((1 / 2 + 0.5 / 4) / 2)
+    assert_quantiles(found.interval, every, level, 20_000)
+    tails = [sum(m <= 1e-9 for m in every) / len(every), sum(m >= -1e-9 for m in every) / len(every)]
+    assert found.p == pytest.approx(2 * min(tails), abs=2 * 5 * math.sqrt(0.25 / 20_000))
+
+
+@pytest.mark.parametrize("fractions", [False, True])
+def test_bootstrap_against_scipy(fractions):
+    a, b = two_models([300, 120, 40], seed=1, fractions=fractions)
+    reference = stats.bootstrap(
+        [b[task] - a[task] for task in a],
+        lambda *tasks, axis: sum(items.mean(axis=axis) for items in tasks) / len(tasks),
+        n_resamples=4000,
+        method="percentile",
+        rng=np.random.default_rng(5),
+    )
+    found = paired_bootstrap(a, b)
+    assert_quantiles(found.interval, reference.bootstrap_distribution, 0.95, 4000 * 10 / 14)
+
+
+def test_bootstrap_is_of_pairs_within_tasks():
+    """Its width is that of the paired error: neither of unpaired items nor of items pooled over tasks."""
+    a, b = two_models([2000, 200], seed=2)
+    found = paired_bootstrap(a, b).interval
+    error = standard_error(differences(a, b))
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.04)
+    assert math.hypot(standard_error(a), standard_error(b)) > 1.3 * error
+    pooled = np.concatenate(list(differences(a, b).values()))
+    assert stats.sem(pooled) < 0.7 * error
+
+
+def test_bootstrap_of_items_that_do_not_vary():
+    same = {"x": [1, 0, 1], "y": [0.3, 0.6]}
+    assert paired_bootstrap(same, same) == Comparison(0, Interval(0, 0), 1)
+    wrong, right = {"x": [0, 0, 0]}, {"x": [1, 1, 1]}
+    assert paired_bootstrap(wrong, right, resamples=99) == Comparison(1, Interval(1, 1), 2 / 100)
+
+
+def test_bootstrap_counts_zero_as_both_sides_despite_rounding():
+    """0.1 + 0.2 - 0.3 is 6e-17 as floats."""
+    zero, sums = {"x": [0, 0], "y": [0, 0], "z": [0, 0]}, {"x": [0.1, 0.1], "y": [0.2, 0.2], "z": [-0.3, -0.3]}
+    assert paired_bootstrap(zero, sums).p == paired_bootstrap(sums, zero).p == 1
+
+
+def test_bootstrap_depends_on_the_seed_alone(monkeypatch):
+    a, b = two_models([50, 30], seed=3)
+    found = paired_bootstrap(a, b, resamples=1000)
+    assert paired_bootstrap(dict(reversed(a.items())), b, resamples=1000) == found
+    assert paired_bootstrap(a, b, resamples=1000, seed=1) != found
+    monkeypatch.setattr(statistics, "COUNTS", 500)  # chunks of 166 resamples
+    assert paired_bootstrap(a, b, resamples=1000) == found
+
+
+def test_bootstrap_errs_as_often_as_it_says():
+    """Of equal models p is at most 0.1 in 10 % of all cases: 300 pairs of them, within 4 standard errors."""
+    rng = np.random.default_rng(0)
+    p = []
+    for _ in range(300):
+        d = {task: rng.choice([-1.0, 0, 1], 150, p=[0.1, 0.8, 0.1]) for task in "xy"}
+        p.append(paired_bootstrap({task: np.zeros(150) for task in d}, d, resamples=500).p)
+    assert np.mean(np.array(p) <= 0.1) == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 300))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.sampled_from([-1, 0, 0.5, 1]), min_size=2, max_size=30), st.lists(st.integers(-1, 1), min_size=2))
+def test_bootstrap_turns_round_and_its_p_fits_its_interval(x, y):
+    zero, d = {"x": np.zeros(len(x)), "y": np.zeros(len(y))}, {"x": x, "y": y}
+    found, back = paired_bootstrap(zero, d, resamples=1000), paired_bootstrap(d, zero, resamples=1000, seed=1)
+    assert back.value == pytest.approx(-found.value)
+    assert back.p == pytest.approx(found.p, abs=0.2)  # other draws
+    outside = found.interval.low > 1e-9 or found.interval.high < -1e-9
+    assert outside or found.p > 0.04
+    assert not outside or found.p < 0.06
+
+
+def test_bootstrap_refuses_a_single_item():
+    with pytest.raises(InputError, match="task y needs at least 2 pairs, not 1"):
+        paired_bootstrap({"x": [1, 0], "y": [1]}, {"x": [1, 0], "y": [0]})
+
+
+# Seeds and rows
+
+
+def test_seed_summary_by_hand():
+    # mean 7/3; sd^2 = (16/9 + 1/9 + 25/9) / 2 = 7/3
+    assert seed_summary([1, 2, 4]) == Summary(pytest.approx(7 / 3), pytest.approx(math.sqrt(7 / 3)), 3)
+    assert seed_summary([5]) == Summary(5, math.inf, 1)
+    with pytest.raises(InputError, match="no seed"):
+        seed_summary([])
+
+
+def test_paired_t_by_hand():
+    # d = 0, 1, 3: mean 4/3, sd^2 = 7/3, SE^2 = 7/9, t^2 = (16/9) / (7/9) = 16/7. With 2 degrees of freedom
+    # P(T <= t) = 1/2 + t / (2 sqrt(2 + t^2)), so p = 1 - t / sqrt(2 + t^2) = 1 - sqrt(16/30), and the quantile of
+    # 0.975 solves 0.95 = t / sqrt(2 + t^2): t = 0.95 sqrt(2 / (1 - 0.95^2)).
+    half = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * math.sqrt(7 / 9)
+    found = paired_t([1, 1, 1], [1, 2, 4])
+    assert (found.value, found.p) == (pytest.approx(4 / 3), pytest.approx(1 - math.sqrt(16 / 30)))
+    assert found.interval == Interval(pytest.approx(4 / 3 - half), pytest.approx(4 / 3 + half))
+
+
+@given(PAIRS)
+def test_paired_t_is_a_t_test_of_the_differences_and_turns_round(pairs):
+    a, b = map(np.array, zip(*pairs, strict=True))
+    assume(np.ptp(b - a) > 0)
+    found, back, reference = paired_t(a, b, 0.9), paired_t(b, a, 0.9), stats.ttest_1samp(b - a, 0)
+    assert found.p == pytest.approx(reference.pvalue)
+    assert [found.interval.low, found.interval.high] == pytest.approx(list(reference.confidence_interval(0.9)))
+    assert [back.value, back.interval.low, back.interval.high, back.p] == pytest.approx(
+        [-found.value, -found.interval.high, -found.interval.low, found.p]
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_paired_t_of_differences_that_do_not_vary():
+    assert paired_t([1, 5], [1, 5]) == Comparison(0, Interval(0, 0), 1)
+    assert paired_t([1, 5], [3, 7]) == Comparison(2, Interval(2, 2), 0)
+    found = paired_t([0.2, 0.3, 0.6], [0.3, 0.4, 0.7])  # 0.1 up to rounding
+    assert (found.p, found.interval.low, found.interval.high) == (0, pytest.approx(0.1), pytest.approx(0.1))
+    assert paired_t([0.3, 0.3], [0.1 + 0.2, 0.3]).p == 1
+    assert paired_t([1e-14, 2e-14], [1e-14, 3e-14]).p == pytest.approx(0.5)  # small, but no rounding: t = 1
+
+
+@pytest.mark.parametrize(("a", "b", "message"), [([1], [2], "at least 2 pairs, not 1"), ([1, 2], [1], "shape")])
+def test_paired_t_refuses(a, b, message):
+    with pytest.raises(InputError, match=message):
+        paired_t(a, b)
+
+
+def test_perplexity_ratio_by_hand():
+    a, b = [2, 2, 2], [2, 3, 5]  # d = 0, 1, 3, as above
+    half = 0.8 * math.sqrt(2 / (1 - 0.8**2)) * math.sqrt(7 / 9)
+    found, back = perplexity_ratio(a, b, level=0.8), perplexity_ratio(b, a, level=0.8)
+    assert found.value == pytest.approx(math.exp(10 / 3) / math.exp(2))
+    assert found.interval == Interval(pytest.approx(math.exp(4 / 3 - half)), pytest.approx(math.exp(4 / 3 + half)))
+    assert found.p == pytest.approx(1 - math.sqrt(16 / 30))
+    assert [back.value, back.interval.low, back.interval.high] == pytest.approx(
+        [1 / found.value, 1 / found.interval.high, 1 / found.interval.low]
+    )
+
+
+# Many tests, and tests to come
+
+
+def test_holm_by_hand():
+    # sorted 0.005, 0.01, 0.03, 0.04, times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04, the last no smaller than the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
+    assert holm([0.6, 0.7]) == (1, 1)
+    assert holm([]) == ()
+
+
+@settings(max_examples=12)  # statsmodels collects garbage in every call: 0.2 s among a test session's objects
+@given(st.lists(st.sampled_from([0, 1e-9, 0.01, 0.02, 0.3, 1]) | st.floats(0, 1), min_size=2, max_size=12))
+def test_holm_is_its_definition(p_values):
+    found = holm(p_values)
+    for p, adjusted in zip(p_values, found, strict=True):
+        below = [q for q in p_values if q <= p]
+        steps = [sum(r >= q for r in p_values) * q for q in below]  # all that are still open, times q
+        assert adjusted == pytest.approx(min(1, max(steps))) and adjusted >= p
+    assert [a for _, a in sorted(zip(p_values, found, strict=True))] == sorted(found)
+
+
+@pytest.mark.parametrize("p", [math.nan, -0.1, 1.5])
+def test_holm_refuses(p):
+    with pytest.raises(InputError, match=rf"{p} is no p value"):
+        holm([0.1, p])
+
+
+def test_detectable_difference_by_hand():
+    # z(0.975) = 1.959964, z(0.8) = 0.841621, z(0.995) = 2.575829, z(0.9) = 1.281552
+    assert minimum_detectable_difference(0.01) == pytest.approx(0.02801585)
+    assert minimum_detectable_difference(0.5, alpha=0.01, power=0.9) == pytest.approx(0.5 * 3.857381)
+    # two tasks of 100 and 400 items, 20 % discordant: sqrt(0.2 / 100 + 0.2 / 400) / 2 = 0.05 / 2
+    assert expected_error({"x": 100, "y": 400}, 0.2) == pytest.approx(0.025)
+
+
+def test_detectable_difference_against_statsmodels():
+    """Of one task it is the effect, in standard deviations, of a paired t test."""
+    effect = TTestPower().solve_power(nobs=1000, alpha=0.05, power=0.8)
+    assert minimum_detectable_difference(0.4 / math.sqrt(1000)) == pytest.approx(0.4 * effect, rel=2e-3)
+
+
+def test_detectable_difference_is_found_that_often():
+    """Two tasks and a true difference of that size: 4,000 experiments, each tested by its own paired error."""
+    sizes, q = {"x": 800, "y": 400}, 0.15
+    delta = minimum_detectable_difference(expected_error(sizes, q))
+    rng, values = np.random.default_rng(0), np.array([-1, 0, 1])
+    counts = {t: rng.multinomial(n, [(q - delta) / 2, 1 - q, (q + delta) / 2], 4000) for t, n in sizes.items()}
+    means = {t: c @ values / sizes[t] for t, c in counts.items()}
+    variances = {t: (c @ values**2 / sizes[t] - means[t] ** 2) / sizes[t] for t, c in counts.items()}
+    found = np.abs(sum(means.values())) > 1.96 * np.sqrt(sum(variances.values()))
+    assert np.mean(found) == pytest.approx(0.8, abs=0.02)
+
+
+def test_expected_error_is_met_by_items_of_that_discordance():
+    items = {"x": [1] * 30 + [-1] * 30 + [0] * 340, "y": [1] * 15 + [-1] * 15 + [0] * 170}
+    zero = {task: [0] * len(d) for task, d in items.items()}
+    measured = standard_error(differences(zero, items))
+    assert expected_error({"x": 400, "y": 200}, 0.15) == pytest.approx(measured, rel=5e-3)
+
+
+# Timing
+
+
+def test_median_interval_by_hand():
+    samples = [7, 3, 1, 9, 5, 2, 10, 4, 8, 6]
+    # n = 10: P(B < 2) = 11 / 1024 = 0.011 <= 0.025 < P(B < 3) = 56 / 1024, so x_(2) to x_(9)
+    assert median_interval(samples) == Interval(2, 9)
+    assert median_interval(samples, level=0.75) == Interval(3, 8)
+    assert median_interval([2, 2, 2, 2, 2, 2, 2]) == Interval(2, 2)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("n", range(1, 41))
+def test_median_interval_is_the_narrowest_of_its_level(n, level):
+    fits = [k for k in range(1, n // 2 + 1) if sum(math.comb(n, i) for i in range(k)) / 2**n <= (1 - level) / 2]
+    expected = Interval(max(fits), n + 1 - max(fits)) if fits else Interval(-math.inf, math.inf)
+    assert median_interval(np.arange(n, 0, -1), level) == expected
+
+
+def test_ratio_of_medians_is_of_pairs():
+    """Repeats that drift alike: exactly twice as fast, whichever are drawn."""
+    dense = np.array([1, 1.5, 2, 4, 8])
+    assert ratio_of_medians(dense, dense / 2, resamples=999) == Comparison(2, Interval(2, 2), 2 / 1000)
+    assert ratio_of_medians(dense, dense) == Comparison(1, Interval(1, 1), 1)
+
+
+@pytest.mark.parametrize("level", [0.6, 0.95])
+def test_ratio_of_medians_against_all_resamples(level):
+    dense, pruned = [2.0, 2.4, 2.1, 3.0], [1.9, 2.5, 1.6, 1.5]
+    every = [
+        median(dense[i] for i in drawn) / median(pruned[i] for i in drawn)
+        for drawn in itertools.product(range(4), repeat=4)
+    ]
+    found = ratio_of_medians(dense, pruned, level=level)
+    assert found.value == pytest.approx(2.25 / 1.75)
+    assert_quantiles(found.interval, every, level, 10_000)
+    below = sum(m <= 1 for m in every) / len(every)
+    assert found.p == pytest.approx(2 * below, abs=10 * math.sqrt(below / 10_000))
+    assert ratio_of_medians(dense, pruned, level=level) == found
+
+
+def test_ratio_of_medians_refuses():
+    with pytest.raises(InputError, match="at least 2 pairs"):
+        ratio_of_medians([1], [1])
+    with pytest.raises(InputError, match="shape"):
+        ratio_of_medians([1, 2], [1, 2, 3])
+
+
+# Agreement of removals
+
+
+def equation_32(a, b, p):
+    """RBO_ext of Webber et al. 2010, as printed."""
+    short, long = sorted((a, b), key=len)
+    s, l = len(short), len(long)  # noqa: E741
+    x = [len(set(short[:d]) & set(long[:d])) for d in range(l + 1)]
+    first = sum(x[d] / d * p**d for d in range(1, l + 1))
+    second = sum(x[s] * (d - s) / (s * d) * p**d for d in range(s + 1, l + 1))
+    return (1 - p) / p * (first + second) + ((x[l] - x[s]) / l + x[s] / s) * p**l
+
+
+@given(RANKINGS.filter(bool), RANKINGS.filter(bool), st.sampled_from([0.1, 0.5, 0.9, 0.98]))
+def test_overlap_is_equation_32(a, b, p):
+    found = rank_biased_overlap(a, b, p)
+    assert found == pytest.approx(equation_32(a, b, p), abs=1e-12) and 0 <= found <= 1 + 1e-12
+    assert rank_biased_overlap(b, a, p) == found
+
+
+def test_overlap_by_hand():
+    # agreements 0, 1/2, 2/3, 1, 1 and 1 ever after: 0.1 (0.45 + 0.54 + 0.729 + 0.6561) + 0.59049 = 0.828
+    assert rank_biased_overlap([1, 2, 3, 4, 5], [2, 3, 4, 1, 5]) == pytest.approx(0.828)
+    # p 1/2; [a] and [b, a]: agreement 0 at depth 1; at depth 2 one of two in common, the short list's next expected to
+    # agree as its end did, not at all: 1/2. So 1/2 (0 + 1/2 * 1/2) + 1/4 * 1/2 = 1/4
+    assert rank_biased_overlap("a", "ba", p=0.5) == pytest.approx(1 / 4)
+
+
+@given(RANKINGS, RANKINGS.filter(bool))
+def test_overlap_is_the_series_of_lists_that_go_on_agreeing(common, others):
+    """Lists of one length, continued for 2,000 depths by the share of their last agreement: sum (1-p) p^(d-1) A_d."""
+    a, b = [*others, *(-1 - c for c in common)], [*(-1 - c for c in common), *others]
+    agreements = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, len(a) + 1)]
+    agreements += agreements[-1:] * 2000
+    series = sum(0.1 * 0.9**d * agreement for d, agreement in enumerate(agreements))
+    assert rank_biased_overlap(a, b) == pytest.approx(series)
+
+
+def test_overlap_of_equal_disjoint_and_empty_lists():
+    assert rank_biased_overlap("abc", "abc") == pytest.approx(1)
+    assert rank_biased_overlap("abc", "xy") == 0
+    assert rank_biased_overlap([], []) == 1
+    assert rank_biased_overlap([], ["mha3"]) == rank_biased_overlap(["mha3"], []) == 0
+    assert rank_biased_overlap("abcd", "abdc") > rank_biased_overlap("abcd", "bacd")
+
+
+def test_overlap_refuses_ties():
+    with pytest.raises(InputError, match="'mha1' is twice"):
+        rank_biased_overlap(["mlp2"], ["mha1", "mlp2", "mha1"])
+
+
+def test_jaccard_by_hand():
+    assert jaccard({1, 2, 3}, {2, 3, 4, 5}) == 2 / 5
+    assert jaccard([1, 1, 2], [2, 1]) == 1
+    assert jaccard(set(), {1}) == 0
+    assert jaccard(set(), set()) == 1
