@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
 
 from blockpruner.errors import InputError
 from blockpruner.notation import read_budget
 
-T = TypeVar("T", bound="Frozen")
+T = TypeVar("T", bound=BaseModel)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NO_RUNS = frozenset({"dvc", "sets"})
 """Files of runs/ that are something else: the pipeline of studies, and the sets of them."""
@@ -385,6 +385,12 @@ class Target(Frozen):
         return text
 
 
+class Sets(RootModel[dict[str, tuple[str, ...]]]):
+    """runs/sets.yaml: the runs of each set."""
+
+    model_config = ConfigDict(frozen=True)
+
+
 class Paper(Frozen):
     """What the pipeline in runs/dvc.yaml computes; `python -m flows.paper` adds to it.
 
@@ -502,6 +508,18 @@ def load_run(name: str, directory: Path = Path("runs")) -> Run:
         known = ", ".join(sorted({p.stem for p in directory.glob("*.yaml")} - NO_RUNS)) or "none"
         raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
     return _load(path, Run)
+
+
+def load_set(name: str, path: Path = Path("runs/sets.yaml")) -> dict[str, Run]:
+    """The runs of a set by name; raises InputError for an unknown set, or a run of it without a study."""
+    sets = _load(path, Sets).root
+    if name not in sets:
+        raise InputError(f"set {name!r} is unknown; valid: {', '.join(sets)} (one more is a line in {path})")
+    runs = {run: load_run(run, path.parent) for run in sets[name]}
+    for run, settings in runs.items():
+        if settings.study is None:
+            raise InputError(f"{path}: set {name!r} names {run!r}, and runs/{run}.yaml has no study section; add one")
+    return runs
 
 
 def _load(path: Path, model: type[T]) -> T:
