@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from blockpruner.params import load_set
 from blockpruner.progress import observer
 from blockpruner.reporting.paper.evidence import read_subject
@@ -13,6 +15,7 @@ from stages.report import labels
 def main(name: str) -> None:
     runs = load_set(name)
     subjects = [read_subject(run, settings, labels(settings), STUDIES / run) for run, settings in runs.items()]
+    gc.freeze()  # statsmodels collects garbage at every Holm correction, over all modules and inputs
     out = DATA / "tables" / name
     write_set(out, name, subjects, DATA / "paper")
     observer().note(f"tables: {out / 'index.html'}")

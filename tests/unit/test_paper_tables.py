@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import re
 import shutil
 import zlib
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from blockpruner.reporting.paper.advice import advice, warnings_of
 from blockpruner.reporting.paper.beyond import beyond, stopping
 from blockpruner.reporting.paper.claims import FAILS, HOLDS, OPEN, claims, summed, verdict
 from blockpruner.reporting.paper.evidence import Subject, read_subject
+from blockpruner.reporting.paper.figures import FIGURES, draw
 from blockpruner.reporting.paper.grids import Column, Grid, Number, escape_latex, to_csv, to_latex
 from blockpruner.reporting.paper.page import build_set, write_set
 from blockpruner.reporting.paper.tables import TABLES, paper_grids
@@ -179,6 +182,14 @@ def _model(name: str, ratio: float, quality: float, main: bool) -> tuple[dict[st
     return facts_of(name, ratio, items, main, 12 * math.exp(3 * quality * ratio)), items
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_corrections():
+    """statsmodels collects garbage at every correction, over all that the tests before have loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def run() -> Run:
     return load_run("smollm2-paper", ROOT / "runs")
@@ -195,10 +206,17 @@ def subject(folder, run) -> Subject:
 
 
 @pytest.fixture(scope="module")
-def llama(folder, run) -> Subject:
-    """The same files as if they were of a model that the paper has."""
+def llama(tmp_path_factory, run) -> Subject:
+    """A small study of a model that the paper has, at its ratios."""
+    changed = {
+        "methods": ("BlockPruner", "SliceGPT", "Relative Magnitude", "ShortGPT", "greedy layers (SLEB)"), "seeds": (),
+        "calibrations": {},
+        "main": run.study.main.model_copy(update={"block": "0.22", "layer": "0.21", "width": "0.21"}),
+    }  # fmt: skip
     there = load_run("llama2-7b", ROOT / "runs").model
-    return read_subject("llama2-7b", run.model_copy(update={"model": there}), LABELS, folder)
+    small = run.model_copy(update={"model": there, "study": run.study.model_copy(update=changed)})
+    folder = build(tmp_path_factory.mktemp("study") / "llama2-7b", small, "llama2-7b")
+    return read_subject("llama2-7b", small, LABELS, folder)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +232,7 @@ def written(tmp_path_factory, subject) -> Path:
     return out
 
 
+@cache
 def grids(*subjects: Subject) -> dict[str, Grid]:
     found = [(s.model, s.evidence) for s in subjects if s.evidence is not None]
     named = [grid for table in TABLES for grid in paper_grids(table, subjects, PUBLISHED)]
@@ -248,7 +267,7 @@ def raw(folder: Path, variant: str, budget: str) -> tuple[str, dict[str, Any], d
 
 
 def test_a_number_is_written_with_its_uncertainty():
-    assert str(Number(12.345, 1, 0.55)) == "12.3 ± 0.6" or str(Number(12.345, 1, 0.55)) == "12.3 ± 0.5"
+    assert str(Number(12.34, 1, 0.56)) == "12.3 ± 0.6"
     assert str(Number(-1.26, 1, low=-2.0, high=0.04, signed=True)) == "−1.3 [−2.0, 0.0]"
     assert str(Number(1.0, 2, low=-math.inf, high=math.inf)) == "1.00"
     assert str(Number(3e-7, 4, is_p=True)) == "< 0.0001"
@@ -428,7 +447,9 @@ def test_a_jump_is_named_with_the_last_safe_budget(subject):
     assert evidence is not None and not any(f.rule == "jump" for f in advice(evidence).findings)
     search = evidence.searches["BlockPruner"]
     broken = [value * (2 if i > 5 else 1) for i, value in enumerate(search.perplexities)]
-    changed = replace(evidence, searches={**evidence.searches, "BlockPruner": replace(search, perplexities=tuple(broken))})
+    changed = replace(
+        evidence, searches={**evidence.searches, "BlockPruner": replace(search, perplexities=tuple(broken))}
+    )
     jump = next(f for f in advice(changed).findings if f.rule == "jump")
     assert search.order[5] in jump.title and "removal 6" in jump.title and "last safe budget is 5 removals" in jump.text
     best = advice(changed).best
@@ -437,15 +458,22 @@ def test_a_jump_is_named_with_the_last_safe_budget(subject):
     assert marked == [e for e in changed.of("BlockPruner") if len(e.plan.order) > 5]
 
 
-def test_the_report_is_the_same_bytes_and_loads_nothing(written, subject, tmp_path):
-    write_set(tmp_path / "again", "test", [subject], PUBLISHED)
-    names = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
-    assert names == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
-    for name in names:
-        assert (written / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+def test_the_same_files_give_the_same_bytes(folder, run, subject):
+    again = read_subject("smollm2-paper", run, LABELS, folder)
+    for name, grid in grids(again).items():
+        assert to_csv(grid) == to_csv(grids(subject)[name]) and to_latex(grid) == to_latex(grids(subject)[name])
+    figure = next(figure for figure in FIGURES if figure.name == "figure5")
+    assert draw(figure, [("m", again.evidence)]) == draw(figure, [("m", subject.evidence)])
+
+
+def test_the_report_has_all_files_and_loads_nothing(written, subject):
+    for name, grid in grids(subject).items():
+        assert (written / "tables" / f"{name}.csv").read_text() == to_csv(grid)
+        assert (written / "tables" / f"{name}.tex").read_text() == to_latex(grid)
+    assert "| SmolLM2-135M-Instruct.Q4_1 | dense |" in (written / "report.md").read_text()
     html = (written / "index.html").read_text()
     assert "a &lt;tiny&gt; model" in html and "<tiny>" not in html
-    assert not re.search(r"""(src|href)=["'](?!#)""", html) and "http" not in re.sub(r'xmlns[^"]*"[^"]*"', "", html)
+    assert not re.search(r"""(src|href)=["'](?!#)""", html) and "default-src 'none'" in html
     assert {"figure1", "figure4", "figure5", "figure6", "figure7", "figure10", "quality-speed", "quality-memory"} == {
         path.stem for path in (written / "plots").glob("*.svg")
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 from blockpruner.experiments import BLOCKPRUNER
 from blockpruner.reporting.findings import Finding, Level, brings_little, jump_of, knee, parts
@@ -26,7 +27,7 @@ class Advice:
 def jump_at(evidence: Evidence, variant: str) -> int | None:
     """Index of the first removal of a search that breaks its curve of calibration perplexity."""
     losses = [math.log(value) for value in evidence.searches[variant].perplexities]
-    return jump_of([after - before for before, after in zip(losses[:-1], losses[1:], strict=True)])
+    return jump_of([after - before for before, after in pairwise(losses)])
 
 
 def rises(evidence: Evidence, entry: Entry) -> tuple[float, float | None]:
@@ -55,7 +56,7 @@ def _speedup(entry: Entry) -> float:
     return entry.model.races["timed"].speedups["generation"].value
 
 
-@lru_cache(maxsize=None)
+@cache
 def advice(evidence: Evidence) -> Advice:
     """The stopping point of BlockPruner and the warnings of every method timed at all budgets."""
     timed = evidence.timed("timed")
@@ -80,10 +81,10 @@ def advice(evidence: Evidence) -> Advice:
         "stop",
         f"Recommended stopping point: BlockPruner at {percent(best.ratio)} ({best.plan.blocks['mha']} MHA + "
         f"{best.plan.blocks['mlp']} MLP)",
-        f"Generation {times(gain.value)} as fast (95 % interval {gain.interval.low:.2f} to {gain.interval.high:.2f}{noise}), "
-        f"held-out perplexity {number(evidence.dense.perplexity)} → {number(best.model.perplexity)}, average "
-        f"{percent(evidence.dense.average)} → {percent(best.model.average)}: the knee of held-out loss against speed-up "
-        f"among {len(safe)} safe budgets.",
+        f"Generation {times(gain.value)} as fast (95 % interval {gain.interval.low:.2f} to "
+        f"{gain.interval.high:.2f}{noise}), held-out perplexity {number(evidence.dense.perplexity)} → "
+        f"{number(best.model.perplexity)}, average {percent(evidence.dense.average)} → {percent(best.model.average)}: "
+        f"the knee of held-out loss against speed-up among {len(safe)} safe budgets.",
     )
     return Advice(best, (stop, *(f for f in findings if f is not None)))
 

@@ -30,8 +30,8 @@ PERSISTENCE = 0.9
 MODEL = Column("model", "model")
 SPEEDUP_NOTE = (
     "Tokens/s: from the median of the repeats, its 95 % interval from order statistics (none with fewer than six "
-    "repeats). Speed-ups: quotient of the medians of dense and pruned timed in turns, 95 % interval of a paired bootstrap "
-    "over repeats. Memory: of weights and KV cache on a CPU, the allocated peak on a GPU."
+    "repeats). Speed-ups: quotient of the medians of dense and pruned timed in turns, 95 % interval of a paired "
+    "bootstrap over repeats. Memory: of weights and KV cache on a CPU, the allocated peak on a GPU."
 )
 
 
@@ -51,7 +51,8 @@ def _counts(entry: Entry) -> tuple[Number, Number]:
 def stopping(found: Found) -> Grid:
     """Every budget of every method that was timed at all budgets: what it costs, and what speaks against it."""
     columns = (
-        MODEL, Column("method", "method"), Column("ratio_pct", "removed, %"), Column("mha", "MHA"), Column("mlp", "MLP"),
+        MODEL, Column("method", "method"), Column("ratio_pct", "removed, %"),
+        Column("mha", "MHA"), Column("mlp", "MLP"),
         Column("decode_tokens_per_second", "decode, tokens/s [95 %]"), Column("speedup", "generation, × [95 %]"),
         Column("memory_mib", "memory, MiB"), Column("calibration_ppl", "calibration PPL"),
         Column("heldout_ppl", "held-out PPL"), Column("avg", "average, %"), Column("warnings", "warnings"),
@@ -76,7 +77,7 @@ def stopping(found: Found) -> Grid:
                     model, entry.method, share(entry.ratio), *_counts(entry), _rate(race.pruned, "decode"),
                     factor(race.speedups["generation"]), _mib(race.pruned.memory_bytes),
                     None if calibration is None else Number(calibration), Number(entry.model.perplexity),
-                    _average(entry.model), ", ".join(warnings_of(evidence, entry)) + (" ← stop here" if entry is best else ""),
+                    _average(entry.model), ", ".join([*warnings_of(evidence, entry), *["stop here"] * (entry is best)]),
                 )
             )  # fmt: skip
     return Grid("budgets", "Quality against speed and memory, every budget", columns, tuple(rows),
@@ -144,7 +145,7 @@ def _by_seed(evidence: Evidence, method: str) -> dict[str, Entry]:
 
 
 def sensitivity(found: Found) -> Grid:
-    """Every calibration set and seed of BlockPruner: what it has, how its sequence agrees with the base's, what it costs."""
+    """Every calibration set and seed of BlockPruner: how its sequence agrees with the base's, and its effect."""
     shares = sorted({budget for _, e in found for entry in e.of(BLOCKPRUNER) if (budget := entry.share) > 0})
     columns = (
         MODEL, Column("calibration", "calibration"), Column("rows", "rows"), Column("tokens", "tokens"),
@@ -185,9 +186,9 @@ def sensitivity(found: Found) -> Grid:
              Number(entry.model.perplexity), *effect)
         )  # fmt: skip
     notes = (
-        f"RBO: rank-biased overlap (p = {PERSISTENCE}) of the order of removal with the base’s; Jaccard: of the sets of "
-        "blocks removed at a ratio, as far as both searches went. PPL, average and differences: at the ratio in the row, "
-        "against the base at the same budget, on the same items and rows.",
+        f"RBO: rank-biased overlap (p = {PERSISTENCE}) of the order of removal with the base’s; Jaccard: of the sets "
+        "of blocks removed at a ratio, as far as both searches went. PPL, average and differences: at the ratio in the "
+        "row, against the base at the same budget, on the same items and rows.",
         *detectable(list(contrasts.values())),
     )
     return Grid("sensitivity", "Sensitivity to the calibration set", columns, tuple(rows), notes)
@@ -237,7 +238,8 @@ def balance(found: Found) -> Grid:
     columns = (
         MODEL, Column("part", "faster in"), Column("at_least", "at least, ×"), Column("method", "take"),
         Column("ratio_pct", "removed, %"), Column("mha", "MHA"), Column("mlp", "MLP"), Column("speedup", "× [95 %]"),
-        Column("heldout_ppl", "held-out PPL"), Column("avg", "average, %"), Column("runner_up", "next best, other method"),
+        Column("heldout_ppl", "held-out PPL"), Column("avg", "average, %"),
+        Column("runner_up", "next best, another method"),
     )  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     for model, evidence in found:
@@ -328,8 +330,13 @@ def blocks_removed(found: Found) -> Grid:
 def more_tasks(found: Found) -> Grid:
     """What a study measured beside the tasks of the average: never part of it."""
     names = list(dict.fromkeys(t for _, e in found for model in _all(e) for t in model.tasks if t not in e.tasks))
-    columns = (MODEL, Column("method", "method"), Column("ratio_pct", "removed, %"), Column("avg", "average of the main tasks, %"),
-               *(Column(task, task) for task in names))  # fmt: skip
+    columns = (
+        MODEL,
+        Column("method", "method"),
+        Column("ratio_pct", "removed, %"),
+        Column("avg", "average of the main tasks, %"),
+        *(Column(task, task) for task in names),
+    )
     rows: list[tuple[Cell, ...]] = []
     for model, evidence in found:
         entries: list[tuple[str, float, Model]] = [("dense", 0.0, evidence.dense)]
@@ -339,8 +346,9 @@ def more_tasks(found: Found) -> Grid:
                 rows.append((model, method, share(ratio), _average(own), *(_score(own, task) for task in names)))
     missing = () if rows else ("Empty: study.tasks of these runs names no task beside those of the average.",)
     notes = (
-        "Multiple choice hides damage; these are generation and knowledge, and other tasks that a run asks for: accuracy "
-        "in %, or the perplexity that a task is scored by. None of them is part of an average elsewhere in this report.",
+        "Multiple choice hides damage; these are generation and knowledge, and other tasks that a run asks for: "
+        "accuracy in %, or the perplexity that a task is scored by. None of them is part of an average elsewhere in "
+        "this report.",
         *missing,
     )
     return Grid("more-tasks", "Beside multiple choice", columns, tuple(rows), notes)

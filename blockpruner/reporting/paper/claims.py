@@ -113,9 +113,9 @@ def claims(model: str, evidence: Evidence) -> tuple[tuple[Finding, ...], Grid]:
         )
         findings.append(Finding(Level.RESULT, "claim", f"{claim.title}: {said}", f"{text}."))
     note = (
-        "A claim holds by a measure if the 95 % interval lies on its side, does not hold if on the other, and cannot be "
-        "told if it contains no difference. Intervals are those of single comparisons; Holm: p of accuracy over the rows "
-        "of this table. Ratios of methods differ a little, since layers and blocks come in sizes."
+        "A claim holds by a measure if the 95 % interval lies on its side, does not hold if on the other, and cannot "
+        "be told if it contains no difference. Intervals are those of single comparisons; Holm: p of accuracy over the "
+        "rows of this table. Ratios of methods differ a little, since layers and blocks come in sizes."
     )
     title = f"The comparisons behind them: {model}"
     grid = Grid(f"claims-{slug(model)}", title, CLAIM_COLUMNS, tuple(rows), (note, *detectable(contrasts)))

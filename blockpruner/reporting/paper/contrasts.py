@@ -74,8 +74,8 @@ def contrast_grid(name: str, title: str, pairs: Sequence[Pair]) -> Grid:
 CONTRAST_NOTE = (
     "Difference of the averages over tasks, method minus the other, on the same items: percentile interval and p of "
     "10,000 paired resamples within each task. McNemar: exact, over the items of all tasks pooled. Holm: corrected for "
-    "the rows of this table. PPL: quotient of the perplexities on the held-out text, t interval over its rows. Measured "
-    "here; nothing in this table is the paper's."
+    "the rows of this table. PPL: quotient of the perplexities on the held-out text, t interval over its rows. "
+    "Measured here; nothing in this table is the paper's."
 )
 
 

@@ -1,7 +1,8 @@
 """What a study measured, read from the files of its stages into values.
 
 Decides what the tables may use: every model once, whoever's search led to it, with the scores of the same items in one
-order. Comparisons of two models are computed once (`compare`). What is shown is decided in `tables`, `beyond`, `figures`.
+order. Comparisons of two models are computed once (`compare`). What is shown is decided in `tables`, `beyond` and
+`figures`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +178,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """All that one study found. tasks: those of the average; sensitivity: the budget at which calibrations are compared;
+    """All that one study found. tasks: those of the average; sensitivity: at which budget calibrations are compared;
     high: the budgets of Table 5 by kind of method, in order; speeds: of the dense model, by setting."""
 
     dense: Model
@@ -225,8 +226,8 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A run of a set. model: its name for people; paper: its model's name in the paper; evidence: None, if nothing of it
-    is computed here."""
+    """A run of a set. model: its name for people; paper: its model's name in the paper; evidence: None, if nothing of
+    it is computed here."""
 
     run: str
     model: str
@@ -246,7 +247,7 @@ class Contrast:
     perplexity: Comparison
 
 
-@lru_cache(maxsize=None)
+@cache
 def compare(base: Model, other: Model) -> Contrast:
     """other against base; each pair is computed once."""
     pooled = [np.concatenate([model.scores[task] for task in base.scores]) for model in (base, other)]

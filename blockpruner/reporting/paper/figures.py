@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from blockpruner.blocks import BlockKind, parse_mask
@@ -238,9 +237,10 @@ SCATTERS: tuple[PaperFigure, ...] = (
         "quality-speed",
         "Quality against tokens per second",
         "Held-out perplexity against decoding speed, lower and further right is better; numbers at the dots: % of the "
-        "parameters removed. Left: every budget of the methods timed at all budgets; right: all methods at the budget of "
-        "Table 1, in Table 6’s setting. The star is the dense model, the ring the recommended stopping point. Tokens/s of "
-        "models timed minutes apart drift with the machine; the speed-ups in the table are measured in turns.",
+        "parameters removed. Left: every budget of the methods timed at all budgets; right: all methods at the budget "
+        "of Table 1, in Table 6’s setting. The star is the dense model, the ring the recommended stopping point. "
+        "Tokens/s of models timed minutes apart drift with the machine; the speed-ups in the table are measured in "
+        "turns.",
         (
             ("every budget", _scatter("timed", _rate, "decode, tokens/s")),
             ("all methods", _scatter("main", _rate, "decode, tokens/s")),
@@ -273,8 +273,8 @@ FIGURES: tuple[PaperFigure, ...] = (
     PaperFigure(
         "figure1",
         "Figure 1. Block Influence",
-        "Block Influence of each layer, and of each MHA and MLP block, in the dense model: 1 − mean cosine of the states "
-        "before and after it.",
+        "Block Influence of each layer, and of each MHA and MLP block, in the dense model: 1 − mean cosine of the "
+        "states before and after it.",
         (("layers", _influence("ShortGPT")), ("blocks", _influence("BlockPruner by BI"))),
         lambda e: all(m in e.searches and e.searches[m].first for m in ("ShortGPT", "BlockPruner by BI")),
         "the study has no search by Block Influence of layers and of blocks",
@@ -306,8 +306,8 @@ FIGURES: tuple[PaperFigure, ...] = (
     PaperFigure(
         "figure7",
         "Figure 7. Calibration: size and source",
-        "BlockPruner calibrated on each set, at the budget of the sensitivity study: average accuracy (± 1 standard error) "
-        "and held-out perplexity; the square is the run’s own calibration.",
+        "BlockPruner calibrated on each set, at the budget of the sensitivity study: average accuracy (± 1 standard "
+        "error) and held-out perplexity; the square is the run’s own calibration.",
         (("", _levels(_accuracy, ACCURACY)), ("", _levels(_perplexity, PERPLEXITY))),
         lambda e: bool(e.varied(BLOCKPRUNER, "calibration")) and e.at(BLOCKPRUNER, e.sensitivity) is not None,
         "the study varies no calibration",
@@ -318,7 +318,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "",
         (),
         lambda e: False,
-        "a study trains no model; targets with recover: true are trained, and their report has the results before and after",
+        "a study trains no model; targets with recover: true are, and their report has the results before and after",
     ),
     PaperFigure(
         "figure10",

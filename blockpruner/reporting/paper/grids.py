@@ -62,7 +62,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Grid:
-    """rows: a cell for each column, None: nothing is known; notes: sentences under it; strong: indices of rows."""
+    """rows: a cell for each column, None: nothing is known; notes: sentences under it; strong: indices of rows;
+    folded: shown on a page when asked for."""
 
     name: str
     title: str
@@ -70,9 +71,15 @@ class Grid:
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
     strong: frozenset[int] = frozenset()
+    folded: bool = False
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), self.name
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Which columns hold numbers, and so go to the right."""
+        return tuple(any(isinstance(row[i], Number) for row in self.rows) for i in range(len(self.columns)))
 
     @property
     def table(self) -> Table:
@@ -132,7 +139,6 @@ def escape_latex(text: str) -> str:
 
 def to_latex(grid: Grid) -> str:
     """A `table` for a document with the package booktabs; text columns are left, numbers right."""
-    numeric = [any(isinstance(row[i], Number) for row in grid.rows) for i in range(len(grid.columns))]
     table = grid.table
 
     def line(cells: Sequence[str], strong: bool = False) -> str:
@@ -145,7 +151,7 @@ def to_latex(grid: Grid) -> str:
             r"\centering\small",
             f"\\caption{{{escape_latex(grid.title)}}}",
             f"\\label{{tab:{grid.name}}}",
-            f"\\begin{{tabular}}{{{''.join('r' if is_number else 'l' for is_number in numeric)}}}",
+            f"\\begin{{tabular}}{{{''.join('r' if is_number else 'l' for is_number in grid.numeric)}}}",
             r"\toprule",
             line(table.head),
             r"\midrule",

@@ -96,11 +96,26 @@ def write_set(out: Path, name: str, subjects: Sequence[Subject], published: Path
 
 
 TEMPLATE = """\
+{% macro numbers(grid) -%}
+{% set data, right = grid.table, grid.numeric %}
+<div class="scroll"><table class="set">
+<thead><tr>{% for cell in data.head %}<th scope="col"{% if right[loop.index0] %} class="n"{% endif %}>{{ cell }}</th>
+{%- endfor %}</tr></thead>
+<tbody>
+{% for row in data.rows -%}
+<tr{% if loop.index0 in data.strong %} class="strong"{% endif %}><th scope="row">{{ row[0] }}</th>
+{%- for cell in row[1:] %}<td{% if right[loop.index] %} class="n"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor -%}
+</tbody>
+</table></div>
+{%- endmacro %}
 <header>
 <h1>{{ page.title }}</h1>
 <p>Rows “here” are measured by this project, rows “paper” are the numbers of arXiv 2406.10594; neither is ever
 computed from the other but in rows “here − paper”.</p>
-<nav><ul>{% for part in page.parts %}<li><a href="#part-{{ loop.index }}">{{ part.title }}</a></li>{% endfor %}</ul></nav>
+<nav><ul>
+{% for part in page.parts %}<li><a href="#part-{{ loop.index }}">{{ part.title }}</a></li>
+{% endfor %}</ul></nav>
 </header>
 <main>
 {% for part in page.parts %}
@@ -117,10 +132,14 @@ computed from the other but in rows “here − paper”.</p>
 {% endif %}
 {% endfor %}
 {% for grid in part.grids %}
-{% if grid.title != part.title %}<h3>{{ grid.title }}</h3>{% endif %}
-{{ table(grid.table, "set") }}
+{% if grid.folded %}<details><summary>{{ grid.title }}</summary>
+{% elif grid.title != part.title %}<h3>{{ grid.title }}</h3>
+{% endif %}
+{{ numbers(grid) }}
 {% for note in grid.notes %}<p class="legend">{{ note }}</p>
 {% endfor %}
+{% if grid.folded %}</details>
+{% endif %}
 {% endfor %}
 </section>
 {% endfor %}
@@ -133,8 +152,8 @@ computed from the other but in rows “here − paper”.</p>
 SET_STYLE = """
 .set{font-size:.875rem}.set th,.set td{padding:4px 8px}.set thead th{white-space:normal;vertical-align:bottom}
 main,header,footer{max-width:1360px}
-.set th:first-child{white-space:normal;min-width:7.5em;padding-left:0;position:sticky;left:0;background:var(--page)}
-.set th:nth-child(2),.set td:nth-child(2),.set th:nth-child(3),.set td:nth-child(3){text-align:left}
+.set th:first-child{white-space:normal;min-width:9.5em;padding-left:0;position:sticky;left:0;background:var(--page)}
+.set th,.set td{text-align:left}.set .n{text-align:right}
 .findings{margin-bottom:20px}
 nav ul{columns:3 18em;padding-left:1.2em;font-size:.875rem}a{color:var(--accent)}
 """

@@ -179,6 +179,7 @@ def _orientation(table: PaperTable, published: Sequence[Published]) -> Grid:
         (Column("model", "model"), Column("method", "method"), *(column for column, _ in known)),
         tuple(rows),
         ("All of these rows are the paper’s (arXiv 2406.10594), for orientation: other models, so no differences.",),
+        folded=True,
     )
 
 
@@ -277,9 +278,10 @@ def _table6(evidence: Evidence) -> list[Line]:
 def _table6_notes(found: Sequence[Evidence]) -> list[str]:
     settings = dict.fromkeys(e.speeds["main"].setting for e in found if "main" in e.speeds)
     return [
-        f"Here: median time of {'; '.join(settings) or 'nothing'}. Speed-up: quotient of the medians of dense and pruned "
-        "timed in turns, with the 95 % interval of a paired bootstrap over repeats; the dense row is timed alone, so that "
-        "it is not the denominator. The paper: mean of 20 runs on one GPU of 24 GB, into which its dense 13B does not fit."
+        f"Here: median time of {'; '.join(settings) or 'nothing'}. Speed-up: quotient of the medians of dense and "
+        "pruned timed in turns, with the 95 % interval of a paired bootstrap over repeats; the dense row is timed "
+        "alone, so that it is not the denominator. The paper: mean of 20 runs on a GPU of 24 GB, into which its dense "
+        "13B does not fit."
     ]
 
 
@@ -342,8 +344,8 @@ TABLES: tuple[PaperTable, ...] = (
         lambda evidence: [_dense(evidence), *map(_line, _mains(evidence, TABLE1))],
         pairs=lambda evidence: _against(evidence, _mains(evidence, TABLE1)),
         notes=lambda _: [
-            "Relative Magnitude: the mean over tokens, and the norm over the whole sequence (Frobenius); the paper does "
-            "not say which its one row is, so that both are held against it."
+            "Relative Magnitude: the mean over tokens, and the norm over the whole sequence (Frobenius); the paper "
+            "does not say which its one row is, so that both are held against it."
         ],
     ),
     PaperTable(
