@@ -18,12 +18,16 @@ from blockpruner.calibration import CalibrationSet, draw, pack
 from blockpruner.experiments import Variant
 from blockpruner.plans import Plan, commit_run
 from blockpruner.progress import Observer
+from blockpruner.provenance import fingerprint
 from blockpruner.scoring.work import Rows, Scorer, Task
 from blockpruner.search.iteration import removals
 from blockpruner.search.run import score_run
 from blockpruner.search.trace import read_current, read_trace, trace_directory
 from blockpruner.tables import read_json, replace_directory, write_json
 from blockpruner.transforms.planning import Bench
+
+DENSE = "dense"
+"""The dense model's name among a study's results."""
 
 
 @dataclass(frozen=True)
@@ -177,3 +181,18 @@ def _write(
 def load_plans(folder: Path, variant: Variant) -> dict[str, Plan]:
     """The plans of one search by budget."""
     return {budget: Plan.load(folder / variant.slug / f"{budget}.json") for budget in variant.budgets}
+
+
+def model_facts(plan: Plan, rows: str) -> dict[str, Any]:
+    """All that a pruned model depends on beside the dense one. rows: digest of its search's calibration set."""
+    found: dict[str, Any] = {"kind": plan.kind}
+    if plan.kind == "mask":
+        return found | {"removed": list(plan.removed)}
+    if plan.kind == "laco":
+        return found | {"merges": [list(pair) for pair in plan.details["merges"]], "variant": plan.details["variant"]}
+    return found | {"width": plan.details["width"], "rows": rows}
+
+
+def model_name(plan: Plan, rows: str) -> str:
+    """Of a pruned model among a study's results, the same for all searches that lead to it."""
+    return fingerprint(model_facts(plan, rows))

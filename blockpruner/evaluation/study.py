@@ -33,13 +33,12 @@ from blockpruner.evaluation.suite import (
 from blockpruner.models import prune_, shared_copy
 from blockpruner.plans import Plan
 from blockpruner.progress import Observer
-from blockpruner.provenance import fingerprint
+from blockpruner.studies import DENSE, model_facts, model_name
 from blockpruner.tables import replace_directory, write_json, write_table
 from blockpruner.transforms.laco import Merge
 from blockpruner.transforms.merging import merge_
 from blockpruner.transforms.slicegpt import slice_
 
-DENSE = "dense"
 STUDY_ITEMS = pa.schema([pa.field("model", pa.string(), nullable=False), *ITEMS])
 
 
@@ -53,20 +52,14 @@ class Candidate:
     main: bool = False
     timed: bool = False
 
-    @cached_property
+    @property
     def facts(self) -> dict[str, Any]:
         """All that the model depends on beside the dense one."""
-        found: dict[str, Any] = {"kind": self.plan.kind}
-        if self.plan.kind == "mask":
-            return found | {"removed": list(self.plan.removed)}
-        details = self.plan.details
-        if self.plan.kind == "laco":
-            return found | {"merges": [list(pair) for pair in details["merges"]], "variant": details["variant"]}
-        return found | {"width": details["width"], "rows": self.rows.digest}
+        return model_facts(self.plan, self.rows.digest)
 
     @property
     def name(self) -> str:
-        return fingerprint(self.facts)
+        return model_name(self.plan, self.rows.digest)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ is decided in `html` and `markdown`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import mean, median
@@ -81,11 +82,15 @@ def findings(study: Study) -> list[Finding]:
 
 
 def first_jump(removals: tuple[Removal, ...]) -> int | None:
-    """Index of the first removal whose NLL rise breaks the curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), or None."""
-    for i, removal in enumerate(removals):
-        earlier = [r.rise for r in removals[:i]]
-        usual = len(earlier) >= 2 and removal.rise >= max(JUMP_NATS, JUMP_FACTOR * median(earlier))
-        if usual or removal.rise >= COLLAPSE_NATS:
+    """Index of the first removal whose NLL rise breaks the curve, or None."""
+    return jump_of([removal.rise for removal in removals])
+
+
+def jump_of(rises: Sequence[float]) -> int | None:
+    """Index of the first NLL rise that breaks the curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), or None."""
+    for i, rise in enumerate(rises):
+        usual = i >= 2 and rise >= max(JUMP_NATS, JUMP_FACTOR * median(rises[:i]))
+        if usual or rise >= COLLAPSE_NATS:
             return i
     return None
 
@@ -99,41 +104,53 @@ def is_mismatch(study: Study, target: Target) -> bool:
     rise = target.calibration_rise
     if rise is None or target.plan.method in UNSCORED or target.plan.metric == "answer_likelihood":
         return False
-    return study.heldout_rise(target) > MISMATCH_FACTOR * max(rise, 0.0) + MISMATCH_NATS
+    return parts(study.heldout_rise(target), rise)
+
+
+def parts(heldout: float, calibration: float) -> bool:
+    """Whether the NLL rise on held-out text goes well beyond that on calibration text."""
+    return heldout > MISMATCH_FACTOR * max(calibration, 0.0) + MISMATCH_NATS
 
 
 def is_slow(target: Target) -> bool:
     """Whether a high ratio brought little speed-up in generation (HIGH_RATIO, LOW_GAIN)."""
-    ratio = target.plan.ratio
-    return ratio >= HIGH_RATIO and target.speedups.generation - 1 < LOW_GAIN * (1 / (1 - ratio) - 1)
+    return brings_little(target.plan.ratio, target.speedups.generation)
+
+
+def brings_little(ratio: float, speedup: float) -> bool:
+    return ratio >= HIGH_RATIO and speedup - 1 < LOW_GAIN * (1 / (1 - ratio) - 1)
 
 
 def recommended(study: Study) -> Target | None:
-    """The target to stop at: the knee of loss against speed-up among the safe targets.
+    """The target to stop at: the knee among the safe targets, or None.
 
     Safe is faster than dense, before any jump, and without a calibration mismatch.
-
-    With s = speed-up of generation - 1 and l = NLL rise on held-out text, both as shares of their values at the
-    fastest safe target, the knee maximises s - l (the height above the straight line from the dense model to it);
-    the fastest itself has 0 and is kept unless another is higher by KNEE_MARGIN.
     """
     safe = [
         target
         for target in study.targets
         if target.speedups.generation > 1 and first_jump(target.removals) is None and not is_mismatch(study, target)
     ]
-    if not safe:
-        return None
-    fastest = max(safe, key=lambda t: t.speedups.generation)
-    loss = study.heldout_rise(fastest)
+    return safe[knee([(t.speedups.generation, study.heldout_rise(t)) for t in safe])] if safe else None
+
+
+def knee(points: Sequence[tuple[float, float]]) -> int:
+    """Index of the knee of loss against speed-up.
+
+    With s = speed-up of generation - 1 and l = NLL rise on held-out text, both as shares of their values at the
+    fastest, the knee maximises s - l (the height above the straight line from the dense model to it);
+    the fastest itself has 0 and is kept unless another is higher by KNEE_MARGIN.
+
+    Args:
+        points: (speed-up, above 1; NLL rise) of models, at least one.
+    """
+    fastest = max(range(len(points)), key=lambda i: points[i][0])
+    gain, loss = points[fastest][0] - 1, points[fastest][1]
     if loss <= 0:
         return fastest
-
-    def height(target: Target) -> float:
-        return (target.speedups.generation - 1) / (fastest.speedups.generation - 1) - study.heldout_rise(target) / loss
-
-    best = max(safe, key=height)
-    return best if height(best) >= KNEE_MARGIN else fastest
+    heights = [(speedup - 1) / gain - rise / loss for speedup, rise in points]
+    best = max(range(len(points)), key=heights.__getitem__)
+    return best if heights[best] >= KNEE_MARGIN else fastest
 
 
 def within_chance(study: Study) -> dict[str, list[str]]:

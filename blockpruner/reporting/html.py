@@ -55,7 +55,7 @@ dl{grid-template-columns:1fr}dd{margin-bottom:8px}th,td{padding:6px 8px}}
 @media print{details{display:block}.scroll{overflow:visible}}
 """
 
-TEMPLATE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -65,6 +65,9 @@ TEMPLATE = """<!doctype html>
 <style>{{ style }}</style>
 </head>
 <body>
+"""
+
+MACROS = """\
 {% macro table(data, kind) -%}
 <div class="scroll"><table class="{{ kind }}">
 <thead><tr>{% for cell in data.head %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
@@ -84,6 +87,9 @@ TEMPLATE = """<!doctype html>
 <figcaption>{{ plot.caption }}</figcaption>
 </figure>
 {%- endmacro %}
+"""
+
+TEMPLATE = """\
 <header>
 <h1>{{ page.title }}</h1>
 <p>What is left of a language model when transformer blocks (attention: MHA, feed-forward: MLP) are taken out.
@@ -138,7 +144,7 @@ Dense: the model with all its blocks.</p>
 
 def render_html(page: Page) -> str:
     environment = Environment(autoescape=True, trim_blocks=True)
-    return environment.from_string(TEMPLATE).render(page=page, style=Markup(STYLE), svg=inline_svg)
+    return environment.from_string(HEAD + MACROS + TEMPLATE).render(page=page, style=Markup(STYLE), svg=inline_svg)
 
 
 def inline_svg(plot: Plot) -> Markup:

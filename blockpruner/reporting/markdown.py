@@ -24,26 +24,26 @@ def escape(text: str) -> str:
 
 
 def _overview(overview: Overview) -> str:
-    parts = [f"## {escape(overview.title)}", _table(overview.choices), *map(_figure, overview.plots)]
-    return "\n\n".join([*parts, "### All targets", _table(overview.targets), escape(overview.legend)])
+    parts = [f"## {escape(overview.title)}", markdown_table(overview.choices), *map(markdown_figure, overview.plots)]
+    return "\n\n".join([*parts, "### All targets", markdown_table(overview.targets), escape(overview.legend)])
 
 
-def _figure(plot: Plot) -> str:
+def markdown_figure(plot: Plot) -> str:
     return f"![{plot.name}](plots/{plot.name}.png)\n\n{escape(plot.caption)}"
 
 
 def _section(section: Section) -> str:
     parts = [f"## {escape(section.run)}"]
     parts.append("\n".join(f"- {MARKS[f.level]}**{escape(f.title)}.** {escape(f.text)}" for f in section.findings))
-    parts += [_table(section.headline), escape(section.legend)]
-    parts += map(_figure, section.plots)
+    parts += [markdown_table(section.headline), escape(section.legend)]
+    parts += map(markdown_figure, section.plots)
     for title, table in section.sequences:
-        parts += [f"### {escape(title)}", _table(table)]
+        parts += [f"### {escape(title)}", markdown_table(table)]
     parts.append("\n".join(f"- **{escape(name)}:** {escape(text)}" for name, text in section.facts))
     return "\n\n".join(parts)
 
 
-def _table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     lines = [table.head, ("---", *("---:" for _ in table.head[1:]))]
     rows = ["| " + " | ".join(line if i else [escape(cell) for cell in line]) + " |" for i, line in enumerate(lines)]
     for i, row in enumerate(table.rows):

@@ -89,10 +89,10 @@ def plots(study: Study) -> list[Plot]:
     known = study.dense_calibration is not None
     curve = CURVE_CAPTION if study.traces else SINGLE_CAPTION if known else HELDOUT_CAPTION
     drawn = [
-        _render(f"{study.run}-perplexity", curve, False, (4.3, 3.3), lambda figure: _perplexity(figure, study)),
-        _render(f"{study.run}-accuracy", ACCURACY_CAPTION, False, (4.3, 3.3), lambda figure: _accuracy(figure, study)),
-        _render(f"{study.run}-speed", SPEED_CAPTION, False, (4.3, 3.3), lambda figure: _speed(figure, study)),
-        _render(
+        render(f"{study.run}-perplexity", curve, False, (4.3, 3.3), lambda figure: _perplexity(figure, study)),
+        render(f"{study.run}-accuracy", ACCURACY_CAPTION, False, (4.3, 3.3), lambda figure: _accuracy(figure, study)),
+        render(f"{study.run}-speed", SPEED_CAPTION, False, (4.3, 3.3), lambda figure: _speed(figure, study)),
+        render(
             f"{study.run}-tasks",
             TASKS_CAPTION,
             True,
@@ -109,7 +109,7 @@ def plots(study: Study) -> list[Plot]:
 def pareto_plot(comparison: Comparison) -> Plot:
     """Held-out perplexity against each gain, all targets of one dense model."""
     methods = list(dict.fromkeys(option.method for option in comparison.options[1:]))
-    return _render(
+    return render(
         f"{comparison.studies[0].run}-pareto",
         PARETO_CAPTION,
         True,
@@ -142,7 +142,7 @@ PARETO_CAPTION = (
 )
 
 
-def _render(name: str, caption: str, wide: bool, size: tuple[float, float], draw: Callable[[Figure], None]) -> Plot:
+def render(name: str, caption: str, wide: bool, size: tuple[float, float], draw: Callable[[Figure], None]) -> Plot:
     svg, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
@@ -178,7 +178,7 @@ def _perplexity(figure: Figure, study: Study) -> None:
         )
     ratios = [0.0, *(100 * t.plan.ratio for t in study.targets)]
     axes.plot(ratios, heldout, linestyle="none", color=ORANGE, marker="s", markersize=6.5, label="held-out")
-    _scale(axes, shown)
+    scale_(axes, shown)
     axes.legend(loc="best")
 
 
@@ -192,7 +192,7 @@ def _tasks(figure: Figure, study: Study) -> None:
     rows = -(-len(names) // 5)
     grid = figure.subplots(rows, min(len(names), 5), sharex=True, sharey=True, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
-        _grid(axes)
+        grid_(axes)
         axes.set_title(name)
         axes.axhline(100 * study.dense.chance[name], color=GREY, linestyle="--", linewidth=1.2)
         _errors(axes, study, [study.dense.tasks[name], *(t.result.tasks[name] for t in study.targets)])
@@ -213,7 +213,7 @@ def _speed(figure: Figure, study: Study) -> None:
     for i, (name, x, y) in enumerate(zip(names, speeds, losses, strict=True)):
         offset = (0, -17 if i % 2 else 9)
         axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=8.5)
-    _scale(axes, losses)
+    scale_(axes, losses)
     if best is not None:
         axes.plot(
             best.speedups.generation, best.result.perplexity, "o", markersize=13, markerfacecolor="none",
@@ -227,7 +227,7 @@ def _pareto(figure: Figure, comparison: Comparison, methods: Sequence[str]) -> N
     panels = list(figure.subplots(1, len(GAINS), sharey=True))
     for axes, gain in zip(panels, GAINS, strict=True):
         axes.set_xlabel(gain.title)
-        _grid(axes)
+        grid_(axes)
         _front(axes, comparison, gain)
         for option in options[1:]:
             colour, shape = MARKS[methods.index(option.method) % len(MARKS)]
@@ -238,7 +238,7 @@ def _pareto(figure: Figure, comparison: Comparison, methods: Sequence[str]) -> N
         axes.plot(gain.of(options[0]), options[0].result.perplexity, "*", color=INK, markersize=11)
         axes.margins(x=0.08, y=0.1)
     panels[0].set_ylabel("held-out perplexity")
-    _log(panels[0], [option.result.perplexity for option in options])
+    log_(panels[0], [option.result.perplexity for option in options])
     keys = [
         Line2D([], [], linestyle="none", marker=shape, color=colour, markersize=7, label=method)
         for method, (colour, shape) in zip(methods, MARKS * len(methods), strict=False)
@@ -265,7 +265,7 @@ def _attention(option: Option) -> float:
 def _map_plot(target: Target) -> Plot:
     width = max(10.2, 0.29 * target.plan.layers + 1.5)
     caption = ORDER_CAPTION if target.removals else MAP_CAPTION
-    return _render(
+    return render(
         f"{target.name}-map", caption.format(target.name), True, (width, 1.75), lambda figure: _map(figure, target)
     )
 
@@ -349,7 +349,7 @@ def _heat_plot(trace: Target) -> Plot:
     scores = _scores(trace)
     size = (max(10.2, 0.155 * trace.plan.layers * len(scores.panels) + 2.0), 1.75 + 0.21 * len(scores.rows))
     caption = _heat_caption(trace, scores)
-    return _render(f"{trace.name}-heat", caption, True, size, lambda figure: _heat(figure, trace, scores))
+    return render(f"{trace.name}-heat", caption, True, size, lambda figure: _heat(figure, trace, scores))
 
 
 def _heat(figure: Figure, trace: Target, scores: _Scores) -> None:
@@ -412,17 +412,17 @@ def _axes(figure: Figure, x: str, y: str) -> Axes:
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    _grid(axes)
+    grid_(axes)
     return axes
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
+def scale_(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic scale for perplexities over a wide range."""
     if max(values) > 3 * min(values):
-        _log(axes, values)
+        log_(axes, values)
 
 
-def _log(axes: Axes, values: Sequence[float]) -> None:
+def log_(axes: Axes, values: Sequence[float]) -> None:
     wide = max(values) > 10 * min(values)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
@@ -430,7 +430,7 @@ def _log(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _grid(axes: Axes) -> None:
+def grid_(axes: Axes) -> None:
     axes.grid(color=GREY, alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)
 

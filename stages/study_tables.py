@@ -1,0 +1,25 @@
+"""study_tables <set>: the paper's tables and figures for the runs of a set, at data/tables/<set>."""
+
+from __future__ import annotations
+
+import gc
+
+from blockpruner.params import load_set
+from blockpruner.progress import observer
+from blockpruner.reporting.paper.evidence import read_subject
+from blockpruner.reporting.paper.page import write_set
+from stages import DATA, STUDIES, run
+from stages.report import labels
+
+
+def main(name: str) -> None:
+    runs = load_set(name)
+    subjects = [read_subject(run, settings, labels(settings), STUDIES / run) for run, settings in runs.items()]
+    gc.freeze()  # statsmodels collects garbage at every Holm correction, over all modules and inputs
+    out = DATA / "tables" / name
+    write_set(out, name, subjects, DATA / "paper")
+    observer().note(f"tables: {out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    run("study_tables", main)

@@ -1,0 +1,505 @@
+"""The report of a set of studies: its numbers are those of the studies' files, the paper's stay the paper's."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import hashlib
+import json
+import math
+import re
+import shutil
+import zlib
+from dataclasses import asdict, replace
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blockpruner.blocks import BlockKind, format_mask, removable_units, sorted_blocks
+from blockpruner.calibration import CalibrationSet
+from blockpruner.errors import InputError
+from blockpruner.evaluation.speed import Speed, Timing
+from blockpruner.evaluation.statistics import Interval
+from blockpruner.evaluation.study import STUDY_ITEMS, Candidate
+from blockpruner.experiments import Variant, variants
+from blockpruner.params import Run, load_run
+from blockpruner.plans import Plan
+from blockpruner.reporting.inputs import RunLabels
+from blockpruner.reporting.paper.advice import advice, warnings_of
+from blockpruner.reporting.paper.beyond import beyond, stopping
+from blockpruner.reporting.paper.claims import FAILS, HOLDS, OPEN, claims, summed, verdict
+from blockpruner.reporting.paper.evidence import Subject, read_subject
+from blockpruner.reporting.paper.figures import FIGURES, draw
+from blockpruner.reporting.paper.grids import Column, Grid, Number, escape_latex, to_csv, to_latex
+from blockpruner.reporting.paper.page import build_set, write_set
+from blockpruner.reporting.paper.tables import TABLES, paper_grids
+from blockpruner.studies import Search, model_name
+from blockpruner.tables import write_json, write_table
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "data" / "paper"
+LAYERS, MHA, MLP, TOTAL = 30, 900_000, 2_700_000, 135_000_000
+TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
+ITEMS, ROWS = 20, 6
+LABELS = RunLabels("a <tiny> model", "instructions", "an encyclopaedia", "stock tasks")
+
+
+def seeded(*parts: object) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(repr(parts).encode()))
+
+
+def plan_of(variant: Variant, budget: str, run: str) -> tuple[Plan, tuple[str, ...], tuple[float, ...]]:
+    """A made-up plan at a share of the parameters, with the whole order of its search and the perplexities."""
+    score, share = variant.score, float(budget)
+    facts: dict[str, Any] = {
+        "target": variant.name, "run": run, "budget": budget, "method": score.method, "metric": score.metric,
+        "search": "f00d", "layers": LAYERS, "recover": False,
+    }  # fmt: skip
+    if variant.kind == "width":
+        plan = Plan(kind="slicegpt", removed=(), order=(), ratio=share, ratios=(), blocks={"mha": 0, "mlp": 0},
+                    parameters={"dense": TOTAL, "pruned": round(TOTAL * (1 - share))}, nested=False,
+                    calibration={"rows": 4, "tokens": 64, "dense_perplexity": None, "perplexity": None},
+                    details={"width": 400, "hidden": 576}, **facts)  # fmt: skip
+        return plan, (), ()
+    units = removable_units(LAYERS, score.unit, score.candidates)
+    random = seeded(variant.method, score.metric, variant.factor, variant.level)
+    queue = [units[i] for i in random.permutation(len(units))]
+    if variant.factor:  # mostly the order of its base
+        base = seeded(variant.method, score.metric, "", "")
+        queue = [units[i] for i in base.permutation(len(units))]
+        queue[0], queue[1] = queue[1], queue[0]
+    sizes = np.cumsum([sum(MHA if block.kind is BlockKind.MHA else MLP for block in unit) for unit in queue]) / TOTAL
+    steps = int(np.argmin(abs(sizes - share))) + 1
+    gone = frozenset(chain(*queue[:steps]))
+    rise = 0.05 if score.candidates != "mlp" else 0.09
+    perplexities = tuple(float(math.exp(2.5 + rise * k)) for k in range(len(queue) + 1))
+    merges = (
+        {"details": {"variant": "repo", "merges": [[9, 1], [8, 1]], "threshold": 0.5}} if score.method == "laco" else {}
+    )
+    plan = Plan(
+        kind="laco" if merges else "mask",
+        removed=() if merges else tuple(str(block) for block in sorted_blocks(gone)),
+        order=tuple(map(format_mask, queue[:steps])),
+        ratio=float(sizes[steps - 1]),
+        ratios=tuple(map(float, sizes[:steps])),
+        blocks={kind: sum(block.kind is kind for block in gone) for kind in BlockKind},
+        parameters={"dense": TOTAL, "pruned": round(TOTAL * (1 - float(sizes[steps - 1])))},
+        calibration={"rows": 4, "tokens": 64, "dense_perplexity": perplexities[0], "perplexity": perplexities[steps]},
+        **facts, **merges,
+    )  # fmt: skip
+    return plan, tuple(map(format_mask, queue)), perplexities
+
+
+def speed_of(name: str, ratio: float, settings: dict[str, int]) -> dict[str, Any]:
+    def timing(seconds: float) -> Timing:
+        samples = seconds * (1 - 0.9 * ratio) * seeded(name, seconds).normal(1, 0.02, settings["repeats"])
+        return Timing(float(np.median(samples)), float(samples.min()), float(samples.max()), tuple(map(float, samples)))
+
+    return asdict(
+        Speed(
+            prefill_seconds=timing(0.2), decode_seconds=timing(1.0), generation_seconds=timing(1.2),
+            prefill_tokens_per_second=1.0, decode_tokens_per_second=1.0, kv_cache_bytes=round(2**22 * (1 - ratio)),
+            weight_bytes=round(270e6 * (1 - ratio)), peak_memory_bytes=round(280e6 * (1 - ratio)),
+            peak_memory="weights + KV cache", threads=2, device="cpu", dtype="bfloat16", **settings,
+        )
+    )  # fmt: skip
+
+
+def items_of(name: str, skill: float, task: str) -> list[dict[str, Any]]:
+    hard = seeded("items", task).random(ITEMS)
+    noise = seeded(name, task).normal(0, 0.05, ITEMS)
+    return [
+        {"model": name, "task": task, "item": i, "gold": 0, "loglikelihoods": [0.0], "acc": float(h + e < skill),
+         "acc_norm": None, "prompt_hash": ""}
+        for i, (h, e) in enumerate(zip(hard, noise, strict=True))
+    ]  # fmt: skip
+
+
+def facts_of(name: str, ratio: float, items: list[dict[str, Any]], main: bool, perplexity: float) -> dict[str, Any]:
+    own = [item["acc"] for item in items]
+    tasks = {}
+    for k, task in enumerate(TASKS):
+        scores = own[k * ITEMS : (k + 1) * ITEMS]
+        stderr = float(np.std(scores, ddof=1) / math.sqrt(ITEMS))
+        tasks[task] = {"metric": "acc", "value": float(np.mean(scores)), "stderr": stderr, "acc": 0.0, "items": ITEMS}
+    if main:
+        tasks["lambada_openai"] = {"metric": "acc", "value": 0.25, "stderr": 0.01, "acc": 0.25, "perplexity": 9.0,
+                                   "items": 50}  # fmt: skip
+    nll = math.log(perplexity) + seeded(name, "rows").normal(0, 0.02, ROWS)
+    text = {"perplexity": float(np.exp(nll.mean())), "nll": float(nll.mean()), "rows": ROWS, "tokens": ROWS * 64,
+            "row_nll": list(map(float, nll)), "seq_len": 64}  # fmt: skip
+    texts = {"heldout": text} | ({"wikitext2": text | {"perplexity": 2 * text["perplexity"]}} if main else {})
+    return {"parameters": round(TOTAL * (1 - ratio)), "weight_bytes": round(270e6 * (1 - ratio)), "perplexity": texts,
+            "tasks": tasks}  # fmt: skip
+
+
+def build(folder: Path, run: Run, name: str) -> Path:
+    """All files of a study, made up: quality falls with the ratio, for blocks more slowly than for others."""
+    models, items, speeds = {}, [], {}
+    settings = {"main": run.evaluate.speed.model_dump(), "timed": run.study.speed.model_dump()}
+    models["dense"], own = _model("dense", 0.0, 1.0, True)
+    items += own
+    speeds["dense"] = {key: {"dense": speed_of(key, 0.0, value)} for key, value in settings.items()}
+    for number, variant in enumerate(variants(run)):
+        rows = CalibrationSet(((1, 2, 3, number + 1),) * 4)
+        path = folder / "plans" / variant.slug
+        rows.save(path / "rows.parquet", "test")
+        for budget in variant.budgets:
+            plan, order, perplexities = plan_of(variant, budget, name)
+            plan.save(path / f"{budget}.json")
+            candidate = Candidate(plan, rows, budget == variant.main, budget in variant.timed)
+            key, main = candidate.name, budget == variant.main
+            quality = 1.0 if variant.method == "BlockPruner" else 1.5
+            if key not in models or main:
+                models[key], own = _model(key, plan.ratio, quality, main)
+                items = [item for item in items if item["model"] != key] + own
+            wanted = {k: v for k, v in settings.items() if {"main": main, "timed": candidate.timed}[k]}
+            speeds.setdefault(key, {}).update(
+                {
+                    k: {"dense": speed_of(k + key, 0.0, v), "pruned": speed_of("p" + k + key, plan.ratio, v)}
+                    for k, v in wanted.items()
+                }
+            )
+        first = {unit: 0.1 * (i + 1) for i, unit in enumerate(order)} if variant.score.method != "laco" else {}
+        cost = {"seconds": 90.0 * (number + 1), "computed": 10 * number, "asked": 20 * number}
+        found = Search(variant.name, order[: 40 if order else 0], perplexities[:41], first, 4, 64 + number, cost)
+        write_json(path / "search.json", vars(found))
+    write_json(folder / "results" / "models.json", models)
+    table = pa.Table.from_pylist(items, schema=STUDY_ITEMS)
+    write_table(folder / "results" / "items.parquet", table)
+    write_json(folder / "speed" / "speed.json", speeds)
+    return folder
+
+
+def _model(name: str, ratio: float, quality: float, main: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    items = [item for task in TASKS for item in items_of(name, 0.8 - quality * ratio, task)]
+    return facts_of(name, ratio, items, main, 12 * math.exp(3 * quality * ratio)), items
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_corrections():
+    """statsmodels collects garbage at every correction, over all that the tests before have loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return load_run("smollm2-paper", ROOT / "runs")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, run) -> Path:
+    return build(tmp_path_factory.mktemp("study") / "smollm2-paper", run, "smollm2-paper")
+
+
+@pytest.fixture(scope="module")
+def subject(folder, run) -> Subject:
+    return read_subject("smollm2-paper", run, LABELS, folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, run) -> Subject:
+    """A small study of a model that the paper has, at its ratios."""
+    changed = {
+        "methods": ("BlockPruner", "SliceGPT", "Relative Magnitude", "ShortGPT", "greedy layers (SLEB)"), "seeds": (),
+        "calibrations": {},
+        "main": run.study.main.model_copy(update={"block": "0.22", "layer": "0.21", "width": "0.21"}),
+    }  # fmt: skip
+    there = load_run("llama2-7b", ROOT / "runs").model
+    small = run.model_copy(update={"model": there, "study": run.study.model_copy(update=changed)})
+    folder = build(tmp_path_factory.mktemp("study") / "llama2-7b", small, "llama2-7b")
+    return read_subject("llama2-7b", small, LABELS, folder)
+
+
+@pytest.fixture(scope="module")
+def absent(tmp_path_factory, run) -> Subject:
+    there = load_run("llama2-13b", ROOT / "runs").model
+    return read_subject("llama2-13b", run.model_copy(update={"model": there}), LABELS, tmp_path_factory.mktemp("none"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, subject) -> Path:
+    out = tmp_path_factory.mktemp("out") / "set"
+    write_set(out, "test", [subject], PUBLISHED)
+    return out
+
+
+@cache
+def grids(*subjects: Subject) -> dict[str, Grid]:
+    found = [(s.model, s.evidence) for s in subjects if s.evidence is not None]
+    named = [grid for table in TABLES for grid in paper_grids(table, subjects, PUBLISHED)]
+    return {grid.name: grid for grid in [*named, *beyond(subjects), *([stopping(found)] if found else [])]}
+
+
+def rows(grid: Grid) -> list[dict[str, str]]:
+    """As a reader of the CSV sees them."""
+    return list(csv.DictReader(to_csv(grid).splitlines()))
+
+
+def row(grid: Grid, **wanted: str) -> dict[str, str]:
+    found = [r for r in rows(grid) if all(r[key] == value for key, value in wanted.items())]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def raw(folder: Path, variant: str, budget: str) -> tuple[str, dict[str, Any], dict[str, list[float]]]:
+    """A model's name, facts and scores by task, found in the files by hand."""
+    plan = json.loads((folder / "plans" / variant / f"{budget}.json").read_text())
+    key = hashlib.sha256(
+        json.dumps({"kind": "mask", "removed": plan["removed"]}, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+    models = json.loads((folder / "results" / "models.json").read_text())
+    name = next(model for model in models if model != "dense" and key.startswith(model))
+    items = pq.read_table(folder / "results" / "items.parquet").to_pylist()
+    scores: dict[str, list[float]] = {}
+    for item in items:
+        if item["model"] == name:
+            scores.setdefault(item["task"], []).append(item["acc"])
+    return name, models[name], scores
+
+
+def test_a_number_is_written_with_its_uncertainty():
+    assert str(Number(12.34, 1, 0.56)) == "12.3 ± 0.6"
+    assert str(Number(-1.26, 1, low=-2.0, high=0.04, signed=True)) == "−1.3 [−2.0, 0.0]"
+    assert str(Number(1.0, 2, low=-math.inf, high=math.inf)) == "1.00"
+    assert str(Number(3e-7, 4, is_p=True)) == "< 0.0001"
+    assert str(Number(0.0, 4, is_p=True)) == "0.0000"
+
+
+def test_csv_has_full_precision_and_latex_is_escaped():
+    columns = (Column("a_b", "a & b, %"), Column("n", "n"))
+    grid = Grid("g", "100 % of_it", columns, (("x_1 <b>", Number(1 / 3, 1, 0.25)), (r"\cmd{}", None)), ("a ± note",))
+    assert list(csv.reader(to_csv(grid).splitlines())) == [
+        ["a_b", "n", "n_se"], ["x_1 <b>", repr(1 / 3), "0.25"], [r"\cmd{}", "", ""],
+    ]  # fmt: skip
+    text = to_latex(grid)
+    assert r"a \& b, \%" in text and r"x\_1 \textless{}b\textgreater{}" in text and r"0.3 $\pm$ 0.2" in text
+    assert r"\textbackslash{}cmd\{\}" in text and r"\caption{100 \% of\_it}" in text and r"\begin{tabular}{lr}" in text
+    assert escape_latex("a−b^2~") == r"a$-$b\textasciicircum{}2\textasciitilde{}"
+
+
+def test_numbers_of_table_1_are_those_of_the_files(folder, subject):
+    name, facts, scores = raw(folder, "blockpruner", "0.20")
+    found = row(grids(subject)["table1"], method="BlockPruner", source="here")
+    means = [np.mean(scores[task]) for task in TASKS]
+    errors = [np.std(scores[task], ddof=1) / math.sqrt(ITEMS) for task in TASKS]
+    plan = json.loads((folder / "plans" / "blockpruner" / "0.20.json").read_text())
+    assert float(found["ratio_pct"]) == pytest.approx(100 * plan["ratio"])
+    assert float(found["avg"]) == pytest.approx(100 * np.mean(means))
+    assert float(found["avg_se"]) == pytest.approx(100 * math.sqrt(sum(e**2 for e in errors)) / 5)
+    assert float(found["heldout_ppl"]) == facts["perplexity"]["heldout"]["perplexity"]
+    assert float(found["wikitext2_ppl"]) == 2 * facts["perplexity"]["heldout"]["perplexity"]
+    assert float(found["piqa"]) == pytest.approx(100 * means[0])
+    assert model_name(Plan.load(folder / "plans" / "blockpruner" / "0.20.json"), "") == name
+
+
+def test_models_that_the_paper_lacks_stand_apart_from_its_numbers(subject):
+    found = grids(subject)
+    for name in ("table1", "table2", "table5", "table6", "table9"):
+        assert {r["source"] for r in rows(found[name])} == {"here"}
+        assert {r["model"] for r in rows(found[name])} == {subject.model}
+        apart = rows(found[f"{name}-paper"])
+        assert subject.model not in {r["model"] for r in apart} and "the paper’s" in found[f"{name}-paper"].title
+    assert row(found["table1-paper"], model="Llama2-7B", method="BlockPruner")["wikitext2_ppl"] == "11.51"
+    assert len(rows(found["table1-paper"])) == 32
+
+
+def test_differences_are_ours_minus_the_papers(llama):
+    found = grids(llama)
+    assert "table1-paper" not in found
+    ours, paper, less = (
+        row(found["table1"], method="BlockPruner", source=source) for source in ("here", "paper", "here − paper")
+    )
+    assert paper["avg"] == "60.17" and paper["heldout_ppl"] == "" and paper["model"] == "Llama2-7B"
+    for column in ("ratio_pct", "wikitext2_ppl", "piqa", "arc_challenge", "avg"):
+        assert float(less[column]) == pytest.approx(float(ours[column]) - float(paper[column]))
+    assert less["heldout_ppl"] == ""
+    assert float(row(found["table6"], method="ShortGPT", source="paper")["speedup"]) == 1.31
+    minutes = row(found["table7"], method="BlockPruner", source="here − paper")["minutes"]
+    assert float(minutes) == pytest.approx(1.5 - 45)
+
+
+def test_only_rows_of_about_the_same_ratio_are_matched(llama):
+    block = [r for r in rows(grids(llama)["table5"]) if r["method"] == "BlockPruner"]
+    assert [r["source"] for r in block] == ["here", "paper", "here − paper", "here", "paper", "paper"]
+    paper = [float(r["ratio_pct"]) for r in block if r["source"] == "paper"]
+    assert paper == [30.0, 37.02, 43.03]
+
+
+def test_a_run_that_is_not_computed_shows_the_papers_rows(absent, subject):
+    found = grids(absent)
+    table = rows(found["table1"])
+    assert {r["avg"] for r in table if r["source"] == "here"} == {""}
+    assert all("not computed here" in r["method"] for r in table if r["source"] == "here")
+    assert row(found["table1"], method="ShortGPT", source="paper")["avg"] == "62.6"
+    assert {r["model"] for r in table} == {"Llama2-13B"} and "Llama2-13B; models" in found["table1"].notes[0]
+    assert [grid for name, grid in found.items() if name in ("speed", "seeds")] == []
+    both = grids(subject, absent)["table1"]
+    assert {(r["model"], r["source"]) for r in rows(both)} == {
+        (subject.model, "here"), ("Llama2-13B", "here"), ("Llama2-13B", "paper"),
+    }  # fmt: skip
+    page = build_set("x", [absent], PUBLISHED)
+    assert not page.plots and any(drawn.plot is None for part in page.parts for drawn in part.drawn)
+
+
+def test_tests_are_paired_and_corrected_over_the_rows(folder, subject):
+    _, _, base = raw(folder, "blockpruner", "0.20")
+    _, _, other = raw(folder, "shortgpt", "0.20")
+    grid = grids(subject)["table1-tests"]
+    found = row(grid, method="ShortGPT")
+    difference = [np.array(other[task]) - np.array(base[task]) for task in TASKS]
+    assert float(found["difference"]) == pytest.approx(100 * np.mean(difference))
+    pooled = np.concatenate(difference)
+    only, against = int(sum(pooled > 0)), int(sum(pooled < 0))
+    assert (float(found["only_method"]), float(found["only_against"])) == (only, against)
+    n, k = only + against, min(only, against)
+    p = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    assert float(found["p_mcnemar"]) == pytest.approx(p)
+    raised = sorted(float(r["p_mcnemar"]) for r in rows(grid))
+    count = len(raised)
+    worst = [max(min(1.0, (count - j) * raised[j]) for j in range(i + 1)) for i in range(count)]
+    assert sorted(float(r["p_mcnemar_holm"]) for r in rows(grid)) == pytest.approx(worst)
+    assert any(note.startswith("Minimum detectable difference") for note in grid.notes)
+
+
+def test_tasks_beside_the_average_have_their_own_table(subject):
+    found = grids(subject)
+    assert "lambada_openai" not in rows(found["table1"])[0]
+    assert float(row(found["more-tasks"], method="BlockPruner")["lambada_openai"]) == 25.0
+    assert rows(found["table8"])[0]["method"].startswith("not measured: ")
+    assert rows(found["table10"])[0]["method"].startswith("not measured: ")
+
+
+def test_speedups_are_quotients_of_medians_with_intervals(folder, subject):
+    name, _, _ = raw(folder, "mha-only", "0.10")
+    fields = json.loads((folder / "speed" / "speed.json").read_text())[name]["timed"]
+    dense, pruned = (fields[side]["decode_seconds"]["samples"] for side in ("dense", "pruned"))
+    found = row(grids(subject)["mha-mlp"], method="MHA only", mha="15")
+    assert float(found["decode_speedup"]) == pytest.approx(np.median(dense) / np.median(pruned))
+    assert float(found["decode_speedup_low"]) <= float(found["decode_speedup"]) <= float(found["decode_speedup_high"])
+    assert float(found["decode_tokens_per_second"]) == pytest.approx(31 / np.median(pruned))
+    assert float(found["prefill_tokens_per_second"]) == pytest.approx(
+        128 / np.median(fields["pruned"]["prefill_seconds"]["samples"])
+    )
+    assert float(found["kv_mib"]) == fields["pruned"]["kv_cache_bytes"] / 2**20
+
+
+def test_the_best_balance_has_the_lowest_perplexity_of_those_fast_enough(subject):
+    assert subject.evidence is not None
+    for found in rows(grids(subject)["balance"]):
+        enough = [
+            entry
+            for entry in subject.evidence.timed("timed")
+            if entry.model.races["timed"].speedups[found["part"]].value >= float(found["at_least"])
+        ]
+        assert float(found["heldout_ppl"]) == min(entry.model.perplexity for entry in enough)
+
+
+def test_seeds_are_summed_up_and_tested_in_pairs(folder, subject):
+    def averages(slug: str) -> list[float]:
+        names = [slug, f"{slug}-seed-43", f"{slug}-seed-44"]
+        return [float(np.mean([np.mean(v) for v in raw(folder, n, "0.20")[2].values()])) for n in names]
+
+    found = row(grids(subject)["seeds"], method="ShortGPT")
+    ours, base = averages("shortgpt"), averages("blockpruner")
+    assert found["seeds"] == "42, 43, 44"
+    assert float(found["avg_mean"]) == pytest.approx(100 * np.mean(ours))
+    assert float(found["avg_sd"]) == pytest.approx(100 * np.std(ours, ddof=1), abs=1e-9)
+    assert float(found["difference"]) == pytest.approx(100 * (np.mean(ours) - np.mean(base)))
+
+
+def test_agreement_of_sequences(folder, subject):
+    base, other = (
+        json.loads((folder / "plans" / name / "0.10.json").read_text())
+        for name in ("blockpruner", "blockpruner-encyclopaedia")
+    )
+    found = row(grids(subject)["sensitivity"], calibration="encyclopaedia")
+    a, b = set(base["removed"]), set(other["removed"])
+    assert float(found["jaccard_0.1"]) == pytest.approx(len(a & b) / len(a | b))
+    assert found["jaccard_0.3"] == "" and float(found["rows"]) == 4
+    assert 0.8 < float(found["rbo"]) < 1  # the first two are in the other order
+    assert float(row(grids(subject)["sensitivity"], calibration="seed 43")["ratio_pct"]) > 15
+
+
+def test_claims_say_what_the_intervals_say(subject):
+    assert subject.evidence is not None
+    findings, grid = claims(subject.model, subject.evidence)
+    for found in rows(grid):
+        low, high = float(found["difference_low"]), float(found["difference_high"])
+        assert found["by_accuracy"] == (HOLDS if low > 0 else FAILS if high < 0 else OPEN)
+        low, high = float(found["perplexity_ratio_low"]), float(found["perplexity_ratio_high"])
+        assert found["by_perplexity"] == (HOLDS if high < 1 else FAILS if low > 1 else OPEN)
+    assert len(findings) == 5 and {r["claim"] for r in rows(grid)} <= {f.title.partition(": ")[0] for f in findings}
+    assert verdict(Interval(-1, 1), 0) == OPEN and verdict(Interval(0.1, 1), 0) == HOLDS
+    assert verdict(Interval(-1, -0.1), 0) == FAILS and summed([HOLDS, OPEN]).startswith("1 of 2 holds")
+
+
+def test_a_jump_is_named_with_the_last_safe_budget(subject):
+    evidence = subject.evidence
+    assert evidence is not None and not any(f.rule == "jump" for f in advice(evidence).findings)
+    search = evidence.searches["BlockPruner"]
+    broken = [value * (2 if i > 5 else 1) for i, value in enumerate(search.perplexities)]
+    changed = replace(
+        evidence, searches={**evidence.searches, "BlockPruner": replace(search, perplexities=tuple(broken))}
+    )
+    jump = next(f for f in advice(changed).findings if f.rule == "jump")
+    assert search.order[5] in jump.title and "removal 6" in jump.title and "last safe budget is 5 removals" in jump.text
+    best = advice(changed).best
+    assert best is None or len(best.plan.order) <= 5
+    marked = [e for e in changed.of("BlockPruner") if "jump" in warnings_of(changed, e)]
+    assert marked == [e for e in changed.of("BlockPruner") if len(e.plan.order) > 5]
+
+
+def test_the_same_files_give_the_same_bytes(folder, run, subject):
+    again = read_subject("smollm2-paper", run, LABELS, folder)
+    for name, grid in grids(again).items():
+        assert to_csv(grid) == to_csv(grids(subject)[name]) and to_latex(grid) == to_latex(grids(subject)[name])
+    figure = next(figure for figure in FIGURES if figure.name == "figure5")
+    assert draw(figure, [("m", again.evidence)]) == draw(figure, [("m", subject.evidence)])
+
+
+def test_the_report_has_all_files_and_loads_nothing(written, subject):
+    for name, grid in grids(subject).items():
+        assert (written / "tables" / f"{name}.csv").read_text() == to_csv(grid)
+        assert (written / "tables" / f"{name}.tex").read_text() == to_latex(grid)
+    assert "| SmolLM2-135M-Instruct.Q4_1 | dense |" in (written / "report.md").read_text()
+    html = (written / "index.html").read_text()
+    assert "a &lt;tiny&gt; model" in html and "<tiny>" not in html
+    assert not re.search(r"""(src|href)=["'](?!#)""", html) and "default-src 'none'" in html
+    assert {"figure1", "figure4", "figure5", "figure6", "figure7", "figure10", "quality-speed", "quality-memory"} == {
+        path.stem for path in (written / "plots").glob("*.svg")
+    }
+    assert "No figure: a study trains no model" in html
+
+
+@pytest.mark.parametrize("missing", ["results/models.json", "speed/speed.json", "plans/shortgpt/0.20.json"])
+def test_a_missing_file_names_the_command(missing, folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "study")
+    (tmp_path / "study" / missing).unlink()
+    with pytest.raises(InputError, match=r"python -m flows.paper.*dvc repro runs/dvc.yaml:\w+@smollm2-paper"):
+        read_subject("smollm2-paper", run, LABELS, tmp_path / "study")
+
+
+def test_results_of_other_plans_are_refused(folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "study")
+    path = tmp_path / "study" / "plans" / "blockpruner" / "0.10.json"
+    plan = json.loads(path.read_text())
+    path.write_text(json.dumps(plan | {"removed": plan["removed"][1:]}))
+    with pytest.raises(InputError, match="of other plans"):
+        read_subject("smollm2-paper", run, LABELS, tmp_path / "study")
+
+
+def test_models_of_other_items_are_refused(folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "study")
+    path = tmp_path / "study" / "results" / "items.parquet"
+    write_table(path, pq.read_table(path).slice(1))
+    with pytest.raises(InputError, match="different items of"):
+        read_subject("smollm2-paper", run, LABELS, tmp_path / "study")
