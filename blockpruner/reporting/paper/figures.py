@@ -61,8 +61,8 @@ def draw(figure: PaperFigure, found: Found) -> Drawn:
                 panel(axes, evidence)
                 axes.set_title(" · ".join(part for part in (model, title) if part))
 
-    width = {1: 6.4}.get(count, 5.0 * count)
-    return Drawn(figure, render(figure.name, figure.caption, count > 1, (width, figure.height * len(shown)), fill))
+    width = max(10.0, 5.0 * count)
+    return Drawn(figure, render(figure.name, figure.caption, True, (width, figure.height * len(shown)), fill))
 
 
 def _influence(method: str) -> Draw:
