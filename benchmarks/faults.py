@@ -649,6 +649,7 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its server ends with it
     try:
         if sys.argv[1:2] == ["--inside"]:
             print(json.dumps(cells()[sys.argv[2]](sys.argv[2])))
