@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -44,8 +43,6 @@ class End:
     summary: str
     table: list[dict[str, Any]]
     cached: bool
-    at: float
-    """When, as of time.monotonic."""
 
 
 Event = Begin | Advance | End | None
@@ -79,7 +76,7 @@ class PrefectObserver:
 
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
         self._console.end(summary, table, cached)
-        self._send(End(summary, [dict(row) for row in table], cached, time.monotonic()))
+        self._send(End(summary, [dict(row) for row in table], cached))
 
     def _send(self, event: Event) -> None:
         if self._sending:

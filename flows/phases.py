@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import re
 import time
+from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
 from queue import SimpleQueue
@@ -38,7 +39,7 @@ from flows import charts
 from flows.observer import Advance, Begin, End, Event
 
 INTERVAL = 2.0
-"""Seconds between two updates of a progress artifact, and by which events may be late for pictures to be drawn."""
+"""Seconds between two updates of a progress artifact."""
 
 
 def artifact_key(text: str) -> str:
@@ -145,16 +146,16 @@ class Search:
         self._layers = 0
         self._removed: list[Mask] = []
 
-    def pictures(self, event: End) -> dict[str, bytes]:
-        """Of one more iteration; none where nothing was computed, or where iterations end faster than pictures are
-        drawn: the stage would wait for them in the end."""
+    def pictures(self, event: End, behind: bool) -> dict[str, bytes]:
+        """Of one more iteration; none where nothing was computed, or where a later one has already ended: the stage
+        would wait for all of them in the end."""
         rows = charts.candidates(event.table)
         chosen = [unit for unit, row in rows.items() if row["chosen"]]
         if not chosen:
             return {}
         self._removed += chosen
         self._layers = max(self._layers, *(block.layer + 1 for unit in rows for block in unit))
-        if event.cached or time.monotonic() - event.at > INTERVAL:
+        if event.cached or behind:
             return {}
         drawn = {"scores": charts.scores(rows)} if charts.scored(rows) else {}
         return drawn | {"blocks": charts.blocks(self._layers, self._removed)}
@@ -163,9 +164,12 @@ class Search:
 def send(events: SimpleQueue[Event], flow_run: str, parent: str, stage: str) -> None:
     """Send the events of a stage until None comes; its phases come one after the other."""
     pace, search = Pace(), Search()
+    waiting: deque[Event] = deque()
     with get_client(sync_client=True) as client:
-        while (event := events.get()) is not None:
-            match event:
+        while True:
+            while not waiting or not events.empty():
+                waiting.append(events.get())
+            match event := waiting.popleft():
                 case Begin(name, overall):
                     outlook = pace.begin(overall, time.monotonic())
                     phase = Phase(client, UUID(flow_run), UUID(parent), stage, name, outlook)
@@ -173,7 +177,9 @@ def send(events: SimpleQueue[Event], flow_run: str, parent: str, stage: str) -> 
                     phase.advance(event)
                 case End():
                     pace.end(event.cached)
-                    phase.end(event, search.pictures(event))
+                    phase.end(event, search.pictures(event, any(isinstance(later, End) for later in waiting)))
+                case None:
+                    return
 
 
 def close(flow_run: UUID, parent: UUID) -> None:

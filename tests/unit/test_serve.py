@@ -200,22 +200,19 @@ def test_bars_stand_at_their_layers_and_show_what_each_costs_more(drawn):
     assert mark.get_xdata()[0] == pytest.approx(0.8)
 
 
-def end(chosen, **values):
-    return End("s", rows(chosen), **({"cached": False, "at": time.monotonic()} | values))
-
-
 def test_map_grows_also_by_what_is_not_drawn(drawn):
     search = phases.Search()
-    assert search.pictures(end("mlp.1", cached=True)) == search.pictures(end("mha.2", at=time.monotonic() - 60)) == {}
-    assert search.pictures(End("evaluated", [], False, time.monotonic())) == {}
-    assert search.pictures(end("mha.1")) == {"scores": b"png", "blocks": b"png"}
+    assert search.pictures(End("cached", rows("mlp.1"), True), behind=False) == {}
+    assert search.pictures(End("fast", rows("mha.2"), False), behind=True) == {}
+    assert search.pictures(End("evaluated", [], False), behind=False) == {}
+    assert search.pictures(End("s", rows("mha.1"), False), behind=False) == {"scores": b"png", "blocks": b"png"}
     numbers = {(round(t.get_position()[0]), t.get_position()[1]): t.get_text() for t in drawn[-1].axes[0].texts}
     assert numbers == {(1, 1): "1", (2, 0): "2", (1, 0): "3"}  # (layer, 0 for MHA and 1 for MLP)
 
 
 def test_order_without_losses_has_a_map_only(drawn):
     lost = [row | {"loss": float("nan")} for row in rows("mlp.0")]
-    assert phases.Search().pictures(End("s", lost, False, time.monotonic())).keys() == {"blocks"}
+    assert phases.Search().pictures(End("s", lost, False), behind=False).keys() == {"blocks"}
 
 
 def test_pictures_are_png():
