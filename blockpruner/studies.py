@@ -137,12 +137,12 @@ class _Kept:
 def _add_cost(folder: Path) -> dict[str, float]:
     """What all starts of a search took together; a start that computed nothing adds nothing."""
     now, path = read_json(folder / "score.json"), folder / "cost.json"
-    before = read_json(path) if path.exists() else {"seconds": 0.0, "computed": 0}
+    before = read_json(path) if path.exists() else {"seconds": 0.0, "computed": 0, "asked": 0}
     worked = now["rows_computed"] > 0 or not path.exists()
     cost = {
         "seconds": before["seconds"] + (now["wall_seconds"] if worked else 0.0),
         "computed": before["computed"] + now["trials_computed"],
-        "asked": now["trials_computed"] + now["trials_reused"],
+        "asked": max(before["asked"], now["trials_computed"] + now["trials_reused"]),
     }
     write_json(path, cost)
     return cost
