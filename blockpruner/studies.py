@@ -55,7 +55,7 @@ class Search:
     order: all its removals, as text, beyond the last budget too; perplexities: on its calibration rows, of the dense
     model and after each removal; first: the loss of every unit scored on all rows in its first iteration, in its
     metric; all empty where it removes no blocks. rows, tokens: of its calibration set. cost: seconds, trials computed,
-    trials asked for, of all starts together.
+    trials that its longest start asked for, the first two of all starts together.
     """
 
     variant: str
