@@ -219,7 +219,7 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
     items = sum(len(shares) * _items(name, limit) for shares, name, limit in tasks if name in TASKS)
 
     generated = [
-        *_generations(settings.evaluate.speed, [model.removed for model in models if model.main], config, item),
+        *_generations(settings.evaluate.speed, [model.removed for model in models if model.raced], config, item),
         *_generations(study.speed, [model.removed for model in models if model.timed], config, item),
     ]
     live = live_numbers(int(config["hidden_size"]), int(config["intermediate_size"])) * item
@@ -393,6 +393,7 @@ class Pruned:
 
     removed: Mask
     main: bool
+    raced: bool
     timed: bool
 
 
@@ -405,7 +406,9 @@ def pruned_models(variant: Variant, config: Config) -> list[Pruned]:
     for budget, step in zip(variant.budgets, steps, strict=True):
         met.setdefault(step, []).append(budget)
     return [
-        Pruned(prefixes[step - 1], variant.main in budgets, not {*variant.timed}.isdisjoint(budgets))
+        Pruned(
+            prefixes[step - 1], variant.main in budgets, variant.raced in budgets, bool({*variant.timed} & {*budgets})
+        )
         for step, budgets in met.items()
     ]
 

@@ -55,6 +55,9 @@ METHODS: dict[str, Method] = {
 TIMED = (BLOCKPRUNER, "MHA only", "MLP only")
 """Of these, every budget is timed: the paper's open question is the balance of the two kinds of block."""
 
+TABLE6 = (BLOCKPRUNER, "SliceGPT", "ShortGPT")
+"""Its methods."""
+
 ACCELERATED = ("acceleration", "confidence", "floor", "slack", "audit")
 
 
@@ -77,6 +80,11 @@ class Variant:
     level: str = ""
     main: str | None = None
     timed: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def raced(self) -> str | None:
+        """The budget whose model is timed in the setting of Table 6."""
+        return self.main if self.name in TABLE6 else None
 
     @property
     def slug(self) -> str:

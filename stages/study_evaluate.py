@@ -12,13 +12,17 @@ from blockpruner.progress import observer
 from blockpruner.studies import load_plans
 from stages import DATA, STUDIES, run
 
+MAIN, CURVES = "main", "timed"
+"""Settings in which models are timed: that of Table 6, and that of the curves."""
+
 
 def candidates(name: str, settings: Run) -> list[Candidate]:
     found, plans = [], STUDIES / name / "plans"
     for variant in variants(settings):
         rows = CalibrationSet.load(plans / variant.slug / "rows.parquet")
         for budget, plan in load_plans(plans, variant).items():
-            found.append(Candidate(plan, rows, budget == variant.main, budget in variant.timed))
+            timed = {MAIN: budget == variant.raced, CURVES: budget in variant.timed}
+            found.append(Candidate(plan, rows, budget == variant.main, frozenset(key for key in timed if timed[key])))
     return found
 
 

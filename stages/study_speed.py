@@ -7,7 +7,7 @@ from blockpruner.experiments import study_of
 from blockpruner.params import load_run
 from blockpruner.progress import observer
 from stages import DATA, STUDIES, run
-from stages.study_evaluate import candidates, dense
+from stages.study_evaluate import CURVES, MAIN, candidates, dense
 
 
 def main(name: str) -> None:
@@ -18,8 +18,8 @@ def main(name: str) -> None:
         STUDIES / name / "speed",
         DATA / "evaluations",
         settings={
-            "main": settings.evaluate.speed.model_dump(),
-            "timed": study_of(settings).speed.model_dump(),
+            MAIN: settings.evaluate.speed.model_dump(),
+            CURVES: study_of(settings).speed.model_dump(),
         },
         observer=observer(),
     )

@@ -45,12 +45,12 @@ STUDY_ITEMS = pa.schema([pa.field("model", pa.string(), nullable=False), *ITEMS]
 @dataclass(frozen=True)
 class Candidate:
     """A pruned model of a study. rows: the calibration set of its search; main: it stands in the main tables, which ask
-    more of it; timed: its generation is timed for the curves."""
+    more of it; timed: the settings of `time_study` in which its generation is timed."""
 
     plan: Plan
     rows: CalibrationSet
     main: bool = False
-    timed: bool = False
+    timed: frozenset[str] = frozenset()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def unique(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
     found: dict[str, Candidate] = {}
     for candidate in candidates:
         same = found.get(candidate.name, candidate)
-        main, timed = candidate.main or same.main, candidate.timed or same.timed
+        main, timed = candidate.main or same.main, candidate.timed | same.timed
         found[candidate.name] = Candidate(same.plan, same.rows, main, timed)
     return found
 
@@ -173,13 +173,13 @@ def time_study(
     """Generation of the dense model and of candidates in turns; writes speed.json to `out`.
 
     Args:
-        settings: prompt_tokens, new_tokens, repeats, batch of "main" (of the main models) and of "timed".
+        settings: prompt_tokens, new_tokens, repeats and batch by name; the dense model is timed in all of them.
     """
     results = ResultsStore(store, observer.note)
     found: dict[str, dict[str, Any]] = {}
-    wanted = {name: candidate for name, candidate in unique(candidates).items() if candidate.main or candidate.timed}
+    wanted = {name: candidate for name, candidate in unique(candidates).items() if candidate.timed}
     for number, (name, subject, identity) in enumerate(_subjects(dense, wanted)):
-        asked = [key for key in settings if name == DENSE or getattr(wanted[name], key)]
+        asked = [key for key in settings if name == DENSE or key in wanted[name].timed]
         found[name] = {}
         for key in asked:
             phase = speed_phase(subject, dense, settings[key], identity)

@@ -153,13 +153,14 @@ def build(folder: Path, run: Run, name: str) -> Path:
         for budget in variant.budgets:
             plan, order, perplexities = plan_of(variant, budget, name)
             plan.save(path / f"{budget}.json")
-            candidate = Candidate(plan, rows, budget == variant.main, budget in variant.timed)
+            candidate = Candidate(plan, rows)
             key, main = candidate.name, budget == variant.main
             quality = 1.0 if variant.method == "BlockPruner" else 1.5
             if key not in models or main:
                 models[key], own = _model(key, plan.ratio, quality, main)
                 items = [item for item in items if item["model"] != key] + own
-            wanted = {k: v for k, v in settings.items() if {"main": main, "timed": candidate.timed}[k]}
+            timed = {"main": main, "timed": budget in variant.timed}
+            wanted = {k: v for k, v in settings.items() if timed[k]}
             speeds.setdefault(key, {}).update(
                 {
                     k: {"dense": speed_of(k + key, 0.0, v), "pruned": speed_of("p" + k + key, plan.ratio, v)}
