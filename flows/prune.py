@@ -124,7 +124,7 @@ def publish(chosen: Plan) -> None:
     if report.exists():
         create_markdown_artifact(report.read_text(encoding="utf-8"), "report")
         page = os.environ.get(PAGE_VARIABLE) or (REPORT / "index.html").resolve().as_uri()
-        create_link_artifact(page, "The report's page", key="report-page")
+        create_link_artifact(page, "Open the report", key="report-page")
     for plot in sorted(REPORT.glob("plots/*.png")):
         url = phases.image_url(plot.read_bytes())
         create_image_artifact(url, phases.artifact_key(f"plot-{plot.stem}"), plot.stem)

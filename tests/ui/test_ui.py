@@ -38,7 +38,7 @@ CANCELLED_WITHIN = 15.0
 def project(tmp_path_factory):
     """Two runs of a model with 12 layers: `tiny` is scored in seconds, `slow` takes long enough to be cancelled."""
     folder = tmp_path_factory.mktemp("ui")
-    project = make_project(folder, {"tiny-0.1": "0.1"})
+    project = make_project(folder.resolve(), {"tiny-0.1": "0.1"})
     save_tiny(folder / "inputs/model", layers=12, tie_word_embeddings=True)
     texts = folder / "inputs/many.parquet"
     pq.write_table(pa.table({"text": [sentence(i) for i in range(4000)]}), texts)
@@ -159,6 +159,11 @@ def open_run(page, url, name):
     page.get_by_role("link", name=name, exact=True).first.click()
 
 
+def open_artifact(page, url, key):
+    newest = ask(url, "artifacts/filter", artifacts={"key": {"any_": [key]}}, sort="CREATED_DESC")[0]
+    page.goto(f"{url}/artifacts/artifact/{newest['id']}")
+
+
 def test_trigger_watch_cancel_and_retry(page, served, project):
     idle = processes(project)
     fill_form(page, served, "tiny", "a lot", "first")
@@ -181,16 +186,17 @@ def test_trigger_watch_cancel_and_retry(page, served, project):
     assert ("iteration 0", "Completed", "score@tiny") in found and ("score@tiny", "Completed") in found
     open_run(page, served, "first")
     page.get_by_text("Task Runs", exact=True).click()
+    page.get_by_placeholder("Search by run name").fill("iteration")
     page.get_by_text("iteration 1", exact=True).first.wait_for()
     shoot(page, "ui-run")
     page.get_by_text("Artifacts", exact=True).click()
     for key in ("report", "report-page", "results-tiny", "score-tiny-table", "score-tiny-scores", "score-tiny-blocks"):
         page.get_by_text(key, exact=True).first.wait_for()
-    page.goto(f"{served}/artifacts/key/score-tiny-scores")
+    open_artifact(page, served, "score-tiny-scores")
     page.locator("img").first.wait_for()
     shoot(page, "ui-artifacts")
-    page.goto(f"{served}/artifacts/key/report-page")
-    link = page.get_by_role("link", name="The report's page").first.get_attribute("href")
+    open_artifact(page, served, "report-page")
+    link = page.get_by_role("link", name="Open the report").get_attribute("href")
     assert "<title>Tiny</title>" in httpx.get(link).text
 
     wait_until(lambda: any(name == "iteration 1" for name, *_ in tasks(served, "second")))
