@@ -19,13 +19,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.card import model_card
-from blockpruner.checkpoints.hf import PRUNERS
 from blockpruner.checkpoints.packing import Packed, packed
 from blockpruner.checkpoints.verification import reference_beside, reference_outputs, verify_checkpoint
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.errors import InputError
 from blockpruner.models import load_model, load_tokenizer, model_family
 from blockpruner.plans import Plan
+from blockpruner.pruners import prune_by_plan_
 from blockpruner.scoring.work import Rows
 from blockpruner.tables import replace_directory, write_json, write_text
 
@@ -86,7 +86,7 @@ def export_gguf(
 
     def build(directory: Path) -> None:
         with reference_beside(directory) as reference:
-            pruned = PRUNERS[plan.kind](
+            pruned = prune_by_plan_(
                 model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan) | beside, reference)
             )
             for precision in verify_llama_cpp.PRECISIONS:

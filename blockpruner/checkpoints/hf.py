@@ -8,7 +8,6 @@ fresh process that compared it with the masked dense model. A directory that fai
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,13 +15,11 @@ from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.verification import reference_beside, reference_outputs, tolerance_of, verify_checkpoint
-from blockpruner.models import load_model, masked, prune_
+from blockpruner.models import load_model
 from blockpruner.plans import Plan
+from blockpruner.pruners import prune_by_plan_
 from blockpruner.scoring.work import Rows
 from blockpruner.tables import replace_directory, write_json, write_text
-from blockpruner.transforms.laco import Merge
-from blockpruner.transforms.merging import merge_, merged
-from blockpruner.transforms.slicegpt import slice_
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -51,7 +48,7 @@ def export_hf(
 
     def build(directory: Path) -> None:
         with reference_beside(directory) as reference:
-            pruned = PRUNERS[plan.kind](
+            pruned = prune_by_plan_(
                 model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
             )
             save_checkpoint(pruned, plan, dense, directory, model_card(plan, dense, code_file(pruned)))
@@ -109,35 +106,3 @@ def code_file(model: PreTrainedModel) -> str | None:
     """The modelling file that the model's checkpoint needs: None for a class of transformers' own."""
     module = type(model).__module__.rpartition(".")[2]
     return f"{module}.py" if module in ("modeling_blockpruned", "modeling_slicegpt") else None
-
-
-Note = Callable[[PreTrainedModel], object]
-"""Takes down what a model says, for the verification."""
-
-
-def _remove(model: PreTrainedModel, plan: Plan, rows: Rows, note: Note) -> PreTrainedModel:
-    with masked(model, plan.mask):
-        note(model)
-    return prune_(model, plan.mask)
-
-
-def _merge(model: PreTrainedModel, plan: Plan, rows: Rows, note: Note) -> PreTrainedModel:
-    merges, variant = [Merge(*pair) for pair in plan.details["merges"]], plan.details["variant"]
-    with merged(model, merges, variant):
-        note(model)
-    return merge_(model, merges, variant)
-
-
-def _slice(model: PreTrainedModel, plan: Plan, rows: Rows, note: Note) -> PreTrainedModel:
-    sliced = slice_(model, rows, plan.details["width"])
-    note(sliced)
-    return sliced
-
-
-PRUNERS: dict[str, Callable[[PreTrainedModel, Plan, Rows, Note], PreTrainedModel]] = {
-    "mask": _remove,
-    "laco": _merge,
-    "slicegpt": _slice,
-}
-"""By kind of plan: the model changed in place, for good; where it can be, what it should say is noted from the dense
-model changed for a while, which is another way to the same."""

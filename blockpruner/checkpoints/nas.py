@@ -20,12 +20,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.card import model_card
-from blockpruner.checkpoints.hf import PRUNERS, save_beside
+from blockpruner.checkpoints.hf import save_beside
 from blockpruner.checkpoints.packing import Packed, packed
 from blockpruner.checkpoints.verification import reference_beside, reference_outputs, verify_checkpoint
 from blockpruner.errors import InputError
 from blockpruner.models import load_model, model_family
 from blockpruner.plans import Plan
+from blockpruner.pruners import prune_by_plan_
 from blockpruner.scoring.work import Rows
 from blockpruner.tables import replace_directory, write_json
 
@@ -68,7 +69,7 @@ def export_nas(
 
     def build(directory: Path) -> None:
         with reference_beside(directory) as reference:
-            pruned = PRUNERS[plan.kind](
+            pruned = prune_by_plan_(
                 model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
             )
             blocks = packed(pruned)

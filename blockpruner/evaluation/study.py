@@ -6,8 +6,7 @@ searches lead to is measured once, whoever asks; every result is stored when it 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,14 +29,11 @@ from blockpruner.evaluation.suite import (
     task_phase,
     tokenizer_digest,
 )
-from blockpruner.models import prune_, shared_copy
 from blockpruner.plans import Plan
 from blockpruner.progress import Observer
+from blockpruner.pruners import pruned_copy
 from blockpruner.studies import DENSE, model_facts, model_name
 from blockpruner.tables import replace_directory, write_json, write_table
-from blockpruner.transforms.laco import Merge
-from blockpruner.transforms.merging import merge_
-from blockpruner.transforms.slicegpt import slice_
 
 STUDY_ITEMS = pa.schema([pa.field("model", pa.string(), nullable=False), *ITEMS])
 
@@ -71,28 +67,11 @@ class Pruned:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        return MAKERS[self.candidate.plan.kind](self.dense.model, self.candidate)
+        return pruned_copy(self.dense.model, self.candidate.plan, self.candidate.rows.rows)
 
     @property
     def tokenizer(self) -> Any:
         return self.dense.tokenizer
-
-
-def _merged(dense: PreTrainedModel, candidate: Candidate) -> PreTrainedModel:
-    details = candidate.plan.details
-    return merge_(shared_copy(dense), [Merge(*pair) for pair in details["merges"]], details["variant"])
-
-
-def _sliced(dense: PreTrainedModel, candidate: Candidate) -> PreTrainedModel:
-    return slice_(copy.deepcopy(dense), candidate.rows.rows, candidate.plan.details["width"])
-
-
-MAKERS: dict[str, Callable[[PreTrainedModel, Candidate], PreTrainedModel]] = {
-    "mask": lambda dense, candidate: prune_(shared_copy(dense), candidate.plan.mask),
-    "laco": _merged,
-    "slicegpt": _sliced,
-}
-"""By kind of plan: the pruned model, of its own modules; the dense one stays whole."""
 
 
 def unique(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
