@@ -145,7 +145,7 @@ def _read_sdist(archive: Path, member: str) -> bytes:
                 raise tarfile.TarError(f"member {info.name[:80]!r} at byte {info.offset}")
             end = info.offset_data + max(0, info.size)
             names.append(info.name)
-            if info.name == member and info.isreg():
+            if info.name == member and info.isreg() and not member.endswith("/"):
                 _check_size(archive, member, info.size)
                 handle = sdist.extractfile(info)
                 assert handle is not None  # it is a regular file

@@ -109,7 +109,7 @@ def test_what_is_larger_than_the_limit_is_not_unpacked(tmp_path, monkeypatch):
             sources.read_member(archive, MEMBER)
     monkeypatch.setattr(benchmarks, "GZIP_LIMIT", 1000)
     with pytest.raises(InputError, match="unpacks to more than 1000 bytes"):
-        benchmarks._arc_items(gzip.compress(bytes(10**6)), "requests.jsonl.gz")
+        benchmarks.tables_from_archive("lambada_openai", lambda member: gzip.compress(bytes(10**6)))
 
 
 def test_a_bomb_that_declares_little_gives_no_more_than_it_declares(tmp_path):
@@ -191,7 +191,8 @@ WHOLE = {
     "items": (
         ITEMS,
         {"task": ["piqa"] * 2, "item": [0, 1], "gold": [1, 0], "loglikelihoods": [[-1.0, -2.0]] * 2, "acc": [0.0, 1.0],
-         "acc_norm": [None, 1.0], "prompt_hash": ["x", "y"]},
+         "acc_norm": [None, 1.0], "prompt_hash": ["x", "y"], "exact_match": [None, 0.0], "word_perplexity": [None, 2.0],
+         "response": ["", "18"]},
         {},
     ),
 }  # fmt: skip
