@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import takewhile
 from statistics import mean, median
 
 from blockpruner.blocks import BlockKind, format_mask
@@ -124,13 +125,10 @@ def brings_little(ratio: float, speedup: float) -> bool:
 def recommended(study: Study) -> Target | None:
     """The target to stop at: the knee among the safe targets, or None.
 
-    Safe is faster than dense, before any jump, and without a calibration mismatch.
+    Safe is faster than dense, and smaller than the first with a jump or a calibration mismatch.
     """
-    safe = [
-        target
-        for target in study.targets
-        if target.speedups.generation > 1 and first_jump(target.removals) is None and not is_mismatch(study, target)
-    ]
+    before = takewhile(lambda t: first_jump(t.removals) is None and not is_mismatch(study, t), study.targets)
+    safe = [target for target in before if target.speedups.generation > 1]
     return safe[knee([(t.speedups.generation, study.heldout_rise(t)) for t in safe])] if safe else None
 
 

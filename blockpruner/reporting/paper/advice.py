@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from blockpruner.experiments import BLOCKPRUNER
 from blockpruner.reporting.findings import Finding, Level, brings_little, jump_of, knee, parts
@@ -18,7 +18,7 @@ JUMP, MISMATCH, SLOW = "jump", "held-out parts", "little speed-up"
 
 @dataclass(frozen=True, eq=False)
 class Advice:
-    """best: the budget of BlockPruner to stop at, None: none is safe or timed."""
+    """best: the budget of BlockPruner to stop at, below the first with a warning; None: there is none."""
 
     best: Entry | None
     findings: tuple[Finding, ...]
@@ -62,15 +62,20 @@ def advice(evidence: Evidence) -> Advice:
     timed = evidence.timed("timed")
     findings = [_jump(evidence, method) for method in dict.fromkeys(entry.method for entry in timed)]
     findings += [_signs(evidence, timed)]
-    safe = [
-        entry
-        for entry in timed
-        if entry.method == BLOCKPRUNER
-        and _speedup(entry) > 1
-        and not {JUMP, MISMATCH} & set(warnings_of(evidence, entry))
-    ]
+    ours = sorted((entry for entry in timed if entry.method == BLOCKPRUNER), key=lambda entry: entry.ratio)
+    before = takewhile(lambda entry: not {JUMP, MISMATCH} & set(warnings_of(evidence, entry)), ours)
+    safe = [entry for entry in before if _speedup(entry) > 1]
     if not safe:
-        text = "No budget of BlockPruner is faster than the dense model, before any jump and without a mismatch."
+        text = (
+            "No budget of BlockPruner is faster than the dense model and smaller than the first that shows a jump or "
+            "a mismatch."
+        )
+        if ours:
+            signs = listed(list(warnings_of(evidence, ours[0]))) or "no sign of failed pruning, and no speed-up"
+            text += (
+                f" Already at {percent(ours[0].ratio)} held-out perplexity goes from "
+                f"{number(evidence.dense.perplexity)} to {number(ours[0].model.perplexity)} ({signs})."
+            )
         stop = Finding(Level.ADVICE, "stop", "No budget is worth stopping at", text)
         return Advice(None, (stop, *(f for f in findings if f is not None)))
     best = safe[knee([(_speedup(entry), rises(evidence, entry)[0]) for entry in safe])]
@@ -84,7 +89,7 @@ def advice(evidence: Evidence) -> Advice:
         f"Generation {times(gain.value)} as fast (95 % interval {gain.interval.low:.2f} to "
         f"{gain.interval.high:.2f}{noise}), held-out perplexity {number(evidence.dense.perplexity)} → "
         f"{number(best.model.perplexity)}, average {percent(evidence.dense.average)} → {percent(best.model.average)}: "
-        f"the knee of held-out loss against speed-up among {len(safe)} safe budgets.",
+        f"the knee of held-out loss against speed-up among the {len(safe)} budgets below the first warning.",
     )
     return Advice(best, (stop, *(f for f in findings if f is not None)))
 

@@ -174,6 +174,8 @@ def _samples(evidence: Evidence) -> list[Finding]:
     last = max((i for i, gain in enumerate(gains) if gain), default=-1)
     if last == len(smaller) - 1:
         words = f"does not hold up to {largest.variant.calibration.num_samples:,} samples, which still gain"
+    elif all(set(entry.plan.removed) == set(largest.plan.removed) for entry in smaller):
+        words = f"the same blocks are removed with {smaller[0].variant.calibration.num_samples:,} samples as with more"
     else:
         words = f"no gain can be told beyond {smaller[last + 1].variant.calibration.num_samples:,} samples"
     texts.append("An interval that contains no gain also contains what it cannot exclude: its upper end.")
