@@ -33,6 +33,13 @@ from flows.selection import PaperPlan, Tables, paper_plan
 
 TABLES, STUDIES, DOCS = Path("data/tables"), Path("data/studies"), Path("docs")
 DATA_VARIABLE = "BLOCKPRUNER_DATA"
+PREFACE = """# Results
+
+Written by `python -m flows.paper --set {name} --publish` from what the studies of the set have measured; nothing on
+this page is typed by hand. What holds for one model, and for a small one above all, need not hold for another. The
+paper's own models (sets `llama2-7b` to `paper`) need a GPU and the model hub; `--dry-run` says how much of both.
+[experiments.md](experiments.md) says what this run took, and on what machine.
+"""
 
 
 @task(cache_policy=NO_CACHE)
@@ -104,8 +111,8 @@ def publish_tables(name: str) -> Path:
     """Copy a set's report and its plots to docs/results.md and docs/results/."""
     source, out = TABLES / name, DOCS / "results.md"
     replace_directory(DOCS / "results", lambda folder: [shutil.copy(p, folder) for p in source.glob("plots/*.png")])
-    text = (source / "report.md").read_text(encoding="utf-8")
-    write_text(out, re.sub(r"\]\(plots/", "](results/", text))
+    text = (source / "report.md").read_text(encoding="utf-8").partition("\n")[2]
+    write_text(out, PREFACE.format(name=name) + re.sub(r"\]\(plots/", "](results/", text))
     return out
 
 

@@ -109,7 +109,7 @@ if stage == "score":
 Path(out).parent.mkdir(parents=True, exist_ok=True)
 Path(out).write_text(f"# {stage} {item}")
 if stage == "tables":
-    Path(out).write_text("![a](plots/a.png)")
+    Path(out).write_text("# title\\n\\n![a](plots/a.png)")
     (Path(out).parent / "plots").mkdir()
     (Path(out).parent / "plots" / "a.png").write_bytes(b"not really")
 if stage == "report":
@@ -536,7 +536,9 @@ def test_tables_of_a_set_start_only_what_is_stale(project: Path, server: str) ->
     assert "params.yaml: added study smollm2-paper, set one" in output
     started, output = tables("one", "--publish")
     assert started == [] and "3 stages: 0 run, 3 cached" in output
-    assert Path("docs/results.md").read_text() == "![a](results/a.png)" and Path("docs/results/a.png").exists()
+    page = Path("docs/results.md").read_text()
+    assert "python -m flows.paper --set one --publish" in page and page.endswith("\n\n![a](results/a.png)")
+    assert "# title" not in page and Path("docs/results/a.png").exists()
     Path("data/studies/smollm2-paper/plans").unlink()
     started, _ = tables("two")
     assert started == ["fetch llama2-7b", "search llama2-7b", "tables two"]  # what was deleted is in dvc's cache
