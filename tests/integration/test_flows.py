@@ -163,6 +163,7 @@ def project(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     )
     monkeypatch.chdir(folder)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(home))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]

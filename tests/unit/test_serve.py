@@ -34,6 +34,7 @@ def forms(tmp_path, monkeypatch):
     Path("runs").mkdir()
     for name in ("small", "large"):
         Path(f"runs/{name}.yaml").touch()
+    Path("runs/sets.yaml").write_text("one: [small]\nboth: [small, large]\n")
     return {d.name: d._parameter_openapi_schema.model_dump() for d in serve.deployments()}
 
 
@@ -42,7 +43,11 @@ def test_forms_describe_every_field_and_offer_the_run_files(forms):
         is_valid_schema(schema)
         (form,) = schema["definitions"].values()
         assert all(field["description"] for field in form["properties"].values())
-        assert form["description"] and form["properties"]["runs"]["items"]["enum"] == ["large", "small"]
+        assert form["description"]
+        if "runs" in form["properties"]:
+            assert form["properties"]["runs"]["items"]["enum"] == ["large", "small"]
+        else:
+            assert form["properties"]["name"]["enum"] == ["one", "both"]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,8 @@ def test_forms_describe_every_field_and_offer_the_run_files(forms):
         ("sweep", {"grid": {"runs": []}}, "[]"),
         ("sweep", {"grid": {"runs": ["small", "small"]}}, "small"),
         ("sweep", {}, "grid"),
+        ("paper-tables", {"tables": {"name": "both"}}, None),
+        ("paper-tables", {"tables": {"name": "none"}}, "none"),
     ],
 )
 def test_server_refuses_what_no_flow_could_run(forms, deployment, parameters, wrong):
