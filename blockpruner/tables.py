@@ -185,9 +185,8 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
             except OSError as error:
                 if error.errno != errno.ENOTEMPTY:
                     raise
-                shutil.rmtree(
-                    replaced, ignore_errors=True
-                )  # another process has put its own there in between: the last one stays
+                # another process has put its own there in between, and the last one stays
+                shutil.rmtree(replaced, ignore_errors=True)
     except SafetensorError as error:  # safetensors reports a failed write by this, with the cause as text
         if "os error" not in str(error):
             raise
