@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
     for number, variant in enumerate(variants, 1):
         calibration = rows_of(variant.calibration.model_dump_json())
         observer.note(f"search {number} of {len(variants)}: {variant.name}, to {', '.join(variant.budgets)}")
-        folder, rows = scores / variant.slug, calibration.rows
+        folder = scores / variant.slug
         score_run(
             folder,
             setting.trials,
@@ -104,15 +104,14 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
             score=variant.score.model_dump(exclude_none=True, exclude={"latency"}),
             budgets=variant.budgets,
             make_scorer=make_kept,
-            make_bench=lambda rows=rows: setting.make_bench(rows),  # type: ignore[misc]
+            make_bench=partial(setting.make_bench, calibration.rows),
             observer=observer,
             metrics=folder / "score.json",
         )
-        cost = _add_cost(folder)
-        replace_directory(
-            plans / variant.slug,
-            lambda directory, v=variant, c=calibration, k=cost: _write(directory, v, c, k, scores / v.slug, setting),  # type: ignore[misc]
+        write = partial(
+            _write, variant=variant, calibration=calibration, cost=_add_cost(folder), scores=folder, setting=setting
         )
+        replace_directory(plans / variant.slug, write)
     for path in set(plans.iterdir()) - {plans / variant.slug for variant in variants}:
         shutil.rmtree(path)
     if scorer.cache_info().currsize:
