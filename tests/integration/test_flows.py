@@ -537,6 +537,7 @@ def test_tables_of_a_set_start_only_what_is_stale(project: Path, server: str) ->
     assert "params.yaml: added study smollm2-paper, set one" in output
     started, output = tables("one", "--publish")
     assert started == [] and "3 stages: 0 run, 3 cached" in output
+    assert "didn't change" not in output  # dvc says so of a stage that it was started for
     page = Path("docs/results.md").read_text()
     assert "python -m flows.paper --set one --publish" in page and page.endswith("\n\n![a](results/a.png)")
     assert "# title" not in page and Path("docs/results/a.png").exists()
