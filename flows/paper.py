@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
@@ -98,13 +98,10 @@ def lacking_data(plan: PaperPlan) -> list[str]:
 
 
 def show_tables(name: str) -> None:
-    """The report of the set as artifacts of the flow run: its text, a link to its page, its plots."""
+    """The report of the set as artifacts of the flow run: itself, and a link to its page."""
     report = TABLES / name / "report.md"
-    create_markdown_artifact(report.read_text(encoding="utf-8"), phases.artifact_key(f"tables-{name}"))
+    create_markdown_artifact(phases.with_images(report), phases.artifact_key(f"tables-{name}"))
     create_link_artifact((report.parent / "index.html").resolve().as_uri(), key=phases.artifact_key(f"page-{name}"))
-    for plot in sorted(report.parent.glob("plots/*.png")):
-        key = phases.artifact_key(f"{name}-{plot.stem}")
-        create_image_artifact(phases.image_url(plot.read_bytes()), key, plot.stem)
 
 
 def publish_tables(name: str) -> Path:

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 from uuid import UUID, uuid4
@@ -47,8 +48,15 @@ def artifact_key(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def image_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def image(name: str, png: bytes) -> str:
+    """Markdown of a picture with its bytes: an image artifact's page would print the bytes below it."""
+    return f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def with_images(report: Path) -> str:
+    """A report's Markdown, its pictures in it."""
+    text = report.read_text(encoding="utf-8")
+    return re.sub(r"!\[(.*?)\]\((.*?)\)", lambda found: image(found[1], (report.parent / found[2]).read_bytes()), text)
 
 
 class Pace:
@@ -113,8 +121,8 @@ class Phase:
             self._show(100.0, said)
         if event.table:
             self._create("table", "table", TableArtifact(table=event.table).format(), said)
-        for name, png in pictures.items():
-            self._create(name, "image", image_url(png), said)
+        if pictures:
+            self._create("pictures", "markdown", "\n\n".join(image(*each) for each in pictures.items()), said)
         name = "Cached" if event.cached else "Completed"
         self._client.set_task_run_state(self._id, Completed(name=name, message=event.summary))
 

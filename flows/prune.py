@@ -23,12 +23,7 @@ from uuid import UUID
 
 import httpx
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import (
-    create_image_artifact,
-    create_link_artifact,
-    create_markdown_artifact,
-    create_table_artifact,
-)
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
@@ -112,7 +107,7 @@ def run_stages(stages: Sequence[str], lock: int) -> State[None]:
 
 
 def publish(chosen: Plan) -> None:
-    """The results as artifacts of the flow run: dense against pruned per run, the report, its plots."""
+    """The results as artifacts of the flow run: dense against pruned per run, the report, a link to its page."""
     for run in chosen.runs:
         models = (f"{run}-dense", *chosen.targets_of(run))
         columns = {name: read_json(path) for name in models if (path := METRICS / f"{name}.json").exists()}
@@ -122,12 +117,9 @@ def publish(chosen: Plan) -> None:
             create_table_artifact(table, phases.artifact_key(f"results-{run}"), f"{run}: dense against pruned")
     report = REPORT / "report.md"
     if report.exists():
-        create_markdown_artifact(report.read_text(encoding="utf-8"), "report")
+        create_markdown_artifact(phases.with_images(report), "report")
         page = os.environ.get(PAGE_VARIABLE) or (REPORT / "index.html").resolve().as_uri()
         create_link_artifact(page, "Open the report", key="report-page")
-    for plot in sorted(REPORT.glob("plots/*.png")):
-        url = phases.image_url(plot.read_bytes())
-        create_image_artifact(url, phases.artifact_key(f"plot-{plot.stem}"), plot.stem)
 
 
 def check_server() -> None:

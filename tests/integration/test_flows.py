@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -108,13 +109,10 @@ if stage == "score":
         show.end(f"removed mha.{index}", rows, cached=index == 0)
 Path(out).parent.mkdir(parents=True, exist_ok=True)
 Path(out).write_text(f"# {stage} {item}")
-if stage == "tables":
+if stage in ("tables", "report"):
     Path(out).write_text("# title\\n\\n![a](plots/a.png)")
     (Path(out).parent / "plots").mkdir()
     (Path(out).parent / "plots" / "a.png").write_bytes(b"not really")
-if stage == "report":
-    Path("data/report/plots").mkdir()
-    Path("data/report/plots/block_map.png").write_bytes(b"not really")
 """
 
 
@@ -277,16 +275,16 @@ def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) 
     assert kinds == {
         ("progress", "score-smollm2-progress"): 2,
         ("table", "score-smollm2-table"): 2,
-        ("image", "score-smollm2-scores"): 1,
-        ("image", "score-smollm2-blocks"): 1,
+        ("markdown", "score-smollm2-pictures"): 1,
         ("table", "results-smollm2"): 1,
         ("markdown", "report"): 1,
         ("markdown", "report-page"): 1,
-        ("image", "plot-block-map"): 1,
     }
     data = {artifact["key"]: artifact["data"] for artifact in artifacts}
     assert (project / "data/report/index.html").as_uri() in data["report-page"]
-    assert data["plot-block-map"] == "data:image/png;base64,bm90IHJlYWxseQ=="
+    assert data["report"] == "# title\n\n![a](data:image/png;base64,bm90IHJlYWxseQ==)"
+    pictures = r"!\[scores\]\(data:image/png;base64,iVBOR[^)]+\)\n\n!\[blocks\]\(data:image/png;base64,iVBOR[^)]+\)"
+    assert re.fullmatch(pictures, data["score-smollm2-pictures"])
     assert '{"metric": "perplexity", "smollm2-dense": 20.5, "smollm2-0.02": 22.5}' in data["results-smollm2"]
     assert all(a["data"] == 100.0 for a in artifacts if a["type"] == "progress")
 
