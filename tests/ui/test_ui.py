@@ -204,10 +204,9 @@ def test_trigger_watch_cancel_and_retry(page, served, project):
     assert ("iteration 0", "Completed", "score@tiny") in found and ("score@tiny", "Completed") in found
     open_run(page, served, "first")
     page.wait_for_timeout(2000)
-    stages = bars(page)
-    left, top = stages[2]  # the arrow of score, behind fetch and calibrate
-    page.locator("canvas").first.click(position={"x": left + 16, "y": top + 16})
-    wait_until(lambda: len(bars(page)) > len(stages))
+    (left, top), (end, _) = bars(page)[2:4]  # score, behind fetch and calibrate, and baseline
+    page.locator("canvas").first.click(position={"x": left + 16, "y": top + 16})  # its arrow
+    wait_until(lambda: any(left < x < end and y > top + 24 for x, y in bars(page)))
     page.get_by_text("Task Runs", exact=True).click()
     page.get_by_placeholder("Search by run name").fill("iteration")
     page.get_by_text("iteration 1", exact=True).first.wait_for()
