@@ -501,7 +501,8 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
             f"runtime.ray_address {address!r} does not answer as a Ray cluster: {textwrap.shorten(str(error), 300)}; "
-            "give <host>:<port> of its head, or null for a Ray of this machine"
+            "give <host>:<port> of its head, or null for a Ray of this machine; a head that asks for a token needs "
+            "RAY_AUTH_MODE=token and that token here, too"
         ) from error
     return ray, True
 
