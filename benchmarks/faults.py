@@ -85,7 +85,10 @@ import sys
 from flows import dvc
 
 with dvc.workspace("the run after it") as lock:
-    dvc.repro(sys.argv[1], lock, print)
+    try:
+        dvc.repro(sys.argv[1], lock, print)
+    except dvc.StageError as error:
+        sys.exit(str(error))
 """
 
 
@@ -244,9 +247,7 @@ def signalled(name: str, stage: str, target: str, number: signal.Signals) -> dic
                 stderr=output,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
-        if wait_for(lambda: (project / "paused").exists() or flow.poll() is not None, 300) is None or flow.poll():
-            raise RuntimeError(f"{stage} did not come to its write {middle}: {log.read_text()}")
-        stage_pid = int((project / "paused").read_text())
+        stage_pid = paused(project, flow, log)
         pids = {"flow": flow.pid, "dvc": dvc_of(project), "stage": stage_pid}
         os.kill(pids[target], number)
         unheard = target == "dvc" and number is not signal.SIGTERM  # the stage lives on, and the flow waits for it
@@ -259,6 +260,15 @@ def signalled(name: str, stage: str, target: str, number: signal.Signals) -> dic
             "left": processes(project) if free is None or after is None else [],
         }
         return facts | afterwards(project, stage, log.read_text())
+
+
+def paused(project: Path, process: subprocess.Popen[Any], log: Path) -> int:
+    """Wait until a stage, which `process` is or has started, is at its write; its process."""
+    mark = project / "paused"
+    wait_for(lambda: process.poll() is not None or (mark.exists() and bool(mark.read_text())), 300)
+    if not mark.exists():
+        raise RuntimeError(f"no stage came to its write: {log.read_text()}")
+    return int(mark.read_text())
 
 
 def dvc_of(project: Path) -> int:
@@ -326,7 +336,8 @@ def in_namespace(name: str) -> dict[str, Any]:
 
 
 def pages(project: Path) -> int:
-    return sum(-(-path.stat().st_size // 4096) for path in project.rglob("*") if path.is_file())
+    """Pages that the project takes; an output and its copy in DVC's cache are one file."""
+    return sum(-(-len(content) // 4096) for content in {p.read_bytes() for p in project.rglob("*") if p.is_file()})
 
 
 def full(name: str, stage: str, share: float) -> dict[str, Any]:
@@ -439,7 +450,7 @@ def server_down(name: str, up_again: float | None) -> dict[str, Any]:
                 stdout=output,
                 stderr=output,
             )
-        wait_for(lambda: (project / "paused").exists(), 300)
+        paused(project, flow, log)
         stop_server()
         if up_again is not None:
             time.sleep(up_again)
@@ -469,11 +480,8 @@ def worker_lost(name: str) -> dict[str, Any]:
                 stdout=output,
                 stderr=output,
             )
-        if wait_for(lambda: (project / "paused").exists() or code.poll() is not None, 300) is None or code.poll():
-            raise RuntimeError(log.read_text())
-        pids = [int(pid) for pid in re.findall(r"worker \d+ \(process (\d+)", log.read_text())]
-        workers = pids or ray_workers(code.pid)
-        os.kill(workers[0], signal.SIGKILL)
+        paused(project, code, log)
+        os.kill(ray_workers(code.pid)[0], signal.SIGKILL)
         (project / "go").touch()
         code.wait()
         said = log.read_text()
@@ -489,7 +497,7 @@ def ray_workers(root: int) -> list[int]:
     while grown:
         more = {int(pid) for pid, ppid, *_ in rows if int(ppid) in below} - below
         below, grown = below | more, bool(more)
-    return [int(pid) for pid, _, *rest in rows if int(pid) in below and "ray::" in "".join(rest)]
+    return [int(pid) for pid, _, *rest in rows if int(pid) in below and "ray::Replica" in "".join(rest)]
 
 
 # --- cells: several at once -----------------------------------------------------------------------------------------
@@ -592,7 +600,7 @@ def cells() -> dict[str, Callable[[str], dict[str, Any]]]:
                 )
     for stage in STAGES:
         found[f"disk full, in the stage, {stage}"] = lambda name, s=stage: full(name, s, 0.4)
-        found[f"disk full, at its end, {stage}"] = lambda name, s=stage: full(name, s, 1.0)
+        found[f"disk full, at its end, {stage}"] = lambda name, s=stage: full(name, s, 0.9)
         found[f"read-only, data/, {stage}"] = lambda name, s=stage: read_only(name, s)
     for what, (stage, pattern) in DAMAGED.items():
         found[f"truncated, {what}, {stage}"] = lambda name, s=stage, p=pattern: damaged(name, s, p, truncated)
