@@ -125,7 +125,9 @@ def after(stage: str) -> Path:
 
 def with_hook(at: int, **extra: str) -> dict[str, str]:
     root = os.pathsep.join([str(WORK / "hook"), "."])
-    return environment() | {"PYTHONPATH": root, "FAULT_AT": str(at), "HF_HUB_OFFLINE": "1"} | extra
+    changes = {"PYTHONPATH": root, "FAULT_AT": str(at), "HF_HUB_OFFLINE": "1"}
+    git = {"GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"}  # a report names the commit, on a disk of its own, too
+    return environment() | changes | git | extra
 
 
 def run(project: Path, code: str, stage: str, at: int = -1) -> str:
@@ -213,9 +215,11 @@ def afterwards(project: Path, stage: str, said: str) -> dict[str, Any]:
 def last_word(said: str) -> str:
     """The line that tells a person what happened."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error in stage|interrupted|failed|cannot|set aside|refused", line)]
-    text = (telling or lines or [""])[-1]
-    return text.replace(str(WORK), "…").replace("|", "/")[:230]
+    own = [
+        line for line in lines if re.search(r"error in stage|interrupted|set aside|is in use by|waiting for it", line)
+    ]
+    telling = own[:1] or [line for line in lines if re.search(r"failed|cannot|ERROR", line)] or lines or [""]
+    return telling[-1].replace(str(WORK), "…").replace("|", "/")[:230]
 
 
 # --- cells: signals -------------------------------------------------------------------------------------------------
@@ -617,22 +621,36 @@ def cells() -> dict[str, Callable[[str], dict[str, Any]]]:
     return found
 
 
+AT_FILES = ("truncated", "empty")
+"""Faults whose place is a file, not a process or a disk."""
+
+
 def is_good(facts: dict[str, Any]) -> bool:
     return facts["same"] and not facts["traceback"] and not facts.get("left") and facts["twice"] <= 1
 
 
-def table(found: dict[str, Any]) -> str:
-    lines = [
-        "| what | where | stage | what ended, and how | finished units kept | computed twice | same tables | good |"
-    ]
-    lines.append("|---" * 8 + "|")
+def tables(found: dict[str, Any]) -> str:
+    """Two tables: what was done to every stage, with a column a stage, and the rest."""
+    groups: dict[str, dict[str, Any]] = {}
     for name, facts in found.items():
-        what, where, stage = name.split(", ")
-        lines.append(
-            f"| {what} | {where} | `{stage}` | {facts['flow']} | {facts['kept']} | {facts['twice']} "
-            f"| {'yes' if facts['same'] else 'NO'} | {'yes' if is_good(facts) else 'NO: ' + facts['said']} |"
-        )
+        cause, _, stage = name.rpartition(", ")
+        groups.setdefault(cause, {})[stage] = facts
+    every = {cause: row for cause, row in groups.items() if len(row) > 1 and cause.split(", ")[0] not in AT_FILES}
+    lines = [f"| | {' | '.join(stage.partition('@')[0] for stage in STAGES)} |", "|---" * (1 + len(STAGES)) + "|"]
+    for cause, row in every.items():
+        lines.append(f"| {cause} | {' | '.join(cell(row[stage]) if stage in row else '' for stage in STAGES)} |")
+    lines += ["", "| what | stage | what a person sees | |", "|---|---|---|---|"]
+    for name, facts in found.items():
+        cause, _, stage = name.rpartition(", ")
+        if cause not in every:
+            lines.append(f"| {cause} | `{stage}` | {facts['flow']}; `{facts['said']}` | {cell(facts)} |")
     return "\n".join(lines)
+
+
+def cell(facts: dict[str, Any]) -> str:
+    """Finished units kept, and how many were computed twice."""
+    lost = f", {facts['twice']} twice" if facts["twice"] else ""
+    return f"{facts['kept'].replace(' of ', '/')}{lost}" if is_good(facts) else f"**NO**: {facts['said']}"
 
 
 def main(words: list[str]) -> None:
@@ -653,7 +671,7 @@ def main(words: list[str]) -> None:
         found[name] = facts | {"seconds": round(time.monotonic() - started, 1)}
         write_json(FOUND, found)
         print(f"{'good' if is_good(facts) else 'BAD '} {name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
-    print(table({name: facts for name, facts in found.items() if name in wanted}))
+    print(tables({name: facts for name, facts in found.items() if name in wanted}))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ PINS = Path("runs/pins.json")
 def run(stage: str, main: Callable[[str], object]) -> None:
     """Run a stage for the item named on the command line (a run or a target; none for the report)."""
     item = sys.argv[1] if len(sys.argv) > 1 else ""
+    name = f"{stage} {item}".rstrip()
     started = time.monotonic()
     try:
         main(item)
@@ -30,8 +31,8 @@ def run(stage: str, main: Callable[[str], object]) -> None:
         inputs = {"stage": stage, "item": item, "sha256": {str(path): file_sha256(path) for path in settings}}
         record(DATA / "provenance" / f"{stage}{'@' if item else ''}{item}.json", inputs, time.monotonic() - started)
     except InputError as error:
-        print(f"error in stage {stage} {item}: {error}", file=sys.stderr, flush=True)
+        print(f"error in stage {name}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"stage {stage} {item} interrupted; what is finished is kept: run again to go on", file=sys.stderr)
+        print(f"stage {name} interrupted; what is finished is kept: run again to go on", file=sys.stderr)
         sys.exit(130)
