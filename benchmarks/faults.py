@@ -203,7 +203,7 @@ def afterwards(project: Path, stage: str, said: str) -> dict[str, Any]:
     here = len(kept) - len(units(before(stage), stage)) if stage.partition("@")[0] in STORES else int(done)
     return {
         "kept": f"{here} of {total}",
-        "twice": again + (not done and stage.partition("@")[0] not in ("score",)),
+        "twice": again,
         "rerun": round(time.monotonic() - started, 1),
         "same": content(project, stage) == content(reference, stage),
         "traceback": "Traceback" in said,
@@ -648,7 +648,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def cell(facts: dict[str, Any]) -> str:
-    """Finished units kept, and how many were computed twice."""
+    """Finished units kept, and how many of those were computed again; the one in progress always is."""
     lost = f", {facts['twice']} twice" if facts["twice"] else ""
     return f"{facts['kept'].replace(' of ', '/')}{lost}" if is_good(facts) else f"**NO**: {facts['said']}"
 
