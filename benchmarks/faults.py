@@ -126,8 +126,8 @@ def after(stage: str) -> Path:
 def with_hook(at: int, **extra: str) -> dict[str, str]:
     root = os.pathsep.join([str(WORK / "hook"), "."])
     changes = {"PYTHONPATH": root, "FAULT_AT": str(at), "HF_HUB_OFFLINE": "1"}
-    git = {"GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"}  # a report names the commit, on a disk of its own, too
-    return environment() | changes | git | extra
+    no_git = {"GIT_CEILING_DIRECTORIES": str(WORK)}  # a report names the commit, which is not the project's
+    return environment() | changes | no_git | extra
 
 
 def run(project: Path, code: str, stage: str, at: int = -1) -> str:

@@ -5,7 +5,8 @@
 
 Not part of the DAG: run it by hand. Decides what is in use: trials over a current run's model and calibration rows,
 results of a current run's or target's model, downloads that a current run names, all adapters as long as a target is
-recovered. All of it is a cache: what is missed later is fetched or computed again. DVC's cache is `dvc gc`'s affair.
+recovered; of a study that is fetched everything over its model. All of it is a cache: what is missed later is fetched
+or computed again. DVC's cache is `dvc gc`'s affair.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from blockpruner.provenance import model_identity
 from blockpruner.sources import SOURCE_FILE, checkpoint_identity
 from blockpruner.tables import read_json
 from blockpruner.trials import TRIALS_VARIABLE, trials_root
-from stages import CACHE, DATA, run
+from stages import CACHE, DATA, STUDIES, run
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,21 @@ def entries() -> Iterator[Entry]:
                 f"calibrate@{name}`, or take it out of params.yaml"
             )
     dense = {name: checkpoint_identity(model) for name, model in models.items()}
+    studies = [STUDIES / name / "model" for name in params.paper.studies]
+    studied = {checkpoint_identity(model) for model in studies if (model / SOURCE_FILE).exists()}
     scored = {(dense[name], CalibrationSet.load(rows[name]).digest) for name in params.runs}
     folders = [DATA / kind / target / "hf" for target in params.targets for kind in ("checkpoints", "recovered")]
-    evaluated = {*dense.values(), *(model_identity(folder) for folder in folders if folder.exists())}
-    named = "".join((Path("runs") / f"{name}.yaml").read_text(encoding="utf-8") for name in params.runs)
+    models_used = {*dense.values(), *studied}
+    evaluated = {*models_used, *(model_identity(folder) for folder in folders if folder.exists())}
+    files = [Path("runs") / f"{name}.yaml" for name in (*params.runs, *params.paper.studies)]
+    named = "".join(path.read_text(encoding="utf-8") for path in files)
     recovers = any(target.recover for target in params.targets.values())
 
     for path in sorted(trials_root().glob("*/fingerprint.json")):
         facts = read_json(path)
         lock = path.parent.with_name(path.parent.name + ".lock")
-        yield Entry("trials", (path.parent, lock), (facts["model"], facts["calibration"]) in scored)
+        used = facts["model"] in studied or (facts["model"], facts["calibration"]) in scored
+        yield Entry("trials", (path.parent, lock), used)
     for path in sorted((DATA / "evaluations").glob("*.json")):
         used = read_json(path)["key"]["model"] in evaluated
         yield Entry("evaluations", (path, path.with_suffix(".parquet")), used)
@@ -75,7 +81,7 @@ def entries() -> Iterator[Entry]:
         yield Entry("cache/packages", (path,), path.name in named)
     for path in sorted((CACHE / "models").glob("*")):
         source = path / SOURCE_FILE
-        yield Entry("cache/models", (path,), source.exists() and checkpoint_identity(path) in dense.values())
+        yield Entry("cache/models", (path,), source.exists() and checkpoint_identity(path) in models_used)
     for path in sorted(DATA.rglob("*.bad*")):
         if path.parent.exists():
             yield Entry("set aside", (path,), False)

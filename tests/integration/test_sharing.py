@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests.integration.project import ROOT, counts, dvc, environment, make_project, set_targets, stage, tables
 
@@ -61,6 +62,14 @@ def test_clean_lists_and_deletes_only_what_no_run_uses(project, tmp_path):
     assert stage(copy, "clean", "delete").returncode == 0
     gone = before - set(copy.rglob("*"))
     assert gone == {unused, *(unused / path.name for path in used.iterdir()), copy / "data/scores/tiny/x.parquet.bad"}
+    shutil.copytree(used, unused)  # of another model, which is a study's now
+    (unused / "fingerprint.json").write_text(text.replace('"model": "', '"model": "0'))
+    shutil.copytree(copy / "data/models/tiny", copy / "data/studies/tiny/model")
+    source = copy / "data/studies/tiny/model/blockpruner_source.json"
+    source.write_text(source.read_text().replace('"identity": "', '"identity": "0'))
+    params = yaml.safe_load((copy / "params.yaml").read_text())
+    (copy / "params.yaml").write_text(yaml.safe_dump(params | {"paper": {"studies": ["tiny"], "sets": []}}))
+    assert f"unused: {unused.relative_to(copy)}" not in stage(copy, "clean", "").stdout
     shutil.rmtree(copy / "data/calibration")
     assert "run 'tiny' is not fetched and calibrated here" in stage(copy, "clean", "delete").stderr
 
