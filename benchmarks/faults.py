@@ -212,12 +212,13 @@ def afterwards(project: Path, stage: str, said: str) -> dict[str, Any]:
     }
 
 
+OURS = re.compile("error in stage|interrupted|set aside|restored|is in use by|waiting for it|was lost")
+
+
 def last_word(said: str) -> str:
     """The line that tells a person what happened."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    own = [
-        line for line in lines if re.search(r"error in stage|interrupted|set aside|is in use by|waiting for it", line)
-    ]
+    own = [line for line in lines if OURS.search(line)]
     telling = own[:1] or [line for line in lines if re.search(r"failed|cannot|ERROR", line)] or lines or [""]
     return telling[-1].replace(str(WORK), "…").replace("|", "/")[:230]
 
@@ -388,6 +389,9 @@ def attempt(project: Path, code: str, stage: str) -> str:
 def damaged(name: str, stage: str, pattern: str, how: Callable[[bytes], bytes]) -> dict[str, Any]:
     """A file that a stage reads is damaged; the stage alone is run, then what a person would run: `dvc repro`."""
     with copied(stage, name) as project:
+        if pattern.startswith("data/evaluations/"):  # it is there once the stage has run
+            shutil.rmtree(project)
+            shutil.copytree(after(stage), project)
         (path,) = sorted(project.glob(pattern))[:1]
         damaged_bytes = how(path.read_bytes())
         path.unlink()  # the DVC cache's copy is a hard link
@@ -416,7 +420,7 @@ DAMAGED = {
     "an iteration's table": ("commit@lora.2", "data/scores/tiny/*/iteration_001.parquet"),
     "a plan's iterations": ("report", "data/plans/lora.2/iterations.parquet"),
     "a result's items": ("report", "data/results/lora.2/items.parquet"),
-    "a stored result": ("report", "data/evaluations/*.parquet"),
+    "a stored result": ("benchmark@lora.2", "data/evaluations/*.parquet"),
     "weights": ("materialize@lora.2", "data/models/tiny/model.safetensors"),
 }
 DVC_FILES = {
@@ -480,7 +484,7 @@ def worker_lost(name: str) -> dict[str, Any]:
             code = subprocess.Popen(
                 [sys.executable, "-m", "stages.score", "tiny"],
                 cwd=project,
-                env=with_hook(10),
+                env=with_hook(40),
                 stdout=output,
                 stderr=output,
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -65,7 +66,8 @@ def load_model(
         attention: transformers' attention implementation; "auto" leaves the choice to it.
 
     Raises:
-        InputError: unsupported family, weights that do not match the config, or an attention that is not installed.
+        InputError: unsupported family, weights that are damaged or do not match the config, or an attention that is
+            not installed.
     """
     place = resolve_device(device)
     options = kernel_options(attention, dtype, place)
@@ -84,6 +86,10 @@ def load_model(
             )
     except torch.OutOfMemoryError as error:
         raise _too_large(directory, device) from error
+    except SafetensorError as error:
+        raise InputError(
+            f"weights in {directory} are truncated or damaged ({error}); fetch the checkpoint again"
+        ) from error
     except RuntimeError as error:  # parts of a weight that do not make it up
         if "conversion" not in str(error):
             raise

@@ -176,12 +176,15 @@ def tables_from_folder(name: str, folder: Path) -> dict[str, pa.Table]:
                 f"benchmark {name}: {path} does not exist; put its {split} split there as Parquet with the columns "
                 f"{', '.join(BENCHMARKS[name].columns)}, or leave {name} out of evaluate.zero_shot.tasks"
             )
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"benchmark {name}: {path} is truncated or not Parquet ({error})") from error
-        tables[split] = _checked(name, table, str(path))
+        tables[split] = _checked(name, _read_items(name, path), str(path))
     return tables
+
+
+def _read_items(name: str, path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"benchmark {name}: {path} is truncated or not Parquet ({error})") from error
 
 
 def hub_repository(name: str) -> str:
@@ -303,7 +306,7 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
 
 def task_digest(name: str, directory: Path) -> str:
     """Digest of a task that `write_task` wrote: items, prompt, helpers; not of where it lies, nor of what is the same
-    in all (no few-shot examples)."""
+    in all (no few-shot examples). Raises InputError for files that are missing or not Parquet."""
     folder = directory / name
     path = folder / f"{name}.yaml"
     if not path.exists():
@@ -312,6 +315,8 @@ def task_digest(name: str, directory: Path) -> str:
     del config["dataset_kwargs"]
     config.pop("num_fewshot", None)
     files = sorted([*folder.glob("*.parquet"), *folder.glob("*.py")])
+    for file in folder.glob("*.parquet"):  # lm-eval would end in an error of its own
+        _read_items(name, file)
     return fingerprint({"config": config, "files": {file.name: file_sha256(file) for file in files}})
 
 

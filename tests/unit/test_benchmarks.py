@@ -104,6 +104,10 @@ def test_the_digest_is_of_the_content_not_of_the_place(tmp_path):
     assert len(seen) == 4
     with pytest.raises(InputError, match=r"piqa\.yaml does not exist"):
         task_digest("piqa", tmp_path / "a")
+    (split,) = (tmp_path / "a/hellaswag").glob("*.parquet")
+    split.write_bytes(split.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"benchmark hellaswag: .*\.parquet is truncated or not Parquet"):
+        task_digest("hellaswag", tmp_path / "a")
 
 
 def test_items_from_an_archive():

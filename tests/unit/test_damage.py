@@ -214,7 +214,8 @@ def test_a_damaged_table_is_refused_or_is_the_same(kind, changes, keep, tmp_path
             assert "t.parquet" in str(error)
         else:
             assert table.to_pydict() == columns
-            assert found == facts or kind in ("calibration", "iteration")  # whose readers check their facts
+            # a name of Parquet's own that is damaged is one fact more; the readers of these two check their facts
+            assert facts.items() <= found.items() or kind in ("calibration", "iteration")
 
 
 @given(kind=st.sampled_from(sorted(WHOLE)), other=st.sampled_from(sorted(WHOLE)), column=st.integers(0, 9))

@@ -201,6 +201,14 @@ def test_weights_that_do_not_match_the_config(tmp_path, change):
         load_model(folder, "float32", "cpu")
 
 
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_truncated_weights(tmp_path, kept):
+    weights = save_tiny(tmp_path / "mine") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"weights in .*mine are truncated or damaged"):
+        load_model(weights.parent, "float32", "cpu")
+
+
 def test_texts(tmp_path):
     records = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},
