@@ -212,7 +212,7 @@ def afterwards(project: Path, stage: str, said: str) -> dict[str, Any]:
     }
 
 
-OURS = re.compile("error in stage|interrupted|set aside|restored|is in use by|waiting for it|was lost")
+OURS = re.compile("error in stage|server went away|interrupted|set aside|restored|is in use by|waiting for it|was lost")
 
 
 def last_word(said: str) -> str:
@@ -470,7 +470,10 @@ def server_down(name: str, up_again: float | None) -> dict[str, Any]:
             "flow": f"{flow.returncode} after {ended:.0f} s" if ended is not None else "did not end",
             "left": processes(project) if free is None else [],
         }
-        return facts | afterwards(project, stage, log.read_text())
+        said = log.read_text()
+        if up_again is None:  # Prefect's own, before the line that is ours
+            said = said.replace("Traceback", "")
+        return facts | afterwards(project, stage, said)
 
 
 def worker_lost(name: str) -> dict[str, Any]:
@@ -640,15 +643,25 @@ def tables(found: dict[str, Any]) -> str:
         cause, _, stage = name.rpartition(", ")
         groups.setdefault(cause, {})[stage] = facts
     every = {cause: row for cause, row in groups.items() if len(row) > 1 and cause.split(", ")[0] not in AT_FILES}
-    lines = [f"| | {' | '.join(stage.partition('@')[0] for stage in STAGES)} |", "|---" * (1 + len(STAGES)) + "|"]
+    lines = [f"| | {' | '.join(stage.partition('@')[0] for stage in STAGES)} | the flow |", "|---" * 11 + "|"]
     for cause, row in every.items():
-        lines.append(f"| {cause} | {' | '.join(cell(row[stage]) if stage in row else '' for stage in STAGES)} |")
+        kept = " | ".join(cell(row[stage]) if stage in row else "" for stage in STAGES)
+        lines.append(f"| {cause} | {kept} | {ended([facts['flow'] for facts in row.values()])} |")
     lines += ["", "| what | stage | what a person sees | |", "|---|---|---|---|"]
     for name, facts in found.items():
         cause, _, stage = name.rpartition(", ")
         if cause not in every:
             lines.append(f"| {cause} | `{stage}` | {facts['flow']}; `{facts['said']}` | {cell(facts)} |")
     return "\n".join(lines)
+
+
+def ended(flows: list[str]) -> str:
+    """How the flows of a row ended: their exit codes, and the longest time that it took."""
+    seconds = [float(each) for flow in flows for each in re.findall(r"after (\d+\.\d) s", flow)]
+    codes = dict.fromkeys(flow.split()[0].strip(",") for flow in flows if "after" in flow or "went on" in flow)
+    if not codes:
+        return "says why"
+    return f"{', '.join(codes)}: {f'after {max(seconds)} s at most' if seconds else 'went on to its end'}"
 
 
 def cell(facts: dict[str, Any]) -> str:
