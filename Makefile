@@ -44,6 +44,7 @@ test-slow: setup $(SLOW_VENV)/.ready
 
 # Needs a browser (Debian: apt-get install chromium). SCREENSHOTS=docs renews those of docs/operations.md.
 test-ui: setup
+	@test -n "$$BLOCKPRUNER_CHROMIUM$$(command -v chromium)" || { echo "no chromium on PATH, and BLOCKPRUNER_CHROMIUM is unset (Debian: apt-get install chromium)"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ui]'
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 BLOCKPRUNER_SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/python -m pytest -s -n 0 -m ui tests/ui
 

@@ -28,7 +28,7 @@ from blockpruner.errors import InputError
 from blockpruner.params import load_set
 from blockpruner.tables import replace_directory, write_text
 from flows import dvc, phases
-from flows.prune import process, run_here, run_stage
+from flows.prune import page_of, process, run_here, run_stage
 from flows.selection import PaperPlan, Tables, paper_plan
 
 TABLES, STUDIES, DOCS = Path("data/tables"), Path("data/studies"), Path("docs")
@@ -101,7 +101,7 @@ def show_tables(name: str) -> None:
     """The report of the set as artifacts of the flow run: itself, and a link to its page."""
     report = TABLES / name / "report.md"
     create_markdown_artifact(phases.with_images(report), phases.artifact_key(f"tables-{name}"))
-    create_link_artifact((report.parent / "index.html").resolve().as_uri(), key=phases.artifact_key(f"page-{name}"))
+    create_link_artifact(page_of(report.parent), "Open the tables", key=phases.artifact_key(f"page-{name}"))
 
 
 def publish_tables(name: str) -> Path:

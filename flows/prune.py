@@ -38,8 +38,8 @@ from flows import dvc, observer, phases
 from flows.selection import Plan, Selection, plan
 
 METRICS, REPORT = Path("data/metrics"), Path("data/report")
-PAGE_VARIABLE = "BLOCKPRUNER_REPORT_PAGE"
-"""Where a browser finds the report's page; set by flows.serve, since a page of the UI may not link to a file."""
+PAGES_VARIABLE = "BLOCKPRUNER_REPORT_PAGES"
+"""Where a browser finds the reports below data/; set by flows.serve, since a page of the UI may not link to a file."""
 
 
 @task(cache_policy=NO_CACHE)  # DVC is the cache
@@ -118,8 +118,13 @@ def publish(chosen: Plan) -> None:
     report = REPORT / "report.md"
     if report.exists():
         create_markdown_artifact(phases.with_images(report), "report")
-        page = os.environ.get(PAGE_VARIABLE) or (REPORT / "index.html").resolve().as_uri()
-        create_link_artifact(page, "Open the report", key="report-page")
+        create_link_artifact(page_of(REPORT), "Open the report", key="report-page")
+
+
+def page_of(report: Path) -> str:
+    """URL of the page of a report below data/."""
+    pages, page = os.environ.get(PAGES_VARIABLE), report / "index.html"
+    return f"{pages}/{page.relative_to('data').as_posix()}" if pages else page.resolve().as_uri()
 
 
 def check_server() -> None:

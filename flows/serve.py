@@ -1,7 +1,7 @@
 """`make serve` (`python -m flows.serve`): the pipeline in a browser, on this machine only.
 
 Starts the Prefect server, unless one answers at PREFECT_API_URL; a runner, which starts FLOWS when the UI asks it to,
-one at a time; and the page of the report, one port above the server's. Ctrl-C ends all of it.
+one at a time; and the pages of the reports, one port above the server's. Ctrl-C ends all of it.
 
 Decides what is served, where, and how it ends. What a flow does, and what its form asks for, is decided elsewhere.
 Prefect's own settings say where the server listens (PREFECT_SERVER_API_HOST, PREFECT_SERVER_API_PORT), where its files
@@ -23,20 +23,35 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 from prefect import serve
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
 from blockpruner.errors import InputError
+from blockpruner.params import load_sets
 from flows.dvc import PR_SET_PDEATHSIG
 from flows.paper import paper
-from flows.prune import PAGE_VARIABLE, REPORT, prune
+from flows.prune import PAGES_VARIABLE, prune
 from flows.sweep import sweep
 
 FLOWS = (prune, sweep, paper)
@@ -50,8 +65,10 @@ START = 300.0
 END = {"runner": 45.0, "server": 10.0}
 """Seconds to end, before SIGKILL; the runner gives its flow 30 of its own, the server waits for open pages."""
 
-SERVER = {"PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false"}
-"""A run that waits for the one before it is not late."""
+PAGES = ("report", "tables")
+"""What of data/ is served: folders of reports."""
+
+OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 def deployments() -> list[RunnerDeployment]:
@@ -96,29 +113,38 @@ def place(url: str) -> tuple[str, int]:
     return parts.hostname or "127.0.0.1", parts.port or 80
 
 
-def require_free(host: str, port: int, setting: str) -> None:
+def require_free(host: str, port: int, setting: str, by: str = "what has it is no Prefect server") -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise InputError(
-                f"port {port} of {host} cannot be used ({error.strerror}), and what has it is no Prefect server; stop "
-                f"that, or set {setting} to a free port"
+                f"port {port} of {host} cannot be used ({error.strerror}); {by}; stop that, or set {setting} to a "
+                "free port"
             ) from None
 
 
 class Page(SimpleHTTPRequestHandler):
-    """The files of the report."""
+    """The files of the reports."""
+
+    def translate_path(self, path: str) -> str:
+        """Outside of PAGES there is nothing."""
+        found = super().translate_path(path)
+        return found if Path(found).relative_to(self.directory).parts[:1] in [(name,) for name in PAGES] else ""
+
+    def list_directory(self, path: str | os.PathLike[str]) -> None:
+        """Not to be seen."""
+        self.send_error(404)
 
     def log_message(self, *_: Any) -> None:
         """Not in this terminal."""
 
 
 @contextmanager
-def report_page(host: str, port: int) -> Iterator[None]:
-    """Serve the report's folder, which comes and goes with the stage that writes it."""
-    with ThreadingHTTPServer((host, port), partial(Page, directory=str(REPORT))) as server:
+def report_pages(host: str, port: int) -> Iterator[None]:
+    """Serve the reports' folders, which come and go with the stages that write them."""
+    with ThreadingHTTPServer((host, port), partial(Page, directory=str(Path("data").absolute()))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield
@@ -161,6 +187,16 @@ def end_with(parent: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def server_settings(host: str, port: int) -> dict[str, str]:
+    """What differs from Prefect's defaults: of the pages that a browser shows only the server's own may use it."""
+    origins = [f"http://{name}:{port}" for name in dict.fromkeys((host, "127.0.0.1", "localhost"))]
+    return {
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins),
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",  # a run that waits for the one before it is not late
+    }
+
+
 @contextmanager
 def prefect_server(url: str) -> Iterator[subprocess.Popen[bytes]]:
     """The server, answering; what it says goes to server.log in PREFECT_HOME.
@@ -172,7 +208,7 @@ def prefect_server(url: str) -> Iterator[subprocess.Popen[bytes]]:
     log = get_current_settings().home / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-    with open(log, "wb") as output, child(command, SERVER, END["server"], output) as process:
+    with open(log, "wb") as output, child(command, server_settings(host, port), END["server"], output) as process:
         end = time.monotonic() + START
         while not answers(url):
             if process.poll() is not None or time.monotonic() > end:
@@ -182,23 +218,40 @@ def prefect_server(url: str) -> Iterator[subprocess.Popen[bytes]]:
         yield process
 
 
+def end_lost_runs(url: str) -> None:
+    """Mark as crashed what a runner that was killed left open: none but the one started next runs these deployments."""
+    message = "`make serve` or its machine ended in this run; finished work is kept: Retry goes on"
+    names = DeploymentFilter(name=DeploymentFilterName(any_=[flow.name for flow in FLOWS]))
+    lost = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN)))
+    parts = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN)))
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(deployment_filter=names, flow_run_filter=lost):
+            this = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+            for part in client.read_task_runs(flow_run_filter=this, task_run_filter=parts):
+                client.set_task_run_state(part.id, Crashed(message=message), force=True)
+            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+            print(f"flow run {run.name}: {message}")
+
+
 def main() -> int:
     """0: ended by Ctrl-C or SIGTERM; 1: the server or the runner ended by itself; 2: refused."""
     for number in (signal.SIGINT, signal.SIGTERM):  # also where `nohup` or `&` had it ignored
         signal.signal(number, signal.default_int_handler)
     try:
+        load_sets()  # a form's schema is made by a library that would swallow the error
         with ExitStack() as stack:
             url, running = find_server()
             host, port = get_current_settings().server.api.host, place(url)[1] + 1
-            require_free(host, port, "PREFECT_SERVER_API_PORT")
-            page = f"http://{host}:{port}/index.html"
+            require_free(host, port, "PREFECT_SERVER_API_PORT", "is it another `make serve`?")
+            pages = f"http://{host}:{port}"
             processes = [] if running else [stack.enter_context(prefect_server(url))]
+            end_lost_runs(url)
             script = [sys.executable, "-c", "from flows.serve import run_deployments; run_deployments()"]
-            told = {"PREFECT_API_URL": url, PAGE_VARIABLE: page}
+            told = {"PREFECT_API_URL": url, PAGES_VARIABLE: pages}
             processes.append(stack.enter_context(child(script, told, END["runner"])))
-            stack.enter_context(report_page(host, port))  # after the processes: its thread and fork do not mix
+            stack.enter_context(report_pages(host, port))  # after the processes: its thread and fork do not mix
             print(f"{'Using' if running else 'Started'} the Prefect server: {url.removesuffix('/api')}/deployments")
-            print(f"The report, once there is one: {page}\nCtrl-C ends all.", flush=True)
+            print(f"The report, once there is one: {pages}/report/index.html\nCtrl-C ends all.", flush=True)
             while all(process.poll() is None for process in processes):
                 time.sleep(0.5)
             print("the Prefect server (see server.log in PREFECT_HOME) or the runner has ended", file=sys.stderr)

@@ -21,16 +21,20 @@ from typing import Any
 
 import httpx
 import pytest
+from prefect import Task
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed, Running
 
 from blockpruner.errors import InputError
-from flows import dvc
+from flows import dvc, prune, serve
 from flows.paper import DATA_VARIABLE, lacking_data
 from flows.paper import main as paper_main
 from flows.prune import main
 from flows.selection import Grid, Selection, paper_plan, plan
+from flows.serve import server_settings
 from flows.sweep import left_out, sweep
+from tests.integration.project import post
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9/api"
@@ -131,7 +135,7 @@ def server(home: Path) -> Iterator[str]:
     with open(home / "server.log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, "PREFECT_HOME": str(home)},
+            env={**os.environ, **server_settings("127.0.0.1", port), "PREFECT_HOME": str(home)},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -229,10 +233,35 @@ def workspace_is_free() -> bool:
 
 def ask(url: str, what: str) -> list[dict[str, Any]]:
     """Task runs or artifacts of the newest flow run."""
-    newest = httpx.post(f"{url}/flow_runs/filter", json={"sort": "EXPECTED_START_TIME_DESC", "limit": 1}).json()[0]
-    body = {"flow_runs": {"id": {"any_": [newest["id"]]}}}
-    answer: list[dict[str, Any]] = httpx.post(f"{url}/{what}/filter", json=body).json()
+    newest = post(url, "flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0]
+    answer: list[dict[str, Any]] = post(url, f"{what}/filter", flow_runs={"id": {"any_": [newest["id"]]}})
     return answer
+
+
+def test_only_its_own_pages_may_use_the_server(server: str) -> None:
+    asked = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "content-type"}
+    for origin, allowed in ((server.removesuffix("/api"), True), ("https://elsewhere.example", False)):
+        answer = httpx.options(f"{server}/deployments/filter", headers={"Origin": origin} | asked)
+        assert ("access-control-allow-origin" in answer.headers) == allowed
+    assert httpx.post(f"{server}/flow_runs/filter", json={}).status_code == 403, "a form of another page could post"
+
+
+def test_runs_that_a_killed_runner_left_open_are_ended(project: Path, server: str) -> None:
+    """Those of the deployments only: another flow's may run in a terminal."""
+    deployments = serve.deployments()
+    with temporary_settings({PREFECT_API_URL: server}), get_client(sync_client=True) as client:
+        served = deployments[0].apply()
+        lost = client.create_flow_run_from_deployment(served, state=Running())
+        part = client.create_task_run(Task(post, name="score"), lost.id, dynamic_key="1", state=Running())
+        waiting = client.create_flow_run_from_deployment(served)
+        alive = client.create_flow_run(prune.prune, state=Running())
+        serve.end_lost_runs(server)
+        states = {run.id: client.read_flow_run(run.id).state for run in (lost, waiting, alive)}
+        assert [state and state.name for state in states.values()] == ["Crashed", "Scheduled", "Running"]
+        assert "Retry" in str(states[lost.id])
+        assert client.read_task_run(part.id).state_name == "Crashed"
+        client.delete_deployment(served)
+        client.set_flow_run_state(alive.id, Cancelled(), force=True)
 
 
 def parents_of(runs: list[dict[str, Any]]) -> dict[str, list[str]]:

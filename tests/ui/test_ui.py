@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 from scipy.ndimage import find_objects, label
 
-from tests.integration.project import environment, make_project, sentence
+from tests.integration.project import environment, make_project, post, sentence
 from tests.tiny import save_tiny
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `ui` is not installed (make test-ui does it)")
@@ -68,7 +68,7 @@ def served(project):
     try:
         wait_until(lambda: b"Ctrl-C" in (project / "serve.log").read_bytes() or process.poll() is not None)
         assert process.poll() is None, (project / "serve.log").read_text()
-        wait_until(lambda: len(ask(url, "deployments/filter")) >= 2)
+        wait_until(lambda: len(ask(url, "deployments/filter")) == 3)
         yield url
     finally:
         process.send_signal(signal.SIGINT)
@@ -119,7 +119,7 @@ def processes(project):
 
 
 def ask(url, what, **filters):
-    return httpx.post(f"{url}/api/{what}", json=filters, timeout=SECONDS).json()
+    return post(f"{url}/api", what, **filters)
 
 
 def flow_run(url, name):
@@ -195,8 +195,7 @@ def test_trigger_watch_cancel_and_retry(page, served, project):
     submit(page)
     page.get_by_role("link", name="second").first.wait_for()
     wait_until(lambda: flow_run(served, "first")["state_type"] not in ("SCHEDULED", "PENDING"))
-    if flow_run(served, "first")["state_type"] == "RUNNING":
-        assert flow_run(served, "second")["state_name"] == "Scheduled"
+    assert [flow_run(served, name)["state_type"] for name in ("second", "first")] == ["SCHEDULED", "RUNNING"]
 
     wait_until(lambda: flow_run(served, "first")["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"))
     assert flow_run(served, "first")["state_name"] == "Completed", (project / "serve.log").read_text()

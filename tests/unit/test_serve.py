@@ -125,18 +125,25 @@ def test_server_elsewhere_is_not_started_here(settings):
     assert "http://127.0.0.2:9/api" in str(error.value) and "unset PREFECT_API_URL" in str(error.value)
 
 
-def test_report_page_follows_the_file(tmp_path, monkeypatch, port):
+def test_report_pages_follow_the_files_and_nothing_else_is_served(tmp_path, monkeypatch, port):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "secret").touch()
     url = f"http://127.0.0.1:{port}"
-    with serve.report_page("127.0.0.1", port):
-        assert httpx.get(f"{url}/index.html").status_code == 404
-        Path("data/report").mkdir(parents=True)
-        Path("data/report/index.html").write_text("the page")
-        assert httpx.get(f"{url}/index.html").text == "the page"
-        assert (
-            httpx.get(f"{url}/../../secret").status_code == httpx.get(f"{url}/%2e%2e/%2e%2e/secret").status_code == 404
-        )
+    with serve.report_pages("127.0.0.1", port):
+        assert httpx.get(f"{url}/report/index.html").status_code == 404
+        for folder in ("data/report", "data/tables/one/plots", "data/models"):
+            Path(folder).mkdir(parents=True)
+            Path(folder, "index.html").write_text(folder)
+        Path("secret").touch()
+        Path("data/tables/one/a.csv").touch()
+        for path, folder in {
+            "report/": "data/report", "report/index.html": "data/report", "tables/one/plots/": "data/tables/one/plots"
+        }.items():  # fmt: skip
+            assert httpx.get(f"{url}/{path}").text == folder
+        for path in ("", "models/index.html", "tables/", "tables/one/", "../secret", "report/%2e%2e/%2e%2e/secret",
+                     "report/../models/index.html", "report/%2e%2e/models/index.html"):  # fmt: skip
+            with socket.create_connection(("127.0.0.1", port)) as raw:  # httpx would tidy the path up
+                raw.sendall(f"GET /{path} HTTP/1.0\r\n\r\n".encode())
+                assert raw.recv(100).split()[1] == b"404", path
     serve.require_free("127.0.0.1", port, "nothing")
 
 
