@@ -4,8 +4,9 @@
 
 The pipeline of the integration tests (a tiny random model, one target that is recovered) is run once undisturbed and
 kept as it was before each stage. A cell copies that, breaks one thing in the middle of the stage, lets everything end,
-runs the stage again as a flow does, and compares its outputs with the undisturbed ones. Finished cells are kept in
-data/benchmarks/faults.json and skipped; delete the file to measure anew. Prints Markdown for docs/operations.md.
+runs the stage again as a flow does, and compares its outputs with the undisturbed ones. All of it is kept in
+data/benchmarks/faults/<digest of the code>, and a cell that was good is skipped. Prints Markdown for docs/operations.md;
+exits with 1 if a cell is not good.
 
 Signals go to the flow (`flows.prune` with a Prefect server), to its dvc or to its stage, at the stage's middle write:
 a stage stops there, between a file's content and its name, until the signal has had its effect. The cells of disks
@@ -29,10 +30,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from blockpruner.provenance import file_sha256, fingerprint
 from blockpruner.tables import read_json, write_json
-from tests.integration.project import dvc, environment, make_project, set_targets
+from tests.integration.project import environment, make_project, set_targets
 
-FOUND, WORK = Path("data/benchmarks/faults.json"), Path("data/benchmarks/faults").resolve()
+CODE = fingerprint(
+    {str(p): file_sha256(p) for top in ("blockpruner", "stages", "flows") for p in Path(top).rglob("*.py")}
+)
+WORK = Path("data/benchmarks/faults").resolve() / CODE
+FOUND = WORK / "faults.json"
 TARGETS = {"lora.2": "2blocks"}
 STAGES = {
     "fetch@tiny": ("models", "sources"),
@@ -104,7 +110,8 @@ def undisturbed() -> Path:
     done = WORK / "undisturbed" / "project"
     if (done / "writes.json").exists():
         return done
-    shutil.rmtree(WORK, ignore_errors=True)
+    for folder in ("hook", "before", "undisturbed"):
+        shutil.rmtree(WORK / folder, ignore_errors=True)
     hook = WORK / "hook"
     hook.mkdir(parents=True)
     (hook / "sitecustomize.py").write_text(PAUSE)
@@ -190,8 +197,8 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> float | None:
     return time.monotonic() - started
 
 
-def afterwards(project: Path, stage: str, said: str) -> dict[str, Any]:
-    """Run the stage again and compare; `said` is the output of what was broken."""
+def afterwards(project: Path, stage: str, said: str, finished: Iterable[str] = ()) -> dict[str, Any]:
+    """Run the stage again and compare; said: the output of what was broken; finished: units before it was."""
     reference = after(stage)
     kept, started = units(project, stage), time.monotonic()
     total = len(units(reference, stage)) - len(units(before(stage), stage)) if stage.partition("@")[0] in STORES else 1
@@ -204,6 +211,7 @@ def afterwards(project: Path, stage: str, said: str) -> dict[str, Any]:
     return {
         "kept": f"{here} of {total}",
         "twice": again,
+        "lost": len(set(finished) - kept.keys()),
         "rerun": round(time.monotonic() - started, 1),
         "same": content(project, stage) == content(reference, stage),
         "traceback": "Traceback" in said,
@@ -239,6 +247,15 @@ def copied(stage: str, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+ENDS = {
+    (signal.SIGTERM, "flow"): 143,
+    (signal.SIGINT, "flow"): 130,
+    (signal.SIGKILL, "flow"): -signal.SIGKILL,
+    (signal.SIGINT, "dvc"): 0,  # dvc leaves Ctrl-C to its stage, which did not get it
+}
+"""Exit codes of the flow; of the others, where a stage failed, 1."""
+
+
 def signalled(name: str, stage: str, target: str, number: signal.Signals) -> dict[str, Any]:
     middle = read_json(undisturbed() / "writes.json")[stage] // 2
     with copied(stage, name) as project, prefect_server() as url:
@@ -253,7 +270,7 @@ def signalled(name: str, stage: str, target: str, number: signal.Signals) -> dic
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         stage_pid = paused(project, flow, log)
-        pids = {"flow": flow.pid, "dvc": dvc_of(project), "stage": stage_pid}
+        pids, finished = {"flow": flow.pid, "dvc": dvc_of(project), "stage": stage_pid}, units(project, stage)
         os.kill(pids[target], number)
         unheard = target == "dvc" and number is not signal.SIGTERM  # the stage lives on, and the flow waits for it
         ended = wait_for(lambda: flow.poll() is not None and not processes(project), 1 if unheard else 60)
@@ -263,8 +280,9 @@ def signalled(name: str, stage: str, target: str, number: signal.Signals) -> dic
         facts = {
             "flow": f"{flow.returncode} after {ended:.1f} s" if ended is not None else f"{flow.returncode}, went on",
             "left": processes(project) if free is None or after is None else [],
+            "expected": flow.returncode == ENDS.get((number, target), 1),
         }
-        return facts | afterwards(project, stage, log.read_text())
+        return facts | afterwards(project, stage, log.read_text(), finished)
 
 
 def paused(project: Path, process: subprocess.Popen[Any], log: Path) -> int:
@@ -358,7 +376,8 @@ def full(name: str, stage: str, share: float) -> dict[str, Any]:
         filler.write_bytes(bytes(free - room))
         said = attempt(project, REPRO, stage)
         filler.unlink()
-        facts = {"flow": f"room for {room >> 10} KiB of {grows * 4} KiB"} | afterwards(project, stage, said)
+        facts = {"flow": f"room for {room >> 10} KiB of {grows * 4} KiB", "expected": UNHARMED not in said}
+        facts |= afterwards(project, stage, said)
         subprocess.run(["umount", "--lazy", project.parent], check=True)
         return facts
 
@@ -372,13 +391,16 @@ def read_only(name: str, stage: str) -> dict[str, Any]:
         subprocess.run(["mount", "-o", "remount,ro,bind", data], check=True)
         said = attempt(project, REPRO, stage)
         subprocess.run(["umount", data], check=True)
-        return {"flow": "data/ read-only"} | afterwards(project, stage, said)
+        return {"flow": "data/ read-only", "expected": UNHARMED not in said} | afterwards(project, stage, said)
+
+
+UNHARMED = "it did not fail: "
 
 
 def attempt(project: Path, code: str, stage: str) -> str:
     """The output of a run that is to fail."""
     try:
-        return "it did not fail: " + run(project, code, stage)
+        return UNHARMED + run(project, code, stage)
     except RuntimeError as error:
         return str(error)
 
@@ -400,7 +422,7 @@ def damaged(name: str, stage: str, pattern: str, how: Callable[[bytes], bytes]) 
         command = [sys.executable, "-m", f"stages.{module}", *([item] if item else [])]
         alone = subprocess.run(command, cwd=project, env=with_hook(-1), capture_output=True, text=True, check=False)
         facts = {"flow": f"{path.relative_to(project)}; the stage alone ends with {alone.returncode}"}
-        dvc(project, "repro", stage)
+        subprocess.run([sys.executable, "-m", "dvc", "repro", stage], cwd=project, env=with_hook(-1), check=True)
         return facts | afterwards(project, stage, alone.stdout + alone.stderr)
 
 
@@ -469,6 +491,7 @@ def server_down(name: str, up_again: float | None) -> dict[str, Any]:
         facts = {
             "flow": f"{flow.returncode} after {ended:.0f} s" if ended is not None else "did not end",
             "left": processes(project) if free is None else [],
+            "expected": flow.returncode == int(up_again is None),
         }
         said = log.read_text()
         if up_again is None:  # Prefect's own, before the line that is ours
@@ -497,7 +520,8 @@ def worker_lost(name: str) -> dict[str, Any]:
         code.wait()
         said = log.read_text()
         lost = [line for line in said.splitlines() if "was lost" in line]
-        return {"flow": f"{code.returncode}; {(lost or ['nothing said'])[0][:120]}"} | afterwards(project, stage, said)
+        facts = {"flow": str(code.returncode), "expected": code.returncode == 0 and len(lost) == 1}
+        return facts | afterwards(project, stage, said)
 
 
 def ray_workers(root: int) -> list[int]:
@@ -576,6 +600,7 @@ def two_scores(name: str, workspaces: int) -> dict[str, Any]:
         waited = [line for output in outputs for line in output.splitlines() if "waiting for it" in line]
         return {
             "flow": f"exit codes {[process.returncode for process in started]}",
+            "expected": all(process.returncode == 0 for process in started) and len(waited) == 1,
             "kept": "",
             "twice": len(units(project, stage)) - len(units(reference, stage)),
             "same": all(content(place, stage) == content(reference, stage) for place in places),
@@ -591,7 +616,10 @@ def two_repros(name: str) -> dict[str, Any]:
         ended = together(project, [[sys.executable, "-m", "dvc", "repro", "--single-item", stage]] * 2)
         refused = [last_word(output) for code, output in ended if code]
         return (
-            {"flow": f"exit codes {sorted(code for code, _ in ended)}; {(refused or ['both ran'])[0]}"}
+            {
+                "flow": f"exit codes {sorted(code for code, _ in ended)}; {(refused or ['both ran'])[0]}",
+                "expected": sorted(code for code, _ in ended) == [0, 255],
+            }
             | afterwards(project, stage, ended[0][1])
             | {"same": content(project, stage) == content(reference, stage)}
         )
@@ -633,7 +661,8 @@ AT_FILES = ("truncated", "empty")
 
 
 def is_good(facts: dict[str, Any]) -> bool:
-    return facts["same"] and not facts["traceback"] and not facts.get("left") and facts["twice"] <= 1
+    unlost = not facts.get("lost") and facts["twice"] <= 1
+    return facts["same"] and facts.get("expected", True) and unlost and not facts["traceback"] and not facts.get("left")
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -670,11 +699,11 @@ def cell(facts: dict[str, Any]) -> str:
     return f"{facts['kept'].replace(' of ', '/')}{lost}" if is_good(facts) else f"**NO**: {facts['said']}"
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str]) -> int:
     wanted = {name: cell for name, cell in cells().items() if all(word in name for word in words)}
     found: dict[str, Any] = read_json(FOUND) if FOUND.exists() else {}
     for name, cell in wanted.items():
-        if name in found:
+        if name in found and is_good(found[name]):
             continue
         started = time.monotonic()
         try:
@@ -688,7 +717,8 @@ def main(words: list[str]) -> None:
         found[name] = facts | {"seconds": round(time.monotonic() - started, 1)}
         write_json(FOUND, found)
         print(f"{'good' if is_good(facts) else 'BAD '} {name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
-    print(tables({name: facts for name, facts in found.items() if name in wanted}))
+    print(tables({name: found[name] for name in wanted}))
+    return int(not all(is_good(found[name]) for name in wanted))
 
 
 if __name__ == "__main__":
@@ -697,6 +727,6 @@ if __name__ == "__main__":
         if sys.argv[1:2] == ["--inside"]:
             print(json.dumps(cells()[sys.argv[2]](sys.argv[2])))
         else:
-            main(sys.argv[1:])
+            sys.exit(main(sys.argv[1:]))
     finally:
         stop_server()
