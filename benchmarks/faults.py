@@ -5,8 +5,8 @@
 The pipeline of the integration tests (a tiny random model, one target that is recovered) is run once undisturbed and
 kept as it was before each stage. A cell copies that, breaks one thing in the middle of the stage, lets everything end,
 runs the stage again as a flow does, and compares its outputs with the undisturbed ones. All of it is kept in
-data/benchmarks/faults/<digest of the code>, and a cell that was good is skipped. Prints Markdown for docs/operations.md;
-exits with 1 if a cell is not good.
+data/benchmarks/faults/<digest of the code>, and a cell that was good is skipped. Prints Markdown for
+docs/operations.md; exits with 1 if a cell is not good.
 
 Signals go to the flow (`flows.prune` with a Prefect server), to its dvc or to its stage, at the stage's middle write:
 a stage stops there, between a file's content and its name, until the signal has had its effect. The cells of disks
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,8 @@ from blockpruner.provenance import file_sha256, fingerprint
 from blockpruner.tables import read_json, write_json
 from tests.integration.project import environment, make_project, set_targets
 
-CODE = fingerprint(
-    {str(p): file_sha256(p) for top in ("blockpruner", "stages", "flows") for p in Path(top).rglob("*.py")}
-)
-WORK = Path("data/benchmarks/faults").resolve() / CODE
+CODE = [path for folder in ("blockpruner", "stages", "flows") for path in Path(folder).rglob("*.py")]
+WORK = Path("data/benchmarks/faults").resolve() / fingerprint({str(path): file_sha256(path) for path in CODE})
 FOUND = WORK / "faults.json"
 TARGETS = {"lora.2": "2blocks"}
 STAGES = {
@@ -422,7 +420,8 @@ def damaged(name: str, stage: str, pattern: str, how: Callable[[bytes], bytes]) 
         command = [sys.executable, "-m", f"stages.{module}", *([item] if item else [])]
         alone = subprocess.run(command, cwd=project, env=with_hook(-1), capture_output=True, text=True, check=False)
         facts = {"flow": f"{path.relative_to(project)}; the stage alone ends with {alone.returncode}"}
-        subprocess.run([sys.executable, "-m", "dvc", "repro", stage], cwd=project, env=with_hook(-1), check=True)
+        repro = [sys.executable, "-m", "dvc", "repro", "--quiet", stage]
+        subprocess.run(repro, cwd=project, env=with_hook(-1), capture_output=True, check=True)
         return facts | afterwards(project, stage, alone.stdout + alone.stderr)
 
 
