@@ -82,6 +82,7 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
     }  # fmt: skip
     (project / "runs").mkdir()
     (project / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run))
+    (project / "runs" / "sets.yaml").write_text("tiny: [tiny]\n")
     set_targets(project, targets)
     dvc(project, "init", "--no-scm", "--quiet")
     dvc(project, "config", "core.analytics", "false")
