@@ -172,6 +172,41 @@ def test_items_that_are_none_are_refused(content, tmp_path):
             tables_from_archive("arc_easy", lambda name, member=member: member)
 
 
+ITEMS_OF = {
+    "piqa": pa.table({"goal": ["open a jar", "ein Hund: äöü"], "sol1": ["twist", "a"], "sol2": ["hit", "c"],
+                      "label": [0, 1]}),
+    "truthfulqa_mc1": pa.table({"question": ["q", "ü"],
+                                "mc1_targets": [{"choices": ["a", "b"], "labels": [1, 0]}] * 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ITEMS_OF)
+@given(changes=flips, keep=st.integers(0, 100))
+@settings(many, max_examples=300)
+def test_damaged_items_are_refused_or_have_the_same_columns(task, changes, keep, tmp_path):
+    """Of a user's own Parquet no more can be known, since it has no digest; fields within a struct are not named."""
+    whole, path = ITEMS_OF[task], tmp_path / f"{task}_validation.parquet"
+    pq.write_table(whole, path)
+    content = path.read_bytes()
+    for damaged in (flipped(content, changes), content[: len(content) * keep // 101]):
+        path.write_bytes(damaged)
+        try:
+            found = tables_from_folder(task, tmp_path)["validation"]
+        except InputError as error:
+            assert path.name in str(error)
+        else:
+            assert found.column_names == whole.column_names and found.num_rows == len(found.to_pylist())
+            assert task != "piqa" or found.schema == whole.schema
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.list_(pa.binary()), pa.struct({"text": pa.large_binary()})])
+def test_items_of_bytes_are_refused(kind, tmp_path):
+    table = ITEMS_OF["piqa"].set_column(0, "goal", pa.nulls(2, kind))
+    pq.write_table(table, tmp_path / "piqa_validation.parquet")
+    with pytest.raises(InputError, match=r"column goal of .*piqa_validation\.parquet has type .*binary.*; valid: te"):
+        tables_from_folder("piqa", tmp_path)
+
+
 # --- tables -------------------------------------------------------------------------------------------------------
 
 losses = st.lists(st.floats(0, 100), min_size=3, max_size=3)
