@@ -26,7 +26,7 @@ from blockpruner.calibration import CalibrationSet, draw, draw_in_turn, pack, pa
 from blockpruner.evaluation.benchmarks import benchmark_of
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.zero_shot import evaluate, gold_answers
-from blockpruner.models import load_model, load_tokenizer, masked
+from blockpruner.models import load_model, masked
 from blockpruner.params import Runtime, Score
 from blockpruner.plans import Plan, commit_run
 from blockpruner.progress import ConsoleObserver
@@ -37,6 +37,7 @@ from blockpruner.scoring.objectives import Objective
 from blockpruner.search.run import score_run
 from blockpruner.sources import checkpoint_identity
 from blockpruner.tables import TEXTS, read_json, read_table, write_json
+from blockpruner.tokenizers import load_tokenizer
 from blockpruner.transforms.laco import Merge
 from blockpruner.transforms.merging import ModelBench, merged
 from blockpruner.transforms.slicegpt import slice_

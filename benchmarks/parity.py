@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from blockpruner.blocks import DENSE, Mask, all_blocks
 from blockpruner.calibration import CalibrationSet, draw, pack
-from blockpruner.models import load_model, load_tokenizer, masked
+from blockpruner.models import load_model, masked
 from blockpruner.provenance import machine, versions
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from blockpruner.tables import TEXTS, read_table
+from blockpruner.tokenizers import load_tokenizer
 
 
 @torch.inference_mode()

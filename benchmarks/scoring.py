@@ -29,7 +29,7 @@ from blockpruner.blocks import DENSE, Mask, all_blocks, format_mask, removable_u
 from blockpruner.calibration import CalibrationSet, draw, pack
 from blockpruner.families import Config
 from blockpruner.flops import Flops
-from blockpruner.models import load_model, load_tokenizer, masked
+from blockpruner.models import load_model, masked
 from blockpruner.params import Runtime
 from blockpruner.provenance import machine, versions
 from blockpruner.scoring.accelerate import accelerate, settings_of
@@ -41,6 +41,7 @@ from blockpruner.search.greedy import greedy
 from blockpruner.search.problem import Problem
 from blockpruner.sources import checkpoint_identity
 from blockpruner.tables import TEXTS, read_table, write_json
+from blockpruner.tokenizers import load_tokenizer
 from blockpruner.trials import TrialStore, store_fingerprint
 
 ROWS, LENGTH = 8, 128

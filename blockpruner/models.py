@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner import modeling_blockpruned as blockpruned
 from blockpruner.blocks import BlockKind, Mask, format_mask, pack
@@ -159,10 +159,6 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     result: PreTrainedModel = copy.deepcopy(model, shared)
     return result
-
-
-def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def model_family(model: PreTrainedModel) -> Family:

@@ -6,6 +6,7 @@ from blockpruner.calibration import check_context, draw, draw_in_turn, pack, pac
 from blockpruner.params import load_run
 from blockpruner.progress import observer
 from blockpruner.tables import TEXTS, read_json, read_table
+from blockpruner.tokenizers import load_tokenizer
 from stages import DATA, run
 
 
@@ -14,10 +15,7 @@ def main(name: str) -> None:
     wanted, checkpoint, sources = settings.calibration, DATA / "models" / name, DATA / "sources" / name
     check_context(wanted.seq_len, read_json(checkpoint / "config.json"), "calibration.seq_len")
 
-    from transformers import AutoTokenizer
-
-    remote = getattr(settings.model, "trust_remote_code", False)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=remote)
+    tokenizer = load_tokenizer(checkpoint, getattr(settings.model, "trust_remote_code", False))
     if wanted.data.source == "tasks":
         from blockpruner.evaluation.zero_shot import gold_answers  # loads lm-eval
 

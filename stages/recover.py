@@ -18,9 +18,10 @@ def main(name: str) -> None:
         return
     from blockpruner.calibration import check_context
     from blockpruner.checkpoints.hf import save_recovered
-    from blockpruner.models import load_model, load_tokenizer, set_threads
+    from blockpruner.models import load_model, set_threads
     from blockpruner.provenance import model_identity
     from blockpruner.recovery import Recipe, recover_, training_rows
+    from blockpruner.tokenizers import load_tokenizer
 
     runtime, settings, show = load_params().runtime, load_run(plan.run), observer()
     assert settings.recover is not None  # load_params has checked it

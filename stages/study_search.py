@@ -42,7 +42,7 @@ def main(name: str) -> None:
 
     @cache
     def tokenizer() -> Any:
-        from blockpruner.models import load_tokenizer
+        from blockpruner.tokenizers import load_tokenizer
 
         return load_tokenizer(checkpoint, remote)
 

@@ -176,15 +176,22 @@ def tables_from_folder(name: str, folder: Path) -> dict[str, pa.Table]:
                 f"benchmark {name}: {path} does not exist; put its {split} split there as Parquet with the columns "
                 f"{', '.join(BENCHMARKS[name].columns)}, or leave {name} out of evaluate.zero_shot.tasks"
             )
-        tables[split] = _checked(name, _read_items(name, path), str(path))
+        tables[split] = _read_items(name, path)
     return tables
 
 
 def _read_items(name: str, path: Path) -> pa.Table:
+    """What still reads of a damaged file may be other items: Parquet does not show it, and a user's has no digest."""
     try:
-        return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"benchmark {name}: {path} is truncated or not Parquet ({error})") from error
+        table = _checked(name, pq.read_table(path), str(path))
+        table.validate(full=True)
+        table.select(BENCHMARKS[name].columns).to_pydict()  # decodes names within a struct
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"benchmark {name}: {path} is truncated, damaged or not Parquet ({error}); put it there anew, or run "
+            "`dvc repro` if a stage has written it"
+        ) from error
+    return table
 
 
 def hub_repository(name: str) -> str:
@@ -224,9 +231,26 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
         raise InputError(
             f"benchmark {name}: {origin} has no column {', '.join(missing)} (it has {', '.join(table.column_names)})"
         )
+    for column in BENCHMARKS[name].columns:
+        kind = table.schema.field(column).type
+        if not _is_plain(kind):  # lm-eval would write b'...' into the prompt
+            raise InputError(
+                f"benchmark {name}: column {column} of {origin} has type {kind}; valid: text, numbers, truth values, "
+                "and lists and structs of them"
+            )
     if not table.num_rows:
         raise InputError(f"benchmark {name}: {origin} holds no item")
     return table.replace_schema_metadata(None)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    types = pa.types
+    if types.is_struct(kind):
+        return all(_is_plain(field.type) for field in kind)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return bool(texts or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
 
 
 def _gunzip(content: bytes) -> bytes:

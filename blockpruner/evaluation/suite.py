@@ -25,10 +25,11 @@ from blockpruner.evaluation.benchmarks import BENCHMARKS, benchmark_of, task_dig
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.speed import device_name, measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
-from blockpruner.models import load_model, load_tokenizer, resolve_device, set_threads
+from blockpruner.models import load_model, resolve_device, set_threads
 from blockpruner.progress import Observer
 from blockpruner.provenance import file_sha256, fingerprint, machine, model_identity
 from blockpruner.tables import TEXTS, read_json, read_table, replace_directory, write_json, write_table
+from blockpruner.tokenizers import load_tokenizer
 
 EVAL_VERSION = 1
 """Raised when a change of this code changes a number."""

@@ -12,9 +12,11 @@ until a scorer is made.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+import sys
 import textwrap
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -311,8 +313,8 @@ class RayScorer:
         self._group: Any = None
         self._ray, self._connected = connect(runtime["ray_address"], runtime["streaming"])
         try:
-            needs = resources(runtime, self._ray.cluster_resources())
-            self._group = self._reserve(needs, runtime["workers"])
+            needs = resources(runtime, [node["Resources"] for node in self._ray.nodes() if node["Alive"]])
+            self._group = self._reserve(needs, runtime)
             self._actor = self._ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(Replica)
             memory = self._memory_of_a_worker(runtime) if runtime["streaming"] else None
             self._arguments = (checkpoint.resolve(), dtype, dict(runtime), trust_remote_code, memory)
@@ -378,16 +380,24 @@ class RayScorer:
         free = available_memory() if runtime["ray_address"] is None else min(nodes)
         return free // int(runtime["workers"])
 
-    def _reserve(self, needs: Mapping[str, int], workers: int) -> Any:
+    def _reserve(self, needs: Mapping[str, int], runtime: Mapping[str, Any]) -> Any:
         """All workers' resources at once, so that no worker waits for another run's."""
+        workers = runtime["workers"]
         group = self._ray.util.placement_group([dict(needs)] * workers, strategy="PACK")
         if group.wait(timeout_seconds=GRANT_SECONDS):
             return group
         free = {kind: int(self._ray.available_resources().get(kind, 0)) for kind in needs}
         self._ray.util.remove_placement_group(group)
+        fixes = ["wait"]
+        if runtime["device"] == "split":  # fewer workers would have more each
+            fixes.append("use runtime.device: cuda")
+        elif needs["CPU"] > 1:
+            fixes.append(f"set runtime.threads to less than {needs['CPU']}")
+        elif workers > 1:
+            fixes.append("lower runtime.workers")
         raise InputError(
             f"Ray has not granted {workers} workers with {_figures(needs)} each within {GRANT_SECONDS} s; free now: "
-            f"{_figures(free)}, the rest in use or on nodes too small for a worker; lower runtime.workers, or wait"
+            f"{_figures(free)} on all nodes together, the rest is in use by others; {', or '.join(fixes)}"
         )
 
     def _start(self, number: int) -> _Worker:
@@ -477,6 +487,9 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
     """
     if address is None:
         os.environ.update(PRIVATE | ({"RAY_memory_monitor_refresh_ms": "0"} if streaming else {}))  # read at import
+        if "ray" not in sys.modules:  # else Ray's processes would ask for a token that this one does not send
+            os.environ["RAY_AUTH_MODE"] = "token"  # keeps other users of this machine out
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray's own is a file that all may read
     try:
         import ray
         import ray.util.scheduling_strategies
@@ -507,38 +520,56 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
     return ray, True
 
 
-def resources(runtime: Mapping[str, Any], cluster: Mapping[str, float]) -> dict[str, int]:
+def resources(runtime: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
     """What Ray keeps for each worker: CPU cores and, for a device that is one, GPUs.
 
+    What is left to us (all cores with threads: auto on CPU, all GPUs with device: split) is the largest share of which
+    the nodes hold one for each worker; a worker is on one node.
+
     Args:
-        cluster: all that the cluster has, as from `ray.cluster_resources`.
+        nodes: what each node has in all, as "Resources" in `ray.nodes`.
 
     Raises:
-        InputError: the workers do not all fit; with the figures.
+        InputError: the nodes do not hold the workers; with the figures.
     """
     workers, device, threads = runtime["workers"], runtime["device"], runtime["threads"]
     if device.startswith("cuda:"):
         raise InputError(
             f"runtime.device {device!r}: with executor: ray it is Ray that assigns devices; use auto or cuda"
         )
-    total = {kind: int(cluster.get(kind, 0)) for kind in ("CPU", "GPU")}
-    on_gpu = device in ("cuda", "split") or (device == "auto" and total["GPU"] > 0)
-    auto = 1 if on_gpu else max(1, total["CPU"] // workers)
-    needs = {"CPU": auto if threads == "auto" else int(threads)}
-    if on_gpu:
-        needs["GPU"] = max(1, total["GPU"] // workers) if device == "split" else 1
-    for kind, count in needs.items():
-        if workers * count > total[kind]:
-            fit = total[kind] // count
-            fix = f"lower runtime.workers to at most {fit}" if fit else "use another device"
-            if kind == "CPU" and count > 1:
-                fix += ", or runtime.threads"
-            raise InputError(
-                f"runtime.workers {workers} with {count} {kind} each need {workers * count} {kind}, and Ray has "
-                f"{total[kind]}; {fix}"
-            )
+    on_gpu = device in ("cuda", "split") or (device == "auto" and any(node.get("GPU", 0) >= 1 for node in nodes))
+    needs = {"CPU": 1 if threads == "auto" else int(threads)} | ({"GPU": 1} if on_gpu else {})
+    if (fit := _places(needs, nodes)) < workers:
+        fixes = [f"lower runtime.workers to at most {fit}"] if fit else []
+        if fewer := _largest("CPU", needs, workers, nodes):
+            fixes.append(f"lower runtime.threads to at most {fewer}")
+        raise InputError(
+            f"runtime.workers {workers} with {_figures(needs)} each: Ray has {_nodes_figures(needs, nodes)}, room for "
+            f"{fit}, since a worker is on one node; {', or '.join(fixes) or 'add nodes, or use another runtime.device'}"
+        )
+    if device == "split":
+        needs["GPU"] = _largest("GPU", needs, workers, nodes)
+    elif threads == "auto" and not on_gpu:
+        needs["CPU"] = _largest("CPU", needs, workers, nodes)
     return needs
+
+
+def _places(needs: Mapping[str, int], nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many workers the nodes hold."""
+    return sum(min(int(node.get(kind, 0)) // count for kind, count in needs.items()) for node in nodes)
+
+
+def _largest(kind: str, needs: Mapping[str, int], workers: int, nodes: Sequence[Mapping[str, float]]) -> int:
+    """The most that each worker can have of `kind` beside its other needs; 0 if there is no room for that many."""
+    most = max((int(node.get(kind, 0)) for node in nodes), default=0)
+    return next((n for n in range(most, 0, -1) if _places({**needs, kind: n}, nodes) >= workers), 0)
 
 
 def _figures(counts: Mapping[str, int]) -> str:
     return " and ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+def _nodes_figures(kinds: Iterable[str], nodes: Sequence[Mapping[str, float]]) -> str:
+    """Like nodes are named once."""
+    like = Counter(_figures({kind: int(node.get(kind, 0)) for kind in kinds}) for node in nodes)
+    return ", ".join(f"{count} node{'s' * (count > 1)} of {figures}" for figures, count in like.items()) or "no node"

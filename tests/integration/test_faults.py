@@ -144,7 +144,7 @@ def test_a_second_process_waits_and_reuses(tmp_path, undisturbed):
     with open(path, "r+") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         handle.truncate(0)
-        handle.write("4711")
+        handle.write("4711 on node7")
         handle.flush()
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "stages.score", "tiny"],
@@ -155,13 +155,26 @@ def test_a_second_process_waits_and_reuses(tmp_path, undisturbed):
         )
         assert process.stdout is not None
         assert process.stdout.readline() == (
-            "process 4711 computes the same trials; waiting for it, then reusing them\n"
+            "process 4711 on node7 computes the same trials; waiting for it, then reusing them\n"
         )
         assert process.poll() is None
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert counts(project)["trials_computed"] == 0
     assert tables(project) == tables(undisturbed)
+
+
+def test_a_truncated_tokenizer_is_one_line(tmp_path):
+    project = make_project(tmp_path, BUDGET, num_samples=14)
+    assert stage(project, "fetch").returncode == 0
+    path = project / "data/models/tiny/tokenizer.json"
+    content = path.read_bytes()
+    path.unlink()  # a hard link into a store may be read by others
+    path.write_bytes(content[: len(content) // 2])
+    result = stage(project, "calibrate")
+    assert result.returncode == 1
+    assert "the tokenizer in data/models/tiny cannot be loaded" in result.stderr
+    assert "fetch the checkpoint again" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_ctrl_c_is_one_line(tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -60,6 +61,32 @@ def private_ray():
     while processes(session) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert processes(session) == []
+
+
+def test_a_private_ray_asks_for_a_token_that_is_in_no_file_and_no_command_line(tmp_path):
+    """In a process of its own, since Ray reads its environment when it is imported."""
+    program = """
+import os
+from pathlib import Path
+from blockpruner.scoring.executors import connect
+ray, _ = connect(None)
+session, token = ray.nodes()[0]["ObjectStoreSocketName"].split("/")[-3], os.environ["RAY_AUTH_TOKEN"]
+for process in Path("/proc").glob("[0-9]*"):
+    try:
+        line, settings = (process / "cmdline").read_text(), (process / "environ").read_text().split("\\0")
+    except OSError:
+        continue
+    if session in line:
+        print("RAY_AUTH_MODE=token" in settings and "RAY_AUTH_TOKEN=" + token in settings and token not in line)
+print(len(token), ray.get(ray.remote(lambda: "computed").remote()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    *protected, last = done.stdout.splitlines()
+    assert last == "64 computed" and len(protected) >= 3 and set(protected) == {"True"}
+    assert not (tmp_path / ".ray").exists()
 
 
 class Logged(Replica):
@@ -259,7 +286,10 @@ def test_what_a_worker_refuses_arrives_as_itself(checkpoint, replica):
 
 def test_more_workers_than_there_is_room_for(checkpoint, private_ray, replica, monkeypatch):
     cores = int(private_ray.cluster_resources()["CPU"])
-    with pytest.raises(InputError, match=rf"workers {cores + 1} .*Ray has {cores}; lower runtime.workers to at most"):
+    with pytest.raises(
+        InputError,
+        match=rf"workers {cores + 1} .* {cores} CPU, room for {cores}, .*lower runtime.workers to at most {cores}$",
+    ):
         make_scorer(checkpoint, "float32", RUNTIME | {"workers": cores + 1})
     replica(Fake)
     monkeypatch.setattr(executors, "GRANT_SECONDS", 2)

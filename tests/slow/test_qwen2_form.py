@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from blockpruner.blocks import DENSE, all_blocks
 from blockpruner.calibration import pack
-from blockpruner.models import load_model, load_tokenizer
+from blockpruner.models import load_model
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from blockpruner.tables import TEXTS, read_table
+from blockpruner.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.slow
 

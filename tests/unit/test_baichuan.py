@@ -25,12 +25,13 @@ from blockpruner.checkpoints.verification import reference_outputs, verify_check
 from blockpruner.errors import InputError
 from blockpruner.families import count_parameters
 from blockpruner.modeling_blockpruned import BaichuanConfig, BaichuanForCausalLM, alibi_slopes
-from blockpruner.models import load_model, load_tokenizer, masked, prune_
+from blockpruner.models import load_model, masked, prune_
 from blockpruner.scoring import streaming, weights
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
 from blockpruner.sources import checkpoint_identity, fetch_checkpoint
+from blockpruner.tokenizers import load_tokenizer
 from tests.unit.test_engine import make_rows, score_all, sweep
 from tests.unit.test_streaming import LiveBytes
 

@@ -106,7 +106,7 @@ def test_the_digest_is_of_the_content_not_of_the_place(tmp_path):
         task_digest("piqa", tmp_path / "a")
     (split,) = (tmp_path / "a/hellaswag").glob("*.parquet")
     split.write_bytes(split.read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"benchmark hellaswag: .*\.parquet is truncated or not Parquet"):
+    with pytest.raises(InputError, match=r"benchmark hellaswag: .*\.parquet is truncated, damaged or not Parquet"):
         task_digest("hellaswag", tmp_path / "a")
 
 
@@ -185,7 +185,7 @@ def test_items_from_a_folder(tmp_path):
     with pytest.raises(InputError, match="holds no item"):
         tables_from_folder("piqa", tmp_path)
     (tmp_path / "piqa_validation.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(InputError, match=r"piqa_validation\.parquet is truncated or not Parquet"):
+    with pytest.raises(InputError, match=r"piqa_validation\.parquet is truncated, damaged or not Parquet"):
         tables_from_folder("piqa", tmp_path)
 
 

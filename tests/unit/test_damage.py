@@ -4,6 +4,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import stat
 import struct
@@ -170,6 +171,57 @@ def test_items_that_are_none_are_refused(content, tmp_path):
     for member in (content, gzip.compress(content), gzip.compress(b'{"doc": {"id": 1, "choices": 3}}')):
         with pytest.raises(InputError):
             tables_from_archive("arc_easy", lambda name, member=member: member)
+
+
+ITEMS_OF = {
+    "piqa": pa.table({"goal": ["open a jar", "ein Hund: äöü"], "sol1": ["twist", "a"], "sol2": ["hit", "c"],
+                      "label": [0, 1], "source": ["not needed", "ü"]}),
+    "truthfulqa_mc1": pa.table({"question": ["q", "ü"],
+                                "mc1_targets": [{"choices": ["a", "b"], "labels": [1, 0]}] * 2}),
+}  # fmt: skip
+
+
+def check_items(task, path, content):
+    """They are refused, or can be read whole and have the columns that are needed; of piqa, which has no structs whose
+    fields could have other names, of the same types. Values may differ: a user's Parquet has no digest."""
+    path.write_bytes(content)
+    whole, needed = ITEMS_OF[task], benchmarks.BENCHMARKS[task].columns
+    try:
+        found = tables_from_folder(task, path.parent)["validation"]
+    except InputError as error:
+        assert path.name in str(error)
+    else:
+        assert len(found.to_pylist()) == found.num_rows > 0
+        assert task != "piqa" or found.select(needed).schema == whole.select(needed).schema
+
+
+@pytest.mark.parametrize("task", ITEMS_OF)
+@given(changes=flips, keep=st.integers(0, 100))
+@many
+def test_damaged_items_are_refused_or_have_the_same_columns(task, changes, keep, tmp_path):
+    path = tmp_path / f"{task}_validation.parquet"
+    pq.write_table(ITEMS_OF[task], path)
+    content = path.read_bytes()
+    for damaged in (flipped(content, changes), content[: len(content) * keep // 101]):
+        check_items(task, path, damaged)
+
+
+@pytest.mark.parametrize("task", ITEMS_OF)
+def test_one_bit_changed_anywhere_in_the_items(task, tmp_path):
+    """The high bit, with which text is no UTF-8 any more, and a low one."""
+    path = tmp_path / f"{task}_validation.parquet"
+    pq.write_table(ITEMS_OF[task], path)
+    content = path.read_bytes()
+    for place, mask in itertools.product(range(len(content)), (0x80, 0x02)):
+        check_items(task, path, flipped(content, [(place, mask)]))
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.list_(pa.binary()), pa.struct({"text": pa.large_binary()})])
+def test_items_of_bytes_are_refused(kind, tmp_path):
+    table = ITEMS_OF["piqa"].set_column(0, "goal", pa.nulls(2, kind))
+    pq.write_table(table, tmp_path / "piqa_validation.parquet")
+    with pytest.raises(InputError, match=r"column goal of .*piqa_validation\.parquet has type .*binary.*; valid: te"):
+        tables_from_folder("piqa", tmp_path)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------

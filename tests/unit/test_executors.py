@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -206,41 +207,81 @@ def test_the_module_loads_neither_torch_nor_ray():
 
 
 @pytest.mark.parametrize(
-    ("runtime", "cluster", "needs"),
+    ("runtime", "nodes", "needs"),
     [
-        ({"workers": 2, "threads": "auto"}, {"CPU": 8.0}, {"CPU": 4}),
-        ({"workers": 2, "threads": 3}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 3}),
-        ({"workers": 2, "device": "auto"}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 1, "GPU": 1}),
-        ({"workers": 3, "device": "auto"}, {"CPU": 8.0}, {"CPU": 2}),
-        ({"workers": 1, "device": "cuda", "threads": 2}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 2, "GPU": 1}),
-        ({"workers": 2, "device": "split"}, {"CPU": 8.0, "GPU": 8.0}, {"CPU": 1, "GPU": 4}),
+        ({"workers": 2, "threads": "auto"}, [(8, 0)], {"CPU": 4}),
+        ({"workers": 2, "threads": "auto"}, [(16, 0)] * 3, {"CPU": 16}),
+        ({"workers": 4, "threads": "auto"}, [(0, 0), (16, 0), (16, 0), (6, 0)], {"CPU": 8}),
+        ({"workers": 2, "threads": 3}, [(8, 2)], {"CPU": 3}),
+        ({"workers": 2, "device": "auto"}, [(8, 2)], {"CPU": 1, "GPU": 1}),
+        ({"workers": 3, "device": "auto"}, [(8, 0)], {"CPU": 2}),
+        ({"workers": 1, "device": "cuda", "threads": 2}, [(8, 2)], {"CPU": 2, "GPU": 1}),
+        ({"workers": 2, "device": "split"}, [(8, 8)], {"CPU": 1, "GPU": 4}),
+        ({"workers": 2, "device": "split"}, [(8, 4)] * 3, {"CPU": 1, "GPU": 4}),
+        ({"workers": 4, "device": "split"}, [(8, 4)] * 3, {"CPU": 1, "GPU": 2}),
     ],
 )
-def test_resources_of_a_worker(runtime, cluster, needs):
-    assert resources(RUNTIME | runtime, cluster) == needs
+def test_resources_of_a_worker(runtime, nodes, needs):
+    assert resources(RUNTIME | runtime, ray_nodes(nodes)) == needs
+
+
+def ray_nodes(nodes):
+    """Of (CPUs, GPUs), as Ray says it: what a node has not is left out."""
+    return [{kind: float(n) for kind, n in zip(("CPU", "GPU"), node, strict=True) if n} for node in nodes]
+
+
+def fits(workers, cpus, gpus, nodes):
+    """Brute force: whether some way of placing the workers on nodes asks none for more than it has."""
+    return any(
+        all(place.count(i) * cpus <= node[0] and place.count(i) * gpus <= node[1] for i, node in enumerate(nodes))
+        for place in itertools.product(range(len(nodes)), repeat=workers)
+    )
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
+    generator = random.Random(seed)
+    nodes = [(generator.randint(0, 7), generator.randint(0, 4)) for _ in range(generator.randint(1, 3))]
+    workers, threads = generator.randint(1, 4), generator.choice(["auto", 1, 2, 3])
+    for device in ("cpu", "cuda", "split"):
+        cpus = range(1, 8) if (device, threads) == ("cpu", "auto") else [1 if threads == "auto" else threads]
+        gpus = {"cpu": [0], "cuda": [1], "split": range(1, 5)}[device]
+        valid = [(c, g) for c in cpus for g in gpus if fits(workers, c, g, nodes)]
+        wanted = RUNTIME | {"workers": workers, "threads": threads, "device": device}
+        if valid:
+            found = resources(wanted, ray_nodes(nodes))
+            assert (found["CPU"], found.get("GPU", 0)) == max(valid)
+        else:
+            with pytest.raises(InputError, match=f"runtime.workers {workers} with ") as refused:
+                resources(wanted, ray_nodes(nodes))
+            for setting, lower in re.findall(r"lower runtime.(workers|threads) to at most (\d+)", str(refused.value)):
+                resources(wanted | {setting: int(lower)}, ray_nodes(nodes))
+                with pytest.raises(InputError):  # and that was the most
+                    resources(wanted | {setting: int(lower) + 1}, ray_nodes(nodes))
 
 
 @pytest.mark.parametrize(
-    ("runtime", "cluster", "message"),
+    ("runtime", "nodes", "message"),
     [
-        ({"workers": 3}, {"CPU": 2.0}, r"workers 3 with 1 CPU each need 3 CPU, and Ray has 2; .* at most 2$"),
+        ({"workers": 3}, [(2, 0)], r"workers 3 with 1 CPU each: Ray has 1 node of 2 CPU, room for 2, .* at most 2$"),
         (
             {"workers": 2, "threads": 4},
-            {"CPU": 6.0},
-            r"4 CPU each need 8 CPU, and Ray has 6; .* at most 1, or .*threads",
+            [(6, 0)],
+            r"4 CPU each: Ray has 1 node of 6 CPU, room for 1, .*workers to at most 1, or .*threads to at most 3$",
         ),
         (
-            {"workers": 3, "device": "auto"},
-            {"CPU": 8.0, "GPU": 2.0},
-            r"1 GPU each need 3 GPU, and Ray has 2; .*most 2$",
+            {"workers": 3, "threads": 10},
+            [(16, 0), (16, 0), (8, 0)],
+            r"2 nodes of 16 CPU, 1 node of 8 CPU, room for 2, since .*workers to at most 2, or lower .*at most 8$",
         ),
-        ({"workers": 1, "device": "split"}, {"CPU": 8.0}, r"1 GPU each need 1 GPU, and Ray has 0; use another device$"),
-        ({"workers": 1, "device": "cuda:1"}, {"CPU": 8.0, "GPU": 2.0}, r"'cuda:1'.* use auto or cuda$"),
+        ({"workers": 3, "device": "auto"}, [(8, 2)], r"1 CPU and 1 GPU each: .* 8 CPU and 2 GPU, .*at most 2$"),
+        ({"workers": 1, "device": "split"}, [(8, 0)], r"8 CPU and 0 GPU, room for 0.*add nodes, or use another"),
+        ({"workers": 1, "device": "cuda:1"}, [(8, 2)], r"'cuda:1'.* use auto or cuda$"),
     ],
 )
-def test_too_few_resources_are_refused_with_the_figures(runtime, cluster, message):
+def test_too_few_resources_are_refused_with_the_figures(runtime, nodes, message):
     with pytest.raises(InputError, match=message):
-        resources(RUNTIME | runtime, cluster)
+        resources(RUNTIME | runtime, ray_nodes(nodes))
 
 
 def test_an_address_of_a_ray_client_is_refused():

@@ -1,7 +1,10 @@
 """What a search run reuses and what it computes: every input of the fingerprints, and budgets out of reach."""
 
 import json
+import os
 import shutil
+import socket
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -135,3 +138,30 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, 
 def test_unknown_method_names_the_valid_ones(tmp_path):
     with pytest.raises(InputError, match=r"score\.method 'gredy' is unknown; valid: beam, evolution, given, greedy"):
         score_run(tmp_path, score=SCORE | {"method": "gredy"})
+
+
+class Notes(SilentObserver):
+    def __init__(self):
+        self.notes, self.told = [], threading.Event()
+
+    def note(self, message):
+        self.notes.append(message)
+        self.told.set()
+
+
+def test_who_waits_for_the_same_trials_says_for_which_process_on_which_host(tmp_path):
+    first, second = Notes(), Notes()
+
+    def wait():
+        with run.exclusive(tmp_path / "trials" / "s.lock", second):
+            second.note("goes on")
+
+    waiting = threading.Thread(target=wait)
+    with run.exclusive(tmp_path / "trials" / "s.lock", first):
+        waiting.start()
+        assert second.told.wait(20)
+        assert len(second.notes) == 1
+    waiting.join(20)
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert second.notes == [f"{holder} computes the same trials; waiting for it, then reusing them", "goes on"]
+    assert first.notes == []

@@ -1,0 +1,48 @@
+"""A checkpoint's tokenizer: loaded without torch's models, and refused with the folder's name where it is damaged."""
+
+import json
+
+import pytest
+
+from blockpruner.errors import InputError
+from blockpruner.tokenizers import load_tokenizer
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.fixture
+def directory(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_it_is_the_one_that_was_saved(directory):
+    assert load_tokenizer(directory)("a cat")["input_ids"] == tiny_tokenizer()("a cat")["input_ids"]
+
+
+def unknown_word(content):
+    """Valid JSON, of which only the tokenizers library knows that it is no tokenizer; it raises a bare Exception."""
+    settings = json.loads(content)
+    settings["model"]["merges"] = [["not", "there"]]
+    return json.dumps(settings).encode()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"[]", lambda b: b"null", lambda b: b"\xff\xfe"]
+)
+def test_a_damaged_file_is_refused(directory, name, damage):
+    path = directory / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=rf"the tokenizer in {directory} cannot .*fetch the checkpoint again"):
+        load_tokenizer(directory)
+
+
+def test_a_missing_or_inconsistent_tokenizer_is_refused(directory):
+    path = directory / "tokenizer.json"
+    path.write_bytes(unknown_word(path.read_bytes()))
+    with pytest.raises(InputError, match=r"Exception: Token `not` out of vocabulary"):
+        load_tokenizer(directory)
+    for missing in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / missing).unlink()
+        with pytest.raises(InputError, match=rf"the tokenizer in {directory} cannot be loaded"):
+            load_tokenizer(directory)
