@@ -174,7 +174,7 @@ def bars(page):
 
 
 def is_bar(rows, columns):
-    return rows.stop - rows.start > 24 and columns.stop - columns.start > 16
+    return rows.stop - rows.start > 24 and columns.stop - columns.start > 5
 
 
 def open_artifact(page, url, key):
@@ -202,7 +202,7 @@ def test_trigger_watch_cancel_and_retry(page, served, project):
     found = tasks(served, "first")
     assert ("iteration 0", "Completed", "score@tiny") in found and ("score@tiny", "Completed") in found
     open_run(page, served, "first")
-    page.wait_for_timeout(2000)
+    wait_until(lambda: len(bars(page)) == len([name for name, _, *parent in found if not parent]))  # one a stage
     (left, top), (end, _) = bars(page)[2:4]  # score, behind fetch and calibrate, and baseline
     page.locator("canvas").first.click(position={"x": left + 16, "y": top + 16})  # its arrow
     wait_until(lambda: any(left < x < end and y > top + 24 for x, y in bars(page)))
