@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,8 +40,16 @@ LOCKFILES, SNAPSHOTS, WORKSPACE_LOCK = (
 READERS = Path(".dvc/tmp/rwlock")
 
 
+SAID = re.compile(r"error in stage [^:]*: (.*)")
+"""The line in which `stages.run` says what the user can correct."""
+
+
 class StageError(RuntimeError):
-    """A stage failed and has printed why."""
+    """A stage failed and has printed why; reason: its line for users, "" where it ended in another way."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @contextmanager
@@ -50,7 +59,7 @@ def workspace(holder: str) -> Iterator[int]:
     The kernel frees it with the last process that holds the descriptor: no stale locks.
 
     Raises:
-        InputError: another flow holds it; says which.
+        InputError: another flow holds it, or a dvc of somebody's runs a stage in it; says which.
     """
     WORKSPACE_LOCK.parent.mkdir(exist_ok=True)
     with open(WORKSPACE_LOCK, "a+", encoding="utf-8") as handle:
@@ -62,10 +71,33 @@ def workspace(holder: str) -> Iterator[int]:
                 f"this workspace is in use by {handle.read()}; wait for it or stop it, or use another clone: "
                 "one flow at a time changes params.yaml, dvc.lock and data/"
             ) from None
+        _require_no_writer()
         handle.truncate(0)
         handle.write(holder)
         handle.flush()
         yield handle.fileno()
+
+
+def _require_no_writer() -> None:
+    """Refuse beside a plain dvc that runs a stage: it reads params.yaml when the stage ends, and would write into
+    dvc.lock that the stage had used what a flow has changed meanwhile."""
+    with suppress(FileNotFoundError, json.JSONDecodeError):  # one that was cut short is set aside later
+        for path, writer in json.loads(READERS.read_text(encoding="utf-8")).get("write", {}).items():
+            if _alive(writer["pid"]):
+                raise InputError(
+                    f"this workspace is in use by process {writer['pid']} ({writer['cmd']}), which writes {path}; wait "
+                    f"for it or stop it; if there is no such process, remove {READERS}"
+                )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def repro(
@@ -84,13 +116,13 @@ def repro(
         again: whether the command runs even if nothing has changed.
 
     Raises:
-        StageError: the stage failed; `show` has seen why.
+        StageError: the stage failed; `show` has seen all that it said.
     """
     force = ["--force"] if again else []
     command = [sys.executable, "-m", "flows.dvc", "repro", "--single-item", *force, stage]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     env = {**os.environ, **(environment or {}), "PATH": path, "PYTHONUNBUFFERED": "1", PARENT: str(os.getpid())}
-    ran = False
+    ran, reason = False, ""
     with _lockfiles(show):
         process = subprocess.Popen(
             command,
@@ -107,6 +139,8 @@ def repro(
             assert process.stdout is not None
             for line in process.stdout:
                 ran = ran or line.startswith(f"Running stage '{stage}'")
+                if said := SAID.match(line):
+                    reason = said[1]
                 if line.strip():
                     show(line.rstrip())
             code = process.wait()
@@ -114,7 +148,8 @@ def repro(
             _stop(process)
             raise
     if code != 0:
-        raise StageError(f"stage {stage} failed (dvc ended with {code}); its output says why")
+        why = f": {reason}" if reason else f" (dvc ended with {code}); its output says why"
+        raise StageError(f"stage {stage} failed{why}", reason)
     return ran
 
 
@@ -149,6 +184,8 @@ def _lockfiles(show: Callable[[str], object]) -> Iterator[None]:
     _repair(show)
     for path in LOCKFILES:
         if path.exists():
+            for old in SNAPSHOTS.glob(f"{_snapshots(path)}*"):
+                old.unlink()
             shutil.copyfile(path, _snapshot(path))
     try:
         yield
@@ -156,8 +193,14 @@ def _lockfiles(show: Callable[[str], object]) -> Iterator[None]:
         _repair(show)
 
 
+def _snapshots(path: Path) -> str:
+    return f"flow.{'.'.join(path.parts)}"
+
+
 def _snapshot(path: Path) -> Path:
-    return SNAPSHOTS / f"flow.{'.'.join(path.parts)}"
+    """Named after what is committed of the file: after a commit or a pull, that is newer than any snapshot before."""
+    found = subprocess.run(["git", "rev-parse", "-q", "--verify", f"HEAD:./{path}"], capture_output=True, text=True)
+    return SNAPSHOTS / f"{_snapshots(path)}.{found.stdout.strip() or 'new'}"
 
 
 def _repair(show: Callable[[str], object]) -> None:

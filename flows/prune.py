@@ -15,18 +15,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect import flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run, task_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
@@ -42,7 +42,23 @@ PAGES_VARIABLE = "BLOCKPRUNER_REPORT_PAGES"
 """Where a browser finds the reports below data/; set by flows.serve, since a page of the UI may not link to a file."""
 
 
-@task(cache_policy=NO_CACHE)  # DVC is the cache
+UNREACHABLE = ("budget ", "ratio ")
+"""How a stage's reason begins where it is a budget that cannot be met: no later run would, either."""
+
+
+def never(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether to try again; shows the traceback of what a task did not return but raised, as Prefect would."""
+    if isinstance(state.data, Exception):
+        get_run_logger().error(str(state.message), exc_info=state.data)
+    return False
+
+
+QUIET: dict[str, Any] = {"cache_policy": NO_CACHE, "retries": 1, "retry_condition_fn": never}
+"""Of a task that returns its failure: DVC is the cache, and nothing is tried again. Without retries, Prefect logs the
+returned state as an exception ("NoneType: None") before it says that the task has ended in it."""
+
+
+@task(**QUIET)
 def run_stage(stage: str, lock: int, again: bool = False) -> State[None]:
     """One DVC stage, its output in the task's log; `again` runs it even if nothing has changed."""
     url = get_current_settings().api.url
@@ -59,9 +75,11 @@ def run_stage(stage: str, lock: int, again: bool = False) -> State[None]:
         ran = dvc.repro(stage, lock, get_run_logger().info, parent, again)
     except BaseException as error:
         if url:
-            phases.close(UUID(flow_run.id), UUID(task_run.id))
+            with suppress(httpx.HTTPError):  # a server that is gone must not hide the error
+                phases.close(UUID(flow_run.id), UUID(task_run.id))
         if isinstance(error, dvc.StageError):
-            return Failed(message=str(error))
+            name = "Refused" if error.reason.startswith(UNREACHABLE) else None
+            return Failed(name=name, message=str(error))
         raise
     return Completed() if ran else Completed(name="Cached", message="nothing has changed")
 
@@ -77,6 +95,8 @@ def prune(selection: Selection = EVERYTHING) -> State[None]:
             outcome = run_stages(chosen.stages(), lock)
             if outcome.is_completed():
                 publish(chosen)
+            elif outcome.name == "Refused":
+                return Failed(name="Refused", message=f"{outcome.message}{take_back(chosen)}")
             return outcome
     except InputError as error:
         return Failed(name="Refused", message=str(error))
@@ -94,6 +114,12 @@ def begin(selection: Selection) -> Iterator[tuple[Plan, int]]:
         yield chosen, lock
 
 
+def take_back(chosen: Plan, built: Collection[str] = ()) -> str:
+    """After a budget that cannot be met: what of params.yaml is as before, in words for a state's message."""
+    taken = chosen.take_back(built)
+    return f". Taken back from params.yaml: {', '.join(taken)}" if taken else ""
+
+
 def run_stages(stages: Sequence[str], lock: int) -> State[None]:
     """Stages one after the other, up to the first that fails."""
     states: list[State[Any]] = []
@@ -101,7 +127,8 @@ def run_stages(stages: Sequence[str], lock: int) -> State[None]:
         named = run_stage.with_options(name=stage, task_run_name=stage)
         states.append(named(stage, lock, return_state=True))
         if not states[-1].is_completed():
-            return Failed(message=f"{states[-1].message}. Finished stages are kept: run again to go on")
+            message = f"{states[-1].message}. Finished stages are kept: run again to go on"
+            return Failed(name=states[-1].name, message=message)
     cached = sum(state.name == "Cached" for state in states)
     return Completed(message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached")
 
@@ -166,7 +193,7 @@ def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> in
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: up to date; 1: a stage failed; 2: refused, nothing changed; 130: interrupted."""
+    """0: up to date; 1: a stage failed; 2: refused, params.yaml is as it was; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.prune", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
     parser.add_argument(

@@ -1,14 +1,15 @@
 """What a flow is asked to do: runs and budgets, the change of params.yaml they need, the stages to run.
 
 Decides the form that the UI shows, the names of added targets (`<run>-<budget>`) and how params.yaml is edited. What
-a value may be is decided by blockpruner.params, which checks the new content before it is written.
+a value may be is decided by blockpruner.params, which checks the new content before it is written, and how far a
+model can be pruned by blockpruner.budgets, which the stage score asks, too.
 """
 
 from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,20 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from blockpruner.blocks import removable_units
+from blockpruner.budgets import parse_budget, require_reachable, resources_of
 from blockpruner.errors import InputError
+from blockpruner.families import Config
 from blockpruner.notation import read_budget
-from blockpruner.params import Frozen, Run, load_params, load_run, load_set, load_sets, run_names
-from blockpruner.tables import write_text
+from blockpruner.params import Frozen, Params, Run, load_params, load_run, load_set, load_sets, run_names
+from blockpruner.sources import SOURCE_FILE
+from blockpruner.tables import read_json, write_text
+from blockpruner.transforms import TRANSFORMS
 
 PARAMS, PIPELINE, STUDIES = Path("params.yaml"), Path("dvc.yaml"), Path("runs/dvc.yaml")
+MODELS = Path("data/models")
 BUDGET = r"^(0*\.\d+(kv)?|0*[1-9]\d*(blocks|layers)|\d*\.?\d+x)$"
-"""How a form tells a typing error; what a model can reach is known only when the flow runs."""
+"""How a form tells a typing error; what a model can reach is known when it is fetched."""
 
 KINDS = (
     "0.22 (a share of all parameters), 17blocks, 7layers, 0.30kv (a share of the KV cache), 1.25x (a speed-up of "
@@ -98,17 +105,36 @@ class Tables(Frozen):
 class Plan:
     """A checked selection.
 
-    targets: their runs by name; text: params.yaml as it has to be; additions: what is new in it, in words.
+    targets: their runs by name; before: params.yaml as it is; text: as it has to be; additions: what is new in it, in
+    words.
     """
 
     runs: tuple[str, ...]
     targets: Mapping[str, str]
+    before: str
     text: str
     additions: tuple[str, ...]
 
     def write(self) -> None:
         if self.additions:
             write_text(PARAMS, self.text)
+
+    def take_back(self, built: Collection[str] = ()) -> tuple[str, ...]:
+        """Take what was added out of params.yaml again, but for these targets and their runs; what, in words."""
+        kept = {f"target {target}" for target in built} | {f"run {self.targets[target]}" for target in built}
+        taken = tuple(addition for addition in self.additions if addition not in kept)
+        if taken == self.additions and PARAMS.read_text(encoding="utf-8") == self.text:
+            write_text(PARAMS, self.before)
+        elif taken:  # somebody has changed the file meanwhile, or a part of it stays
+            editor = _editor()
+            document = editor.load(PARAMS.read_text(encoding="utf-8"))
+            for kind, name in (addition.split() for addition in taken):
+                if kind == "target":
+                    document["targets"].pop(name, None)
+                elif name in document["runs"]:
+                    document["runs"].remove(name)
+            write_text(PARAMS, _dumped(editor, document))
+        return taken
 
     def stages(self) -> tuple[str, ...]:
         """DVC's names of the stages, in dvc.yaml's order: a stage there stands behind those it depends on."""
@@ -130,14 +156,13 @@ def plan(selection: Selection) -> Plan:
     """Check a selection against the files of the current folder; changes none of them.
 
     Raises:
-        InputError: an unknown run, a bad budget, or files that are wrong already.
+        InputError: an unknown run, a bad budget, one that the run's model cannot reach, or files that are wrong
+            already.
     """
     params = load_params(PARAMS)
-    runs = tuple(dict.fromkeys(selection.runs)) or params.runs
-    for run in runs:
-        load_run(run)
-    editor = _editor()
-    document = editor.load(PARAMS.read_text(encoding="utf-8"))
+    runs = {run: load_run(run) for run in selection.runs or params.runs}
+    editor, before = _editor(), PARAMS.read_text(encoding="utf-8")
+    document = editor.load(before)
     additions = []
     for run in runs:
         if run not in params.runs:
@@ -160,8 +185,35 @@ def plan(selection: Selection) -> Plan:
             additions.append(f"target {name}")
         targets[name] = run
     text = _dumped(editor, document)
-    _check(text)
-    return Plan(runs, targets, text, tuple(additions))
+    new = _check(text)
+    for run, settings in runs.items():
+        _require_reachable(run, settings, new.budgets_of(run))
+    return Plan(tuple(runs), targets, before, text, tuple(additions))
+
+
+def _require_reachable(run: str, settings: Run, budgets: Sequence[str]) -> None:
+    """Refuse what the stage score would refuse, where the model's config says so: it is fetched, blocks are removed,
+    and the budget is no speed-up, which is measured first."""
+    config = _fetched_config(run, settings)
+    if config is None or settings.score.method in TRANSFORMS:
+        return
+    resources = resources_of(config)
+    units = removable_units(int(config["num_hidden_layers"]), settings.score.unit, settings.score.candidates)
+    try:
+        for budget in (parse_budget(text, resources["parameters"]) for text in budgets):
+            if budget.resource in resources:
+                require_reachable(budget, units, resources[budget.resource])
+    except InputError as error:
+        raise InputError(f"run {run}: {error}; {PARAMS} is unchanged") from None
+
+
+def _fetched_config(run: str, settings: Run) -> Config | None:
+    """Of the run's model; None where it is not fetched, or where it was another that was."""
+    source, wanted = MODELS / run / SOURCE_FILE, settings.model.model_dump(exclude={"dtype"}, exclude_none=True)
+    if not source.exists() or not wanted.items() <= read_json(source)["source"].items():
+        return None
+    config: Config = read_json(source.with_name("config.json"))
+    return config
 
 
 @dataclass(frozen=True)
@@ -220,11 +272,11 @@ def _dumped(editor: YAML, document: CommentedMap) -> str:
     return buffer.getvalue()
 
 
-def _check(text: str) -> None:
+def _check(text: str) -> Params:
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / PARAMS
         draft.write_text(text, encoding="utf-8")
         try:
-            load_params(draft)
+            return load_params(draft)
         except InputError as error:
             raise InputError(f"{str(error).replace(str(draft), str(PARAMS))}; {PARAMS} is unchanged") from None

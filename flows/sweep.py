@@ -13,13 +13,12 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from blockpruner.errors import InputError
 from blockpruner.tables import read_json
-from flows.prune import METRICS, begin, publish, run_stages
+from flows.prune import METRICS, QUIET, begin, publish, run_stages, take_back
 from flows.selection import Grid, Plan, Selection
 
 PLANS = Path("data/plans")
@@ -27,7 +26,7 @@ COMPARED = {"perplexity": "perplexity", "average": "accuracy", "speedup_generati
 """Metrics in the table, and their names there."""
 
 
-@task(cache_policy=NO_CACHE)
+@task(**QUIET)
 def bring_up(stages: Sequence[str], lock: int) -> State[None]:
     """The stages of one run or one target, nested under it."""
     return run_stages(stages, lock)
@@ -47,14 +46,18 @@ def sweep(grid: Grid) -> State[None]:
                     if item != run:
                         rows.append(_row(run, item, states[item], time.monotonic() - started))
                 create_table_artifact(rows, "sweep", f"The sweep after {number} of {len(chosen.runs)} runs")
-            if any(states[target].is_completed() for target in chosen.targets):
+            refused = any(state.name == "Refused" for state in states.values())
+            built = [target for target in chosen.targets if states[target].is_completed()]
+            taken_back = take_back(chosen, built) if refused else ""
+            if built:
                 states["report"] = run_stages(chosen.stages_of(""), lock)
                 publish(chosen)
     except InputError as error:
         return Failed(name="Refused", message=str(error))
     failed = [item for item, state in states.items() if not state.is_completed()]
     if failed:
-        return Failed(message=f"not complete: {', '.join(failed)}. Finished stages are kept: run again to go on")
+        message = f"not complete: {', '.join(failed)}. Finished stages are kept: run again to go on{taken_back}"
+        return Failed(message=message)
     return Completed(message=f"{len(chosen.targets)} models of {len(chosen.runs)} runs")
 
 

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -27,10 +28,12 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, Running
 
 from blockpruner.errors import InputError
-from flows import dvc, prune, serve
+from blockpruner.params import load_params
+from flows import dvc, serve
+from flows import prune as prune_module
 from flows.paper import DATA_VARIABLE, lacking_data
 from flows.paper import main as paper_main
-from flows.prune import main
+from flows.prune import main, prune
 from flows.selection import Grid, Selection, paper_plan, plan
 from flows.serve import server_settings
 from flows.sweep import left_out, sweep
@@ -101,7 +104,7 @@ with open("log.txt", "a") as log:
 show = observer()
 show.note(f"hello from {stage} {item}")
 if f"{stage} {item}" == os.environ.get("STUB_FAILS"):
-    sys.exit("out of luck")
+    sys.exit(os.environ.get("STUB_SAYS", "out of luck"))
 if stage == "score":
     for index in range(2):
         show.begin(f"iteration {index}", index / 2)
@@ -254,7 +257,7 @@ def test_runs_that_a_killed_runner_left_open_are_ended(project: Path, server: st
         lost = client.create_flow_run_from_deployment(served, state=Running())
         part = client.create_task_run(Task(post, name="score"), lost.id, dynamic_key="1", state=Running())
         waiting = client.create_flow_run_from_deployment(served)
-        alive = client.create_flow_run(prune.prune, state=Running())
+        alive = client.create_flow_run(prune_module.prune, state=Running())
         serve.end_lost_runs(server)
         states = {run.id: client.read_flow_run(run.id).state for run in (lost, waiting, alive)}
         assert [state and state.name for state in states.values()] == ["Crashed", "Scheduled", "Running"]
@@ -329,9 +332,12 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(
             Path("data", path).parent.mkdir(parents=True, exist_ok=True)
             Path("data", path).write_text(json.dumps(content))
     monkeypatch.setenv("STUB_FAILS", "commit smollm2-0.1")
+    monkeypatch.setenv("STUB_SAYS", "error in stage commit smollm2-0.1: budget '0.1' is not in this sequence")
     with temporary_settings({PREFECT_API_URL: server}):
         state = sweep(Grid(runs=("smollm2", "other"), budgets=("0.1", "0.2")), return_state=True)
     assert state.is_failed() and "not complete: smollm2-0.1. Finished" in str(state.message)
+    assert str(state.message).endswith("Taken back from params.yaml: target smollm2-0.1")
+    assert set(load_params().targets) == {"smollm2-0.02", "smollm2-0.05", *targets[1:]}
     assert [" ".join(line[:2]) for line in log()] == [
         *("fetch smollm2", "score smollm2", "commit smollm2-0.1", "commit smollm2-0.2"),
         *("fetch other", "score other", "commit other-0.1", "commit other-0.2"),
@@ -342,7 +348,7 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(
     tables = [json.loads(a["data"]) for a in ask(server, "artifacts") if a["key"] == "sweep"]
     assert sorted(map(len, tables)) == [2, 4]
     rows = {row.pop("target"): row for row in max(tables, key=len)}
-    assert rows["smollm2-0.1"]["state"] == "Failed" and "commit@smollm2-0.1 failed" in rows["smollm2-0.1"]["why"]
+    assert rows["smollm2-0.1"]["state"] == "Refused" and "commit@smollm2-0.1 failed" in rows["smollm2-0.1"]["why"]
     del rows["other-0.2"]["minutes"]
     assert rows["other-0.2"] == {
         "run": "other", "state": "Completed", "removed, %": 12.3, "perplexity": 40.0, "perplexity, dense": 30.0,
@@ -524,6 +530,133 @@ def test_command_refuses_without_traceback(project: Path, capsys: pytest.Capture
     assert main(["--budget", "1.5", "--budget", "0.3"]) == 2
     assert "budget '1.5' is not valid" in capsys.readouterr().err
     assert Path("params.yaml").read_text() == before
+
+
+def fetch_as(run: str, repo: str, layers: int) -> None:
+    """What the stage fetch leaves of a model, of whose parameters seven tenths are in blocks."""
+    folder = Path("data/models", run)
+    folder.mkdir(parents=True)
+    config = {
+        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    model = {"source": "hub", "repo": repo, "revision": "abc", "dtype": "bfloat16", "trust_remote_code": False}
+    (folder / "blockpruner_source.json").write_text(json.dumps({"identity": "", "source": model}))
+
+
+@pytest.mark.parametrize(
+    ("budget", "largest"), [("0.99", r"8blocks, ratio 0\.7"), ("9blocks", "8blocks"), ("5layers", "3layers")]
+)
+def test_a_budget_beyond_a_fetched_model_is_refused_and_not_written(
+    project: Path, capsys: pytest.CaptureFixture[str], budget: str, largest: str
+) -> None:
+    run = Path("runs/smollm2.yaml")
+    run.write_text(re.sub(r"model:.*?\n(?=\w)", "model: {source: hub, repo: a/b}\n", run.read_text(), flags=re.DOTALL))
+    before = Path("params.yaml").read_text().replace("0.02", "0.2").replace("0.05", "8blocks")
+    Path("params.yaml").write_text(before)
+    fetch_as("smollm2", "a/b", layers=4)
+    plan(Selection(budgets=("8blocks", "0.98kv", "3layers")))
+    assert main(["--budget", "0.3", "--budget", budget]) == 2
+    assert re.search(f"run smollm2: budget '{budget}' .*the largest (reachable )?is {largest}", capsys.readouterr().err)
+    assert Path("params.yaml").read_text() == before and not log()
+    shutil.rmtree("data/models")
+    fetch_as("smollm2", "a/smaller", layers=4)  # what was fetched is not what the run's file names by now
+    assert plan(Selection(budgets=(budget,))).additions
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("error in stage score smollm2: budget '0.99' cannot be reached; the largest reachable is 3blocks", True),
+        ("error in stage score smollm2: data/trials could not be written: no space left", False),
+        ("Killed", False),
+    ],
+)
+def test_additions_that_a_stage_refuses_are_taken_back(
+    project: Path, server: str, monkeypatch: pytest.MonkeyPatch, said: str, refused: bool
+) -> None:
+    monkeypatch.setenv("STUB_FAILS", "score smollm2")
+    monkeypatch.setenv("STUB_SAYS", said)
+    before = Path("params.yaml").read_bytes()
+    with temporary_settings({PREFECT_API_URL: server}):
+        state = prune(Selection(budgets=("0.99",)), return_state=True)
+    message = str(state.message)
+    assert (state.name == "Refused") == refused and state.is_failed()
+    assert (Path("params.yaml").read_bytes() == before) == refused
+    assert ("Taken back from params.yaml: target smollm2-0.99" in message) == refused
+    assert message.startswith("stage score@smollm2 failed" + said.removeprefix("error in stage score smollm2")) or (
+        said == "Killed" and "dvc ended with" in message
+    )
+
+
+def test_what_others_changed_meanwhile_and_what_is_built_stays(project: Path) -> None:
+    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
+    chosen = plan(Selection(runs=("smollm2", "other"), budgets=("0.1",)))
+    chosen.write()
+    wanted = PARAMS.replace("block by block", "by hand")
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("block by block", "by hand"))
+    assert chosen.take_back(["smollm2-0.1"]) == ("run other", "target other-0.1")
+    left = load_params()
+    assert left.runs == ("smollm2",) and list(left.targets) == ["smollm2-0.02", "smollm2-0.05", "smollm2-0.1"]
+    assert chosen.take_back() == ("run other", "target smollm2-0.1", "target other-0.1")
+    assert Path("params.yaml").read_text().split() == wanted.split()
+
+
+def test_a_failed_stage_is_told_once_in_its_log(project: Path, server: str) -> None:
+    flow = start(PREFECT_API_URL=server, STUB_FAILS="score smollm2")
+    output, _ = flow.communicate()
+    assert flow.returncode == 1 and "NoneType" not in output
+    assert output.count("Finished in state Failed(") == 2, output  # the task, the flow
+    assert "Task run failed with" not in output
+
+
+def test_a_plain_dvc_beside_is_waited_for(project: Path) -> None:
+    """It reads params.yaml when its stage ends."""
+    before = Path("params.yaml").read_text()
+    plain = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "-q", "score@smollm2"], env={**os.environ, "STUB_SECONDS": "60"}
+    )
+    wait_until(lambda: len(log()) == 2, "score did not start")
+    assert not workspace_is_free()
+    with (
+        pytest.raises(InputError, match=f"in use by process {plain.pid} .*repro -q score@smollm2"),
+        dvc.workspace("me"),
+    ):
+        pass
+    plain.kill()
+    plain.wait()
+    os.kill(int(log()[-1][2]), signal.SIGKILL)
+    assert str(plain.pid) in Path(".dvc/tmp/rwlock").read_text()
+    assert workspace_is_free() and Path("params.yaml").read_text() == before
+
+
+def test_a_server_that_goes_away_does_not_hide_the_failure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_module, "flow_run", SimpleNamespace(id="0" * 32))
+    monkeypatch.setattr(prune_module, "task_run", SimpleNamespace(id="1" * 32))
+    monkeypatch.setattr(prune_module, "get_run_logger", lambda: SimpleNamespace(info=print))
+    monkeypatch.setenv("STUB_FAILS", "fetch smollm2")
+    with temporary_settings({PREFECT_API_URL: NOWHERE}), dvc.workspace("a test") as lock:
+        state = prune_module.run_stage.fn("fetch@smollm2", lock)
+    assert state.is_failed() and "stage fetch@smollm2 failed" in str(state.message)
+
+
+def test_a_snapshot_does_not_win_over_what_was_pulled_after_it(project: Path) -> None:
+    lines: list[str] = []
+    with dvc.workspace("a test") as lock:
+        dvc.repro("fetch@smollm2", lock, lines.append)
+        dvc.repro("fetch@smollm2", lock, lines.append)
+    assert len(list(Path(".dvc/tmp").glob("flow.dvc.lock*"))) == 1
+    pulled = Path("dvc.lock").read_text().replace("fetch@smollm2", "fetch@colleague")
+    Path("dvc.lock").write_text(pulled)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run(["git", "add", "dvc.lock"], check=True)
+    subprocess.run(["git", *identity, "commit", "-qm", "pulled"], check=True)
+    Path("dvc.lock").write_text("")
+    dvc.stale(["fetch@smollm2"], lines.append)
+    assert Path("dvc.lock").read_text() == pulled
+    assert sum("restored from the last commit" in line for line in lines) == 1
+    assert len(list(Path(".dvc/tmp").glob("flow.dvc.lock*"))) == 1
 
 
 def test_unreachable_server_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
