@@ -127,8 +127,9 @@ def run_stages(stages: Sequence[str], lock: int) -> State[None]:
         named = run_stage.with_options(name=stage, task_run_name=stage)
         states.append(named(stage, lock, return_state=True))
         if not states[-1].is_completed():
-            message = f"{states[-1].message}. Finished stages are kept: run again to go on"
-            return Failed(name=states[-1].name, message=message)
+            name, kept = states[-1].name, ". Finished stages are kept"
+            again = "" if name == "Refused" else ": run again to go on"
+            return Failed(name=name, message=f"{states[-1].message}{kept}{again}")
     cached = sum(state.name == "Cached" for state in states)
     return Completed(message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached")
 
