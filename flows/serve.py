@@ -242,7 +242,7 @@ def main() -> int:
         with ExitStack() as stack:
             url, running = find_server()
             host, port = get_current_settings().server.api.host, place(url)[1] + 1
-            require_free(host, port, "PREFECT_SERVER_API_PORT", "is it another `make serve`?")
+            require_free(host, port, "PREFECT_SERVER_API_PORT", "it may be another `make serve`")
             pages = f"http://{host}:{port}"
             processes = [] if running else [stack.enter_context(prefect_server(url))]
             end_lost_runs(url)
