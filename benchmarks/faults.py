@@ -374,7 +374,10 @@ def full(name: str, stage: str, share: float) -> dict[str, Any]:
         filler.write_bytes(bytes(free - room))
         said = attempt(project, REPRO, stage)
         filler.unlink()
-        facts = {"flow": f"room for {room >> 10} KiB of {grows * 4} KiB", "expected": UNHARMED not in said}
+        seen = (
+            UNHARMED not in said or "No space left" in said
+        )  # a copy that dvc could not put into its cache is no failure
+        facts = {"flow": f"room for {room >> 10} KiB of {grows * 4} KiB", "expected": seen}
         facts |= afterwards(project, stage, said)
         subprocess.run(["umount", "--lazy", project.parent], check=True)
         return facts
