@@ -422,7 +422,7 @@ def damaged(name: str, stage: str, pattern: str, how: Callable[[bytes], bytes]) 
         module, _, item = stage.partition("@")
         command = [sys.executable, "-m", f"stages.{module}", *([item] if item else [])]
         alone = subprocess.run(command, cwd=project, env=with_hook(-1), capture_output=True, text=True, check=False)
-        facts = {"flow": f"{path.relative_to(project)}; the stage alone ends with {alone.returncode}"}
+        facts = {"flow": f"the stage ends with {alone.returncode}"}
         repro = [sys.executable, "-m", "dvc", "repro", "--quiet", stage]
         subprocess.run(repro, cwd=project, env=with_hook(-1), capture_output=True, check=True)
         return facts | afterwards(project, stage, alone.stdout + alone.stderr)
@@ -462,7 +462,7 @@ def emptied(name: str, file: str) -> dict[str, Any]:
         said = attempt(project, REPRO, stage)
         if file == "params.yaml":
             shutil.copy(before(stage) / file, project / file)
-        return {"flow": "a flow after it: " + last_word(said)} | afterwards(project, stage, said)
+        return {"flow": "a flow after it"} | afterwards(project, stage, said)
 
 
 # --- cells: servers and workers -------------------------------------------------------------------------------------
@@ -619,11 +619,11 @@ def two_repros(name: str) -> dict[str, Any]:
         refused = [last_word(output) for code, output in ended if code]
         return (
             {
-                "flow": f"exit codes {sorted(code for code, _ in ended)}; {(refused or ['both ran'])[0]}",
+                "flow": f"exit codes {sorted(code for code, _ in ended)}",
                 "expected": sorted(code for code, _ in ended) == [0, 255],
             }
             | afterwards(project, stage, ended[0][1])
-            | {"same": content(project, stage) == content(reference, stage)}
+            | {"same": content(project, stage) == content(reference, stage), "said": (refused or ["both ran"])[0]}
         )
 
 
@@ -640,7 +640,7 @@ def cells() -> dict[str, Callable[[str], dict[str, Any]]]:
                     name, s, t, n
                 )
     for stage in STAGES:
-        found[f"disk full, in the stage, {stage}"] = lambda name, s=stage: full(name, s, 0.4)
+        found[f"disk full, in the stage, {stage}"] = lambda name, s=stage: full(name, s, 0.6)
         found[f"disk full, at its end, {stage}"] = lambda name, s=stage: full(name, s, 0.9)
         found[f"read-only, data/, {stage}"] = lambda name, s=stage: read_only(name, s)
     for what, (stage, pattern) in DAMAGED.items():
@@ -678,12 +678,21 @@ def tables(found: dict[str, Any]) -> str:
     for cause, row in every.items():
         kept = " | ".join(cell(row[stage]) if stage in row else "" for stage in STAGES)
         lines.append(f"| {cause} | {kept} | {ended([facts['flow'] for facts in row.values()])} |")
-    lines += ["", "| what | stage | what a person sees | |", "|---|---|---|---|"]
+    rest: dict[str, list[str]] = {}
     for name, facts in found.items():
-        cause, _, stage = name.rpartition(", ")
-        if cause not in every:
-            lines.append(f"| {cause} | `{stage}` | {facts['flow']}; `{facts['said']}` | {cell(facts)} |")
+        what, where, stage = name.split(", ")
+        if f"{what}, {where}" not in every:
+            seen = f"{facts['flow']}: `{said_shortly(facts['said'])}`"
+            rest.setdefault(f"{where} | `{stage}` | {seen} | {cell(facts)} |", []).append(what)
+    lines += ["", "| what | where | stage | what a person sees | |", "|---|---|---|---|---|"]
+    lines += [f"| {', '.join(whats)} | {row}" for row, whats in rest.items()]
     return "\n".join(lines)
+
+
+def said_shortly(said: str) -> str:
+    """Without the reasons in brackets, or the log's time and place."""
+    said = re.sub(r"^\S+ / \w+ +/ (Flow|Task) run '.*?' - ", "", said).removeprefix(UNHARMED)
+    return re.sub(r" \((?!process).*", "", said)[:150]
 
 
 def ended(flows: list[str]) -> str:
