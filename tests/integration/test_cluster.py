@@ -44,7 +44,9 @@ def cluster(tmp_path, monkeypatch):
 
     try:
         start("--head", "--port", "0", "--num-cpus", "0", "--include-dashboard", "false", "--temp-dir", sockets)
-        address = re.search(r"ray start --address='(.*?)'", log.read_text())[1]
+        told = re.compile(r"ray start --address='(.*?)'")
+        wait_until(lambda: told.search(log.read_text()), log)  # a few lines behind what `start` waits for
+        address = told.search(log.read_text())[1]
         for _ in range(3):
             start("--address", address, "--num-cpus", "1")
         yield address, nodes
