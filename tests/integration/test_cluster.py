@@ -26,6 +26,8 @@ SECONDS = 120
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     """Its address, and its nodes: a head without and three nodes with one CPU, each a process group of its own."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:  # of a private Ray that this process had
+        monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
