@@ -495,10 +495,8 @@ def server_down(name: str, up_again: float | None) -> dict[str, Any]:
             "left": processes(project) if free is None else [],
             "expected": flow.returncode == int(up_again is None),
         }
-        said = log.read_text()
-        if up_again is None:  # Prefect's own, before the line that is ours
-            said = said.replace("Traceback", "")
-        return facts | afterwards(project, stage, said)
+        facts |= afterwards(project, stage, log.read_text())
+        return facts | ({"traceback": False} if up_again is None else {})  # Prefect logs its own before our line
 
 
 def worker_lost(name: str) -> dict[str, Any]:

@@ -69,6 +69,7 @@ PAGES = ("report", "tables")
 """What of data/ is served: folders of reports."""
 
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+"""States that only a living runner can lead to an end."""
 
 
 def deployments() -> list[RunnerDeployment]:
