@@ -17,12 +17,13 @@ import pytest
 import torch
 
 MIB = 2**20
-LIMIT = 400 * MIB  # importing torch, transformers and the engine alone takes 280 MiB that are not mapped files
-LAYERS, HIDDEN, INNER, VOCABULARY, TOKENS = 21, 1024, 3584, 512, 16
+ROOM = 140 * MIB  # of the limit, beside what importing takes; the plan asks for 109 MiB of it, one layer is 59
+HIDDEN, INNER, VOCABULARY, TOKENS = 1024, 3584, 512, 16
+LAYER_BYTES = 4 * HIDDEN * (4 * HIDDEN + 3 * INNER)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def write_checkpoint(directory):
+def write_checkpoint(directory, layers):
     """A random float32 Llama, a file per layer, never more than one layer in memory; returns its bytes."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -31,7 +32,7 @@ def write_checkpoint(directory):
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(directory)
@@ -53,7 +54,7 @@ def write_checkpoint(directory):
     })  # fmt: skip
     shapes = {f"self_attn.{p}_proj": (HIDDEN, HIDDEN) for p in "qkvo"}
     shapes |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER)}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         tensors = {f"{name}.weight": matrix(*shape) for name, shape in shapes.items()}
         tensors |= {f"{name}.weight": torch.ones(HIDDEN) for name in ("input_layernorm", "post_attention_layernorm")}
         write(f"layer{layer}.safetensors", {f"model.layers.{layer}.{name}": t for name, t in tensors.items()})
@@ -73,7 +74,8 @@ def score(mode, checkpoint):
         return print(figure("status", "RssAnon") * 1024)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(0, VOCABULARY, (TOKENS,), generator=generator).tolist() for _ in range(2)]
-    masks = (DENSE, *(frozenset({block}) for block in all_blocks(LAYERS)))
+    layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
+    masks = (DENSE, *(frozenset({block}) for block in all_blocks(layers)))
     tasks = [Task(range(1), masks), Task(range(1, 2), masks[::9])]
     mapped, notes, found = set(), [], {}
 
@@ -162,20 +164,19 @@ def uncache(directory):
 
 def imports():
     """What a scoring process holds when it has computed nothing, bytes that are not mapped files."""
-    return subprocess.run(
+    result = subprocess.run(
         [sys.executable, __file__, "imports", "."], env=ENVIRONMENT, capture_output=True, text=True, check=True
-    ).stdout
+    )
+    return int(result.stdout)
 
 
 def test_three_times_the_memory(tmp_path):
-    if (taken := int(imports())) > LIMIT - 100 * MIB:
-        pytest.skip(
-            f"importing takes {taken // MIB} MiB here (a torch for CUDA?), too much for a limit of {LIMIT // MIB}"
-        )
-    with memory_cgroup(LIMIT) as group, TemporaryDirectory(dir=tmp_path) as name:  # too large for pytest to keep
+    limit = imports() + ROOM  # 287 MiB with a torch for the CPU; it differs by machine and by release
+    layers = 3 * limit // LAYER_BYTES + 1
+    with memory_cgroup(limit) as group, TemporaryDirectory(dir=tmp_path) as name:  # too large for pytest to keep
         checkpoint = Path(name)
-        size = write_checkpoint(checkpoint)
-        assert size >= 3 * LIMIT
+        size = write_checkpoint(checkpoint, layers)
+        assert size >= 3 * limit
         expected = run("in memory", checkpoint)
         assert expected["mapped"], "a mapped checkpoint does not show"
         uncache(checkpoint)
@@ -183,11 +184,11 @@ def test_three_times_the_memory(tmp_path):
         assert refused(group) == 0
     print(*streamed["notes"], {name: value for name, value in streamed.items() if isinstance(value, int)}, sep="\n")
     assert streamed["table"] == expected["table"]
-    assert len(streamed["table"]) == (1 + 2 * LAYERS) + len(range(0, 1 + 2 * LAYERS, 9))
+    assert len(streamed["table"]) == (1 + 2 * layers) + len(range(0, 1 + 2 * layers, 9))
     assert not streamed["mapped"]
     assert streamed["spill_read"] > 0
     assert 0.95 * size <= streamed["read"] - streamed["spill_read"] <= 1.1 * size
-    assert streamed["available"] < LIMIT
+    assert streamed["available"] < ROOM
     assert streamed["measured"] <= streamed["predicted"] <= streamed["measured"] + 64 * MIB
 
 
