@@ -377,7 +377,7 @@ def _convert_gguf(content: bytes, dtype: str, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
         path = Path(folder) / "model.gguf"
         write_atomic(path, lambda temporary: temporary.write_bytes(content))
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=getattr(torch, dtype))

@@ -10,8 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +57,9 @@ lazy_choice: in an audited iteration, whether this one had been chosen before al
 
 HOST = socket.gethostname().replace(".", "_")
 """In the names of temporary files: a store may be shared by machines, whose process ids say nothing of each other."""
+
+TEMPORARY = re.compile(r"\..+\.[^.]+-\d+\.tmp")
+"""Of these names."""
 
 DIGEST = "sha256"
 """Key of a table's metadata."""
@@ -177,6 +182,7 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
         _remove_orphans(path)
         temporary.mkdir()
         build(temporary)
+        _let_others_read(temporary)
         while temporary.exists():
             with suppress(FileNotFoundError):
                 os.replace(path, replaced)
@@ -205,11 +211,25 @@ def _writer() -> str:
     return f"{HOST}-{os.getpid()}"
 
 
+def _let_others_read(directory: Path) -> None:
+    """Give weights the access that the umask gives other files; safetensors keeps them to their owner."""
+    for path in directory.rglob("*.safetensors"):
+        if stat.S_IMODE(path.stat().st_mode) == 0o600:
+            path.chmod(directory.stat().st_mode & 0o666)
+
+
+def is_orphan(path: Path) -> bool:
+    """Whether this is a temporary file or directory of above that a killed process of this machine left."""
+    if not TEMPORARY.fullmatch(path.name):
+        return False
+    host, _, writer = path.name.rsplit(".", 2)[1].rpartition("-")
+    return host == HOST and (int(writer) == os.getpid() or not _runs(int(writer)))
+
+
 def _remove_orphans(path: Path) -> None:
     """Remove what killed writers of `path` left beside it."""
     for orphan in [*path.parent.glob(f".{path.name}.*.tmp"), *path.parent.glob(f".{path.name}-replaced.*.tmp")]:
-        host, _, writer = orphan.name.rsplit(".", 2)[1].rpartition("-")
-        if host != HOST or not writer.isdecimal() or (int(writer) != os.getpid() and _runs(int(writer))):
+        if not is_orphan(orphan):
             continue
         if orphan.is_dir():
             shutil.rmtree(orphan, ignore_errors=True)

@@ -26,8 +26,8 @@ from blockpruner.params import Params, load_params, load_run, load_set
 from blockpruner.progress import observer
 from blockpruner.provenance import model_identity
 from blockpruner.sources import SOURCE_FILE, checkpoint_identity
-from blockpruner.tables import read_json
-from blockpruner.trials import TRIALS_VARIABLE, trials_root
+from blockpruner.tables import is_orphan, read_json
+from blockpruner.trials import TRIALS_VARIABLE, parse_checksummed, trials_root
 from stages import CACHE, DATA, STUDIES, run
 
 DOWNLOAD = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")
@@ -116,6 +116,7 @@ def entries(note: Callable[[str], object]) -> Iterator[Entry]:
     yield from cached_models(of_a_model)
     yield from outputs(params)
     yield from set_aside()
+    yield from left_by_killed_writers()
 
 
 def trials(used: Callable[[str, str], bool], note: Callable[[str], object]) -> Iterator[Entry]:
@@ -126,6 +127,11 @@ def trials(used: Callable[[str, str], bool], note: Callable[[str], object]) -> I
             note(f"{path} is damaged: nobody knows what its trials are of, they are kept")
         keep = model is None or calibration is None or used(model, calibration)
         yield Entry("trials", (store,), keep, lock=store.with_name(f"{store.name}.lock"))
+    for path in sorted(trials_root().glob("laco-*.jsonl")):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            header = parse_checksummed(file.readline())
+        model, calibration = (_text_in(header, "fields", key) for key in ("model", "calibration"))
+        yield Entry("trials", (path,), model is not None and calibration is not None and used(model, calibration))
 
 
 def evaluations(used: Callable[[str], bool]) -> Iterator[Entry]:
@@ -173,6 +179,12 @@ def set_aside() -> Iterator[Entry]:
             yield Entry("set aside", (path,), False)
 
 
+def left_by_killed_writers() -> Iterator[Entry]:
+    found = [path for path in DATA.rglob(".*.tmp") if is_orphan(path)]
+    for path in sorted(path for path in found if not any(parent in found for parent in path.parents)):
+        yield Entry("left by killed writers", (path,), False)
+
+
 def _downloads(kind: str) -> list[Path]:
     return sorted(path for path in (CACHE / kind).glob("*") if DOWNLOAD.fullmatch(path.name))
 
@@ -190,9 +202,12 @@ def _origin(name: str) -> dict[str, Any]:
 def _text(path: Path, *keys: str) -> str | None:
     """The text under these keys of a JSON file; None if it is damaged, absent or something else."""
     try:
-        value = read_json(path)
+        return _text_in(read_json(path), *keys)
     except InputError:
         return None
+
+
+def _text_in(value: Any, *keys: str) -> str | None:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, str) else None

@@ -58,8 +58,12 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 @contextmanager
 def reference_beside(directory: Path) -> Iterator[Path]:
-    """Where a reference lies while a checkpoint is written and checked."""
-    path = directory.with_suffix(".reference")
+    """Where a reference lies while a checkpoint is written, in a directory of `replace_directory`, and checked.
+
+    Named as one of its temporary files, so that the next export removes what a killed one left.
+    """
+    name, writer, end = directory.name.rsplit(".", 2)
+    path = directory.with_name(f"{name}.reference.{writer}.{end}")
     try:
         yield path
     finally:

@@ -12,6 +12,8 @@ import yaml
 
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
+from blockpruner.tables import HOST
+from blockpruner.trials import checksummed
 from stages import clean
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,10 @@ def store(name, model, calibration):
     write(f"data/trials/{name}.lock", "1")
 
 
+def similarities(name, model, calibration):
+    write(f"data/trials/laco-{name}.jsonl", checksummed({"fields": {"model": model, "calibration": calibration}}))
+
+
 def evaluation(name, model):
     write(f"data/evaluations/{name}.json", {"key": {"model": model, "task": "piqa"}, "value": {}})
     write(f"data/evaluations/{name}.parquet")
@@ -62,6 +68,7 @@ def evaluation(name, model):
 
 STAYS, GOES, LEFT = "stays", "goes", "not an entry"
 TRIALS = {"run": STAYS, "other-rows": GOES, "study": STAYS, "unknown": GOES, "damaged": STAYS, "foreign": STAYS}
+SIMILARITIES = {"run": STAYS, "other-rows": GOES, "unknown": GOES, "damaged": GOES, "foreign": GOES, "list": GOES}
 EVALUATIONS = {
     "dense": STAYS, "small": STAYS, "x.bad": STAYS, "lora": STAYS, "before-lora": STAYS, "study": STAYS,
     "unknown": GOES, "damaged": GOES, "foreign": GOES, "list": GOES, "keyless": GOES,
@@ -88,12 +95,20 @@ OUTPUTS = {
     for kind in kinds
     for name, fate in names.items()
 } | {"scores/.tiny.host-1.tmp": LEFT, "metrics/old": LEFT, "report": LEFT}
+KILLED = (
+    f"data/cache/models/.3333333333333333.{HOST}-999999999.tmp", f"data/checkpoints/.small.{HOST}-999999999.tmp",
+    f"data/trials/.latency-1.json.{HOST}-999999999.tmp",
+)  # fmt: skip
+"""Temporary files of a process of this machine that does not run."""
+
 ENTRIES = (
     {f"data/trials/{name}": fate for name, fate in TRIALS.items()}
+    | {f"data/trials/laco-{name}.jsonl": fate for name, fate in SIMILARITIES.items()}
     | {f"data/evaluations/{name}.json": fate for name, fate in EVALUATIONS.items()}
     | {f"data/{name}": fate for name, fate in (OUTPUTS | ASIDE).items()}
     | {f"data/cache/{name}": fate for name, fate in CACHE.items()}
     | {"data/adapters/1.safetensors": STAYS, "data/adapters/.1.safetensors.host-1.tmp": LEFT}
+    | dict.fromkeys(KILLED, GOES)
 )
 
 
@@ -129,6 +144,12 @@ def project(tmp_path, monkeypatch):
     store("other-rows", "1" * 64, digest(ROWS[:1]))
     store("study", "2" * 64, digest(ROWS[:1]))
     store("unknown", OTHER, digest(ROWS))
+    similarities("run", "1" * 64, digest(ROWS))
+    similarities("other-rows", "1" * 64, digest(ROWS[:1]))
+    similarities("unknown", OTHER, digest(ROWS))
+    write("data/trials/laco-damaged.jsonl", "00000000 {}")
+    write("data/trials/laco-foreign.jsonl", checksummed({"fields": [1]}))
+    write("data/trials/laco-list.jsonl", checksummed([1]))
     write("data/trials/damaged/fingerprint.json", '{"mod')
     write("data/trials/foreign/fingerprint.json", "{}")
 
@@ -150,6 +171,8 @@ def project(tmp_path, monkeypatch):
     write("data/cache/models/4444444444444444/blockpruner_source.json", "{}")
     for name in ASIDE:
         write(f"data/{name}")
+    for path in KILLED:
+        write(f"{path}/{Path(KILLED[0]).name}/file")
 
 
 def judged():
@@ -197,7 +220,8 @@ def test_exactly_what_is_unused_is_deleted():
 
 
 UNKNOWN_TO_A_STUDY = (
-    "data/trials/unknown", "data/evaluations/unknown.json", "data/cache/models/" + "3" * 16,
+    "data/trials/unknown", "data/trials/laco-unknown.jsonl", "data/evaluations/unknown.json",
+    "data/cache/models/" + "3" * 16,
 )  # fmt: skip
 
 

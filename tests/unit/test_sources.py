@@ -17,6 +17,7 @@ from blockpruner import sources
 from blockpruner.errors import InputError
 from blockpruner.models import load_model
 from blockpruner.provenance import model_identity
+from blockpruner.tables import is_orphan, replace_directory
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -151,6 +152,17 @@ def test_a_broken_download_leaves_nothing(tmp_path, monkeypatch):
         sources.fetch_checkpoint(model, tmp_path / "out", tmp_path / "cache", tmp_path / "pins.json")
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_a_killed_conversion_leaves_only_what_the_next_one_removes(tmp_path, monkeypatch):
+    def stopped(folder, **_):
+        assert (Path(folder) / "model.gguf").exists() and is_orphan(Path(folder).parent)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        replace_directory(tmp_path / "kept", lambda directory: sources._convert_gguf(b"GGUF", "float32", directory))
+    assert list(tmp_path.iterdir()) == []
 
 
 def path_model(folder):
