@@ -385,6 +385,7 @@ def _convert_gguf(content: bytes, dtype: str, directory: Path) -> None:
     del model.config.quantization_config  # transformers would refuse to save weights "quantized with gguf"
     model.hf_quantizer = None
     model.save_pretrained(directory)
+    tokenizer.init_kwargs["local_files_only"] = False  # is saved, and would tell whether HF_HUB_OFFLINE was set
     tokenizer.save_pretrained(directory)
 
 
