@@ -17,9 +17,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -37,8 +39,9 @@ LOCKFILES, SNAPSHOTS, WORKSPACE_LOCK = (
     Path(".dvc/tmp"),
     Path(".dvc/tmp/flow.lock"),
 )
-READERS = Path(".dvc/tmp/rwlock")
-
+DVC_LOCK, READERS = Path(".dvc/tmp/lock"), Path(".dvc/tmp/rwlock")
+DVC_PATIENCE = 10.0
+"""Seconds that a flow waits for a dvc that is between two stages, or is only asked something."""
 
 SAID = re.compile(r"error in stage [^:]*: (.*)")
 """The line in which `stages.run` says what the user can correct."""
@@ -59,18 +62,16 @@ def workspace(holder: str) -> Iterator[int]:
     The kernel frees it with the last process that holds the descriptor: no stale locks.
 
     Raises:
-        InputError: another flow holds it, or a dvc of somebody's runs a stage in it; says which.
+        InputError: another flow holds it, or a dvc of somebody's works in it; says which.
     """
     WORKSPACE_LOCK.parent.mkdir(exist_ok=True)
     with open(WORKSPACE_LOCK, "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(handle):
             handle.seek(0)
             raise InputError(
                 f"this workspace is in use by {handle.read()}; wait for it or stop it, or use another clone: "
                 "one flow at a time changes params.yaml, dvc.lock and data/"
-            ) from None
+            )
         _require_no_writer()
         handle.truncate(0)
         handle.write(holder)
@@ -79,15 +80,33 @@ def workspace(holder: str) -> Iterator[int]:
 
 
 def _require_no_writer() -> None:
-    """Refuse beside a plain dvc that runs a stage: it reads params.yaml when the stage ends, and would write into
-    dvc.lock that the stage had used what a flow has changed meanwhile."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):  # one that was cut short is set aside later
-        for path, writer in json.loads(READERS.read_text(encoding="utf-8")).get("write", {}).items():
-            if _alive(writer["pid"]):
+    """Refuse beside a plain dvc that runs stages: it reads params.yaml when a stage ends, and would write into
+    dvc.lock that the stage had used what a flow has changed meanwhile. It holds its lock but while a stage runs, and
+    then is named in the other file."""
+    with open(DVC_LOCK, "a+", encoding="utf-8") as handle:
+        until = time.monotonic() + DVC_PATIENCE
+        while not _try_lock(handle):
+            if time.monotonic() > until:
                 raise InputError(
-                    f"this workspace is in use by process {writer['pid']} ({writer['cmd']}), which writes {path}; wait "
-                    f"for it or stop it; if there is no such process, remove {READERS}"
+                    f"this workspace is in use by a dvc command, process {DVC_LOCK.read_text(encoding='utf-8').strip()}"
+                    "; wait for it or stop it"
                 )
+            time.sleep(0.1)
+        with suppress(FileNotFoundError, json.JSONDecodeError):  # one that was cut short is set aside later
+            for path, writer in json.loads(READERS.read_text(encoding="utf-8")).get("write", {}).items():
+                if _alive(writer["pid"]):
+                    raise InputError(
+                        f"this workspace is in use by process {writer['pid']} ({writer['cmd']}), which writes {path}; "
+                        f"wait for it or stop it; if there is no such process, remove {READERS}"
+                    )
+
+
+def _try_lock(handle: TextIO) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _alive(pid: int) -> bool:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 
 import httpx
 import pytest
+from dvc.lock import Lock
 from prefect import Task
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -609,6 +611,21 @@ def test_a_failed_stage_is_told_once_in_its_log(project: Path, server: str) -> N
     assert flow.returncode == 1 and "NoneType" not in output
     assert output.count("Finished in state Failed(") == 2, output  # the task, the flow
     assert "Task run failed with" not in output
+
+
+def test_a_dvc_between_two_stages_is_waited_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds its lock then, and names no writer."""
+    lock = Lock(".dvc/tmp/lock")
+    lock.lock()
+    free = threading.Timer(1, lock.unlock)
+    free.start()
+    with dvc.workspace("me"):
+        assert not lock.is_locked
+        lock.lock()  # while the flow works, its own dvc commands have it
+    monkeypatch.setattr("flows.dvc.DVC_PATIENCE", 0.2)
+    with pytest.raises(InputError, match=f"in use by a dvc command, process {os.getpid()}; wait"), dvc.workspace("me"):
+        pass
+    lock.unlock()
 
 
 def test_a_plain_dvc_beside_is_waited_for(project: Path) -> None:
