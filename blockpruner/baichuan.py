@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blockpruner.errors import InputError
-from blockpruner.tables import read_json, write_json
+from blockpruner.tables import let_others_read, read_json, write_json
 
 SHARD_BYTES = 2 * 2**30
 """Of weights written, and so held in memory, at once; a tensor larger than that is a shard of its own."""
@@ -84,6 +84,7 @@ def convert_(directory: Path) -> None:
             path.unlink()
         for path in Path(folder).iterdir():
             path.rename(directory / path.name)
+    let_others_read(directory)
     write_json(directory / "config.json", new)
     _convert_tokenizer(directory)
 

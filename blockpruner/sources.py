@@ -32,9 +32,17 @@ import pyarrow.parquet as pq
 from blockpruner.errors import InputError
 from blockpruner.families import family_of
 from blockpruner.provenance import file_sha256, fingerprint, model_identity
-from blockpruner.tables import link_or_copy, read_json, replace_directory, set_aside, write_atomic, write_json
+from blockpruner.tables import (
+    let_others_read,
+    link_or_copy,
+    read_json,
+    replace_directory,
+    set_aside,
+    write_atomic,
+    write_json,
+)
 
-CONVERT_VERSION = 1
+CONVERT_VERSION = 2
 """Raised when the conversion of a checkpoint changes its content."""
 
 MEMBER_LIMIT = 4 * 2**30
@@ -385,6 +393,7 @@ def _convert_gguf(content: bytes, dtype: str, directory: Path) -> None:
     del model.config.quantization_config  # transformers would refuse to save weights "quantized with gguf"
     model.hf_quantizer = None
     model.save_pretrained(directory)
+    let_others_read(directory)
     tokenizer.init_kwargs["local_files_only"] = False  # is saved, and would tell whether HF_HUB_OFFLINE was set
     tokenizer.save_pretrained(directory)
 

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -58,8 +57,8 @@ lazy_choice: in an audited iteration, whether this one had been chosen before al
 HOST = socket.gethostname().replace(".", "_")
 """In the names of temporary files: a store may be shared by machines, whose process ids say nothing of each other."""
 
-TEMPORARY = re.compile(r"\..+\.[^.]+-\d+\.tmp")
-"""Of these names."""
+TEMPORARY = re.compile(r"\..+\.([^.]+)-(\d+)\.tmp")
+"""Their names; groups: the machine, the process."""
 
 DIGEST = "sha256"
 """Key of a table's metadata."""
@@ -182,7 +181,6 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
         _remove_orphans(path)
         temporary.mkdir()
         build(temporary)
-        _let_others_read(temporary)
         while temporary.exists():
             with suppress(FileNotFoundError):
                 os.replace(path, replaced)
@@ -211,19 +209,16 @@ def _writer() -> str:
     return f"{HOST}-{os.getpid()}"
 
 
-def _let_others_read(directory: Path) -> None:
-    """Give weights the access that the umask gives other files; safetensors keeps them to their owner."""
-    for path in directory.rglob("*.safetensors"):
-        if stat.S_IMODE(path.stat().st_mode) == 0o600:
-            path.chmod(directory.stat().st_mode & 0o666)
+def let_others_read(directory: Path) -> None:
+    """Give weights just written into a directory its own access; safetensors keeps them to their owner."""
+    for path in directory.glob("*.safetensors"):
+        path.chmod(directory.stat().st_mode & 0o666)
 
 
 def is_orphan(path: Path) -> bool:
     """Whether this is a temporary file or directory of above that a killed process of this machine left."""
-    if not TEMPORARY.fullmatch(path.name):
-        return False
-    host, _, writer = path.name.rsplit(".", 2)[1].rpartition("-")
-    return host == HOST and (int(writer) == os.getpid() or not _runs(int(writer)))
+    name = TEMPORARY.fullmatch(path.name)
+    return name is not None and name[1] == HOST and (int(name[2]) == os.getpid() or not _runs(int(name[2])))
 
 
 def _remove_orphans(path: Path) -> None:

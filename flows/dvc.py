@@ -72,10 +72,10 @@ def workspace(holder: str) -> Iterator[int]:
                 f"this workspace is in use by {handle.read()}; wait for it or stop it, or use another clone: "
                 "one flow at a time changes params.yaml, dvc.lock and data/"
             )
-        _require_no_writer()
         handle.truncate(0)
         handle.write(holder)
         handle.flush()
+        _require_no_writer()
         yield handle.fileno()
 
 
@@ -87,9 +87,10 @@ def _require_no_writer() -> None:
         until = time.monotonic() + DVC_PATIENCE
         while not _try_lock(handle):
             if time.monotonic() > until:
+                handle.seek(0)
                 raise InputError(
-                    f"this workspace is in use by a dvc command, process {DVC_LOCK.read_text(encoding='utf-8').strip()}"
-                    "; wait for it or stop it"
+                    f"this workspace is in use by a dvc command, process {handle.read().strip()}; wait for it or stop "
+                    "it"
                 )
             time.sleep(0.1)
         with suppress(FileNotFoundError, json.JSONDecodeError):  # one that was cut short is set aside later

@@ -69,12 +69,18 @@ class Entry:
         return True
 
 
-def entries(note: Callable[[str], object]) -> Iterator[Entry]:
-    """Every entry of the stores. `note` is told what is kept because it cannot be judged.
+def entries(note: Callable[[str], object]) -> list[Entry]:
+    """Every entry of the stores, but what lies in an unused one. `note` is told what is kept as it cannot be judged.
 
     Raises:
         InputError: a run that is not fetched and calibrated: nobody knows what it uses.
     """
+    found = list(_entries(note))
+    gone = {path for entry in found if not entry.used for path in entry.paths}
+    return [entry for entry in found if gone.isdisjoint(entry.paths[0].parents)]
+
+
+def _entries(note: Callable[[str], object]) -> Iterator[Entry]:
     params = load_params()
     models = {name: DATA / "models" / name for name in params.runs}
     rows = {name: DATA / "calibration" / name / "rows.parquet" for name in params.runs}
@@ -132,6 +138,8 @@ def trials(used: Callable[[str, str], bool], note: Callable[[str], object]) -> I
             header = parse_checksummed(file.readline())
         model, calibration = (_text_in(header, "fields", key) for key in ("model", "calibration"))
         yield Entry("trials", (path,), model is not None and calibration is not None and used(model, calibration))
+    for path in _orphans(trials_root()):
+        yield Entry("trials", (path,), False)
 
 
 def evaluations(used: Callable[[str], bool]) -> Iterator[Entry]:
@@ -180,9 +188,13 @@ def set_aside() -> Iterator[Entry]:
 
 
 def left_by_killed_writers() -> Iterator[Entry]:
-    found = [path for path in DATA.rglob(".*.tmp") if is_orphan(path)]
-    for path in sorted(path for path in found if not any(parent in found for parent in path.parents)):
-        yield Entry("left by killed writers", (path,), False)
+    for path in _orphans(DATA):
+        if trials_root().resolve() not in path.resolve().parents:
+            yield Entry("left by killed writers", (path,), False)
+
+
+def _orphans(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob(".*.tmp") if is_orphan(path))
 
 
 def _downloads(kind: str) -> list[Path]:
@@ -217,7 +229,7 @@ def main(what: str) -> None:
     if what not in ("", "delete"):
         raise InputError(f"{what!r} is unknown; valid: nothing (lists), delete")
     show = observer()
-    found = list(entries(show.note))
+    found = entries(show.note)
     shared = TRIALS_VARIABLE if trials_root() != DATA / "trials" else ""
     for store in dict.fromkeys(entry.store for entry in found):
         own = [entry for entry in found if entry.store == store]

@@ -19,7 +19,7 @@ from blockpruner.models import load_model
 from blockpruner.plans import Plan
 from blockpruner.pruners import prune_by_plan_
 from blockpruner.scoring.work import Rows
-from blockpruner.tables import replace_directory, write_json, write_text
+from blockpruner.tables import let_others_read, replace_directory, write_json, write_text
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -99,6 +99,7 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
         type(model).register_for_auto_class("AutoModelForCausalLM")
         type(model.config).register_for_auto_class("AutoConfig")
     model.save_pretrained(directory, max_shard_size="5GB")
+    let_others_read(directory)
     assert not code or (directory / code).exists()
 
 

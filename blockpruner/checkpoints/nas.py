@@ -28,7 +28,7 @@ from blockpruner.models import load_model, model_family
 from blockpruner.plans import Plan
 from blockpruner.pruners import prune_by_plan_
 from blockpruner.scoring.work import Rows
-from blockpruner.tables import replace_directory, write_json
+from blockpruner.tables import let_others_read, replace_directory, write_json
 
 FAMILIES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -78,6 +78,7 @@ def export_nas(
             is_exact = all(torch.equal(weight, wide[name]) for name, weight in weights.items())
             write_json(directory / "config.json", nas_config(pruned, blocks) | {"dtype": dtype})
             save_torch_state_dict(weights, directory, max_shard_size="5GB")
+            let_others_read(directory)
             held = sum(weight.numel() for weight in weights.values())
             save_beside(plan, dense, directory, model_card(plan, dense, library="mlx", loading=_loading(plan, held)))
             verify_checkpoint(directory, reference, TOLERANCE if is_exact else TOLERANCE_ROUNDED, verify_mlx)

@@ -60,14 +60,15 @@ def tolerance_of(model: PreTrainedModel) -> float:
 def reference_beside(directory: Path) -> Iterator[Path]:
     """Where a reference lies while a checkpoint is written, in a directory of `replace_directory`, and checked.
 
-    Named as one of its temporary files, so that the next export removes what a killed one left.
+    It has a directory named as one of those, so that the next export removes what a killed one left.
     """
     name, writer, end = directory.name.rsplit(".", 2)
-    path = directory.with_name(f"{name}.reference.{writer}.{end}")
+    folder = directory.with_name(f"{name}.reference.{writer}.{end}")
+    folder.mkdir()
     try:
-        yield path
+        yield folder / "reference.safetensors"
     finally:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
@@ -87,7 +88,7 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
         report: dict[str, Any] = {"ok": None, "engine": engine, "unchecked": f"{engine} is not installed"}
         write_json(directory / "verification.json", report)
         return
-    modules = directory.with_suffix(".modules")
+    modules = reference.with_name("modules")
     environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-I", str(script.__file__), str(directory), str(reference), str(tolerance)]
     try:

@@ -19,7 +19,7 @@ from tests.integration.project import environment, make_project, set_targets, st
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'blockpruner[ray]'"
 )
-TARGETS = {"tiny.1": "1blocks"}
+TARGETS = {"tiny.3": "3blocks"}
 SECONDS = 120
 
 
@@ -106,7 +106,9 @@ def test_a_node_is_lost_and_another_takes_its_place(cluster, tmp_path):
         return sum(path.read_bytes().count(b"\n") for path in project.glob("data/trials/**/*.jsonl"))
 
     wait_until(lambda: units() > 50, log)
+    scoring.send_signal(signal.SIGSTOP)  # so that its search has not ended when the node is found
     end(next(node for node in nodes if has_worker(node)))
+    scoring.send_signal(signal.SIGCONT)
     assert scoring.wait(SECONDS) == 0, log.read_text()
     said = log.read_text()
     assert "was lost and is replaced" in said, said  # twice if Ray offers the lost node once more

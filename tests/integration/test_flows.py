@@ -623,8 +623,9 @@ def test_a_dvc_between_two_stages_is_waited_for(project: Path, monkeypatch: pyte
         assert not lock.is_locked
         lock.lock()  # while the flow works, its own dvc commands have it
     monkeypatch.setattr("flows.dvc.DVC_PATIENCE", 0.2)
-    with pytest.raises(InputError, match=f"in use by a dvc command, process {os.getpid()}; wait"), dvc.workspace("me"):
+    with pytest.raises(InputError, match=f"in use by a dvc command, process {os.getpid()}; wait"), dvc.workspace("her"):
         pass
+    assert dvc.WORKSPACE_LOCK.read_text() == "her"  # whoever came while she waited was told so
     lock.unlock()
 
 

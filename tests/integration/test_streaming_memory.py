@@ -17,7 +17,7 @@ import pytest
 import torch
 
 MIB = 2**20
-ROOM = 140 * MIB  # of the limit, beside what importing takes; the plan asks for 109 MiB of it, one layer is 59
+ROOM = 140 * MIB  # of the limit, beside what importing takes; the plan asks for 109 MiB of it, one layer is 58
 HIDDEN, INNER, VOCABULARY, TOKENS = 1024, 3584, 512, 16
 LAYER_BYTES = 4 * HIDDEN * (4 * HIDDEN + 3 * INNER)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
@@ -188,7 +188,7 @@ def test_three_times_the_memory(tmp_path):
     assert not streamed["mapped"]
     assert streamed["spill_read"] > 0
     assert 0.95 * size <= streamed["read"] - streamed["spill_read"] <= 1.1 * size
-    assert streamed["available"] < ROOM
+    assert streamed["available"] < limit
     assert streamed["measured"] <= streamed["predicted"] <= streamed["measured"] + 64 * MIB
 
 

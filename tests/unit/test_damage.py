@@ -14,7 +14,7 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from blockpruner import sources
@@ -340,6 +340,7 @@ def test_a_damaged_calibration_set_is_refused(changes, keep, tmp_path):
 
 
 @given(changes=flips, keep=st.integers(0, 100))
+@example(changes=[(1, ord("\n") ^ ord(" "))], keep=0)
 @many
 def test_a_damaged_result_is_set_aside(changes, keep, tmp_path):
     schema, columns, _ = WHOLE["items"]
@@ -353,7 +354,7 @@ def test_a_damaged_result_is_set_aside(changes, keep, tmp_path):
         for damaged in (flipped(content, changes), content[: len(content) * keep // 101]):
             path.write_bytes(damaged)
             found = store.load({"k": 1})
-            assert found is None or damaged == content
+            assert found in (None, whole)  # the latter where a blank of the JSON text became another
             assert found is not None or "computed again" in notes[-1]
             if found is None:
                 store.save({"k": 1}, whole)
