@@ -107,8 +107,10 @@ def test_a_node_is_lost_and_another_takes_its_place(cluster, tmp_path):
 
     wait_until(lambda: units() > 50, log)
     scoring.send_signal(signal.SIGSTOP)  # so that its search has not ended when the node is found
-    end(next(node for node in nodes if has_worker(node)))
-    scoring.send_signal(signal.SIGCONT)
+    try:
+        end(next(node for node in nodes if has_worker(node)))
+    finally:
+        scoring.send_signal(signal.SIGCONT)
     assert scoring.wait(SECONDS) == 0, log.read_text()
     said = log.read_text()
     assert "was lost and is replaced" in said, said  # twice if Ray offers the lost node once more
