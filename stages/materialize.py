@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from blockpruner.calibration import CalibrationSet
 from blockpruner.checkpoints import EXPORTS
+from blockpruner.models import set_threads
 from blockpruner.params import load_params, load_run
 from blockpruner.plans import Plan
 from blockpruner.progress import observer
@@ -14,6 +15,7 @@ def main(name: str) -> None:
     params, plan = load_params(), Plan.load(DATA / "plans" / name / "plan.json")
     settings, dense = load_run(plan.run), DATA / "models" / plan.run
     rows = CalibrationSet.load(DATA / "calibration" / plan.run / "rows.parquet").rows
+    set_threads(params.runtime.threads)  # which a slice depends on
     for form in settings.export:
         EXPORTS[form](
             dense,
