@@ -17,13 +17,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
 import yaml
+from dvc.lock import Lock, LockError
 
 from blockpruner.errors import InputError
 from blockpruner.tables import set_aside, write_text
@@ -40,8 +39,6 @@ LOCKFILES, SNAPSHOTS, WORKSPACE_LOCK = (
     Path(".dvc/tmp/flow.lock"),
 )
 DVC_LOCK, READERS = Path(".dvc/tmp/lock"), Path(".dvc/tmp/rwlock")
-DVC_PATIENCE = 10.0
-"""Seconds that a flow waits for a dvc that is between two stages, or is only asked something."""
 
 SAID = re.compile(r"error in stage [^:]*: (.*)")
 """The line in which `stages.run` says what the user can correct."""
@@ -66,12 +63,14 @@ def workspace(holder: str) -> Iterator[int]:
     """
     WORKSPACE_LOCK.parent.mkdir(exist_ok=True)
     with open(WORKSPACE_LOCK, "a+", encoding="utf-8") as handle:
-        if not _try_lock(handle):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             handle.seek(0)
             raise InputError(
                 f"this workspace is in use by {handle.read()}; wait for it or stop it, or use another clone: "
                 "one flow at a time changes params.yaml, dvc.lock and data/"
-            )
+            ) from None
         handle.truncate(0)
         handle.write(holder)
         handle.flush()
@@ -83,31 +82,19 @@ def _require_no_writer() -> None:
     """Refuse beside a plain dvc that runs stages: it reads params.yaml when a stage ends, and would write into
     dvc.lock that the stage had used what a flow has changed meanwhile. It holds its lock but while a stage runs, and
     then is named in the other file."""
-    with open(DVC_LOCK, "a+", encoding="utf-8") as handle:
-        until = time.monotonic() + DVC_PATIENCE
-        while not _try_lock(handle):
-            if time.monotonic() > until:
-                handle.seek(0)
-                raise InputError(
-                    f"this workspace is in use by a dvc command, process {handle.read().strip()}; wait for it or stop "
-                    "it"
-                )
-            time.sleep(0.1)
-        with suppress(FileNotFoundError, json.JSONDecodeError):  # one that was cut short is set aside later
+    try:
+        with Lock(str(DVC_LOCK)), suppress(FileNotFoundError, json.JSONDecodeError):  # a cut one is set aside later
             for path, writer in json.loads(READERS.read_text(encoding="utf-8")).get("write", {}).items():
                 if _alive(writer["pid"]):
                     raise InputError(
                         f"this workspace is in use by process {writer['pid']} ({writer['cmd']}), which writes {path}; "
                         f"wait for it or stop it; if there is no such process, remove {READERS}"
                     )
-
-
-def _try_lock(handle: TextIO) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    except LockError:  # dvc itself waits no longer for another
+        holder = DVC_LOCK.read_text(encoding="utf-8").strip()
+        raise InputError(
+            f"this workspace is in use by a dvc command, process {holder}; wait for it or stop it"
+        ) from None
 
 
 def _alive(pid: int) -> bool:

@@ -613,7 +613,7 @@ def test_a_failed_stage_is_told_once_in_its_log(project: Path, server: str) -> N
     assert "Task run failed with" not in output
 
 
-def test_a_dvc_between_two_stages_is_waited_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dvc_between_two_stages_is_waited_for(project: Path) -> None:
     """It holds its lock then, and names no writer."""
     lock = Lock(".dvc/tmp/lock")
     lock.lock()
@@ -622,7 +622,6 @@ def test_a_dvc_between_two_stages_is_waited_for(project: Path, monkeypatch: pyte
     with dvc.workspace("me"):
         assert not lock.is_locked
         lock.lock()  # while the flow works, its own dvc commands have it
-    monkeypatch.setattr("flows.dvc.DVC_PATIENCE", 0.2)
     with pytest.raises(InputError, match=f"in use by a dvc command, process {os.getpid()}; wait"), dvc.workspace("her"):
         pass
     assert dvc.WORKSPACE_LOCK.read_text() == "her"  # whoever came while she waited was told so

@@ -240,6 +240,7 @@ def test_7b_becomes_a_plain_llama_checkpoint(tmp_path, monkeypatch):
     assert AutoConfig.from_pretrained(directory).rope_parameters["rope_theta"] == 10000
     assert type(AutoModelForCausalLM.from_pretrained(directory)) is LlamaForCausalLM
     assert not list(directory.glob("*.py"))
+    assert len({path.stat().st_mode for path in directory.glob("*.[js]*")}) == 1
     shards = [load_file(path) for path in sorted(directory.glob("model-*.safetensors"))]
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     assert len(shards) > 3 and {len(list(directory.glob("*.safetensors")))} == {len(shards)}

@@ -238,6 +238,7 @@ def test_a_file_becomes_the_same_checkpoint_with_a_hub_and_without(tmp_path, mon
         _convert_gguf((tmp_path / "model.gguf").read_bytes(), "float32", checkpoint)
         contents.append({path.name: path.read_bytes() for path in checkpoint.iterdir()})
     assert contents[0] == contents[1]
+    assert len({path.stat().st_mode for path in checkpoint.iterdir()}) == 1
     found, expected = load_model(checkpoint, "float32", "cpu").state_dict(), model.state_dict()
     assert found.keys() == expected.keys()
     for name, weight in expected.items():

@@ -171,6 +171,7 @@ def test_directory_is_complete(exported):
                      "tokenizer.json", "tokenizer_config.json", "verification.json"}  # fmt: skip
     assert {path.name for path in directory.parent.iterdir()} >= {"out", "model"}
     assert not list(directory.parent.glob(".*"))
+    assert len({(directory / name).stat().st_mode for name in ("model.safetensors", "config.json")}) == 1
     config = json.loads((directory / "config.json").read_text())
     # MHA 0, 1 and 5 are gone: MLPs 0 and 1 are folded, MLPs 4 and 5 lie in two layers
     kinds = [(not block["attention"]["no_op"], not block["ffn"]["no_op"]) for block in config["block_configs"]]
