@@ -33,11 +33,8 @@ work ends within 15. The runner gives the flow itself 30."""
 
 PARENT = "BLOCKPRUNER_DVC_PARENT"
 PR_SET_PDEATHSIG = 1
-LOCKFILES, SNAPSHOTS, WORKSPACE_LOCK = (
-    (Path("dvc.lock"), Path("runs/dvc.lock")),
-    Path(".dvc/tmp"),
-    Path(".dvc/tmp/flow.lock"),
-)
+LOCKFILES, SNAPSHOTS = (Path("dvc.lock"), Path("runs/dvc.lock")), Path(".dvc/tmp")
+WORKSPACE_LOCK, NAMING_LOCK = Path(".dvc/tmp/flow.lock"), Path(".dvc/tmp/flow.naming.lock")
 DVC_LOCK, READERS = Path(".dvc/tmp/lock"), Path(".dvc/tmp/rwlock")
 
 SAID = re.compile(r"error in stage [^:]*: (.*)")
@@ -63,17 +60,19 @@ def workspace(holder: str) -> Iterator[int]:
     """
     WORKSPACE_LOCK.parent.mkdir(exist_ok=True)
     with open(WORKSPACE_LOCK, "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise InputError(
-                f"this workspace is in use by {handle.read()}; wait for it or stop it, or use another clone: "
-                "one flow at a time changes params.yaml, dvc.lock and data/"
-            ) from None
-        handle.truncate(0)
-        handle.write(holder)
-        handle.flush()
+        with open(NAMING_LOCK, "w") as naming:  # whoever is refused reads the holder's name, not one half written
+            fcntl.flock(naming, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                raise InputError(
+                    f"this workspace is in use by {handle.read()}; wait for it or stop it, or use another clone: "
+                    "one flow at a time changes params.yaml, dvc.lock and data/"
+                ) from None
+            handle.truncate(0)
+            handle.write(holder)
+            handle.flush()
         _require_no_writer()
         yield handle.fileno()
 

@@ -1,10 +1,12 @@
 """The flow over a miniature project: a real git and DVC repository with stub stages, and a real Prefect server.
 
-The stub appends "<stage> <item> <pid>" to log.txt, so that a test sees what ran without asking the flow.
+The stub appends "<stage> <item> <pid>" to log.txt, so that a test sees what ran without asking the flow. Its score
+stage goes on when there is no file `hold`, so that no test depends on how fast the machine is.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,7 +114,8 @@ if stage == "score":
     for index in range(2):
         show.begin(f"iteration {index}", index / 2)
         for step in range(2):
-            time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
+            while Path("hold").exists():
+                time.sleep(0.02)
             show.advance(step + 1, 2, f"without mha.{step}")
         losses = {"mha.0": 2.5, "mha.1": float("nan")}
         rows = [{"added": n, "loss": v, "rows": "2/2", "chosen": n == f"mha.{index}"} for n, v in losses.items()]
@@ -182,6 +186,7 @@ def project(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     ):
         subprocess.run(command, check=True)
     yield folder
+    Path("hold").unlink(missing_ok=True)
     for flow in STARTED:
         flow.kill()
     STARTED.clear()
@@ -202,8 +207,8 @@ def start(*options: str, flow: str = "prune", **environment: str) -> subprocess.
     return started
 
 
-def wait_until(condition: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, otherwise
         time.sleep(0.05)
@@ -380,7 +385,8 @@ def test_flow_without_a_server_runs_only_what_changed(project: Path) -> None:
 
 
 def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_workspace(project: Path, server: str) -> None:
-    flow = start(PREFECT_API_URL=server, STUB_SECONDS="2.5")
+    Path("hold").touch()
+    flow = start(PREFECT_API_URL=server)
     wait_until(lambda: len(log()) == 2, "score did not start")
     second = start("--budget", "0.3", PREFECT_API_URL=server)
     output, _ = second.communicate()
@@ -403,17 +409,17 @@ def test_stage_ends_with_a_killed_flow(project: Path) -> None:
         "with dvc.workspace('a test') as lock:\n"
         "    for stage in ('fetch@smollm2', 'score@smollm2'): dvc.repro(stage, lock, print)\n"
     )
+    Path("hold").touch()
     flow = subprocess.Popen(
         [sys.executable, "-c", script],
-        env={**os.environ, "STUB_SECONDS": "30"},
         stdout=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as nohup and `&` do
     )
     wait_until(lambda: len(log()) == 2, "score did not start")
     flow.kill()
     flow.wait()
-    wait_until(lambda: not alive(int(log()[-1][2])), "the stage outlived its flow", seconds=10)
-    wait_until(workspace_is_free, "dvc outlived its flow", seconds=10)
+    wait_until(lambda: not alive(int(log()[-1][2])), "the stage outlived its flow")
+    wait_until(workspace_is_free, "dvc outlived its flow")
 
 
 def test_failed_stage_is_named_and_its_output_shown(project: Path) -> None:
@@ -454,17 +460,35 @@ def test_ten_starts_at_once(project: Path) -> None:
         "except InputError as error: print(error)"
     )
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "fetch@smollm2"], check=True)
-    starts = [
-        subprocess.Popen(
-            [sys.executable, "-c", script], env={**os.environ, "STUB_SECONDS": "2"}, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(10)
-    ]
-    said = [start.communicate()[0] for start in starts]
-    (holder,) = (start.pid for start, words in zip(starts, said, strict=True) if not words)
-    assert all(f"in use by process {holder}; wait for it or stop it" in words for words in said if words)
+    Path("hold").touch()
+    starts = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(10)]
+    wait_until(lambda: sum(start.poll() is None for start in starts) == 1, "not one of ten holds the workspace")
+    (holder,) = (start for start in starts if start.returncode is None)
+    Path("hold").unlink()
+    said = {start.pid: start.communicate()[0] for start in starts}
+    assert said.pop(holder.pid) == ""
+    refused = f"this workspace is in use by process {holder.pid}; wait for it or stop it"
+    assert [words.split(",")[0] for words in said.values()] == 9 * [refused]
     assert [line[:2] for line in log()] == [["fetch", "smollm2"], ["score", "smollm2"]]
     assert Path("data/scores/smollm2.txt").read_text() == "# score smollm2"
+
+
+def test_a_holder_that_is_about_to_write_its_name_is_waited_for(project: Path) -> None:
+    """Behind a killed flow, whose name is still there."""
+    with open(dvc.WORKSPACE_LOCK, "w") as lock, open(dvc.NAMING_LOCK, "w") as naming, ThreadPoolExecutor() as thread:
+        fcntl.flock(naming, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("a killed flow")
+        lock.flush()
+        second = thread.submit(dvc.workspace("second").__enter__)
+        assert not wait([second], timeout=0.3).done
+        lock.seek(0)
+        lock.truncate()
+        lock.write("first")
+        lock.flush()
+        fcntl.flock(naming, fcntl.LOCK_UN)
+        with pytest.raises(InputError, match="this workspace is in use by first; wait for it"):
+            second.result()
 
 
 def test_added_run_and_target_keep_comments(project: Path) -> None:
@@ -631,9 +655,8 @@ def test_a_dvc_between_two_stages_is_waited_for(project: Path) -> None:
 def test_a_plain_dvc_beside_is_waited_for(project: Path) -> None:
     """It reads params.yaml when its stage ends."""
     before = Path("params.yaml").read_text()
-    plain = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "-q", "score@smollm2"], env={**os.environ, "STUB_SECONDS": "60"}
-    )
+    Path("hold").touch()
+    plain = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "-q", "score@smollm2"])
     wait_until(lambda: len(log()) == 2, "score did not start")
     assert not workspace_is_free()
     with (

@@ -28,7 +28,10 @@ from blockpruner.tables import CALIBRATION, ITERATION, TEXTS, read_table, write_
 from blockpruner.trials import TrialStore, checksummed
 
 MEMBER, TEXT = "data/texts.json", json.dumps([{"text": "one"}, {"text": "two"}])
-many = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+many = settings(
+    suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture],
+    max_examples=40,
+)
 names = st.sampled_from(
     [MEMBER, f"../{MEMBER}", f"/{MEMBER}", "../../../../etc/passwd", "/etc/passwd", "data", "data/", "", ".", "a" * 300]
 )

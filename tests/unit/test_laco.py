@@ -369,7 +369,7 @@ def all_results(similarity, walk):
     return {t: notebook_walk(similarity, threshold=t, **walk)[1] for t in thresholds}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(walks(9), similarities())
 def test_results_are_all_that_a_threshold_can_give(walk, similarity):
     expected = [merges for merges in all_results(similarity, walk).values() if merges]
@@ -381,7 +381,7 @@ def test_results_are_all_that_a_threshold_can_give(walk, similarity):
         assert collapse(similarity, threshold=threshold, **walk) == merges
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(walks(9), similarities())
 def test_the_threshold_is_the_largest_that_meets_the_budget(walk, similarity):
     depth = walk["depth"]

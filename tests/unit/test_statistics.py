@@ -104,7 +104,6 @@ def test_mcnemar_by_hand():
     assert mcnemar([1, 0, 1], [1, 0, 1]) == Discordance(0, 0, 1.0)
 
 
-@settings(deadline=None)
 @given(BITS)
 def test_mcnemar_is_a_sign_test_of_the_discordant_items(pairs):
     found = mcnemar(*zip(*pairs, strict=True))
@@ -204,7 +203,7 @@ def test_bootstrap_errs_as_often_as_it_says():
     assert np.mean(np.array(p) <= 0.1) == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 300))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([-1, 0, 0.5, 1]), min_size=2, max_size=30), st.lists(st.integers(-1, 1), min_size=2))
 def test_bootstrap_turns_round_and_its_p_fits_its_interval(x, y):
     zero, d = {"x": np.zeros(len(x)), "y": np.zeros(len(y))}, {"x": x, "y": y}
@@ -242,7 +241,6 @@ def test_paired_t_by_hand():
     assert found.interval == Interval(pytest.approx(4 / 3 - half), pytest.approx(4 / 3 + half))
 
 
-@settings(deadline=None)
 @given(PAIRS)
 def test_paired_t_is_a_t_test_of_the_differences_and_turns_round(pairs):
     a, b = map(np.array, zip(*pairs, strict=True))
@@ -293,9 +291,7 @@ def test_holm_by_hand():
     assert holm([]) == ()
 
 
-@settings(
-    max_examples=5, deadline=None
-)  # statsmodels collects garbage in every call: 0.2 s among a test session's objects
+@settings(max_examples=5)  # statsmodels collects garbage in every call: 0.2 s among a test session's objects
 @given(st.lists(st.sampled_from([0, 1e-9, 0.01, 0.02, 0.3, 1]) | st.floats(0, 1), min_size=6, max_size=12))
 def test_holm_is_its_definition(p_values):
     found = holm(p_values)
@@ -406,7 +402,6 @@ def equation_32(a, b, p):
     return (1 - p) / p * (first + second) + ((x[l] - x[s]) / l + x[s] / s) * p**l
 
 
-@settings(deadline=None)
 @given(RANKINGS.filter(bool), RANKINGS.filter(bool), st.sampled_from([0.1, 0.5, 0.9, 0.98]))
 def test_overlap_is_equation_32(a, b, p):
     found = rank_biased_overlap(a, b, p)
@@ -422,7 +417,6 @@ def test_overlap_by_hand():
     assert rank_biased_overlap("a", "ba", p=0.5) == pytest.approx(1 / 4)
 
 
-@settings(deadline=None)
 @given(RANKINGS, RANKINGS.filter(bool))
 def test_overlap_is_the_series_of_lists_that_go_on_agreeing(common, others):
     """Lists of one length, continued for 2,000 depths by the share of their last agreement: sum (1-p) p^(d-1) A_d."""
