@@ -14,11 +14,11 @@ from tests.integration.project import counts, dvc, environment, make_project, se
 
 KILLS = int(os.environ.get("BLOCKPRUNER_KILLS", "3"))
 BUDGET = {"small.3": "3blocks"}
-BATCH_TOKENS = 96  # four row batches a sweep
+BATCH_TOKENS = 96  # 15 row batches a sweep, for a moment to be hit in
 
 
 def make_scored(folder):
-    project = make_project(folder, BUDGET, num_samples=14)
+    project = make_project(folder, BUDGET, num_samples=60)
     set_targets(project, BUDGET, batch_tokens=BATCH_TOKENS)
     for name in ("fetch", "calibrate"):
         result = stage(project, name)
@@ -42,7 +42,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed):
     """`dvc repro` with its stage is killed, and run again, KILLS times: the tables are the undisturbed run's, and at
     most one unit a kill is computed twice (the log holds each unit once; a torn line is a unit lost)."""
     total = counts(undisturbed)["units_computed"]
-    assert total >= 4 * (9 + 7 + 6)  # four row batches a sweep
+    assert total >= 15 * (9 + 7 + 6)
     project, dice = make_scored(tmp_path), random.Random(11)
     inside = 0
     for kill in range(KILLS):
@@ -179,6 +179,7 @@ def test_a_truncated_tokenizer_is_one_line(tmp_path):
 
 def test_ctrl_c_is_one_line(tmp_path):
     project = make_scored(tmp_path)
+    set_targets(project, BUDGET, batch_tokens=24)  # a row each: seconds to be interrupted in
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.score", "tiny"],
         cwd=project,
