@@ -187,7 +187,7 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
             try:
                 os.replace(temporary, path)
             except OSError as error:
-                if error.errno != errno.ENOTEMPTY:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # XFS says the latter
                     raise
                 # another process has put its own there in between, and the last one stays
                 shutil.rmtree(replaced, ignore_errors=True)
