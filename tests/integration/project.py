@@ -110,7 +110,7 @@ def environment() -> dict[str, str]:
 
 def post(api: str, what: str, **body: Any) -> Any:
     """The answer of a Prefect server that is protected against requests from other pages."""
-    token = httpx.get(f"{api}/csrf-token", params={"client": "test"}).json()["token"]
+    token = httpx.get(f"{api}/csrf-token", params={"client": "test"}, timeout=60).json()["token"]
     headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
     return httpx.post(f"{api}/{what}", json=body, headers=headers, timeout=60).json()
 

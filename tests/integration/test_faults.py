@@ -158,7 +158,7 @@ def test_a_second_process_waits_and_reuses(tmp_path, undisturbed):
             "process 4711 on node7 computes the same trials; waiting for it, then reusing them\n"
         )
         assert process.poll() is None
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 0
     assert counts(project)["trials_computed"] == 0
     assert tables(project) == tables(undisturbed)
@@ -192,7 +192,7 @@ def test_ctrl_c_is_one_line(tmp_path):
     while units_logged(project) < 5 and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted; what is finished is kept: run again to go on" in errors
     assert "Traceback" not in errors

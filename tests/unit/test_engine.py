@@ -10,7 +10,7 @@ from blockpruner.models import masked
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
-from tests.tiny import full_nll, tiny_model
+from tests.tiny import full_nll, tiny_model, tolerance
 
 
 def make_rows(lengths, seed=3):
@@ -44,7 +44,7 @@ def test_equals_full_forwards(family, lengths, base):
     for mask in masks:
         with masked(model, mask):
             for index, row in enumerate(rows):
-                assert found[mask, index] == pytest.approx(full_nll(model, row), abs=1e-10)
+                assert found[mask, index] == pytest.approx(full_nll(model, row), abs=tolerance(family))
 
 
 def test_masks_without_a_common_base():

@@ -22,7 +22,7 @@ from blockpruner.models import decoder_layers, masked, model_family
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task, Unit
-from tests.tiny import VARIANTS, VOCABULARY, full_nll, tiny_model
+from tests.tiny import VARIANTS, VOCABULARY, full_nll, tiny_model, tolerance
 
 Row = tuple[int, ...]
 model_of = cache(tiny_model)
@@ -93,8 +93,7 @@ def assert_once_and_exact(case: Case, units: list[Unit], tasks: list[Task]) -> N
     assert set(keys) == {(mask, row) for task in tasks for mask in task.masks for row in task.span}
     for (mask, row), value in found:
         expected = brute_force(case.variant, case.layers, mask, case.rows[row])
-        tolerance = 1e-5 if case.variant == "gemma2" else 1e-10  # whose attention weights are float32, pads or not
-        assert value == pytest.approx(expected, rel=0, abs=tolerance)
+        assert value == pytest.approx(expected, rel=0, abs=tolerance(case.variant))
 
 
 def least_work(case: Case, task: Task) -> int:
