@@ -1,13 +1,19 @@
 """Tests run beside each other: one torch thread each, no hub, nothing that depends on how fast the machine is.
 
-Property tests draw the same examples each time; `pytest --hypothesis-profile=explore` draws others.
+Property tests draw the same examples where the same modules are imported; `pytest --hypothesis-profile=explore` draws
+others.
 """
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+os.environ["GIT_CONFIG_GLOBAL"] = os.devnull
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="blockpruner-tests-")  # else all processes copy into one
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -16,3 +22,7 @@ torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("same")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"])

@@ -16,7 +16,7 @@ def command_line(checkpoint, task_dir, tasks, out, *options):
     command = [sys.executable, "-c", code, "--model", "hf", "--tasks", ",".join(tasks), "--device", "cpu", *options]
     command += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True", "--batch_size", "8"]
     command += ["--include_path", str(task_dir), "--log_samples", "--output_path", str(out)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules")}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules"), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     (path,) = out.rglob("results_*.json")
@@ -30,8 +30,7 @@ def command_line(checkpoint, task_dir, tasks, out, *options):
 
 
 def assert_same(theirs, samples, ours):
-    """One task's results, by the command line and by `zero_shot.evaluate`, to the item. The process may use another
-    number of threads, so rounding may differ."""
+    """One task's results, by the command line and by `zero_shot.evaluate`, to the item."""
     row, items = BENCHMARKS[ours.task], ours.items.to_pylist()
     for metric in ACCURACIES:
         assert [sample.get(metric) for sample in samples] == [item[metric] for item in items]

@@ -32,10 +32,8 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # a full machine is no reason to lose a worker
-    log, sockets = (
-        tmp_path / "ray.log",
-        tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
-    )  # a socket's path has at most 107 bytes
+    log = tmp_path / "ray.log"
+    sockets = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path has at most 107 bytes
     nodes = []
 
     def start(*options):

@@ -54,7 +54,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wanted = int(total * (kill + dice.random()) / KILLS)
+        wanted = int(0.8 * total * (kill + dice.random()) / KILLS)  # what is left is for a machine that hears late
         while units_logged(project) < wanted and process.poll() is None:
             time.sleep(0.001)
         time.sleep(dice.random() * 0.02)
@@ -95,15 +95,22 @@ def test_tables_alone_spare_the_model(tmp_path, undisturbed):
     assert tables(project) == tables(undisturbed)
 
 
+def require_mounts():
+    """Skip unless this process may mount in a namespace of its own, as root mostly may."""
+    command = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        pytest.skip(f"a file system cannot be mounted in a namespace of its own here: {found.stderr.strip()}")
+
+
 def test_a_read_only_data_folder(tmp_path):
     """Root writes anywhere, so as root the folder is mounted read-only in a mount namespace of its own."""
     project = make_scored(tmp_path)
     command = [sys.executable, "-m", "stages.score", "tiny"]
     if os.getuid() == 0:
+        require_mounts()
         remount = 'mount --bind data data && mount -o remount,ro,bind data && exec "$@"'
         command = ["unshare", "--mount", "sh", "-c", remount, "sh", *command]
-        if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0:
-            pytest.skip("root may not make a mount namespace here, so no folder can be made read-only for it")
     else:
         (project / "data").chmod(0o555)
     result = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
@@ -116,8 +123,7 @@ def test_a_read_only_data_folder(tmp_path):
 
 def test_a_full_disk(tmp_path, undisturbed):
     """On a small tmpfs the score stage says so; what was computed before is whole, and a rerun uses it."""
-    if os.getuid() != 0 or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs root and mount namespaces to mount a small tmpfs")
+    require_mounts()
     project = make_scored(tmp_path)
     fill = (
         "mkdir data/trials && mount -t tmpfs -o size=64k tmpfs data/trials; head -c 52k /dev/zero > data/trials/fill;"

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -43,6 +42,7 @@ from flows.selection import Grid, Selection, paper_plan, plan
 from flows.serve import server_settings
 from flows.sweep import left_out, sweep
 from tests.integration.project import post
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9/api"
@@ -138,9 +138,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(home: Path) -> Iterator[str]:
     """The API URL of a Prefect server of the test session's own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with open(home / "server.log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
@@ -266,9 +264,8 @@ def test_only_its_own_pages_may_use_the_server(server: str) -> None:
     for origin, allowed in ((server.removesuffix("/api"), True), ("https://elsewhere.example", False)):
         answer = httpx.options(f"{server}/deployments/filter", headers={"Origin": origin} | asked, timeout=60)
         assert ("access-control-allow-origin" in answer.headers) == allowed
-    assert httpx.post(f"{server}/flow_runs/filter", json={}, timeout=60).status_code == 403, (
-        "a form of another page could post"
-    )
+    answer = httpx.post(f"{server}/flow_runs/filter", json={}, timeout=60)
+    assert answer.status_code == 403, "a form of another page could post"
 
 
 def test_runs_that_a_killed_runner_left_open_are_ended(project: Path, server: str) -> None:

@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
@@ -109,6 +110,15 @@ def figure(file, name):
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self", file).read_text())[1])
 
 
+def remove(group):
+    """For a moment after its last process, the kernel says that it is busy."""
+    for _ in range(100):
+        with suppress(OSError):
+            return group.rmdir()
+        time.sleep(0.05)
+    return group.rmdir()
+
+
 @contextmanager
 def memory_cgroup(limit):
     """A new cgroup of v1 or v2 with a limit of memory and no swap; yields its directory, and skips where it cannot."""
@@ -136,7 +146,7 @@ def memory_cgroup(limit):
             yield group
             return
         finally:
-            group.rmdir()
+            remove(group)
     pytest.skip(f"no memory cgroup can be made here: {'; '.join(reasons) or 'none is mounted'}")
 
 

@@ -25,6 +25,7 @@ from blockpruner.notation import read_budget
 from flows import charts, phases, serve
 from flows.observer import End
 from flows.selection import Grid, Selection
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -82,9 +83,7 @@ def test_form_takes_every_budget_that_the_flow_takes(forms, text):
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
