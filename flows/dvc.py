@@ -9,7 +9,6 @@ its being written. Which stages run, and when, is decided by flows.selection and
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import yaml
 from dvc.lock import Lock, LockError
 
 from blockpruner.errors import InputError
+from blockpruner.locks import hold
 from blockpruner.tables import set_aside, write_text
 
 GRACE = 10.0
@@ -33,8 +33,11 @@ work ends within 15. The runner gives the flow itself 30."""
 
 PARENT = "BLOCKPRUNER_DVC_PARENT"
 PR_SET_PDEATHSIG = 1
-LOCKFILES, SNAPSHOTS = (Path("dvc.lock"), Path("runs/dvc.lock")), Path(".dvc/tmp")
-WORKSPACE_LOCK, NAMING_LOCK = Path(".dvc/tmp/flow.lock"), Path(".dvc/tmp/flow.naming.lock")
+LOCKFILES, SNAPSHOTS, WORKSPACE_LOCK = (
+    (Path("dvc.lock"), Path("runs/dvc.lock")),
+    Path(".dvc/tmp"),
+    Path(".dvc/tmp/flow.lock"),
+)
 DVC_LOCK, READERS = Path(".dvc/tmp/lock"), Path(".dvc/tmp/rwlock")
 
 SAID = re.compile(r"error in stage [^:]*: (.*)")
@@ -53,28 +56,20 @@ class StageError(RuntimeError):
 def workspace(holder: str) -> Iterator[int]:
     """Lock the workspace in the current folder for one flow; gives the lock's file descriptor.
 
-    The kernel frees it with the last process that holds the descriptor: no stale locks.
-
     Raises:
         InputError: another flow holds it, or a dvc of somebody's works in it; says which.
     """
     WORKSPACE_LOCK.parent.mkdir(exist_ok=True)
-    with open(WORKSPACE_LOCK, "a+", encoding="utf-8") as handle:
-        with open(NAMING_LOCK, "w") as naming:  # whoever is refused reads the holder's name, not one half written
-            fcntl.flock(naming, fcntl.LOCK_EX)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                raise InputError(
-                    f"this workspace is in use by {handle.read()}; wait for it or stop it, or use another clone: "
-                    "one flow at a time changes params.yaml, dvc.lock and data/"
-                ) from None
-            handle.truncate(0)
-            handle.write(holder)
-            handle.flush()
+    with hold(WORKSPACE_LOCK, holder, _refuse) as handle:
         _require_no_writer()
         yield handle.fileno()
+
+
+def _refuse(holder: str) -> None:
+    raise InputError(
+        f"this workspace is in use by {holder}; wait for it or stop it, or use another clone: one flow at a time "
+        "changes params.yaml, dvc.lock and data/"
+    )
 
 
 def _require_no_writer() -> None:

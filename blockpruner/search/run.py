@@ -6,7 +6,6 @@ decision, what a trial is the store's.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import socket
@@ -32,6 +31,7 @@ from blockpruner.budgets import (
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
 from blockpruner.families import Costs
+from blockpruner.locks import hold
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
 from blockpruner.scoring.accelerate import accelerate
@@ -399,21 +399,14 @@ class _Once:
 @contextmanager
 def exclusive(path: Path, observer: Observer) -> Iterator[None]:
     """Hold a lock file; while another process computes the same trials, say so and wait for it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "a+")  # noqa: SIM115
-    except OSError as error:
-        raise storage_error(path, error) from error
-    with handle:
+
+    def busy(holder: str) -> None:  # it may be on another machine that shares the store
+        observer.note(f"process {holder} computes the same trials; waiting for it, then reusing them")
+
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"  # it may be on another machine that shares the store
-            observer.note(f"process {holder} computes the same trials; waiting for it, then reusing them")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        handle.seek(0)
-        handle.truncate()
-        handle.write(f"{os.getpid()} on {socket.gethostname()}")
-        handle.flush()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(path, f"{os.getpid()} on {socket.gethostname()}", busy))
+        except OSError as error:
+            raise storage_error(path, error) from error
         yield

@@ -6,7 +6,6 @@ stage goes on when there is no file `hold`, so that no test depends on how fast 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -471,24 +469,6 @@ def test_ten_starts_at_once(project: Path) -> None:
     assert [words.split(",")[0] for words in said.values()] == 9 * [refused]
     assert [line[:2] for line in log()] == [["fetch", "smollm2"], ["score", "smollm2"]]
     assert Path("data/scores/smollm2.txt").read_text() == "# score smollm2"
-
-
-def test_a_holder_that_is_about_to_write_its_name_is_waited_for(project: Path) -> None:
-    """Behind a killed flow, whose name is still there."""
-    with open(dvc.WORKSPACE_LOCK, "w") as lock, open(dvc.NAMING_LOCK, "w") as naming, ThreadPoolExecutor() as thread:
-        fcntl.flock(naming, fcntl.LOCK_EX)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("a killed flow")
-        lock.flush()
-        second = thread.submit(dvc.workspace("second").__enter__)
-        assert not wait([second], timeout=0.3).done
-        lock.seek(0)
-        lock.truncate()
-        lock.write("first")
-        lock.flush()
-        fcntl.flock(naming, fcntl.LOCK_UN)
-        with pytest.raises(InputError, match="this workspace is in use by first; wait for it"):
-            second.result()
 
 
 def test_added_run_and_target_keep_comments(project: Path) -> None:
