@@ -71,6 +71,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
         errno.EACCES: "permission denied; make the folder writable for this user or choose another place",
         errno.EPERM: "permission denied; make the folder writable for this user or choose another place",
+        errno.ENOLCK: "no file can be locked there; choose a place on another file system",
     }
     cause = causes.get(error.errno or 0, str(error))
     return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")

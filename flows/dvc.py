@@ -59,10 +59,9 @@ def workspace(holder: str) -> Iterator[int]:
     Raises:
         InputError: another flow holds it, or a dvc of somebody's works in it; says which.
     """
-    WORKSPACE_LOCK.parent.mkdir(exist_ok=True)
-    with hold(WORKSPACE_LOCK, holder, _refuse) as handle:
+    with hold(WORKSPACE_LOCK, holder, _refuse) as lock:
         _require_no_writer()
-        yield handle.fileno()
+        yield lock
 
 
 def _refuse(holder: str) -> None:

@@ -5,7 +5,8 @@ params.yaml if missing); `--budget` takes only that target of each run (added as
 
 Decides what Prefect sees: one task per DVC stage, the state Cached for what had not changed, and the results as
 artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Works
-with the server of PREFECT_API_URL and without any (Prefect then starts one of its own, which takes 10 to 20 s).
+with the server of PREFECT_API_URL and without any (Prefect then starts one of its own, which takes 10 to 20 s, and
+more on a busy machine).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +32,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 
 from blockpruner.errors import InputError
+from blockpruner.locks import this_process
 from blockpruner.progress import OBSERVER_VARIABLE
 from blockpruner.tables import read_json
 from flows import dvc, observer, phases
@@ -165,7 +166,7 @@ def check_server() -> None:
 
 
 def process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    return f"process {this_process()}"
 
 
 def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> int:

@@ -11,7 +11,6 @@ study's model or a target's checkpoint is not here, is kept. DVC's cache is `dvc
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
+from blockpruner.locks import hold, this_process
 from blockpruner.params import Params, load_params, load_run, load_set
 from blockpruner.progress import observer
 from blockpruner.provenance import model_identity
@@ -59,14 +59,17 @@ class Entry:
         """
         with ExitStack() as stack:
             if self.lock is not None:
-                handle = stack.enter_context(open(self.lock, "a"))
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    stack.enter_context(hold(self.lock, this_process(), _leave))
                 except BlockingIOError:
                     return False
             for path in self.paths:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return True
+
+
+def _leave(holder: str) -> None:
+    raise BlockingIOError
 
 
 def entries(note: Callable[[str], object]) -> list[Entry]:

@@ -7,8 +7,6 @@ decision, what a trial is the store's.
 from __future__ import annotations
 
 import math
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +29,7 @@ from blockpruner.budgets import (
 from blockpruner.calibration import CalibrationSet
 from blockpruner.errors import InputError
 from blockpruner.families import Costs
-from blockpruner.locks import hold
+from blockpruner.locks import hold, this_process
 from blockpruner.progress import Observer
 from blockpruner.provenance import fingerprint
 from blockpruner.scoring.accelerate import accelerate
@@ -42,7 +40,7 @@ from blockpruner.search import method_of, search_settings
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.trace import search_fingerprint, seed_stores, trace_directory, write_current, write_iteration
-from blockpruner.tables import read_json, storage_error, write_json
+from blockpruner.tables import read_json, write_json
 from blockpruner.transforms import TRANSFORMS
 from blockpruner.transforms.planning import PLANNERS, Bench, Material
 from blockpruner.trials import TrialStore, require_rows, store_fingerprint
@@ -400,13 +398,8 @@ class _Once:
 def exclusive(path: Path, observer: Observer) -> Iterator[None]:
     """Hold a lock file; while another process computes the same trials, say so and wait for it."""
 
-    def busy(holder: str) -> None:  # it may be on another machine that shares the store
+    def busy(holder: str) -> None:
         observer.note(f"process {holder} computes the same trials; waiting for it, then reusing them")
 
-    with ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold(path, f"{os.getpid()} on {socket.gethostname()}", busy))
-        except OSError as error:
-            raise storage_error(path, error) from error
+    with hold(path, this_process(), busy):
         yield

@@ -54,7 +54,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wanted = int(0.8 * total * (kill + dice.random()) / KILLS)  # what is left is for a machine that hears late
+        wanted = int(total * (kill + dice.random()) / KILLS)
         while units_logged(project) < wanted and process.poll() is None:
             time.sleep(0.001)
         time.sleep(dice.random() * 0.02)

@@ -172,6 +172,7 @@ def project(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(home))
+    monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (
@@ -203,8 +204,8 @@ def start(*options: str, flow: str = "prune", **environment: str) -> subprocess.
     return started
 
 
-def wait_until(condition: Callable[[], bool], otherwise: object) -> None:
-    end = time.monotonic() + 300
+def wait_until(condition: Callable[[], bool], otherwise: object, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, otherwise
         time.sleep(0.05)
@@ -244,14 +245,14 @@ def ask(url: str, what: str) -> list[dict[str, Any]]:
     return answer
 
 
-def task_runs(url: str, wanted: Callable[[dict[str, str]], bool]) -> list[dict[str, Any]]:
-    """Task runs of the newest flow run, as soon as the states by name are the wanted ones: the server hears of them
-    after the flow."""
+def task_runs(url: str, wanted: Callable[[list[str], set[str]], bool]) -> list[dict[str, Any]]:
+    """Task runs of the newest flow run, as soon as their names, sorted, and states, as "name: state", are the wanted
+    ones: the server hears of them after the flow."""
     found: list[dict[str, Any]] = []
 
     def heard() -> bool:
         found[:] = ask(url, "task_runs")
-        return wanted({run["name"]: run["state"]["name"] for run in found})
+        return wanted(sorted(run["name"] for run in found), {f"{run['name']}: {run['state']['name']}" for run in found})
 
     wait_until(heard, found)
     return found
@@ -304,7 +305,8 @@ def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) 
         assert output.count(f"hello from {stage}") == 1
 
     expected = {*(stage.replace(" ", "@") for stage in stages[:-1]), "report", "iteration 0", "iteration 1"}
-    runs = task_runs(server, lambda states: set(states) == expected and set(states.values()) <= {"Completed", "Cached"})
+    done = {f"{name}: {state}" for name in expected for state in ("Completed", "Cached")}
+    runs = task_runs(server, lambda names, states: names == sorted(expected) and states <= done)
     states = {run["name"]: run["state"]["name"] for run in runs}
     parents = parents_of(runs)
     assert states["iteration 0"] == "Cached" and states["iteration 1"] == states["score@smollm2"] == "Completed"
@@ -351,7 +353,8 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(
         *("fetch other", "score other", "commit other-0.1", "commit other-0.2"),
         "report all",
     ]
-    nested = parents_of(task_runs(server, lambda states: {"commit@other-0.2", "other-0.2", "other"} <= set(states)))
+    wanted = {"commit@other-0.2", "other-0.2", "score@other", "other"}
+    nested = parents_of(task_runs(server, lambda names, _: wanted <= set(names)))
     assert nested["commit@other-0.2"] == ["other-0.2"] and nested["score@other"] == ["other"]
     tables = [json.loads(a["data"]) for a in ask(server, "artifacts") if a["key"] == "sweep"]
     assert sorted(map(len, tables)) == [2, 4]
@@ -393,12 +396,13 @@ def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_worksp
     output, _ = second.communicate()
     assert second.returncode == 2 and f"process {flow.pid} on" in output and "wait for it or stop it" in output
     assert "0.3" not in (project / "params.yaml").read_text()
-    task_runs(server, lambda states: "iteration 0" in states)
+    task_runs(server, lambda names, _: "iteration 0" in names)
     flow.send_signal(signal.SIGTERM)
     flow.communicate()
     assert flow.returncode == 143
     assert not alive(int(log()[-1][2]))
-    task_runs(server, lambda states: states.get("score@smollm2") == states["iteration 0"] == "Crashed")
+    crashed = {"score@smollm2: Crashed", "iteration 0: Crashed"}
+    task_runs(server, lambda _, states: crashed <= states and not any(state.endswith(": Running") for state in states))
 
 
 def test_stage_ends_with_a_killed_flow(project: Path) -> None:
@@ -416,8 +420,8 @@ def test_stage_ends_with_a_killed_flow(project: Path) -> None:
     wait_until(lambda: len(log()) == 2, "score did not start")
     flow.kill()
     flow.wait()
-    wait_until(lambda: not alive(int(log()[-1][2])), "the stage outlived its flow")
-    wait_until(workspace_is_free, "dvc outlived its flow")
+    wait_until(lambda: not alive(int(log()[-1][2])), "the stage outlived its flow", seconds=60)
+    wait_until(workspace_is_free, "dvc outlived its flow", seconds=60)
 
 
 def test_failed_stage_is_named_and_its_output_shown(project: Path) -> None:
@@ -621,9 +625,11 @@ def test_a_dvc_between_two_stages_is_waited_for(project: Path) -> None:
     """It holds its lock then, and names no writer."""
     lock = Lock(".dvc/tmp/lock")
     lock.lock()
-    free = threading.Timer(0.2, lock.unlock)
+    freed = threading.Event()
+    free = threading.Timer(1, lambda: (freed.set(), lock.unlock()))
     free.start()
     with dvc.workspace("me"):
+        assert freed.is_set()
         free.join()
         assert not lock.is_locked
         lock.lock()  # while the flow works, its own dvc commands have it

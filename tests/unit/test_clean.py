@@ -286,7 +286,7 @@ def test_a_store_that_another_process_holds_is_skipped(capsys):
     assert lines == ["  in use by another process, kept: data/trials/unknown"]
     clean.main("delete")
     assert before - files() == goes
-    assert Path("data/trials/unknown.lock").read_text() == "1"
+    assert Path("data/trials/unknown.lock").exists()
 
 
 def test_trials_that_others_share_are_left_alone(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Who holds a lock file is known at any moment, and whoever comes waits or is refused."""
 
+import errno
 import fcntl
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from threading import Event
 
 import pytest
 
+from blockpruner.errors import StorageError
 from blockpruner.locks import hold
 
 
@@ -53,11 +55,54 @@ def test_a_holder_that_is_about_to_write_its_name_is_waited_for(tmp_path):
             second.result()
 
 
+def test_one_that_waited_writes_its_name_when_nobody_reads(tmp_path):
+    path = tmp_path / "a.lock"
+    with ThreadPoolExecutor() as threads:
+        with hold(path, "first", refuse):
+            second, told = hold(path, "second", lambda holder: told.set()), Event()
+            waiting = threads.submit(second.__enter__)
+            assert told.wait(60)
+            naming = open(f"{path}.naming", "w")  # noqa: SIM115
+            fcntl.flock(naming, fcntl.LOCK_EX)
+        assert not wait([waiting], timeout=0.3).done and path.read_text() == "first"
+        naming.close()
+        waiting.result()
+        assert path.read_text() == "second"
+        second.__exit__(None, None, None)
+
+
+def test_where_it_cannot_be_written_or_locked_is_said(tmp_path, monkeypatch):
+    (tmp_path / "folder").write_text("a file")
+    with (
+        pytest.raises(StorageError, match="cannot write .*folder/a.lock"),
+        hold(tmp_path / "folder/a.lock", "", refuse),
+    ):
+        pass
+
+    def lock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with pytest.raises(StorageError, match="no file can be locked there; choose"), hold(tmp_path / "a", "", refuse):
+        pass
+
+
+def test_an_error_of_whoever_is_told_is_its_own(tmp_path):
+    def full(holder):
+        raise OSError(errno.ENOSPC, "the output is full")
+
+    path = tmp_path / "a.lock"
+    with hold(path, "first", refuse):
+        with pytest.raises(OSError, match="the output is full") as raised, hold(path, "second", full):
+            pass
+        assert type(raised.value) is OSError
+
+
 def test_a_killed_holder_leaves_no_lock_and_its_child_keeps_it(tmp_path):
     script = (
         "import subprocess, sys, time; from pathlib import Path; from blockpruner.locks import hold\n"
-        "with hold(Path(sys.argv[1]), 'a parent', print) as file:\n"
-        "    child = subprocess.Popen(['sleep', '600'], pass_fds=(file.fileno(),))\n"
+        "with hold(Path(sys.argv[1]), 'a parent', print) as lock:\n"
+        "    child = subprocess.Popen(['sleep', '600'], pass_fds=(lock,))\n"
         "    print(child.pid, flush=True); time.sleep(600)"
     )
     path = tmp_path / "a.lock"

@@ -22,6 +22,7 @@ from blockpruner.models import load_model, masked
 from blockpruner.scoring import streaming
 from blockpruner.scoring import weights as weights_module
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.memory import is_in_memory
 from blockpruner.scoring.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
 from tests.tiny import VARIANTS, full_nll, tiny_model, tolerance
@@ -325,6 +326,12 @@ def test_too_little_disk_is_refused_before_reading(tmp_path, monkeypatch):
     with pytest.raises(DeviceMemoryError, match=r"of disk in .*TMPDIR to a directory on a larger disk"):
         score_all(engine, sweep(), make_rows([16]))
     assert engine.weight_bytes_read == 0
+
+
+def test_a_file_system_that_is_memory_is_known(tmp_path):
+    for place in ("/dev/shm", "/proc", tmp_path):
+        kind = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True, check=True).stdout
+        assert is_in_memory(str(place)) == (kind.strip() in ("tmpfs", "ramfs")), (place, kind)
 
 
 def test_no_tiles_in_a_file_system_that_is_memory(tmp_path, monkeypatch):
