@@ -240,17 +240,28 @@ def test_others_may_read_weights_as_the_umask_says(tmp_path, umask, expected):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "d").iterdir()} == {expected}
 
 
-@pytest.mark.parametrize("says", ["ENOTEMPTY", "EEXIST"])
-def test_processes_that_replace_one_directory_at_once_leave_a_whole_one(tmp_path, says):
-    """Whichever of its two errors the file system has for a directory in the way: XFS has the second."""
+@pytest.mark.parametrize("says", [errno.ENOTEMPTY, errno.EEXIST], ids=errno.errorcode.get)
+def test_a_directory_that_another_process_has_put_there_meanwhile_is_replaced(tmp_path, monkeypatch, says):
+    """Whichever of its two errors the file system has for one that is not empty: XFS has the second."""
+    path, original, theirs = tmp_path / "d", os.replace, []
+
+    def replace(source, target):
+        if target == path and not theirs:
+            path.mkdir()
+            theirs.append(path / "theirs")
+            theirs[0].touch()
+        try:
+            original(source, target)
+        except OSError as error:
+            raise (OSError(says, "in the way") if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else error) from error
+
+    monkeypatch.setattr(os, "replace", replace)
+    replace_directory(path, lambda directory: (directory / "ours").touch())
+    assert theirs and [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["d", "d/ours"]
+
+
+def test_processes_that_replace_one_directory_at_once_leave_a_whole_one(tmp_path):
     script = (
-        "import errno, os\n"
-        "def replace(*paths, original=os.replace):\n"
-        "    try: original(*paths)\n"
-        "    except OSError as error:\n"
-        f"        if error.errno in (errno.ENOTEMPTY, errno.EEXIST): error = OSError(errno.{says}, 'in the way')\n"
-        "        raise error\n"
-        "os.replace = replace\n"
         "import sys; from pathlib import Path; from blockpruner.tables import replace_directory\n"
         "def build(d):\n    for n in 'ab': (d / n).write_text(sys.argv[1])\n"
         "for _ in range(200): replace_directory(Path('d'), build)"
