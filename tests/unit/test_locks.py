@@ -57,15 +57,14 @@ def test_a_holder_that_is_about_to_write_its_name_is_waited_for(tmp_path):
 
 def test_one_that_waited_writes_its_name_when_nobody_reads(tmp_path):
     path = tmp_path / "a.lock"
-    with ThreadPoolExecutor() as threads:
+    with open(f"{path}.naming", "w") as naming, ThreadPoolExecutor() as threads:
         with hold(path, "first", refuse):
             second, told = hold(path, "second", lambda holder: told.set()), Event()
             waiting = threads.submit(second.__enter__)
             assert told.wait(60)
-            naming = open(f"{path}.naming", "w")  # noqa: SIM115
             fcntl.flock(naming, fcntl.LOCK_EX)
         assert not wait([waiting], timeout=0.3).done and path.read_text() == "first"
-        naming.close()
+        fcntl.flock(naming, fcntl.LOCK_UN)
         waiting.result()
         assert path.read_text() == "second"
         second.__exit__(None, None, None)
