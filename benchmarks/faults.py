@@ -30,8 +30,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from blockpruner.provenance import file_sha256, fingerprint
-from blockpruner.tables import read_json, write_json
+from blockpruner.store.files import read_json, write_json
+from blockpruner.store.provenance import file_sha256, fingerprint
 from tests.integration.project import environment, make_project, set_targets
 
 CODE = [path for folder in ("blockpruner", "stages", "flows") for path in Path(folder).rglob("*.py")]

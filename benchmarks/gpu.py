@@ -18,18 +18,18 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import MODELS, random_model, random_rows
-from blockpruner.blocks import DENSE, Mask, all_blocks, removable_units
-from blockpruner.calibration import CalibrationSet
-from blockpruner.families import Config, count_parameters
-from blockpruner.flops import Flops
-from blockpruner.models import resolve_device
-from blockpruner.progress import ConsoleObserver
-from blockpruner.provenance import machine, versions
+from blockpruner.core.blocks import DENSE, Mask, all_blocks, removable_units
+from blockpruner.core.families import Config, count_parameters
+from blockpruner.core.progress import ConsoleObserver
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model.models import resolve_device
+from blockpruner.paper.flops import Flops
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.search import search_settings
 from blockpruner.search.run import SearchRun
-from blockpruner.trials import TrialStore
+from blockpruner.store.provenance import machine, versions
+from blockpruner.store.trials import TrialStore
 
 PAPER = Path(__file__).parents[1] / "data" / "paper" / "table7_pruning_time.csv"
 REMOVALS = {"llama2-7b": 17, "llama2-13b": 24, "tiny": 3}

@@ -22,26 +22,28 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.scoring import LENGTH, SMOLLM2, TEXT, setting
-from blockpruner.calibration import CalibrationSet, draw, draw_in_turn, pack, pack_answers
+from blockpruner.core.plan import Plan
+from blockpruner.core.progress import ConsoleObserver
+from blockpruner.core.settings import Runtime, Score
 from blockpruner.evaluation.benchmarks import benchmark_of
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.zero_shot import evaluate, gold_answers
-from blockpruner.models import load_model, masked
-from blockpruner.params import Runtime, Score
-from blockpruner.plans import Plan, commit_run
-from blockpruner.progress import ConsoleObserver
-from blockpruner.provenance import fingerprint
+from blockpruner.inputs.calibration import CalibrationSet, draw, draw_in_turn, pack, pack_answers
+from blockpruner.inputs.checkpoints import checkpoint_identity
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.methods.commit import commit_run
+from blockpruner.methods.laco.merging import ModelBench, merged
+from blockpruner.methods.laco.walk import Merge
+from blockpruner.methods.score import score_run
+from blockpruner.methods.slicegpt.slicing import slice_
+from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.executors import make_scorer
 from blockpruner.scoring.objectives import Objective
-from blockpruner.search.run import score_run
-from blockpruner.sources import checkpoint_identity
-from blockpruner.tables import TEXTS, read_json, read_table, write_json
-from blockpruner.tokenizers import load_tokenizer
-from blockpruner.transforms.laco import Merge
-from blockpruner.transforms.merging import ModelBench, merged
-from blockpruner.transforms.slicegpt import slice_
-from blockpruner.trials import TrialStore, store_fingerprint
+from blockpruner.scoring.scorers import make_scorer
+from blockpruner.store.files import read_json, read_table, write_json
+from blockpruner.store.provenance import fingerprint
+from blockpruner.store.trials import TrialStore, store_fingerprint
 
 RESULTS, FOUND = Path("data/benchmarks/methods"), Path("benchmarks/methods.json")
 TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")

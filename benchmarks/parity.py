@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from blockpruner.blocks import DENSE, Mask, all_blocks
-from blockpruner.calibration import CalibrationSet, draw, pack
-from blockpruner.models import load_model, masked
-from blockpruner.provenance import machine, versions
+from blockpruner.core.blocks import DENSE, Mask, all_blocks
+from blockpruner.inputs.calibration import CalibrationSet, draw, pack
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
-from blockpruner.tables import TEXTS, read_table
-from blockpruner.tokenizers import load_tokenizer
+from blockpruner.store.files import read_table
+from blockpruner.store.provenance import machine, versions
 
 
 @torch.inference_mode()

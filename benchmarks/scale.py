@@ -2,8 +2,8 @@
 
     python -m benchmarks.scale
 
-FLOPs are counted (`blockpruner.flops`), the work of each worker is that of the pieces that `executors.share_out` cuts;
-rates are those of `blockpruner.estimates`, and LINK and DISK below.
+FLOPs are counted (`blockpruner.paper.flops`); the work of each worker is that of the pieces that `share_out` cuts;
+rates are those of `blockpruner.paper.estimates`, and LINK and DISK below.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import heapq
 import sys
 from pathlib import Path
 
-from blockpruner.blocks import DENSE, removable_units
-from blockpruner.estimates import GPUS, calibration_rows, estimate, removals
-from blockpruner.experiments import BLOCKPRUNER, variants
-from blockpruner.families import Config, count_parameters
-from blockpruner.flops import Flops
+from blockpruner.core.blocks import DENSE, removable_units
+from blockpruner.core.families import Config, count_parameters
+from blockpruner.paper.estimates import GPUS, calibration_rows, estimate, removals
+from blockpruner.paper.experiments import BLOCKPRUNER, variants
+from blockpruner.paper.flops import Flops
+from blockpruner.paper.shapes import SHAPES, find_config
 from blockpruner.params import load_run, load_set
-from blockpruner.scoring.executors import PIECES, WalkCosts, share_out
+from blockpruner.scoring.large.ray import PIECES
+from blockpruner.scoring.large.sharing import WalkCosts, share_out
 from blockpruner.scoring.work import Task
-from blockpruner.shapes import SHAPES, find_config
 
 GPU, PERFORMANCE = GPUS["h100"], Path("docs/performance.md")
 LINK, DISK, NETWORK = 25e9, 5e9, 1.25e9

@@ -25,24 +25,25 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from benchmarks.shapes import random_model, random_rows
-from blockpruner.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
-from blockpruner.calibration import CalibrationSet, draw, pack
-from blockpruner.families import Config
-from blockpruner.flops import Flops
-from blockpruner.models import load_model, masked
-from blockpruner.params import Runtime
-from blockpruner.provenance import machine, versions
+from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
+from blockpruner.core.families import Config
+from blockpruner.core.settings import Runtime
+from blockpruner.inputs.calibration import CalibrationSet, draw, pack
+from blockpruner.inputs.checkpoints import checkpoint_identity
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model.models import load_model, masked
+from blockpruner.paper.flops import Flops
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.executors import make_scorer
 from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task, Unit
 from blockpruner.search.greedy import greedy
 from blockpruner.search.problem import Problem
-from blockpruner.sources import checkpoint_identity
-from blockpruner.tables import TEXTS, read_table, write_json
-from blockpruner.tokenizers import load_tokenizer
-from blockpruner.trials import TrialStore, store_fingerprint
+from blockpruner.store.files import read_table, write_json
+from blockpruner.store.provenance import machine, versions
+from blockpruner.store.trials import TrialStore, store_fingerprint
 
 ROWS, LENGTH = 8, 128
 SMOLLM2, TEXT = Path("data/models/smollm2"), Path("data/sources/smollm2/calibration.parquet")

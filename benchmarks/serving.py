@@ -22,14 +22,15 @@ import torch
 
 from benchmarks.methods import FOUND
 from benchmarks.scoring import SMOLLM2, setting
-from blockpruner.blocks import parse_mask
-from blockpruner.budgets import resources_of
 from blockpruner.checkpoints import EXPORTS
 from blockpruner.checkpoints.verify_llama_cpp import Server
+from blockpruner.core.blocks import parse_mask
+from blockpruner.core.budgets import resources_of
+from blockpruner.core.plan import Plan
 from blockpruner.evaluation.speed import generate, random_prompt
-from blockpruner.models import load_model
-from blockpruner.plans import Plan, commit
-from blockpruner.tables import read_json
+from blockpruner.methods.commit import commit
+from blockpruner.model.models import load_model
+from blockpruner.store.files import read_json
 
 MODELS = Path("data/benchmarks/serving")
 PROMPT, NEW, REPEATS = 128, 128, 5

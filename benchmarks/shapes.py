@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from blockpruner.families import Config
-from blockpruner.shapes import SHAPES
+from blockpruner.core.families import Config
+from blockpruner.paper.shapes import SHAPES
 
 MODELS: Mapping[str, Config] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -9,22 +9,23 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from blockpruner.blocks import removable_units
-from blockpruner.budgets import resources_of
-from blockpruner.calibration import pack
 from blockpruner.checkpoints.hf import save_pruned
-from blockpruner.errors import InputError
-from blockpruner.models import prune_
-from blockpruner.plans import Plan, commit
-from blockpruner.progress import Observer, SilentObserver
+from blockpruner.core.blocks import removable_units
+from blockpruner.core.budgets import resources_of
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.core.progress import Observer, SilentObserver
+from blockpruner.inputs.calibration import pack
+from blockpruner.methods.commit import commit
+from blockpruner.methods.transforms import TRANSFORMS
+from blockpruner.model.models import prune_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import PERPLEXITY, Metric, metric_of
 from blockpruner.scoring.objectives import Objective
 from blockpruner.search import method_of, search_settings
 from blockpruner.search.iteration import Iteration, removals
 from blockpruner.search.run import SearchRun
-from blockpruner.transforms import TRANSFORMS
-from blockpruner.trials import TrialStore, store_fingerprint
+from blockpruner.store.trials import TrialStore, store_fingerprint
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from blockpruner.calibration import CalibrationSet, draw, pack
-from blockpruner.errors import DeviceMemoryError, InputError, NonFiniteLossError
-from blockpruner.progress import Observer
-from blockpruner.provenance import fingerprint
-from blockpruner.tables import set_aside, write_atomic
-
-RECOVERY_VERSION = 1
-"""Raised when a change of this code changes the weights that come out."""
+from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLossError
+from blockpruner.core.progress import Observer
+from blockpruner.inputs.calibration import CalibrationSet, draw, pack
+from blockpruner.store.files import set_aside, write_atomic
+from blockpruner.store.provenance import fingerprint
+from blockpruner.versions import RECOVERY_VERSION
 
 MAX_GRADIENT_NORM = 1.0
 IGNORED = -100

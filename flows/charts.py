@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from blockpruner.blocks import BlockKind, Mask, parse_mask
+from blockpruner.core.blocks import BlockKind, Mask, parse_mask
 from blockpruner.reporting.plots import BLUE, GREY, INK, ORANGE, PAPER, STYLE, block_map
 
 DENSE = "(dense)"

@@ -23,9 +23,9 @@ from pathlib import Path
 import yaml
 from dvc.lock import Lock, LockError
 
-from blockpruner.errors import InputError
-from blockpruner.locks import hold
-from blockpruner.tables import set_aside, write_text
+from blockpruner.core.errors import InputError
+from blockpruner.store.files import set_aside, write_text
+from blockpruner.store.locks import hold
 
 GRACE = 10.0
 """Seconds from SIGINT to SIGKILL: with the 2 s that Prefect's runner may need to hear of it, a cancelled flow's device

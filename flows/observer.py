@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from blockpruner.progress import ConsoleObserver
+from blockpruner.core.progress import ConsoleObserver
 
 PARENT = "BLOCKPRUNER_PREFECT_PARENT"
 """Set by the flow: <flow run id>/<task run id> of the stage that runs."""

@@ -24,9 +24,9 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
 from blockpruner.params import load_set
-from blockpruner.tables import replace_directory, write_text
+from blockpruner.store.files import replace_directory, write_text
 from flows import dvc, phases
 from flows.prune import page_of, process, run_here, run_stage
 from flows.selection import PaperPlan, Tables, paper_plan
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(name: str, gpu: str | None) -> str:
-    from blockpruner.estimates import describe, estimate
+    from blockpruner.paper.estimates import describe, estimate
 
     return describe(name, [estimate(run, settings) for run, settings in load_set(name).items()], gpu)
 

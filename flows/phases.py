@@ -35,7 +35,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType, TaskRunResult
 from prefect.states import Completed, Crashed, Running
 
-from blockpruner.blocks import Mask
+from blockpruner.core.blocks import Mask
 from flows import charts
 from flows.observer import Advance, Begin, End, Event
 

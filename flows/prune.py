@@ -31,10 +31,10 @@ from prefect.runtime import flow_run, task_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 
-from blockpruner.errors import InputError
-from blockpruner.locks import this_process
-from blockpruner.progress import OBSERVER_VARIABLE
-from blockpruner.tables import read_json
+from blockpruner.core.errors import InputError
+from blockpruner.core.progress import OBSERVER_VARIABLE
+from blockpruner.store.files import read_json
+from blockpruner.store.locks import this_process
 from flows import dvc, observer, phases
 from flows.selection import Plan, Selection, plan
 

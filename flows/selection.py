@@ -2,7 +2,7 @@
 
 Decides the form that the UI shows, the names of added targets (`<run>-<budget>`) and how params.yaml is edited. What
 a value may be is decided by blockpruner.params, which checks the new content before it is written, and how far a
-model can be pruned by blockpruner.budgets, which the stage score asks, too.
+model can be pruned by blockpruner.core.budgets, which the stage score asks, too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from blockpruner.blocks import removable_units
-from blockpruner.budgets import parse_budget, require_reachable, resources_of
-from blockpruner.errors import InputError
-from blockpruner.families import Config
-from blockpruner.notation import read_budget
-from blockpruner.params import Frozen, Params, Run, load_params, load_run, load_set, load_sets, run_names
-from blockpruner.sources import SOURCE_FILE
-from blockpruner.tables import read_json, write_text
-from blockpruner.transforms import TRANSFORMS
+from blockpruner.core.blocks import removable_units
+from blockpruner.core.budgets import parse_budget, read_budget, require_reachable, resources_of
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config
+from blockpruner.core.settings import Frozen, Params, Run
+from blockpruner.inputs.checkpoints import SOURCE_FILE
+from blockpruner.methods.transforms import TRANSFORMS
+from blockpruner.params import load_params, load_run, load_set, load_sets, run_names
+from blockpruner.store.files import read_json, write_text
 
 PARAMS, PIPELINE, STUDIES = Path("params.yaml"), Path("dvc.yaml"), Path("runs/dvc.yaml")
 MODELS = Path("data/models")

@@ -47,7 +47,7 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
 from blockpruner.params import load_sets
 from flows.dvc import PR_SET_PDEATHSIG
 from flows.paper import paper

@@ -16,8 +16,8 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from blockpruner.errors import InputError
-from blockpruner.tables import read_json
+from blockpruner.core.errors import InputError
+from blockpruner.store.files import read_json
 from flows.prune import METRICS, QUIET, begin, publish, run_stages, take_back
 from flows.selection import Grid, Plan, Selection
 

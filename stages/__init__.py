@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from blockpruner.errors import InputError
-from blockpruner.provenance import file_sha256, record
+from blockpruner.core.errors import InputError
+from blockpruner.store.provenance import file_sha256, record
 
 DATA = Path("data")
 CACHE = DATA / "cache"

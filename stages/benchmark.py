@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from blockpruner.core.progress import observer
 from blockpruner.evaluation.suite import benchmark
 from blockpruner.params import load_params, load_run
-from blockpruner.plans import Plan
-from blockpruner.progress import observer
-from blockpruner.tables import write_json
+from blockpruner.store.files import write_json
+from blockpruner.store.plans import load_plan
 from stages import DATA, run
 
 
@@ -37,7 +37,7 @@ def evaluate(name: str, run_name: str, checkpoint: Path) -> dict[str, Any]:
 
 
 def main(name: str) -> None:
-    plan = Plan.load(DATA / "plans" / name / "plan.json")
+    plan = load_plan(DATA / "plans" / name / "plan.json")
     evaluate(name, plan.run, DATA / ("recovered" if plan.recover else "checkpoints") / name / "hf")
 
 

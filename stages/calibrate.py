@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from blockpruner.calibration import check_context, draw, draw_in_turn, pack, pack_answers
+from blockpruner.core.progress import observer
+from blockpruner.inputs.calibration import check_context, draw, draw_in_turn, pack, pack_answers
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.params import load_run
-from blockpruner.progress import observer
-from blockpruner.tables import TEXTS, read_json, read_table
-from blockpruner.tokenizers import load_tokenizer
+from blockpruner.store.files import read_json, read_table
 from stages import DATA, run
 
 

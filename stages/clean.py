@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
-from blockpruner.locks import hold, this_process
-from blockpruner.params import Params, load_params, load_run, load_set
-from blockpruner.progress import observer
-from blockpruner.provenance import model_identity
-from blockpruner.sources import SOURCE_FILE, checkpoint_identity
-from blockpruner.tables import is_orphan, read_json
-from blockpruner.trials import TRIALS_VARIABLE, parse_checksummed, trials_root
+from blockpruner.core.errors import InputError
+from blockpruner.core.progress import observer
+from blockpruner.core.settings import Params
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.checkpoints import SOURCE_FILE, checkpoint_identity
+from blockpruner.params import load_params, load_run, load_set
+from blockpruner.store.files import is_orphan, read_json
+from blockpruner.store.locks import hold, this_process
+from blockpruner.store.provenance import model_identity
+from blockpruner.store.trials import TRIALS_VARIABLE, parse_checksummed, trials_root
 from stages import CACHE, DATA, STUDIES, run
 
 DOWNLOAD = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")

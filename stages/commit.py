@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from blockpruner.core.progress import observer
+from blockpruner.methods.commit import commit_run, save_iterations
 from blockpruner.params import load_params
-from blockpruner.plans import commit_run, save_iterations
-from blockpruner.progress import observer
-from blockpruner.tables import read_json
+from blockpruner.store.files import read_json
+from blockpruner.store.plans import save_plan
 from stages import DATA, run
 
 
@@ -18,7 +19,7 @@ def main(name: str) -> None:
     plan = replace(plan, recover=target.recover)
     if tables:
         save_iterations(tables, out / "iterations.parquet")
-    plan.save(out / "plan.json")
+    save_plan(plan, out / "plan.json")
     what = f"removed {', '.join(plan.order)}" if plan.kind == "mask" else f"{plan.method} {dict(plan.details)}"
     observer().note(f"{name}: {what}; ratio {plan.ratio:.4f} for budget {target.budget}")
 

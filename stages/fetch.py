@@ -9,11 +9,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from blockpruner.core.progress import observer
 from blockpruner.evaluation import benchmarks
+from blockpruner.inputs.checkpoints import fetch_checkpoint
+from blockpruner.inputs.hub import pinned_revision
+from blockpruner.inputs.packages import package_file, read_member
+from blockpruner.inputs.texts import TEXTS, load_texts
 from blockpruner.params import load_run
-from blockpruner.progress import observer
-from blockpruner.sources import fetch_checkpoint, load_texts, package_file, pinned_revision, read_member
-from blockpruner.tables import TEXTS, replace_directory, write_table
+from blockpruner.store.files import replace_directory, write_table
 from stages import CACHE, DATA, PINS, run
 
 

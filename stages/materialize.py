@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from blockpruner.calibration import CalibrationSet
 from blockpruner.checkpoints import EXPORTS
-from blockpruner.models import set_threads
+from blockpruner.core.progress import observer
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model.models import set_threads
 from blockpruner.params import load_params, load_run
-from blockpruner.plans import Plan
-from blockpruner.progress import observer
+from blockpruner.store.plans import load_plan
 from stages import DATA, run
 
 
 def main(name: str) -> None:
-    params, plan = load_params(), Plan.load(DATA / "plans" / name / "plan.json")
+    params, plan = load_params(), load_plan(DATA / "plans" / name / "plan.json")
     settings, dense = load_run(plan.run), DATA / "models" / plan.run
     rows = CalibrationSet.load(DATA / "calibration" / plan.run / "rows.parquet").rows
     set_threads(params.runtime.threads)  # which a slice depends on

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from blockpruner.checkpoints.hub import push
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
+from blockpruner.core.progress import observer
 from blockpruner.params import load_params
-from blockpruner.progress import observer
 from stages import DATA, run
 
 

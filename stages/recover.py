@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from blockpruner.core.progress import observer
+from blockpruner.inputs.texts import TEXTS
 from blockpruner.params import load_params, load_run
-from blockpruner.plans import Plan
-from blockpruner.progress import observer
-from blockpruner.tables import TEXTS, read_json, read_table, replace_directory, write_json
+from blockpruner.store.files import read_json, read_table, replace_directory, write_json
+from blockpruner.store.plans import load_plan
 from stages import DATA, run
 
 
 def main(name: str) -> None:
-    plan, out = Plan.load(DATA / "plans" / name / "plan.json"), DATA / "recovered" / name
+    plan, out = load_plan(DATA / "plans" / name / "plan.json"), DATA / "recovered" / name
     if not plan.recover:
         replace_directory(out, lambda directory: write_json(directory / "recover.json", {"enabled": False}))
         return
-    from blockpruner.calibration import check_context
     from blockpruner.checkpoints.hf import save_recovered
-    from blockpruner.models import load_model, set_threads
-    from blockpruner.provenance import model_identity
+    from blockpruner.inputs.calibration import check_context
+    from blockpruner.inputs.tokenizers import load_tokenizer
+    from blockpruner.model.models import load_model, set_threads
     from blockpruner.recovery import Recipe, recover_, training_rows
-    from blockpruner.tokenizers import load_tokenizer
+    from blockpruner.store.provenance import model_identity
 
     runtime, settings, show = load_params().runtime, load_run(plan.run), observer()
     assert settings.recover is not None  # load_params has checked it

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from blockpruner.params import Run, load_params, load_run
-from blockpruner.progress import observer
+from blockpruner.core.progress import observer
+from blockpruner.core.settings import Run
+from blockpruner.params import load_params, load_run
 from blockpruner.reporting.inputs import RunLabels
 from blockpruner.reporting.report import write_report
 from stages import DATA, run

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from blockpruner.calibration import CalibrationSet
+from blockpruner.core.progress import observer
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.checkpoints import checkpoint_identity
+from blockpruner.methods.planning import Bench
+from blockpruner.methods.score import score_run
 from blockpruner.params import load_params, load_run
-from blockpruner.progress import observer
-from blockpruner.scoring.executors import make_scorer
+from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import Scorer
-from blockpruner.search.run import score_run
-from blockpruner.sources import checkpoint_identity
-from blockpruner.tables import read_json
-from blockpruner.transforms.planning import Bench
-from blockpruner.trials import trials_root
+from blockpruner.store.files import read_json
+from blockpruner.store.trials import trials_root
 from stages import DATA, run
 
 
@@ -28,8 +28,8 @@ def main(name: str) -> None:
         return make_scorer(checkpoint, dtype, runtime, trust_remote_code=remote, note=watch.note, advance=watch.advance)
 
     def bench() -> Bench:
-        from blockpruner.models import load_model, set_threads
-        from blockpruner.transforms.merging import ModelBench
+        from blockpruner.methods.laco.merging import ModelBench
+        from blockpruner.model.models import load_model, set_threads
 
         set_threads(runtime["threads"])
         model = load_model(checkpoint, dtype, runtime["device"], remote, runtime["attention"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from blockpruner.calibration import CalibrationSet
-from blockpruner.evaluation.study import Candidate, evaluate_study
+from blockpruner.core.progress import observer
+from blockpruner.core.settings import Run
 from blockpruner.evaluation.suite import Checkpoint
-from blockpruner.experiments import study_of, variants
-from blockpruner.models import set_threads
-from blockpruner.params import Run, load_params, load_run
-from blockpruner.progress import observer
-from blockpruner.studies import load_plans
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model.models import set_threads
+from blockpruner.paper.evaluation import Candidate, evaluate_study
+from blockpruner.paper.experiments import study_of, variants
+from blockpruner.paper.studies import load_plans
+from blockpruner.params import load_params, load_run
 from stages import DATA, STUDIES, run
 
 MAIN, CURVES = "main", "timed"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from blockpruner.experiments import study_of, variants
+from blockpruner.core.progress import observer
+from blockpruner.inputs.checkpoints import fetch_checkpoint
+from blockpruner.inputs.texts import load_texts
+from blockpruner.paper.experiments import study_of, variants
 from blockpruner.params import load_run
-from blockpruner.progress import observer
-from blockpruner.provenance import fingerprint
-from blockpruner.sources import fetch_checkpoint, load_texts
-from blockpruner.tables import replace_directory
+from blockpruner.store.files import replace_directory
+from blockpruner.store.provenance import fingerprint
 from stages import CACHE, PINS, STUDIES, run
 from stages.fetch import check_tasks, write_tasks, write_texts
 

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from blockpruner.experiments import variants
+from blockpruner.core.progress import observer
+from blockpruner.inputs.checkpoints import checkpoint_identity
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.methods.planning import Bench
+from blockpruner.paper.experiments import variants
+from blockpruner.paper.studies import Setting, search_all
 from blockpruner.params import load_params, load_run
-from blockpruner.progress import observer
-from blockpruner.provenance import fingerprint
-from blockpruner.scoring.executors import make_scorer
+from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import Rows, Scorer
-from blockpruner.sources import checkpoint_identity
-from blockpruner.studies import Setting, search_all
-from blockpruner.tables import TEXTS, read_json, read_table
-from blockpruner.transforms.planning import Bench
-from blockpruner.trials import trials_root
+from blockpruner.store.files import read_json, read_table
+from blockpruner.store.provenance import fingerprint
+from blockpruner.store.trials import trials_root
 from stages import STUDIES, run
 
 
@@ -30,19 +31,19 @@ def main(name: str) -> None:
 
     @cache
     def dense() -> Any:
-        from blockpruner.models import load_model, set_threads
+        from blockpruner.model.models import load_model, set_threads
 
         set_threads(runtime["threads"])
         return load_model(checkpoint, dtype, runtime["device"], remote, runtime["attention"])
 
     def bench(rows: Rows) -> Bench:
-        from blockpruner.transforms.merging import ModelBench
+        from blockpruner.methods.laco.merging import ModelBench
 
         return ModelBench(dense(), rows, watch.advance)
 
     @cache
     def tokenizer() -> Any:
-        from blockpruner.tokenizers import load_tokenizer
+        from blockpruner.inputs.tokenizers import load_tokenizer
 
         return load_tokenizer(checkpoint, remote)
 

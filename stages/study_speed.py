@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from blockpruner.evaluation.study import time_study
-from blockpruner.experiments import study_of
+from blockpruner.core.progress import observer
+from blockpruner.paper.evaluation import time_study
+from blockpruner.paper.experiments import study_of
 from blockpruner.params import load_run
-from blockpruner.progress import observer
 from stages import DATA, STUDIES, run
 from stages.study_evaluate import CURVES, MAIN, candidates, dense
 

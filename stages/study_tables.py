@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 
+from blockpruner.core.progress import observer
+from blockpruner.paper.evidence import read_subject
+from blockpruner.paper.page import write_set
 from blockpruner.params import load_set
-from blockpruner.progress import observer
-from blockpruner.reporting.paper.evidence import read_subject
-from blockpruner.reporting.paper.page import write_set
 from stages import DATA, STUDIES, run
 from stages.report import labels
 

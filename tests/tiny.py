@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import blockpruner.models  # noqa: F401  # tells transformers of the classes that it lacks
-from blockpruner.families import FAMILIES
+import blockpruner.model.models  # noqa: F401  # tells transformers of the classes that it lacks
+from blockpruner.core.families import FAMILIES
 from blockpruner.scoring.work import Unit
 
 VOCABULARY = 260

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blockpruner.plans import Plan
+from blockpruner.core.plan import Plan
 
 
 def model_card(

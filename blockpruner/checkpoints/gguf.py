@@ -22,13 +22,13 @@ from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.packing import Packed, packed
 from blockpruner.checkpoints.verification import reference_beside, reference_outputs, verify_checkpoint
 from blockpruner.checkpoints.vocabulary import vocabulary
-from blockpruner.errors import InputError
-from blockpruner.models import load_model, model_family
-from blockpruner.plans import Plan
-from blockpruner.pruners import prune_by_plan_
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.methods.pruners import prune_by_plan_
+from blockpruner.model.models import load_model, model_family
 from blockpruner.scoring.work import Rows
-from blockpruner.tables import replace_directory, write_json, write_text
-from blockpruner.tokenizers import load_tokenizer
+from blockpruner.store.files import replace_directory, write_json, write_text
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """By family, llama.cpp's architecture of a model whose layers are all whole."""

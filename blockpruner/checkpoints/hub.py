@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blockpruner.errors import InputError
-from blockpruner.sources import hub_error
-from blockpruner.tables import read_json
+from blockpruner.core.errors import InputError
+from blockpruner.inputs.hub import hub_error
+from blockpruner.store.files import read_json
 
 
 def push(checkpoint: Path, repo: str, private: bool) -> str:

@@ -23,12 +23,12 @@ from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import save_beside
 from blockpruner.checkpoints.packing import Packed, packed
 from blockpruner.checkpoints.verification import reference_beside, reference_outputs, verify_checkpoint
-from blockpruner.errors import InputError
-from blockpruner.models import load_model, model_family
-from blockpruner.plans import Plan
-from blockpruner.pruners import prune_by_plan_
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.methods.pruners import prune_by_plan_
+from blockpruner.model.models import load_model, model_family
 from blockpruner.scoring.work import Rows
-from blockpruner.tables import let_others_read, replace_directory, write_json
+from blockpruner.store.files import let_others_read, replace_directory, write_json
 
 FAMILIES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3")

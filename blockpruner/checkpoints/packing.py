@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.blocks import BlockId, BlockKind, Mask, pack
-from blockpruner.modeling_blockpruned import NoMHA, NoMLP
-from blockpruner.models import decoder_layers, model_family
+from blockpruner.core.blocks import BlockId, BlockKind, Mask, pack
+from blockpruner.model.modeling_blockpruned import NoMHA, NoMLP
+from blockpruner.model.models import decoder_layers, model_family
 
 FOLD_ROWS = 4096
 """Rows of the embedding that go through an MLP at once."""

@@ -22,9 +22,9 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints import verify
-from blockpruner.errors import InputError
-from blockpruner.plans import Plan
-from blockpruner.tables import write_json
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.store.files import write_json
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest logit difference to the masked model, relative to the largest logit, by dtype of the weights."""

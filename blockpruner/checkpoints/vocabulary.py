@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
 
 WORDS = "|".join((r"[^\r\n\p{L}\p{N}]?\p{L}+", "%s", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"))
 CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDS

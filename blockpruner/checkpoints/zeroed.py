@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from blockpruner.blocks import Mask
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import code_file, save_checkpoint
 from blockpruner.checkpoints.verification import reference_beside, reference_outputs, tolerance_of, verify_checkpoint
-from blockpruner.errors import InputError
-from blockpruner.models import decoder_layers, load_model, masked, model_family
-from blockpruner.plans import Plan
+from blockpruner.core.blocks import Mask
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.model.models import decoder_layers, load_model, masked, model_family
 from blockpruner.scoring.work import Rows
-from blockpruner.tables import replace_directory
+from blockpruner.store.files import replace_directory
 
 NOTE = """
 This directory has the shape of the base model: the last projection of each removed block is zero. It says what the

@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from blockpruner.errors import InputError
-from blockpruner.provenance import file_sha256, fingerprint
-from blockpruner.tables import write_atomic, write_text
+from blockpruner.core.errors import InputError
+from blockpruner.store.files import write_atomic, write_text
+from blockpruner.store.provenance import file_sha256, fingerprint
 
 GZIP_LIMIT = 2**30
 """Largest content of a gzipped member, bytes."""

@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from blockpruner.blocks import DENSE, BlockKind, all_blocks
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
+from blockpruner.core.errors import InputError
+from blockpruner.core.progress import Observer
 from blockpruner.evaluation.speed import device_name, generate, random_prompt
-from blockpruner.models import decoder_layers, load_model, masked, set_threads
-from blockpruner.progress import Observer
-from blockpruner.provenance import fingerprint
-from blockpruner.sources import checkpoint_identity
-from blockpruner.tables import read_json, set_aside, write_json
-
-LATENCY_VERSION = 1
+from blockpruner.inputs.checkpoints import checkpoint_identity
+from blockpruner.model.models import decoder_layers, load_model, masked, set_threads
+from blockpruner.store.files import read_json, set_aside, write_json
+from blockpruner.store.provenance import fingerprint
+from blockpruner.versions import LATENCY_VERSION
 
 
 def kept_latency(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from blockpruner.errors import InputError, NonFiniteLossError
+from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.work import LOGITS_BYTES
 

@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blockpruner.errors import InputError
-from blockpruner.provenance import file_sha256, fingerprint
-from blockpruner.tables import read_json, set_aside, write_json, write_table
+from blockpruner.core.errors import InputError
+from blockpruner.store.files import read_json, set_aside, write_json, write_table
+from blockpruner.store.provenance import file_sha256, fingerprint
 
 ITEMS = pa.schema(
     [

@@ -19,20 +19,19 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from blockpruner.calibration import check_context
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
+from blockpruner.core.progress import Observer
 from blockpruner.evaluation.benchmarks import BENCHMARKS, benchmark_of, task_digest
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.speed import device_name, measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
-from blockpruner.models import load_model, resolve_device, set_threads
-from blockpruner.progress import Observer
-from blockpruner.provenance import file_sha256, fingerprint, machine, model_identity
-from blockpruner.tables import TEXTS, read_json, read_table, replace_directory, write_json, write_table
-from blockpruner.tokenizers import load_tokenizer
-
-EVAL_VERSION = 1
-"""Raised when a change of this code changes a number."""
+from blockpruner.inputs.calibration import check_context
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model.models import load_model, resolve_device, set_threads
+from blockpruner.store.files import read_json, read_table, replace_directory, write_json, write_table
+from blockpruner.store.provenance import file_sha256, fingerprint, machine, model_identity
+from blockpruner.versions import EVAL_VERSION
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 

@@ -31,10 +31,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel
 
-from blockpruner.calibration import Answer
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
 from blockpruner.evaluation.benchmarks import ACCURACIES, benchmark_of, unscored_items
 from blockpruner.evaluation.store import ITEMS
+from blockpruner.inputs.calibration import Answer
 
 BATCH_SIZE = 8
 """Requests to a forward pass. On 2 CPU cores SmolLM2 scores 20 items of PIQA and ARC-e in 5.8 s, against 9.7 s at

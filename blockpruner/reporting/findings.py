@@ -13,8 +13,8 @@ from enum import StrEnum
 from itertools import takewhile
 from statistics import mean, median
 
-from blockpruner.blocks import BlockKind, format_mask
-from blockpruner.budgets import speedup
+from blockpruner.core.blocks import BlockKind, format_mask
+from blockpruner.core.budgets import speedup
 from blockpruner.reporting.formats import listed, number, percent, signed_points, times
 from blockpruner.reporting.inputs import Removal, Study, Target, paired
 from blockpruner.reporting.methods import UNSCORED, method_words, taken_out

@@ -16,12 +16,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, parse_mask
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, parse_mask
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.plans import Plan
 from blockpruner.scoring.metrics import PERPLEXITY, metric_of
-from blockpruner.tables import ITERATION, read_json, read_table
+from blockpruner.search.trace import ITERATION
+from blockpruner.store.files import read_json, read_table
+from blockpruner.store.plans import load_plan
 
 ITERATIONS = pa.schema([pa.field("iteration", pa.int32(), nullable=False), *ITERATION])
 
@@ -324,7 +326,7 @@ def _require_same(removed: Sequence[str], order: Sequence[str], path: Path) -> N
 
 
 def _read_target(name: str, data: Path) -> Target:
-    plan = Plan.load(data / "plans" / name / "plan.json")
+    plan = load_plan(data / "plans" / name / "plan.json")
     sequence: tuple[Removal, ...] = ()
     search = None
     if plan.kind == "mask":

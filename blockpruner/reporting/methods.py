@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from blockpruner.blocks import BlockKind
+from blockpruner.core.blocks import BlockKind
 from blockpruner.reporting.inputs import Target
 from blockpruner.scoring.metrics import metric_of
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from blockpruner.blocks import DENSE, format_mask
-from blockpruner.provenance import commit, machine, versions
+from blockpruner.core.blocks import DENSE, format_mask
 from blockpruner.reporting.comparison import Comparison, comparisons
 from blockpruner.reporting.findings import Finding, findings
 from blockpruner.reporting.formats import listed, percent
@@ -18,6 +17,7 @@ from blockpruner.reporting.inputs import Study
 from blockpruner.reporting.methods import method_words
 from blockpruner.reporting.plots import Plot, pareto_plot, plots
 from blockpruner.reporting.tables import COMPARISON_LEGEND, LEGEND, Table, choices, compared, headline, sequence
+from blockpruner.store.provenance import commit, machine, versions
 
 
 @dataclass(frozen=True)

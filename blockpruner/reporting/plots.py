@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from blockpruner.blocks import BlockId, BlockKind, Mask
+from blockpruner.core.blocks import BlockId, BlockKind, Mask
 from blockpruner.reporting.comparison import GAINS, SPEED, Comparison, Gain, Option
 from blockpruner.reporting.findings import first_jump, recommended
 from blockpruner.reporting.inputs import Estimate, Study, Target

@@ -11,7 +11,7 @@ from blockpruner.reporting.inputs import RunLabels, read_studies
 from blockpruner.reporting.markdown import render_markdown
 from blockpruner.reporting.page import build_page
 from blockpruner.reporting.tables import curve_csv, iterations_csv, pareto_csv
-from blockpruner.tables import replace_directory
+from blockpruner.store.files import replace_directory
 
 
 def write_report(

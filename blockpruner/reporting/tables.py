@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from blockpruner.blocks import BlockKind, Mask, format_mask
+from blockpruner.core.blocks import BlockKind, Mask, format_mask
 from blockpruner.reporting.comparison import BAND, GAINS, SPEED, Comparison, Option
 from blockpruner.reporting.findings import first_jump
 from blockpruner.reporting.formats import number, parameters, percent, points, signed_points, size, times

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from blockpruner.blocks import Mask
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import Mask
+from blockpruner.core.errors import InputError
 from blockpruner.scoring.objectives import Objective, Score
 
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.blocks import DENSE, BlockId, BlockKind, Mask, format_mask
-from blockpruner.errors import DeviceMemoryError, NonFiniteLossError
-from blockpruner.models import decoder_layers, model_family
-from blockpruner.scoring.activations import INFLUENCES
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask
+from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
+from blockpruner.model.models import decoder_layers, model_family
+from blockpruner.scoring.influences import INFLUENCES
 from blockpruner.scoring.losses import LOSSES
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task, Unit, live_numbers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from blockpruner.blocks import DENSE, Mask, format_mask
-from blockpruner.calibration import CalibrationSet
-from blockpruner.progress import Observer, SilentObserver
+from blockpruner.core.blocks import DENSE, Mask, format_mask
+from blockpruner.core.progress import Observer, SilentObserver
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.metrics import PERPLEXITY, Metric
 from blockpruner.scoring.work import Scorer, Task
-from blockpruner.trials import TrialStore, trial_key
+from blockpruner.store.trials import TrialStore, trial_key
 
 
 @dataclass(frozen=True)

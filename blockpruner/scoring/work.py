@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from blockpruner.blocks import DENSE, Mask
+from blockpruner.core.blocks import DENSE, Mask
 
 Rows = Sequence[Sequence[int]]
 """Token rows; rows of different lengths are padded on the right within a batch. A negative number is a token that is

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockpruner.errors import InputError
-from blockpruner.options import fill_options, require_one_of
+from blockpruner.core.errors import InputError
+from blockpruner.core.options import fill_options, require_one_of
+from blockpruner.methods.transforms import TRANSFORMS
 from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, metric_of
 from blockpruner.search.beam import beam
@@ -18,7 +19,6 @@ from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.random_order import random_order
 from blockpruner.search.swap import swap
-from blockpruner.transforms import TRANSFORMS
 
 
 @dataclass(frozen=True)

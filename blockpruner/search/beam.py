@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from blockpruner.blocks import DENSE, Mask
-from blockpruner.options import require_at_least
+from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.options import require_at_least
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem

@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 
-from blockpruner.blocks import DENSE, Mask
-from blockpruner.errors import InputError
-from blockpruner.options import require_at_least, require_one_of
+from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.errors import InputError
+from blockpruner.core.options import require_at_least, require_one_of
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.greedy import greedy_to_goal
 from blockpruner.search.iteration import Iteration

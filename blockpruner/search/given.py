@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from blockpruner.blocks import DENSE, format_mask, parse_mask
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import DENSE, format_mask, parse_mask
+from blockpruner.core.errors import InputError
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import in_order
 from blockpruner.search.problem import Problem

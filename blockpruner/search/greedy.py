@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 
-from blockpruner.blocks import DENSE, Mask
-from blockpruner.errors import InputError
-from blockpruner.families import Costs
+from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import Costs
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blockpruner.blocks import DENSE, Mask
+from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.scoring.objectives import Score
 
 

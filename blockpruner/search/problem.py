@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from blockpruner.blocks import DENSE, Mask
-from blockpruner.budgets import Goal, Resources
+from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.budgets import Goal, Resources
 from blockpruner.scoring.accelerate import Select
 from blockpruner.scoring.objectives import Score
 

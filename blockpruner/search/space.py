@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from blockpruner.blocks import DENSE, Mask
-from blockpruner.budgets import Goal
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.budgets import Goal
+from blockpruner.core.errors import InputError
 from blockpruner.search.problem import Problem
 
 

@@ -12,8 +12,8 @@ import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
-from blockpruner.blocks import DENSE, Mask
-from blockpruner.options import require_at_least, require_one_of
+from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.options import require_at_least, require_one_of
 from blockpruner.search.greedy import greedy_to_goal
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem

@@ -13,15 +13,41 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.blocks import DENSE, format_mask, parse_mask
-from blockpruner.errors import InputError
-from blockpruner.provenance import fingerprint
+from blockpruner.core.blocks import DENSE, format_mask, parse_mask
+from blockpruner.core.errors import InputError
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
-from blockpruner.tables import ITERATION, read_json, read_table, set_aside, write_json, write_table
-from blockpruner.trials import TrialStore, trial_key
+from blockpruner.store.files import read_json, read_table, set_aside, write_json, write_table
+from blockpruner.store.provenance import fingerprint
+from blockpruner.store.trials import TrialStore, trial_key
+from blockpruner.versions import SEARCH_VERSION
 
-SEARCH_VERSION = 3
+ITERATION = pa.schema(
+    [
+        pa.field("removed", pa.list_(pa.string()), nullable=False),
+        pa.field("added", pa.string()),
+        pa.field("loss", pa.float64()),
+        pa.field("perplexity", pa.float64()),
+        pa.field("rows_used", pa.int32(), nullable=False),
+        pa.field("rows_total", pa.int32(), nullable=False),
+        pa.field("chosen", pa.bool_(), nullable=False),
+        pa.field("row_loss", pa.list_(pa.float64()), nullable=False),
+        pa.field("row_nll", pa.list_(pa.float64())),
+        pa.field("lazy_choice", pa.bool_()),
+    ]
+)
+"""What a search did in one iteration, one row per mask considered.
+
+removed: the whole mask; added: the candidate's blocks as text (null for the dense model, and in a search that does not
+add one unit after the other); loss: mean over rows of each row's loss in the search's metric, null where none was asked
+for; perplexity: exp(mean over rows of each row's mean NLL, nats per token), of the chosen mask and the dense model
+always, of others where it is the metric; rows_used < rows_total: scored on the first rows only (in a race, or in a
+generation's first rounds), so of use to no ranking; a candidate without a row was not considered;
+row_loss, row_nll: the rows' own, from which trial stores are seeded;
+lazy_choice: in an audited iteration, whether this one had been chosen before all candidates entered; else null.
+"""
+
+
 TIE_BREAK = "mha by layer, then mlp by layer, strict <"
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockpruner import modeling_blockpruned
-from blockpruner.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.checkpoints.zeroed import zero_
-from blockpruner.errors import InputError
-from blockpruner.families import FAMILIES, count_kv_cache, count_parameters
-from blockpruner.models import decoder_layers, load_model, masked, model_family, prune_
+from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters
+from blockpruner.model import modeling_blockpruned
+from blockpruner.model.models import decoder_layers, load_model, masked, model_family, prune_
 from tests.tiny import VARIANTS, tiny_model, tolerance
 
 MASKS = ["mha.0", "mlp.0", "mha.0,mlp.0", "mha.3,mlp.3", "mha.0,mha.2,mlp.0,mlp.3", "mlp.0,mlp.1,mlp.2", "mha.1,mha.2"]

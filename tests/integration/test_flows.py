@@ -29,7 +29,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, Running
 
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
 from blockpruner.params import load_params
 from flows import dvc, serve
 from flows import prune as prune_module
@@ -99,7 +99,7 @@ stages:
 STUB = """
 import os, sys, time
 from pathlib import Path
-from blockpruner.progress import observer
+from blockpruner.core.progress import observer
 
 stage, item, out = sys.argv[1:]
 with open("log.txt", "a") as log:
@@ -457,7 +457,7 @@ def test_a_list_of_readers_that_a_kill_cut_short_is_set_aside(project: Path) -> 
 def test_ten_starts_at_once(project: Path) -> None:
     """One holds the workspace, nine say whose it is; as flows.prune does it, without Prefect's 3 s of import."""
     script = (
-        "import os\nfrom blockpruner.errors import InputError\nfrom flows import dvc\n"
+        "import os\nfrom blockpruner.core.errors import InputError\nfrom flows import dvc\n"
         "try:\n    with dvc.workspace(f'process {os.getpid()}') as lock: dvc.repro('score@smollm2', lock, str)\n"
         "except InputError as error: print(error)"
     )

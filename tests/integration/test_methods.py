@@ -8,12 +8,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
 from blockpruner.evaluation import latency, speed
-from blockpruner.plans import Plan
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.transforms import TRANSFORMS
 from blockpruner.search import SEARCHES
-from blockpruner.transforms import TRANSFORMS
+from blockpruner.store.plans import load_plan
 from stages import calibrate, commit, fetch, materialize, score
 from stages.benchmark import evaluate
 from tests.integration.project import make_project, set_targets
@@ -69,7 +69,7 @@ def test_from_run_file_to_checkpoint(project, monkeypatch, method):
     assert scored(METHODS[method], project)["iterations"] >= (method not in TRANSFORMS)
     commit.main("t")
     materialize.main("t")
-    plan, out = Plan.load(project / "data/plans/t/plan.json"), project / "data/checkpoints/t/hf"
+    plan, out = load_plan(project / "data/plans/t/plan.json"), project / "data/checkpoints/t/hf"
     assert json.loads((out / "verification.json").read_text())["ok"]
     assert plan.ratio == pytest.approx(0.2, abs=0.06)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
@@ -99,7 +99,7 @@ def test_a_sliced_model_is_benchmarked_as_any_other(project, monkeypatch):
     commit.main("t")
     materialize.main("t")
     found = evaluate("t", "tiny", project / "data/checkpoints/t/hf")
-    assert found["parameters"] == Plan.load(project / "data/plans/t/plan.json").parameters["pruned"]
+    assert found["parameters"] == load_plan(project / "data/plans/t/plan.json").parameters["pruned"]
     assert found["speed"]["pruned"]["kv_cache_bytes"] == found["speed"]["dense"]["kv_cache_bytes"]
 
 
@@ -152,7 +152,7 @@ def test_a_budget_of_the_kv_cache(project, monkeypatch, section):
     scored(section, project, "0.25kv")
     commit.main("t")
     materialize.main("t")
-    plan, out = Plan.load(project / "data/plans/t/plan.json"), project / "data/checkpoints/t/hf"
+    plan, out = load_plan(project / "data/plans/t/plan.json"), project / "data/checkpoints/t/hf"
     assert plan.removes["kv"] == 0.25 and plan.blocks["mha"] == 1
     assert plan.blocks["mlp"] == (plan.kind == "laco")
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
@@ -180,7 +180,7 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
     scored(section, project, "1.3x")
     assert measured == [(2, 6)] * 9
     commit.main("t")
-    plan = Plan.load(project / "data/plans/t/plan.json")
+    plan = load_plan(project / "data/plans/t/plan.json")
     expected = 0.1 * plan.blocks["mha"] + 0.05 * plan.blocks["mlp"]
     assert plan.removes["latency"] == pytest.approx(expected)
     assert plan.removes["latency"] == pytest.approx(1 - 1 / 1.3, abs=0.05)

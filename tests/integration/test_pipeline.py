@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from blockpruner.blocks import all_blocks
-from blockpruner.models import masked
-from blockpruner.plans import Plan
-from blockpruner.tables import read_json
+from blockpruner.core.blocks import all_blocks
+from blockpruner.model.models import masked
+from blockpruner.store.files import read_json
+from blockpruner.store.plans import load_plan
 from tests.integration.project import counts, dvc, make_project, set_targets, tables
 from tests.tiny import full_nll
 
@@ -60,7 +60,7 @@ def test_everything_runs_once_in_order(project, first):
 
 
 def test_sequence_equals_brute_force(project, first):
-    plan = Plan.load(project / "data/plans/small.2/plan.json")
+    plan = load_plan(project / "data/plans/small.2/plan.json")
     assert list(plan.order) == brute_force(project, 2)
     assert plan.blocks["mha"] + plan.blocks["mlp"] == 2
     table = pq.read_table(project / "data/plans/small.2/iterations.parquet").to_pylist()
@@ -77,7 +77,7 @@ def test_checkpoint_is_verified_and_smaller(project, first):
     assert report["ok"]
     assert report["greedy_tokens_equal"]
     assert not report["blockpruner_imported"]
-    plan = Plan.load(project / "data/plans/small.2/plan.json")
+    plan = load_plan(project / "data/plans/small.2/plan.json")
     results = read_json(project / "data/results/small.2/results.json")
     assert results["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
     assert results["tasks"]["piqa"]["items"] == 6
@@ -101,7 +101,7 @@ def test_budgets_up_down_and_back(project, first):
     )  # fmt: skip
     after = counts(project)
     assert (after["trials_computed"], after["trials_reused"]) == (6 + 5, 9 + 7)
-    assert list(Plan.load(project / "data/plans/large.4/plan.json").order) == brute_force(project, 4)
+    assert list(load_plan(project / "data/plans/large.4/plan.json").order) == brute_force(project, 4)
     kept = tables(project)
 
     set_targets(project, {"small.2": "2blocks"})

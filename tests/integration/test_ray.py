@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from blockpruner.blocks import DENSE, all_blocks
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError, NonFiniteLossError
-from blockpruner.progress import SilentObserver
-from blockpruner.scoring import executors
-from blockpruner.scoring.executors import Replica, WorkerLostError, make_scorer
+from blockpruner.core.blocks import DENSE, all_blocks
+from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.core.progress import SilentObserver
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.score import score_run
+from blockpruner.scoring.large import ray as executors
+from blockpruner.scoring.large.ray import Replica, WorkerLostError
+from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import Task, Unit
-from blockpruner.search.run import score_run
-from blockpruner.tables import read_json
+from blockpruner.store.files import read_json
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'blockpruner[ray]'"
@@ -71,7 +72,7 @@ def test_a_private_ray_asks_for_a_token_that_is_in_no_file_and_no_command_line(t
     program = """
 import os
 from pathlib import Path
-from blockpruner.scoring.executors import connect
+from blockpruner.scoring.scorers import connect
 ray, _ = connect(None)
 session, token = ray.nodes()[0]["ObjectStoreSocketName"].split("/")[-3], os.environ["RAY_AUTH_TOKEN"]
 for process in Path("/proc").glob("[0-9]*"):

@@ -65,10 +65,10 @@ def write_checkpoint(directory, layers):
 
 def score(mode, checkpoint):
     """All candidates of a greedy search's first iteration on one row, and some of them on another."""
-    from blockpruner.blocks import DENSE, all_blocks, format_mask
-    from blockpruner.models import load_model
+    from blockpruner.core.blocks import DENSE, all_blocks, format_mask
+    from blockpruner.model.models import load_model
     from blockpruner.scoring.engine import Engine
-    from blockpruner.scoring.streaming import StreamingEngine
+    from blockpruner.scoring.large.streaming import StreamingEngine
     from blockpruner.scoring.work import Task
 
     if mode == "imports":

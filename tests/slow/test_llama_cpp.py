@@ -12,8 +12,8 @@ from benchmarks.serving import plans
 from blockpruner.checkpoints.gguf import export_gguf, facts
 from blockpruner.checkpoints.verification import reference_outputs
 from blockpruner.checkpoints.verify_llama_cpp import ask
-from blockpruner.models import load_model, masked
-from blockpruner.tokenizers import load_tokenizer
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model.models import load_model, masked
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,10 @@ from benchmarks.serving import plans
 from blockpruner.checkpoints import EXPORTS
 from blockpruner.evaluation.benchmarks import tables_from_archive, write_task
 from blockpruner.evaluation.zero_shot import evaluate
-from blockpruner.models import load_model
+from blockpruner.inputs.packages import package_file, read_member
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model.models import load_model
 from blockpruner.params import load_run
-from blockpruner.sources import package_file, read_member
-from blockpruner.tokenizers import load_tokenizer
 from stages import CACHE
 from tests.harness import assert_same, command_line
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockpruner.blocks import DENSE, all_blocks
-from blockpruner.calibration import pack
-from blockpruner.models import load_model
+from blockpruner.core.blocks import DENSE, all_blocks
+from blockpruner.inputs.calibration import pack
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model.models import load_model
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
-from blockpruner.tables import TEXTS, read_table
-from blockpruner.tokenizers import load_tokenizer
+from blockpruner.store.files import read_table
 
 pytestmark = pytest.mark.slow
 

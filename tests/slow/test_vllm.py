@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.serving import plans
 from blockpruner.checkpoints.nas import export_nas
-from blockpruner.models import load_model, masked
-from blockpruner.tokenizers import load_tokenizer
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model.models import load_model, masked
 
 PROMPTS = ["The capital of France is", "Once upon a time, a little fox", "def fibonacci(n):\n"]
 NEW_TOKENS = 24

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from blockpruner.blocks import DENSE, format_mask, removable_units
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
-from blockpruner.families import count_parameters
-from blockpruner.models import masked
-from blockpruner.progress import SilentObserver
+from blockpruner.core.blocks import DENSE, format_mask, removable_units
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import count_parameters
+from blockpruner.core.progress import SilentObserver
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model.models import masked
 from blockpruner.scoring import accelerate as module
 from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, settings_of, slices
 from blockpruner.scoring.engine import Engine
@@ -20,7 +20,7 @@ from blockpruner.search import search_settings
 from blockpruner.search.greedy import greedy
 from blockpruner.search.problem import Problem
 from blockpruner.search.run import SearchRun
-from blockpruner.trials import TrialStore, store_fingerprint
+from blockpruner.store.trials import TrialStore, store_fingerprint
 from tests.tiny import MadeUp, full_nll, tiny_model
 
 LAYERS, ROWS = 6, 12

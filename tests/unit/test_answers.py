@@ -13,12 +13,12 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from blockpruner.blocks import DENSE, parse_mask
-from blockpruner.calibration import CalibrationSet, draw_in_turn, pack_answers
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import DENSE, parse_mask
+from blockpruner.core.errors import InputError
 from blockpruner.evaluation.benchmarks import BENCHMARKS, write_task
 from blockpruner.evaluation.zero_shot import gold_answers
-from blockpruner.models import masked
+from blockpruner.inputs.calibration import CalibrationSet, draw_in_turn, pack_answers
+from blockpruner.model.models import masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from stages import calibrate, fetch

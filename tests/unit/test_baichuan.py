@@ -18,20 +18,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from blockpruner import baichuan, models
-from blockpruner.blocks import BlockId, BlockKind, format_mask, parse_mask
 from blockpruner.checkpoints.hf import code_file, save_pruned
 from blockpruner.checkpoints.verification import reference_outputs, verify_checkpoint
-from blockpruner.errors import InputError
-from blockpruner.families import count_parameters
-from blockpruner.modeling_blockpruned import BaichuanConfig, BaichuanForCausalLM, alibi_slopes
-from blockpruner.models import load_model, masked, prune_
-from blockpruner.scoring import streaming, weights
+from blockpruner.core.blocks import BlockId, BlockKind, format_mask, parse_mask
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import count_parameters
+from blockpruner.inputs import baichuan
+from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model import models
+from blockpruner.model.modeling_blockpruned import BaichuanConfig, BaichuanForCausalLM, alibi_slopes
+from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.streaming import StreamingEngine
+from blockpruner.scoring.large import streaming, weights
+from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
-from blockpruner.sources import checkpoint_identity, fetch_checkpoint
-from blockpruner.tokenizers import load_tokenizer
 from tests.unit.test_engine import make_rows, score_all, sweep
 from tests.unit.test_streaming import LiveBytes
 
@@ -409,5 +410,5 @@ def test_missing_sentencepiece_is_named(tmp_path, monkeypatch):
 
 
 def test_light_modules_stay_light():
-    code = "import sys, blockpruner.sources; assert 'torch' not in sys.modules"
+    code = "import sys, blockpruner.inputs.checkpoints; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -16,7 +16,7 @@ from lm_eval.api.registry import get_metric_aggregation, is_higher_better
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
 from blockpruner.evaluation import benchmarks
 from blockpruner.evaluation.benchmarks import (
     BENCHMARKS,

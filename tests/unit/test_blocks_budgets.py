@@ -2,7 +2,7 @@ from itertools import chain, combinations
 
 import pytest
 
-from blockpruner.blocks import (
+from blockpruner.core.blocks import (
     BlockId,
     BlockKind,
     all_blocks,
@@ -12,12 +12,12 @@ from blockpruner.blocks import (
     parse_mask,
     removable_units,
 )
-from blockpruner.budgets import choose_prefix, goal_of, is_settled, parse_budget, require_reachable, resources_of
-from blockpruner.errors import InputError
-from blockpruner.families import count_kv_cache, count_parameters, family_of
+from blockpruner.core.budgets import choose_prefix, goal_of, is_settled, parse_budget, require_reachable, resources_of
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import count_kv_cache, count_parameters, family_of
+from blockpruner.paper.shapes import SHAPES
 from blockpruner.search.space import is_settled as settled_for_a_goal
 from blockpruner.search.space import nearest as nearest_mask
-from blockpruner.shapes import SHAPES
 
 LLAMA2_7B = SHAPES["meta-llama/Llama-2-7b-hf"]
 

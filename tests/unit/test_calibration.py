@@ -3,9 +3,9 @@ import random
 import datasets
 import pytest
 
-from blockpruner.blocks import DENSE
-from blockpruner.calibration import CalibrationSet, check_context, draw, pack
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import DENSE
+from blockpruner.core.errors import InputError
+from blockpruner.inputs.calibration import CalibrationSet, check_context, draw, pack
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer

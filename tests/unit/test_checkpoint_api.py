@@ -12,17 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import blockpruner
-from blockpruner.blocks import all_blocks, parse_mask
-from blockpruner.budgets import resources_of
-from blockpruner.calibration import pack
 from blockpruner.checkpoints import hf
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.zeroed import export_zeroed
-from blockpruner.errors import InputError
-from blockpruner.families import count_parameters
-from blockpruner.models import masked
-from blockpruner.plans import Plan, commit
-from blockpruner.sources import fetch_checkpoint
+from blockpruner.core.blocks import all_blocks, parse_mask
+from blockpruner.core.budgets import resources_of
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import count_parameters
+from blockpruner.inputs.calibration import pack
+from blockpruner.inputs.checkpoints import fetch_checkpoint
+from blockpruner.methods.commit import commit
+from blockpruner.model.models import masked
+from blockpruner.store.plans import load_plan, save_plan
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -133,8 +134,8 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
 
 def test_plan_round_trip(tmp_path):
     plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
-    plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == plan
+    save_plan(plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
     assert replace(plan, budget="x") != plan
     assert plan.ratios[-1] == plan.ratio == pytest.approx(1 - plan.parameters["pruned"] / plan.parameters["dense"])
 
@@ -178,7 +179,7 @@ def test_bad_ratio(ratio):
 
 
 def test_importing_a_module_does_not_import_the_library():
-    code = "import sys, blockpruner.blocks, blockpruner.plans; assert 'torch' not in sys.modules, 'torch'"
+    code = "import sys, blockpruner.core.blocks, blockpruner.methods.commit; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
-from blockpruner.tables import HOST
-from blockpruner.trials import checksummed
+from blockpruner.core.errors import InputError
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.store.files import HOST
+from blockpruner.store.trials import checksummed
 from stages import clean
 
 ROOT = Path(__file__).parents[2]

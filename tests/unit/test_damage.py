@@ -17,15 +17,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from blockpruner import sources
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
+from blockpruner.core.errors import InputError
 from blockpruner.evaluation import benchmarks
 from blockpruner.evaluation.benchmarks import tables_from_archive, tables_from_folder
 from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
-from blockpruner.search.trace import read_iteration, table_path
-from blockpruner.tables import CALIBRATION, ITERATION, TEXTS, read_table, write_table
-from blockpruner.trials import TrialStore, checksummed
+from blockpruner.inputs import checkpoints as sources
+from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.search.trace import ITERATION, read_iteration, table_path
+from blockpruner.store.files import read_table, write_table
+from blockpruner.store.trials import TrialStore, checksummed
 
 MEMBER, TEXT = "data/texts.json", json.dumps([{"text": "one"}, {"text": "two"}])
 many = settings(

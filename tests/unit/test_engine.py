@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from blockpruner.blocks import DENSE, all_blocks, parse_mask
-from blockpruner.errors import NonFiniteLossError
-from blockpruner.families import FAMILIES
-from blockpruner.models import masked
+from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
+from blockpruner.core.errors import NonFiniteLossError
+from blockpruner.core.families import FAMILIES
+from blockpruner.model.models import masked
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task

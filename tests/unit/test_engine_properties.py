@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockpruner.blocks import BlockId, BlockKind, Mask, all_blocks
-from blockpruner.errors import DeviceMemoryError
-from blockpruner.models import decoder_layers, masked, model_family
+from blockpruner.core.blocks import BlockId, BlockKind, Mask, all_blocks
+from blockpruner.core.errors import DeviceMemoryError
+from blockpruner.model.models import decoder_layers, masked, model_family
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task, Unit

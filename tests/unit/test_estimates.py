@@ -7,19 +7,20 @@ from statistics import median
 import pytest
 
 from benchmarks import scale
-from blockpruner.blocks import DENSE, removable_units
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
-from blockpruner.estimates import GPUS, SAMPLE_TOKENS, calibration_rows, describe, estimate, search_cost
-from blockpruner.experiments import Variant, variants
-from blockpruner.families import count_parameters
-from blockpruner.flops import Flops
-from blockpruner.params import Calibration, Run, Score, load_run, load_set
-from blockpruner.progress import SilentObserver
+from blockpruner.core.blocks import DENSE, removable_units
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import count_parameters
+from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Calibration, Run, Score
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.score import score_run
+from blockpruner.paper.estimates import GPUS, SAMPLE_TOKENS, calibration_rows, describe, estimate, search_cost
+from blockpruner.paper.experiments import Variant, variants
+from blockpruner.paper.flops import Flops
+from blockpruner.paper.shapes import SHAPES, find_config
+from blockpruner.params import load_run, load_set
 from blockpruner.scoring.engine import Engine
-from blockpruner.search.run import score_run
-from blockpruner.shapes import SHAPES, find_config
-from blockpruner.tables import read_json
+from blockpruner.store.files import read_json
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -219,5 +220,5 @@ def test_every_run_has_a_shape(tmp_path):
         find_config(load_run(name, ROOT / "runs").model.model_dump(), tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mine"}')
     assert find_config({"source": "hub", "repo": "me/mine"}, tmp_path) == {"model_type": "mine"}
-    with pytest.raises(InputError, match="'me/mine' is not known.*blockpruner/shapes.py"):
+    with pytest.raises(InputError, match="'me/mine' is not known.*blockpruner/paper/shapes.py"):
         find_config({"source": "hub", "repo": "me/mine"}, tmp_path / "none")

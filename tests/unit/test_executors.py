@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch._dynamo
 
-from blockpruner.blocks import DENSE, BlockKind, all_blocks
-from blockpruner.errors import InputError
-from blockpruner.models import masked
-from blockpruner.scoring.executors import WalkCosts, connect, make_scorer, resources, share_out, unfinished
+from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
+from blockpruner.core.errors import InputError
+from blockpruner.model.models import masked
+from blockpruner.scoring.large.ray import connect, resources
+from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
+from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import Task, Unit
 from tests.tiny import full_nll, save_tiny, tiny_model
 
@@ -174,7 +176,7 @@ def test_without_a_compiler_the_setting_is_named(checkpoint, monkeypatch, tmp_pa
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     program = (
-        "import sys; from pathlib import Path; from blockpruner.scoring.executors import make_scorer\n"
+        "import sys; from pathlib import Path; from blockpruner.scoring.scorers import make_scorer\n"
         f"try: make_scorer(Path(sys.argv[1]), 'float32', {RUNTIME | {'compile': True}!r})\n"
         "except ValueError as error: print(type(error).__name__, error)"
     )
@@ -201,7 +203,7 @@ def test_ray_that_is_not_installed(checkpoint, monkeypatch):
 def test_the_module_loads_neither_torch_nor_ray():
     """`score` takes a second when nothing must be computed."""
     program = (
-        "import sys, blockpruner.scoring.executors; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+        "import sys, blockpruner.scoring.scorers; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blockpruner.errors import InputError
-from blockpruner.experiments import METHODS, variants
-from blockpruner.params import Run, load_run, load_set
+from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Run
+from blockpruner.paper.experiments import METHODS, variants
+from blockpruner.params import load_run, load_set
 from blockpruner.search import search_settings
 
 ROOT = Path(__file__).parents[2]

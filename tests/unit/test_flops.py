@@ -7,10 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import random_rows
-from blockpruner.blocks import DENSE, all_blocks, parse_mask, removable_units
-from blockpruner.errors import InputError
-from blockpruner.flops import Flops
-from blockpruner.models import masked
+from blockpruner.core.blocks import DENSE, all_blocks, parse_mask, removable_units
+from blockpruner.core.errors import InputError
+from blockpruner.model.models import masked
+from blockpruner.paper.flops import Flops
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from tests.tiny import VARIANTS, tiny_model

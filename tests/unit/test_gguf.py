@@ -15,15 +15,15 @@ from gguf import GGUFReader, TokenType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from blockpruner.blocks import BlockKind, parse_mask
 from blockpruner.checkpoints import gguf, verify_llama_cpp
 from blockpruner.checkpoints.gguf import TEXT, export_gguf
 from blockpruner.checkpoints.verification import reference_outputs
 from blockpruner.checkpoints.vocabulary import vocabulary
-from blockpruner.errors import InputError
-from blockpruner.models import load_model, masked, prune_
-from blockpruner.sources import _convert_gguf
-from blockpruner.tokenizers import load_tokenizer
+from blockpruner.core.blocks import BlockKind, parse_mask
+from blockpruner.core.errors import InputError
+from blockpruner.inputs.checkpoints import _convert_gguf
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model.models import load_model, masked, prune_
 from tests.tiny import tiny_model
 from tests.unit.test_checkpoint_api import plan_of
 

@@ -8,8 +8,8 @@ from huggingface_hub import ModelCard, metadata_load
 
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hub import push
-from blockpruner.errors import InputError
-from blockpruner.params import Target
+from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Target
 from tests.tiny import tiny_model
 from tests.unit.test_checkpoint_api import plan_of
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from blockpruner.errors import DeviceMemoryError, InputError, StorageError
-from blockpruner.models import decoder_layers, load_model, model_family
-from blockpruner.transforms.laco import (
+from blockpruner.core.errors import DeviceMemoryError, InputError, StorageError
+from blockpruner.methods.laco.merging import VARIANTS, Similarity, merge_, merged
+from blockpruner.methods.laco.walk import (
     DEFAULTS,
     Merge,
     SimilarityLog,
@@ -28,7 +28,7 @@ from blockpruner.transforms.laco import (
     search_threshold,
     similarity_fields,
 )
-from blockpruner.transforms.merging import VARIANTS, Similarity, merge_, merged
+from blockpruner.model.models import decoder_layers, load_model, model_family
 from tests import tiny
 from tests.tiny import tiny_model, tolerance
 

@@ -10,8 +10,8 @@ from threading import Event
 
 import pytest
 
-from blockpruner.errors import StorageError
-from blockpruner.locks import hold
+from blockpruner.core.errors import StorageError
+from blockpruner.store.locks import hold
 
 
 def refuse(holder):
@@ -99,7 +99,7 @@ def test_an_error_of_whoever_is_told_is_its_own(tmp_path):
 
 def test_a_killed_holder_leaves_no_lock_and_its_child_keeps_it(tmp_path):
     script = (
-        "import subprocess, sys, time; from pathlib import Path; from blockpruner.locks import hold\n"
+        "import subprocess, sys, time; from pathlib import Path; from blockpruner.store.locks import hold\n"
         "with hold(Path(sys.argv[1]), 'a parent', print) as lock:\n"
         "    child = subprocess.Popen(['sleep', '600'], pass_fds=(lock,))\n"
         "    print(child.pid, flush=True); time.sleep(600)"

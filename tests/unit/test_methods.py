@@ -13,14 +13,17 @@ import pytest
 import torch
 import yaml
 
-from blockpruner.blocks import DENSE, BlockKind, format_mask, parse_mask, removable_units
-from blockpruner.budgets import choose_prefix, parse_budget
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
-from blockpruner.families import count_parameters
-from blockpruner.models import decoder_layers, masked
-from blockpruner.params import Score, load_run
-from blockpruner.progress import SilentObserver
+from blockpruner.core.blocks import DENSE, BlockKind, format_mask, parse_mask, removable_units
+from blockpruner.core.budgets import choose_prefix, parse_budget
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import count_parameters
+from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Score
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.score import score_run
+from blockpruner.methods.transforms import TRANSFORMS
+from blockpruner.model.models import decoder_layers, masked
+from blockpruner.params import load_run
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, metric_of
 from blockpruner.scoring.objectives import Objective
@@ -28,10 +31,9 @@ from blockpruner.scoring.work import Unit
 from blockpruner.search import SEARCHES, search_settings
 from blockpruner.search.iteration import removals
 from blockpruner.search.problem import Problem
-from blockpruner.search.run import SearchRun, score_run
+from blockpruner.search.run import SearchRun
 from blockpruner.search.trace import read_current, read_trace, trace_directory
-from blockpruner.transforms import TRANSFORMS
-from blockpruner.trials import TrialStore
+from blockpruner.store.trials import TrialStore
 from tests.tiny import full_nll, tiny_model
 from tests.unit.test_metrics import divergence, influence, model_of, recorded, row
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from blockpruner.blocks import DENSE, BlockId, BlockKind, all_blocks, format_mask, parse_mask, removable_units
-from blockpruner.errors import InputError
-from blockpruner.models import decoder_layers, masked, model_family
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, all_blocks, format_mask, parse_mask, removable_units
+from blockpruner.core.errors import InputError
+from blockpruner.model.models import decoder_layers, masked, model_family
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import REFERENCE, Engine
+from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.losses import LOSSES, token_js, token_kl
 from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
 from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tolerance
 from tests.unit.test_engine_properties import CrampedEngine

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockpruner.checkpoints import EXPORTS, nas, verification
 from blockpruner.checkpoints.nas import export_nas
-from blockpruner.errors import InputError
-from blockpruner.models import masked
-from blockpruner.sources import fetch_checkpoint
-from blockpruner.transforms.laco import Merge
-from blockpruner.transforms.merging import merged
+from blockpruner.core.errors import InputError
+from blockpruner.inputs.checkpoints import fetch_checkpoint
+from blockpruner.methods.laco.merging import merged
+from blockpruner.methods.laco.walk import Merge
+from blockpruner.model.models import masked
 from tests.tiny import save_tiny
 from tests.unit.test_checkpoint_api import plan_of
 
@@ -291,7 +291,7 @@ def test_plugin_tells_transformers_the_config(exported, tmp_path, known):
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert [name for name in json.loads(result.stdout.replace("'", '"')) if name.startswith("blockpruner")] == [
-        "blockpruner", "blockpruner.vllm_plugin",
+        "blockpruner", "blockpruner.model.vllm_plugin",
     ]  # fmt: skip
     saved, given = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, directory))
     assert saved["block_configs"] == given["block_configs"]

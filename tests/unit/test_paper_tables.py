@@ -21,26 +21,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blockpruner.blocks import BlockKind, format_mask, removable_units, sorted_blocks
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sorted_blocks
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.core.settings import Budgets, Run
 from blockpruner.evaluation.speed import Speed, Timing
-from blockpruner.evaluation.statistics import Interval
-from blockpruner.evaluation.study import STUDY_ITEMS, Candidate
-from blockpruner.experiments import Variant, variants
-from blockpruner.params import Budgets, Run, load_run
-from blockpruner.plans import Plan
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.paper.advice import advice, warnings_of
+from blockpruner.paper.beyond import beyond, stopping
+from blockpruner.paper.claims import FAILS, HOLDS, OPEN, claims, summed, verdict
+from blockpruner.paper.evaluation import STUDY_ITEMS, Candidate
+from blockpruner.paper.evidence import Subject, read_subject
+from blockpruner.paper.experiments import Variant, variants
+from blockpruner.paper.figures import FIGURES, draw
+from blockpruner.paper.page import build_set, write_set
+from blockpruner.paper.statistics import Interval
+from blockpruner.paper.studies import Search, model_name
+from blockpruner.paper.tables import TABLES, paper_grids
+from blockpruner.params import load_run
+from blockpruner.reporting.grids import Column, Grid, Number, escape_latex, to_csv, to_latex
 from blockpruner.reporting.inputs import RunLabels
-from blockpruner.reporting.paper.advice import advice, warnings_of
-from blockpruner.reporting.paper.beyond import beyond, stopping
-from blockpruner.reporting.paper.claims import FAILS, HOLDS, OPEN, claims, summed, verdict
-from blockpruner.reporting.paper.evidence import Subject, read_subject
-from blockpruner.reporting.paper.figures import FIGURES, draw
-from blockpruner.reporting.paper.grids import Column, Grid, Number, escape_latex, to_csv, to_latex
-from blockpruner.reporting.paper.page import build_set, write_set
-from blockpruner.reporting.paper.tables import TABLES, paper_grids
-from blockpruner.studies import Search, model_name
-from blockpruner.tables import write_json, write_table
+from blockpruner.store.files import write_json, write_table
+from blockpruner.store.plans import load_plan, save_plan
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "data" / "paper"
@@ -152,7 +154,7 @@ def build(folder: Path, run: Run, name: str) -> Path:
         rows.save(path / "rows.parquet", "test")
         for budget in variant.budgets:
             plan, order, perplexities = plan_of(variant, budget, name)
-            plan.save(path / f"{budget}.json")
+            save_plan(plan, path / f"{budget}.json")
             candidate = Candidate(plan, rows)
             key, main = candidate.name, budget == variant.main
             quality = 1.0 if variant.method == "BlockPruner" else 1.5
@@ -303,7 +305,7 @@ def test_numbers_of_table_1_are_those_of_the_files(folder, subject):
     assert float(found["heldout_ppl"]) == facts["perplexity"]["heldout"]["perplexity"]
     assert float(found["wikitext2_ppl"]) == 2 * facts["perplexity"]["heldout"]["perplexity"]
     assert float(found["piqa"]) == pytest.approx(100 * means[0])
-    assert model_name(Plan.load(folder / "plans" / "blockpruner" / "0.20.json"), "") == name
+    assert model_name(load_plan(folder / "plans" / "blockpruner" / "0.20.json"), "") == name
 
 
 def test_models_that_the_paper_lacks_stand_apart_from_its_numbers(subject):

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blockpruner.errors import InputError
-from blockpruner.params import NO_RUNS, Recover, load_params, load_run
+from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Recover
+from blockpruner.params import NO_RUNS, load_params, load_run
 
 ROOT = Path(__file__).parents[2]
 

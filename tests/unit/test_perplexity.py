@@ -10,11 +10,11 @@ import pytest
 import torch
 from tokenizers import processors
 
-from blockpruner.blocks import parse_mask
-from blockpruner.errors import InputError, NonFiniteLossError
+from blockpruner.core.blocks import parse_mask
+from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.evaluation import perplexity
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
-from blockpruner.models import masked, prune_
+from blockpruner.model.models import masked, prune_
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "Sphinx of quartz."]

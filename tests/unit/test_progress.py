@@ -2,8 +2,8 @@ import io
 
 from rich.console import Console
 
-from blockpruner import progress
-from blockpruner.progress import ConsoleObserver
+from blockpruner.core import progress
+from blockpruner.core.progress import ConsoleObserver
 
 
 def lines_of(monkeypatch, events):

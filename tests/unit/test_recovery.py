@@ -16,14 +16,16 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from blockpruner.blocks import parse_mask
-from blockpruner.calibration import CalibrationSet
 from blockpruner.checkpoints import hf
-from blockpruner.errors import InputError, NonFiniteLossError
-from blockpruner.models import load_model, prune_
-from blockpruner.progress import SilentObserver
+from blockpruner.core.blocks import parse_mask
+from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.core.progress import SilentObserver
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.model.models import load_model, prune_
 from blockpruner.recovery import Recipe, recover_, training_rows
-from blockpruner.tables import TEXTS, write_json, write_table
+from blockpruner.store.files import write_json, write_table
+from blockpruner.store.plans import save_plan
 from stages import recover
 from tests.integration.project import sentence
 from tests.tiny import VARIANTS, full_nll, save_tiny, tiny_model, tiny_tokenizer
@@ -289,7 +291,7 @@ def project(tmp_path, monkeypatch):
     write_table(Path("data/sources/tiny/recover.parquet"), texts)
     plan = replace(plan_of(json.loads((dense / "config.json").read_text()), ["mha.0", "mlp.1", "mha.2,mlp.2"]),
                    run="tiny", recover=True)  # fmt: skip
-    plan.save(Path("data/plans/t/plan.json"))
+    save_plan(plan, Path("data/plans/t/plan.json"))
     out = Path("data/checkpoints/t/hf")
     hf.save_checkpoint(prune_(load_model(dense, "float32", "cpu"), plan.mask), plan, dense, out, "")
     return plan
@@ -316,7 +318,7 @@ def test_stage_trains_saves_and_verifies(project):
 
 
 def test_stage_is_quick_when_off(project):
-    replace(project, recover=False).save(Path("data/plans/t/plan.json"))
+    save_plan(replace(project, recover=False), Path("data/plans/t/plan.json"))
     code = "import sys; from stages.recover import main; main('t'); assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})
     assert [path.name for path in Path("data/recovered/t").iterdir()] == ["recover.json"]

@@ -18,12 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blockpruner.blocks import Mask, format_mask, parse_mask, removable_units
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import Mask, format_mask, parse_mask, removable_units
+from blockpruner.core.errors import InputError
+from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.plans import commit_run, save_iterations
-from blockpruner.progress import SilentObserver
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.commit import commit_run, save_iterations
+from blockpruner.methods.score import score_run
 from blockpruner.reporting.comparison import front
 from blockpruner.reporting.findings import Level, findings, first_jump, is_mismatch, recommended
 from blockpruner.reporting.inputs import (
@@ -46,9 +47,8 @@ from blockpruner.reporting.tables import curve_csv, headline, sequence
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import Unit
 from blockpruner.search import SEARCHES, iteration
-from blockpruner.search.run import score_run
 from blockpruner.search.trace import read_current, read_trace, trace_directory
-from blockpruner.tables import write_json
+from blockpruner.store.files import write_json
 
 LAYERS, ROWS = 12, 4
 MHA, MLP, TOTAL = 900_000, 2_700_000, 60_000_000

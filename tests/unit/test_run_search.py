@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
-from blockpruner.progress import SilentObserver
+from blockpruner.core.errors import InputError
+from blockpruner.core.progress import SilentObserver
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods import score as run
 from blockpruner.scoring.work import Unit
-from blockpruner.search import run, search_settings, trace
+from blockpruner.search import search_settings, trace
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,

@@ -7,13 +7,13 @@ from itertools import chain, combinations, islice, pairwise
 
 import pytest
 
-from blockpruner.blocks import DENSE, all_blocks, format_mask, removable_units
-from blockpruner.budgets import goal_of, parse_budget
-from blockpruner.calibration import CalibrationSet
-from blockpruner.errors import InputError
-from blockpruner.families import Costs, count_parameters
-from blockpruner.models import masked
-from blockpruner.progress import SilentObserver
+from blockpruner.core.blocks import DENSE, all_blocks, format_mask, removable_units
+from blockpruner.core.budgets import goal_of, parse_budget
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import Costs, count_parameters
+from blockpruner.core.progress import SilentObserver
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model.models import masked
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
@@ -25,7 +25,7 @@ from blockpruner.search.problem import Problem
 from blockpruner.search.run import SearchRun
 from blockpruner.search.space import Space, unit_order
 from blockpruner.search.swap import by_prediction, cheapest, swap
-from blockpruner.trials import TrialStore
+from blockpruner.store.trials import TrialStore
 from tests.tiny import MadeUp, full_nll, tiny_model
 
 ROWS = 8

@@ -20,8 +20,8 @@ from prefect.settings import (
 )
 from prefect.utilities.schema_tools import is_valid_schema, validate
 
-from blockpruner.errors import InputError
-from blockpruner.notation import read_budget
+from blockpruner.core.budgets import read_budget
+from blockpruner.core.errors import InputError
 from flows import charts, phases, serve
 from flows.observer import End
 from flows.selection import Grid, Selection

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockpruner import modeling_slicegpt
-from blockpruner.errors import InputError
-from blockpruner.families import FAMILIES
-from blockpruner.transforms.slicegpt import slice_
-from blockpruner.transforms.widths import (
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import FAMILIES
+from blockpruner.methods.slicegpt.slicing import slice_
+from blockpruner.methods.slicegpt.widths import (
     SLICEABLE,
     sliced_parameters,
     sliced_ratio,
     sliced_width,
     width_for_ratio,
 )
+from blockpruner.model import modeling_slicegpt
 from tests.tiny import tiny_model
 
 MODELS = {family: (family, {}) for family in SLICEABLE} | {

@@ -13,11 +13,11 @@ import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from blockpruner import sources
-from blockpruner.errors import InputError
-from blockpruner.models import load_model
-from blockpruner.provenance import model_identity
-from blockpruner.tables import is_orphan, replace_directory
+from blockpruner.core.errors import InputError
+from blockpruner.inputs import checkpoints as sources
+from blockpruner.model.models import load_model
+from blockpruner.store.files import is_orphan, replace_directory
+from blockpruner.store.provenance import model_identity
 from tests.tiny import save_tiny, tiny_model
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from blockpruner.blocks import parse_mask
+from blockpruner.core.blocks import parse_mask
 from blockpruner.evaluation import speed
 from blockpruner.evaluation.speed import generate, measure_speed
-from blockpruner.models import prune_
+from blockpruner.model.models import prune_
 from tests.tiny import tiny_model
 
 MASK = parse_mask("mha.0,mlp.2,mha.3,mlp.3")  # the first attention, an MLP and a whole layer

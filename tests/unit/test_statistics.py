@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from blockpruner.errors import InputError
-from blockpruner.evaluation import statistics
-from blockpruner.evaluation.statistics import (
+from blockpruner.core.errors import InputError
+from blockpruner.paper import statistics
+from blockpruner.paper.statistics import (
     Comparison,
     Discordance,
     Interval,

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blockpruner.blocks import DENSE, all_blocks, parse_mask
-from blockpruner.errors import DeviceMemoryError, InputError, NonFiniteLossError
-from blockpruner.families import FAMILIES
-from blockpruner.models import load_model, masked
-from blockpruner.scoring import streaming
-from blockpruner.scoring import weights as weights_module
+from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
+from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLossError
+from blockpruner.core.families import FAMILIES
+from blockpruner.model.models import load_model, masked
+from blockpruner.scoring.large import weights as weights_module
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.memory import is_in_memory
-from blockpruner.scoring.streaming import StreamingEngine
+from blockpruner.scoring.large import streaming
+from blockpruner.scoring.large.memory import is_in_memory
+from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
 from tests.tiny import VARIANTS, full_nll, tiny_model, tolerance
 from tests.unit.test_engine import make_rows, score_all, sweep
@@ -183,9 +183,9 @@ def test_each_weight_is_read_once_and_no_weight_that_all_masks_remove(tmp_path):
 QUIET = """
 import json, re, sys
 from pathlib import Path
-from blockpruner.blocks import DENSE, all_blocks
-from blockpruner.scoring import streaming
-from blockpruner.scoring.streaming import StreamingEngine
+from blockpruner.core.blocks import DENSE, all_blocks
+from blockpruner.scoring.large import streaming
+from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
 
 streaming.is_in_memory = lambda place: False

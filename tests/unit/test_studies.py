@@ -8,18 +8,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from blockpruner.calibration import CalibrationSet
+from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Calibration, Runtime, Score
 from blockpruner.evaluation import suite
-from blockpruner.evaluation.study import Candidate, Pruned, evaluate_study, time_study, unique
 from blockpruner.evaluation.suite import Checkpoint
-from blockpruner.experiments import Variant
-from blockpruner.models import load_model, masked
-from blockpruner.params import Calibration, Runtime, Score
-from blockpruner.progress import SilentObserver
-from blockpruner.scoring.executors import make_scorer
-from blockpruner.studies import Search, Setting, load_plans, search_all
-from blockpruner.tables import TEXTS, read_json, write_table
-from blockpruner.transforms.merging import ModelBench
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.methods.laco.merging import ModelBench
+from blockpruner.model.models import load_model, masked
+from blockpruner.paper.evaluation import Candidate, Pruned, evaluate_study, time_study, unique
+from blockpruner.paper.experiments import Variant
+from blockpruner.paper.studies import Search, Setting, load_plans, search_all
+from blockpruner.scoring.scorers import make_scorer
+from blockpruner.store.files import read_json, write_table
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
 

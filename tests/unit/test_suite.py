@@ -12,15 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from blockpruner.blocks import parse_mask
 from blockpruner.checkpoints.hf import save_pruned
-from blockpruner.errors import InputError
+from blockpruner.core.blocks import parse_mask
+from blockpruner.core.errors import InputError
+from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import suite, zero_shot
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.models import masked, prune_
-from blockpruner.progress import SilentObserver
-from blockpruner.provenance import file_sha256
-from blockpruner.tables import TEXTS, write_table
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.model.models import masked, prune_
+from blockpruner.store.files import write_table
+from blockpruner.store.provenance import file_sha256
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
 

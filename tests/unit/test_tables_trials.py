@@ -12,15 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blockpruner.blocks import parse_mask
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.checkpoints.verification import reference_beside
-from blockpruner.errors import InputError, StorageError
+from blockpruner.core.blocks import parse_mask
+from blockpruner.core.errors import InputError, StorageError
+from blockpruner.inputs.texts import TEXTS
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
-from blockpruner.tables import HOST, TEXTS, is_orphan, read_table, replace_directory, write_table, write_text
-from blockpruner.trials import TrialStore, store_fingerprint
+from blockpruner.store.files import HOST, is_orphan, read_table, replace_directory, write_table, write_text
+from blockpruner.store.trials import TrialStore, store_fingerprint
 from tests.tiny import tiny_model
 
 FIELDS = {"calibration": "c", "model": "m", "dtype": "float32", "metric": "perplexity"}
@@ -182,7 +183,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    from blockpruner.tables import write_atomic
+    from blockpruner.store.files import write_atomic
 
     with pytest.raises(StorageError, match=r"a\.txt: no space left.*kept"):
         write_atomic(path, full)
@@ -262,7 +263,7 @@ def test_a_directory_that_another_process_has_put_there_meanwhile_is_replaced(tm
 
 def test_processes_that_replace_one_directory_at_once_leave_a_whole_one(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from blockpruner.tables import replace_directory\n"
+        "import sys; from pathlib import Path; from blockpruner.store.files import replace_directory\n"
         "def build(d):\n    for n in 'ab': (d / n).write_text(sys.argv[1])\n"
         "for _ in range(200): replace_directory(Path('d'), build)"
     )

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from blockpruner.errors import InputError
-from blockpruner.tokenizers import load_tokenizer
+from blockpruner.core.errors import InputError
+from blockpruner.inputs.tokenizers import load_tokenizer
 from tests.tiny import tiny_tokenizer
 
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from blockpruner.blocks import parse_mask
 from blockpruner.checkpoints.hf import save_pruned
+from blockpruner.core.blocks import parse_mask
 from blockpruner.evaluation.benchmarks import BENCHMARKS, tables_from_folder, write_task
 from blockpruner.evaluation.zero_shot import evaluate
-from blockpruner.models import prune_
+from blockpruner.model.models import prune_
 from tests.harness import assert_same, command_line
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import CHOICES, DETOKENIZED, ITEMS, PAGES, PASSAGES, TEXTS, write_tasks

@@ -1,0 +1,1 @@
+"""Words and values: blocks, families, budgets, plans, settings. No torch, no files."""

@@ -1,0 +1,109 @@
+"""Blocks and masks: what can be removed from a decoder, and its text form.
+
+A decoder layer is two residual blocks, `X' = X + MHA(norm(X))` and `Y = X' + MLP(norm(X'))`
+(BlockPruner, arXiv 2406.10594, section 3.1). Removing one drops its whole residual branch, norm included.
+This file decides names and order; which modules a block is made of is in `families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from blockpruner.core.errors import InputError
+
+
+class BlockKind(StrEnum):
+    MHA = "mha"
+    MLP = "mlp"
+
+
+@dataclass(frozen=True)
+class BlockId:
+    """One residual block; text form "mha.25"."""
+
+    kind: BlockKind
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.layer}"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Tie-break order of the paper's code: all MHA by layer, then all MLP by layer."""
+        return (0 if self.kind is BlockKind.MHA else 1, self.layer)
+
+
+Mask = frozenset[BlockId]
+"""Removed blocks. The empty mask is the dense model."""
+
+DENSE: Mask = frozenset()
+
+
+def parse_block(text: str) -> BlockId:
+    """Read "mha.25"; raises InputError for anything else."""
+    kind, _, layer = text.partition(".")
+    if kind not in set(BlockKind) or not layer.isdecimal():
+        raise InputError(f"block {text!r} is not of the form mha.<layer> or mlp.<layer>, for instance mha.25")
+    return BlockId(BlockKind(kind), int(layer))
+
+
+def sorted_blocks(mask: Iterable[BlockId]) -> list[BlockId]:
+    return sorted(mask, key=lambda block: block.order)
+
+
+def format_mask(mask: Iterable[BlockId]) -> str:
+    """Canonical text of a mask, "mha.3,mlp.1"; "" is the dense model."""
+    return ",".join(str(block) for block in sorted_blocks(mask))
+
+
+def parse_mask(text: str) -> Mask:
+    return frozenset(parse_block(part) for part in text.split(",") if part)
+
+
+def all_blocks(layers: int) -> list[BlockId]:
+    """The 2 x layers blocks of a decoder, in tie-break order."""
+    return [BlockId(kind, layer) for kind in BlockKind for layer in range(layers)]
+
+
+def pack(mask: Mask, layers: int) -> list[tuple[int | None, int | None]]:
+    """The blocks that a mask leaves, in as few layers as their order allows.
+
+    Where MHA and MLP follow one another, a layer is no more than one of each in turn, so that an MHA may share a layer
+    with the MLP of a later one if everything between them is removed.
+
+    Returns:
+        For each new layer, the layer that its MHA and the layer that its MLP comes from; None: it has none.
+    """
+    packed: list[tuple[int | None, int | None]] = []
+    for layer in range(layers):
+        mha, mlp = (layer if BlockId(kind, layer) not in mask else None for kind in BlockKind)
+        if mha is not None:
+            packed.append((mha, None))
+        if mlp is not None and packed and packed[-1][1] is None:
+            packed[-1] = (packed[-1][0], mlp)
+        elif mlp is not None:
+            packed.append((None, mlp))
+    return packed
+
+
+def removable_units(layers: int, unit: str, candidates: str) -> list[Mask]:
+    """What a search may remove at once, in tie-break order.
+
+    Args:
+        unit: "block" (BlockPruner) or "layer" (both blocks of a layer, as SLEB and ShortGPT do).
+        candidates: "all", "mha" or "mlp"; a layer holds both, so `unit: layer` takes only "all".
+    """
+    if unit not in ("block", "layer"):
+        raise InputError(f"score.unit {unit!r} is unknown; valid: block, layer")
+    if candidates not in ("all", "mha", "mlp"):
+        raise InputError(f"score.candidates {candidates!r} is unknown; valid: all, mha, mlp")
+    if unit == "layer":
+        if candidates != "all":
+            raise InputError(
+                f"score.candidates {candidates!r} does not fit score.unit 'layer', which removes both blocks of "
+                "a layer; set candidates: all, or unit: block"
+            )
+        return [frozenset(BlockId(kind, layer) for kind in BlockKind) for layer in range(layers)]
+    return [frozenset({b}) for b in all_blocks(layers) if candidates in ("all", b.kind.value)]

@@ -1,0 +1,230 @@
+"""Budgets: how far to prune, and which prefix of a removal sequence meets one.
+
+A budget is a share of one resource of the dense model: of its parameters ("0.22", or "7layers", the parameters of that
+many layers), of its KV cache ("0.30kv"), or of the time in which it generates ("1.25x", a speed-up); or it is a number
+of blocks ("17blocks"). A share is met by the prefix whose share is nearest, a tie going to the larger, as the rows of
+arXiv 2406.10594 are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from blockpruner.core.blocks import BlockId, Mask, all_blocks
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config, Costs, count_kv_cache, count_parameters
+
+WRITTEN = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>blocks|layers|kv|x|)", re.ASCII)
+
+
+def read_budget(text: str) -> tuple[float, str]:
+    """Number and unit: "" (a share of all parameters), "blocks", "layers", "kv" (a share of the KV cache), "x" (a
+    speed-up of generation).
+
+    Raises:
+        InputError: names the text and the valid forms.
+    """
+    match = WRITTEN.fullmatch(text)
+    if match:
+        number, unit = float(match["number"]), match["unit"]
+        if unit in ("blocks", "layers"):
+            valid = number >= 1 and match["number"].isdigit()
+        else:
+            share = 1 - 1 / number if unit == "x" and number > 1 else number
+            valid = 0 < share < 1 and (unit != "x" or number > 1)
+        if valid and math.isfinite(number):
+            return number, unit
+    raise InputError(
+        f'budget {text!r} is not valid; give a share of all parameters between 0 and 1 ("0.22"), a number of blocks '
+        '("17blocks") or of whole layers ("7layers"), a share of the KV cache ("0.30kv"), or a speed-up of generation '
+        'above 1 ("1.25x")'
+    )
+
+
+Resources = Mapping[str, Costs]
+"""By name: "parameters" and "kv" (the KV cache), counted from the config; "latency" (time of generation) where it was
+measured."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """text: as in params.yaml; ratio: share of a resource, or blocks: a count; exactly one is not None."""
+
+    text: str
+    ratio: float | None = None
+    blocks: int | None = None
+    resource: str = "parameters"
+
+    def amount(self, mask: Mask, costs: Costs) -> str:
+        """How much a mask removes, in words of this budget."""
+        ratio, blocks = costs.ratio(mask), f"{len(mask)}blocks"
+        if self.resource == "latency":
+            return f"{blocks}, {speedup(ratio):.4f}x"
+        return f"{blocks}, {ratio:.4f}kv" if self.resource == "kv" else f"{blocks}, ratio {ratio:.4f}"
+
+
+def parse_budget(text: str, counts: Costs) -> Budget:
+    """Read a budget for one model.
+
+    Args:
+        counts: its parameters.
+
+    Raises:
+        InputError: names the text and the valid forms.
+    """
+    number, unit = read_budget(text)
+    if unit == "blocks":
+        return Budget(text, blocks=int(number))
+    if unit == "layers":
+        depth = len(counts.blocks) // 2
+        if number >= depth:
+            raise InputError(f"budget {text!r} removes every layer of {depth}; the largest is {depth - 1}layers")
+        return Budget(text, ratio=number / depth * sum(counts.blocks.values()) / counts.total)
+    if unit == "x":
+        return Budget(text, ratio=1 - 1 / number, resource="latency")
+    return Budget(text, ratio=number, resource=unit or "parameters")
+
+
+def speedup(share: float) -> float:
+    """Of a model that saves a share of the time."""
+    return 1 / (1 - share) if share < 1 else math.inf
+
+
+def distance(share: float, wanted: float) -> float:
+    """Between two shares, such that two which differ by rounding alone are equal."""
+    return round(abs(share - wanted), 12)
+
+
+def resources_of(config: Config, latency: Mapping[str, int] | None = None) -> dict[str, Costs]:
+    """What a model takes, and each of its blocks.
+
+    Args:
+        latency: nanoseconds of generation: "total", and of one block "mha" and "mlp"; None where it was not measured.
+    """
+    found = {"parameters": count_parameters(config), "kv": count_kv_cache(config)}
+    if latency is not None:
+        layers = int(config["num_hidden_layers"])
+        blocks = {block: latency[block.kind] for block in all_blocks(layers)}
+        found["latency"] = Costs(total=latency["total"], blocks=blocks)
+    return found
+
+
+def require_reachable(budget: Budget, units: Sequence[Mask], costs: Costs) -> None:
+    """Refuse, before anything is computed, a budget that no sequence over `units` meets.
+
+    Args:
+        costs: of the budget's resource.
+
+    Raises:
+        InputError: names the largest or nearest budget that can be reached.
+    """
+    everything = frozenset[BlockId]().union(*units)
+    size = len(units[0])
+    beyond = f"budget {budget.text!r} cannot be reached; the largest reachable is {budget.amount(everything, costs)}"
+    if budget.blocks is not None:
+        if budget.blocks > len(everything):
+            raise InputError(beyond)
+        if budget.blocks % size:
+            low = budget.blocks - budget.blocks % size
+            near = ", ".join(f"{n}blocks" for n in (low, low + size) if 0 < n <= len(everything))
+            raise InputError(f"budget {budget.text!r} is not reached by whole units; nearest: {near}")
+    elif budget.ratio is not None:
+        sizes = [costs.ratio(unit) for unit in that_cost(units, costs)]
+        if not sizes or budget.ratio > costs.ratio(everything) + max(sizes) / 2:
+            raise InputError(beyond)
+        if budget.ratio < min(sizes) / 2:
+            raise _removes_nothing(budget, min(that_cost(units, costs), key=costs.ratio), costs)
+
+
+def that_cost(masks: Sequence[Mask], costs: Costs) -> list[Mask]:
+    """Those that take something of a resource: an MLP block takes none of the KV cache."""
+    return [mask for mask in masks if costs.ratio(mask) > 0]
+
+
+def _removes_nothing(budget: Budget, smallest: Mask, costs: Costs) -> InputError:
+    return InputError(
+        f"budget {budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
+        f"{budget.amount(smallest, costs)}"
+    )
+
+
+def is_settled(budget: Budget, prefixes: Sequence[Mask], costs: Costs, remaining: Sequence[Mask]) -> bool:
+    """Whether longer sequences cannot change which prefix meets `budget`.
+
+    Args:
+        prefixes: cumulative masks of the sequence so far, shortest first (without the dense one).
+        costs: of the budget's resource.
+        remaining: the units that may still be removed.
+    """
+    mask = prefixes[-1] if prefixes else frozenset[BlockId]()
+    if budget.blocks is not None:
+        return not remaining or len(mask) >= budget.blocks
+    assert budget.ratio is not None
+    ratio = budget.ratio
+    larger = [costs.ratio(mask | unit) for unit in that_cost(remaining, costs)]
+    reached = costs.ratio(mask)
+    return not larger or reached >= ratio or distance(min(larger), ratio) > distance(reached, ratio)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A budget as a test of single masks, for searches that do not remove one unit after the other.
+
+    share: how much a mask removes, counted as the budget counts; wanted: how much it should; tolerance: how far off
+    still meets it: half of the smallest unit, so that no mask could be nearer by one unit more or less.
+    """
+
+    budget: Budget
+    share: Callable[[Mask], float]
+    wanted: float
+    tolerance: float
+
+    def distance(self, mask: Mask) -> float:
+        return distance(self.share(mask), self.wanted)
+
+    def is_met(self, mask: Mask) -> bool:
+        return self.distance(mask) <= self.tolerance + 1e-12
+
+    def around(self, mask: Mask) -> Goal:
+        """The same goal, moved to what a mask achieves, so that two masks that meet it can be compared."""
+        return replace(self, wanted=self.share(mask))
+
+
+def goal_of(budget: Budget, units: Sequence[Mask], costs: Costs) -> Goal:
+    """The goal of a search over `units`, each of which takes something of the budget's resource, whose costs these
+    are."""
+    if budget.blocks is not None:
+        return Goal(budget, len, budget.blocks, 0.0)
+    assert budget.ratio is not None
+    return Goal(budget, costs.ratio, budget.ratio, min(costs.ratio(unit) for unit in units) / 2)
+
+
+def choose_prefix(budget: Budget, prefixes: Sequence[Mask], costs: Costs) -> int:
+    """Number of removals (1 or more) of the sequence that meet `budget`; of prefixes with one share the shortest.
+
+    Args:
+        costs: of the budget's resource.
+
+    Raises:
+        InputError: nothing in the sequence meets it; what is out of reach is refused by `require_reachable` before.
+    """
+    if not prefixes:
+        raise InputError(f"budget {budget.text!r} cannot be met: nothing can be removed")
+    if budget.blocks is not None:
+        sizes = [len(prefix) for prefix in prefixes]
+        if budget.blocks not in sizes:
+            wanted = budget.blocks
+            around = [max(n for n in [0, *sizes] if n < wanted), min((n for n in sizes if n > wanted), default=0)]
+            near = ", ".join(f"{size}blocks" for size in around if size)
+            raise InputError(f"budget {budget.text!r} is not in this sequence; nearest: {near}")
+        return sizes.index(budget.blocks) + 1
+    assert budget.ratio is not None
+    share = budget.ratio
+    ratios = [0.0, *(costs.ratio(prefix) for prefix in prefixes)]
+    best = min(range(len(ratios)), key=lambda k: (distance(ratios[k], share), -ratios[k]))
+    if best == 0:
+        raise _removes_nothing(budget, next(iter(that_cost(prefixes, costs)), prefixes[0]), costs)
+    return best

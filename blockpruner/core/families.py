@@ -1,0 +1,318 @@
+"""Model families as data: where blocks, norms, embedding and head are, and how many parameters each has.
+
+Decides everything that depends on the architecture. Adding a family is adding a row at the end of this file
+(and its class pair in `modeling_blockpruned.py`); the contract tests run over every row.
+No torch here: parameters are counted from the config alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from blockpruner.core.blocks import BlockId, BlockKind, Mask, all_blocks
+from blockpruner.core.errors import InputError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Attribute names, within a decoder layer, of one residual branch `x + post(module(norm(x)))`.
+
+    norm, post: the norms before and after the module, None where there is none; output: the name within the module of
+    its last projection (each expert's, in a mixture), without which the branch adds zero.
+    """
+
+    module: str
+    norm: str | None
+    output: str
+    post: str | None = None
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.norm, self.post) if name is not None)
+
+
+Count = Callable[[Config, int], int]
+"""Parameters of a block without its norms, from a config and the block's layer."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One decoder architecture of residual blocks.
+
+    model_type: the `model_type` of its config; prefix: of its class names (LlamaConfig, LlamaForCausalLM);
+    mha_parameters, mlp_parameters: parameters of one block without its norms;
+    products: multiplications of one MLP block for a token: the parameters of its matrices, of a mixture those of the
+    router and of the experts that a token goes to;
+    norm_bias: whether norms have a bias beside their weight;
+    parallel: the config field that says whether MHA and MLP both read the layer's input, x + MHA(norm(x)) +
+    MLP(norm(x));
+    logit_cap: the config field of c where the logits are c tanh(head / c);
+    alibi: whether attention masks hold a bias of its own for each head;
+    renumbered: the config fields that speak of single layers, for new layers of which each has the MHA of one layer
+    and the MLP of another;
+    defaults: of config fields, where a config.json may leave them out;
+    decoder, layers, final_norm, head: attribute paths from the causal LM.
+    """
+
+    model_type: str
+    prefix: str
+    mha_parameters: Count
+    mlp_parameters: Count
+    products: Count = lambda config, layer: _gated_products(config)
+    norm_bias: bool = False
+    parallel: str | None = None
+    logit_cap: str | None = None
+    alibi: bool = False
+    renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: _types(config, layers)
+    defaults: Config = field(default_factory=dict)
+    decoder: str = "model"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    mha: Branch = Branch("self_attn", "input_layernorm", "o_proj")
+    mlp: Branch = Branch("mlp", "post_attention_layernorm", "down_proj")
+
+    def branch(self, kind: BlockKind) -> Branch:
+        return self.mha if kind is BlockKind.MHA else self.mlp
+
+    def is_parallel(self, config: Config) -> bool:
+        return self.parallel is not None and bool(config.get(self.parallel, self.defaults.get(self.parallel)))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a dense model takes of one resource, and what each of its blocks does: parameters, numbers in the KV cache,
+    nanoseconds."""
+
+    total: int
+    blocks: Mapping[BlockId, int]
+
+    def ratio(self, mask: Mask) -> float:
+        """Share of the whole that the mask removes, in [0, 1]; of parameters it is the pruning ratio.
+
+        All parameters count, embeddings, head and norms included; a removed block's norm counts as removed
+        (the convention by which every ratio of arXiv 2406.10594 decodes to whole blocks).
+        """
+        return sum(self.blocks[block] for block in mask) / self.total
+
+
+def family_of(model_type: str) -> Family:
+    """The family row of a config's `model_type`; raises InputError that names the supported ones."""
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"model family {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
+            "A new family is one row in blockpruner/core/families.py: where its blocks, norms and head are, and the "
+            'parameters of a block (docs/architecture.md, "Model families")'
+        )
+    return FAMILIES[model_type]
+
+
+def count_parameters(config: Config) -> Costs:
+    """Count parameters from a config (`config.json` as a mapping), without loading weights."""
+    row = family_of(str(config["model_type"]))
+    config = {**row.defaults, **config}
+    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    norm = 2 * hidden if row.norm_bias else hidden
+    counts = {BlockKind.MHA: row.mha_parameters, BlockKind.MLP: row.mlp_parameters}
+    blocks = {
+        block: counts[block.kind](config, block.layer) + norm * len(row.branch(block.kind).norms)
+        for block in all_blocks(layers)
+    }
+    embeddings = int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
+    return Costs(total=embeddings + norm + sum(blocks.values()), blocks=blocks)
+
+
+def count_kv_cache(config: Config) -> Costs:
+    """Numbers that the KV cache holds for one token: keys and values of every MHA block."""
+    heads, head = _heads({**family_of(str(config["model_type"])).defaults, **config})
+    values = 2 * int(config.get("num_key_value_heads") or heads) * head
+    blocks = {
+        block: values if block.kind is BlockKind.MHA else 0 for block in all_blocks(int(config["num_hidden_layers"]))
+    }
+    return Costs(total=sum(blocks.values()), blocks=blocks)
+
+
+def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
+    """Multiplications for one token: of each block's matrices, and, for each token that it attends to, of an MHA
+    block's queries with keys (with values there are as many).
+
+    Raises:
+        InputError: MHA and MLP side by side, which share no prefix within a layer.
+    """
+    row = family_of(str(config["model_type"]))
+    config = {**row.defaults, **config}
+    if row.is_parallel(config):
+        raise InputError(
+            f"costs of model family {row.model_type!r} are not known: its MHA and MLP blocks read the same input, and "
+            f"are counted here one after the other; set {row.parallel}: false, or measure"
+        )
+    heads, head = _heads(config)
+    mha = _attention(config)
+    blocks = {
+        block: mha if block.kind is BlockKind.MHA else row.products(config, block.layer)
+        for block in all_blocks(int(config["num_hidden_layers"]))
+    }
+    return blocks, heads * head
+
+
+def _heads(config: Config) -> tuple[int, int]:
+    heads = int(config["num_attention_heads"])
+    return heads, int(config.get("head_dim") or config["hidden_size"] // heads)
+
+
+def _types(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
+    """`layer_types`, where a config has it, which says how an MHA sees what came before."""
+    types = config.get("layer_types")
+    return {} if types is None else {"layer_types": [types[mha] for mha, _ in layers]}
+
+
+def _sparse_layers(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
+    """Qwen3-MoE: which MLP is dense is said by a list, and by a step."""
+    dense = [n for n, (_, mlp) in enumerate(layers) if not _is_sparse(config, mlp)]
+    return {**_types(config, layers), "mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def _is_sparse(config: Config, layer: int) -> bool:
+    return layer not in (config["mlp_only_layers"] or []) and (layer + 1) % int(config["decoder_sparse_step"]) == 0
+
+
+def _attention(config: Config, *, qkv_bias: bool = False, output_bias: bool = False) -> int:
+    hidden = int(config["hidden_size"])
+    heads, head = _heads(config)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    projections = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
+    biases = (heads + 2 * kv_heads) * head if qkv_bias else 0
+    return projections + biases + (hidden if output_bias else 0)
+
+
+def _no_bias(config: Config, layer: int) -> int:
+    return _attention(config)
+
+
+def _optional_bias(config: Config, layer: int) -> int:
+    bias = bool(config.get("attention_bias", False))
+    return _attention(config, qkv_bias=bias, output_bias=bias)
+
+
+def _head_norms(config: Config, layer: int) -> int:
+    """Queries and keys are normed head by head."""
+    return _optional_bias(config, layer) + 2 * _heads(config)[1]
+
+
+def _wide_norms(config: Config, layer: int) -> int:
+    """Queries and keys are normed as wholes."""
+    heads, head = _heads(config)
+    return _optional_bias(config, layer) + (heads + int(config.get("num_key_value_heads") or heads)) * head
+
+
+def _gated_mlp(config: Config, layer: int) -> int:
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    biases = 2 * inner + hidden if config.get("mlp_bias", False) else 0
+    return 3 * hidden * inner + biases
+
+
+def _gated_products(config: Config, inner: str = "intermediate_size") -> int:
+    return 3 * int(config["hidden_size"]) * int(config[inner])
+
+
+def _plain_mlp(config: Config, layer: int) -> int:
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    return 2 * hidden * inner + inner + hidden
+
+
+def _experts(config: Config, inner: str) -> int:
+    """A mixture of gated MLPs, with the router that chooses among them."""
+    count = int(config.get("num_local_experts") or config["num_experts"])
+    return int(config["hidden_size"]) * count * (3 * int(config[inner]) + 1)
+
+
+def _routed(config: Config, inner: str) -> int:
+    """The router and the experts that a token goes to."""
+    count = int(config.get("num_local_experts") or config["num_experts"])
+    return int(config["num_experts_per_tok"]) * _gated_products(config, inner) + int(config["hidden_size"]) * count
+
+
+def _sparse_products(config: Config, layer: int) -> int:
+    return _routed(config, "moe_intermediate_size") if _is_sparse(config, layer) else _gated_products(config)
+
+
+def _sparse_mlp(config: Config, layer: int) -> int:
+    return _experts(config, "moe_intermediate_size") if _is_sparse(config, layer) else _gated_mlp(config, layer)
+
+
+BETWEEN_NORMS = (
+    Branch("self_attn", "input_layernorm", "o_proj", "post_attention_layernorm"),
+    Branch("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm"),
+)
+AFTER_NORMS = (
+    Branch("self_attn", None, "o_proj", "post_attention_layernorm"),
+    Branch("mlp", None, "down_proj", "post_feedforward_layernorm"),
+)
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family("llama", "Llama", _optional_bias, _gated_mlp),
+        Family("baichuan", "Baichuan", _no_bias, _gated_mlp, alibi=True),
+        Family("mistral", "Mistral", _no_bias, _gated_mlp),
+        Family("qwen2", "Qwen2", lambda c, layer: _attention(c, qkv_bias=True), _gated_mlp),
+        Family("qwen3", "Qwen3", _head_norms, _gated_mlp),
+        Family("phi3", "Phi3", _no_bias, _gated_mlp),
+        Family(
+            "gemma2",
+            "Gemma2",
+            _optional_bias,
+            _gated_mlp,
+            logit_cap="final_logit_softcapping",
+            defaults={"tie_word_embeddings": True, "head_dim": 256, "final_logit_softcapping": 30.0},
+            mha=BETWEEN_NORMS[0],
+            mlp=BETWEEN_NORMS[1],
+        ),
+        Family(
+            "gemma3_text",
+            "Gemma3",
+            _head_norms,
+            _gated_mlp,
+            logit_cap="final_logit_softcapping",
+            defaults={"tie_word_embeddings": True, "head_dim": 256, "final_logit_softcapping": None},
+            mha=BETWEEN_NORMS[0],
+            mlp=BETWEEN_NORMS[1],
+        ),
+        Family("olmo2", "Olmo2", _wide_norms, _gated_mlp, mha=AFTER_NORMS[0], mlp=AFTER_NORMS[1]),
+        Family(
+            "mixtral",
+            "Mixtral",
+            _no_bias,
+            lambda c, layer: _experts(c, "intermediate_size"),
+            lambda c, layer: _routed(c, "intermediate_size"),
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3Moe",
+            _head_norms,
+            _sparse_mlp,
+            _sparse_products,
+            renumbered=_sparse_layers,
+            defaults={"mlp_only_layers": (), "decoder_sparse_step": 1},
+        ),
+        Family(
+            "gpt_neox",
+            "GPTNeoX",
+            _optional_bias,
+            _plain_mlp,
+            lambda c, layer: 2 * int(c["hidden_size"]) * int(c["intermediate_size"]),
+            norm_bias=True,
+            parallel="use_parallel_residual",
+            defaults={"attention_bias": True, "use_parallel_residual": True},
+            decoder="gpt_neox",
+            layers="gpt_neox.layers",
+            final_norm="gpt_neox.final_layer_norm",
+            mha=Branch("attention", "input_layernorm", "dense"),
+            mlp=Branch("mlp", "post_attention_layernorm", "dense_4h_to_h"),
+        ),
+    )
+}

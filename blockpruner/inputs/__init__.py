@@ -1,0 +1,1 @@
+"""What comes in: packages, the hub, texts, checkpoints, calibration rows."""

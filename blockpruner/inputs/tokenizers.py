@@ -1,0 +1,23 @@
+"""The tokenizer of a checkpoint, which needs no model and no torch."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from blockpruner.core.errors import InputError
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a checkpoint directory; raises InputError that names the directory and the reason."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # for damaged files a bare Exception of tokenizers, or whatever transformers came across
+        reason = textwrap.shorten(str(error), 300)
+        raise InputError(
+            f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {reason}); its files are missing, "
+            "truncated or damaged, or need what the reason names: fetch the checkpoint again, or install that"
+        ) from error

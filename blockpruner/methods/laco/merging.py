@@ -1,0 +1,244 @@
+"""LaCo's merges in a live model: for a while, or for good; and how similar the model stays.
+
+Decides what layers merged into one are worth, and the similarity of a merged model to the dense one. Which merges are
+tried and accepted is decided in `laco`. A merged model is a plain model of its own family with fewer layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from blockpruner.core.blocks import DENSE
+from blockpruner.core.errors import DeviceMemoryError, InputError
+from blockpruner.methods.laco.walk import Merge, Merges, layers_after
+from blockpruner.model import modeling_blockpruned as blockpruned
+from blockpruner.model.models import decoder_layers, model_family, renumber_
+from blockpruner.scoring.engine import Engine, is_out_of_memory
+from blockpruner.scoring.work import Rows, Scorer, Task
+from blockpruner.store.trials import require_rows
+
+Layers = Sequence[nn.Module]
+"""Decoder layers l, l+1 .. l+m, to be merged into the first."""
+
+
+def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> PreTrainedModel:
+    """Merge layers of the model in place, for good, in the order of `merges`.
+
+    Layers merged into another are dropped, attentions renumbered 0..n-1 (a KV cache takes the number for its slot),
+    and the config says how many layers there are. Class and config stay the family's own, so that `save_pretrained`
+    and `from_pretrained` need no code of ours. A merged layer keeps its own type (sliding window or full).
+
+    Args:
+        variant: a key of `VARIANTS`.
+
+    Raises:
+        InputError: a merge that the model has no layers for, or an unknown variant; the model is unchanged.
+    """
+    if variant not in VARIANTS:
+        raise InputError(f"LaCo variant {variant!r} is unknown; valid: {', '.join(VARIANTS)}")
+    layers, config = decoder_layers(model), model.config
+    after = layers_after(merges, len(layers))
+    for sources in after:
+        if len({frozenset(name for name, _ in layers[source].named_parameters()) for source in sources}) > 1:
+            raise InputError(
+                f"LaCo's merges {', '.join(map(str, merges))} are of layers of different kinds (dense MLPs and experts)"
+                ", whose parameters cannot be added; keep to layers of one kind (score.options: lowest, highest), or "
+                "choose another method"
+            )
+    kept = [sources[0] for sources in after]
+    remaining = list(layers)
+    for merge in merges:
+        group = remaining[merge.layer : merge.layer + merge.count + 1]
+        del remaining[merge.layer + 1 : merge.layer + merge.count + 1]
+        _replace_parameters_(group[0], VARIANTS[variant](group))
+    blockpruned.drop_layers_(layers, kept)
+    blockpruned.number_attentions_(layers, model_family(model).mha.module)
+    renumber_(config, model_family(model), [(layer, layer) for layer in kept])
+    return model
+
+
+@contextmanager
+def merged(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Iterator[PreTrainedModel]:
+    """The model after `merge_`, restored on exit. Only parameters that a merge computes take memory."""
+    row, layers, config = model_family(model), decoder_layers(model), model.config
+    dense = list(layers)
+    parameters = [(module, dict(module._parameters)) for layer in dense for module in layer.modules()]
+    attentions = [getattr(layer, row.mha.module) for layer in dense]
+    numbers, fields = [attention.layer_idx for attention in attentions], dict(config.__dict__)
+    try:
+        yield merge_(model, merges, variant)
+    finally:
+        del layers[:]
+        layers.extend(dense)
+        for module, own in parameters:
+            module._parameters.update(own)
+        for attention, number in zip(attentions, numbers, strict=True):
+            attention.layer_idx = number
+        config.__dict__.clear()
+        config.__dict__.update(fields)
+
+
+def _replace_parameters_(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give a layer new parameters by name; the old ones, which others may hold, are not written to."""
+    for name, value in values.items():
+        path, _, attribute = name.rpartition(".")
+        old = layer.get_parameter(name)
+        new = nn.Parameter(value.detach().to(old.device), requires_grad=old.requires_grad)
+        setattr(layer.get_submodule(path), attribute, new)
+
+
+class Similarity:
+    """How similar a model stays to itself after merges; measures what is not known.
+
+        s(merges) = mean over rows of cos(flat(X), flat(X_merges))
+
+    X, X_merges [T, H]: a row's last hidden states in the dense and in the merged model, after the final norm, as in
+    LaCo's public notebook (`hidden_states[-1]`); a row counts as one vector of T x H numbers, the cosine is taken in
+    float64. Pads are no part of it. The dense states of all rows are held in memory, in the model's dtype.
+
+    Args:
+        model: dense, in eval mode; while a similarity is measured its layers are swapped, then restored to the bit.
+        rows: of token ids, of any lengths.
+        variant: a key of `VARIANTS`.
+        known: similarities measured before, which are not measured again.
+        record: receives each new similarity as soon as it is known.
+        advance: receives, while one is measured, the rows done, of how many, and the candidate's last merge.
+        batch_tokens: padded tokens to a batch, as of `scoring.engine.Engine`.
+
+    Raises:
+        InputError: no rows. When called: a merge that is not possible, or hidden states that are not finite.
+        DeviceMemoryError: when called: rows and merged layers do not fit beside the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Rows,
+        variant: str,
+        known: Mapping[Merges, float],
+        record: Callable[[Merges, float], object] = lambda merges, value: None,
+        advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
+        batch_tokens: int | str = "auto",
+    ) -> None:
+        require_rows(len(rows))
+        self._model, self._variant = model, variant
+        self._rows = [[token if token >= 0 else ~token for token in row] for row in rows]  # scored or only given
+        self._known, self._record, self._advance = dict(known), record, advance
+        self._decoder: nn.Module = attrgetter(model_family(model).decoder)(model)
+        self._batches = Engine(model, batch_tokens).row_batches(rows, range(len(rows)))
+        self._dense: list[Tensor] = []
+
+    def __call__(self, merges: Merges) -> float:
+        if merges not in self._known:
+            try:
+                value = self._measure(merges)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise DeviceMemoryError(
+                    f"rows of {max(len(row) for row in self._rows)} tokens and the layers merged by "
+                    f"{', '.join(map(str, merges))} do not fit into the device's memory beside the model; lower "
+                    "runtime.batch_tokens, or use fewer or shorter rows or a larger device. Similarities measured "
+                    "before are kept"
+                ) from error
+            self._known[merges] = value
+            self._record(merges, value)
+        return self._known[merges]
+
+    @torch.inference_mode()
+    def _measure(self, merges: Merges) -> float:
+        if not self._dense:
+            self._dense = [states.clone() for states in self._states()]
+        values: list[float] = []
+        with merged(self._model, merges, self._variant):
+            for dense, states in zip(self._dense, self._states(), strict=True):
+                values.append(cosine_similarity(dense.double().flatten(), states.double().flatten(), dim=0).item())
+                if not math.isfinite(values[-1]):
+                    raise InputError(
+                        f"the hidden states of row {len(values) - 1} are not finite, dense or after the merges "
+                        f"{', '.join(map(str, merges))}; try a wider dtype (model.dtype: float32), or leave the row "
+                        "out. Similarities measured before are kept"
+                    )
+                self._advance(len(values), len(self._rows), str(merges[-1]))
+        return fmean(values)
+
+    def _states(self) -> Iterator[Tensor]:
+        """Each row's last hidden states [T, H] in the model as it is now. Pads follow every real token, so causal
+        attention never sees them."""
+        home = self._model.get_input_embeddings().weight.device
+        for span in self._batches:
+            rows = [torch.tensor(self._rows[i]) for i in span]
+            ids = pad_sequence(rows, batch_first=True).to(home)
+            states = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+            for row, state in zip(rows, states, strict=True):
+                yield state[: len(row)]
+
+
+@dataclass(frozen=True)
+class ModelBench:
+    """What is measured with a dense model in memory, on the calibration rows (`planning.Bench`)."""
+
+    model: PreTrainedModel
+    rows: Rows
+    advance: Callable[[int, int, str], object]
+
+    def scorer(self) -> Scorer:
+        return Engine(self.model)
+
+    def similarity(
+        self, variant: str, known: Mapping[Merges, float], record: Callable[[Merges, float], object]
+    ) -> Similarity:
+        return Similarity(self.model, self.rows, variant, known, record, self.advance)
+
+    def merged_nll(self, merges: Merges, variant: str) -> list[float]:
+        with merged(self.model, merges, variant) as model:
+            engine = Engine(model)
+            tasks = [Task(span, (DENSE,)) for span in engine.row_batches(self.rows, range(len(self.rows)))]
+            units = sorted(engine.run(tasks, self.rows), key=lambda unit: unit.start)
+        return [value for unit in units for value in unit.loss]
+
+
+def _last_linears(layers: Layers) -> dict[str, Tensor]:
+    """What LaCo's public notebook computes: theta* = theta_{l+m} for the linear modules, and norms stay layer l's.
+
+    It adds theta_{l+k} minus the base as updated so far, so that all terms but the last cancel, and it does so for
+    the weights of the linear modules only (its models have no biases; a bias belongs to its module, and the matrices of
+    experts and of their router are linear, too).
+    """
+    return {
+        f"{path}.{name}": parameter
+        for path, module in layers[-1].named_modules()
+        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+@torch.no_grad()
+def _sum_of_differences(layers: Layers) -> dict[str, Tensor]:
+    """theta* = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..m, for all parameters of the layer, norms included.
+
+    The equation of arXiv 2402.11187, section 2, in float32 at least and rounded once.
+    """
+    base, *others = (dict(layer.named_parameters()) for layer in layers)
+    result = {}
+    for name, parameter in base.items():
+        theta = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+        total = theta.clone()
+        for other in others:
+            total += other[name].to(theta) - theta
+        result[name] = total.to(parameter.dtype)
+    return result
+
+
+VARIANTS: dict[str, Callable[[Layers], dict[str, Tensor]]] = {"repo": _last_linears, "paper": _sum_of_differences}

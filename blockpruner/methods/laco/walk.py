@@ -1,0 +1,314 @@
+"""LaCo (layer collapse, arXiv 2402.11187): which layers are merged into which.
+
+Decides the walk over a model's layers, the thresholds that meet a budget of layers, and how similarities are kept:
+
+    l = H - C
+    while l >= L:
+        candidate: layers l+1 .. l+m merged into l, m = min(C - 1, depth - 1 - l), depth being that of the moment
+        accepted if its similarity to the dense model > T, then l -= I; else l -= 1
+
+Layers count from 0 (the paper counts from 1). The public notebook also sets l = depth - 1 - C where l >= depth after
+a merge; that never happens, since l + m <= depth - 1 before it. Here a similarity is a function that is asked: what a
+merge does to weights, and how similar a merged model is, are decided in `merging`. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, TextIO
+
+from blockpruner.core.errors import InputError
+from blockpruner.store.files import set_aside, storage_error
+from blockpruner.store.provenance import fingerprint
+from blockpruner.store.trials import checksummed, parse_checksummed
+from blockpruner.versions import LACO_VERSION
+
+DEFAULTS: Mapping[str, Any] = {"count": 4, "lowest": 0, "highest": None, "interval": 1, "variant": "repo"}
+"""L, H and I as in both public notebooks; C lies between theirs, 3 and 7."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Layers layer+1 .. layer+count are merged into `layer` and dropped; numbers in the depth of that moment."""
+
+    layer: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}+{self.count}"
+
+
+Merges = tuple[Merge, ...]
+"""Merges in the order in which they are done."""
+
+Measure = Callable[[Merges], float]
+"""Similarity of the model after these merges to the dense model: a mean of cosines, finite."""
+
+
+def layers_after(merges: Sequence[Merge], depth: int) -> tuple[tuple[int, ...], ...]:
+    """The layers that remain: of each the dense layers that are merged in it, in order, the one that it was first.
+
+    Raises:
+        InputError: a merge beyond the layers that there are at that moment.
+    """
+    layers: list[tuple[int, ...]] = [(layer,) for layer in range(depth)]
+    for number, merge in enumerate(merges, 1):
+        if merge.layer < 0 or merge.count < 1 or merge.layer + merge.count >= len(layers):
+            raise InputError(
+                f"merge {number} ({merge}: {merge.count} layers into layer {merge.layer}) is not possible among "
+                f"{len(layers)} layers; valid: layer 0 to {len(layers) - 2}, and 1 or more of the layers above it"
+            )
+        group = slice(merge.layer, merge.layer + merge.count + 1)
+        layers[group] = [tuple(chain.from_iterable(layers[group]))]
+    return tuple(layers)
+
+
+def dropped(merges: Sequence[Merge], depth: int) -> int:
+    """How many of `depth` layers the merges remove."""
+    return depth - len(layers_after(merges, depth))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A candidate of a walk: the merges accepted before and one more, its similarity, and whether it was accepted."""
+
+    merges: Merges
+    similarity: float
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Walk:
+    """LaCo's walk down a model of `depth` layers, without its threshold.
+
+    count: C, how many layers become one; lowest: L; highest: H, None is the last layer; interval: I.
+
+    Raises:
+        InputError: settings by which no layer would be visited, or one that does not exist.
+    """
+
+    depth: int
+    count: int
+    lowest: int
+    highest: int | None
+    interval: int
+
+    def __post_init__(self) -> None:
+        top = self._top
+        if not 0 <= top < self.depth:
+            raise InputError(
+                f"highest layer H = {top} is not in a model of {self.depth} layers; valid: 0 to {self.depth - 1} "
+                "(the paper counts layers from 1), or null for the last"
+            )
+        if not 0 <= self.lowest <= top:
+            raise InputError(f"lowest layer L = {self.lowest} is not valid; choose 0 to H = {top}")
+        if not 2 <= self.count <= top - self.lowest:
+            raise InputError(
+                f"count C = {self.count} is not valid; choose 2 to H - L = {top - self.lowest}, since C layers become "
+                "one and the walk starts at layer H - C"
+            )
+        if self.interval < 1:
+            raise InputError(f"interval I = {self.interval} is not valid; choose 1 or more layers")
+
+    @property
+    def _top(self) -> int:
+        return self.depth - 1 if self.highest is None else self.highest
+
+    def steps(self, similarity: Measure, threshold: float) -> Iterator[Step]:
+        """The candidates that the walk tries, in order."""
+        merges: Merges = ()
+        layer, depth = self._top - self.count, self.depth
+        while layer >= self.lowest:
+            merge = self._merge(layer, depth)
+            value = similarity((*merges, merge))
+            step = Step((*merges, merge), value, value > threshold)
+            yield step
+            if step.accepted:
+                merges, layer, depth = step.merges, layer - self.interval, depth - merge.count
+            else:
+                layer -= 1
+
+    def results(self, similarity: Measure) -> Iterator[tuple[float, Merges]]:
+        """Everything but no merge at all that a threshold can result in, from the largest threshold to the smallest.
+
+        A walk goes the same way for every T in [largest similarity rejected, smallest accepted), so the next one is
+        that of a T just below this interval. With each comes the middle of its interval, where rounding elsewhere
+        does not turn a decision. No candidate is measured twice.
+        """
+        measure, threshold = cache(similarity), math.inf
+        while True:
+            steps = list(self.steps(measure, threshold))
+            accepted = [step for step in steps if step.accepted]
+            rejected = [step.similarity for step in steps if not step.accepted]
+            low = max(rejected, default=-1.0)
+            if accepted:
+                high = min(step.similarity for step in accepted)
+                yield min((low + high) / 2, math.nextafter(high, -math.inf)), accepted[-1].merges
+            if not rejected:
+                return
+            threshold = math.nextafter(low, -math.inf)
+
+    def removable(self) -> frozenset[int]:
+        """The numbers of layers that walks could remove, whatever the similarities."""
+
+        @cache
+        def onwards(layer: int, depth: int) -> frozenset[int]:
+            if layer < self.lowest:
+                return frozenset({0})
+            count = self._merge(layer, depth).count
+            after = onwards(layer - self.interval, depth - count)
+            return onwards(layer - 1, depth) | {count + more for more in after}
+
+        return onwards(self._top - self.count, self.depth)
+
+    def _merge(self, layer: int, depth: int) -> Merge:
+        # without the limit the walk would leave the model after its first merge
+        return Merge(layer, min(self.count - 1, depth - 1 - layer))
+
+
+def collapse(
+    similarity: Measure, depth: int, *, count: int, lowest: int, highest: int | None, interval: int, threshold: float
+) -> Merges:
+    """The merges that LaCo accepts at one threshold (its Algorithm 1); empty if none.
+
+    Args:
+        similarity: asked once for each candidate; its argument is all merges of the candidate.
+        count, lowest, highest, interval: C, L, H and I; `highest` None is the last layer.
+        threshold: T; a candidate is accepted if its similarity is larger.
+
+    Raises:
+        InputError: settings that do not fit the depth.
+    """
+    steps = Walk(depth, count, lowest, highest, interval).steps(similarity, threshold)
+    return next((step.merges for step in reversed(list(steps)) if step.accepted), ())
+
+
+def search_threshold(
+    similarity: Measure, depth: int, wanted_layers: int, *, count: int, lowest: int, highest: int | None, interval: int
+) -> tuple[float, Merges]:
+    """The largest threshold at which LaCo removes exactly `wanted_layers` layers, and its merges.
+
+    A lower threshold may remove fewer layers: one more merge near the top can make all later ones too dissimilar. So
+    bisection may miss a budget that can be met, or meet it with less similar merges. This goes down from the largest
+    threshold, one result after the other (`Walk.results`), and stops at the first that meets the budget. There are
+    about as many results as layers that a walk visits (simulated), and no candidate is measured twice.
+
+    Returns:
+        The threshold, in the middle of those that give these merges, and the merges.
+
+    Raises:
+        InputError: settings that do not fit the depth; or a number of layers that no threshold removes, before
+            anything is measured where similarities cannot matter. Names the nearest numbers that are removed.
+    """
+    walk = Walk(depth, count, lowest, highest, interval)
+    removable = walk.removable()
+    if wanted_layers not in removable or wanted_layers < 1:
+        raise _out_of_reach(wanted_layers, walk, dict.fromkeys(removable, ""))
+    seen: dict[int, str] = {}
+    for threshold, merges in walk.results(similarity):
+        layers = dropped(merges, depth)
+        if layers == wanted_layers:
+            return threshold, merges
+        seen.setdefault(layers, f" (at T = {threshold:.4f})")
+    raise _out_of_reach(wanted_layers, walk, seen)
+
+
+def _out_of_reach(wanted: int, walk: Walk, removed: Mapping[int, str]) -> InputError:
+    """`removed`: the numbers of layers that can be removed, each with what else to say of it."""
+    below = max((n for n in removed if 0 < n < wanted), default=None)
+    above = min((n for n in removed if n > max(wanted, 0)), default=None)
+    nearest = " and ".join(f"{n}{removed[n]}" for n in (below, above) if n is not None)
+    return InputError(
+        f"LaCo with C = {walk.count} and I = {walk.interval} removes {wanted} of {walk.depth} layers at no threshold; "
+        f"the nearest that it removes: {nearest}. Ask for one of these, or change C, I, L or H"
+    )
+
+
+# What is known
+
+
+def similarity_fields(calibration: str, model: str, dtype: str, variant: str) -> dict[str, Any]:
+    """What a similarity depends on: content of the rows, identity of the model, dtype, and how layers are merged."""
+    return {
+        "calibration": calibration,
+        "model": model,
+        "dtype": dtype,
+        "variant": variant,
+        "laco_version": LACO_VERSION,
+    }
+
+
+class SimilarityLog:
+    """Similarities on disk, a checksummed line for each, synced as soon as it is known; for one writer at a time.
+
+    Args:
+        path: the file; need not exist.
+        fields: as from `similarity_fields`; a file of other fields is set aside.
+
+    known: what the file holds; problems: one line for each thing found in it and not trusted.
+    """
+
+    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
+        self._path, self._fields = path, dict(fields)
+        self._stream: TextIO | None = None
+        self.known: dict[Merges, float] = {}
+        self.problems: list[str] = []
+        if path.exists():
+            self._read()
+
+    def record(self, merges: Merges, value: float) -> None:
+        """Keep one similarity; on return it is on disk."""
+        self.known[merges] = value
+        try:
+            stream = self._open()
+            pairs = [[merge.layer, merge.count] for merge in merges]
+            stream.write(checksummed({"merges": pairs, "similarity": value}))
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError as error:
+            with suppress(OSError):  # closing writes the rest of the line again, which fails again
+                self.close()
+            raise storage_error(self._path, error) from error
+
+    def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def _open(self) -> TextIO:
+        if self._stream is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
+            if self._stream.tell() == 0:
+                self._stream.write(checksummed({"fingerprint": fingerprint(self._fields), "fields": self._fields}))
+        return self._stream
+
+    def _read(self) -> None:
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):  # the line that a kill interrupted; appended to, it would spoil the next
+            os.truncate(self._path, len(whole))
+        lines = whole.decode(errors="replace").splitlines(keepends=True)
+        if not lines:
+            return
+        header = parse_checksummed(lines[0])
+        if header is None or header.get("fingerprint") != fingerprint(self._fields):
+            kept = set_aside(self._path)
+            self.problems.append(
+                f"{self._path} is not of {self._fields} (header {lines[0].strip()[:120]!r}); set aside as {kept.name}, "
+                "its similarities are measured again"
+            )
+            return
+        for number, line in enumerate(lines[1:], start=2):
+            entry = parse_checksummed(line)
+            if entry is None:
+                self.problems.append(f"{self._path}, line {number}: checksum does not match; measured again")
+            else:
+                self.known[tuple(Merge(*pair) for pair in entry["merges"])] = entry["similarity"]

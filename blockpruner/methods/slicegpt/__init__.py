@@ -1,0 +1,1 @@
+"""SliceGPT: a narrower residual stream (arXiv 2401.15024)."""

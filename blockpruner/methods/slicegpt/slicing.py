@@ -1,0 +1,183 @@
+"""SliceGPT (arXiv 2401.15024): the residual stream loses the directions that hold least of the calibration signal.
+
+Decides how weights are rotated and sliced. The width is decided by `widths`, and how a sliced model runs by
+`modeling_slicegpt.py`, which ships in its checkpoint.
+
+Each block (MHA or MLP) reads the residual stream X [tokens, d] in a basis B [d, n] of its own: of the eigenvectors of
+X^T X, summed over the calibration tokens, the n of the largest eigenvalues. RMSNorm without its scale commutes with
+rotations, so for a block between the bases B and B':
+
+    norm scale g and B into what reads:   W diag(g) B
+    B' into what writes:                  B'^T W, B'^T b
+    beside the block, a shortcut:         X B -> X B (B^T B')
+
+X itself is that of the model sliced so far: X B B^T + block(X B), from the embedding on. What the last MLP writes is
+not sliced; a rotation of it would cancel in the head, so that B' is the identity there.
+
+As in the public code, X is what enters a norm; the paper's text has what leaves it. That code also adds 1 % of the mean
+diagonal to X^T X, which moves every eigenvalue and no eigenvector, and is left out here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blockpruner.core.errors import InputError
+from blockpruner.methods.slicegpt.widths import sliceable_family
+from blockpruner.model import modeling_slicegpt as slicegpt
+from blockpruner.model.models import decoder_layers
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.work import Rows
+
+CHUNK = 8192
+"""Rows of a weight that are in float64 at once: a vocabulary's would be gigabytes."""
+
+
+def _show_nothing(done: int, total: int, detail: str) -> None: ...
+
+
+@torch.no_grad()  # not inference_mode: its tensors could not be trained afterwards
+def slice_(
+    model: PreTrainedModel,
+    rows: Rows,
+    width: int,
+    *,
+    batch_tokens: int | str = "auto",
+    advance: Callable[[int, int, str], None] = _show_nothing,
+) -> PreTrainedModel:
+    """Slice the model's residual stream to `width` columns, in place, for good.
+
+    Model and config become the SliceGPT classes of the family, which `save_pretrained` and
+    `from_pretrained(..., trust_remote_code=True)` round-trip; tied embeddings are untied. At the full width the model
+    is only rotated and its logits stay. On an error after the first layer the model is of no use.
+
+    Args:
+        model: a dense causal LM of a family in `widths.SLICEABLE`, in eval mode, on one device, where the Gram
+            matrices are summed and solved in float64.
+        rows: calibration rows, of any lengths; pads do not count. (The paper: 1,024 Alpaca samples of 2,048 tokens.)
+            Their signal, in the model's dtype, is held in the host's memory: tokens x hidden size.
+        width: columns kept, from 1 to the hidden size.
+        batch_tokens: as in `Engine`.
+        advance: told after each layer: layers done, layers, and the name of the last one.
+
+    Raises:
+        InputError: a family that cannot be sliced, a width out of range, a model on several devices, or a signal that
+            is not finite.
+    """
+    row = sliceable_family(model.config.model_type)
+    hidden, layers = int(model.config.hidden_size), decoder_layers(model)
+    if not 1 <= width <= hidden:
+        raise InputError(f"width {width} is not valid for a hidden size of {hidden}; give 1 to {hidden}")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise InputError(f"a model on {', '.join(devices)} cannot be sliced; load it on one device, or on the CPU")
+
+    embedding, norm, head = model.get_input_embeddings(), model.get_submodule(row.final_norm), model.lm_head
+    eps = float(model.config.rms_norm_eps)
+    signal = _Signal(model, rows, batch_tokens)
+    into = first = principal_directions(signal.gram(), width)
+    for index, layer in enumerate(layers):
+        for norm_name, module, readers, writer, shortcut in slicegpt.BLOCKS:
+            block, scale = getattr(layer, module), getattr(layer, norm_name).weight
+            for name in readers:
+                reader = getattr(block, name)
+                _set_weight_(reader, _product(reader.weight, scale.double()[:, None] * into))
+            setattr(layer, norm_name, slicegpt.ScaleFreeRMSNorm(hidden, eps))
+            if layer is layers[-1] and module == row.mlp.module:
+                out_of = torch.eye(hidden, dtype=into.dtype, device=into.device)
+            else:
+                signal.pass_(index, norm_name, module, into)
+                out_of = principal_directions(signal.gram(), width)
+                output = getattr(block, writer)
+                _set_weight_(output, _product(output.weight.T, out_of).T)
+                if output.bias is not None:
+                    output.bias = _parameter(out_of.T @ output.bias.double(), output.bias)
+            setattr(layer, shortcut, _linear((into.T @ out_of).T, scale))
+            into = out_of
+        layer.__class__ = getattr(slicegpt, f"{row.prefix}SlicedLayer")
+        advance(index + 1, len(layers), f"layer {index}")
+    # embedding and final norm at the end: until then each pass runs the decoder around its layers
+    embedding.weight = _parameter(_product(embedding.weight, first), embedding.weight)
+    embedding.embedding_dim = width
+    head.weight = _parameter(head.weight * norm.weight, head.weight)
+    model.set_submodule(row.final_norm, slicegpt.ScaleFreeRMSNorm(hidden, eps))
+
+    model.__class__ = getattr(slicegpt, f"{row.prefix}SliceGPTForCausalLM")
+    model.config.__class__ = getattr(slicegpt, f"{row.prefix}SliceGPTConfig")
+    model.config.sliced_width = width
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    model._weight_conversions = []  # as in `prune_`: the new class reads its own names only
+    return model
+
+
+def principal_directions(gram: Tensor, width: int) -> Tensor:
+    """The `width` orthonormal directions of most energy: B [d, width] float64, from X^T X [d, d] float64."""
+    if not gram.isfinite().all():
+        raise InputError(
+            "the residual stream of the calibration rows is not finite; use a wider dtype (model.dtype: float32)"
+        )
+    vectors: Tensor = torch.linalg.eigh(gram)[1]  # by ascending eigenvalue
+    return vectors.flip(1)[:, :width]
+
+
+class _Signal(Engine):
+    """The residual stream of the calibration rows before a block, [B, T, d] a batch, in the dense model's basis.
+
+    The engine batches the rows, and records what the family's decoder passes to its layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Rows, batch_tokens: int | str) -> None:
+        super().__init__(model, batch_tokens)
+        spans = self.row_batches(rows, range(len(rows)))
+        self._ids = [self._batch([rows[i] for i in span]).input_ids for span in spans]
+        lengths = [torch.tensor([len(rows[i]) for i in span]) for span in spans]
+        self._real = [
+            torch.arange(ids.shape[1]) < length[:, None] for ids, length in zip(self._ids, lengths, strict=True)
+        ]
+        self._states = [self._prepare(ids)[0].cpu() for ids in self._ids]
+
+    def gram(self) -> Tensor:
+        """X^T X [d, d] over the real tokens, float64, on the model's device."""
+        hidden = self._states[0].shape[-1]
+        total = torch.zeros(hidden, hidden, dtype=torch.float64, device=self._home)
+        for state, real in zip(self._states, self._real, strict=True):
+            tokens = state[real].to(self._home).double()
+            total.addmm_(tokens.T, tokens)
+        return total
+
+    def pass_(self, index: int, norm: str, module: str, basis: Tensor) -> None:
+        """Move the stream past a block of layer `index` that reads it in `basis` and still writes d columns."""
+        layer, basis = self._layers[index], basis.to(self._states[0].dtype)
+        for number, ids in enumerate(self._ids):
+            sliced = self._states[number].to(self._home) @ basis
+            normed, block = getattr(layer, norm)(sliced), getattr(layer, module)
+            if module == self._row.mha.module:
+                added = block(hidden_states=normed, **self._prepare(ids)[1][index])[0]
+            else:
+                added = block(normed)
+            self._states[number] = (sliced @ basis.T + added).cpu()
+
+
+def _product(weight: Tensor, matrix: Tensor) -> Tensor:
+    """weight [R, d] @ matrix [d, n] float64, rounded once to the weight's dtype; [R, n]."""
+    return torch.cat([(part.double() @ matrix).to(weight.dtype) for part in torch.split(weight, CHUNK)])
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(like.dtype).contiguous(), requires_grad=like.requires_grad)
+
+
+def _set_weight_(linear: nn.Linear, weight: Tensor) -> None:
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = _parameter(weight, linear.weight)
+
+
+def _linear(weight: Tensor, like: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = _parameter(weight, like)
+    return linear

@@ -1,0 +1,1 @@
+"""The model in memory, and the code that ships inside checkpoints."""

@@ -1,0 +1,267 @@
+"""Models in memory: load one, mask blocks for a while, or remove them for good.
+
+Decides how a removed block is expressed in a live transformers model. The swap itself is the one that ships in
+checkpoints (`modeling_blockpruned.py`), so that a masked, a pruned and a loaded model are one thing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack
+from blockpruner.core.errors import DeviceMemoryError, InputError
+from blockpruner.core.families import Family, family_of
+from blockpruner.model import modeling_blockpruned as blockpruned
+
+# transformers has no class of its own for Baichuan 13B; the one for checkpoints is used in memory too
+AutoConfig.register(blockpruned.BaichuanConfig.model_type, blockpruned.BaichuanConfig)
+AutoModelForCausalLM.register(blockpruned.BaichuanConfig, blockpruned.BaichuanForCausalLM)
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first CUDA device, or the CPU; "split" (a model over all CUDA devices) starts at the first."""
+    if device == "split":
+        if not torch.cuda.is_available():
+            raise InputError("runtime.device 'split' needs CUDA devices, and there is none here; use auto")
+        return torch.device("cuda:0")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>, split") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"runtime.device {device!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto")
+    return found
+
+
+def set_threads(threads: int | str) -> None:
+    """Set torch's intra-op threads; "auto" leaves torch's own choice."""
+    if threads != "auto":
+        torch.set_num_threads(int(threads))
+
+
+def load_model(
+    directory: Path,
+    dtype: str,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    attention: str = "auto",
+) -> PreTrainedModel:
+    """Load a checkpoint directory for inference.
+
+    Args:
+        device: as in `resolve_device`; "split" spreads the layers over all CUDA devices (accelerate's device map).
+        attention: transformers' attention implementation; "auto" leaves the choice to it.
+
+    Raises:
+        InputError: unsupported family, weights that are damaged or do not match the config, or an attention that is
+            not installed.
+    """
+    place = resolve_device(device)
+    options = kernel_options(attention, dtype, place)
+    try:
+        with usable(attention):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=getattr(torch, dtype),
+                device_map="balanced" if device == "split" else None,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except torch.OutOfMemoryError as error:
+        raise _too_large(directory, device) from error
+    except SafetensorError as error:
+        raise InputError(
+            f"weights in {directory} are truncated or damaged ({error}); fetch the checkpoint again"
+        ) from error
+    except RuntimeError as error:  # parts of a weight that do not make it up
+        if "conversion" not in str(error):
+            raise
+        raise InputError(
+            f"the weights in {directory} do not match its config.json (experts that are missing or of other shapes); "
+            "fetch the checkpoint again, or repair its config"
+        ) from error
+    problems = [
+        f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if report.get(name)
+    ]
+    if problems:
+        raise InputError(
+            f"the weights in {directory} do not match its config.json ({'; '.join(problems)}); "
+            "fetch the checkpoint again, or repair its config"
+        )
+    if device == "split":
+        if {"cpu", "disk"} & {str(part) for part in model.hf_device_map.values()}:
+            raise _too_large(directory, device)
+        result: PreTrainedModel = model
+    else:
+        try:
+            result = model.to(place)
+        except torch.OutOfMemoryError as error:
+            raise _too_large(directory, device) from error
+    return result.eval().requires_grad_(False)
+
+
+def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:
+    """Keyword arguments that choose transformers' implementation of attention and, in float64, of experts: its usual
+    one knows no float64.
+
+    Raises:
+        InputError: flash attention with a dtype or on a device that it has no kernel for.
+    """
+    if attention == "flash_attention_2" and (device.type != "cuda" or dtype not in ("bfloat16", "float16")):
+        raise InputError(
+            f"runtime.attention flash_attention_2 has no kernel for {dtype} on {device.type}: it needs a CUDA device "
+            "and model.dtype bfloat16 or float16; use auto or sdpa"
+        )
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    return options | ({"experts_implementation": "eager"} if dtype == "float64" else {})
+
+
+@contextmanager
+def usable(attention: str) -> Iterator[None]:
+    """Within, a model is made; raises InputError if this attention is not installed, or none of the model's."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if attention == "auto":
+            raise
+        reason = str(error).partition(". ")[0]
+        raise InputError(f"runtime.attention {attention!r} cannot be used here: {reason}; use auto") from error
+
+
+def _too_large(directory: Path, device: str) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"the model in {directory} does not fit into the memory of runtime.device {device!r}; use a larger device, "
+        "device: split over several, or, for scoring, runtime.streaming: true"
+    )
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with modules and config of its own over the same tensors: to be pruned while the first stays whole."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    result: PreTrainedModel = copy.deepcopy(model, shared)
+    return result
+
+
+def model_family(model: PreTrainedModel) -> Family:
+    """The family row of a model, dense or block-pruned."""
+    return family_of(model.config.model_type.removesuffix("_blockpruned"))
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    layers: nn.ModuleList = attrgetter(model_family(model).layers)(model)
+    return layers
+
+
+@contextmanager
+def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
+    """The model without the blocks of `mask`, with every layer kept; restored on exit.
+
+    Meanwhile remaining attentions are renumbered and the config describes the holes, so that cached decoding is
+    right too.
+
+    Raises:
+        InputError: a block that the model does not have.
+    """
+    row, layers, config = model_family(model), decoder_layers(model), model.config
+    children = [dict(layer._modules) for layer in layers]
+    attentions = [getattr(layer, row.mha.module) for layer in layers]
+    numbers = [attention.layer_idx for attention in attentions]
+    config_class, config_fields = config.__class__, dict(config.__dict__)
+    try:
+        _remove_(model, mask, range(len(layers)))
+        yield model
+    finally:
+        for layer, modules in zip(layers, children, strict=True):
+            layer._modules.update(modules)
+        for attention, number in zip(attentions, numbers, strict=True):
+            attention.layer_idx = number
+        config.__class__ = config_class
+        config.__dict__.clear()
+        config.__dict__.update(config_fields)
+
+
+def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
+    """Remove the blocks of `mask` from the model in place, for good.
+
+    Layers that lose both blocks are dropped, remaining attentions renumbered 0..n-1 (else cached decoding is
+    silently wrong). If what is left fills whole layers (`blocks.pack`), the model stays one of its own class with
+    fewer layers; else model and config become the block-pruned classes of the family, which `save_pretrained`
+    and `from_pretrained(..., trust_remote_code=True)` round-trip.
+
+    Raises:
+        InputError: a block that the model does not have.
+    """
+    row, layers = model_family(model), decoder_layers(model)
+    _check(mask, len(layers))
+    packed = pack(mask, len(layers))
+    whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
+    if len(whole) == len(packed) and not row.is_parallel(model.config.to_dict()):
+        _join_(model, whole)
+    else:
+        removed = {(block.layer, block.kind) for block in mask}
+        kept = [i for i in range(len(layers)) if not {(i, kind) for kind in BlockKind} <= removed]
+        _remove_(model, mask, kept)
+        model.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
+        # how a loaded model's weights came from those of its file (GPT-NeoX's head, a mixture's experts); the new class
+        # reads its own names only
+        model._weight_conversions = []
+    return model
+
+
+def _join_(model: PreTrainedModel, whole: Sequence[tuple[int, int]]) -> None:
+    """Keep layers of which each has the MHA of one layer and the MLP of another."""
+    row, layers = model_family(model), decoder_layers(model)
+    for mha, mlp in whole:
+        for name in (row.mlp.module, *row.mlp.norms):
+            setattr(layers[mha], name, getattr(layers[mlp], name))
+    blockpruned.drop_layers_(layers, [mha for mha, _ in whole])
+    blockpruned.number_attentions_(layers, row.mha.module)
+    renumber_(model.config, row, whole)
+
+
+def renumber_(config: Any, row: Family, layers: Sequence[tuple[int, int]]) -> None:
+    """Let the config of a model speak of these layers alone; each has the MHA of one layer and the MLP of another."""
+    for field, value in row.renumbered(config.to_dict(), layers).items():
+        setattr(config, field, value)
+    config.num_hidden_layers = len(layers)
+
+
+def _check(mask: Mask, layers: int) -> None:
+    beyond = frozenset(block for block in mask if block.layer >= layers)
+    if beyond:
+        raise InputError(f"mask removes {format_mask(beyond)}, but the model has layers 0 to {layers - 1}")
+
+
+def _remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
+    """Cut the holes, keep the layers `kept`, number the attentions, and let the config say so."""
+    row, layers, config = model_family(model), decoder_layers(model), model.config
+    _check(mask, len(layers))
+    mha, mlp = ({block.layer for block in mask if block.kind is kind} for kind in BlockKind)
+    branches = ((row.mha.module, *row.mha.norms), (row.mlp.module, *row.mlp.norms))
+    blockpruned.remove_blocks_(layers, mha, mlp, branches)
+    blockpruned.drop_layers_(layers, kept)
+    blockpruned.number_attentions_(layers, row.mha.module)
+    renumber_(config, row, [(layer, layer) for layer in kept])
+    config.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedConfig")
+    config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
+    config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]
+    config.source_layers = list(kept)

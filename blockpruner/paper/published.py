@@ -1,0 +1,71 @@
+"""The paper's own numbers (arXiv 2406.10594), read from data/paper.
+
+Decides which of its models a run is of and which of its rows a method is. Nothing here is measured by this project.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockpruner.core.errors import InputError
+
+MODELS: Mapping[str, str] = {
+    "meta-llama/Llama-2-7b-hf": "Llama2-7B",
+    "meta-llama/Llama-2-13b-hf": "Llama2-13B",
+    "baichuan-inc/Baichuan2-7B-Base": "Baichuan2-7B",
+    "baichuan-inc/Baichuan2-13B-Base": "Baichuan2-13B",
+    "Qwen/Qwen1.5-7B": "Qwen1.5-7B",
+    "Qwen/Qwen1.5-14B": "Qwen1.5-14B",
+    "mistralai/Mistral-7B-v0.3": "Mistral-7B-v0.3",
+    "meta-llama/Meta-Llama-3-8B": "Llama3-8B",
+}
+"""Repository of a run's model to its name in the paper."""
+
+TITLES: Mapping[str, str] = {
+    "dense": "dense",
+    "slicegpt": "SliceGPT",
+    "laco": "LaCo",
+    "relative_magnitude": "Relative Magnitude",
+    "shortgpt": "ShortGPT",
+    "blockpruner": "BlockPruner",
+    "one_shot_ppl": "one-shot perplexity",
+    "layer_greedy_ppl": "greedy layers (SLEB)",
+    "ppl": "BlockPruner",
+    "js": "BlockPruner by JS",
+    "block": "BlockPruner",
+    "layer": "greedy layers (SLEB)",
+}
+"""What the paper's rows are called, to this project's names."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row of a table. numbers: by column, in the paper's units: per cent, milliseconds, minutes."""
+
+    model: str
+    key: str
+    numbers: Mapping[str, float]
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.key]
+
+    @property
+    def ratio(self) -> float | None:
+        return self.numbers.get("ratio_pct")
+
+
+def read_published(folder: Path, name: str) -> tuple[Published, ...]:
+    """The rows of <name>.csv, whose first two columns are the model and the method.
+
+    Raises:
+        InputError: the file is missing.
+    """
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        raise InputError(f"{path} does not exist; it belongs to the repository: `git checkout {path}`")
+    head, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+    return tuple(Published(row[0], row[1], dict(zip(head[2:], map(float, row[2:]), strict=True))) for row in rows)

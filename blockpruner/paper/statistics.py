@@ -1,0 +1,348 @@
+"""What may be said about measured numbers: errors, intervals and tests of comparisons, and agreement of removals.
+
+Decides which test answers which question. scipy and statsmodels compute them where they have them; rank-biased overlap
+and the stratified bootstrap are ours. What is compared, and how it is shown, is decided by whoever calls.
+
+Differences are b - a. Intervals have two sides and are meant to hold the truth with probability `level`. A spread or
+interval that too few measurements cannot tell is infinite, so that nothing differs from anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from blockpruner.core.errors import InputError
+
+Scores = Mapping[str, ArrayLike]
+"""By task, one score per item [items], 0/1 or a fraction; of models to be compared, the same items in one order."""
+
+Floats = NDArray[np.float64]
+
+COUNTS = 1 << 21  # that the bootstrap holds at once: 16 MiB
+ROUNDING = 1e-12  # sums of fractions that are equal may differ by less
+
+
+@dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """value: a difference, or a ratio; p: two-sided, of the hypothesis that the two are equal."""
+
+    value: float
+    interval: Interval
+    p: float
+
+
+@dataclass(frozen=True)
+class Discordance:
+    """only_a, only_b: items that only a, or only b, has right; p: two-sided."""
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """sd: with n - 1 degrees of freedom, infinite if n is 1."""
+
+    mean: float
+    sd: float
+    n: int
+
+
+def average(scores: Scores) -> float:
+    """Mean over tasks of the mean over a task's items: every task weighs the same, whatever its size."""
+    return float(np.mean([np.asarray(items, float).mean() for items in scores.values()]))
+
+
+def standard_error(scores: Scores) -> float:
+    """SE of `average`: sqrt(sum_t SE_t^2) / T over T tasks, SE_t = sd_t / sqrt(n_t), sd_t with n_t - 1.
+
+    Of one task alone it is SE_t; of `differences` it is the paired SE (Miller, arXiv 2411.00640, section 4). Infinite
+    if a task has a single item. The error is that of drawing items; the tasks themselves are given.
+    """
+    return math.hypot(*(_standard_error(items) for items in scores.values())) / len(scores)
+
+
+def differences(a: Scores, b: Scores) -> dict[str, Floats]:
+    """b - a by task and item, the tasks in alphabetical order.
+
+    Raises:
+        InputError: other tasks, no task, no item, or other numbers of items.
+    """
+    if a.keys() != b.keys() or not a:
+        raise InputError(
+            f"models of tasks {sorted(a)} and {sorted(b)} cannot be compared; evaluate both on the same, one or more"
+        )
+    return {task: _difference(a[task], b[task], f"task {task}") for task in sorted(a)}
+
+
+def mcnemar(a: ArrayLike, b: ArrayLike) -> Discordance:
+    """Exact McNemar test whether a and b are right equally often on the same items.
+
+    Of n = n_a + n_b items that only one of them has right, n_a ~ Binomial(n, 1/2) if they are:
+    p = min(1, 2 P(X <= min(n_a, n_b))). Without such an item p = 1.
+
+    Args:
+        a, b: [items] of 0 and 1.
+
+    Raises:
+        InputError: other values than 0 and 1, no item, or other numbers of items.
+    """
+    for scores in (a, b):
+        if others := set(np.unique(np.asarray(scores, float)).tolist()) - {0.0, 1.0}:
+            raise InputError(
+                f"McNemar's test counts right and wrong items, so scores must be 0 or 1, not {min(others)}; "
+                "compare fractions by paired_bootstrap"
+            )
+    difference = _difference(a, b, "McNemar's test")
+    only_a, only_b = int(np.sum(difference < 0)), int(np.sum(difference > 0))
+    return Discordance(only_a, only_b, float(exact_mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue))
+
+
+def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> Comparison:
+    """Difference of averages over tasks; percentile interval over resamples of the items within each task.
+
+    An item is drawn with its scores of both models, so what is resampled is its difference d. Instead of drawing n
+    items, the number of times that each distinct d comes up is drawn: Multinomial(n, share of each d), which is the
+    same distribution. d of 0/1 scores has three values, so that HellaSwag's 10,042 items and 10,000 resamples take
+    3 ms where indices take 500; 10,042 different values would take 5 s. scipy.stats.bootstrap, which draws indices, is
+    what the tests compare with. BCa is left out: it corrects for a skew that a mean of so many items does not have.
+
+    p = 2 min(#{d* <= 0} + 1, #{d* >= 0} + 1) / (resamples + 1), at most 1, d* being the resampled differences: the
+    level at which the interval begins to hold 0. It is never below 2 / (resamples + 1).
+
+    Raises:
+        InputError: as of `differences`, or a task has a single item, of which every resample is the same.
+    """
+    rng = np.random.default_rng(seed)
+    paired = differences(a, b)
+    for task, items in paired.items():
+        _require_two(items, f"a bootstrap over the items of task {task}")
+    draws = np.mean([_resampled_means(items, resamples, rng) for items in paired.values()], axis=0)
+    return Comparison(average(paired), _percentiles(draws, level), _two_sided(draws, 0.0))
+
+
+def seed_summary(values: ArrayLike) -> Summary:
+    """Of one number per seed.
+
+    Raises:
+        InputError: no value.
+    """
+    values = np.asarray(values, float)
+    if not len(values):
+        raise InputError("there is no seed to summarize; give one value per seed, at least one")
+    return Summary(float(values.mean()), _sd(values), len(values))
+
+
+def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Comparison:
+    """Difference of means, t interval and paired t test; a and b are of the same seeds, rows or items, in one order.
+
+    With d = b - a over n of them: mean(d) ± t[n-1, (1 + level) / 2] sd(d) / sqrt(n). Where all d are equal (up to
+    rounding) nothing varies: the interval is that one value, and p is 1 if it is 0 and 0 otherwise.
+
+    Raises:
+        InputError: fewer than two pairs, or other numbers of values.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    d = _difference(a, b, "a paired t test")
+    _require_two(d, "a paired t test")
+    value, rounding = float(d.mean()), ROUNDING * float(max(np.abs(a).max(), np.abs(b).max()))
+    if np.ptp(d) <= rounding:
+        return Comparison(value, Interval(value, value), float(abs(value) <= rounding))
+    test = stats.ttest_rel(b, a)
+    low, high = test.confidence_interval(level)
+    return Comparison(value, Interval(float(low), float(high)), float(test.pvalue))
+
+
+def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Comparison:
+    """PPL of b over PPL of a on the same rows: exp of `paired_t`, which has the difference in nats per token.
+
+    PPL = exp(mean over rows of the row's mean NLL), hence PPL_b / PPL_a = exp(mean(b - a)); exp is monotone, so that
+    interval and p are those of the difference. The unit is the row: tokens of a row are not independent. Neighbouring
+    rows of one text are not quite so either, which the interval leaves out.
+
+    Args:
+        a, b: [rows] mean NLL of each row, nats per token.
+
+    Raises:
+        InputError: as of `paired_t`.
+    """
+    nats = paired_t(a, b, level)
+    return Comparison(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """p values adjusted for their number (Holm 1979), in their order: at most a share alpha of families of tests has a
+    wrong one among those with an adjusted p <= alpha.
+
+    The k-th smallest of m becomes max over j <= k of min(1, (m - j + 1) p_(j)).
+
+    Raises:
+        InputError: a value outside [0, 1].
+    """
+    for p in p_values:
+        if not 0 <= p <= 1:
+            raise InputError(f"{p} is no p value; valid are 0 to 1")
+    return tuple(multipletests(p_values, method="holm")[1].tolist())
+
+
+def minimum_detectable_difference(stderr: float, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Smallest true difference that a two-sided test at `alpha` finds with probability `power`, in the unit of stderr.
+
+    (z_{1-alpha/2} + z_{power}) SE, the z being normal quantiles (Miller, arXiv 2411.00640, section 5, solved for the
+    difference); 2.80 SE with the defaults.
+
+    Args:
+        stderr: of the difference: `standard_error(differences(a, b))` once measured, `expected_error` before.
+    """
+    return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * stderr
+
+
+def expected_error(items: Mapping[str, int], discordant: float) -> float:
+    """SE of the difference of averages over tasks before anything is measured: sqrt(sum_t q / n_t) / T.
+
+    A difference of 0/1 scores is -1 or 1 on a share q of the items and 0 elsewhere, so that its variance is
+    q - delta^2, delta being the true difference. delta^2 is left out, which errs on the large side; delta itself
+    cannot exceed q.
+
+    Args:
+        items: by task, their number n_t.
+        discordant: q, the share of items that only one of the models has right.
+    """
+    return math.sqrt(sum(discordant / n for n in items.values())) / len(items)
+
+
+def median_interval(samples: ArrayLike, level: float = 0.95) -> Interval:
+    """Interval of the median from order statistics, whatever the distribution: [x_(k), x_(n+1-k)], k the largest with
+    P(Binomial(n, 1/2) < k) <= (1 - level) / 2.
+
+    Infinite where no k is: at level 0.95, of fewer than 6 samples.
+    """
+    low, high = stats.quantile_test(np.asarray(samples, float), p=0.5).confidence_interval(level)
+    return Interval(-math.inf, math.inf) if math.isnan(low) else Interval(float(low), float(high))
+
+
+def ratio_of_medians(
+    dense: ArrayLike, pruned: ArrayLike, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> Comparison:
+    """Speed-up median(dense) / median(pruned) of times taken in turns; percentile interval over resampled pairs.
+
+    A repeat is drawn with both times, since a drift of the machine falls on both. p as of `paired_bootstrap`, with 1
+    for 0.
+
+    Args:
+        dense, pruned: [repeats] seconds, those of one repeat at one place.
+
+    Raises:
+        InputError: fewer than two repeats, or other numbers of them.
+    """
+    dense, pruned = np.asarray(dense, float), np.asarray(pruned, float)
+    _require_two(_difference(dense, pruned, "a ratio of medians"), "a ratio of medians")
+
+    def ratio(dense: Floats, pruned: Floats, axis: int) -> Any:
+        return np.median(dense, axis=axis) / np.median(pruned, axis=axis)
+
+    draws = stats.bootstrap(
+        (dense, pruned),
+        ratio,
+        n_resamples=resamples,
+        batch=max(1, COUNTS // len(dense)),
+        vectorized=True,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).bootstrap_distribution
+    return Comparison(float(ratio(dense, pruned, axis=0)), _percentiles(draws, level), _two_sided(draws, 1.0))
+
+
+def rank_biased_overlap(a: Sequence[Hashable], b: Sequence[Hashable], p: float = 0.9) -> float:
+    """Extrapolated rank-biased overlap of two rankings (Webber et al., ACM TOIS 28(4), 2010, eq. 32), 0 to 1.
+
+    RBO_ext = (1 - p) sum_{d=1}^{l} p^(d-1) A_d + p^l A_l, with s and l the lengths of the shorter and the longer list,
+    X_d the number of elements that their first d have in common, and the agreement A_d = X_d / d for d <= s, and
+    (X_d + X_s (d - s) / s) / d beyond, as if the shorter went on to agree as it does at its end. (Eq. 32 is the
+    same sum, its terms collected by X.) Two empty lists agree (1), one empty list agrees with no other (0).
+
+    Args:
+        a, b: first element first.
+        p: how much the next depth weighs relative to this one; the first 10 have 0.86 of the weight at 0.9.
+
+    Raises:
+        InputError: an element is twice in a list.
+    """
+    for ranking in (a, b):
+        if len(set(ranking)) < len(ranking):
+            twice = next(element for element in ranking if list(ranking).count(element) > 1)
+            raise InputError(f"{twice!r} is twice in a ranking; each element must have one place")
+    if not a or not b:
+        return float(len(a) == len(b))
+    short, long = sorted((a, b), key=len)
+    s, depths = len(short), range(1, len(long) + 1)
+    common = [len(set(short[:d]) & set(long[:d])) for d in depths]
+    agreement = [(common[d - 1] + common[s - 1] * max(0, d - s) / s) / d for d in depths]
+    return (1 - p) * sum(p ** (d - 1) * agreement[d - 1] for d in depths) + p ** len(long) * agreement[-1]
+
+
+def jaccard(a: Collection[Hashable], b: Collection[Hashable]) -> float:
+    """Size of the intersection over size of the union, 0 to 1; two empty sets are equal: 1."""
+    union = set(a) | set(b)
+    return len(set(a) & set(b)) / len(union) if union else 1.0
+
+
+def _difference(a: ArrayLike, b: ArrayLike, what: str) -> Floats:
+    """b - a [n], which may hold nothing but pairs."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise InputError(
+            f"{what}: a has shape {a.shape} and b {b.shape}; both must have one value for each of the same n >= 1"
+        )
+    difference: Floats = b - a
+    return difference
+
+
+def _require_two(values: Floats, what: str) -> None:
+    if len(values) < 2:
+        raise InputError(f"{what} needs at least 2 pairs, not {len(values)}; measure more of them")
+
+
+def _sd(values: Floats) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else math.inf
+
+
+def _standard_error(items: ArrayLike) -> float:
+    items = np.asarray(items, float)
+    return _sd(items) / math.sqrt(len(items))
+
+
+def _resampled_means(items: Floats, resamples: int, rng: np.random.Generator) -> Floats:
+    """Means [resamples] of as many items, drawn with replacement."""
+    values, counts = np.unique(items, return_counts=True)
+    n, step = len(items), max(1, COUNTS // len(values))
+    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
+    means: Floats = np.concatenate([rng.multinomial(n, counts / n, size) @ values for size in sizes]) / n
+    return means
+
+
+def _percentiles(draws: Floats, level: float) -> Interval:
+    return Interval(*np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist())
+
+
+def _two_sided(draws: Floats, null: float) -> float:
+    """Twice the smaller tail beyond `null`, which counts as both; the measured sample counts as a draw."""
+    tails = np.sum(draws <= null + ROUNDING), np.sum(draws >= null - ROUNDING)
+    return float(min(1.0, 2 * (min(tails) + 1) / (len(draws) + 1)))

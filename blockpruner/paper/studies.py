@@ -1,0 +1,199 @@
+"""The searches of a study, one after the other: their traces, what they cost, and the plans that they lead to.
+
+Decides what a study hands on to evaluation and report (a folder for each search: `rows.parquet`, `search.json` and a
+plan for each budget). Which searches there are is decided by `experiments`; trials are shared by all of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from blockpruner.core.blocks import format_mask
+from blockpruner.core.plan import Plan
+from blockpruner.core.progress import Observer
+from blockpruner.inputs.calibration import CalibrationSet, draw, pack
+from blockpruner.methods.commit import commit_run
+from blockpruner.methods.planning import Bench
+from blockpruner.methods.score import score_run
+from blockpruner.paper.experiments import Variant
+from blockpruner.scoring.work import Rows, Scorer, Task
+from blockpruner.search.iteration import removals
+from blockpruner.search.trace import read_current, read_trace, trace_directory
+from blockpruner.store.files import read_json, replace_directory, write_json
+from blockpruner.store.plans import load_plan, save_plan
+from blockpruner.store.provenance import fingerprint
+
+DENSE = "dense"
+"""The dense model's name among a study's results."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the searches of a study have in common.
+
+    texts: samples of a calibration source, by the source; make_bench: with the rows that it measures on.
+    """
+
+    run: str
+    model_identity: str
+    dtype: str
+    config: Mapping[str, Any]
+    tokenizer: Callable[[], Any]
+    texts: Callable[[Any], Sequence[str]]
+    trials: Path
+    make_scorer: Callable[[], Scorer]
+    make_bench: Callable[[Rows], Bench]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is known of a search when it is over.
+
+    order: all its removals, as text, beyond the last budget too; perplexities: on its calibration rows, of the dense
+    model and after each removal; first: the loss of every unit scored on all rows in its first iteration, in its
+    metric; all empty where it removes no blocks. rows, tokens: of its calibration set. cost: seconds, trials computed,
+    trials that its longest start asked for, the first two of all starts together.
+    """
+
+    variant: str
+    order: tuple[str, ...]
+    perplexities: tuple[float, ...]
+    first: Mapping[str, float]
+    rows: int
+    tokens: int
+    cost: Mapping[str, float]
+
+    @classmethod
+    def load(cls, folder: Path) -> Search:
+        fields = read_json(folder / "search.json")
+        return cls(**fields | {key: tuple(fields[key]) for key in ("order", "perplexities")})
+
+
+def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: Setting, observer: Observer) -> None:
+    """Make every search far enough for its budgets, and write what it leads to at `plans`/<slug>.
+
+    Args:
+        scores: of the traces, a folder for each search; what is there is not computed again.
+    """
+    scorer = cache(setting.make_scorer)
+
+    def make_kept() -> Scorer:
+        return _Kept(scorer())
+
+    @cache
+    def rows_of(section: str) -> CalibrationSet:
+        wanted = sections[section]
+        samples = draw(setting.texts(wanted.data), wanted.num_samples, wanted.split, wanted.seed)
+        return pack(samples, setting.tokenizer(), wanted.seq_len, wanted.packing)
+
+    sections = {variant.calibration.model_dump_json(): variant.calibration for variant in variants}
+    for number, variant in enumerate(variants, 1):
+        calibration = rows_of(variant.calibration.model_dump_json())
+        observer.note(f"search {number} of {len(variants)}: {variant.name}, to {', '.join(variant.budgets)}")
+        folder = scores / variant.slug
+        score_run(
+            folder,
+            setting.trials,
+            calibration=calibration,
+            model_identity=setting.model_identity,
+            dtype=setting.dtype,
+            config=setting.config,
+            score=variant.score.model_dump(exclude_none=True, exclude={"latency"}),
+            budgets=variant.budgets,
+            make_scorer=make_kept,
+            make_bench=partial(setting.make_bench, calibration.rows),
+            observer=observer,
+            metrics=folder / "score.json",
+        )
+        write = partial(
+            _write, variant=variant, calibration=calibration, cost=_add_cost(folder), scores=folder, setting=setting
+        )
+        replace_directory(plans / variant.slug, write)
+    for path in set(plans.iterdir()) - {plans / variant.slug for variant in variants}:
+        shutil.rmtree(path)
+    if scorer.cache_info().currsize:
+        scorer().close()
+
+
+class _Kept:
+    """A scorer that outlives the search it is lent to."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+
+    def row_batches(self, rows: Rows, span: range) -> list[range]:
+        return self._scorer.row_batches(rows, span)
+
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Any:
+        return self._scorer.run(tasks, rows)
+
+    def close(self) -> None: ...
+
+
+def _add_cost(folder: Path) -> dict[str, float]:
+    """What all starts of a search took together; a start that computed nothing adds nothing."""
+    now, path = read_json(folder / "score.json"), folder / "cost.json"
+    before = read_json(path) if path.exists() else {"seconds": 0.0, "computed": 0, "asked": 0}
+    worked = now["rows_computed"] > 0 or not path.exists()
+    cost = {
+        "seconds": before["seconds"] + (now["wall_seconds"] if worked else 0.0),
+        "computed": before["computed"] + now["trials_computed"],
+        "asked": max(before["asked"], now["trials_computed"] + now["trials_reused"]),
+    }
+    write_json(path, cost)
+    return cost
+
+
+def _write(
+    directory: Path,
+    variant: Variant,
+    calibration: CalibrationSet,
+    cost: Mapping[str, float],
+    scores: Path,
+    setting: Setting,
+) -> None:
+    calibration.save(directory / "rows.parquet", variant.calibration.data.source)
+    for budget in variant.budgets:
+        target = {"target": f"{variant.name}, {budget}", "run": setting.run}
+        plan, _ = commit_run(scores, setting.config, budget, target)
+        save_plan(plan, directory / f"{budget}.json")
+    facts = read_current(scores)
+    order: tuple[str, ...] = ()
+    perplexities: tuple[float, ...] = ()
+    first: dict[str, float] = {}
+    if facts["kind"] == "mask" and facts["nested"]:
+        trace = read_trace(trace_directory(scores, facts, variant.budgets[0]), facts["search"])
+        units, losses = removals(trace, True)
+        order, perplexities = tuple(map(format_mask, units)), tuple(losses)
+        first = {
+            format_mask(added): score.loss
+            for added, score in zip(trace[0].added, trace[0].scores, strict=True)
+            if added is not None and score.is_complete and score.row_loss
+        }
+    found = Search(variant.name, order, perplexities, first, len(calibration.rows), calibration.tokens, cost)
+    write_json(directory / "search.json", vars(found))
+
+
+def load_plans(folder: Path, variant: Variant) -> dict[str, Plan]:
+    """The plans of one search by budget."""
+    return {budget: load_plan(folder / variant.slug / f"{budget}.json") for budget in variant.budgets}
+
+
+def model_facts(plan: Plan, rows: str) -> dict[str, Any]:
+    """All that a pruned model depends on beside the dense one. rows: digest of its search's calibration set."""
+    found: dict[str, Any] = {"kind": plan.kind}
+    if plan.kind == "mask":
+        return found | {"removed": list(plan.removed)}
+    if plan.kind == "laco":
+        return found | {"merges": [list(pair) for pair in plan.details["merges"]], "variant": plan.details["variant"]}
+    return found | {"width": plan.details["width"], "rows": rows}
+
+
+def model_name(plan: Plan, rows: str) -> str:
+    """Of a pruned model among a study's results, the same for all searches that lead to it."""
+    return fingerprint(model_facts(plan, rows))

@@ -1,0 +1,1 @@
+"""Scoring beyond one process in memory: layer by layer from disk, or on many workers."""

@@ -1,0 +1,391 @@
+"""Scoring on Ray workers that each hold a replica of the model.
+
+The loss of a worker costs the unit that it was computing. A piece of work never splits a row range, so a unit has the
+same shapes, and so the same bits, on any number of workers.
+
+Workers import this package. A Ray that is started here has it; on the nodes of a shared cluster the same version of
+blockpruner must be installed, and the checkpoint must be at the same path.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import textwrap
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockpruner.core.errors import InputError
+from blockpruner.scoring.work import Rows, Task, Unit
+from blockpruner.store.files import read_json
+
+if TYPE_CHECKING:
+    pass
+from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
+from blockpruner.scoring.local import local_scorer
+
+PIECES = 3
+"""Pieces of work per worker: more balance better, but each walks its shared prefix anew."""
+
+
+LOSSES = 3
+"""Losses for each worker, without one unit in between, before scoring stops."""
+
+
+SILENCE_SECONDS = 600
+"""After which a search that hears from no worker says so: a unit may be long, or a lost worker not replaceable."""
+
+
+GRANT_SECONDS = 60
+"""How long Ray may take to grant the workers' resources; they may be in use by others of a shared cluster."""
+
+
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Of a private Ray; it holds the token rows only."""
+
+
+PRIVATE = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name the one switch, on any system, that keeps to loopback
+    "RAY_worker_niceness": "0",  # 15 by default: on a shared machine workers would wait for everything else
+}
+"""Environment of a private Ray: nothing reported, nothing listened for outside of this machine."""
+
+
+class WorkerLostError(InputError):
+    """Workers die as fast as they are replaced."""
+
+
+class Replica:
+    """A worker: one scorer in a process of its own."""
+
+    def __init__(
+        self, checkpoint: Path, dtype: str, runtime: Mapping[str, Any], trust_remote_code: bool, memory: int | None
+    ) -> None:
+        self._arguments = (checkpoint, dtype, runtime, trust_remote_code)
+        self._runtime, self._memory = runtime, memory
+
+    def load(self) -> tuple[str, int]:
+        """Load the model; host and process. Not in the constructor, from where errors do not arrive as themselves."""
+        self._scorer = local_scorer(*self._arguments, lambda line: None, memory=self._memory)
+        return socket.gethostname(), os.getpid()
+
+    def row_batches(self, rows: Rows, span: range) -> list[range]:
+        return self._scorer.row_batches(rows, span)
+
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit | str]:
+        """Yield units; before those of a streamed pass, the lines of its plan."""
+        if self._runtime["streaming"]:
+            yield from self._scorer.plan_of(tasks, rows).lines()  # type: ignore[attr-defined]
+        yield from self._scorer.run(tasks, rows)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """job: what it is busy with, the reference of its loading or the generator of its piece; None when idle."""
+
+    number: int
+    actor: Any
+    job: Any
+    host: str = ""
+    pid: int = 0
+    piece: list[Task] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"worker {self.number}" + (f" (process {self.pid} on {self.host})" if self.pid else "")
+
+
+class RayScorer:
+    """`workers` replicas of the model, each an actor with one device (all of a share of them with device: split).
+
+    Without `ray_address` a Ray of this machine is started for this process alone, on loopback, and ended with it; a
+    Ray to which this process is connected already is used and left as it is.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        dtype: str,
+        runtime: Mapping[str, Any],
+        trust_remote_code: bool,
+        note: Callable[[str], object],
+    ) -> None:
+        self._note = note
+        self._costs = WalkCosts.of(read_json(checkpoint / "config.json"))
+        self._pieces = runtime["workers"] * (1 if runtime["streaming"] or runtime["workers"] == 1 else PIECES)
+        self._workers: list[_Worker] = []
+        self._waiting: deque[list[Task]] = deque()
+        self._losses = 0
+        self._rows: Rows | None = None
+        self._reference: Any = None
+        self._group: Any = None
+        self._ray, self._connected = connect(runtime["ray_address"], runtime["streaming"])
+        try:
+            needs = resources(runtime, [node["Resources"] for node in self._ray.nodes() if node["Alive"]])
+            self._group = self._reserve(needs, runtime)
+            self._actor = self._ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(Replica)
+            memory = self._memory_of_a_worker(runtime) if runtime["streaming"] else None
+            self._arguments = (checkpoint.resolve(), dtype, dict(runtime), trust_remote_code, memory)
+            self._workers = [self._start(number) for number in range(runtime["workers"])]
+        except BaseException:
+            self.close()
+            raise
+        each = ", ".join(f"{count} {kind}" for kind, count in needs.items())
+        note(f"ray: {runtime['workers']} workers with {each} each")
+
+    def row_batches(self, rows: Rows, span: range) -> list[range]:
+        """As a worker's engine groups them; the finest answer, since one that ran out of memory speaks for all."""
+        answers: list[list[range]] = []
+        while not answers:
+            for worker in [worker for worker in self._workers if worker.job is None]:
+                with self._watch(worker):
+                    answers.append(self._ray.get(worker.actor.row_batches.remote(self._shared(rows), span)))
+            if not answers:
+                list(self._receive(self._next()))  # between runs all that can come is that a worker is loaded
+        return max(answers, key=len)
+
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
+        """Yield units as workers report them.
+
+        Raises:
+            InputError: what a worker's engine raised, as itself; units yielded before are good.
+            WorkerLostError: workers died `LOSSES` times each, without finishing a unit.
+        """
+        self._waiting = deque(share_out(tasks, rows, self._pieces, self._costs))
+        try:
+            while self._waiting or any(worker.piece for worker in self._workers):
+                for worker in self._workers:
+                    if worker.job is None and self._waiting:
+                        worker.piece, worker.units = self._waiting.popleft(), []
+                        worker.job = worker.actor.run.remote(worker.piece, self._shared(rows))
+                yield from self._receive(self._next())
+        finally:
+            for worker in self._workers:
+                if worker.piece:  # stops after the unit that it is computing
+                    self._ray.cancel(worker.job)
+                    worker.job, worker.piece = None, []
+
+    def close(self) -> None:
+        """End the workers, and Ray itself where it was started here."""
+        for worker in self._workers:
+            self._ray.kill(worker.actor)
+        self._workers = []
+        if self._group is not None:
+            self._ray.util.remove_placement_group(self._group)
+            self._group = None
+        if self._connected:
+            self._ray.shutdown()
+            self._connected = False
+
+    def _memory_of_a_worker(self, runtime: Mapping[str, Any]) -> int:
+        """Bytes that each streamed worker may take, the same for one that replaces another.
+
+        All workers may be on one node; of that it is this one, or the smallest of a cluster, that is asked.
+        """
+        from blockpruner.scoring.large.memory import available_memory
+
+        nodes = [int(node["Resources"].get("memory", 0)) for node in self._ray.nodes() if node["Alive"]]
+        free = available_memory() if runtime["ray_address"] is None else min(nodes)
+        return free // int(runtime["workers"])
+
+    def _reserve(self, needs: Mapping[str, int], runtime: Mapping[str, Any]) -> Any:
+        """All workers' resources at once, so that no worker waits for another run's."""
+        workers = runtime["workers"]
+        group = self._ray.util.placement_group([dict(needs)] * workers, strategy="PACK")
+        if group.wait(timeout_seconds=GRANT_SECONDS):
+            return group
+        free = {kind: int(self._ray.available_resources().get(kind, 0)) for kind in needs}
+        self._ray.util.remove_placement_group(group)
+        fixes = ["wait"]
+        if runtime["device"] == "split":  # fewer workers would have more each
+            fixes.append("use runtime.device: cuda")
+        elif needs["CPU"] > 1:
+            fixes.append(f"set runtime.threads to less than {needs['CPU']}")
+        elif workers > 1:
+            fixes.append("lower runtime.workers")
+        raise InputError(
+            f"Ray has not granted {workers} workers with {_figures(needs)} each within {GRANT_SECONDS} s; free now: "
+            f"{_figures(free)} on all nodes together, the rest is in use by others; {', or '.join(fixes)}"
+        )
+
+    def _start(self, number: int) -> _Worker:
+        place = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group, number)
+        actor = self._actor.options(scheduling_strategy=place).remote(*self._arguments)
+        return _Worker(number, actor, actor.load.remote())
+
+    def _shared(self, rows: Rows) -> Any:
+        """Reference of the rows in Ray's store, where they are put once."""
+        if rows is not self._rows:
+            self._rows, self._reference = rows, self._ray.put(rows)
+        return self._reference
+
+    def _next(self) -> _Worker:
+        """The next worker that has something to say."""
+        busy = [worker for worker in self._workers if worker.job is not None]
+        ready: list[Any] = []
+        while not ready:
+            ready, _ = self._ray.wait([worker.job for worker in busy], timeout=SILENCE_SECONDS)
+            if not ready:
+                loading = ", ".join(str(worker) for worker in busy if not worker.pid) or "none"
+                self._note(f"no worker has reported for {SILENCE_SECONDS} s; still to be started or loaded: {loading}")
+        return next(worker for worker in busy if worker.job is ready[0])
+
+    def _receive(self, worker: _Worker) -> Iterator[Unit]:
+        """Take what a worker's job has brought: that it is loaded, a unit, a note, or the end of its piece."""
+        said: Any = None
+        with self._watch(worker):
+            if not worker.pid:
+                worker.host, worker.pid = self._ray.get(worker.job)
+                worker.job = None
+                return
+            try:
+                said = self._ray.get(next(worker.job))
+            except StopIteration:
+                worker.job, worker.piece = None, []
+        if isinstance(said, str):
+            self._note(f"{worker}: {said}")
+        elif said is not None:
+            worker.units.append(said)
+            self._losses = 0
+            yield said
+
+    @contextmanager
+    def _watch(self, worker: _Worker) -> Iterator[None]:
+        """Raise our own errors as themselves; replace a worker that is lost."""
+        try:
+            yield
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise error.cause from None
+            raise
+        except self._ray.exceptions.RayError as error:
+            self._replace(worker, error)
+
+    def _replace(self, lost: _Worker, error: Exception) -> None:
+        told = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
+        reason = textwrap.shorten(" ".join(told), 300)
+        self._losses += 1
+        if self._losses == LOSSES * len(self._workers):
+            raise WorkerLostError(
+                f"{self._losses} Ray workers in a row died before they finished a unit; the last was {lost}: {reason} "
+                "Where memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true; "
+                "with runtime.executor: local the cause shows itself. Trials finished before are kept"
+            ) from error
+        left = unfinished(lost.piece, lost.units)
+        if left:
+            self._waiting.appendleft(left)
+        work = (
+            f"Its {len(lost.units)} finished units are kept, the one that it was computing is repeated"
+            if lost.piece
+            else "It was loading the model"
+        )
+        self._note(f"{lost} was lost and is replaced. {work}. Ray says: {reason}")
+        self._ray.kill(lost.actor)
+        self._workers[lost.number] = self._start(lost.number)
+
+
+def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
+    """Ray, and whether it was this call that connected this process to it.
+
+    Args:
+        streaming: workers plan their memory themselves, so that a private Ray need not kill the one that uses it.
+
+    Raises:
+        InputError: ray is not installed, or nothing answers at the address.
+    """
+    if address is None:
+        os.environ.update(PRIVATE | ({"RAY_memory_monitor_refresh_ms": "0"} if streaming else {}))  # read at import
+        if "ray" not in sys.modules:  # else Ray's processes would ask for a token that this one does not send
+            os.environ["RAY_AUTH_MODE"] = "token"  # keeps other users of this machine out
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray's own is a file that all may read
+    try:
+        import ray
+        import ray.util.scheduling_strategies
+    except ImportError as error:
+        raise InputError(
+            f"runtime.executor 'ray' needs the package ray ({error}); pip install 'blockpruner[ray]', or set "
+            "runtime.executor: local"
+        ) from error
+    if ray.is_initialized():
+        return ray, False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        return ray, True
+    if address.startswith("ray://"):
+        raise InputError(
+            f"runtime.ray_address {address!r} is of a Ray client, which cannot stream units; give <host>:<port> of the "
+            "cluster's head (6379 by default), or auto on one of its nodes"
+        )
+    try:
+        ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"runtime.ray_address {address!r} does not answer as a Ray cluster: {textwrap.shorten(str(error), 300)}; "
+            "give <host>:<port> of its head, or null for a Ray of this machine; a head that asks for a token needs "
+            "RAY_AUTH_MODE=token and that token here, too"
+        ) from error
+    return ray, True
+
+
+def resources(runtime: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """What Ray keeps for each worker: CPU cores and, for a device that is one, GPUs.
+
+    What is left to us (all cores with threads: auto on CPU, all GPUs with device: split) is the largest share of which
+    the nodes hold one for each worker; a worker is on one node.
+
+    Args:
+        nodes: what each node has in all, as "Resources" in `ray.nodes`.
+
+    Raises:
+        InputError: the nodes do not hold the workers; with the figures.
+    """
+    workers, device, threads = runtime["workers"], runtime["device"], runtime["threads"]
+    if device.startswith("cuda:"):
+        raise InputError(
+            f"runtime.device {device!r}: with executor: ray it is Ray that assigns devices; use auto or cuda"
+        )
+    on_gpu = device in ("cuda", "split") or (device == "auto" and any(node.get("GPU", 0) >= 1 for node in nodes))
+    needs = {"CPU": 1 if threads == "auto" else int(threads)} | ({"GPU": 1} if on_gpu else {})
+    if (fit := _places(needs, nodes)) < workers:
+        fixes = [f"lower runtime.workers to at most {fit}"] if fit else []
+        if fewer := _largest("CPU", needs, workers, nodes):
+            fixes.append(f"lower runtime.threads to at most {fewer}")
+        raise InputError(
+            f"runtime.workers {workers} with {_figures(needs)} each: Ray has {_nodes_figures(needs, nodes)}, room for "
+            f"{fit}, since a worker is on one node; {', or '.join(fixes) or 'add nodes, or use another runtime.device'}"
+        )
+    if device == "split":
+        needs["GPU"] = _largest("GPU", needs, workers, nodes)
+    elif threads == "auto" and not on_gpu:
+        needs["CPU"] = _largest("CPU", needs, workers, nodes)
+    return needs
+
+
+def _places(needs: Mapping[str, int], nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many workers the nodes hold."""
+    return sum(min(int(node.get(kind, 0)) // count for kind, count in needs.items()) for node in nodes)
+
+
+def _largest(kind: str, needs: Mapping[str, int], workers: int, nodes: Sequence[Mapping[str, float]]) -> int:
+    """The most that each worker can have of `kind` beside its other needs; 0 if there is no room for that many."""
+    most = max((int(node.get(kind, 0)) for node in nodes), default=0)
+    return next((n for n in range(most, 0, -1) if _places({**needs, kind: n}, nodes) >= workers), 0)
+
+
+def _figures(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+def _nodes_figures(kinds: Iterable[str], nodes: Sequence[Mapping[str, float]]) -> str:
+    """Like nodes are named once."""
+    like = Counter(_figures({kind: int(node.get(kind, 0)) for kind in kinds}) for node in nodes)
+    return ", ".join(f"{count} node{'s' * (count > 1)} of {figures}" for figures, count in like.items()) or "no node"

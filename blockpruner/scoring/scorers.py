@@ -1,0 +1,39 @@
+"""Where scoring runs: in this process, or on Ray workers that each hold a replica of the model.
+
+Decides how a scorer is made from the `runtime` settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from blockpruner.scoring.large.ray import RayScorer
+from blockpruner.scoring.local import local_scorer
+from blockpruner.scoring.work import Scorer
+
+
+def make_scorer(
+    checkpoint: Path,
+    dtype: str,
+    runtime: Mapping[str, Any],
+    *,
+    trust_remote_code: bool = False,
+    note: Callable[[str], object] = lambda message: None,
+    advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
+) -> Scorer:
+    """Load a checkpoint for scoring.
+
+    Args:
+        runtime: the keys of `runtime` in params.yaml: device, batch_tokens, threads, attention, compile, streaming,
+            executor, workers, ray_address.
+        note: receives lines of information, also those of workers.
+        advance: receives the layers done, of how many, and the last one's name, while a model is streamed here.
+
+    Raises:
+        InputError: a device, attention, compiler, package or number of workers that is not to be had here.
+    """
+    if runtime["executor"] == "ray":
+        return RayScorer(checkpoint, dtype, runtime, trust_remote_code, note)
+    return local_scorer(checkpoint, dtype, runtime, trust_remote_code, note, advance)

@@ -1,0 +1,1 @@
+"""Files that are whole or absent, facts that are kept, and who wrote them."""

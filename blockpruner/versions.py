@@ -1,0 +1,48 @@
+"""Versions of results: one constant for each kind of result.
+
+Raise a constant in the commit that changes the results it covers. Stored results of the old version are then not used
+again, and DVC runs the stages that depend on the constant. tests/test_golden.py fails when a number moves without its
+version, and names the constant to raise.
+"""
+
+SETTINGS_VERSION = 1
+"""Defaults of the settings, and what a value of a run file means."""
+
+FETCH_VERSION = 1
+"""Texts and benchmark items read from their sources."""
+
+CONVERT_VERSION = 2
+"""The content of a checkpoint that is converted when it is fetched. Part of the key of converted checkpoints."""
+
+CALIBRATION_VERSION = 1
+"""Calibration rows: which samples are drawn, how they are packed, which tokens are scored."""
+
+SCORE_VERSION = 2
+"""Losses of masks and influences of units. Part of the fingerprint of a trial store."""
+
+SEARCH_VERSION = 3
+"""What a search decides from the same trials. Part of the fingerprint of a search."""
+
+LACO_VERSION = 1
+"""LaCo's merges and similarities. Part of the fingerprint of a similarity log."""
+
+LATENCY_VERSION = 1
+"""How the time of generation and of single blocks is measured. Part of the key of a measured latency."""
+
+PLAN_VERSION = 1
+"""Which prefix of a search meets a budget, and what a plan holds."""
+
+EXPORT_VERSION = 1
+"""The content of exported checkpoints, in every format."""
+
+RECOVERY_VERSION = 1
+"""The weights that come out of LoRA training. Part of the key of trained adapters."""
+
+EVAL_VERSION = 1
+"""Perplexities, task scores and timings. Part of the key of every stored result."""
+
+STUDY_VERSION = 1
+"""Which searches a study makes, and what it asks of each model."""
+
+REPORT_VERSION = 1
+"""Tables, figures and pages made from results."""
