@@ -27,7 +27,7 @@ import numpy as np
 from scipy import special
 
 from blockpruner.core.blocks import Mask
-from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Score as ScoreSettings
 from blockpruner.scoring.objectives import Objective, Score
 
 
@@ -160,19 +160,20 @@ DEFAULTS: Mapping[str, Mapping[str, float]] = {
 """Settings by part of `score.acceleration`; docs/performance.md has the measurements behind them."""
 
 
-def settings_of(score: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(score: ScoreSettings) -> dict[str, Any]:
     """`acceleration` of a `score` section, and the settings that belong to it, defaults filled in."""
-    name = score["acceleration"]
-    if name not in ("none", "lazy", "race", "lazy+race"):
-        raise InputError(f"score.acceleration {name!r} is unknown; valid: none, lazy, race, lazy+race")
-    parts = [] if name == "none" else name.split("+")
+    parts = [] if score.acceleration == "none" else score.acceleration.split("+")
     defaults = {key: value for part in parts for key, value in DEFAULTS[part].items()}
-    return {"acceleration": name} | {key: score.get(key, value) for key, value in defaults.items()}
+    given = {key: getattr(score, key) for key in defaults}
+    return {"acceleration": score.acceleration} | {
+        key: defaults[key] if value is None else value for key, value in given.items()
+    }
 
 
-def accelerate(objective: Objective, settings: Mapping[str, Any]) -> Select:
-    """How the candidates of a step are selected, from `settings_of`."""
-    if settings["acceleration"] == "none":
+def accelerate(objective: Objective, score: ScoreSettings) -> Select:
+    """How the candidates of a step are selected."""
+    settings = settings_of(score)
+    if score.acceleration == "none":
         return lambda index, base, masks: Selection(tuple(objective(masks, base=base)))
     return Accelerated(
         objective,

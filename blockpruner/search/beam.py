@@ -9,23 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pydantic import Field
+
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.core.options import require_at_least
+from blockpruner.core.options import Options
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import goal_of_problem, is_settled, nearest, unit_order
 
 
-def beam(problem: Problem, *, width: int = 3) -> Iterator[Iteration]:
+class BeamOptions(Options):
+    width: int = Field(default=3, ge=1)
+    """How many masks are kept at each size."""
+
+
+def beam(problem: Problem, options: BeamOptions) -> Iterator[Iteration]:
     """Yield one iteration for each number of removed units, and one in which the kept masks that meet the goal compete.
 
     Where none of the kept masks meets the goal, those compete that remove as much as the nearest one.
 
     Raises:
-        InputError: an option out of range, or a budget that is nearest to removing nothing.
+        InputError: the budget is nearest to removing nothing.
     """
-    require_at_least("width", width, 1)
     goal, units, order = goal_of_problem(problem), problem.units, unit_order(problem.units)
     live, best = [DENSE], DENSE
     kept: list[Score] = []
@@ -36,8 +42,8 @@ def beam(problem: Problem, *, width: int = 3) -> Iterator[Iteration]:
         ranked = sorted((score for score in scores if score.mask), key=lambda score: score.loss)  # stable: unit order
         yield Iteration(index, tuple(scores), _added(scores, best, units), scores.index(ranked[0]))
         best = ranked[0].mask
-        kept += ranked[:width]
-        live = [score.mask for score in ranked[:width] if not is_settled(goal, score.mask, units)]
+        kept += ranked[: options.width]
+        live = [score.mask for score in ranked[: options.width] if not is_settled(goal, score.mask, units)]
         index += 1
     if not any(goal.is_met(score.mask) for score in kept):
         goal = goal.around(nearest(goal, [score.mask for score in kept]))

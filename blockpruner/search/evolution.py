@@ -11,10 +11,12 @@ import math
 import random
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
 
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.core.errors import InputError
-from blockpruner.core.options import require_at_least, require_one_of
+from blockpruner.core.options import Options
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.greedy import greedy_to_goal
 from blockpruner.search.iteration import Iteration
@@ -32,40 +34,37 @@ DRAWS = 10
 """How often as many masks are drawn as are wanted, before less will do: a parent may have few variants left."""
 
 
-def evolution(
-    problem: Problem,
-    *,
-    generations: int = 50,
-    offspring: int = 32,
-    survivors: Sequence[int] = (8, 2),
-    patience: int = 20,
-    start: str = "random",
-    seed: int = 42,
-) -> Iterator[Iteration]:
-    """Yield one iteration for each generation, after greedy's own where it starts from greedy.
+class EvolutionOptions(Options):
+    generations: int = Field(default=50, ge=1)
+    """How many times there are offspring. A start with random masks is one more generation before these."""
+    offspring: int = Field(default=32, ge=1)
+    survivors: tuple[Annotated[int, Field(ge=1)], ...] = (8, 2)
+    """How many offspring are left after each round but the last, which is over all rows. A round sees a quarter of the
+    rows of the next one, and at least one row."""
+    patience: int = Field(default=20, ge=0)
+    """After how many generations without improvement the search stops; 0 never stops it."""
+    start: Literal["greedy", "random"] = "random"
+    """Start from greedy's own mask, at its ratio, or from the best of `offspring` random masks."""
+    seed: int = 42
 
-    Args:
-        generations: how many times there are offspring; a start with random masks is a generation before these.
-        survivors: how many are left of the offspring after each round but the last, which is over all rows; a round
-            sees a quarter of the rows of the next one, and one at least.
-        patience: generations without improvement after which the search stops; 0 is never.
-        start: "greedy": from greedy's own mask, and by its ratio; "random": from the best of `offspring` random masks.
+    @field_validator("survivors")
+    @classmethod
+    def _fewer_and_fewer(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(value, reverse=True):
+            raise ValueError("no number may be larger than the one before")
+        return value
+
+
+def evolution(problem: Problem, options: EvolutionOptions) -> Iterator[Iteration]:
+    """Yield greedy's iterations if the search starts there, then one iteration for each generation.
 
     Raises:
-        InputError: an option out of range, or a budget that is nearest to removing nothing.
+        InputError: the budget is nearest to removing nothing.
     """
-    require_at_least("generations", generations, 1)
-    require_at_least("offspring", offspring, 1)
-    require_at_least("patience", patience, 0)
-    require_one_of("start", start, ("greedy", "random"))
-    if any(type(n) is not int or n < 1 for n in survivors) or list(survivors) != sorted(survivors, reverse=True):
-        raise InputError(
-            f"score.options.survivors {list(survivors)} is not valid; valid: numbers of 1 or more, none larger "
-            "than the one before"
-        )
-    goal, rng = goal_of_problem(problem), random.Random(seed)
+    offspring, survivors = options.offspring, options.survivors
+    goal, rng = goal_of_problem(problem), random.Random(options.seed)
     order = unit_order(problem.units)
-    if start == "greedy":
+    if options.start == "greedy":
         prefixes = yield from greedy_to_goal(problem)
         scores = problem.ask([nearest(goal, prefixes)])
         index, parent = len(prefixes), scores[0]
@@ -78,14 +77,14 @@ def evolution(
         yield Iteration(0, tuple(scores), (None,) * len(scores), scores.index(parent))
     known: set[Mask] = set()  # on all rows, and no better than the parent
     idle = 0
-    for generation in range(index, index + generations):
+    for generation in range(index, index + options.generations):
         known |= {score.mask for score in scores if score.is_complete}
         masks = _distinct(partial(vary, parent.mask, space, rng), offspring, known)
         scores = [parent, *contest(problem, sorted(masks, key=order), survivors)]
         best = _best(scores)
         yield Iteration(generation, tuple(scores), (None,) * len(scores), scores.index(best))
         idle = idle + 1 if best == parent else 0
-        if not masks or 0 < patience == idle:
+        if not masks or 0 < options.patience == idle:
             return
         parent = best
 

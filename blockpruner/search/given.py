@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from blockpruner.core.blocks import DENSE, format_mask, parse_mask
 from blockpruner.core.errors import InputError
+from blockpruner.core.options import Options
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import in_order
 from blockpruner.search.problem import Problem
 
 
-def given(problem: Problem, *, order: Sequence[str]) -> Iterator[Iteration]:
-    """Remove in the order given.
+class GivenOptions(Options):
+    order: tuple[str | int, ...]
+    """What each step removes: a block ("mha.25"), or several ("mha.3,mlp.3")."""
 
-    Args:
-        order: what each step removes: a block ("mha.25"), or several ("mha.3,mlp.3").
+
+def given(problem: Problem, options: GivenOptions) -> Iterator[Iteration]:
+    """Remove in the order given.
 
     Raises:
         InputError: no block, one that the model or `candidates` does not have, or one that is named twice.
     """
-    steps = [parse_mask(str(text)) for text in order]  # a number in YAML is no block either, and is named
+    steps = [parse_mask(str(text)) for text in options.order]  # a number in YAML is no block; the error names it
     if not steps:
         raise InputError('score.options.order is empty; name what to remove, for instance ["mha.25", "mlp.3"]')
     known, seen = DENSE.union(*problem.units), DENSE

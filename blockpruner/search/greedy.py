@@ -9,27 +9,30 @@ rise of the loss for what a removal saves of a resource, so that MHA and MLP blo
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from typing import Literal
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
+from blockpruner.core.options import Options
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import goal_of_problem, is_settled
 
-PRICES = ("none", "parameters", "kv", "latency")
+
+class GreedyOptions(Options):
+    per: Literal["none", "parameters", "kv", "latency"] = "none"
+    """The resource whose share prices a removal. With "none" all removals cost the same."""
 
 
-def greedy(problem: Problem, *, per: str = "none") -> Iterator[Iteration]:
+def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
     """Yield iterations until nothing is left to remove.
 
-    Args:
-        per: the resource whose share prices a removal, of which every unit takes something; "none": all cost the same.
-
     Raises:
-        InputError: an unknown resource, or one that was not measured.
+        InputError: the price is a resource that was not measured.
     """
+    per = options.per
     if per != "none" and per not in problem.resources:
         raise InputError(f"score.options.per {per!r} is not known here; valid: none, {', '.join(problem.resources)}")
     costs = problem.resources.get(per)
@@ -68,7 +71,7 @@ def greedy_to_goal(problem: Problem) -> Generator[Iteration, None, list[Mask]]:
     """
     goal = goal_of_problem(problem)
     prefixes: list[Mask] = []
-    for iteration in greedy(problem):
+    for iteration in greedy(problem, GreedyOptions()):
         yield iteration
         prefixes.append(iteration.removed)
         if is_settled(goal, iteration.removed, problem.units):

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.options import Options
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 
 
-def one_shot(problem: Problem) -> Iterator[Iteration]:
-    """Yield one removal at a time; all scores are in the first iteration."""
+def one_shot(problem: Problem, options: Options) -> Iterator[Iteration]:
+    """Yield one removal at a time. All scores are in the first iteration."""
     dense, *scores = problem.ask([DENSE, *problem.units])
     ranked = sorted(range(len(scores)), key=lambda i: scores[i].loss)  # stable: of equals the first
     first = Iteration(0, (dense, *scores), (None, *problem.units), 1 + ranked[0])

@@ -1,99 +1,142 @@
-"""A search from start to stop: over its objective, until every budget is settled, each iteration written at once.
+"""A search from start to stop: over its objective, until every budget is settled, each iteration reported at once.
 
-Decides when a search may stop and what a run of it counts. What is considered in an iteration is the method's
-decision, what a trial is the store's.
+Decides when a search may stop and what it reports. Which masks an iteration considers is the search's decision; what a
+trial is, the store's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from blockpruner.core.blocks import DENSE, Mask, format_mask
-from blockpruner.core.budgets import (
-    Budget,
-    Goal,
-    Resources,
-    goal_of,
-    is_settled,
-    parse_budget,
-    require_reachable,
-    that_cost,
-)
+from blockpruner.core.blocks import DENSE, Mask, format_mask, removable_units
+from blockpruner.core.budgets import Budget, Goal, Resources, goal_of, is_settled, parse_budget, require_reachable, that_cost
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
-from blockpruner.core.progress import Observer
+from blockpruner.core.progress import Observer, SilentObserver
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.accelerate import accelerate
-from blockpruner.scoring.objectives import Objective, Score
-from blockpruner.search import method_of
+from blockpruner.scoring.metrics import PERPLEXITY
+from blockpruner.scoring.objectives import Counts, Objective, Score
+from blockpruner.scoring.work import Scorer
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
+from blockpruner.search.registry import Request
+from blockpruner.store.trials import TrialStore
+
+OnIteration = Callable[[str, Iteration], object]
+"""Receives the budget that a trace is for ("" where one trace serves all) and each iteration when it is complete."""
+
 
 UNTIMED = "what blocks take of the time is not known here: the stage score measures it"
 
 
-class SearchRun:
+@dataclass(frozen=True)
+class Traces:
+    """What a search found."""
+
+    nested: bool
+    traces: Mapping[str, Sequence[Iteration]]
+    """By budget; under "" where the search is nested and one trace serves every budget."""
+    counts: Counts
+
+    def of(self, budget: str) -> Sequence[Iteration]:
+        return self.traces["" if self.nested else budget]
+
+
+def search(
+    request: Request,
+    calibration: CalibrationSet,
+    stores: Mapping[str, TrialStore],
+    scorer: Scorer,
+    resources: Resources,
+    budgets: Sequence[str],
+    observer: Observer | None = None,
+    on_iteration: OnIteration = lambda budget, iteration: None,
+) -> Traces:
+    """Search far enough for every budget.
+
+    Args:
+        stores: a trial store for each of `request.losses`.
+        scorer: asked only for what the stores do not know.
+
+    Raises:
+        InputError: a budget that cannot be reached, before anything is computed; or one that a search's removals
+            end before.
+    """
+    observer = observer or SilentObserver()
+    own = Objective(calibration, stores[request.metric.loss], scorer, observer, request.metric)
+    nll = own
+    if request.metric.loss != PERPLEXITY.loss:
+        nll = Objective(calibration, stores[PERPLEXITY.loss], scorer, observer)
+    found: dict[str, list[Iteration]] = {}
+    for budget, iterations in _Run(request, own, nll, resources, observer).traces(budgets).items():
+        found[budget] = []
+        for iteration in iterations:
+            on_iteration(budget, iteration)
+            found[budget].append(iteration)
+    counts = own.counts if nll is own else _sum(own.counts, nll.counts)
+    return Traces(request.search.nested, found, counts)
+
+
+def _sum(a: Counts, b: Counts) -> Counts:
+    return Counts(**{name: value + getattr(b, name) for name, value in vars(a).items()})
+
+
+def require_searchable(request: Request, resources: Resources, budgets: Sequence[str]) -> None:
+    """Refuse budgets that no sequence of removals meets, as far as the resources are known.
+
+    Raises:
+        InputError: names the largest or nearest budget that can be reached.
+    """
+    units = units_of(request, resources)
+    for budget in (parse_budget(text, resources["parameters"]) for text in budgets):
+        if budget.resource in resources:
+            require_reachable(budget, units, resources[budget.resource])
+
+
+def units_of(request: Request, resources: Resources) -> list[Mask]:
+    """What the search may remove at once, in tie-break order. Where a resource prices removals, only what takes
+    something of it."""
+    layers = len(resources["parameters"].blocks) // 2
+    units, price = removable_units(layers, request.score.unit, request.score.candidates), resources.get(request.per)
+    found = units if price is None else that_cost(units, price)
+    if not found:
+        raise InputError(
+            f"score.options.per {request.per}: no candidate takes anything of it; valid with these candidates: none, "
+            "parameters"
+        )
+    return found
+
+
+class _Run:
     """One search over one model.
 
     Args:
         objective: of the metric that the search minimises.
-        nll: of perplexity, in which every choice is reported; the same one where that is the metric.
-        score: as from `search_settings`.
-        units: what may be removed at once, in tie-break order; of those only what takes of the resource that prices
-            removals, where one does.
+        nll: of perplexity, in which every choice is reported. It is the same objective where that is the metric.
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        nll: Objective,
-        score: Mapping[str, Any],
-        units: Sequence[Mask],
-        resources: Resources,
-        observer: Observer,
+        self, request: Request, objective: Objective, nll: Objective, resources: Resources, observer: Observer
     ) -> None:
+        self._request = request
         self._objective = objective
         self._nll = nll
         self._resources = resources
         self._observer = observer
-        self._method = method_of(score["method"])
-        self._options = score["options"]
-        self._score = score
-        price = resources.get(self._options.get("per", "none"))
-        self._units = units if price is None else that_cost(units, price)
-        if not self._units:
-            raise InputError(
-                f"score.options.per {self._options['per']}: no candidate takes anything of it; valid with these "
-                "candidates: none, parameters"
-            )
+        self._units = units_of(request, resources)
         self._known = 0
 
-    def traces(
-        self, budgets: Sequence[str], on_iteration: Callable[[str, Iteration], object] = lambda budget, iteration: None
-    ) -> dict[str, list[Iteration]]:
-        """Search for all budgets; the trace by budget, or one for all of them, under "", where the search is nested.
-
-        Args:
-            on_iteration: receives the trace's name and each iteration when it is complete.
-
-        Raises:
-            InputError: a budget that cannot be reached, before anything is computed; or one that a search's removals
-                end before.
-        """
+    def traces(self, budgets: Sequence[str]) -> dict[str, Iterator[Iteration]]:
+        """The iterations by budget, or under "" those for all budgets, where the search is nested."""
         wanted = [parse_budget(text, self._resources["parameters"]) for text in budgets]
         for budget in wanted:
             if budget.resource not in self._resources:
                 raise InputError(f"budget {budget.text!r} is a speed-up, and {UNTIMED}")
             require_reachable(budget, self._units, self._costs(budget))
-        searches = {"": self._nested(wanted)} if self._method.nested else {b.text: self._for(b) for b in wanted}
-        found: dict[str, list[Iteration]] = {name: [] for name in searches}
-        for name, iterations in searches.items():
-            for iteration in iterations:
-                on_iteration(name, iteration)
-                found[name].append(iteration)
-        return found
+        return {"": self._nested(wanted)} if self._request.search.nested else {b.text: self._for(b) for b in wanted}
 
     def _costs(self, budget: Budget) -> Costs:
         return self._resources[budget.resource]
@@ -145,9 +188,9 @@ class SearchRun:
             yield self._reported(iteration)
 
     def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
-        select = accelerate(self._objective, self._score)  # what it has learned belongs to one search alone
+        select = accelerate(self._objective, self._request.score)  # what it has learned belongs to one search alone
         problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources)
-        return self._method.search(problem, **self._options)
+        return self._request.search.run(problem, self._request.options)
 
     def _reported(self, iteration: Iteration, candidates: int | None = None) -> Iteration:
         """The iteration with the NLL of what it chose, told to the observer.

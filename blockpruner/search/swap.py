@@ -11,9 +11,12 @@ import heapq
 import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Literal
+
+from pydantic import Field
 
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.core.options import require_at_least, require_one_of
+from blockpruner.core.options import Options
 from blockpruner.search.greedy import greedy_to_goal
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
@@ -23,26 +26,27 @@ BATCH = 16
 """Swaps asked for at once: they share what they have in common, but those after one that helps are asked in vain."""
 
 
-def swap(problem: Problem, *, start: str = "greedy", tries: int = 64, seed: int = 42) -> Iterator[Iteration]:
-    """Yield one iteration for each swap that helped and a last one for none, after greedy's own if it starts there.
+class SwapOptions(Options):
+    start: Literal["greedy", "random"] = "greedy"
+    """The first mask: greedy's own, or one drawn with `seed`. Later masks stay as near to the budget as this one."""
+    tries: int = Field(default=64, ge=0)
+    """How many swaps of a mask are scored without success before the search ends; 0 tries all of them, and so ends in
+    a local optimum."""
+    seed: int = 42
 
-    Args:
-        start: "greedy": from greedy's own mask; "random": from one drawn with `seed`. Every later one is, by ratio,
-            within the tolerance of the goal around this one.
-        tries: swaps of a mask that are scored, none of them better, before the search ends; 0 is all there are, so
-            that it ends in a local optimum.
+
+def swap(problem: Problem, options: SwapOptions) -> Iterator[Iteration]:
+    """Yield greedy's iterations if the search starts there, one for each swap that helped, and a last one for none.
 
     Raises:
-        InputError: an option out of range, or a budget that is nearest to removing nothing.
+        InputError: the budget is nearest to removing nothing.
     """
-    require_at_least("tries", tries, 0)
-    require_one_of("start", start, ("greedy", "random"))
     goal = goal_of_problem(problem)
-    if start == "greedy":
+    if options.start == "greedy":
         prefixes = yield from greedy_to_goal(problem)
         index, mask = len(prefixes), nearest(goal, prefixes)
     else:
-        index, mask = 0, Space(problem.units, goal).draw(random.Random(seed))
+        index, mask = 0, Space(problem.units, goal).draw(random.Random(options.seed))
     space, order = Space(problem.units, goal.around(mask)), unit_order(problem.units)
     known = {mask}  # of the space: no better than the current mask
     while True:
@@ -53,7 +57,7 @@ def swap(problem: Problem, *, start: str = "greedy", tries: int = 64, seed: int 
         swaps = (other for other in by_prediction(mask, space.exchanges(mask), change) if other not in known)
         best, tried = found[mask], 0
         while best.mask == mask:
-            batch = list(islice(swaps, min(BATCH, tries - tried) if tries else BATCH))
+            batch = list(islice(swaps, min(BATCH, options.tries - tried) if options.tries else BATCH))
             if not batch:
                 break
             scores = problem.ask(sorted(batch, key=order))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from blockpruner.core.blocks import DENSE, format_mask, parse_mask
 from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Score as ScoreSettings
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.store.files import read_json, read_table, set_aside, write_json, write_table
@@ -165,23 +167,41 @@ def _seed(store: TrialStore, key: str, score: Score) -> None:
         store.put(key, 0, score.row_loss)
 
 
-def write_current(scores: Path, facts: Mapping[str, Any]) -> None:
-    """Say which of the traces under a run's score folder its run file asks for, and what it is made of."""
-    write_json(scores / "current.json", dict(facts))
+@dataclass(frozen=True)
+class Current:
+    """What a run's current search is, and what it was made of: `current.json` in the run's folder of scores."""
+
+    kind: str
+    """Of the plans that it leads to."""
+    search: str
+    """Its fingerprint."""
+    nested: bool
+    score: ScoreSettings
+    """The `score` section, every default filled in."""
+    store: Mapping[str, Any]
+    """The fields of the trial store's fingerprint."""
+    calibration: Mapping[str, Any]
+    """Rows, tokens and digest of the calibration set."""
+    latency: Mapping[str, Any] | None = None
+    """Nanoseconds of generation and of blocks, where a budget or a price needed them."""
+    dense_nll: float | None = None
+    """Of the dense model on the calibration rows, where no iteration table holds it."""
+
+    def save(self, scores: Path) -> None:
+        score = self.score.model_dump(mode="json", exclude_none=True, exclude={"latency"})
+        write_json(scores / "current.json", {**vars(self), "score": score})
+
+    @classmethod
+    def load(cls, scores: Path) -> Current:
+        found = read_json(scores / "current.json")
+        return cls(**found | {"score": ScoreSettings.model_validate(found["score"])})
 
 
-def read_current(scores: Path) -> dict[str, Any]:
-    """What a run's current search is, and what it is made of."""
-    facts: dict[str, Any] = read_json(scores / "current.json")
-    return facts
+def trace_directory(scores: Path, search: str, nested: bool, budget: str, latency: Mapping[str, Any] | None) -> Path:
+    """The folder of the trace that answers a budget: one for all budgets of a nested search, else one for each.
 
-
-def trace_directory(scores: Path, facts: Mapping[str, Any], budget: str) -> Path:
-    """Where the trace that answers a budget lies: one serves all budgets of a nested search, else each has its own.
-
-    What a speed-up means was measured, so that a trace for one belongs to a measurement too.
+    What a speed-up means was measured, and a trace for a speed-up belongs to that measurement too.
     """
-    directory = scores / str(facts["search"])
-    if facts["nested"]:
-        return directory
-    return directory / (f"{budget}-{fingerprint(facts['latency'])}" if budget.endswith("x") else budget)
+    if nested:
+        return scores / search
+    return scores / search / (f"{budget}-{fingerprint(latency or {})}" if budget.endswith("x") else budget)

@@ -1,0 +1,155 @@
+"""A kind of method: how its plans are found, committed and applied, and how it is named.
+
+Each kind is one folder beside this file with one value, `Kind`; `registry` lists them. A method that ends in a mask is
+a row of `search.registry.SEARCHES` and needs no kind of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockpruner.core.blocks import DENSE, BlockKind, Mask
+from blockpruner.core.budgets import Resources, parse_budget, resources_of
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config
+from blockpruner.core.options import Options
+from blockpruner.core.plan import Plan
+from blockpruner.core.progress import Observer
+from blockpruner.core.settings import Score
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.scoring.objectives import Counts
+from blockpruner.scoring.work import Rows, Scorer
+from blockpruner.search.trace import Current
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Material:
+    """The dense model, and what a method may use to find out what to do with it."""
+
+    calibration: CalibrationSet
+    identity: str
+    """SHA-256 of the dense checkpoint."""
+    dtype: str
+    config: Config
+    trials: Path
+    """Folder of all trial stores."""
+    scorer: Scorer
+    """Of the dense model; it is loaded when a score is asked for that no store knows."""
+    dense: Callable[[], PreTrainedModel]
+    """Loads the dense model into this process, for a method that has to change its weights to compare them."""
+    observer: Observer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stage `score` has to do for one run."""
+
+    score: Score
+    budgets: tuple[str, ...]
+    folder: Path
+    """The run's folder of scores. Tables present in it seed the trial stores (a clone after `dvc pull`)."""
+    material: Material
+    resources: Resources
+    latency: Mapping[str, Any] | None
+    """The measurement behind `resources["latency"]`, where there is one."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of plan."""
+
+    name: str
+    """As in a plan's `kind`; for a method that changes weights also as in `score.method`."""
+    title: str
+    """As in reports, for instance "SliceGPT"."""
+    score: Callable[[Job], tuple[Current, Counts]]
+    """Finds what to do for each budget, and leaves its trace in the job's folder."""
+    commit: Callable[[Path, Config, str, Current], tuple[Plan, Sequence[Path]]]
+    """The plan for a budget, from a run's folder of scores; and the iteration tables that it used, in order."""
+    apply_: Callable[[PreTrainedModel, Plan, Rows], PreTrainedModel]
+    """Changes a dense model in place, for good. The rows are the calibration rows."""
+    identity: Callable[[Plan, str], dict[str, Any]]
+    """All that the pruned model depends on, apart from the dense one. Gets the digest of the calibration rows."""
+    words: Callable[[Plan, str], str]
+    """How the plan was made, for instance "one-shot, whole layers, by Block Influence". Gets the words for what was
+    removed at once."""
+    taken_out: Callable[[Plan], str]
+    """What is gone, for instance "3 MHA + 4 MLP"."""
+    card: Callable[[Plan], str]
+    """What was done to the model, as a clause of its model card."""
+    lend: Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None = None
+    """The dense model changed for a while: another way to the same model, to verify the first one by. Where there is
+    none, `apply_` writes to the tensors of the dense model."""
+    options: type[Options] = Options
+    exports: frozenset[str] | None = None
+    """The formats that can hold such a model; None: all."""
+
+    @property
+    def removes_blocks(self) -> bool:
+        """Its plans are masks, which a search found."""
+        return self.name == "mask"
+
+
+def make_plan(
+    current: Current,
+    budget: str,
+    config: Config,
+    *,
+    perplexities: tuple[float, float | None],
+    gone: Mask = DENSE,
+    pruned: int | None = None,
+    removed: tuple[str, ...] = (),
+    order: tuple[str, ...] = (),
+    ratios: tuple[float, ...] = (),
+    details: Mapping[str, Any] | None = None,
+) -> Plan:
+    """A plan from a run's current search; `commit_run` adds its target and run.
+
+    Args:
+        perplexities: on the calibration set, of the dense and of the pruned model (None: only known once it is made).
+        gone: the blocks that the pruned model does without.
+        pruned: its parameters, where `gone` does not say how many are left.
+    """
+    resources = known_resources(config, budget, current)
+    (dense, after), counts = perplexities, resources["parameters"]
+    if pruned is None:
+        pruned = counts.total - sum(counts.blocks[block] for block in gone)
+    ratio = (counts.total - pruned) / counts.total
+    return Plan(
+        kind=current.kind,
+        target="",
+        run="",
+        budget=budget,
+        method=current.score.method,
+        metric=current.score.metric,
+        options=current.score.options,
+        search=current.search,
+        layers=len(counts.blocks) // 2,
+        removed=removed,
+        order=order,
+        ratio=ratio,
+        ratios=ratios,
+        removes={name: costs.ratio(gone) for name, costs in resources.items()} | {"parameters": ratio},
+        blocks={kind.value: sum(block.kind is kind for block in gone) for kind in BlockKind},
+        parameters={"dense": counts.total, "pruned": pruned},
+        calibration={**current.calibration, "dense_perplexity": dense, "perplexity": after},
+        nested=current.nested,
+        details=details or {},
+    )
+
+
+def known_resources(config: Config, budget: str, current: Current) -> Resources:
+    """The resources of a run's model; raises InputError where the budget is a speed-up and none was measured."""
+    found = resources_of(config, current.latency)
+    if parse_budget(budget, found["parameters"]).resource not in found:
+        raise InputError(
+            f"budget {budget!r} is a speed-up, and the run's scores know no times; run its stage score again"
+        )
+    return found

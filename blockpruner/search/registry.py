@@ -1,0 +1,131 @@
+"""Every search that ends in a mask: SEARCHES, one row each; and what one is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from blockpruner.core.errors import InputError
+from blockpruner.core.options import Options, read_options
+from blockpruner.core.settings import Score
+from blockpruner.scoring.accelerate import settings_of
+from blockpruner.scoring.metrics import METRICS, PERPLEXITY, Metric, metric_of
+from blockpruner.search.beam import BeamOptions, beam
+from blockpruner.search.evolution import EvolutionOptions, evolution
+from blockpruner.search.given import GivenOptions, given
+from blockpruner.search.greedy import GreedyOptions, greedy
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.one_shot import one_shot
+from blockpruner.search.problem import Problem
+from blockpruner.search.random_order import RandomOptions, random_order
+from blockpruner.search.swap import SwapOptions, swap
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search, and how it may be run."""
+
+    name: str
+    """As in `score.method` of a run file."""
+    title: str
+    """As in reports, for instance "beam search"."""
+    run: Callable[[Problem, Any], Iterator[Iteration]]
+    """Called with a problem and the search's own options."""
+    options: type[Options] = Options
+    nested: bool = True
+    """The first removals of one trace meet every smaller budget. Otherwise each budget has a trace of its own, whose
+    last choice is the answer."""
+    asks: Literal["units", "masks", "nothing"] = "masks"
+    """What it asks scores of. One that asks for single units can use an influence as its metric."""
+    accelerated: bool = False
+    """It takes steps in which only the best candidate matters."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked `score` section: everything that a search depends on, apart from its trials."""
+
+    search: Search
+    options: Options
+    metric: Metric
+    score: Score
+
+    @property
+    def per(self) -> str:
+        """The resource that prices a removal, or "none"."""
+        return str(getattr(self.options, "per", "none"))
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What is stored, each in a trial store of its own. Every choice is also reported in perplexity."""
+        return tuple(sorted({self.metric.loss, PERPLEXITY.loss}))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The section as JSON with every default filled in. Its fingerprint is part of the search's."""
+        return {
+            "method": self.search.name,
+            "unit": self.score.unit,
+            "candidates": self.score.candidates,
+            "metric": self.metric.name,
+            **settings_of(self.score),
+            "options": self.options.model_dump(),
+        }
+
+
+def search_of(name: str) -> Search:
+    """The row of a search; raises InputError that names the valid ones."""
+    if name not in SEARCHES:
+        raise InputError(f"score.method {name!r} is unknown; valid: {', '.join(sorted(SEARCHES))}")
+    return SEARCHES[name]
+
+
+def request(score: Score, search: Search | None = None, metric: Metric | None = None) -> Request:
+    """Check a `score` section.
+
+    Args:
+        search, metric: used in place of the rows that the section names.
+
+    Raises:
+        InputError: an unknown search, metric or option, or two settings that do not fit together.
+    """
+    search, metric = search or search_of(score.method), metric or metric_of(score.metric)
+    if search.asks == "nothing" and metric.name != PERPLEXITY.name:
+        raise InputError(
+            f"score.metric {metric.name} does nothing with method: {search.name}, which asks for no score; remove it"
+        )
+    losses = ", ".join(row.name for row in METRICS.values() if not row.influence)
+    if metric.influence and search.asks != "units":
+        able = ", ".join(sorted(row.name for row in SEARCHES.values() if row.asks == "units"))
+        raise InputError(
+            f"score.metric {metric.name} is of single units, and method: {search.name} compares whole masks; choose a "
+            f"metric of masks ({losses}), or one of the methods {able}"
+        )
+    found = Request(search, read_options(search.name, search.options, score.options), metric, score)
+    greedy_steps = search.accelerated and getattr(found.options, "start", "greedy") == "greedy"
+    if score.acceleration != "none" and (metric.influence or not greedy_steps):
+        raise InputError(
+            f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
+            "there is nothing to leave out; set acceleration: none"
+        )
+    if found.per != "none" and (metric.influence or score.acceleration != "none"):
+        raise InputError(
+            f"score.options.per {found.per} prices the rise of a loss of every candidate; set metric to one of "
+            f"{losses}, and acceleration: none"
+        )
+    return found
+
+
+SEARCHES: dict[str, Search] = {
+    row.name: row
+    for row in (
+        Search("greedy", "greedy", greedy, GreedyOptions, asks="units", accelerated=True),
+        Search("one_shot", "one-shot", one_shot, asks="units"),
+        Search("beam", "beam search", beam, BeamOptions, nested=False),
+        Search("evolution", "evolutionary search", evolution, EvolutionOptions, nested=False, accelerated=True),
+        Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
+        Search("random", "random order", random_order, RandomOptions, asks="nothing"),
+        Search("given", "given order", given, GivenOptions, asks="nothing"),
+    )
+}
