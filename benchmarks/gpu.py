@@ -61,7 +61,7 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
     model = random_model(shape, torch.bfloat16, str(device))
     config = model.config
     data = CalibrationSet(tuple(map(tuple, random_rows(config.vocab_size, rows, length))))
-    objective = Objective(data, TrialStore({}, rows), lambda: Engine(model), ConsoleObserver())
+    objective = Objective(data, TrialStore({}, rows), Engine(model), ConsoleObserver())
     counts = count_parameters(config.to_dict())
     units = removable_units(config.num_hidden_layers, "block", "all")
     score = search_settings({"method": "greedy", "metric": "perplexity", "acceleration": "none"})

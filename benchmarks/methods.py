@@ -40,7 +40,7 @@ from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
-from blockpruner.scoring.scorers import make_scorer
+from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.store.files import read_json, read_table, write_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import TrialStore, store_fingerprint
@@ -107,7 +107,7 @@ def search(name: str, rows: CalibrationSet, budgets: tuple[str, ...]) -> tuple[P
         config=read_json(SMOLLM2 / "config.json"),
         score=Score(**METHODS[name]).model_dump(exclude_none=True),
         budgets=budgets,
-        make_scorer=lambda: make_scorer(SMOLLM2, "float32", Runtime().model_dump()),
+        scorer=LazyScorer(lambda: make_scorer(SMOLLM2, "float32", Runtime().model_dump())),
         make_bench=lambda: ModelBench(load_model(SMOLLM2, "float32"), rows.rows, lambda *step: None),
         observer=ConsoleObserver(),
         metrics=folder / "score.json",
@@ -154,7 +154,7 @@ def calibration_nll(plan: Plan, rows: CalibrationSet, model: PreTrainedModel) ->
     if plan.kind == "mask":
         fields = store_fingerprint(rows.digest, checkpoint_identity(SMOLLM2), "float32", "perplexity")
         store = TrialStore(fields, len(rows.rows), RESULTS / "trials")
-        (score,) = Objective(rows, store, lambda: Engine(model))([plan.mask])
+        (score,) = Objective(rows, store, Engine(model))([plan.mask])
         store.close()
         return score.loss
     if plan.kind == "laco":

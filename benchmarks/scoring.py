@@ -128,7 +128,7 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
             print(f"  {done + 1}/{len(masks)} masks", file=sys.stderr, flush=True)
     rate = (rate + matrix_rate(model, ROWS * LENGTH)) / 2
     race = Counted(engine, model.config.to_dict())
-    objective = Objective(rows, TrialStore({}, ROWS), lambda: race)
+    objective = Objective(rows, TrialStore({}, ROWS), race)
     select = accelerate(objective, settings_of({"acceleration": "race"}))
     meter("race", lambda: select(0, DENSE, masks))
     counted = {"naive": flops.naive(masks), "exact": flops.exact(masks), "race": race.flops}
@@ -202,7 +202,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
             engine = Engine(model, ROWS * LENGTH)
             fields = store_fingerprint(rows.digest, identity, "float32", "perplexity")
             store = TrialStore(fields, ROWS, RESULTS / "trials" / mode)
-            objective = Objective(rows, store, lambda engine=engine: engine)
+            objective = Objective(rows, store, engine)
             asked = Asked(objective, model.config.to_dict())
             chosen = settings_of({"acceleration": "none"}) if mode == "exact" else settings
             records = found.setdefault(mode, {}).setdefault(str(seed), [])

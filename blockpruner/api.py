@@ -99,7 +99,7 @@ def prune(
     def objective(of: Metric) -> Objective:
         fields = store_fingerprint(calibration.digest, "in memory", dtype, of.loss)
         store = TrialStore(fields, len(calibration.rows))
-        return Objective(calibration, store, lambda: engine, observer, of)
+        return Objective(calibration, store, engine, observer, of)
 
     asked = objective(metric_of(metric))
     nll = asked if asked.metric.loss == PERPLEXITY.loss else objective(PERPLEXITY)

@@ -11,7 +11,7 @@ from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.methods.planning import Bench
 from blockpruner.methods.score import score_run
 from blockpruner.params import load_params, load_run
-from blockpruner.scoring.scorers import make_scorer
+from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.scoring.work import Scorer
 from blockpruner.store.files import read_json
 from blockpruner.store.trials import trials_root
@@ -42,17 +42,18 @@ def main(name: str) -> None:
             out, trials_root(), checkpoint, dtype, settings.score.latency.model_dump(), runtime, remote, watch
         )
 
-    score_run(
-        out, trials_root(),
-        calibration=calibration,
-        model_identity=checkpoint_identity(checkpoint),
-        dtype=dtype,
-        config=read_json(checkpoint / "config.json"),
-        score=settings.score.model_dump(exclude_none=True, exclude={"latency"}),
-        budgets=params.budgets_of(name),
-        make_scorer=scorer, make_bench=bench, latency=latency,  # torch is loaded only when something must be computed
-        observer=watch, metrics=DATA / "metrics" / name / "score.json",
-    )  # fmt: skip
+    with LazyScorer(scorer) as lazy:  # torch is loaded only when something must be computed
+        score_run(
+            out, trials_root(),
+            calibration=calibration,
+            model_identity=checkpoint_identity(checkpoint),
+            dtype=dtype,
+            config=read_json(checkpoint / "config.json"),
+            score=settings.score.model_dump(exclude_none=True, exclude={"latency"}),
+            budgets=params.budgets_of(name),
+            scorer=lazy, make_bench=bench, latency=latency,
+            observer=watch, metrics=DATA / "metrics" / name / "score.json",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from blockpruner.methods.planning import Bench
 from blockpruner.paper.experiments import variants
 from blockpruner.paper.studies import Setting, search_all
 from blockpruner.params import load_params, load_run
-from blockpruner.scoring.scorers import make_scorer
+from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.store.files import read_json, read_table
 from blockpruner.store.provenance import fingerprint
@@ -52,8 +52,9 @@ def main(name: str) -> None:
         return [str(text) for text in table.column("text").to_pylist()]
 
     identity, config = checkpoint_identity(checkpoint), read_json(checkpoint / "config.json")
-    setting = Setting(name, identity, dtype, config, tokenizer, texts, trials_root(), scorer, bench)
-    search_all(variants(settings), folder / "scores", folder / "plans", setting, watch)
+    with LazyScorer(scorer) as lazy:
+        setting = Setting(name, identity, dtype, config, tokenizer, texts, trials_root(), lazy, bench)
+        search_all(variants(settings), folder / "scores", folder / "plans", setting, watch)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from blockpruner.methods.planning import PLANNERS, Bench, Material
 from blockpruner.methods.transforms import TRANSFORMS
 from blockpruner.scoring.metrics import PERPLEXITY, metric_of
 from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.scorers import LazyScorer
 from blockpruner.scoring.work import Scorer
 from blockpruner.search import method_of, search_settings
 from blockpruner.search.run import UNTIMED, SearchRun
@@ -43,7 +44,7 @@ def score_run(
     config: Mapping[str, Any],
     score: Mapping[str, Any],
     budgets: Sequence[str],
-    make_scorer: Callable[[], Scorer],
+    scorer: Scorer,
     make_bench: Callable[[], Bench],
     observer: Observer,
     metrics: Path,
@@ -55,7 +56,8 @@ def score_run(
         scores: the run's folder of traces; tables present seed the trial stores (a clone after `dvc pull`).
         trials: folder of all trial stores.
         score: the run's `score` section, every key of which is part of the search's fingerprint, defaults filled in.
-        make_scorer, make_bench: load the model, for a method that ends in a mask and for one that changes weights.
+        scorer: for a method that ends in a mask; its owner closes it.
+        make_bench: loads the model, for a method that changes weights.
         latency: what generation and each block takes (`budgets.resources_of`); asked for only where a budget is a
             speed-up, or removals are priced by it.
 
@@ -73,7 +75,7 @@ def score_run(
         current, counts = _plan_transform(scores, score, budgets, material, known)
     else:
         current, counts = _search(
-            scores, trials, calibration, model_identity, dtype, resources, score, budgets, make_scorer, observer, known
+            scores, trials, calibration, model_identity, dtype, resources, score, budgets, scorer, observer, known
         )
     write_current(scores, {**current, "score": score, "calibration": facts})
     counts["tokens_per_second"] = round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
@@ -111,7 +113,7 @@ def _search(
     resources: Resources,
     score: Mapping[str, Any],
     budgets: Sequence[str],
-    make_scorer: Callable[[], Scorer],
+    scorer: Scorer,
     observer: Observer,
     latency: Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,8 +140,6 @@ def _search(
         for problem in [*seeded, *(line for store in stores.values() for line in store.problems)]:
             observer.note(f"warning: {problem}")
         observer.note(f"calibration: {len(calibration.rows)} rows, {calibration.tokens} tokens; search {search}")
-        scorer = _Once(make_scorer)
-        stack.callback(scorer.close)
         objective = nll = Objective(calibration, own, scorer, observer, metric)
         if own is not plain:
             nll = Objective(calibration, plain, scorer, observer)
@@ -168,7 +168,7 @@ def _plan_transform(
         stack.enter_context(exclusive(material.trials / f"{fingerprint(fields)}.lock", observer))
         store = TrialStore(fields, len(calibration.rows), material.trials)
         stack.callback(store.close)
-        dense = Objective(calibration, store, lambda: material.bench.scorer(), observer)
+        dense = Objective(calibration, store, LazyScorer(lambda: material.bench.scorer()), observer)
         for text in budgets:
             path = trace_directory(scores, current, text) / "details.json"
             observer.begin(f"{method} for {text}")
@@ -180,23 +180,6 @@ def _plan_transform(
             observer.end(", ".join(f"{key} {value}" for key, value in found.items()), cached=is_known)
         current["dense_nll"] = dense([DENSE])[0].loss
     return current, {"iterations": 0, **asdict(dense.counts)}
-
-
-class _Once:
-    """A scorer for several objectives: made when the first one asks, closed in the end."""
-
-    def __init__(self, make: Callable[[], Scorer]) -> None:
-        self._make = make
-        self._made: Scorer | None = None
-
-    def __call__(self) -> Scorer:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-    def close(self) -> None:
-        if self._made is not None:
-            self._made.close()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from blockpruner.methods.commit import commit_run
 from blockpruner.methods.planning import Bench
 from blockpruner.methods.score import score_run
 from blockpruner.paper.experiments import Variant
-from blockpruner.scoring.work import Rows, Scorer, Task
+from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.iteration import removals
 from blockpruner.search.trace import read_current, read_trace, trace_directory
 from blockpruner.store.files import read_json, replace_directory, write_json
@@ -36,7 +36,8 @@ DENSE = "dense"
 class Setting:
     """What the searches of a study have in common.
 
-    texts: samples of a calibration source, by the source; make_bench: with the rows that it measures on.
+    texts: samples of a calibration source, by the source; scorer: its owner closes it; make_bench: with the rows that
+    it measures on.
     """
 
     run: str
@@ -46,7 +47,7 @@ class Setting:
     tokenizer: Callable[[], Any]
     texts: Callable[[Any], Sequence[str]]
     trials: Path
-    make_scorer: Callable[[], Scorer]
+    scorer: Scorer
     make_bench: Callable[[Rows], Bench]
 
 
@@ -80,10 +81,6 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
     Args:
         scores: of the traces, a folder for each search; what is there is not computed again.
     """
-    scorer = cache(setting.make_scorer)
-
-    def make_kept() -> Scorer:
-        return _Kept(scorer())
 
     @cache
     def rows_of(section: str) -> CalibrationSet:
@@ -105,7 +102,7 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
             config=setting.config,
             score=variant.score.model_dump(exclude_none=True, exclude={"latency"}),
             budgets=variant.budgets,
-            make_scorer=make_kept,
+            scorer=setting.scorer,
             make_bench=partial(setting.make_bench, calibration.rows),
             observer=observer,
             metrics=folder / "score.json",
@@ -116,23 +113,6 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
         replace_directory(plans / variant.slug, write)
     for path in set(plans.iterdir()) - {plans / variant.slug for variant in variants}:
         shutil.rmtree(path)
-    if scorer.cache_info().currsize:
-        scorer().close()
-
-
-class _Kept:
-    """A scorer that outlives the search it is lent to."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
-
-    def row_batches(self, rows: Rows, span: range) -> list[range]:
-        return self._scorer.row_batches(rows, span)
-
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Any:
-        return self._scorer.run(tasks, rows)
-
-    def close(self) -> None: ...
 
 
 def _add_cost(folder: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask
@@ -68,7 +68,7 @@ class Objective:
 
     Args:
         store: of this metric's trials.
-        make_scorer: loads the model; called when a missing unit is asked for. Whoever makes a scorer closes it.
+        scorer: asked only for what the store does not know; its owner closes it.
         metric: a loss is of a mask; an influence is of what a mask has beyond a base.
     """
 
@@ -76,15 +76,14 @@ class Objective:
         self,
         calibration: CalibrationSet,
         store: TrialStore,
-        make_scorer: Callable[[], Scorer],
+        scorer: Scorer,
         observer: Observer | None = None,
         metric: Metric = PERPLEXITY,
     ) -> None:
         self.metric = metric
         self._calibration = calibration
         self._store = store
-        self._make_scorer = make_scorer
-        self._scorer: Scorer | None = None
+        self._scorer = scorer
         self._observer = observer or SilentObserver()
         self._asked: set[str] = set()
         self.counts = Counts()
@@ -126,8 +125,6 @@ class Objective:
         return Score(mask, tuple(values[:rows]), self.rows)
 
     def _compute(self, missing: dict[range, list[Mask]], base: Mask) -> None:
-        if self._scorer is None:
-            self._scorer = self._make_scorer()
         rows = self._calibration.rows
         batches: dict[range, list[Mask]] = {}
         for span, masks in missing.items():

@@ -1,17 +1,48 @@
 """Where scoring runs: in this process, or on Ray workers that each hold a replica of the model.
 
-Decides how a scorer is made from the `runtime` settings.
+Decides when a model is loaded, and how a scorer is made from the `runtime` settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from blockpruner.scoring.large.ray import RayScorer
 from blockpruner.scoring.local import local_scorer
-from blockpruner.scoring.work import Scorer
+from blockpruner.scoring.work import Rows, Scorer, Task, Unit
+
+
+class LazyScorer:
+    """A scorer that is made at the first question and closed at the end of a `with`."""
+
+    def __init__(self, make: Callable[[], Scorer]) -> None:
+        self._make = make
+        self._made: Scorer | None = None
+
+    def row_batches(self, rows: Rows, span: range) -> list[range]:
+        return self._scorer.row_batches(rows, span)
+
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
+        return self._scorer.run(tasks, rows)
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
+            self._made = None
+
+    def __enter__(self) -> LazyScorer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def _scorer(self) -> Scorer:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
 
 def make_scorer(

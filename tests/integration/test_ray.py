@@ -18,7 +18,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.large import ray as executors
 from blockpruner.scoring.large.ray import Replica, WorkerLostError
-from blockpruner.scoring.scorers import make_scorer
+from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.scoring.work import Task, Unit
 from blockpruner.store.files import read_json
 
@@ -184,11 +184,12 @@ def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda li
                 self.units += 1
                 during(self.inner, self.units)
 
-    score_run(
-        folder / "scores", folder / "trials", calibration=ROWS, model_identity="m", dtype="float32",
-        config=read_json(checkpoint / "config.json"), score=SCORE, budgets=[f"{REMOVALS}blocks"],
-        make_scorer=Observed, make_bench=lambda: None, observer=SilentObserver(), metrics=folder / "score.json",
-    )  # fmt: skip
+    with LazyScorer(Observed) as scorer:
+        score_run(
+            folder / "scores", folder / "trials", calibration=ROWS, model_identity="m", dtype="float32",
+            config=read_json(checkpoint / "config.json"), score=SCORE, budgets=[f"{REMOVALS}blocks"],
+            scorer=scorer, make_bench=lambda: None, observer=SilentObserver(), metrics=folder / "score.json",
+        )  # fmt: skip
     counts = read_json(folder / "score.json")
     masks = (1 + 2 * LAYERS) + (2 * LAYERS - 1)
     assert (counts["iterations"], counts["trials_computed"]) == (REMOVALS, masks)

@@ -47,7 +47,7 @@ class World(MadeUp):
 
     def objective(self, store=None):
         rows = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
-        return Objective(rows, store or TrialStore({}, ROWS), lambda: self)
+        return Objective(rows, store or TrialStore({}, ROWS), self)
 
 
 def sequence(world, steps=8, objective=None, **score):
@@ -247,7 +247,7 @@ def test_acceleration_on_a_real_model_is_brute_force():
         wanted.append(min(losses, key=losses.__getitem__))
         removed |= wanted[-1]
     fields = store_fingerprint(rows.digest, "m", "float64", "perplexity")
-    objective = Objective(rows, TrialStore(fields, 8), lambda: Engine(model, batch_tokens=30))
+    objective = Objective(rows, TrialStore(fields, 8), Engine(model, batch_tokens=30))
     counts = count_parameters(model.config.to_dict())
     score = {"method": "greedy", "metric": "perplexity", "acceleration": "lazy+race", "confidence": 0.99999, "floor": 6}
     run = SearchRun(objective, objective, search_settings(score), units, {"parameters": counts}, SilentObserver())

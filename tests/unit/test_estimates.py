@@ -78,7 +78,7 @@ def test_trials_are_those_of_a_real_search(tmp_path, score, budgets):
         config=config,
         score=asked.score.model_dump(exclude_none=True, exclude={"latency"}),
         budgets=budgets,
-        make_scorer=lambda: Engine(model),
+        scorer=Engine(model),
         make_bench=lambda: None,
         observer=SilentObserver(),
         metrics=tmp_path / "score.json",

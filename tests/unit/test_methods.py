@@ -54,7 +54,7 @@ class Searched:
         engine = Engine(model, 24)
 
         def objective(of):
-            return Objective(rows, TrialStore({}, len(rows.rows)), lambda: engine, metric=of)
+            return Objective(rows, TrialStore({}, len(rows.rows)), engine, metric=of)
 
         asked = objective(metric)
         nll = asked if metric.loss == "perplexity" else objective(METRICS["perplexity"])
@@ -329,7 +329,7 @@ def scored(folder, budget="2blocks", rows=((1, 2, 3), (4, 5, 6)), **score):
     engine = CountingEngine()
     score_run(
         folder / "scores", folder / "trials", calibration=CalibrationSet(rows), model_identity="m", dtype="float32",
-        config=CONFIG, score=SCORE | score, budgets=[budget], make_scorer=lambda: engine, make_bench=None,
+        config=CONFIG, score=SCORE | score, budgets=[budget], scorer=engine, make_bench=None,
         observer=SilentObserver(), metrics=folder / "score.json",
     )  # fmt: skip
     assert len(engine.asked) == len(set(engine.asked))

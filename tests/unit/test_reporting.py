@@ -900,7 +900,7 @@ def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, change
     score_run(
         tmp_path / "scores", tmp_path / "trials", calibration=CalibrationSet(((1, 2), (3, 4), (5, 6), (7, 8))),
         model_identity="m", dtype="float32", config=config, score=score | changes, budgets=["4blocks"],
-        make_scorer=FakeScorer, make_bench=lambda: None, observer=SilentObserver(), metrics=tmp_path / "score.json",
+        scorer=FakeScorer(), make_bench=lambda: None, observer=SilentObserver(), metrics=tmp_path / "score.json",
     )  # fmt: skip
     plan, tables = commit_run(tmp_path / "scores", config, "4blocks", {"target": "t", "run": "r"})
     assert plan.nested == SEARCHES[method].nested

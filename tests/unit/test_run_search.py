@@ -50,7 +50,7 @@ def score_run(folder, budgets=("2blocks",), **changes):
         "calibration": ROWS, "model_identity": "m", "dtype": "float32", "config": CONFIG, "score": SCORE,
     } | changes  # fmt: skip
     run.score_run(
-        folder / "scores", folder / "trials", budgets=budgets, make_scorer=lambda: engine, make_bench=lambda: None,
+        folder / "scores", folder / "trials", budgets=budgets, scorer=engine, make_bench=lambda: None,
         observer=SilentObserver(), metrics=folder / "score.json", **values,
     )  # fmt: skip
     found = json.loads((folder / "score.json").read_text())
@@ -130,7 +130,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, 
         run.score_run(
             tmp_path / "scores", tmp_path / "trials", calibration=ROWS, model_identity="m", dtype="float32",
             config=CONFIG, score=SCORE | score, budgets=["1blocks" if not score else "2blocks", budget],
-            make_scorer=lambda: engine, make_bench=lambda: None, observer=SilentObserver(),
+            scorer=engine, make_bench=lambda: None, observer=SilentObserver(),
             metrics=tmp_path / "score.json",
         )  # fmt: skip
     assert engine.asked == []

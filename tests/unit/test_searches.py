@@ -79,7 +79,7 @@ class Table(MadeUp):
         """The trace; nothing was computed twice, or is missing in it."""
         self.asked = []
         calibration = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
-        objective = Objective(calibration, TrialStore({}, ROWS), lambda: self)
+        objective = Objective(calibration, TrialStore({}, ROWS), self)
         select = accelerate(objective, settings_of({"acceleration": acceleration}))
         problem = Problem(self.units, objective, select, ROWS, self.goal(budget), self.resources)
         trace = list(method(problem, **options))
@@ -144,7 +144,7 @@ def test_a_search_for_another_resource(method, budget, least, most):
     table = Table(3)
     resource = parse_budget(budget, table.counts).resource
     calibration = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
-    objective = Objective(calibration, TrialStore({}, ROWS), lambda: table)
+    objective = Objective(calibration, TrialStore({}, ROWS), table)
     section = {"method": method, "metric": "perplexity", "acceleration": "none", "unit": "block"}
     run = SearchRun(objective, objective, search_settings(section), table.units, table.resources, SilentObserver())
     (trace,) = run.traces([budget]).values()
@@ -358,7 +358,7 @@ def test_evolution_stops_when_nothing_gets_better():
 def test_contest_gives_rows_to_the_best():
     """32 masks on 1 of 8 rows, the best 8 of them on 2, the best 2 of these on all."""
     table = Table(4, noise=2.0)
-    objective = Objective(CalibrationSet(tuple((i, i) for i in range(ROWS))), TrialStore({}, ROWS), lambda: table)
+    objective = Objective(CalibrationSet(tuple((i, i) for i in range(ROWS))), TrialStore({}, ROWS), table)
     masks = table.masks()[:32]
     rows = {mask: table.rows_of(mask) for mask in masks}
     first = sorted(masks, key=lambda mask: rows[mask][0])
@@ -488,7 +488,7 @@ def test_on_a_model_against_full_forwards(method, options):
     masks = [frozenset(m) for n in range(1, 7) for m in combinations(all_blocks(3), n)]
     losses = {mask: loss(mask) for mask in masks}
     half = min(counts.blocks.values()) / 2 / counts.total
-    objective = Objective(rows, TrialStore({}, 3), lambda: Engine(model))
+    objective = Objective(rows, TrialStore({}, 3), Engine(model))
     score = search_settings(
         {"method": method, "metric": "perplexity", "acceleration": "none", "unit": "block", "options": options}
     )

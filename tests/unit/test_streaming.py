@@ -19,9 +19,9 @@ from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLossError
 from blockpruner.core.families import FAMILIES
 from blockpruner.model.models import load_model, masked
-from blockpruner.scoring.large import weights as weights_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large import streaming
+from blockpruner.scoring.large import weights as weights_module
 from blockpruner.scoring.large.memory import is_in_memory
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task

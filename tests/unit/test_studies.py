@@ -19,7 +19,7 @@ from blockpruner.model.models import load_model, masked
 from blockpruner.paper.evaluation import Candidate, Pruned, evaluate_study, time_study, unique
 from blockpruner.paper.experiments import Variant
 from blockpruner.paper.studies import Search, Setting, load_plans, search_all
-from blockpruner.scoring.scorers import make_scorer
+from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.store.files import read_json, write_table
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
@@ -55,7 +55,7 @@ def world(tmp_path_factory):
 
     setting = Setting(
         "tiny", "tiny", "float32", read_json(root / "model" / "config.json"),
-        tiny_tokenizer, lambda data: TEXTS_OF_WORLD, root / "trials", scorer,
+        tiny_tokenizer, lambda data: TEXTS_OF_WORLD, root / "trials", LazyScorer(scorer),
         lambda rows: ModelBench(load_model(root / "model", "float32", "cpu"), rows, lambda *step: None),
     )  # fmt: skip
     search_all(VARIANTS, root / "scores", root / "plans", setting, SilentObserver())
