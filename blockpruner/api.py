@@ -10,32 +10,37 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.hf import save_pruned
-from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, SilentObserver
-from blockpruner.inputs.calibration import pack
-from blockpruner.methods.commit import commit
-from blockpruner.methods.transforms import TRANSFORMS
+from blockpruner.core.settings import Score, read_settings
+from blockpruner.inputs.calibration import CalibrationSet, pack
+from blockpruner.methods.blocks.kind import choose
+from blockpruner.methods.registry import kind_of_method
 from blockpruner.model.models import prune_
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.metrics import PERPLEXITY, Metric, metric_of
-from blockpruner.scoring.objectives import Objective
-from blockpruner.search import method_of, search_settings
+from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.search.iteration import Iteration, removals
-from blockpruner.search.run import SearchRun
+from blockpruner.search.registry import Request, Search, request
+from blockpruner.search.run import search
+from blockpruner.search.trace import Current
 from blockpruner.store.trials import TrialStore, store_fingerprint
+
+IN_MEMORY = "in memory"
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """model: the argument, pruned in place; plan: what was removed, in order; trials: every iteration's scores."""
+    """What `prune` returns."""
 
     model: PreTrainedModel
+    """The argument, pruned in place."""
     tokenizer: Any
     plan: Plan
+    """What was removed, in order."""
     trials: tuple[Iteration, ...]
+    """The scores of every iteration."""
 
     def save(self, directory: str) -> None:
         """Write a checkpoint that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads."""
@@ -51,10 +56,10 @@ def prune(
     *,
     seq_len: int = 2048,
     packing: str = "joined",
-    method: str = "greedy",
+    method: str | Search = "greedy",
     unit: str = "block",
     candidates: str = "all",
-    metric: str = "perplexity",
+    metric: str | Metric = "perplexity",
     options: Mapping[str, Any] | None = None,
     acceleration: str = "none",
     batch_tokens: int | str = "auto",
@@ -63,53 +68,75 @@ def prune(
     """Remove the blocks whose absence costs the least on `texts`, in place (by default as arXiv 2406.10594 does).
 
     Args:
-        model: a transformers causal LM of a supported family; it is changed.
+        model: a transformers causal LM of a supported family. It is changed.
         texts: calibration samples; the paper uses 256 Alpaca samples.
-        ratio: share of all parameters to remove, in (0, 1), the nearest reachable one is taken; or a budget as in
+        ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken. Or a budget as in
             params.yaml ("17blocks", "0.30kv").
-        method, unit, candidates, metric, options: as in a run file's `score` section (docs/methods.md), of the methods
-            that remove blocks; a speed-up and answers to items are for the stages alone.
-        acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md says what they gain and risk).
-        seq_len: tokens a calibration row; shortened to the model's context.
+        method, metric: a name as in a run file's `score` section (docs/methods.md), or a row of your own
+            (docs/extend.md). Methods that change weights, speed-ups and answers to items need the stages.
+        unit, candidates, options: as in a run file's `score` section.
+        acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk).
+        seq_len: tokens in a calibration row; shortened to the model's context.
 
     Raises:
         InputError: unsupported family, no calibration row, a ratio that cannot be met, settings that do not fit.
     """
-    if method in TRANSFORMS:
+    if isinstance(method, str) and not kind_of_method(method).removes_blocks:
         raise InputError(f"method {method!r} changes weights, which prune does not; use a run file and the stages")
-    if metric == "answer_likelihood" or isinstance(texts, str):
+    if isinstance(texts, str):
+        raise InputError("texts is one string; give a list of calibration samples")
+    asked = _request(method, metric, unit, candidates, options or {}, acceleration)
+    if asked.metric.name == "answer_likelihood":
         raise InputError(
             "metric 'answer_likelihood' is of items and their answers, which prune does not take; write a run file"
-            if metric == "answer_likelihood"
-            else "texts is one string; give a list of calibration samples"
         )
     observer = observer or SilentObserver()
     config = model.config.to_dict()
-    resources = resources_of(config)
     budget = ratio if isinstance(ratio, str) else f"{ratio:.12f}".rstrip("0")
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
     calibration = pack(texts, tokenizer, seq_len, packing)
-    dtype = str(model.dtype).removeprefix("torch.")
     model.eval()
-    score = search_settings(
-        {"method": method, "unit": unit, "metric": metric, "options": options, "acceleration": acceleration}
-    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    fields = {loss: store_fingerprint(calibration.digest, IN_MEMORY, dtype, loss) for loss in asked.losses}
+    stores = {loss: TrialStore(fields[loss], len(calibration.rows)) for loss in asked.losses}
     engine = Engine(model, batch_tokens)
-
-    def objective(of: Metric) -> Objective:
-        fields = store_fingerprint(calibration.digest, "in memory", dtype, of.loss)
-        store = TrialStore(fields, len(calibration.rows))
-        return Objective(calibration, store, engine, observer, of)
-
-    asked = objective(metric_of(metric))
-    nll = asked if asked.metric.loss == PERPLEXITY.loss else objective(PERPLEXITY)
-    units = removable_units(int(config["num_hidden_layers"]), unit, candidates)
-    (trace,) = SearchRun(asked, nll, score, units, resources, observer).traces([budget]).values()
-    order, perplexities = removals(trace, method_of(method).nested)
-    facts = {
-        "target": f"in-memory-{budget}", "run": "in-memory", "score": score, "search": "in-memory", "kind": "mask",
-        "nested": method_of(method).nested,
-        "calibration": {"rows": len(calibration.rows), "tokens": calibration.tokens},
-    }  # fmt: skip
-    plan = commit(order, perplexities, resources, budget, facts)
+    trace = search(asked, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
+    order, perplexities = removals(trace, asked.search.nested)
+    current = _current(asked, fields[asked.metric.loss], calibration)
+    plan = choose(order, perplexities, config, budget, current)
     return Pruned(prune_(model, plan.mask), tokenizer, plan, tuple(trace))
+
+
+def _request(
+    method: str | Search,
+    metric: str | Metric,
+    unit: str,
+    candidates: str,
+    options: Mapping[str, Any],
+    acceleration: str,
+) -> Request:
+    row = None if isinstance(method, str) else method
+    measure = METRICS[metric] if isinstance(metric, str) else metric
+    score = read_settings(
+        Score,
+        {
+            "method": row.name if row else method,
+            "metric": measure.name,
+            "unit": unit,
+            "candidates": candidates,
+            "options": options,
+            "acceleration": acceleration,
+        },
+    )
+    return request(score, row, measure)
+
+
+def _current(asked: Request, store: Mapping[str, Any], calibration: CalibrationSet) -> Current:
+    return Current(
+        kind="mask",
+        search=IN_MEMORY,
+        nested=asked.search.nested,
+        score=asked.score,
+        store=store,
+        calibration={"rows": len(calibration.rows), "tokens": calibration.tokens},
+    )

@@ -6,17 +6,13 @@ this module; registries (search methods, benchmarks, families) check their own n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import NAME, Params, Run, Sets
+from blockpruner.core.settings import NAME, Params, Run, Sets, T, read_settings
 
-T = TypeVar("T", bound=BaseModel)
 NO_RUNS = frozenset({"dvc", "sets"})
 """Files of runs/ that are something else: the pipeline of studies, and the sets of them."""
 
@@ -83,41 +79,4 @@ def _load(path: Path, model: type[T]) -> T:
         raise InputError(f"{path} does not exist; run in the project folder") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise InputError("\n".join(_describe(path, model, values, e) for e in error.errors())) from error
-
-
-def _describe(path: Path, model: type[BaseModel], values: Any, error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        valid = ", ".join(_valid_keys(model, error["loc"]))
-        return f"{path}: unknown key {where!r}; valid keys there: {valid}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    given = "" if error["type"] in ("value_error", "missing") else f" (given: {error.get('input')!r})"
-    return f"{path}: {where or 'file'}: {message}{given}"
-
-
-def _valid_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Keys that a nested model takes, found by walking the annotations along an error's location."""
-    models = [model]
-    for part in location[:-1]:
-        tagged = [option for option in models if _tag(option) == part]
-        if tagged:  # a step into the member of a union, not into a field
-            models = tagged
-            continue
-        fields = [option.model_fields[str(part)] for option in models if str(part) in option.model_fields]
-        inner = [option for field in fields for option in (field.annotation, *_arguments(field.annotation))]
-        nested = [option for option in inner if isinstance(option, type) and issubclass(option, BaseModel)]
-        models = nested or models  # a key of a mapping, as in targets.<name>
-    return sorted({key for option in models for key in option.model_fields})
-
-
-def _arguments(annotation: Any) -> tuple[Any, ...]:
-    return tuple(getattr(annotation, "__args__", ()))
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("source")
-    return _arguments(field.annotation)[0] if field is not None else None
+    return read_settings(model, values, f"{path}: ")

@@ -20,13 +20,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from blockpruner.core.blocks import removable_units
-from blockpruner.core.budgets import parse_budget, read_budget, require_reachable, resources_of
+from blockpruner.core.budgets import read_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.settings import Frozen, Params, Run
 from blockpruner.inputs.checkpoints import SOURCE_FILE
-from blockpruner.methods.transforms import TRANSFORMS
+from blockpruner.methods.registry import require_budgets
 from blockpruner.params import load_params, load_run, load_set, load_sets, run_names
 from blockpruner.store.files import read_json, write_text
 
@@ -195,14 +194,10 @@ def _require_reachable(run: str, settings: Run, budgets: Sequence[str]) -> None:
     """Refuse what the stage score would refuse, where the model's config says so: it is fetched, blocks are removed,
     and the budget is no speed-up, which is measured first."""
     config = _fetched_config(run, settings)
-    if config is None or settings.score.method in TRANSFORMS:
+    if config is None:
         return
-    resources = resources_of(config)
-    units = removable_units(int(config["num_hidden_layers"]), settings.score.unit, settings.score.candidates)
     try:
-        for budget in (parse_budget(text, resources["parameters"]) for text in budgets):
-            if budget.resource in resources:
-                require_reachable(budget, units, resources[budget.resource])
+        require_budgets(settings.score, resources_of(config), tuple(budgets))
     except InputError as error:
         raise InputError(f"run {run}: {error}; {PARAMS} is unchanged") from None
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from blockpruner.core.progress import observer
 from blockpruner.methods.commit import commit_run, save_iterations
+from blockpruner.methods.registry import KINDS
 from blockpruner.params import load_params
 from blockpruner.store.files import read_json
 from blockpruner.store.plans import save_plan
@@ -15,13 +16,15 @@ from stages import DATA, run
 def main(name: str) -> None:
     target, out = load_params().target(name), DATA / "plans" / name
     config = read_json(DATA / "models" / target.run / "config.json")
-    plan, tables = commit_run(DATA / "scores" / target.run, config, target.budget, {"target": name, "run": target.run})
+    plan, tables = commit_run(DATA / "scores" / target.run, config, target.budget, name, target.run)
     plan = replace(plan, recover=target.recover)
     if tables:
         save_iterations(tables, out / "iterations.parquet")
     save_plan(plan, out / "plan.json")
-    what = f"removed {', '.join(plan.order)}" if plan.kind == "mask" else f"{plan.method} {dict(plan.details)}"
-    observer().note(f"{name}: {what}; ratio {plan.ratio:.4f} for budget {target.budget}")
+    what = KINDS[plan.kind].taken_out(plan)
+    observer().note(
+        f"{name}: {what} ({', '.join(plan.order) or plan.method}); ratio {plan.ratio:.4f} for budget {target.budget}"
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.methods.pruners import prune_by_plan_
+from blockpruner.methods.apply import prune_by_plan_
 from blockpruner.model.models import load_model, model_family
 from blockpruner.scoring.work import Rows
 from blockpruner.store.files import replace_directory, write_json, write_text

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.verification import reference_beside, reference_outputs, tolerance_of, verify_checkpoint
 from blockpruner.core.plan import Plan
-from blockpruner.methods.pruners import prune_by_plan_
+from blockpruner.methods.apply import prune_by_plan_
 from blockpruner.model.models import load_model
 from blockpruner.scoring.work import Rows
 from blockpruner.store.files import let_others_read, replace_directory, write_json, write_text

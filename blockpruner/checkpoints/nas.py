@@ -25,7 +25,7 @@ from blockpruner.checkpoints.packing import Packed, packed
 from blockpruner.checkpoints.verification import reference_beside, reference_outputs, verify_checkpoint
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.methods.pruners import prune_by_plan_
+from blockpruner.methods.apply import prune_by_plan_
 from blockpruner.model.models import load_model, model_family
 from blockpruner.scoring.work import Rows
 from blockpruner.store.files import let_others_read, replace_directory, write_json

@@ -18,6 +18,7 @@ from blockpruner.checkpoints.verification import reference_beside, reference_out
 from blockpruner.core.blocks import Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import decoder_layers, load_model, masked, model_family
 from blockpruner.scoring.work import Rows
 from blockpruner.store.files import replace_directory
@@ -37,7 +38,7 @@ def export_zeroed(
         InputError: a plan that removes no blocks, or a fresh process that does not reproduce the masked model; nothing
             is left at `out`.
     """
-    if plan.kind != "mask":
+    if not KINDS[plan.kind].removes_blocks:
         raise InputError(
             f"export zeroed silences removed blocks, and method {plan.method!r} of run {plan.run!r} removes none; "
             "leave zeroed out of that run's export"

@@ -6,9 +6,10 @@ Decides which keys exist, their defaults and which combinations make sense. File
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
@@ -475,3 +476,55 @@ class Params(Frozen):
 
     def budgets_of(self, run: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(target.budget for target in self.targets.values() if target.run == run))
+
+
+def _describe(model: type[BaseModel], error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        valid = ", ".join(_valid_keys(model, error["loc"]))
+        return f"unknown key {where!r}; valid keys there: {valid}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = "" if error["type"] in ("value_error", "missing") else f" (given: {error.get('input')!r})"
+    return f"{where or 'file'}: {message}{given}"
+
+
+def _valid_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys that a nested model takes, found by walking the annotations along an error's location."""
+    models = [model]
+    for part in location[:-1]:
+        tagged = [option for option in models if _tag(option) == part]
+        if tagged:  # a step into the member of a union, not into a field
+            models = tagged
+            continue
+        fields = [option.model_fields[str(part)] for option in models if str(part) in option.model_fields]
+        inner = [option for field in fields for option in (field.annotation, *_arguments(field.annotation))]
+        nested = [option for option in inner if isinstance(option, type) and issubclass(option, BaseModel)]
+        models = nested or models  # a key of a mapping, as in targets.<name>
+    return sorted({key for option in models for key in option.model_fields})
+
+
+def _arguments(annotation: Any) -> tuple[Any, ...]:
+    return tuple(getattr(annotation, "__args__", ()))
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("source")
+    return _arguments(field.annotation)[0] if field is not None else None
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def read_settings(model: type[T], values: Any, where: str = "") -> T:
+    """Settings from values as they were given.
+
+    Args:
+        where: the file's name and ": ", for messages.
+
+    Raises:
+        InputError: names the key, the value and the valid ones.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{where}{_describe(model, fault)}" for fault in error.errors())) from error

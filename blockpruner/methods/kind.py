@@ -6,8 +6,8 @@ a row of `search.registry.SEARCHES` and needs no kind of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,9 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current
+from blockpruner.store.locks import hold, this_process
+from blockpruner.store.provenance import fingerprint
+from blockpruner.store.trials import TrialStore, store_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +34,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Material:
-    """The dense model, and what a method may use to find out what to do with it."""
+    """The dense model, and the places and tools that a method may use to find out what to do with it."""
 
-    calibration: CalibrationSet
     identity: str
     """SHA-256 of the dense checkpoint."""
     dtype: str
@@ -43,7 +45,7 @@ class Material:
     scorer: Scorer
     """Of the dense model; it is loaded when a score is asked for that no store knows."""
     dense: Callable[[], PreTrainedModel]
-    """Loads the dense model into this process, for a method that has to change its weights to compare them."""
+    """Loads the dense model into this process, once, for a method that has to change its weights to compare them."""
     observer: Observer
 
 
@@ -51,14 +53,49 @@ class Material:
 class Job:
     """What the stage `score` has to do for one run."""
 
+    material: Material
+    calibration: CalibrationSet
     score: Score
     budgets: tuple[str, ...]
     folder: Path
     """The run's folder of scores. Tables present in it seed the trial stores (a clone after `dvc pull`)."""
-    material: Material
     resources: Resources
     latency: Mapping[str, Any] | None
     """The measurement behind `resources["latency"]`, where there is one."""
+
+    def store_fields(self, loss: str) -> dict[str, Any]:
+        """What identifies the trial store of a loss."""
+        return store_fingerprint(self.calibration.digest, self.material.identity, self.material.dtype, loss)
+
+    @contextmanager
+    def stores(self, losses: Sequence[str]) -> Iterator[dict[str, TrialStore]]:
+        """The trial stores of some losses, locked: another process that computes the same trials is waited for."""
+        observer, found = self.material.observer, dict[str, TrialStore]()
+
+        def busy(holder: str) -> None:
+            observer.note(f"process {holder} computes the same trials; waiting for it, then reusing them")
+
+        with ExitStack() as stack:
+            for loss in sorted(losses):  # in one order everywhere: two processes cannot wait for each other
+                fields = self.store_fields(loss)
+                lock = self.material.trials / f"{fingerprint(fields)}.lock"
+                stack.enter_context(hold(lock, this_process(), busy))
+                found[loss] = TrialStore(fields, len(self.calibration.rows), self.material.trials)
+                stack.callback(found[loss].close)
+            yield found
+
+    def current(self, kind: str, search: str, nested: bool, options: Options, loss: str) -> Current:
+        """What the run's current search is."""
+        rows = self.calibration
+        return Current(
+            kind=kind,
+            search=search,
+            nested=nested,
+            score=self.score.model_copy(update={"options": options.model_dump()}),
+            store=self.store_fields(loss),
+            calibration={"rows": len(rows.rows), "tokens": rows.tokens, "digest": rows.digest},
+            latency=self.latency,
+        )
 
 
 @dataclass(frozen=True)

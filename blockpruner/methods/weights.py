@@ -1,30 +1,105 @@
-"""Methods that change weights: what one will do for a budget, its details, is found first, kept in a file, and becomes a
-plan. The details are JSON of the method's own, which nothing else reads.
+"""Methods that change weights: their details are found first and kept in a file, then become a plan.
+
+Details are JSON that only the method itself reads: merges, or a width. How they are applied to weights is decided in
+the method's own folder.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.core.budgets import Budget, Resources, parse_budget
+from blockpruner.core.budgets import Budget, parse_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.options import read_options
+from blockpruner.core.options import Options, read_options
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Score
-from blockpruner.methods.kind import Job, Kind, Material, make_plan
-from blockpruner.methods.stores import open_stores
-from blockpruner.scoring.engine_of import dense_scorer
+from blockpruner.methods.kind import Job, make_plan
 from blockpruner.scoring.metrics import PERPLEXITY
 from blockpruner.scoring.objectives import Counts, Objective
+from blockpruner.scoring.scorers import LazyScorer
+from blockpruner.scoring.work import Scorer
 from blockpruner.search.trace import Current, search_fingerprint, trace_directory
 from blockpruner.store.files import read_json, write_json
 
 Details = dict[str, Any]
-"""What a method will do: JSON. Under "nll" it may hold each calibration row's mean NLL in the pruned model."""
+"""What a method will do, as JSON. Under "nll" it may hold the mean NLL of each calibration row in the pruned model."""
+
+Planner = Callable[[Budget, Any, Job], Details]
+"""Finds what to do for a budget, from the method's own options. Raises InputError where nothing meets the budget."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a model loses by a plan's details."""
+
+    gone: Mask = DENSE
+    """Blocks that it does without."""
+    pruned: int | None = None
+    """Its parameters, where `gone` does not say how many are left."""
+    order: tuple[str, ...] = ()
+    """The steps, in words."""
+
+
+def score_weights(name: str, options: type[Options], plan: Planner, job: Job) -> tuple[Current, Counts]:
+    """Find the details for each budget, and the NLL of the dense model (`Kind.score`)."""
+    chosen = read_options(name, options, job.score.options)
+    loss, observer = PERPLEXITY.loss, job.material.observer
+    fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump()}
+    current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
+    with job.stores([loss]) as stores, LazyScorer(lambda: _dense_scorer(job)) as scorer:
+        dense = Objective(job.calibration, stores[loss], scorer, observer)
+        for text in job.budgets:
+            path = trace_directory(job.folder, current, text) / "details.json"
+            observer.begin(f"{name} for {text}")
+            is_known = path.exists()
+            if not is_known:
+                write_json(path, plan(parse_budget(text, job.resources["parameters"]), chosen, job))
+            found = {key: value for key, value in read_json(path).items() if key != "nll"}
+            observer.end(", ".join(f"{key} {value}" for key, value in found.items()), cached=is_known)
+        nll = dense([DENSE])[0].loss
+    return replace(current, dense_nll=nll), dense.counts
+
+
+def commit_weights(
+    left: Callable[[Details, Config], Left], scores: Path, config: Config, budget: str, current: Current
+) -> tuple[Plan, Sequence[Path]]:
+    """The plan for a budget from the details that were found for it (`Kind.commit`)."""
+    details = read_json(trace_directory(scores, current, budget) / "details.json")
+    found, nll = left(details, config), details.pop("nll", None)
+    assert current.dense_nll is not None
+    plan = make_plan(
+        current,
+        budget,
+        config,
+        gone=found.gone,
+        pruned=found.pruned,
+        order=found.order,
+        perplexities=(math.exp(current.dense_nll), math.exp(math.fsum(nll) / len(nll)) if nll else None),
+        details=details,
+    )
+    return plan, []
+
+
+UNUSED = Score()
+
+
+def require_no_search_settings(name: str, score: Score) -> None:
+    """Refuse keys of a `score` section that mean nothing to a method that removes no block."""
+    for key in ("unit", "candidates", "metric", "acceleration"):
+        value = getattr(score, key)
+        if value != getattr(UNUSED, key):
+            raise InputError(
+                f"score.{key}: {value} does nothing with method: {name}, which removes no block; remove it"
+            )
+
+
+def _dense_scorer(job: Job) -> Scorer:
+    from blockpruner.scoring.engine import Engine
+
+    return Engine(job.material.dense())

@@ -20,14 +20,14 @@ from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, removable_u
 from blockpruner.core.budgets import Budget, choose_prefix, is_settled, parse_budget, require_reachable, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, count_kv_cache, count_parameters
+from blockpruner.core.options import read_options
 from blockpruner.core.settings import Calibration, Run, Speed
-from blockpruner.methods.transforms import TRANSFORMS
+from blockpruner.methods.registry import check_score
 from blockpruner.paper.experiments import Variant, study_of, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import find_config
 from blockpruner.scoring.metrics import PERPLEXITY, metric_of
 from blockpruner.scoring.work import LOGITS_BYTES, live_numbers
-from blockpruner.search import search_settings
 
 MHA_SHARE = 0.7
 """Of the blocks that BlockPruner removes, how many are MHA: 12 of 17 for Llama2-7B at 22 %, 17 of 24 for its 13B at
@@ -319,9 +319,9 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
     Raises:
         InputError: a method whose work is not counted; see also `calibration_rows` and `removals`.
     """
-    settings = search_settings(variant.score.model_dump(exclude_none=True, exclude={"latency"}))
+    kind, score = check_score(variant.score), variant.score
     rows, length = calibration_rows(variant.calibration)
-    name, metric, section = settings["method"], metric_of(settings["metric"]), variant.calibration.model_dump_json()
+    name, metric, section = score.method, metric_of(score.metric), variant.calibration.model_dump_json()
     flops, depth = Flops.of(config, rows, length), int(config["num_hidden_layers"])
 
     def unknown(loss: str, masks: Sequence[Mask], *, kept: bool) -> list[Mask]:
@@ -330,13 +330,17 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
         known.update(key for mask, key in keys.items() if kept or mask == DENSE)
         return new
 
-    if name in TRANSFORMS:
+    if not kind.removes_blocks:
         dense = unknown(PERPLEXITY.loss, [DENSE], kept=True)
-        measured = _similarities(settings["options"], depth) + len(variant.budgets) if name == "laco" else 0
+        measured = (
+            _similarities(read_options(name, kind.options, score.options).model_dump(), depth) + len(variant.budgets)
+            if name == "laco"
+            else 0
+        )
         return SearchCost(variant, 0, rows, length, len(dense), (len(dense) + measured) * flops.full(DENSE))
     if name not in ("greedy", "one_shot", "random"):
         raise InputError(f"method: {name} asks for what depends on what it finds, which cannot be counted before")
-    units = removable_units(depth, settings["unit"], settings["candidates"])
+    units = removable_units(depth, score.unit, score.candidates)
     steps, _ = removals(units, variant.budgets, config)
     bases = {"greedy": [DENSE, *steps[:-1]], "one_shot": [DENSE], "random": []}[name]
     trials = work = 0
@@ -348,7 +352,7 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
             continue
         is_first = number == 0
         new = unknown(
-            metric.loss, [*([DENSE] if is_first else []), *left], kept=is_first and settings["acceleration"] == "none"
+            metric.loss, [*([DENSE] if is_first else []), *left], kept=is_first and score.acceleration == "none"
         )
         trials += len(new)
         work += flops.sweep(base, [left[mask] for mask in new if mask != DENSE], DENSE in new)
@@ -359,7 +363,7 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
     told = unknown(PERPLEXITY.loss, [mask for mask in [DENSE, *steps] if mask not in scored], kept=False)
     return SearchCost(
         variant, len(steps), rows, length, trials + len(told), work + sum(map(flops.full, told)),
-        EXPECTED[settings["acceleration"]],
+        EXPECTED[score.acceleration],
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from blockpruner.evaluation.suite import (
     tokenizer_digest,
 )
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.pruners import pruned_copy
+from blockpruner.methods.apply import pruned_copy
 from blockpruner.paper.studies import DENSE, model_facts, model_name
 from blockpruner.store.files import replace_directory, write_json, write_table
 from blockpruner.versions import EVAL_VERSION

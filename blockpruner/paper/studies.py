@@ -15,15 +15,15 @@ from typing import Any
 
 from blockpruner.core.blocks import format_mask
 from blockpruner.core.plan import Plan
-from blockpruner.core.progress import Observer
+from blockpruner.core.settings import Calibration, TaskAnswers, Texts
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack
 from blockpruner.methods.commit import commit_run
-from blockpruner.methods.planning import Bench
+from blockpruner.methods.kind import Material
+from blockpruner.methods.registry import KINDS
 from blockpruner.methods.score import score_run
 from blockpruner.paper.experiments import Variant
-from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.iteration import removals
-from blockpruner.search.trace import read_current, read_trace, trace_directory
+from blockpruner.search.trace import Current, read_trace, trace_directory
 from blockpruner.store.files import read_json, replace_directory, write_json
 from blockpruner.store.plans import load_plan, save_plan
 from blockpruner.store.provenance import fingerprint
@@ -34,21 +34,13 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Setting:
-    """What the searches of a study have in common.
-
-    texts: samples of a calibration source, by the source; scorer: its owner closes it; make_bench: with the rows that
-    it measures on.
-    """
+    """What the searches of a study have in common."""
 
     run: str
-    model_identity: str
-    dtype: str
-    config: Mapping[str, Any]
+    material: Material
     tokenizer: Callable[[], Any]
-    texts: Callable[[Any], Sequence[str]]
-    trials: Path
-    scorer: Scorer
-    make_bench: Callable[[Rows], Bench]
+    texts: Callable[[Texts], Sequence[str]]
+    """Samples of a calibration source."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ class Search:
         return cls(**fields | {key: tuple(fields[key]) for key in ("order", "perplexities")})
 
 
-def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: Setting, observer: Observer) -> None:
+def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: Setting) -> None:
     """Make every search far enough for its budgets, and write what it leads to at `plans`/<slug>.
 
     Args:
@@ -83,41 +75,26 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
     """
 
     @cache
-    def rows_of(section: str) -> CalibrationSet:
-        wanted = sections[section]
+    def rows_of(wanted: Calibration) -> CalibrationSet:
+        assert not isinstance(wanted.data, TaskAnswers)
         samples = draw(setting.texts(wanted.data), wanted.num_samples, wanted.split, wanted.seed)
         return pack(samples, setting.tokenizer(), wanted.seq_len, wanted.packing)
 
-    sections = {variant.calibration.model_dump_json(): variant.calibration for variant in variants}
     for number, variant in enumerate(variants, 1):
-        calibration = rows_of(variant.calibration.model_dump_json())
-        observer.note(f"search {number} of {len(variants)}: {variant.name}, to {', '.join(variant.budgets)}")
-        folder = scores / variant.slug
-        score_run(
-            folder,
-            setting.trials,
-            calibration=calibration,
-            model_identity=setting.model_identity,
-            dtype=setting.dtype,
-            config=setting.config,
-            score=variant.score.model_dump(exclude_none=True, exclude={"latency"}),
-            budgets=variant.budgets,
-            scorer=setting.scorer,
-            make_bench=partial(setting.make_bench, calibration.rows),
-            observer=observer,
-            metrics=folder / "score.json",
-        )
-        write = partial(
-            _write, variant=variant, calibration=calibration, cost=_add_cost(folder), scores=folder, setting=setting
-        )
+        calibration, folder = rows_of(variant.calibration), scores / variant.slug
+        wanted = f"{variant.name}, to {', '.join(variant.budgets)}"
+        setting.material.observer.note(f"search {number} of {len(variants)}: {wanted}")
+        counts = score_run(setting.material, calibration, variant.score, variant.budgets, folder)
+        cost = _add_cost(folder, counts)
+        write = partial(_write, variant=variant, calibration=calibration, cost=cost, scores=folder, setting=setting)
         replace_directory(plans / variant.slug, write)
     for path in set(plans.iterdir()) - {plans / variant.slug for variant in variants}:
         shutil.rmtree(path)
 
 
-def _add_cost(folder: Path) -> dict[str, float]:
+def _add_cost(folder: Path, now: Mapping[str, Any]) -> dict[str, float]:
     """What all starts of a search took together; a start that computed nothing adds nothing."""
-    now, path = read_json(folder / "score.json"), folder / "cost.json"
+    path = folder / "cost.json"
     before = read_json(path) if path.exists() else {"seconds": 0.0, "computed": 0, "asked": 0}
     worked = now["rows_computed"] > 0 or not path.exists()
     cost = {
@@ -139,15 +116,14 @@ def _write(
 ) -> None:
     calibration.save(directory / "rows.parquet", variant.calibration.data.source)
     for budget in variant.budgets:
-        target = {"target": f"{variant.name}, {budget}", "run": setting.run}
-        plan, _ = commit_run(scores, setting.config, budget, target)
+        plan, _ = commit_run(scores, setting.material.config, budget, f"{variant.name}, {budget}", setting.run)
         save_plan(plan, directory / f"{budget}.json")
-    facts = read_current(scores)
+    current = Current.load(scores)
     order: tuple[str, ...] = ()
     perplexities: tuple[float, ...] = ()
     first: dict[str, float] = {}
-    if facts["kind"] == "mask" and facts["nested"]:
-        trace = read_trace(trace_directory(scores, facts, variant.budgets[0]), facts["search"])
+    if current.nested:
+        trace = read_trace(trace_directory(scores, current, variant.budgets[0]), current.search)
         units, losses = removals(trace, True)
         order, perplexities = tuple(map(format_mask, units)), tuple(losses)
         first = {
@@ -165,13 +141,8 @@ def load_plans(folder: Path, variant: Variant) -> dict[str, Plan]:
 
 
 def model_facts(plan: Plan, rows: str) -> dict[str, Any]:
-    """All that a pruned model depends on beside the dense one. rows: digest of its search's calibration set."""
-    found: dict[str, Any] = {"kind": plan.kind}
-    if plan.kind == "mask":
-        return found | {"removed": list(plan.removed)}
-    if plan.kind == "laco":
-        return found | {"merges": [list(pair) for pair in plan.details["merges"]], "variant": plan.details["variant"]}
-    return found | {"width": plan.details["width"], "rows": rows}
+    """All that a pruned model depends on, apart from the dense one. rows: digest of its search's calibration set."""
+    return {"kind": plan.kind, **KINDS[plan.kind].identity(plan, rows)}
 
 
 def model_name(plan: Plan, rows: str) -> str:

@@ -61,6 +61,7 @@ class Counts:
     trials_reused: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    iterations: int = 0
 
 
 class Objective:

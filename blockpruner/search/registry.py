@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.options import Options, read_options
+from blockpruner.core.registry import Registry
 from blockpruner.core.settings import Score
 from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, PERPLEXITY, Metric, metric_of
@@ -74,13 +75,6 @@ class Request:
         }
 
 
-def search_of(name: str) -> Search:
-    """The row of a search; raises InputError that names the valid ones."""
-    if name not in SEARCHES:
-        raise InputError(f"score.method {name!r} is unknown; valid: {', '.join(sorted(SEARCHES))}")
-    return SEARCHES[name]
-
-
 def request(score: Score, search: Search | None = None, metric: Metric | None = None) -> Request:
     """Check a `score` section.
 
@@ -90,7 +84,7 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
     Raises:
         InputError: an unknown search, metric or option, or two settings that do not fit together.
     """
-    search, metric = search or search_of(score.method), metric or metric_of(score.metric)
+    search, metric = search or SEARCHES[score.method], metric or metric_of(score.metric)
     if search.asks == "nothing" and metric.name != PERPLEXITY.name:
         raise InputError(
             f"score.metric {metric.name} does nothing with method: {search.name}, which asks for no score; remove it"
@@ -117,9 +111,10 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
     return found
 
 
-SEARCHES: dict[str, Search] = {
-    row.name: row
-    for row in (
+SEARCHES = Registry(
+    "score.method",
+    Search,
+    [
         Search("greedy", "greedy", greedy, GreedyOptions, asks="units", accelerated=True),
         Search("one_shot", "one-shot", one_shot, asks="units"),
         Search("beam", "beam search", beam, BeamOptions, nested=False),
@@ -127,5 +122,5 @@ SEARCHES: dict[str, Search] = {
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
         Search("random", "random order", random_order, RandomOptions, asks="nothing"),
         Search("given", "given order", given, GivenOptions, asks="nothing"),
-    )
-}
+    ],
+)

@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask, removable_units
-from blockpruner.core.budgets import Budget, Goal, Resources, goal_of, is_settled, parse_budget, require_reachable, that_cost
+from blockpruner.core.budgets import (
+    Budget,
+    Goal,
+    Resources,
+    goal_of,
+    is_settled,
+    parse_budget,
+    require_reachable,
+    that_cost,
+)
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.core.progress import Observer, SilentObserver
@@ -77,6 +86,7 @@ def search(
             on_iteration(budget, iteration)
             found[budget].append(iteration)
     counts = own.counts if nll is own else _sum(own.counts, nll.counts)
+    counts.iterations = sum(map(len, found.values()))
     return Traces(request.search.nested, found, counts)
 
 

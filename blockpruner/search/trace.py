@@ -197,11 +197,12 @@ class Current:
         return cls(**found | {"score": ScoreSettings.model_validate(found["score"])})
 
 
-def trace_directory(scores: Path, search: str, nested: bool, budget: str, latency: Mapping[str, Any] | None) -> Path:
+def trace_directory(scores: Path, current: Current, budget: str) -> Path:
     """The folder of the trace that answers a budget: one for all budgets of a nested search, else one for each.
 
     What a speed-up means was measured, and a trace for a speed-up belongs to that measurement too.
     """
-    if nested:
-        return scores / search
-    return scores / search / (f"{budget}-{fingerprint(latency or {})}" if budget.endswith("x") else budget)
+    directory = scores / current.search
+    if current.nested:
+        return directory
+    return directory / (f"{budget}-{fingerprint(current.latency or {})}" if budget.endswith("x") else budget)

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import yaml
+from blockpruner.methods.transforms import TRANSFORMS
 from transformers import AutoModelForCausalLM
 
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation import latency, speed
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.transforms import TRANSFORMS
 from blockpruner.search import SEARCHES
 from blockpruner.store.plans import load_plan
 from stages import calibrate, commit, fetch, materialize, score

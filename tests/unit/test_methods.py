@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from blockpruner.methods.transforms import TRANSFORMS
 
 from blockpruner.core.blocks import DENSE, BlockKind, format_mask, parse_mask, removable_units
 from blockpruner.core.budgets import choose_prefix, parse_budget
@@ -21,7 +22,6 @@ from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.score import score_run
-from blockpruner.methods.transforms import TRANSFORMS
 from blockpruner.model.models import decoder_layers, masked
 from blockpruner.params import load_run
 from blockpruner.scoring.engine import Engine

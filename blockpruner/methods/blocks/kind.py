@@ -1,0 +1,157 @@
+"""The kind of plan that removes blocks: a mask, found by any search of `search.registry`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blockpruner.core.blocks import BlockKind, Mask, format_mask, sorted_blocks
+from blockpruner.core.budgets import Resources, choose_prefix, is_settled, parse_budget
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config
+from blockpruner.core.plan import Plan
+from blockpruner.methods.kind import Job, Kind, known_resources, make_plan
+from blockpruner.scoring.metrics import METRICS, PERPLEXITY
+from blockpruner.scoring.objectives import Counts
+from blockpruner.scoring.work import Rows
+from blockpruner.search.iteration import removals
+from blockpruner.search.registry import SEARCHES, request
+from blockpruner.search.run import search, units_of
+from blockpruner.search.trace import (
+    Current,
+    read_trace,
+    search_fingerprint,
+    seed_stores,
+    table_path,
+    trace_directory,
+    write_iteration,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PER_WORDS = {"parameters": " per parameter saved", "kv": " per KV cache saved", "latency": " per time saved"}
+
+
+def score(job: Job) -> tuple[Current, Counts]:
+    asked, observer = request(job.score), job.material.observer
+    priced = {"latency": job.latency} if asked.per == "latency" else {}
+    loss = asked.metric.loss
+    fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **priced})
+    current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
+    with job.stores(asked.losses) as stores:
+        seeded = seed_stores(
+            job.folder / fingerprint, fingerprint, stores[loss], stores[PERPLEXITY.loss], asked.metric.influence
+        )
+        for problem in [*seeded, *(line for store in stores.values() for line in store.problems)]:
+            observer.note(f"warning: {problem}")
+        rows = job.calibration
+        observer.note(f"calibration: {len(rows.rows)} rows, {rows.tokens} tokens; search {fingerprint}")
+        found = search(
+            asked,
+            rows,
+            stores,
+            job.material.scorer,
+            job.resources,
+            job.budgets,
+            observer,
+            lambda budget, iteration: write_iteration(
+                trace_directory(job.folder, current, budget), iteration, fingerprint
+            ),
+        )
+    return current, found.counts
+
+
+def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config, budget: str, current: Current) -> Plan:
+    """Choose the prefix of a removal sequence that meets a budget.
+
+    Args:
+        order: the units removed, in order; of a search that is not nested all at once.
+        perplexities: on the calibration set, of the dense model and after each removal (one more than `order`).
+
+    Raises:
+        InputError: the budget cannot be met; names the largest or nearest that can.
+    """
+    resources = known_resources(config, budget, current)
+    prefixes = [Mask().union(*order[: k + 1]) for k in range(len(order))]
+    counts = resources["parameters"]
+    wanted = parse_budget(budget, counts)
+    steps = choose_prefix(wanted, prefixes, resources[wanted.resource])
+    mask = prefixes[steps - 1]
+    return make_plan(
+        current,
+        budget,
+        config,
+        gone=mask,
+        removed=tuple(str(block) for block in sorted_blocks(mask)),
+        order=tuple(format_mask(unit) for unit in order[:steps]),
+        ratios=tuple(counts.ratio(prefix) for prefix in prefixes[:steps]),
+        perplexities=(perplexities[0], perplexities[steps]),
+    )
+
+
+def commit(scores: Path, config: Config, budget: str, current: Current) -> tuple[Plan, Sequence[Path]]:
+    resources, directory = known_resources(config, budget, current), trace_directory(scores, current, budget)
+    trace = read_trace(directory, current.search)
+    if not trace:
+        raise InputError(f"{directory} has no iteration for budget {budget!r}; run its stage score")
+    order, perplexities = removals(trace, current.nested)
+    if current.nested:
+        _require_scored(order, resources, budget, current)
+    plan = choose(order, perplexities, config, budget, current)
+    used = len(plan.order) if plan.nested else len(trace)
+    return plan, [table_path(directory, index) for index in range(used)]
+
+
+def _require_scored(order: Sequence[Mask], resources: Resources, budget: str, current: Current) -> None:
+    """Refuse a sequence that was not scored as far as the budget: it was searched for others."""
+    counts = resources["parameters"]
+    prefixes = [Mask().union(*order[: k + 1]) for k in range(len(order))]
+    remaining = [unit for unit in units_of(request(current.score), resources) if not unit <= prefixes[-1]]
+    wanted = parse_budget(budget, counts)
+    if not is_settled(wanted, prefixes, resources[wanted.resource], remaining):
+        reached = wanted.amount(prefixes[-1], resources[wanted.resource])
+        raise InputError(f"the run is scored up to {reached}, not to budget {budget!r}; run its stage score")
+
+
+def words(plan: Plan, unit: str) -> str:
+    search, metric = SEARCHES[plan.method], METRICS[plan.metric]
+    if search.asks == "nothing":  # then neither metric nor calibration text has a part in what is removed
+        return f"{search.title}, {unit}"
+    return f"{search.title}, {unit}, by {metric.name}{PER_WORDS.get(str(plan.options.get('per')), '')}"
+
+
+def card(plan: Plan) -> str:
+    options = ", ".join(f"`{key}: {value}`" for key, value in plan.options.items() if key != "order")
+    return (
+        f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its {plan.layers} MLP "
+        f"blocks, chosen by `{plan.method}` search by `{plan.metric}`{f' ({options})' if options else ''}"
+    )
+
+
+def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
+    from blockpruner.model.models import prune_
+
+    return prune_(model, plan.mask)
+
+
+def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrainedModel]:
+    from blockpruner.model.models import masked
+
+    return masked(model, plan.mask)
+
+
+BLOCKS = Kind(
+    "mask",
+    "blocks removed",
+    score=score,
+    commit=commit,
+    apply_=_apply,
+    lend=_lend,
+    identity=lambda plan, rows: {"removed": list(plan.removed)},
+    words=words,
+    taken_out=lambda plan: " + ".join(f"{plan.blocks[kind]} {kind.upper()}" for kind in BlockKind),
+    card=card,
+)

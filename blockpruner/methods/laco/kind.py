@@ -1,0 +1,163 @@
+"""LaCo as a kind of method: the merges that remove the number of layers nearest to a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing
+from functools import cached_property, partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+from blockpruner.core.blocks import Mask, all_blocks, removable_units
+from blockpruner.core.budgets import Budget, choose_prefix, require_reachable
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config
+from blockpruner.core.options import Options
+from blockpruner.core.plan import Plan
+from blockpruner.methods.kind import Job, Kind
+from blockpruner.methods.laco.walk import (
+    Measure,
+    Merge,
+    Merges,
+    SimilarityLog,
+    dropped,
+    layers_after,
+    search_threshold,
+    similarity_fields,
+)
+from blockpruner.methods.weights import Details, Left, commit_weights, score_weights
+from blockpruner.scoring.work import Rows
+from blockpruner.store.provenance import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from blockpruner.methods.laco.merging import ModelBench
+
+
+class LacoOptions(Options):
+    count: int = 4
+    """C: how many layers become one. The public notebooks have 3 and 7."""
+    lowest: int = 0
+    """L: the lowest layer that the walk visits, counted from 0."""
+    highest: int | None = None
+    """H: the highest layer; null is the last."""
+    interval: int = 1
+    """I: how far the walk goes down after a merge."""
+    variant: Literal["repo", "paper"] = "repo"
+    """How weights are merged: as the public notebook does it, or by the paper's equation."""
+
+
+class _Bench:
+    """Similarities and losses of merged models, known or measured. The model is loaded when the first is not known."""
+
+    def __init__(self, job: Job, variant: str, log: SimilarityLog) -> None:
+        self._job, self._variant, self._log = job, variant, log
+
+    @cached_property
+    def _model(self) -> ModelBench:
+        from blockpruner.methods.laco.merging import ModelBench
+
+        material = self._job.material
+        return ModelBench(material.dense(), self._job.calibration.rows, material.observer.advance)
+
+    def similarity(self, merges: Merges) -> float:
+        known = self._log.known
+        return known[merges] if merges in known else self._measure(merges)
+
+    @cached_property
+    def _measure(self) -> Measure:
+        return self._model.similarity(self._variant, self._log.known, self._log.record)
+
+    def nll(self, merges: Merges) -> list[float]:
+        return self._model.merged_nll(merges, self._variant)
+
+
+def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
+    """LaCo's merges that remove the number of layers nearest to the budget.
+
+    Returns:
+        variant; merges, as [layer, count] in order; threshold; similarity of the merged model to the dense one;
+        layers: how many are removed; nll: the merged model's, each calibration row's mean.
+
+    Raises:
+        InputError: a budget or settings that no walk meets; names what is nearest.
+    """
+    material, costs = job.material, job.resources[budget.resource]
+    depth = len(costs.blocks) // 2
+    layers = removable_units(depth, "layer", "all")[: depth - 1]  # one layer is left at least
+    require_reachable(budget, layers, costs)
+    wanted = choose_prefix(budget, [Mask().union(*layers[: k + 1]) for k in range(depth - 1)], costs)
+    fields = similarity_fields(job.calibration.digest, material.identity, material.dtype, options.variant)
+    with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
+        for problem in log.problems:
+            material.observer.note(f"warning: {problem}")
+        bench = _Bench(job, options.variant, log)
+        try:
+            threshold, merges = search_threshold(
+                bench.similarity,
+                depth,
+                wanted,
+                count=options.count,
+                lowest=options.lowest,
+                highest=options.highest,
+                interval=options.interval,
+            )
+        except InputError as error:
+            raise InputError(f"budget {budget.text!r}: {error}") from error
+        similarity = bench.similarity(merges)
+        nll = bench.nll(merges)
+    return {
+        "variant": options.variant,
+        "merges": [[merge.layer, merge.count] for merge in merges],
+        "threshold": threshold,
+        "similarity": similarity,
+        "layers": dropped(merges, depth),
+        "nll": nll,
+    }
+
+
+def _left(details: Details, config: Config) -> Left:
+    depth, merges = int(config["num_hidden_layers"]), _merges(details)
+    merged = set(chain.from_iterable(layer[1:] for layer in layers_after(merges, depth)))
+    gone = frozenset(block for block in all_blocks(depth) if block.layer in merged)
+    return Left(gone, order=tuple(map(str, merges)))
+
+
+def _merges(details: Mapping[str, Any]) -> list[Merge]:
+    return [Merge(*pair) for pair in details["merges"]]
+
+
+def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
+    from blockpruner.methods.laco.merging import merge_
+
+    return merge_(model, _merges(plan.details), plan.details["variant"])
+
+
+def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrainedModel]:
+    from blockpruner.methods.laco.merging import merged
+
+    return merged(model, _merges(plan.details), plan.details["variant"])
+
+
+def _card(plan: Plan) -> str:
+    return (
+        f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
+        f"`{plan.details['variant']}`, merges {', '.join(plan.order)})"
+    )
+
+
+LACO = Kind(
+    "laco",
+    "LaCo",
+    score=partial(score_weights, "laco", LacoOptions, plan_merges),
+    commit=partial(commit_weights, _left),
+    apply_=_apply,
+    lend=_lend,
+    identity=lambda plan, rows: {"merges": plan.details["merges"], "variant": plan.details["variant"]},
+    words=lambda plan, unit: f"LaCo ({plan.details['variant']}), layers merged, by cosine similarity",
+    taken_out=lambda plan: f"{plan.blocks['mha']} layers by merging",
+    card=_card,
+    options=LacoOptions,
+    exports=frozenset({"hf", "nas", "gguf"}),
+)

@@ -1,0 +1,55 @@
+"""Kinds of methods: KINDS, one row each, from the folder of each kind."""
+
+from __future__ import annotations
+
+from blockpruner.core.budgets import Resources
+from blockpruner.core.errors import InputError
+from blockpruner.core.options import read_options
+from blockpruner.core.registry import Registry
+from blockpruner.core.settings import Score
+from blockpruner.methods.blocks.kind import BLOCKS
+from blockpruner.methods.kind import Kind
+from blockpruner.methods.laco.kind import LACO
+from blockpruner.methods.slicegpt.kind import SLICEGPT
+from blockpruner.methods.weights import require_no_search_settings
+from blockpruner.search.registry import SEARCHES, request
+from blockpruner.search.run import require_searchable
+
+
+def kind_of_method(method: str) -> Kind:
+    """The kind of plan that a method ends in; raises InputError that names the valid methods."""
+    if method in SEARCHES:
+        return BLOCKS
+    if method in KINDS and method != BLOCKS.name:
+        return KINDS[method]
+    valid = sorted({*SEARCHES, *KINDS} - {BLOCKS.name})
+    raise InputError(f"score.method {method!r} is unknown; valid: {', '.join(valid)}")
+
+
+def check_score(score: Score) -> Kind:
+    """The kind of method that a `score` section names.
+
+    Raises:
+        InputError: an unknown method, metric or option, or settings that do not fit together.
+    """
+    kind = kind_of_method(score.method)
+    if kind.removes_blocks:
+        request(score)
+    else:
+        require_no_search_settings(kind.name, score)
+        read_options(kind.name, kind.options, score.options)
+    return kind
+
+
+def require_budgets(score: Score, resources: Resources, budgets: tuple[str, ...]) -> None:
+    """Refuse, before anything is computed, budgets that no removal of blocks meets. What a method that changes weights
+    can reach, it says itself.
+
+    Raises:
+        InputError: names the largest or nearest budget that can be reached.
+    """
+    if kind_of_method(score.method).removes_blocks:
+        require_searchable(request(score), resources, budgets)
+
+
+KINDS = Registry("plan kind", Kind, [BLOCKS, LACO, SLICEGPT])

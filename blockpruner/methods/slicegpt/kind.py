@@ -1,0 +1,70 @@
+"""SliceGPT as a kind of method: the width whose ratio is nearest to a budget. Nothing is searched."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from blockpruner.core.budgets import Budget
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config
+from blockpruner.core.options import Options
+from blockpruner.core.plan import Plan
+from blockpruner.methods.kind import Job, Kind
+from blockpruner.methods.slicegpt.widths import sliced_parameters, width_for_ratio
+from blockpruner.methods.weights import Details, Left, commit_weights, score_weights
+from blockpruner.scoring.work import Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def plan_width(budget: Budget, options: Options, job: Job) -> Details:
+    """SliceGPT's width whose ratio is nearest to the budget.
+
+    Returns:
+        width; hidden: the dense model's.
+
+    Raises:
+        InputError: a budget that is no share of parameters, a ratio out of reach, or a family that cannot be sliced.
+    """
+    if budget.ratio is None or budget.resource != "parameters":
+        raise InputError(
+            f"budget {budget.text!r} is met by removing blocks, and slicegpt removes none; give a share of all "
+            'parameters ("0.22")'
+        )
+    config = job.material.config
+    return {"width": width_for_ratio(config, budget.ratio), "hidden": int(config["hidden_size"])}
+
+
+def _left(details: Details, config: Config) -> Left:
+    _, pruned = sliced_parameters(config, details["width"])
+    return Left(pruned=pruned)
+
+
+def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
+    from blockpruner.methods.slicegpt.slicing import slice_
+
+    return slice_(model, rows, plan.details["width"])
+
+
+def _card(plan: Plan) -> str:
+    details = plan.details
+    return (
+        f"with its residual stream sliced from {details['hidden']:,} to {details['width']:,} columns by SliceGPT "
+        "(arXiv 2401.15024)"
+    )
+
+
+SLICEGPT = Kind(
+    "slicegpt",
+    "SliceGPT",
+    score=partial(score_weights, "slicegpt", Options, plan_width),
+    commit=partial(commit_weights, _left),
+    apply_=_apply,
+    identity=lambda plan, rows: {"width": plan.details["width"], "rows": rows},
+    words=lambda plan, unit: "SliceGPT, hidden width sliced",
+    taken_out=lambda plan: f"width {plan.details['hidden']:,} → {plan.details['width']:,}",
+    card=_card,
+    exports=frozenset({"hf"}),
+)
