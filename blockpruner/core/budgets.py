@@ -51,11 +51,14 @@ measured."""
 
 @dataclass(frozen=True)
 class Budget:
-    """text: as in params.yaml; ratio: share of a resource, or blocks: a count; exactly one is not None."""
+    """How far to prune. Exactly one of `ratio` and `blocks` is given."""
 
     text: str
+    """As in params.yaml."""
     ratio: float | None = None
+    """Share of the resource."""
     blocks: int | None = None
+    """A number of blocks."""
     resource: str = "parameters"
 
     def amount(self, mask: Mask, costs: Costs) -> str:
@@ -89,17 +92,17 @@ def parse_budget(text: str, counts: Costs) -> Budget:
 
 
 def speedup(share: float) -> float:
-    """Of a model that saves a share of the time."""
+    """How many times as fast a model is that saves a share of the time."""
     return 1 / (1 - share) if share < 1 else math.inf
 
 
 def distance(share: float, wanted: float) -> float:
-    """Between two shares, such that two which differ by rounding alone are equal."""
+    """The distance between two shares; 0 where only rounding separates them."""
     return round(abs(share - wanted), 12)
 
 
 def resources_of(config: Config, latency: Mapping[str, int] | None = None) -> dict[str, Costs]:
-    """What a model takes, and each of its blocks.
+    """What a model and each of its blocks cost of each resource.
 
     Args:
         latency: nanoseconds of generation: "total", and of one block "mha" and "mlp"; None where it was not measured.
@@ -140,7 +143,7 @@ def require_reachable(budget: Budget, units: Sequence[Mask], costs: Costs) -> No
 
 
 def that_cost(masks: Sequence[Mask], costs: Costs) -> list[Mask]:
-    """Those that take something of a resource: an MLP block takes none of the KV cache."""
+    """The masks that take something of a resource. An MLP block, for instance, takes nothing of the KV cache."""
     return [mask for mask in masks if costs.ratio(mask) > 0]
 
 
@@ -171,16 +174,15 @@ def is_settled(budget: Budget, prefixes: Sequence[Mask], costs: Costs, remaining
 
 @dataclass(frozen=True)
 class Goal:
-    """A budget as a test of single masks, for searches that do not remove one unit after the other.
-
-    share: how much a mask removes, counted as the budget counts; wanted: how much it should; tolerance: how far off
-    still meets it: half of the smallest unit, so that no mask could be nearer by one unit more or less.
-    """
+    """A budget as a test of single masks, for searches that do not remove one unit after the other."""
 
     budget: Budget
     share: Callable[[Mask], float]
+    """How much a mask removes, counted as the budget counts."""
     wanted: float
+    """How much a mask should remove."""
     tolerance: float
+    """How far off still meets the budget: half of the smallest unit. No mask comes nearer by one unit more or less."""
 
     def distance(self, mask: Mask) -> float:
         return distance(self.share(mask), self.wanted)

@@ -14,34 +14,43 @@ from blockpruner.core.blocks import Mask, parse_mask
 
 @dataclass(frozen=True)
 class Plan:
-    """kind: "mask" (blocks are removed), "laco" (layers are merged) or "slicegpt" (the residual stream is sliced);
-    removed: all blocks, sorted; order: what each removal took, in order, or LaCo's merges; ratio: share of all
-    parameters removed; ratios: the cumulative ratio after each removal; removes: the share of each resource, the time
-    of generation where it was measured, as blocks cost it; blocks: counts by kind; parameters: dense and pruned;
-    calibration: rows, tokens and the perplexity on them of the dense and of the pruned model (null where it is only
-    known once the model is made); recover: whether the pruned model is trained before it is evaluated; nested: whether
-    `order` is a sequence whose beginnings meet smaller budgets; options: the method's; details: a transformation's."""
+    """How one pruned model differs from the dense one, and how that was found."""
 
     kind: str
+    """The kind of method: "mask" (blocks are removed), or a kind that changes weights, such as "laco"."""
     target: str
     run: str
     budget: str
     method: str
     metric: str
     search: str
+    """Fingerprint of the search."""
     layers: int
+    """Of the dense model."""
     removed: tuple[str, ...]
+    """All removed blocks, sorted."""
     order: tuple[str, ...]
+    """What each step took, in order."""
     ratio: float
+    """Share of all parameters removed."""
     ratios: tuple[float, ...]
+    """The cumulative ratio after each removal."""
     blocks: Mapping[str, int]
+    """How many blocks of each kind are gone."""
     parameters: Mapping[str, int]
+    """Of the dense and of the pruned model."""
     calibration: Mapping[str, Any]
+    """Rows, tokens, and the perplexity on them of the dense and the pruned model (null: known once it is made)."""
     recover: bool = False
+    """Whether the pruned model is trained before it is evaluated."""
     nested: bool = True
+    """Whether the first steps of `order` meet smaller budgets."""
     removes: Mapping[str, float] = field(default_factory=dict)
+    """The share of each resource that is gone; of the time of generation where it was measured."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's options."""
     details: Mapping[str, Any] = field(default_factory=dict)
+    """What a method that changes weights will do; only its own kind reads them."""
 
     @property
     def mask(self) -> Mask:

@@ -1,8 +1,8 @@
-"""Beam search: greedy that remembers the `width` best masks of each number of removed units, instead of one.
+"""Beam search: greedy that keeps the `width` best masks of each number of removed units, instead of one.
 
-Decides which masks are kept and when a path ends. A mask that two orders of removal lead to is one mask. A path ends as
-greedy does, at the first mask that one unit more would take farther from the goal; the best of all kept masks that
-meet the goal is the answer. With a width of 1 this is greedy, with one that nothing falls out of an exhaustive search.
+Decides which masks are kept and when a path ends. Two orders of removal that lead to one mask count once. A path ends
+where greedy ends: at the first mask that one unit more would take farther from the goal. The best kept mask that meets
+the goal is the answer. A width of 1 is greedy; a width that keeps every mask is an exhaustive search.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Greedy search: remove the unit whose removal leaves the lowest score, again and again (arXiv 2406.10594, alg. 1).
 
-Decides the order of removal. Sequences are nested: the first k removals answer every smaller budget, so the
-caller stops when its budgets are settled. Since only the lowest score of an iteration matters, `select` may leave
-candidates out that cannot have it. Over whole layers it is SLEB (arXiv 2402.09025). With a price, what counts is the
-rise of the loss for what a removal saves of a resource, so that MHA and MLP blocks are weighed by what they cost.
+Sequences are nested: the first k removals answer every smaller budget, and the caller stops when its budgets are
+settled. Only the lowest score of an iteration matters, so `select` may leave out candidates that cannot have it. Over
+whole layers this is SLEB (arXiv 2402.09025). With a price, the rise of the loss is divided by what a removal saves of a
+resource. Then MHA and MLP blocks are weighed by what they cost.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
 
 
 def _price(score: Score, removed: Mask, before: float, costs: Costs | None) -> float:
-    """What is lowest for the best candidate; where removal lowers the loss, the more it saves the better."""
+    """The number that is lowest for the best candidate. Where a removal lowers the loss, saving more is better."""
     if costs is None:
         return score.loss
     rise, share = score.loss - before, costs.ratio(score.mask - removed)

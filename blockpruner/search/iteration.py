@@ -11,20 +11,19 @@ from blockpruner.scoring.objectives import Score
 
 @dataclass(frozen=True)
 class Iteration:
-    """scores and added run in parallel; added is None for a mask that is not one candidate more than the last choice.
-
-    lazy_choice: in an audited iteration, the mask that had been chosen before all candidates entered.
-    nll: parallel to scores, what perplexity is made of: of the chosen mask and the dense model always, of others where
-    it is the metric; empty until the run of the search fills it in. The dense model is the first mask of the first
-    iteration.
-    """
+    """One step. `scores`, `added` and `nll` run in parallel. The dense model is the first mask of the first iteration."""
 
     index: int
     scores: tuple[Score, ...]
     added: tuple[Mask | None, ...]
+    """The candidate; None for a mask that is not the last choice with one candidate more."""
     chosen: int
+    """Which of the scores is the step's choice."""
     lazy_choice: Mask | None = None
+    """In an audited iteration, the mask that had been chosen before all candidates entered."""
     nll: tuple[Score | None, ...] = ()
+    """What perplexity is made of. It is known for the chosen mask and the dense model, and for others where it is the
+    metric; empty until the run of the search fills it in."""
 
     @property
     def removed(self) -> Mask:

@@ -1,8 +1,8 @@
-"""One-shot ranking: score every unit once, in the dense model, and remove the lowest, one after the other.
+"""One-shot ranking: score every unit once, in the dense model, then remove the lowest, one after the other.
 
-Over layers by Block Influence it is ShortGPT (arXiv 2403.03853), by relative magnitude the paper's RM, by perplexity
-Shortened-LLM (arXiv 2402.02834); over blocks by Block Influence LLM-Drop (arXiv 2406.15786), and by perplexity the
-first ablation of table 2 of arXiv 2406.10594.
+Over layers it is ShortGPT by Block Influence (arXiv 2403.03853), RM by relative magnitude (as in arXiv 2406.10594), and
+Shortened-LLM by perplexity (arXiv 2402.02834). Over blocks it is LLM-Drop by Block Influence (arXiv 2406.15786), and the
+first ablation of table 2 of arXiv 2406.10594 by perplexity.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a search is given: the units that it may remove, and whom it may ask.
+"""What a search is given: the units that it may remove, and functions that score masks.
 
-A search is a function of a problem and its own options. It knows neither model nor trial store, and decides nothing
-but which masks to ask about.
+A search is a function of a problem and its own options. It knows neither model nor trial store. It only decides which
+masks to ask about.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ class Ask(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """units: what may be removed at once, in tie-break order: of equal scores the first wins; ask: scores any masks;
-    select: scores the candidates of one step, leaving out some that cannot win where the run is accelerated;
-    rows: of the calibration set; goal: the budget of a search that works for one alone, else None; resources: what
-    units cost, of the resources that are known (`budgets.Resources`)."""
+    """One search problem."""
 
     units: Sequence[Mask]
+    """What may be removed at once, in tie-break order: of equal scores the first wins."""
     ask: Ask
+    """Scores any masks."""
     select: Select
+    """Scores the candidates of one step. In an accelerated run it leaves out some that cannot win."""
     rows: int
+    """How many rows the calibration set has."""
     goal: Goal | None = None
+    """The budget, for a search that works for one budget alone."""
     resources: Resources = field(default_factory=dict)
+    """What units cost of each resource that is known."""

@@ -1,8 +1,8 @@
-"""The masks that a goal allows: which there are, how one is drawn, how one becomes another, which comes first.
+"""The masks that a goal allows: how one is drawn, how one becomes another, and in which order they come.
 
-Nothing here is scored. Units are of a kind when they count the same: all of them where the goal counts blocks, the MHA
-blocks and the MLP blocks where it counts a resource. Whether a mask meets the goal depends on nothing but how many
-units of each kind it removes: its composition.
+Nothing here is scored. Units that count the same are of one class: all units where the goal counts blocks; MHA blocks
+and MLP blocks where it counts a resource. How many units of each class a mask removes is its composition, and the
+composition alone decides whether the mask meets the goal.
 """
 
 from __future__ import annotations
@@ -60,17 +60,15 @@ def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A way to change a mask within the goal: restore `restored` of the removed units of a kind, all in `restorable`,
-    and remove `removed` of the kept ones of a kind, all in `removable`, instead; one of the numbers is 1.
-
-    across: the kinds differ, as where three MHA blocks count as much as one MLP block.
-    """
+    """A way to change a mask within the goal: restore some removed units of one class and remove kept ones instead."""
 
     restorable: Sequence[Mask]
     restored: int
+    """How many of the restorable units are restored. This number or `removed` is 1."""
     removable: Sequence[Mask]
     removed: int
     across: bool
+    """The classes differ: for instance three MHA blocks count as much as one MLP block."""
 
 
 class Space:

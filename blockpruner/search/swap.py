@@ -1,8 +1,7 @@
-"""Swap search: a removed unit restored and another removed instead, as long as that lowers the loss.
+"""Swap search: restore a removed unit and remove another one instead, as long as that lowers the loss.
 
-Decides in which order the swaps of a mask are tried. Greedy cannot undo a removal; this can. What each unit's
-restoration and removal does to the loss alone is asked first, and the sum of what a swap consists of predicts its
-effect; the most promising ones are then scored themselves.
+Greedy cannot undo a removal; this search can. It first asks what restoring or removing each single unit does to the
+loss. The sum of these changes predicts the effect of a swap, and the most promising swaps are then scored.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from blockpruner.search.problem import Problem
 from blockpruner.search.space import Exchange, Space, goal_of_problem, nearest, unit_order
 
 BATCH = 16
-"""Swaps asked for at once: they share what they have in common, but those after one that helps are asked in vain."""
+"""How many swaps are asked for at once. They share forward passes, but those after one that helps are wasted."""
 
 
 class SwapOptions(Options):
@@ -73,7 +72,7 @@ def swap(problem: Problem, options: SwapOptions) -> Iterator[Iteration]:
 
 
 def by_prediction(mask: Mask, exchanges: list[Exchange], change: Mapping[Mask, float]) -> Iterator[Mask]:
-    """All masks that one of the exchanges leads to, by the sum of the changes of the loss that it is made of."""
+    """All masks that one exchange leads to, those with the lowest predicted loss first."""
 
     def of(exchange: Exchange) -> Iterator[tuple[float, Mask]]:
         back, out = (sorted(units, key=change.__getitem__) for units in (exchange.restorable, exchange.removable))
@@ -91,7 +90,7 @@ Choice = tuple[tuple[int, ...], ...]
 
 
 def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple[float, Choice]]:
-    """Choose sizes[k] of costs[k], for each k, in all ways, those with the lowest sum first, as far as they are wanted.
+    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first.
 
     Args:
         costs: each list ascending. Then any choice is reached from the cheapest one, the first of each list, by moving

@@ -1,7 +1,7 @@
-"""The trace of a search: its iteration tables on disk, how they are written, read and turned into trials again.
+"""The trace of a search: its iteration tables on disk, and how trials are made from them again.
 
 Decides where tables lie (`<scores>/<search fingerprint>/iteration_000.parquet`, in a folder for each budget where the
-search is not nested) and when one may be trusted.
+search is not nested) and when a table may be trusted.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ ITERATION = pa.schema(
         pa.field("lazy_choice", pa.bool_()),
     ]
 )
-"""What a search did in one iteration, one row per mask considered.
+"""An iteration table: one row for each mask that a search considered. A candidate without a row was not considered.
 
-removed: the whole mask; added: the candidate's blocks as text (null for the dense model, and in a search that does not
-add one unit after the other); loss: mean over rows of each row's loss in the search's metric, null where none was asked
-for; perplexity: exp(mean over rows of each row's mean NLL, nats per token), of the chosen mask and the dense model
-always, of others where it is the metric; rows_used < rows_total: scored on the first rows only (in a race, or in a
-generation's first rounds), so of use to no ranking; a candidate without a row was not considered;
-row_loss, row_nll: the rows' own, from which trial stores are seeded;
-lazy_choice: in an audited iteration, whether this one had been chosen before all candidates entered; else null.
+- removed: the whole mask.
+- added: the candidate's blocks as text; null for the dense model, and in a search that does not add unit after unit.
+- loss: mean over rows of each row's loss in the search's metric; null where none was asked for.
+- perplexity: exp(mean over rows of each row's mean NLL, nats per token). It is there for the chosen mask and the dense
+  model, and for others where it is the metric.
+- rows_used < rows_total: the mask was scored on the first rows only (in a race, or in a generation's first rounds), and
+  no ranking may use it.
+- row_loss, row_nll: the losses of single rows, from which trial stores are seeded.
+- lazy_choice: in an audited iteration, whether this mask had been chosen before all candidates entered; else null.
 """
 
 
