@@ -1,8 +1,8 @@
 """Evolutionary search: make many variants of one mask and keep the best one, a (1 + lambda) search as in EvoPress.
 
-Decides how masks vary and on how many rows they are compared (arXiv 2410.14649: 32 offspring with a few swaps each, first
-on few tokens, the best ones on more). Here all variants meet the same budget, and a mask replaces its parent only if its
-loss on all rows is lower. No generation is worse than the one before.
+Decides how masks vary and on how many rows they are compared (arXiv 2410.14649: 32 offspring with a few swaps each,
+first on few tokens, the best ones on more). Here all variants meet the same budget, and a mask replaces its parent only
+if its loss on all rows is lower. No generation is worse than the one before.
 """
 
 from __future__ import annotations
