@@ -112,14 +112,14 @@ class Kind:
     """The plan for a budget, from a run's folder of scores; and the iteration tables that it used, in order."""
     apply_: Callable[[PreTrainedModel, Plan, Rows], PreTrainedModel]
     """Changes a dense model in place, for good. The rows are the calibration rows."""
-    identity: Callable[[Plan, str], dict[str, Any]]
+    identity: Callable[[Plan, str], dict[str, Any]] = lambda plan, rows: {**plan.details, "rows": rows}
     """All that the pruned model depends on, apart from the dense one. Gets the digest of the calibration rows."""
-    words: Callable[[Plan, str], str]
+    words: Callable[[Plan, str], str] = lambda plan, unit: plan.method
     """How the plan was made, for instance "one-shot, whole layers, by Block Influence". Gets the words for what was
     removed at once."""
-    taken_out: Callable[[Plan], str]
+    taken_out: Callable[[Plan], str] = lambda plan: f"{plan.ratio:.1%} of the parameters"
     """What is gone, for instance "3 MHA + 4 MLP"."""
-    card: Callable[[Plan], str]
+    card: Callable[[Plan], str] = lambda plan: f"with weights changed by `{plan.method}`"
     """What was done to the model, as a clause of its model card."""
     lend: Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None = None
     """The dense model changed for a while: another way to the same model, to verify the first one by. Where there is

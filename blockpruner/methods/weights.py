@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Budget, parse_budget
@@ -19,13 +20,16 @@ from blockpruner.core.families import Config
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Score
-from blockpruner.methods.kind import Job, make_plan
+from blockpruner.methods.kind import Job, Kind, make_plan
 from blockpruner.scoring.metrics import PERPLEXITY
 from blockpruner.scoring.objectives import Counts, Objective
 from blockpruner.scoring.scorers import LazyScorer
-from blockpruner.scoring.work import Scorer
+from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current, search_fingerprint, trace_directory
 from blockpruner.store.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Details = dict[str, Any]
 """What a method will do, as JSON. Under "nll" it may hold the mean NLL of each calibration row in the pruned model."""
@@ -46,8 +50,27 @@ class Left:
     """The steps, in words."""
 
 
-def score_weights(name: str, options: type[Options], plan: Planner, job: Job) -> tuple[Current, Counts]:
-    """Find the details for each budget, and the NLL of the dense model (`Kind.score`)."""
+def weights_kind(
+    name: str,
+    title: str,
+    *,
+    plan: Planner,
+    left: Callable[[Details, Config], Left],
+    apply_: Callable[[PreTrainedModel, Plan, Rows], PreTrainedModel],
+    options: type[Options] = Options,
+    **others: Any,
+) -> Kind:
+    """A kind of method that changes weights; `name` is its `score.method`.
+
+    Args:
+        others: the other fields of `Kind`.
+    """
+    score, commit = partial(_score, name, options, plan), partial(_commit, left)
+    return Kind(name, title, score, commit, apply_, options=options, **others)
+
+
+def _score(name: str, options: type[Options], plan: Planner, job: Job) -> tuple[Current, Counts]:
+    """Find the details for each budget, and the NLL of the dense model."""
     chosen = read_options(name, options, job.score.options)
     loss, observer = PERPLEXITY.loss, job.material.observer
     fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump()}
@@ -66,10 +89,10 @@ def score_weights(name: str, options: type[Options], plan: Planner, job: Job) ->
     return replace(current, dense_nll=nll), dense.counts
 
 
-def commit_weights(
+def _commit(
     left: Callable[[Details, Config], Left], scores: Path, config: Config, budget: str, current: Current
 ) -> tuple[Plan, Sequence[Path]]:
-    """The plan for a budget from the details that were found for it (`Kind.commit`)."""
+    """The plan for a budget from the details that were found for it."""
     details = read_json(trace_directory(scores, current, budget) / "details.json")
     found, nll = left(details, config), details.pop("nll", None)
     assert current.dense_nll is not None

@@ -23,6 +23,7 @@ from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.families import Family, family_of
 from blockpruner.model import modeling_blockpruned as blockpruned
+from blockpruner.model.classes import config_class, model_class
 
 # transformers has no class of its own for Baichuan 13B; the one for checkpoints is used in memory too
 AutoConfig.register(blockpruned.BaichuanConfig.model_type, blockpruned.BaichuanConfig)
@@ -220,7 +221,7 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
         removed = {(block.layer, block.kind) for block in mask}
         kept = [i for i in range(len(layers)) if not {(i, kind) for kind in BlockKind} <= removed]
         _remove_(model, mask, kept)
-        model.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
+        model.__class__ = model_class(row)
         # how a loaded model's weights came from those of its file (GPT-NeoX's head, a mixture's experts); the new class
         # reads its own names only
         model._weight_conversions = []
@@ -261,7 +262,7 @@ def _remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
     blockpruned.drop_layers_(layers, kept)
     blockpruned.number_attentions_(layers, row.mha.module)
     renumber_(config, row, [(layer, layer) for layer in kept])
-    config.__class__ = getattr(blockpruned, f"{row.prefix}BlockPrunedConfig")
+    config.__class__ = config_class(row)
     config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
     config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]
     config.source_layers = list(kept)

@@ -11,7 +11,7 @@ from blockpruner.scoring.objectives import Score
 
 @dataclass(frozen=True)
 class Iteration:
-    """One step. `scores`, `added` and `nll` run in parallel; the first mask of the first iteration is the dense model."""
+    """One step. `scores`, `added` and `nll` run in parallel. The first mask of all is the dense model."""
 
     index: int
     scores: tuple[Score, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
-from blockpruner.methods.kind import Job, Kind
+from blockpruner.methods.kind import Job
 from blockpruner.methods.laco.walk import (
     Measure,
     Merge,
@@ -25,7 +25,7 @@ from blockpruner.methods.laco.walk import (
     search_threshold,
     similarity_fields,
 )
-from blockpruner.methods.weights import Details, Left, commit_weights, score_weights
+from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
 
@@ -147,11 +147,11 @@ def _card(plan: Plan) -> str:
     )
 
 
-LACO = Kind(
+LACO = weights_kind(
     "laco",
     "LaCo",
-    score=partial(score_weights, "laco", LacoOptions, plan_merges),
-    commit=partial(commit_weights, _left),
+    plan=plan_merges,
+    left=_left,
     apply_=_apply,
     lend=_lend,
     identity=lambda plan, rows: {"merges": plan.details["merges"], "variant": plan.details["variant"]},

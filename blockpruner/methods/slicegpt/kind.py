@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from blockpruner.core.budgets import Budget
@@ -10,9 +9,9 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
-from blockpruner.methods.kind import Job, Kind
+from blockpruner.methods.kind import Job
 from blockpruner.methods.slicegpt.widths import sliced_parameters, width_for_ratio
-from blockpruner.methods.weights import Details, Left, commit_weights, score_weights
+from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
 
 if TYPE_CHECKING:
@@ -56,11 +55,11 @@ def _card(plan: Plan) -> str:
     )
 
 
-SLICEGPT = Kind(
+SLICEGPT = weights_kind(
     "slicegpt",
     "SliceGPT",
-    score=partial(score_weights, "slicegpt", Options, plan_width),
-    commit=partial(commit_weights, _left),
+    plan=plan_width,
+    left=_left,
     apply_=_apply,
     identity=lambda plan, rows: {"width": plan.details["width"], "rows": rows},
     words=lambda plan, unit: "SliceGPT, hidden width sliced",
