@@ -1,0 +1,74 @@
+"""The examples of docs/extend.md run, and do what the page claims."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
+
+from blockpruner.core.blocks import parse_mask
+from blockpruner.core.families import FAMILIES
+from blockpruner.core.plan import Plan
+from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+
+PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
+EXAMPLES = dict(re.findall(r"\n## (.*?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL))
+TEXTS = [f"sentence {number} of a small calibration set, with some words" for number in range(6)]
+
+
+def run(title, **given):
+    """Run the page's first example, which imports the package, and one more; returns its names."""
+    names = {"tokenizer": tiny_tokenizer(), "texts": TEXTS, "model": tiny_model(layers=3)} | given
+    exec(compile("import blockpruner\n" + EXAMPLES[title], str(PAGE), "exec"), names)
+    return names
+
+
+def test_a_metric():
+    names = run("A metric")
+    logits, targets = torch.tensor([[0.0, 1.0], [2.0, 1.0]]), torch.tensor([1, 1])
+    assert names["wrong"](logits, targets, None).tolist() == [0.0, 1.0]
+    assert len(names["pruned"].plan.order) == 2 and names["pruned"].plan.metric == "wrong_tokens"
+
+
+def test_a_search():
+    plan = run("A search")["pruned"].plan
+    assert [unit.partition(".")[0] for unit in plan.order] == ["mlp", "mha", "mlp"]
+
+
+@pytest.fixture
+def families():
+    before = dict(FAMILIES)
+    yield
+    for name in set(FAMILIES) - set(before):
+        FAMILIES.remove(name)
+
+
+def test_a_family(tmp_path, families):
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.5,
+    )  # fmt: skip
+    gemma = GemmaForCausalLM(config).eval().requires_grad_(False)
+    pruned = run("A model family", gemma=gemma, folder=tmp_path)["pruned"]
+    assert len(parse_mask(",".join(pruned.plan.removed))) == 3
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(loaded(ids).logits, pruned.model(ids).logits)
+    assert sum(p.numel() for p in loaded.parameters()) == pruned.plan.parameters["pruned"]
+
+
+def test_a_method_that_changes_weights():
+    """Its neurons are those that brute force would keep."""
+    names, dense = run("A method that changes weights"), tiny_model(layers=2)
+    details = {"width": 40}
+    plan = Plan("narrow", "t", "r", "0.1", "narrow", "perplexity", "", 2, (), (), 0.1, (), {}, {}, {}, details=details)
+    config = dense.config.to_dict()
+    before = dense.model.layers[1].mlp.down_proj.weight.clone()
+    names["narrow_"](dense, plan, ())
+    norms = before.norm(dim=0).tolist()
+    kept = sorted(sorted(range(48), key=norms.__getitem__)[-40:])
+    torch.testing.assert_close(dense.model.layers[1].mlp.down_proj.weight, before[:, kept])
+    assert sum(p.numel() for p in dense.parameters()) == names["left"](details, config).pruned
+    assert dense(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
