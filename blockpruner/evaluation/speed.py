@@ -51,8 +51,8 @@ class MeasuredSpeed:
     """Of all parameters; shared ones count once."""
     peak_memory_bytes: int
     peak_memory: str
-    """What the peak is. "allocated": the largest sum of tensors on the CUDA device while this model generated, less what
-    the other models hold there. "weights + KV cache": their sum, on a CPU, where only the process's memory is known."""
+    """What the peak is. "allocated": the largest sum of tensors on the CUDA device while this model generated, without
+    those of the other models. "weights + KV cache": their sum, on a CPU, where only the process's memory is known."""
     prompt_tokens: int
     new_tokens: int
     batch: int

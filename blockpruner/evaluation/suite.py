@@ -143,7 +143,7 @@ def benchmark(
         speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds.
 
     Raises:
-        InputError: a task is unknown, rows are longer than the context, or sources or checkpoints are missing or damaged.
+        InputError: a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
     """
     tasks = settings.zero_shot.tasks
     if not tasks:
