@@ -28,7 +28,7 @@ from blockpruner.core.settings import Runtime, Score
 from blockpruner.evaluation.benchmarks import benchmark_of
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.zero_shot import evaluate, gold_answers
-from blockpruner.inputs.calibration import CalibrationSet, draw, draw_in_turn, pack, pack_answers
+from blockpruner.inputs.calibration import CalibrationSet, draw, draw_in_turn, pack_rows, pack_answers
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.texts import TEXTS
 from blockpruner.inputs.tokenizers import load_tokenizer
@@ -86,7 +86,7 @@ take twice as long to 20 % as greedy does."""
 def text_rows(tokenizer: Any) -> CalibrationSet:
     texts, _ = read_table(TEXT, TEXTS)
     samples = draw(texts.column("text").to_pylist(), 20, "all", 42)
-    return CalibrationSet(pack(samples, tokenizer, LENGTH, "joined").rows[:ROWS])
+    return CalibrationSet(pack_rows(samples, tokenizer, LENGTH, "joined").rows[:ROWS])
 
 
 def answer_rows(tokenizer: Any) -> CalibrationSet:

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import DENSE, Mask, all_blocks
-from blockpruner.inputs.calibration import CalibrationSet, draw, pack
+from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.inputs.texts import TEXTS
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked
@@ -41,7 +41,7 @@ def main(checkpoint: Path, sources: Path, removals: int, rows: int, length: int)
     model, tokenizer = load_model(checkpoint, "float32"), load_tokenizer(checkpoint)
     texts, _ = read_table(sources / "calibration.parquet", TEXTS)
     samples = draw(texts.column("text").to_pylist(), 20, "all", 42)
-    data = CalibrationSet(pack(samples, tokenizer, length, "joined").rows[:rows])
+    data = CalibrationSet(pack_rows(samples, tokenizer, length, "joined").rows[:rows])
     engine = Engine(model)
     chosen: dict[str, list[str]] = {"engine": [], "oracle": []}
     seconds = {"engine": 0.0, "oracle": 0.0}

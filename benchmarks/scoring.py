@@ -28,7 +28,7 @@ from benchmarks.shapes import random_model, random_rows
 from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Config
 from blockpruner.core.settings import Runtime
-from blockpruner.inputs.calibration import CalibrationSet, draw, pack
+from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.texts import TEXTS
 from blockpruner.inputs.tokenizers import load_tokenizer
@@ -55,7 +55,7 @@ def calibration_rows(seed: int) -> CalibrationSet:
     """The first 8 rows of 128 tokens of 20 samples drawn with `seed`."""
     texts, _ = read_table(TEXT, TEXTS)
     samples = draw(texts.column("text").to_pylist(), 20, "all", seed)
-    return CalibrationSet(pack(samples, load_tokenizer(SMOLLM2), LENGTH, "joined").rows[:ROWS])
+    return CalibrationSet(pack_rows(samples, load_tokenizer(SMOLLM2), LENGTH, "joined").rows[:ROWS])
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.core.settings import Score, read_settings
-from blockpruner.inputs.calibration import CalibrationSet, pack
+from blockpruner.inputs.calibration import CalibrationSet, pack_rows
 from blockpruner.methods.blocks.kind import choose
 from blockpruner.methods.registry import kind_of_method
 from blockpruner.model.models import prune_
@@ -94,7 +94,7 @@ def prune(
     config = model.config.to_dict()
     budget = ratio if isinstance(ratio, str) else f"{ratio:.12f}".rstrip("0")
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
-    calibration = pack(texts, tokenizer, seq_len, packing)
+    calibration = pack_rows(texts, tokenizer, seq_len, packing)
     model.eval()
     dtype = str(model.dtype).removeprefix("torch.")
     fields = {loss: store_fingerprint(calibration.digest, IN_MEMORY, dtype, loss) for loss in asked.losses}

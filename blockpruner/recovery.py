@@ -1,13 +1,13 @@
 """Recovery: LoRA adapters trained on a pruned model, then merged into its weights (arXiv 2406.10594, Figure 8).
 
-Decides the recipe, the order of the samples and what survives a kill. Where the texts come from is decided by
-`sources`, what is written of the result by `checkpoints`.
+Decides the recipe, the order of the samples and what survives a kill. Where texts come from is decided in
+`inputs.texts`, how the result is written in `checkpoints`.
 
 The paper gives: 8,000 Alpaca samples, adapters on every linear layer but embeddings and head, rank 32, alpha 10,
-learning rate 2e-4, batches of 1 with 4 accumulated, a linear schedule. It leaves the rest open. Taken here: one
-epoch, as in SliceGPT's fine-tuning, whose figures these are; a sample is a row, ended by the end-of-text token and
-truncated, with a loss on all its tokens, as Alpaca's plain form has it; and the defaults of transformers' Trainer:
-AdamW with betas 0.9 and 0.999 and no weight decay, gradients clipped to norm 1, no warm-up, no dropout.
+learning rate 2e-4, batches of 1 with 4 accumulated, a linear schedule. It leaves the rest open, and these choices fill
+it: one epoch, as in SliceGPT's fine-tuning, which has the same figures; each sample is a row, ended by the end-of-text
+token and truncated, with a loss on all its tokens, as in Alpaca's plain form; and the defaults of transformers'
+Trainer: AdamW with betas 0.9 and 0.999 and no weight decay, gradients clipped to norm 1, no warm-up, no dropout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLossError
 from blockpruner.core.progress import Observer
-from blockpruner.inputs.calibration import CalibrationSet, draw, pack
+from blockpruner.core.settings import Recover
+from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.store.files import set_aside, write_atomic
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import RECOVERY_VERSION
@@ -41,71 +42,62 @@ IGNORED = -100
 """Target of a pad in `cross_entropy`."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """rank, alpha: the update of a weight W is alpha / rank * B A, with A [rank, in] and B [out, rank];
-    learning_rate: of the first step, falling linearly to 0; batch: rows in one forward pass; accumulation: passes
-    in one step; epochs: times that every row is seen; seed: of the adapters' start and of the order of the rows.
-    """
-
-    rank: int = 32
-    alpha: float = 10.0
-    learning_rate: float = 2e-4
-    batch: int = 1
-    accumulation: int = 4
-    epochs: int = 1
-    seed: int = 42
+RECIPE = ("rank", "alpha", "learning_rate", "batch", "accumulation", "epochs", "seed")
+"""The settings that decide the weights, given the rows. Part of the key of trained adapters."""
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """model: the argument, its weights changed in place; losses: of each step before it was taken, nats per token."""
+    """A trained model."""
 
     model: PreTrainedModel
+    """The model that was given, with its weights changed in place."""
     losses: tuple[float, ...]
+    """Of each step, before it was taken; nats per token."""
 
 
-def training_rows(texts: Sequence[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int) -> CalibrationSet:
-    """Draw samples without replacement; each is a row, ended by the end-of-text token, of at most `seq_len` tokens.
+def training_rows(texts: Sequence[str], tokenizer: Any, wanted: Recover) -> CalibrationSet:
+    """Draw samples without replacement. Each is a row, ended by the end-of-text token and cut off at `seq_len`.
 
     Raises:
-        InputError: fewer texts than `num_samples`.
+        InputError: there are fewer texts than `num_samples`.
     """
     ending = tokenizer.eos_token or ""
-    samples = [text + ending for text in draw(texts, num_samples, "all", seed, section="recover")]
-    return pack(samples, tokenizer, seq_len, "per_sample")
+    samples = [text + ending for text in draw(texts, wanted.num_samples, "all", wanted.seed, section="recover")]
+    return pack_rows(samples, tokenizer, wanted.seq_len, "per_sample")
 
 
 def recover_(
     model: PreTrainedModel,
     rows: CalibrationSet,
-    recipe: Recipe,
+    recipe: Recover,
     *,
     adapters: Path,
     identity: str,
     observer: Observer,
     save_every: int = 50,
 ) -> Recovered:
-    """Train adapters on `rows` and merge them into the model's weights, in place; class and config stay as they are.
+    """Train adapters on `rows` and merge them into the model's weights, in place. Class and config stay as they are.
 
     A step minimises the mean over its rows of each row's mean NLL, the logarithm of the perplexity that the search
-    minimised; so `batch` changes memory and speed, `batch * accumulation` the result. Adapters are float32 for
-    a bfloat16 model. A float16 model, whose gradients would vanish, is trained in float32 and rounded in the end.
-    The model stays in evaluation mode: without dropout, a step depends on nothing but the steps before it.
+    minimised. `batch` therefore changes memory and speed, and `batch * accumulation` the result. Adapters are float32
+    for a bfloat16 model. A float16 model, whose gradients would vanish, is trained in float32 and rounded in the end.
+    The model stays in evaluation mode: without dropout, a step depends only on the steps before it.
 
     Args:
-        adapters: folder of the training states, one file for each (identity, dtype, rows, recipe): written every
-            `save_every` steps, so that a killed run goes on there to the same weights, and kept when complete, so
-            that a model is trained once.
-        identity: content of the model's weights, as `provenance.model_identity`.
+        adapters: folder of the training states, one file for each (identity, dtype, rows, recipe). A state is written
+            every `save_every` steps; a killed run goes on from it to the same weights. The last state is kept, and the
+            model is not trained again.
+        identity: of the model's weights, as `provenance.model_identity` gives it.
 
     Raises:
         NonFiniteLossError: training diverged.
         DeviceMemoryError: a batch does not fit; names the settings to lower.
     """
     dtype = model.dtype
-    key = {"model": identity, "dtype": str(dtype), "rows": rows.digest, "recipe": asdict(recipe)}
-    path = adapters / f"{fingerprint(key | {'version': RECOVERY_VERSION})}.safetensors"
+    key: dict[str, Any] = {"model": identity, "dtype": str(dtype), "rows": rows.digest, "version": RECOVERY_VERSION}
+    key["recipe"] = {field: getattr(recipe, field) for field in RECIPE}
+    path = adapters / f"{fingerprint(key)}.safetensors"
     if dtype is torch.float16:
         _cast_(model, torch.float32)
     model.eval()
@@ -145,8 +137,8 @@ def _tenth(losses: Sequence[float]) -> int:
     return -(-len(losses) // 10)
 
 
-def _steps(count: int, recipe: Recipe) -> Iterator[list[int]]:
-    """The rows of each step: every epoch a new permutation, cut into steps, the last of an epoch maybe smaller."""
+def _steps(count: int, recipe: Recover) -> Iterator[list[int]]:
+    """The rows of each step. Every epoch is a new permutation, cut into steps; its last step may be smaller."""
     generator = torch.Generator().manual_seed(recipe.seed)
     size = recipe.batch * recipe.accumulation
     for _ in range(recipe.epochs):
@@ -176,8 +168,8 @@ def _accumulate_(model: PreTrainedModel, rows: Sequence[Sequence[int]], batch: i
 
 
 def _row_nll(model: PreTrainedModel, rows: Sequence[Tensor]) -> Tensor:
-    """Mean NLL of each row, nats per token, in float32 at least; [B]. Pads lie on the right, where causal attention
-    cannot see them, and are no targets."""
+    """Mean NLL [B] of each row, nats per token, in float32 or wider. Pads lie on the right, where causal attention does
+    not see them, and are no targets."""
     ids = pad_sequence(list(rows), batch_first=True)
     targets = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=IGNORED)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -187,12 +179,12 @@ def _row_nll(model: PreTrainedModel, rows: Sequence[Tensor]) -> Tensor:
 
 
 def _cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast the parameters only: rotary tables stay float32, as in a model loaded from its file."""
+    """Cast the parameters alone. Rotary tables stay float32, as in a model loaded from its file."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
-# --- the training state: one safetensors file, adapters first, an optimizer's moments while it is needed -------------
+# --- the training state: one safetensors file with adapters, and with the optimizer's moments until training ends -----
 
 
 def _save(
@@ -211,7 +203,7 @@ def _save(
 def _resume_(
     path: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, observer: Observer
 ) -> list[float]:
-    """Restore adapters and optimizer; returns the losses of the steps done, none if there is no state to trust."""
+    """Restore adapters and optimizer from a sound state. Returns the losses of the steps done; none without a state."""
     if not path.exists():
         return []
     try:

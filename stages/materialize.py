@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from blockpruner.checkpoints import EXPORTS
+from blockpruner.checkpoints.registry import EXPORTS, require_exports
 from blockpruner.core.progress import observer
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import set_threads
 from blockpruner.params import load_params, load_run
 from blockpruner.store.plans import load_plan
@@ -14,17 +15,19 @@ from stages import DATA, run
 def main(name: str) -> None:
     params, plan = load_params(), load_plan(DATA / "plans" / name / "plan.json")
     settings, dense = load_run(plan.run), DATA / "models" / plan.run
+    model = settings.model
+    require_exports(settings.export, KINDS[plan.kind], model.dtype)
     rows = CalibrationSet.load(DATA / "calibration" / plan.run / "rows.parquet").rows
-    set_threads(params.runtime.threads)  # which a slice depends on
+    set_threads(params.runtime.threads)  # SliceGPT's result depends on them
     for form in settings.export:
-        EXPORTS[form](
+        EXPORTS[form].write(
             dense,
             plan,
             DATA / "checkpoints" / name / form,
             rows=rows,
-            dtype=settings.model.dtype,
+            dtype=model.dtype,
             device=params.runtime.device,
-            trust_remote_code=getattr(settings.model, "trust_remote_code", False),
+            trust_remote_code=model.trust_remote_code,
         )
         observer().note(f"{name}: {form} checkpoint written and verified in a fresh process")
 

@@ -22,10 +22,8 @@ def main(name: str) -> None:
     def latency() -> Mapping[str, Any]:
         from blockpruner.evaluation.latency import kept_latency  # loads torch
 
-        timed, remote = settings.score.latency.model_dump(), getattr(settings.model, "trust_remote_code", False)
-        return kept_latency(
-            folder, trials_root(), checkpoint, settings.model.dtype, timed, params.runtime.model_dump(), remote, watch
-        )
+        timed = settings.score.latency
+        return kept_latency(folder, trials_root(), checkpoint, settings.model, timed, params.runtime, watch)
 
     with open_material(checkpoint, settings.model, params.runtime, trials_root(), watch) as material:
         counts = score_run(material, calibration, settings.score, params.budgets_of(name), folder, latency)

@@ -28,25 +28,21 @@ def candidates(name: str, settings: Run) -> list[Candidate]:
 
 
 def dense(name: str, settings: Run) -> Checkpoint:
-    runtime = load_params().runtime
+    runtime, model = load_params().runtime, settings.model
     set_threads(runtime.threads)
-    remote = getattr(settings.model, "trust_remote_code", False)
-    return Checkpoint(STUDIES / name / "model", settings.model.dtype, runtime.device, remote)
+    return Checkpoint(STUDIES / name / "model", model.dtype, runtime.device, model.trust_remote_code)
 
 
 def main(name: str) -> None:
     settings = load_run(name)
-    study, evaluate = study_of(settings), settings.evaluate
     evaluate_study(
         dense(name, settings),
         candidates(name, settings),
         STUDIES / name / "sources",
         STUDIES / name / "results",
         DATA / "evaluations",
-        perplexity=evaluate.perplexity.model_dump(),
-        tasks=dict.fromkeys(evaluate.zero_shot.tasks, evaluate.zero_shot.limit),
-        main_tasks=dict.fromkeys(study.tasks, study.tasks_limit),
-        wikitext=study.wikitext.model_dump() if study.wikitext else None,
+        settings=settings.evaluate,
+        study=study_of(settings),
         observer=observer(),
     )
 

@@ -6,48 +6,49 @@ import os
 from pathlib import Path
 
 from blockpruner.core.progress import observer
+from blockpruner.core.settings import LocalTexts, TaskAnswers
+from blockpruner.evaluation.tasks import check_tasks, fetch_tasks
 from blockpruner.inputs.checkpoints import fetch_checkpoint
-from blockpruner.inputs.texts import load_texts
+from blockpruner.inputs.texts import load_texts, write_texts
 from blockpruner.paper.experiments import study_of, variants
 from blockpruner.params import load_run
 from blockpruner.store.files import replace_directory
 from blockpruner.store.provenance import fingerprint
 from stages import CACHE, PINS, STUDIES, run
-from stages.fetch import check_tasks, write_tasks, write_texts
 
 DATA_VARIABLE = "BLOCKPRUNER_DATA"
-"""Names a folder of benchmark data; of it a study takes WikiText-2, which no package holds."""
+"""Names a folder of benchmark data. A study takes WikiText-2 from it, which no package holds."""
 
 
 def main(name: str) -> None:
-    settings = load_run(name)
-    study, evaluate, out = study_of(settings), settings.evaluate, STUDIES / name
-    tasks = tuple(dict.fromkeys([*evaluate.zero_shot.tasks, *study.tasks]))
-    check_tasks(tasks, evaluate.zero_shot.data)
-    held_out = evaluate.perplexity.data
-    calibration = {
-        variant.calibration.data.model_dump_json(): variant.calibration.data for variant in variants(settings)
-    }
+    settings, note, out = load_run(name), observer().note, STUDIES / name
+    study, held_out, zero_shot = study_of(settings), settings.evaluate.perplexity.data, settings.evaluate.zero_shot
+    zero_shot = zero_shot.model_copy(update={"tasks": tuple(dict.fromkeys([*zero_shot.tasks, *study.tasks]))})
+    check_tasks(zero_shot)
+    found = [variant.calibration.data for variant in variants(settings)]
+    calibrations = {fingerprint(data.model_dump()): data for data in found if not isinstance(data, TaskAnswers)}
 
     def build(directory: Path) -> None:
-        write_texts(directory, "perplexity", load_texts(held_out.model_dump(), CACHE, PINS))
-        for data in calibration.values():
-            texts = load_texts(data.model_dump(), CACHE, PINS)
+        def write(role: str, texts: list[str]) -> None:
+            write_texts(directory / f"{role}.parquet", texts)
+            note(f"{role}: {len(texts)} texts")
+
+        write("perplexity", load_texts(held_out, CACHE, PINS))
+        for key, data in calibrations.items():
+            texts = load_texts(data, CACHE, PINS)
             if data == held_out:  # it is evaluated on the beginning
                 texts = texts[len(texts) // 2 :]
-            write_texts(directory, f"calibration-{fingerprint(data.model_dump())}", texts)
-        if study.wikitext is not None:
-            folder = os.environ.get(DATA_VARIABLE)
-            if folder:
-                path = Path(folder) / "wikitext2_raw_test.parquet"
-                texts = load_texts({"source": "path", "path": str(path), "format": "text"}, CACHE, PINS)
-                write_texts(directory, "wikitext", texts)
-            else:
-                observer().note(f"no WikiText-2: {DATA_VARIABLE} is not set, so its column stays empty")
-        write_tasks(directory / "tasks", tasks, evaluate.zero_shot.data, out / "sources" / "tasks")
+            write(f"calibration-{key}", texts)
+        folder = os.environ.get(DATA_VARIABLE)
+        if study.wikitext is not None and folder:
+            path = Path(folder) / "wikitext2_raw_test.parquet"
+            write("wikitext", load_texts(LocalTexts(source="path", path=str(path)), CACHE, PINS))
+        elif study.wikitext is not None:
+            note(f"no WikiText-2: {DATA_VARIABLE} is not set, so its column stays empty")
+        fetch_tasks(zero_shot, directory / "tasks", out / "sources" / "tasks", CACHE, PINS, note)
 
     replace_directory(out / "sources", build)
-    fetch_checkpoint(settings.model.model_dump(), out / "model", CACHE, PINS)
+    fetch_checkpoint(settings.model, out / "model", CACHE, PINS)
 
 
 if __name__ == "__main__":

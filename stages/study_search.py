@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from blockpruner.core.progress import observer
 from blockpruner.core.settings import Texts
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import read_texts
 from blockpruner.methods.score import open_material
 from blockpruner.paper.experiments import variants
 from blockpruner.paper.studies import Setting, search_all
 from blockpruner.params import load_params, load_run
-from blockpruner.store.files import read_table
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import trials_root
 from stages import STUDIES, run
@@ -26,11 +24,10 @@ def main(name: str) -> None:
     def tokenizer() -> Any:
         from blockpruner.inputs.tokenizers import load_tokenizer  # loads transformers
 
-        return load_tokenizer(folder / "model", getattr(settings.model, "trust_remote_code", False))
+        return load_tokenizer(folder / "model", settings.model.trust_remote_code)
 
-    def texts(data: Texts) -> Sequence[str]:
-        table, _ = read_table(folder / "sources" / f"calibration-{fingerprint(data.model_dump())}.parquet", TEXTS)
-        return [str(text) for text in table.column("text").to_pylist()]
+    def texts(data: Texts) -> list[str]:
+        return read_texts(folder / "sources" / f"calibration-{fingerprint(data.model_dump())}.parquet")
 
     with open_material(folder / "model", settings.model, runtime, trials_root(), observer()) as material:
         search_all(variants(settings), folder / "scores", folder / "plans", Setting(name, material, tokenizer, texts))

@@ -1,4 +1,4 @@
-"""study_speed <run>: generation of the models of a study beside the dense one, at data/studies/<run>/speed."""
+"""study_speed <run>: generation of the models of a study and of the dense one in turns, at data/studies/<run>/speed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ def main(name: str) -> None:
         candidates(name, settings),
         STUDIES / name / "speed",
         DATA / "evaluations",
-        settings={
-            MAIN: settings.evaluate.speed.model_dump(),
-            CURVES: study_of(settings).speed.model_dump(),
-        },
+        settings={MAIN: settings.evaluate.speed, CURVES: study_of(settings).speed},
         observer=observer(),
     )
 

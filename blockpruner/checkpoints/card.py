@@ -1,6 +1,6 @@
 """The model card of a checkpoint: README.md, from its plan.
 
-Decides what a person reads who finds the directory: base model, what was done to it, scores, how to load it.
+Decides what a finder of the directory reads: the base model, what was done to it, scores, how to load it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ def model_card(
     """README.md of the checkpoint.
 
     Args:
-        dense: the base model's directory; code: the modelling file beside the weights, None where there is none;
-        since: what was done after pruning; note: what is to be said of this format; library: what loads the checkpoint;
-        loading: how, None: as transformers does.
+        dense: the base model's directory.
+        code: the modelling file in the checkpoint, None where there is none.
+        since: what was done after pruning.
+        note: a remark about the format.
+        library: what loads the checkpoint.
+        loading: how to load it; None: with transformers.
     """
     source: dict[str, Any] = json.loads((dense / "blockpruner_source.json").read_text())["source"]
     base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name

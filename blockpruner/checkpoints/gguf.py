@@ -1,8 +1,8 @@
 """The `gguf` export: files for llama.cpp, in 16 and in 8 bits.
 
-Decides architecture, names and order of the tensors, and what is refused. The architecture is `deci`, whose layers may
-lack an attention, unless every layer is whole; a layer without MLP has one of zeros, since llama.cpp passes over the
-attention, too, of a layer whose `feed_forward_length` is 0.
+Decides architecture, names and order of the tensors, and what is refused. If every layer is whole, the architecture is
+the family's own; else it is `deci`, whose layers may lack an attention. A layer without MLP gets one of zeros: where
+`feed_forward_length` is 0, llama.cpp skips the layer's attention, too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.card import model_card
-from blockpruner.checkpoints.packing import Packed, packed
-from blockpruner.checkpoints.verification import reference_beside, reference_outputs, verify_checkpoint
+from blockpruner.checkpoints.packing import PackedModel, pack_model
+from blockpruner.checkpoints.verification import reference_outputs, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
@@ -28,10 +28,10 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import prune_by_plan_
 from blockpruner.model.models import load_model, model_family
 from blockpruner.scoring.work import Rows
-from blockpruner.store.files import replace_directory, write_json, write_text
+from blockpruner.store.files import write_json, write_text
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-"""By family, llama.cpp's architecture of a model whose layers are all whole."""
+"""By family: llama.cpp's architecture of a model whose layers are all whole."""
 
 ROPES = ("default", "linear", "llama3")
 
@@ -46,8 +46,8 @@ NAMES = {
 }
 
 TOLERANCE = 1e-3
-"""Root mean square error of log probabilities, relative to the largest logit, that needs no explanation; SmolLM2-135M
-in 16 bits has 1.3e-4, dense or pruned, and 2e-2 where something is wrong."""
+"""Root mean square error of log probabilities, relative to the largest logit, that is always accepted. SmolLM2-135M in
+16 bits has 1.3e-4, dense or pruned, and 2e-2 where something is wrong."""
 
 STUB = 32
 """Width of an MLP of zeros: one block of llama.cpp's quantizations."""
@@ -56,8 +56,8 @@ TEXT = """It's 1984, and we'll pay $3.50 for 1234567 items (that's 12%!).
     def f(x):\treturn {"a": x ** 2}  # indented
 
 Zażółć gęślą jaźń, ça va? Ещё раз: 你好，世界 🙂👩‍💻 ½ co-op's   end  """
-"""Contractions, digits, runs of blanks, several scripts: what tokenizers split differently. No capitals beyond ASCII
-side by side, which llama.cpp splits otherwise than Mistral's tokenizers."""
+"""Contractions, digits, runs of blanks, several scripts: what tokenizers split differently. It has no adjacent capitals
+beyond ASCII: llama.cpp and Mistral's tokenizers split them differently."""
 
 LOADING = """```sh
 llama-cli -m model-Q8_0.gguf
@@ -71,36 +71,35 @@ smaller ones.
 def export_gguf(
     dense: Path, plan: Plan, out: Path, *, rows: Rows, dtype: str, device: str, trust_remote_code: bool = False
 ) -> None:
-    """Write the pruned model of `plan` as GGUF files in a directory at `out`, verified with llama.cpp where it is
-    installed (`xllamacpp`).
+    """Write the pruned model of `plan` as GGUF files in a directory at `out`, verified if llama.cpp is installed
+    (`xllamacpp`).
 
     Raises:
-        InputError: a model, tokenizer or plan that these files cannot express, or llama.cpp does not reproduce the
+        InputError: the files cannot express the model, its tokenizer or the plan, or llama.cpp does not reproduce the
             model in memory; nothing is left at `out`.
     """
     config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trust_remote_code).to_dict()
     check(config, plan)
     tokenizer = load_tokenizer(dense, trust_remote_code)
-    words, beside = vocabulary(tokenizer, config), facts(tokenizer, config)
-    # in float32, since a pass in bfloat16 errs as much as 8 bits do, and hides what a file has wrong
+    words, more = vocabulary(tokenizer, config), facts(tokenizer, config)
+    # in float32: a pass in bfloat16 errs as much as 8 bits do, and would hide a fault of a file
     model = load_model(dense, dtype, device, trust_remote_code).float()
 
-    def build(directory: Path) -> None:
-        with reference_beside(directory) as reference:
-            pruned = prune_by_plan_(
-                model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan) | beside, reference)
-            )
-            for precision in verify_llama_cpp.PRECISIONS:
-                write(pruned, words, precision, directory / f"model-{precision}.gguf")
-            write_text(directory / "README.md", model_card(plan, dense, library="gguf", loading=LOADING))
-            write_json(directory / "blockpruner_plan.json", {**vars(plan)})
-            verify_checkpoint(directory, reference, TOLERANCE, verify_llama_cpp)
+    def write_all(directory: Path, reference: Path) -> float:
+        pruned = prune_by_plan_(
+            model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan) | more, reference)
+        )
+        for precision in verify_llama_cpp.PRECISIONS:
+            write(pruned, words, precision, directory / f"model-{precision}.gguf")
+        write_text(directory / "README.md", model_card(plan, dense, library="gguf", loading=LOADING))
+        write_json(directory / "blockpruner_plan.json", {**vars(plan)})
+        return TOLERANCE
 
-    replace_directory(out, build)
+    write_verified(out, write_all, verify_llama_cpp)
 
 
 def check(config: Mapping[str, Any], plan: Plan) -> None:
-    """Raises InputError for a model or plan that the files cannot express."""
+    """Raise InputError for a model or plan that the files cannot express."""
     family, rope = config["model_type"], config.get("rope_parameters", {})
     reason = None
     if plan.kind == "slicegpt":
@@ -114,7 +113,7 @@ def check(config: Mapping[str, Any], plan: Plan) -> None:
     elif plan.blocks["mha"] == plan.layers:
         reason = "the plan leaves no attention, and llama.cpp's models have at least one"
     elif config.get("sliding_window") is not None:
-        reason = f"sliding_window: {config['sliding_window']} cannot be said here, where attentions see everything"
+        reason = f"sliding_window: {config['sliding_window']} has no place here, where attentions see everything"
     elif rope["rope_type"] not in ROPES:
         reason = f"rope_type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPES)}"
     elif config["hidden_act"] != "silu":
@@ -124,8 +123,8 @@ def check(config: Mapping[str, Any], plan: Plan) -> None:
 
 
 def facts(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What is compared beside logits: tokens [T] of a text with a special one, and bytes that an attention caches of
-    each token."""
+    """What is compared apart from logits: the tokens [T] of a text that ends with a special one, and the bytes that an
+    attention caches for each token."""
     text = TEXT + (tokenizer.eos_token or "")
     return {
         "text": torch.tensor(list(text.encode()), dtype=torch.uint8),
@@ -135,11 +134,11 @@ def facts(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path: Path) -> None:
-    """Write a pruned model as one file; norms and biases stay in 32 bits, and a matrix whose rows are no multiple of a
-    quantization's block is in 16."""
+    """Write a pruned model as one file. Norms and biases stay in 32 bits; a matrix whose rows are no multiple of the
+    quantization's block stays in 16."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
-    parts = packed(model)
+    parts = pack_model(model)
     architecture = WHOLE[model_family(model).model_type] if parts.is_whole else "deci"
 
     def kind(tensor: Tensor) -> Any:
@@ -164,8 +163,8 @@ def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path
     writer.close()
 
 
-def hyperparameters(config: Mapping[str, Any], parts: Packed, architecture: str) -> dict[str, Any]:
-    """By the name of the `GGUFWriter.add_*` that takes each; in `deci`, numbers of heads and widths are by layer."""
+def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture: str) -> dict[str, Any]:
+    """By the name of the `GGUFWriter.add_*` that takes each. `deci` has numbers of heads and widths for each layer."""
     from gguf import RopeScalingType
 
     heads, head, rope = config["num_attention_heads"], _head(config), config["rope_parameters"]
@@ -192,9 +191,9 @@ def hyperparameters(config: Mapping[str, Any], parts: Packed, architecture: str)
     }
 
 
-def tensors(model: PreTrainedModel, parts: Packed, architecture: str) -> Iterator[tuple[str, Tensor]]:
+def tensors(model: PreTrainedModel, parts: PackedModel, architecture: str) -> Iterator[tuple[str, Tensor]]:
     """Names and weights in llama.cpp's form."""
-    row, config = model_family(model), model.config
+    family, config = model_family(model), model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     yield "token_embd.weight", parts.embedding
     yield "output_norm.weight", model.get_decoder().norm.weight
@@ -205,7 +204,7 @@ def tensors(model: PreTrainedModel, parts: Packed, architecture: str) -> Iterato
         plain = rope["rope_theta"] ** -(torch.arange(0, head, 2) / head)
         yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
     for n, layer in enumerate(parts.layers):
-        for source, branch, norm in zip(layer, (row.mha, row.mlp), ("attn_norm", "ffn_norm"), strict=True):
+        for source, branch, norm in zip(layer, (family.mha, family.mlp), ("attn_norm", "ffn_norm"), strict=True):
             if source is None:
                 continue
             yield f"blk.{n}.{norm}.weight", getattr(source, str(branch.norm)).weight
@@ -222,8 +221,8 @@ def tensors(model: PreTrainedModel, parts: Packed, architecture: str) -> Iterato
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys [heads x d, ...] from transformers' order, in which the two numbers that a rotation mixes
-    are half a head apart, to llama.cpp's `llama` and `deci`, in which they are neighbours."""
+    """Rows of queries or keys [heads x d, ...] in the order of llama.cpp's `llama` and `deci`. The two numbers that a
+    rotation mixes are neighbours there; in transformers they are half a head apart."""
     return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 

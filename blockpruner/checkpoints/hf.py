@@ -1,8 +1,8 @@
 """The `hf` export: a directory that `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` loads.
 
-Decides what lies in it: safetensors without the removed weights, config with `auto_map`, the modelling file,
-tokenizer, chat template and generation config as they were, a model card, and `verification.json`, written by a
-fresh process that compared it with the masked dense model. A directory that failed does not exist.
+Decides what lies in it: safetensors without the removed weights, config with `auto_map`, the modelling file, the base
+model's tokenizer, chat template and generation config, a model card, and `verification.json`, the report of a fresh
+process that compared it with the masked dense model. A directory that failed does not exist.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.card import model_card
-from blockpruner.checkpoints.verification import reference_beside, reference_outputs, tolerance_of, verify_checkpoint
+from blockpruner.checkpoints.verification import reference_outputs, tolerance_of, write_verified
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import prune_by_plan_
 from blockpruner.model.models import load_model
 from blockpruner.scoring.work import Rows
-from blockpruner.store.files import let_others_read, replace_directory, write_json, write_text
+from blockpruner.store.files import let_others_read, write_json, write_text
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -39,26 +39,25 @@ def export_hf(
     """Write the pruned model of `plan` as a checkpoint directory at `out`, verified.
 
     Args:
-        rows: the calibration rows, from which SliceGPT takes its directions.
+        rows: the calibration rows; SliceGPT takes its directions from them.
 
     Raises:
         InputError: the fresh process does not reproduce the model in memory; nothing is left at `out`.
     """
     model = load_model(dense, dtype, device, trust_remote_code)
 
-    def build(directory: Path) -> None:
-        with reference_beside(directory) as reference:
-            pruned = prune_by_plan_(
-                model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
-            )
-            save_checkpoint(pruned, plan, dense, directory, model_card(plan, dense, code_file(pruned)))
-            verify_checkpoint(directory, reference, tolerance_of(model))
+    def write(directory: Path, reference: Path) -> float:
+        pruned = prune_by_plan_(
+            model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
+        )
+        save_checkpoint(pruned, plan, dense, directory, model_card(plan, dense, code_file(pruned)))
+        return tolerance_of(model)
 
-    replace_directory(out, build)
+    write_verified(out, write)
 
 
 def save_recovered(model: PreTrainedModel, plan: Plan, dense: Path, out: Path, training: str) -> None:
-    """Write a pruned model that was trained since as a checkpoint directory at `out`, with the files of `export_hf`.
+    """Write a pruned and then trained model as a checkpoint directory at `out`, with the files of `export_hf`.
 
     Args:
         training: how it was trained, for the card; follows "and then".
@@ -67,24 +66,22 @@ def save_recovered(model: PreTrainedModel, plan: Plan, dense: Path, out: Path, t
         InputError: the fresh process does not reproduce `model`, with and without cache; nothing is left at `out`.
     """
 
-    def build(directory: Path) -> None:
-        with reference_beside(directory) as reference:
-            save_file(reference_outputs(model, plan), reference)
-            card = model_card(plan, dense, code_file(model), f"then {training}")
-            save_checkpoint(model, plan, dense, directory, card)
-            verify_checkpoint(directory, reference, tolerance_of(model))
+    def write(directory: Path, reference: Path) -> float:
+        save_file(reference_outputs(model, plan), reference)
+        save_checkpoint(model, plan, dense, directory, model_card(plan, dense, code_file(model), f"then {training}"))
+        return tolerance_of(model)
 
-    replace_directory(out, build)
+    write_verified(out, write)
 
 
 def save_checkpoint(model: PreTrainedModel, plan: Plan, dense: Path, directory: Path, card: str) -> None:
     """Everything in a checkpoint directory but its verification."""
     save_pruned(model, directory)
-    save_beside(plan, dense, directory, card)
+    save_other_files(plan, dense, directory, card)
 
 
-def save_beside(plan: Plan, dense: Path, directory: Path, card: str) -> None:
-    """What lies beside config and weights; tokenizer and generation config come from `dense`."""
+def save_other_files(plan: Plan, dense: Path, directory: Path, card: str) -> None:
+    """The other files of a checkpoint; tokenizer and generation config come from `dense`."""
     for pattern in TOKENIZER_FILES:
         for path in dense.glob(pattern):
             shutil.copy(path, directory / path.name)
@@ -93,7 +90,7 @@ def save_beside(plan: Plan, dense: Path, directory: Path, card: str) -> None:
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
-    """Save a pruned model; if its class is ours, the modelling file lies beside the weights, named in `auto_map`."""
+    """Save a pruned model. If its class is ours, its modelling file is saved too, and `auto_map` names it."""
     code = code_file(model)
     if code:
         type(model).register_for_auto_class("AutoModelForCausalLM")
@@ -104,6 +101,6 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
 
 
 def code_file(model: PreTrainedModel) -> str | None:
-    """The modelling file that the model's checkpoint needs: None for a class of transformers' own."""
+    """The modelling file that the model's checkpoint needs; None for a class of transformers' own."""
     module = type(model).__module__.rpartition(".")[2]
     return f"{module}.py" if module in ("modeling_blockpruned", "modeling_slicegpt") else None

@@ -1,6 +1,6 @@
 """A checkpoint directory as a repository of the Hugging Face hub.
 
-Decides what may be uploaded: what a fresh process has verified. When, and under which name, is the user's choice.
+Decides what may be uploaded: a checkpoint that a fresh process has verified. The user chooses when, and the name.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ def push(checkpoint: Path, repo: str, private: bool) -> str:
     """Upload a checkpoint directory in one commit; returns its address.
 
     Args:
-        repo: "<user or organization>/<name>", made if it does not exist; private: whether it is then private.
+        repo: "<user or organization>/<name>"; it is made if it does not exist.
+        private: whether a new repository is private.
 
     Raises:
-        InputError: no such checkpoint, one that was not verified, or a hub that refuses.
+        InputError: there is no such checkpoint, it was not verified, or the hub refuses.
     """
     from huggingface_hub import HfApi, ModelCard
 
@@ -39,6 +40,6 @@ def push(checkpoint: Path, repo: str, private: bool) -> str:
         commit = api.upload_folder(
             repo_id=repo, folder_path=checkpoint, commit_message=f"{checkpoint.parent.name}: pruned with blockpruner"
         )
-    except Exception as error:  # as in `sources`
+    except Exception as error:  # as in `inputs.hub`
         raise hub_error(repo, error, "check the name, the network, and that your token may write there") from error
     return str(commit.commit_url)

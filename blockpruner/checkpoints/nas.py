@@ -1,8 +1,7 @@
 """The `nas` export: a DeciLM (`nemotron-nas`) directory, whose layers may lack a block, for vLLM and mlx-lm.
 
-Decides how what is left of a model is said in that format, and which models it can say. Beside config and weights lie
-the files of the hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not
-exist.
+Decides how a pruned model is written in that format, and which models fit it. The directory also holds the files of the
+hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not exist.
 """
 
 from __future__ import annotations
@@ -20,34 +19,36 @@ from transformers import AutoConfig, PreTrainedModel
 
 from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.card import model_card
-from blockpruner.checkpoints.hf import save_beside
-from blockpruner.checkpoints.packing import Packed, packed
-from blockpruner.checkpoints.verification import reference_beside, reference_outputs, verify_checkpoint
+from blockpruner.checkpoints.hf import save_other_files
+from blockpruner.checkpoints.packing import PackedModel, pack_model
+from blockpruner.checkpoints.verification import reference_outputs, write_verified
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import prune_by_plan_
 from blockpruner.model.models import load_model, model_family
 from blockpruner.scoring.work import Rows
-from blockpruner.store.files import let_others_read, replace_directory, write_json
+from blockpruner.store.files import let_others_read, write_json
 
-FAMILIES = ("llama", "mistral", "qwen2")
+READABLE = ("llama", "mistral", "qwen2")
+"""Families that the format's readers know."""
+
 ROPE_TYPES = ("default", "linear", "llama3")
-"""Those that transformers, vLLM and mlx-lm compute alike."""
+"""The kinds that transformers, vLLM and mlx-lm compute alike."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 TOLERANCE, TOLERANCE_ROUNDED = 5e-4, 0.15
-"""Logit difference of mlx-lm to the masked model, both in float32, relative to the largest logit; the other where the
-file holds rounded weights (an embedding folded in 16 bits, LaCo's sums). Seen on SmolLM2-135M: at most 1.2e-4, and
-medians of 0.01 to 0.04 rounded."""
+"""Largest logit difference between mlx-lm and the masked model, both in float32, relative to the largest logit; the
+second is for files with rounded weights (an embedding folded in 16 bits, LaCo's sums). Seen on SmolLM2-135M: at most
+1.2e-4, and medians of 0.01 to 0.04 if rounded."""
 
 MULTIPLE = 256
-"""Of what the width of an MLP must be one: readers compute it from `ffn_mult` and round up."""
+"""The width of an MLP must be a multiple of it: readers compute the width from `ffn_mult` and round up."""
 
 FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act",
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
-"""What the config takes over from the family's."""
+"""What the config takes over from the family's config."""
 
 
 def export_nas(
@@ -56,38 +57,37 @@ def export_nas(
     """Write the pruned model of `plan` as a DeciLM directory at `out`, verified.
 
     Args:
-        rows: the calibration rows; blocks are removed and layers merged without them.
+        rows: the calibration rows; no plan that fits the format needs them.
 
     Raises:
-        InputError: a model or plan that the format cannot say, or mlx-lm does not reproduce the model in memory;
+        InputError: the format cannot hold the model or the plan, or mlx-lm does not reproduce the model in memory;
             nothing is left at `out`.
     """
     config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trust_remote_code)
-    _require_sayable(config.to_dict(), plan, dtype)
-    # in float32: what two engines round differently in 16 bits can be larger than what a fault would change
+    _require_fit(config.to_dict(), plan, dtype)
+    # in float32: two engines may round differently in 16 bits, by more than a fault would change
     model, narrow = load_model(dense, dtype, device, trust_remote_code).float(), getattr(torch, dtype)
 
-    def build(directory: Path) -> None:
-        with reference_beside(directory) as reference:
-            pruned = prune_by_plan_(
-                model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
-            )
-            blocks = packed(pruned)
-            wide = nas_weights(pruned, blocks)
-            weights = {name: weight.to(narrow) for name, weight in wide.items()}
-            is_exact = all(torch.equal(weight, wide[name]) for name, weight in weights.items())
-            write_json(directory / "config.json", nas_config(pruned, blocks) | {"dtype": dtype})
-            save_torch_state_dict(weights, directory, max_shard_size="5GB")
-            let_others_read(directory)
-            held = sum(weight.numel() for weight in weights.values())
-            save_beside(plan, dense, directory, model_card(plan, dense, library="mlx", loading=_loading(plan, held)))
-            verify_checkpoint(directory, reference, TOLERANCE if is_exact else TOLERANCE_ROUNDED, verify_mlx)
+    def write(directory: Path, reference: Path) -> float:
+        pruned = prune_by_plan_(
+            model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
+        )
+        blocks = pack_model(pruned)
+        wide = nas_weights(pruned, blocks)
+        weights = {name: weight.to(narrow) for name, weight in wide.items()}
+        is_exact = all(torch.equal(weight, wide[name]) for name, weight in weights.items())
+        write_json(directory / "config.json", nas_config(pruned, blocks) | {"dtype": dtype})
+        save_torch_state_dict(weights, directory, max_shard_size="5GB")
+        let_others_read(directory)
+        held = sum(weight.numel() for weight in weights.values())
+        save_other_files(plan, dense, directory, model_card(plan, dense, library="mlx", loading=_loading(plan, held)))
+        return TOLERANCE if is_exact else TOLERANCE_ROUNDED
 
-    replace_directory(out, build)
+    write_verified(out, write, verify_mlx)
 
 
-def nas_config(model: PreTrainedModel, blocks: Packed) -> dict[str, Any]:
-    """config.json: Llama's fields, and `block_configs` with what each layer has."""
+def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
+    """config.json: Llama's fields, and `block_configs`, which lists the blocks of each layer."""
     config = model.config.to_dict()
     rope = config["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -113,17 +113,17 @@ def nas_config(model: PreTrainedModel, blocks: Packed) -> dict[str, Any]:
     }
 
 
-def nas_weights(model: PreTrainedModel, blocks: Packed) -> dict[str, Tensor]:
-    """The weights by their names in the file; MLPs padded with zeros to a multiple of 256, which add nothing.
+def nas_weights(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Tensor]:
+    """The weights by their names in the file. MLPs are padded to a multiple of 256 with zeros, which add nothing.
 
-    Of `attention_bias` readers make a bias of the output projection too, which Qwen2 does not have: it is zero.
+    With `attention_bias`, readers expect a bias of the output projection too. Qwen2 has none: it is zero.
     """
-    row, missing = model_family(model), _missing(model.config.to_dict())
+    family, missing = model_family(model), _missing(model.config.to_dict())
     result = {"model.embed_tokens.weight": blocks.embedding, "model.norm.weight": model.model.norm.weight}
     if blocks.head is not None:
         result["lm_head.weight"] = blocks.head
     for number, layers in enumerate(blocks.layers):
-        for layer, branch in zip(layers, (row.mha, row.mlp), strict=True):
+        for layer, branch in zip(layers, (family.mha, family.mlp), strict=True):
             if layer is None:
                 continue
             for name in (branch.module, *branch.norms):
@@ -158,13 +158,13 @@ def _padded(key: str, weight: Tensor, missing: int) -> Tensor:
     return weight
 
 
-def _require_sayable(config: Mapping[str, Any], plan: Plan, dtype: str) -> None:
-    """Raises InputError for what DeciLM has no word for, or its readers compute otherwise."""
+def _require_fit(config: Mapping[str, Any], plan: Plan, dtype: str) -> None:
+    """Raise InputError for what DeciLM has no form for, or what its readers compute otherwise."""
     family = config["model_type"]
-    if family not in FAMILIES:
+    if family not in READABLE:
         raise InputError(
             f"export nas: no engine reads a {family!r} model that lacks blocks in this format; it works for "
-            f"{', '.join(FAMILIES)}. Use export: [hf]"
+            f"{', '.join(READABLE)}. Use export: [hf]"
         )
     if plan.kind == "slicegpt":
         raise InputError(

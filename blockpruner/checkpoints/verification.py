@@ -1,7 +1,7 @@
-"""Verification of a checkpoint: what the model in memory says, and a fresh process that must say the same.
+"""Verification of a checkpoint: a fresh process must compute what the model in memory computes.
 
-Decides what the reference is and what becomes of the answer; how an engine is asked is in its own script (`verify.py`
-is that of transformers), which knows nothing of blockpruner.
+Decides what the reference holds and what a report leads to. Each engine has a script of its own that loads and runs a
+checkpoint (`verify.py` for transformers) and knows nothing of blockpruner.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -24,18 +23,18 @@ from transformers import PreTrainedModel
 from blockpruner.checkpoints import verify
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.store.files import write_json
+from blockpruner.store.files import replace_directory, write_json
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""Largest logit difference to the masked model, relative to the largest logit, by dtype of the weights."""
+"""By dtype of the weights: the largest logit difference from the masked model, relative to the largest logit."""
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
 
 
 @torch.inference_mode()
 def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Tensor]:
-    """Of a model as the plan leaves it: greedy tokens [B, T + n] from seeded random prompts [B, T], and their logits,
-    in one pass and token by token through the KV cache."""
+    """What the pruned model of a plan computes: greedy tokens [B, T + n] from seeded random prompts [B, T], and their
+    logits, in one pass and token by token through the KV cache."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator).to(model.device)
     tokens = model.generate(
@@ -51,37 +50,45 @@ def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Ten
 
 
 def tolerance_of(model: PreTrainedModel) -> float:
-    """`TOLERANCE` of the model's dtype, but for eager attention, whose weights are never more than float32."""
+    """`TOLERANCE` of the model's dtype; that of float32 for eager attention, which is never wider."""
     is_eager = model.config._attn_implementation == "eager" and model.dtype is torch.float64
     return TOLERANCE[torch.float32 if is_eager else model.dtype]
 
 
-@contextmanager
-def reference_beside(directory: Path) -> Iterator[Path]:
-    """Where a reference lies while a checkpoint is written, in a directory of `replace_directory`, and checked.
+def write_verified(out: Path, write: Callable[[Path, Path], float], script: ModuleType = verify) -> None:
+    """Write a checkpoint directory at `out` and verify it; a directory that fails does not exist.
 
-    It has a directory named as one of those, so that the next export removes what a killed one left.
+    Args:
+        write: called with the directory and with the file for the reference, which it writes; returns the tolerance.
+        script: the engine's, as in `verify_checkpoint`.
     """
-    name, writer, end = directory.name.rsplit(".", 2)
-    folder = directory.with_name(f"{name}.reference.{writer}.{end}")
-    folder.mkdir()
-    try:
-        yield folder / "reference.safetensors"
-    finally:
-        shutil.rmtree(folder)
+
+    def build(directory: Path) -> None:
+        # named like a directory of `replace_directory`: the next export removes what a killed one left
+        name, writer, end = directory.name.rsplit(".", 2)
+        folder = directory.with_name(f"{name}.reference.{writer}.{end}")
+        folder.mkdir()
+        try:
+            reference = folder / "reference.safetensors"
+            tolerance = write(directory, reference)
+            verify_checkpoint(directory, reference, tolerance, script)
+        finally:
+            shutil.rmtree(folder)
+
+    replace_directory(out, build)
 
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
-    """Run an engine's script in a fresh isolated process; keep its report as verification.json.
+    """Run an engine's script in a fresh isolated process, and keep its report as verification.json.
 
-    An engine that is not installed is said to be unchecked there.
+    The report of an engine that is not installed is "unchecked".
 
     Args:
-        script: called with checkpoint, reference and tolerance, it prints one JSON object; its ENGINE is the Python
+        script: prints one JSON object when called with checkpoint, reference and tolerance. Its ENGINE is the Python
             module that it needs.
 
     Raises:
-        InputError: the checkpoint does not say what the reference says.
+        InputError: the checkpoint does not reproduce the reference.
     """
     engine: str = script.ENGINE
     if find_spec(engine) is None:

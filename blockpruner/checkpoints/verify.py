@@ -1,7 +1,7 @@
-"""Verification of a checkpoint in a fresh process that knows nothing of blockpruner.
+"""Verification of a checkpoint by transformers, in a fresh process that knows nothing of blockpruner.
 
-Run as a script: `python verify.py <checkpoint> <reference.safetensors> <tolerance>`; prints one JSON object and
-exits 0 if the checkpoint agrees with the masked dense model, 1 if not. Imports only torch and transformers.
+Run as a script: `python verify.py <checkpoint> <reference.safetensors> <tolerance>`. It prints one JSON object, and
+exits 0 if the checkpoint agrees with the masked dense model, 1 if not. It imports torch and transformers alone.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 ENGINE = "transformers"
-"""The Python module that is asked."""
+"""The Python module that runs the checkpoint."""
 
 
 @torch.inference_mode()
 def stepped(model: PreTrainedModel, tokens: torch.Tensor, prompt: int) -> tuple[torch.Tensor, Any]:
-    """Logits [B, T, V] of tokens [B, T], the first `prompt` at once, then one by one through the KV cache; and it."""
+    """Logits [B, T, V] of tokens [B, T], the first `prompt` at once, then one by one; and the KV cache."""
     out = model(tokens[:, :prompt], use_cache=True)
     logits = [out.logits]
     for position in range(prompt, tokens.shape[1]):
@@ -33,9 +33,9 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
     """Compare with the reference: logits of prompt and greedy continuation in one pass, the same fed token by token
     through the KV cache, greedy tokens, and the attentions that hold a cache.
 
-    Through the cache no logit may differ from the reference's own by more than the tolerance, and at half the positions
-    none from those of one pass: at the others rounding may choose another expert of a mixture. Tokens are reported,
-    not required: in low precision, and on another device, a near-tie may fall the other way.
+    No logit through the cache may differ by more than the tolerance from the reference's own through the cache. At half
+    the positions, none may differ from those of one pass: elsewhere rounding may choose another expert of a mixture.
+    Tokens are reported but not required: in low precision or on another device, a near-tie may fall the other way.
     """
     reference = load_file(reference_file)
     tokens, expected = reference["tokens"], reference["logits"].double()

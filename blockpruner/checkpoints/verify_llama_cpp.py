@@ -1,8 +1,8 @@
 """Verification of GGUF files by llama.cpp, in a fresh process that knows nothing of blockpruner.
 
-Run as a script: `python verify_llama_cpp.py <directory> <reference.safetensors> <tolerance>`; prints one JSON object
-and exits 0 if the files agree with the masked dense model, 1 if not. Imports torch, for the reference, and xllamacpp,
-which is llama.cpp's server, here on the CPU.
+Run as a script: `python verify_llama_cpp.py <directory> <reference.safetensors> <tolerance>`. It prints one JSON
+object, and exits 0 if the files agree with the masked dense model, 1 if not. It imports torch, for the reference, and
+xllamacpp, which is llama.cpp's server, here on the CPU.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ENGINE = "xllamacpp"
-"""The Python module that is asked."""
+"""The Python module that runs the files."""
 
 PRECISIONS = ("F16", "Q8_0")
 
 RATIO = (2.0, 45.0)
-"""Between these the error of 8 bits must be in units of that of 16 bits: rounding is what they differ in, and a file
-that is wrong is wrong in both. Measured: 12 to 33 for SmolLM2-135M and random models, 3 for a chaotic one; 1 without
-the stub of an MLP, unpermuted or with another rotation."""
+"""Limits of the error in 8 bits, divided by the error in 16 bits. The two differ by rounding; a wrong file is wrong in
+both. Measured: 12 to 33 for SmolLM2-135M and random models, 3 for a chaotic one; 1 without the stub of an MLP,
+unpermuted, or with another rotation."""
 
 TOP = 40
-"""Most likely tokens of each position whose log probabilities are compared."""
+"""How many of the likeliest tokens are compared at each position."""
 
 
 class Server:
     """llama.cpp's server with one file, its first slot, and its HTTP interface on this machine."""
 
     def __init__(self, path: Path, context: int, slots: str) -> None:
-        import xllamacpp  # here, since the names of this file are of use without it
+        import xllamacpp  # here: the constants of this file are used without it
 
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
@@ -64,10 +64,10 @@ class Server:
         return found
 
     def next(self, ids: list[int]) -> dict[int, float]:
-        """Log probabilities of the most likely next tokens, best first; what the last call had is in the KV cache.
+        """Log probabilities of the likeliest next tokens, best first. The tokens of the last call are in the KV cache.
 
-        They are those of the model's logits, which a bias does not touch. It makes the server choose a token that is
-        whole text, since it tells no probabilities with one that is a part of a character or ends the text.
+        The bias does not touch these numbers. It makes the server choose a token that is whole text: the server reports
+        no probabilities with a token that ends the text or is part of a character.
         """
         answer = self.post(
             "/completion", prompt=ids, n_predict=1, n_probs=TOP, temperature=0, cache_prompt=True,
@@ -76,14 +76,13 @@ class Server:
         return {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
 
     def cached(self) -> int:
-        """Bytes of what the slot remembers."""
+        """Bytes that the slot holds."""
         return int(self.post("/slots/0?action=save", filename="slot")["n_written"])
 
 
 def ask(path: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
     """Compare a file with the reference: log probabilities after the prompt and after each token of the greedy
-    continuation, fed one by one through the KV cache; greedy tokens; the attentions that hold a cache; a text's tokens.
-    """
+    continuation, fed one by one through the KV cache; greedy tokens; attentions with a cache; a text's tokens."""
     tokens, prompt = reference["tokens"].tolist(), int(reference["prompt"])
     expected = reference["logits"].double().log_softmax(-1)
     errors, greedy, held = [], [], []
@@ -107,10 +106,10 @@ def ask(path: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, Any]:
-    """Ask all files, and judge: cache and text tokens must be right, and the errors be those of rounding, below
-    tolerance x the largest logit or in their usual ratio.
+    """Compare all files with the reference, and judge.
 
-    Greedy tokens are reported, not required: in low precision a near-tie may fall the other way.
+    Cache and text tokens must be right, and errors must come from rounding: below tolerance x the largest logit, or in
+    their usual ratio. Greedy tokens are reported but not required: in low precision a near-tie may fall the other way.
     """
     reference = load_file(reference_file)
     files = {name: ask(Path(checkpoint) / f"model-{name}.gguf", reference) for name in PRECISIONS}

@@ -1,7 +1,7 @@
 """Verification of a `nas` checkpoint by mlx-lm, in a fresh process that knows nothing of blockpruner.
 
-Run as a script: `python verify_mlx.py <checkpoint> <reference.safetensors> <tolerance>`; prints one JSON object and
-exits 0 if the checkpoint agrees with the masked dense model, 1 if not. Imports only numpy, mlx and mlx_lm.
+Run as a script: `python verify_mlx.py <checkpoint> <reference.safetensors> <tolerance>`. It prints one JSON object, and
+exits 0 if the checkpoint agrees with the masked dense model, 1 if not. It imports numpy, mlx and mlx_lm alone.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from pathlib import Path
 import numpy as np
 
 ENGINE = "mlx_lm"
-"""The Python module that is asked."""
+"""The Python module that runs the checkpoint."""
 
 WIDE = 1e-2
-"""A larger tolerance is one for rounded weights."""
+"""A larger tolerance is meant for rounded weights."""
 
 
 def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, object]:
     """Compare with the reference: logits of prompt and greedy continuation in one pass, the same fed token by token
     through the KV cache, greedy tokens, and the attentions that hold a cache.
 
-    Both sides are in float32. No logit may differ by more than the tolerance; where it is wide, since the file holds
-    rounded weights, half the positions may: SmolLM2-135M without its first attention, rounded to bfloat16, differs from
-    itself by more than its largest logit at single positions. Tokens are reported, not required: a near-tie may fall
-    the other way.
+    Both sides are in float32. No logit may differ by more than the tolerance. Where the file holds rounded weights, the
+    tolerance is wide and half the positions may exceed it: SmolLM2-135M without its first attention, rounded to
+    bfloat16, differs from itself by more than its largest logit at single positions. Tokens are reported but not
+    required: a near-tie may fall the other way.
     """
-    import mlx.core as mx  # here, so that the name of the engine can be read where there is none
+    import mlx.core as mx  # here: ENGINE is read where mlx is not installed
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
-    mx.set_default_device(mx.cpu)  # the same everywhere, and no lower precision within a matrix product
+    mx.set_default_device(mx.cpu)  # the same numbers everywhere, no lower precision within a matrix product
     reference = mx.load(reference_file, format="safetensors")
     tokens, expected = reference["tokens"], np.array(reference["logits"].astype(mx.float32))
     model, _ = load_model(Path(checkpoint))

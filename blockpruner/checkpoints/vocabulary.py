@@ -1,7 +1,7 @@
 """The vocabulary of a GGUF file, `tokenizer.*`, from a tokenizer of transformers.
 
-Decides which tokenizers llama.cpp can imitate. It has its own splitting of text into words, by name, so that a
-tokenizer is one of a few known ones or refused; the export compares token ids with llama.cpp's besides.
+Decides which tokenizers llama.cpp can imitate. llama.cpp has named ways of its own to split text into words: a
+tokenizer has one of them, or is refused. The export also compares token ids with llama.cpp's.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((CONTRACTED % r"\p{N}", "bytes"), False): "qwen2",
     ((CASED, "bytes"), True): "tekken",
 }
-"""llama.cpp's name for how a byte-level BPE splits text (`_splits`), and whether whole words skip the merges."""
+"""llama.cpp's name for a byte-level BPE, by how it splits text (`_splits`) and whether whole words skip the merges."""
 
 
 def vocabulary(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a tokenizer goes into a GGUF file, by the name of the `GGUFWriter.add_*` that takes it.
+    """A tokenizer's part of a GGUF file, by the name of the `GGUFWriter.add_*` that takes it.
 
     Args:
-        config: of the model: `vocab_size` rows of the embedding, of which those without a token get one, and the
-            special tokens that the tokenizer does not name.
+        config: the model's. Rows of the embedding without a token get one, up to its `vocab_size`. It names the special
+            tokens that the tokenizer does not name.
 
     Raises:
-        InputError: a tokenizer that llama.cpp has no equal of.
+        InputError: llama.cpp has no equal of the tokenizer.
     """
     if not tokenizer.is_fast:
         raise _refusal(f"is a {type(tokenizer).__name__}, which has no tokenizer.json")
@@ -102,7 +102,7 @@ def _sentencepiece(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ranks(model: Mapping[str, Any]) -> dict[str, int]:
-    """Where each token comes in the order of merges; llama.cpp merges by it, whatever the token's halves."""
+    """The place of each token in the order of merges. llama.cpp merges by it, whatever the token's halves are."""
     ranks: dict[str, int] = {}
     order = [ranks.setdefault("".join(pair), len(ranks)) for pair in model["merges"]]
     halves = {
@@ -131,7 +131,7 @@ def _type(index: int, token: str | None, tokenizer: Any, is_bytes: bool) -> int:
 
 
 def _special(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens, whether they are put around a text, and the chat template."""
+    """Special tokens, whether they surround a text, and the chat template."""
     result: dict[str, Any] = {}
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
@@ -153,7 +153,7 @@ def _special(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refusal(reason: str) -> InputError:
     return InputError(
-        f"export gguf: the tokenizer {reason}, and llama.cpp would tell tokens apart otherwise; supported: byte-level "
+        f"export gguf: the tokenizer {reason}, and llama.cpp would split text differently; supported: byte-level "
         f"BPE that splits as {', '.join(sorted(SPLITS.values()))} do, and BPE with byte_fallback as Llama 2's. "
         "Use export: [hf]"
     )

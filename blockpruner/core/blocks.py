@@ -67,7 +67,7 @@ def all_blocks(layers: int) -> list[BlockId]:
     return [BlockId(kind, layer) for kind in BlockKind for layer in range(layers)]
 
 
-def pack(mask: Mask, layers: int) -> list[tuple[int | None, int | None]]:
+def pack_layers(mask: Mask, layers: int) -> list[tuple[int | None, int | None]]:
     """The blocks that a mask leaves, in as few layers as their order allows.
 
     Where MHA and MLP follow one another, a layer is no more than one of each in turn, so that an MHA may share a layer

@@ -1,8 +1,8 @@
 """Model families as data: where blocks, norms, embedding and head are, and how many parameters each has.
 
-Decides everything that depends on the architecture. Adding a family is adding a row at the end of this file
-(and its class pair in `modeling_blockpruned.py`); the contract tests run over every row.
-No torch here: parameters are counted from the config alone.
+Decides everything that depends on the architecture. A new family is a row at the end of this file, and a pair of
+classes in `modeling_blockpruned.py`; a row of another package needs no such pair. The contract tests run over every
+family. Parameters are counted from the config alone, without torch.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, all_blocks
 from blockpruner.core.errors import InputError
+from blockpruner.core.registry import Registry
 
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Attribute names, within a decoder layer, of one residual branch `x + post(module(norm(x)))`.
-
-    norm, post: the norms before and after the module, None where there is none; output: the name within the module of
-    its last projection (each expert's, in a mixture), without which the branch adds zero.
-    """
+    """One residual branch of a decoder layer, `x + post(module(norm(x)))`: the names of its attributes."""
 
     module: str
     norm: str | None
+    """The norm before the module; None where there is none."""
     output: str
+    """The last projection within the module (in a mixture, of each expert). Without it the branch adds zero."""
     post: str | None = None
+    """The norm after the module; None where there is none."""
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -41,35 +41,31 @@ Count = Callable[[Config, int], int]
 
 @dataclass(frozen=True)
 class Family:
-    """One decoder architecture of residual blocks.
-
-    model_type: the `model_type` of its config; prefix: of its class names (LlamaConfig, LlamaForCausalLM);
-    mha_parameters, mlp_parameters: parameters of one block without its norms;
-    products: multiplications of one MLP block for a token: the parameters of its matrices, of a mixture those of the
-    router and of the experts that a token goes to;
-    norm_bias: whether norms have a bias beside their weight;
-    parallel: the config field that says whether MHA and MLP both read the layer's input, x + MHA(norm(x)) +
-    MLP(norm(x));
-    logit_cap: the config field of c where the logits are c tanh(head / c);
-    alibi: whether attention masks hold a bias of its own for each head;
-    renumbered: the config fields that speak of single layers, for new layers of which each has the MHA of one layer
-    and the MLP of another;
-    defaults: of config fields, where a config.json may leave them out;
-    decoder, layers, final_norm, head: attribute paths from the causal LM.
-    """
+    """One decoder architecture of residual blocks."""
 
     model_type: str
+    """The `model_type` of its config."""
     prefix: str
+    """Of its class names: LlamaConfig, LlamaForCausalLM."""
     mha_parameters: Count
     mlp_parameters: Count
     products: Count = lambda config, layer: _gated_products(config)
+    """Multiplications of one MLP block for a token: the parameters of its matrices. In a mixture, those of the router
+    and of the experts that a token goes to."""
     norm_bias: bool = False
+    """Norms have a bias in addition to their weight."""
     parallel: str | None = None
+    """The config field that tells whether MHA and MLP both read the layer's input: x + MHA(norm(x)) + MLP(norm(x))."""
     logit_cap: str | None = None
+    """The config field of c, where the logits are c tanh(head / c)."""
     alibi: bool = False
+    """Attention masks hold a bias for each head."""
     renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: _types(config, layers)
+    """The config fields that describe single layers, for new layers: (layer of its MHA, layer of its MLP) of each."""
     defaults: Config = field(default_factory=dict)
+    """Of config fields that a config.json may leave out."""
     decoder: str = "model"
+    """Attribute path from the causal LM, as are the next three."""
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
@@ -85,41 +81,30 @@ class Family:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a dense model takes of one resource, and what each of its blocks does: parameters, numbers in the KV cache,
-    nanoseconds."""
+    """How much of one resource a dense model takes, and how much each of its blocks: parameters, numbers in the KV
+    cache, or nanoseconds."""
 
     total: int
     blocks: Mapping[BlockId, int]
 
     def ratio(self, mask: Mask) -> float:
-        """Share of the whole that the mask removes, in [0, 1]; of parameters it is the pruning ratio.
+        """The share that the mask removes, in [0, 1]. Of parameters it is the pruning ratio.
 
-        All parameters count, embeddings, head and norms included; a removed block's norm counts as removed
-        (the convention by which every ratio of arXiv 2406.10594 decodes to whole blocks).
+        All parameters count, those of embeddings, head and norms too. A removed block's norm counts as removed: by this
+        convention every ratio of arXiv 2406.10594 decodes to whole blocks.
         """
         return sum(self.blocks[block] for block in mask) / self.total
 
 
-def family_of(model_type: str) -> Family:
-    """The family row of a config's `model_type`; raises InputError that names the supported ones."""
-    if model_type not in FAMILIES:
-        raise InputError(
-            f"model family {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
-            "A new family is one row in blockpruner/core/families.py: where its blocks, norms and head are, and the "
-            'parameters of a block (docs/architecture.md, "Model families")'
-        )
-    return FAMILIES[model_type]
-
-
 def count_parameters(config: Config) -> Costs:
     """Count parameters from a config (`config.json` as a mapping), without loading weights."""
-    row = family_of(str(config["model_type"]))
-    config = {**row.defaults, **config}
+    family = FAMILIES[str(config["model_type"])]
+    config = {**family.defaults, **config}
     hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    norm = 2 * hidden if row.norm_bias else hidden
-    counts = {BlockKind.MHA: row.mha_parameters, BlockKind.MLP: row.mlp_parameters}
+    norm = 2 * hidden if family.norm_bias else hidden
+    counts = {BlockKind.MHA: family.mha_parameters, BlockKind.MLP: family.mlp_parameters}
     blocks = {
-        block: counts[block.kind](config, block.layer) + norm * len(row.branch(block.kind).norms)
+        block: counts[block.kind](config, block.layer) + norm * len(family.branch(block.kind).norms)
         for block in all_blocks(layers)
     }
     embeddings = int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
@@ -128,7 +113,7 @@ def count_parameters(config: Config) -> Costs:
 
 def count_kv_cache(config: Config) -> Costs:
     """Numbers that the KV cache holds for one token: keys and values of every MHA block."""
-    heads, head = _heads({**family_of(str(config["model_type"])).defaults, **config})
+    heads, head = _heads({**FAMILIES[str(config["model_type"])].defaults, **config})
     values = 2 * int(config.get("num_key_value_heads") or heads) * head
     blocks = {
         block: values if block.kind is BlockKind.MHA else 0 for block in all_blocks(int(config["num_hidden_layers"]))
@@ -137,23 +122,23 @@ def count_kv_cache(config: Config) -> Costs:
 
 
 def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
-    """Multiplications for one token: of each block's matrices, and, for each token that it attends to, of an MHA
-    block's queries with keys (with values there are as many).
+    """Multiplications for one token: in each block's matrices; and between an MHA block's queries and the keys of one
+    token that it attends to (there are as many with its values).
 
     Raises:
-        InputError: MHA and MLP side by side, which share no prefix within a layer.
+        InputError: MHA and MLP read the same input, and share no prefix within a layer.
     """
-    row = family_of(str(config["model_type"]))
-    config = {**row.defaults, **config}
-    if row.is_parallel(config):
+    family = FAMILIES[str(config["model_type"])]
+    config = {**family.defaults, **config}
+    if family.is_parallel(config):
         raise InputError(
-            f"costs of model family {row.model_type!r} are not known: its MHA and MLP blocks read the same input, and "
-            f"are counted here one after the other; set {row.parallel}: false, or measure"
+            f"costs of model family {family.model_type!r} are not known: its MHA and MLP blocks read the same input, "
+            f"and are counted here one after the other; set {family.parallel}: false, or measure"
         )
     heads, head = _heads(config)
     mha = _attention(config)
     blocks = {
-        block: mha if block.kind is BlockKind.MHA else row.products(config, block.layer)
+        block: mha if block.kind is BlockKind.MHA else family.products(config, block.layer)
         for block in all_blocks(int(config["num_hidden_layers"]))
     }
     return blocks, heads * head
@@ -165,13 +150,13 @@ def _heads(config: Config) -> tuple[int, int]:
 
 
 def _types(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
-    """`layer_types`, where a config has it, which says how an MHA sees what came before."""
+    """`layer_types`, where a config has it: how each MHA sees the tokens before."""
     types = config.get("layer_types")
     return {} if types is None else {"layer_types": [types[mha] for mha, _ in layers]}
 
 
 def _sparse_layers(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
-    """Qwen3-MoE: which MLP is dense is said by a list, and by a step."""
+    """Qwen3-MoE: a list and a step decide which MLP is dense."""
     dense = [n for n, (_, mlp) in enumerate(layers) if not _is_sparse(config, mlp)]
     return {**_types(config, layers), "mlp_only_layers": dense, "decoder_sparse_step": 1}
 
@@ -199,12 +184,12 @@ def _optional_bias(config: Config, layer: int) -> int:
 
 
 def _head_norms(config: Config, layer: int) -> int:
-    """Queries and keys are normed head by head."""
+    """Queries and keys are normalized head by head."""
     return _optional_bias(config, layer) + 2 * _heads(config)[1]
 
 
 def _wide_norms(config: Config, layer: int) -> int:
-    """Queries and keys are normed as wholes."""
+    """Queries and keys are normalized as wholes."""
     heads, head = _heads(config)
     return _optional_bias(config, layer) + (heads + int(config.get("num_key_value_heads") or heads)) * head
 
@@ -253,9 +238,10 @@ AFTER_NORMS = (
     Branch("mlp", None, "down_proj", "post_feedforward_layernorm"),
 )
 
-FAMILIES: dict[str, Family] = {
-    row.model_type: row
-    for row in (
+FAMILIES: Registry[Family] = Registry(
+    "model family",
+    Family,
+    [
         Family("llama", "Llama", _optional_bias, _gated_mlp),
         Family("baichuan", "Baichuan", _no_bias, _gated_mlp, alibi=True),
         Family("mistral", "Mistral", _no_bias, _gated_mlp),
@@ -314,5 +300,7 @@ FAMILIES: dict[str, Family] = {
             mha=Branch("attention", "input_layernorm", "dense"),
             mlp=Branch("mlp", "post_attention_layernorm", "dense_4h_to_h"),
         ),
-    )
-}
+    ],
+    key="model_type",
+    hint='A new one is one row in blockpruner/core/families.py (docs/architecture.md, "Model families")',
+)

@@ -50,6 +50,7 @@ class Local(Frozen):
 class PypiModel(Pypi):
     file: str
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    trust_remote_code: Literal[False] = False
 
 
 class HubModel(Hub):

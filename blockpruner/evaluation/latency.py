@@ -1,9 +1,9 @@
 """What one block costs in time of generation: measured on the device at hand, once for a run.
 
-Decides what is timed, and how it becomes a cost of blocks. Of the dense model, of it without every other MHA block and
-of it without every other MLP block the same generation is timed, in turns. Time is taken to be a constant and a sum
-over blocks, those of a kind alike, so that any mask has a time without having been run; what the pruned model then
-takes is measured by the benchmark.
+Decides what is timed, and how it becomes a cost of blocks. Three models generate the same text in turns: the dense one,
+the one without every other MHA block, and the one without every other MLP block. Time is taken to be a constant plus a
+sum over blocks, with one cost for each kind. Every mask then has a time, although nobody ran it. The benchmark measures
+the time of the pruned model itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.evaluation.speed import device_name, generate, random_prompt
+from blockpruner.core.settings import Latency, Model, Runtime
+from blockpruner.evaluation.speed import device_name, generate, random_prompt, turns
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.model.models import decoder_layers, load_model, masked, set_threads
 from blockpruner.store.files import read_json, set_aside, write_json
@@ -31,29 +32,25 @@ def kept_latency(
     folder: Path,
     shared: Path,
     checkpoint: Path,
-    dtype: str,
-    timed: Mapping[str, int],
-    runtime: Mapping[str, Any],
-    trust_remote_code: bool,
+    model: Model,
+    timed: Latency,
+    runtime: Runtime,
     observer: Observer,
 ) -> dict[str, Any]:
-    """What was measured for a model and kept; measured now if there is none, or none that is whole.
+    """The measurement that was kept for a model; it is made now if there is none, or if the kept one is damaged.
 
-    It is not measured again on another device or day, so that what was decided by it stays decided; whoever wants that
-    deletes the file.
+    Another device or day does not repeat it: decisions rest on it. Delete the file to measure again.
 
     Args:
-        folder: the run's own, which travels with its scores.
-        shared: for all runs of this machine, so that a speed-up means the same in all that name one model.
-        timed: prompt_tokens, new_tokens, batch, repeats, as of `measure_latency`.
-        runtime: as in params.yaml.
+        folder: the run's own; the measurement travels with its scores.
+        shared: for all runs of this machine. A speed-up then means the same in all runs of one model.
 
     Raises:
-        InputError: a model that is streamed, since it is larger than memory, or scored by the workers of a cluster,
-            whose devices are not this process's.
+        InputError: the model is streamed, being larger than memory, or the workers of a cluster score it, whose devices
+            are not this process's.
     """
-    facts = {"version": LATENCY_VERSION, "model": checkpoint_identity(checkpoint), "dtype": dtype, **timed}
-    name = f"latency-{fingerprint(facts)}.json"
+    facts = {"version": LATENCY_VERSION, "model": checkpoint_identity(checkpoint), "dtype": model.dtype}
+    name = f"latency-{fingerprint(facts | _fields(timed))}.json"
     for path in (folder / name, shared / name):
         if path.exists():
             found: dict[str, Any] = read_json(path)
@@ -63,16 +60,17 @@ def kept_latency(
                 return found
             observer.note(f"warning: {path} is no measurement; set aside as {set_aside(path).name}")
     for key, cause in (("streaming", "is larger than it"), ("ray_address", "is scored on other machines")):
-        if runtime[key]:
+        value = getattr(runtime, key)
+        if value:
             raise InputError(
-                f"a speed-up is measured with the model in this process's memory, and with runtime.{key}: "
-                f"{runtime[key]} it {cause}; give budgets in parameters or KV cache, or measure first, without it"
+                f"a speed-up is measured with the model in this process's memory, and with runtime.{key}: {value} it "
+                f"{cause}; give budgets in parameters or KV cache, or measure first, without it"
             )
     observer.begin("latency of blocks")
-    set_threads(runtime["threads"])
-    model = load_model(checkpoint, dtype, runtime["device"], trust_remote_code, runtime["attention"])
-    found = measure_latency(model, **timed, advance=observer.advance)
-    del model
+    set_threads(runtime.threads)
+    loaded = load_model(checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention)
+    found = measure_latency(loaded, timed, observer.advance)
+    del loaded
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     for place in (shared, folder):
@@ -86,6 +84,11 @@ def kept_latency(
     return found
 
 
+def _fields(timed: Latency) -> dict[str, int]:
+    """The settings that a measurement depends on and holds. Part of its key."""
+    return {key: getattr(timed, key) for key in ("prompt_tokens", "new_tokens", "batch", "repeats")}
+
+
 def _words(found: Mapping[str, Any]) -> str:
     return (
         f"{found['total'] / 1e9:.3f} s for {found['batch']} x ({found['prompt_tokens']} + {found['new_tokens']}) "
@@ -95,10 +98,7 @@ def _words(found: Mapping[str, Any]) -> str:
 
 def measure_latency(
     model: PreTrainedModel,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch: int,
-    repeats: int,
+    timed: Latency,
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
 ) -> dict[str, Any]:
     """Time generation with and without blocks; each of the three models warms up once.
@@ -108,25 +108,25 @@ def measure_latency(
         advance: called with (generations done, generations in all, which), warm-up included.
 
     Returns:
-        total: nanoseconds of one generation of the dense model; mha, mlp: of one block, 0 where none could be
-        measured; scale: what these were multiplied by so that all blocks take no more than the whole; seconds: the
-        medians that they are made of; and what was timed, on what.
+        total: nanoseconds of one generation of the dense model.
+        mha, mlp: nanoseconds of one block; 0 where its absence saved no time.
+        scale: the factor in both that keeps the sum of all blocks below the total.
+        seconds: the medians behind these numbers.
+        The other keys describe what was timed, and where.
     """
     blocks = all_blocks(len(decoder_layers(model)))
     masks = {"dense": DENSE} | {
         kind.value: frozenset(block for block in blocks if block.kind is kind and block.layer % 2 == 0)
         for kind in BlockKind
     }
-    prompt = random_prompt(model, batch, prompt_tokens)
+    prompt = random_prompt(model, timed.batch, timed.prompt_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in masks}
-    total = len(masks) * (repeats + 1)
-    for repeat in range(repeats + 1):
-        for place, name in enumerate(list(masks)[:: 1 if repeat % 2 else -1]):
-            with masked(model, masks[name]):
-                timed = generate(model, prompt, new_tokens)
-            if repeat:
-                seconds[name].append(timed.prefill_seconds + timed.decode_seconds)
-            advance(repeat * len(masks) + place + 1, total, name)
+    for done, (repeat, name) in enumerate(turns(list(masks), timed.repeats), 1):
+        with masked(model, masks[name]):
+            result = generate(model, prompt, timed.new_tokens)
+        if repeat:
+            seconds[name].append(result.prefill_seconds + result.decode_seconds)
+        advance(done, len(masks) * (timed.repeats + 1), name)
     medians = {name: median(times) for name, times in seconds.items()}
     saved = {name: max(0.0, medians["dense"] - medians[name]) / len(mask) for name, mask in masks.items() if mask}
     all_of_them = sum(saved.values()) * len(blocks) / 2
@@ -136,10 +136,7 @@ def measure_latency(
         **{name: int(1e9 * scale * each) for name, each in saved.items()},
         "scale": scale,
         "seconds": medians,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "batch": batch,
-        "repeats": repeats,
+        **_fields(timed),
         "device": device_name(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),

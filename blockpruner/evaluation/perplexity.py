@@ -1,7 +1,7 @@
 """Held-out perplexity, the way of arXiv 2406.10594 and of SliceGPT's code.
 
-Decides how held-out texts become rows and how their NLL is averaged. It runs a model's own forward, dense or
-pruned, and shares nothing with the scoring engine.
+Decides how held-out texts become rows and how their NLL is averaged. It runs a model's own forward pass, and does not
+use the scoring engine.
 """
 
 from __future__ import annotations
@@ -15,30 +15,36 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.inputs.calibration import cut
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.work import LOGITS_BYTES
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """perplexity: exp(nll); nll: mean over rows of row_nll; row_nll: each row's mean NLL, nats per token;
-    tokens: those in the rows, of which each row's first is not predicted."""
+class HeldOutPerplexity:
+    """The perplexity of a model on held-out rows."""
 
     perplexity: float
+    """exp(nll)."""
     nll: float
+    """Mean of row_nll."""
     rows: int
     tokens: int
+    """Tokens of all rows; the first one of each is not predicted."""
     row_nll: tuple[float, ...]
+    """Each row's mean NLL, nats per token."""
 
 
-def held_out_rows(tokenizer: Any, texts: Sequence[str], seq_len: int, max_rows: int | None = None) -> list[list[int]]:
+def held_out_rows(
+    tokenizer: Any, texts: Sequence[str], seq_len: int, max_rows: int | None = None
+) -> list[tuple[int, ...]]:
     """Join all texts with a blank line, tokenize once, cut into rows of `seq_len` tokens, drop the tail.
 
     Raises:
         InputError: the texts are shorter than one row.
     """
     ids: list[int] = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
-    rows = [ids[i : i + seq_len] for i in range(0, len(ids) - seq_len + 1, seq_len)]
+    rows = cut(ids, seq_len)
     if not rows:
         raise InputError(
             f"held-out perplexity has no row: {len(texts)} texts are {len(ids)} tokens, fewer than one row of "
@@ -52,18 +58,18 @@ def measure_perplexity(
     model: PreTrainedModel,
     rows: Sequence[Sequence[int]],
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> Perplexity:
+) -> HeldOutPerplexity:
     """PPL = exp(1/R * sum_r 1/(T-1) * sum_t -log p(x[r, t+1] | x[r, <=t])) over R rows of T tokens.
 
-    Log-softmax in float32 or wider, sums in float64; the head runs over chunks of tokens, so that the logits
-    [T, V] of a row are never whole in memory.
+    Log-softmax in float32 or wider, sums in float64. The head runs over chunks of tokens: the logits [T, V] of a row
+    never fill the memory.
 
     Args:
         rows: token ids, each row at least two.
         advance: called with (rows done, rows in all).
 
     Raises:
-        NonFiniteLossError: NaN or infinite loss; names the row.
+        NonFiniteLossError: the loss of a row is NaN or infinite; names the row.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     chunk = max(1, LOGITS_BYTES // (model.config.vocab_size * 4))
@@ -81,4 +87,4 @@ def measure_perplexity(
         means.append(total / (len(row) - 1))
         advance(number + 1, len(rows))
     nll = math.fsum(means) / len(means)
-    return Perplexity(math.exp(nll), nll, len(rows), sum(len(row) for row in rows), tuple(means))
+    return HeldOutPerplexity(math.exp(nll), nll, len(rows), sum(len(row) for row in rows), tuple(means))

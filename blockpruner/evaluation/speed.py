@@ -1,13 +1,13 @@
 """Generation speed and memory of models side by side.
 
-Decides what is timed: greedy decoding with a KV cache and no early stop, as in Table 6 of arXiv 2406.10594, the
-models taking turns within each repeat so that a drift of the machine falls on all of them.
+Decides what is timed: greedy decoding with a KV cache and no early stop, as in Table 6 of arXiv 2406.10594. The models
+take turns within each repeat: a drift of the machine then falls on all of them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,40 +16,43 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from blockpruner.core.settings import Speed
+
 PROMPT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds over the repeats; samples: of each, in order, so that those of two models taking turns are pairs."""
+    """Seconds over the repeats."""
 
     median: float
     min: float
     max: float
     samples: list[float]
+    """Of each repeat, in order. Samples of two models that took turns are pairs."""
 
 
 @dataclass(frozen=True)
-class Speed:
-    """One model's speed.
-
-    prefill: the prompt's forward and the first new token; decode: the other new_tokens - 1; generation: both;
-    *_tokens_per_second: over the whole batch, from the medians;
-    kv_cache_bytes: keys and values held at the end (the last token is never fed, so of prompt + new - 1 tokens);
-    weight_bytes: of all parameters, shared ones once;
-    peak_memory_bytes, peak_memory: "allocated", the largest sum of tensors on the CUDA device while this model
-    generated, less what other models hold there; on a CPU, where memory is the process's, "weights + KV cache".
-    """
+class MeasuredSpeed:
+    """One model's speed and memory."""
 
     prefill_seconds: Timing
+    """The prompt's forward pass and the first new token."""
     decode_seconds: Timing
+    """The other new_tokens - 1."""
     generation_seconds: Timing
+    """Both."""
     prefill_tokens_per_second: float
+    """Over the whole batch, from the median, as is the next one."""
     decode_tokens_per_second: float
     kv_cache_bytes: int
+    """Keys and values at the end, of prompt + new - 1 tokens: the last token is never fed."""
     weight_bytes: int
+    """Of all parameters; shared ones count once."""
     peak_memory_bytes: int
     peak_memory: str
+    """What the peak is. "allocated": the largest sum of tensors on the CUDA device while this model generated, without
+    those of the other models. "weights + KV cache": their sum, on a CPU, where only the process's memory is known."""
     prompt_tokens: int
     new_tokens: int
     batch: int
@@ -61,7 +64,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Generation:
-    tokens: Tensor  # [B, new_tokens] int64
+    tokens: Tensor
+    """[B, new_tokens], int64."""
     prefill_seconds: float
     decode_seconds: float
     kv_cache_bytes: int
@@ -88,37 +92,37 @@ def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Generat
     return Generation(torch.cat(tokens, dim=1), prefilled - started, ended - prefilled, held)
 
 
+def turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
+    """(repeat, name) in the order of measuring. Repeat 0 warms up; the order turns round with every repeat."""
+    for repeat in range(repeats + 1):
+        yield from ((repeat, name) for name in names[:: 1 if repeat % 2 else -1])
+
+
 def measure_speed(
     models: Mapping[str, PreTrainedModel],
-    prompt_tokens: int,
-    new_tokens: int,
-    repeats: int,
-    batch: int,
+    settings: Speed,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Speed]:
-    """Time every model on one random prompt; each warms up once, then they take turns, the order turning round.
+) -> dict[str, MeasuredSpeed]:
+    """Time every model on one random prompt. Each warms up once, then they take turns.
 
     Args:
-        models: by name, all on one device, of one vocabulary.
+        models: by name, all on one device and of one vocabulary.
         advance: called with (generations done, generations in all), warm-up included.
     """
-    prompts = {name: random_prompt(model, batch, prompt_tokens) for name, model in models.items()}
+    prompts = {name: random_prompt(model, settings.batch, settings.prompt_tokens) for name, model in models.items()}
     runs: dict[str, list[Generation]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
-    done, total = 0, len(models) * (repeats + 1)
-    for repeat in range(repeats + 1):
-        for name in list(models)[:: 1 if repeat % 2 else -1]:
-            result, peak = _run(models, name, prompts[name], new_tokens)
-            if repeat:
-                runs[name].append(result)
-                peaks[name] = max(peaks[name], peak)
-            done += 1
-            advance(done, total)
-    return {name: _speed(model, runs[name], peaks[name], prompt_tokens) for name, model in models.items()}
+    for done, (repeat, name) in enumerate(turns(list(models), settings.repeats), 1):
+        result, peak = _run(models, name, prompts[name], settings.new_tokens)
+        if repeat:
+            runs[name].append(result)
+            peaks[name] = max(peaks[name], peak)
+        advance(done, len(models) * (settings.repeats + 1))
+    return {name: _speed(model, runs[name], peaks[name], settings.prompt_tokens) for name, model in models.items()}
 
 
 def _run(models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_tokens: int) -> tuple[Generation, int]:
-    """One generation, and the peak of CUDA memory that is this model's (0 on a CPU)."""
+    """One generation, and this model's peak of CUDA memory (0 on a CPU)."""
     model = models[name]
     if model.device.type != "cuda":
         return generate(model, prompt, new_tokens), 0
@@ -128,12 +132,12 @@ def _run(models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_t
     return result, torch.cuda.max_memory_allocated(model.device) - others
 
 
-def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tokens: int) -> Speed:
+def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tokens: int) -> MeasuredSpeed:
     batch, new_tokens = runs[0].tokens.shape
     prefill = _timing([run.prefill_seconds for run in runs])
     decode = _timing([run.decode_seconds for run in runs])
     weights, held = weight_bytes(model), runs[0].kv_cache_bytes
-    return Speed(
+    return MeasuredSpeed(
         prefill_seconds=prefill,
         decode_seconds=decode,
         generation_seconds=_timing([run.prefill_seconds + run.decode_seconds for run in runs]),

@@ -1,8 +1,8 @@
 """The results store: what an evaluation found, by the content of what was evaluated.
 
-Decides what an entry is: <fingerprint of its key>.json with key and value, and for a task <fingerprint>.parquet
-with its items, named by digest in the JSON, which is written last. Shared by all runs, safe to delete. What goes
-into a key is decided by `suite`.
+Decides what an entry is: <fingerprint of its key>.json with key and value. A task has also <fingerprint>.parquet with
+its items; the JSON holds its digest and is written last. All runs share the store, and it is safe to delete. What goes
+into a key is decided in `suite`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,30 @@ ITEMS = pa.schema(
         pa.field("response", pa.string()),
     ]
 )
-"""One row per item of a task; null is what its task does not have. item: its number in the split; gold: index of the
-right choice; loglikelihoods: log p of each choice given the context (or of the last word, or of the whole text), nats;
-acc, acc_norm, exact_match: 0 or 1 (acc_norm: by loglikelihood per character of the choice); prompt_hash: SHA-256 of the
-first choice's context; word_perplexity: exp(-log p / words of the text); response: what was generated. A column is only
-ever added at the end, so that older entries stay valid."""
+"""One row per item of a task. Null is what the task does not have. A column is only ever added at the end: older
+entries then stay valid.
+
+    item             its number in the split
+    gold             index of the right choice
+    loglikelihoods   log p of each choice given the context, or of the last word, or of the whole text; nats
+    acc, exact_match 0 or 1
+    acc_norm         0 or 1, by loglikelihood per character of the choice
+    prompt_hash      SHA-256 of the first choice's context
+    word_perplexity  exp(-log p / words of the text)
+    response         what was generated
+"""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """value: JSON values; items: of schema ITEMS, for a task."""
+    """A result: JSON values, and the items of a task in the schema ITEMS."""
 
     value: dict[str, Any]
     items: pa.Table | None = None
 
 
 class ResultsStore:
-    """Entries in one folder. An entry that cannot be trusted is named to `note`, set aside and not returned."""
+    """Entries in one folder. An entry that cannot be trusted is set aside and reported to `note`."""
 
     def __init__(self, directory: Path, note: Callable[[str], object]) -> None:
         self._directory = directory
@@ -67,7 +74,7 @@ class ResultsStore:
             return None
 
     def save(self, key: Mapping[str, Any], result: Stored) -> None:
-        """Write an entry; raises StorageError, and then there is none."""
+        """Write an entry; raises StorageError and leaves none if that fails."""
         path, items = self._paths(key)
         if result.items is not None:
             write_table(items, result.items)
@@ -95,5 +102,5 @@ def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
 
 
 def completed(items: pa.Table) -> pa.Table:
-    """Items in the columns ITEMS: those that are younger than the table are null."""
+    """Items in all columns of ITEMS; columns younger than the table are null."""
     return pa.concat_tables([ITEMS.empty_table(), items], promote_options="default").cast(ITEMS)

@@ -1,8 +1,7 @@
-"""The evaluation of one checkpoint: perplexity, zero-shot tasks, speed beside the dense model.
+"""The evaluation of models: perplexity, zero-shot tasks, and speed next to the dense model.
 
-Decides what identifies a result (its key in the results store) and how results are summed up. What is stored is
-never computed again, whoever asks; models are loaded only if something is missing; every finished task is stored
-at once.
+Decides what identifies a result (its key in the results store) and how results are summed up. A stored result is never
+computed again, whoever asks for it. Models are loaded only if a result is missing. Every result is stored at once.
 """
 
 from __future__ import annotations
@@ -21,15 +20,17 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.evaluation.benchmarks import BENCHMARKS, benchmark_of, task_digest
+from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, WikiText
+from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.speed import device_name, measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
+from blockpruner.evaluation.tasks import task_digest
 from blockpruner.inputs.calibration import check_context
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, resolve_device, set_threads
-from blockpruner.store.files import read_json, read_table, replace_directory, write_json, write_table
+from blockpruner.store.files import read_json, replace_directory, write_json, write_table
 from blockpruner.store.provenance import file_sha256, fingerprint, machine, model_identity
 from blockpruner.versions import EVAL_VERSION
 
@@ -38,8 +39,8 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 Advance = Callable[[int, int], None]
 
 
-class Subject(Protocol):
-    """What is evaluated: a model and its tokenizer, made when first used."""
+class Evaluated(Protocol):
+    """A model and its tokenizer, made when first used."""
 
     @property
     def model(self) -> PreTrainedModel: ...
@@ -61,23 +62,56 @@ class Checkpoint:
         return load_model(self.directory, self.dtype, self.device, self.trust_remote_code)
 
     @cached_property
-    def identity(self) -> str:
-        return model_identity(self.directory)
-
-    @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.directory, self.trust_remote_code)
 
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """What identifies the model in the keys of its results."""
+        return {"model": model_identity(self.directory), "dtype": self.dtype, "eval_version": EVAL_VERSION}
+
 
 @dataclass(frozen=True)
-class Phase:
-    """One unit of work and of loss. compute: called with a progress function; summary: one line from the value."""
+class Evaluation:
+    """One result. It is computed and stored as a whole, and a kill loses no more than one."""
 
     name: str
     key: Mapping[str, Any]
+    """Everything that the result depends on."""
     steps: str
+    """What its progress counts, for instance "rows"."""
     compute: Callable[[Advance], Stored]
     summary: Callable[[Mapping[str, Any]], str]
+    """One line about a value."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Takes results from the store, and computes and stores those that are missing."""
+
+    store: ResultsStore
+    observer: Observer
+
+    def settle(self, evaluation: Evaluation, overall: float) -> Stored:
+        """The result of an evaluation; `overall` is the share of all work that is done before it."""
+        self.observer.begin(evaluation.name, overall)
+        stored = self.store.load(evaluation.key)
+        cached = stored is not None
+        if stored is None:
+            stored = evaluation.compute(lambda done, total: self.observer.advance(done, total, evaluation.steps))
+            self.store.save(evaluation.key, stored)
+        self.observer.end(evaluation.summary(stored.value), cached=cached)
+        return stored
+
+    def size(self, subject: Evaluated, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """parameters and weight_bytes, from the store or counted."""
+        key = {**identity, "kind": "size"}
+        size = self.store.load(key)
+        if size is None:
+            model = subject.model
+            size = Stored({"parameters": model.num_parameters(), "weight_bytes": weight_bytes(model)})
+            self.store.save(key, size)
+        return size.value
 
 
 def benchmark(
@@ -87,12 +121,9 @@ def benchmark(
     out: Path,
     store: Path,
     *,
-    perplexity: Mapping[str, Any],
-    zero_shot: Mapping[str, Any],
-    speed: Mapping[str, Any],
+    settings: Evaluate,
     dtype: str,
-    device: str,
-    threads: int | str,
+    runtime: Runtime,
     observer: Observer,
 ) -> dict[str, Any]:
     """Evaluate `checkpoint` and write results.json, items.parquet and lm_eval.json to the folder `out`.
@@ -100,42 +131,43 @@ def benchmark(
     Args:
         checkpoint: the dense model itself, or one of our own exports, whose modelling file is then trusted.
         sources: holds perplexity.parquet and tasks/, as the fetch stage wrote them.
-        store: the results store.
-        perplexity: seq_len, max_rows; zero_shot: tasks, limit; speed: prompt_tokens, new_tokens, repeats, batch.
+        store: the folder of the results store.
 
     Returns:
-        results.json: parameters, weight_bytes; perplexity; tasks (each with its main metric's value and stderr);
-        average (mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is);
-        chance (accuracy of guessing, by task; null for a perplexity);
-        speed (pruned, unless `checkpoint` is the dense model; dense; dense over pruned seconds).
+        results.json, by key:
+        parameters, weight_bytes.
+        perplexity: without the NLL of each row.
+        tasks: the scores of each task; value and stderr are those of its main metric.
+        average: mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is one.
+        chance: the accuracy of guessing, by task; null for a perplexity.
+        speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds.
 
     Raises:
-        InputError: an unknown task, rows longer than the context, missing or damaged sources or checkpoints.
+        InputError: a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
     """
-    tasks = [benchmark_of(name).task for name in zero_shot["tasks"]]
+    tasks = settings.zero_shot.tasks
     if not tasks:
         raise InputError(f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}")
-    check_context(perplexity["seq_len"], read_json(checkpoint / "config.json"), "evaluate.perplexity.seq_len")
-    set_threads(threads)
-    dense_loader = Checkpoint(dense, dtype, device, trust_remote_code=False)
-    loader = dense_loader if checkpoint == dense else Checkpoint(checkpoint, dtype, device, trust_remote_code=True)
-    model = {"model": loader.identity, "dtype": dtype, "eval_version": EVAL_VERSION}
-    text = model | {"tokenizer": tokenizer_digest(checkpoint)}
-    phases = [
-        perplexity_phase(loader, sources / "perplexity.parquet", perplexity, text),
-        *(task_phase(loader, task, sources / "tasks", zero_shot["limit"], text) for task in tasks),
-        speed_phase(loader, dense_loader, speed, model),
+    rows = {task: BENCHMARKS[task] for task in tasks}
+    check_context(settings.perplexity.seq_len, read_json(checkpoint / "config.json"), "evaluate.perplexity.seq_len")
+    set_threads(runtime.threads)
+    dense_model = Checkpoint(dense, dtype, runtime.device, trust_remote_code=False)
+    model = dense_model if checkpoint == dense else Checkpoint(checkpoint, dtype, runtime.device, True)
+    text_key = model.key | {"tokenizer": tokenizer_digest(checkpoint)}
+    evaluations = [
+        perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text_key),
+        *(task_of(model, task, sources / "tasks", settings.zero_shot.limit, text_key) for task in tasks),
+        speed_of(model, dense_model, settings.speed, model.key),
     ]
-    results_store = ResultsStore(store, observer.note)
-    found = {
-        phase.name: settle(phase, results_store, observer, number / len(phases)) for number, phase in enumerate(phases)
-    }
+    evaluator = Evaluator(ResultsStore(store, observer.note), observer)
+    found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}
+    scores = {task: found[task].value["scores"] for task in tasks}
     results = {
-        **size_of(loader, model, results_store),
+        **evaluator.size(model, model.key),
         "perplexity": {k: v for k, v in found["perplexity"].value.items() if k != "row_nll"},
-        "tasks": {task: found[task].value["scores"] for task in tasks},
-        "average": _average([found[task].value["scores"] for task in tasks if benchmark_of(task).is_accuracy]),
-        "chance": {task: _chance(task, found[task].items) for task in tasks},
+        "tasks": scores,
+        "average": _average([scores[task] for task in tasks if rows[task].is_accuracy]),
+        "chance": {task: rows[task].chance(found[task].items) for task in tasks},
         "speed": found["speed"].value,
     }
 
@@ -148,15 +180,12 @@ def benchmark(
     return results
 
 
-def size_of(subject: Subject, identity: Mapping[str, Any], store: ResultsStore) -> dict[str, Any]:
-    """parameters and weight_bytes, from the store or counted."""
-    key = {**identity, "kind": "size"}
-    size = store.load(key)
-    if size is None:
-        model = subject.model
-        size = Stored({"parameters": model.num_parameters(), "weight_bytes": weight_bytes(model)})
-        store.save(key, size)
-    return size.value
+def headline(results: Mapping[str, Any]) -> dict[str, float | None]:
+    """The main figures of results.json: tasks, their average, perplexity, speed-ups."""
+    figures = {task: scores["value"] for task, scores in results["tasks"].items()}
+    figures |= {"average": results["average"]["value"], "perplexity": results["perplexity"]["perplexity"]}
+    figures |= {key: value for key, value in results["speed"].items() if key.startswith("speedup")}
+    return {key: None if value is None else round(value, 4) for key, value in figures.items()}
 
 
 def tokenizer_digest(directory: Path) -> str:
@@ -164,28 +193,18 @@ def tokenizer_digest(directory: Path) -> str:
     return fingerprint({path.name: file_sha256(path) for path in files})
 
 
-def settle(phase: Phase, store: ResultsStore, observer: Observer, overall: float) -> Stored:
-    """A phase's result from the store, or computed and stored."""
-    observer.begin(phase.name, overall)
-    stored = store.load(phase.key)
-    cached = stored is not None
-    if stored is None:
-        stored = phase.compute(lambda done, total: observer.advance(done, total, phase.steps))
-        store.save(phase.key, stored)
-    observer.end(phase.summary(stored.value), cached=cached)
-    return stored
-
-
-def perplexity_phase(loader: Subject, texts: Path, settings: Mapping[str, Any], identity: Mapping[str, Any]) -> Phase:
-    held_out = read_table(texts, TEXTS)[0].column("text").to_pylist()
-    seq_len, max_rows = settings["seq_len"], settings["max_rows"]
+def perplexity_of(
+    model: Evaluated, texts: Path, settings: Perplexity | WikiText, identity: Mapping[str, Any]
+) -> Evaluation:
+    held_out = read_texts(texts)
+    seq_len, max_rows = settings.seq_len, settings.max_rows
 
     def compute(advance: Advance) -> Stored:
-        rows = held_out_rows(loader.tokenizer, held_out, seq_len, max_rows)
-        return Stored(asdict(measure_perplexity(loader.model, rows, advance)) | {"seq_len": seq_len})
+        rows = held_out_rows(model.tokenizer, held_out, seq_len, max_rows)
+        return Stored(asdict(measure_perplexity(model.model, rows, advance)) | {"seq_len": seq_len})
 
     key = {"kind": "perplexity", "texts": fingerprint({"texts": held_out}), "seq_len": seq_len, "max_rows": max_rows}
-    return Phase(
+    return Evaluation(
         "perplexity",
         {**identity, **key},
         "rows",
@@ -194,18 +213,18 @@ def perplexity_phase(loader: Subject, texts: Path, settings: Mapping[str, Any], 
     )
 
 
-def task_phase(loader: Subject, task: str, task_dir: Path, limit: int | None, identity: Mapping[str, Any]) -> Phase:
+def task_of(model: Evaluated, task: str, task_dir: Path, limit: int | None, identity: Mapping[str, Any]) -> Evaluation:
     def compute(advance: Advance) -> Stored:
-        from blockpruner.evaluation.zero_shot import evaluate  # lm-eval, seconds to import, only if it is to run
+        from blockpruner.evaluation.zero_shot import evaluate  # lm-eval takes seconds to import
 
-        result = evaluate(loader.model, loader.tokenizer, task, task_dir, limit, advance=advance)
-        metric = benchmark_of(task).metric
+        result = evaluate(model.model, model.tokenizer, task, task_dir, limit, advance=advance)
+        metric = BENCHMARKS[task].metric
         main = {"metric": metric, "value": result.scores[metric], "stderr": result.scores[f"{metric}_stderr"]}
         scores = {**main, **result.scores, "items": result.items.num_rows}
         return Stored({"scores": scores, "harness": result.harness}, result.items)
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit}
-    return Phase(
+    return Evaluation(
         task,
         {**identity, **key, "harness": version("lm-eval")},
         "requests",
@@ -214,13 +233,13 @@ def task_phase(loader: Subject, task: str, task_dir: Path, limit: int | None, id
     )
 
 
-def speed_phase(loader: Subject, dense: Checkpoint, settings: Mapping[str, Any], identity: Mapping[str, Any]) -> Phase:
-    loaders = {"dense": dense} if loader is dense else {"pruned": loader, "dense": dense}
+def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Mapping[str, Any]) -> Evaluation:
+    sides = {"dense": dense} if model is dense else {"pruned": model, "dense": dense}
 
     def compute(advance: Advance) -> Stored:
-        models = {name: side.model for name, side in loaders.items()}
-        value = {name: asdict(speed) for name, speed in measure_speed(models, **settings, advance=advance).items()}
-        if loader is dense:
+        found = measure_speed({name: side.model for name, side in sides.items()}, settings, advance)
+        value = {name: asdict(speed) for name, speed in found.items()}
+        if model is dense:
             return Stored(value)
         medians = {
             part: [value[name][f"{part}_seconds"]["median"] for name in ("dense", "pruned")]
@@ -230,14 +249,14 @@ def speed_phase(loader: Subject, dense: Checkpoint, settings: Mapping[str, Any],
 
     key = {
         "kind": "speed",
-        "dense": dense.identity,
-        "settings": dict(settings),
+        "dense": dense.key["model"],
+        "settings": {key: getattr(settings, key) for key in ("prompt_tokens", "new_tokens", "repeats", "batch")},
         "machine": machine(),
         "device": device_name(resolve_device(dense.device)),
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
     }
-    return Phase("speed", {**identity, **key}, "generations", compute, _speed_summary)
+    return Evaluation("speed", {**identity, **key}, "generations", compute, _speed_summary)
 
 
 def _speed_summary(value: Mapping[str, Any]) -> str:
@@ -256,18 +275,8 @@ def _average(scores: list[dict[str, Any]]) -> dict[str, float | None]:
     return {"value": math.fsum(score["value"] for score in scores) / len(scores), "stderr": stderr}
 
 
-def _chance(task: str, items: pa.Table | None) -> float | None:
-    """Expected accuracy of guessing: mean over items of 1 / choices; 0 where there are none; null where the metric is
-    no accuracy."""
-    assert items is not None
-    if not benchmark_of(task).has_choices:
-        return 0.0 if benchmark_of(task).is_accuracy else None
-    choices = items.column("loglikelihoods").combine_chunks().value_lengths().to_pylist()
-    return math.fsum(1 / count for count in choices) / len(choices)
-
-
 def _merge(parts: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """lm-eval's results of single tasks, {section: {task: ...}}, as it reports several."""
+    """lm-eval's results of single tasks, {section: {task: ...}}, in the form in which it reports several."""
     merged: dict[str, dict[str, Any]] = {}
     for part in parts:
         for section, values in part.items():

@@ -1,12 +1,12 @@
-"""Zero-shot scores through lm-eval, and the answers that calibration may score; the only module that imports it.
+"""Zero-shot scores through lm-eval, and the answers that calibration may score. No other module imports lm-eval.
 
 Decides how lm-eval is run (its own `hf` model class over a model in memory, stock prompts, no few-shot examples)
-and what is kept of an item. Tasks are read from files that `benchmarks.write_task` wrote. The numbers are those of
+and what is kept of an item. Tasks come from files that `tasks.write_task` wrote. The numbers are those of
 
     lm_eval --model hf --model_args pretrained=<checkpoint>,trust_remote_code=True --tasks <task>
         --include_path <task_dir> --limit <limit> --batch_size 8
 
-to the item; loglikelihoods up to rounding, so that another batch size or device could turn a near-tie.
+to the item. Loglikelihoods agree up to rounding: another batch size or device may turn a near-tie.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
-from blockpruner.evaluation.benchmarks import ACCURACIES, benchmark_of, unscored_items
+from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, unscored_items
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.inputs.calibration import Answer
 
@@ -42,15 +42,17 @@ lm-eval's default of 1 and 11.6 s at 16."""
 
 
 @dataclass(frozen=True)
-class ZeroShot:
-    """One task: lm-eval's metrics over all items, each with <metric>_stderr, its standard error (null for a single item
-    and for a metric that is no mean), the items (schema ITEMS), and lm-eval's own results as JSON values.
-    Where there are choices the metrics are acc and acc_norm, null where the task has none."""
+class TaskResult:
+    """One task's results."""
 
     task: str
     scores: dict[str, float | None]
+    """lm-eval's metrics over all items, each with its standard error <metric>_stderr: null for a single item and for a
+    metric that is no mean. Where there are choices, they are acc and acc_norm; null where the task lacks one."""
     items: pa.Table
+    """In the schema ITEMS."""
     harness: dict[str, Any]
+    """lm-eval's own results as JSON values."""
 
 
 def evaluate(
@@ -61,17 +63,17 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> ZeroShot:
-    """Score a model on the first `limit` items of one task (all, if null).
+) -> TaskResult:
+    """Score a model on the first `limit` items of one task (None: all).
 
     Args:
         task_dir: holds <task>/<task>.yaml.
-        batch_size: requests to a forward pass; whole texts are cut into windows as long as the model's context, whose
-            logits alone can fill a machine, and go one at a time.
-        advance: called with (requests done, requests in all); an item has a request for each of its choices, a text
-            one for each window.
+        batch_size: requests to a forward pass. Whole texts ignore it: they are cut into windows as long as the model's
+            context, whose logits alone can fill a machine, and these go one at a time.
+        advance: called with (requests done, requests in all). An item has a request for each choice, a text one for
+            each window.
     """
-    row = benchmark_of(task)
+    row = BENCHMARKS[task]
     if row.kind == "loglikelihood_rolling":
         batch_size = 1
     with _quiet():
@@ -102,21 +104,21 @@ def evaluate(
     }
     if row.has_choices:
         found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
-    return ZeroShot(task, found, pa.Table.from_pylist(items, schema=ITEMS), results)
+    return TaskResult(task, found, pa.Table.from_pylist(items, schema=ITEMS), results)
 
 
 def gold_answers(task: str, task_dir: Path, skip: int | None) -> list[Answer]:
     """Prompt and right answer of every item that is not evaluated, as lm-eval scores them.
 
-    Items of `benchmarks.unscored_items`, less those whose prompt an evaluated item has too (of the full data, 2 of
-    ARC-Challenge's 299, and 3 of PIQA's 1,788 after the first 50). Near twins of other wording stay.
+    They are the items of `benchmarks.unscored_items` without those whose prompt an evaluated item has too (in the full
+    data, 2 of ARC-Challenge's 299, and 3 of PIQA's 1,788 after the first 50). Near twins of other wording stay.
 
     Args:
         task_dir: holds <task>/<task>.yaml.
         skip: for a task with one split, how many items at its start may be evaluated.
 
     Raises:
-        InputError: no choices, one split and no `skip`, or no such item.
+        InputError: the task has no choices, one split and no `skip`, or no such item.
     """
     split, first = unscored_items(task, skip)
     with _quiet():
@@ -188,8 +190,8 @@ def _requests(definition: Any, doc: dict[str, Any]) -> list[Answer]:
 
 
 def _loglikelihoods(kind: str, responses: list[Any]) -> list[float]:
-    """Of an item's requests, to which lm-eval answers (log p, whether greedy), of a whole text log p alone, and of a
-    generation its text."""
+    """log p of each of an item's requests. lm-eval answers a request with (log p, whether greedy), one for a whole text
+    with log p alone, and one for a generation with its text."""
     if kind == "generate_until":
         return []
     return [float(response if kind == "loglikelihood_rolling" else response[0]) for response in responses]
@@ -200,8 +202,11 @@ def _per_word(loglikelihood: float, words: int) -> float:
 
 
 def _gold(definition: Any, doc: dict[str, Any]) -> int:
-    """Index of the right choice, as lm-eval's multiple_choice reads it: from the target, or, where the choices are
-    contexts (WinoGrande), from the text; a string is looked up among the choices; a list of one (AQuA-RAT) is it."""
+    """Index of the right choice, as lm-eval's multiple_choice reads it.
+
+    It comes from the target, or from the text where the choices are contexts (WinoGrande). A string is looked up among
+    the choices. A list holds one index (AQuA-RAT).
+    """
     gold = definition.doc_to_text(doc) if definition.multiple_input else definition.doc_to_target(doc)
     if isinstance(gold, list):
         (gold,) = gold

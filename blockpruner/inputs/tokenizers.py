@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, which needs no model and no torch."""
+"""The tokenizer of a checkpoint. Loading it needs no model and no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # for damaged files a bare Exception of tokenizers, or whatever transformers came across
+    except Exception as error:  # a damaged file raises a bare Exception in tokenizers, or anything in transformers
         reason = textwrap.shorten(str(error), 300)
         raise InputError(
             f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {reason}); its files are missing, "

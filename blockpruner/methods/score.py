@@ -39,16 +39,14 @@ def open_material(
         from blockpruner.model.models import load_model, set_threads
 
         set_threads(runtime.threads)
-        return load_model(
-            checkpoint, model.dtype, runtime.device, getattr(model, "trust_remote_code", False), runtime.attention
-        )
+        return load_model(checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention)
 
     def scorer() -> Any:
         return make_scorer(
             checkpoint,
             model.dtype,
             runtime.model_dump(),
-            trust_remote_code=getattr(model, "trust_remote_code", False),
+            trust_remote_code=model.trust_remote_code,
             note=observer.note,
             advance=observer.advance,
         )

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack
+from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
 from blockpruner.core.errors import DeviceMemoryError, InputError
-from blockpruner.core.families import Family, family_of
+from blockpruner.core.families import FAMILIES, Family
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.classes import config_class, model_class
 
@@ -164,7 +164,7 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def model_family(model: PreTrainedModel) -> Family:
     """The family row of a model, dense or block-pruned."""
-    return family_of(model.config.model_type.removesuffix("_blockpruned"))
+    return FAMILIES[model.config.model_type.removesuffix("_blockpruned")]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -204,8 +204,8 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     """Remove the blocks of `mask` from the model in place, for good.
 
     Layers that lose both blocks are dropped, remaining attentions renumbered 0..n-1 (else cached decoding is
-    silently wrong). If what is left fills whole layers (`blocks.pack`), the model stays one of its own class with
-    fewer layers; else model and config become the block-pruned classes of the family, which `save_pretrained`
+    silently wrong). If what is left fills whole layers (`blocks.pack_layers`), the model stays one of its own class
+    with fewer layers; else model and config become the block-pruned classes of the family, which `save_pretrained`
     and `from_pretrained(..., trust_remote_code=True)` round-trip.
 
     Raises:
@@ -213,7 +213,7 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     """
     row, layers = model_family(model), decoder_layers(model)
     _check(mask, len(layers))
-    packed = pack(mask, len(layers))
+    packed = pack_layers(mask, len(layers))
     whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
     if len(whole) == len(packed) and not row.is_parallel(model.config.to_dict()):
         _join_(model, whole)

@@ -1,12 +1,12 @@
-"""The evaluation of a study's models in memory: each made from the dense model and a plan, no checkpoint between.
+"""The evaluation of a study's models. Each is made in memory from the dense model and a plan, without a checkpoint.
 
-Decides what identifies such a model (its key in the results store) and what is asked of it. A model that several
-searches lead to is measured once, whoever asks; every result is stored when it is known.
+Decides what identifies such a model (its key in the results store) and what is asked of it. If several searches lead to
+one model, it is measured once. Every result is stored when it is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,40 +17,41 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
+from blockpruner.core.settings import Evaluate, Speed, Study
 from blockpruner.evaluation.store import ITEMS, ResultsStore
 from blockpruner.evaluation.suite import (
     Checkpoint,
-    Phase,
-    Subject,
-    perplexity_phase,
-    settle,
-    size_of,
-    speed_phase,
-    task_phase,
+    Evaluated,
+    Evaluation,
+    Evaluator,
+    perplexity_of,
+    speed_of,
+    task_of,
     tokenizer_digest,
 )
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import pruned_copy
 from blockpruner.paper.studies import DENSE, model_facts, model_name
 from blockpruner.store.files import replace_directory, write_json, write_table
-from blockpruner.versions import EVAL_VERSION
 
 STUDY_ITEMS = pa.schema([pa.field("model", pa.string(), nullable=False), *ITEMS])
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A pruned model of a study. rows: the calibration set of its search; main: it stands in the main tables, which ask
-    more of it; timed: the settings of `time_study` in which its generation is timed."""
+    """A pruned model of a study."""
 
     plan: Plan
     rows: CalibrationSet
+    """The calibration set of its search."""
     main: bool = False
+    """It stands in the main tables, which ask more of it."""
     timed: frozenset[str] = frozenset()
+    """The settings of `time_study` in which its generation is timed."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All that the model depends on beside the dense one."""
+        """Everything that the model depends on, apart from the dense one."""
         return model_facts(self.plan, self.rows.digest)
 
     @property
@@ -59,7 +60,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class CandidateModel:
     """The model of a candidate, made when first used."""
 
     dense: Checkpoint
@@ -75,7 +76,7 @@ class Pruned:
 
 
 def unique(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
-    """Candidates by name; of those that are one model, what is asked of any is asked of it."""
+    """Candidates by name. Those that are one model become one, which is asked for what any of them was asked for."""
     found: dict[str, Candidate] = {}
     for candidate in candidates:
         same = found.get(candidate.name, candidate)
@@ -91,40 +92,37 @@ def evaluate_study(
     out: Path,
     store: Path,
     *,
-    perplexity: Mapping[str, Any],
-    tasks: Mapping[str, int | None],
-    main_tasks: Mapping[str, int | None],
-    wikitext: Mapping[str, Any] | None,
+    settings: Evaluate,
+    study: Study,
     observer: Observer,
 ) -> None:
-    """Perplexity and tasks of the dense model and of every candidate; writes models.json and items.parquet to `out`.
+    """Measure perplexity and tasks of the dense model and of every candidate; writes models.json and items.parquet.
 
     Args:
-        sources: holds perplexity.parquet, tasks/, and wikitext.parquet where there is one.
-        tasks, main_tasks: how many items of each (null: all); the latter of the dense and the main models only.
-        wikitext: seq_len and max_rows of WikiText-2, of the same models.
+        sources: holds perplexity.parquet, tasks/, and maybe wikitext.parquet.
+        study: names the tasks and the WikiText-2 rows that only the dense and the main models get.
     """
+    tasks = dict.fromkeys(settings.zero_shot.tasks, settings.zero_shot.limit)
+    main_tasks = tasks | dict.fromkeys(study.tasks, study.tasks_limit)
+    tokenizer = tokenizer_digest(dense.directory)
 
-    def phases(subject: Subject, identity: Mapping[str, Any], main: bool) -> dict[str, Phase]:
+    def evaluations(model: Evaluated, identity: Mapping[str, Any], main: bool) -> dict[str, Evaluation]:
         text = {**identity, "tokenizer": tokenizer}
-        found = {"heldout": perplexity_phase(subject, sources / "perplexity.parquet", perplexity, text)}
-        if main and wikitext is not None and (sources / "wikitext.parquet").exists():
-            found["wikitext2"] = perplexity_phase(subject, sources / "wikitext.parquet", wikitext, text)
-        for task, limit in {**tasks, **(main_tasks if main else {})}.items():
-            found[task] = task_phase(subject, task, sources / "tasks", limit, text)
+        found = {"heldout": perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text)}
+        if main and study.wikitext is not None and (sources / "wikitext.parquet").exists():
+            found["wikitext2"] = perplexity_of(model, sources / "wikitext.parquet", study.wikitext, text)
+        for task, limit in (main_tasks if main else tasks).items():
+            found[task] = task_of(model, task, sources / "tasks", limit, text)
         return found
 
-    tokenizer = tokenizer_digest(dense.directory)
-    results, models, items = ResultsStore(store, observer.note), {}, []
+    evaluator, models, items = Evaluator(ResultsStore(store, observer.note), observer), {}, []
     wanted = unique(candidates)
-    for number, (name, subject, identity) in enumerate(_subjects(dense, wanted)):
-        main = name == DENSE or wanted[name].main
-        found = {}
-        for key, phase in phases(subject, identity, main).items():
-            found[key] = settle(replace(phase, name=f"{name}: {key}"), results, observer, number / (len(wanted) + 1))
+    for overall, name, model, identity in _models(dense, wanted):
+        asked = evaluations(model, identity, name == DENSE or wanted[name].main)
+        found = {key: evaluator.settle(replace(e, name=f"{name}: {key}"), overall) for key, e in asked.items()}
         texts = {key: found.pop(key).value for key in ("heldout", "wikitext2") if key in found}
         models[name] = {
-            **size_of(subject, identity, results),
+            **evaluator.size(model, identity),
             "perplexity": texts,
             "tasks": {task: stored.value["scores"] for task, stored in found.items()},
         }
@@ -146,30 +144,38 @@ def time_study(
     out: Path,
     store: Path,
     *,
-    settings: Mapping[str, Mapping[str, int]],
+    settings: Mapping[str, Speed],
     observer: Observer,
 ) -> None:
-    """Generation of the dense model and of candidates in turns; writes speed.json to `out`.
+    """Time the generation of the dense model and of candidates in turns; writes speed.json to `out`.
 
     Args:
-        settings: prompt_tokens, new_tokens, repeats and batch by name; the dense model is timed in all of them.
+        settings: by name; the dense model is timed in all of them.
     """
-    results = ResultsStore(store, observer.note)
+    evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     found: dict[str, dict[str, Any]] = {}
     wanted = {name: candidate for name, candidate in unique(candidates).items() if candidate.timed}
-    for number, (name, subject, identity) in enumerate(_subjects(dense, wanted)):
+    for overall, name, model, identity in _models(dense, wanted):
         asked = [key for key in settings if name == DENSE or key in wanted[name].timed]
         found[name] = {}
         for key in asked:
-            phase = speed_phase(subject, dense, settings[key], identity)
-            named = replace(phase, name=f"{name}: {key} speed")
-            found[name][key] = settle(named, results, observer, number / (len(wanted) + 1)).value
+            evaluation = replace(speed_of(model, dense, settings[key], identity), name=f"{name}: {key} speed")
+            found[name][key] = evaluator.settle(evaluation, overall).value
     replace_directory(out, lambda directory: write_json(directory / "speed.json", found))
 
 
-def _subjects(dense: Checkpoint, wanted: Mapping[str, Candidate]) -> Any:
-    """(name, model, what identifies it) of the dense model and each candidate; one pruned model in memory at a time."""
-    identity = {"model": dense.identity, "dtype": dense.dtype, "eval_version": EVAL_VERSION}
-    yield DENSE, dense, identity
-    for name, candidate in wanted.items():
-        yield name, Pruned(dense, candidate), {**identity, "pruned": candidate.facts}
+def _models(
+    dense: Checkpoint, wanted: Mapping[str, Candidate]
+) -> Iterator[tuple[float, str, Evaluated, dict[str, Any]]]:
+    """The dense model and each candidate: share of them done before it, name, model, and what identifies it.
+
+    One pruned model at a time is in memory.
+    """
+    yield 0.0, DENSE, dense, dense.key
+    for number, (name, candidate) in enumerate(wanted.items(), 1):
+        yield (
+            number / (len(wanted) + 1),
+            name,
+            CandidateModel(dense, candidate),
+            dense.key | {"pruned": candidate.facts},
+        )

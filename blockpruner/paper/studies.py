@@ -16,7 +16,7 @@ from typing import Any
 from blockpruner.core.blocks import format_mask
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Calibration, TaskAnswers, Texts
-from blockpruner.inputs.calibration import CalibrationSet, draw, pack
+from blockpruner.inputs.calibration import CalibrationSet, draw_rows
 from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
 from blockpruner.methods.registry import KINDS
@@ -77,8 +77,7 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
     @cache
     def rows_of(wanted: Calibration) -> CalibrationSet:
         assert not isinstance(wanted.data, TaskAnswers)
-        samples = draw(setting.texts(wanted.data), wanted.num_samples, wanted.split, wanted.seed)
-        return pack(samples, setting.tokenizer(), wanted.seq_len, wanted.packing)
+        return draw_rows(setting.texts(wanted.data), setting.tokenizer(), wanted)
 
     for number, variant in enumerate(variants, 1):
         calibration, folder = rows_of(variant.calibration), scores / variant.slug

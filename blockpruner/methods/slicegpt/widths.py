@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import Config, Family, count_parameters, family_of
+from blockpruner.core.families import FAMILIES, Config, Family, count_parameters
 
 SLICEABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Families with RMSNorm, sequential residual blocks and a gated MLP, each with a class pair in `modeling_slicegpt`."""
@@ -25,7 +25,7 @@ def sliceable_family(model_type: str) -> Family:
             f"model family {model_type!r} cannot be sliced: SliceGPT needs RMSNorm, sequential residual blocks and a "
             f"gated MLP; use a model of one of {', '.join(SLICEABLE)}, or another method"
         )
-    return family_of(model_type)
+    return FAMILIES[model_type]
 
 
 def sliced_width(hidden: int, sparsity: float, multiple: int = MULTIPLE) -> int:

