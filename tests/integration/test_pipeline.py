@@ -1,7 +1,10 @@
 """The whole DAG on a tiny model: what runs, what is reused, what comes out."""
 
+import fcntl
 import json
 import re
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +15,7 @@ from blockpruner.core.blocks import all_blocks
 from blockpruner.model.models import masked
 from blockpruner.store.files import read_json
 from blockpruner.store.plans import load_plan
-from tests.integration.project import counts, dvc, make_project, set_targets, tables
+from tests.integration.project import counts, dvc, environment, make_project, set_targets, tables
 from tests.tiny import full_nll
 
 
@@ -131,3 +134,51 @@ def test_dvc_reads_metrics_and_plots(project, first):
     shown = json.loads(dvc(project, "metrics", "show", "--json"))
     assert "data/metrics/small.2.json" in json.dumps(shown)
     assert "index.html" in dvc(project, "plots", "show")
+
+
+def test_a_new_name_and_a_comment_make_nothing_stale(project, first):
+    code = project / "blockpruner"
+    (code / "search/trace.py").rename(code / "search/record.py")
+    for path in code.rglob("*.py"):
+        path.write_text(path.read_text().replace("search.trace", "search.record") + "# A comment.\n")
+    assert "up to date" in dvc(project, "status")
+
+
+def replaced(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "fails"),
+    [
+        ("runs/tiny.yaml", "seed: 42", "seed: 43", True),
+        ("params.yaml", "budget: 2blocks", "budget: 3blocks", True),
+        ("blockpruner/scoring/work.py", "Unit", "Part", True),
+        ("blockpruner/versions.py", "SCORE_VERSION = ", "SCORE_VERSION = 1", True),
+        ("params.yaml", "title: Tiny", "title: Small", False),
+        ("params.yaml", "threads: 1", "threads: 2", False),
+        ("blockpruner/reporting/report.py", "report", "page", False),
+    ],
+)
+def test_a_stage_does_not_finish_on_what_has_changed(project, first, file, old, new, fails):
+    """The stage waits for the trial store, which is locked here, while one file changes: only what the stage depends
+    on makes it fail, and DVC then keeps the record that it had."""
+    (path,), edited = (project / "data/trials").glob("*.lock"), project / file
+    text, record = edited.read_text(), (project / "dvc.lock").read_text()
+    with open(path, "r+") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "score@tiny"],
+            cwd=project, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert any("waiting for it" in line for line in process.stdout)
+        replaced(edited, old, new)
+    output, _ = process.communicate(timeout=300)
+    edited.write_text(text)
+    assert (process.returncode != 0) == fails, output
+    assert (f"error in stage score tiny: {file} changed while running: run again\n" in output) == fails
+    if fails:
+        assert (project / "dvc.lock").read_text() == record
