@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import blockpruner.model.models  # noqa: F401  # tells transformers of the classes that it lacks
 from blockpruner.core.families import FAMILIES
-from blockpruner.scoring.work import Unit
 
 VOCABULARY = 260
 GROUPED = {"num_key_value_heads": 2}
@@ -109,25 +108,3 @@ def full_nll(model: PreTrainedModel, row: list[int] | tuple[int, ...]) -> float:
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
     picked = logits.log_softmax(-1).gather(1, ids[0, 1:, None])
     return -picked.mean().item()
-
-
-class MadeUp:
-    """A scorer without a model: a subclass gives each mask's losses by row, `asked` counts what was asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[Any] = []
-
-    def rows_of(self, mask: Any) -> Any:
-        raise NotImplementedError
-
-    def row_batches(self, rows: Any, span: Any) -> list[Any]:
-        return [span]
-
-    def run(self, tasks: Any, rows: Any) -> Any:
-        for task in tasks:
-            for mask in task.masks:
-                self.asked += [(mask, row) for row in task.span]
-                yield Unit(mask, task.span.start, tuple(self.rows_of(mask)[task.span.start : task.span.stop]))
-
-    def close(self) -> None:
-        pass

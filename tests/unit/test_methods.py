@@ -1,10 +1,10 @@
 """Greedy, one-shot, given and random removal against brute force over whole forward passes; what switching between
-methods and metrics computes, to the trial; and every error of a `score` section."""
+methods and metrics computes, to the trial; every error of a `score` section; and what a kind brings."""
 
-import json
 import random
 import re
 import shutil
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -12,63 +12,43 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from blockpruner.methods.transforms import TRANSFORMS
 
 from blockpruner.core.blocks import DENSE, BlockKind, format_mask, parse_mask, removable_units
-from blockpruner.core.budgets import choose_prefix, parse_budget
+from blockpruner.core.budgets import choose_prefix, parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
-from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Score
+from blockpruner.core.settings import Score, read_settings
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.score import score_run
+from blockpruner.methods.registry import KINDS, check_score, kind_of_method
 from blockpruner.model.models import decoder_layers, masked
+from blockpruner.paper.shapes import SHAPES
 from blockpruner.params import load_run
-from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.metrics import METRICS, metric_of
-from blockpruner.scoring.objectives import Objective
-from blockpruner.scoring.work import Unit
-from blockpruner.search import SEARCHES, search_settings
+from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.iteration import removals
-from blockpruner.search.problem import Problem
-from blockpruner.search.run import SearchRun
-from blockpruner.search.trace import read_current, read_trace, trace_directory
-from blockpruner.store.trials import TrialStore
+from blockpruner.search.registry import SEARCHES, request
+from blockpruner.search.trace import read_trace, trace_directory
+from tests.builders import FakeScorer, removed_in, scored, searched, short_rows, small_config
 from tests.tiny import full_nll, tiny_model
+from tests.unit.test_blocks_budgets import OFFICIAL_ORDER
 from tests.unit.test_metrics import divergence, influence, model_of, recorded, row
 
 LAYERS = 3
 ROWS = CalibrationSet((row(12, 1), row(7, 2), row(10, 3)))
-SCORE = {"method": "greedy", "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
 ROOT = Path(__file__).parents[2]
+INFLUENCES = [name for name, metric in METRICS.items() if metric.influence]
+MODELS = pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
 
 
 class Searched:
-    """A nested search with an engine over a tiny model; its order to the end, and the losses of the first step."""
+    """A nested search of a tiny model: its order to the end, and the losses of the first step."""
 
     def __init__(self, model=None, budget=None, rows=ROWS, **score):
-        model = model or model_of("llama", LAYERS)
-        score = search_settings(SCORE | score)
-        metric = metric_of(score["metric"])
-        units = removable_units(LAYERS, score["unit"], score["candidates"])
-        engine = Engine(model, 24)
-
-        def objective(of):
-            return Objective(rows, TrialStore({}, len(rows.rows)), engine, metric=of)
-
-        asked = objective(metric)
-        nll = asked if metric.loss == "perplexity" else objective(METRICS["perplexity"])
-        counts = count_parameters(model.config.to_dict())
-        run = SearchRun(asked, nll, score, units, {"parameters": counts}, SilentObserver())
-        (self.trace,) = run.traces([budget or f"{len(DENSE.union(*units))}blocks"]).values()
-        order, self.perplexities = removals(self.trace, nested=True)
-        self.order = [format_mask(unit) for unit in order]
-        first = self.trace[0]
-        self.losses = {
-            format_mask(unit): score.loss
-            for unit, score in zip(first.added, first.scores, strict=True)
-            if unit is not None and score.row_loss
-        }
+        units = units_of(score.get("unit", "block"), score.get("candidates", "all"))
+        budget = budget or f"{len(DENSE.union(*units))}blocks"
+        self.trace = searched(model or model_of("llama", LAYERS), rows, [budget], **score).of(budget)
+        self.order, self.perplexities = removed_in(self.trace), removals(self.trace, nested=True)[1]
+        first = zip(self.trace[0].added, self.trace[0].scores, strict=True)
+        self.losses = {format_mask(unit): score.loss for unit, score in first if unit and score.row_loss}
 
 
 @cache
@@ -85,6 +65,10 @@ def lopsided(variant):
 def nll(model, mask, rows=ROWS.rows):
     with masked(model, mask):
         return np.mean([full_nll(model, tokens) for tokens in rows])
+
+
+def perplexities_of(model, masks):
+    return pytest.approx([np.exp(nll(model, mask)) for mask in masks], rel=1e-9)
 
 
 @cache
@@ -109,19 +93,21 @@ def units_of(unit="block", candidates="all"):
 
 # --- one-shot --------------------------------------------------------------------------------------------------------
 
-INFLUENCES = [name for name, metric in METRICS.items() if metric.influence]
-
 
 @pytest.mark.parametrize("unit", ["layer", "block"])
-@pytest.mark.parametrize("metric", INFLUENCES)
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
-def test_one_shot_by_influence_is_the_ranking_of_the_formula(variant, metric, unit):
-    """Over layers by block influence: ShortGPT. Over blocks: LLM-Drop. By relative magnitude: the paper's RM."""
+@pytest.mark.parametrize("metric", ["perplexity", *INFLUENCES])
+@MODELS
+def test_one_shot_is_the_ranking_of_the_formula(variant, metric, unit):
+    """Over layers by block influence: ShortGPT; by relative magnitude: the paper's RM; by perplexity: Shortened-LLM.
+    Over blocks: LLM-Drop, and the ablation of table 2. Every step reports its perplexity."""
     model = lopsided(variant)
-    found, brute = Searched(model, method="one_shot", unit=unit, metric=metric), brute_influences(model, metric)
+    found = Searched(model, method="one_shot", unit=unit, metric=metric)
+    brute = {u: nll(model, u) for u in units_of(unit)} if metric == "perplexity" else brute_influences(model, metric)
     wanted = {format_mask(u): brute[u] for u in units_of(unit)}
-    assert found.losses == pytest.approx(wanted, rel=1e-10)
+    assert found.losses == pytest.approx(wanted, **{"abs" if metric == "perplexity" else "rel": 1e-10})
     assert found.order == sorted(wanted, key=wanted.__getitem__)
+    prefixes = [DENSE.union(*map(parse_mask, found.order[:k])) for k in range(len(found.order) + 1)]
+    assert found.perplexities == perplexities_of(model, prefixes)
 
 
 @pytest.mark.parametrize("candidates", ["mha", "mlp"])
@@ -129,19 +115,6 @@ def test_llm_drop_of_one_kind(candidates):
     found = Searched(method="one_shot", candidates=candidates, metric="block_influence")
     brute = brute_influences(model_of("llama", LAYERS), "block_influence")
     assert found.order == [format_mask(u) for u in sorted(units_of("block", candidates), key=brute.__getitem__)]
-
-
-@pytest.mark.parametrize("unit", ["layer", "block"])
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
-def test_one_shot_by_perplexity(variant, unit):
-    """Over layers: Shortened-LLM. Over blocks: the ablation of table 2. Then, too, every step says its perplexity."""
-    model = lopsided(variant)
-    found = Searched(model, method="one_shot", unit=unit)
-    wanted = {format_mask(u): nll(model, u) for u in units_of(unit)}
-    assert found.losses == pytest.approx(wanted, abs=1e-10)
-    assert found.order == sorted(wanted, key=wanted.__getitem__)
-    prefixes = [DENSE.union(*map(parse_mask, found.order[:k])) for k in range(len(found.order) + 1)]
-    assert found.perplexities == pytest.approx([np.exp(nll(model, mask)) for mask in prefixes], rel=1e-9)
 
 
 # --- greedy ----------------------------------------------------------------------------------------------------------
@@ -170,7 +143,7 @@ def test_greedy_by_divergence(metric):
 
 @pytest.mark.parametrize("unit", ["block", "layer"])
 @pytest.mark.parametrize("metric", INFLUENCES)
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
+@MODELS
 def test_greedy_by_influence_measures_what_is_left_anew(variant, metric, unit):
     """Figure 6: after each removal from the states of the model without it, and with each step's perplexity."""
     model = lopsided(variant)
@@ -185,7 +158,7 @@ def test_greedy_by_influence_measures_what_is_left_anew(variant, metric, unit):
         dense = brute_influences(model, metric)
         moved |= {unit for unit in brute if abs(brute[unit] - dense[unit]) > 1e-3}
     assert len(moved) > 1  # scores of the dense model would not have passed
-    assert found.perplexities == pytest.approx([np.exp(nll(model, base)) for base in bases], rel=1e-9)
+    assert found.perplexities == perplexities_of(model, bases)
 
 
 def test_answer_likelihood_is_perplexity_over_the_scored_tokens():
@@ -224,20 +197,14 @@ def test_given_keeps_the_order_and_says_each_steps_perplexity():
     found = Searched(method="given", options={"order": order}, budget="4blocks")
     assert found.order == list(order)
     prefixes = [parse_mask(",".join(order[:k])) for k in range(4)]
-    assert found.perplexities == pytest.approx(
-        [np.exp(nll(model_of("llama", LAYERS), mask)) for mask in prefixes], rel=1e-9
-    )
+    assert found.perplexities == perplexities_of(model_of("llama", LAYERS), prefixes)
     assert Searched(method="given", options={"order": order}, budget="1blocks").order == ["mlp.2"]
 
 
 @pytest.mark.parametrize(
     ("order", "changes", "message"),
     [
-        (
-            ("mha.0", "mlp.3"),
-            {},
-            r"score\.options\.order removes mlp\.3, which is not among the candidates; the candidates are",
-        ),
+        (("mha.0", "mlp.3"), {}, r"order removes mlp\.3, which is not among the candidates; the candidates are"),
         (("mha.0", "mha.0"), {}, r"removes mha\.0, which was removed before"),
         (("mha.0,mlp.1", "mlp.1,mlp.2"), {}, r"removes mlp\.1, which was removed before"),
         (("mlp.0",), {"candidates": "mha"}, r"is not among the candidates; the candidates are mha\.0,mha\.1,mha\.2$"),
@@ -254,32 +221,18 @@ def test_given_refuses(order, changes, message):
 
 def test_given_that_ends_nearest_to_a_ratio_meets_it():
     """Where one block more would be farther off than the end of the order."""
-    full = Searched(method="given", options={"order": ("mha.0", "mlp.0", "mha.1")}, budget="0.3")
-    counts = count_parameters(model_of("llama", LAYERS).config.to_dict())
-    ratio = counts.ratio(parse_mask("mha.0,mlp.0"))
-    ended = Searched(method="given", options={"order": ("mha.0", "mlp.0")}, budget=f"{ratio + 1e-4:.6f}")
-    assert ended.order == full.order[:2]
-
-
-LLAMA2_7B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
-}  # fmt: skip
-OFFICIAL = """mha25 mha27 mha24 mha23 mha28 mha29 mha8 mlp7 mha19 mha30 mlp22 mha21 mlp27 mha18 mlp21 mlp11 mha12
-    mha14 mlp14 mlp24"""
+    order = ("mha.0", "mlp.0")
+    ratio = count_parameters(model_of("llama", LAYERS).config.to_dict()).ratio(parse_mask(",".join(order)))
+    ended = Searched(method="given", options={"order": order}, budget=f"{ratio + 1e-4:.6f}")
+    assert ended.order == list(order)
 
 
 def test_the_official_sequence_is_shipped_and_its_first_17_removals_are_the_papers_ratio():
     """Of the public code of arXiv 2406.10594 on Llama-2-7B with 64 samples; ratios from the config alone."""
-    run = load_run("llama2-7b-official", ROOT / "runs")
-    settings = search_settings(run.score.model_dump(exclude_none=True))
-    counts = count_parameters(LLAMA2_7B)
-    units = removable_units(32, settings["unit"], settings["candidates"])
-    problem = Problem(units, ask=None, select=None, rows=1)
-    trace = list(SEARCHES[settings["method"]].search(problem, **settings["options"]))
-    assert [format_mask(step.added[-1]) for step in trace] == [
-        f"{text[:3]}.{text[3:]}" for text in OFFICIAL.split()
-    ]  # fmt: skip
+    run, resources = load_run("llama2-7b-official", ROOT / "runs"), resources_of(SHAPES["meta-llama/Llama-2-7b-hf"])
+    counts = resources["parameters"]
+    trace = searched(FakeScorer(), short_rows(1), ["20blocks"], resources, **run.score.model_dump()).of("20blocks")
+    assert removed_in(trace) == [f"{text[:3]}.{text[3:]}" for text in OFFICIAL_ORDER.split()]
     prefixes = [step.removed for step in trace]
     assert f"{counts.ratio(prefixes[16]):.2%}" == "21.99%"
     assert {kind: sum(b.kind is kind for b in prefixes[16]) for kind in BlockKind} == {"mha": 12, "mlp": 5}
@@ -292,10 +245,6 @@ def test_the_official_sequence_is_shipped_and_its_first_17_removals_are_the_pape
 
 # --- switching method and metric, and back ---------------------------------------------------------------------------
 
-CONFIG = {
-    "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "vocab_size": 16,
-}  # fmt: skip
 COSTS = {
     "perplexity": "mha.0 mha.1 mha.2 mlp.0 mlp.1 mlp.2",
     "kl": "mlp.0 mha.2 mlp.1 mha.0 mha.1 mlp.2",
@@ -305,170 +254,156 @@ COSTS = {
 """The blocks in the order of their costs by loss; the loss of a mask is the sum of its blocks' costs."""
 
 
-class CountingEngine:
-    def __init__(self):
-        self.asked = []
-
-    def row_batches(self, rows, span):
-        return [range(i, i + 1) for i in span]
-
-    def run(self, tasks, rows):
-        for task in tasks:
-            costs = COSTS.get(task.loss, COSTS["block_influence"]).split()
-            for mask in task.masks:
-                self.asked.append((task.loss, task.base, mask, task.span.start))
-                value = 1.0 + sum(costs.index(str(block)) for block in mask - task.base)
-                yield Unit(mask, task.span.start, tuple(value for _ in task.span))
-
-    def close(self):
-        pass
+def cost_of(loss, base, mask, row):
+    costs = COSTS.get(loss, COSTS["block_influence"]).split()
+    return 1.0 + sum(costs.index(str(block)) for block in mask - base)
 
 
-def scored(folder, budget="2blocks", rows=((1, 2, 3), (4, 5, 6)), **score):
-    """What a run of the search computed, in trials, and its removed mask by budget."""
-    engine = CountingEngine()
-    score_run(
-        folder / "scores", folder / "trials", calibration=CalibrationSet(rows), model_identity="m", dtype="float32",
-        config=CONFIG, score=SCORE | score, budgets=[budget], scorer=engine, make_bench=None,
-        observer=SilentObserver(), metrics=folder / "score.json",
-    )  # fmt: skip
-    assert len(engine.asked) == len(set(engine.asked))
-    by_loss = {loss: sum(asked[0] == loss for asked in engine.asked) for loss in {asked[0] for asked in engine.asked}}
-    facts = json.loads((folder / "score.json").read_text())
-    assert facts["trials_computed"] * len(rows) == facts["units_computed"] == sum(by_loss.values())
-    current = read_current(folder / "scores")
-    trace = read_trace(trace_directory(folder / "scores", current, budget), current["search"])
-    steps = int(budget.removesuffix("blocks")) if current["nested"] else len(trace)  # longer ones may be left of before
-    return {loss: n // len(rows) for loss, n in by_loss.items()}, format_mask(trace[steps - 1].removed)
+def run(folder, budget="2blocks", **score):
+    """What a run of the search computed, in trials by loss, and its removed mask."""
+    scorer, rows = FakeScorer(cost_of, one_row=True), CalibrationSet(((1, 2, 3), (4, 5, 6)))
+    found = scored(folder, scorer, small_config(LAYERS), [budget], rows, **score)
+    assert found.trials_computed * 2 == found.units_computed == len(scorer.asked) == len(set(scorer.asked))
+    current = found.current
+    trace = read_trace(trace_directory(folder / "scores", current, budget), current.search)
+    steps = int(budget.removesuffix("blocks")) if current.nested else len(trace)  # longer ones may be left of before
+    computed = Counter(loss for loss, *_ in scorer.asked)
+    return {loss: n // 2 for loss, n in computed.items()}, format_mask(trace[steps - 1].removed)
 
 
 def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
     """Six blocks, two removed. A greedy search asks for the dense model, 6 single blocks and 5 pairs with the first."""
     influence, swap = {"method": "one_shot", "metric": "block_influence"}, {"method": "swap"}
-    assert scored(tmp_path) == ({"perplexity": 12}, "mha.0,mha.1")
+    assert run(tmp_path) == ({"perplexity": 12}, "mha.0,mha.1")
     # one pass for 6 units; of the dense model and of mlp.2 alone the perplexity is known, of both removed it is not
-    assert scored(tmp_path, **influence) == ({"block_influence": 6, "perplexity": 1}, "mlp.1,mlp.2")
-    assert scored(tmp_path, metric="kl") == ({"kl": 12, "perplexity": 1}, "mha.2,mlp.0")
+    assert run(tmp_path, **influence) == ({"block_influence": 6, "perplexity": 1}, "mlp.1,mlp.2")
+    assert run(tmp_path, metric="kl") == ({"kl": 12, "perplexity": 1}, "mha.2,mlp.0")
     # from greedy's mask: 4 probes of three blocks, and of 8 swaps the 4 that keep mha.1 (those that keep mha.0 are
     # known); the pairs found above are not among them
-    assert scored(tmp_path, **swap) == ({"perplexity": 8}, "mha.0,mha.1")
-    assert scored(tmp_path) == ({}, "mha.0,mha.1")
+    assert run(tmp_path, **swap) == ({"perplexity": 8}, "mha.0,mha.1")
+    assert run(tmp_path) == ({}, "mha.0,mha.1")
     # and further on: the third step's candidates are the probes of the swap search
-    assert scored(tmp_path, budget="3blocks") == ({}, "mha.0,mha.1,mha.2")
+    assert run(tmp_path, budget="3blocks") == ({}, "mha.0,mha.1,mha.2")
     # one-shot asks for the scores of single blocks, which greedy knows; its masks are greedy's
-    assert scored(tmp_path, method="one_shot") == ({}, "mha.0,mha.1")
-    assert scored(tmp_path, metric="answer_likelihood") == ({}, "mha.0,mha.1")
+    assert run(tmp_path, method="one_shot") == ({}, "mha.0,mha.1")
+    assert run(tmp_path, metric="answer_likelihood") == ({}, "mha.0,mha.1")
     # Jensen-Shannon is of its own, and so is an influence within what a first removal leaves
-    assert scored(tmp_path, metric="js") == ({"js": 12, "perplexity": 1}, "mlp.0,mlp.1")
-    assert scored(tmp_path, metric="block_influence") == ({"block_influence": 5}, "mlp.1,mlp.2")
+    assert run(tmp_path, metric="js") == ({"js": 12, "perplexity": 1}, "mlp.0,mlp.1")
+    assert run(tmp_path, metric="block_influence") == ({"block_influence": 5}, "mlp.1,mlp.2")
     for again in (influence, {"metric": "kl"}, swap, {"metric": "js"}, {"metric": "block_influence"}, {}):
-        assert scored(tmp_path, **again)[0] == {}
-
-
-@pytest.mark.parametrize("method", ["greedy", "one_shot"])
-@pytest.mark.parametrize("metric", sorted(METRICS))
-def test_tables_alone_seed_every_store(tmp_path, method, metric):
-    first, removed = scored(tmp_path, method=method, metric=metric)
-    assert first
-    shutil.rmtree(tmp_path / "trials")
-    assert scored(tmp_path, method=method, metric=metric) == ({}, removed)
+        assert run(tmp_path, **again)[0] == {}
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("random", {}), ("given", {"order": ("mha.2", "mlp.0")}), ("beam", {}), ("swap", {})]
+    "score",
+    [
+        *({"method": method, "metric": metric} for method in ("greedy", "one_shot") for metric in sorted(METRICS)),
+        *({"method": method} for method in ("random", "beam", "swap")),
+        {"method": "given", "options": {"order": ("mha.2", "mlp.0")}},
+    ],
+    ids=lambda score: " ".join(map(str, score.values())),
 )
-def test_tables_alone_seed_the_perplexities(tmp_path, method, options):
-    first, removed = scored(tmp_path, method=method, options=options)
+def test_tables_alone_seed_every_store(tmp_path, score):
+    first, removed = run(tmp_path, **score)
     assert first
     shutil.rmtree(tmp_path / "trials")
-    assert scored(tmp_path, method=method, options=options) == ({}, removed)
+    assert run(tmp_path, **score) == ({}, removed)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
+
+OPTIONS = [
+    ("beam", {"width": 0}, "width: 0 is not valid: Input should be greater than or equal to 1"),
+    *(("beam", {"width": value}, f"width: {value!r} is not valid: Input should be a valid integer")
+      for value in ("3", True, 3.0)),
+    ("swap", {"tries": -1}, "tries: -1 is not valid: Input should be greater than or equal to 0"),
+    ("swap", {"start": 1}, "start: 1 is not valid: Input should be 'greedy' or 'random'"),
+    ("evolution", {"start": "best"}, "start: 'best' is not valid: Input should be 'greedy' or 'random'"),
+    ("evolution", {"generations": 0}, "generations: 0 is not valid: Input should be greater than or equal to 1"),
+    ("evolution", {"offspring": 0}, "offspring: 0 is not valid: Input should be greater than or equal to 1"),
+    ("evolution", {"patience": -1}, "patience: -1 is not valid: Input should be greater than or equal to 0"),
+    ("evolution", {"survivors": 8}, "survivors: 8 is not valid: Input should be a valid tuple"),
+    ("evolution", {"survivors": [2, 8]}, "survivors: (2, 8) is not valid: no number may be larger than the one before"),
+    ("evolution", {"survivors": [8, 0]}, "survivors.1: 0 is not valid: Input should be greater than or equal to 1"),
+    ("evolution", {"survivors": ["8"]}, "survivors.0: '8' is not valid: Input should be a valid integer"),
+    ("greedy", {"per": "time"}, "per: 'time' is not valid: Input should be 'none', 'parameters', 'kv' or 'latency'"),
+    ("given", {"order": "mha.0"}, "order: 'mha.0' is not valid: Input should be a valid tuple"),
+    ("laco", {"variant": "mine"}, "variant: 'mine' is not valid: Input should be 'repo' or 'paper'"),
+    ("greedy", {"width": 3}, "width is unknown to method: greedy; valid: per"),
+    ("swap", {"try": 3}, "try is unknown to method: swap; valid: start, tries, seed"),
+    ("slicegpt", {"width": 8}, "width is unknown to method: slicegpt; valid: none"),
+]  # fmt: skip
+"""Method, options that it refuses, and what the error has after "score.options."."""
 
 
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        ({"method": "gredy"}, r"score\.method 'gredy' is unknown; valid: beam, .*greedy"),
-        ({"metric": "ppl"}, r"score\.metric 'ppl' is unknown; valid: perplexity, .*relative_magnitude_frobenius"),
-        (
-            {"method": "random", "metric": "kl"},
-            r"score\.metric kl does nothing with method: random, which asks for no score; remove it",
-        ),
-        ({"method": "given", "metric": "js", "options": {"order": ("mha.0",)}}, r"does nothing with method: given"),
-        *(
-            (
-                {"method": method, "metric": metric},
-                rf"score\.metric {metric} is of single units, and method: {method} compares whole masks; choose a "
-                r"metric of masks \(perplexity, answer_likelihood, kl, js\), or one of the methods greedy, one_shot",
-            )
-            for method in ("beam", "evolution", "swap")
-            for metric in INFLUENCES
-        ),
-        *(
-            (
-                {"method": method, "metric": metric, "acceleration": acceleration},
-                rf"score\.acceleration {acceleration.replace('+', '.')} does not fit method: {method} with metric: "
-                rf"{metric}: there is nothing to leave out; set acceleration: none",
-            )
-            for method, metric, acceleration in (
-                ("greedy", "block_influence", "race"),
-                ("greedy", "relative_magnitude", "lazy"),
-                ("one_shot", "perplexity", "lazy+race"),
-                ("beam", "perplexity", "race"),
-                ("random", "perplexity", "lazy"),
-                ("evolution", "perplexity", "race"),  # its start is random
-            )
-        ),
-        ({"acceleration": "fast"}, r"score\.acceleration 'fast' is unknown; valid: none, lazy, race, lazy\+race"),
-        ({"options": {"width": 3}}, r"score\.options\.width is unknown to method: greedy; valid: per"),
-        (
-            {"method": "swap", "options": {"try": 3}},
-            r"score\.options\.try is unknown to method: swap; valid: start, tries, seed",
-        ),
-        ({"method": "beam", "options": {"width": "3"}}, r"score\.options\.width: '3' is not of type int"),
-        ({"method": "beam", "options": {"width": True}}, r"score\.options\.width: True is not of type int"),
-        ({"method": "beam", "options": {"width": 3.0}}, r"score\.options\.width: 3\.0 is not of type int"),
-        ({"method": "swap", "options": {"start": 1}}, r"score\.options\.start: 1 is not of type str"),
-        ({"method": "evolution", "options": {"survivors": 8}}, r"score\.options\.survivors: 8 is not of type tuple"),
-        *(
-            (
-                {"method": method, **change},
-                rf"score\.\w+: \w+ does nothing with method: {method}, which removes no block",
-            )
-            for method in ("laco", "slicegpt")
-            for change in ({"unit": "layer"}, {"candidates": "mha"}, {"metric": "kl"}, {"acceleration": "race"})
-        ),
-        (
-            {"method": "slicegpt", "options": {"width": 8}},
-            r"options\.width is unknown to method: slicegpt; valid: none",
-        ),
-        ({"method": "given"}, r"method: given needs score\.options\.order, of type tuple"),
-        ({"method": "given", "options": {"order": "mha.0"}}, r"score\.options\.order: 'mha\.0' is not of type tuple"),
+        ({"method": "gredy"}, "score.method 'gredy' is unknown; valid: beam, evolution, given, greedy, laco, "),
+        ({"method": "mask"}, "score.method 'mask' is unknown; valid: beam, "),
+        ({"metric": "ppl"}, "score.metric 'ppl' is unknown; valid: perplexity, "),
+        ({"method": "random", "metric": "kl"},
+         "score.metric kl does nothing with method: random, which asks for no score; remove it"),
+        ({"method": "given", "metric": "js", "options": {"order": ("mha.0",)}}, "does nothing with method: given"),
+        *(({"method": method, "metric": metric},
+           f"score.metric {metric} is of single units, and method: {method} compares whole masks; choose a metric of "
+           "masks (perplexity, answer_likelihood, kl, js), or one of the methods greedy, one_shot")
+          for method in ("beam", "evolution", "swap") for metric in INFLUENCES),
+        *(({"method": method, "metric": metric, "acceleration": acceleration},
+           f"score.acceleration {acceleration} does not fit method: {method} with metric: {metric}: there is nothing "
+           "to leave out; set acceleration: none")
+          for method, metric, acceleration in (
+              ("greedy", "block_influence", "race"),
+              ("greedy", "relative_magnitude", "lazy"),
+              ("one_shot", "perplexity", "lazy+race"),
+              ("beam", "perplexity", "race"),
+              ("random", "perplexity", "lazy"),
+              ("evolution", "perplexity", "race"),  # its start is random
+          )),
+        *((change | {"options": {"per": "kv"}},
+           "score.options.per kv prices the rise of a loss of every candidate; set metric to one of perplexity, "
+           "answer_likelihood, kl, js, and acceleration: none")
+          for change in ({"metric": "block_influence"}, {"acceleration": "race"})),
+        *(({"method": method, key: value},
+           f"score.{key}: {value} does nothing with method: {method}, which removes no block; remove it")
+          for method in ("laco", "slicegpt")
+          for key, value in (("unit", "layer"), ("candidates", "mha"), ("metric", "kl"), ("acceleration", "race"))),
+        *(({"method": method, "options": options}, f"score.options.{message}") for method, options, message in OPTIONS),
+        ({"method": "given"}, "method: given needs score.options.order"),
+        ({"acceleration": "fast"}, "acceleration: Input should be 'none', 'lazy', 'race' or 'lazy+race'"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_make_no_sense(score, message):
-    with pytest.raises(InputError, match=message):
-        search_settings(SCORE | score)
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_score(read_settings(Score, score))
 
 
-@pytest.mark.parametrize("method", sorted(SEARCHES))
-def test_defaults_are_filled_in_and_are_part_of_the_settings(method):
-    options = {"order": ("mha.0",)} if method == "given" else {}
-    filled = search_settings(SCORE | {"method": method, "options": options})
-    assert set(filled["options"]) == set(SEARCHES[method].options)
-    assert search_settings(filled) == filled
-    assert filled | {"options": options} == SCORE | {"method": method, "options": options}
+METHODS = {**dict.fromkeys(SEARCHES, "mask"), "laco": "laco", "slicegpt": "slicegpt"}
+
+
+def test_methods_are_the_searches_and_the_kinds_that_change_weights():
+    assert set(METHODS) == {*SEARCHES, *KINDS} - {"mask"}
+
+
+@pytest.mark.parametrize(("method", "kind"), METHODS.items())
+def test_defaults_are_filled_in_and_are_part_of_the_settings(method, kind):
+    score = Score(method=method, options={"order": ("mha.0",)} if method == "given" else {})
+    assert check_score(score) is kind_of_method(method) is KINDS[kind]
+    assert KINDS[kind].removes_blocks == (method in SEARCHES)
+    if method not in SEARCHES:
+        return
+    filled = request(score).fields
+    assert set(filled["options"]) == set(SEARCHES[method].options.model_fields)
+    assert request(Score(**filled)).fields == filled
+    given = score.model_dump(exclude_none=True, exclude={"latency", "options"})
+    assert filled == given | {"options": filled["options"] | score.options}
 
 
 def test_every_score_section_in_the_documentation_is_valid():
     """Those of docs/methods.md, as a run file would have them."""
     texts = re.findall(r"`(\{method: .*?\})`", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"))
-    sections = [yaml.safe_load(text) for text in texts]
-    assert {section["method"] for section in sections} == {*SEARCHES, *TRANSFORMS}
+    sections = [Score(**yaml.safe_load(text)) for text in texts]
+    assert {section.method for section in sections} == set(METHODS)
     for section in sections:
-        score = Score(**section).model_dump(exclude_none=True)
-        settings = search_settings(score)
-        assert score["options"].items() <= settings["options"].items()
-        assert {key: settings[key] for key in section if key != "options"}.items() <= section.items()
+        if check_score(section).removes_blocks:
+            assert section.options.items() <= request(section).fields["options"].items()

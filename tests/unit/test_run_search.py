@@ -1,144 +1,184 @@
-"""What a search run reuses and what it computes: every input of the fingerprints, and budgets out of reach."""
+"""What a scored run reuses and what it computes: every input of the fingerprints, and budgets out of reach."""
 
-import json
 import os
 import shutil
 import socket
 import threading
-from types import SimpleNamespace
 
 import pytest
 
+from blockpruner.core.blocks import format_mask
+from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods import score as run
-from blockpruner.scoring.work import Unit
-from blockpruner.search import search_settings, trace
+from blockpruner.methods.kind import Job
+from blockpruner.methods.registry import require_budgets
+from blockpruner.search.trace import Current
+from blockpruner.store.files import write_json
+from tests.builders import FakeScorer, material_of, scored, short_rows, small_config
+from tests.tiny import tiny_model
 
-CONFIG = {
-    "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "vocab_size": 16,
-}  # fmt: skip
-SCORE = {"method": "greedy", "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
+CONFIG = small_config(2)
 ROWS = CalibrationSet(((1, 2, 3), (4, 5, 6)))
 
 
-class CountingEngine:
-    """Scores a mask by its text, two row batches; counts what it is asked for."""
-
-    def __init__(self):
-        self.asked = []
-
-    def row_batches(self, rows, span):
-        return [range(row, row + 1) for row in span]
-
-    def run(self, tasks, rows):
-        for task in tasks:
-            for mask in task.masks:
-                self.asked.append((mask, task.span.start))
-                value = sum(map(ord, str(sorted(map(str, mask))))) / 1000
-                yield Unit(mask, task.span.start, tuple(value for _ in task.span))
-
-    def close(self):
-        pass
-
-
-def score_run(folder, budgets=("2blocks",), **changes):
-    engine = CountingEngine()
-    values = {
-        "calibration": ROWS, "model_identity": "m", "dtype": "float32", "config": CONFIG, "score": SCORE,
-    } | changes  # fmt: skip
-    run.score_run(
-        folder / "scores", folder / "trials", budgets=budgets, scorer=engine, make_bench=lambda: None,
-        observer=SilentObserver(), metrics=folder / "score.json", **values,
-    )  # fmt: skip
-    found = json.loads((folder / "score.json").read_text())
-    assert found["units_computed"] == len(engine.asked) == len(set(engine.asked))
-    found["search"] = json.loads((folder / "scores" / "current.json").read_text())["search"]
-    return SimpleNamespace(**found)
+def run(folder, rows=ROWS, budgets=("2blocks",), **changes):
+    """What was computed; no unit is computed twice."""
+    scorer = FakeScorer(lambda loss, base, mask, row: sum(map(ord, format_mask(mask))) / 1000, one_row=True)
+    found = scored(folder, scorer, CONFIG, budgets, rows, **changes)
+    assert found.units_computed == len(scorer.asked) == len(set(scorer.asked))
+    return found
 
 
 def test_second_time_everything_is_reused(tmp_path):
-    first = score_run(tmp_path)
+    first, again = run(tmp_path), run(tmp_path)
     assert (first.trials_computed, first.units_computed) == (5 + 3, 2 * (5 + 3))
-    again = score_run(tmp_path)
     assert (again.trials_computed, again.units_computed) == (0, 0)
     assert (again.trials_reused, again.units_reused) == (first.trials_computed, first.units_computed)
-    assert again.search == first.search
+    assert again.current == first.current
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "reused"),
     [
-        {"calibration": CalibrationSet(((1, 2, 3), (4, 5, 7)))},
-        {"model_identity": "other"},
-        {"dtype": "bfloat16"},
-        {"score": SCORE | {"metric": "kl"}},
+        ({"rows": CalibrationSet(((1, 2, 3), (4, 5, 7)))}, 0),
+        ({"identity": "other"}, 0),
+        ({"dtype": "bfloat16"}, 0),
+        ({"metric": "kl"}, 3),  # the perplexity of what it chose, for people, is that of the first search
     ],
-    ids=["calibration", "model", "dtype", "metric"],
+    ids=str,
 )
-def test_what_changes_a_trial_is_computed_anew(tmp_path, change):
-    first = score_run(tmp_path)
-    other = score_run(tmp_path, **change)
-    own = 3 if "score" in change else 0  # the perplexity of what it chose, for people, is that of the first search
-    assert other.trials_computed == first.trials_computed and other.trials_reused == own
-    assert other.search != first.search
-    assert score_run(tmp_path).trials_computed == 0
+def test_what_changes_a_trial_is_computed_anew(tmp_path, change, reused):
+    first, other = run(tmp_path), run(tmp_path, **change)
+    assert other.trials_computed == first.trials_computed and other.trials_reused == reused
+    assert other.current.search != first.current.search
+    assert run(tmp_path).trials_computed == 0
 
 
 @pytest.mark.parametrize(
-    ("change", "computed"),
-    [({"candidates": "mha"}, 0), ({"unit": "layer"}, 1), ({"acceleration": "race"}, 0)],
-    ids=["candidates", "unit", "acceleration"],
+    ("change", "computed"), [({"candidates": "mha"}, 0), ({"unit": "layer"}, 1), ({"acceleration": "race"}, 0)], ids=str
 )
 def test_another_search_reuses_trials_but_not_tables(tmp_path, change, computed):
     """Of the two layers, the block search (mha.0 first) has seen layer 0 as a pair, so only layer 1 is new."""
-    first = score_run(tmp_path)
-    other = score_run(tmp_path, score=SCORE | change)
-    assert other.search != first.search
+    first, other = run(tmp_path), run(tmp_path, **change)
+    assert other.current.search != first.current.search
     assert other.trials_computed == computed
 
 
 def test_an_accelerated_search_is_one_of_its_own_and_its_tables_seed_a_store(tmp_path):
     """Settings left out are those of the defaults; without the trial store, its tables hold all that it computed."""
-    rows = CalibrationSet(tuple((i, i + 1) for i in range(8)))
-    fast = {"calibration": rows, "score": SCORE | {"acceleration": "lazy+race"}}
-    first, exact = score_run(tmp_path, **fast), score_run(tmp_path / "exact", calibration=rows)
+    fast = {"rows": short_rows(8), "acceleration": "lazy+race"}
+    first, exact = run(tmp_path, **fast), run(tmp_path / "exact", rows=short_rows(8))
     assert first.units_computed < exact.units_computed
-    assert first.search != exact.search
-    defaults = search_settings(fast["score"])
-    assert score_run(tmp_path, calibration=rows, score=defaults).search == first.search
-    assert score_run(tmp_path, calibration=rows, score=defaults | {"floor": 3}).search != first.search
+    assert first.current.search != exact.current.search
+    defaults = fast | {"confidence": 0.999, "floor": 10, "slack": 2.0, "audit": 6}
+    assert run(tmp_path, **defaults).current.search == first.current.search
+    assert run(tmp_path, **defaults | {"floor": 3}).current.search != first.current.search
     shutil.rmtree(tmp_path / "trials")
-    again = score_run(tmp_path, **fast)
+    again = run(tmp_path, **fast)
     assert (again.units_computed, again.trials_computed) == (0, 0)
 
 
-@pytest.mark.parametrize("module", [run.store_fingerprint.__globals__, vars(trace)], ids=["trials", "search"])
-def test_versions_separate(tmp_path, monkeypatch, module):
-    first = score_run(tmp_path)
-    name = "SCORE_VERSION" if "SCORE_VERSION" in module else "SEARCH_VERSION"
-    monkeypatch.setitem(module, name, 99)
-    assert score_run(tmp_path).search != first.search
+@pytest.mark.parametrize("version", ["store.trials.SCORE_VERSION", "search.trace.SEARCH_VERSION"])
+def test_versions_separate(tmp_path, monkeypatch, version):
+    first = run(tmp_path)
+    monkeypatch.setattr(f"blockpruner.{version}", 99)
+    assert run(tmp_path).current.search != first.current.search
 
 
-@pytest.mark.parametrize(("budget", "score"), [("0.99", {}), ("5blocks", {}), ("3blocks", {"unit": "layer"})])
-def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, budget, score):
-    engine = CountingEngine()
-    with pytest.raises(InputError, match=r"cannot be reached; the largest reachable is 4blocks|nearest: 2blocks, 4bl"):
-        run.score_run(
-            tmp_path / "scores", tmp_path / "trials", calibration=ROWS, model_identity="m", dtype="float32",
-            config=CONFIG, score=SCORE | score, budgets=["1blocks" if not score else "2blocks", budget],
-            scorer=engine, make_bench=lambda: None, observer=SilentObserver(),
-            metrics=tmp_path / "score.json",
-        )  # fmt: skip
-    assert engine.asked == []
+OLD_SEARCHES = [
+    ({}, "a15109c5f73707dc"),
+    ({"candidates": "mha"}, "056c67c117258d52"),
+    ({"unit": "layer"}, "170f99f6b4c687ad"),
+    ({"method": "one_shot", "unit": "layer", "metric": "block_influence"}, "4c0086e80ea98230"),
+    ({"options": {"per": "kv"}}, "82f015a91b7af65b"),
+    ({"options": {"per": "latency"}}, "8912d836498700ce"),
+    ({"acceleration": "lazy+race"}, "6a605d5b2ddd4f6f"),
+    ({"acceleration": "lazy", "floor": 3}, "05b36ff24fa4f04e"),
+    ({"method": "random"}, "9ee14989a7f364e2"),
+    ({"method": "given", "options": {"order": ["mha.2", "mlp.1,mha.0"]}}, "4014b6617ed1c507"),
+    ({"method": "beam", "options": {"width": 2}}, "bb1331a705cb64f7"),
+    ({"method": "evolution", "metric": "kl"}, "c71454860564ede9"),
+    ({"method": "swap", "options": {"tries": 8}}, "bec39bb2da8cffe4"),
+    ({"method": "laco", "options": {"count": 2}}, "db582b075da3429f"),
+    ({"method": "slicegpt"}, "430622403f775d10"),
+]
+"""Sections, and the fingerprints that commit 6f2353f gave their searches: what data/scores of users is filed under."""
 
 
-def test_unknown_method_names_the_valid_ones(tmp_path):
-    with pytest.raises(InputError, match=r"score\.method 'gredy' is unknown; valid: beam, evolution, given, greedy"):
-        score_run(tmp_path, score=SCORE | {"method": "gredy"})
+@pytest.mark.parametrize(("section", "fingerprint"), OLD_SEARCHES, ids=str)
+def test_a_search_is_filed_where_it_always_was(tmp_path, section, fingerprint):
+    model, times = tiny_model(layers=3), {"total": 1000, "mha": 60, "mlp": 40}
+    budget = "0.2" if section.get("method") == "slicegpt" else "2blocks"
+    found = scored(
+        tmp_path, FakeScorer(), model.config.to_dict(), [budget], ROWS, times, dense=lambda: model, **section
+    )
+    assert found.current.search == fingerprint
+    assert (tmp_path / "scores" / fingerprint).is_dir()
+
+
+STORE = {"calibration": "c", "model": "m", "dtype": "float32", "metric": "kl", "score_version": 2}
+EVOLUTION = {
+    "kind": "mask", "search": "c71454860564ede9", "nested": False, "store": STORE, "latency": None,
+    "score": {
+        "method": "evolution", "unit": "block", "candidates": "all", "metric": "kl", "acceleration": "none",
+        "options": {
+            "generations": 50, "offspring": 32, "survivors": [8, 2], "patience": 20, "start": "random", "seed": 42,
+        },
+    },
+    "calibration": {"rows": 2, "tokens": 6, "digest": "c"},
+}  # fmt: skip
+LACO = EVOLUTION | {
+    "kind": "laco", "search": "db582b075da3429f", "dense_nll": 1.184, "score": {
+        "method": "laco", "metric": "perplexity",
+        "options": {"count": 2, "lowest": 0, "highest": None, "interval": 1, "variant": "repo"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", [EVOLUTION, LACO], ids=["evolution", "laco"])
+def test_the_current_search_of_old_scores_is_read(tmp_path, written):
+    """As commit 6f2353f wrote it; it comes back the same when it is saved again."""
+    write_json(tmp_path / "current.json", written)
+    found = Current.load(tmp_path)
+    assert {key: value for key, value in vars(found).items() if key != "score" and value is not None} == {
+        key: value for key, value in written.items() if key != "score" and value is not None
+    }
+    assert found.score == Score(**written["score"])
+    found.save(tmp_path / "again")
+    assert Current.load(tmp_path / "again") == found
+
+
+@pytest.mark.parametrize(
+    ("budgets", "score", "reachable"),
+    [
+        (("1blocks", "0.99"), {}, "the largest reachable is 4blocks"),
+        (("1blocks", "5blocks"), {}, "the largest reachable is 4blocks"),
+        (("2blocks", "3blocks"), {"unit": "layer"}, "nearest: 2blocks, 4blocks"),
+        (("0.5kv",), {"candidates": "mlp"}, "the largest reachable is 2blocks, 0.0000kv"),
+        (("1blocks",), {"options": {"per": "kv"}, "candidates": "mlp"}, "no candidate takes anything of it"),
+    ],
+)
+def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, budgets, score, reachable):
+    scorer = FakeScorer()
+    with pytest.raises(InputError, match=reachable):
+        scored(tmp_path, scorer, CONFIG, budgets, ROWS, **score)
+    assert scorer.asked == []
+    with pytest.raises(InputError, match=reachable):
+        require_budgets(Score(**score), resources_of(CONFIG), budgets)
+
+
+def test_a_budget_that_needs_a_measurement_or_weights_is_not_refused_before():
+    for score, budget in ((Score(), "1.5x"), (Score(method="laco"), "9blocks"), (Score(method="slicegpt"), "0.99")):
+        require_budgets(score, resources_of(CONFIG), (budget,))
+
+
+def test_a_speed_up_needs_a_measurement(tmp_path):
+    for budget, options in (("1.5x", {}), ("1blocks", {"per": "latency"})):
+        with pytest.raises(InputError, match="what blocks take of the time is not known here"):
+            run(tmp_path, budgets=[budget], options=options)
 
 
 class Notes(SilentObserver):
@@ -153,12 +193,17 @@ class Notes(SilentObserver):
 def test_who_waits_for_the_same_trials_says_for_which_process_on_which_host(tmp_path):
     first, second = Notes(), Notes()
 
+    def stores(observer):
+        material = material_of(tmp_path, FakeScorer(), CONFIG, observer=observer)
+        return Job(material, ROWS, Score(), (), tmp_path / "scores", {}, None).stores(["perplexity", "kl"])
+
     def wait():
-        with run.exclusive(tmp_path / "trials" / "s.lock", second):
+        with stores(second):
             second.note("goes on")
 
     waiting = threading.Thread(target=wait)
-    with run.exclusive(tmp_path / "trials" / "s.lock", first):
+    with stores(first) as found:
+        assert found.keys() == {"perplexity", "kl"}
         waiting.start()
         assert second.told.wait(20)
         assert len(second.notes) == 1

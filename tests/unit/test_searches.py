@@ -3,40 +3,40 @@
 import math
 import random
 from collections import Counter
+from functools import cache
 from itertools import chain, combinations, islice, pairwise
 
 import pytest
 
 from blockpruner.core.blocks import DENSE, all_blocks, format_mask, removable_units
-from blockpruner.core.budgets import goal_of, parse_budget
+from blockpruner.core.budgets import goal_of, parse_budget, resources_of
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import Costs, count_parameters
-from blockpruner.core.progress import SilentObserver
+from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
-from blockpruner.scoring.accelerate import accelerate, settings_of
-from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
-from blockpruner.search import search_settings
-from blockpruner.search.beam import beam
-from blockpruner.search.evolution import contest, evolution, vary
-from blockpruner.search.greedy import greedy
+from blockpruner.search.evolution import contest, vary
 from blockpruner.search.problem import Problem
-from blockpruner.search.run import SearchRun
+from blockpruner.search.registry import SEARCHES
 from blockpruner.search.space import Space, unit_order
-from blockpruner.search.swap import by_prediction, cheapest, swap
+from blockpruner.search.swap import by_prediction, cheapest
 from blockpruner.store.trials import TrialStore
-from tests.tiny import MadeUp, full_nll, tiny_model
+from tests.builders import FakeScorer, searched, short_rows
+from tests.tiny import full_nll, tiny_model
 
 ROWS = 8
-SIZES = [1.0, 2.016, 3.0]
+SIZES = pytest.mark.parametrize("size", [1.0, 2.016, 3.0])
 """Of an MLP block, an MHA block being 1: any two alike, Llama-2, SmolLM2."""
+NOT_NESTED = pytest.mark.parametrize("method", ["beam", "evolution", "swap"])
+START = {"beam": {}, "evolution": {"start": "greedy"}, "swap": {"start": "greedy"}}
+"""Options with which a search begins as greedy does."""
 
 
-class Table(MadeUp):
+class Table(FakeScorer):
     """Losses of masks without any structure beyond a cost of each block, or (interaction=0) with that one alone."""
 
     def __init__(self, seed, layers=4, size=3.0, interaction=1.0, noise=0.02):
+        super().__init__(lambda loss, base, mask, row: self.rows_of(mask)[row])
         self.seed, self.interaction, self.noise = seed, interaction, noise
         self.units = removable_units(layers, "block", "all")
         self.counts = Costs(
@@ -45,9 +45,9 @@ class Table(MadeUp):
         )
         chance = random.Random(seed)
         self.cost = {block: chance.uniform(0.1, 1.0) for block in all_blocks(layers)}
-        self.asked = []
+        self.rows_of = cache(self.draw)
 
-    def rows_of(self, mask):
+    def draw(self, mask):
         chance = random.Random(f"{self.seed} {format_mask(mask)}")
         loss = sum(self.cost[block] for block in mask) + self.interaction * chance.random()
         return [loss + self.noise * chance.random() for _ in range(ROWS)]
@@ -75,17 +75,14 @@ class Table(MadeUp):
         budget = parse_budget(budget, self.counts)
         return goal_of(budget, self.units, self.resources[budget.resource])
 
-    def search(self, method, budget, acceleration="none", **options):
+    def search(self, method, budget, acceleration="none", unit="block", **options):
         """The trace; nothing was computed twice, or is missing in it."""
         self.asked = []
-        calibration = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
-        objective = Objective(calibration, TrialStore({}, ROWS), self)
-        select = accelerate(objective, settings_of({"acceleration": acceleration}))
-        problem = Problem(self.units, objective, select, ROWS, self.goal(budget), self.resources)
-        trace = list(method(problem, **options))
-        assert len(self.asked) == len(set(self.asked))
-        seen = {(score.mask, row) for step in trace for score in step.scores for row in range(score.rows_used)}
-        assert set(self.asked) == seen
+        score = {"method": method, "acceleration": acceleration, "unit": unit, "options": options}
+        trace = searched(self, short_rows(ROWS), [budget], self.resources, **score).of(budget)
+        asked = {(mask, row) for _, _, mask, row in self.asked}
+        assert len(self.asked) == len(asked)
+        assert asked == {(score.mask, row) for step in trace for score in step.scores for row in range(score.rows_used)}
         assert [step.index for step in trace] == list(range(len(trace)))
         assert trace[0].scores[0].mask == DENSE and trace[0].added[0] is None
         assert all(step.scores[step.chosen].is_complete for step in trace)
@@ -126,7 +123,7 @@ def test_greedy_at_a_price(seed, per):
     """Against a walk that divides each rise by what is saved, written anew."""
     table = Table(seed)
     saved = {block: n / table.resources[per].total for block, n in table.resources[per].blocks.items()}
-    trace = table.search(greedy, "0.3", per=per)
+    trace = table.search("greedy", "8blocks", per=per)
     removed = DENSE
     for step in trace:
         rises = {block: table.loss(removed | {block}) - table.loss(removed) for block in saved if block not in removed}
@@ -136,44 +133,30 @@ def test_greedy_at_a_price(seed, per):
     assert removed == frozenset(saved)
 
 
-@pytest.mark.parametrize(("budget", "least", "most"), [("0.5kv", 0.5, 0.5), ("1.2x", 1 - 1 / 1.2, 1 - 1 / 1.2)])
-@pytest.mark.parametrize("method", ["beam", "evolution", "swap"])
-def test_a_search_for_another_resource(method, budget, least, most):
-    """Through SearchRun: the answer removes the wanted share, as near as half a unit, and no block that saves nothing;
-    swap's is no worse than any neighbour's."""
+@pytest.mark.parametrize(("budget", "wanted"), [("0.5kv", 0.5), ("1.2x", 1 - 1 / 1.2)])
+@NOT_NESTED
+def test_a_search_for_another_resource(method, budget, wanted):
+    """The answer removes the wanted share, as near as half a unit, and no block that saves nothing."""
     table = Table(3)
-    resource = parse_budget(budget, table.counts).resource
-    calibration = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
-    objective = Objective(calibration, TrialStore({}, ROWS), table)
-    section = {"method": method, "metric": "perplexity", "acceleration": "none", "unit": "block"}
-    run = SearchRun(objective, objective, search_settings(section), table.units, table.resources, SilentObserver())
-    (trace,) = run.traces([budget]).values()
-    answer, costs = trace[-1].removed, table.resources[resource]
+    costs = table.resources[parse_budget(budget, table.counts).resource]
+    answer = table.search(method, budget)[-1].removed
     half = min(n for n in costs.blocks.values() if n) / 2 / costs.total
     if method == "swap":
         half *= 2  # within the tolerance of its start, which is within that of the goal
-    assert least - half - 1e-12 <= costs.ratio(answer) <= most + half + 1e-12
-    if resource == "kv":
-        assert {block.kind for block in answer} == {"mha"}
-        best = min(
-            (frozenset(m) for m in combinations([b for b in costs.blocks if b.kind == "mha"], 2)), key=table.rank
-        )
-        assert answer == best
+    assert abs(costs.ratio(answer) - wanted) <= half + 1e-12
+    if budget == "0.5kv":
+        mha = [block for block in costs.blocks if block.kind == "mha"]
+        assert answer == min(map(frozenset, combinations(mha, 2)), key=table.rank)
 
 
 def test_a_price_that_is_not_known():
     table = Table(0)
-    section = {"method": "greedy", "metric": "perplexity", "acceleration": "none", "unit": "block"}
-    with pytest.raises(InputError, match="per 'time' is unknown; valid: none, parameters, kv, latency"):
-        search_settings(section | {"options": {"per": "time"}})
-    settings, mlps = search_settings(section | {"options": {"per": "kv"}}), removable_units(4, "block", "mlp")
-    with pytest.raises(InputError, match="per kv: no candidate takes anything of it"):
-        SearchRun(None, None, settings, mlps, table.resources, None)
     with pytest.raises(InputError, match="per 'latency' is not known here; valid: none, parameters"):
-        next(greedy(Problem(table.units, None, None, ROWS, None, {"parameters": table.counts}), per="latency"))
-    for change in ({"metric": "block_influence"}, {"acceleration": "race"}):
-        with pytest.raises(InputError, match="score.options.per kv prices the rise of a loss"):
-            search_settings(section | change | {"options": {"per": "kv"}})
+        searched(
+            table, short_rows(ROWS), ["1blocks"], {"parameters": table.counts}, method="greedy",
+            options={"per": "latency"},
+        )  # fmt: skip
+    assert table.asked == []
 
 
 def ratios(seed, count):
@@ -181,7 +164,7 @@ def ratios(seed, count):
     return [f"{chance.uniform(0.1, 0.7):.6f}" for _ in range(count)]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@SIZES
 @pytest.mark.parametrize("seed", range(8))
 def test_beam_of_width_one_is_greedy(seed, size):
     table = Table(seed, size=size)
@@ -189,7 +172,7 @@ def test_beam_of_width_one_is_greedy(seed, size):
         path, answer = table.greedy(float(budget.removesuffix("blocks")))
         if budget.endswith("blocks"):
             answer = path[int(budget.removesuffix("blocks")) - 1]
-        *steps, last = table.search(beam, budget, width=1)
+        *steps, last = table.search("beam", budget, width=1)
         assert [step.removed for step in steps] == path[: len(steps)]
         assert last.removed == answer
         assert [step.added[step.chosen] for step in steps] == [
@@ -197,14 +180,14 @@ def test_beam_of_width_one_is_greedy(seed, size):
         ]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@SIZES
 @pytest.mark.parametrize("seed", range(4))
 def test_beam_that_forgets_nothing_is_exhaustive(seed, size):
     table = Table(seed, size=size)
     for budget in [*ratios(seed, 2), "3blocks"]:
         goal = table.goal(budget)
         allowed = table.within(float(budget)) if "blocks" not in budget else [m for m in table.masks() if len(m) == 3]
-        *steps, last = table.search(beam, budget, width=10**6)
+        *steps, last = table.search("beam", budget, width=10**6)
         assert last.removed == min(allowed, key=table.rank)
         assert {score.mask for score in last.scores} == set(allowed)
         assert all(goal.is_met(score.mask) for score in last.scores)
@@ -215,7 +198,7 @@ def test_beam_that_forgets_nothing_is_exhaustive(seed, size):
 def test_beam_keeps_the_best_of_each_size(seed):
     """By blocks each step is of one size: its masks are those that extend one of the three best of the step before."""
     table, kept = Table(seed), [DENSE]
-    *steps, last = table.search(beam, "5blocks")
+    *steps, last = table.search("beam", "5blocks")
     assert len(steps) == 5
     for step in steps:
         extended = {mask | unit for mask in kept for unit in table.units if not unit <= mask}
@@ -226,12 +209,12 @@ def test_beam_keeps_the_best_of_each_size(seed):
 
 
 @pytest.mark.parametrize("start", ["greedy", "random"])
-@pytest.mark.parametrize("size", SIZES)
+@SIZES
 @pytest.mark.parametrize("seed", range(4))
 def test_swap_ends_in_a_local_optimum(seed, size, start):
     table = Table(seed, size=size)
     for budget in ratios(seed, 2):
-        trace = table.search(swap, budget, start=start, tries=0, seed=seed)
+        trace = table.search("swap", budget, start=start, tries=0, seed=seed)
         _, first = table.greedy(float(budget))
         if start == "random":
             first = trace[0].scores[1].mask
@@ -252,9 +235,8 @@ def test_swap_leaves_what_greedy_cannot():
     table = Table(0, interaction=0.0)
     a, b, c, *_ = all_blocks(4)
     special = {frozenset({c}): 0.01, frozenset({a, b}): 0.02, frozenset({a, c}): 0.5}
-    table.loss_of = table.rows_of
-    table.rows_of = lambda mask: [special[mask]] * ROWS if mask in special else table.loss_of(mask)
-    trace = table.search(swap, "2blocks")
+    table.rows_of = lambda mask: [special[mask]] * ROWS if mask in special else table.draw(mask)
+    trace = table.search("swap", "2blocks")
     assert trace[0].removed == {c} and c in trace[1].removed
     assert trace[-1].removed == {a, b}
 
@@ -262,7 +244,7 @@ def test_swap_leaves_what_greedy_cannot():
 @pytest.mark.parametrize("tries", [1, 5, 20])
 def test_swap_gives_up_after_so_many_tries(tries):
     table = Table(1, layers=8)
-    trace = table.search(swap, "6blocks", start="random", tries=tries)
+    trace = table.search("swap", "6blocks", start="random", tries=tries)
     assert len(trace) > 2
     last = [score.mask for score in trace[-1].scores if len(score.mask) == 6]
     assert len(last) == 1 + tries
@@ -286,7 +268,7 @@ def test_cheapest_choices_come_first():
     assert len(list(islice(cheapest([list(range(200)), list(range(200))], (5, 1)), 100))) == 100  # of 5e11
 
 
-@pytest.mark.parametrize("size", SIZES)
+@SIZES
 def test_predictions_are_right_where_effects_add_up(size):
     table = Table(3, size=size, interaction=0.0, noise=0.0)
     chance = random.Random(1)
@@ -300,7 +282,7 @@ def test_predictions_are_right_where_effects_add_up(size):
         assert losses == pytest.approx(sorted(losses))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@SIZES
 def test_space_draws_every_mask_alike(size):
     table = Table(0, layers=3, size=size)
     space, chance = Space(table.units, table.goal("0.3")), random.Random(5)
@@ -310,7 +292,7 @@ def test_space_draws_every_mask_alike(size):
     assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in drawn.values())
 
 
-@pytest.mark.parametrize("size", SIZES)
+@SIZES
 def test_variants_stay_within_the_goal(size):
     """And every mask of the space comes up in the end, those of other numbers of MHA and MLP blocks too."""
     table, chance = Table(0, layers=3, size=size), random.Random(2)
@@ -323,12 +305,12 @@ def test_variants_stay_within_the_goal(size):
 
 
 @pytest.mark.parametrize("start", ["greedy", "random"])
-@pytest.mark.parametrize("size", SIZES)
+@SIZES
 def test_evolution_is_deterministic_and_finds_the_best_mask(size, start):
     table = Table(5, size=size)
     for budget in ratios(7, 2):
         options = {"start": start, "generations": 80, "offspring": 12, "survivors": (6, 3), "patience": 0}
-        trace = table.search(evolution, budget, **options)
+        trace = table.search("evolution", budget, **options)
         _, first = table.greedy(float(budget))
         centre = table.counts.ratio(first) if start == "greedy" else float(budget)
         allowed = table.within(centre)
@@ -340,50 +322,49 @@ def test_evolution_is_deterministic_and_finds_the_best_mask(size, start):
         assert trace[-1].removed == min(allowed, key=table.rank)
         offered = [s.mask for step in own for s in step.scores[bool(step.index) :] if s.is_complete]
         assert len(offered) == len(set(offered))  # what is no better than the parent is not offered again
-        assert table.search(evolution, budget, **options) == trace
-    draws = [table.search(evolution, "0.4", offspring=4, survivors=(), seed=seed)[0] for seed in range(3)]
+        assert table.search("evolution", budget, **options) == trace
+    draws = [table.search("evolution", "0.4", offspring=4, survivors=(), seed=seed)[0] for seed in range(3)]
     assert draws[0] != draws[1] != draws[2]
 
 
 def test_evolution_stops_when_nothing_gets_better():
     table = Table(2, layers=10)
-    trace = table.search(evolution, "6blocks", patience=3, generations=500, offspring=4, survivors=())
+    trace = table.search("evolution", "6blocks", patience=3, generations=500, offspring=4, survivors=())
     removed = [step.removed for step in trace]
     idle = [before == after for before, after in pairwise(removed)]
     assert len(trace) < 501 and idle[-3:] == [True] * 3
     assert not any(all(idle[i : i + 3]) for i in range(len(idle) - 3))
-    assert len(table.search(evolution, "6blocks", patience=0, generations=9, offspring=4, survivors=())) == 1 + 9
+    assert len(table.search("evolution", "6blocks", patience=0, generations=9, offspring=4, survivors=())) == 1 + 9
 
 
 def test_contest_gives_rows_to_the_best():
     """32 masks on 1 of 8 rows, the best 8 of them on 2, the best 2 of these on all."""
     table = Table(4, noise=2.0)
-    objective = Objective(CalibrationSet(tuple((i, i) for i in range(ROWS))), TrialStore({}, ROWS), table)
+    objective = Objective(short_rows(ROWS), TrialStore({}, ROWS), table)
     masks = table.masks()[:32]
     rows = {mask: table.rows_of(mask) for mask in masks}
     first = sorted(masks, key=lambda mask: rows[mask][0])
     second = sorted(first[:8], key=lambda mask: sum(rows[mask][:2]))
     wanted = dict.fromkeys(masks, 1) | dict.fromkeys(first[:8], 2) | dict.fromkeys(second[:2], ROWS)
-    problem = Problem(table.units, objective, lambda *_: None, ROWS)
+    problem = Problem(table.units, objective, None, ROWS)
     assert {score.mask: score.rows_used for score in contest(problem, masks, (8, 2))} == wanted
 
 
-@pytest.mark.parametrize("method", [beam, swap, evolution])
+@NOT_NESTED
 def test_of_equals_the_first_in_unit_order(method):
     """Greedy's own first choice stays where nothing is strictly better."""
     table = Table(0)
     table.rows_of = lambda mask: [1.0] * ROWS
-    options = {} if method is beam else {"start": "greedy"}
-    assert format_mask(table.search(method, "3blocks", **options)[-1].removed) == "mha.0,mha.1,mha.2"
+    assert format_mask(table.search(method, "3blocks", **START[method])[-1].removed) == "mha.0,mha.1,mha.2"
 
 
 def test_of_equal_swaps_the_first_in_unit_order():
     table = Table(0)
-    first = table.search(swap, "3blocks", start="random")[0].scores[1].mask
+    first = table.search("swap", "3blocks", start="random")[0].scores[1].mask
     table.rows_of = lambda mask: [2.0 if mask == first else 1.0] * ROWS
     near = [m for m in table.masks() if len(m) == 3 and len(m - first) == 1]
     best = min(near, key=lambda mask: sorted(block.order for block in mask))
-    assert table.search(swap, "3blocks", start="random")[-1].removed == best
+    assert table.search("swap", "3blocks", start="random")[-1].removed == best
 
 
 def test_unit_order_is_greedys_tie_break():
@@ -395,91 +376,66 @@ def test_unit_order_is_greedys_tie_break():
             assert sorted(extended, key=order) == extended
 
 
-@pytest.mark.parametrize("method", [beam, swap, evolution])
+@NOT_NESTED
 def test_a_goal_that_no_mask_meets(method):
     """An MHA block and an MLP block five times as large: of 1, 5 and 6 the nearest to 3.2 is 5."""
     table = Table(0, layers=1, size=5.0)
-    options = {} if method is beam else {"start": "random"}
+    options = {} if method == "beam" else {"start": "random"}
     budget = f"{3200 / table.counts.total:.9f}"
     assert format_mask(table.search(method, budget, **options)[-1].removed) == "mlp.0"
 
 
-@pytest.mark.parametrize("method", [swap, evolution])
-def test_an_accelerated_start(method):
+@pytest.mark.parametrize(("method", "options"), [("swap", {"tries": 8}), ("evolution", {})])
+def test_an_accelerated_start(method, options):
     """Races and lazy steps are greedy's; what they left out is not missed, and nothing is computed twice."""
     table = Table(6, layers=10, interaction=0.1, noise=0.05)
-    trace = table.search(method, "0.3", "lazy+race", start="greedy", **({"tries": 8} if method is swap else {}))
+    trace = table.search(method, "0.3", "lazy+race", start="greedy", **options)
     asked = len(table.asked)
-    exact = table.search(method, "0.3", start="greedy", **({"tries": 8} if method is swap else {}))
+    exact = table.search(method, "0.3", start="greedy", **options)
     assert trace[-1].removed == exact[-1].removed
     assert asked < len(table.asked)
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        (beam, {"width": 0}, r"score\.options\.width 0 is out of range; valid: 1 or more"),
-        (swap, {"tries": -1}, r"score\.options\.tries -1 is out of range; valid: 0 or more"),
-        (swap, {"start": "best"}, r"score\.options\.start 'best' is unknown; valid: greedy, random"),
-        (evolution, {"start": "best"}, r"score\.options\.start 'best' is unknown; valid: greedy, random"),
-        (evolution, {"generations": 0}, r"score\.options\.generations 0 is out of range; valid: 1 or more"),
-        (evolution, {"offspring": 0}, r"score\.options\.offspring 0 is out of range; valid: 1 or more"),
-        (evolution, {"patience": -1}, r"score\.options\.patience -1 is out of range; valid: 0 or more"),
-        (evolution, {"survivors": (2, 8)}, r"score\.options\.survivors \[2, 8\] is not valid; .* none larger"),
-        (evolution, {"survivors": (8, 0)}, r"score\.options\.survivors \[8, 0\] is not valid; valid: numbers of 1"),
-        (evolution, {"survivors": ("8",)}, r"score\.options\.survivors \['8'\] is not valid"),
-    ],
-)
-def test_options_out_of_range(method, options, message):
-    table = Table(0)
-    with pytest.raises(InputError, match=message):
-        table.search(method, "0.3", **options)
-    assert table.asked == []
-
-
-@pytest.mark.parametrize("method", [beam, swap, evolution])
+@NOT_NESTED
 def test_a_budget_that_is_nearest_to_nothing(method):
+    """It is refused before anything is asked, by the search itself, too."""
     table = Table(0)
-    with pytest.raises(InputError, match=r"budget '0\.02' is nearest to removing nothing; the smallest .* is 0\.0556"):
+    with pytest.raises(InputError, match=r"'0\.02' is nearest to removing nothing; .* 1blocks, ratio 0\.0556"):
         table.search(method, "0.02")
     assert table.asked == []
+    row, problem = SEARCHES[method], Problem(table.units, None, None, ROWS, table.goal("0.02"))
+    with pytest.raises(InputError, match=r"budget '0\.02' is nearest to removing nothing; the smallest .* is 0\.0556"):
+        next(row.run(problem, row.options()))
 
 
 def test_a_start_that_overshoots_a_small_budget():
     """Greedy's first removal is an MLP block, three times what was wanted: then nothing is nearer, as for greedy."""
     table = Table(0, interaction=0.0)
     table.cost[all_blocks(4)[-1]] = 0.0
-    for method, options in ((swap, {}), (evolution, {"start": "greedy"}), (beam, {"width": 1})):
+    for method, options in (START | {"beam": {"width": 1}}).items():
         with pytest.raises(InputError, match=r"nearest to removing nothing; the smallest .* is 0\.1667"):
             table.search(method, "0.06", **options)
-    assert table.counts.ratio(table.search(beam, "0.06", width=9)[-1].removed) == pytest.approx(1 / 18)
+    assert table.counts.ratio(table.search("beam", "0.06", width=9)[-1].removed) == pytest.approx(1 / 18)
 
 
 def test_whole_layers():
     """Units of two blocks: all of a kind, exchanged whole."""
     table = Table(3, layers=6)
-    table.units = removable_units(6, "layer", "all")
-    best = min((frozenset().union(*m) for m in combinations(table.units, 3)), key=table.rank)
-    assert table.search(beam, "3layers", width=99)[-1].removed == best
-    assert table.search(evolution, "3layers", survivors=())[-1].removed == best
-    assert len(table.search(swap, "6blocks")[-1].removed) == 6
+    best = min((DENSE.union(*m) for m in combinations(removable_units(6, "layer", "all"), 3)), key=table.rank)
+    assert table.search("beam", "3layers", unit="layer", width=99)[-1].removed == best
+    assert table.search("evolution", "3layers", unit="layer", survivors=())[-1].removed == best
+    assert len(table.search("swap", "6blocks", unit="layer")[-1].removed) == 6
 
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [
-        ("beam", {"width": 50}),
-        ("evolution", {"offspring": 16, "survivors": (8,)}),
-        ("swap", {"tries": 0}),
-    ],
+    [("beam", {"width": 50}), ("evolution", {"offspring": 16, "survivors": (8,)}), ("swap", {"tries": 0})],
 )
 def test_on_a_model_against_full_forwards(method, options):
-    """Through `SearchRun`, by ratio and by blocks, with the exact engine."""
-    model = tiny_model(layers=3)
-    chance = random.Random(0)
+    """By ratio and by blocks, with the exact engine."""
+    model, chance = tiny_model(layers=3), random.Random(0)
     rows = CalibrationSet(tuple(tuple(chance.randrange(1, 257) for _ in range(10)) for _ in range(3)))
-    counts = count_parameters(model.config.to_dict())
-    units = removable_units(3, "block", "all")
+    counts = resources_of(model.config.to_dict())["parameters"]
 
     def loss(mask):
         with masked(model, mask):
@@ -488,25 +444,18 @@ def test_on_a_model_against_full_forwards(method, options):
     masks = [frozenset(m) for n in range(1, 7) for m in combinations(all_blocks(3), n)]
     losses = {mask: loss(mask) for mask in masks}
     half = min(counts.blocks.values()) / 2 / counts.total
-    objective = Objective(rows, TrialStore({}, 3), Engine(model))
-    score = search_settings(
-        {"method": method, "metric": "perplexity", "acceleration": "none", "unit": "block", "options": options}
-    )
-    traces = SearchRun(objective, objective, score, units, {"parameters": counts}, SilentObserver()).traces(
-        ["0.3", "3blocks"]
-    )
+    found = searched(model, rows, ["0.3", "3blocks"], method=method, options=options)
     for budget, allowed in (
         ("0.3", [m for m in masks if abs(counts.ratio(m) - 0.3) <= half]),
         ("3blocks", [m for m in masks if len(m) == 3]),
     ):
-        last = traces[budget][-1]
+        last = found.of(budget)[-1]
         assert last.scores[last.chosen].loss == pytest.approx(losses[last.removed], abs=1e-10)
         assert last.nll[last.chosen].loss == pytest.approx(losses[last.removed], abs=1e-10)
         assert last.removed in allowed
-        if method == "swap":
-            path = list(islice(greedy(Problem(units, objective, accelerate(objective, score), 3)), 3))
-            assert losses[last.removed] <= losses[path[-1].removed] or budget != "3blocks"
-            near = [m for m in allowed if len(m - last.removed) == len(last.removed - m) == 1]
-            assert losses[last.removed] == min(losses[m] for m in [last.removed, *near]) or budget != "3blocks"
-        else:
+        if method != "swap":
             assert last.removed == min(allowed, key=losses.__getitem__)
+        elif budget == "3blocks":
+            greedy = searched(model, rows, [budget], method="greedy").of(budget)
+            near = [m for m in allowed if len(m - last.removed) == len(last.removed - m) == 1]
+            assert losses[last.removed] == min(losses[m] for m in [last.removed, greedy[-1].removed, *near])
