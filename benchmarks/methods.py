@@ -28,7 +28,7 @@ from blockpruner.core.settings import Runtime, Score
 from blockpruner.evaluation.benchmarks import benchmark_of
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.zero_shot import evaluate, gold_answers
-from blockpruner.inputs.calibration import CalibrationSet, draw, draw_in_turn, pack_rows, pack_answers
+from blockpruner.inputs.calibration import CalibrationSet, draw, draw_in_turn, pack_answers, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.texts import TEXTS
 from blockpruner.inputs.tokenizers import load_tokenizer

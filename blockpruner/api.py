@@ -86,9 +86,9 @@ def prune(
     if isinstance(texts, str):
         raise InputError("texts is one string; give a list of calibration samples")
     asked = _request(method, metric, unit, candidates, options or {}, acceleration)
-    if asked.metric.name == "answer_likelihood":
+    if asked.metric.answers:
         raise InputError(
-            "metric 'answer_likelihood' is of items and their answers, which prune does not take; write a run file"
+            f"metric {asked.metric.name!r} is of items and their answers, which prune does not take; write a run file"
         )
     observer = observer or SilentObserver()
     config = model.config.to_dict()

@@ -1,7 +1,6 @@
-"""params.yaml and runs/<name>.yaml as frozen values.
+"""params.yaml and runs/*.yaml, read and checked.
 
-Decides which keys exist and which combinations make sense. Components take plain values and never import
-this module; registries (search methods, benchmarks, families) check their own names.
+Only stages and flows read these files. Everything else gets the values of `core.settings`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import NAME, Params, Run, Sets, T, read_settings
 
@@ -49,7 +49,12 @@ def load_run(name: str, directory: Path = Path("runs")) -> Run:
     if not path.exists():
         known = ", ".join(run_names(directory)) or "none"
         raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
-    return _load(path, Run)
+    run = _load(path, Run)
+    try:
+        check_run(run)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return run
 
 
 SETS = Path("runs/sets.yaml")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from blockpruner.checkpoints.gguf import export_gguf
-from blockpruner.checkpoints.hf import export_hf
-from blockpruner.checkpoints.nas import DTYPES, export_nas
-from blockpruner.checkpoints.zeroed import export_zeroed
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.registry import Registry
@@ -43,9 +40,15 @@ class Export:
     title: str
     engines: tuple[str, ...]
     """What loads it."""
-    write: Writer
+    writer: str | Writer
+    """Text, "module:function", is imported when it is first used."""
     dtypes: tuple[str, ...] | None = None
     """The values of `model.dtype` that it can hold; None: all."""
+
+    @property
+    def write(self) -> Writer:
+        found: Writer = pkgutil.resolve_name(self.writer) if isinstance(self.writer, str) else self.writer
+        return found
 
 
 def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
@@ -67,13 +70,22 @@ def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
             )
 
 
+HERE, NARROW = "blockpruner.checkpoints.", ("float32", "bfloat16", "float16")
+
 EXPORTS: Registry[Export] = Registry(
     "export",
     Export,
     [
-        Export("hf", "transformers checkpoint", ("transformers",), export_hf),
-        Export("nas", "DeciLM checkpoint", ("vLLM", "mlx-lm"), export_nas, DTYPES),
-        Export("gguf", "GGUF files in 16 and 8 bits", ("llama.cpp",), export_gguf),
-        Export("zeroed", "dense checkpoint with silenced blocks", ("engines of the dense model",), export_zeroed),
+        Export("hf", "transformers checkpoint", ("transformers",), HERE + "hf:export_hf"),
+        Export(
+            "nas", "DeciLM checkpoint", ("vLLM", "mlx-lm"), HERE + "nas:export_nas", ("float32", "bfloat16", "float16")
+        ),
+        Export("gguf", "GGUF files in 16 and 8 bits", ("llama.cpp",), HERE + "gguf:export_gguf"),
+        Export(
+            "zeroed",
+            "dense checkpoint with silenced blocks",
+            ("engines of the dense model",),
+            HERE + "zeroed:export_zeroed",
+        ),
     ],
 )

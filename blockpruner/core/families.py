@@ -174,27 +174,27 @@ def _attention(config: Config, *, qkv_bias: bool = False, output_bias: bool = Fa
     return projections + biases + (hidden if output_bias else 0)
 
 
-def _no_bias(config: Config, layer: int) -> int:
+def no_bias(config: Config, layer: int) -> int:
     return _attention(config)
 
 
-def _optional_bias(config: Config, layer: int) -> int:
+def optional_bias(config: Config, layer: int) -> int:
     bias = bool(config.get("attention_bias", False))
     return _attention(config, qkv_bias=bias, output_bias=bias)
 
 
-def _head_norms(config: Config, layer: int) -> int:
+def head_norms(config: Config, layer: int) -> int:
     """Queries and keys are normalized head by head."""
-    return _optional_bias(config, layer) + 2 * _heads(config)[1]
+    return optional_bias(config, layer) + 2 * _heads(config)[1]
 
 
-def _wide_norms(config: Config, layer: int) -> int:
+def wide_norms(config: Config, layer: int) -> int:
     """Queries and keys are normalized as wholes."""
     heads, head = _heads(config)
-    return _optional_bias(config, layer) + (heads + int(config.get("num_key_value_heads") or heads)) * head
+    return optional_bias(config, layer) + (heads + int(config.get("num_key_value_heads") or heads)) * head
 
 
-def _gated_mlp(config: Config, layer: int) -> int:
+def gated_mlp(config: Config, layer: int) -> int:
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     biases = 2 * inner + hidden if config.get("mlp_bias", False) else 0
     return 3 * hidden * inner + biases
@@ -204,7 +204,7 @@ def _gated_products(config: Config, inner: str = "intermediate_size") -> int:
     return 3 * int(config["hidden_size"]) * int(config[inner])
 
 
-def _plain_mlp(config: Config, layer: int) -> int:
+def plain_mlp(config: Config, layer: int) -> int:
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     return 2 * hidden * inner + inner + hidden
 
@@ -226,7 +226,7 @@ def _sparse_products(config: Config, layer: int) -> int:
 
 
 def _sparse_mlp(config: Config, layer: int) -> int:
-    return _experts(config, "moe_intermediate_size") if _is_sparse(config, layer) else _gated_mlp(config, layer)
+    return _experts(config, "moe_intermediate_size") if _is_sparse(config, layer) else gated_mlp(config, layer)
 
 
 BETWEEN_NORMS = (
@@ -242,17 +242,17 @@ FAMILIES: Registry[Family] = Registry(
     "model family",
     Family,
     [
-        Family("llama", "Llama", _optional_bias, _gated_mlp),
-        Family("baichuan", "Baichuan", _no_bias, _gated_mlp, alibi=True),
-        Family("mistral", "Mistral", _no_bias, _gated_mlp),
-        Family("qwen2", "Qwen2", lambda c, layer: _attention(c, qkv_bias=True), _gated_mlp),
-        Family("qwen3", "Qwen3", _head_norms, _gated_mlp),
-        Family("phi3", "Phi3", _no_bias, _gated_mlp),
+        Family("llama", "Llama", optional_bias, gated_mlp),
+        Family("baichuan", "Baichuan", no_bias, gated_mlp, alibi=True),
+        Family("mistral", "Mistral", no_bias, gated_mlp),
+        Family("qwen2", "Qwen2", lambda c, layer: _attention(c, qkv_bias=True), gated_mlp),
+        Family("qwen3", "Qwen3", head_norms, gated_mlp),
+        Family("phi3", "Phi3", no_bias, gated_mlp),
         Family(
             "gemma2",
             "Gemma2",
-            _optional_bias,
-            _gated_mlp,
+            optional_bias,
+            gated_mlp,
             logit_cap="final_logit_softcapping",
             defaults={"tie_word_embeddings": True, "head_dim": 256, "final_logit_softcapping": 30.0},
             mha=BETWEEN_NORMS[0],
@@ -261,25 +261,25 @@ FAMILIES: Registry[Family] = Registry(
         Family(
             "gemma3_text",
             "Gemma3",
-            _head_norms,
-            _gated_mlp,
+            head_norms,
+            gated_mlp,
             logit_cap="final_logit_softcapping",
             defaults={"tie_word_embeddings": True, "head_dim": 256, "final_logit_softcapping": None},
             mha=BETWEEN_NORMS[0],
             mlp=BETWEEN_NORMS[1],
         ),
-        Family("olmo2", "Olmo2", _wide_norms, _gated_mlp, mha=AFTER_NORMS[0], mlp=AFTER_NORMS[1]),
+        Family("olmo2", "Olmo2", wide_norms, gated_mlp, mha=AFTER_NORMS[0], mlp=AFTER_NORMS[1]),
         Family(
             "mixtral",
             "Mixtral",
-            _no_bias,
+            no_bias,
             lambda c, layer: _experts(c, "intermediate_size"),
             lambda c, layer: _routed(c, "intermediate_size"),
         ),
         Family(
             "qwen3_moe",
             "Qwen3Moe",
-            _head_norms,
+            head_norms,
             _sparse_mlp,
             _sparse_products,
             renumbered=_sparse_layers,
@@ -288,8 +288,8 @@ FAMILIES: Registry[Family] = Registry(
         Family(
             "gpt_neox",
             "GPTNeoX",
-            _optional_bias,
-            _plain_mlp,
+            optional_bias,
+            plain_mlp,
             lambda c, layer: 2 * int(c["hidden_size"]) * int(c["intermediate_size"]),
             norm_bias=True,
             parallel="use_parallel_residual",

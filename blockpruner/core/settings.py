@@ -17,9 +17,6 @@ from blockpruner.core.errors import InputError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-Export = Literal["hf", "nas", "gguf", "zeroed"]
-
-
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=False)
 
@@ -294,7 +291,7 @@ class Run(Frozen):
     score: Score = Score()
     evaluate: Evaluate
     recover: Recover | None = None
-    export: tuple[Export, ...] = ("hf",)
+    export: tuple[str, ...] = ("hf",)
     study: Study | None = None
 
     @field_validator("export")
@@ -305,21 +302,6 @@ class Run(Frozen):
         if len(set(value)) != len(value):
             raise ValueError(f"export: {list(value)} names the same format twice; keep one")
         return value
-
-    @model_validator(mode="after")
-    def _exports_what_others_load(self) -> Run:
-        if self.score.method == "slicegpt" and self.export != ("hf",):
-            raise ValueError(
-                f"export: {list(self.export)} does not fit score.method: slicegpt, whose layers only transformers "
-                "loads, by code of ours; set export: [hf]"
-            )
-        if self.score.method == "laco" and "zeroed" in self.export:
-            raise ValueError(
-                "export: zeroed silences removed blocks, and score.method: laco merges layers; leave zeroed out"
-            )
-        if self.model.dtype == "float64" and "nas" in self.export:
-            raise ValueError("export: nas has no model.dtype: float64; set float32, or leave nas out")
-        return self
 
     @model_validator(mode="after")
     def _calibrates_on_nothing_that_is_evaluated(self) -> Run:
@@ -341,31 +323,12 @@ class Run(Frozen):
             )
         return self
 
-    @model_validator(mode="after")
-    def _answers_have_a_metric_of_their_own(self) -> Run:
-        metric, source = self.score.metric, self.calibration.data.source
-        if metric == "answer_likelihood" and source != "tasks":
-            raise ValueError(
-                f"score.metric: answer_likelihood needs the answers of items, and calibration.data.source: {source} "
-                "has texts; set calibration.data.source: tasks, or score.metric: perplexity"
-            )
-        if (
-            metric == "perplexity"
-            and source == "tasks"
-            and self.score.method not in ("laco", "slicegpt", "random", "given")
-        ):
-            raise ValueError(
-                "score.metric: perplexity of answers given their questions is answer_likelihood; with "
-                "calibration.data.source: tasks set score.metric: answer_likelihood"
-            )
-        return self
-
 
 class Push(Frozen):
     """The hub repository that `python -m stages.push <target>` uploads a checkpoint to; nothing else does."""
 
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    format: Export = "hf"
+    format: str = "hf"
     private: bool = True
 
 

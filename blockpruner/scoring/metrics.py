@@ -22,6 +22,7 @@ class Metric:
     unit: str
     influence: bool = False
     reference: bool = False
+    answers: bool = False
 
 
 def metric_of(name: str) -> Metric:
@@ -35,7 +36,7 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("perplexity", "perplexity", "nats per token"),
-        Metric("answer_likelihood", "perplexity", "nats per token of the right answer"),
+        Metric("answer_likelihood", "perplexity", "nats per token of the right answer", answers=True),
         Metric("kl", "kl", "nats per token", reference=True),
         Metric("js", "js", "nats per token", reference=True),
         Metric("block_influence", "block_influence", "1 - cosine", influence=True),
