@@ -41,6 +41,37 @@ def sentence(number: int) -> str:
     return " ".join(WORDS[(number * 7 + k * k + number * k) % len(WORDS)] for k in range(6))
 
 
+def write_inputs(folder: Path) -> None:
+    """Texts and benchmark items for `run_of`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": [sentence(i) for i in range(60)]}), folder / "texts.parquet")
+    items = {
+        "goal": [sentence(i) for i in range(8)],
+        "sol1": ["the cat", "a dog"] * 4,
+        "sol2": ["red tree", "it was"] * 4,
+        "label": [0, 1] * 4,
+    }
+    pq.write_table(pa.table(items), folder / "piqa_validation.parquet")
+
+
+def run_of(folder: Path, **calibration: Any) -> dict[str, Any]:
+    """A run file over the model and the inputs in a folder."""
+    data = {"source": "path", "path": str(folder / "texts.parquet"), "format": "text"}
+    return {
+        "model": {"source": "path", "path": str(folder / "model"), "dtype": "float32"},
+        "calibration": {
+            "data": data, "num_samples": 10, "seq_len": 24, "packing": "joined", "split": "all", "seed": 42,
+        } | calibration,
+        "score": {"method": "greedy"},
+        "evaluate": {
+            "perplexity": {"data": data, "seq_len": 64, "max_rows": 2},
+            "zero_shot": {"data": {"source": "path", "path": str(folder)}, "tasks": ["piqa"], "limit": 6},
+            "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
+        },
+        "recover": {"data": data, "num_samples": 12, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2},
+    }  # fmt: skip
+
+
 def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> Path:
     """Lay out the project with run `tiny` (llama, 4 layers) and the targets {name: budget}, recovered where the name
     begins with "lora"; no git, DVC without SCM."""
@@ -49,39 +80,10 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, project / name)
+    write_inputs(inputs)
     save_tiny(inputs / "model", tie_word_embeddings=True)
-    pq.write_table(pa.table({"text": [sentence(i) for i in range(60)]}), inputs / "texts.parquet")
-    items = {
-        "goal": [sentence(i) for i in range(8)],
-        "sol1": ["the cat", "a dog"] * 4,
-        "sol2": ["red tree", "it was"] * 4,
-        "label": [0, 1] * 4,
-    }
-    pq.write_table(pa.table(items), inputs / "piqa_validation.parquet")
-    run = {
-        "model": {"source": "path", "path": str(inputs / "model"), "dtype": "float32"},
-        "calibration": {
-            "data": {"source": "path", "path": str(inputs / "texts.parquet"), "format": "text"},
-            "num_samples": 10, "seq_len": 24, "packing": "joined", "split": "all", "seed": 42,
-        } | calibration,
-        "score": {"method": "greedy", "unit": "block", "candidates": "all", "metric": "perplexity",
-                  "acceleration": "none"},
-        "evaluate": {
-            "perplexity": {
-                "data": {"source": "path", "path": str(inputs / "texts.parquet"), "format": "text"},
-                "seq_len": 64, "max_rows": 2,
-            },
-            "zero_shot": {"data": {"source": "path", "path": str(inputs)}, "tasks": ["piqa"], "limit": 6},
-            "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
-        },
-        "recover": {
-            "data": {"source": "path", "path": str(inputs / "texts.parquet"), "format": "text"},
-            "num_samples": 12, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2,
-        },
-        "export": ["hf"],
-    }  # fmt: skip
     (project / "runs").mkdir()
-    (project / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run))
+    (project / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run_of(inputs, **calibration)))
     (project / "runs" / "sets.yaml").write_text("tiny: [tiny]\n")
     set_targets(project, targets)
     dvc(project, "init", "--no-scm", "--quiet")
