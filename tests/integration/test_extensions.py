@@ -1,5 +1,5 @@
-"""A search, a metric, an export, a family and a method that changes weights, all defined in this file, go from a run file
-to the report."""
+"""A search, a metric, an export, a family and a method that changes weights, all defined in this file alone, go from
+a run file to the report."""
 
 import json
 import math
