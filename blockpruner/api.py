@@ -20,7 +20,7 @@ from blockpruner.methods.commit import commit
 from blockpruner.methods.transforms import TRANSFORMS
 from blockpruner.model.models import prune_
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.metrics import PERPLEXITY, Metric, metric_of
+from blockpruner.scoring.metrics import NLL, Metric, metric_of
 from blockpruner.scoring.objectives import Objective
 from blockpruner.search import method_of, search_settings
 from blockpruner.search.iteration import Iteration, removals
@@ -97,12 +97,12 @@ def prune(
     engine = Engine(model, batch_tokens)
 
     def objective(of: Metric) -> Objective:
-        fields = store_fingerprint(calibration.digest, "in memory", dtype, of.loss)
+        fields = store_fingerprint(calibration.digest, "in memory", dtype, of.key)
         store = TrialStore(fields, len(calibration.rows))
         return Objective(calibration, store, engine, observer, of)
 
     asked = objective(metric_of(metric))
-    nll = asked if asked.metric.loss == PERPLEXITY.loss else objective(PERPLEXITY)
+    nll = asked if asked.metric.is_nll else objective(NLL)
     units = removable_units(int(config["num_hidden_layers"]), unit, candidates)
     (trace,) = SearchRun(asked, nll, score, units, resources, observer).traces([budget]).values()
     order, perplexities = removals(trace, method_of(method).nested)

@@ -21,7 +21,7 @@ from stages import DATA, run
 def main(name: str) -> None:
     params, settings = load_params(), load_run(name)
     checkpoint, dtype, watch = DATA / "models" / name, settings.model.dtype, observer()
-    runtime, remote = params.runtime.model_dump(), getattr(settings.model, "trust_remote_code", False)
+    runtime, remote = params.runtime, getattr(settings.model, "trust_remote_code", False)
     calibration, out = CalibrationSet.load(DATA / "calibration" / name / "rows.parquet"), DATA / "scores" / name
 
     def scorer() -> Scorer:
@@ -31,8 +31,8 @@ def main(name: str) -> None:
         from blockpruner.methods.laco.merging import ModelBench
         from blockpruner.model.models import load_model, set_threads
 
-        set_threads(runtime["threads"])
-        model = load_model(checkpoint, dtype, runtime["device"], remote, runtime["attention"])
+        set_threads(runtime.threads)
+        model = load_model(checkpoint, dtype, runtime.device, remote, runtime.attention)
         return ModelBench(model, calibration.rows, watch.advance)
 
     def latency() -> Mapping[str, Any]:

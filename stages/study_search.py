@@ -22,7 +22,7 @@ from stages import STUDIES, run
 
 
 def main(name: str) -> None:
-    settings, runtime, watch = load_run(name), load_params().runtime.model_dump(), observer()
+    settings, runtime, watch = load_run(name), load_params().runtime, observer()
     folder, dtype, remote = STUDIES / name, settings.model.dtype, getattr(settings.model, "trust_remote_code", False)
     checkpoint = folder / "model"
 
@@ -33,8 +33,8 @@ def main(name: str) -> None:
     def dense() -> Any:
         from blockpruner.model.models import load_model, set_threads
 
-        set_threads(runtime["threads"])
-        return load_model(checkpoint, dtype, runtime["device"], remote, runtime["attention"])
+        set_threads(runtime.threads)
+        return load_model(checkpoint, dtype, runtime.device, remote, runtime.attention)
 
     def bench(rows: Rows) -> Bench:
         from blockpruner.methods.laco.merging import ModelBench

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import blockpruner.model.models  # noqa: F401  # tells transformers of the classes that it lacks
 from blockpruner.core.families import FAMILIES
-from blockpruner.scoring.work import Unit
+from blockpruner.scoring.work import ScoredRows
 
 VOCABULARY = 260
 GROUPED = {"num_key_value_heads": 2}
@@ -127,7 +127,7 @@ class MadeUp:
         for task in tasks:
             for mask in task.masks:
                 self.asked += [(mask, row) for row in task.span]
-                yield Unit(mask, task.span.start, tuple(self.rows_of(mask)[task.span.start : task.span.stop]))
+                yield ScoredRows(mask, task.span.start, tuple(self.rows_of(mask)[task.span.start : task.span.stop]))
 
     def close(self) -> None:
         pass

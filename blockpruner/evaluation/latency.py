@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
+from blockpruner.core.settings import Runtime
 from blockpruner.evaluation.speed import device_name, generate, random_prompt
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.model.models import decoder_layers, load_model, masked, set_threads
@@ -33,7 +34,7 @@ def kept_latency(
     checkpoint: Path,
     dtype: str,
     timed: Mapping[str, int],
-    runtime: Mapping[str, Any],
+    runtime: Runtime,
     trust_remote_code: bool,
     observer: Observer,
 ) -> dict[str, Any]:
@@ -46,7 +47,6 @@ def kept_latency(
         folder: the run's own, which travels with its scores.
         shared: for all runs of this machine, so that a speed-up means the same in all that name one model.
         timed: prompt_tokens, new_tokens, batch, repeats, as of `measure_latency`.
-        runtime: as in params.yaml.
 
     Raises:
         InputError: a model that is streamed, since it is larger than memory, or scored by the workers of a cluster,
@@ -62,15 +62,18 @@ def kept_latency(
                 write_json(folder / name, found)
                 return found
             observer.note(f"warning: {path} is no measurement; set aside as {set_aside(path).name}")
-    for key, cause in (("streaming", "is larger than it"), ("ray_address", "is scored on other machines")):
-        if runtime[key]:
+    for key, value, cause in (
+        ("streaming", runtime.streaming, "is larger than it"),
+        ("ray_address", runtime.ray_address, "is scored on other machines"),
+    ):
+        if value:
             raise InputError(
                 f"a speed-up is measured with the model in this process's memory, and with runtime.{key}: "
-                f"{runtime[key]} it {cause}; give budgets in parameters or KV cache, or measure first, without it"
+                f"{value} it {cause}; give budgets in parameters or KV cache, or measure first, without it"
             )
     observer.begin("latency of blocks")
-    set_threads(runtime["threads"])
-    model = load_model(checkpoint, dtype, runtime["device"], trust_remote_code, runtime["attention"])
+    set_threads(runtime.threads)
+    model = load_model(checkpoint, dtype, runtime.device, trust_remote_code, runtime.attention)
     found = measure_latency(model, **timed, advance=observer.advance)
     del model
     if torch.cuda.is_available():

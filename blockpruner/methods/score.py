@@ -21,7 +21,7 @@ from blockpruner.core.progress import Observer
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.planning import PLANNERS, Bench, Material
 from blockpruner.methods.transforms import TRANSFORMS
-from blockpruner.scoring.metrics import PERPLEXITY, metric_of
+from blockpruner.scoring.metrics import NLL, metric_of
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.scorers import LazyScorer
 from blockpruner.scoring.work import Scorer
@@ -122,12 +122,12 @@ def _search(
     units = removable_units(len(resources["parameters"].blocks) // 2, score["unit"], score["candidates"])
     fields = {
         name: store_fingerprint(calibration.digest, model_identity, dtype, name)
-        for name in sorted({metric.loss, PERPLEXITY.loss})
+        for name in sorted({metric.key, NLL.key})
     }
     priced = {"latency": latency} if score["options"].get("per") == "latency" else {}
-    search = search_fingerprint(fields[metric.loss], {**score, **priced})
+    search = search_fingerprint(fields[metric.key], {**score, **priced})
     current = {
-        "kind": "mask", "search": search, "nested": method.nested, "store": fields[metric.loss], "latency": latency
+        "kind": "mask", "search": search, "nested": method.nested, "store": fields[metric.key], "latency": latency
     }  # fmt: skip
     with ExitStack() as stack:
         stores = {}
@@ -135,7 +135,7 @@ def _search(
             stack.enter_context(exclusive(trials / f"{fingerprint(field)}.lock", observer))
             stores[name] = TrialStore(field, len(calibration.rows), trials)
             stack.callback(stores[name].close)
-        own, plain = stores[metric.loss], stores[PERPLEXITY.loss]
+        own, plain = stores[metric.key], stores[NLL.key]
         seeded = seed_stores(scores / search, search, own, plain, influence=metric.influence)
         for problem in [*seeded, *(line for store in stores.values() for line in store.problems)]:
             observer.note(f"warning: {problem}")
@@ -161,7 +161,7 @@ def _plan_transform(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Find what a transformation does for each budget; what `current.json` says of it, and what was computed."""
     calibration, observer, method = material.calibration, material.observer, score["method"]
-    fields = store_fingerprint(calibration.digest, material.model_identity, material.dtype, PERPLEXITY.loss)
+    fields = store_fingerprint(calibration.digest, material.model_identity, material.dtype, NLL.key)
     search = search_fingerprint(fields, score)
     current: dict[str, Any] = {"kind": method, "search": search, "nested": False, "store": fields, "latency": latency}
     with ExitStack() as stack:

@@ -66,6 +66,6 @@ def cost_words(target: Target) -> tuple[str, str]:
     """What the search compared candidates by, and its unit: for instance ("NLL rise", "nats per token")."""
     metric = metric_of(target.plan.metric)
     if metric.influence:
-        return METRIC_WORDS[metric.name], metric.unit
-    name = {"kl": "KL divergence rise", "js": "JS divergence rise"}.get(metric.loss, "NLL rise")
-    return name, metric.unit
+        return METRIC_WORDS[metric.name], metric.units_text
+    name = {"kl": "KL divergence rise", "js": "JS divergence rise"}.get(metric.key, "NLL rise")
+    return name, metric.units_text

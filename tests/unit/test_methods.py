@@ -27,7 +27,7 @@ from blockpruner.params import load_run
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, metric_of
 from blockpruner.scoring.objectives import Objective
-from blockpruner.scoring.work import Unit
+from blockpruner.scoring.work import ScoredRows
 from blockpruner.search import SEARCHES, search_settings
 from blockpruner.search.iteration import removals
 from blockpruner.search.problem import Problem
@@ -57,7 +57,7 @@ class Searched:
             return Objective(rows, TrialStore({}, len(rows.rows)), engine, metric=of)
 
         asked = objective(metric)
-        nll = asked if metric.loss == "perplexity" else objective(METRICS["perplexity"])
+        nll = asked if metric.is_nll else objective(METRICS["perplexity"])
         counts = count_parameters(model.config.to_dict())
         run = SearchRun(asked, nll, score, units, {"parameters": counts}, SilentObserver())
         (self.trace,) = run.traces([budget or f"{len(DENSE.union(*units))}blocks"]).values()
@@ -314,11 +314,11 @@ class CountingEngine:
 
     def run(self, tasks, rows):
         for task in tasks:
-            costs = COSTS.get(task.loss, COSTS["block_influence"]).split()
+            costs = COSTS.get(task.metric.key, COSTS["block_influence"]).split()
             for mask in task.masks:
-                self.asked.append((task.loss, task.base, mask, task.span.start))
+                self.asked.append((task.metric.key, task.base, mask, task.span.start))
                 value = 1.0 + sum(costs.index(str(block)) for block in mask - task.base)
-                yield Unit(mask, task.span.start, tuple(value for _ in task.span))
+                yield ScoredRows(mask, task.span.start, tuple(value for _ in task.span))
 
     def close(self):
         pass

@@ -13,7 +13,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods import score as run
-from blockpruner.scoring.work import Unit
+from blockpruner.scoring.work import ScoredRows
 from blockpruner.search import search_settings, trace
 
 CONFIG = {
@@ -38,7 +38,7 @@ class CountingEngine:
             for mask in task.masks:
                 self.asked.append((mask, task.span.start))
                 value = sum(map(ord, str(sorted(map(str, mask))))) / 1000
-                yield Unit(mask, task.span.start, tuple(value for _ in task.span))
+                yield ScoredRows(mask, task.span.start, tuple(value for _ in task.span))
 
     def close(self):
         pass
