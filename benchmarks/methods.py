@@ -25,7 +25,7 @@ from benchmarks.scoring import LENGTH, SMOLLM2, TEXT, setting
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import ConsoleObserver
 from blockpruner.core.settings import Runtime, Score
-from blockpruner.evaluation.benchmarks import benchmark_of
+from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.zero_shot import evaluate, gold_answers
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_in_turn, pack_answers, pack_rows
@@ -107,7 +107,7 @@ def search(name: str, rows: CalibrationSet, budgets: tuple[str, ...]) -> tuple[P
         config=read_json(SMOLLM2 / "config.json"),
         score=Score(**METHODS[name]).model_dump(exclude_none=True),
         budgets=budgets,
-        scorer=LazyScorer(lambda: make_scorer(SMOLLM2, "float32", Runtime().model_dump())),
+        scorer=LazyScorer(lambda: make_scorer(SMOLLM2, "float32", Runtime())),
         make_bench=lambda: ModelBench(load_model(SMOLLM2, "float32"), rows.rows, lambda *step: None),
         observer=ConsoleObserver(),
         metrics=folder / "score.json",
@@ -145,7 +145,7 @@ def quality(model: PreTrainedModel, tokenizer: Any, advance: str) -> dict[str, A
     for task in TASKS:
         print(f"  {advance}: {task}", file=sys.stderr, flush=True)
         items = evaluate(model, tokenizer, task, TEXT.parent / "tasks", ITEMS).items
-        found[task] = "".join(f"{score:.0f}" for score in items.column(benchmark_of(task).metric).to_pylist())
+        found[task] = "".join(f"{score:.0f}" for score in items.column(BENCHMARKS[task].metric).to_pylist())
     return found
 
 

@@ -121,6 +121,9 @@ class Kind:
     """What is gone, for instance "3 MHA + 4 MLP"."""
     card: Callable[[Plan], str] = lambda plan: f"with weights changed by `{plan.method}`"
     """What was done to the model, as a clause of its model card."""
+    passes: Callable[[Any, int, int], int] = lambda options, depth, budgets: 0
+    """How many forward passes it needs beyond one of the dense model: from its options, the model's layers and the
+    number of budgets. Only forecasts use it."""
     lend: Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None = None
     """The dense model changed for a while: another way to the same model, to verify the first one by. Where there is
     none, `apply_` writes to the tensors of the dense model."""

@@ -155,7 +155,7 @@ def replaced(path, old, new):
     [
         ("runs/tiny.yaml", "seed: 42", "seed: 43", True),
         ("params.yaml", "budget: 2blocks", "budget: 3blocks", True),
-        ("blockpruner/scoring/work.py", "Unit", "Part", True),
+        ("blockpruner/scoring/work.py", "ScoredRows", "Part", True),
         ("blockpruner/versions.py", "SCORE_VERSION = ", "SCORE_VERSION = 1", True),
         ("params.yaml", "title: Tiny", "title: Small", False),
         ("params.yaml", "threads: 1", "threads: 2", False),

@@ -140,6 +140,14 @@ def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrain
     return merged(model, _merges(plan.details), plan.details["variant"])
 
 
+def _passes(options: LacoOptions, depth: int, budgets: int) -> int:
+    """LaCo measures each similarity once: at most v (v + 1) / 2 of them, since there are about v walks over v layers.
+    The merged model of each budget takes one pass more."""
+    top = depth - 1 if options.highest is None else options.highest
+    visited = top - options.count - options.lowest + 1
+    return visited * (visited + 1) // 2 + budgets
+
+
 def _card(plan: Plan) -> str:
     return (
         f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
@@ -159,5 +167,6 @@ LACO = weights_kind(
     taken_out=lambda plan: f"{plan.blocks['mha']} layers by merging",
     card=_card,
     options=LacoOptions,
+    passes=_passes,
     exports=frozenset({"hf", "nas", "gguf"}),
 )
