@@ -107,7 +107,7 @@ def search(name: str, rows: CalibrationSet, budgets: tuple[str, ...]) -> tuple[P
         config=read_json(SMOLLM2 / "config.json"),
         score=Score(**METHODS[name]).model_dump(exclude_none=True),
         budgets=budgets,
-        scorer=LazyScorer(lambda: make_scorer(SMOLLM2, "float32", Runtime().model_dump())),
+        scorer=LazyScorer(lambda: make_scorer(SMOLLM2, "float32", Runtime())),
         make_bench=lambda: ModelBench(load_model(SMOLLM2, "float32"), rows.rows, lambda *step: None),
         observer=ConsoleObserver(),
         metrics=folder / "score.json",

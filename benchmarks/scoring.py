@@ -38,7 +38,7 @@ from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.scorers import make_scorer
-from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task, Unit
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task
 from blockpruner.search.greedy import greedy
 from blockpruner.search.problem import Problem
 from blockpruner.store.files import read_table, write_json
@@ -119,7 +119,7 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
     walk = engine.run([Task(range(ROWS), tuple(masks))], rows.rows)
     worst = 0.0
     for done in range(len(masks)):
-        unit: Unit = meter("exact", lambda: next(walk))
+        unit: ScoredRows = meter("exact", lambda: next(walk))
         _, logits = meter("naive", lambda unit=unit: full_forward(model, unit.mask, ids))
         reference = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(dim=1).neg()
         del logits
@@ -152,7 +152,7 @@ class Counted:
     def row_batches(self, rows: Rows, span: range) -> list[range]:
         return self._scorer.row_batches(rows, span)
 
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         for task in tasks:
             self.flops += Flops.of(self._config, len(task.span), len(rows[task.span.start])).exact(task.masks)
         yield from self._scorer.run(tasks, rows)
@@ -322,13 +322,12 @@ def workers(counts: Sequence[int]) -> dict[str, Any]:
     model = random_model("tiny", torch.float32, **SMALL | {"num_hidden_layers": 12, "vocab_size": 16000})
     data = random_rows(16000, ROWS, LENGTH)
     masks = [DENSE, *(frozenset({block}) for block in all_blocks(12))]
-    runtime = Runtime(threads=1, device="cpu").model_dump()
     points = []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         for count in (0, *counts):
-            settings = runtime if not count else runtime | {"executor": "ray", "workers": count}
-            scorer = make_scorer(Path(folder), "float32", settings)
+            ray = {"executor": "ray", "workers": count} if count else {}
+            scorer = make_scorer(Path(folder), "float32", Runtime(threads=1, device="cpu", **ray))
             tasks = [Task(span, tuple(masks)) for span in scorer.row_batches(data, range(ROWS))]
             list(scorer.run([Task(task.span, (DENSE,)) for task in tasks], data))
             seconds = []

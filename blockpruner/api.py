@@ -102,7 +102,7 @@ def prune(
     engine = Engine(model, batch_tokens)
     trace = search(asked, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
     order, perplexities = removals(trace, asked.search.nested)
-    current = _current(asked, fields[asked.metric.loss], calibration)
+    current = _current(asked, fields[asked.metric.key], calibration)
     plan = choose(order, perplexities, config, budget, current)
     return Pruned(prune_(model, plan.mask), tokenizer, plan, tuple(trace))
 

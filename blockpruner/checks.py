@@ -7,7 +7,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Run
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.methods.registry import check_score
-from blockpruner.scoring.metrics import METRICS, PERPLEXITY
+from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.search.registry import SEARCHES
 
 
@@ -25,10 +25,10 @@ def check_run(run: Run) -> None:
     if metric.answers and source != "tasks":
         raise InputError(
             f"score.metric: {metric.name} needs the answers of items, and calibration.data.source: {source} has "
-            f"texts; set calibration.data.source: tasks, or score.metric: {PERPLEXITY.name}"
+            f"texts; set calibration.data.source: tasks, or score.metric: {NLL.name}"
         )
     asks = kind.removes_blocks and SEARCHES[run.score.method].asks != "nothing"
-    if asks and source == "tasks" and metric == PERPLEXITY:
+    if asks and source == "tasks" and metric == NLL:
         raise InputError(
             f"score.metric: {metric.name} of answers given their questions is answer_likelihood; with "
             "calibration.data.source: tasks set score.metric: answer_likelihood"

@@ -18,7 +18,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Material
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.work import Rows, Scorer, Task, Unit
+from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Task
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import request
 from blockpruner.search.run import Traces, search
@@ -58,12 +58,12 @@ class FakeScorer:
     def row_batches(self, rows: Rows, span: range) -> list[range]:
         return [range(row, row + 1) for row in span] if self._one_row else [span]
 
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         for task in tasks:
             for mask in task.masks:
-                asked = [(task.loss, task.base, mask, row) for row in task.span]
+                asked = [(task.metric.key, task.base, mask, row) for row in task.span]
                 self.asked += asked
-                yield Unit(mask, task.span.start, tuple(self._loss(*question) for question in asked))
+                yield ScoredRows(mask, task.span.start, tuple(self._loss(*question) for question in asked))
 
     def close(self) -> None:
         pass

@@ -45,7 +45,7 @@ def open_material(
         return make_scorer(
             checkpoint,
             model.dtype,
-            runtime.model_dump(),
+            runtime,
             trust_remote_code=model.trust_remote_code,
             note=observer.note,
             advance=observer.advance,

@@ -21,7 +21,7 @@ from blockpruner.core.options import Options, read_options
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Score
 from blockpruner.methods.kind import Job, Kind, make_plan
-from blockpruner.scoring.metrics import PERPLEXITY
+from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, Objective
 from blockpruner.scoring.scorers import LazyScorer
 from blockpruner.scoring.work import Rows, Scorer
@@ -72,7 +72,7 @@ def weights_kind(
 def _score(name: str, options: type[Options], plan: Planner, job: Job) -> tuple[Current, Counts]:
     """Find the details for each budget, and the NLL of the dense model."""
     chosen = read_options(name, options, job.score.options)
-    loss, observer = PERPLEXITY.loss, job.material.observer
+    loss, observer = NLL.key, job.material.observer
     fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump()}
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
     with job.stores([loss]) as stores, LazyScorer(lambda: _dense_scorer(job)) as scorer:

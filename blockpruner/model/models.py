@@ -1,7 +1,7 @@
 """Models in memory: load one, mask blocks for a while, or remove them for good.
 
-Decides how a removed block is expressed in a live transformers model. The swap itself is the one that ships in
-checkpoints (`modeling_blockpruned.py`), so that a masked, a pruned and a loaded model are one thing.
+Decides how a removed block is expressed in a live transformers model. The code that removes it ships in checkpoints
+(`modeling_blockpruned.py`), which makes a masked, a pruned and a loaded model the same thing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ AutoModelForCausalLM.register(blockpruned.BaichuanConfig, blockpruned.BaichuanFo
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the first CUDA device, or the CPU; "split" (a model over all CUDA devices) starts at the first."""
+    """The device of `runtime.device`; "auto" is the first CUDA device or the CPU, "split" starts at the first one."""
     if device == "split":
         if not torch.cuda.is_available():
             raise InputError("runtime.device 'split' needs CUDA devices, and there is none here; use auto")
@@ -54,17 +54,13 @@ def set_threads(threads: int | str) -> None:
 
 
 def load_model(
-    directory: Path,
-    dtype: str,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    attention: str = "auto",
+    directory: Path, dtype: str, device: str = "auto", trust_remote_code: bool = False, attention: str = "auto"
 ) -> PreTrainedModel:
     """Load a checkpoint directory for inference.
 
     Args:
         device: as in `resolve_device`; "split" spreads the layers over all CUDA devices (accelerate's device map).
-        attention: transformers' attention implementation; "auto" leaves the choice to it.
+        attention: transformers' attention implementation; "auto" leaves the choice to transformers.
 
     Raises:
         InputError: unsupported family, weights that are damaged or do not match the config, or an attention that is
@@ -72,6 +68,8 @@ def load_model(
     """
     place = resolve_device(device)
     options = kernel_options(attention, dtype, place)
+    mismatch = f"the weights in {directory} do not match its config.json "
+    repair = "fetch the checkpoint again, or repair its config"
     try:
         with usable(attention):
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -85,47 +83,36 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 **options,
             )
+        result: PreTrainedModel = model if device == "split" else model.to(place)
     except torch.OutOfMemoryError as error:
         raise _too_large(directory, device) from error
     except SafetensorError as error:
         raise InputError(
             f"weights in {directory} are truncated or damaged ({error}); fetch the checkpoint again"
         ) from error
-    except RuntimeError as error:  # parts of a weight that do not make it up
+    except RuntimeError as error:  # parts of a weight that do not add up to it
         if "conversion" not in str(error):
             raise
-        raise InputError(
-            f"the weights in {directory} do not match its config.json (experts that are missing or of other shapes); "
-            "fetch the checkpoint again, or repair its config"
-        ) from error
+        raise InputError(f"{mismatch}(experts that are missing or of other shapes); {repair}") from error
     problems = [
         f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         if report.get(name)
     ]
     if problems:
-        raise InputError(
-            f"the weights in {directory} do not match its config.json ({'; '.join(problems)}); "
-            "fetch the checkpoint again, or repair its config"
-        )
-    if device == "split":
-        if {"cpu", "disk"} & {str(part) for part in model.hf_device_map.values()}:
-            raise _too_large(directory, device)
-        result: PreTrainedModel = model
-    else:
-        try:
-            result = model.to(place)
-        except torch.OutOfMemoryError as error:
-            raise _too_large(directory, device) from error
+        raise InputError(f"{mismatch}({'; '.join(problems)}); {repair}")
+    if device == "split" and {"cpu", "disk"} & {str(part) for part in model.hf_device_map.values()}:
+        raise _too_large(directory, device)
     return result.eval().requires_grad_(False)
 
 
 def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:
-    """Keyword arguments that choose transformers' implementation of attention and, in float64, of experts: its usual
-    one knows no float64.
+    """Keyword arguments for transformers' implementation of attention and, in float64, of experts.
+
+    The usual implementation of experts knows no float64.
 
     Raises:
-        InputError: flash attention with a dtype or on a device that it has no kernel for.
+        InputError: flash attention has no kernel for this dtype or device.
     """
     if attention == "flash_attention_2" and (device.type != "cuda" or dtype not in ("bfloat16", "float16")):
         raise InputError(
@@ -138,7 +125,7 @@ def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str
 
 @contextmanager
 def usable(attention: str) -> Iterator[None]:
-    """Within, a model is made; raises InputError if this attention is not installed, or none of the model's."""
+    """Within, a model is made; raises InputError if this attention is not installed, or the model does not have it."""
     try:
         yield
     except (ImportError, ValueError) as error:
@@ -156,14 +143,14 @@ def _too_large(directory: Path, device: str) -> DeviceMemoryError:
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with modules and config of its own over the same tensors: to be pruned while the first stays whole."""
+    """A model with its own modules and config over the same tensors; it can be pruned while the first stays whole."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     result: PreTrainedModel = copy.deepcopy(model, shared)
     return result
 
 
 def model_family(model: PreTrainedModel) -> Family:
-    """The family row of a model, dense or block-pruned."""
+    """The family of a model, dense or block-pruned."""
     return FAMILIES[model.config.model_type.removesuffix("_blockpruned")]
 
 
@@ -173,75 +160,84 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @contextmanager
+def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Within, layers, modules, parameters and config may be replaced; on exit the model is as before, to the bit."""
+    layers, config = decoder_layers(model), model.config
+    dense = list(layers)
+    modules = [(part, dict(part._modules), dict(part._parameters)) for layer in dense for part in layer.modules()]
+    attentions = [getattr(layer, model_family(model).mha.module) for layer in dense]
+    numbers = [attention.layer_idx for attention in attentions]
+    kind, fields = config.__class__, dict(config.__dict__)
+    try:
+        yield model
+    finally:
+        del layers[:]
+        layers.extend(dense)
+        for part, children, parameters in modules:
+            part._modules.update(children)
+            part._parameters.update(parameters)
+        for attention, number in zip(attentions, numbers, strict=True):
+            attention.layer_idx = number
+        config.__class__ = kind
+        config.__dict__.clear()
+        config.__dict__.update(fields)
+
+
+@contextmanager
 def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
     """The model without the blocks of `mask`, with every layer kept; restored on exit.
 
-    Meanwhile remaining attentions are renumbered and the config describes the holes, so that cached decoding is
-    right too.
+    Meanwhile remaining attentions are renumbered and the config describes the holes: cached decoding is right, too.
 
     Raises:
         InputError: a block that the model does not have.
     """
-    row, layers, config = model_family(model), decoder_layers(model), model.config
-    children = [dict(layer._modules) for layer in layers]
-    attentions = [getattr(layer, row.mha.module) for layer in layers]
-    numbers = [attention.layer_idx for attention in attentions]
-    config_class, config_fields = config.__class__, dict(config.__dict__)
-    try:
-        _remove_(model, mask, range(len(layers)))
+    with restored(model):
+        _remove_(model, mask, range(len(decoder_layers(model))))
         yield model
-    finally:
-        for layer, modules in zip(layers, children, strict=True):
-            layer._modules.update(modules)
-        for attention, number in zip(attentions, numbers, strict=True):
-            attention.layer_idx = number
-        config.__class__ = config_class
-        config.__dict__.clear()
-        config.__dict__.update(config_fields)
 
 
 def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     """Remove the blocks of `mask` from the model in place, for good.
 
-    Layers that lose both blocks are dropped, remaining attentions renumbered 0..n-1 (else cached decoding is
-    silently wrong). If what is left fills whole layers (`blocks.pack_layers`), the model stays one of its own class
-    with fewer layers; else model and config become the block-pruned classes of the family, which `save_pretrained`
-    and `from_pretrained(..., trust_remote_code=True)` round-trip.
+    Layers that lose both blocks are dropped, and remaining attentions renumbered 0..n-1 (else cached decoding is
+    silently wrong). If the rest fills whole layers (`blocks.pack_layers`), the model keeps its class, with fewer
+    layers. Else model and config become the block-pruned classes of the family, which `save_pretrained` and
+    `from_pretrained(..., trust_remote_code=True)` round-trip.
 
     Raises:
         InputError: a block that the model does not have.
     """
-    row, layers = model_family(model), decoder_layers(model)
+    family, layers = model_family(model), decoder_layers(model)
     _check(mask, len(layers))
     packed = pack_layers(mask, len(layers))
     whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
-    if len(whole) == len(packed) and not row.is_parallel(model.config.to_dict()):
+    if len(whole) == len(packed) and not family.is_parallel(model.config.to_dict()):
         _join_(model, whole)
     else:
         removed = {(block.layer, block.kind) for block in mask}
         kept = [i for i in range(len(layers)) if not {(i, kind) for kind in BlockKind} <= removed]
         _remove_(model, mask, kept)
-        model.__class__ = model_class(row)
-        # how a loaded model's weights came from those of its file (GPT-NeoX's head, a mixture's experts); the new class
-        # reads its own names only
+        model.__class__ = model_class(family)
+        # weights of a loaded model may have had other names (GPT-NeoX's head, experts); the new class reads its own
         model._weight_conversions = []
     return model
 
 
 def _join_(model: PreTrainedModel, whole: Sequence[tuple[int, int]]) -> None:
-    """Keep layers of which each has the MHA of one layer and the MLP of another."""
-    row, layers = model_family(model), decoder_layers(model)
+    """Keep as many layers as `whole` has; each gets the MHA of one layer and the MLP of another."""
+    family, layers = model_family(model), decoder_layers(model)
     for mha, mlp in whole:
-        for name in (row.mlp.module, *row.mlp.norms):
+        for name in (family.mlp.module, *family.mlp.norms):
             setattr(layers[mha], name, getattr(layers[mlp], name))
     blockpruned.drop_layers_(layers, [mha for mha, _ in whole])
-    blockpruned.number_attentions_(layers, row.mha.module)
-    renumber_(model.config, row, whole)
+    blockpruned.number_attentions_(layers, family.mha.module)
+    renumber_(model.config, family, whole)
 
 
-def renumber_(config: Any, row: Family, layers: Sequence[tuple[int, int]]) -> None:
-    """Let the config of a model speak of these layers alone; each has the MHA of one layer and the MLP of another."""
-    for field, value in row.renumbered(config.to_dict(), layers).items():
+def renumber_(config: Any, family: Family, layers: Sequence[tuple[int, int]]) -> None:
+    """Make a config describe these layers alone; each has the MHA of one layer and the MLP of another."""
+    for field, value in family.renumbered(config.to_dict(), layers).items():
         setattr(config, field, value)
     config.num_hidden_layers = len(layers)
 
@@ -253,16 +249,16 @@ def _check(mask: Mask, layers: int) -> None:
 
 
 def _remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
-    """Cut the holes, keep the layers `kept`, number the attentions, and let the config say so."""
-    row, layers, config = model_family(model), decoder_layers(model), model.config
+    """Cut the holes, keep the layers `kept`, number the attentions, and enter all that into the config."""
+    family, layers, config = model_family(model), decoder_layers(model), model.config
     _check(mask, len(layers))
     mha, mlp = ({block.layer for block in mask if block.kind is kind} for kind in BlockKind)
-    branches = ((row.mha.module, *row.mha.norms), (row.mlp.module, *row.mlp.norms))
+    branches = ((family.mha.module, *family.mha.norms), (family.mlp.module, *family.mlp.norms))
     blockpruned.remove_blocks_(layers, mha, mlp, branches)
     blockpruned.drop_layers_(layers, kept)
-    blockpruned.number_attentions_(layers, row.mha.module)
-    renumber_(config, row, [(layer, layer) for layer in kept])
-    config.__class__ = config_class(row)
+    blockpruned.number_attentions_(layers, family.mha.module)
+    renumber_(config, family, [(layer, layer) for layer in kept])
+    config.__class__ = config_class(family)
     config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
     config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]
     config.source_layers = list(kept)

@@ -20,7 +20,7 @@ from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.scoring.metrics import PERPLEXITY, metric_of
+from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
 from blockpruner.store.plans import load_plan
@@ -260,7 +260,7 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     perplexities = {  # of what was chosen; of a mask that lost a race they are of its first rows only
         row["removed"]: row["perplexity"] for row in rows if row["chosen"] or row["removed"] == DENSE
     }
-    influence, is_nll = metric_of(plan.metric).influence, metric_of(plan.metric).loss == PERPLEXITY.loss
+    influence, is_nll = METRICS[plan.metric].influence, METRICS[plan.metric].is_nll
     found: list[Removal] = []
     base = DENSE
     for index, ratio in enumerate(plan.ratios):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from blockpruner.core.blocks import BlockKind
 from blockpruner.reporting.inputs import Target
-from blockpruner.scoring.metrics import metric_of
+from blockpruner.scoring.metrics import METRICS
 
 SEARCH_WORDS: Mapping[str, str] = {
     "greedy": "greedy",
@@ -64,8 +64,8 @@ def taken_out(target: Target) -> str:
 
 def cost_words(target: Target) -> tuple[str, str]:
     """What the search compared candidates by, and its unit: for instance ("NLL rise", "nats per token")."""
-    metric = metric_of(target.plan.metric)
+    metric = METRICS[target.plan.metric]
     if metric.influence:
-        return METRIC_WORDS[metric.name], metric.unit
-    name = {"kl": "KL divergence rise", "js": "JS divergence rise"}.get(metric.loss, "NLL rise")
-    return name, metric.unit
+        return METRIC_WORDS[metric.name], metric.units_text
+    name = {"kl": "KL divergence rise", "js": "JS divergence rise"}.get(metric.key, "NLL rise")
+    return name, metric.units_text

@@ -27,7 +27,7 @@ from blockpruner.reporting.comparison import GAINS, SPEED, Comparison, Gain, Opt
 from blockpruner.reporting.findings import first_jump, recommended
 from blockpruner.reporting.inputs import Estimate, Study, Target
 from blockpruner.reporting.methods import cost_words
-from blockpruner.scoring.metrics import metric_of
+from blockpruner.scoring.metrics import METRICS
 
 INK, PAPER = "#010203", "#fefdfc"
 BLUE, ORANGE, GREY = "#2a86c8", "#d9662b", "#8a8f98"
@@ -322,13 +322,13 @@ def _scores(trace: Target) -> _Scores:
         rows=tuple(removal.costs for removal in scored),
         removed=tuple(removed),
         panels={"whole layers": BlockKind.MHA} if layers else {titles[kind]: kind for kind in kinds},
-        floor=FLOORS[metric_of(trace.plan.metric).influence],
+        floor=FLOORS[METRICS[trace.plan.metric].influence],
         ranking=ranking,
     )
 
 
 def _heat_caption(trace: Target, scores: _Scores) -> str:
-    influence = metric_of(trace.plan.metric).influence
+    influence = METRICS[trace.plan.metric].influence
     name, unit = cost_words(trace)
     where = "in the dense model" if scores.ranking else "in what earlier removals left"
     what = (

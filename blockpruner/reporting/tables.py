@@ -17,7 +17,7 @@ from blockpruner.reporting.findings import first_jump
 from blockpruner.reporting.formats import number, parameters, percent, points, signed_points, size, times
 from blockpruner.reporting.inputs import Estimate, Result, Speedups, Study, Target, paired
 from blockpruner.reporting.methods import cost_words, method_words, taken_out
-from blockpruner.scoring.metrics import PERPLEXITY, metric_of
+from blockpruner.scoring.metrics import METRICS
 
 BLANK = "–"
 AT_CHANCE = "†"
@@ -166,7 +166,7 @@ def _saved(option: Option) -> str:
 def sequence(target: Target) -> Table:
     """The order of removal, with the cost of each, and what it was chosen by where that is something else."""
     jump = first_jump(target.removals)
-    is_nll = metric_of(target.plan.metric).loss == PERPLEXITY.loss
+    is_nll = METRICS[target.plan.metric].is_nll
     by = [] if is_nll else [", ".join(cost_words(target))]
     rows = [("0", "(dense)", percent(0, 2), number(target.removals[0].before), "", *("" for _ in by))]
     scored: Mapping[Mask, float] = {}

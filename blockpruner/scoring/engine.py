@@ -1,16 +1,8 @@
-"""The scoring engine: NLL of a model under many masks, the shared part of their forward passes computed once.
+"""The scoring engine: losses of a model under many masks; the shared part of their forward passes is computed once.
 
-Decides the arithmetic of one unit. For any set of masks the decoder is walked once, step by step; masks that
-agree on all steps so far share their hidden state, and where they part, the walk branches:
-
-    walk(step j, state h, masks):
-        the masks without block j    -> walk(j + 1, h)
-        the others                   -> walk(j + 1, h + block_j(h))
-
-For a greedy iteration over n live blocks that is n + n(n-1)/2 block forwards instead of n(n-1), the same
-operations for each mask as a full forward (so equal to rounding), and one extra hidden state in memory.
-A step is one block, or a whole layer where MHA and MLP both read the layer's input (parallel residual).
-Which masks are asked for, and what is done with the values, is decided above.
+Decides the arithmetic. The decoder is walked once for all masks (`walk`), with a hidden state as the state. Each mask
+sees the same operations as in a full forward pass, so its loss is equal to rounding; a branch takes one extra hidden
+state of memory. Which masks are scored, and what is done with the values, is decided by the caller.
 """
 
 from __future__ import annotations
@@ -30,15 +22,12 @@ from transformers import PreTrainedModel
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model.models import decoder_layers, model_family
-from blockpruner.scoring.influences import INFLUENCES
-from blockpruner.scoring.losses import LOSSES
-from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task, Unit, live_numbers
+from blockpruner.scoring.metrics import Metric
+from blockpruner.scoring.walk import Step, steps_of, walk
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task, live_numbers
 
-REFERENCE = "reference"
-"""The loss of a task that is asked for by the engine alone: what the dense model says, kept for those that compare."""
-
-REFERENCED = frozenset(metric.loss for metric in METRICS.values() if metric.reference)
+REFERENCE = Metric("reference", "", title="", units_text="", formula="")
+"""In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class Batch:
 
 
 LayerKwargs = tuple[dict[str, Any], ...]
-"""For each layer, the arguments that the family's own decoder passes to it beside the hidden state."""
+"""For each layer, the arguments that the family's own decoder passes to it with the hidden state."""
 
 
 class Engine:
@@ -64,20 +53,16 @@ class Engine:
     """
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
-        row = model_family(model)
-        self._model = model
-        self._row = row
-        self._decoder: nn.Module = attrgetter(row.decoder)(model)
+        family, config = model_family(model), model.config.to_dict()
+        self._model, self._family = model, family
+        self._decoder: nn.Module = attrgetter(family.decoder)(model)
         self._layers = decoder_layers(model)
-        self._norm: nn.Module = attrgetter(row.final_norm)(model)
-        self._head: nn.Linear = attrgetter(row.head)(model)
-        pairs = [tuple(BlockId(kind, layer) for kind in BlockKind) for layer in range(len(self._layers))]
-        config = model.config.to_dict()
-        parallel = row.is_parallel(config)
-        self._cap: float | None = config[row.logit_cap] if row.logit_cap else None
-        self._steps = pairs if parallel else [(block,) for pair in pairs for block in pair]
+        self._norm: nn.Module = attrgetter(family.final_norm)(model)
+        self._head: nn.Linear = attrgetter(family.head)(model)
+        self._cap: float | None = config[family.logit_cap] if family.logit_cap else None
+        self._steps = steps_of(len(self._layers), family.is_parallel(config))
         self._batch_tokens = self._auto_batch_tokens() if batch_tokens == "auto" else int(batch_tokens)
-        # what the dense model's log-probabilities are made of, by row: H numbers a token, not V
+        # the dense model's final states by row, from which its logits are made: H numbers a token, not V
         self._dense: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -96,14 +81,14 @@ class Engine:
         batches.append(range(start, span.stop))
         return batches
 
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
-        """Yield the units of each task, in the order in which the walk reaches them.
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
+        """Yield the values of each task, in the order in which the walk reaches them.
 
-        A task whose rows do not fit into the device's memory is halved, its finished units kept; batches asked for
-        later are smaller too.
+        If the rows of a task do not fit into the device's memory, its finished masks are kept and the rest is halved;
+        later batches are smaller too.
 
         Raises:
-            NonFiniteLossError: a loss is NaN or infinite; names mask and row. Units yielded before are good.
+            NonFiniteLossError: a loss is NaN or infinite; names mask and row. Values yielded before are good.
             DeviceMemoryError: not even one row fits.
         """
         waiting = list(reversed(self.referenced(tasks, rows)))
@@ -111,22 +96,22 @@ class Engine:
             task = waiting.pop()
             done: set[Mask] = set()
             try:
-                for unit in self.score(task, rows):
-                    done.add(unit.mask)
-                    yield unit
+                for scored in self.score(task, rows):
+                    done.add(scored.mask)
+                    yield scored
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).partition(". ")[0]
             else:
                 continue
-            # outside of the handler, whose traceback would keep the failed walk's tensors alive
+            # after the handler: its traceback keeps the tensors of the failed walk alive
             left = tuple(mask for mask in task.masks if mask not in done)
             waiting.extend(reversed(self._halved(replace(task, masks=left), rows, reason)))
 
     def referenced(self, tasks: Sequence[Task], rows: Rows) -> list[Task]:
-        """The tasks, and before them those of the dense model that their losses compare with and that are not known."""
-        spans = dict.fromkeys(task.span for task in tasks if task.loss in REFERENCED)
+        """The tasks, after those that make known what their losses compare with."""
+        spans = dict.fromkeys(task.span for task in tasks if task.metric.reference)
         missing = [span for span in spans if any(tuple(rows[i]) not in self._dense for i in span)]
         return [*(Task(span, (DENSE,), REFERENCE) for span in missing), *tasks]
 
@@ -148,49 +133,27 @@ class Engine:
         return [replace(task, span=part) for part in (range(span.start, middle), range(middle, span.stop))]
 
     @torch.inference_mode()
-    def score(self, task: Task, rows: Rows) -> Iterator[Unit]:
-        """One walk: the units of a task, with the rows of its span as one batch."""
+    def score(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
+        """One walk: the values of a task, with its rows as one batch."""
         batch = self._batch([rows[i] for i in task.span])
         embedded, layer_kwargs = self._prepare(batch.input_ids)
-        if task.loss in INFLUENCES:
+        if task.metric.influence:
             yield from self._influences(task, embedded, batch, layer_kwargs)
             return
-        for masks, hidden in self._walk(range(len(self._steps)), embedded, task.masks, layer_kwargs):
-            yield from self._units(masks, hidden, batch, task, rows)
+        for masks, hidden in walk(self._steps, task.masks, embedded, partial(self._forward, layer_kwargs)):
+            yield from self._scored(masks, hidden, batch, task, rows)
 
-    def _walk(
-        self, steps: range, hidden: Tensor, masks: Sequence[Mask], layer_kwargs: LayerKwargs
-    ) -> Iterator[tuple[Sequence[Mask], Tensor]]:
-        """The masks that agree on all of `steps`, with their hidden state after them, group by group."""
-        for position in steps:
-            *branches, (kept, masks) = self._parts(position, masks)
-            added: dict[BlockId, Tensor] = {}
-            later = range(position + 1, steps.stop)
-            for keep, part in branches:
-                yield from self._walk(later, self._forward(keep, hidden, layer_kwargs, added), part, layer_kwargs)
-            hidden = self._forward(kept, hidden, layer_kwargs, added)
-        yield masks, hidden
-
-    def _parts(self, position: int, masks: Sequence[Mask]) -> list[tuple[tuple[BlockId, ...], list[Mask]]]:
-        """The masks by the blocks that they keep of a step, fewest blocks first."""
-        parts: dict[tuple[BlockId, ...], list[Mask]] = {}
-        for mask in masks:
-            parts.setdefault(tuple(block for block in self._steps[position] if block not in mask), []).append(mask)
-        return sorted(parts.items(), key=lambda part: len(part[0]))
-
-    def _forward(
-        self, keep: Sequence[BlockId], hidden: Tensor, layer_kwargs: LayerKwargs, added: dict[BlockId, Tensor]
-    ) -> Tensor:
-        """The residual stream after a step of which only `keep` is left; `added` holds what blocks add to `hidden`."""
+    def _forward(self, layer_kwargs: LayerKwargs, kept: Step, hidden: Tensor, added: dict[BlockId, Tensor]) -> Tensor:
+        """The residual stream after a step with only the `kept` blocks; `added` is what blocks add to `hidden`."""
         result = hidden
-        for block in keep:
+        for block in kept:
             if block not in added:
                 added[block] = self._block(block, hidden, layer_kwargs)
             result = result.to(added[block].device) + added[block]
         return result
 
     def _block(self, block: BlockId, hidden: Tensor, layer_kwargs: LayerKwargs) -> Tensor:
-        layer, branch = self._layers[block.layer], self._row.branch(block.kind)
+        layer, branch = self._layers[block.layer], self._family.branch(block.kind)
         module, states = getattr(layer, branch.module), hidden.to(self._device(block.layer))
         if branch.norm is not None:
             states = getattr(layer, branch.norm)(states)
@@ -205,23 +168,25 @@ class Engine:
 
     @property
     def _home(self) -> torch.device:
-        """Where token ids and head are."""
+        """The device of token ids and head."""
         return self._head.weight.device
 
-    def _units(self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows) -> Iterator[Unit]:
-        """The units of masks that have reached the end of their walk; none for the reference, which is kept."""
+    def _scored(
+        self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows
+    ) -> Iterator[ScoredRows]:
+        """The values of masks at the end of their walk; the reference is kept and yields none."""
         keys = [tuple(rows[i]) for i in task.span]
         states = self._final_states(hidden, batch)
-        if task.loss == REFERENCE:
+        if task.metric == REFERENCE:
             parts = torch.split(states.cpu(), batch.is_target.sum(dim=1).tolist())
             self._dense.update(zip(keys, parts, strict=True))
             return
-        dense = torch.cat([self._dense[key] for key in keys]) if task.loss in REFERENCED else states[:0]
-        values = self._losses(states, dense, batch, task.loss)
+        dense = torch.cat([self._dense[key] for key in keys]) if task.metric.reference else states[:0]
+        values = self._losses(states, dense, batch, task.metric)
         for mask in masks:
-            yield self._unit(mask, values, task)
+            yield self._finite(mask, values, task)
 
-    def _unit(self, mask: Mask, values: Sequence[float], task: Task) -> Unit:
+    def _finite(self, mask: Mask, values: Sequence[float], task: Task) -> ScoredRows:
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
@@ -229,11 +194,11 @@ class Engine:
                     f"{format_mask(mask) or '(dense)'}; try a wider dtype (model.dtype: float32), or leave the row "
                     "out of the calibration set. Trials finished before are kept"
                 )
-        return Unit(mask, task.span.start, tuple(values))
+        return ScoredRows(mask, task.span.start, tuple(values))
 
-    def _influences(self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> Iterator[Unit]:
-        """One pass without `task.base`; each unit when its last block is done. A unit lies within one layer."""
-        influence, wide = INFLUENCES[task.loss], torch.promote_types(hidden.dtype, torch.float32)
+    def _influences(self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> Iterator[ScoredRows]:
+        """One pass without `task.base`; a unit lies within one layer, and is yielded after it."""
+        influence, wide = task.metric.compute, torch.promote_types(hidden.dtype, torch.float32)
         wanted: dict[int, list[Mask]] = {}
         for mask in task.masks:
             wanted.setdefault(max(block.layer for block in mask - task.base), []).append(mask)
@@ -241,20 +206,21 @@ class Engine:
         for layer in range(self.layers):
             reads, adds = dict[BlockId, Tensor](), dict[BlockId, Tensor]()
             for step in self._steps[layer * per_layer : (layer + 1) * per_layer]:
-                kept = [block for block in step if block not in task.base]
+                kept = tuple(block for block in step if block not in task.base)
                 reads |= dict.fromkeys(kept, hidden)
-                hidden = self._forward(kept, hidden, layer_kwargs, adds)
+                hidden = self._forward(layer_kwargs, kept, hidden, adds)
             for mask in wanted.get(layer, []):
                 unit = sorted(mask - task.base, key=lambda block: block.order)
                 f = torch.stack([adds[block].to(wide) for block in unit]).sum(dim=0)
                 x = reads[unit[0]].to(f)
-                yield self._unit(mask, influence(x, f, batch.is_real.to(f.device)).tolist(), task)
+                yield self._finite(mask, influence(x, f, batch.is_real.to(f.device)).tolist(), task)
 
     def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
-        """Embedded rows [B, T, H], and what the layers are passed.
+        """Embedded rows [B, T, H], and the arguments of each layer.
 
-        Runs the family's own decoder with every layer replaced by a recorder: whatever it does before and
-        between its layers (embedding scale, rotary tables, per-layer masks) is taken from it, not rewritten."""
+        Runs the family's own decoder with a recorder in place of every layer. All that the decoder does before and
+        between its layers (embedding scale, rotary tables, masks of a layer) is thus its own, not rewritten here.
+        """
         recorded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def record(hidden: Tensor, **kwargs: Any) -> Tensor:
@@ -289,17 +255,17 @@ class Engine:
         return Batch(ids.to(self._home), is_real.to(self._home), is_target.to(self._home))
 
     def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What the head reads where it predicts a target, [N, H], N targets of the batch, row by row."""
+        """The states that the head reads where it predicts a target, row by row: [N, H] for N targets of the batch."""
         normed: Tensor = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
         return normed.to(self._home)[batch.is_target]
 
-    def _losses(self, states: Tensor, dense: Tensor, batch: Batch, loss: str) -> list[float]:
+    def _losses(self, states: Tensor, dense: Tensor, batch: Batch, metric: Metric) -> list[float]:
         """Mean over each row's targets, summed in float64; logits in chunks of tokens.
 
         Args:
-            states, dense: of the masked and of the dense model, [N, H]; dense is empty where it is not needed.
+            states, dense: final states of the masked and of the dense model, [N, H]; dense may be empty if not needed.
         """
-        token_loss, chunk = LOSSES[loss], max(1, LOGITS_BYTES // (self._head.weight.shape[0] * 4))
+        token_loss, chunk = metric.compute, max(1, LOGITS_BYTES // (self._head.weight.shape[0] * 4))
         targets = batch.input_ids[:, 1:][batch.is_target]  # [N]
         losses = []
         for start in range(0, len(states), chunk):
@@ -316,7 +282,7 @@ class Engine:
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     def _auto_batch_tokens(self, held: int = 0) -> int:
-        """What fits beside the weights: those in memory already, and `held` bytes to come."""
+        """As many tokens as fit with the weights: those in memory already, and `held` bytes to come."""
         if self._home.type != "cuda":
             return 1024
         free, _ = torch.cuda.mem_get_info(self._home)
@@ -327,9 +293,9 @@ class Engine:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory is used up: torch's own error, or a library's that could not allocate its workspace."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in said or "ALLOC_FAILED" in said
+    """Whether a device's memory is used up: torch's own error, or that of a library without room for its workspace."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,7 +1,7 @@
 """Influences of a unit: how much it changes the residual stream, from one forward pass.
 
-INFLUENCES has one function each: x [B, T, H] is the state that a block or a layer reads, f [B, T, H] what it adds,
-is_real [B, T] tells tokens from pads. Float32 at least. Lower is less important.
+In each function x [B, T, H] is the state that a block or a layer reads, f [B, T, H] is what it adds, and is_real [B, T]
+tells tokens from pads. Numbers are float32 at least; lower means less important. Their words are rows of `metrics`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ Influence = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def block_influence(x: Tensor, f: Tensor, is_real: Tensor) -> Tensor:
-    """BI = 1 - mean over a row's tokens of cos(x, x + f), [B], in [0, 2] (ShortGPT, arXiv 2403.03853, eq. 1; of a block
-    it is LLM-Drop's score, arXiv 2406.15786, eq. 2, and the paper's figure 1)."""
+    """BI = 1 - mean over a row's tokens of cos(x, x + f), [B], in [0, 2] (ShortGPT, arXiv 2403.03853, eq. 1).
+
+    For a block it is the score of LLM-Drop (arXiv 2406.15786, eq. 2), and that of the paper's figure 1.
+    """
     return 1 - _mean(functional.cosine_similarity(x, x + f, dim=-1), is_real)
 
 
@@ -27,10 +29,10 @@ def relative_magnitude(x: Tensor, f: Tensor, is_real: Tensor) -> Tensor:
 
 
 def relative_magnitude_frobenius(x: Tensor, f: Tensor, is_real: Tensor) -> Tensor:
-    """RM with one norm over all of a row's tokens: |F| / |X + F|, Frobenius, [B].
+    """RM with one Frobenius norm over all tokens of a row: |F| / |X + F|, [B].
 
-    Tokens of massive activation (often the first) outweigh all others in it, which is how the paper's rows for this
-    method may have come about.
+    Tokens of massive activation (often the first) outweigh all others here. The paper's rows for this method may have
+    come about that way.
     """
     real = is_real[..., None]
     result: Tensor = linalg.vector_norm(f * real, dim=(1, 2)) / linalg.vector_norm((x + f) * real, dim=(1, 2))
@@ -40,8 +42,3 @@ def relative_magnitude_frobenius(x: Tensor, f: Tensor, is_real: Tensor) -> Tenso
 def _mean(values: Tensor, is_real: Tensor) -> Tensor:
     # chosen, not multiplied: where a pad's embedding is zero, its ratio of norms may be 0 / 0
     return values.where(is_real, 0.0).sum(dim=1) / is_real.sum(dim=1)
-
-
-INFLUENCES: dict[str, Influence] = {
-    influence.__name__: influence for influence in (block_influence, relative_magnitude, relative_magnitude_frobenius)
-}

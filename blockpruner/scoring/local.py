@@ -6,12 +6,13 @@ No torch is loaded until a scorer is made.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Runtime
 from blockpruner.scoring.work import Scorer
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def local_scorer(
     checkpoint: Path,
     dtype: str,
-    runtime: Mapping[str, Any],
+    runtime: Runtime,
     trust_remote_code: bool,
     note: Callable[[str], object],
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
@@ -29,40 +30,38 @@ def local_scorer(
 ) -> Scorer:
     from blockpruner.model.models import load_model, set_threads
 
-    set_threads(runtime["threads"])
-    device, attention, batch_tokens = runtime["device"], runtime["attention"], runtime["batch_tokens"]
-    if runtime["streaming"]:
+    set_threads(runtime.threads)
+    if runtime.streaming:
         from blockpruner.scoring.large.streaming import StreamingEngine
 
         return StreamingEngine(
-            checkpoint, dtype, device=device, batch_tokens=batch_tokens, attention=attention,
-            trust_remote_code=trust_remote_code, note=note, advance=advance,
-            memory=memory,
+            checkpoint, dtype, device=runtime.device, batch_tokens=runtime.batch_tokens, attention=runtime.attention,
+            trust_remote_code=trust_remote_code, note=note, advance=advance, memory=memory,
         )  # fmt: skip
     from blockpruner.scoring.engine import Engine
 
-    model = load_model(checkpoint, dtype, device, trust_remote_code, attention)
-    if runtime["compile"]:
+    model = load_model(checkpoint, dtype, runtime.device, trust_remote_code, runtime.attention)
+    if runtime.compile:
         _compile_(model)
-    return Engine(model, batch_tokens)
+    return Engine(model, runtime.batch_tokens)
 
 
 def _compile_(model: PreTrainedModel) -> None:
     """Compile each block's norm and module in place.
 
-    Layers share their graphs (weights are inputs of a graph), so that 30 layers take 6, two for each kind of module:
-    far from torch's limit of 8 recompilations. Shapes are dynamic from the start, since with torch's default the
-    kernel, and so the last bits, would depend on which shapes came before.
+    Layers share their graphs, since weights are inputs of a graph: 30 layers take 6 graphs, two for each kind of
+    module, and torch's limit is 8 recompilations. Shapes are dynamic from the start: with torch's default the kernel,
+    and so the last bits, would depend on the shapes that came before.
     """
     from blockpruner.model.models import decoder_layers, model_family
 
-    row, layers = model_family(model), decoder_layers(model)
+    family, layers = model_family(model), decoder_layers(model)
     for layer in layers:
-        for branch in (row.branch(kind) for kind in BlockKind):
+        for branch in map(family.branch, BlockKind):
             for name in (*branch.norms, branch.module):
                 getattr(layer, name).compile(dynamic=True)
-    norm = getattr(layers[0], row.mha.norms[0])
-    try:  # at once, so that a missing compiler is an error of the setting, not of a unit
+    norm = getattr(layers[0], family.mha.norms[0])
+    try:  # at once: a missing compiler is an error of the setting, not of a task
         norm(norm.weight.new_ones(2, 2, len(norm.weight)))
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 300)

@@ -1,6 +1,6 @@
-"""Losses of a token: what the model says without some blocks, held against the text or against the dense model.
+"""Losses of a token: the pruned model's prediction against the text, or against the dense model's prediction.
 
-LOSSES has one function each, over a chunk of tokens. Sums run in float32 at least.
+Each function takes a chunk of tokens. Sums run in float32 at least. Their words and names are rows of `metrics`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits [N, V], targets [N], the dense model's logits [N, V], empty where not needed) -> [N]."""
+"""(logits [N, V], targets [N], logits of the dense model [N, V], or none where not needed) -> losses [N]."""
 
 
 def token_nll(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
-    """-log p(target) of each token, nats: log-sum-exp of the logits [N, V] less the target's logit; [N].
+    """-log p(target) of each token, in nats, [N]: the log-sum-exp of its logits [N, V] less the target's logit.
 
-    In float32 at least. `cross_entropy` would do, but over a vocabulary of 49,152 its sum is off by 4e-6 on average,
-    always to the same side; `logsumexp` is exact to 2e-6 and unbiased.
+    `cross_entropy` would do, but over a vocabulary of 49,152 its sum is off by 4e-6 on average, always to the same
+    side; `logsumexp` is exact to 2e-6 and unbiased.
     """
     wide = _wide(logits)
     return wide.logsumexp(dim=-1) - wide.gather(-1, targets[:, None])[:, 0]
 
 
 def token_kl(logits: Tensor, targets: Tensor, dense: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v), nats; p: the dense model's distribution, q: the masked one's; [N]."""
+    """KL(p || q) = sum_v p_v (log p_v - log q_v), nats, [N]; p: the dense model's distribution, q: the masked one's."""
     log_p, log_q = _log_probabilities(dense), _log_probabilities(logits)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
 def token_js(logits: Tensor, targets: Tensor, dense: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the two output distributions, nats, at most ln 2; [N].
+    """Jensen-Shannon divergence of the two output distributions, nats, at most ln 2, [N].
 
     JS = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2 (the metric of FinerCut, arXiv 2405.18218, and of table 4 of
     arXiv 2406.10594).
@@ -48,6 +48,3 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _log_probabilities(logits: Tensor) -> Tensor:
     return _wide(logits).log_softmax(dim=-1)
-
-
-LOSSES: dict[str, Loss] = {"perplexity": token_nll, "kl": token_kl, "js": token_js}

@@ -1,53 +1,92 @@
-"""What a search can minimise: METRICS, one row each.
+"""What a search can minimise: METRICS, one row each, with its words and its function.
 
-Decides names and kinds. A loss is a fact about a mask; an influence is a fact about a unit within what a base mask
-leaves, from one forward pass. How they are computed is decided in `losses` and `activations`. No torch here.
+A loss is a fact about a mask. An influence is a fact about a unit, given what a base mask has removed already.
+The functions are in `losses` and `influences`. No torch here.
 """
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.registry import Registry
 
 
 @dataclass(frozen=True)
 class Metric:
-    """name: as in a run file; loss: what is computed and stored, which metrics may share; unit: what it is counted in;
-    influence: whether it is of a unit, by the states around it, and not of what the model says without it;
-    reference: whether it compares with what the dense model says."""
+    """A number that a search minimises; lower means a better mask, or a less important unit."""
 
     name: str
-    loss: str
-    unit: str
+    """As in `score.metric` of a run file."""
+    function: str | Callable[..., Any]
+    """A `losses.Loss` or an `influences.Influence`; text, "module:function", is imported when it is first used."""
+    title: str
+    units_text: str
+    formula: str
+    """The formula, and the paper that it is from."""
+    rise_title: str = ""
+    """Title of what a removal adds to a loss; empty for an influence, which is compared as it is."""
+    stored_as: str = ""
+    """Name in trial stores where it is not `name`: metrics that store the same number share their trials."""
     influence: bool = False
+    """Computed from the hidden states of one forward pass, without removing the unit."""
     reference: bool = False
+    """Compares with the logits of the dense model."""
     answers: bool = False
+    """Needs rows of items, in which only the right answers are scored."""
+
+    @property
+    def key(self) -> str:
+        """The name under which trials are stored."""
+        return self.stored_as or self.name
+
+    @property
+    def is_nll(self) -> bool:
+        return self.key == NLL.key
+
+    @property
+    def compute(self) -> Callable[..., Any]:
+        found: Any = pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
+        return found  # type: ignore[no-any-return]
 
 
-def metric_of(name: str) -> Metric:
-    """The row of a metric; raises InputError that names the valid ones."""
-    if name not in METRICS:
-        raise InputError(f"score.metric {name!r} is unknown; valid: {', '.join(METRICS)}")
-    return METRICS[name]
+LOSSES, INFLUENCES = "blockpruner.scoring.losses:", "blockpruner.scoring.influences:"
 
+NLL = Metric(
+    "perplexity", LOSSES + "token_nll", "perplexity", "nats per token",
+    "the mean of -log p(token), the logarithm of perplexity (arXiv 2406.10594)", "NLL rise",
+)  # fmt: skip
+"""Its trials are stored under "perplexity", as they always were."""
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("perplexity", "perplexity", "nats per token"),
-        Metric("answer_likelihood", "perplexity", "nats per token of the right answer", answers=True),
-        Metric("kl", "kl", "nats per token", reference=True),
-        Metric("js", "js", "nats per token", reference=True),
-        Metric("block_influence", "block_influence", "1 - cosine", influence=True),
-        Metric("relative_magnitude", "relative_magnitude", "ratio of norms", influence=True),
-        Metric("relative_magnitude_frobenius", "relative_magnitude_frobenius", "ratio of norms", influence=True),
-    )
-}
-"""Lower is better for a mask of a loss, and less important for a unit of an influence.
-
-answer_likelihood is perplexity over the answers of multiple-choice items, which are the only scored tokens of such
-calibration rows, so the two share a store.
-"""
-
-PERPLEXITY = METRICS["perplexity"]
+METRICS = Registry("score.metric", Metric, [
+    NLL,
+    Metric(
+        "answer_likelihood", LOSSES + "token_nll", "likelihood of the right answers",
+        "nats per token of the right answer", "the mean of -log p(token) over the right answers of items", "NLL rise",
+        stored_as=NLL.key, answers=True,
+    ),
+    Metric(
+        "kl", LOSSES + "token_kl", "KL divergence", "nats per token",
+        "KL(p || q) from the dense model's distribution p to the pruned model's q", "KL divergence rise",
+        reference=True,
+    ),
+    Metric(
+        "js", LOSSES + "token_js", "JS divergence", "nats per token",
+        "KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (FinerCut, arXiv 2405.18218)", "JS divergence rise",
+        reference=True,
+    ),
+    Metric(
+        "block_influence", INFLUENCES + "block_influence", "Block Influence", "1 - cosine",
+        "1 - the mean of cos(x, x + f) (ShortGPT, arXiv 2403.03853)", influence=True,
+    ),
+    Metric(
+        "relative_magnitude", INFLUENCES + "relative_magnitude", "relative magnitude", "ratio of norms",
+        "the mean of |f| / |x + f| (weight subcloning, arXiv 2312.09299)", influence=True,
+    ),
+    Metric(
+        "relative_magnitude_frobenius", INFLUENCES + "relative_magnitude_frobenius",
+        "relative magnitude (Frobenius)", "ratio of norms", "|F| / |X + F| over all tokens of a row", influence=True,
+    ),
+])  # fmt: skip

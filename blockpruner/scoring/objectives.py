@@ -1,7 +1,7 @@
-"""Objectives: the number that a search minimises, asked of the trial store first and of the model only if needed.
+"""Objectives: the number that a search minimises, taken from the trial store, and from the model only where it must.
 
-Decides what a score is made of (a metric over the calibration rows) and which trials must be computed. A search sees
-only `Objective.__call__`; it knows neither store nor model.
+Decides what a score is made of (a metric over the calibration rows) and which trials must be computed. A search calls
+an `Objective`; it knows neither store nor model.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from dataclasses import dataclass
 from blockpruner.core.blocks import DENSE, Mask, format_mask
 from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.scoring.metrics import PERPLEXITY, Metric
+from blockpruner.scoring.metrics import NLL, Metric
 from blockpruner.scoring.work import Scorer, Task
 from blockpruner.store.trials import TrialStore, trial_key
 
 
 @dataclass(frozen=True)
 class Score:
-    """row_loss: each row's own loss, a mean over its tokens, of the first rows of rows_total; loss: their mean, NaN
-    where nothing was asked."""
+    """What a mask was scored, on some or all of the calibration rows."""
 
     mask: Mask
     row_loss: tuple[float, ...]
+    """Of each of the first rows, a mean over its tokens."""
     rows_total: int
 
     @property
     def loss(self) -> float:
+        """The mean over the rows, NaN without any."""
         return math.fsum(self.row_loss) / len(self.row_loss) if self.row_loss else math.nan
 
     @property
     def perplexity(self) -> float:
-        """exp(mean over rows of the row's mean NLL), as the public code of arXiv 2406.10594 computes it; of a score
-        whose loss is the NLL."""
+        """exp(mean over rows of the row's mean NLL), as in the public code of arXiv 2406.10594; the loss must be the
+        NLL."""
         return math.exp(self.loss)
 
     @property
@@ -49,17 +50,18 @@ class Score:
 
 @dataclass
 class Counts:
-    """Work of one process: units are (mask, row batch), rows are (mask, row), trials are masks with all rows.
-
-    Reused is what was known before this process asked; `tokens` and `seconds` are of the units computed.
-    """
+    """Work of one process; what the store knew before is counted as reused."""
 
     units_computed: int = 0
+    """Pairs of a mask and a batch of rows."""
     units_reused: int = 0
     rows_computed: int = 0
+    """Pairs of a mask and a row."""
     trials_computed: int = 0
+    """Masks with all rows."""
     trials_reused: int = 0
     tokens: int = 0
+    """Of what was computed; so are the seconds."""
     seconds: float = 0.0
     iterations: int = 0
 
@@ -68,9 +70,9 @@ class Objective:
     """A metric of a masked model on the calibration set.
 
     Args:
-        store: of this metric's trials.
+        store: holds this metric's trials.
         scorer: asked only for what the store does not know; its owner closes it.
-        metric: a loss is of a mask; an influence is of what a mask has beyond a base.
+        metric: a loss scores a mask; an influence scores what a mask removes beyond a base.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Objective:
         store: TrialStore,
         scorer: Scorer,
         observer: Observer | None = None,
-        metric: Metric = PERPLEXITY,
+        metric: Metric = NLL,
     ) -> None:
         self.metric = metric
         self._calibration = calibration
@@ -94,11 +96,10 @@ class Objective:
         return len(self._calibration.rows)
 
     def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[Score]:
-        """Score masks on the first `rows` rows (all, if None), in the order given; computes exactly what the store
-        does not know.
+        """Score masks on the first `rows` rows (None: on all), in the order given; compute what the store lacks.
 
         Args:
-            base: of an influence, what each mask is held against; the base itself has no influence, and no row.
+            base: what is removed before an influence is taken; the base itself has no influence, so no rows.
         """
         rows = self.rows if rows is None else rows
         keys = {mask: self._key(mask, base) for mask in masks if not self.metric.influence or mask != base}
@@ -131,20 +132,21 @@ class Objective:
         for span, masks in missing.items():
             for batch in self._scorer.row_batches(rows, span):
                 batches.setdefault(batch, []).extend(masks)
-        loss, given = self.metric.loss, base if self.metric.influence else DENSE
-        tasks = [Task(batch, tuple(masks), loss, given) for batch, masks in batches.items()]
+        given = base if self.metric.influence else DENSE
+        tasks = [Task(batch, tuple(masks), self.metric, given) for batch, masks in batches.items()]
         done, total = 0, sum(len(task.masks) * len(task.span) for task in tasks)
         common = frozenset.intersection(*(mask for task in tasks for mask in task.masks))
         last_done = time.monotonic()
-        for unit in self._scorer.run(tasks, rows):
-            key = self._key(unit.mask, base)
-            self._store.put(key, unit.start, unit.loss)
+        for scored in self._scorer.run(tasks, rows):
+            key, count = self._key(scored.mask, base), len(scored.loss)
+            self._store.put(key, scored.start, scored.loss)
             now = time.monotonic()
-            done += len(unit.loss)
+            done += count
             self.counts.units_computed += 1
-            self.counts.rows_computed += len(unit.loss)
+            self.counts.rows_computed += count
             self.counts.trials_computed += self._store.known(key, 0, self.rows)
-            self.counts.tokens += sum(len(row) for row in rows[unit.start : unit.start + len(unit.loss)])
+            self.counts.tokens += sum(len(row) for row in rows[scored.start : scored.start + count])
             self.counts.seconds += now - last_done
             last_done = now
-            self._observer.advance(done, total, f"candidate {format_mask(unit.mask - common or unit.mask) or 'dense'}")
+            candidate = format_mask(scored.mask - common or scored.mask) or "dense"
+            self._observer.advance(done, total, f"candidate {candidate}")

@@ -5,13 +5,13 @@ Decides when a model is loaded, and how a scorer is made from the `runtime` sett
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from blockpruner.core.settings import Runtime
 from blockpruner.scoring.large.ray import RayScorer
 from blockpruner.scoring.local import local_scorer
-from blockpruner.scoring.work import Rows, Scorer, Task, Unit
+from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Task
 
 
 class LazyScorer:
@@ -24,7 +24,7 @@ class LazyScorer:
     def row_batches(self, rows: Rows, span: range) -> list[range]:
         return self._scorer.row_batches(rows, span)
 
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         return self._scorer.run(tasks, rows)
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class LazyScorer:
 def make_scorer(
     checkpoint: Path,
     dtype: str,
-    runtime: Mapping[str, Any],
+    runtime: Runtime,
     *,
     trust_remote_code: bool = False,
     note: Callable[[str], object] = lambda message: None,
@@ -57,14 +57,12 @@ def make_scorer(
     """Load a checkpoint for scoring.
 
     Args:
-        runtime: the keys of `runtime` in params.yaml: device, batch_tokens, threads, attention, compile, streaming,
-            executor, workers, ray_address.
         note: receives lines of information, also those of workers.
-        advance: receives the layers done, of how many, and the last one's name, while a model is streamed here.
+        advance: while a model is streamed here, receives the layers done, their number, and the last one's name.
 
     Raises:
-        InputError: a device, attention, compiler, package or number of workers that is not to be had here.
+        InputError: a device, attention, compiler, package or number of workers that this machine does not have.
     """
-    if runtime["executor"] == "ray":
+    if runtime.executor == "ray":
         return RayScorer(checkpoint, dtype, runtime, trust_remote_code, note)
     return local_scorer(checkpoint, dtype, runtime, trust_remote_code, note, advance)

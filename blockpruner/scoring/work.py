@@ -1,7 +1,7 @@
-"""The work of scoring as values: what is asked of a scorer, what it gives back, and what a scorer is.
+"""The work of scoring as values: what a scorer is asked, what it answers, and what a scorer is.
 
-Decides the unit of work, of logging and of loss: (mask, row range). How a unit is computed is the scorer's affair:
-the engine in memory, streamed from disk, or on many workers. No torch here.
+A piece of an answer, which is logged at once, is some rows of one mask. How it is computed is decided elsewhere: in
+memory (`engine`), streamed from disk, or on many workers. No torch here.
 """
 
 from __future__ import annotations
@@ -11,52 +11,52 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.scoring.metrics import NLL, Metric
 
 Rows = Sequence[Sequence[int]]
-"""Token rows; rows of different lengths are padded on the right within a batch. A negative number is a token that is
+"""Token rows. Rows of different lengths are padded on the right within a batch. A negative number is a token that is
 given but not scored: the bitwise complement of its id."""
-
 
 LOGITS_BYTES = 64 * 2**20
 """Upper bound of the logits held at once; the head runs over as many tokens as fit."""
 
 
 def live_numbers(hidden: int, inner: int) -> int:
-    """How many numbers live at once for a token within a block, of a model of these widths."""
+    """How many numbers live at once for a token within a block, in a model of these widths."""
     return 12 * hidden + 4 * inner
 
 
 @dataclass(frozen=True)
 class Task:
-    """Masks to be scored on the same rows [span.start, span.stop), a batch.
-
-    loss: what is computed, a name of `losses` or `activations`; base: for an influence, what is removed already: the
-    unit that is asked about is then mask - base.
-    """
+    """Masks that are scored on the same batch of rows."""
 
     span: range
+    """The rows, by number."""
     masks: tuple[Mask, ...]
-    loss: str = "perplexity"
+    metric: Metric = NLL
     base: Mask = DENSE
+    """What is removed already; an influence is that of the unit mask - base."""
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Rows [start, start + len(loss)) of one mask; the loss of each, a mean over its tokens."""
+class ScoredRows:
+    """Values of one mask on consecutive rows."""
 
     mask: Mask
     start: int
+    """The first row."""
     loss: tuple[float, ...]
+    """Of each row, a mean over its tokens."""
 
 
 class Scorer(Protocol):
-    """Computes units, in whatever order and wherever; the same values to rounding."""
+    """Computes tasks, in any order and anywhere; the values are the same to rounding."""
 
     def row_batches(self, rows: Rows, span: range) -> list[range]:
         """The rows of `span` grouped into batches."""
 
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
-        """Yield every unit of the tasks as soon as it is known; a unit may come in several parts of its rows."""
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
+        """Yield the values of the tasks as soon as they are known; those of a mask may come in several parts."""
 
     def close(self) -> None:
         """Give back workers and files."""

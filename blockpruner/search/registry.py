@@ -11,7 +11,7 @@ from blockpruner.core.options import Options, read_options
 from blockpruner.core.registry import Registry
 from blockpruner.core.settings import Score
 from blockpruner.scoring.accelerate import settings_of
-from blockpruner.scoring.metrics import METRICS, PERPLEXITY, Metric, metric_of
+from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.evolution import EvolutionOptions, evolution
 from blockpruner.search.given import GivenOptions, given
@@ -60,7 +60,7 @@ class Request:
     @property
     def losses(self) -> tuple[str, ...]:
         """What is stored, each in a trial store of its own. Every choice is also reported in perplexity."""
-        return tuple(sorted({self.metric.loss, PERPLEXITY.loss}))
+        return tuple(sorted({self.metric.key, NLL.key}))
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -84,8 +84,8 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
     Raises:
         InputError: an unknown search, metric or option, or two settings that do not fit together.
     """
-    search, metric = search or SEARCHES[score.method], metric or metric_of(score.metric)
-    if search.asks == "nothing" and metric.name != PERPLEXITY.name:
+    search, metric = search or SEARCHES[score.method], metric or METRICS[score.metric]
+    if search.asks == "nothing" and metric.name != NLL.name:
         raise InputError(
             f"score.metric {metric.name} does nothing with method: {search.name}, which asks for no score; remove it"
         )

@@ -26,7 +26,7 @@ from blockpruner.core.families import Costs
 from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.accelerate import accelerate
-from blockpruner.scoring.metrics import PERPLEXITY
+from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, Objective, Score
 from blockpruner.scoring.work import Scorer
 from blockpruner.search.iteration import Iteration
@@ -75,10 +75,10 @@ def search(
             end before.
     """
     observer = observer or SilentObserver()
-    own = Objective(calibration, stores[request.metric.loss], scorer, observer, request.metric)
+    own = Objective(calibration, stores[request.metric.key], scorer, observer, request.metric)
     nll = own
-    if request.metric.loss != PERPLEXITY.loss:
-        nll = Objective(calibration, stores[PERPLEXITY.loss], scorer, observer)
+    if not request.metric.is_nll:
+        nll = Objective(calibration, stores[NLL.key], scorer, observer)
     found: dict[str, list[Iteration]] = {}
     for budget, iterations in _Run(request, own, nll, resources, observer).traces(budgets).items():
         found[budget] = []

@@ -14,22 +14,20 @@ import pytest
 from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Runtime
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.large import ray as executors
 from blockpruner.scoring.large.ray import Replica, WorkerLostError
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
-from blockpruner.scoring.work import Task, Unit
+from blockpruner.scoring.work import ScoredRows, Task
 from blockpruner.store.files import read_json
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'blockpruner[ray]'"
 )
 
-RUNTIME = {
-    "device": "cpu", "batch_tokens": 24, "threads": 1, "attention": "auto", "compile": False,
-    "streaming": False, "executor": "ray", "workers": 1, "ray_address": None,
-}  # fmt: skip
+RUNTIME = {"device": "cpu", "batch_tokens": 24, "threads": 1, "executor": "ray"}
 SCORE = {"method": "greedy", "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
 ROWS = CalibrationSet(tuple(tuple(1 + (7 * row + 3 * i * i) % 256 for i in range(12)) for row in range(5)))
 LAYERS, REMOVALS = 3, 2
@@ -72,7 +70,7 @@ def test_a_private_ray_asks_for_a_token_that_is_in_no_file_and_no_command_line(t
     program = """
 import os
 from pathlib import Path
-from blockpruner.scoring.scorers import connect
+from blockpruner.scoring.large.ray import connect
 ray, _ = connect(None)
 session, token = ray.nodes()[0]["ObjectStoreSocketName"].split("/")[-3], os.environ["RAY_AUTH_TOKEN"]
 for process in Path("/proc").glob("[0-9]*"):
@@ -100,7 +98,7 @@ class Logged(Replica):
     def run(self, tasks, rows):
         log = self._arguments[0].parent / "computed"
         for unit in super().run(tasks, rows):
-            if isinstance(unit, Unit):
+            if isinstance(unit, ScoredRows):
                 with open(log, "a") as stream:
                     stream.write(f"{os.getpid()} {sorted(map(str, unit.mask))} {unit.start}\n")
             yield unit
@@ -127,7 +125,7 @@ class Fake(Logged):
                 with open(log, "a") as stream:
                     stream.write(f"{sorted(map(str, mask))} {task.span.start}\n")
                 yield "a note"
-                yield Unit(mask, task.span.start, tuple(value(mask, row) for row in task.span))
+                yield ScoredRows(mask, task.span.start, tuple(value(mask, row) for row in task.span))
 
 
 class Slow(Fake):
@@ -175,7 +173,7 @@ def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda li
 
     class Observed:
         def __init__(self):
-            self.inner = make_scorer(checkpoint, "float32", RUNTIME | runtime, note=note)
+            self.inner = make_scorer(checkpoint, "float32", Runtime(**RUNTIME | runtime), note=note)
             self.row_batches, self.close, self.units = self.inner.row_batches, self.inner.close, 0
 
         def run(self, tasks, rows):
@@ -214,8 +212,8 @@ def test_the_same_bits_locally_and_on_one_or_two_workers_and_after_a_loss(checkp
     def kill(scorer, units):
         """In the second iteration, a worker that has finished a part of its piece and has another before it."""
         for worker in scorer._workers:
-            left = sum(len(task.masks) for task in worker.piece) - len(worker.units)
-            if units > 21 and not killed and worker.units and left >= 2:
+            left = sum(len(task.masks) for task in worker.piece) - len(worker.answers)
+            if units > 21 and not killed and worker.answers and left >= 2:
                 killed.append(worker.pid)
                 os.kill(worker.pid, signal.SIGKILL)
 
@@ -266,7 +264,7 @@ def sweep(scorer):
 def test_a_run_that_is_left_early_stops_its_workers(checkpoint, tmp_path, replica):
     replica(Slow)
     notes = []
-    scorer = make_scorer(checkpoint, "float32", RUNTIME | {"workers": 2}, note=notes.append)
+    scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=2), note=notes.append)
     tasks = sweep(scorer)
     units = scorer.run(tasks, ROWS.rows)
     next(units)
@@ -281,7 +279,7 @@ def test_a_run_that_is_left_early_stops_its_workers(checkpoint, tmp_path, replic
 def test_workers_that_always_die_end_the_run(checkpoint, replica, kind):
     replica(kind)
     notes = []
-    scorer = make_scorer(checkpoint, "float32", RUNTIME, note=notes.append)
+    scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME), note=notes.append)
     with pytest.raises(WorkerLostError, match=r"3 Ray workers in a row died.*Trials finished before are kept"):
         run(scorer, sweep(scorer))
     scorer.close()
@@ -290,7 +288,7 @@ def test_workers_that_always_die_end_the_run(checkpoint, replica, kind):
 
 def test_what_a_worker_refuses_arrives_as_itself(checkpoint, replica):
     replica(Refuses)
-    scorer = make_scorer(checkpoint, "float32", RUNTIME)
+    scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME))
     with pytest.raises(InputError, match=r"^runtime\.attention 'x' cannot be used here$"):
         sweep(scorer)
     scorer.close()
@@ -302,13 +300,13 @@ def test_more_workers_than_there_is_room_for(checkpoint, private_ray, replica, m
         InputError,
         match=rf"workers {cores + 1} .* {cores} CPU, room for {cores}, .*lower runtime.workers to at most {cores}$",
     ):
-        make_scorer(checkpoint, "float32", RUNTIME | {"workers": cores + 1})
+        make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=cores + 1))
     replica(Fake)
-    first = make_scorer(checkpoint, "float32", RUNTIME | {"workers": cores})
+    first = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=cores))
     granted = executors.GRANT_SECONDS
     monkeypatch.setattr(executors, "GRANT_SECONDS", 2)
     with pytest.raises(InputError, match=r"has not granted 1 workers with 1 CPU each within 2 s; free now: 0 CPU"):
-        make_scorer(checkpoint, "float32", RUNTIME)
+        make_scorer(checkpoint, "float32", Runtime(**RUNTIME))
     first.close()
     monkeypatch.setattr(executors, "GRANT_SECONDS", granted)
-    make_scorer(checkpoint, "float32", RUNTIME).close()  # what the first had is free again
+    make_scorer(checkpoint, "float32", Runtime(**RUNTIME)).close()  # what the first had is free again

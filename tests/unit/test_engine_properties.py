@@ -21,7 +21,7 @@ from blockpruner.core.errors import DeviceMemoryError
 from blockpruner.model.models import decoder_layers, masked, model_family
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.work import Task, Unit
+from blockpruner.scoring.work import ScoredRows, Task
 from tests.tiny import VARIANTS, VOCABULARY, full_nll, tiny_model, tolerance
 
 Row = tuple[int, ...]
@@ -86,7 +86,7 @@ def brute_force(variant: str, layers: int, mask: Mask, row: Row) -> float:
         return full_nll(model, row)
 
 
-def assert_once_and_exact(case: Case, units: list[Unit], tasks: list[Task]) -> None:
+def assert_once_and_exact(case: Case, units: list[ScoredRows], tasks: list[Task]) -> None:
     found = [((unit.mask, unit.start + offset), value) for unit in units for offset, value in enumerate(unit.loss)]
     keys = [key for key, _ in found]
     assert len(keys) == len(set(keys)), "a (mask, row) was scored twice"
@@ -146,7 +146,7 @@ class CrampedEngine(Engine):
             patch.setattr(engine_module.gc, "collect", lambda: 0)
             return super()._halved(*args)
 
-    def score(self, task: Task, rows) -> Iterator[Unit]:
+    def score(self, task: Task, rows) -> Iterator[ScoredRows]:
         done: list[Mask] = []
         self.walks.append((task, done))
         for unit in super().score(task, rows):

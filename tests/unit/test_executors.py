@@ -13,20 +13,18 @@ import torch._dynamo
 
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Runtime
 from blockpruner.model.models import masked
 from blockpruner.scoring.large.ray import connect, resources
 from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
 from blockpruner.scoring.scorers import make_scorer
-from blockpruner.scoring.work import Task, Unit
+from blockpruner.scoring.work import ScoredRows, Task
 from tests.tiny import full_nll, save_tiny, tiny_model
 
-RUNTIME = {
-    "device": "cpu", "batch_tokens": 40, "threads": "auto", "attention": "auto", "compile": False,
-    "streaming": False, "executor": "local", "workers": 1, "ray_address": None,
-}  # fmt: skip
+RUNTIME = {"device": "cpu", "batch_tokens": 40}
 ROWS = [[1] * 9, [1] * 4, [1] * 9, [1] * 6, [1] * 5]
-COSTS = WalkCosts((3, 5, 4, 2, 7, 1, 6, 6), head=10)
 WALK = sorted(all_blocks(4), key=lambda block: (block.layer, block.kind is BlockKind.MLP))
+COSTS = WalkCosts([(block,) for block in WALK], dict(zip(WALK, (3, 5, 4, 2, 7, 1, 6, 6), strict=True)), head=10)
 
 
 def pool(count, seed):
@@ -48,7 +46,7 @@ def cost(piece):
     for task in piece:
         states = {(i, mask & set(WALK[:i])) for mask in task.masks for i, block in enumerate(WALK) if block not in mask}
         tokens = len(task.span) * max(len(ROWS[i]) for i in task.span)
-        total += tokens * (sum(COSTS.blocks[i] for i, _ in states) + COSTS.head * len(task.masks))
+        total += tokens * (sum(COSTS.blocks[WALK[i]] for i, _ in states) + COSTS.head * len(task.masks))
     return total
 
 
@@ -108,7 +106,7 @@ def test_costs_are_the_parameters_that_multiply(family):
         for layer in model.model.layers
         for branch in (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
     ]
-    assert costs == WalkCosts(tuple(sizes), model.lm_head.weight.numel())
+    assert [costs.blocks[block] for (block,) in costs.steps] == sizes and costs.head == model.lm_head.weight.numel()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -116,20 +114,21 @@ def test_unfinished_is_the_rest(seed):
     tasks, generator = tasks_of(seed), random.Random(seed)
     everything = {(mask, row) for task in tasks for mask in task.masks for row in task.span}
     units = [
-        Unit(mask, row, (0.0,)) for mask, row in generator.sample(sorted(everything, key=repr), len(everything) // 2)
+        ScoredRows(mask, row, (0.0,))
+        for mask, row in generator.sample(sorted(everything, key=repr), len(everything) // 2)
     ]
     left = [(mask, row) for task in unfinished(tasks, units) for mask in task.masks for row in task.span]
     assert len(left) == len(set(left))
     assert set(left) == everything - {(unit.mask, unit.start) for unit in units}
     assert unfinished(tasks, []) == tasks
-    assert unfinished(tasks, [Unit(m, t.span.start, (0.0,) * len(t.span)) for t in tasks for m in t.masks]) == []
+    assert unfinished(tasks, [ScoredRows(m, t.span.start, (0.0,) * len(t.span)) for t in tasks for m in t.masks]) == []
 
 
 def score(checkpoint, **runtime):
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(1, 257, (length,), generator=generator).tolist() for length in (12, 12, 12, 7, 9)]
     masks = (DENSE, *(frozenset({block}) for block in all_blocks(2)))
-    scorer = make_scorer(checkpoint, "float64", RUNTIME | runtime)
+    scorer = make_scorer(checkpoint, "float64", Runtime(**RUNTIME | runtime))
     tasks = [Task(span, masks) for span in scorer.row_batches(rows, range(5))]
     found = {(u.mask, u.start + i): nll for u in scorer.run(tasks, rows) for i, nll in enumerate(u.loss)}
     scorer.close()
@@ -167,7 +166,7 @@ def test_compiling_changes_no_score_however_many_layers(tmp_path, monkeypatch):
 def test_compiled_is_compiled(checkpoint, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__))
-    make_scorer(checkpoint, "float32", RUNTIME | {"compile": True})
+    make_scorer(checkpoint, "float32", Runtime(**RUNTIME, compile=True))
     assert compiled == ["Qwen2RMSNorm", "Qwen2Attention", "Qwen2RMSNorm", "Qwen2MLP"] * 2
 
 
@@ -177,7 +176,8 @@ def test_without_a_compiler_the_setting_is_named(checkpoint, monkeypatch, tmp_pa
     monkeypatch.setenv("CXX", "no-such-compiler")
     program = (
         "import sys; from pathlib import Path; from blockpruner.scoring.scorers import make_scorer\n"
-        f"try: make_scorer(Path(sys.argv[1]), 'float32', {RUNTIME | {'compile': True}!r})\n"
+        "from blockpruner.core.settings import Runtime\n"
+        "try: make_scorer(Path(sys.argv[1]), 'float32', Runtime(device='cpu', compile=True))\n"
         "except ValueError as error: print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", program, checkpoint], capture_output=True, text=True)
@@ -188,7 +188,7 @@ def test_without_a_compiler_the_setting_is_named(checkpoint, monkeypatch, tmp_pa
 def test_threads_are_set(checkpoint):
     before = torch.get_num_threads()
     try:
-        make_scorer(checkpoint, "float32", RUNTIME | {"threads": before + 1})
+        make_scorer(checkpoint, "float32", Runtime(**RUNTIME, threads=before + 1))
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -197,7 +197,7 @@ def test_threads_are_set(checkpoint):
 def test_ray_that_is_not_installed(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"needs the package ray.*pip install 'blockpruner\[ray\]'.*executor: local"):
-        make_scorer(checkpoint, "float32", RUNTIME | {"executor": "ray"})
+        make_scorer(checkpoint, "float32", Runtime(**RUNTIME, executor="ray"))
 
 
 def test_the_module_loads_neither_torch_nor_ray():
@@ -225,7 +225,11 @@ def test_the_module_loads_neither_torch_nor_ray():
     ],
 )
 def test_resources_of_a_worker(runtime, nodes, needs):
-    assert resources(RUNTIME | runtime, ray_nodes(nodes)) == needs
+    assert resources(ray_runtime(**runtime), ray_nodes(nodes)) == needs
+
+
+def ray_runtime(**runtime):
+    return Runtime(**{"device": "cpu", "executor": "ray"} | runtime)
 
 
 def ray_nodes(nodes):
@@ -250,17 +254,17 @@ def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
         cpus = range(1, 8) if (device, threads) == ("cpu", "auto") else [1 if threads == "auto" else threads]
         gpus = {"cpu": [0], "cuda": [1], "split": range(1, 5)}[device]
         valid = [(c, g) for c in cpus for g in gpus if fits(workers, c, g, nodes)]
-        wanted = RUNTIME | {"workers": workers, "threads": threads, "device": device}
+        wanted = {"workers": workers, "threads": threads, "device": device}
         if valid:
-            found = resources(wanted, ray_nodes(nodes))
+            found = resources(ray_runtime(**wanted), ray_nodes(nodes))
             assert (found["CPU"], found.get("GPU", 0)) == max(valid)
         else:
             with pytest.raises(InputError, match=f"runtime.workers {workers} with ") as refused:
-                resources(wanted, ray_nodes(nodes))
+                resources(ray_runtime(**wanted), ray_nodes(nodes))
             for setting, lower in re.findall(r"lower runtime.(workers|threads) to at most (\d+)", str(refused.value)):
-                resources(wanted | {setting: int(lower)}, ray_nodes(nodes))
+                resources(ray_runtime(**wanted | {setting: int(lower)}), ray_nodes(nodes))
                 with pytest.raises(InputError):  # and that was the most
-                    resources(wanted | {setting: int(lower) + 1}, ray_nodes(nodes))
+                    resources(ray_runtime(**wanted | {setting: int(lower) + 1}), ray_nodes(nodes))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +288,7 @@ def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
 )
 def test_too_few_resources_are_refused_with_the_figures(runtime, nodes, message):
     with pytest.raises(InputError, match=message):
-        resources(RUNTIME | runtime, ray_nodes(nodes))
+        resources(ray_runtime(**runtime), ray_nodes(nodes))
 
 
 def test_an_address_of_a_ray_client_is_refused():

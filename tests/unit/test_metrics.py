@@ -15,7 +15,7 @@ from blockpruner.model.models import decoder_layers, masked, model_family
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import REFERENCE, Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
-from blockpruner.scoring.losses import LOSSES, token_js, token_kl
+from blockpruner.scoring.losses import token_js, token_kl
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import Task
 from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tolerance
@@ -81,8 +81,8 @@ def other_model(variant):
     return model
 
 
-def values_of(engine, rows, loss, masks=MASKS, base=DENSE):
-    tasks = [Task(span, tuple(masks), loss, base) for span in engine.row_batches(rows, range(len(rows)))]
+def values_of(engine, rows, metric, masks=MASKS, base=DENSE):
+    tasks = [Task(span, tuple(masks), METRICS[metric], base) for span in engine.row_batches(rows, range(len(rows)))]
     units = list(engine.run(tasks, rows))
     found = {(unit.mask, unit.start + i): value for unit in units for i, value in enumerate(unit.loss)}
     assert len(found) == sum(len(unit.loss) for unit in units) == len(masks) * len(rows)
@@ -128,14 +128,14 @@ def test_streamed_passes_share_one_reference(tmp_path):
 
 def spy_on_references(engine):
     """Receives each row whose reference is kept."""
-    rows_done, units = [], engine._units
+    rows_done, scored = [], engine._scored
 
     def spy(masks, hidden, batch, task, rows):
-        yield from units(masks, hidden, batch, task, rows)
-        if task.loss == REFERENCE:
+        yield from scored(masks, hidden, batch, task, rows)
+        if task.metric == REFERENCE:
             rows_done.extend(task.span)
 
-    engine._units = spy
+    engine._scored = spy
     return rows_done
 
 
@@ -149,7 +149,7 @@ def test_out_of_memory_in_the_reference_and_after_it(loss, fitting, luck):
     found = values_of(engine, ROWS, loss)
     assert_divergences(found, loss, "llama", ROWS)
     assert sorted(referenced) == list(range(len(ROWS)))
-    failed_in_reference = any(task.loss == REFERENCE and len(task.span) > fitting for task, _ in engine.walks)
+    failed_in_reference = any(task.metric == REFERENCE and len(task.span) > fitting for task, _ in engine.walks)
     assert failed_in_reference and len(engine.walks) > 2
 
 
@@ -174,7 +174,7 @@ def test_a_reference_is_computed_once_and_for_its_own_rows_only():
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 1000])
-@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("loss", sorted(METRICS.keys() - set(INFLUENCES)))
 def test_losses_in_chunks(monkeypatch, loss, tokens):
     model = model_of("llama", LAYERS)
     whole = values_of(Engine(model), ROWS, loss)
@@ -311,7 +311,7 @@ def test_one_pass_serves_all_units_of_a_base(monkeypatch):
 def test_influences_are_not_streamed(tmp_path, name):
     model_of("llama", LAYERS).save_pretrained(tmp_path)
     engine = StreamingEngine(tmp_path, "float64", device="cpu")
-    units: Iterator = engine.run([Task(range(1), (parse_mask("mha.0"),), name)], ROWS)
+    units: Iterator = engine.run([Task(range(1), (parse_mask("mha.0"),), METRICS[name])], ROWS)
     with pytest.raises(InputError, match=rf"score\.metric {name} .* set runtime\.streaming: false"):
         next(units)
     assert engine.weight_bytes_read == 0

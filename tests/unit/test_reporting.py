@@ -45,7 +45,7 @@ from blockpruner.reporting.plots import plots
 from blockpruner.reporting.report import write_report
 from blockpruner.reporting.tables import curve_csv, headline, sequence
 from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.work import Unit
+from blockpruner.scoring.work import ScoredRows
 from blockpruner.search import SEARCHES, iteration
 from blockpruner.search.trace import read_current, read_trace, trace_directory
 from blockpruner.store.files import write_json
@@ -873,7 +873,7 @@ class FakeScorer:
         for task in tasks:
             for mask in task.masks:
                 value = 1 + len(mask) + sum(map(ord, format_mask(mask))) % 97 / 100
-                yield Unit(mask, task.span.start, (value,) * len(task.span))
+                yield ScoredRows(mask, task.span.start, (value,) * len(task.span))
 
     def close(self) -> None:
         pass

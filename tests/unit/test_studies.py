@@ -51,7 +51,7 @@ def world(tmp_path_factory):
 
     def scorer():
         made.append(1)
-        return make_scorer(root / "model", "float32", Runtime(device="cpu").model_dump())
+        return make_scorer(root / "model", "float32", Runtime(device="cpu"))
 
     setting = Setting(
         "tiny", "tiny", "float32", read_json(root / "model" / "config.json"),

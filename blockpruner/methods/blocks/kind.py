@@ -13,7 +13,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job, Kind, known_resources, make_plan
-from blockpruner.scoring.metrics import METRICS, PERPLEXITY
+from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.work import Rows
 from blockpruner.search.iteration import removals
@@ -38,12 +38,12 @@ PER_WORDS = {"parameters": " per parameter saved", "kv": " per KV cache saved", 
 def score(job: Job) -> tuple[Current, Counts]:
     asked, observer = request(job.score), job.material.observer
     priced = {"latency": job.latency} if asked.per == "latency" else {}
-    loss = asked.metric.loss
+    loss = asked.metric.key
     fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **priced})
     current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
     with job.stores(asked.losses) as stores:
         seeded = seed_stores(
-            job.folder / fingerprint, fingerprint, stores[loss], stores[PERPLEXITY.loss], asked.metric.influence
+            job.folder / fingerprint, fingerprint, stores[loss], stores[NLL.key], asked.metric.influence
         )
         for problem in [*seeded, *(line for store in stores.values() for line in store.problems)]:
             observer.note(f"warning: {problem}")

@@ -1,7 +1,7 @@
-"""LaCo's merges in a live model: for a while, or for good; and how similar the model stays.
+"""LaCo's merges in a live model, for a while or for good, and how similar the model stays.
 
-Decides what layers merged into one are worth, and the similarity of a merged model to the dense one. Which merges are
-tried and accepted is decided in `laco`. A merged model is a plain model of its own family with fewer layers.
+Decides the parameters of merged layers, and the similarity of a merged model to the dense one. Which merges are tried
+and accepted is decided in `walk`. A merged model is a plain model of its own family with fewer layers.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.methods.laco.walk import Merge, Merges, layers_after
 from blockpruner.model import modeling_blockpruned as blockpruned
-from blockpruner.model.models import decoder_layers, model_family, renumber_
+from blockpruner.model.models import decoder_layers, model_family, renumber_, restored
 from blockpruner.scoring.engine import Engine, is_out_of_memory
 from blockpruner.scoring.work import Rows, Scorer, Task
 from blockpruner.store.trials import require_rows
 
 Layers = Sequence[nn.Module]
-"""Decoder layers l, l+1 .. l+m, to be merged into the first."""
+"""Decoder layers l, l+1 .. l+m that are merged into the first."""
 
 
 def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> PreTrainedModel:
     """Merge layers of the model in place, for good, in the order of `merges`.
 
-    Layers merged into another are dropped, attentions renumbered 0..n-1 (a KV cache takes the number for its slot),
-    and the config says how many layers there are. Class and config stay the family's own, so that `save_pretrained`
-    and `from_pretrained` need no code of ours. A merged layer keeps its own type (sliding window or full).
+    Layers merged into another are dropped, attentions are renumbered 0..n-1 (a KV cache takes the number for its slot),
+    and the config gets the new number of layers. Class and config stay the family's own: `save_pretrained` and
+    `from_pretrained` need no code of ours. A merged layer keeps its own type (sliding window or full).
 
     Args:
         variant: a key of `VARIANTS`.
 
     Raises:
-        InputError: a merge that the model has no layers for, or an unknown variant; the model is unchanged.
+        InputError: the model has no layers for a merge, or the variant is unknown; the model is unchanged.
     """
     if variant not in VARIANTS:
         raise InputError(f"LaCo variant {variant!r} is unknown; valid: {', '.join(VARIANTS)}")
@@ -71,26 +71,12 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
 @contextmanager
 def merged(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Iterator[PreTrainedModel]:
     """The model after `merge_`, restored on exit. Only parameters that a merge computes take memory."""
-    row, layers, config = model_family(model), decoder_layers(model), model.config
-    dense = list(layers)
-    parameters = [(module, dict(module._parameters)) for layer in dense for module in layer.modules()]
-    attentions = [getattr(layer, row.mha.module) for layer in dense]
-    numbers, fields = [attention.layer_idx for attention in attentions], dict(config.__dict__)
-    try:
+    with restored(model):
         yield merge_(model, merges, variant)
-    finally:
-        del layers[:]
-        layers.extend(dense)
-        for module, own in parameters:
-            module._parameters.update(own)
-        for attention, number in zip(attentions, numbers, strict=True):
-            attention.layer_idx = number
-        config.__dict__.clear()
-        config.__dict__.update(fields)
 
 
 def _replace_parameters_(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give a layer new parameters by name; the old ones, which others may hold, are not written to."""
+    """Give a layer new parameters by name; the old ones may belong to others and are not written to."""
     for name, value in values.items():
         path, _, attribute = name.rpartition(".")
         old = layer.get_parameter(name)
@@ -99,26 +85,26 @@ def _replace_parameters_(layer: nn.Module, values: Mapping[str, Tensor]) -> None
 
 
 class Similarity:
-    """How similar a model stays to itself after merges; measures what is not known.
+    """How similar a model stays to itself after merges; what is not known is measured.
 
         s(merges) = mean over rows of cos(flat(X), flat(X_merges))
 
     X, X_merges [T, H]: a row's last hidden states in the dense and in the merged model, after the final norm, as in
-    LaCo's public notebook (`hidden_states[-1]`); a row counts as one vector of T x H numbers, the cosine is taken in
-    float64. Pads are no part of it. The dense states of all rows are held in memory, in the model's dtype.
+    LaCo's public notebook (`hidden_states[-1]`). A row is one vector of T x H numbers, without pads; the cosine is
+    taken in float64. The dense states of all rows are held in memory, in the model's dtype.
 
     Args:
-        model: dense, in eval mode; while a similarity is measured its layers are swapped, then restored to the bit.
-        rows: of token ids, of any lengths.
+        model: dense, in eval mode; its layers are swapped during a measurement, then restored to the bit.
+        rows: token ids, in rows of any lengths.
         variant: a key of `VARIANTS`.
-        known: similarities measured before, which are not measured again.
+        known: similarities that were measured before and are not measured again.
         record: receives each new similarity as soon as it is known.
-        advance: receives, while one is measured, the rows done, of how many, and the candidate's last merge.
-        batch_tokens: padded tokens to a batch, as of `scoring.engine.Engine`.
+        advance: receives, during a measurement, the rows done, their number, and the candidate's last merge.
+        batch_tokens: as in `scoring.engine.Engine`.
 
     Raises:
         InputError: no rows. When called: a merge that is not possible, or hidden states that are not finite.
-        DeviceMemoryError: when called: rows and merged layers do not fit beside the model.
+        DeviceMemoryError: when called: the model, the rows and the merged layers do not fit together.
     """
 
     def __init__(
@@ -174,8 +160,10 @@ class Similarity:
         return fmean(values)
 
     def _states(self) -> Iterator[Tensor]:
-        """Each row's last hidden states [T, H] in the model as it is now. Pads follow every real token, so causal
-        attention never sees them."""
+        """Each row's last hidden states [T, H] in the model as it is now.
+
+        Pads follow every real token, so causal attention never sees them.
+        """
         home = self._model.get_input_embeddings().weight.device
         for span in self._batches:
             rows = [torch.tensor(self._rows[i]) for i in span]
@@ -187,7 +175,7 @@ class Similarity:
 
 @dataclass(frozen=True)
 class ModelBench:
-    """What is measured with a dense model in memory, on the calibration rows (`planning.Bench`)."""
+    """Measures with a dense model in memory, on the calibration rows (`planning.Bench`)."""
 
     model: PreTrainedModel
     rows: Rows
@@ -205,16 +193,16 @@ class ModelBench:
         with merged(self.model, merges, variant) as model:
             engine = Engine(model)
             tasks = [Task(span, (DENSE,)) for span in engine.row_batches(self.rows, range(len(self.rows)))]
-            units = sorted(engine.run(tasks, self.rows), key=lambda unit: unit.start)
-        return [value for unit in units for value in unit.loss]
+            found = sorted(engine.run(tasks, self.rows), key=lambda scored: scored.start)
+        return [value for scored in found for value in scored.loss]
 
 
 def _last_linears(layers: Layers) -> dict[str, Tensor]:
-    """What LaCo's public notebook computes: theta* = theta_{l+m} for the linear modules, and norms stay layer l's.
+    """LaCo's public notebook: theta* = theta_{l+m} for the linear modules, while norms stay those of layer l.
 
-    It adds theta_{l+k} minus the base as updated so far, so that all terms but the last cancel, and it does so for
-    the weights of the linear modules only (its models have no biases; a bias belongs to its module, and the matrices of
-    experts and of their router are linear, too).
+    The notebook adds theta_{l+k} minus the base as updated so far, and all terms but the last cancel. It does so for
+    the weights of linear modules only. Its models have no biases; here a bias goes with its module, and the matrices of
+    experts and of their router are linear, too.
     """
     return {
         f"{path}.{name}": parameter
@@ -228,7 +216,7 @@ def _last_linears(layers: Layers) -> dict[str, Tensor]:
 def _sum_of_differences(layers: Layers) -> dict[str, Tensor]:
     """theta* = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..m, for all parameters of the layer, norms included.
 
-    The equation of arXiv 2402.11187, section 2, in float32 at least and rounded once.
+    This is the equation of arXiv 2402.11187, section 2, in float32 at least and rounded once.
     """
     base, *others = (dict(layer.named_parameters()) for layer in layers)
     result = {}

@@ -1,7 +1,7 @@
 """SliceGPT (arXiv 2401.15024): the residual stream loses the directions that hold least of the calibration signal.
 
-Decides how weights are rotated and sliced. The width is decided by `widths`, and how a sliced model runs by
-`modeling_slicegpt.py`, which ships in its checkpoint.
+Decides how weights are rotated and sliced. `widths` decides the width, and `modeling_slicegpt.py`, which ships in the
+checkpoint, how a sliced model runs.
 
 Each block (MHA or MLP) reads the residual stream X [tokens, d] in a basis B [d, n] of its own: of the eigenvectors of
 X^T X, summed over the calibration tokens, the n of the largest eigenvalues. RMSNorm without its scale commutes with
@@ -9,13 +9,13 @@ rotations, so for a block between the bases B and B':
 
     norm scale g and B into what reads:   W diag(g) B
     B' into what writes:                  B'^T W, B'^T b
-    beside the block, a shortcut:         X B -> X B (B^T B')
+    a shortcut past the block:            X B -> X B (B^T B')
 
-X itself is that of the model sliced so far: X B B^T + block(X B), from the embedding on. What the last MLP writes is
-not sliced; a rotation of it would cancel in the head, so that B' is the identity there.
+X comes from the model as sliced so far: X B B^T + block(X B), from the embedding on. The output of the last MLP is not
+sliced: a rotation of it would cancel in the head, and B' is the identity there.
 
-As in the public code, X is what enters a norm; the paper's text has what leaves it. That code also adds 1 % of the mean
-diagonal to X^T X, which moves every eigenvalue and no eigenvector, and is left out here.
+As in the public code, X is the input of a norm; in the paper's text it is the output. The public code also adds 1 % of
+the mean diagonal to X^T X. That moves every eigenvalue and no eigenvector, and is left out here.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows
 
 CHUNK = 8192
-"""Rows of a weight that are in float64 at once: a vocabulary's would be gigabytes."""
-
-
-def _show_nothing(done: int, total: int, detail: str) -> None: ...
+"""Rows of a weight that are in float64 at once; all rows of a vocabulary would be gigabytes."""
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained afterwards
@@ -47,28 +44,28 @@ def slice_(
     width: int,
     *,
     batch_tokens: int | str = "auto",
-    advance: Callable[[int, int, str], None] = _show_nothing,
+    advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
 ) -> PreTrainedModel:
     """Slice the model's residual stream to `width` columns, in place, for good.
 
     Model and config become the SliceGPT classes of the family, which `save_pretrained` and
     `from_pretrained(..., trust_remote_code=True)` round-trip; tied embeddings are untied. At the full width the model
-    is only rotated and its logits stay. On an error after the first layer the model is of no use.
+    is only rotated and its logits stay. After an error behind the first layer the model is of no use.
 
     Args:
-        model: a dense causal LM of a family in `widths.SLICEABLE`, in eval mode, on one device, where the Gram
-            matrices are summed and solved in float64.
-        rows: calibration rows, of any lengths; pads do not count. (The paper: 1,024 Alpaca samples of 2,048 tokens.)
-            Their signal, in the model's dtype, is held in the host's memory: tokens x hidden size.
+        model: a dense causal LM of a family in `widths.SLICEABLE`, in eval mode, on one device. The device also sums
+            and solves the Gram matrices in float64.
+        rows: calibration rows of any lengths; pads do not count. (The paper: 1,024 Alpaca samples of 2,048 tokens.)
+            The host's memory holds their signal in the model's dtype: tokens x hidden size.
         width: columns kept, from 1 to the hidden size.
         batch_tokens: as in `Engine`.
-        advance: told after each layer: layers done, layers, and the name of the last one.
+        advance: receives, after each layer, the layers done, their number, and the name of the last one.
 
     Raises:
         InputError: a family that cannot be sliced, a width out of range, a model on several devices, or a signal that
             is not finite.
     """
-    row = sliceable_family(model.config.model_type)
+    family = sliceable_family(model.config.model_type)
     hidden, layers = int(model.config.hidden_size), decoder_layers(model)
     if not 1 <= width <= hidden:
         raise InputError(f"width {width} is not valid for a hidden size of {hidden}; give 1 to {hidden}")
@@ -76,7 +73,7 @@ def slice_(
     if len(devices) > 1:
         raise InputError(f"a model on {', '.join(devices)} cannot be sliced; load it on one device, or on the CPU")
 
-    embedding, norm, head = model.get_input_embeddings(), model.get_submodule(row.final_norm), model.lm_head
+    embedding, norm, head = model.get_input_embeddings(), model.get_submodule(family.final_norm), model.lm_head
     eps = float(model.config.rms_norm_eps)
     signal = _Signal(model, rows, batch_tokens)
     into = first = principal_directions(signal.gram(), width)
@@ -87,7 +84,7 @@ def slice_(
                 reader = getattr(block, name)
                 _set_weight_(reader, _product(reader.weight, scale.double()[:, None] * into))
             setattr(layer, norm_name, slicegpt.ScaleFreeRMSNorm(hidden, eps))
-            if layer is layers[-1] and module == row.mlp.module:
+            if layer is layers[-1] and module == family.mlp.module:
                 out_of = torch.eye(hidden, dtype=into.dtype, device=into.device)
             else:
                 signal.pass_(index, norm_name, module, into)
@@ -98,16 +95,16 @@ def slice_(
                     output.bias = _parameter(out_of.T @ output.bias.double(), output.bias)
             setattr(layer, shortcut, _linear((into.T @ out_of).T, scale))
             into = out_of
-        layer.__class__ = getattr(slicegpt, f"{row.prefix}SlicedLayer")
+        layer.__class__ = getattr(slicegpt, f"{family.prefix}SlicedLayer")
         advance(index + 1, len(layers), f"layer {index}")
     # embedding and final norm at the end: until then each pass runs the decoder around its layers
     embedding.weight = _parameter(_product(embedding.weight, first), embedding.weight)
     embedding.embedding_dim = width
     head.weight = _parameter(head.weight * norm.weight, head.weight)
-    model.set_submodule(row.final_norm, slicegpt.ScaleFreeRMSNorm(hidden, eps))
+    model.set_submodule(family.final_norm, slicegpt.ScaleFreeRMSNorm(hidden, eps))
 
-    model.__class__ = getattr(slicegpt, f"{row.prefix}SliceGPTForCausalLM")
-    model.config.__class__ = getattr(slicegpt, f"{row.prefix}SliceGPTConfig")
+    model.__class__ = getattr(slicegpt, f"{family.prefix}SliceGPTForCausalLM")
+    model.config.__class__ = getattr(slicegpt, f"{family.prefix}SliceGPTConfig")
     model.config.sliced_width = width
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
@@ -116,7 +113,7 @@ def slice_(
 
 
 def principal_directions(gram: Tensor, width: int) -> Tensor:
-    """The `width` orthonormal directions of most energy: B [d, width] float64, from X^T X [d, d] float64."""
+    """B [d, width]: the `width` orthonormal directions of most energy, from X^T X [d, d]; both are float64."""
     if not gram.isfinite().all():
         raise InputError(
             "the residual stream of the calibration rows is not finite; use a wider dtype (model.dtype: float32)"
@@ -128,7 +125,7 @@ def principal_directions(gram: Tensor, width: int) -> Tensor:
 class _Signal(Engine):
     """The residual stream of the calibration rows before a block, [B, T, d] a batch, in the dense model's basis.
 
-    The engine batches the rows, and records what the family's decoder passes to its layers.
+    The engine batches the rows, and records the arguments that the family's decoder passes to its layers.
     """
 
     def __init__(self, model: PreTrainedModel, rows: Rows, batch_tokens: int | str) -> None:
@@ -156,7 +153,7 @@ class _Signal(Engine):
         for number, ids in enumerate(self._ids):
             sliced = self._states[number].to(self._home) @ basis
             normed, block = getattr(layer, norm)(sliced), getattr(layer, module)
-            if module == self._row.mha.module:
+            if module == self._family.mha.module:
                 added = block(hidden_states=normed, **self._prepare(ids)[1][index])[0]
             else:
                 added = block(normed)

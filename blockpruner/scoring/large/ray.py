@@ -1,10 +1,10 @@
 """Scoring on Ray workers that each hold a replica of the model.
 
-The loss of a worker costs the unit that it was computing. A piece of work never splits a row range, so a unit has the
-same shapes, and so the same bits, on any number of workers.
+A lost worker costs the one answer that it was computing. A piece of work never splits a row range, so a batch has the
+same shapes, and its losses the same bits, on any number of workers.
 
-Workers import this package. A Ray that is started here has it; on the nodes of a shared cluster the same version of
-blockpruner must be installed, and the checkpoint must be at the same path.
+Workers import this package. A Ray that is started here has it; the nodes of a shared cluster must have the same
+version of blockpruner, and the checkpoint at the same path.
 """
 
 from __future__ import annotations
@@ -19,36 +19,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blockpruner.core.errors import InputError
-from blockpruner.scoring.work import Rows, Task, Unit
-from blockpruner.store.files import read_json
-
-if TYPE_CHECKING:
-    pass
+from blockpruner.core.settings import Runtime
 from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
 from blockpruner.scoring.local import local_scorer
+from blockpruner.scoring.work import Rows, ScoredRows, Task
+from blockpruner.store.files import read_json
 
 PIECES = 3
-"""Pieces of work per worker: more balance better, but each walks its shared prefix anew."""
-
+"""Pieces of work per worker: more pieces balance better, but each walks its shared prefix anew."""
 
 LOSSES = 3
-"""Losses for each worker, without one unit in between, before scoring stops."""
-
+"""So many workers per worker may die, without one answer in between, before scoring stops."""
 
 SILENCE_SECONDS = 600
-"""After which a search that hears from no worker says so: a unit may be long, or a lost worker not replaceable."""
-
+"""After this time without an answer a note is shown: the work may be long, or a lost worker not replaceable."""
 
 GRANT_SECONDS = 60
-"""How long Ray may take to grant the workers' resources; they may be in use by others of a shared cluster."""
-
+"""How long Ray may take to grant the workers' resources, which others of a shared cluster may use."""
 
 OBJECT_STORE_BYTES = 128 * 2**20
-"""Of a private Ray; it holds the token rows only."""
-
+"""The object store of a private Ray holds the token rows only."""
 
 PRIVATE = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -56,7 +49,7 @@ PRIVATE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name the one switch, on any system, that keeps to loopback
     "RAY_worker_niceness": "0",  # 15 by default: on a shared machine workers would wait for everything else
 }
-"""Environment of a private Ray: nothing reported, nothing listened for outside of this machine."""
+"""Environment of a private Ray: it reports nothing, and listens on this machine only."""
 
 
 class WorkerLostError(InputError):
@@ -67,109 +60,103 @@ class Replica:
     """A worker: one scorer in a process of its own."""
 
     def __init__(
-        self, checkpoint: Path, dtype: str, runtime: Mapping[str, Any], trust_remote_code: bool, memory: int | None
+        self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool, memory: int | None
     ) -> None:
         self._arguments = (checkpoint, dtype, runtime, trust_remote_code)
         self._runtime, self._memory = runtime, memory
 
     def load(self) -> tuple[str, int]:
-        """Load the model; host and process. Not in the constructor, from where errors do not arrive as themselves."""
+        """Load the model; return host and process. Errors of a constructor would not arrive as themselves."""
         self._scorer = local_scorer(*self._arguments, lambda line: None, memory=self._memory)
         return socket.gethostname(), os.getpid()
 
     def row_batches(self, rows: Rows, span: range) -> list[range]:
         return self._scorer.row_batches(rows, span)
 
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit | str]:
-        """Yield units; before those of a streamed pass, the lines of its plan."""
-        if self._runtime["streaming"]:
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows | str]:
+        """Yield values; before those of a streamed pass, the lines of its plan."""
+        if self._runtime.streaming:
             yield from self._scorer.plan_of(tasks, rows).lines()  # type: ignore[attr-defined]
         yield from self._scorer.run(tasks, rows)
 
 
 @dataclass(eq=False)
 class _Worker:
-    """job: what it is busy with, the reference of its loading or the generator of its piece; None when idle."""
-
     number: int
     actor: Any
     job: Any
+    """The reference of its loading, or the generator of its piece; None when idle."""
     host: str = ""
     pid: int = 0
     piece: list[Task] = field(default_factory=list)
-    units: list[Unit] = field(default_factory=list)
+    answers: list[ScoredRows] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"worker {self.number}" + (f" (process {self.pid} on {self.host})" if self.pid else "")
 
 
 class RayScorer:
-    """`workers` replicas of the model, each an actor with one device (all of a share of them with device: split).
+    """Replicas of the model, each an actor with one device (with device: split, with an equal share of them).
 
-    Without `ray_address` a Ray of this machine is started for this process alone, on loopback, and ended with it; a
+    Without `ray_address` a Ray of this machine is started for this process alone, on loopback, and ended with it. A
     Ray to which this process is connected already is used and left as it is.
     """
 
     def __init__(
-        self,
-        checkpoint: Path,
-        dtype: str,
-        runtime: Mapping[str, Any],
-        trust_remote_code: bool,
-        note: Callable[[str], object],
+        self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool, note: Callable[[str], object]
     ) -> None:
-        self._note = note
+        self._runtime, self._note = runtime, note
         self._costs = WalkCosts.of(read_json(checkpoint / "config.json"))
-        self._pieces = runtime["workers"] * (1 if runtime["streaming"] or runtime["workers"] == 1 else PIECES)
+        self._pieces = runtime.workers * (1 if runtime.streaming or runtime.workers == 1 else PIECES)
         self._workers: list[_Worker] = []
         self._waiting: deque[list[Task]] = deque()
         self._losses = 0
         self._rows: Rows | None = None
         self._reference: Any = None
         self._group: Any = None
-        self._ray, self._connected = connect(runtime["ray_address"], runtime["streaming"])
+        self._ray, self._connected = connect(runtime.ray_address, runtime.streaming)
         try:
             needs = resources(runtime, [node["Resources"] for node in self._ray.nodes() if node["Alive"]])
-            self._group = self._reserve(needs, runtime)
+            self._group = self._reserve(needs)
             self._actor = self._ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(Replica)
-            memory = self._memory_of_a_worker(runtime) if runtime["streaming"] else None
-            self._arguments = (checkpoint.resolve(), dtype, dict(runtime), trust_remote_code, memory)
-            self._workers = [self._start(number) for number in range(runtime["workers"])]
+            memory = self._memory_of_a_worker() if runtime.streaming else None
+            self._arguments = (checkpoint.resolve(), dtype, runtime, trust_remote_code, memory)
+            self._workers = [self._start(number) for number in range(runtime.workers)]
         except BaseException:
             self.close()
             raise
         each = ", ".join(f"{count} {kind}" for kind, count in needs.items())
-        note(f"ray: {runtime['workers']} workers with {each} each")
+        note(f"ray: {runtime.workers} workers with {each} each")
 
     def row_batches(self, rows: Rows, span: range) -> list[range]:
-        """As a worker's engine groups them; the finest answer, since one that ran out of memory speaks for all."""
+        """The finest grouping among the workers' engines: one that ran out of memory speaks for all."""
         answers: list[list[range]] = []
         while not answers:
             for worker in [worker for worker in self._workers if worker.job is None]:
                 with self._watch(worker):
                     answers.append(self._ray.get(worker.actor.row_batches.remote(self._shared(rows), span)))
             if not answers:
-                list(self._receive(self._next()))  # between runs all that can come is that a worker is loaded
+                list(self._receive(self._next()))  # between runs a worker can only report that it is loaded
         return max(answers, key=len)
 
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
-        """Yield units as workers report them.
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
+        """Yield values as workers report them.
 
         Raises:
-            InputError: what a worker's engine raised, as itself; units yielded before are good.
-            WorkerLostError: workers died `LOSSES` times each, without finishing a unit.
+            InputError: what a worker's engine raised, as itself; values yielded before are good.
+            WorkerLostError: workers died `LOSSES` times each, without one answer.
         """
         self._waiting = deque(share_out(tasks, rows, self._pieces, self._costs))
         try:
             while self._waiting or any(worker.piece for worker in self._workers):
                 for worker in self._workers:
                     if worker.job is None and self._waiting:
-                        worker.piece, worker.units = self._waiting.popleft(), []
+                        worker.piece, worker.answers = self._waiting.popleft(), []
                         worker.job = worker.actor.run.remote(worker.piece, self._shared(rows))
                 yield from self._receive(self._next())
         finally:
             for worker in self._workers:
-                if worker.piece:  # stops after the unit that it is computing
+                if worker.piece:  # it stops after the answer that it is computing
                     self._ray.cancel(worker.job)
                     worker.job, worker.piece = None, []
 
@@ -185,27 +172,27 @@ class RayScorer:
             self._ray.shutdown()
             self._connected = False
 
-    def _memory_of_a_worker(self, runtime: Mapping[str, Any]) -> int:
-        """Bytes that each streamed worker may take, the same for one that replaces another.
+    def _memory_of_a_worker(self) -> int:
+        """Bytes that each streamed worker may take, also one that replaces another.
 
-        All workers may be on one node; of that it is this one, or the smallest of a cluster, that is asked.
+        All workers may be on one node: on this machine, or on the smallest of a cluster.
         """
         from blockpruner.scoring.large.memory import available_memory
 
         nodes = [int(node["Resources"].get("memory", 0)) for node in self._ray.nodes() if node["Alive"]]
-        free = available_memory() if runtime["ray_address"] is None else min(nodes)
-        return free // int(runtime["workers"])
+        free = available_memory() if self._runtime.ray_address is None else min(nodes)
+        return free // self._runtime.workers
 
-    def _reserve(self, needs: Mapping[str, int], runtime: Mapping[str, Any]) -> Any:
-        """All workers' resources at once, so that no worker waits for another run's."""
-        workers = runtime["workers"]
+    def _reserve(self, needs: Mapping[str, int]) -> Any:
+        """Take all workers' resources at once: no worker shall wait for another run's."""
+        workers = self._runtime.workers
         group = self._ray.util.placement_group([dict(needs)] * workers, strategy="PACK")
         if group.wait(timeout_seconds=GRANT_SECONDS):
             return group
         free = {kind: int(self._ray.available_resources().get(kind, 0)) for kind in needs}
         self._ray.util.remove_placement_group(group)
         fixes = ["wait"]
-        if runtime["device"] == "split":  # fewer workers would have more each
+        if self._runtime.device == "split":  # fewer workers would have more each
             fixes.append("use runtime.device: cuda")
         elif needs["CPU"] > 1:
             fixes.append(f"set runtime.threads to less than {needs['CPU']}")
@@ -228,7 +215,7 @@ class RayScorer:
         return self._reference
 
     def _next(self) -> _Worker:
-        """The next worker that has something to say."""
+        """The next worker with a result."""
         busy = [worker for worker in self._workers if worker.job is not None]
         ready: list[Any] = []
         while not ready:
@@ -238,24 +225,24 @@ class RayScorer:
                 self._note(f"no worker has reported for {SILENCE_SECONDS} s; still to be started or loaded: {loading}")
         return next(worker for worker in busy if worker.job is ready[0])
 
-    def _receive(self, worker: _Worker) -> Iterator[Unit]:
-        """Take what a worker's job has brought: that it is loaded, a unit, a note, or the end of its piece."""
-        said: Any = None
+    def _receive(self, worker: _Worker) -> Iterator[ScoredRows]:
+        """Take the next result of a worker's job: that it is loaded, an answer, a note, or the end of its piece."""
+        result: Any = None
         with self._watch(worker):
             if not worker.pid:
                 worker.host, worker.pid = self._ray.get(worker.job)
                 worker.job = None
                 return
             try:
-                said = self._ray.get(next(worker.job))
+                result = self._ray.get(next(worker.job))
             except StopIteration:
                 worker.job, worker.piece = None, []
-        if isinstance(said, str):
-            self._note(f"{worker}: {said}")
-        elif said is not None:
-            worker.units.append(said)
+        if isinstance(result, str):
+            self._note(f"{worker}: {result}")
+        elif result is not None:
+            worker.answers.append(result)
             self._losses = 0
-            yield said
+            yield result
 
     @contextmanager
     def _watch(self, worker: _Worker) -> Iterator[None]:
@@ -270,8 +257,8 @@ class RayScorer:
             self._replace(worker, error)
 
     def _replace(self, lost: _Worker, error: Exception) -> None:
-        told = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
-        reason = textwrap.shorten(" ".join(told), 300)
+        lines = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
+        reason = textwrap.shorten(" ".join(lines), 300)
         self._losses += 1
         if self._losses == LOSSES * len(self._workers):
             raise WorkerLostError(
@@ -279,11 +266,11 @@ class RayScorer:
                 "Where memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true; "
                 "with runtime.executor: local the cause shows itself. Trials finished before are kept"
             ) from error
-        left = unfinished(lost.piece, lost.units)
+        left = unfinished(lost.piece, lost.answers)
         if left:
             self._waiting.appendleft(left)
         work = (
-            f"Its {len(lost.units)} finished units are kept, the one that it was computing is repeated"
+            f"Its {len(lost.answers)} finished units are kept, the one that it was computing is repeated"
             if lost.piece
             else "It was loading the model"
         )
@@ -293,17 +280,17 @@ class RayScorer:
 
 
 def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
-    """Ray, and whether it was this call that connected this process to it.
+    """Ray, and whether this call connected this process to it.
 
     Args:
-        streaming: workers plan their memory themselves, so that a private Ray need not kill the one that uses it.
+        streaming: workers plan their own memory, and a private Ray shall not kill one that uses it.
 
     Raises:
         InputError: ray is not installed, or nothing answers at the address.
     """
     if address is None:
         os.environ.update(PRIVATE | ({"RAY_memory_monitor_refresh_ms": "0"} if streaming else {}))  # read at import
-        if "ray" not in sys.modules:  # else Ray's processes would ask for a token that this one does not send
+        if "ray" not in sys.modules:  # else Ray's processes would want a token that this one does not send
             os.environ["RAY_AUTH_MODE"] = "token"  # keeps other users of this machine out
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray's own is a file that all may read
     try:
@@ -336,25 +323,25 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
     return ray, True
 
 
-def resources(runtime: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """What Ray keeps for each worker: CPU cores and, for a device that is one, GPUs.
+def resources(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """What Ray keeps for each worker: CPU cores, and GPUs if the device is one.
 
-    What is left to us (all cores with threads: auto on CPU, all GPUs with device: split) is the largest share of which
-    the nodes hold one for each worker; a worker is on one node.
+    With threads: auto on CPUs, or device: split, each worker gets the largest equal share of the cores, or of the GPUs,
+    that the nodes can hold; a worker is on one node.
 
     Args:
-        nodes: what each node has in all, as "Resources" in `ray.nodes`.
+        nodes: all resources of each node, as "Resources" in `ray.nodes`.
 
     Raises:
-        InputError: the nodes do not hold the workers; with the figures.
+        InputError: the nodes do not hold the workers; gives the figures.
     """
-    workers, device, threads = runtime["workers"], runtime["device"], runtime["threads"]
+    workers, device, threads = runtime.workers, runtime.device, runtime.threads
     if device.startswith("cuda:"):
         raise InputError(
             f"runtime.device {device!r}: with executor: ray it is Ray that assigns devices; use auto or cuda"
         )
     on_gpu = device in ("cuda", "split") or (device == "auto" and any(node.get("GPU", 0) >= 1 for node in nodes))
-    needs = {"CPU": 1 if threads == "auto" else int(threads)} | ({"GPU": 1} if on_gpu else {})
+    needs = {"CPU": 1 if threads == "auto" else threads} | ({"GPU": 1} if on_gpu else {})
     if (fit := _places(needs, nodes)) < workers:
         fixes = [f"lower runtime.workers to at most {fit}"] if fit else []
         if fewer := _largest("CPU", needs, workers, nodes):
@@ -376,7 +363,7 @@ def _places(needs: Mapping[str, int], nodes: Sequence[Mapping[str, float]]) -> i
 
 
 def _largest(kind: str, needs: Mapping[str, int], workers: int, nodes: Sequence[Mapping[str, float]]) -> int:
-    """The most that each worker can have of `kind` beside its other needs; 0 if there is no room for that many."""
+    """The most that each worker can have of `kind` with its other needs; 0 if there is no room for so many workers."""
     most = max((int(node.get(kind, 0)) for node in nodes), default=0)
     return next((n for n in range(most, 0, -1) if _places({**needs, kind: n}, nodes) >= workers), 0)
 
@@ -386,6 +373,6 @@ def _figures(counts: Mapping[str, int]) -> str:
 
 
 def _nodes_figures(kinds: Iterable[str], nodes: Sequence[Mapping[str, float]]) -> str:
-    """Like nodes are named once."""
+    """For instance "2 nodes of 16 CPU, 1 node of 8 CPU"."""
     like = Counter(_figures({kind: int(node.get(kind, 0)) for kind in kinds}) for node in nodes)
     return ", ".join(f"{count} node{'s' * (count > 1)} of {figures}" for figures, count in like.items()) or "no node"

@@ -1,66 +1,63 @@
-"""How tasks are shared out among workers, so that the costliest piece of work is as cheap as it can be."""
+"""How tasks are shared out among workers: the costliest piece of work shall be as cheap as it can be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-from blockpruner.core.blocks import BlockId, BlockKind, Mask
-from blockpruner.core.families import Config, count_parameters
-from blockpruner.scoring.work import Rows, Task, Unit
-
-if TYPE_CHECKING:
-    pass
+from blockpruner.core.blocks import BlockId, Mask
+from blockpruner.core.families import FAMILIES, Config, count_parameters
+from blockpruner.scoring.walk import Step, runs, steps_of
+from blockpruner.scoring.work import Rows, ScoredRows, Task
 
 
 @dataclass(frozen=True)
 class WalkCosts:
-    """Multiplications per token: of each block in the order of the walk, and of the head. They are the parameters."""
+    """Multiplications per token in the steps of a walk; each parameter of a block counts one."""
 
-    blocks: tuple[int, ...]
+    steps: Sequence[Step]
+    blocks: Mapping[BlockId, int]
     head: int
 
     @classmethod
     def of(cls, config: Config) -> WalkCosts:
         """Read from a checkpoint's config."""
-        counts = count_parameters(config).blocks
-        return cls(
-            tuple(counts[block] for block in sorted(counts, key=_position)),
-            int(config["vocab_size"]) * int(config["hidden_size"]),
-        )
+        parallel = FAMILIES[str(config["model_type"])].is_parallel(config)
+        steps = steps_of(int(config["num_hidden_layers"]), parallel)
+        return cls(steps, count_parameters(config).blocks, int(config["vocab_size"]) * int(config["hidden_size"]))
 
-    def of_mask(self, removed: Sequence[int], start: int = 0) -> int:
-        """From block `start` to the loss, without the blocks at the positions `removed`."""
-        return self.head + sum(self.blocks[start:]) - sum(self.blocks[i] for i in removed if i >= start)
+    def leaves(self, masks: Sequence[Mask]) -> list[tuple[Mask, int, int]]:
+        """The masks as a walk reaches them, with their cost alone and their cost after the mask before."""
+        whole, found = self.head + sum(self.blocks.values()), []
+        for group, ran in runs(self.steps, masks):
+            after = self.head + sum(self.blocks[block] for block in ran)
+            found += [(mask, whole - sum(self.blocks[block] for block in mask), after) for mask in group]
+        return found
 
 
 @dataclass(frozen=True)
 class _Leaf:
-    """One mask of a task, by number, and its cost: of its whole walk, and of the part that the leaf before lacks."""
-
     task: int
+    """Its number."""
     mask: Mask
     alone: int
+    """Cost of the whole walk to the loss."""
     after: int
+    """Cost of what the walk to the leaf before does not share."""
 
 
 def share_out(tasks: Sequence[Task], rows: Rows, pieces: int, costs: WalkCosts) -> list[list[Task]]:
     """Split tasks into at most `pieces` pieces of work; the costliest piece costs as little as it can.
 
-    Masks are put in the order in which the walk would reach them, where neighbours share the longest prefixes, and
-    the sequence of all tasks' masks is cut. A shared prefix counts once in each piece. Row ranges stay whole.
+    Masks stay in the order of the walk, where neighbours share the longest prefixes, and the sequence of all tasks'
+    masks is cut. A shared prefix counts once in each piece. Row ranges stay whole.
     """
+    walks = {masks: costs.leaves(masks) for masks in {task.masks for task in tasks}}
     leaves: list[_Leaf] = []
     for number, task in enumerate(tasks):
         tokens = len(task.span) * max(len(rows[i]) for i in task.span)
-        order = sorted(task.masks, key=_walk_order)
-        places = [sorted(_position(block) for block in mask) for mask in order]
-        after = [costs.of_mask(b, _parting(a, b)) for a, b in pairwise(places)]
-        alone = [costs.of_mask(place) for place in places]
-        for mask, own, rest in zip(order, alone, [alone[0], *after], strict=True):
-            leaves.append(_Leaf(number, mask, tokens * own, tokens * rest))
+        leaves += [_Leaf(number, mask, tokens * alone, tokens * after) for mask, alone, after in walks[task.masks]]
     low, high = max(leaf.alone for leaf in leaves), sum(leaf.after for leaf in leaves)
     while low < high:
         middle = (low + high) // 2
@@ -74,9 +71,23 @@ def share_out(tasks: Sequence[Task], rows: Rows, pieces: int, costs: WalkCosts) 
     return shared
 
 
-def unfinished(tasks: Sequence[Task], units: Iterable[Unit]) -> list[Task]:
-    """What is left of tasks once some units are known; those may cover parts of a task's rows."""
-    done = {(unit.mask, unit.start + offset) for unit in units for offset in range(len(unit.loss))}
+def _fill(leaves: Sequence[_Leaf], limit: int) -> list[list[_Leaf]]:
+    """Cut the leaves into the fewest runs whose cost stays within `limit`."""
+    pieces: list[list[_Leaf]] = []
+    cost = limit
+    for leaf in leaves:
+        if cost + leaf.after > limit:
+            pieces.append([])
+            cost = leaf.alone
+        else:
+            cost += leaf.after
+        pieces[-1].append(leaf)
+    return pieces
+
+
+def unfinished(tasks: Sequence[Task], known: Iterable[ScoredRows]) -> list[Task]:
+    """What is left of tasks once some values are known; those may cover parts of a task's rows."""
+    done = {(scored.mask, scored.start + offset) for scored in known for offset in range(len(scored.loss))}
     left: dict[Task, list[Mask]] = {}
     for task in tasks:
         for mask in task.masks:
@@ -87,32 +98,3 @@ def unfinished(tasks: Sequence[Task], units: Iterable[Unit]) -> list[Task]:
                     rest = range(missing[start], missing[stop - 1] + 1)
                     left.setdefault(replace(task, span=rest, masks=()), []).append(mask)
     return [replace(task, masks=tuple(masks)) for task, masks in left.items()]
-
-
-def _fill(leaves: Sequence[_Leaf], limit: int) -> list[list[_Leaf]]:
-    """Cut the leaves into the fewest runs whose cost stays within `limit`."""
-    runs: list[list[_Leaf]] = []
-    cost = limit
-    for leaf in leaves:
-        if cost + leaf.after > limit:
-            runs.append([])
-            cost = leaf.alone
-        else:
-            cost += leaf.after
-        runs[-1].append(leaf)
-    return runs
-
-
-def _position(block: BlockId) -> int:
-    """Place of a block in the walk: layer by layer, MHA before MLP."""
-    return 2 * block.layer + (block.kind is BlockKind.MLP)
-
-
-def _walk_order(mask: Mask) -> list[float]:
-    """Where masks part, the walk first runs the side without the block."""
-    return [*sorted(_position(block) for block in mask), float("inf")]
-
-
-def _parting(before: Sequence[int], removed: Sequence[int]) -> int:
-    """The first position at which two different masks part."""
-    return min(set(before) ^ set(removed))

@@ -1,16 +1,15 @@
 """Scoring a model that is larger than memory: one pass over the weights for all masks, one layer held at a time.
 
 Decides what is in memory when. The arithmetic is the engine's own (`engine.py`), so for the same batches every value
-is bit for bit the same; only the order differs, breadth first instead of depth first:
+is the same to the bit. Only the order differs, breadth first instead of depth first:
 
     embed the rows of every task
     for each layer: read its weights; advance every distinct state (masks that agree so far share one); drop them
     for every state: norm, head, loss
 
-A state at rest is a tile [B, T, H]. Tiles stay in RAM as far as it goes, the others in an unlinked file where TMPDIR
-says. Weights are read with `preadv` into the memory they are used from, never mapped, and those of blocks that every
-mask removes are not read. All of this is planned in bytes before the first weight is read, and refused if it cannot
-fit. Which masks are asked for is decided above.
+A state at rest is a tile [B, T, H]. Tiles stay in RAM while there is room; the others go to an unlinked file in
+TMPDIR. Weights are read with `preadv` into the memory they are used from, never mapped; those of blocks that every
+mask removes are not read. The pass is planned in bytes before the first weight is read, and refused if it cannot fit.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -30,53 +30,48 @@ from torch import Tensor
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.core.errors import DeviceMemoryError, InputError, StorageError
 from blockpruner.model.models import resolve_device
-from blockpruner.scoring.engine import (
-    REFERENCED,
-    Batch,
-    Engine,
-    LayerKwargs,
-    is_out_of_memory,
-    map_tensors,
-)
-from blockpruner.scoring.influences import INFLUENCES
+from blockpruner.scoring.engine import Batch, Engine, LayerKwargs, is_out_of_memory, map_tensors
 from blockpruner.scoring.large.memory import available_memory, free_on, is_in_memory, resident_memory
 from blockpruner.scoring.large.weights import Weights, aligned, memory_of, read_into, skeleton
-from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task, Unit
+from blockpruner.scoring.walk import runs, walk
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task
 
 SCRATCH_BYTES = 48 * 2**20
-"""Allowance for what no tensor shows: code of the kernels, paged in by their first use, their packing buffers, and
+"""Allowance for memory outside tensors: code of the kernels, paged in at their first use, their packing buffers, and
 what the allocator cannot give back."""
 
 TILE_SHARE = 0.9
-"""Of the memory left, that tiles may take: other processes want some, and so do pages on their way to the disk."""
+"""Share of the memory left that tiles may take; other processes need some, and so do pages on their way to disk."""
 
 Shape = tuple[int, int]
 """Rows and padded tokens of a batch, [B, T]."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one pass needs, in bytes, and what there is; made before anything is read.
-
-    weights_read: in this pass; weights_held: at most at once, in the dtype of scoring; working: beside weights and
-    tiles, for one state; tile: of one state at rest; tiles: states at rest at most; ram_tiles: of these in RAM;
-    resident: what the process holds already; needed, available: beyond that, of main memory (on a CPU all of the
-    above); device_needed, device_available: of the device's own memory, 0 on a CPU; spill_place, spill_free: where
-    the other tiles go; batch_tokens: of the engine.
-    """
+class PassPlan:
+    """What one pass needs, in bytes, and what there is; made before anything is read."""
 
     weights_read: int
     weights_held: int
+    """At most at once, in the dtype of scoring."""
     working: int
+    """For one state, in addition to weights and tiles."""
     tile: int
+    """One state at rest."""
     tiles: int
+    """The largest number of states at rest."""
     ram_tiles: int
+    """How many of them are in RAM."""
     resident: int
+    """What the process holds already."""
     needed: int
+    """Main memory in addition to `resident`; on a CPU all of the above."""
     available: int
     device_needed: int
+    """The device's own memory; 0 on a CPU."""
     device_available: int
     spill_place: str
+    """Where the other tiles go."""
     spill_free: int
     batch_tokens: int
 
@@ -125,13 +120,14 @@ class Plan:
 
 @dataclass
 class _Work:
-    """A task under way: its batch, and its distinct states, each with the slot of its tile."""
+    """A task under way."""
 
     task: Task
     batch: Batch
     shape: torch.Size
     layer_kwargs: LayerKwargs
     states: list[tuple[Sequence[Mask], int]]
+    """The distinct states, each as the masks that share it and the slot of its tile."""
 
 
 class StreamingEngine(Engine):
@@ -139,16 +135,16 @@ class StreamingEngine(Engine):
 
     Args:
         checkpoint: a directory with config.json and safetensors, whole or in shards.
-        dtype, device, attention, trust_remote_code: as in `models.load_model`, but for one device.
-        batch_tokens: as in `Engine`. A pass reads the weights once, however many batches there are.
-        note: is told the plan of each pass.
-        advance: is told the layers done, of how many, and the last one's name.
-        tile_memory: bytes of RAM for tiles at most; None is nine tenths of what is left.
-        memory: bytes of main memory that a pass may take; None is what is free.
+        dtype, device, attention, trust_remote_code: as in `models.load_model`, on one device.
+        batch_tokens: as in `Engine`; a pass reads the weights once for all batches.
+        note: receives the plan of each pass.
+        advance: receives the layers done, their number, and the last one's name.
+        tile_memory: most bytes of RAM for tiles; None allows nine tenths of what is left.
+        memory: bytes of main memory that a pass may take; None allows all that is free.
 
     Attributes:
-        plan: of the last pass.
-        weight_bytes_read, spill_bytes_read, spill_bytes_written: over all passes.
+        plan: the plan of the last pass.
+        weight_bytes_read, spill_bytes_read, spill_bytes_written: sums over all passes.
 
     Raises:
         InputError: unsupported family, weights that do not match the config, or an attention that is not installed.
@@ -169,19 +165,17 @@ class StreamingEngine(Engine):
         memory: int | None = None,
     ) -> None:
         if sys.platform != "linux":
-            raise InputError(
-                "runtime.streaming: true needs Linux, where it can know how much memory there is; set it to false"
-            )
+            raise InputError("runtime.streaming: true needs Linux, where the free memory can be known; set it to false")
         self._memory = memory
         self._place = resolve_device(device)
         model = skeleton(checkpoint, dtype, self._place, attention, trust_remote_code)
         super().__init__(model, 1)
         self._weights = weights = Weights(model, checkpoint, self._place)
         self._note, self._advance, self._tile_memory = note, advance, tile_memory
-        layers, norm, head = (f"{path}." for path in (self._row.layers, self._row.final_norm, self._row.head))
+        layers, norm, head = (f"{path}." for path in (self._family.layers, self._family.final_norm, self._family.head))
         outer = [name for name in weights.names if not name.startswith(layers)]
         self._after = [name for name in outer if all(use.startswith(head) for use in weights.names[name])]
-        # kept from the embedding to the end: what the head shares with it, and the norm, which `_prepare` runs too
+        # kept from the embedding to the end: weights that both it and the head use, and the norm, which `_prepare` runs
         self._kept = [
             name
             for name in outer
@@ -192,7 +186,7 @@ class StreamingEngine(Engine):
             map(weights.bytes, (self._before, self._after, *self._layer_names(DENSE)))
         )
         self._batch_tokens = self._auto_batch_tokens(held) if batch_tokens == "auto" else int(batch_tokens)
-        self.plan: Plan | None = None
+        self.plan: PassPlan | None = None
         self.spill_bytes_read = self.spill_bytes_written = 0
 
     @property
@@ -210,17 +204,18 @@ class StreamingEngine(Engine):
         self._weights.close()
 
     @torch.inference_mode()
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[Unit]:
-        """Yield the units of each task, all at the end of one pass over the weights.
+    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
+        """Yield the values of each task, all at the end of one pass over the weights.
 
         Raises:
-            NonFiniteLossError: a loss is NaN or infinite; names mask and row. Units yielded before are good.
+            InputError: an influence, which is not streamed.
+            NonFiniteLossError: a loss is NaN or infinite; names mask and row. Values yielded before are good.
             DeviceMemoryError: the pass cannot fit into memory and disk; known before anything is read.
-            StorageError: the space for tiles on disk could not be had.
+            StorageError: the disk has no space for the tiles.
         """
         if not tasks:
             return
-        influence = next((task.loss for task in tasks if task.loss in INFLUENCES), None)
+        influence = next((task.metric.name for task in tasks if task.metric.influence), None)
         if influence is not None:
             raise InputError(
                 f"score.metric {influence} takes one forward pass of the model in memory, it is not streamed; set "
@@ -248,7 +243,7 @@ class StreamingEngine(Engine):
             self.spill_bytes_written += tiles.bytes_written
             tiles.close()
 
-    def _pass(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> Iterator[Unit]:
+    def _pass(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> Iterator[ScoredRows]:
         works = self._embedded(tasks, rows, tiles)
         layers = self._layer_names(_removed(tasks))
         slab = self._weights.slab(max(map(self._weights.bytes, layers)))
@@ -262,7 +257,7 @@ class StreamingEngine(Engine):
         self._weights.load(self._after)
         for work in works:
             for masks, slot in work.states:
-                yield from self._units(masks, tiles.get(slot, work.shape), work.batch, work.task, rows)
+                yield from self._scored(masks, tiles.get(slot, work.shape), work.batch, work.task, rows)
 
     def _embedded(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> list[_Work]:
         self._weights.load(self._kept)
@@ -279,35 +274,28 @@ class StreamingEngine(Engine):
         return works
 
     def _advanced(self, layer: int, work: _Work, tiles: _Tiles) -> Iterator[tuple[Sequence[Mask], int]]:
-        """The states of a task after a layer; of those that come of one state, one takes over its slot."""
+        """The states of a task after a layer. Among those that come from one state, one takes over its slot."""
         per_layer = len(self._steps) // self.layers
-        steps = range(layer * per_layer, (layer + 1) * per_layer)
+        steps = self._steps[layer * per_layer : (layer + 1) * per_layer]
         for masks, slot in work.states:
-            parts = self._split(steps, masks)
-            unchanged = all(BlockId(kind, layer) in parts[0][0] for kind in BlockKind)
-            fresh = [tiles.new() for _ in parts[1:]]
-            # a slot is written over by the last result alone, when nothing more is computed from what it held
+            groups, ran = zip(*runs(steps, masks), strict=True)
+            unchanged = not ran[0]  # the first group keeps the fewest blocks, perhaps none
+            fresh = [tiles.new() for _ in groups[1:]]
+            # only the last result goes over the old state, when nothing more is computed from it
             slots = [slot, *fresh] if unchanged else [*fresh, slot]
             if fresh or not unchanged:
                 hidden = tiles.get(slot, work.shape)
-                results = self._walk(steps, hidden, masks, work.layer_kwargs)
+                results = walk(steps, masks, hidden, partial(self._forward, work.layer_kwargs))
                 for target, (_, result) in zip(slots, results, strict=True):
                     if result is not hidden:
                         tiles.put(target, result)
-            yield from zip(parts, slots, strict=True)
-
-    def _split(self, steps: range, masks: Sequence[Mask]) -> list[Sequence[Mask]]:
-        """The masks grouped as `_walk` groups them, in its order, without computing anything."""
-        groups = [masks]
-        for position in steps:
-            groups = [part for group in groups for _, part in self._parts(position, group)]
-        return groups
+            yield from zip(groups, slots, strict=True)
 
     def _layer_names(self, removed: Mask) -> list[list[str]]:
         """For each layer the names of its weights, without those that only blocks of `removed` use."""
         result = []
         for layer in range(self.layers):
-            prefix = f"{self._row.layers}.{layer}."
+            prefix = f"{self._family.layers}.{layer}."
             gone, used = set[str](), set[str]()
             for kind in BlockKind:
                 (gone if BlockId(kind, layer) in removed else used).update(self._modules(layer, kind))
@@ -317,17 +305,17 @@ class StreamingEngine(Engine):
         return result
 
     def _modules(self, layer: int, kind: BlockKind) -> list[str]:
-        branch = self._row.branch(kind)
-        return [f"{self._row.layers}.{layer}.{name}." for name in (branch.module, *branch.norms)]
+        branch = self._family.branch(kind)
+        return [f"{self._family.layers}.{layer}.{name}." for name in (branch.module, *branch.norms)]
 
-    def plan_of(self, tasks: Sequence[Task], rows: Rows) -> Plan:
-        """What a pass over these tasks needs; nothing is read."""
+    def plan_of(self, tasks: Sequence[Task], rows: Rows) -> PassPlan:
+        """Plan a pass over these tasks; nothing is read."""
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
-        compared = any(task.loss in REFERENCED for task in tasks)
+        compared = any(task.metric.reference for task in tasks)
         tokens = sum(len(rows[i]) for i in {i for task in tasks for i in task.span}) if compared else 0
         tile = aligned(max(batch * length for batch, length in shapes) * hidden * item)
-        tiles = sum(len(self._split(range(len(self._steps)), task.masks)) for task in tasks)
+        tiles = sum(len(set(task.masks)) for task in tasks)
         layers, size = self._layer_names(_removed(tasks)), self._weights.bytes
         carried = size(self._kept) + self._argument_bytes(set(shapes))
         spare = 2 * tile  # a tile on its way from or to another place
@@ -350,7 +338,7 @@ class StreamingEngine(Engine):
         )
         place = tempfile.gettempdir()
         cuda = self._place.type == "cuda"
-        return Plan(
+        return PassPlan(
             weights_read=self._weights.stored_bytes([*self._before, *self._kept, *self._after, *chain(*layers)]),
             weights_held=size(self._kept) + max(weights for weights, _, _ in phases),
             working=max(working for _, working, _ in phases),
@@ -367,9 +355,9 @@ class StreamingEngine(Engine):
             batch_tokens=self._batch_tokens,
         )
 
-    # What follows bounds, in bytes, what lives at once for a batch, beside weights and the tiles at rest. Norms compute
-    # in float32 at least, with three copies. What a block makes between its matrices is as wide as they are, and three
-    # (MHA: with rotary halves and repeated heads) or two (MLP) such sets exist at most.
+    # The next methods bound the bytes that live at once for a batch, in addition to weights and tiles at rest. Norms
+    # compute in float32 at least, with three copies. States within a block are as wide as its matrices; at most three
+    # such sets (MHA: with rotary halves and repeated heads) or two (MLP) exist.
 
     def _norm_bytes(self, shape: Shape) -> int:
         item = self._head.weight.element_size()
@@ -382,7 +370,7 @@ class StreamingEngine(Engine):
         (batch, length), config, item = shape, self._model.config, self._head.weight.element_size()
         widths = (
             max(
-                copies * sum(w.numel() for w in getattr(layer, self._row.branch(kind).module).parameters())
+                copies * sum(w.numel() for w in getattr(layer, self._family.branch(kind).module).parameters())
                 for layer in self._layers
                 for kind, copies in ((BlockKind.MHA, 3), (BlockKind.MLP, 2))
             )
@@ -401,18 +389,18 @@ class StreamingEngine(Engine):
         return 2 * self._norm_bytes(shape) + tokens * vocabulary * logits
 
     def _argument_bytes(self, shapes: Iterable[Shape]) -> int:
-        """Of what the layers are passed, for distinct shapes: a mask for each kind of attention, rotary tables."""
+        """Arguments of the layers, for distinct shapes: a mask for each kind of attention, rotary tables."""
         config, item = self._model.config, self._head.weight.element_size()
         mask = item if config._attn_implementation == "eager" else 1
-        # a bias for each head is made in float32 at least, of distances in int64, then narrowed, then masked
-        biases = config.num_attention_heads * (item + max(item, 4)) + 8 if self._row.alibi else 0
+        # a bias for each head is made in float32 at least, from distances in int64, then narrowed, then masked
+        biases = config.num_attention_heads * (item + max(item, 4)) + 8 if self._family.alibi else 0
         return sum(
             length**2 * (2 * batch * mask + biases) + 4 * length * config.hidden_size * item for batch, length in shapes
         )
 
 
 class _Distinct:
-    """Gives equal tensors as one object: batches of one shape have the same masks and rotary tables."""
+    """Returns equal tensors as one object: batches of one shape have the same masks and rotary tables."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
@@ -427,9 +415,9 @@ class _Distinct:
 
 
 class _Tiles:
-    """States at rest, in slots: the first in RAM, as many as the plan says, the others in an unlinked file."""
+    """States at rest, in slots: the first `plan.ram_tiles` in RAM, the others in an unlinked file."""
 
-    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, plan: PassPlan, dtype: torch.dtype, device: torch.device) -> None:
         self._size, self._dtype, self._device, self._used = plan.tile, dtype, device, 0
         self._ram = torch.empty(plan.ram_tiles, plan.tile, dtype=torch.uint8)
         self._arrival = torch.empty(plan.tile if plan.spill else 0, dtype=torch.uint8)
@@ -460,7 +448,7 @@ class _Tiles:
             data, offset = data[written:], offset + written
 
     def get(self, slot: int, shape: torch.Size) -> Tensor:
-        """The state on the device; on a CPU it may be the slot itself, or lie where the next `get` puts its own."""
+        """The state on the device; on a CPU the next `put` to the slot, or the next `get`, may overwrite it."""
         if slot < len(self._ram):
             return self._tensor(self._ram[slot], shape).to(self._device)
         found = self._tensor(self._arrival, shape)
@@ -479,7 +467,7 @@ class _Tiles:
 
 
 def _removed(tasks: Sequence[Task]) -> Mask:
-    """The blocks that every mask removes."""
+    """Blocks that every mask removes."""
     return frozenset.intersection(*(mask for task in tasks for mask in task.masks))
 
 
