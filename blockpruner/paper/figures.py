@@ -133,7 +133,7 @@ def _curves(methods: Mapping[str, str], of: Of, title: str) -> Draw:
 KINDS = {"MHA only": "MHA only", "MLP only": "MLP only", BLOCKPRUNER: "both (BlockPruner)"}
 METRICS = {BLOCKPRUNER: "perplexity", "BlockPruner by BI": "Block Influence", "BlockPruner by RM": "relative magnitude"}
 RATIOS = {name: name for name in (BLOCKPRUNER, "ShortGPT", "Relative Magnitude", "greedy layers (SLEB)")}
-ACCURACY, NLL = "average accuracy, %", "held-out perplexity"
+ACCURACY, PERPLEXITY = "average accuracy, %", "held-out perplexity"
 
 
 def _share(axes: Axes, evidence: Evidence) -> None:
@@ -219,7 +219,7 @@ def _scatter(setting: str, of: Callable[[Pace], float], title: str) -> Draw:
         scale_(axes, shown)
         axes.margins(x=0.08, y=0.12)
         axes.set_xlabel(title)
-        axes.set_ylabel(NLL)
+        axes.set_ylabel(PERPLEXITY)
         axes.legend(fontsize=7.5)
 
     return panel
@@ -283,7 +283,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "figure4",
         "Figure 4. MHA only, MLP only, both",
         "Average accuracy (± 1 standard error) and held-out perplexity where only one kind of block may be removed.",
-        (("", _curves(KINDS, _accuracy, ACCURACY)), ("", _curves(KINDS, _perplexity, NLL))),
+        (("", _curves(KINDS, _accuracy, ACCURACY)), ("", _curves(KINDS, _perplexity, PERPLEXITY))),
         _measured("MHA only", "MLP only"),
         "the study has no search of one kind of block",
     ),
@@ -299,7 +299,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "figure6",
         "Figure 6. Perplexity, Block Influence, relative magnitude",
         "The same greedy search by three metrics: average accuracy (± 1 standard error) and held-out perplexity.",
-        (("", _curves(METRICS, _accuracy, ACCURACY)), ("", _curves(METRICS, _perplexity, NLL))),
+        (("", _curves(METRICS, _accuracy, ACCURACY)), ("", _curves(METRICS, _perplexity, PERPLEXITY))),
         _measured("BlockPruner by BI", "BlockPruner by RM"),
         "the study has no greedy search by BI and RM",
     ),
@@ -308,7 +308,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "Figure 7. Calibration: size and source",
         "BlockPruner calibrated on each set, at the budget of the sensitivity study: average accuracy (± 1 standard "
         "error) and held-out perplexity; the square is the run’s own calibration.",
-        (("", _levels(_accuracy, ACCURACY)), ("", _levels(_perplexity, NLL))),
+        (("", _levels(_accuracy, ACCURACY)), ("", _levels(_perplexity, PERPLEXITY))),
         lambda e: bool(e.varied(BLOCKPRUNER, "calibration")) and e.at(BLOCKPRUNER, e.sensitivity) is not None,
         "the study varies no calibration",
     ),
@@ -324,7 +324,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "figure10",
         "Figure 10. Methods over ratios",
         "Average accuracy (± 1 standard error) and held-out perplexity of each method at its budgets.",
-        (("", _curves(RATIOS, _accuracy, ACCURACY)), ("", _curves(RATIOS, _perplexity, NLL))),
+        (("", _curves(RATIOS, _accuracy, ACCURACY)), ("", _curves(RATIOS, _perplexity, PERPLEXITY))),
         _measured(BLOCKPRUNER, "ShortGPT"),
         "the study has no curves",
     ),

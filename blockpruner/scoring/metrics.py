@@ -35,7 +35,7 @@ class Metric:
     reference: bool = False
     """Compares with the logits of the dense model."""
     answers: bool = False
-    """Of the right answers to benchmark items, which calibration rows must then hold."""
+    """Needs rows of items, in which only the right answers are scored."""
 
     @property
     def key(self) -> str:
@@ -48,80 +48,45 @@ class Metric:
 
     @property
     def compute(self) -> Callable[..., Any]:
-        found: Callable[..., Any] = (
-            pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
-        )
-        return found
+        found: Any = pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
+        return found  # type: ignore[no-any-return]
 
 
 LOSSES, INFLUENCES = "blockpruner.scoring.losses:", "blockpruner.scoring.influences:"
 
 NLL = Metric(
-    "perplexity",
-    LOSSES + "token_nll",
-    title="perplexity",
-    rise_title="NLL rise",
-    units_text="nats per token",
-    formula="the mean of -log p(token), the logarithm of perplexity (arXiv 2406.10594)",
-)
-"""Its trials are stored under "perplexity", as those of every earlier version."""
+    "perplexity", LOSSES + "token_nll", "perplexity", "nats per token",
+    "the mean of -log p(token), the logarithm of perplexity (arXiv 2406.10594)", "NLL rise",
+)  # fmt: skip
+"""Its trials are stored under "perplexity", as they always were."""
 
-METRICS: Registry[Metric] = Registry(
-    "score.metric",
-    Metric,
-    [
-        NLL,
-        Metric(
-            "answer_likelihood",
-            LOSSES + "token_nll",
-            title="likelihood of the right answers",
-            rise_title="NLL rise",
-            units_text="nats per token of the right answer",
-            formula="the mean of -log p(token) over the right answers of multiple-choice items",
-            answers=True,
-            stored_as=NLL.key,  # in such calibration rows the answers are the only scored tokens
-        ),
-        Metric(
-            "kl",
-            LOSSES + "token_kl",
-            title="KL divergence",
-            rise_title="KL divergence rise",
-            units_text="nats per token",
-            formula="KL(p || q) from the dense model's distribution p to the pruned model's q",
-            reference=True,
-        ),
-        Metric(
-            "js",
-            LOSSES + "token_js",
-            title="JS divergence",
-            rise_title="JS divergence rise",
-            units_text="nats per token",
-            formula="KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (FinerCut, arXiv 2405.18218)",
-            reference=True,
-        ),
-        Metric(
-            "block_influence",
-            INFLUENCES + "block_influence",
-            title="Block Influence",
-            units_text="1 - cosine",
-            formula="1 - the mean of cos(x, x + f) (ShortGPT, arXiv 2403.03853)",
-            influence=True,
-        ),
-        Metric(
-            "relative_magnitude",
-            INFLUENCES + "relative_magnitude",
-            title="relative magnitude",
-            units_text="ratio of norms",
-            formula="the mean of |f| / |x + f| (weight subcloning, arXiv 2312.09299)",
-            influence=True,
-        ),
-        Metric(
-            "relative_magnitude_frobenius",
-            INFLUENCES + "relative_magnitude_frobenius",
-            title="relative magnitude (Frobenius)",
-            units_text="ratio of norms",
-            formula="|F| / |X + F| over all tokens of a row, Frobenius norms",
-            influence=True,
-        ),
-    ],
-)
+METRICS = Registry("score.metric", Metric, [
+    NLL,
+    Metric(
+        "answer_likelihood", LOSSES + "token_nll", "likelihood of the right answers",
+        "nats per token of the right answer", "the mean of -log p(token) over the right answers of items", "NLL rise",
+        stored_as=NLL.key, answers=True,
+    ),
+    Metric(
+        "kl", LOSSES + "token_kl", "KL divergence", "nats per token",
+        "KL(p || q) from the dense model's distribution p to the pruned model's q", "KL divergence rise",
+        reference=True,
+    ),
+    Metric(
+        "js", LOSSES + "token_js", "JS divergence", "nats per token",
+        "KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (FinerCut, arXiv 2405.18218)", "JS divergence rise",
+        reference=True,
+    ),
+    Metric(
+        "block_influence", INFLUENCES + "block_influence", "Block Influence", "1 - cosine",
+        "1 - the mean of cos(x, x + f) (ShortGPT, arXiv 2403.03853)", influence=True,
+    ),
+    Metric(
+        "relative_magnitude", INFLUENCES + "relative_magnitude", "relative magnitude", "ratio of norms",
+        "the mean of |f| / |x + f| (weight subcloning, arXiv 2312.09299)", influence=True,
+    ),
+    Metric(
+        "relative_magnitude_frobenius", INFLUENCES + "relative_magnitude_frobenius",
+        "relative magnitude (Frobenius)", "ratio of norms", "|F| / |X + F| over all tokens of a row", influence=True,
+    ),
+])  # fmt: skip
