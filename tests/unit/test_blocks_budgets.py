@@ -7,14 +7,14 @@ from blockpruner.core.blocks import (
     BlockKind,
     all_blocks,
     format_mask,
-    pack,
+    pack_layers,
     parse_block,
     parse_mask,
     removable_units,
 )
 from blockpruner.core.budgets import choose_prefix, goal_of, is_settled, parse_budget, require_reachable, resources_of
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import count_kv_cache, count_parameters, family_of
+from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters
 from blockpruner.paper.shapes import SHAPES
 from blockpruner.search.space import is_settled as settled_for_a_goal
 from blockpruner.search.space import nearest as nearest_mask
@@ -215,7 +215,7 @@ def test_packing_keeps_the_order_in_the_fewest_layers():
     """Against all ways to cut what is left into layers."""
     for removed in map(frozenset, chain.from_iterable(combinations(all_blocks(4), n) for n in range(9))):
         left = [b for layer in range(4) for kind in BlockKind if (b := BlockId(kind, layer)) not in removed]
-        packed = pack(removed, 4)
+        packed = pack_layers(removed, 4)
         unpacked = [
             BlockId(kind, layer)
             for parts in packed
@@ -229,8 +229,8 @@ def test_packing_keeps_the_order_in_the_fewest_layers():
 
 
 def test_unsupported_family_names_the_supported():
-    with pytest.raises(InputError, match=r"'mamba' is not supported; supported: .*llama, .*qwen3_moe\..*docs"):
-        family_of("mamba")
+    with pytest.raises(InputError, match=r"'mamba' is unknown; valid: llama, .*qwen3_moe, .*docs"):
+        FAMILIES["mamba"]
 
 
 def test_cached_values():
