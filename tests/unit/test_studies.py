@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Calibration, LocalModel, Runtime, Score
+from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Runtime, Score, Study
 from blockpruner.evaluation import suite
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
@@ -18,7 +18,7 @@ from blockpruner.inputs.texts import TEXTS
 from blockpruner.methods import score
 from blockpruner.methods.kind import make_plan
 from blockpruner.model.models import load_model, masked
-from blockpruner.paper.evaluation import Candidate, Pruned, evaluate_study, time_study, unique
+from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
 from blockpruner.paper.experiments import Variant
 from blockpruner.paper.studies import Search, Setting, load_plans, model_facts, model_name, search_all
 from blockpruner.search.trace import Current
@@ -136,7 +136,7 @@ def test_models_in_memory_are_the_masked_model_and_leave_the_dense_one_whole(wor
     weights = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
     before = dense.model(input_ids=ids).logits
     for candidate in candidates(world):
-        pruned = Pruned(dense, candidate).model
+        pruned = CandidateModel(dense, candidate).model
         logits = pruned(input_ids=ids).logits
         if candidate.plan.kind == "mask":
             with masked(load_model(world.root / "model", "float32", "cpu"), candidate.plan.mask) as reference:
@@ -161,20 +161,24 @@ def test_evaluation_of_a_study(world, monkeypatch):
     write_table(world.root / "sources" / "perplexity.parquet", pa.table({"text": ["word " * 60]}, schema=TEXTS))
     write_table(world.root / "sources" / "wikitext.parquet", pa.table({"text": ["other " * 60]}, schema=TEXTS))
     write_tasks(world.root / "sources" / "tasks", location=world.root / "sources" / "tasks")
-    wanted = candidates(world)
+    wanted, short = candidates(world), {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2, "batch": 1}
+    tasks = {"data": {"source": "path", "path": "nowhere"}, "tasks": ["piqa"], "limit": 3}
+    settings = Evaluate(perplexity={"data": DATA, "seq_len": 40, "max_rows": 2}, zero_shot=tasks, speed=short)
+    study = Study(
+        main={"block": "0.2", "layer": "0.2"}, sensitivity="0.2", tasks=["winogrande"], tasks_limit=2,
+        wikitext={"seq_len": 30, "max_rows": 1}, speed=short | {"new_tokens": 2},
+    )  # fmt: skip
 
     def evaluate():
         dense = Checkpoint(world.root / "model", "float32", "cpu", False)
         evaluate_study(
             dense, wanted, world.root / "sources", world.root / "results", world.root / "store",
-            perplexity={"seq_len": 40, "max_rows": 2}, tasks={"piqa": 3}, main_tasks={"winogrande": 2},
-            wikitext={"seq_len": 30, "max_rows": 1}, observer=SilentObserver(),
+            settings=settings, study=study, observer=SilentObserver(),
         )  # fmt: skip
-        speed = {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2, "batch": 1}
-        settings = {"main": speed, "timed": speed | {"new_tokens": 2}}
         time_study(
-            dense, wanted, world.root / "speed", world.root / "store", settings=settings, observer=SilentObserver()
-        )
+            dense, wanted, world.root / "speed", world.root / "store",
+            settings={"main": settings.speed, "timed": study.speed}, observer=SilentObserver(),
+        )  # fmt: skip
         return files(world.root / "results") | files(world.root / "speed")
 
     first = evaluate()
