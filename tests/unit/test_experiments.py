@@ -7,9 +7,9 @@ import yaml
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Run
+from blockpruner.methods.registry import check_score
 from blockpruner.paper.experiments import METHODS, variants
 from blockpruner.params import load_run, load_set
-from blockpruner.search import search_settings
 
 ROOT = Path(__file__).parents[2]
 SETS = yaml.safe_load((ROOT / "runs" / "sets.yaml").read_text())
@@ -27,7 +27,7 @@ def test_every_search_of_the_shipped_sets_is_valid_and_named_once(name):
         found = variants(run)
         assert len({v.name for v in found}) == len({v.slug for v in found}) == len(found)
         for variant in found:
-            search_settings(variant.score.model_dump(exclude_none=True, exclude={"latency"}))
+            check_score(variant.score)
             assert variant.budgets and len(set(variant.budgets)) == len(variant.budgets)
             assert variant.main is None or variant.main in variant.budgets
             assert set(variant.timed) <= set(variant.budgets)

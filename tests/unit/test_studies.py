@@ -3,23 +3,27 @@
 import json
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Calibration, Evaluate, Runtime, Score, Speed, Study
+from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Runtime, Score, Study
 from blockpruner.evaluation import suite
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.texts import write_texts
-from blockpruner.methods.laco.merging import ModelBench
+from blockpruner.inputs.checkpoints import SOURCE_FILE
+from blockpruner.inputs.texts import TEXTS
+from blockpruner.methods import score
+from blockpruner.methods.kind import make_plan
 from blockpruner.model.models import load_model, masked
 from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
 from blockpruner.paper.experiments import Variant
-from blockpruner.paper.studies import Search, Setting, load_plans, search_all
-from blockpruner.scoring.scorers import LazyScorer, make_scorer
-from blockpruner.store.files import read_json
+from blockpruner.paper.studies import Search, Setting, load_plans, model_facts, model_name, search_all
+from blockpruner.search.trace import Current
+from blockpruner.store.files import write_json, write_table
+from tests.builders import small_config
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
 
@@ -44,21 +48,19 @@ VARIANTS = (
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    """A study after its searches. `made` has an entry for each model that was loaded to be scored."""
     root = tmp_path_factory.mktemp("study")
     save_tiny(root / "model", max_position_embeddings=512)
-    made = []
-
-    def scorer():
-        made.append(1)
-        return make_scorer(root / "model", "float32", Runtime(device="cpu"))
-
-    setting = Setting(
-        "tiny", "tiny", "float32", read_json(root / "model" / "config.json"),
-        tiny_tokenizer, lambda data: TEXTS_OF_WORLD, root / "trials", LazyScorer(scorer),
-        lambda rows: ModelBench(load_model(root / "model", "float32", "cpu"), rows, lambda *step: None),
-    )  # fmt: skip
-    search_all(VARIANTS, root / "scores", root / "plans", setting, SilentObserver())
-    return SimpleNamespace(root=root, setting=setting, made=made)
+    write_json(root / "model" / SOURCE_FILE, {"identity": "tiny"})
+    made, make = [], score.make_scorer
+    model = LocalModel(source="path", path=str(root / "model"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "make_scorer", lambda *args, **kwargs: made.append(1) or make(*args, **kwargs))
+        opened = score.open_material(root / "model", model, Runtime(device="cpu"), root / "trials", SilentObserver())
+        with opened as material:
+            setting = Setting("tiny", material, tiny_tokenizer, lambda data: TEXTS_OF_WORLD)
+            search_all(VARIANTS, root / "scores", root / "plans", setting)
+            yield SimpleNamespace(root=root, setting=setting, made=made)
 
 
 def files(folder):
@@ -69,20 +71,13 @@ def test_each_search_leads_to_its_plans(world):
     found = {v.name: Search.load(world.root / "plans" / v.slug) for v in VARIANTS}
     assert len(world.made) == 1  # one model for all of them
     base = found["BlockPruner"]
-    assert (
-        base.rows == 6
-        and base.tokens == 6 * 20
-        and len(base.order) >= 2
-        and len(base.perplexities) == len(base.order) + 1
-    )
+    assert (base.rows, base.tokens) == (6, 6 * 20)
+    assert len(base.order) >= 2 and len(base.perplexities) == len(base.order) + 1
     assert set(base.first) == {f"{kind}.{layer}" for kind in ("mha", "mlp") for layer in range(4)}
     assert base.order[0] == min(base.first, key=base.first.get)
     assert base.cost["computed"] == base.cost["asked"] > 0
-    plans = load_plans(world.root / "plans", VARIANTS[0])
-    assert {budget: plan.order for budget, plan in plans.items()} == {
-        "2blocks": base.order[:2],
-        "1blocks": base.order[:1],
-    }
+    plans = {budget: plan.order for budget, plan in load_plans(world.root / "plans", VARIANTS[0]).items()}
+    assert plans == {"2blocks": base.order[:2], "1blocks": base.order[:1]}
     one_shot = found["one-shot"]  # its scores are BlockPruner's first iteration
     assert one_shot.cost["computed"] < one_shot.cost["asked"]
     assert one_shot.order[:2] == tuple(sorted(base.first, key=base.first.get)[:2])
@@ -93,31 +88,46 @@ def test_each_search_leads_to_its_plans(world):
 def test_a_second_time_computes_nothing_and_writes_the_same(world):
     before, made = files(world.root / "plans"), len(world.made)
     (world.root / "plans" / "of-yesterday").mkdir()
-    search_all(VARIANTS, world.root / "scores", world.root / "plans", world.setting, SilentObserver())
+    search_all(VARIANTS, world.root / "scores", world.root / "plans", world.setting)
     assert len(world.made) == made
     assert files(world.root / "plans") == before and not (world.root / "plans" / "of-yesterday").exists()
 
 
 def candidates(world):
+    """All that the searches lead to; the two of BlockPruner are timed, the main one in two settings."""
     found = []
     for v in VARIANTS:
         rows = CalibrationSet.load(world.root / "plans" / v.slug / "rows.parquet")
         for budget, plan in load_plans(world.root / "plans", v).items():
-            found.append(
-                Candidate(
-                    plan,
-                    rows,
-                    main=budget == v.budgets[0],
-                    timed=frozenset(
-                        {"main", "timed"}
-                        if v.name == "BlockPruner" and budget == "2blocks"
-                        else {"timed"}
-                        if v.name == "BlockPruner"
-                        else ()
-                    ),
-                )
-            )
+            main = budget == v.budgets[0]
+            timed = {"timed", *(["main"] if main else [])} if v.name == "BlockPruner" else ()
+            found.append(Candidate(plan, rows, main=main, timed=frozenset(timed)))
     return found
+
+
+MERGES = {"merges": [[2, 1], [0, 1]], "variant": "repo"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "facts", "name", "other"),
+    [
+        ("mask", {"removed": ("mha.0", "mlp.2")}, {"removed": ["mha.0", "mlp.2"]}, "6c8bb6810c6d7eba",
+         {"removed": ("mha.0",)}),
+        ("laco", {"details": MERGES | {"threshold": 0.5, "layers": 2}}, MERGES, "beda59d9b92b291c",
+         {"details": MERGES | {"variant": "paper"}}),
+        ("slicegpt", {"details": {"width": 24, "hidden": 32}}, {"width": 24, "rows": "digest"}, "93a29b99624165f7",
+         {"details": {"width": 16, "hidden": 32}}),
+    ],
+)  # fmt: skip
+def test_a_model_has_the_name_that_it_always_had(kind, plan, facts, name, other):
+    """Facts and names of commit 6f2353f: results of evaluated models are stored under them."""
+    current = Current(kind, "s", True, Score(), {}, {"rows": 3, "tokens": 30})
+    plan, other = (
+        make_plan(current, "2blocks", small_config(4), perplexities=(2.0, 3.0), **fields) for fields in (plan, other)
+    )
+    assert model_facts(plan, "digest") == {"kind": kind} | facts
+    assert model_name(plan, "digest") == name != model_name(other, "digest")
+    assert (model_name(plan, "digest") != model_name(plan, "other rows")) == (kind == "slicegpt")
 
 
 def test_models_in_memory_are_the_masked_model_and_leave_the_dense_one_whole(world):
@@ -148,28 +158,27 @@ def test_searches_that_lead_to_one_model_ask_for_it_once(world):
 
 def test_evaluation_of_a_study(world, monkeypatch):
     monkeypatch.chdir(world.root)
-    write_texts(world.root / "sources" / "perplexity.parquet", ["word " * 60])
-    write_texts(world.root / "sources" / "wikitext.parquet", ["other " * 60])
+    write_table(world.root / "sources" / "perplexity.parquet", pa.table({"text": ["word " * 60]}, schema=TEXTS))
+    write_table(world.root / "sources" / "wikitext.parquet", pa.table({"text": ["other " * 60]}, schema=TEXTS))
     write_tasks(world.root / "sources" / "tasks", location=world.root / "sources" / "tasks")
-    wanted = candidates(world)
-    asked = Evaluate(
-        perplexity={"data": DATA, "seq_len": 40, "max_rows": 2},
-        zero_shot={"data": {"source": "hub"}, "tasks": ["piqa"], "limit": 3},
-    )
-    main = {"block": "2blocks", "layer": "1layers"}
-    study = Study(main=main, sensitivity="1blocks", tasks=["winogrande"], tasks_limit=2,
-                  wikitext={"seq_len": 30, "max_rows": 1})  # fmt: skip
+    wanted, short = candidates(world), {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2, "batch": 1}
+    tasks = {"data": {"source": "path", "path": "nowhere"}, "tasks": ["piqa"], "limit": 3}
+    settings = Evaluate(perplexity={"data": DATA, "seq_len": 40, "max_rows": 2}, zero_shot=tasks, speed=short)
+    study = Study(
+        main={"block": "0.2", "layer": "0.2"}, sensitivity="0.2", tasks=["winogrande"], tasks_limit=2,
+        wikitext={"seq_len": 30, "max_rows": 1}, speed=short | {"new_tokens": 2},
+    )  # fmt: skip
 
     def evaluate():
         dense = Checkpoint(world.root / "model", "float32", "cpu", False)
         evaluate_study(
             dense, wanted, world.root / "sources", world.root / "results", world.root / "store",
-            settings=asked, study=study, observer=SilentObserver(),
+            settings=settings, study=study, observer=SilentObserver(),
         )  # fmt: skip
-        settings = {name: Speed(prompt_tokens=4, new_tokens=n, repeats=2) for name, n in (("main", 3), ("timed", 2))}
         time_study(
-            dense, wanted, world.root / "speed", world.root / "store", settings=settings, observer=SilentObserver()
-        )
+            dense, wanted, world.root / "speed", world.root / "store",
+            settings={"main": settings.speed, "timed": study.speed}, observer=SilentObserver(),
+        )  # fmt: skip
         return files(world.root / "results") | files(world.root / "speed")
 
     first = evaluate()
@@ -184,10 +193,8 @@ def test_evaluation_of_a_study(world, monkeypatch):
         assert sum(item["acc_norm"] for item in own) / 3 == pytest.approx(model["tasks"]["piqa"]["value"])
     timed = json.loads((world.root / "speed" / "speed.json").read_text())
     assert set(timed["dense"]) == {"main", "timed"} and set(timed[wanted[0].name]) == {"main", "timed"}
-    assert (
-        set(timed[wanted[1].name]) == {"timed"}
-        and len(timed["dense"]["main"]["dense"]["decode_seconds"]["samples"]) == 2
-    )
+    assert set(timed[wanted[1].name]) == {"timed"}
+    assert len(timed["dense"]["main"]["dense"]["decode_seconds"]["samples"]) == 2
 
     def no_model(*args, **kwargs):
         raise AssertionError("a model was loaded although everything is stored")
