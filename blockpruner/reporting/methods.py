@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from blockpruner.core.blocks import BlockKind
-from blockpruner.reporting.inputs import Target
+from blockpruner.core.plan import Plan
 from blockpruner.scoring.metrics import metric_of
 
 SEARCH_WORDS: Mapping[str, str] = {
@@ -39,22 +39,19 @@ PRICE_WORDS: Mapping[str, str] = {
 }
 
 
-def method_words(target: Target) -> str:
-    """For instance "one-shot, whole layers, by Block Influence"; what LoRA did after it is not said."""
-    plan = target.plan
+def method_words(plan: Plan, unit: str) -> str:
+    """For instance "one-shot, whole layers, by Block Influence". `unit`: what was removed at once, in words."""
     if plan.kind == "laco":
         return f"LaCo ({plan.details['variant']}), layers merged, by cosine similarity"
     if plan.kind == "slicegpt":
         return "SliceGPT, hidden width sliced"
-    assert target.considered is not None
-    words = f"{SEARCH_WORDS[plan.method]}, {target.considered.unit}"
+    words = f"{SEARCH_WORDS[plan.method]}, {unit}"
     price = PRICE_WORDS.get(plan.options.get("per", "none"), "")
     return words if plan.method in UNSCORED else f"{words}, by {METRIC_WORDS[plan.metric]}{price}"
 
 
-def taken_out(target: Target) -> str:
+def taken_out(plan: Plan) -> str:
     """For instance "3 MHA + 4 MLP"."""
-    plan = target.plan
     if plan.kind == "slicegpt":
         return f"width {plan.details['hidden']:,} → {plan.details['width']:,}"
     if plan.kind == "laco":
@@ -62,9 +59,9 @@ def taken_out(target: Target) -> str:
     return " + ".join(f"{plan.blocks[kind]} {kind.upper()}" for kind in BlockKind)
 
 
-def cost_words(target: Target) -> tuple[str, str]:
+def cost_words(plan: Plan) -> tuple[str, str]:
     """What the search compared candidates by, and its unit: for instance ("NLL rise", "nats per token")."""
-    metric = metric_of(target.plan.metric)
+    metric = metric_of(plan.metric)
     if metric.influence:
         return METRIC_WORDS[metric.name], metric.unit
     name = {"kl": "KL divergence rise", "js": "JS divergence rise"}.get(metric.loss, "NLL rise")
