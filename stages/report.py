@@ -7,8 +7,8 @@ from typing import Any
 from blockpruner.core.progress import observer
 from blockpruner.core.settings import Run
 from blockpruner.params import load_params, load_run
-from blockpruner.reporting.inputs import RunLabels
 from blockpruner.reporting.report import write_report
+from blockpruner.reporting.results import RunLabels
 from stages import DATA, run
 
 

@@ -456,7 +456,7 @@ def reported(world: World) -> Any:
         found = read(path)
         path.write_text(json.dumps(found | {"speed": _fixed(found["speed"])}))
     report.main("")
-    cells = [cell.strip() for line in open("data/report/report.md") if line[0] == "|" for cell in line.split("|")]
+    cells = [cell.strip() for line in open("data/report/report.md") if line[0] == "|" for cell in line.split("|")]  # noqa: SIM115
     return {
         **{path.name: list(csv.reader(open(path))) for path in sorted(Path("data/report").glob("*.csv"))},
         "cells": [cell for cell in cells if re.search(r"\d", cell) and not re.search("[a-z]", cell)],

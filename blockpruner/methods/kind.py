@@ -121,6 +121,8 @@ class Kind:
     """What is gone, for instance "3 MHA + 4 MLP"."""
     card: Callable[[Plan], str] = lambda plan: f"with weights changed by `{plan.method}`"
     """What was done to the model, as a clause of its model card."""
+    steps: Callable[[Plan], str] = lambda plan: ""
+    """What the plan does, step by step, where the report has no table of it."""
     passes: Callable[[Any, int, int], int] = lambda options, depth, budgets: 0
     """How many forward passes it needs beyond one of the dense model: from its options, the model's layers and the
     number of budgets. Only forecasts use it."""

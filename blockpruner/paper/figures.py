@@ -1,7 +1,7 @@
-"""The figures of the paper and the plots that go beyond it, each a panel for every computed run of a set.
+"""The figures of the paper and the plots that go beyond it, each with a panel for every computed run of a set.
 
-Decides what is drawn. A figure is one row of FIGURES; how a figure becomes bytes is decided in `reporting.plots`. The
-paper's figures are curves without published numbers, so that only what is measured here is in them.
+Decides what is drawn. A figure is one row of FIGURES. The paper's figures are curves without published numbers, so
+only what is measured here is in them.
 """
 
 from __future__ import annotations
@@ -15,125 +15,92 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from blockpruner.core.blocks import BlockKind, parse_mask
-from blockpruner.paper.advice import advice
-from blockpruner.paper.beyond import Found
-from blockpruner.paper.evidence import Entry, Evidence, Model, Pace
+from blockpruner.paper.evidence import MAIN, Entry, Evidence
 from blockpruner.paper.experiments import BLOCKPRUNER
-from blockpruner.reporting.plots import BLUE, GREY, INK, MARKS, ORANGE, Plot, grid_, render, scale_
+from blockpruner.reporting import plots
+from blockpruner.reporting.plots import BLUE, GREY, MARKS, ORANGE, REMOVED, Plot
+from blockpruner.reporting.results import TIMED, Pace
 
 Draw = Callable[[Axes, Evidence], None]
-REMOVED = "parameters removed, %"
+ACCURACY, PERPLEXITY = "average accuracy, %", "held-out perplexity"
 
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """panels: (title, what draws it) of one run; has: whether a study measured it; missing: why one did not."""
+    """A figure with a row of panels for each run that has it."""
 
     name: str
     title: str
     caption: str
     panels: tuple[tuple[str, Draw], ...]
+    """Of one run: their titles, and what draws them."""
     has: Callable[[Evidence], bool]
+    """Whether a study measured it."""
     missing: str
+    """Why a study did not."""
     height: float = 3.2
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A figure, or the sentence that says why there is none."""
-
-    figure: PaperFigure
-    plot: Plot | None
-
-
-def draw(figure: PaperFigure, found: Found) -> Drawn:
-    """One row of panels for each run that has it."""
-    shown = [(model, evidence) for model, evidence in found if figure.has(evidence)]
+def draw(figure: PaperFigure, found: Sequence[Evidence]) -> Plot | str:
+    """The figure, or the sentence on why there is none."""
+    shown = [evidence for evidence in found if figure.has(evidence)]
     if not shown:
-        return Drawn(figure, None)
+        return f"No figure: {figure.missing}."
     count = len(figure.panels)
 
     def fill(canvas: Figure) -> None:
         grid = canvas.subplots(len(shown), count, squeeze=False)
-        for row, (model, evidence) in zip(grid, shown, strict=True):
+        for row, evidence in zip(grid, shown, strict=True):
             for axes, (title, panel) in zip(row, figure.panels, strict=True):
-                grid_(axes)
+                plots.grid_(axes)
                 panel(axes, evidence)
-                axes.set_title(" · ".join(part for part in (model, title) if part))
+                axes.set_title(" · ".join(part for part in (evidence.dense.subject, title) if part))
 
-    width = max(10.0, 5.0 * count)
-    return Drawn(figure, render(figure.name, figure.caption, True, (width, figure.height * len(shown)), fill))
+    return plots.render(figure.name, figure.caption, (max(10.0, 5.0 * count), figure.height * len(shown)), fill)
 
 
 def _influence(method: str) -> Draw:
     """Figure 1: the influence of each unit of the dense model, from a search's first iteration."""
 
     def panel(axes: Axes, evidence: Evidence) -> None:
-        first = evidence.searches[method].first
         by_kind: dict[str, dict[int, float]] = {}
-        for unit, value in first.items():
+        for unit, value in evidence.searches[method].first.items():
             blocks = sorted(parse_mask(unit), key=lambda block: block.order)
             title = "layer" if len(blocks) > 1 else blocks[0].kind.upper()
             by_kind.setdefault(title, {})[blocks[0].layer] = value
         for (title, values), (colour, shape) in zip(sorted(by_kind.items()), MARKS, strict=False):
-            axes.plot(
-                *zip(*sorted(values.items()), strict=True),
-                color=colour,
-                marker=shape,
-                markersize=4,
-                linewidth=1.2,
-                label=title,
-            )
+            x, y = zip(*sorted(values.items()), strict=True)
+            axes.plot(x, y, color=colour, marker=shape, markersize=4, linewidth=1.2, label=title)
         axes.set_yscale("log")
-        axes.set_xlabel("layer")
-        axes.set_ylabel("Block Influence")
+        plots.label_(axes, "layer", "Block Influence")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
 
     return panel
 
 
-Of = Callable[[Model], float]
-
-
-def _accuracy(model: Model) -> float:
-    return 100 * model.average
-
-
-def _perplexity(model: Model) -> float:
-    return model.perplexity
-
-
-def _curves(methods: Mapping[str, str], of: Of, title: str) -> Draw:
+def _curves(methods: Mapping[str, str]) -> tuple[tuple[str, Draw], ...]:
     """Quality against ratio, a line for each method, all from the dense model. methods: to what they are called."""
 
-    def panel(axes: Axes, evidence: Evidence) -> None:
-        shown = [of(evidence.dense)]
+    def panel(axes: Axes, evidence: Evidence, is_accuracy: bool) -> None:
+        shown = []
         for (method, name), (colour, shape) in zip(methods.items(), MARKS, strict=False):
-            entries = evidence.of(method)
-            if not entries:
+            options = [evidence.dense, *evidence.of(method)]
+            if len(options) == 1:
                 continue
-            values = [of(evidence.dense), *(of(entry.model) for entry in entries)]
-            errors = [100 * model.stderr for model in (evidence.dense, *(entry.model for entry in entries))]
-            axes.errorbar(
-                [0.0, *(100 * entry.ratio for entry in entries)], values,
-                [error if np.isfinite(error) else 0.0 for error in errors] if of is _accuracy else None,
-                color=colour, marker=shape, markersize=5, linewidth=1.3, capsize=2, elinewidth=0.8, label=name,
-            )  # fmt: skip
-            shown += values
-        if of is _perplexity:
-            scale_(axes, shown)
-        axes.set_xlabel(REMOVED)
-        axes.set_ylabel(title)
+            x = [100 * option.ratio for option in options]
+            if is_accuracy:
+                plots.accuracy_(axes, x, [option.model.average for option in options], colour, shape, name)
+            else:
+                y = [option.model.perplexity for option in options]
+                axes.plot(x, y, color=colour, marker=shape, markersize=5, linewidth=1.3, label=name)
+                shown += y
+        if not is_accuracy:
+            plots.scale_(axes, shown)
+        plots.label_(axes, REMOVED, ACCURACY if is_accuracy else PERPLEXITY)
         axes.legend()
 
-    return panel
-
-
-KINDS = {"MHA only": "MHA only", "MLP only": "MLP only", BLOCKPRUNER: "both (BlockPruner)"}
-METRICS = {BLOCKPRUNER: "perplexity", "BlockPruner by BI": "Block Influence", "BlockPruner by RM": "relative magnitude"}
-RATIOS = {name: name for name in (BLOCKPRUNER, "ShortGPT", "Relative Magnitude", "greedy layers (SLEB)")}
-ACCURACY, PERPLEXITY = "average accuracy, %", "held-out perplexity"
+    return ("", lambda axes, found: panel(axes, found, True)), ("", lambda axes, found: panel(axes, found, False))
 
 
 def _share(axes: Axes, evidence: Evidence) -> None:
@@ -143,93 +110,82 @@ def _share(axes: Axes, evidence: Evidence) -> None:
     steps = np.arange(1, len(order) + 1)
     axes.plot(steps, 100 * mha / steps, color=BLUE, marker="o", markersize=3.5, linewidth=1.2)
     for entry in evidence.of(BLOCKPRUNER):
-        count = sum(entry.plan.blocks.values())
+        count = sum(entry.blocks.values())
         if 0 < count <= len(steps):
             axes.axvline(count, color=GREY, linestyle=":", linewidth=0.9)
             axes.annotate(f"{100 * entry.ratio:.0f} %", (count, 3), fontsize=7.5, ha="right", rotation=90)
     axes.set_ylim(0, 104)
-    axes.set_xlabel("blocks removed")
-    axes.set_ylabel("MHA among them, %")
+    plots.label_(axes, "blocks removed", "MHA among them, %")
 
 
-def _levels(of: Of, title: str) -> Draw:
-    """Figure 7: every calibration set at the budget of the sensitivity study."""
+def _levels(of: Callable[[Entry], tuple[float, float]], title: str) -> tuple[str, Draw]:
+    """Figure 7: every calibration set at the budget of the sensitivity study. of: a value and its error."""
 
     def panel(axes: Axes, evidence: Evidence) -> None:
         base = evidence.at(BLOCKPRUNER, evidence.sensitivity)
         assert base is not None
         entries = [base, *evidence.varied(BLOCKPRUNER, "calibration")]
-        entries.sort(key=lambda entry: evidence.searches[entry.variant.name].tokens)
-        names = [
-            f"{entry.variant.level or 'base'} ({evidence.searches[entry.variant.name].tokens:,} tokens)"
-            for entry in entries
-        ]
-        errors = [100 * e.model.stderr if of is _accuracy and np.isfinite(e.model.stderr) else 0.0 for e in entries]
-        for i, (entry, error) in enumerate(zip(entries, errors, strict=True)):
+        entries.sort(key=lambda entry: entry.search.tokens)
+        for i, entry in enumerate(entries):
+            value, error = of(entry)
             colour, shape = (ORANGE, "s") if entry is base else (BLUE, "o")
             axes.errorbar(
-                of(entry.model),
-                i,
-                xerr=error or None,
-                color=colour,
-                marker=shape,
-                markersize=6,
-                capsize=3,
-                linestyle="none",
-            )
+                value, i, xerr=error if 0 < error < np.inf else None, color=colour, marker=shape, markersize=6,
+                capsize=3, linestyle="none",
+            )  # fmt: skip
+        names = [f"{entry.variant.level or 'base'} ({entry.search.tokens:,} tokens)" for entry in entries]
         axes.set_yticks(range(len(names)), names)
-        axes.set_xlabel(title)
+        plots.label_(axes, title)
 
-    return panel
-
-
-def _rate(pace: Pace) -> float:
-    return pace.rate("decode")
+    return "", panel
 
 
-def _memory(pace: Pace) -> float:
-    return pace.memory_bytes / 2**20
+def _scatter(of: Callable[[Pace], float], title: str) -> tuple[tuple[str, Draw], ...]:
+    """Held-out perplexity against what a model costs to run, a marker a method, labels the ratio; in two settings."""
 
-
-def _scatter(setting: str, of: Callable[[Pace], float], title: str) -> Draw:
-    """Held-out perplexity against what a model costs to run, a marker a method, labels the ratio."""
-
-    def panel(axes: Axes, evidence: Evidence) -> None:
-        dense = evidence.speeds[setting]
-        axes.plot(of(dense), evidence.dense.perplexity, "*", color=INK, markersize=11, label="dense")
+    def panel(axes: Axes, evidence: Evidence, setting: str) -> None:
+        plots.star_(axes, of(evidence.dense.races[setting].dense), evidence.dense.model.perplexity, "dense")
         by_method: dict[str, list[Entry]] = {}
         for entry in evidence.timed(setting):
             by_method.setdefault(entry.method, []).append(entry)
-        shown = [evidence.dense.perplexity]
-        for (method, entries), (colour, shape) in zip(by_method.items(), _marks(len(by_method)), strict=True):
-            x = [of(entry.model.races[setting].pruned) for entry in entries]
-            y = [entry.model.perplexity for entry in entries]
+        shown = [evidence.dense.model.perplexity]
+        for (method, entries), (colour, shape) in zip(by_method.items(), MANY_MARKS, strict=False):
+            places = [(of(entry.races[setting].pruned), entry.model.perplexity) for entry in entries]
+            x, y = zip(*places, strict=True)
             line = "-" if len(entries) > 1 else "none"
             axes.plot(x, y, line, color=colour, marker=shape, markersize=6.5, linewidth=0.7, label=method)
-            if len(entries) > 1:
-                for entry, at in zip(entries, zip(x, y, strict=True), strict=True):
-                    axes.annotate(f"{100 * entry.ratio:.0f}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            for entry, at in zip(entries, places, strict=True) if len(entries) > 1 else ():
+                axes.annotate(f"{100 * entry.ratio:.0f}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
             shown += y
-        best = advice(evidence).best
-        if best is not None and setting in best.model.races:
-            axes.plot(
-                of(best.model.races[setting].pruned), best.model.perplexity, "o", markersize=14, markerfacecolor="none",
-                markeredgecolor=ORANGE, markeredgewidth=1.8,
-            )  # fmt: skip
-        scale_(axes, shown)
+        best = evidence.best
+        if best is not None and setting in best.races:
+            plots.ring_(axes, of(best.races[setting].pruned), best.model.perplexity)
+        plots.scale_(axes, shown)
         axes.margins(x=0.08, y=0.12)
-        axes.set_xlabel(title)
-        axes.set_ylabel(PERPLEXITY)
+        plots.label_(axes, title, PERPLEXITY)
         axes.legend(fontsize=7.5)
 
-    return panel
+    return (
+        ("every budget", lambda axes, found: panel(axes, found, TIMED)),
+        ("all methods", lambda axes, found: panel(axes, found, MAIN)),
+    )
 
 
-def _marks(count: int) -> list[tuple[str, str]]:
-    """MARKS, then again in the other order of shapes, so that twice as many methods stay apart."""
-    shapes = [shape for _, shape in MARKS]
-    again = [(colour, shape) for (colour, _), shape in zip(MARKS, shapes[3:] + shapes[:3], strict=True)]
-    return [*MARKS, *again][:count]
+SHAPES = [shape for _, shape in MARKS]
+MANY_MARKS = [*MARKS, *((colour, shape) for (colour, _), shape in zip(MARKS, SHAPES[3:] + SHAPES[:3], strict=True))]
+"""MARKS, then again in the other order of shapes: twice as many methods stay apart."""
+
+KINDS = {"MHA only": "MHA only", "MLP only": "MLP only", BLOCKPRUNER: "both (BlockPruner)"}
+METRICS = {BLOCKPRUNER: "perplexity", "BlockPruner by BI": "Block Influence", "BlockPruner by RM": "relative magnitude"}
+RATIOS = {name: name for name in (BLOCKPRUNER, "ShortGPT", "Relative Magnitude", "greedy layers (SLEB)")}
+
+
+def _timed(evidence: Evidence) -> bool:
+    return {TIMED, MAIN} <= evidence.dense.races.keys()
+
+
+def _measured(*methods: str) -> Callable[[Evidence], bool]:
+    return lambda evidence: all(len(evidence.of(method)) > 0 for method in methods)
 
 
 SCATTERS: tuple[PaperFigure, ...] = (
@@ -241,11 +197,8 @@ SCATTERS: tuple[PaperFigure, ...] = (
         "of Table 1, in Table 6’s setting. The star is the dense model, the ring the recommended stopping point. "
         "Tokens/s of models timed minutes apart drift with the machine; the speed-ups in the table are measured in "
         "turns.",
-        (
-            ("every budget", _scatter("timed", _rate, "decode, tokens/s")),
-            ("all methods", _scatter("main", _rate, "decode, tokens/s")),
-        ),
-        lambda e: {"timed", "main"} <= e.speeds.keys(),
+        _scatter(lambda pace: pace.rate("decode"), "decode, tokens/s"),
+        _timed,
         "no model is timed",
         4.4,
     ),
@@ -254,19 +207,12 @@ SCATTERS: tuple[PaperFigure, ...] = (
         "Quality against memory",
         "The same against the memory of weights and KV cache (on a GPU: the allocated peak), lower and further left is "
         "better.",
-        (
-            ("every budget", _scatter("timed", _memory, "memory, MiB")),
-            ("all methods", _scatter("main", _memory, "memory, MiB")),
-        ),
-        lambda e: {"timed", "main"} <= e.speeds.keys(),
+        _scatter(lambda pace: pace.memory_bytes / 2**20, "memory, MiB"),
+        _timed,
         "no model is timed",
         4.4,
     ),
 )
-
-
-def _measured(*methods: str) -> Callable[[Evidence], bool]:
-    return lambda evidence: all(len(evidence.of(method)) > 0 for method in methods)
 
 
 FIGURES: tuple[PaperFigure, ...] = (
@@ -283,7 +229,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "figure4",
         "Figure 4. MHA only, MLP only, both",
         "Average accuracy (± 1 standard error) and held-out perplexity where only one kind of block may be removed.",
-        (("", _curves(KINDS, _accuracy, ACCURACY)), ("", _curves(KINDS, _perplexity, PERPLEXITY))),
+        _curves(KINDS),
         _measured("MHA only", "MLP only"),
         "the study has no search of one kind of block",
     ),
@@ -299,7 +245,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "figure6",
         "Figure 6. Perplexity, Block Influence, relative magnitude",
         "The same greedy search by three metrics: average accuracy (± 1 standard error) and held-out perplexity.",
-        (("", _curves(METRICS, _accuracy, ACCURACY)), ("", _curves(METRICS, _perplexity, PERPLEXITY))),
+        _curves(METRICS),
         _measured("BlockPruner by BI", "BlockPruner by RM"),
         "the study has no greedy search by BI and RM",
     ),
@@ -308,7 +254,10 @@ FIGURES: tuple[PaperFigure, ...] = (
         "Figure 7. Calibration: size and source",
         "BlockPruner calibrated on each set, at the budget of the sensitivity study: average accuracy (± 1 standard "
         "error) and held-out perplexity; the square is the run’s own calibration.",
-        (("", _levels(_accuracy, ACCURACY)), ("", _levels(_perplexity, PERPLEXITY))),
+        (
+            _levels(lambda e: (100 * e.model.average.value, 100 * e.model.average.stderr), ACCURACY),
+            _levels(lambda e: (e.model.perplexity, 0.0), PERPLEXITY),
+        ),
         lambda e: bool(e.varied(BLOCKPRUNER, "calibration")) and e.at(BLOCKPRUNER, e.sensitivity) is not None,
         "the study varies no calibration",
     ),
@@ -324,16 +273,8 @@ FIGURES: tuple[PaperFigure, ...] = (
         "figure10",
         "Figure 10. Methods over ratios",
         "Average accuracy (± 1 standard error) and held-out perplexity of each method at its budgets.",
-        (("", _curves(RATIOS, _accuracy, ACCURACY)), ("", _curves(RATIOS, _perplexity, PERPLEXITY))),
+        _curves(RATIOS),
         _measured(BLOCKPRUNER, "ShortGPT"),
         "the study has no curves",
     ),
 )
-
-
-def figures(found: Sequence[tuple[str, Evidence]]) -> list[Drawn]:
-    return [draw(figure, found) for figure in FIGURES]
-
-
-def scatters(found: Sequence[tuple[str, Evidence]]) -> list[Drawn]:
-    return [draw(figure, found) for figure in SCATTERS]

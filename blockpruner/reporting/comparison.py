@@ -1,7 +1,6 @@
-"""What can stand in for one dense model, over all runs of it: which options there are, and which none betters.
+"""What can stand in for one dense model, over all runs of it: the options, and those that no other betters.
 
-Decides which runs may be compared, which targets are of one size, and what is on a front. How it is shown is decided
-in `tables` and `plots`.
+Decides which runs may be compared, which models count as of one size, and what is on a front.
 """
 
 from __future__ import annotations
@@ -9,58 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from blockpruner.reporting.inputs import Result, Study, Target
-from blockpruner.reporting.methods import method_words
+from blockpruner.reporting.inputs import Study
+from blockpruner.reporting.results import Option
 
 BAND = 0.015
-"""Targets whose ratios differ by no more than this share of all parameters count as of one size: half of a layer of a
-32-layer model, which is as near as whole layers come to a budget."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """A model to choose: a target, or the dense model (target None)."""
-
-    study: Study
-    target: Target | None
-
-    @property
-    def name(self) -> str:
-        return self.target.name if self.target else "dense"
-
-    @property
-    def method(self) -> str:
-        if self.target is None:
-            return ""
-        return method_words(self.target) + (" + LoRA" if self.target.plan.recover else "")
-
-    @property
-    def result(self) -> Result:
-        return self.target.result if self.target else self.study.dense
-
-    @property
-    def ratio(self) -> float:
-        """Share of the parameters removed."""
-        return self.target.plan.ratio if self.target else 0.0
-
-    @property
-    def speedup(self) -> float:
-        """Of generation, over the dense model, both measured in turns."""
-        return self.target.speedups.generation if self.target else 1.0
-
-    @property
-    def cache_saved(self) -> float:
-        """Share of the dense model's KV cache."""
-        return 1 - self.result.speed.kv_cache_bytes / self.study.dense.speed.kv_cache_bytes
+"""Models whose ratios differ by no more than this share of all parameters count as of one size. It is half of a layer
+of a 32-layer model, as near as whole layers come to a budget."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What pruning may be for. name: for machines; title: of an axis; of: of an option, more is better."""
+    """What pruning may be for."""
 
     name: str
+    """As in the name of a CSV column."""
     title: str
+    """Of an axis."""
     of: Callable[[Option], float]
+    """More is better."""
 
 
 SPEED = Gain("speed", "generation speed-up, ×", lambda option: option.speedup)
@@ -78,17 +43,16 @@ class Comparison:
     @property
     def options(self) -> tuple[Option, ...]:
         """The dense model, then all targets by run."""
-        targets = (Option(study, target) for study in self.studies for target in study.targets)
-        return (Option(self.studies[0], None), *targets)
+        return (self.studies[0].dense, *(target for study in self.studies for target in study.targets))
 
     def front(self, gain: Gain) -> list[Option]:
         """The options that no other betters in held-out perplexity and `gain` together, the least gain first."""
         options = self.options
-        members = front([(-gain.of(option), option.result.perplexity) for option in options])
+        members = front([(-gain.of(option), option.model.perplexity) for option in options])
         return sorted((options[i] for i in members), key=gain.of)
 
     def bands(self) -> list[list[Option]]:
-        """Targets of one size (BAND), the least pruned first; in a band by run, so that the first run leads."""
+        """Targets of one size (BAND), the least pruned first; within a band by run, so the first run leads."""
         targets = self.options[1:]
         found: list[list[Option]] = []
         for option in sorted(targets, key=lambda option: option.ratio):
@@ -102,9 +66,10 @@ def comparisons(studies: Sequence[Study]) -> list[Comparison]:
     """Group runs whose results may be compared, in order of appearance."""
     groups: dict[object, list[Study]] = {}
     for study in studies:
-        dense, labels = study.dense, study.labels
-        text = (labels.heldout, dense.heldout_rows, dense.heldout_tokens)
-        key = (labels.model, dense.parameters, text, labels.tasks, frozenset(dense.items), dense.speed.setting)
+        dense, labels = study.dense.model, study.labels
+        text = (labels.heldout, dense.heldout.rows, dense.heldout.tokens)
+        items = tuple((task, *numbers.tolist()) for task, numbers in sorted(dense.items.items()))
+        key = (labels.model, dense.parameters, text, labels.tasks, items, study.dense.race.dense.setting)
         groups.setdefault(key, []).append(study)
     return [Comparison(tuple(group)) for group in groups.values()]
 
@@ -112,7 +77,7 @@ def comparisons(studies: Sequence[Study]) -> list[Comparison]:
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices, ascending, of the points that no other dominates (Pareto front); in both coordinates less is better.
 
-    A point dominates another if it is no worse in both and better in one; equal points do not dominate each other.
+    A point dominates another if it is no worse in both and better in one. Equal points do not dominate each other.
     """
     members: list[int] = []
     for i in sorted(range(len(points)), key=points.__getitem__):

@@ -1,7 +1,7 @@
-"""What the numbers mean: a sentence per target, signs of failed pruning, and where to stop.
+"""What the numbers mean: signs of failed pruning, where to stop, and a sentence on each pruned model.
 
-Decides the rules and their thresholds, each a named constant with its reason. A finding is a value; how it is shown
-is decided in `html` and `markdown`.
+Decides the rules and their thresholds, each a named constant with its reason. They hold for the targets of a run and
+for the budgets of the paper's methods alike.
 """
 
 from __future__ import annotations
@@ -10,46 +10,52 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from statistics import mean, median
 
-from blockpruner.core.blocks import BlockKind, format_mask
+from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.core.budgets import speedup
-from blockpruner.reporting.formats import listed, number, percent, signed_points, times
-from blockpruner.reporting.inputs import Removal, Study, Target, paired
-from blockpruner.reporting.methods import UNSCORED, method_words, taken_out
+from blockpruner.core.plan import Plan
+from blockpruner.methods.registry import KINDS
+from blockpruner.reporting.formats import listed, number, percent, times
+from blockpruner.reporting.grids import difference
+from blockpruner.reporting.inputs import Study, Target
+from blockpruner.reporting.results import Model, Option
+from blockpruner.reporting.statistics import Estimate, average, differences
+from blockpruner.scoring.metrics import METRICS
+from blockpruner.search.registry import SEARCHES
 
 JUMP_FACTOR = 3.0
 """A removal is a jump if it costs this many times the median of the removals before it. Greedy costs grow steadily,
 each seldom above twice the last median, so three times is a break in the curve and not its slope."""
 
 JUMP_NATS = 0.1
-"""... and costs at least this much (perplexity times 1.11): below it, three times next to nothing is still nothing."""
+"""... and costs at least this much (perplexity times 1.11). Below it, three times next to nothing is still nothing."""
 
 COLLAPSE_NATS = math.log(1.5)
-"""A removal that multiplies perplexity by 1.5 is a jump whatever came before it, the first two removals included,
-which have no median to be held against."""
+"""A removal that multiplies perplexity by 1.5 is a jump whatever came before it. The first two removals can be such a
+jump as well, although no median precedes them."""
 
 MISMATCH_FACTOR = 1.5
-"""Held-out and calibration text differ, so their perplexities rise at different rates; a held-out rise (in nats) one
-and a half times the calibration rise means that the search spared what the calibration text needs and cut what the
+"""Held-out and calibration text differ, so their perplexities rise at different rates. If the held-out rise (in nats)
+is one and a half times the calibration rise, the search spared what the calibration text needs and cut what the
 held-out text needs."""
 
 MISMATCH_NATS = 0.1
-"""... and the held-out rise must exceed that bound by this much (perplexity times 1.11), the size of the difference
-between two held-out samples of a few thousand tokens."""
+"""... and the held-out rise must exceed that bound by this much (perplexity times 1.11). This is the size of the
+difference between two held-out samples of a few thousand tokens."""
 
 HIGH_RATIO = 0.1
 """Below a tenth of the parameters the expected gain (11 %) is about the spread of repeated timings."""
 
 LOW_GAIN = 0.5
-"""Time of generation is bound by reading weights, so removing the share r of them should give a speed-up of
-1 / (1 - r); less than half of that gain is little. MLP blocks hold most parameters, MHA blocks much of the time and
+"""Reading weights bounds the time of generation, so removing the share r of them should give a speed-up of
+1 / (1 - r). Less than half of that gain is little. MLP blocks hold most parameters, MHA blocks much of the time and
 all of the KV cache, so mostly-MLP pruning has this sign."""
 
 KNEE_MARGIN = 0.05
-"""A stop before the fastest safe target must keep at least this much more of the speed gain than of the loss: less
-is the spread of timings."""
+"""A stop before the fastest safe model must keep at least this much more of the speed gain than of the loss. Less is
+the spread of timings."""
 
 
 class Level(StrEnum):
@@ -61,34 +67,39 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """rule: its short name, stable for tests and machines; title and text: plain text, no markup."""
+    """A sentence for people, in plain text without markup."""
 
     level: Level
     rule: str
+    """Its short name, stable for tests and machines."""
     title: str
     text: str
 
 
 def findings(study: Study) -> list[Finding]:
-    mismatched = [target for target in study.targets if is_mismatch(study, target)]
-    slow = [target for target in study.targets if is_slow(target)]
+    """All that the report of targets says of one run."""
     return [
-        *(_outcome(study, target) for target in study.targets),
-        *(_jump_warning(study, target) for target in study.traces if first_jump(target.removals) is not None),
-        *([_mismatch_warning(study, mismatched)] if mismatched else []),
-        *([_slow_warning(slow)] if slow else []),
-        _recommendation(study),
+        *(_outcome(target) for target in study.targets),
+        *warnings(study.targets, study.traces),
+        stop(study.targets),
         _noise(study),
     ]
 
 
-def first_jump(removals: tuple[Removal, ...]) -> int | None:
-    """Index of the first removal whose NLL rise breaks the curve, or None."""
-    return jump_of([removal.rise for removal in removals])
+def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Finding]:
+    """Signs of failed pruning among pruned models.
+
+    Args:
+        traces: of each removal sequence, the model that is pruned the most.
+    """
+    found = [*(_jump(trace, options) for trace in traces), _mismatch(options), _slow(options)]
+    return [finding for finding in found if finding]
 
 
-def jump_of(rises: Sequence[float]) -> int | None:
-    """Index of the first NLL rise that breaks the curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), or None."""
+def jump_at(option: Option) -> int | None:
+    """Index of the first removal of a search that breaks its curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), or None."""
+    losses = [math.log(perplexity) for perplexity in option.curve]
+    rises = [after - before for before, after in pairwise(losses)]
     for i, rise in enumerate(rises):
         usual = i >= 2 and rise >= max(JUMP_NATS, JUMP_FACTOR * median(rises[:i]))
         if usual or rise >= COLLAPSE_NATS:
@@ -96,48 +107,63 @@ def jump_of(rises: Sequence[float]) -> int | None:
     return None
 
 
-def is_mismatch(study: Study, target: Target) -> bool:
+def has_jump(option: Option) -> bool:
+    """Whether its plan goes beyond the first jump of its search."""
+    jump = jump_at(option)
+    return jump is not None and option.plan is not None and len(option.plan.order) > jump
+
+
+def taken_out(plan: Plan) -> str:
+    return KINDS[plan.kind].taken_out(plan)
+
+
+def _is_unscored(plan: Plan) -> bool:
+    return plan.method in SEARCHES and SEARCHES[plan.method].asks == "nothing"
+
+
+def is_mismatch(option: Option) -> bool:
     """Whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS).
 
-    Where the calibration text has decided nothing, or its perplexity is unknown or of answers and not of a text, there
-    is nothing to hold against each other.
+    There is nothing to compare where the calibration text has decided nothing, or where its perplexity is unknown or
+    that of answers instead of a text.
     """
-    rise = target.calibration_rise
-    if rise is None or target.plan.method in UNSCORED or target.plan.metric == "answer_likelihood":
+    plan, rise = option.plan, option.calibration_rise
+    if plan is None or rise is None or _is_unscored(plan) or METRICS[plan.metric].answers:
         return False
-    return parts(study.heldout_rise(target), rise)
+    return option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + MISMATCH_NATS
 
 
-def parts(heldout: float, calibration: float) -> bool:
-    """Whether the NLL rise on held-out text goes well beyond that on calibration text."""
-    return heldout > MISMATCH_FACTOR * max(calibration, 0.0) + MISMATCH_NATS
-
-
-def is_slow(target: Target) -> bool:
+def is_slow(option: Option) -> bool:
     """Whether a high ratio brought little speed-up in generation (HIGH_RATIO, LOW_GAIN)."""
-    return brings_little(target.plan.ratio, target.speedups.generation)
+    return option.ratio >= HIGH_RATIO and option.speedup - 1 < LOW_GAIN * (1 / (1 - option.ratio) - 1)
 
 
-def brings_little(ratio: float, speedup: float) -> bool:
-    return ratio >= HIGH_RATIO and speedup - 1 < LOW_GAIN * (1 / (1 - ratio) - 1)
+def signs(option: Option) -> list[str]:
+    """Short names of the signs of failed pruning that a model shows."""
+    rules = {"jump": has_jump, "mismatch": is_mismatch, "little speed-up": is_slow}
+    return [name for name, shows in rules.items() if shows(option)]
 
 
-def recommended(study: Study) -> Target | None:
-    """The target to stop at: the knee among the safe targets, or None.
+def recommended(options: Sequence[Option]) -> Option | None:
+    """The model to stop at: the knee among the safe ones, or None.
 
-    Safe is faster than dense, and smaller than the first with a jump or a calibration mismatch.
+    Safe is faster than dense, and less pruned than the first with a jump or a mismatch. `options`: by ratio.
     """
-    before = takewhile(lambda t: first_jump(t.removals) is None and not is_mismatch(study, t), study.targets)
-    safe = [target for target in before if target.speedups.generation > 1]
-    return safe[knee([(t.speedups.generation, study.heldout_rise(t)) for t in safe])] if safe else None
+    safe = _safe(options)
+    return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
+
+
+def _safe(options: Sequence[Option]) -> list[Option]:
+    before = takewhile(lambda option: not has_jump(option) and not is_mismatch(option), options)
+    return [option for option in before if option.speedup > 1]
 
 
 def knee(points: Sequence[tuple[float, float]]) -> int:
     """Index of the knee of loss against speed-up.
 
     With s = speed-up of generation - 1 and l = NLL rise on held-out text, both as shares of their values at the
-    fastest, the knee maximises s - l (the height above the straight line from the dense model to it);
-    the fastest itself has 0 and is kept unless another is higher by KNEE_MARGIN.
+    fastest, the knee maximises s - l: the height above the straight line from the dense model to the fastest. The
+    fastest itself has 0 and is kept unless another is higher by KNEE_MARGIN.
 
     Args:
         points: (speed-up, above 1; NLL rise) of models, at least one.
@@ -151,90 +177,99 @@ def knee(points: Sequence[tuple[float, float]]) -> int:
     return best if heights[best] >= KNEE_MARGIN else fastest
 
 
+def paired(base: Model, other: Model, task: str | None = None) -> Estimate:
+    """Difference of accuracies, other minus base, with the error of paired items; without a task, of the averages."""
+    names = base.scores if task is None else (task,)
+    scores = ({name: model.scores[name] for name in names} for model in (base, other))
+    return average(differences(*scores))
+
+
 def within_chance(study: Study) -> dict[str, list[str]]:
-    """Tasks whose score is within 2 standard errors of guessing, by model ("dense" or the target's name)."""
-    models = {"dense": study.dense} | {target.name: target.result for target in study.targets}
+    """Tasks whose score is within 2 standard errors of guessing, by model."""
     return {
-        name: [task for task, score in result.tasks.items() if not score.differs_from(result.chance[task])]
-        for name, result in models.items()
+        option.name: [
+            task for task, chance in study.chance.items() if not option.model.tasks[task].differs_from(chance)
+        ]
+        for option in study.options
     }
 
 
-def _outcome(study: Study, target: Target) -> Finding:
-    difference = paired(study.dense, target.result)
-    noise = "" if difference.differs_from(0) else ", within noise (less than 2 standard errors)"
-    timed = target.plan.removes.get("latency")
+def _outcome(target: Target) -> Finding:
+    plan, dense, model = target.plan, target.dense, target.model
+    gap = paired(dense, model)
+    noise = "" if gap.differs_from(0) else ", within noise (less than 2 standard errors)"
+    timed = plan.removes.get("latency")
     return Finding(
         Level.RESULT,
         "outcome",
-        f"{target.name}: {percent(target.plan.ratio)} of the parameters removed ({taken_out(target)}; "
-        f"{method_words(target)})" + (", then recovered with LoRA" if target.plan.recover else ""),
-        f"Held-out perplexity {number(study.dense.perplexity)} → {number(target.result.perplexity)}. Average accuracy "
-        f"{percent(study.dense.average.value)} → {percent(target.result.average.value)}, a paired difference of "
-        f"{signed_points(difference.value, difference.stderr)} points{noise}. Generation "
-        f"{times(target.speedups.generation)} as fast"
-        + (", within noise (the timings of both overlap)" if target.speedups.is_noise else "")
-        + (
-            f"; by the times of its blocks, of which the budget was made, {times(speedup(timed))}."
-            if timed is not None
-            else "."
-        ),
+        f"{target.name}: {percent(plan.ratio)} of the parameters removed ({taken_out(plan)}; {target.method})"
+        + (", then recovered with LoRA" if plan.recover else ""),
+        f"Held-out perplexity {number(dense.perplexity)} → {number(model.perplexity)}. Average accuracy "
+        f"{percent(dense.average.value)} → {percent(model.average.value)}, a paired difference of {difference(gap)} "
+        f"points{noise}. Generation {times(target.speedup)} as fast"
+        + (", within noise (the timings of both overlap)" if target.race.is_noise else "")
+        + ("" if timed is None else f"; by the times of its blocks, {times(speedup(timed))}")
+        + ".",
     )
 
 
-def _jump_warning(study: Study, target: Target) -> Finding:
-    index = first_jump(target.removals)
-    assert index is not None
-    removal = target.removals[index]
-    past = [
-        t.name
-        for t in study.targets
-        if len(t.removals) > index and t.plan.order[: index + 1] == target.plan.order[: index + 1]
-    ]
-    safe = sum(len(r.added) for r in target.removals[:index])
-    advice = (
-        f"The last safe budget is {safe}blocks (ratio {target.removals[index - 1].ratio:.4f})."
-        if index
-        else "It is the first removal, so no budget of this sequence is safe."
-    )
+def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
+    index = jump_at(trace)
+    if index is None or trace.plan is None:
+        return None
+    begin, ratios = trace.order[: index + 1], trace.plan.ratios
+    past = [o.name for o in options if o.plan and len(o.plan.order) > index and o.plan.order[: index + 1] == begin]
+    blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
+    if index == 0:
+        safe = "It is the first removal, so no budget of this sequence is safe."
+    elif index <= len(ratios):
+        safe = f"The last safe budget is {blocks}blocks ({percent(ratios[index - 1], 2)} of the parameters)."
+    else:
+        safe = f"The last safe budget is {blocks}blocks, beyond all budgets measured."
     return Finding(
-        Level.WARNING,
+        Level.WARNING if past else Level.NOTE,
         "jump",
-        f"Over-pruning: removing {format_mask(removal.added)} (removal {index + 1}) breaks the model",
-        f"Calibration perplexity jumps from {number(removal.before)} to {number(removal.perplexity)} at this one "
-        f"removal. {advice} Beyond it: {listed(past)}.",
+        f"{trace.method}: removing {trace.order[index]} (removal {index + 1}) breaks the model",
+        f"Calibration perplexity jumps from {number(trace.curve[index])} to {number(trace.curve[index + 1])} at this "
+        f"one removal. {safe} Beyond it: {listed(past)}.",
     )
 
 
-def _mismatch_warning(study: Study, targets: list[Target]) -> Finding:
+def _mismatch(options: Sequence[Option]) -> Finding | None:
+    found = [option for option in options if is_mismatch(option)]
+    if not found:
+        return None
     rises = [
-        f"{times(math.exp(study.heldout_rise(t)))} against {times(math.exp(t.calibration_rise or 0.0))} at {t.name}"
-        for t in targets
+        f"{times(math.exp(o.heldout_rise))} against {times(math.exp(o.calibration_rise or 0.0))} at {o.name}"
+        for o in found
     ]
+    tokens = {f"{option.plan.calibration['tokens']:,}" for option in found if option.plan}
     return Finding(
         Level.WARNING,
         "mismatch",
         "Calibration mismatch: held-out text suffers more than the calibration text",
-        f"Perplexity over the dense model's, on held-out text against the {targets[0].plan.calibration['tokens']:,} "
-        f"calibration tokens: {listed(rises)}. Calibrate on more text, or on text nearer to its use.",
+        f"Perplexity over the dense model's, on held-out text against the {' or '.join(sorted(tokens))} calibration "
+        f"tokens: {listed(rises)}. Calibrate on more text, or on text nearer to its use.",
     )
 
 
-def _slow_warning(targets: list[Target]) -> Finding:
+def _slow(options: Sequence[Option]) -> Finding | None:
+    found = [(option, option.plan) for option in options if option.plan and is_slow(option)]
+    if not found:
+        return None
     gains = [
-        f"{t.name}: {percent(t.plan.ratio)} of the parameters removed ({taken_out(t)}), generation "
-        f"{times(t.speedups.generation)} as fast; reading fewer weights alone would give "
-        f"{times(1 / (1 - t.plan.ratio))}"
-        for t in targets
+        f"{option.name}: {percent(option.ratio)} of the parameters removed ({taken_out(plan)}), generation "
+        f"{times(option.speedup)} as fast; reading fewer weights alone would give {times(1 / (1 - option.ratio))}"
+        for option, plan in found
     ]
     causes = [
         (
-            any(t.plan.kind == "mask" and t.plan.blocks[BlockKind.MLP] > t.plan.blocks[BlockKind.MHA] for t in targets),
+            any(option.blocks[BlockKind.MLP] > option.blocks[BlockKind.MHA] for option, _ in found),
             "Mostly MLP blocks were removed: they hold parameters, while attention holds time and KV cache. Try "
             "candidates: mha, or a budget in blocks.",
         ),
         (
-            any(t.plan.kind == "slicegpt" for t in targets),
+            any(not sum(option.blocks.values()) for option, _ in found),
             "Slicing makes every product smaller and their number larger, and leaves the KV cache as it is: it pays "
             "off where products are large (batch, prompt length, hidden size).",
         ),
@@ -246,41 +281,43 @@ def _slow_warning(targets: list[Target]) -> Finding:
     return Finding(Level.WARNING, "slow", "Little speed-up for the parameters removed", f"{'. '.join(gains)}. {cause}")
 
 
-def _recommendation(study: Study) -> Finding:
-    best = recommended(study)
-    if best is None:
-        return Finding(
-            Level.ADVICE,
-            "stop",
-            "No target is worth stopping at",
-            "None is faster than the dense model, before any jump in perplexity and free of calibration mismatch. "
-            "Prune less, or add targets.",
-        )
-    gain, loss = best.speedups.generation - 1, math.exp(study.heldout_rise(best)) - 1
-    noise = " (within the spread of the timings)" if best.speedups.is_noise else ""
+def stop(options: Sequence[Option]) -> Finding:
+    """Where to stop among pruned models, the least pruned first."""
+    best = recommended(options)
+    if best is None or best.plan is None:
+        text = "None is faster than the dense model and less pruned than the first with a jump or a mismatch."
+        if options:
+            first = options[0]
+            shown = listed(signs(first)) if signs(first) else "no sign of failed pruning, and no speed-up"
+            text += (
+                f" Already at {first.name} held-out perplexity goes from {number(first.dense.perplexity)} to "
+                f"{number(first.model.perplexity)} ({shown})."
+            )
+        return Finding(Level.ADVICE, "stop", "No budget is worth stopping at", f"{text} Prune less, or try others.")
+    noise = " (within the spread of the timings)" if best.race.is_noise else ""
     return Finding(
         Level.ADVICE,
         "stop",
         f"Recommended stopping point: {best.name}",
-        f"Ratio {percent(best.plan.ratio)}: {100 * gain:+.1f} % speed of generation{noise} for {100 * loss:+.1f} % "
-        "held-out perplexity, "
+        f"{percent(best.ratio)} of the parameters removed ({taken_out(best.plan)}): {100 * (best.speedup - 1):+.1f} % "
+        f"speed of generation{noise} for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. "
         + (
-            "the best trade among the targets: the knee of held-out loss against speed-up, before any warning sign."
-            if len(study.targets) > 1
-            else "and no jump in perplexity. With one target there is no curve yet; add targets to compare."
+            f"It is the knee of held-out loss against speed-up among the {len(_safe(options))} below the first warning "
+            "that are faster than dense."
+            if len(options) > 1
+            else "There is no jump in perplexity. One model makes no curve yet; add targets to compare."
         ),
     )
 
 
 def _noise(study: Study) -> Finding:
-    items, scores = study.dense.task_items, study.dense.tasks
-    counts = sorted(set(items.values()))
+    counts = sorted({score.items for score in study.scores.values()})
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    error = mean(s.stderr for s in scores.values())
+    error = mean(score.stderr for score in study.scores.values())
     size = f"about {100 * error:.0f} points" if math.isfinite(error) else "unknown"
-    average = f", and the average's {100 * study.dense.average.stderr:.1f}" if math.isfinite(error) else ""
+    whole = f", and the average's {100 * study.dense.model.average.stderr:.1f}" if math.isfinite(error) else ""
     models = within_chance(study)
-    at_chance = {task: [name for name, tasks in models.items() if task in tasks] for task in scores}
+    at_chance = {task: [name for name, tasks in models.items() if task in tasks] for task in study.chance}
     near = ", ".join(
         f"{task} ({'every model' if len(names) == len(models) else ', '.join(names)})"
         for task, names in at_chance.items()
@@ -290,7 +327,6 @@ def _noise(study: Study) -> Finding:
         Level.NOTE,
         "noise",
         "How much to trust the scores",
-        f"With {each} items a task, a score's standard error is {size}{average}. Models are compared item by item; "
-        "only differences beyond 2 standard errors are marked. "
-        + f"Not distinguishable from guessing: {near or 'none'}.",
+        f"With {each} items a task, a score's standard error is {size}{whole}. Models are compared item by item; only "
+        f"differences beyond 2 standard errors are marked. Not distinguishable from guessing: {near or 'none'}.",
     )

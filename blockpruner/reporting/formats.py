@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 
 def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
-
-
-def points(value: float, stderr: float) -> str:
-    """A score and its standard error in percentage points, "45.2 ± 7.0"; both are shares in [0, 1]."""
-    return f"{100 * value:.1f} ± {100 * stderr:.1f}" if math.isfinite(stderr) else f"{100 * value:.1f}"
-
-
-def signed_points(value: float, stderr: float) -> str:
-    text = points(value, stderr)
-    return text.replace("-", "−") if value < 0 else f"+{text}"
 
 
 def times(factor: float) -> str:
@@ -30,12 +20,12 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
-def parameters(count: int) -> str:
+def parameters(count: float) -> str:
     """A parameter count in millions or billions (10^6, 10^9)."""
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """Bytes in binary units."""
     value, units = float(count), ["B", "KiB", "MiB", "GiB"]
     while value >= 1024 and len(units) > 1:
@@ -43,5 +33,5 @@ def size(count: int) -> str:
     return f"{value:.0f} {units[0]}" if value >= 100 or units[0] == "B" else f"{value:.2f} {units[0]}"
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "none"

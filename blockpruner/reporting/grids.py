@@ -1,6 +1,6 @@
-"""A table of numbers that keep their precision: as text for people, as CSV for machines, as LaTeX for a paper.
+"""A table of numbers that keep their precision: text for people, CSV for machines, LaTeX for a paper.
 
-Decides how a number with its uncertainty is written. Which numbers stand where is decided in `tables` and `beyond`.
+Decides how a number and its uncertainty are written. The modules of tables decide which numbers stand where.
 """
 
 from __future__ import annotations
@@ -9,26 +9,34 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from blockpruner.reporting.formats import number
-from blockpruner.reporting.tables import BLANK, Table
+from blockpruner.reporting.formats import number, percent
+from blockpruner.reporting.statistics import Comparison, Estimate
+
+BLANK = "–"
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class Number:
-    """value: in the unit of its column; digits: behind the point, None: by size; stderr, low and high: its standard
-    error or interval, where it has one; signed: a difference."""
+    """A value in the unit of its column, with its standard error or interval where it has one."""
 
     value: float
     digits: int | None = None
+    """Digits behind the point. Without them, `write` decides."""
     stderr: float | None = None
     low: float | None = None
     high: float | None = None
     signed: bool = False
+    """A difference: it is written with its sign."""
     is_p: bool = False
+    write: Callable[[float], str] = number
+    mark: str = ""
+    """What stands behind the number."""
 
     def __str__(self) -> str:
         text = self._one(self.value)
@@ -36,58 +44,116 @@ class Number:
             text += f" ± {self._one(self.stderr).lstrip('+')}"
         if self.low is not None and self.high is not None and math.isfinite(self.high - self.low):
             text += f" [{self._one(self.low)}, {self._one(self.high)}]"
-        return text
+        return f"{text} {self.mark}".rstrip()
 
     def _one(self, value: float) -> str:
-        text = number(value) if self.digits is None else f"{value:,.{self.digits}f}"
+        if self.digits is None:
+            return self.write(value)
+        text = f"{value:,.{self.digits}f}"
         if float(text.replace(",", "")) == 0:
-            return (
-                f"< {10**-self.digits:.{self.digits}f}" if self.digits and value > 0 and self.is_p else text.lstrip("-")
-            )
-        if self.signed and float(text.replace(",", "")) > 0:
-            text = f"+{text}"
-        return text.replace("-", "−")
+            return f"< {10**-self.digits:.{self.digits}f}" if self.is_p and value > 0 else text.lstrip("-")
+        return ("+" if self.signed and value > 0 else "") + text.replace("-", "−")
 
 
 Cell = str | Number | None
 
 
+def share(ratio: float) -> Number:
+    """A share as per cent without the sign, two digits."""
+    return Number(100 * ratio, 2)
+
+
+def percentage(ratio: float, digits: int = 1) -> Number:
+    """A share that is written with its sign of per cent."""
+    return Number(ratio, write=lambda value: percent(value, digits))
+
+
+def score(found: Estimate, digits: int = 1, mark: str = "") -> Number:
+    """An accuracy in per cent, ± 1 standard error."""
+    return Number(100 * found.value, digits, 100 * found.stderr, mark=mark)
+
+
+def difference(found: Estimate, mark: str = "") -> Number:
+    """A difference of accuracies in points, ± 1 standard error."""
+    return Number(100 * found.value, 1, 100 * found.stderr, signed=True, mark=mark)
+
+
+def points(found: Comparison) -> Number:
+    """A difference of accuracies in points, with its interval."""
+    return Number(100 * found.value, 1, low=100 * found.interval.low, high=100 * found.interval.high, signed=True)
+
+
+def factor(found: Comparison) -> Number:
+    """A quotient, with its interval."""
+    return Number(found.value, 3, low=found.interval.low, high=found.interval.high)
+
+
+def p_value(p: float) -> Number:
+    return Number(p, 4, is_p=True)
+
+
 @dataclass(frozen=True)
 class Column:
-    """key: of the CSV; title: for people."""
+    """A column's key in the CSV, and its title for people."""
 
     key: str
     title: str
 
 
 @dataclass(frozen=True)
+class Field(Column, Generic[Row]):
+    """A column together with what it shows of each row's value."""
+
+    of: Callable[[Row], Cell]
+
+
+@dataclass(frozen=True)
 class Grid:
-    """rows: a cell for each column, None: nothing is known; notes: sentences under it; strong: indices of rows;
-    folded: shown on a page when asked for."""
+    """A table: a cell for each column in each row; a cell of which nothing is known is None."""
 
     name: str
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
+    """Sentences under the table."""
     strong: frozenset[int] = frozenset()
+    """Indices of the rows to stress."""
     folded: bool = False
+    """Whether a page shows it only on request."""
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), self.name
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        return tuple(column.title for column in self.columns)
+
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """The rows as people read them."""
+        return [tuple(BLANK if cell is None else str(cell) for cell in row) for row in self.rows]
 
     @property
     def numeric(self) -> tuple[bool, ...]:
         """Which columns hold numbers, and so go to the right."""
         return tuple(any(isinstance(row[i], Number) for row in self.rows) for i in range(len(self.columns)))
 
-    @property
-    def table(self) -> Table:
-        return Table(
-            tuple(column.title for column in self.columns),
-            tuple(tuple(BLANK if cell is None else str(cell) for cell in row) for row in self.rows),
-            self.strong,
-        )
+
+def grid_of(
+    name: str,
+    title: str,
+    fields: Sequence[Field[Row]],
+    rows: Iterable[Row],
+    notes: Sequence[str] = (),
+    strong: Callable[[Row], bool] = lambda row: False,
+    folded: bool = False,
+) -> Grid:
+    """One row of cells for each value."""
+    rows = tuple(rows)
+    cells = tuple(tuple(field.of(row) for field in fields) for row in rows)
+    stressed = frozenset(i for i, row in enumerate(rows) if strong(row))
+    return Grid(name, title, tuple(fields), cells, tuple(notes), stressed, folded)
 
 
 EXTRAS: Mapping[str, Callable[[Number], float | None]] = {
@@ -96,11 +162,11 @@ EXTRAS: Mapping[str, Callable[[Number], float | None]] = {
     "_low": lambda cell: cell.low,
     "_high": lambda cell: cell.high,
 }
-"""The CSV columns of a column, by what is put behind its key."""
+"""What the CSV has of a number, by the end of the column's name."""
 
 
 def to_csv(grid: Grid) -> str:
-    """At full precision; a column's standard errors and interval ends stand in columns of their own, if it has any."""
+    """At full precision. Standard errors and ends of intervals have columns of their own where there are any."""
     head: list[str] = []
     columns: list[list[Any]] = []
     for index, column in enumerate(grid.columns):
@@ -109,9 +175,14 @@ def to_csv(grid: Grid) -> str:
             values = [of(cell) if isinstance(cell, Number) else cell if not suffix else None for cell in cells]
             if not suffix or any(value is not None for value in values):
                 head.append(column.key + suffix)
-                columns.append(["" if value is None else value for value in values])
+                columns.append(values)
+    return csv_text([head, *zip(*columns, strict=True)])
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Floats are written at full precision, None as nothing."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([head, *zip(*columns, strict=True)])
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
 
 
@@ -138,8 +209,7 @@ def escape_latex(text: str) -> str:
 
 
 def to_latex(grid: Grid) -> str:
-    """A `table` for a document with the package booktabs; text columns are left, numbers right."""
-    table = grid.table
+    """A `table` for a document with the package booktabs. Texts are set left, numbers right."""
 
     def line(cells: Sequence[str], strong: bool = False) -> str:
         texts = map(escape_latex, cells)
@@ -153,9 +223,9 @@ def to_latex(grid: Grid) -> str:
             f"\\label{{tab:{grid.name}}}",
             f"\\begin{{tabular}}{{{''.join('r' if is_number else 'l' for is_number in grid.numeric)}}}",
             r"\toprule",
-            line(table.head),
+            line(grid.head),
             r"\midrule",
-            *(line(row, i in table.strong) for i, row in enumerate(table.rows)),
+            *(line(row, i in grid.strong) for i, row in enumerate(grid.texts)),
             r"\bottomrule",
             r"\end{tabular}",
             *(f"\\par\\footnotesize {escape_latex(note)}" for note in grid.notes),

@@ -1,8 +1,7 @@
-"""What a report is made of, read from the files of earlier stages into values.
+"""What the report of targets is made of, read from the files of earlier stages into values.
 
-Decides what the report may use: a candidate scored on fewer rows than the calibration set has (a racing loser)
-is counted and goes no further, so that no ranking, argmin or heat map can see it. What is said about the numbers
-is decided in `findings`, how they look in `tables`, `plots` and `html`.
+Decides what the report may use. A candidate that was scored on some of the calibration rows only (it lost a race) is
+counted and goes no further: no ranking, minimum or heat map can see it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +19,17 @@ from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.store import ITEMS
+from blockpruner.methods.registry import KINDS
+from blockpruner.reporting.results import (
+    TIMED,
+    Model,
+    Option,
+    Pace,
+    Race,
+    RunLabels,
+    Score,
+    read_items,
+)
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
@@ -29,175 +39,90 @@ ITERATIONS = pa.schema([pa.field("iteration", pa.int32(), nullable=False), *ITER
 
 
 @dataclass(frozen=True)
-class RunLabels:
-    """One line each for people: which model, and which data it was calibrated and evaluated on; recovery: the texts
-    and settings that recovered targets were trained with."""
-
-    model: str
-    calibration: str
-    heldout: str
-    tasks: str
-    recovery: str = ""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error, both in [0, 1] for scores; a difference of two is in [-1, 1]."""
-
-    value: float
-    stderr: float
-
-    def differs_from(self, value: float) -> bool:
-        """Whether `value` is more than 2 standard errors away (about 95 % for a normal error)."""
-        return abs(self.value - value) > 2 * self.stderr
-
-
-@dataclass(frozen=True)
-class Speed:
-    """prefill, decode: tokens per second; generation: seconds of one generation, the median over repeats;
-    fastest, slowest: of the repeats, seconds; setting: what was timed, and on what; peak_memory_bytes: while
-    generating (on a CPU the sum of weights and KV cache)."""
-
-    prefill: float
-    decode: float
-    generation: float
-    fastest: float
-    slowest: float
-    kv_cache_bytes: int
-    peak_memory_bytes: int
-    setting: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """One evaluated model. tasks: score by task, where the task's metric is an accuracy; items: 0/1 score by (task,
-    item), of that metric; perplexities: of the other tasks, by "task, metric"."""
-
-    parameters: int
-    weight_bytes: int
-    perplexity: float
-    heldout_rows: int
-    heldout_tokens: int
-    tasks: Mapping[str, Estimate]
-    task_items: Mapping[str, int]
-    average: Estimate
-    chance: Mapping[str, float]
-    items: Mapping[tuple[str, str], float]
-    perplexities: Mapping[str, float]
-    speed: Speed
-
-
-@dataclass(frozen=True)
-class Speedups:
-    """Pruned over dense, both measured in turns in one process; above 1 is faster.
-
-    is_noise: the two models' ranges of generation time over the repeats overlap.
-    """
-
-    prefill: float
-    decode: float
-    generation: float
-    is_noise: bool
-
-
-@dataclass(frozen=True)
 class Removal:
-    """One iteration of a search.
-
-    added: the unit it removed; before, perplexity: on the calibration rows, before and after it; rise: ln of their
-    quotient, nats per token; ratio: cumulative share of parameters removed; costs: in the unit of the search's metric,
-    of every unit scored on all rows, the removed one included: its influence, or how much its removal adds to the loss;
-    partial: number of units scored on some rows only; candidates: number of units that could have been removed, 0 where
-    no score was asked for; work: how many units' worth of rows were scored; lazy_choice: what had been removed before
-    an audit let all candidates enter; None without an audit.
-    """
+    """One iteration of a search."""
 
     added: Mask
+    """The unit that it removed."""
     before: float
     perplexity: float
+    """On the calibration rows, before and after the removal."""
     rise: float
+    """ln of the quotient of the two, nats per token."""
     ratio: float
+    """Cumulative share of the parameters removed."""
     costs: Mapping[Mask, float]
+    """Of every unit scored on all rows, in the unit of the search's metric: its influence, or what its removal adds
+    to the loss."""
     partial: int
+    """How many units were scored on some rows only."""
     candidates: int
+    """How many units could have been removed; 0 where no score was asked for."""
     work: float
+    """How many units' worth of rows were scored."""
     lazy_choice: Mask | None
+    """What would have been removed before an audit let all candidates enter; None without an audit."""
 
 
 @dataclass(frozen=True)
 class Considered:
-    """All that a search looked at, whatever its steps are made of.
-
-    unit: what it removed at once, in words; steps: iterations in which something was scored; complete, partial: masks
-    scored on all rows, and on the first rows only.
-    """
+    """All that a search looked at, whatever its steps are made of."""
 
     unit: str
+    """What it removed at once, in words."""
     steps: int
+    """Iterations in which something was scored."""
     complete: int
     partial: int
+    """Masks scored on all rows, and on the first rows only."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A pruned model: its plan, how the search got there, its results and its speed against the dense model.
+@dataclass(frozen=True, eq=False)
+class Target(Option):
+    """A pruned model, and how the search got there."""
 
-    removals: empty where the plan has no sequence of removals; considered: None where no masks were compared.
-    """
-
-    name: str
     plan: Plan
     removals: tuple[Removal, ...]
+    """Empty where the plan has no sequence of removals."""
     considered: Considered | None
-    result: Result
-    speedups: Speedups
-
-    @property
-    def calibration_perplexity(self) -> float | None:
-        """Of the pruned model on the calibration rows; None where nobody knew it when the plan was made."""
-        value = self.plan.calibration["perplexity"]
-        return None if value is None else float(value)
-
-    @property
-    def calibration_rise(self) -> float | None:
-        """ln(PPL / dense PPL) on the calibration rows, nats per token."""
-        value = self.calibration_perplexity
-        return None if value is None else math.log(value / self.plan.calibration["dense_perplexity"])
+    """None where no masks were compared."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
-    """One run: its dense model and the targets built from it, least pruned first, as pruned before as recovered.
-    counts: of its `score` stage, of which it has one if its plans are masks."""
+    """One run: its dense model, and the targets made from it, the least pruned first."""
 
     run: str
     labels: RunLabels
-    dense: Result
+    dense: Option
     targets: tuple[Target, ...]
+    chance: Mapping[str, float]
+    """What guessing scores, by task of the average."""
     counts: Mapping[str, Any]
+    """Of the run's `score` stage; empty where its searches compare no masks."""
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        return self.dense, *self.targets
+
+    @property
+    def scores(self) -> Mapping[str, Score]:
+        """The dense model's, by task of the average."""
+        return {task: self.dense.model.tasks[task] for task in self.chance}
+
+    @property
+    def average_chance(self) -> float:
+        return mean(self.chance.values())
 
     @property
     def traces(self) -> tuple[Target, ...]:
         """Targets whose removal sequence is not the beginning of another's: nested searches have one."""
-        targets = [target for target in self.targets if target.removals]
-        orders = [target.plan.order for target in targets]
-        last = {order: i for i, order in enumerate(orders)}
+        longest = {target.plan.order: target for target in self.targets if target.removals}
         return tuple(
             target
-            for i, target in enumerate(targets)
-            if last[orders[i]] == i
-            and not any(len(o) > len(orders[i]) and o[: len(orders[i])] == orders[i] for o in orders)
+            for own, target in longest.items()
+            if not any(len(order) > len(own) and order[: len(own)] == own for order in longest)
         )
-
-    @property
-    def dense_calibration(self) -> float | None:
-        """Perplexity of the dense model on the calibration rows, if a search measured it."""
-        known = [t.plan.calibration["dense_perplexity"] for t in self.targets if t.calibration_perplexity is not None]
-        return float(known[0]) if known else None
-
-    def heldout_rise(self, target: Target) -> float:
-        """ln(PPL / dense PPL) on the held-out text, nats per token."""
-        return math.log(target.result.perplexity / self.dense.perplexity)
 
 
 def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[Study]:
@@ -206,39 +131,59 @@ def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: 
     Raises:
         InputError: a file is missing, damaged, or disagrees with another.
     """
-    found = [_read_target(name, data) for name in targets]
-    studies = []
-    for run in dict.fromkeys(target.plan.run for target in found):
-        dense = _read_result(data / "results" / f"{run}-dense", "dense")
-        own = sorted((t for t in found if t.plan.run == run), key=lambda t: (t.plan.ratio, t.plan.recover, t.name))
-        for target in own:
-            if target.result.items.keys() != dense.items.keys():
-                raise InputError(
-                    f"{data / 'results' / target.name} and {data / 'results' / f'{run}-dense'} were evaluated on "
-                    "different items, so they cannot be compared; run `dvc repro` to evaluate both alike"
-                )
-        searched = any(target.plan.kind == "mask" for target in own)
-        counts = read_json(data / "metrics" / run / "score.json") if searched else {}
-        studies.append(Study(run, labels[run], dense, tuple(own), counts))
-    return studies
+    plans = {name: load_plan(data / "plans" / name / "plan.json") for name in targets}
+    runs = dict.fromkeys(plan.run for plan in plans.values())
+    return [_read_study(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]
 
 
-def paired(base: Result, other: Result, task: str | None = None) -> Estimate:
-    """Difference of scores, other minus base, with the standard error of paired items.
+def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> Study:
+    names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].recover, name))
+    searches = {name: _read_search(plans[name], data / "plans" / name / "iterations.parquet") for name in names}
+    folders = {name: data / "results" / name for name in (f"{run}-dense", *names)}
+    facts = {name: read_json(folder / "results.json") for name, folder in folders.items()}
+    models = _read_models(folders, facts)
+    races = {
+        name: {TIMED: Race(Pace.of(speed["dense"]), Pace.of(speed.get("pruned", speed["dense"])))}
+        for name, speed in ((name, fields["speed"]) for name, fields in facts.items())
+    }
+    calibrations = [plan.calibration for plan in plans.values()]
+    known = [found["dense_perplexity"] for found in calibrations if found["perplexity"] is not None]
+    dense = Option(
+        name="dense", subject=labels.model, method="", plan=None, model=models[f"{run}-dense"],
+        dense=models[f"{run}-dense"], races=races[f"{run}-dense"], order=(), curve=tuple(known[:1]),
+    )  # fmt: skip
+    found = []
+    for name in names:
+        plan, (removed, looked) = plans[name], searches[name]
+        words = KINDS[plan.kind].words(plan, looked.unit if looked else "")
+        curve = (removed[0].before, *(removal.perplexity for removal in removed)) if removed else ()
+        found.append(
+            Target(
+                name=name, subject=labels.model, method=words, plan=plan, model=models[name], dense=dense.model,
+                races=races[name], order=plan.order, curve=curve, removals=removed, considered=looked,
+            )
+        )  # fmt: skip
+    chance = {task: value for task, value in facts[f"{run}-dense"]["chance"].items() if value is not None}
+    searched = any(target.considered for target in found)
+    counts = read_json(data / "metrics" / run / "score.json") if searched else {}
+    return Study(run, labels, dense, tuple(found), chance, counts)
 
-    Per task, d_i = other_i - base_i over its n items: mean(d), SE = sd(d) / sqrt(n) with n - 1 degrees of
-    freedom (Miller, arXiv 2411.00640, section 4). Without `task`: the mean over tasks, SE = sqrt(sum SE_t^2) / tasks.
-    """
-    if task is None:
-        parts = [paired(base, other, name) for name in base.tasks]
-        return Estimate(mean(p.value for p in parts), math.hypot(*(p.stderr for p in parts)) / len(parts))
-    differences = [other.items[key] - base.items[key] for key in base.items if key[0] == task]
-    spread = stdev(differences) if len(differences) > 1 else math.inf
-    return Estimate(mean(differences), spread / math.sqrt(len(differences)))
+
+def _read_search(plan: Plan, path: Path) -> tuple[tuple[Removal, ...], Considered | None]:
+    """How a search came to a plan; nothing where it removes no blocks."""
+    if not plan.removed:
+        return (), None
+    rows = read_iterations(path)
+    if plan.nested:
+        return removals(rows, plan, path), considered(rows)
+    last = max((row["iteration"] for row in rows if row["chosen"]), default=None)
+    answer = [row["removed"] for row in rows if row["chosen"] and row["iteration"] == last]
+    _require_same([format_mask(mask) for mask in answer], plan.order, path)
+    return (), considered(rows)
 
 
 def read_iterations(path: Path) -> list[dict[str, Any]]:
-    """The rows of a plan's iteration tables, the masks parsed, without the scores of each calibration row."""
+    """The rows of a plan's iteration tables with their masks parsed, without the scores of each calibration row."""
     table, _ = read_table(path, ITERATIONS)
     rows: list[dict[str, Any]] = table.drop(["row_loss", "row_nll"]).to_pylist()
     for row in rows:
@@ -251,20 +196,20 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     """The removals of a plan whose search is nested, in order.
 
     Raises:
-        InputError: the rows, which are of `path`, do not lead to the plan's order of removal.
+        InputError: the rows of `path` do not lead to the plan's order of removal.
     """
-    added = [row for row in rows if row["added"] is not None]
-    considered = [[row for row in added if row["iteration"] == index] for index in range(len(plan.ratios))]
     complete = [row for row in rows if row["rows_used"] == row["rows_total"]]
     losses = {row["removed"]: row["loss"] for row in complete}
-    perplexities = {  # of what was chosen; of a mask that lost a race they are of its first rows only
-        row["removed"]: row["perplexity"] for row in rows if row["chosen"] or row["removed"] == DENSE
-    }
-    influence, is_nll = METRICS[plan.metric].influence, METRICS[plan.metric].is_nll
+    # only of what was chosen: the perplexity of a mask that lost a race is of its first rows
+    perplexities = {row["removed"]: row["perplexity"] for row in rows if row["chosen"] or row["removed"] == DENSE}
+    metric = METRICS[plan.metric]
     found: list[Removal] = []
     base = DENSE
+    first = 0
     for index, ratio in enumerate(plan.ratios):
-        chosen = [row for row in considered[index] if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
+        own = [row for row in rows if row["added"] is not None and row["iteration"] == index]
+        first = first or len(own)
+        chosen = [row for row in own if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
         if len(chosen) != 1 or perplexities.get(base) is None or chosen[0]["perplexity"] is None:
             raise InputError(
                 f"{path} has {len(chosen)} fully scored choices in iteration {index}, or no perplexity of one or of "
@@ -272,25 +217,25 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
             )
         mask = chosen[0]["removed"]
         costs = {
-            row["added"]: row["loss"] - (0.0 if influence else losses.get(base, math.nan))
-            for row in considered[index]
+            row["added"]: row["loss"] - (0.0 if metric.influence else losses.get(base, math.nan))
+            for row in own
             if row["rows_used"] == row["rows_total"] and row["removed"] == base | row["added"]
         }
-        asked = any(row["rows_used"] for row in considered[index])
-        units = max(len(considered[0]) - index, len(considered[index]))  # in the first iteration all enter
         before, after = perplexities[base], chosen[0]["perplexity"]
+        is_nll = metric.is_nll and mask - base in costs
         found.append(
             Removal(
                 added=mask - base,
                 before=before,
                 perplexity=after,
-                rise=costs[mask - base] if is_nll and mask - base in costs else math.log(after / before),
+                rise=costs[mask - base] if is_nll else math.log(after / before),
                 ratio=ratio,
                 costs=costs,
-                partial=sum(0 < row["rows_used"] < row["rows_total"] for row in considered[index]),
-                candidates=units if asked else 0,
-                work=sum(row["rows_used"] / row["rows_total"] for row in considered[index]),
-                lazy_choice=next((row["added"] for row in considered[index] if row["lazy_choice"]), None),
+                partial=sum(0 < row["rows_used"] < row["rows_total"] for row in own),
+                # all enter the first iteration; later ones may leave some out
+                candidates=max(first - index, len(own)) if any(row["rows_used"] for row in own) else 0,
+                work=sum(row["rows_used"] / row["rows_total"] for row in own),
+                lazy_choice=next((row["added"] for row in own if row["lazy_choice"]), None),
             )
         )
         base = mask
@@ -299,8 +244,8 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
 
 
 def considered(rows: Sequence[Mapping[str, Any]]) -> Considered:
-    """What all iterations of one search looked at. Of a search that scores nothing it is not known which kinds of block
-    it may remove."""
+    """What all iterations of one search looked at. A search that scores nothing does not show which kinds of block it
+    may remove."""
     masks = [row["removed"] for row in rows if row["removed"]]
     scored = [row for row in rows if row["removed"] and row["rows_used"]]
     complete = {row["removed"] for row in scored if row["rows_used"] == row["rows_total"]}
@@ -308,7 +253,7 @@ def considered(rows: Sequence[Mapping[str, Any]]) -> Considered:
     if all(BlockId(kind, block.layer) in mask for mask in masks for block in mask for kind in BlockKind):
         unit = "whole layers"
     else:
-        unit = {(BlockKind.MHA,): "MHA blocks", (BlockKind.MLP,): "MLP blocks"}.get(tuple(kinds), "blocks")
+        unit = f"{next(iter(kinds)).upper()} blocks" if len(kinds) == 1 else "blocks"
     return Considered(
         unit=unit,
         steps=len({row["iteration"] for row in scored}),
@@ -325,83 +270,22 @@ def _require_same(removed: Sequence[str], order: Sequence[str], path: Path) -> N
         )
 
 
-def _read_target(name: str, data: Path) -> Target:
-    plan = load_plan(data / "plans" / name / "plan.json")
-    sequence: tuple[Removal, ...] = ()
-    search = None
-    if plan.kind == "mask":
-        path = data / "plans" / name / "iterations.parquet"
-        rows = read_iterations(path)
-        search = considered(rows)
-        if plan.nested:
-            sequence = removals(rows, plan, path)
-        else:
-            last = max((row["iteration"] for row in rows if row["chosen"]), default=None)
-            answer = [row["removed"] for row in rows if row["chosen"] and row["iteration"] == last]
-            _require_same([format_mask(mask) for mask in answer], plan.order, path)
-    results = data / "results" / name
-    fields = read_json(results / "results.json")["speed"]
-    pruned, dense = _speed(fields["pruned"]), _speed(fields["dense"])
-    speedups = Speedups(
-        prefill=fields["speedup_prefill"],
-        decode=fields["speedup_decode"],
-        generation=fields["speedup_generation"],
-        is_noise=pruned.fastest <= dense.slowest and dense.fastest <= pruned.slowest,
-    )
-    return Target(name, plan, sequence, search, _read_result(results, "pruned"), speedups)
-
-
-def _read_result(directory: Path, model: str) -> Result:
-    """Read results.json and items.parquet; `model` is "dense" or "pruned": whose speed is meant."""
-    fields = read_json(directory / "results.json")
-    chance = {name: value for name, value in fields["chance"].items() if value is not None}  # null: no accuracy
-    tasks = {name: fields["tasks"][name] for name in chance}
-    others = {name: task for name, task in fields["tasks"].items() if name not in chance}
-    if not tasks:
+def _read_models(folders: Mapping[str, Path], facts: Mapping[str, Any]) -> dict[str, Model]:
+    """The dense model of a run, which comes first, and its targets: evaluated on the same items."""
+    dense = next(iter(folders))
+    metrics = {
+        name: task["metric"]
+        for name, task in facts[dense]["tasks"].items()
+        if facts[dense]["chance"][name] is not None  # null: a perplexity
+    }
+    if not metrics:
         raise InputError(
-            f"{directory / 'results.json'} has no task that is scored by accuracy, and a report gives their average; "
-            f"name one in evaluate.zero_shot.tasks beside {', '.join(others)}"
+            f"{folders[dense] / 'results.json'} has no task that is scored by accuracy, and a report gives their "
+            f"average; name one in evaluate.zero_shot.tasks beside {', '.join(facts[dense]['tasks'])}"
         )
-    perplexity = fields["perplexity"]
-    path = directory / "items.parquet"
-    rows = read_table(path, ITEMS)[0].drop(["loglikelihoods", "prompt_hash"]).to_pylist()
-    return Result(
-        parameters=fields["parameters"],
-        weight_bytes=fields["weight_bytes"],
-        perplexity=perplexity["perplexity"],
-        heldout_rows=perplexity["rows"],
-        heldout_tokens=perplexity["tokens"],
-        tasks={name: _estimate(task["value"], task["stderr"]) for name, task in tasks.items()},
-        task_items={name: task["items"] for name, task in tasks.items()},
-        average=_estimate(fields["average"]["value"], fields["average"]["stderr"]),
-        chance=chance,
-        items={
-            (row["task"], str(row["item"])): float(row[tasks[row["task"]]["metric"]])
-            for row in rows
-            if row["task"] in tasks
-        },
-        perplexities={f"{name}, {task['metric'].replace('_', ' ')}": task["value"] for name, task in others.items()},
-        speed=_speed(fields["speed"][model]),
-    )
-
-
-def _speed(fields: Mapping[str, Any]) -> Speed:
-    seconds = fields["generation_seconds"]
-    return Speed(
-        prefill=fields["prefill_tokens_per_second"],
-        decode=fields["decode_tokens_per_second"],
-        generation=seconds["median"],
-        fastest=seconds["min"],
-        slowest=seconds["max"],
-        kv_cache_bytes=fields["kv_cache_bytes"],
-        peak_memory_bytes=fields["peak_memory_bytes"],
-        setting=(
-            f"{fields['prompt_tokens']} prompt + {fields['new_tokens']} new tokens, batch {fields['batch']}, "
-            f"{fields['repeats']} repeats, {fields['device']}, {fields['dtype']}, {fields['threads']} threads"
-        ),
-    )
-
-
-def _estimate(value: float, stderr: float | None) -> Estimate:
-    """A single item has no standard error (null): it is infinite, so that nothing differs from anything."""
-    return Estimate(value, math.inf if stderr is None else stderr)
+    tables = []
+    for name, folder in folders.items():
+        table = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
+        tables.append(table.append_column("model", pa.array([name] * table.num_rows)))
+    items = read_items(pa.concat_tables(tables), metrics, folders[dense].parent, "dvc repro")
+    return {name: Model.of(fields, {"heldout": fields["perplexity"]}, items[name]) for name, fields in facts.items()}

@@ -1,17 +1,28 @@
-"""The report of all targets: report.md, index.html, plots/ and the CSV files for `dvc plots show`, written at once."""
+"""The report of targets: what it says, in which order, and its files.
+
+What can stand in for each dense model comes first, then one section a run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from blockpruner.reporting.comparison import comparisons
-from blockpruner.reporting.html import render_html
-from blockpruner.reporting.inputs import RunLabels, read_studies
-from blockpruner.reporting.markdown import render_markdown
-from blockpruner.reporting.page import build_page
-from blockpruner.reporting.tables import curve_csv, iterations_csv, pareto_csv
-from blockpruner.store.files import replace_directory
+from blockpruner.core.blocks import DENSE, format_mask
+from blockpruner.methods.registry import KINDS
+from blockpruner.reporting.comparison import Comparison, comparisons
+from blockpruner.reporting.figures import pareto_plot, plots
+from blockpruner.reporting.findings import findings
+from blockpruner.reporting.formats import listed, percent
+from blockpruner.reporting.inputs import Study, read_studies
+from blockpruner.reporting.pages import Facts, Findings, Page, Section, write_page
+from blockpruner.reporting.results import RunLabels
+from blockpruner.reporting.tables import choices, compared, curve_csv, headline, iterations_csv, pareto_csv, sequence
+
+INTRO = (
+    "What is left of a language model when transformer blocks (attention: MHA, feed-forward: MLP) are taken out. "
+    "Dense: the model with all its blocks."
+)
 
 
 def write_report(
@@ -21,27 +32,106 @@ def write_report(
 
     Args:
         out: folder of the report; replaced as a whole, or left as it is on failure.
-        targets: names, of folders in data/plans and data/results.
+        targets: names of folders in data/plans and data/results.
         labels: by run, what its model and data are.
         data: folder of plans/, results/ and metrics/.
         plots: whether to draw; the CSV files are written in any case.
     """
     studies = read_studies(targets, labels, data)
-    page = build_page(title, studies, plots)
+    files = {
+        "curve.csv": curve_csv(studies),
+        "iterations.csv": iterations_csv(studies),
+        "pareto.csv": pareto_csv(comparisons(studies)),
+    }
+    write_page(out, build_page(title, studies, plots), files)
 
-    def build(directory: Path) -> None:
-        files = {
-            "report.md": render_markdown(page),
-            "index.html": render_html(page),
-            "curve.csv": curve_csv(studies),
-            "iterations.csv": iterations_csv(studies),
-            "pareto.csv": pareto_csv(comparisons(studies)),
-        }
-        for name, text in files.items():
-            (directory / name).write_text(text, encoding="utf-8")
-        for plot in page.plots:
-            (directory / "plots").mkdir(exist_ok=True)
-            (directory / "plots" / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-            (directory / "plots" / f"{plot.name}.png").write_bytes(plot.png)
 
-    replace_directory(out, build)
+def build_page(title: str, studies: Sequence[Study], draw: bool) -> Page:
+    overviews = [_overview(found, draw) for found in comparisons(studies) if len(found.options) > 2]
+    return Page(title, INTRO, (*overviews, *(_section(study, draw) for study in studies)))
+
+
+def _overview(comparison: Comparison, draw: bool) -> Section:
+    title = f"What to take for {comparison.studies[0].labels.model}"
+    drawn = [pareto_plot(comparison)] if draw else []
+    return Section(title, (choices(comparison, title), *drawn, compared(comparison)))
+
+
+def _section(study: Study, draw: bool) -> Section:
+    return Section(
+        study.run,
+        (
+            Findings(tuple(findings(study))),
+            headline(study),
+            *(plots(study) if draw else ()),
+            *map(sequence, study.traces),
+            Facts("Model, data and work", _facts(study)),
+        ),
+    )
+
+
+def _facts(study: Study) -> tuple[tuple[str, str], ...]:
+    calibration, text, labels = study.targets[0].plan.calibration, study.dense.model.heldout, study.labels
+    tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in study.scores.items())
+    trained = [target.name for target in study.targets if target.plan.recover]
+    return (
+        ("Model", labels.model),
+        ("Calibration", f"{labels.calibration}: {calibration['rows']:,} rows, {calibration['tokens']:,} tokens"),
+        ("Held-out text", f"{labels.heldout}: {text.rows:,} rows, {text.tokens:,} tokens"),
+        ("Tasks", f"{labels.tasks}: {tasks}"),
+        *([("Recovery", f"LoRA on {labels.recovery}: {listed(trained)}")] if trained else []),
+        ("Speed", study.targets[0].race.pruned.setting),
+        _made(study),
+    )
+
+
+def _made(study: Study) -> tuple[str, str]:
+    """How the plans of a run came about: the method in words, and its work or its steps."""
+    counts, words = study.counts, listed(list(dict.fromkeys(target.method for target in study.targets)))
+    if counts:
+        return "Search", (
+            f"{words}: {_nested(study) if study.traces else _budget_by_budget(study)}; the last run of its stage "
+            f"computed {counts['trials_computed']:,} trials and reused {counts['trials_reused']:,}, in "
+            f"{counts['seconds']:,.0f} s of scoring"
+        )
+    steps = [
+        f"{target.name}: {text}" for target in study.targets if (text := KINDS[target.plan.kind].steps(target.plan))
+    ]
+    return "Method", "; ".join([words, *steps])
+
+
+def _nested(study: Study) -> str:
+    """How much of a search for all budgets was spared, and what its audits say."""
+    removals = [removal for trace in study.traces for removal in trace.removals]
+    candidates, scored = sum(r.candidates for r in removals), sum(len(r.costs) for r in removals)
+    steps = sum(r.candidates > 0 for r in removals)
+    if not steps:
+        return "no candidate was scored"
+    text = f"{scored:,} candidates scored on all rows in {steps:,} iteration{'s' if steps > 1 else ''}"
+    if scored < candidates:
+        partial, share = sum(r.partial for r in removals), sum(r.work for r in removals) / candidates
+        text += (
+            f" of {candidates:,}; {partial:,} were dropped by a race, {candidates - scored - partial:,} not considered:"
+            f" {percent(share)} of all pairs of candidate and row computed"
+        )
+    audited = [r for r in removals if r.lazy_choice is not None]
+    if audited:
+        other = [
+            f"{format_mask(r.added)}, not {format_mask(r.lazy_choice or DENSE)}"
+            for r in audited
+            if r.lazy_choice != r.added
+        ]
+        text += f"; {len(audited)} audits, " + (f"which chose otherwise: {'; '.join(other)}" if other else "all agree")
+    return text
+
+
+def _budget_by_budget(study: Study) -> str:
+    """What a search that starts anew for each budget asked for."""
+    searches = {t.plan.budget: t.considered for t in study.targets if t.considered is not None}.values()
+    partial = sum(search.partial for search in searches)
+    return (
+        f"{sum(search.complete for search in searches):,} masks scored on all rows"
+        + (f" and {partial:,} on the first rows only" if partial else "")
+        + f", in {sum(search.steps for search in searches):,} steps"
+        + (f" of {len(searches)} searches, one for each budget" if len(searches) > 1 else "")
+    )

@@ -1,28 +1,35 @@
-"""The tables of a report as values of text, and the CSV files that `dvc plots show` draws.
+"""The tables of the report of targets, and the CSV files that `dvc plots show` draws.
 
-Decides which numbers are shown, and in which order. How a table is marked up is decided in `html` and `markdown`.
+Decides which numbers are shown, and in which order.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import mean
+from collections.abc import Callable, Mapping, Sequence
 
-from blockpruner.core.blocks import BlockKind, Mask, format_mask
-from blockpruner.reporting.comparison import BAND, GAINS, SPEED, Comparison, Option
-from blockpruner.reporting.findings import first_jump
-from blockpruner.reporting.formats import number, parameters, percent, points, signed_points, size, times
-from blockpruner.reporting.inputs import Estimate, Result, Speedups, Study, Target, paired
-from blockpruner.reporting.methods import cost_words, method_words, taken_out
+from blockpruner.core.blocks import Mask, format_mask
+from blockpruner.methods.registry import KINDS
+from blockpruner.reporting.comparison import BAND, GAINS, SPEED, Comparison
+from blockpruner.reporting.findings import jump_at, paired
+from blockpruner.reporting.formats import parameters, percent, size, times
+from blockpruner.reporting.grids import (
+    Cell,
+    Column,
+    Field,
+    Grid,
+    Number,
+    csv_text,
+    difference,
+    grid_of,
+    percentage,
+    score,
+)
+from blockpruner.reporting.inputs import Study, Target
+from blockpruner.reporting.results import Option
+from blockpruner.reporting.statistics import Estimate
 from blockpruner.scoring.metrics import METRICS
 
-BLANK = "–"
-AT_CHANCE = "†"
-IN_NOISE = "≈"
-BETTER, WORSE = "↑", "↓"
+AT_CHANCE, IN_NOISE, BETTER, WORSE = "†", "≈", "↑", "↓"
 LEGEND = (
     f"Scores in % ± 1 standard error. {WORSE} {BETTER}: differs from the dense model by more than 2 standard errors of "
     f"the paired items; unmarked: within noise. {AT_CHANCE}: within 2 standard errors of chance. Speed-ups (×) are "
@@ -38,236 +45,226 @@ COMPARISON_LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """head: column titles; rows: cells of text, the first being the row's name; strong: indices of rows to stress."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    strong: frozenset[int] = field(default_factory=frozenset)
+def _heldout(option: Option) -> Cell:
+    return Number(option.model.perplexity)
 
 
-def headline(study: Study) -> Table:
+def _removed(option: Option) -> Cell:
+    return percentage(option.ratio)
+
+
+def _taken_out(option: Option) -> Cell:
+    return KINDS[option.plan.kind].taken_out(option.plan) if option.plan else "nothing"
+
+
+def _speedup(option: Option) -> Cell:
+    return Number(option.speedup, write=times, mark=IN_NOISE if option.plan and option.race.is_noise else "")
+
+
+def _perplexity(task: str) -> Callable[[Option], Cell]:
+    return lambda option: Number(option.model.tasks[task].value)
+
+
+def _rate(part: str) -> Callable[[Option], Cell]:
+    def cell(option: Option) -> Cell:
+        speedup = f"({times(option.race.speedup(part))})" if option.plan else ""
+        return Number(option.race.pruned.rate(part), mark=speedup)
+
+    return cell
+
+
+def _change(found: Estimate) -> str:
+    return (BETTER if found.value > 0 else WORSE) if found.differs_from(0) else ""
+
+
+def headline(study: Study) -> Grid:
     """Dense against every target: one row a measure, one column a model, and what guessing scores."""
-    dense, targets = study.dense, study.targets
-    models = [dense, *(t.result for t in targets)]
+    rows: list[tuple[Cell, ...]] = []
 
-    def rate(name: str, speed: Sequence[float], speedups: Sequence[float]) -> tuple[str, ...]:
-        return (
-            name,
-            BLANK,
-            number(speed[0]),
-            *(f"{number(s)} ({times(u)})" for s, u in zip(speed[1:], speedups, strict=True)),
-        )
+    def add(title: str, of: Callable[[Option], Cell], chance: float | None = None) -> None:
+        rows.append((title, None if chance is None else Number(100 * chance, 1), *map(of, study.options)))
 
-    rows = [
-        ("Parameters", BLANK, *(parameters(m.parameters) for m in models)),
-        ("Parameters removed", BLANK, percent(0), *(percent(t.plan.ratio) for t in targets)),
-        ("Taken out", BLANK, "nothing", *(taken_out(t) for t in targets)),
-        *(
-            [("Trained since", BLANK, "no", *("LoRA" if t.plan.recover else "no" for t in targets))]
-            if any(t.plan.recover for t in targets)
-            else []
-        ),
-        ("Held-out perplexity", BLANK, *(number(m.perplexity) for m in models)),
-        *((name, BLANK, *(number(m.perplexities[name]) for m in models)) for name in dense.perplexities),
-        *(
-            (
-                f"{task}, %",
-                f"{100 * dense.chance[task]:.1f}",
-                *(_score(m.tasks[task], dense.chance[task], dense, m, task) for m in models),
-            )
-            for task in dense.tasks
-        ),
-        (
-            "Average, %",
-            f"{100 * mean(dense.chance[task] for task in dense.tasks):.1f}",
-            *(_score(m.average, mean(m.chance[task] for task in m.tasks), dense, m, None) for m in models),
-        ),
-        rate("Prefill, tokens/s", [m.speed.prefill for m in models], [t.speedups.prefill for t in targets]),
-        rate("Decode, tokens/s", [m.speed.decode for m in models], [t.speedups.decode for t in targets]),
-        ("Generation speed-up", BLANK, times(1), *(_speedup(t.speedups) for t in targets)),
-        ("Peak memory", BLANK, *(size(m.speed.peak_memory_bytes) for m in models)),
-        ("KV cache", BLANK, *(size(m.speed.kv_cache_bytes) for m in models)),
-        ("Weights", BLANK, *(size(m.weight_bytes) for m in models)),
-    ]
+    def accuracy(task: str | None, chance: float) -> Callable[[Option], Cell]:
+        def cell(option: Option) -> Cell:
+            found = option.model.tasks[task] if task else option.model.average
+            marks = "" if found.differs_from(chance) else AT_CHANCE
+            return score(found, mark=marks + (_change(paired(option.dense, option.model, task)) if option.plan else ""))
+
+        return cell
+
+    add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
+    add("Parameters removed", _removed)
+    add("Taken out", _taken_out)
+    if any(target.plan.recover for target in study.targets):
+        add("Trained since", lambda o: "LoRA" if o.plan and o.plan.recover else "no")
+    add("Held-out perplexity", _heldout)
+    for task, found in study.dense.model.tasks.items():
+        if not found.is_accuracy:
+            add(f"{task}, {found.metric.replace('_', ' ')}", _perplexity(task))
+    for task, chance in study.chance.items():
+        add(f"{task}, %", accuracy(task, chance), chance)
+    add("Average, %", accuracy(None, study.average_chance), study.average_chance)
+    add("Prefill, tokens/s", _rate("prefill"))
+    add("Decode, tokens/s", _rate("decode"))
+    add("Generation speed-up", _speedup)
+    add("Peak memory", lambda o: Number(o.race.pruned.memory_bytes, write=size))
+    add("KV cache", lambda o: Number(o.race.pruned.cache_bytes, write=size))
+    add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
     strong = frozenset(i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %"))
-    return Table(("", "chance", "dense", *(t.name for t in targets)), tuple(rows), strong)
-
-
-def choices(comparison: Comparison) -> Table:
-    """The models on the front of speed, the slowest first: what to take for a wanted speed."""
-    head = ("#", "generation", "take", "method", "held-out PPL", "average, %", "KV cache", "removed")
-    rows = [
-        (
-            str(i),
-            _speed(option),
-            option.name,
-            option.method,
-            number(option.result.perplexity),
-            points(option.result.average.value, option.result.average.stderr),
-            _cache(option),
-            percent(option.ratio),
-        )
-        for i, option in enumerate(comparison.front(SPEED), 1)
-    ]
-    return Table(head, tuple(rows))
-
-
-def compared(comparison: Comparison) -> Table:
-    """All targets of one dense model by size; strong are those on the front of speed."""
-    head = (
-        "target", "method", "removed", "taken out", "calibration PPL", "held-out PPL", "generation", "KV cache",
-        "average, %", "against ref",
-    )  # fmt: skip
-    best = comparison.front(SPEED)
-    options = [(option, band[0]) for band in comparison.bands() for option in band]
-    rows = [_compared(option, reference) for option, reference in options]
-    return Table(head, tuple(rows), frozenset(i for i, (option, _) in enumerate(options) if option in best))
-
-
-def _compared(option: Option, reference: Option) -> tuple[str, ...]:
-    target = option.target
-    assert target is not None
-    calibration, average = target.calibration_perplexity, option.result.average
-    return (
-        option.name,
-        option.method,
-        percent(option.ratio),
-        taken_out(target),
-        BLANK if calibration is None else number(calibration),
-        number(option.result.perplexity),
-        _speed(option),
-        _saved(option),
-        points(average.value, average.stderr),
-        "ref" if option == reference else _difference(reference, option),
-    )
-
-
-def _difference(reference: Option, option: Option) -> str:
-    found = paired(reference.result, option.result)
-    mark = (BETTER if found.value > 0 else WORSE) if found.differs_from(0) else ""
-    return f"{signed_points(found.value, found.stderr)} {mark}".rstrip()
-
-
-def _speed(option: Option) -> str:
-    return _speedup(option.target.speedups) if option.target else times(1)
-
-
-def _cache(option: Option) -> str:
-    saved = f" ({_saved(option)})" if option.cache_saved else ""
-    return size(option.result.speed.kv_cache_bytes) + saved
+    columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in study.options))
+    return Grid(f"{study.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
 
 
 def _saved(option: Option) -> str:
     return f"−{percent(option.cache_saved, 0)}" if option.cache_saved else percent(0, 0)
 
 
-def sequence(target: Target) -> Table:
+def choices(comparison: Comparison, title: str) -> Grid:
+    """The models on the front of speed, the slowest first: what to take for a wanted speed."""
+    front = comparison.front(SPEED)
+
+    def cache(option: Option) -> Cell:
+        mark = f"({_saved(option)})" if option.cache_saved else ""
+        return Number(option.race.pruned.cache_bytes, write=size, mark=mark)
+
+    fields: tuple[Field[Option], ...] = (
+        Field("place", "#", lambda o: Number(front.index(o) + 1, 0)),
+        Field("generation", "generation", _speedup),
+        Field("take", "take", lambda o: o.name),
+        Field("method", "method", lambda o: o.recipe),
+        Field("heldout_ppl", "held-out PPL", _heldout),
+        Field("avg", "average, %", lambda o: score(o.model.average)),
+        Field("kv_cache", "KV cache", cache),
+        Field("removed", "removed", _removed),
+    )
+    return grid_of("choices", title, fields, front)
+
+
+def compared(comparison: Comparison) -> Grid:
+    """All targets of one dense model by size; those on the front of speed are stressed."""
+    best = comparison.front(SPEED)
+    leaders = {id(option): band[0] for band in comparison.bands() for option in band}
+
+    def against(option: Option) -> Cell:
+        if option is leaders[id(option)]:
+            return "ref"
+        found = paired(leaders[id(option)].model, option.model)
+        return difference(found, _change(found))
+
+    def calibration(option: Option) -> Cell:
+        value = option.calibration_perplexity
+        return None if value is None else Number(value)
+
+    fields: tuple[Field[Option], ...] = (
+        Field("target", "target", lambda o: o.name),
+        Field("method", "method", lambda o: o.recipe),
+        Field("removed", "removed", _removed),
+        Field("taken_out", "taken out", _taken_out),
+        Field("calibration_ppl", "calibration PPL", calibration),
+        Field("heldout_ppl", "held-out PPL", _heldout),
+        Field("generation", "generation", _speedup),
+        Field("kv_cache", "KV cache", _saved),
+        Field("avg", "average, %", lambda o: score(o.model.average)),
+        Field("against_ref", "against ref", against),
+    )
+    rows = [option for band in comparison.bands() for option in band]
+    return grid_of("targets", "All targets", fields, rows, (COMPARISON_LEGEND,), lambda option: option in best)
+
+
+def sequence(target: Target) -> Grid:
     """The order of removal, with the cost of each, and what it was chosen by where that is something else."""
-    jump = first_jump(target.removals)
-    is_nll = METRICS[target.plan.metric].is_nll
-    by = [] if is_nll else [", ".join(cost_words(target))]
-    rows = [("0", "(dense)", percent(0, 2), number(target.removals[0].before), "", *("" for _ in by))]
+    jump = jump_at(target)
+    columns = [
+        Column("place", "#"), Column("removed", "removed"), Column("ratio", "ratio"),
+        Column("calibration_ppl", "calibration PPL"), Column("nll_rise", "NLL rise, nats/token"),
+    ]  # fmt: skip
+    metric = METRICS[target.plan.metric]
+    by = not metric.is_nll
+    if by:
+        columns.append(Column("cost", f"{metric.cost_title}, {metric.units_text}"))
+    dense: tuple[Cell, ...] = (Number(0, 0), "(dense)", percentage(0, 2), Number(target.curve[0]), "")
+    rows = [dense + (("",) if by else ())]
     scored: Mapping[Mask, float] = {}
     for i, r in enumerate(target.removals, 1):
-        scored = r.costs or scored  # one-shot: all are ranked by the scores of the first iteration
-        rise = f"{r.rise:+.4f}".replace("-", "−")
-        cost = [f"{scored[r.added]:.4g}".replace("-", "−") for _ in by]
-        rows.append((str(i), format_mask(r.added), percent(r.ratio, 2), number(r.perplexity), rise, *cost))
+        scored = r.costs or scored  # one-shot: the scores of the first iteration rank all removals
+        row: tuple[Cell, ...] = (
+            Number(i, 0), format_mask(r.added), percentage(r.ratio, 2), Number(r.perplexity),
+            Number(r.rise, write=lambda value: f"{value:+.4f}".replace("-", "−")),
+        )  # fmt: skip
+        cost = (Number(scored[r.added], write=lambda value: f"{value:.4g}".replace("-", "−")),) if by else ()
+        rows.append(row + cost)
+    title = f"{target.name}: {len(target.removals)} removals in order"
     strong = frozenset(() if jump is None else (jump + 1,))
-    return Table(("#", "removed", "ratio", "calibration PPL", "NLL rise, nats/token", *by), tuple(rows), strong)
+    return Grid(f"{target.name}-sequence", title, tuple(columns), tuple(rows), (), strong, folded=True)
+
+
+MEASURES: Mapping[str, Callable[[Option], object]] = {
+    "perplexity_heldout": lambda o: o.model.perplexity,
+    "accuracy": lambda o: o.model.average.value,
+    "accuracy_stderr": lambda o: o.model.average.stderr,
+}
+
+CURVE: Mapping[str, Callable[[Option], object]] = {
+    "method": lambda o: o.method,
+    "ratio": lambda o: o.ratio,
+    "removals": lambda o: len(o.curve[1:]),
+    "parameters": lambda o: o.model.parameters,
+    "perplexity_calibration": lambda o: o.calibration_perplexity,
+    **MEASURES,
+    "speedup_prefill": lambda o: o.race.speedup("prefill"),
+    "speedup_decode": lambda o: o.race.speedup("decode"),
+    "speedup_generation": lambda o: o.speedup,
+    "kv_cache_bytes": lambda o: o.race.pruned.cache_bytes,
+    "weight_bytes": lambda o: o.model.weight_bytes,
+}
+"""Columns of curve.csv behind the run and the target: one row a model, the dense one included."""
+
+PARETO: Mapping[str, Callable[[Option], object]] = {
+    "target": lambda o: o.name,
+    "method": lambda o: o.method,
+    "recovered": lambda o: int(bool(o.plan and o.plan.recover)),
+    "ratio": lambda o: o.ratio,
+    "mha_removed": lambda o: o.blocks["mha"],
+    "mlp_removed": lambda o: o.blocks["mlp"],
+    **MEASURES,
+    "speedup_generation": lambda o: o.speedup,
+    "kv_cache_bytes": lambda o: o.race.pruned.cache_bytes,
+}
+"""Columns of pareto.csv behind the model and the run."""
 
 
 def curve_csv(studies: Sequence[Study]) -> str:
-    """One row a model, at full precision; a dense model has ratio 0 and speed-ups of 1."""
-    head = ["run", "target", "method", "ratio", "removals", "parameters", "perplexity_calibration"]
-    head += ["perplexity_heldout", "accuracy", "accuracy_stderr", "speedup_prefill", "speedup_decode"]
-    head += ["speedup_generation", "kv_cache_bytes", "weight_bytes"]
-    rows: list[tuple[object, ...]] = []
-    for study in studies:
-        measures = _measures(study.dense, study.dense_calibration, (1.0, 1.0, 1.0))
-        rows.append((study.run, f"{study.run}-dense", "", 0.0, 0, *measures))
-        for t in study.targets:
-            speedups = (t.speedups.prefill, t.speedups.decode, t.speedups.generation)
-            measures = _measures(t.result, t.calibration_perplexity, speedups)
-            rows.append((study.run, t.name, method_words(t), t.plan.ratio, len(t.removals), *measures))
-    return _csv(head, rows)
+    """One row a model at full precision; a dense model has ratio 0 and speed-ups of 1."""
+    rows = [
+        (study.run, option.name if option.plan else f"{study.run}-dense", *(of(option) for of in CURVE.values()))
+        for study in studies
+        for option in study.options
+    ]
+    return csv_text([("run", "target", *CURVE), *rows])
 
 
 def pareto_csv(found: Sequence[Comparison]) -> str:
-    """One row an option of each dense model, the slowest first; front_<gain> is 1 where no other is better in held-out
-    perplexity and in that gain together."""
-    head = ["model", "run", "target", "method", "recovered", "ratio", "mha_removed", "mlp_removed"]
-    head += ["perplexity_heldout", "accuracy", "accuracy_stderr", "speedup_generation", "kv_cache_bytes"]
-    rows: list[tuple[object, ...]] = []
+    """One row an option of each dense model, the slowest first. front_<gain> is 1 where no other option is better in
+    held-out perplexity and in that gain together."""
+    rows: list[Sequence[object]] = [("model", "run", *PARETO, *(f"front_{gain.name}" for gain in GAINS))]
     for comparison in found:
         fronts = [comparison.front(gain) for gain in GAINS]
+        runs = {id(option): study.run for study in reversed(comparison.studies) for option in study.options}
         for option in sorted(comparison.options, key=SPEED.of):
-            plan, average = option.target and option.target.plan, option.result.average
-            rows.append(
-                (
-                    option.study.labels.model,
-                    option.study.run,
-                    option.name,
-                    method_words(option.target) if option.target else "",
-                    int(bool(plan and plan.recover)),
-                    option.ratio,
-                    *(plan.blocks[kind] if plan else 0 for kind in BlockKind),
-                    option.result.perplexity,
-                    average.value,
-                    average.stderr,
-                    option.speedup,
-                    option.result.speed.kv_cache_bytes,
-                    *(int(option in front) for front in fronts),
-                )
-            )
-    return _csv([*head, *(f"front_{gain.name}" for gain in GAINS)], rows)
+            on_front = (int(option in front) for front in fronts)
+            rows.append((option.subject, runs[id(option)], *(of(option) for of in PARETO.values()), *on_front))
+    return csv_text(rows)
 
 
 def iterations_csv(studies: Sequence[Study]) -> str:
     """One row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
-    head = ["run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "units_scored"]
-    rows: list[tuple[object, ...]] = []
-    for study in studies:
-        for t in study.traces:
-            rows.append((study.run, t.name, 0, "", 0.0, t.removals[0].before, 0.0, 0))
-            rows += [
-                (study.run, t.name, i, format_mask(r.added), r.ratio, r.perplexity, r.rise, len(r.costs))
-                for i, r in enumerate(t.removals, 1)
-            ]
-    return _csv(head, rows)
-
-
-def _measures(result: Result, calibration: float | None, speedups: tuple[float, float, float]) -> tuple[object, ...]:
-    return (
-        result.parameters,
-        calibration,
-        result.perplexity,
-        result.average.value,
-        result.average.stderr,
-        *speedups,
-        result.speed.kv_cache_bytes,
-        result.weight_bytes,
-    )
-
-
-def _score(score: Estimate, chance: float, dense: Result, model: Result, task: str | None) -> str:
-    marks = "" if score.differs_from(chance) else AT_CHANCE
-    if model is not dense:
-        difference = paired(dense, model, task)
-        if difference.differs_from(0):
-            marks += BETTER if difference.value > 0 else WORSE
-    return points(score.value, score.stderr) + (f" {marks}" if marks else "")
-
-
-def _speedup(speedups: Speedups) -> str:
-    return times(speedups.generation) + (f" {IN_NOISE}" if speedups.is_noise else "")
-
-
-def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return out.getvalue()
+    rows: list[Sequence[object]] = [
+        ("run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "units_scored")
+    ]
+    for study, t in ((one, target) for one in studies for target in one.traces):
+        rows.append((study.run, t.name, 0, "", 0.0, t.curve[0], 0.0, 0))
+        rows += [
+            (study.run, t.name, i, format_mask(r.added), r.ratio, r.perplexity, r.rise, len(r.costs))
+            for i, r in enumerate(t.removals, 1)
+        ]
+    return csv_text(rows)

@@ -43,6 +43,11 @@ class Metric:
         return self.stored_as or self.name
 
     @property
+    def cost_title(self) -> str:
+        """Title of what a search compares candidates by."""
+        return self.rise_title or self.title
+
+    @property
     def is_nll(self) -> bool:
         return self.key == NLL.key
 

@@ -27,20 +27,21 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Budgets, Run
 from blockpruner.evaluation.speed import Speed, Timing
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.paper.advice import advice, warnings_of
-from blockpruner.paper.beyond import beyond, stopping
-from blockpruner.paper.claims import FAILS, HOLDS, OPEN, claims, summed, verdict
+from blockpruner.paper.beyond import GRIDS, stopping
+from blockpruner.paper.contrasts import FAILS, HOLDS, OPEN, claims, summed, verdict
 from blockpruner.paper.evaluation import STUDY_ITEMS, Candidate
 from blockpruner.paper.evidence import Subject, read_subject
 from blockpruner.paper.experiments import Variant, variants
 from blockpruner.paper.figures import FIGURES, draw
 from blockpruner.paper.page import build_set, write_set
-from blockpruner.paper.statistics import Interval
 from blockpruner.paper.studies import Search, model_name
 from blockpruner.paper.tables import TABLES, paper_grids
 from blockpruner.params import load_run
+from blockpruner.reporting.findings import signs
 from blockpruner.reporting.grids import Column, Grid, Number, escape_latex, to_csv, to_latex
-from blockpruner.reporting.inputs import RunLabels
+from blockpruner.reporting.pages import to_markdown
+from blockpruner.reporting.results import RunLabels
+from blockpruner.reporting.statistics import Interval
 from blockpruner.store.files import write_json, write_table
 from blockpruner.store.plans import load_plan, save_plan
 
@@ -241,9 +242,10 @@ def written(tmp_path_factory, subject) -> Path:
 
 @cache
 def grids(*subjects: Subject) -> dict[str, Grid]:
-    found = [(s.model, s.evidence) for s in subjects if s.evidence is not None]
+    found = [subject.evidence for subject in subjects if subject.evidence is not None]
     named = [grid for table in TABLES for grid in paper_grids(table, subjects, PUBLISHED)]
-    return {grid.name: grid for grid in [*named, *beyond(subjects), *([stopping(found)] if found else [])]}
+    beyond = [make(found) for make in (*GRIDS, stopping)] if found else []
+    return {grid.name: grid for grid in [*named, *beyond]}
 
 
 def rows(grid: Grid) -> list[dict[str, str]]:
@@ -354,7 +356,7 @@ def test_a_run_that_is_not_computed_shows_the_papers_rows(absent, subject):
         (subject.model, "here"), ("Llama2-13B", "here"), ("Llama2-13B", "paper"),
     }  # fmt: skip
     page = build_set("x", [absent], PUBLISHED)
-    assert not page.plots and any(drawn.plot is None for part in page.parts for drawn in part.drawn)
+    assert not page.plots and "No figure: a study trains no model" in to_markdown(page)
 
 
 def test_tests_are_paired_and_corrected_over_the_rows(folder, subject):
@@ -405,7 +407,7 @@ def test_the_best_balance_has_the_lowest_perplexity_of_those_fast_enough(subject
         enough = [
             entry
             for entry in subject.evidence.timed("timed")
-            if entry.model.races["timed"].speedups[found["part"]].value >= float(found["at_least"])
+            if entry.race.speedups[found["part"]].value >= float(found["at_least"])
         ]
         assert float(found["heldout_ppl"]) == min(entry.model.perplexity for entry in enough)
 
@@ -438,30 +440,29 @@ def test_agreement_of_sequences(folder, subject):
 
 def test_claims_say_what_the_intervals_say(subject):
     assert subject.evidence is not None
-    findings, grid = claims(subject.model, subject.evidence)
+    findings, grid = claims(subject.evidence)
     for found in rows(grid):
         low, high = float(found["difference_low"]), float(found["difference_high"])
         assert found["by_accuracy"] == (HOLDS if low > 0 else FAILS if high < 0 else OPEN)
         low, high = float(found["perplexity_ratio_low"]), float(found["perplexity_ratio_high"])
         assert found["by_perplexity"] == (HOLDS if high < 1 else FAILS if low > 1 else OPEN)
     assert len(findings) == 5 and {r["claim"] for r in rows(grid)} <= {f.title.partition(": ")[0] for f in findings}
-    assert verdict(Interval(-1, 1), 0) == OPEN and verdict(Interval(0.1, 1), 0) == HOLDS
-    assert verdict(Interval(-1, -0.1), 0) == FAILS and summed([HOLDS, OPEN]).startswith("1 of 2 holds")
+    assert verdict(Interval(-1, 1)) == OPEN and verdict(Interval(0.1, 1)) == HOLDS
+    assert verdict(Interval(-1, -0.1)) == FAILS and summed([HOLDS, OPEN]).startswith("1 of 2 holds")
 
 
 def test_a_jump_is_named_with_the_last_safe_budget(subject):
     evidence = subject.evidence
-    assert evidence is not None and not any(f.rule == "jump" for f in advice(evidence).findings)
+    assert evidence is not None and not any(f.rule == "jump" for f in evidence.findings)
     search = evidence.searches["BlockPruner"]
-    broken = [value * (2 if i > 5 else 1) for i, value in enumerate(search.perplexities)]
-    changed = replace(
-        evidence, searches={**evidence.searches, "BlockPruner": replace(search, perplexities=tuple(broken))}
-    )
-    jump = next(f for f in advice(changed).findings if f.rule == "jump")
-    assert search.order[5] in jump.title and "removal 6" in jump.title and "last safe budget is 5 removals" in jump.text
-    best = advice(changed).best
-    assert best is None or len(best.plan.order) <= 5
-    marked = [e for e in changed.of("BlockPruner") if "jump" in warnings_of(changed, e)]
+    broken = tuple(value * (2 if i > 5 else 1) for i, value in enumerate(search.perplexities))
+    entries = (replace(e, curve=broken) if e.variant.name == "BlockPruner" else e for e in evidence.entries)
+    changed = replace(evidence, entries=tuple(entries))
+    jump = next(f for f in changed.findings if f.rule == "jump")
+    assert jump.title == f"BlockPruner: removing {search.order[5]} (removal 6) breaks the model"
+    assert "last safe budget is 5blocks" in jump.text
+    assert changed.best is None or len(changed.best.plan.order) <= 5
+    marked = [e for e in changed.of("BlockPruner") if "jump" in signs(e)]
     assert marked == [e for e in changed.of("BlockPruner") if len(e.plan.order) > 5]
 
 
@@ -470,7 +471,7 @@ def test_the_same_files_give_the_same_bytes(folder, run, subject):
     for name, grid in grids(again).items():
         assert to_csv(grid) == to_csv(grids(subject)[name]) and to_latex(grid) == to_latex(grids(subject)[name])
     figure = next(figure for figure in FIGURES if figure.name == "figure5")
-    assert draw(figure, [("m", again.evidence)]) == draw(figure, [("m", subject.evidence)])
+    assert draw(figure, [again.evidence]) == draw(figure, [subject.evidence])
 
 
 def test_the_report_has_all_files_and_loads_nothing(written, subject):

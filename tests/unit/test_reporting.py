@@ -20,35 +20,31 @@ import pytest
 
 from blockpruner.core.blocks import Mask, format_mask, parse_mask, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.commit import commit_run, save_iterations
-from blockpruner.methods.score import score_run
 from blockpruner.reporting.comparison import front
-from blockpruner.reporting.findings import Level, findings, first_jump, is_mismatch, recommended
+from blockpruner.reporting.figures import plots
+from blockpruner.reporting.findings import Level, findings, is_mismatch, jump_at, paired, recommended
+from blockpruner.reporting.grids import Grid
 from blockpruner.reporting.inputs import (
     ITERATIONS,
     Considered,
-    RunLabels,
     Study,
     considered,
-    paired,
     read_iterations,
     read_studies,
     removals,
 )
-from blockpruner.reporting.markdown import render_markdown
-from blockpruner.reporting.methods import METRIC_WORDS, SEARCH_WORDS, UNSCORED
-from blockpruner.reporting.page import Page, build_page
-from blockpruner.reporting.plots import plots
-from blockpruner.reporting.report import write_report
+from blockpruner.reporting.pages import Facts, Page, to_markdown
+from blockpruner.reporting.report import build_page, write_report
+from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.tables import curve_csv, headline, sequence
 from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.work import ScoredRows
-from blockpruner.search import SEARCHES, iteration
-from blockpruner.search.trace import read_current, read_trace, trace_directory
+from blockpruner.search import iteration
+from blockpruner.search.registry import SEARCHES
+from blockpruner.search.trace import Current, read_trace, trace_directory
 from blockpruner.store.files import write_json
+from tests.builders import FakeScorer, scored, short_rows, small_config
 
 LAYERS, ROWS = 12, 4
 MHA, MLP, TOTAL = 900_000, 2_700_000, 60_000_000
@@ -204,7 +200,10 @@ def results(path: Path, world: World, position: int, heldout: float, pruned: tup
     if pruned:
         factor, plan = pruned
         speed["pruned"] = _speed(factor, parameters, 24 - 2 * plan["blocks"]["mha"])
-        speed |= {"speedup_prefill": factor - 0.01, "speedup_decode": factor + 0.01, "speedup_generation": factor}
+        speed |= {
+            f"speedup_{part}": speed["dense"][key]["median"] / speed["pruned"][key]["median"]
+            for part in ("prefill", "decode", "generation") if (key := f"{part}_seconds")
+        }  # fmt: skip
     perplexity = {"perplexity": 20 * math.exp(heldout), "nll": math.log(20) + heldout, "rows": 6, "tokens": 6144,
                   "seq_len": 1024}  # fmt: skip
     write_json(path / "results.json", {"parameters": parameters, "weight_bytes": 4 * parameters, "speed": speed,
@@ -213,23 +212,69 @@ def results(path: Path, world: World, position: int, heldout: float, pruned: tup
 
 
 def _speed(factor: float, parameters: int, kibibytes: int) -> dict[str, Any]:
-    seconds = 2.0 / factor
+    prompt, new, seconds = 64, 32, {"prefill": 0.08, "decode": 1.92, "generation": 2.0}
+    timings = {part: [s / factor * drift for drift in (1.02, 1.0, 0.98, 1.0, 1.0)] for part, s in seconds.items()}
     return {
-        "generation_seconds": {"median": seconds, "min": seconds * 0.98, "max": seconds * 1.02},
-        "prefill_tokens_per_second": 800 * factor, "decode_tokens_per_second": 16 * factor,
+        f"{part}_seconds": {"median": s[1], "min": s[2], "max": s[0], "samples": s} for part, s in timings.items()
+    } | {
+        "prefill_tokens_per_second": prompt / timings["prefill"][1],
+        "decode_tokens_per_second": (new - 1) / timings["decode"][1],
         "kv_cache_bytes": 1024 * kibibytes, "weight_bytes": 4 * parameters, "peak_memory_bytes": 4 * parameters,
-        "peak_memory": "weights + KV cache", "prompt_tokens": 64, "new_tokens": 32, "batch": 1, "repeats": 5,
+        "peak_memory": "weights + KV cache", "prompt_tokens": prompt, "new_tokens": new, "batch": 1, "repeats": 5,
         "threads": 2, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
 
 
 def study(tmp_path: Path, world: World = World()) -> Study:
     build(tmp_path, world)
-    return read_studies([name for name, _ in world.removals], LABELS, tmp_path)[0]
+    return read_studies([name for name, _ in world.removals], {world.run: LABEL}, tmp_path)[0]
 
 
-def rules(found: Study) -> list[tuple[str, str]]:
-    return [(f.rule, f.level) for f in findings(found) if f.level is Level.WARNING]
+def others(run: str, method: str, **changes: Any) -> World:
+    """A run of another method, its targets named after it."""
+    world = replace(World(), run=run, method=method, removals=((f"{run}-a", 3), (f"{run}-b", 6)))
+    return replace(world, **changes)
+
+
+SHORTGPT = others(
+    "shortgpt", "one_shot", metric="block_influence", unit="layer", costs=(0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
+)
+
+
+def warned(found: Study) -> list[str]:
+    return [f.rule for f in findings(found) if f.level is Level.WARNING]
+
+
+def finding(found: Study, rule: str) -> str:
+    (text,) = [f"{f.title} {f.text}" for f in findings(found) if f.rule == rule]
+    return text
+
+
+def page_of(*found: Study) -> Page:
+    return build_page("t", found, draw=False)
+
+
+def facts(found: Study) -> dict[str, str]:
+    (own,) = [block for section in page_of(found).sections for block in section.blocks if isinstance(block, Facts)]
+    return dict(own.of)
+
+
+def drawn(found: Study) -> dict[str, str]:
+    """The SVG and the caption of a run's plots."""
+    return {plot.name.removeprefix(f"{found.run}-"): plot.svg + plot.caption for plot in plots(found)}
+
+
+def rows(grid: Grid) -> dict[str, dict[str, str]]:
+    """By the first column, then by title."""
+    return {row[0]: dict(zip(grid.head, row, strict=True)) for row in grid.texts}
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +286,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_report_is_complete_and_its_tables_hold_the_inputs(report: Path) -> None:
     data = report.parent
-    names = [f"tiny-{plot}" for plot in ("pareto", "perplexity", "accuracy", "speed", "tasks")] + [
-        "tiny-b-map",
-        "tiny-b-heat",
-    ]
+    names = [*(f"tiny-{plot}" for plot in ("pareto", "perplexity", "accuracy", "speed", "tasks")), "tiny-b-map",
+             "tiny-b-heat"]  # fmt: skip
     assert {p.relative_to(report).as_posix() for p in report.rglob("*") if p.is_file()} == {
         "report.md", "index.html", "curve.csv", "iterations.csv", "pareto.csv",
         *(f"plots/{name}.{kind}" for name in names for kind in ("svg", "png")),
@@ -253,24 +296,16 @@ def test_report_is_complete_and_its_tables_hold_the_inputs(report: Path) -> None
     markdown, page = (report / "report.md").read_text(), (report / "index.html").read_text()
     perplexities = [f"{r['perplexity']['perplexity']:.2f}" for r in (dense, a, b)]
     assert f"| **Held-out perplexity** | **–** | {' | '.join(f'**{p}**' for p in perplexities)} |" in markdown
-    assert "".join(f"<td>{p}</td>" for p in perplexities) in page
+    assert "".join(f'<td class="n">{p}</td>' for p in perplexities) in page
     for result in (dense, a, b):
-        for task in result["tasks"].values():
-            assert f"{100 * task['value']:.1f} ± {100 * task['stderr']:.1f}" in page
-        assert f"{100 * result['average']['value']:.1f} ± {100 * result['average']['stderr']:.1f}" in page
+        for score in (*result["tasks"].values(), result["average"]):
+            assert f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}" in page
         assert f"{result['parameters'] / 1e6:.1f} M" in page
     plan = _json(data / "plans" / "tiny-b" / "plan.json")
-    assert f"{100 * plan['ratio']:.1f} %" in page
-    assert f"{plan['blocks']['mha']} MHA + {plan['blocks']['mlp']} MLP" in page
-    assert "1.05×" in page
-    assert "1.12×" in page
-    assert "896.0 (1.11×)" in page
-    assert "computed 123 trials" in page
-    assert "reused 45" in page
-    assert "4 rows, 512 tokens" in page
-    assert "python " in page
-    assert "± 7" in page
-    assert "standard error is about 7 points" in page
+    for text in (f"{100 * plan['ratio']:.1f} %", f"{plan['blocks']['mha']} MHA + {plan['blocks']['mlp']} MLP", "1.05×",
+                 "1.12×", "896.0 (1.12×)", "computed 123 trials", "reused 45", "4 rows, 512 tokens", "python ", "± 7",
+                 "standard error is about 7 points"):  # fmt: skip
+        assert text in page
 
 
 def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> None:
@@ -282,18 +317,15 @@ def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> N
         fields["tasks"]["gsm8k"] = {"metric": "exact_match", "value": 0.5, "stderr": 0.5, "items": 2}
         fields["chance"] |= {"wikitext": None, "gsm8k": 0.0}
         write_json(path / "results.json", fields)
-        blank = {"loglikelihoods": [], "prompt_hash": ""}
-        rows = [{"task": "gsm8k", "item": i, "exact_match": float(i)} | blank for i in range(2)]
-        rows += [{"task": "wikitext", "item": i} | blank for i in range(2)]
-        tables = [pq.read_table(path / "items.parquet").cast(ITEMS), pa.Table.from_pylist(rows, ITEMS)]
-        pq.write_table(pa.concat_tables(tables), path / "items.parquet")
+        items = pq.read_table(path / "items.parquet").to_pylist()
+        items += [items[0] | {"task": "gsm8k", "item": i, "acc": None, "exact_match": float(i)} for i in range(2)]
+        items += [items[0] | {"task": "wikitext", "item": i, "acc": None, "word_perplexity": 30.0} for i in range(2)]
+        pq.write_table(pa.Table.from_pylist(items, ITEMS), path / "items.parquet")
     (found,) = read_studies(["tiny-a", "tiny-b"], LABELS, data)
-    results = [found.dense, *(target.result for target in found.targets)]
-    assert [list(result.tasks) for result in results] == [[*CHANCE, "gsm8k"]] * 3
-    assert {task for task, _ in found.dense.items} == {*CHANCE, "gsm8k"}
-    assert found.dense.items["gsm8k", "1"] == 1.0
+    assert list(found.chance) == [*CHANCE, "gsm8k"]
+    assert all(set(option.model.scores) == {*CHANCE, "gsm8k"} for option in found.options)
+    assert found.dense.model.scores["gsm8k"].tolist() == [0.0, 1.0]
     values = [30.0 + [path.name for path in directories].index(name) for name in ("tiny-dense", "tiny-a", "tiny-b")]
-    assert [result.perplexities for result in results] == [{"wikitext, word perplexity": value} for value in values]
     write_report(data / "report", "title", ["tiny-b", "tiny-a"], LABELS, data, False)
     markdown = (data / "report" / "report.md").read_text()
     assert f"| wikitext, word perplexity | – | {' | '.join(f'{value:.2f}' for value in values)} |" in markdown
@@ -305,16 +337,18 @@ def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> N
 
 
 def test_csv_files_hold_full_precision(report: Path) -> None:
-    curve = list(csv.DictReader((report / "curve.csv").open()))
-    assert [row["target"] for row in curve] == ["tiny-dense", "tiny-a", "tiny-b"]
+    dense, _, last = _csv(report / "curve.csv")
     plan, result = (_json(report.parent / p) for p in ("plans/tiny-b/plan.json", "results/tiny-b/results.json"))
-    assert float(curve[2]["ratio"]) == plan["ratio"]
-    assert int(curve[2]["removals"]) == 6
-    assert float(curve[2]["perplexity_heldout"]) == result["perplexity"]["perplexity"]
-    assert float(curve[2]["perplexity_calibration"]) == plan["calibration"]["perplexity"]
-    assert float(curve[2]["accuracy"]) == result["average"]["value"]
-    assert float(curve[0]["ratio"]) == 0
-    steps = list(csv.DictReader((report / "iterations.csv").open()))
+    assert (dense["target"], float(dense["ratio"]), last["target"], int(last["removals"])) == (
+        "tiny-dense", 0, "tiny-b", 6,
+    )  # fmt: skip
+    assert float(last["ratio"]) == plan["ratio"]
+    assert float(last["perplexity_heldout"]) == result["perplexity"]["perplexity"]
+    assert float(last["perplexity_calibration"]) == plan["calibration"]["perplexity"]
+    assert float(last["accuracy"]) == result["average"]["value"]
+    for part in ("prefill", "decode", "generation"):
+        assert float(last[f"speedup_{part}"]) == result["speed"][f"speedup_{part}"]
+    steps = _csv(report / "iterations.csv")
     assert [row["removed"] for row in steps] == ["", *plan["order"]]
     assert [float(row["ratio"]) for row in steps] == [0.0, *plan["ratios"]]
     nll = 2.5 + np.cumsum([0, *World().costs])
@@ -325,11 +359,12 @@ def test_csv_files_hold_full_precision(report: Path) -> None:
 class _Page(HTMLParser):
     """Collects everything that a browser would load, and ids."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
         self.loads: list[str] = []
         self.ids: list[str] = []
         self.tags: set[str] = set()
+        self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
@@ -339,20 +374,16 @@ class _Page(HTMLParser):
 
 def test_page_loads_nothing_and_escapes_its_title(report: Path) -> None:
     text = (report / "index.html").read_text()
-    page = _Page()
-    page.feed(text)
+    page = _Page(text)
     assert all(target[1:] in page.ids for target in page.loads if not target.startswith("data:image/png;base64,"))
     assert not page.tags & {"script", "link", "img", "iframe", "object", "embed"}
-    assert "@import" not in text
-    assert not re.search(r"url\((?!#)", text)
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert set(re.findall(r"https?://[^\"' <]+", text)) <= {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1999/xlink",
-    }
-    assert "<h1>A &lt;b&gt;bold&lt;/b&gt; | title &amp; more</h1>" in text
-    assert "<b>bold" not in text
+    assert {url.rpartition("/")[0] for url in re.findall(r"https?://[^\"' <]+", text)} <= {
+        "http://www.w3.org/2000", "http://www.w3.org/1999",
+    }  # fmt: skip
+    assert "<h1>A &lt;b&gt;bold&lt;/b&gt; | title &amp; more</h1>" in text and "<b>bold" not in text
     assert (report / "report.md").read_text().startswith(r"# A \<b\>bold\</b\> \| title \& more")
 
 
@@ -371,13 +402,10 @@ def test_without_plots_the_old_folder_is_replaced(tmp_path: Path) -> None:
     assert "<svg" not in (tmp_path / "report" / "index.html").read_text()
 
 
-def test_healthy_run_has_no_warning(tmp_path: Path) -> None:
-    assert rules(study(tmp_path)) == []
-
-
 @pytest.mark.parametrize(
     ("costs", "index"),
     [
+        (World().costs, None),
         ((0.03, 0.035, 0.04, 0.05, 0.35, 0.07), 4),
         ((0.03, 0.03, 0.08, 0.03, 0.03, 0.03), None),  # over the factor, under JUMP_NATS
         ((0.2, 0.25, 0.3, 0.35, 0.38, 0.4), None),  # steep but steady
@@ -388,41 +416,37 @@ def test_healthy_run_has_no_warning(tmp_path: Path) -> None:
 def test_jump(tmp_path: Path, costs: tuple[float, ...], index: int | None) -> None:
     found = study(tmp_path, replace(World(), costs=costs))
     (trace,) = found.traces
-    assert first_jump(trace.removals) == index
-    warning = next((f for f in findings(found) if f.rule == "jump"), None)
-    assert (warning is None) == (index is None)
-    if warning is not None and index is not None:
-        assert trace.plan.order[index] in warning.title
-        safe = f"{index}blocks (ratio {trace.plan.ratios[index - 1]:.4f})"
-        assert (safe if index else "no budget of this sequence") in warning.text
-        assert f"to {math.exp(2.5 + sum(costs[: index + 1])):.2f} at" in warning.text
+    assert jump_at(trace) == index
+    assert warned(found) == ([] if index is None else ["jump"])
+    if index is not None:
+        text = finding(found, "jump")
+        assert trace.plan.order[index] in text and f"to {math.exp(2.5 + sum(costs[: index + 1])):.2f} at" in text
+        safe = f"{index}blocks ({100 * trace.plan.ratios[index - 1]:.2f} %"
+        assert (safe if index else "no budget of this sequence") in text
 
 
-def test_mismatch_needs_a_factor_and_a_distance(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("factor", "names"), [(0.1, []), (1.8, []), (2.0, ["tiny-b"]), (2.5, ["tiny-a", "tiny-b"])])
+def test_mismatch_needs_a_factor_and_a_distance(tmp_path: Path, factor: float, names: list[str]) -> None:
     """Calibration rises by 0.105 and 0.285 nats: 1.5 times that plus 0.1 is 2.45 and 1.85 times it."""
-    assert rules(study(tmp_path / "0", replace(World(), heldout_factor=1.8))) == []
-    for factor, names in ((2.0, ["tiny-b"]), (2.5, ["tiny-a", "tiny-b"])):
-        found = study(tmp_path / str(factor), replace(World(), heldout_factor=factor))
-        (warning,) = [f for f in findings(found) if f.level is Level.WARNING]
-        assert warning.rule == "mismatch"
-        assert re.findall(r"tiny-\w", warning.text) == names
-        assert f"{math.exp(0.285 * factor):.2f}× against 1.33× at tiny-b" in warning.text
-    assert rules(study(tmp_path / "3", replace(World(), heldout_factor=0.1))) == []
+    found = study(tmp_path, replace(World(), heldout_factor=factor))
+    assert warned(found) == (["mismatch"] if names else [])
+    if names:
+        text = finding(found, "mismatch")
+        assert re.findall(r"tiny-\w", text) == names
+        assert f"{math.exp(0.285 * factor):.2f}× against 1.33× at tiny-b" in text
 
 
 def test_little_speed_up_names_the_mlp(tmp_path: Path) -> None:
     """Six MLP blocks are 27 % of the parameters; half of the ideal gain of 37 % is 18.5 %."""
     mostly_mlp = replace(World(), candidates="mlp", speedups=(1.09, 1.18))
-    (warning,) = [f for f in findings(study(tmp_path / "0", mostly_mlp)) if f.level is Level.WARNING]
-    assert warning.rule == "slow"
-    assert "Mostly MLP" in warning.text
-    assert re.findall(r"tiny-\w", warning.text) == ["tiny-b"]
-    assert "27.0 %" in warning.text
-    assert "1.18×" in warning.text
-    assert "1.37×" in warning.text
-    assert rules(study(tmp_path / "1", replace(mostly_mlp, speedups=(1.09, 1.19)))) == []
+    found = study(tmp_path / "0", mostly_mlp)
+    assert warned(found) == ["slow"]
+    text = finding(found, "slow")
+    assert re.findall(r"tiny-\w", text) == ["tiny-b"]
+    assert all(part in text for part in ("Mostly MLP", "27.0 %", "1.18×", "1.37×"))
+    assert warned(study(tmp_path / "1", replace(mostly_mlp, speedups=(1.09, 1.19)))) == []
     low = replace(World(), candidates="mha", speedups=(1.0, 1.0))  # 9 % of the parameters
-    assert rules(study(tmp_path / "2", low)) == []
+    assert warned(study(tmp_path / "2", low)) == []
 
 
 @pytest.mark.parametrize(
@@ -440,10 +464,9 @@ def test_little_speed_up_names_the_mlp(tmp_path: Path) -> None:
 )
 def test_recommended_stop(tmp_path: Path, change: dict[str, Any], name: str | None) -> None:
     found = study(tmp_path, replace(World(), **change))
-    best = recommended(found)
+    best = recommended(found.targets)
     assert (best and best.name) == name
-    advice = next(f for f in findings(found) if f.level is Level.ADVICE)
-    assert name in advice.title if name else "No target" in advice.title
+    assert (f"point: {name}" if name else "No budget") in finding(found, "stop")
 
 
 def test_racing_losers_are_in_no_ranking_curve_or_heat_map(tmp_path: Path) -> None:
@@ -451,91 +474,74 @@ def test_racing_losers_are_in_no_ranking_curve_or_heat_map(tmp_path: Path) -> No
     plain, raced = study(tmp_path / "0"), study(tmp_path / "1", replace(World(), losers=True))
     (honest,), (other,) = plain.traces, raced.traces
     for left, right in zip(honest.removals, other.removals, strict=True):
-        assert right.partial == 1
-        assert left.partial == 0
+        assert (left.partial, right.partial) == (0, 1)
         assert (right.added, right.perplexity, right.rise) == (left.added, left.perplexity, left.rise)
-        assert len(right.costs) == len(left.costs) - 1
-        assert right.costs.items() <= left.costs.items()
+        assert len(right.costs) == len(left.costs) - 1 and right.costs.items() <= left.costs.items()
         assert min(right.costs.values()) == right.rise
-    assert [f.text for f in findings(plain)] == [f.text for f in findings(raced)]
+    assert findings(plain) == findings(raced)
 
 
 def test_the_page_says_what_was_spared_and_what_audits_found(tmp_path: Path) -> None:
     """Iteration 1 without two of its candidates; an audit in 2 that agrees and one in 3 that does not."""
     build(tmp_path, replace(World(), losers=True))
     path = tmp_path / "plans" / "tiny-b" / "iterations.parquet"
-    rows = pq.read_table(path).to_pylist()
-    skipped = [row for row in rows if row["iteration"] == 1 and not row["chosen"] and row["rows_used"] == ROWS][-2:]
-    rows = [row for row in rows if row not in skipped]
-    choice = {i: next(row["added"] for row in rows if row["iteration"] == i and row["chosen"]) for i in (2, 3)}
-    other = next(row["added"] for row in rows if row["iteration"] == 3 and not row["chosen"])
-    for row in rows:
+    table = pq.read_table(path).to_pylist()
+    skipped = [row for row in table if row["iteration"] == 1 and not row["chosen"] and row["rows_used"] == ROWS][-2:]
+    table = [row for row in table if row not in skipped]
+    choice = {i: next(row["added"] for row in table if row["iteration"] == i and row["chosen"]) for i in (2, 3)}
+    other = next(row["added"] for row in table if row["iteration"] == 3 and not row["chosen"])
+    for row in table:
         if row["iteration"] in (2, 3):
             row["lazy_choice"] = row["added"] == {2: choice[2], 3: other}[row["iteration"]]
-    pq.write_table(pa.Table.from_pylist(rows, ITERATIONS), path)
-    page = build_page("t", read_studies(["tiny-b"], LABELS, tmp_path), draw=False)
-    text = dict(page.sections[0].facts)["Search"]
+    pq.write_table(pa.Table.from_pylist(table, ITERATIONS), path)
+    (found,) = read_studies(["tiny-b"], LABELS, tmp_path)
+    text = facts(found)["Search"]
     everything = sum(2 * LAYERS - i for i in range(6))
     computed = (everything - 2 - 6 + 6 / ROWS) / everything
     assert f"{everything - 8} candidates scored on all rows in 6 iterations of {everything}; 6 were dropped" in text
     assert f"2 not considered: {100 * computed:.1f} %" in text
     assert f"2 audits, which chose otherwise: {choice[3]}, not {other}" in text
+    next(row for row in table if row["chosen"])["rows_used"] = 1
+    pq.write_table(pa.Table.from_pylist(table, ITERATIONS), path)
+    with pytest.raises(InputError, match=r"0 fully scored choices in iteration 0.*dvc repro"):
+        read_studies(["tiny-b"], LABELS, tmp_path)
 
 
 def test_a_recovered_target_says_so(tmp_path: Path) -> None:
-    """Two targets with one budget, of which tiny-a was trained: it stands behind the other, marked."""
+    """Two targets with one budget; tiny-a was trained: it stands behind the other, marked."""
     build(tmp_path, replace(World(), removals=(("tiny-a", 3), ("tiny-b", 3))))
+    (plain,) = read_studies(["tiny-a"], LABELS, tmp_path)
+    assert "Recovery" not in facts(plain) and "Trained since" not in rows(headline(plain))
     path = tmp_path / "plans" / "tiny-a" / "plan.json"
     write_json(path, _json(path) | {"recover": True})
-    labels = {"tiny": replace(LABELS["tiny"], recovery="8,000 samples")}
-    (section,) = build_page("t", read_studies(["tiny-a", "tiny-b"], labels, tmp_path), draw=False).sections
-    assert section.headline.head == ("", "chance", "dense", "tiny-b", "tiny-a")
-    assert ("Trained since", "–", "no", "no", "LoRA") in section.headline.rows
-    assert dict(section.facts)["Recovery"] == "LoRA on 8,000 samples: tiny-a"
-    titles = [finding.title for finding in section.findings if finding.level is Level.RESULT]
+    labels = {"tiny": replace(LABEL, recovery="8,000 samples")}
+    (found,) = read_studies(["tiny-a", "tiny-b"], labels, tmp_path)
+    assert headline(found).head == ("", "chance", "dense", "tiny-b", "tiny-a")
+    assert list(rows(headline(found))["Trained since"].values()) == ["Trained since", "–", "no", "no", "LoRA"]
+    assert facts(replace(found, targets=found.targets[1:]))["Recovery"] == "LoRA on 8,000 samples: tiny-a"
+    titles = [f.title for f in findings(found) if f.level is Level.RESULT]
     assert [title.endswith("then recovered with LoRA") for title in titles] == [False, True]
-    build(tmp_path / "plain")
-    (section,) = build_page("t", read_studies(["tiny-a"], labels, tmp_path / "plain"), draw=False).sections
-    assert "Recovery" not in dict(section.facts)
-    assert "Trained since" not in [row[0] for row in section.headline.rows]
-
-
-def test_a_partial_row_cannot_be_chosen(tmp_path: Path) -> None:
-    build(tmp_path)
-    path = tmp_path / "plans" / "tiny-a" / "iterations.parquet"
-    rows = pq.read_table(path).to_pylist()
-    next(row for row in rows if row["chosen"])["rows_used"] = 1
-    pq.write_table(pa.Table.from_pylist(rows, ITERATIONS), path)
-    with pytest.raises(InputError, match=r"0 fully scored choices in iteration 0.*dvc repro"):
-        read_studies(["tiny-a"], LABELS, tmp_path)
 
 
 def test_paired_errors_match_numpy_and_mark_only_real_differences(tmp_path: Path) -> None:
     found = study(tmp_path, replace(World(), accuracy_loss=0.25))
-    dense, target = found.dense, found.targets[1]
+    dense, target = found.dense.model, found.targets[1].model
     errors = []
     for task in CHANCE:
-        left, right = ([r.items[task, str(i)] for i in range(50)] for r in (dense, target.result))
-        d = np.array(right) - np.array(left)
+        d = target.scores[task] - dense.scores[task]
         errors.append(d.std(ddof=1) / math.sqrt(50))
-        assert paired(dense, target.result, task).value == pytest.approx(d.mean())
-        assert paired(dense, target.result, task).stderr == pytest.approx(errors[-1])
-    average = paired(dense, target.result)
+        assert paired(dense, target, task).value == pytest.approx(d.mean())
+        assert paired(dense, target, task).stderr == pytest.approx(errors[-1])
+    average = paired(dense, target)
     assert average.stderr == pytest.approx(math.sqrt(sum(e * e for e in errors)) / 3)
     assert average.value < -2 * average.stderr
-    row = next(row for row in headline(found).rows if row[0] == "Average, %")
-    assert row[-1].endswith("↓")
-    assert not row[2].endswith("↓")
-    winogrande = next(row for row in headline(found).rows if row[0] == "winogrande, %")
-    assert winogrande[1] == "50.0"
-    assert winogrande[2] == "52.0 ± 7.1 †"
-    assert "winogrande (dense, tiny-a)" in next(f for f in findings(found) if f.rule == "noise").text
-
-
-def test_equal_models_are_within_noise(tmp_path: Path) -> None:
-    found = study(tmp_path)
-    assert not any("↓" in cell or "↑" in cell for row in headline(found).rows for cell in row)
-    assert all("within noise" in f.text for f in findings(found) if f.rule == "outcome")
+    table = rows(headline(found))
+    assert table["Average, %"]["tiny-b"].endswith("↓") and not table["Average, %"]["dense"].endswith("↓")
+    assert (table["winogrande, %"]["chance"], table["winogrande, %"]["dense"]) == ("50.0", "52.0 ± 7.1 †")
+    assert "winogrande (dense, tiny-a)" in finding(found, "noise")
+    equal = study(tmp_path / "equal")
+    assert not any("↓" in cell or "↑" in cell for row in headline(equal).texts for cell in row)
+    assert all("within noise" in f.text for f in findings(equal) if f.rule == "outcome")
 
 
 @pytest.mark.parametrize(
@@ -548,7 +554,7 @@ def test_equal_models_are_within_noise(tmp_path: Path) -> None:
             lambda d: pq.write_table(
                 pq.read_table(d / "results/tiny-a/items.parquet").slice(1), d / "results/tiny-a/items.parquet"
             ),
-            "different items",
+            "tiny-dense and tiny-a were evaluated on different items of piqa",
         ),
         (
             lambda d: (d / "plans/tiny-a/plan.json").write_text(
@@ -570,10 +576,6 @@ def test_damaged_inputs_are_named_and_the_old_report_stays(
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["old"]
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
 def test_searches_that_are_not_nested_are_both_shown(tmp_path: Path) -> None:
     found = study(tmp_path)
     short, long = found.targets
@@ -583,121 +585,83 @@ def test_searches_that_are_not_nested_are_both_shown(tmp_path: Path) -> None:
 
 
 def test_whole_layers_count_as_their_blocks(tmp_path: Path) -> None:
-    data = build(tmp_path, replace(World(), unit="layer", costs=(0.03, 0.035, 0.04, 0.05, 0.35, 0.07)))
-    write_report(data / "report", "layers", ["tiny-a", "tiny-b"], LABELS, data, True)
-    text = (data / "report" / "report.md").read_text()
-    assert "The last safe budget is 8blocks" in text
-    assert "6 MHA + 6 MLP" in text
-    first = _json(data / "plans" / "tiny-b" / "plan.json")["order"][0]
-    assert first.count(",") == 1
-    assert f"| 1 | {first} |" in text
+    found = study(tmp_path, replace(World(), unit="layer", costs=(0.03, 0.035, 0.04, 0.05, 0.35, 0.07)))
+    assert "The last safe budget is 8blocks" in finding(found, "jump")
+    text = to_markdown(build_page("t", [found], draw=True))
+    first = found.targets[1].order[0]
+    assert first.count(",") == 1 and f"| 1 | {first} |" in text and "6 MHA + 6 MLP" in text
 
 
-def others(run: str, method: str, **changes: Any) -> World:
-    """A run of another method, its targets named after it."""
-    world = replace(World(), run=run, method=method, removals=((f"{run}-a", 3), (f"{run}-b", 6)))
-    return replace(world, **changes)
-
-
-SHORTGPT = others(
-    "shortgpt", "one_shot", metric="block_influence", unit="layer", costs=(0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
+@pytest.mark.parametrize(
+    ("metric", "factor", "words"),
+    [
+        ("kl", 0.1, ("KL divergence rise", "nats per token")),
+        ("block_influence", 0.3, ("Block Influence", "1 - cosine")),
+    ],
 )
-
-
-def search_of(found: Study) -> str:
-    (section,) = build_page("t", [found], draw=False).sections
-    return dict(section.facts)["Search"]
-
-
-def drawn(found: Study) -> dict[str, str]:
-    """The SVG and the caption of a run's plots."""
-    return {plot.name: plot.svg + plot.caption for plot in plots(found)}
-
-
-def test_every_search_and_metric_has_words() -> None:
-    assert SEARCH_WORDS.keys() == SEARCHES.keys()
-    assert METRIC_WORDS.keys() == METRICS.keys()
-    assert set(UNSCORED) == {name for name, method in SEARCHES.items() if not method.scores}
-
-
-def test_costs_are_in_the_metric_and_rises_in_nats(tmp_path: Path) -> None:
+def test_costs_are_in_the_metric_and_rises_in_nats(
+    tmp_path: Path, metric: str, factor: float, words: tuple[str, str]
+) -> None:
     """A KL divergence counts from that of the mask before; an influence is of the unit itself."""
     (nll,) = study(tmp_path / "0").traces
-    for run, metric, factor, words in (
-        ("kl", "kl", 0.1, ("KL divergence rise", "nats per token")),
-        ("influence", "block_influence", 0.3, ("Block Influence", "1 - cosine")),
-    ):
-        world = others(run, "greedy", metric=metric)
-        build(tmp_path / run, world)
-        (found,) = read_studies([name for name, _ in world.removals], {run: LABEL}, tmp_path / run)
-        (trace,) = found.traces
-        for left, right in zip(nll.removals, trace.removals, strict=True):
-            assert right.added == left.added
-            assert right.rise == pytest.approx(left.rise)
-            assert right.costs.keys() == left.costs.keys()
-            assert all(right.costs[unit] == pytest.approx(factor * left.costs[unit]) for unit in left.costs)
-        table = sequence(trace)
-        assert table.head[-1] == ", ".join(words)
-        costs = [float(row[-1]) for row in table.rows[1:]]
-        assert costs == pytest.approx([factor * cost for cost in World().costs], rel=1e-3)
-        heat = drawn(found)[f"{run}-b-heat"]
-        assert all(word in heat for word in words)
-        assert "NLL" not in heat
-        assert search_of(found).startswith(f"greedy, blocks, by {METRIC_WORDS[metric]}: 129 candidates scored on all")
     assert sequence(nll).head[-1] == "NLL rise, nats/token"
+    found = study(tmp_path / "1", others("run", "greedy", metric=metric))
+    (trace,) = found.traces
+    for left, right in zip(nll.removals, trace.removals, strict=True):
+        assert right.added == left.added and right.rise == pytest.approx(left.rise)
+        assert right.costs == pytest.approx({unit: factor * cost for unit, cost in left.costs.items()})
+    table = sequence(trace)
+    assert table.head[-1] == ", ".join(words)
+    assert [float(row[-1]) for row in table.texts[1:]] == pytest.approx([factor * c for c in World().costs], rel=1e-3)
+    heat = drawn(found)["b-heat"]
+    assert all(word in heat for word in words) and "NLL" not in heat
+    search = f"greedy, blocks, by {METRICS[metric].title}: 129 candidates scored on all"
+    assert facts(found)["Search"].startswith(search)
 
 
 def test_one_ranking_decides_all_removals_and_nothing_was_spared(tmp_path: Path) -> None:
     found = study(tmp_path, SHORTGPT)
     words = "one-shot, whole layers, by Block Influence"
     assert all(words in f.title for f in findings(found) if f.rule == "outcome")
-    assert search_of(found).startswith(f"{words}: 12 candidates scored on all rows in 1 iteration; the last run of")
+    start = f"{words}: 12 candidates scored on all rows in 1 iteration; the last run of"
+    assert facts(found)["Search"].startswith(start)
     (trace,) = found.traces
     ranking = trace.removals[0].costs
-    assert [row[-1] for row in sequence(trace).rows[1:]] == [f"{ranking[r.added]:.4g}" for r in trace.removals]
+    assert [row[-1] for row in sequence(trace).texts[1:]] == [f"{ranking[r.added]:.4g}" for r in trace.removals]
     assert [r.rise for r in trace.removals] == pytest.approx(SHORTGPT.costs)
-    heat = drawn(found)["shortgpt-b-heat"]
-    assert "This one ranking decided all removals" in heat
-    assert "whole layers" in heat
-    assert "already removed" not in heat
+    heat = drawn(found)["b-heat"]
+    assert "This one ranking decided all removals" in heat and "whole layers" in heat and "already removed" not in heat
 
 
 def test_the_likelihood_of_answers_is_not_held_against_a_text(tmp_path: Path) -> None:
-    worlds = [others(run, "greedy", metric=run, heldout_factor=2.5) for run in ("perplexity", "answer_likelihood")]
-    labels = {world.metric: LABEL for world in worlds}
-    for world in worlds:
-        build(tmp_path, world)
-    texts, answers = read_studies([name for world in worlds for name, _ in world.removals], labels, tmp_path)
-    assert [rule for rule, _ in rules(texts)] == ["mismatch"]
-    assert rules(answers) == []
-    assert "greedy, blocks, by likelihood of the right answers" in search_of(answers)
-    assert "nats per token of the right answer" in drawn(answers)["answer_likelihood-b-heat"]
+    answers = study(tmp_path, others("run", "greedy", metric="answer_likelihood", heldout_factor=2.5))
+    assert warned(answers) == []
+    assert "greedy, blocks, by likelihood of the right answers" in facts(answers)["Search"]
+    assert "nats per token of the right answer" in drawn(answers)["b-heat"]
 
 
 def test_a_search_without_scores_has_an_order_but_no_heat_map(tmp_path: Path) -> None:
     """Held-out text may then suffer as it likes: the calibration text has decided nothing."""
     found = study(tmp_path, others("random", "random", heldout_factor=2.5))
-    assert set(drawn(found)) == {f"random-{name}" for name in ("perplexity", "accuracy", "speed", "tasks", "b-map")}
-    assert search_of(found).startswith("random order, blocks: no candidate was scored; the last run")
-    assert rules(found) == []
-    assert len(sequence(found.traces[0]).rows) == 7
+    assert set(drawn(found)) == {"perplexity", "accuracy", "speed", "tasks", "b-map"}
+    assert facts(found)["Search"].startswith("random order, blocks: no candidate was scored; the last run")
+    assert warned(found) == [] and len(sequence(found.traces[0]).rows) == 7
 
 
 def test_a_search_for_one_budget_has_no_sequence(tmp_path: Path) -> None:
-    world = others("swap", "swap", removals=(("swap-a", 3), ("swap-b", 6)))
-    found = study(tmp_path, world)
+    found = study(tmp_path, others("swap", "swap"))
     assert found.traces == ()
     assert {t.considered for t in found.targets} == {Considered("blocks", 2, 3, 1)}
-    assert "swap search, blocks, by perplexity: 6 masks scored on all rows and 2 on the first rows only" in (
-        search_of(found)
+    assert facts(found)["Search"].startswith(
+        "swap search, blocks, by perplexity: 6 masks scored on all rows and 2 on the first rows only, in 4 steps of 2 "
+        "searches, one for each budget; the last"
     )
-    assert ", in 4 steps of 2 searches, one for each budget; the last" in search_of(found)
-    assert not any("not considered" in text for text in (search_of(found), render_markdown(page_of(found))))
+    text = to_markdown(page_of(found))
+    assert "not considered" not in text and "removals in order" not in text
     plot = drawn(found)
-    assert {name for name in plot if name.endswith(("map", "heat"))} == {"swap-a-map", "swap-b-map"}
-    assert "have no order" in plot["swap-a-map"]
-    assert "Rings are the targets on the calibration rows" in plot["swap-perplexity"]
-    assert page_of(found).sections[0].sequences == ()
+    assert {name for name in plot if name.endswith(("map", "heat"))} == {"a-map", "b-map"}
+    assert "have no order" in plot["a-map"]
+    assert "Rings are the targets on the calibration rows" in plot["perplexity"]
     assert [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))] == [
         str(math.exp(nll)) for nll in (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06 + 0.07)
     ]
@@ -709,39 +673,31 @@ def test_a_search_for_one_budget_has_no_sequence(tmp_path: Path) -> None:
 
 def test_merged_layers_have_no_tables_and_no_trials(tmp_path: Path) -> None:
     found = study(tmp_path, others("laco", "laco"))
-    assert set(drawn(found)) == {f"laco-{name}" for name in ("perplexity", "accuracy", "speed", "tasks")}
-    page = page_of(found)
-    text = render_markdown(page)
-    assert "3 layers by merging; LaCo (repo), layers merged, by cosine similarity" in text
-    method = dict(page.sections[0].facts)["Method"]
-    assert "laco-a: 9+1, 8+1, 7+1 (those above a similarity of 0.65)" in method
-    assert "Search" not in dict(page.sections[0].facts)
-    assert found.targets[1].calibration_rise == pytest.approx(sum(World().costs))
-    assert is_mismatch(replace(found, dense=replace(found.dense, perplexity=1.0)), found.targets[1])
+    assert set(drawn(found)) == {"perplexity", "accuracy", "speed", "tasks"}
+    assert "3 layers by merging; LaCo (repo), layers merged, by cosine similarity" in to_markdown(page_of(found))
+    assert "laco-a: 9+1, 8+1, 7+1 (those above a similarity of 0.65)" in facts(found)["Method"]
+    assert "Search" not in facts(found)
+    target = found.targets[1]
+    assert target.calibration_rise == pytest.approx(sum(World().costs))
+    worse = replace(target.dense, texts={"heldout": replace(target.dense.heldout, perplexity=1.0)})
+    assert is_mismatch(replace(target, dense=worse)) and not is_mismatch(target)
 
 
 def test_an_unknown_calibration_perplexity_is_a_dash_and_in_no_curve(tmp_path: Path) -> None:
     """Held-out perplexity is 2.5 times what the calibration would allow, were it known."""
     found = study(tmp_path, others("slicegpt", "slicegpt", heldout_factor=2.5))
-    assert (found.dense_calibration, found.targets[0].calibration_rise) == (None, None)
-    plot = drawn(found)["slicegpt-perplexity"]
-    assert "Held-out perplexity of the dense" in plot
-    assert ">calibration<" not in plot
-    assert rules(found) == []
-    (overview,) = page_of(found).overviews
-    at = overview.targets.head.index("calibration PPL")
-    assert [row[at] for row in overview.targets.rows] == ["–", "–"]
+    assert [option.calibration_perplexity for option in found.options] == [None] * 3
+    assert found.targets[0].calibration_rise is None and warned(found) == []
+    plot = drawn(found)["perplexity"]
+    assert "Held-out perplexity of the dense" in plot and ">calibration<" not in plot
+    _, targets = page_of(found).grids[:2]
+    assert [row["calibration PPL"] for row in rows(targets).values()] == ["–", "–"]
     assert [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))] == ["", "", ""]
-    row = next(row for row in headline(found).rows if row[0] == "Taken out")
-    assert row[2:] == ("nothing", "width 576 → 480", "width 576 → 384")
-    slow = replace(found.targets[1], speedups=replace(found.targets[1].speedups, generation=1.01))
-    (warning,) = [f for f in findings(replace(found, targets=(slow,))) if f.rule == "slow"]
-    assert "Slicing" in warning.text
-    assert "MLP" not in warning.text
-
-
-def page_of(*found: Study) -> Page:
-    return build_page("t", found, draw=False)
+    taken = list(rows(headline(found))["Taken out"].values())
+    assert taken[2:] == ["nothing", "width 576 → 480", "width 576 → 384"]
+    slow = study(tmp_path / "slow", others("slicegpt", "slicegpt", speedups=(1.0, 1.01)))
+    text = finding(slow, "slow")
+    assert "Slicing" in text and "MLP" not in text
 
 
 def test_front_agrees_with_brute_force() -> None:
@@ -757,32 +713,32 @@ def test_front_agrees_with_brute_force() -> None:
     assert front([(1.0, 2.0), (1.0, 2.0), (1.0, 3.0), (2.0, 2.0)]) == [0, 1]
 
 
+SEVERAL = (
+    replace(World(), speedups=(1.05, 1.12)),
+    replace(SHORTGPT, removals=(("shortgpt-a", 2), ("shortgpt-b", 5)), speedups=(1.13, 1.3), accuracy_loss=0.2),
+    others("random", "random", speedups=(1.05, 1.14), costs=(0.1, 0.12, 0.14, 0.16, 0.18, 0.2)),
+    others("swap", "swap", speedups=(1.05, 1.1), heldout_factor=1.0),
+    others("laco", "laco", speedups=(1.1, 1.26), heldout_factor=2.2),
+    others("slicegpt", "slicegpt", speedups=(0.97, 1.02), heldout_factor=1.7),
+)
+NAMES = [name for world in SEVERAL for name, _ in world.removals]
+
+
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six runs of one model."""
     data = tmp_path_factory.mktemp("several")
     for world in SEVERAL:
         build(data, world)
-    names = [name for world in SEVERAL for name, _ in world.removals]
-    write_report(data / "report", "Several", names, LABELS, data, False)
+    write_report(data / "report", "Several", NAMES, LABELS, data, False)
     return data
 
 
-SEVERAL = (
-    replace(World(), speedups=(1.05, 1.12)),
-    replace(SHORTGPT, removals=(("shortgpt-a", 2), ("shortgpt-b", 5)), speedups=(1.13, 1.3), accuracy_loss=0.2),
-    others("random", "random", speedups=(1.05, 1.14), costs=(0.1, 0.12, 0.14, 0.16, 0.18, 0.2)),
-    others("swap", "swap", removals=(("swap-a", 3), ("swap-b", 6)), speedups=(1.05, 1.1), heldout_factor=1.0),
-    others("laco", "laco", speedups=(1.1, 1.26), heldout_factor=2.2),
-    others("slicegpt", "slicegpt", speedups=(0.97, 1.02), heldout_factor=1.7),
-)
-
-
 def test_pareto_csv_holds_every_model_and_the_fronts(several: Path) -> None:
-    rows = list(csv.DictReader((several / "report" / "pareto.csv").open()))
-    assert len(rows) == 13
-    assert {row["target"] for row in rows} == {"dense", *(n for world in SEVERAL for n, _ in world.removals)}
-    speeds = [float(row["speedup_generation"]) for row in rows]
+    table = _csv(several / "report" / "pareto.csv")
+    assert [row["target"] for row in table].count("dense") == 1
+    assert {row["target"] for row in table} == {"dense", *NAMES} and len(table) == 13
+    speeds = [float(row["speedup_generation"]) for row in table]
     assert speeds == sorted(speeds)
     points = {
         row["target"]: {
@@ -791,14 +747,13 @@ def test_pareto_csv_holds_every_model_and_the_fronts(several: Path) -> None:
             "parameters": float(row["ratio"]),
             "loss": float(row["perplexity_heldout"]),
         }
-        for row in rows
+        for row in table
     }
-    for name, point in points.items():
-        if name != "dense":
-            plan, result = (_json(several / p) for p in (f"plans/{name}/plan.json", f"results/{name}/results.json"))
-            assert point["speed"] == result["speed"]["speedup_generation"]
-            assert point["loss"] == result["perplexity"]["perplexity"]
-            assert point["parameters"] == plan["ratio"]
+    for name in NAMES:
+        plan, result = (_json(several / p) for p in (f"plans/{name}/plan.json", f"results/{name}/results.json"))
+        assert points[name]["speed"] == result["speed"]["speedup_generation"]
+        assert points[name]["loss"] == result["perplexity"]["perplexity"]
+        assert points[name]["parameters"] == plan["ratio"]
     for gain in ("speed", "kv_cache", "parameters"):
         worse = {
             name
@@ -808,25 +763,22 @@ def test_pareto_csv_holds_every_model_and_the_fronts(several: Path) -> None:
             and other["loss"] <= point["loss"]
             and (other[gain], other["loss"]) != (point[gain], point["loss"])
         }
-        assert {row["target"] for row in rows if row[f"front_{gain}"] == "1"} == points.keys() - worse, gain
+        assert {row["target"] for row in table if row[f"front_{gain}"] == "1"} == points.keys() - worse, gain
 
 
 def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
-    names = [name for world in SEVERAL for name, _ in world.removals]
-    found = read_studies(names, LABELS, several)
-    (overview,) = page_of(*found).overviews
-    assert overview.title == "What to take for tiny 1.0 (float32)"
-    front_rows = [row[2] for row in overview.choices.rows]
-    csv_rows = list(csv.DictReader((several / "report" / "pareto.csv").open()))
-    assert front_rows == [row["target"] for row in csv_rows if row["front_speed"] == "1"]
-    rows = {row[0]: dict(zip(overview.targets.head, row, strict=True)) for row in overview.targets.rows}
-    assert list(rows)[:1] == ["tiny-a"]
-    assert set(rows) == set(names)
-    assert {list(rows)[i] for i in overview.targets.strong} == set(front_rows) - {"dense"}
-    assert rows["shortgpt-a"]["method"] == "one-shot, whole layers, by Block Influence"
-    ratios = {name: _json(several / "plans" / name / "plan.json")["ratio"] for name in names}
+    page = page_of(*read_studies(NAMES, LABELS, several))
+    assert page.sections[0].title == "What to take for tiny 1.0 (float32)"
+    choices, targets = page.grids[:2]
+    best = [row["take"] for row in rows(choices).values()]
+    assert best == [row["target"] for row in _csv(several / "report" / "pareto.csv") if row["front_speed"] == "1"]
+    table = rows(targets)
+    assert next(iter(table)) == "tiny-a" and set(table) == set(NAMES)
+    assert {list(table)[i] for i in targets.strong} == set(best) - {"dense"}
+    assert table["shortgpt-a"]["method"] == "one-shot, whole layers, by Block Influence"
+    ratios = {name: _json(several / "plans" / name / "plan.json")["ratio"] for name in NAMES}
     reference = ""
-    for name, row in rows.items():
+    for name, row in table.items():
         if row["against ref"] == "ref":
             assert not reference or ratios[name] > ratios[reference]
             reference = name
@@ -835,21 +787,17 @@ def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
         left, right = (pq.read_table(several / "results" / n / "items.parquet").to_pylist() for n in (reference, name))
         d = np.array([b["acc"] - a["acc"] for a, b in zip(left, right, strict=True)]).reshape(3, 50)
         error = math.sqrt(float((d.var(axis=1, ddof=1) / 50).sum())) / 3
-        text = f"{100 * d.mean():+.1f} ± {100 * error:.1f}".replace("-", "−")
+        text = f"{100 * d.mean():+.1f} ± {100 * error:.1f}".replace("-", "−").replace("+0.0", "0.0")
         assert row["against ref"].rstrip(" ↓↑") == text
         assert row["against ref"].endswith("↓") == (d.mean() < -2 * error)
-    assert rows["shortgpt-b"]["against ref"].endswith("ref")
+    assert table["shortgpt-b"]["against ref"] == "ref"
 
 
-def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path: Path) -> None:
-    worlds = (World(), others("random", "random"))
-    for world in worlds:
-        build(tmp_path, world)
-    names = [name for world in worlds for name, _ in world.removals]
-    other = LABELS | {"random": replace(LABEL, heldout="another text")}
-    assert len(page_of(*read_studies(names, LABELS, tmp_path)).overviews) == 1
-    assert len(page_of(*read_studies(names, other, tmp_path)).overviews) == 2
-    assert page_of(*read_studies(names[:1], other, tmp_path)).overviews == ()
+def test_runs_that_cannot_be_compared_are_kept_apart(several: Path) -> None:
+    names, other = NAMES[:2] + NAMES[4:6], LABELS | {"random": replace(LABEL, heldout="another text")}
+    for chosen, labels, overviews in ((names, LABELS, 1), (names, other, 2), (names[:1], other, 0)):
+        titles = [section.title for section in page_of(*read_studies(chosen, labels, several)).sections]
+        assert sum(title.startswith("What to take") for title in titles) == overviews
 
 
 def test_the_page_of_several_methods_is_sound(several: Path, tmp_path: Path) -> None:
@@ -857,26 +805,9 @@ def test_the_page_of_several_methods_is_sound(several: Path, tmp_path: Path) -> 
     assert not re.search(r"\b(nan|None|inf)\b", text)
     write_report(tmp_path / "two", "Two", ["swap-a", "shortgpt-a", "slicegpt-a"], LABELS, several, True)
     text = (tmp_path / "two" / "index.html").read_text()
-    page = _Page()
-    page.feed(text)
+    page = _Page(text)
     assert len(page.ids) == len(set(page.ids))
     assert text.count("<svg ") == len(list((tmp_path / "two" / "plots").glob("*.svg"))) == 1 + 3 * 4 + 3
-
-
-class FakeScorer:
-    """Answers any question about a mask by a number that its text fixes."""
-
-    def row_batches(self, rows: Any, span: range) -> list[range]:
-        return [span]
-
-    def run(self, tasks: Any, rows: Any) -> Any:
-        for task in tasks:
-            for mask in task.masks:
-                value = 1 + len(mask) + sum(map(ord, format_mask(mask))) % 97 / 100
-                yield ScoredRows(mask, task.span.start, (value,) * len(task.span))
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize(
@@ -894,18 +825,12 @@ class FakeScorer:
 )
 def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, changes: dict[str, Any], unit: str) -> None:
     """From the search itself, by way of the files that score and commit write."""
-    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 5,
-              "num_attention_heads": 2, "vocab_size": 16}  # fmt: skip
-    score = {"method": method, "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
-    score_run(
-        tmp_path / "scores", tmp_path / "trials", calibration=CalibrationSet(((1, 2), (3, 4), (5, 6), (7, 8))),
-        model_identity="m", dtype="float32", config=config, score=score | changes, budgets=["4blocks"],
-        scorer=FakeScorer(), make_bench=lambda: None, observer=SilentObserver(), metrics=tmp_path / "score.json",
-    )  # fmt: skip
-    plan, tables = commit_run(tmp_path / "scores", config, "4blocks", {"target": "t", "run": "r"})
+    config = small_config(5)
+    scored(tmp_path, FakeScorer(), config, ["4blocks"], short_rows(4), method=method, **changes)
+    plan, tables = commit_run(tmp_path / "scores", config, "4blocks", "t", "r")
     assert plan.nested == SEARCHES[method].nested
-    facts = read_current(tmp_path / "scores")
-    trace = read_trace(trace_directory(tmp_path / "scores", facts, "4blocks"), facts["search"])
+    current = Current.load(tmp_path / "scores")
+    trace = read_trace(trace_directory(tmp_path / "scores", current, "4blocks"), current.search)
     order, perplexities = iteration.removals(trace, plan.nested)
     used = range(len(tables))
     path = tmp_path / "iterations.parquet"
@@ -913,9 +838,9 @@ def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, change
     rows = read_iterations(path)
     found = considered(rows)
     assert found.unit == unit
-    scored = [score for i in used for score in trace[i].scores if score.mask and score.row_loss]
-    complete = {score.mask for score in scored if score.is_complete}
-    assert (found.complete, found.partial) == (len(complete), len({score.mask for score in scored} - complete))
+    seen = [score for i in used for score in trace[i].scores if score.mask and score.row_loss]
+    complete = {score.mask for score in seen if score.is_complete}
+    assert (found.complete, found.partial) == (len(complete), len({score.mask for score in seen} - complete))
     if plan.nested:
         sequence = removals(rows, plan, path)
         assert [removal.added for removal in sequence] == order[: len(plan.order)]

@@ -128,7 +128,7 @@ ITEMS: dict[str, list[Item]] = {
             "eats soup.",
             "is gone.",
             "sings a very long song to a cat.",
-        ),  # fmt: skip
+        ),
         _hellaswag(
             "Cooking",
             "Water boils.",
@@ -140,7 +140,7 @@ ITEMS: dict[str, list[Item]] = {
             "It flies.",
             "No.",
             "The pot sings.",
-        ),  # fmt: skip
+        ),
     ],
     "arc_easy": [
         _arc("What is ice?", ("Frozen water", "Hot air", "A metal", "Sand"), "ABCD", 0),

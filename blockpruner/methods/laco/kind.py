@@ -155,6 +155,13 @@ def _card(plan: Plan) -> str:
     )
 
 
+def _steps(plan: Plan) -> str:
+    return (
+        f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that moment into it), each "
+        f"above a similarity of {plan.details['threshold']:.4g}"
+    )
+
+
 LACO = weights_kind(
     "laco",
     "LaCo",
@@ -167,6 +174,7 @@ LACO = weights_kind(
     taken_out=lambda plan: f"{plan.blocks['mha']} layers by merging",
     card=_card,
     options=LacoOptions,
+    steps=_steps,
     passes=_passes,
     exports=frozenset({"hf", "nas", "gguf"}),
 )

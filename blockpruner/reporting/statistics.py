@@ -1,10 +1,10 @@
-"""What may be said about measured numbers: errors, intervals and tests of comparisons, and agreement of removals.
+"""Errors, intervals and tests of measured numbers, and the agreement of two removal sequences.
 
-Decides which test answers which question. scipy and statsmodels compute them where they have them; rank-biased overlap
-and the stratified bootstrap are ours. What is compared, and how it is shown, is decided by whoever calls.
+Decides which test answers which question. scipy and statsmodels compute what they offer; rank-biased overlap and the
+stratified bootstrap are ours. The caller decides what is compared and how it is shown.
 
-Differences are b - a. Intervals have two sides and are meant to hold the truth with probability `level`. A spread or
-interval that too few measurements cannot tell is infinite, so that nothing differs from anything.
+Differences are b - a. Intervals have two sides and hold the truth with probability `level`. A spread or an interval
+is infinite where there are too few measurements to tell it; nothing then differs from anything.
 """
 
 from __future__ import annotations
@@ -27,8 +27,23 @@ Scores = Mapping[str, ArrayLike]
 
 Floats = NDArray[np.float64]
 
-COUNTS = 1 << 21  # that the bootstrap holds at once: 16 MiB
-ROUNDING = 1e-12  # sums of fractions that are equal may differ by less
+COUNTS = 1 << 21
+"""The bootstrap holds this many counts at once: 16 MiB."""
+
+ROUNDING = 1e-12
+"""Equal sums of fractions may differ by less than this."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error, which is infinite for a single item."""
+
+    value: float
+    stderr: float
+
+    def differs_from(self, value: float) -> bool:
+        """Whether `value` is more than 2 standard errors away (about 95 % for a normal error)."""
+        return abs(self.value - value) > 2 * self.stderr
 
 
 @dataclass(frozen=True)
@@ -39,50 +54,51 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """value: a difference, or a ratio; p: two-sided, of the hypothesis that the two are equal."""
+    """A difference or a ratio of two measured things."""
 
     value: float
     interval: Interval
     p: float
+    """Two-sided, for the hypothesis that the two are equal."""
 
 
 @dataclass(frozen=True)
 class Discordance:
-    """only_a, only_b: items that only a, or only b, has right; p: two-sided."""
+    """How many items only one of two models has right."""
 
     only_a: int
     only_b: int
     p: float
+    """Two-sided, for the hypothesis that both are right equally often."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """sd: with n - 1 degrees of freedom, infinite if n is 1."""
+    """One number for each seed, summarized."""
 
     mean: float
     sd: float
+    """With n - 1 degrees of freedom; infinite if n is 1."""
     n: int
 
 
-def average(scores: Scores) -> float:
-    """Mean over tasks of the mean over a task's items: every task weighs the same, whatever its size."""
-    return float(np.mean([np.asarray(items, float).mean() for items in scores.values()]))
+def average(scores: Scores) -> Estimate:
+    """Mean over tasks of the mean over a task's items: every task weighs the same, whatever its size.
 
-
-def standard_error(scores: Scores) -> float:
-    """SE of `average`: sqrt(sum_t SE_t^2) / T over T tasks, SE_t = sd_t / sqrt(n_t), sd_t with n_t - 1.
-
-    Of one task alone it is SE_t; of `differences` it is the paired SE (Miller, arXiv 2411.00640, section 4). Infinite
-    if a task has a single item. The error is that of drawing items; the tasks themselves are given.
+    Its standard error is sqrt(sum_t SE_t^2) / T over T tasks, with SE_t = sd_t / sqrt(n_t) and n_t - 1 degrees of
+    freedom. The average of `differences` has the paired error (Miller, arXiv 2411.00640, section 4). The error is that
+    of drawing items; the tasks themselves are given.
     """
-    return math.hypot(*(_standard_error(items) for items in scores.values())) / len(scores)
+    tasks = [np.asarray(items, float) for items in scores.values()]
+    errors = [_sd(items) / math.sqrt(len(items)) for items in tasks]
+    return Estimate(float(np.mean([items.mean() for items in tasks])), math.hypot(*errors) / len(tasks))
 
 
 def differences(a: Scores, b: Scores) -> dict[str, Floats]:
     """b - a by task and item, the tasks in alphabetical order.
 
     Raises:
-        InputError: other tasks, no task, no item, or other numbers of items.
+        InputError: the two have different tasks or numbers of items, or nothing is there to compare.
     """
     if a.keys() != b.keys() or not a:
         raise InputError(
@@ -94,14 +110,14 @@ def differences(a: Scores, b: Scores) -> dict[str, Floats]:
 def mcnemar(a: ArrayLike, b: ArrayLike) -> Discordance:
     """Exact McNemar test whether a and b are right equally often on the same items.
 
-    Of n = n_a + n_b items that only one of them has right, n_a ~ Binomial(n, 1/2) if they are:
-    p = min(1, 2 P(X <= min(n_a, n_b))). Without such an item p = 1.
+    If they are, then of the n = n_a + n_b items that only one of them has right, n_a ~ Binomial(n, 1/2). Hence
+    p = min(1, 2 P(X <= min(n_a, n_b))), and p = 1 without such an item.
 
     Args:
         a, b: [items] of 0 and 1.
 
     Raises:
-        InputError: other values than 0 and 1, no item, or other numbers of items.
+        InputError: a score is neither 0 nor 1, there is no item, or the numbers of items differ.
     """
     for scores in (a, b):
         if others := set(np.unique(np.asarray(scores, float)).tolist()) - {0.0, 1.0}:
@@ -117,32 +133,28 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> Discordance:
 def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> Comparison:
     """Difference of averages over tasks; percentile interval over resamples of the items within each task.
 
-    An item is drawn with its scores of both models, so what is resampled is its difference d. Instead of drawing n
-    items, the number of times that each distinct d comes up is drawn: Multinomial(n, share of each d), which is the
-    same distribution. d of 0/1 scores has three values, so that HellaSwag's 10,042 items and 10,000 resamples take
-    3 ms where indices take 500; 10,042 different values would take 5 s. scipy.stats.bootstrap, which draws indices, is
-    what the tests compare with. BCa is left out: it corrects for a skew that a mean of so many items does not have.
+    An item is drawn with its scores of both models, so its difference d is what is resampled. Instead of drawing n
+    items, we draw how often each distinct d comes up: Multinomial(n, share of each d), which is the same distribution.
+    d of 0/1 scores has three values: HellaSwag's 10,042 items and 10,000 resamples take 3 ms, where indices take 500;
+    10,042 different values would take 5 s. The tests compare with scipy.stats.bootstrap, which draws indices. BCa is
+    left out: it corrects for a skew that a mean of so many items does not have.
 
-    p = 2 min(#{d* <= 0} + 1, #{d* >= 0} + 1) / (resamples + 1), at most 1, d* being the resampled differences: the
+    p = 2 min(#{d* <= 0} + 1, #{d* >= 0} + 1) / (resamples + 1), at most 1, where d* are the resampled differences: the
     level at which the interval begins to hold 0. It is never below 2 / (resamples + 1).
 
     Raises:
-        InputError: as of `differences`, or a task has a single item, of which every resample is the same.
+        InputError: `differences` raises it, or a task has a single item, whose resamples are all the same.
     """
     rng = np.random.default_rng(seed)
     paired = differences(a, b)
     for task, items in paired.items():
         _require_two(items, f"a bootstrap over the items of task {task}")
     draws = np.mean([_resampled_means(items, resamples, rng) for items in paired.values()], axis=0)
-    return Comparison(average(paired), _percentiles(draws, level), _two_sided(draws, 0.0))
+    return Comparison(average(paired).value, _percentiles(draws, level), _two_sided(draws, 0.0))
 
 
 def seed_summary(values: ArrayLike) -> Summary:
-    """Of one number per seed.
-
-    Raises:
-        InputError: no value.
-    """
+    """Mean and spread of one number per seed; raises InputError where there is none."""
     values = np.asarray(values, float)
     if not len(values):
         raise InputError("there is no seed to summarize; give one value per seed, at least one")
@@ -150,13 +162,13 @@ def seed_summary(values: ArrayLike) -> Summary:
 
 
 def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Comparison:
-    """Difference of means, t interval and paired t test; a and b are of the same seeds, rows or items, in one order.
+    """Difference of means, t interval and paired t test of the same seeds, rows or items in one order.
 
-    With d = b - a over n of them: mean(d) ± t[n-1, (1 + level) / 2] sd(d) / sqrt(n). Where all d are equal (up to
+    With d = b - a over n pairs: mean(d) ± t[n-1, (1 + level) / 2] sd(d) / sqrt(n). Where all d are equal (up to
     rounding) nothing varies: the interval is that one value, and p is 1 if it is 0 and 0 otherwise.
 
     Raises:
-        InputError: fewer than two pairs, or other numbers of values.
+        InputError: there are fewer than two pairs, or the numbers of values differ.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     d = _difference(a, b, "a paired t test")
@@ -170,68 +182,45 @@ def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Comparison:
 
 
 def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Comparison:
-    """PPL of b over PPL of a on the same rows: exp of `paired_t`, which has the difference in nats per token.
+    """PPL of b over PPL of a on the same rows: exp of `paired_t` of the rows' mean NLL (a, b: [rows], nats per token).
 
-    PPL = exp(mean over rows of the row's mean NLL), hence PPL_b / PPL_a = exp(mean(b - a)); exp is monotone, so that
-    interval and p are those of the difference. The unit is the row: tokens of a row are not independent. Neighbouring
-    rows of one text are not quite so either, which the interval leaves out.
-
-    Args:
-        a, b: [rows] mean NLL of each row, nats per token.
-
-    Raises:
-        InputError: as of `paired_t`.
+    PPL = exp(mean over rows of the row's mean NLL), hence PPL_b / PPL_a = exp(mean(b - a)). exp is monotone, so the
+    interval and p are those of the difference. The unit is the row, since tokens of a row are not independent. Nor are
+    neighbouring rows of one text quite so, which the interval leaves out.
     """
     nats = paired_t(a, b, level)
     return Comparison(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """p values adjusted for their number (Holm 1979), in their order: at most a share alpha of families of tests has a
-    wrong one among those with an adjusted p <= alpha.
+    """p values, in their order, adjusted for their number (Holm 1979).
 
-    The k-th smallest of m becomes max over j <= k of min(1, (m - j + 1) p_(j)).
+    Of all families of tests, at most a share alpha has a wrong one among those with an adjusted p <= alpha. The k-th
+    smallest of m becomes max over j <= k of min(1, (m - j + 1) p_(j)).
 
     Raises:
-        InputError: a value outside [0, 1].
+        InputError: a value lies outside [0, 1].
     """
     for p in p_values:
         if not 0 <= p <= 1:
             raise InputError(f"{p} is no p value; valid are 0 to 1")
-    return tuple(multipletests(p_values, method="holm")[1].tolist())
+    return tuple(multipletests(p_values, method="holm")[1].tolist()) if p_values else ()
 
 
 def minimum_detectable_difference(stderr: float, alpha: float = 0.05, power: float = 0.8) -> float:
     """Smallest true difference that a two-sided test at `alpha` finds with probability `power`, in the unit of stderr.
 
-    (z_{1-alpha/2} + z_{power}) SE, the z being normal quantiles (Miller, arXiv 2411.00640, section 5, solved for the
-    difference); 2.80 SE with the defaults.
-
-    Args:
-        stderr: of the difference: `standard_error(differences(a, b))` once measured, `expected_error` before.
+    (z_{1-alpha/2} + z_{power}) SE with normal quantiles z (Miller, arXiv 2411.00640, section 5, solved for the
+    difference); 2.80 SE with the defaults. `stderr` is that of the difference.
     """
     return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * stderr
 
 
-def expected_error(items: Mapping[str, int], discordant: float) -> float:
-    """SE of the difference of averages over tasks before anything is measured: sqrt(sum_t q / n_t) / T.
-
-    A difference of 0/1 scores is -1 or 1 on a share q of the items and 0 elsewhere, so that its variance is
-    q - delta^2, delta being the true difference. delta^2 is left out, which errs on the large side; delta itself
-    cannot exceed q.
-
-    Args:
-        items: by task, their number n_t.
-        discordant: q, the share of items that only one of the models has right.
-    """
-    return math.sqrt(sum(discordant / n for n in items.values())) / len(items)
-
-
 def median_interval(samples: ArrayLike, level: float = 0.95) -> Interval:
-    """Interval of the median from order statistics, whatever the distribution: [x_(k), x_(n+1-k)], k the largest with
-    P(Binomial(n, 1/2) < k) <= (1 - level) / 2.
+    """Interval of the median from order statistics, for any distribution.
 
-    Infinite where no k is: at level 0.95, of fewer than 6 samples.
+    [x_(k), x_(n+1-k)] with the largest k for which P(Binomial(n, 1/2) < k) <= (1 - level) / 2. It is infinite where
+    there is no such k: at level 0.95, for fewer than 6 samples.
     """
     low, high = stats.quantile_test(np.asarray(samples, float), p=0.5).confidence_interval(level)
     return Interval(-math.inf, math.inf) if math.isnan(low) else Interval(float(low), float(high))
@@ -242,14 +231,11 @@ def ratio_of_medians(
 ) -> Comparison:
     """Speed-up median(dense) / median(pruned) of times taken in turns; percentile interval over resampled pairs.
 
-    A repeat is drawn with both times, since a drift of the machine falls on both. p as of `paired_bootstrap`, with 1
-    for 0.
-
-    Args:
-        dense, pruned: [repeats] seconds, those of one repeat at one place.
+    dense and pruned hold the seconds of each repeat, in order. A repeat is drawn with both times, since a drift of the
+    machine falls on both. p is that of `paired_bootstrap`, with 1 in the place of 0.
 
     Raises:
-        InputError: fewer than two repeats, or other numbers of them.
+        InputError: there are fewer than two repeats, or the numbers of repeats differ.
     """
     dense, pruned = np.asarray(dense, float), np.asarray(pruned, float)
     _require_two(_difference(dense, pruned, "a ratio of medians"), "a ratio of medians")
@@ -273,17 +259,16 @@ def ratio_of_medians(
 def rank_biased_overlap(a: Sequence[Hashable], b: Sequence[Hashable], p: float = 0.9) -> float:
     """Extrapolated rank-biased overlap of two rankings (Webber et al., ACM TOIS 28(4), 2010, eq. 32), 0 to 1.
 
-    RBO_ext = (1 - p) sum_{d=1}^{l} p^(d-1) A_d + p^l A_l, with s and l the lengths of the shorter and the longer list,
-    X_d the number of elements that their first d have in common, and the agreement A_d = X_d / d for d <= s, and
-    (X_d + X_s (d - s) / s) / d beyond, as if the shorter went on to agree as it does at its end. (Eq. 32 is the
-    same sum, its terms collected by X.) Two empty lists agree (1), one empty list agrees with no other (0).
+    RBO_ext = (1 - p) sum_{d=1}^{l} p^(d-1) A_d + p^l A_l. s and l are the lengths of the shorter and the longer list,
+    X_d is the number of elements that their first d have in common, and the agreement A_d is X_d / d for d <= s and
+    (X_d + X_s (d - s) / s) / d beyond, as if the shorter list went on to agree as it does at its end. (Eq. 32 is the
+    same sum with its terms collected by X.) Two empty lists agree (1); an empty list agrees with no other (0).
 
     Args:
-        a, b: first element first.
         p: how much the next depth weighs relative to this one; the first 10 have 0.86 of the weight at 0.9.
 
     Raises:
-        InputError: an element is twice in a list.
+        InputError: an element stands twice in a list.
     """
     for ranking in (a, b):
         if len(set(ranking)) < len(ranking):
@@ -305,7 +290,7 @@ def jaccard(a: Collection[Hashable], b: Collection[Hashable]) -> float:
 
 
 def _difference(a: ArrayLike, b: ArrayLike, what: str) -> Floats:
-    """b - a [n], which may hold nothing but pairs."""
+    """b - a [n]; raises InputError where a and b are no pairs."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise InputError(
@@ -322,11 +307,6 @@ def _require_two(values: Floats, what: str) -> None:
 
 def _sd(values: Floats) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else math.inf
-
-
-def _standard_error(items: ArrayLike) -> float:
-    items = np.asarray(items, float)
-    return _sd(items) / math.sqrt(len(items))
 
 
 def _resampled_means(items: Floats, resamples: int, rng: np.random.Generator) -> Floats:

@@ -1,0 +1,286 @@
+"""What was measured of models: sizes, texts, tasks and speed, and how a pruned model stands against its dense one.
+
+Decides how the files of an evaluation become values, for the report of targets and for the paper's tables alike. An
+`Option` is one model to choose. Signs of failed pruning are found in `findings`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from blockpruner.core.blocks import BlockKind
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.reporting import statistics
+from blockpruner.reporting.statistics import Comparison, Estimate, Floats, Interval
+
+PARTS = ("prefill", "decode", "generation")
+"""Parts of a timed generation: the prompt, the other new tokens, both together."""
+
+TIMED = "timed"
+"""The setting in which all models of a report are timed."""
+
+
+@dataclass(frozen=True)
+class RunLabels:
+    """One line each for people: which model, and which data it was calibrated and evaluated on."""
+
+    model: str
+    calibration: str
+    heldout: str
+    tasks: str
+    recovery: str = ""
+    """Texts and settings of the training of recovered targets."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Perplexity on one text."""
+
+    perplexity: float
+    rows: int
+    tokens: int
+    row_nll: tuple[float, ...]
+    """Mean NLL of each row, nats per token."""
+
+
+@dataclass(frozen=True)
+class Score(Estimate):
+    """The main metric of one task. The error is infinite where the metric or a single item has none."""
+
+    metric: str
+    items: int
+
+    @property
+    def is_accuracy(self) -> bool:
+        return "perplexity" not in self.metric
+
+
+@dataclass(frozen=True, eq=False)
+class Pace:
+    """One model's speed in one setting."""
+
+    seconds: Mapping[str, tuple[float, ...]]
+    """Of each repeat, by part."""
+    tokens: Mapping[str, int]
+    """How many a part of one repeat processes, over the whole batch."""
+    cache_bytes: int
+    memory_bytes: int
+    """The peak while generating; on a CPU the sum of weights and KV cache."""
+    prompt_tokens: int
+    new_tokens: int
+    setting: str
+    """What was timed, and on what, in words."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Pace:
+        """Read what `evaluation.speed` wrote of one model."""
+        prompt, new, batch = fields["prompt_tokens"], fields["new_tokens"], fields["batch"]
+        return cls(
+            seconds={part: tuple(fields[f"{part}_seconds"]["samples"]) for part in PARTS},
+            tokens={"prefill": batch * prompt, "decode": batch * (new - 1), "generation": batch * new},
+            cache_bytes=fields["kv_cache_bytes"],
+            memory_bytes=fields["peak_memory_bytes"],
+            prompt_tokens=prompt,
+            new_tokens=new,
+            setting=f"{prompt} prompt and {new} new tokens, batch {batch}, {fields['repeats']} repeats in turns with "
+            f"the dense model, {fields['device']}, {fields['dtype']}, {fields['threads']} threads",
+        )
+
+    def median(self, part: str) -> float:
+        return median(self.seconds[part])
+
+    def rate(self, part: str) -> float:
+        """Tokens per second, from the median."""
+        return self.tokens[part] / self.median(part)
+
+    def rate_interval(self, part: str) -> Interval:
+        """Tokens per second; infinite where there are too few repeats."""
+        found = statistics.median_interval(self.seconds[part])
+        if not math.isfinite(found.low):
+            return found
+        return Interval(self.tokens[part] / found.high, self.tokens[part] / found.low)
+
+
+@dataclass(frozen=True, eq=False)
+class Race:
+    """A model and the dense one, timed in turns. The dense model races against itself."""
+
+    dense: Pace
+    pruned: Pace
+
+    def speedup(self, part: str) -> float:
+        """Quotient of the medians; above 1 is faster than dense."""
+        return self.dense.median(part) / self.pruned.median(part)
+
+    @cached_property
+    def speedups(self) -> Mapping[str, Comparison]:
+        """By part, with intervals."""
+        return {
+            part: statistics.ratio_of_medians(self.dense.seconds[part], self.pruned.seconds[part]) for part in PARTS
+        }
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the ranges of both models' generation times overlap."""
+        own, dense = self.pruned.seconds["generation"], self.dense.seconds["generation"]
+        return min(own) <= max(dense) and min(dense) <= max(own)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One evaluated model."""
+
+    parameters: int
+    weight_bytes: int
+    texts: Mapping[str, Text]
+    """By name: "heldout" and, where it was measured, "wikitext2"."""
+    tasks: Mapping[str, Score]
+    """All that were measured."""
+    average: Estimate
+    """Of the accuracies."""
+    items: Mapping[str, NDArray[Any]]
+    """Numbers of the items, by task of the average."""
+    scores: Mapping[str, Floats]
+    """One score for each of these items."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], texts: Mapping[str, Any], items: Items) -> Model:
+        """Read the facts that an evaluation wrote of one model."""
+        scores = {task: values for task, (_, values) in items.items()}
+        own = fields.get("average")
+        return cls(
+            parameters=fields["parameters"],
+            weight_bytes=fields["weight_bytes"],
+            texts={
+                k: Text(v["perplexity"], v["rows"], v["tokens"], tuple(v.get("row_nll", ()))) for k, v in texts.items()
+            },
+            tasks={
+                k: Score(v["value"], _error(v["stderr"]), v["metric"], v["items"]) for k, v in fields["tasks"].items()
+            },
+            average=Estimate(own["value"], _error(own["stderr"])) if own else statistics.average(scores),
+            items={task: numbers for task, (numbers, _) in items.items()},
+            scores=scores,
+        )
+
+    @property
+    def heldout(self) -> Text:
+        return self.texts["heldout"]
+
+    @property
+    def perplexity(self) -> float:
+        return self.heldout.perplexity
+
+
+def _error(stderr: float | None) -> float:
+    return math.inf if stderr is None else stderr
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """A model to choose: the dense one, or a pruned one."""
+
+    name: str
+    subject: str
+    """What the dense model is called."""
+    method: str
+    plan: Plan | None
+    """None for the dense model."""
+    model: Model
+    dense: Model
+    races: Mapping[str, Race]
+    """By setting."""
+    order: tuple[str, ...]
+    """All units that the search removed one after the other, beyond the plan's too."""
+    curve: tuple[float, ...]
+    """Perplexities on the calibration rows: of the dense model, and after each of these removals, as far as known."""
+
+    @property
+    def ratio(self) -> float:
+        """Share of the parameters removed."""
+        return self.plan.ratio if self.plan else 0.0
+
+    @property
+    def recipe(self) -> str:
+        """The method, and LoRA where the model was trained after it."""
+        return self.method + (" + LoRA" if self.plan and self.plan.recover else "")
+
+    @property
+    def blocks(self) -> Mapping[str, int]:
+        """How many blocks are gone, by kind."""
+        return self.plan.blocks if self.plan else dict.fromkeys(BlockKind, 0)
+
+    @property
+    def race(self) -> Race:
+        return self.races[TIMED]
+
+    @property
+    def speedup(self) -> float:
+        """Of generation, over the dense model."""
+        return self.race.speedup("generation")
+
+    @property
+    def cache_saved(self) -> float:
+        """Share of the dense model's KV cache."""
+        return 1 - self.race.pruned.cache_bytes / self.race.dense.cache_bytes
+
+    @property
+    def calibration_perplexity(self) -> float | None:
+        """On the calibration rows; None where it was not known when the plan was made."""
+        if self.plan is None:
+            return self.curve[0] if self.curve else None
+        value: float | None = self.plan.calibration["perplexity"]
+        return value
+
+    @property
+    def calibration_rise(self) -> float | None:
+        """ln(PPL / dense PPL) on the calibration rows, nats per token."""
+        value = self.calibration_perplexity
+        return None if value is None or not self.plan else math.log(value / self.plan.calibration["dense_perplexity"])
+
+    @property
+    def heldout_rise(self) -> float:
+        """ln(PPL / dense PPL) on the held-out text, nats per token."""
+        return math.log(self.model.perplexity / self.dense.perplexity)
+
+
+Items = dict[str, tuple[NDArray[Any], Floats]]
+"""By task: the items' numbers, and their scores in the task's metric."""
+
+
+def read_items(table: pa.Table, metrics: Mapping[str, str], place: Path, remedy: str) -> dict[str, Items]:
+    """The items of each model, in one order.
+
+    Args:
+        table: items of all models, with the column `model`.
+        place, remedy: where the items are from, and the command that makes them anew.
+
+    Raises:
+        InputError: models were evaluated on different items.
+    """
+    found: dict[str, Items] = {model: {} for model in pc.unique(table["model"]).to_pylist()}
+    for task, metric in metrics.items():
+        part = table.filter(pc.equal(table["task"], task)).sort_by([("model", "ascending"), ("item", "ascending")])
+        names, starts = np.unique(part["model"].to_numpy(zero_copy_only=False), return_index=True)
+        items = np.split(part["item"].to_numpy(), starts[1:])
+        values = np.split(part[metric].to_numpy().astype(float), starts[1:])
+        own = dict(zip(names, zip(items, values, strict=True), strict=True))
+        for model in found:
+            if model not in own or not np.array_equal(own[model][0], items[0]):
+                raise InputError(
+                    f"{place}: {model} and {names[0]} were evaluated on different items of {task}, so they cannot be "
+                    f"compared; run `{remedy}` to evaluate both alike"
+                )
+            found[model][task] = own[model]
+    return found
