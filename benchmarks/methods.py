@@ -30,7 +30,7 @@ from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.zero_shot import evaluate, gold_answers
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_in_turn, pack_answers, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.commit import commit_run
 from blockpruner.methods.laco.merging import ModelBench, merged
@@ -41,7 +41,7 @@ from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
-from blockpruner.store.files import read_json, read_table, write_json
+from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import TrialStore, store_fingerprint
 
@@ -84,8 +84,8 @@ take twice as long to 20 % as greedy does."""
 
 
 def text_rows(tokenizer: Any) -> CalibrationSet:
-    texts, _ = read_table(TEXT, TEXTS)
-    samples = draw(texts.column("text").to_pylist(), 20, "all", 42)
+    texts = read_texts(TEXT)
+    samples = draw(texts, 20, "all", 42)
     return CalibrationSet(pack_rows(samples, tokenizer, LENGTH, "joined").rows[:ROWS])
 
 
@@ -138,7 +138,7 @@ def pruned(dense: PreTrainedModel, plan: Plan, rows: CalibrationSet) -> Iterator
 
 def quality(model: PreTrainedModel, tokenizer: Any, advance: str) -> dict[str, Any]:
     """Held-out perplexity, and by task a digit for each item: 1 where the model is right."""
-    texts = read_table(TEXT.parent / "perplexity.parquet", TEXTS)[0].column("text").to_pylist()
+    texts = read_texts(TEXT.parent / "perplexity.parquet")
     found: dict[str, Any] = {
         "perplexity": measure_perplexity(model, held_out_rows(tokenizer, texts, 1024, HELD_OUT_ROWS)).perplexity
     }

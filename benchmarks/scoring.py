@@ -30,7 +30,7 @@ from blockpruner.core.families import Config
 from blockpruner.core.settings import Runtime
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked
 from blockpruner.paper.flops import Flops
@@ -41,7 +41,7 @@ from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task
 from blockpruner.search.greedy import greedy
 from blockpruner.search.problem import Problem
-from blockpruner.store.files import read_table, write_json
+from blockpruner.store.files import write_json
 from blockpruner.store.provenance import machine, versions
 from blockpruner.store.trials import TrialStore, store_fingerprint
 
@@ -53,8 +53,8 @@ SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9
 
 def calibration_rows(seed: int) -> CalibrationSet:
     """The first 8 rows of 128 tokens of 20 samples drawn with `seed`."""
-    texts, _ = read_table(TEXT, TEXTS)
-    samples = draw(texts.column("text").to_pylist(), 20, "all", seed)
+    texts = read_texts(TEXT)
+    samples = draw(texts, 20, "all", seed)
     return CalibrationSet(pack_rows(samples, load_tokenizer(SMOLLM2), LENGTH, "joined").rows[:ROWS])
 
 

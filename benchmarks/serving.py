@@ -1,11 +1,11 @@
 """SmolLM2-135M dense and pruned in the engines that its exports are for: bytes, prefill and decode.
 
-    python -m benchmarks.serving [engine ...]     engines: ENGINES; all, if none is named
+    python -m benchmarks.serving [engine ...]     names of ENGINES; all, if none is named
 
-The pruned models are those of BlockPruner in benchmarks/methods.json, at about 10 % and 20 %. One sequence, the prompt
-and new tokens of Table 6 of arXiv 2406.10594; an engine's models take turns within each repeat, and medians are shown.
-Prints Markdown for docs/serving.md. Needs `dvc repro fetch@smollm2` and `pip install '.[serve]'`; vLLM's figures are
-printed by `make test-slow`, in its own environment.
+The pruned models are BlockPruner's in benchmarks/methods.json, at about 10 % and 20 %. It measures one sequence, with
+the prompt and new tokens of Table 6 of arXiv 2406.10594. An engine's models take turns within each repeat, and medians
+are shown. It prints Markdown for docs/serving.md, and needs `dvc repro fetch@smollm2` and `pip install '.[serve]'`.
+`make test-slow` prints vLLM's figures, in vLLM's own environment.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import torch
 
 from benchmarks.methods import FOUND
 from benchmarks.scoring import SMOLLM2, setting
-from blockpruner.checkpoints import EXPORTS
+from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verify_llama_cpp import Server
 from blockpruner.core.blocks import parse_mask
-from blockpruner.core.budgets import resources_of
 from blockpruner.core.plan import Plan
+from blockpruner.core.settings import Score
 from blockpruner.evaluation.speed import generate, random_prompt
-from blockpruner.methods.commit import commit
+from blockpruner.methods.blocks.kind import choose
 from blockpruner.model.models import load_model
+from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json
 
 MODELS = Path("data/benchmarks/serving")
@@ -38,7 +39,8 @@ PROMPT, NEW, REPEATS = 128, 128, 5
 
 @dataclass(frozen=True)
 class Run:
-    prefill: float  # seconds
+    prefill: float
+    """Seconds, as is the next."""
     decode: float
     kv_bytes: int
 
@@ -48,13 +50,10 @@ def plans() -> dict[str, Plan]:
     result: dict[str, Plan] = {}
     for record in read_json(FOUND)["methods"]["BlockPruner"]:
         removed = record["what"]["removed"]
-        facts = {
-            "target": f"smollm2-{record['budget']}", "run": "smollm2", "search": str(FOUND), "kind": "mask",
-            "nested": False, "score": {"method": "greedy", "metric": "perplexity"},
-            "calibration": {"rows": 0, "tokens": 0},
-        }  # fmt: skip
+        current = Current("mask", str(FOUND), False, Score(), store={}, calibration={"rows": 0, "tokens": 0})
         mask = parse_mask(",".join(removed))
-        plan = commit([mask], [1.0, 1.0], resources_of(config), f"{len(removed)}blocks", facts)
+        plan = choose([mask], [1.0, 1.0], config, f"{len(removed)}blocks", current)
+        plan = replace(plan, target=f"smollm2-{record['budget']}", run="smollm2")
         if not result:
             nothing = {"mha": 0, "mlp": 0}
             counts = dict.fromkeys(plan.parameters, plan.parameters["dense"])
@@ -68,7 +67,7 @@ def plans() -> dict[str, Plan]:
 def exported(name: str, plan: Plan, form: str) -> Path:
     out = MODELS / name.rstrip("%") / form
     if not out.exists():
-        EXPORTS[form](SMOLLM2, plan, out, rows=(), dtype="float32", device="cpu")
+        EXPORTS[form].write(SMOLLM2, plan, out, rows=(), dtype="float32", device="cpu")
     return out
 
 

@@ -24,7 +24,7 @@ from blockpruner.core.blocks import BlockId, BlockKind, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.inputs import baichuan
-from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint
+from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import models
 from blockpruner.model.modeling_blockpruned import BaichuanConfig, BaichuanForCausalLM, alibi_slopes
@@ -33,6 +33,7 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large import streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
+from tests.plans import fetch
 from tests.unit.test_engine import make_rows, score_all, sweep
 from tests.unit.test_streaming import LiveBytes
 
@@ -78,15 +79,13 @@ def original(form, heads=4, **changes):
         "lm_head.weight": random_(vocabulary, HIDDEN),
     }
     for n in range(LAYERS):
-        tensors |= {
-            f"model.layers.{n}.self_attn.W_pack.weight": random_(3 * HIDDEN, HIDDEN),
-            f"model.layers.{n}.self_attn.o_proj.weight": random_(HIDDEN, HIDDEN),
-            f"model.layers.{n}.mlp.gate_proj.weight": random_(INNER, HIDDEN),
-            f"model.layers.{n}.mlp.up_proj.weight": random_(INNER, HIDDEN),
-            f"model.layers.{n}.mlp.down_proj.weight": random_(HIDDEN, INNER),
-            f"model.layers.{n}.input_layernorm.weight": 1 + random_(HIDDEN) / 2,
-            f"model.layers.{n}.post_attention_layernorm.weight": 1 + random_(HIDDEN) / 2,
-        }
+        for name, shape in {
+            "self_attn.W_pack": (3 * HIDDEN, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
+            "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER),
+        }.items():  # fmt: skip
+            tensors[f"model.layers.{n}.{name}.weight"] = random_(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{n}.{name}.weight"] = 1 + random_(HIDDEN) / 2
     return {**config, **FORMS[form], **changes}, tensors
 
 
@@ -105,10 +104,8 @@ def write(folder, config, tensors, dtype=torch.float64):
     return folder
 
 
-def fetch(folder, name="model", **model):
-    source = {"source": "path", "path": str(folder), "dtype": "float64", "trust_remote_code": False} | model
-    fetch_checkpoint(source, folder.parent / name, folder.parent / "cache", folder.parent / "pins.json")
-    return folder.parent / name
+def fetched(root, *original, dtype=torch.float64, **settings):
+    return fetch(write(root / "original", *original, dtype), root / "model", **settings)
 
 
 def rotated(x):
@@ -160,7 +157,7 @@ def exact_norms(monkeypatch):
 @cases
 def test_fetched_model_says_what_the_formulas_say(tmp_path, exact_norms, form, heads):
     config, tensors = original(form, heads)
-    directory = fetch(write(tmp_path / "original", config, tensors))
+    directory = fetched(tmp_path, config, tensors)
     for mask in map(parse_mask, MASKS):
         expected = formulas(config, tensors, IDS, mask)
         model = load_model(directory, "float64", "cpu")
@@ -173,7 +170,7 @@ def test_fetched_model_says_what_the_formulas_say(tmp_path, exact_norms, form, h
 @pytest.mark.parametrize("heads", [4, 6])
 def test_decoding_and_padding_with_alibi(tmp_path, exact_norms, mask, heads):
     config, tensors = original("2-13B", heads)
-    model = prune_(load_model(fetch(write(tmp_path / "original", config, tensors)), "float64", "cpu"), parse_mask(mask))
+    model = prune_(load_model(fetched(tmp_path, config, tensors), "float64", "cpu"), parse_mask(mask))
     tokens = IDS
     for _ in range(6):
         logits = formulas(config, tensors, tokens, parse_mask(mask))
@@ -217,7 +214,7 @@ def test_bias_keeps_its_precision_in_bfloat16():
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 def test_distances_are_those_to_the_query_in_decoding_too(tmp_path, implementation):
     """Else the last tokens of a long text, which matter most, would have the largest and so coarsest biases."""
-    model = load_model(fetch(write(tmp_path / "original", *original("2-13B"))), "float32", "cpu")
+    model = load_model(fetched(tmp_path, *original("2-13B")), "float32", "cpu")
     biases = []
     model.model.layers[0].register_forward_pre_hook(
         lambda layer, args, kwargs: biases.append(kwargs["attention_mask"]), with_kwargs=True
@@ -235,7 +232,7 @@ def test_7b_becomes_a_plain_llama_checkpoint(tmp_path, monkeypatch):
     """Of bfloat16 weights, but for the head; in shards of no more than their limit, but where one tensor is larger."""
     monkeypatch.setattr(baichuan, "SHARD_BYTES", 20_000)
     config, tensors = original("2-7B")
-    directory = fetch(write(tmp_path / "original", config, tensors, torch.bfloat16), trust_remote_code=True)
+    directory = fetched(tmp_path, config, tensors, dtype=torch.bfloat16, trust_remote_code=True)
     found = json.loads((directory / "config.json").read_text())
     assert not {"auto_map", "z_loss_weight", "model_max_length"} & found.keys()
     assert AutoConfig.from_pretrained(directory).rope_parameters["rope_theta"] == 10000
@@ -267,7 +264,7 @@ def test_7b_becomes_a_plain_llama_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", ["2-7B", "2-13B"])
 def test_streaming_of_mixed_dtypes(tmp_path, form, dtype):
     config, tensors = original(form)
-    directory = fetch(write(tmp_path / "original", config, tensors, torch.bfloat16))
+    directory = fetched(tmp_path, config, tensors, dtype=torch.bfloat16)
     rows = [[token % VOCABULARY for token in row] for row in make_rows([9, 4, 9])]
     streamed = score_all(StreamingEngine(directory, dtype, device="cpu", batch_tokens=20), sweep(), rows)
     assert streamed == score_all(Engine(load_model(directory, dtype, "cpu"), 20), sweep(), rows)
@@ -276,7 +273,7 @@ def test_streaming_of_mixed_dtypes(tmp_path, form, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_plan_bounds_the_biases_of_long_rows(tmp_path, dtype):
     config, tensors = original("2-13B", 6, model_max_length=900)
-    directory = fetch(write(tmp_path / "original", config, tensors, getattr(torch, dtype)))
+    directory = fetched(tmp_path, config, tensors, dtype=getattr(torch, dtype))
     engine = StreamingEngine(directory, dtype, device="cpu", batch_tokens=900)
     rows = [[token % VOCABULARY for token in row] for row in make_rows([900])]
     with LiveBytes() as live:
@@ -286,8 +283,8 @@ def test_plan_bounds_the_biases_of_long_rows(tmp_path, dtype):
 
 
 def test_a_13b_checkpoint_may_be_fetched_again(tmp_path):
-    first = fetch(write(tmp_path / "original", *original("2-13B")))
-    again = fetch(first, "again")
+    first = fetched(tmp_path, *original("2-13B"))
+    again = fetch(first, tmp_path / "again")
     assert checkpoint_identity(again) == checkpoint_identity(first)
     assert json.loads((first / "config.json").read_text())["max_position_embeddings"] == 64
     assert load_model(again, "float64", "cpu").config.model_type == "baichuan"
@@ -295,7 +292,7 @@ def test_a_13b_checkpoint_may_be_fetched_again(tmp_path):
 
 def test_whole_layers_ship_the_modelling_file(tmp_path):
     """What is left is no block-pruned model, but transformers has no Baichuan either."""
-    directory = fetch(write(tmp_path / "original", *original("2-13B", 6)))
+    directory = fetched(tmp_path, *original("2-13B", 6))
     model = prune_(load_model(directory, "float64", "cpu"), parse_mask("mha.1,mlp.1"))
     plan = SimpleNamespace(layers=LAYERS, blocks={"mha": 1, "mlp": 1})
     save_file(reference_outputs(model, plan), tmp_path / "reference")
@@ -318,7 +315,7 @@ def test_unknown_forms_are_refused_and_leave_nothing(tmp_path, changes, message)
     config, tensors = original("2-13B", **changes)
     config = {key: value for key, value in config.items() if value is not None}
     with pytest.raises(InputError, match=message):
-        fetch(write(tmp_path / "original", config, tensors))
+        fetched(tmp_path, config, tensors)
     assert not (tmp_path / "model").exists() and not list((tmp_path / "cache" / "models").iterdir())
 
 
@@ -327,11 +324,11 @@ def test_pickled_weights_are_refused(tmp_path):
     for path in folder.glob("*.safetensors"):
         path.rename(path.with_name(f"pytorch_{path.stem}.bin"))
     with pytest.raises(InputError, match=r"no safetensors.*convert them first, or choose a revision.*refs/pr/<number>"):
-        fetch(folder)
+        fetch(folder, tmp_path / "model")
 
 
 def test_flash_attention_is_refused(tmp_path, monkeypatch):
-    directory = fetch(write(tmp_path / "original", *original("2-13B")))
+    directory = fetched(tmp_path, *original("2-13B"))
     monkeypatch.setattr(models, "kernel_options", lambda *given: {"attn_implementation": "flash_attention_2"})
     message = r"runtime\.attention 'flash_attention_2' cannot be used here: .* support Flash .*; use auto"
     with pytest.raises(InputError, match=message):
@@ -385,13 +382,13 @@ def with_tokenizer(folder, model):
 def test_tokenizer_gives_sentencepieces_ids(tmp_path, sentencepiece_model, form):
     import sentencepiece
 
-    directory = fetch(with_tokenizer(write(tmp_path / "original", *original(form)), sentencepiece_model))
+    folder = with_tokenizer(write(tmp_path / "original", *original(form)), sentencepiece_model)
+    directory = fetch(folder, tmp_path / "model")
     assert (directory / "tokenizer.json").exists()
     (directory / "tokenizer.model").unlink()
     tokenizer = load_tokenizer(directory)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast) and type(AutoTokenizer.from_pretrained(directory)) is type(
-        tokenizer
-    )
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    assert type(AutoTokenizer.from_pretrained(directory)) is type(tokenizer)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     choose = random.Random(3)
     texts = TEXTS + ["".join(choose.choices("abcdefgh the  \n\t0123456789你好世界城é😀.,", k=20)) for _ in range(300)]
@@ -406,7 +403,7 @@ def test_missing_sentencepiece_is_named(tmp_path, monkeypatch):
     folder = with_tokenizer(write(tmp_path / "original", *original("2-7B")), Path(__file__))
     monkeypatch.setattr(baichuan, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"read with sentencepiece: pip install"):
-        fetch(folder)
+        fetch(folder, tmp_path / "model")
 
 
 def test_light_modules_stay_light():

@@ -5,7 +5,7 @@ import pytest
 
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
-from blockpruner.inputs.calibration import CalibrationSet, check_context, draw, pack
+from blockpruner.inputs.calibration import CalibrationSet, check_context, draw, pack_rows
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
@@ -35,25 +35,24 @@ def test_too_many_samples_says_how_many_there_are():
 def test_joined_is_one_tokenization_cut_with_the_tail_dropped():
     tokenizer = tiny_tokenizer()
     ids = tokenizer("\n\n".join(TEXTS[:3]))["input_ids"]
-    rows = pack(TEXTS[:3], tokenizer, 20, "joined").rows
+    rows = pack_rows(TEXTS[:3], tokenizer, 20, "joined").rows
     assert len(rows) == len(ids) // 20
     assert [token for row in rows for token in row] == ids[: 20 * len(rows)]
 
 
 def test_no_row_says_how_many_samples_would_do():
     tokens = len(tiny_tokenizer()(TEXTS[0])["input_ids"])
-    with pytest.raises(
-        InputError, match=rf"1 samples are {tokens} tokens.*seq_len 100; about {-(-100 // tokens)} samp"
-    ):
-        pack(TEXTS[:1], tiny_tokenizer(), 100, "joined")
+    message = rf"1 samples are {tokens} tokens.*seq_len 100; about {-(-100 // tokens)} samp"
+    with pytest.raises(InputError, match=message):
+        pack_rows(TEXTS[:1], tiny_tokenizer(), 100, "joined")
     with pytest.raises(InputError, match="no row"):
-        pack(["", "a"], tiny_tokenizer(), 100, "per_sample")
+        pack_rows(["", "a"], tiny_tokenizer(), 100, "per_sample")
 
 
 def test_per_sample_rows_are_scored_without_their_pads():
     """Rows of other lengths in the same batch change nothing: each equals the row alone (full forward, fp64)."""
     texts = ["a long sentence with many words in it", "short", "of middle length"]
-    rows = pack(texts, tiny_tokenizer(), 24, "per_sample").rows
+    rows = pack_rows(texts, tiny_tokenizer(), 24, "per_sample").rows
     assert [len(row) for row in rows] == [24, 5, 16]
     model = tiny_model()
     engine = Engine(model, batch_tokens=1000)

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,50 +15,40 @@ from transformers import AutoModelForCausalLM
 import blockpruner
 from blockpruner.checkpoints import hf
 from blockpruner.checkpoints.hf import export_hf
+from blockpruner.checkpoints.registry import require_exports
 from blockpruner.checkpoints.zeroed import export_zeroed
-from blockpruner.core.blocks import all_blocks, parse_mask
-from blockpruner.core.budgets import resources_of
+from blockpruner.core.blocks import all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
-from blockpruner.inputs.calibration import pack
-from blockpruner.inputs.checkpoints import fetch_checkpoint
-from blockpruner.methods.commit import commit
+from blockpruner.inputs.calibration import pack_rows
+from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
 from blockpruner.store.plans import load_plan, save_plan
-from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
+from tests.plans import fetch_tiny, plan_of
+from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]
 
 
-def plan_of(config, order):
-    score = {"method": "greedy", "metric": "perplexity"}
-    facts = {
-        "target": "t", "run": "r", "score": score, "search": "s", "calibration": {"rows": 3, "tokens": 30},
-        "kind": "mask", "nested": True,
-    }  # fmt: skip
-    units = [parse_mask(unit) for unit in order]
-    return commit(units, [2.0] * (len(units) + 1), resources_of(config), f"{sum(map(len, units))}blocks", facts)
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense")
-    save_tiny(folder / "mine")
-    model = {"source": "path", "path": str(folder / "mine"), "dtype": "float32", "trust_remote_code": False}
-    fetch_checkpoint(model, folder / "model", folder / "cache", folder / "pins.json")
-    return folder / "model"
+    return fetch_tiny(tmp_path_factory.mktemp("dense"))
+
+
+def export(dense, plan, out, write=export_hf, dtype="float32"):
+    """Write a checkpoint; returns its report."""
+    write(dense, plan, out, rows=(), dtype=dtype, device="cpu")
+    return json.loads((out / "verification.json").read_text())
 
 
 def test_export_is_complete_and_verified(tmp_path, dense):
-    plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0", "mlp.3", "mlp.0"])
-    export_hf(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
+    plan = plan_of(dense, ["mha.0", "mlp.3", "mlp.0"])
+    report = export(dense, plan, tmp_path / "out")
+    assert report["ok"] and report["cache_layers"] == 3
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"README.md", "config.json", "generation_config.json", "model.safetensors", "verification.json",
                      "modeling_blockpruned.py", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
-    report = json.loads((tmp_path / "out/verification.json").read_text())
-    assert report["ok"]
-    assert report["cache_layers"] == 3
     card = (tmp_path / "out/README.md").read_text()
     assert "| 3 | mlp.0 |" in card
     assert f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters" in card
@@ -66,17 +57,9 @@ def test_export_is_complete_and_verified(tmp_path, dense):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_export_in_bfloat16(tmp_path, dense):
-    plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0", "mlp.2"])
-    export_hf(dense, plan, tmp_path / "out", rows=(), dtype="bfloat16", device="cpu")
-    assert json.loads((tmp_path / "out/verification.json").read_text())["ok"]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).dtype is torch.bfloat16
-
-
 def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
-    plan = plan_of(json.loads((dense / "config.json").read_text()), ["mlp.1", "mha.2"])
-    export_hf(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
-    assert json.loads((tmp_path / "out/verification.json").read_text())["class"] == "LlamaForCausalLM"
+    plan = plan_of(dense, ["mlp.1", "mha.2"])
+    assert export(dense, plan, tmp_path / "out")["class"] == "LlamaForCausalLM"
     assert not list((tmp_path / "out").glob("*.py"))
     assert "trust_remote_code" not in (tmp_path / "out/README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -84,43 +67,57 @@ def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
 
 
 def test_zeroed_keeps_the_shape_and_says_so(tmp_path, dense):
-    plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0", "mlp.3"])
-    export_zeroed(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
-    report = json.loads((tmp_path / "out/verification.json").read_text())
+    plan = plan_of(dense, ["mha.0", "mlp.3"])
+    report = export(dense, plan, tmp_path / "out", export_zeroed)
     assert report["ok"] and report["cache_layers"] == 4 and report["class"] == "LlamaForCausalLM"
     assert "neither smaller nor faster" in (tmp_path / "out/README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == plan.parameters["dense"]
     with pytest.raises(InputError, match="method 'laco' of run 'r' removes none; leave zeroed out"):
-        export_zeroed(dense, replace(plan, kind="laco", method="laco"), tmp_path / "x", rows=(), dtype="float32",
-                      device="cpu")  # fmt: skip
+        export(dense, replace(plan, kind="laco", method="laco"), tmp_path / "x", export_zeroed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "names", "message"),
+    [
+        ("mask", "float64", ["hf", "gguf", "zeroed"], None),
+        ("mask", "float64", ["nas"], "export: nas has no model.dtype: float64; set float32 or float16 or bfloat16"),
+        ("laco", "float32", ["hf", "zeroed"], "export: zeroed cannot hold what LaCo .* valid with it: hf, nas, gguf"),
+        ("slicegpt", "float32", ["gguf"], "export: gguf cannot hold what SliceGPT .* valid with it: hf"),
+        ("mask", "float32", ["onnx"], "export 'onnx' is unknown; valid: hf, nas, gguf, zeroed"),
+    ],
+)
+def test_what_a_format_holds_is_known_before_anything_is_computed(kind, dtype, names, message):
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        require_exports(names, KINDS[kind], dtype)
 
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("phi3", "float32"), ("mixtral", "bfloat16"), ("qwen3_moe", "bfloat16"), ("gemma2", "float64")],
+    [
+        ("llama", "bfloat16"),
+        ("phi3", "float32"),
+        ("mixtral", "bfloat16"),
+        ("qwen3_moe", "bfloat16"),
+        ("gemma2", "float64"),
+    ],
 )
-def test_other_families_are_exported_and_verified(tmp_path, family, dtype):
+def test_other_dtypes_and_families_are_exported_and_verified(tmp_path, family, dtype):
     """Among them a class that transformers wraps, and models that rounding sends to other experts."""
-    save_tiny(tmp_path / "mine", family)
-    model = {"source": "path", "path": str(tmp_path / "mine"), "dtype": dtype, "trust_remote_code": False}
-    fetch_checkpoint(model, tmp_path / "model", tmp_path / "cache", tmp_path / "pins.json")
-    plan = plan_of(json.loads((tmp_path / "model/config.json").read_text()), ["mha.0", "mlp.2"])
-    export_hf(tmp_path / "model", plan, tmp_path / "out", rows=(), dtype=dtype, device="cpu")
-    assert json.loads((tmp_path / "out/verification.json").read_text())["ok"]
+    dense = fetch_tiny(tmp_path, family, dtype=dtype)
+    assert export(dense, plan_of(dense, ["mha.0", "mlp.2"]), tmp_path / "out", dtype=dtype)["ok"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert loaded.dtype is getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("fault", ["renumbering", "weights"])
 def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fault):
-    plan = plan_of(json.loads((dense / "config.json").read_text()), ["mha.0"])
     save = hf.save_pruned
 
     def spoil(model, directory):
         save(model, directory)
         if fault == "renumbering":
             path = directory / "modeling_blockpruned.py"
-            path.write_text(
-                path.read_text().replace("attention.layer_idx = number", "attention.layer_idx = number + 1")
-            )
+            path.write_text(path.read_text().replace("layer_idx = number", "layer_idx = number + 1"))
         else:
             with torch.no_grad():
                 model.model.norm.weight.mul_(1.5)
@@ -128,7 +125,7 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
 
     monkeypatch.setattr(hf, "save_pruned", spoil)
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
-        export_hf(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
+        export(dense, plan_of(dense, ["mha.0"]), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,7 +142,7 @@ def test_prune_in_memory_equals_brute_force():
     reference = copy.deepcopy(model)
     ratio = 0.3
     pruned = blockpruner.prune(model, tokenizer, TEXTS, ratio=ratio, seq_len=32)
-    rows = pack(TEXTS, tokenizer, 32, "joined").rows
+    rows = pack_rows(TEXTS, tokenizer, 32, "joined").rows
     removed = frozenset()
     for unit in pruned.plan.order:
         scores = {}

@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import json
 import tempfile
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +23,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.inputs.checkpoints import _convert_gguf
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked, prune_
+from tests.plans import plan_of
 from tests.tiny import tiny_model
-from tests.unit.test_checkpoint_api import plan_of
 
 engine = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None,
@@ -256,8 +255,7 @@ def dense(tmp_path_factory):
 
 
 def export(dense, out, order=("mha.0", "mlp.3", "mlp.2"), dtype="float32", **changes):
-    plan = plan_of(json.loads((dense / "config.json").read_text()), order)
-    export_gguf(dense, replace(plan, **changes), out, rows=(), dtype=dtype, device="cpu")
+    export_gguf(dense, plan_of(dense, order, **changes), out, rows=(), dtype=dtype, device="cpu")
 
 
 @engine
@@ -287,50 +285,37 @@ def test_merged_layers_are_a_plain_model(tmp_path, dense, monkeypatch):
 
 
 @engine
-@pytest.mark.parametrize("fault", ["output_norm.weight", "blk.1.attn_q.weight", "blk.3.ffn_down.weight"])
-def test_a_fault_of_one_file_fails(tmp_path, dense, monkeypatch, fault):
-    """Only that in 8 bits is wrong, whose own rounding must not hide it."""
-    parts, write = gguf.tensors, gguf.write
-    precisions = []
+@pytest.mark.parametrize("files", ["Q8_0", "F16 Q8_0"])
+@pytest.mark.parametrize("fault", ["output_norm.weight", "blk.1.attn_q.weight", "blk.3.ffn_down.weight", "tokenizer"])
+def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fault, files):
+    """Also if only that in 8 bits is wrong, whose own rounding must not hide it."""
+    parts, write, vocabulary_ = gguf.tensors, gguf.write, gguf.vocabulary
+    written = []
 
     def spoilt(*arguments):
-        wrong = fault if precisions[-1] == "Q8_0" else None
+        wrong = fault if written[-1] in files.split() else None
         return ((name, weight * 1.2 if name == wrong else weight) for name, weight in parts(*arguments))
 
     def remembered(model, words, precision, path):
-        precisions.append(precision)
+        written.append(precision)
         write(model, words, precision, path)
 
     monkeypatch.setattr(gguf, "tensors", spoilt)
     monkeypatch.setattr(gguf, "write", remembered)
-    with pytest.raises(InputError, match="does not reproduce the model in memory"):
-        export(dense, tmp_path / "out")
-    assert precisions == ["F16", "Q8_0"] and list(tmp_path.iterdir()) == []
-
-
-@engine
-@pytest.mark.parametrize("fault", ["output_norm.weight", "blk.1.attn_q.weight", "blk.3.ffn_down.weight", "tokenizer"])
-def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fault):
-    parts, words = gguf.tensors, gguf.vocabulary
-
-    def spoilt(*arguments):
-        return ((name, weight * 1.2 if name == fault else weight) for name, weight in parts(*arguments))
-
-    monkeypatch.setattr(gguf, "tensors", spoilt)
     if fault == "tokenizer":
-        monkeypatch.setattr(gguf, "vocabulary", lambda *arguments: words(*arguments) | {"add_bos_token": True})
+        monkeypatch.setattr(gguf, "vocabulary", lambda *given: vocabulary_(*given) | {"add_bos_token": True})
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
         export(dense, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert written == ["F16", "Q8_0"] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("config", "plan", "message"),
     [
         ({"model_type": "gemma2"}, {}, "'gemma2' is not supported; supported: llama, mistral, qwen2.*convert_hf"),
-        ({"model_type": "mistral"}, {}, "sliding_window: 4096 cannot be said"),
-        ({"model_type": "mistral", "sliding_window": 6}, {}, "sliding_window: 6 cannot be said"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6}, {}, "sliding_window: 6 cannot"),
+        ({"model_type": "mistral"}, {}, "sliding_window: 4096 has no place"),
+        ({"model_type": "mistral", "sliding_window": 6}, {}, "sliding_window: 6 has no place"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6}, {}, "sliding_window: 6 has"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, {}, "'yarn' is not supported; supported: default"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, {}, "'dynamic' is not supported"),
         ({"hidden_act": "gelu"}, {}, "'gelu' is not supported; supported: silu"),
@@ -341,7 +326,7 @@ def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fau
 def test_what_a_file_cannot_say(config, plan, message):
     config = AutoConfig.for_model(**{"model_type": "llama", "num_hidden_layers": 6} | config).to_dict()
     with pytest.raises(InputError, match=message + r".*Use export: \[hf\]"):
-        gguf.check(config, replace(plan_of(config, ["mha.0"]), **plan))
+        gguf.check(config, plan_of(config, ["mha.0"], **plan))
 
 
 def unequal_halves():

@@ -10,8 +10,8 @@ from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hub import push
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Target
+from tests.plans import plan_of
 from tests.tiny import tiny_model
-from tests.unit.test_checkpoint_api import plan_of
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,15 +14,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from blockpruner.checkpoints import EXPORTS, nas, verification
+from blockpruner.checkpoints import nas, verification
 from blockpruner.checkpoints.nas import export_nas
 from blockpruner.core.errors import InputError
-from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.methods.laco.merging import merged
 from blockpruner.methods.laco.walk import Merge
 from blockpruner.model.models import masked
-from tests.tiny import save_tiny
-from tests.unit.test_checkpoint_api import plan_of
+from tests.plans import fetch_tiny, plan_of
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(1, 257, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -46,6 +43,10 @@ cases = pytest.mark.parametrize("case", CASES)
 with_mlx = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx_lm is not installed (extra serve)")
 
 
+def export(dense, plan, out, dtype="float32"):
+    export_nas(dense, plan, out, rows=(), dtype=dtype, device="cpu")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Of a case: the exported directory, the dense one, and its plan; made once."""
@@ -53,15 +54,11 @@ def exported(tmp_path_factory):
     @cache
     def make(case):
         family, config, removed = CASES[case]
-        folder = tmp_path_factory.mktemp("nas")
-        save_tiny(folder / "mine", family, 6, **config)
-        model = {"source": "path", "path": str(folder / "mine"), "dtype": "float32", "trust_remote_code": False}
-        fetch_checkpoint(model, folder / "model", folder / "cache", folder / "pins.json")
-        plan = plan_of(json.loads((folder / "model/config.json").read_text()), removed.split(","))
-        if case == "merged":
-            plan = replace(plan, kind="laco", order=("2+2",), details={"merges": [[2, 2]], "variant": "paper"})
-        export_nas(folder / "model", plan, folder / "out", rows=(), dtype="float32", device="cpu")
-        return folder / "out", folder / "model", plan
+        dense = fetch_tiny(tmp_path_factory.mktemp("nas"), family, 6, **config)
+        merges = {"kind": "laco", "order": ("2+2",), "details": {"merges": [[2, 2]], "variant": "paper"}}
+        plan = plan_of(dense, removed.split(","), **(merges if case == "merged" else {}))
+        export(dense, plan, dense.with_name("out"))
+        return dense.with_name("out"), dense, plan
 
     return make
 
@@ -192,7 +189,7 @@ def test_what_takes_no_zeros_holds_the_model_alone(exported):
 @with_mlx
 def test_export_in_bfloat16(exported, tmp_path):
     _, dense, plan = exported("qwen2 attention")
-    export_nas(dense, plan, tmp_path / "out", rows=(), dtype="bfloat16", device="cpu")
+    export(dense, plan, tmp_path / "out", "bfloat16")
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["median_logit_difference"] > 1e-3
     weights = load_file(tmp_path / "out/model.safetensors")
@@ -221,14 +218,14 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(exported, tmp_path, monkeyp
 
     monkeypatch.setattr(nas, function, wrong)
     with pytest.raises(InputError, match=r"does not reproduce the model in memory.*\(mlx_lm\)"):
-        export_nas(dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
+        export(dense, plan, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_mlx_it_is_said_to_be_unchecked(exported, tmp_path, monkeypatch):
     _, dense, plan = exported("attention")
     monkeypatch.setattr(verification, "find_spec", lambda name: None)
-    EXPORTS["nas"](dense, plan, tmp_path / "out", rows=(), dtype="float32", device="cpu")
+    export(dense, plan, tmp_path / "out")
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert (report["ok"], report["unchecked"]) == (None, "mlx_lm is not installed")
 
@@ -255,9 +252,8 @@ def test_what_cannot_be_said_is_refused(tmp_path, family, changes, message):
     fields = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 6} | changes
     config = AutoConfig.for_model(family, **fields)
     config.save_pretrained(tmp_path / "model")
-    made = replace(plan_of(config.to_dict(), ["mha.1"]), **plan)
     with pytest.raises(InputError, match=message):
-        export_nas(tmp_path / "model", made, tmp_path / "out", rows=(), dtype=dtype, device="cpu")
+        export(tmp_path / "model", plan_of(config.to_dict(), ["mha.1"], **plan), tmp_path / "out", dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

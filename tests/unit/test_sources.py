@@ -6,6 +6,7 @@ import os
 import zipfile
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +15,14 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from huggingface_hub.utils import filter_repo_objects
 
 from blockpruner.core.errors import InputError
-from blockpruner.inputs import checkpoints as sources
+from blockpruner.core.settings import HubModel, PypiTexts
+from blockpruner.inputs.checkpoints import _convert_gguf, checkpoint_identity, fetch_checkpoint
+from blockpruner.inputs.packages import package_file, read_member
+from blockpruner.inputs.texts import load_texts, parse_texts
 from blockpruner.model.models import load_model
 from blockpruner.store.files import is_orphan, replace_directory
 from blockpruner.store.provenance import model_identity
+from tests.plans import fetch
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -40,88 +45,74 @@ def wheel(tmp_path, monkeypatch):
 
 def test_package_file_is_verified_cached_and_read(tmp_path, wheel, monkeypatch):
     package, digest = wheel
-    data = {"source": "pypi", "package": package, "sha256": digest, "file": "tinydata/texts.json", "format": "text"}
-    assert sources.load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
+    data = PypiTexts(source="pypi", package=package, sha256=digest, file="tinydata/texts.json", format="text")
+    assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
+    package_file(package, digest, tmp_path / "cache").write_bytes(b"damaged")  # it is downloaded again
+    assert hashlib.sha256(package_file(package, digest, tmp_path / "cache").read_bytes()).hexdigest() == digest
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
-    assert sources.load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
+    assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
 
 
-def test_a_damaged_cached_file_is_downloaded_again(tmp_path, wheel):
+def test_package_errors_leave_nothing(tmp_path, wheel):
     package, digest = wheel
-    path = sources.package_file(package, digest, tmp_path / "cache")
-    path.write_bytes(b"damaged")
-    assert hashlib.sha256(sources.package_file(package, digest, tmp_path / "cache").read_bytes()).hexdigest() == digest
-
-
-@pytest.mark.parametrize("case", ["wrong sha256", "no such version"])
-def test_package_errors_leave_nothing(tmp_path, wheel, case):
-    package, digest = wheel
-    if case == "wrong sha256":
-        with pytest.raises(InputError, match=rf"sha256 is {digest}, the run file says {'0' * 64}"):
-            sources.package_file(package, "0" * 64, tmp_path / "cache")
-    else:
-        with pytest.raises(InputError, match=r"tinydata==9\.9 could not be downloaded.*check name, version"):
-            sources.package_file("tinydata==9.9", digest, tmp_path / "cache")
-    assert list((tmp_path / "cache").rglob("*.whl")) == []
-    assert [path.name for path in (tmp_path / "cache" / "packages").iterdir()] == []
-
-
-def test_missing_member_names_near_ones(tmp_path, wheel):
-    path = sources.package_file(*wheel, tmp_path / "cache")
+    with pytest.raises(InputError, match=rf"sha256 is {digest}, the run file says {'0' * 64}"):
+        package_file(package, "0" * 64, tmp_path / "cache")
+    with pytest.raises(InputError, match=r"tinydata==9\.9 could not be downloaded.*check name, version"):
+        package_file("tinydata==9.9", digest, tmp_path / "cache")
+    assert list((tmp_path / "cache/packages").iterdir()) == []
     with pytest.raises(InputError, match=r"'data/texts\.json' is not a file in tinydata.*tinydata/texts\.json"):
-        sources.read_member(path, "data/texts.json")
+        read_member(package_file(*wheel, tmp_path / "cache"), "data/texts.json")
 
 
-HUB_ERRORS = [
-    (GatedRepoError, "access is gated: accept its terms"),
-    (RepositoryNotFoundError, "no such repository, or it is private"),
-]
+class Hub:
+    """A stand-in for the hub: revision "sha1" of every repository is a local folder."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.asked = folder, []
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo: self.model_info(repo))
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+
+    def model_info(self, repo):
+        self.asked.append(repo)
+        return type("Info", (), {"sha": "sha1"})()
+
+    def download(self, repo, *, revision, allow_patterns, ignore_patterns, local_dir):
+        assert revision == "sha1"
+        names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (Path(local_dir) / name).parent.mkdir(exist_ok=True)
+            (Path(local_dir) / name).write_bytes((self.folder / name).read_bytes())
 
 
-@pytest.mark.parametrize(("error", "words"), HUB_ERRORS)
+def fetch_hub(root, out="out", **model):
+    fetch_checkpoint(HubModel(source="hub", repo="a/b", **model), root / out, root / "cache", root / "pins.json")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (GatedRepoError, "access is gated: accept its terms"),
+        (RepositoryNotFoundError, "no such repository, or it is private"),
+    ],
+)
 def test_hub_errors_are_one_clear_line_and_leave_nothing(tmp_path, monkeypatch, error, words):
-    import httpx
-
     def fail(*args, **kwargs):
         raise error("no", response=httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid")))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
-    model = {"source": "hub", "repo": "a/b", "revision": None, "dtype": "float32", "trust_remote_code": False}
     with pytest.raises(InputError, match=rf"hub repository 'a/b' cannot be used: {words}"):
-        sources.fetch_checkpoint(model, tmp_path / "out", tmp_path / "cache", tmp_path / "pins.json")
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "pins.json").exists()
-
-
-def hub_of(folder, calls):
-    """A stand-in for the hub: revision "sha1" of every repository is a local folder."""
-
-    def model_info(self, repo):
-        calls.append(repo)
-        return type("Info", (), {"sha": "sha1"})()
-
-    def snapshot_download(repo, *, revision, allow_patterns, ignore_patterns, local_dir):
-        assert revision == "sha1"
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            (Path(local_dir) / name).parent.mkdir(exist_ok=True)
-            (Path(local_dir) / name).write_bytes((folder / name).read_bytes())
-
-    return model_info, snapshot_download
+        fetch_hub(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hub_revision_is_resolved_once_and_kept(tmp_path, monkeypatch):
-    calls = []
-    info, download = hub_of(save_tiny(tmp_path / "hub"), calls)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    model = {"source": "hub", "repo": "a/b", "revision": None, "dtype": "float32", "trust_remote_code": False}
+    hub = Hub(save_tiny(tmp_path / "hub"), monkeypatch)
     for out in ("one", "two"):
-        sources.fetch_checkpoint(model, tmp_path / out, tmp_path / "cache", tmp_path / "pins.json")
-    assert calls == ["a/b"]
+        fetch_hub(tmp_path, out)
+    assert hub.asked == ["a/b"]
     assert json.loads((tmp_path / "pins.json").read_text()) == {"model:a/b": "sha1"}
     assert (tmp_path / "one/model.safetensors").samefile(tmp_path / "two/model.safetensors")
-    assert sources.checkpoint_identity(tmp_path / "one") == model_identity(tmp_path / "hub")
+    assert checkpoint_identity(tmp_path / "one") == model_identity(tmp_path / "hub")
 
 
 def test_other_layouts_of_the_same_weights_stay_on_the_hub(tmp_path, monkeypatch):
@@ -130,11 +121,8 @@ def test_other_layouts_of_the_same_weights_stay_on_the_hub(tmp_path, monkeypatch
     (folder / "original").mkdir()
     for name in ("original/params.json", "original/tokenizer.model", "consolidated.safetensors", "README.md"):
         (folder / name).write_text("{}")
-    info, download = hub_of(folder, [])
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    model = {"source": "hub", "repo": "a/b", "revision": None, "dtype": "float32", "trust_remote_code": False}
-    sources.fetch_checkpoint(model, tmp_path / "out", tmp_path / "cache", tmp_path / "pins.json")
+    Hub(folder, monkeypatch)
+    fetch_hub(tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "blockpruner_source.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
@@ -147,9 +135,8 @@ def test_a_broken_download_leaves_nothing(tmp_path, monkeypatch):
         raise OfflineModeIsEnabled("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", half)
-    model = {"source": "hub", "repo": "a/b", "revision": "x", "dtype": "float32", "trust_remote_code": False}
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
-        sources.fetch_checkpoint(model, tmp_path / "out", tmp_path / "cache", tmp_path / "pins.json")
+        fetch_hub(tmp_path, revision="x")
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
@@ -161,45 +148,42 @@ def test_a_killed_conversion_leaves_only_what_the_next_one_removes(tmp_path, mon
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", stopped)
     with pytest.raises(KeyboardInterrupt):
-        replace_directory(tmp_path / "kept", lambda directory: sources._convert_gguf(b"GGUF", "float32", directory))
+        replace_directory(tmp_path / "kept", lambda directory: _convert_gguf(b"GGUF", "float32", directory))
     assert list(tmp_path.iterdir()) == []
-
-
-def path_model(folder):
-    return {"source": "path", "path": str(folder), "dtype": "float32", "trust_remote_code": False}
-
-
-def fetch(tmp_path, folder):
-    sources.fetch_checkpoint(path_model(folder), tmp_path / "out", tmp_path / "cache", tmp_path / "pins.json")
 
 
 def test_local_checkpoint_is_copied_not_linked(tmp_path):
     """DVC protects its outputs: a hard link would turn the user's own files read-only."""
     folder = save_tiny(tmp_path / "mine")
-    fetch(tmp_path, folder)
-    assert not (tmp_path / "out/model.safetensors").samefile(folder / "model.safetensors")
+    out = fetch(folder, tmp_path / "out")
+    assert not (out / "model.safetensors").samefile(folder / "model.safetensors")
 
 
-def test_pickled_weights_are_refused(tmp_path):
-    folder = save_tiny(tmp_path / "mine")
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def pickle_weights(folder):
     (folder / "model.safetensors").unlink()
     torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match="holds no safetensors file"):
-        fetch(tmp_path, folder)
-    assert not (tmp_path / "out").exists()
 
 
-def test_unsupported_family(tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (pickle_weights, "holds no safetensors file"),
+        (lambda folder: change_config(folder, model_type="mamba"), "'mamba' is unknown; valid: llama, .*gpt_neox"),
+        (lambda folder: (folder / "config.json").unlink(), "does not exist or has no config.json"),
+    ],
+    ids=["pickled weights", "unsupported family", "no config"],
+)
+def test_what_cannot_be_fetched(tmp_path, spoil, message):
     folder = save_tiny(tmp_path / "mine")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    with pytest.raises(InputError, match="'mamba' is not supported; supported: .*gpt_neox, llama"):
-        fetch(tmp_path, folder)
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(InputError, match="does not exist or has no config.json"):
-        fetch(tmp_path, tmp_path / "nowhere")
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        fetch(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -207,8 +191,7 @@ def test_missing_folder(tmp_path):
 )
 def test_weights_that_do_not_match_the_config(tmp_path, change):
     folder = save_tiny(tmp_path / "mine")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
+    change_config(folder, **change)
     with pytest.raises(InputError, match=r"weights in .* do not match its config\.json"):
         load_model(folder, "float32", "cpu")
 
@@ -221,18 +204,18 @@ def test_truncated_weights(tmp_path, kept):
         load_model(weights.parent, "float32", "cpu")
 
 
-def test_texts(tmp_path):
+def test_texts():
     records = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Hi", "input": "", "output": "Ho"},
     ]
-    first, second = sources.parse_texts(json.dumps(records).encode(), "x.json", "alpaca")
+    first, second = parse_texts(json.dumps(records).encode(), "x.json", "alpaca")
     assert first.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3")
     assert second.endswith("### Instruction:\nHi\n\n### Response:\nHo")
     wiki = b'<doc id="1" title="A">\nA\n\nBody\n\n</doc>\n<doc id="2" title="B">\nB\n\nMore\n</doc>\n'
-    assert sources.parse_texts(wiki, "wiki.utf8", "wikipedia") == ["A\n\nBody", "B\n\nMore"]
+    assert parse_texts(wiki, "wiki.utf8", "wikipedia") == ["A\n\nBody", "B\n\nMore"]
     with pytest.raises(InputError, match=r"no column text \(it has instruction, input, output\)"):
-        sources.parse_texts(json.dumps(records).encode(), "x.json", "text")
+        parse_texts(json.dumps(records).encode(), "x.json", "text")
 
 
 def test_alpaca_prompts_equal_the_original_data_sets():
@@ -241,5 +224,4 @@ def test_alpaca_prompts_equal_the_original_data_sets():
         pytest.skip("BLOCKPRUNER_DATA is not set: the original Alpaca rows are not at hand")
     path = Path(folder) / "alpaca_subset.parquet"
     expected = pq.read_table(path).column("text").to_pylist()
-    found = sources.parse_texts(path.read_bytes(), path.name, "alpaca")
-    assert sum(a == b for a, b in zip(found, expected, strict=True)) == len(expected)
+    assert parse_texts(path.read_bytes(), path.name, "alpaca") == expected
