@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.errors import InputError
-from blockpruner.evaluation.benchmarks import BENCHMARKS, write_task
+from blockpruner.evaluation.benchmarks import BENCHMARKS
+from blockpruner.evaluation.tasks import write_task
 from blockpruner.evaluation.zero_shot import gold_answers
 from blockpruner.inputs.calibration import CalibrationSet, draw_in_turn, pack_answers
 from blockpruner.model.models import masked
@@ -31,14 +32,14 @@ SKIP = 1
 def tables_of(name):
     """The invented items; of two splits, the first item is validation and the others are evaluated."""
     table = pa.Table.from_pylist([item.row for item in ITEMS[name]])
-    if len(BENCHMARKS[name].splits) == 2:
+    if BENCHMARKS[name].has_spare_split:
         return {"validation": table.slice(0, 1), "test": table.slice(1)}
     return dict.fromkeys(BENCHMARKS[name].splits, table)
 
 
 def unscored(name):
     """Oracle: the invented items that are not evaluated."""
-    return ITEMS[name][:1] if len(BENCHMARKS[name].splits) == 2 else ITEMS[name][SKIP:]
+    return ITEMS[name][:1] if BENCHMARKS[name].has_spare_split else ITEMS[name][SKIP:]
 
 
 def golds(name):
@@ -80,9 +81,8 @@ def test_answers_read_as_lm_eval_scores_them(name, task_dir, tmp_path):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_nothing_that_is_evaluated_is_calibrated_on(name, task_dir):
-    evaluated = set(
-        chain.from_iterable(requests_of(name, task_dir, None if len(BENCHMARKS[name].splits) == 2 else SKIP))
-    )
+    limit = None if BENCHMARKS[name].has_spare_split else SKIP
+    evaluated = set(chain.from_iterable(requests_of(name, task_dir, limit)))
     assert len(evaluated) >= 2
     assert not evaluated & set(gold_answers(name, task_dir, SKIP))
 
@@ -101,7 +101,7 @@ def test_an_item_that_asks_what_an_evaluated_one_asks_is_left_out(tmp_path):
 
 
 def test_a_single_split_needs_a_skip_that_leaves_items(task_dir):
-    with pytest.raises(InputError, match=r"piqa has no split beside.*calibration\.data\.skip.*arc_easy, arc_challenge"):
+    with pytest.raises(InputError, match=r"piqa has no split apart.*calibration\.data\.skip.*arc_easy, arc_challenge"):
         gold_answers("piqa", task_dir, None)
     with pytest.raises(InputError, match=r"of its 5 validation items none after the first 5.*lower calibration"):
         gold_answers("piqa", task_dir, 5)
@@ -255,7 +255,7 @@ def test_fetch_and_calibrate(tmp_path, monkeypatch):
         (tmp_path / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run))
 
     write(skip=None)
-    with pytest.raises(InputError, match=r"piqa has no split beside"):
+    with pytest.raises(InputError, match=r"piqa has no split apart"):
         fetch.main("tiny")
     assert not (tmp_path / "data").exists()
     write(skip=SKIP)

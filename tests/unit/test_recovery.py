@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -20,21 +19,27 @@ from blockpruner.checkpoints import hf
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import load_model, prune_
-from blockpruner.recovery import Recipe, recover_, training_rows
-from blockpruner.store.files import write_json, write_table
+from blockpruner.recovery import recover_, training_rows
+from blockpruner.store.files import write_json
 from blockpruner.store.plans import save_plan
 from stages import recover
 from tests.integration.project import sentence
+from tests.plans import plan_of
 from tests.tiny import VARIANTS, full_nll, save_tiny, tiny_model, tiny_tokenizer
-from tests.unit.test_checkpoint_api import plan_of
 
 ROOT = Path(__file__).parents[2]
 MASK = parse_mask("mha.0,mlp.1,mha.2,mlp.2")  # an MLP-only layer, an attention-only layer, a layer that is gone
 ROWS = CalibrationSet(tuple(tuple((7 * r + 3 * k + r * k) % 250 + 1 for k in range(9 + 4 * r)) for r in range(4)))
-SMALL = Recipe(rank=3, alpha=10, learning_rate=2e-3, epochs=3)
+DATA = {"source": "path", "path": "texts.parquet"}
+SMALL = Recover(data=DATA, rank=3, learning_rate=2e-3, epochs=3)
+
+
+def changed(**changes):
+    return SMALL.model_copy(update=changes)
 
 
 def pruned(family="llama", dtype=torch.float64, **config):
@@ -90,9 +95,9 @@ def test_three_steps_of_lora_and_adamw_by_hand(tmp_path, family):
     Every step takes all rows, so that no order is assumed. The start of A is that of a run of one step, whose
     gradient for A is zero since B starts at zero.
     """
-    recipe = replace(SMALL, batch=3, accumulation=2)  # a short last batch; rows of four lengths
+    recipe = changed(batch=3, accumulation=2)  # a short last batch; rows of four lengths
     assert len(ROWS.rows) <= recipe.batch * recipe.accumulation
-    train(pruned(family), tmp_path / "one", replace(recipe, epochs=1))
+    train(pruned(family), tmp_path / "one", recipe.model_copy(update={"epochs": 1}))
     start = {name: a for name, (a, _) in adapters_of(tmp_path / "one").items()}
     model = pruned(family)
     base = weights_of(model)
@@ -133,15 +138,15 @@ def test_rows_are_seen_once_an_epoch_in_a_seeded_order(tmp_path):
     """With a learning rate of next to nothing, the losses tell which rows each step took."""
     rows = CalibrationSet(ROWS.rows + ROWS.rows[::-1][:3])
     nll = [full_nll(pruned(), row) for row in rows.rows]
-    recipe = replace(SMALL, learning_rate=1e-30, batch=1, accumulation=1, epochs=2)
+    recipe = changed(learning_rate=1e-30, batch=1, accumulation=1, epochs=2)
     orders = []
     for seed in (1, 2):
-        losses = train(pruned(), tmp_path / str(seed), replace(recipe, seed=seed), rows).losses
+        losses = train(pruned(), tmp_path / str(seed), recipe.model_copy(update={"seed": seed}), rows).losses
         for epoch in (losses[:7], losses[7:]):
             assert sorted(epoch) == pytest.approx(sorted(nll))
         orders += [losses[:7], losses[7:]]
     assert len(set(orders)) == 4
-    by_two = train(pruned(), tmp_path / "two", replace(recipe, seed=1, accumulation=2), rows).losses
+    by_two = train(pruned(), tmp_path / "two", recipe.model_copy(update={"seed": 1, "accumulation": 2}), rows).losses
     expected = [*zip(orders[0][::2], [*orders[0][1::2], None], strict=True)]
     assert by_two[:4] == pytest.approx([a if b is None else (a + b) / 2 for a, b in expected])
 
@@ -155,7 +160,7 @@ def test_every_linear_layer_learns_and_nothing_else(tmp_path, variant):
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     wanted = linear - {f"{head_of(model)}.weight"}
     nll = [full_nll(model, row) for row in ROWS.rows]
-    train(model, tmp_path, replace(SMALL, epochs=12))
+    train(model, tmp_path, changed(epochs=12))
     after = weights_of(model)
     assert {name for name in before if not torch.equal(before[name], after[name])} == wanted
     assert (type(model), model.config.to_dict()) == (kind, config)
@@ -174,7 +179,7 @@ def test_tied_embeddings_stay_tied_and_unchanged(tmp_path):
 
 def test_merged_model_equals_the_model_with_its_adapters(tmp_path):
     merged, model = pruned(), pruned()
-    train(merged, tmp_path, replace(SMALL, learning_rate=0.05))
+    train(merged, tmp_path, changed(learning_rate=0.05))
     for name, (a, b) in adapters_of(tmp_path).items():
         model.get_submodule(name).register_forward_hook(
             lambda module, inputs, output, a=a, b=b: output + 10 / 3 * inputs[0] @ a.T @ b.T
@@ -191,7 +196,7 @@ def test_low_precision_models_train_in_float32(tmp_path, dtype):
     before, linear = weights_of(model), {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     tables = {name: buffer.clone() for name, buffer in model.named_buffers()}
     nll = sum(full_nll(model, row) for row in ROWS.rows)
-    train(model, tmp_path, replace(SMALL, learning_rate=0.01, epochs=10))
+    train(model, tmp_path, changed(learning_rate=0.01, epochs=10))
     assert {weight.dtype for weight in model.parameters()} == {dtype}
     assert {a.dtype for pair in adapters_of(tmp_path).values() for a in pair} == {torch.float32}
     assert sum(full_nll(model, row) for row in ROWS.rows) < nll
@@ -203,7 +208,7 @@ def test_low_precision_models_train_in_float32(tmp_path, dtype):
 
 def test_divergence_says_what_to_lower(tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"loss of step \d is (nan|inf); lower recover.learning_rate"):
-        train(pruned(dtype=torch.float32), tmp_path, replace(SMALL, learning_rate=1e30))
+        train(pruned(dtype=torch.float32), tmp_path, changed(learning_rate=1e30))
 
 
 # --- what survives a kill -------------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ def test_divergence_says_what_to_lower(tmp_path):
 
 @pytest.mark.parametrize("kill", [1, 2, 5])
 def test_a_killed_run_ends_in_the_same_weights(tmp_path, kill):
-    recipe = replace(SMALL, epochs=6, accumulation=4)
+    recipe = changed(epochs=6, accumulation=4)
     undisturbed, model = pruned(dtype=torch.float32), pruned(dtype=torch.float32)
     losses = train(undisturbed, tmp_path / "undisturbed", recipe).losses
     with pytest.raises(KeyboardInterrupt):
@@ -235,7 +240,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 def test_what_changes_the_result_has_a_state_of_its_own(tmp_path):
     rows = CalibrationSet(ROWS.rows[:3])
-    others = [{"recipe": replace(SMALL, alpha=11)}, {"rows": rows}, {"identity": "n"}, {}]
+    others = [{"recipe": changed(alpha=11)}, {"rows": rows}, {"identity": "n"}, {}]
     for other in others:
         train(pruned(dtype=torch.float32), tmp_path, **other)
     train(pruned(), tmp_path)  # float64
@@ -267,13 +272,17 @@ def test_a_damaged_state_is_named_and_set_aside(tmp_path, fault):
 
 def test_samples_end_where_the_text_ends_or_at_seq_len():
     texts = ["ab", "abc", "abcdefgh"]
-    rows = training_rows(texts, tiny_tokenizer(), 3, 4, 0).rows
+
+    def rows_of(texts, samples, seed):
+        return training_rows(texts, tiny_tokenizer(), changed(num_samples=samples, seq_len=4, seed=seed)).rows
+
+    rows = rows_of(texts, 3, 0)
     ids = {letter: tiny_tokenizer()(letter)["input_ids"][0] for letter in "abcd"}
     a, b, c, d = ids.values()
     assert sorted(rows) == sorted([(a, b, 258), (a, b, c, 258), (a, b, c, d)])
-    assert sorted(training_rows(texts * 9, tiny_tokenizer(), 27, 4, 1).rows) == sorted(rows * 9)
+    assert sorted(rows_of(texts * 9, 27, 1)) == sorted(rows * 9)
     with pytest.raises(InputError, match=r"recover.num_samples 4 is more than the 3 texts.*at most 3"):
-        training_rows(texts, tiny_tokenizer(), 4, 4, 0)
+        rows_of(texts, 4, 0)
 
 
 @pytest.fixture
@@ -282,15 +291,12 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dense, run = save_tiny(Path("data/models/tiny")), yaml.safe_load((ROOT / "runs" / "smollm2.yaml").read_text())
     write_json(dense / "blockpruner_source.json", {"source": {"source": "path", "path": "mine"}})
-    data = {"source": "path", "path": "texts.parquet"}
-    run["recover"] = {"data": data, "num_samples": 8, "seq_len": 20, "rank": 2, "learning_rate": 0.01}
+    run["recover"] = {"data": DATA, "num_samples": 8, "seq_len": 20, "rank": 2, "learning_rate": 0.01}
     write_json(Path("runs/tiny.yaml"), run)
     targets = {"t": {"run": "tiny", "budget": "4blocks", "recover": True}}
     write_json(Path("params.yaml"), {"runs": ["tiny"], "targets": targets, "runtime": {"device": "cpu"}})
-    texts = pa.table({"text": [sentence(i) for i in range(20)]}, schema=TEXTS)
-    write_table(Path("data/sources/tiny/recover.parquet"), texts)
-    plan = replace(plan_of(json.loads((dense / "config.json").read_text()), ["mha.0", "mlp.1", "mha.2,mlp.2"]),
-                   run="tiny", recover=True)  # fmt: skip
+    write_texts(Path("data/sources/tiny/recover.parquet"), [sentence(i) for i in range(20)])
+    plan = plan_of(dense, ["mha.0", "mlp.1", "mha.2,mlp.2"], run="tiny", recover=True)
     save_plan(plan, Path("data/plans/t/plan.json"))
     out = Path("data/checkpoints/t/hf")
     hf.save_checkpoint(prune_(load_model(dense, "float32", "cpu"), plan.mask), plan, dense, out, "")
@@ -306,9 +312,8 @@ def test_stage_trains_saves_and_verifies(project):
     assert report["cache_layers"] == 2
     assert "and then trained with LoRA (rank 2) on 8 samples" in (out / "hf/README.md").read_text()
     before = Path("data/checkpoints/t/hf")
-    assert {path.name for path in (out / "hf").iterdir()} == {path.name for path in before.iterdir()} | {
-        "verification.json"
-    }
+    names = {path.name for path in before.iterdir()}
+    assert {path.name for path in (out / "hf").iterdir()} == names | {"verification.json"}
     for name in ("config.json", "modeling_blockpruned.py", "tokenizer.json"):
         assert (out / "hf" / name).read_bytes() == (before / name).read_bytes()
     models = [AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) for path in (before, out / "hf")]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blockpruner.core.blocks import parse_mask
+from blockpruner.core.settings import Speed
 from blockpruner.evaluation import speed
 from blockpruner.evaluation.speed import generate, measure_speed
 from blockpruner.model.models import prune_
@@ -29,13 +30,12 @@ def test_decodes_greedily_without_stop(state, family):
     assert found.tolist() == tokens[:, 7:].tolist()
 
 
-@pytest.mark.parametrize(("state", "attentions", "parameters"), [("dense", 4, None), ("pruned", 2, None)])
-def test_memory_follows_from_shapes(state, attentions, parameters):
+@pytest.mark.parametrize(("state", "attentions", "mlps"), [("dense", 4, 4), ("pruned", 2, 2)])
+def test_memory_follows_from_shapes(state, attentions, mlps):
     model = model_of(state)
-    found = measure_speed({"only": model}, prompt_tokens=9, new_tokens=5, repeats=1, batch=3)["only"]
+    found = measure_speed({"only": model}, Speed(prompt_tokens=9, new_tokens=5, repeats=1, batch=3))["only"]
     assert found.kv_cache_bytes == attentions * 2 * 3 * 2 * (9 + 5 - 1) * 8 * 8  # layers, k+v, batch, heads, T, d, fp64
     block = {"mha": 2 * 32 * 32 + 2 * 32 * 16 + 32, "mlp": 3 * 32 * 48 + 32}
-    mlps = {"dense": 4, "pruned": 2}[state]
     assert found.weight_bytes == 8 * (2 * 260 * 32 + 32 + attentions * block["mha"] + mlps * block["mlp"])
     assert found.peak_memory_bytes == found.weight_bytes + found.kv_cache_bytes
     assert found.peak_memory == "weights + KV cache"
@@ -54,7 +54,8 @@ def test_models_take_turns_and_the_warm_up_does_not_count(monkeypatch):
 
     monkeypatch.setattr(speed, "generate", fake)
     steps = []
-    found = measure_speed(models, 10, 5, repeats=3, batch=4, advance=lambda *step: steps.append(step))
+    settings = Speed(prompt_tokens=10, new_tokens=5, repeats=3, batch=4)
+    found = measure_speed(models, settings, lambda *step: steps.append(step))
     assert turns == ["b", "a", "a", "b", "b", "a", "a", "b"]
     assert steps == [(i + 1, 8) for i in range(8)]
     assert found["a"].prefill_seconds == speed.Timing(median=2.0, min=1.0, max=3.0, samples=[1.0, 3.0, 2.0])

@@ -3,24 +3,23 @@
 import json
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Calibration, Runtime, Score
+from blockpruner.core.settings import Calibration, Evaluate, Runtime, Score, Speed, Study
 from blockpruner.evaluation import suite
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.laco.merging import ModelBench
 from blockpruner.model.models import load_model, masked
-from blockpruner.paper.evaluation import Candidate, Pruned, evaluate_study, time_study, unique
+from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
 from blockpruner.paper.experiments import Variant
 from blockpruner.paper.studies import Search, Setting, load_plans, search_all
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
-from blockpruner.store.files import read_json, write_table
+from blockpruner.store.files import read_json
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
 
@@ -127,7 +126,7 @@ def test_models_in_memory_are_the_masked_model_and_leave_the_dense_one_whole(wor
     weights = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
     before = dense.model(input_ids=ids).logits
     for candidate in candidates(world):
-        pruned = Pruned(dense, candidate).model
+        pruned = CandidateModel(dense, candidate).model
         logits = pruned(input_ids=ids).logits
         if candidate.plan.kind == "mask":
             with masked(load_model(world.root / "model", "float32", "cpu"), candidate.plan.mask) as reference:
@@ -149,20 +148,25 @@ def test_searches_that_lead_to_one_model_ask_for_it_once(world):
 
 def test_evaluation_of_a_study(world, monkeypatch):
     monkeypatch.chdir(world.root)
-    write_table(world.root / "sources" / "perplexity.parquet", pa.table({"text": ["word " * 60]}, schema=TEXTS))
-    write_table(world.root / "sources" / "wikitext.parquet", pa.table({"text": ["other " * 60]}, schema=TEXTS))
+    write_texts(world.root / "sources" / "perplexity.parquet", ["word " * 60])
+    write_texts(world.root / "sources" / "wikitext.parquet", ["other " * 60])
     write_tasks(world.root / "sources" / "tasks", location=world.root / "sources" / "tasks")
     wanted = candidates(world)
+    asked = Evaluate(
+        perplexity={"data": DATA, "seq_len": 40, "max_rows": 2},
+        zero_shot={"data": {"source": "hub"}, "tasks": ["piqa"], "limit": 3},
+    )
+    main = {"block": "2blocks", "layer": "1layers"}
+    study = Study(main=main, sensitivity="1blocks", tasks=["winogrande"], tasks_limit=2,
+                  wikitext={"seq_len": 30, "max_rows": 1})  # fmt: skip
 
     def evaluate():
         dense = Checkpoint(world.root / "model", "float32", "cpu", False)
         evaluate_study(
             dense, wanted, world.root / "sources", world.root / "results", world.root / "store",
-            perplexity={"seq_len": 40, "max_rows": 2}, tasks={"piqa": 3}, main_tasks={"winogrande": 2},
-            wikitext={"seq_len": 30, "max_rows": 1}, observer=SilentObserver(),
+            settings=asked, study=study, observer=SilentObserver(),
         )  # fmt: skip
-        speed = {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2, "batch": 1}
-        settings = {"main": speed, "timed": speed | {"new_tokens": 2}}
+        settings = {name: Speed(prompt_tokens=4, new_tokens=n, repeats=2) for name, n in (("main", 3), ("timed", 2))}
         time_study(
             dense, wanted, world.root / "speed", world.root / "store", settings=settings, observer=SilentObserver()
         )

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,9 +15,10 @@ from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Evaluate, Runtime
 from blockpruner.evaluation import suite, zero_shot
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_
 from blockpruner.store.files import write_table
 from blockpruner.store.provenance import file_sha256
@@ -28,6 +28,7 @@ from tests.unit.zero_shot_items import write_tasks
 MASK = parse_mask("mha.0,mlp.2,mha.3,mlp.3")
 TEXT = "The quick brown fox jumps over the lazy dog. " * 6
 TASKS = ("piqa", "winogrande", "arc_easy")
+NOWHERE = {"source": "path", "path": "nowhere"}
 PHASES = ["perplexity", *TASKS, "speed"]
 
 
@@ -57,7 +58,7 @@ def world(tmp_path_factory):
     model = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     save_pruned(prune_(model, MASK), root / "pruned")
     tiny_tokenizer().save_pretrained(root / "pruned")
-    write_table(root / "sources" / "perplexity.parquet", pa.table({"text": [TEXT, TEXT]}, schema=TEXTS))
+    write_texts(root / "sources" / "perplexity.parquet", [TEXT, TEXT])
     write_tasks(root / "sources" / "tasks", location=Path("sources/tasks"))
     observer = Recorder()
     with contextlib.chdir(root):
@@ -74,16 +75,15 @@ def place(world, tmp_path, monkeypatch):
 
 
 def evaluate(root, observer, checkpoint="pruned", **changes):
-    settings = {
-        "perplexity": {"seq_len": 40, "max_rows": 3},
-        "zero_shot": {"tasks": TASKS, "limit": 3},
+    sections = {
+        "perplexity": {"seq_len": 40, "max_rows": 3, "data": NOWHERE},
+        "zero_shot": {"tasks": TASKS, "limit": 3, "data": {"source": "hub"}},
         "speed": {"prompt_tokens": 6, "new_tokens": 4, "repeats": 2, "batch": 1},
-        "dtype": "float32",
-        "device": "cpu",
-        "threads": "auto",
     }
+    settings = Evaluate(**{name: section | changes.get(name, {}) for name, section in sections.items()})
     places = [root / name for name in (checkpoint, "dense", "sources", "out", "store")]
-    return suite.benchmark(*places, observer=observer, **settings | changes)
+    dtype = changes.get("dtype", "float32")
+    return suite.benchmark(*places, settings=settings, dtype=dtype, runtime=Runtime(device="cpu"), observer=observer)
 
 
 def no_model(*args, **kwargs):
@@ -179,7 +179,7 @@ def test_items_of_an_older_entry_are_read(world, place):
 
 
 def change_text(root):
-    write_table(root / "sources" / "perplexity.parquet", pa.table({"text": [TEXT, "other" * 20]}, schema=TEXTS))
+    write_texts(root / "sources" / "perplexity.parquet", [TEXT, "other" * 20])
 
 
 def change_item(root):
@@ -212,17 +212,17 @@ def change_dense(root):
     ("change", "settings", "again"),
     [
         (change_text, {}, ["perplexity"]),
-        (None, {"perplexity": {"seq_len": 20, "max_rows": 3}}, ["perplexity"]),
-        (None, {"perplexity": {"seq_len": 40, "max_rows": 2}}, ["perplexity"]),
+        (None, {"perplexity": {"seq_len": 20}}, ["perplexity"]),
+        (None, {"perplexity": {"max_rows": 2}}, ["perplexity"]),
         (change_item, {}, ["piqa"]),
         (change_prompt, {}, ["winogrande"]),
-        (None, {"zero_shot": {"tasks": TASKS, "limit": 2}}, list(TASKS)),
+        (None, {"zero_shot": {"limit": 2}}, list(TASKS)),
         (change_tokenizer, {}, ["perplexity", *TASKS]),
         (change_weights, {}, PHASES),
         (None, {"dtype": "float64"}, PHASES),
         (change_dense, {}, ["speed"]),
-        (None, {"speed": {"prompt_tokens": 6, "new_tokens": 5, "repeats": 2, "batch": 1}}, ["speed"]),
-        (None, {"zero_shot": {"tasks": TASKS[::-1], "limit": 3}}, []),
+        (None, {"speed": {"new_tokens": 5}}, ["speed"]),
+        (None, {"zero_shot": {"tasks": TASKS[::-1]}}, []),
     ],
 )
 def test_only_what_a_change_touches_is_computed_again(place, change, settings, again):
@@ -279,22 +279,18 @@ def entry_of(root, kind, task=None):
     "damage", ["truncated", "foreign", "not ours", "items gone", "items truncated", "items swapped"]
 )
 def test_an_entry_that_cannot_be_trusted_is_named_and_computed_again(world, place, damage):
-    path = entry_of(place, "task", "piqa")
-    table = path.with_suffix(".parquet")
-    bad = table if "items" in damage else path
-    other = entry_of(place, "task", "winogrande")
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:100])
-    elif damage == "foreign":
-        path.write_bytes(other.read_bytes())
-    elif damage == "not ours":
-        path.write_text("[1, 2]")
-    elif damage == "items gone":
-        table.unlink()
-    elif damage == "items truncated":
-        table.write_bytes(table.read_bytes()[:-20])
-    else:
-        table.write_bytes(other.with_suffix(".parquet").read_bytes())
+    path, other = (entry_of(place, "task", task) for task in ("piqa", "winogrande"))
+    table, others = path.with_suffix(".parquet"), other.with_suffix(".parquet")
+    contents = {
+        "truncated": (path, path.read_bytes()[:100]),
+        "foreign": (path, other.read_bytes()),
+        "not ours": (path, b"[1, 2]"),
+        "items gone": (table, None),
+        "items truncated": (table, table.read_bytes()[:-20]),
+        "items swapped": (table, others.read_bytes()),
+    }
+    bad, content = contents[damage]
+    bad.unlink() if content is None else bad.write_bytes(content)
     observer = Recorder()
     assert evaluate(place, observer)["tasks"] == world.results["tasks"]
     assert observer.computed == ["piqa"]
@@ -304,8 +300,8 @@ def test_an_entry_that_cannot_be_trusted_is_named_and_computed_again(world, plac
 
 def test_bad_input(place):
     with pytest.raises(InputError, match="evaluate.zero_shot.tasks is empty; name at least one of piqa"):
-        evaluate(place, Recorder(), zero_shot={"tasks": [], "limit": 1})
+        evaluate(place, Recorder(), zero_shot={"tasks": []})
     with pytest.raises(InputError, match="'boolq' is unknown; valid: piqa"):
-        evaluate(place, Recorder(), zero_shot={"tasks": ["boolq"], "limit": 1})
+        evaluate(place, Recorder(), zero_shot={"tasks": ["boolq"]})
     with pytest.raises(InputError, match="evaluate.perplexity.seq_len 600 is longer than the model's context of 512"):
-        evaluate(place, Recorder(), perplexity={"seq_len": 600, "max_rows": 1})
+        evaluate(place, Recorder(), perplexity={"seq_len": 600})

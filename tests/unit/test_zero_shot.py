@@ -12,7 +12,8 @@ import torch
 
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
-from blockpruner.evaluation.benchmarks import BENCHMARKS, tables_from_folder, write_task
+from blockpruner.evaluation.benchmarks import BENCHMARKS
+from blockpruner.evaluation.tasks import tables_from_folder, write_task
 from blockpruner.evaluation.zero_shot import evaluate
 from blockpruner.model.models import prune_
 from tests.harness import assert_same, command_line

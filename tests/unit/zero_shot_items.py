@@ -8,20 +8,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.evaluation.benchmarks import BENCHMARKS, write_task
+from blockpruner.evaluation.benchmarks import BENCHMARKS
+from blockpruner.evaluation.tasks import write_task
 
 CHOICES = [name for name, row in BENCHMARKS.items() if row.has_choices]
 
 
 @dataclass(frozen=True)
 class Item:
-    """row: in the data set's columns; contexts and continuations: one of each per choice, what is scored;
-    choices: the texts whose length normalises."""
+    """An item of a task with choices."""
 
     row: dict[str, Any]
+    """In the data set's columns."""
     contexts: tuple[str, ...]
+    """One for each choice, as are the continuations, which are scored."""
     continuations: tuple[str, ...]
     choices: tuple[str, ...]
+    """The texts whose length normalises."""
     gold: int
 
 
@@ -40,17 +43,14 @@ def _winogrande(before: str, after: str, options: tuple[str, str], answer: int) 
     return Item(row, contexts, (f" {after.strip()}",) * 2, contexts, answer)
 
 
-def _hellaswag(row: dict[str, Any], context: str, endings: tuple[str, ...]) -> Item:
-    return _item(row, context, endings, int(row["label"]))
+def _hellaswag(activity: str, before: str, after: str, raw: list[str], label: int, context: str, *read: str) -> Item:
+    row = {"activity_label": activity, "ctx_a": before, "ctx_b": after, "endings": raw, "label": str(label)}
+    return _item(row, f"{activity}: {context}", read, label)
 
 
 def _arc(question: str, choices: tuple[str, ...], labels: str, gold: int) -> Item:
-    row = {
-        "id": question,
-        "question": question,
-        "choices": {"text": list(choices), "label": list(labels)},
-        "answerKey": labels[gold],
-    }
+    shown = {"text": list(choices), "label": list(labels)}
+    row = {"id": question, "question": question, "choices": shown, "answerKey": labels[gold]}
     return _item(row, f"Question: {question}\nAnswer:", choices, gold)
 
 
@@ -118,27 +118,29 @@ ITEMS: dict[str, list[Item]] = {
     ],
     "hellaswag": [
         _hellaswag(
-            {
-                "activity_label": "Juggling",
-                "ctx_a": "A man stands [header] still.",
-                "ctx_b": "he",
-                "endings": ["throws balls [title] up.", "eats  soup.", "is gone.", "sings a very long song to a cat."],
-                "label": "0",
-            },
-            "Juggling: A man stands still. He",
-            ("throws balls. up.", "eats soup.", "is gone.", "sings a very long song to a cat."),
-        ),
+            "Juggling",
+            "A man stands [header] still.",
+            "he",
+            ["throws balls [title] up.", "eats  soup.", "is gone.", "sings a very long song to a cat."],
+            0,
+            "A man stands still. He",
+            "throws balls. up.",
+            "eats soup.",
+            "is gone.",
+            "sings a very long song to a cat.",
+        ),  # fmt: skip
         _hellaswag(
-            {
-                "activity_label": "Cooking",
-                "ctx_a": "Water boils.",
-                "ctx_b": "",
-                "endings": ["Pasta goes in.", "It flies.", "No.", "The pot sings."],
-                "label": "3",
-            },
-            "Cooking: Water boils.",
-            ("Pasta goes in.", "It flies.", "No.", "The pot sings."),
-        ),
+            "Cooking",
+            "Water boils.",
+            "",
+            ["Pasta goes in.", "It flies.", "No.", "The pot sings."],
+            3,
+            "Water boils.",
+            "Pasta goes in.",
+            "It flies.",
+            "No.",
+            "The pot sings.",
+        ),  # fmt: skip
     ],
     "arc_easy": [
         _arc("What is ice?", ("Frozen water", "Hot air", "A metal", "Sand"), "ABCD", 0),
@@ -233,10 +235,9 @@ TEXTS = {
 
 
 def tables_of(name: str) -> dict[str, pa.Table]:
-    """The items as the split that is scored; of two splits the other one holds the last item only."""
-    rows = [item.row for item in ITEMS[name]] if name in ITEMS else TEXTS[name]
-    table = pa.Table.from_pylist(rows)
-    if len(BENCHMARKS[name].splits) == 2:
+    """The items as the split that is scored. A task's other split holds the last item only."""
+    table = pa.Table.from_pylist([item.row for item in ITEMS[name]] if name in ITEMS else TEXTS[name])
+    if BENCHMARKS[name].has_spare_split:
         return {"validation": table.slice(table.num_rows - 1), "test": table}
     return dict.fromkeys(BENCHMARKS[name].splits, table)
 
