@@ -3,18 +3,17 @@
 import json
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Runtime, Score, Study
+from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Runtime, Score, Speed, Study
 from blockpruner.evaluation import suite
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import SOURCE_FILE
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import write_texts
 from blockpruner.methods import score
 from blockpruner.methods.kind import make_plan
 from blockpruner.model.models import load_model, masked
@@ -22,7 +21,7 @@ from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_stu
 from blockpruner.paper.experiments import Variant
 from blockpruner.paper.studies import Search, Setting, load_plans, model_facts, model_name, search_all
 from blockpruner.search.trace import Current
-from blockpruner.store.files import write_json, write_table
+from blockpruner.store.files import write_json
 from tests.builders import small_config
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
@@ -158,26 +157,28 @@ def test_searches_that_lead_to_one_model_ask_for_it_once(world):
 
 def test_evaluation_of_a_study(world, monkeypatch):
     monkeypatch.chdir(world.root)
-    write_table(world.root / "sources" / "perplexity.parquet", pa.table({"text": ["word " * 60]}, schema=TEXTS))
-    write_table(world.root / "sources" / "wikitext.parquet", pa.table({"text": ["other " * 60]}, schema=TEXTS))
+    write_texts(world.root / "sources" / "perplexity.parquet", ["word " * 60])
+    write_texts(world.root / "sources" / "wikitext.parquet", ["other " * 60])
     write_tasks(world.root / "sources" / "tasks", location=world.root / "sources" / "tasks")
-    wanted, short = candidates(world), {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2, "batch": 1}
-    tasks = {"data": {"source": "path", "path": "nowhere"}, "tasks": ["piqa"], "limit": 3}
-    settings = Evaluate(perplexity={"data": DATA, "seq_len": 40, "max_rows": 2}, zero_shot=tasks, speed=short)
-    study = Study(
-        main={"block": "0.2", "layer": "0.2"}, sensitivity="0.2", tasks=["winogrande"], tasks_limit=2,
-        wikitext={"seq_len": 30, "max_rows": 1}, speed=short | {"new_tokens": 2},
-    )  # fmt: skip
+    wanted = candidates(world)
+    asked = Evaluate(
+        perplexity={"data": DATA, "seq_len": 40, "max_rows": 2},
+        zero_shot={"data": {"source": "hub"}, "tasks": ["piqa"], "limit": 3},
+    )
+    main = {"block": "2blocks", "layer": "1layers"}
+    study = Study(main=main, sensitivity="1blocks", tasks=["winogrande"], tasks_limit=2,
+                  wikitext={"seq_len": 30, "max_rows": 1})  # fmt: skip
 
     def evaluate():
         dense = Checkpoint(world.root / "model", "float32", "cpu", False)
         evaluate_study(
             dense, wanted, world.root / "sources", world.root / "results", world.root / "store",
-            settings=settings, study=study, observer=SilentObserver(),
+            settings=asked, study=study, observer=SilentObserver(),
         )  # fmt: skip
+        settings = {name: Speed(prompt_tokens=4, new_tokens=n, repeats=2) for name, n in (("main", 3), ("timed", 2))}
         time_study(
             dense, wanted, world.root / "speed", world.root / "store",
-            settings={"main": settings.speed, "timed": study.speed}, observer=SilentObserver(),
+            settings=settings, observer=SilentObserver(),
         )  # fmt: skip
         return files(world.root / "results") | files(world.root / "speed")
 
