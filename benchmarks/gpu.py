@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import MODELS, random_model, random_rows
-from blockpruner.core.blocks import DENSE, Mask, all_blocks, removable_units
-from blockpruner.core.families import Config, count_parameters
+from blockpruner.core.blocks import DENSE, Mask, all_blocks
+from blockpruner.core.budgets import resources_of
+from blockpruner.core.families import Config
 from blockpruner.core.progress import ConsoleObserver
+from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import resolve_device
 from blockpruner.paper.flops import Flops
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.objectives import Objective
-from blockpruner.search import search_settings
-from blockpruner.search.run import SearchRun
+from blockpruner.search.registry import request
+from blockpruner.search.run import search
 from blockpruner.store.provenance import machine, versions
 from blockpruner.store.trials import TrialStore
 
@@ -61,17 +62,11 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
     model = random_model(shape, torch.bfloat16, str(device))
     config = model.config
     data = CalibrationSet(tuple(map(tuple, random_rows(config.vocab_size, rows, length))))
-    objective = Objective(data, TrialStore({}, rows), Engine(model), ConsoleObserver())
-    counts = count_parameters(config.to_dict())
-    units = removable_units(config.num_hidden_layers, "block", "all")
-    score = search_settings({"method": "greedy", "metric": "perplexity", "acceleration": "none"})
+    asked, resources, budget = request(Score()), resources_of(config.to_dict()), f"{removals}blocks"
+    stores = {loss: TrialStore({}, rows) for loss in asked.losses}
     rate = matrix_rate(device, min(rows * length, 16384), config.hidden_size)
     started = time.perf_counter()
-    (trace,) = (
-        SearchRun(objective, objective, score, units, {"parameters": counts}, ConsoleObserver())
-        .traces([f"{removals}blocks"])
-        .values()
-    )
+    trace = search(asked, data, stores, Engine(model), resources, [budget], ConsoleObserver()).of(budget)
     seconds = time.perf_counter() - started
     flops, naive, evaluations = spent(config.to_dict(), [step.removed for step in trace], rows, length)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from benchmarks.scoring import LENGTH, SMOLLM2, TEXT, setting
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import ConsoleObserver
-from blockpruner.core.settings import Runtime, Score
+from blockpruner.core.settings import LocalModel, Runtime, Score
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
 from blockpruner.evaluation.zero_shot import evaluate, gold_answers
@@ -33,14 +33,13 @@ from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.commit import commit_run
-from blockpruner.methods.laco.merging import ModelBench, merged
+from blockpruner.methods.laco.merging import merged
 from blockpruner.methods.laco.walk import Merge
-from blockpruner.methods.score import score_run
+from blockpruner.methods.score import open_material, score_run
 from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
-from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import TrialStore, store_fingerprint
@@ -98,21 +97,10 @@ def answer_rows(tokenizer: Any) -> CalibrationSet:
 def search(name: str, rows: CalibrationSet, budgets: tuple[str, ...]) -> tuple[Path, dict[str, float]]:
     """Score far enough for the budgets; the folder of traces, and what all starts of it took together."""
     folder = RESULTS / "scores" / name
-    score_run(
-        folder,
-        RESULTS / "trials",
-        calibration=rows,
-        model_identity=checkpoint_identity(SMOLLM2),
-        dtype="float32",
-        config=read_json(SMOLLM2 / "config.json"),
-        score=Score(**METHODS[name]).model_dump(exclude_none=True),
-        budgets=budgets,
-        scorer=LazyScorer(lambda: make_scorer(SMOLLM2, "float32", Runtime())),
-        make_bench=lambda: ModelBench(load_model(SMOLLM2, "float32"), rows.rows, lambda *step: None),
-        observer=ConsoleObserver(),
-        metrics=folder / "score.json",
-    )
-    now, path = read_json(folder / "score.json"), folder / "cost.json"
+    model = LocalModel(source="path", path=str(SMOLLM2))
+    with open_material(SMOLLM2, model, Runtime(), RESULTS / "trials", ConsoleObserver()) as material:
+        now = score_run(material, rows, Score(**METHODS[name]), budgets, folder)
+    path = folder / "cost.json"
     before = read_json(path) if path.exists() else {"seconds": 0.0, "computed": 0}
     cost = {
         "seconds": before["seconds"] + (now["wall_seconds"] if now["rows_computed"] or not path.exists() else 0.0),
@@ -189,7 +177,7 @@ def study(names: list[str]) -> dict[str, Any]:
         folder, cost = search(name, rows, budgets)
         records = []
         for budget in budgets:
-            plan, _ = commit_run(folder, config, budget, {"target": name, "run": "smollm2"})
+            plan, _ = commit_run(folder, config, budget, name, "smollm2")
             what = {"kind": plan.kind, "removed": list(plan.removed), "details": dict(plan.details)}
             record = dict(known.get(fingerprint(what), {"what": what}))
             if "quality" not in record:

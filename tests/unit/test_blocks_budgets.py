@@ -1,3 +1,5 @@
+"""Masks, ratios and budgets against the paper's published numbers and brute force over prefixes."""
+
 from itertools import chain, combinations
 
 import pytest
@@ -20,6 +22,7 @@ from blockpruner.search.space import is_settled as settled_for_a_goal
 from blockpruner.search.space import nearest as nearest_mask
 
 LLAMA2_7B = SHAPES["meta-llama/Llama-2-7b-hf"]
+COUNTS = count_parameters(LLAMA2_7B)
 
 # The paper's ratios, per cent: model, parameters in billions, (MHA, MLP) removed and ratio, layers removed and ratio.
 OFFICIAL = [
@@ -54,39 +57,34 @@ def test_official_ratios(name, billions, blocks, layers, layer_ratio):
     assert round(100 * counts.ratio(first(layers, layers)), 2) == layer_ratio
 
 
-def official_prefixes():
-    order = [parse_block(f"{name[:3]}.{name[3:]}") for name in OFFICIAL_ORDER.split()]
-    return [frozenset(order[: k + 1]) for k in range(len(order))]
+def prefixes_of(units, count=None):
+    return [frozenset().union(*units[: k + 1]) for k in range(count or len(units))]
 
 
-def test_budget_of_022_on_llama2_7b():
-    counts = count_parameters(LLAMA2_7B)
-    prefixes = official_prefixes()
-    mask = prefixes[choose_prefix(parse_budget("0.22", counts), prefixes, counts) - 1]
-    kinds = [block.kind for block in mask]
+PREFIXES = prefixes_of([{parse_block(f"{name[:3]}.{name[3:]}")} for name in OFFICIAL_ORDER.split()])
+MHA, MLP, BLOCKS = (removable_units(32, "block", candidates) for candidates in ("mha", "mlp", "all"))
+LAYERS = removable_units(32, "layer", "all")
+LATENCY = {"total": 1_000, "mha": 11, "mlp": 7}
+RESOURCES = resources_of(LLAMA2_7B, LATENCY)
+
+
+def choose(text, prefixes=PREFIXES):
+    budget = parse_budget(text, COUNTS)
+    return choose_prefix(budget, prefixes, RESOURCES[budget.resource])
+
+
+def require(text, units):
+    budget = parse_budget(text, COUNTS)
+    require_reachable(budget, units, RESOURCES[budget.resource])
+
+
+def test_the_prefix_that_meets_a_budget():
+    kinds = [block.kind for block in PREFIXES[choose("0.22") - 1]]
     assert (kinds.count(BlockKind.MHA), kinds.count(BlockKind.MLP)) == (12, 5)
-    layers = removable_units(32, "layer", "all")
-    whole = [frozenset().union(*layers[: k + 1]) for k in range(32)]
-    assert choose_prefix(parse_budget("0.22", counts), whole, counts) == 7
-
-
-def test_budget_in_blocks_and_layers():
-    counts = count_parameters(LLAMA2_7B)
-    prefixes = official_prefixes()
-    assert choose_prefix(parse_budget("17blocks", counts), prefixes, counts) == 17
-    layers = removable_units(32, "layer", "all")
-    whole = [frozenset().union(*layers[: k + 1]) for k in range(31)]
-    assert choose_prefix(parse_budget("7layers", counts), whole, counts) == 7
-    assert choose_prefix(parse_budget("14blocks", counts), whole, counts) == 7
-    with pytest.raises(InputError, match="16blocks, 18blocks"):
-        require_reachable(parse_budget("17blocks", counts), layers, counts)
-
-
-def test_a_tie_goes_to_the_larger():
-    counts = count_parameters(LLAMA2_7B)
-    prefixes = official_prefixes()
-    middle = (counts.ratio(prefixes[3]) + counts.ratio(prefixes[4])) / 2
-    assert choose_prefix(parse_budget(repr(middle), counts), prefixes, counts) == 5
+    assert choose("17blocks") == 17
+    assert [choose(text, prefixes_of(LAYERS, 31)) for text in ("0.22", "7layers", "14blocks")] == [7, 7, 7]
+    middle = (COUNTS.ratio(PREFIXES[3]) + COUNTS.ratio(PREFIXES[4])) / 2
+    assert choose(repr(middle)) == 5  # a tie goes to the larger
 
 
 @pytest.mark.parametrize("layers", [10, 30])
@@ -94,7 +92,7 @@ def test_a_longer_sequence_never_changes_a_share_of_the_kv_cache(layers):
     """Shares of the KV cache tie often (0.15 between 1 and 2 of 10), and rounding must not decide."""
     found = resources_of(LLAMA2_7B | {"num_hidden_layers": layers})
     costs, mha = found["kv"], removable_units(layers, "block", "mha")
-    prefixes = [frozenset().union(*mha[: k + 1]) for k in range(layers)]
+    prefixes = prefixes_of(mha)
     for percent in range(5, 100):
         budget = parse_budget(f"0.{percent:02d}kv", found["parameters"])
         nearest = min(range(layers + 1), key=lambda k: (abs(100 * k - percent * layers), -k))
@@ -112,89 +110,73 @@ BAD = ["0", "1", "1.5", "-0.2", "0.0", "x", "0blocks", "32layers", "blocks", "22
 @pytest.mark.parametrize("text", [*BAD, "2.x", "9" * 400 + "x", "1.5blocks"])
 def test_bad_budgets_name_the_value(text):
     with pytest.raises(InputError, match=f"budget {text!r}"):
-        parse_budget(text, count_parameters(LLAMA2_7B))
+        parse_budget(text, COUNTS)
 
 
-def test_unreachable_budgets_name_what_is_reachable():
-    counts = count_parameters(LLAMA2_7B)
-    mha = removable_units(32, "block", "mha")
-    require_reachable(parse_budget("0.3187", counts), mha, counts)
-    require_reachable(parse_budget("32blocks", counts), mha, counts)
-    with pytest.raises(InputError, match=r"0\.5.*largest reachable is 32blocks, ratio 0\.3187"):
-        require_reachable(parse_budget("0.5", counts), mha, counts)
-    with pytest.raises(InputError, match=r"40blocks.*largest reachable is 32blocks"):
-        require_reachable(parse_budget("40blocks", counts), mha, counts)
-    prefixes = [frozenset().union(*mha[: k + 1]) for k in range(32)]
+@pytest.mark.parametrize(
+    ("text", "units", "message"),
+    [
+        ("0.5", MHA, r"0\.5.*largest reachable is 32blocks, ratio 0\.3187"),
+        ("40blocks", MHA, r"40blocks.*largest reachable is 32blocks"),
+        ("17blocks", LAYERS, "16blocks, 18blocks"),
+        ("0.5kv", MLP, r"'0\.5kv' cannot be reached; the largest reachable is 32blocks, 0\.0000kv"),
+        ("1.9x", MHA, r"'1\.9x' cannot be reached; the largest reachable is 32blocks, 1\.5432x"),
+        ("0.001kv", BLOCKS, r"'0\.001kv' is nearest to removing nothing.*1blocks, 0\.0312kv"),
+    ],
+)
+def test_unreachable_budgets_name_what_is_reachable(text, units, message):
+    for reachable in ("0.3187", "32blocks", "0.5kv"):
+        require(reachable, MHA)
+    with pytest.raises(InputError, match=message):
+        require(text, units)
+
+
+def test_a_prefix_that_removes_nothing_is_none():
     with pytest.raises(InputError, match=r"0\.001.*nothing.*0\.0100"):
-        choose_prefix(parse_budget("0.001", counts), prefixes, counts)
+        choose("0.001", prefixes_of(MHA))
 
 
 def test_settled_exactly_when_a_longer_sequence_cannot_change_the_choice():
     """Against brute force: over all next removals, is the chosen prefix always the same?"""
-    counts = count_parameters(LLAMA2_7B)
-    prefixes = official_prefixes()
-    units = removable_units(32, "block", "all")
+
+    def choice(text, prefixes):
+        try:
+            return choose(text, prefixes)
+        except InputError:
+            return None
+
     for text in ("0.01", "0.02", "0.05", "0.1", "0.2", "5blocks"):
-        budget = parse_budget(text, counts)
         for length in range(1, 20):
-            now = prefixes[:length]
-            remaining = [unit for unit in units if not unit <= now[-1]]
-
-            def choice(sequence, budget=budget):
-                try:
-                    return choose_prefix(budget, sequence, counts)
-                except InputError:
-                    return None
-
-            settled = is_settled(budget, now, counts, remaining)
-            unchanged = choice(now) is not None and all(
-                choice([*now, now[-1] | unit]) == choice(now) for unit in remaining
-            )
-            assert settled == unchanged, (text, length)
-
-
-LATENCY = {"total": 1_000, "mha": 11, "mlp": 7}
+            now = PREFIXES[:length]
+            remaining = [unit for unit in BLOCKS if not unit <= now[-1]]
+            chosen = choice(text, now)
+            unchanged = chosen is not None and all(choice(text, [*now, now[-1] | unit]) == chosen for unit in remaining)
+            assert is_settled(parse_budget(text, COUNTS), now, COUNTS, remaining) == unchanged, (text, length)
 
 
 def test_resources_of_llama2_7b():
-    found = resources_of(LLAMA2_7B, LATENCY)
     mask = first(8, 4)
-    assert found["parameters"].ratio(mask) == count_parameters(LLAMA2_7B).ratio(mask)
-    assert found["kv"].total == 2 * 4096 * 32
-    assert found["kv"].ratio(mask) == 8 / 32
-    assert found["latency"].ratio(mask) == (8 * 11 + 4 * 7) / 1000
+    assert RESOURCES["parameters"].ratio(mask) == COUNTS.ratio(mask)
+    assert RESOURCES["kv"].total == 2 * 4096 * 32
+    assert RESOURCES["kv"].ratio(mask) == 8 / 32
+    assert RESOURCES["latency"].ratio(mask) == (8 * 11 + 4 * 7) / 1000
     assert resources_of(LLAMA2_7B).keys() == {"parameters", "kv"}
+    grouped = count_kv_cache(SHAPES["meta-llama/Meta-Llama-3-8B"])
+    assert grouped.total == 2 * 8 * 128 * 32 and grouped.ratio(first(5, 3)) == 5 / 32
 
 
 @pytest.mark.parametrize("text", ["0.1kv", "0.2kv", "0.234kv", "1.05x", "1.1x", "1.123x"])
 def test_a_budget_of_another_resource_is_met_by_the_nearest_prefix(text):
-    costs = resources_of(LLAMA2_7B, LATENCY)
-    budget = parse_budget(text, costs["parameters"])
-    prefixes, ratio = official_prefixes(), costs[budget.resource].ratio
+    budget = parse_budget(text, COUNTS)
+    costs = RESOURCES[budget.resource]
     wanted = float(text[:-2]) if text.endswith("kv") else 1 - 1 / float(text[:-1])
-    steps = choose_prefix(budget, prefixes, costs[budget.resource])
-    distances = [abs(ratio(prefix) - wanted) for prefix in prefixes]
-    assert distances[steps - 1] == min(distances)
+    steps = choose(text)
+    distances = [abs(costs.ratio(prefix) - wanted) for prefix in PREFIXES]
     assert steps - 1 == distances.index(min(distances))  # no MLP block is removed for nothing
-    units = removable_units(32, "block", "all")
     settled = [
-        is_settled(budget, prefixes[:k], costs[budget.resource], [u for u in units if not u <= prefixes[k - 1]])
-        for k in range(1, 21)
+        is_settled(budget, PREFIXES[:k], costs, [u for u in BLOCKS if not u <= PREFIXES[k - 1]]) for k in range(1, 21)
     ]
     assert settled.index(True) + 1 >= steps and all(settled[settled.index(True) :])
-
-
-def test_budgets_of_other_resources_out_of_reach():
-    costs = resources_of(LLAMA2_7B, LATENCY)
-    mha, mlp = (removable_units(32, "block", kind) for kind in ("mha", "mlp"))
-    half, fast = (parse_budget(text, costs["parameters"]) for text in ("0.5kv", "1.9x"))
-    require_reachable(half, mha, costs["kv"])
-    with pytest.raises(InputError, match=r"'0\.5kv' cannot be reached; the largest reachable is 32blocks, 0\.0000kv"):
-        require_reachable(half, mlp, costs["kv"])
-    with pytest.raises(InputError, match=r"'1\.9x' cannot be reached; the largest reachable is 32blocks, 1\.5432x"):
-        require_reachable(fast, mha, costs["latency"])
-    with pytest.raises(InputError, match=r"'0\.001kv' is nearest to removing nothing.*1blocks, 0\.0312kv"):
-        require_reachable(parse_budget("0.001kv", costs["parameters"]), mha + mlp, costs["kv"])
 
 
 def test_text_forms():
@@ -231,10 +213,3 @@ def test_packing_keeps_the_order_in_the_fewest_layers():
 def test_unsupported_family_names_the_supported():
     with pytest.raises(InputError, match=r"'mamba' is unknown; valid: llama, .*qwen3_moe, .*docs"):
         FAMILIES["mamba"]
-
-
-def test_cached_values():
-    config = SHAPES["meta-llama/Meta-Llama-3-8B"]
-    values, removed = count_kv_cache(config), first(5, 3)
-    assert values.total == 2 * 8 * 128 * 32
-    assert values.ratio(removed) == 5 / 32

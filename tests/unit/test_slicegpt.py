@@ -22,6 +22,7 @@ from blockpruner.methods.slicegpt.widths import (
     width_for_ratio,
 )
 from blockpruner.model import modeling_slicegpt
+from blockpruner.paper.shapes import SHAPES
 from tests.tiny import tiny_model
 
 MODELS = {family: (family, {}) for family in SLICEABLE} | {
@@ -35,13 +36,7 @@ ROWS = [torch.randint(1, 257, (length,), generator=GENERATOR).tolist() for lengt
 IDS = torch.randint(1, 257, (2, 14), generator=GENERATOR)
 GENERATE = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
 
-LLAMA2_7B = {
-    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA2_13B = LLAMA2_7B | {
-    "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-}  # fmt: skip
+LLAMA2_7B, LLAMA2_13B = (SHAPES[f"meta-llama/Llama-2-{size}-hf"] for size in ("7b", "13b"))
 
 
 def tiny(name, layers=3, dtype=torch.float64):
@@ -256,8 +251,11 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path):
 
 
 def test_sliced_model_is_a_model_like_others():
-    """It can be trained, its hidden states are recorded, and its dtype stays."""
-    model = slice_(tiny("llama", dtype=torch.bfloat16), ROWS, 24).requires_grad_(True)
+    """It can be trained, its hidden states are recorded, and its dtype stays. Progress is by layer."""
+    events = []
+    model = slice_(tiny("llama", dtype=torch.bfloat16), ROWS, 24, advance=lambda *event: events.append(event))
+    assert events == [(1, 3, "layer 0"), (2, 3, "layer 1"), (3, 3, "layer 2")]
+    model.requires_grad_(True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     out = model(IDS, labels=IDS, output_hidden_states=True)
     assert [state.shape[-1] for state in out.hidden_states] == [24, 24, 24, 32]
@@ -274,28 +272,21 @@ def test_untied_for_good():
     assert not model.config.tie_word_embeddings
 
 
-def test_progress_is_by_layer():
-    events = []
-    slice_(tiny("llama"), ROWS, 24, advance=lambda *event: events.append(event))
-    assert events == [(1, 3, "layer 0"), (2, 3, "layer 1"), (3, 3, "layer 2")]
-
-
 def test_what_cannot_be_sliced():
-    neox = tiny_model("gpt_neox")
+    neox, split, overflowing = tiny_model("gpt_neox"), tiny("llama"), tiny("llama")
     for call in (lambda: slice_(neox, ROWS, 24), lambda: sliced_parameters(neox.config.to_dict(), 24)):
         with pytest.raises(InputError, match="'gpt_neox' cannot be sliced.*llama, mistral, qwen2, qwen3"):
             call()
-    for width in (0, 33):
-        with pytest.raises(InputError, match=f"width {width} is not valid.*give 1 to 32"):
-            slice_(tiny("llama"), ROWS, width)
-    split = tiny("llama")
     split.lm_head.to("meta")
-    with pytest.raises(InputError, match="a model on cpu, meta cannot be sliced"):
-        slice_(split, ROWS, 24)
-    overflowing = tiny("llama")
     overflowing.get_input_embeddings().weight[5:].mul_(float("inf"))
-    with pytest.raises(InputError, match="not finite"):
-        slice_(overflowing, ROWS, 24)
+    for model, width, message in (
+        (tiny("llama"), 0, "width 0 is not valid.*give 1 to 32"),
+        (tiny("llama"), 33, "width 33 is not valid.*give 1 to 32"),
+        (split, 24, "a model on cpu, meta cannot be sliced"),
+        (overflowing, 24, "not finite"),
+    ):
+        with pytest.raises(InputError, match=message):
+            slice_(model, ROWS, width)
 
 
 @pytest.mark.parametrize("family", SLICEABLE)

@@ -30,9 +30,6 @@ from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import checksummed, parse_checksummed
 from blockpruner.versions import LACO_VERSION
 
-DEFAULTS: Mapping[str, Any] = {"count": 4, "lowest": 0, "highest": None, "interval": 1, "variant": "repo"}
-"""L, H and I as in both public notebooks; C lies between theirs, 3 and 7."""
-
 
 @dataclass(frozen=True)
 class Merge:
