@@ -20,9 +20,7 @@ import pytest
 
 from blockpruner.core.blocks import Mask, format_mask, parse_mask, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.commit import commit_run, save_iterations
 from blockpruner.reporting.comparison import front
 from blockpruner.reporting.figures import plots
@@ -45,7 +43,9 @@ from blockpruner.reporting.tables import curve_csv, headline, sequence
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
+from blockpruner.search.trace import read_trace, trace_directory
 from blockpruner.store.files import write_json
+from tests.builders import FakeScorer, scored, short_rows, small_config
 
 LAYERS, ROWS = 12, 4
 MHA, MLP, TOTAL = 900_000, 2_700_000, 60_000_000
@@ -426,9 +426,7 @@ def test_jump(tmp_path: Path, costs: tuple[float, ...], index: int | None) -> No
         assert (safe if index else "no budget of this sequence") in text
 
 
-@pytest.mark.parametrize(
-    ("factor", "names"), [(0.1, []), (1.8, []), (2.0, ["tiny-b"]), (2.5, ["tiny-a", "tiny-b"])]
-)
+@pytest.mark.parametrize(("factor", "names"), [(0.1, []), (1.8, []), (2.0, ["tiny-b"]), (2.5, ["tiny-a", "tiny-b"])])
 def test_mismatch_needs_a_factor_and_a_distance(tmp_path: Path, factor: float, names: list[str]) -> None:
     """Calibration rises by 0.105 and 0.285 nats: 1.5 times that plus 0.1 is 2.45 and 1.85 times it."""
     found = study(tmp_path, replace(World(), heldout_factor=factor))
@@ -818,22 +816,6 @@ def test_the_page_of_several_methods_is_sound(several: Path, tmp_path: Path) -> 
     assert text.count("<svg ") == len(list((tmp_path / "two" / "plots").glob("*.svg"))) == 1 + 3 * 4 + 3
 
 
-class FakeScorer:
-    """Answers any question about a mask by a number that its text fixes."""
-
-    def row_batches(self, rows: Any, span: range) -> list[range]:
-        return [span]
-
-    def run(self, tasks: Any, rows: Any) -> Any:
-        for task in tasks:
-            for mask in task.masks:
-                value = 1 + len(mask) + sum(map(ord, format_mask(mask))) % 97 / 100
-                yield Unit(mask, task.span.start, (value,) * len(task.span))
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize(
     ("method", "changes", "unit"),
     [
@@ -849,36 +831,27 @@ class FakeScorer:
 )
 def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, changes: dict[str, Any], unit: str) -> None:
     """From the search itself, by way of the files that score and commit write."""
-    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 5,
-              "num_attention_heads": 2, "vocab_size": 16}  # fmt: skip
-    score = {"method": method, "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
-    score_run(
-        tmp_path / "scores", tmp_path / "trials", calibration=CalibrationSet(((1, 2), (3, 4), (5, 6), (7, 8))),
-        model_identity="m", dtype="float32", config=config, score=score | changes, budgets=["4blocks"],
-        scorer=FakeScorer(), make_bench=lambda: None, observer=SilentObserver(), metrics=tmp_path / "score.json",
-    )  # fmt: skip
-    plan, tables = commit_run(tmp_path / "scores", config, "4blocks", {"target": "t", "run": "r"})
+    config = small_config(5)
+    run = scored(tmp_path, FakeScorer(), config, ["4blocks"], short_rows(4), method=method, **changes)
+    plan, tables = commit_run(tmp_path / "scores", config, "4blocks", "t", "r")
     assert plan.nested == SEARCHES[method].nested
-    facts = read_current(tmp_path / "scores")
-    trace = read_trace(trace_directory(tmp_path / "scores", facts, "4blocks"), facts["search"])
+    trace = read_trace(trace_directory(tmp_path / "scores", run.current, "4blocks"), run.current.search)
     order, perplexities = iteration.removals(trace, plan.nested)
-    used = range(len(tables))
     path = tmp_path / "iterations.parquet"
     save_iterations(tables, path)
-    rows = read_iterations(path)
-    found = considered(rows)
+    table = read_iterations(path)
+    found = considered(table)
     assert found.unit == unit
-    scored = [score for i in used for score in trace[i].scores if score.mask and score.row_loss]
-    complete = {score.mask for score in scored if score.is_complete}
-    assert (found.complete, found.partial) == (len(complete), len({score.mask for score in scored} - complete))
+    asked = [score for step in trace[: len(tables)] for score in step.scores if score.mask and score.row_loss]
+    complete = {score.mask for score in asked if score.is_complete}
+    assert (found.complete, found.partial) == (len(complete), len({score.mask for score in asked} - complete))
     if plan.nested:
-        sequence = removals(rows, plan, path)
-        assert [removal.added for removal in sequence] == order[: len(plan.order)]
-        assert [sequence[0].before, *(removal.perplexity for removal in sequence)] == pytest.approx(
+        steps = removals(table, plan, path)
+        assert [removal.added for removal in steps] == order[: len(plan.order)]
+        assert [steps[0].before, *(removal.perplexity for removal in steps)] == pytest.approx(
             perplexities[: len(plan.order) + 1]
         )
-        assert not any(math.isnan(cost) for removal in sequence for cost in removal.costs.values())
-        asked = [bool(score.row_loss) for score in trace[0].scores]
-        assert sequence[0].candidates == (len(asked) - 1 if any(asked) else 0)
+        assert not any(math.isnan(cost) for removal in steps for cost in removal.costs.values())
+        assert steps[0].candidates == (len(trace[0].scores) - 1 if asked else 0)
     else:
-        assert sum(row["chosen"] for row in rows) == len(trace)
+        assert sum(row["chosen"] for row in table) == len(trace)
