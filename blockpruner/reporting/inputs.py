@@ -20,16 +20,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.reporting.methods import method_words
-from blockpruner.reporting.results import (
-    TIMED,
-    Model,
-    Option,
-    Pace,
-    Race,
-    RunLabels,
-    Score,
-    read_items,
-)
+from blockpruner.reporting.results import TIMED, Model, Option, Pace, Race, RunLabels, Score, read_items
 from blockpruner.scoring.metrics import PERPLEXITY, metric_of
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
