@@ -6,18 +6,33 @@ Decides which of a study's numbers each shows. All numbers in them are measured 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import product
+
+import numpy as np
 
 from blockpruner.core.blocks import BlockKind, parse_mask
-from blockpruner.paper.contrasts import Pair, detectable, pairs_of
+from blockpruner.paper.contrasts import detectable, pairs_of
 from blockpruner.paper.evidence import MAIN, Entry, Evidence
 from blockpruner.paper.experiments import BLOCKPRUNER
-from blockpruner.paper.tables import task_cell
+from blockpruner.paper.tables import METHOD, MODEL, RATIO, task_cell
 from blockpruner.reporting import statistics
 from blockpruner.reporting.findings import signs
 from blockpruner.reporting.formats import number, percent
-from blockpruner.reporting.grids import BLANK, Cell, Field, Grid, Number, factor, grid_of, p_value, points, score, share
+from blockpruner.reporting.grids import (
+    BLANK,
+    Cell,
+    Field,
+    Grid,
+    Number,
+    columns_of,
+    factor,
+    grid_of,
+    p_value,
+    points,
+    score,
+    share,
+)
 from blockpruner.reporting.results import PARTS, TIMED, Option
 
 THRESHOLDS = (1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0)
@@ -60,9 +75,6 @@ def _known(value: float | None) -> Cell:
     return None if value is None else Number(value)
 
 
-MODEL = Field[Option]("model", "model", lambda option: option.subject)
-METHOD = Field[Option]("method", "method", lambda option: option.method)
-RATIO = Field[Option]("ratio_pct", "removed, %", lambda option: share(option.ratio))
 MHA = Field[Option]("mha", "MHA", lambda option: Number(option.blocks[BlockKind.MHA], 0))
 MLP = Field[Option]("mlp", "MLP", lambda option: Number(option.blocks[BlockKind.MLP], 0))
 HELDOUT = Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity))
@@ -109,28 +121,6 @@ def stopping(found: Found) -> Grid:
     return grid_of("budgets", title, fields, rows, notes, lambda option: option in best)
 
 
-@dataclass(frozen=True, eq=False)
-class _Seeded:
-    """A method with every calibration seed, and BlockPruner with the same seeds."""
-
-    own: dict[str, Entry]
-    base: dict[str, Entry]
-
-    @property
-    def method(self) -> Entry:
-        return next(iter(self.own.values()))
-
-    def average(self) -> statistics.Summary:
-        return statistics.seed_summary([100 * entry.model.average.value for entry in self.own.values()])
-
-    def perplexity(self) -> statistics.Summary:
-        return statistics.seed_summary([entry.model.perplexity for entry in self.own.values()])
-
-    def test(self) -> statistics.Comparison:
-        base, own = ([side[seed].model.average.value for seed in self.base] for side in (self.base, self.own))
-        return statistics.paired_t(base, own)
-
-
 def _by_seed(evidence: Evidence, method: str) -> dict[str, Entry]:
     varied = {entry.variant.level: entry for entry in evidence.varied(method, "seed")}
     base = {str(entry.variant.calibration.seed): entry for entry in evidence.main(method)}
@@ -140,106 +130,91 @@ def _by_seed(evidence: Evidence, method: str) -> dict[str, Entry]:
 def seeds(found: Found) -> Grid:
     """Calibration seeds as a factor; paired t tests of BlockPruner against the others over the same seeds."""
     groups = [
-        _Seeded(own, base)
+        (method, base, own)
         for evidence in found
         if (base := _by_seed(evidence, BLOCKPRUNER))
         for method in evidence.methods
         if (own := _by_seed(evidence, method)).keys() == base.keys()
     ]
-    tests = {group: group.test() for group in groups if group.own != group.base}
+
+    def averages(entries: dict[str, Entry]) -> list[float]:
+        return [entry.model.average.value for entry in entries.values()]
+
+    tests = {
+        i: statistics.paired_t(averages(base), averages(own))
+        for i, (method, base, own) in enumerate(groups)
+        if method != BLOCKPRUNER
+    }
     corrected = dict(zip(tests, statistics.holm([test.p for test in tests.values()]), strict=True))
-    fields: tuple[Field[_Seeded], ...] = (
-        Field("model", "model", lambda group: group.method.subject),
-        Field("method", "method", lambda group: group.method.method),
-        Field("seeds", "seeds", lambda group: ", ".join(group.own)),
-        Field("avg_mean", "average, %: mean", lambda group: Number(group.average().mean, 2)),
-        Field("avg_sd", "sd", lambda group: Number(group.average().sd, 2)),
-        Field("ppl_mean", "held-out PPL: mean", lambda group: Number(group.perplexity().mean)),
-        Field("ppl_sd", "sd", lambda group: Number(group.perplexity().sd)),
-        Field(
-            "difference",
-            "against BlockPruner, points [95 %]",
-            lambda group: points(tests[group]) if group in tests else None,
-        ),
-        Field("p", "paired t, p", lambda group: p_value(tests[group].p) if group in tests else None),
-        Field("p_holm", "p, Holm", lambda group: p_value(corrected[group]) if group in tests else None),
-    )
+    rows: list[tuple[Cell, ...]] = []
+    for i, (method, _, own) in enumerate(groups):
+        measures = [(100 * entry.model.average.value, entry.model.perplexity) for entry in own.values()]
+        (average, perplexity), (spread, sd) = np.mean(measures, 0).tolist(), np.std(measures, 0, ddof=1).tolist()
+        tested = (points(tests[i]), p_value(tests[i].p), p_value(corrected[i])) if i in tests else (None,) * 3
+        rows.append(
+            (
+                next(iter(own.values())).subject, method, ", ".join(own), Number(average, 2), Number(spread, 2),
+                Number(perplexity), Number(sd), *tested,
+            )
+        )  # fmt: skip
+    columns = columns_of(
+        model="model", method="method", seeds="seeds", avg_mean="average, %: mean", avg_sd="sd",
+        ppl_mean="held-out PPL: mean", ppl_sd="sd", difference="against BlockPruner, points [95 %]", p="paired t, p",
+        p_holm="p, Holm",
+    )  # fmt: skip
     note = (
         "At the budget of Table 1, one search a calibration seed. Paired t test over seeds, method minus BlockPruner; "
         "Holm: over this table. Few seeds: a wide t interval. What varies is the calibration sample alone; items and "
         "held-out text are the same, so an sd of 0 means that every seed led to the same model."
     )
-    return grid_of("seeds", "Calibration seeds", fields, groups, (note,))
-
-
-@dataclass(frozen=True, eq=False)
-class _Calibrated:
-    """BlockPruner with another calibration, and its base at the same budget; they are one entry in the base's row."""
-
-    evidence: Evidence
-    base: Entry
-    entry: Entry
-
-    @property
-    def name(self) -> str:
-        variant = self.entry.variant
-        if self.entry is self.base:
-            return "base"
-        return f"seed {variant.level}" if variant.factor == "seed" else variant.level
-
-    @property
-    def overlap(self) -> float:
-        return statistics.rank_biased_overlap(self.base.order, self.entry.order, PERSISTENCE)
-
-    def jaccard(self, budget: float) -> Cell:
-        """Of the blocks removed at a share of the parameters, as far as both searches went."""
-        prefixes = [self.evidence.prefix(entry.variant.name, budget) for entry in (self.base, self.entry)]
-        a, b = ({str(block) for unit in prefix or () for block in parse_mask(unit)} for prefix in prefixes)
-        return None if None in prefixes else Number(statistics.jaccard(a, b), 3)
+    return Grid("seeds", "Calibration seeds", columns, tuple(rows), (note,))
 
 
 def sensitivity(found: Found) -> Grid:
     """Every calibration set and seed of BlockPruner: how its sequence agrees with the base's, and its effect."""
-    rows = []
+    shares = sorted({entry.share for evidence in found for entry in evidence.of(BLOCKPRUNER) if entry.share > 0})
+    lines: list[tuple[Evidence, Entry, Entry]] = []
     for evidence in found:
         varied = [*evidence.varied(BLOCKPRUNER, "calibration"), *evidence.varied(BLOCKPRUNER, "seed")]
         for budget in dict.fromkeys(entry.budget for entry in varied):
             base = evidence.at(BLOCKPRUNER, budget)
             if base is not None:
-                own = [base, *(entry for entry in varied if entry.budget == budget)]
-                rows += [_Calibrated(evidence, base, entry) for entry in own]
-    tested = [row for row in rows if row.entry is not row.base]
-    pairs = dict(zip(tested, pairs_of([(row.base, row.entry) for row in tested]), strict=True))
-
-    def tested_(of: Callable[[Pair], Cell]) -> Callable[[_Calibrated], Cell]:
-        return lambda row: of(pairs[row]) if row in pairs else None
-
-    def jaccard(budget: float) -> Field[_Calibrated]:
-        title = f"Jaccard at {100 * budget:g} %"
-        return Field(f"jaccard_{budget:g}", title, lambda row: row.jaccard(budget))
-
-    shares = sorted({entry.share for e in found for entry in e.of(BLOCKPRUNER) if entry.share > 0})
-    fields: tuple[Field[_Calibrated], ...] = (
-        Field("model", "model", lambda row: row.entry.subject),
-        Field("calibration", "calibration", lambda row: row.name),
-        Field("rows", "rows", lambda row: Number(row.entry.search.rows, 0)),
-        Field("tokens", "tokens", lambda row: Number(row.entry.search.tokens, 0)),
-        Field("rbo", "RBO", lambda row: Number(row.overlap, 3)),
-        *map(jaccard, shares),
-        Field("ratio_pct", "removed, %", lambda row: share(row.entry.ratio)),
-        Field("heldout_ppl", "held-out PPL", lambda row: Number(row.entry.model.perplexity)),
-        Field("ppl_ratio", "× base [95 %]", tested_(lambda pair: factor(pair.contrast.perplexity))),
-        Field("avg", "average, %", lambda row: score(row.entry.model.average)),
-        Field("difference", "against base, points [95 %]", tested_(lambda pair: points(pair.contrast.accuracy))),
-        Field("p_holm", "p, Holm", tested_(lambda pair: p_value(pair.p_accuracy))),
-    )
+                lines += [(evidence, base, e) for e in (base, *(entry for entry in varied if entry.budget == budget))]
+    pairs = pairs_of([(base, entry) for _, base, entry in lines if entry is not base])
+    tested = {pair.method: pair for pair in pairs}
+    rows: list[tuple[Cell, ...]] = []
+    for evidence, base, entry in lines:
+        name = f"seed {entry.variant.level}" if entry.variant.factor == "seed" else entry.variant.level or "base"
+        overlap = statistics.rank_biased_overlap(base.order, entry.order, PERSISTENCE)
+        pair = None if entry is base else tested[entry]
+        rows.append(
+            (
+                entry.subject, name, Number(entry.search.rows, 0), Number(entry.search.tokens, 0), Number(overlap, 3),
+                *(_jaccard(evidence, base, entry, budget) for budget in shares), share(entry.ratio),
+                Number(entry.model.perplexity), factor(pair.contrast.perplexity) if pair else None,
+                score(entry.model.average), points(pair.contrast.accuracy) if pair else None,
+                p_value(pair.p_accuracy) if pair else None,
+            )
+        )  # fmt: skip
+    columns = columns_of(
+        model="model", calibration="calibration", rows="rows", tokens="tokens", rbo="RBO",
+        **{f"jaccard_{budget:g}": f"Jaccard at {100 * budget:g} %" for budget in shares}, ratio_pct="removed, %",
+        heldout_ppl="held-out PPL", ppl_ratio="× base [95 %]", avg="average, %",
+        difference="against base, points [95 %]", p_holm="p, Holm",
+    )  # fmt: skip
     note = (
         f"RBO: rank-biased overlap (p = {PERSISTENCE}) of the order of removal with the base’s; Jaccard: of the sets "
         "of blocks removed at a ratio, as far as both searches went. PPL, average and differences: at the ratio in the "
         "row, against the base at the same budget, on the same items and rows."
     )
     title = "Sensitivity to the calibration set"
-    return grid_of("sensitivity", title, fields, rows, (note, *detectable(list(pairs.values()))))
+    return Grid("sensitivity", title, columns, tuple(rows), (note, *detectable(pairs)))
+
+
+def _jaccard(evidence: Evidence, base: Entry, entry: Entry, budget: float) -> Cell:
+    prefixes = [evidence.prefix(one.variant.name, budget) for one in (base, entry)]
+    a, b = ({block for unit in prefix or () for block in parse_mask(unit)} for prefix in prefixes)
+    return None if None in prefixes else Number(statistics.jaccard(a, b), 3)
 
 
 BALANCE = {"MHA only": "MHA only", "MLP only": "MLP only", BLOCKPRUNER: "both (BlockPruner)"}
@@ -263,85 +238,50 @@ def kinds(found: Found) -> Grid:
     return grid_of("mha-mlp", title, fields, rows, (SPEEDUP_NOTE, *_settings(found, TIMED)))
 
 
-@dataclass(frozen=True, eq=False)
-class _Balance:
-    """What to take for a speed-up in one part of the work."""
-
-    part: str
-    wanted: float
-    fast: list[Entry]
-    """The models that reach it, the lowest held-out perplexity first."""
-
-    @property
-    def best(self) -> Entry:
-        return self.fast[0]
-
-    @property
-    def runner_up(self) -> str:
-        other = next((entry for entry in self.fast if entry.method != self.best.method), None)
-        return f"{other.method}, {percent(other.ratio)}: PPL {number(other.model.perplexity)}" if other else BLANK
-
-
 def balance(found: Found) -> Grid:
     """For each speed-up that is reached, the timed model of the lowest held-out perplexity, by part of the work."""
-
-    def at_best(column: Field[Option], title: str | None = None) -> Field[_Balance]:
-        return Field(column.key, title or column.title, lambda row: column.of(row.best))
-
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for evidence in found:
         timed = sorted(evidence.timed(TIMED), key=lambda entry: entry.model.perplexity)
-        for part in reversed(PARTS):
-            for wanted in THRESHOLDS:
-                fast = [entry for entry in timed if entry.race.speedup(part) >= wanted]
-                if fast:
-                    rows.append(_Balance(part, wanted, fast))
-    fields: tuple[Field[_Balance], ...] = (
-        at_best(MODEL),
-        Field("part", "faster in", lambda row: row.part),
-        Field("at_least", "at least, ×", lambda row: Number(row.wanted, 2)),
-        at_best(METHOD, "take"),
-        *map(at_best, (RATIO, MHA, MLP)),
-        Field("speedup", "× [95 %]", lambda row: factor(row.best.race.speedups[row.part])),
-        *map(at_best, (HELDOUT, AVERAGE)),
-        Field("runner_up", "next best, another method", lambda row: row.runner_up),
-    )
+        for part, wanted in product(reversed(PARTS), THRESHOLDS):
+            fast = [entry for entry in timed if entry.race.speedup(part) >= wanted]
+            for best in fast[:1]:
+                other = next((entry for entry in fast if entry.method != best.method), None)
+                words = f"{other.method}, {percent(other.ratio)}: PPL {number(other.model.perplexity)}" if other else ""
+                sizes, gain = (field.of(best) for field in (RATIO, MHA, MLP)), factor(best.race.speedups[part])
+                quality = HELDOUT.of(best), AVERAGE.of(best), words or BLANK
+                rows.append((best.subject, part, Number(wanted, 2), best.method, *sizes, gain, *quality))
+    columns = columns_of(
+        model="model", part="faster in", at_least="at least, ×", method="take", ratio_pct="removed, %", mha="MHA",
+        mlp="MLP", speedup="× [95 %]", heldout_ppl="held-out PPL", avg="average, %",
+        runner_up="next best, another method",
+    )  # fmt: skip
     note = (
         "Computed: of all models timed in the setting of the curves whose measured speed-up reaches the threshold, the "
         "one of the lowest held-out perplexity. An interval that reaches below the threshold means that the speed-up "
         "itself may not."
     )
-    return grid_of("balance", "The best balance at a given speed", fields, rows, (note,))
+    return Grid("balance", "The best balance at a given speed", columns, tuple(rows), (note,))
 
 
 def speed(found: Found) -> Grid:
     """Every timed model in every setting, with intervals; the setting of 128 new tokens is Table 6's."""
-
-    def cell(column: Field[Option]) -> Field[tuple[Option, str]]:
-        return Field(column.key, column.title, lambda row: column.of(row[0]))
-
-    def time(part: str) -> Field[tuple[Option, str]]:
-        return Field(f"{part}_ms", f"{part}, ms [95 %]", lambda row: _time(part, row[1], row[0]))
-
-    def gain(part: str) -> Field[tuple[Option, str]]:
-        return Field(f"{part}_speedup", f"{part}, × [95 %]", lambda row: _gain(part, row[1], row[0]))
-
-    def setting(row: tuple[Option, str]) -> Cell:
-        pace = row[0].races[row[1]].dense
-        return f"{pace.prompt_tokens} + {pace.new_tokens}"
-
-    fields: tuple[Field[tuple[Option, str]], ...] = (
-        cell(MODEL), Field("setting", "setting", setting), cell(METHOD), cell(RATIO), *map(time, PARTS),
-        *map(gain, PARTS), Field("kv_mib", "KV, MiB", lambda row: _mib(row[0].races[row[1]].pruned.cache_bytes, 2)),
-        Field("weights_mib", "weights, MiB", lambda row: _mib(row[0].model.weight_bytes)),
+    rows: list[tuple[Cell, ...]] = []
+    for evidence in found:
+        for setting, dense in evidence.dense.races.items():
+            title = f"{dense.dense.prompt_tokens} + {dense.dense.new_tokens}"
+            for option in (evidence.dense, *evidence.timed(setting)):
+                times = (_time(part, setting, option) for part in PARTS)
+                gains = (_gain(part, setting, option) for part in PARTS)
+                sizes = _mib(option.races[setting].pruned.cache_bytes, 2), _mib(option.model.weight_bytes)
+                rows.append((option.subject, title, option.method, share(option.ratio), *times, *gains, *sizes))
+    columns = columns_of(
+        model="model", setting="setting", method="method", ratio_pct="removed, %",
+        **{f"{part}_ms": f"{part}, ms [95 %]" for part in PARTS},
+        **{f"{part}_speedup": f"{part}, × [95 %]" for part in PARTS}, kv_mib="KV, MiB", weights_mib="weights, MiB",
     )  # fmt: skip
-    rows = [
-        (option, name)
-        for evidence in found
-        for name in evidence.dense.races
-        for option in (evidence.dense, *evidence.timed(name))
-    ]
-    return grid_of("speed", "Speed with intervals", fields, rows, (SPEEDUP_NOTE, *_settings(found, MAIN, TIMED)))
+    notes = (SPEEDUP_NOTE, *_settings(found, MAIN, TIMED))
+    return Grid("speed", "Speed with intervals", columns, tuple(rows), notes)
 
 
 def blocks_removed(found: Found) -> Grid:

@@ -114,8 +114,7 @@ def _main_or_largest(*others: str) -> Callable[[Evidence], Sequence[tuple[Entry,
 CLAIMS: tuple[Claim, ...] = (
     Claim("Removing blocks beats removing layers at about the same ratio", _main("greedy layers (SLEB)", "ShortGPT")),
     Claim(
-        "MHA blocks are more redundant than MLP blocks",
-        lambda evidence: _same_budget(evidence, "MLP only", "MHA only"),
+        "MHA blocks are more redundant than MLP blocks", lambda evidence: _same_budget(evidence, "MLP only", "MHA only")
     ),
     Claim(
         "Perplexity is a better metric than BI, RM and JS in the same greedy search",
@@ -155,11 +154,7 @@ def claims(evidence: Evidence) -> tuple[tuple[Finding, ...], Grid]:
     model = evidence.dense.subject
     slug = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
     grid = grid_of(
-        f"claims-{slug}",
-        f"The comparisons behind them: {model}",
-        CLAIM_FIELDS,
-        rows,
-        (CLAIM_NOTE, *detectable(pairs)),
+        f"claims-{slug}", f"The comparisons behind them: {model}", CLAIM_FIELDS, rows, (CLAIM_NOTE, *detectable(pairs))
     )
     findings = [_claim(claim.title, [pair for title, pair in rows if title == claim.title]) for claim in CLAIMS]
     return (*findings, *_samples(evidence)), grid

@@ -22,7 +22,8 @@ from blockpruner.reporting.results import Option
 HERE, PAPER, DIFFERENCE = "here", "paper", "here − paper"
 NOT_COMPUTED = "not computed here"
 SLEB, JS = "greedy layers (SLEB)", "BlockPruner by JS"
-MODEL, METHOD, SOURCE = Column("model", "model"), Column("method", "method"), Column("source", "source")
+MODEL = Field[Option]("model", "model", lambda option: option.subject)
+METHOD = Field[Option]("method", "method", lambda option: option.method)
 
 Pairs = Sequence[tuple[Entry, Entry]]
 """(base, other) to be compared."""
@@ -36,25 +37,22 @@ class PaperTable:
     title: str
     source: str
     """Of the paper's numbers in data/paper."""
-    fields: tuple[tuple[Field[Any], int | None], ...]
-    """Columns of the paper's and of our numbers, with the digits of the paper's."""
+    fields: tuple[Field[Any], ...]
+    """Columns of the paper's and of our numbers."""
     options: Callable[[Evidence], Sequence[Option]]
     """Our models in it; one without any number is left out."""
+    digits: int = 2
+    """Of the paper's numbers."""
     missing: str = "no such search in this study"
     pairs: Callable[[Evidence], Pairs] = field(default=lambda evidence: ())
     """What is tested."""
     notes: Callable[[Sequence[Evidence]], Sequence[str]] = field(default=lambda evidence: ())
 
-    @property
-    def has_ratio(self) -> bool:
-        return RATIO in self.fields
-
-    def numbers(self, option: Option) -> tuple[Cell, ...]:
-        return tuple(column.of(option) for column, _ in self.fields)
-
     def published(self, row: Published) -> tuple[Cell, ...]:
-        found = ((row.numbers.get(column.key), digits) for column, digits in self.fields)
-        return tuple(None if value is None else Number(value, digits) for value, digits in found)
+        return tuple(
+            Number(row.numbers[column.key], self.digits) if column.key in row.numbers else None
+            for column in self.fields
+        )
 
 
 def paper_grids(table: PaperTable, subjects: Sequence[Subject], folder: Path) -> list[Grid]:
@@ -65,7 +63,7 @@ def paper_grids(table: PaperTable, subjects: Sequence[Subject], folder: Path) ->
     for subject in subjects:
         rows += _beside(table, subject, [row for row in published if row.model == subject.paper])
     found = [subject.evidence for subject in subjects if subject.evidence is not None]
-    columns = (MODEL, METHOD, SOURCE, *(column for column, _ in table.fields))
+    columns = (MODEL, METHOD, Column("source", "source"), *table.fields)
     kept = [i for i in range(len(columns)) if i < 3 or any(row[i] is not None for row in rows)]
     strong = frozenset(i for i, row in enumerate(rows) if row[1] == BLOCKPRUNER and row[2] == HERE)
     cells = tuple(tuple(row[i] for i in kept) for row in rows)
@@ -99,8 +97,8 @@ def _beside(table: PaperTable, subject: Subject, published: Sequence[Published])
     rows: list[tuple[Cell, ...]] = []
     blank = (None,) * len(table.fields)
     if subject.evidence is not None:
-        lines = [(option, table.numbers(option)) for option in table.options(subject.evidence)]
-        lines = [(option, numbers) for option, numbers in lines if numbers != blank]
+        cells = ((o, tuple(column.of(o) for column in table.fields)) for o in table.options(subject.evidence))
+        lines = [(option, numbers) for option, numbers in cells if numbers != blank]
         if not lines:
             rows.append((subject.model, table.missing, HERE, *blank))
         for option, numbers in lines:
@@ -126,7 +124,7 @@ def _match(table: PaperTable, option: Option, published: Sequence[Published]) ->
     """The paper's row of a method at the nearest ratio."""
 
     def apart(row: Published) -> float:
-        return abs(100 * option.ratio - row.ratio) if table.has_ratio and row.ratio is not None else 0.0
+        return abs(100 * option.ratio - row.ratio) if RATIO in table.fields and row.ratio is not None else 0.0
 
     method = option.method.removesuffix(", Frobenius")
     near = [row for row in published if row.title == method and apart(row) <= 100 * BAND]
@@ -140,12 +138,12 @@ def _less(ours: Cell, theirs: Cell) -> Cell:
 
 
 def _orientation(table: PaperTable, published: Sequence[Published]) -> Grid:
-    known = [i for i, (column, _) in enumerate(table.fields) if any(column.key in row.numbers for row in published)]
+    known = [i for i, column in enumerate(table.fields) if any(column.key in row.numbers for row in published)]
     rows = tuple((row.model, row.title, *(table.published(row)[i] for i in known)) for row in published)
     return Grid(
         f"{table.name}-paper",
         f"{table.title}: the paper’s numbers, on its models",
-        (MODEL, METHOD, *(table.fields[i][0] for i in known)),
+        (MODEL, METHOD, *(table.fields[i] for i in known)),
         rows,
         ("All of these rows are the paper’s (arXiv 2406.10594), for orientation: other models, so no differences.",),
         folded=True,
@@ -160,8 +158,8 @@ def task_cell(option: Option, task: str, digits: int = 1) -> Cell:
     return score(found, digits) if found.is_accuracy else Number(found.value, digits)
 
 
-def _task(key: str, task: str, title: str, digits: int = 2) -> tuple[Field[Option], int]:
-    return Field(key, title, lambda option: task_cell(option, task, digits)), 2
+def _task(key: str, task: str, title: str, digits: int = 2) -> Field[Option]:
+    return Field(key, title, lambda option: task_cell(option, task, digits))
 
 
 def _wikitext(option: Option) -> Cell:
@@ -169,10 +167,10 @@ def _wikitext(option: Option) -> Cell:
     return Number(text.perplexity, 2) if text else None
 
 
-RATIO = (Field[Option]("ratio_pct", "removed, %", lambda option: share(option.ratio)), 2)
-WIKITEXT = (Field[Option]("wikitext2_ppl", "WikiText-2 PPL", _wikitext), 2)
-HELDOUT = (Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity, 2)), 2)
-AVERAGE = (Field[Option]("avg", "average, %", lambda option: score(option.model.average, 2)), 2)
+RATIO = Field[Option]("ratio_pct", "removed, %", lambda option: share(option.ratio))
+WIKITEXT = Field[Option]("wikitext2_ppl", "WikiText-2 PPL", _wikitext)
+HELDOUT = Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity, 2))
+AVERAGE = Field[Option]("avg", "average, %", lambda option: score(option.model.average, 2))
 QUALITY = (RATIO, WIKITEXT, HELDOUT, AVERAGE)
 FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 NINE = {"truthfulqa": "truthfulqa_mc1", "race": "race", "swag": "swag", "openbookqa": "openbookqa"}
@@ -247,9 +245,12 @@ def _table9(evidence: Evidence) -> list[Option]:
     return [e for method in CURVES for e in evidence.of(method) if e.budget in budgets]
 
 
-def _cost(key: str, title: str, name: str, digits: int, scale: float = 1) -> tuple[Field[Entry], int]:
-    places = 2 if scale != 1 else 0
-    return Field(key, title, lambda entry: Number(entry.search.cost[name] * scale, places)), digits
+def _cost(key: str, title: str, name: str, digits: int = 0, scale: float = 1) -> Field[Entry]:
+    return Field(key, title, lambda entry: Number(entry.search.cost[name] * scale, digits))
+
+
+def _generation(option: Option) -> Cell:
+    return Number(1000 * option.races[MAIN].pruned.median("generation"), 1)
 
 
 TABLES: tuple[PaperTable, ...] = (
@@ -295,15 +296,8 @@ TABLES: tuple[PaperTable, ...] = (
         "table6_speed",
         (
             RATIO,
-            (
-                Field[Option](
-                    "generate_128_tokens_ms",
-                    "generation, ms",
-                    lambda option: Number(1000 * option.races[MAIN].pruned.median("generation"), 1),
-                ),
-                2,
-            ),
-            (Field[Option]("speedup", "speed-up, ×", _speedup), 2),
+            Field[Option]("generate_128_tokens_ms", "generation, ms", _generation),
+            Field[Option]("speedup", "speed-up, ×", _speedup),
         ),
         _raced,
         notes=_table6_notes,
@@ -313,11 +307,12 @@ TABLES: tuple[PaperTable, ...] = (
         "Table 7. Time of the search",
         "table7_pruning_time",
         (
-            _cost("minutes", "minutes", "seconds", 1, 1 / 60),
-            _cost("trials_asked", "evaluations asked for, longest start", "asked", 0),
-            _cost("trials_computed", "computed, all starts", "computed", 0),
+            _cost("minutes", "minutes", "seconds", 2, 1 / 60),
+            _cost("trials_asked", "evaluations asked for, longest start", "asked"),
+            _cost("trials_computed", "computed, all starts", "computed"),
         ),
         _searched,
+        digits=1,
         notes=lambda _: [
             "Here: wall time of the search on this machine, to the largest of its budgets; an evaluation is one masked "
             "model on the calibration rows, and what another search had computed before is not computed again. Merging "
@@ -333,12 +328,7 @@ TABLES: tuple[PaperTable, ...] = (
         missing="not measured: study.tasks has no agieval_aqua_rat, whose data no package holds",
     ),
     PaperTable(
-        "table9",
-        "Table 9. Methods over ratios",
-        "table9_newer_models",
-        QUALITY,
-        _table9,
-        pairs=_both(*CURVES[1:]),
+        "table9", "Table 9. Methods over ratios", "table9_newer_models", QUALITY, _table9, pairs=_both(*CURVES[1:])
     ),
     PaperTable(
         "table10",
@@ -346,7 +336,7 @@ TABLES: tuple[PaperTable, ...] = (
         "table10_nine_tasks",
         (
             *(_task(column, task, column) for column, task in NINE.items()),
-            (Field[Option]("avg9", "average of nine, %", _average_of_nine), 2),
+            Field[Option]("avg9", "average of nine, %", _average_of_nine),
         ),
         _with_dense,
         missing="not measured: study.tasks has none of truthfulqa_mc1, race, swag, openbookqa",

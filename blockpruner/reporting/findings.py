@@ -149,13 +149,9 @@ def recommended(options: Sequence[Option]) -> Option | None:
 
     Safe is faster than dense, and less pruned than the first with a jump or a mismatch. `options`: by ratio.
     """
-    safe = _safe(options)
-    return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
-
-
-def _safe(options: Sequence[Option]) -> list[Option]:
     before = takewhile(lambda option: not has_jump(option) and not is_mismatch(option), options)
-    return [option for option in before if option.speedup > 1]
+    safe = [option for option in before if option.speedup > 1]
+    return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
 
 
 def knee(points: Sequence[tuple[float, float]]) -> int:
@@ -182,16 +178,6 @@ def paired(base: Model, other: Model, task: str | None = None) -> Estimate:
     names = base.scores if task is None else (task,)
     scores = ({name: model.scores[name] for name in names} for model in (base, other))
     return average(differences(*scores))
-
-
-def within_chance(study: Study) -> dict[str, list[str]]:
-    """Tasks whose score is within 2 standard errors of guessing, by model."""
-    return {
-        option.name: [
-            task for task, chance in study.chance.items() if not option.model.tasks[task].differs_from(chance)
-        ]
-        for option in study.options
-    }
 
 
 def _outcome(target: Target) -> Finding:
@@ -270,8 +256,8 @@ def _slow(options: Sequence[Option]) -> Finding | None:
         ),
         (
             any(not sum(option.blocks.values()) for option, _ in found),
-            "Slicing makes every product smaller and their number larger, and leaves the KV cache as it is: it pays "
-            "off where products are large (batch, prompt length, hidden size).",
+            "Where no whole block is gone, the KV cache stays as it is and products become smaller, not fewer. That "
+            "pays off where they are large (batch, prompt length, hidden size).",
         ),
     ]
     cause = " ".join(text for applies, text in causes if applies) or (
@@ -302,8 +288,8 @@ def stop(options: Sequence[Option]) -> Finding:
         f"{percent(best.ratio)} of the parameters removed ({taken_out(best.plan)}): {100 * (best.speedup - 1):+.1f} % "
         f"speed of generation{noise} for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. "
         + (
-            f"It is the knee of held-out loss against speed-up among the {len(_safe(options))} below the first warning "
-            "that are faster than dense."
+            "It is the knee of held-out loss against speed-up among those that are faster than dense and less pruned "
+            "than the first with a jump or a mismatch."
             if len(options) > 1
             else "There is no jump in perplexity. One model makes no curve yet; add targets to compare."
         ),
@@ -316,17 +302,16 @@ def _noise(study: Study) -> Finding:
     error = mean(score.stderr for score in study.scores.values())
     size = f"about {100 * error:.0f} points" if math.isfinite(error) else "unknown"
     whole = f", and the average's {100 * study.dense.model.average.stderr:.1f}" if math.isfinite(error) else ""
-    models = within_chance(study)
-    at_chance = {task: [name for name, tasks in models.items() if task in tasks] for task in study.chance}
-    near = ", ".join(
-        f"{task} ({'every model' if len(names) == len(models) else ', '.join(names)})"
-        for task, names in at_chance.items()
-        if names
-    )
+    near = []
+    for task, chance in study.chance.items():
+        names = [option.name for option in study.options if not option.model.tasks[task].differs_from(chance)]
+        if names:
+            near.append(f"{task} ({'every model' if len(names) == len(study.options) else ', '.join(names)})")
     return Finding(
         Level.NOTE,
         "noise",
         "How much to trust the scores",
         f"With {each} items a task, a score's standard error is {size}{whole}. Models are compared item by item; only "
-        f"differences beyond 2 standard errors are marked. Not distinguishable from guessing: {near or 'none'}.",
+        "differences beyond 2 standard errors are marked. Not distinguishable from guessing: "
+        f"{', '.join(near) or 'none'}.",
     )

@@ -100,6 +100,11 @@ class Column:
     title: str
 
 
+def columns_of(**titles: str) -> tuple[Column, ...]:
+    """Columns by key."""
+    return tuple(Column(key, title) for key, title in titles.items())
+
+
 @dataclass(frozen=True)
 class Field(Column, Generic[Row]):
     """A column together with what it shows of each row's value."""

@@ -72,16 +72,6 @@ class Discordance:
     """Two-sided, for the hypothesis that both are right equally often."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One number for each seed, summarized."""
-
-    mean: float
-    sd: float
-    """With n - 1 degrees of freedom; infinite if n is 1."""
-    n: int
-
-
 def average(scores: Scores) -> Estimate:
     """Mean over tasks of the mean over a task's items: every task weighs the same, whatever its size.
 
@@ -151,14 +141,6 @@ def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 
         _require_two(items, f"a bootstrap over the items of task {task}")
     draws = np.mean([_resampled_means(items, resamples, rng) for items in paired.values()], axis=0)
     return Comparison(average(paired).value, _percentiles(draws, level), _two_sided(draws, 0.0))
-
-
-def seed_summary(values: ArrayLike) -> Summary:
-    """Mean and spread of one number per seed; raises InputError where there is none."""
-    values = np.asarray(values, float)
-    if not len(values):
-        raise InputError("there is no seed to summarize; give one value per seed, at least one")
-    return Summary(float(values.mean()), _sd(values), len(values))
 
 
 def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Comparison:

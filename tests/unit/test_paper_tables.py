@@ -25,7 +25,7 @@ from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sor
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Budgets, Run
-from blockpruner.evaluation.speed import Speed, Timing
+from blockpruner.evaluation.speed import MeasuredSpeed, Timing
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.paper.beyond import GRIDS, stopping
 from blockpruner.paper.contrasts import FAILS, HOLDS, OPEN, claims, summed, verdict
@@ -105,7 +105,7 @@ def speed_of(name: str, ratio: float, settings: dict[str, int]) -> dict[str, Any
         return Timing(float(np.median(samples)), float(samples.min()), float(samples.max()), tuple(map(float, samples)))
 
     return asdict(
-        Speed(
+        MeasuredSpeed(
             prefill_seconds=timing(0.2), decode_seconds=timing(1.0), generation_seconds=timing(1.2),
             prefill_tokens_per_second=1.0, decode_tokens_per_second=1.0, kv_cache_bytes=round(2**22 * (1 - ratio)),
             weight_bytes=round(270e6 * (1 - ratio)), peak_memory_bytes=round(280e6 * (1 - ratio)),

@@ -18,7 +18,6 @@ from blockpruner.reporting.statistics import (
     Discordance,
     Estimate,
     Interval,
-    Summary,
     average,
     differences,
     holm,
@@ -31,7 +30,6 @@ from blockpruner.reporting.statistics import (
     perplexity_ratio,
     rank_biased_overlap,
     ratio_of_medians,
-    seed_summary,
 )
 
 BITS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
@@ -188,13 +186,7 @@ def test_bootstrap_turns_round_and_its_p_fits_its_interval(x, y):
     assert not outside or found.p < 0.06
 
 
-# Seeds and rows
-
-
-def test_seed_summary_by_hand():
-    # mean 7/3; sd^2 = (16/9 + 1/9 + 25/9) / 2 = 7/3
-    assert seed_summary([1, 2, 4]) == Summary(pytest.approx(7 / 3), pytest.approx(math.sqrt(7 / 3)), 3)
-    assert seed_summary([5]) == Summary(5, math.inf, 1)
+# Rows
 
 
 def test_paired_t_by_hand():
@@ -396,7 +388,6 @@ def test_jaccard_by_hand():
         (mcnemar, ([1, 0], [1]), "shape"),
         (mcnemar, ([], []), "n >= 1"),
         (paired_bootstrap, ({"x": [1, 0], "y": [1]}, {"x": [1, 0], "y": [0]}), "task y needs at least 2 pairs, not 1"),
-        (seed_summary, ([],), "no seed"),
         (paired_t, ([1], [2]), "at least 2 pairs, not 1"),
         (paired_t, ([1, 2], [1]), "shape"),
         (ratio_of_medians, ([1], [1]), "at least 2 pairs"),
