@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu [llama2-7b | llama2-13b | tiny] [device] [removals] [rows] [row length]
 
-Random weights in bfloat16: the cost of the exact search does not depend on their values. By default 15 rows of 2,048
-tokens (about what the paper's 256 Alpaca samples give) and as many removals as the paper's 952 and 1,644 evaluations
-mean: 17 and 24. Prints the card, the row of the table beside the paper's, and the share of a matrix product's rate.
+Weights are random, in bfloat16: the cost of the exact search does not depend on their values. By default there are 15
+rows of 2,048 tokens (about the paper's 256 Alpaca samples) and 17 or 24 removals (the paper's 952 and 1,644
+evaluations). Prints the card, its row of the table with the paper's, and the share of a matrix product's rate.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import MODELS, random_model, random_rows
-from blockpruner.core.blocks import DENSE, Mask, all_blocks, removable_units
-from blockpruner.core.families import Config, count_parameters
+from blockpruner.core.blocks import DENSE, Mask, all_blocks
+from blockpruner.core.budgets import resources_of
+from blockpruner.core.families import Config
 from blockpruner.core.progress import ConsoleObserver
+from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import resolve_device
 from blockpruner.paper.flops import Flops
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.objectives import Objective
-from blockpruner.search import search_settings
-from blockpruner.search.run import SearchRun
+from blockpruner.search.registry import request
+from blockpruner.search.run import search
 from blockpruner.store.provenance import machine, versions
 from blockpruner.store.trials import TrialStore
 
@@ -61,17 +62,12 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
     model = random_model(shape, torch.bfloat16, str(device))
     config = model.config
     data = CalibrationSet(tuple(map(tuple, random_rows(config.vocab_size, rows, length))))
-    objective = Objective(data, TrialStore({}, rows), Engine(model), ConsoleObserver())
-    counts = count_parameters(config.to_dict())
-    units = removable_units(config.num_hidden_layers, "block", "all")
-    score = search_settings({"method": "greedy", "metric": "perplexity", "acceleration": "none"})
+    asked, budget = request(Score()), f"{removals}blocks"
+    stores = {name: TrialStore({}, rows) for name in asked.losses}
+    resources = resources_of(config.to_dict())
     rate = matrix_rate(device, min(rows * length, 16384), config.hidden_size)
     started = time.perf_counter()
-    (trace,) = (
-        SearchRun(objective, objective, score, units, {"parameters": counts}, ConsoleObserver())
-        .traces([f"{removals}blocks"])
-        .values()
-    )
+    trace = search(asked, data, stores, Engine(model), resources, [budget], ConsoleObserver()).of(budget)
     seconds = time.perf_counter() - started
     flops, naive, evaluations = spent(config.to_dict(), [step.removed for step in trace], rows, length)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()

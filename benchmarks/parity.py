@@ -18,12 +18,11 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import DENSE, Mask, all_blocks
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
-from blockpruner.store.files import read_table
 from blockpruner.store.provenance import machine, versions
 
 
@@ -39,8 +38,7 @@ def oracle(model: PreTrainedModel, mask: Mask, rows: Sequence[Sequence[int]]) ->
 
 def main(checkpoint: Path, sources: Path, removals: int, rows: int, length: int) -> int:
     model, tokenizer = load_model(checkpoint, "float32"), load_tokenizer(checkpoint)
-    texts, _ = read_table(sources / "calibration.parquet", TEXTS)
-    samples = draw(texts.column("text").to_pylist(), 20, "all", 42)
+    samples = draw(read_texts(sources / "calibration.parquet"), 20, "all", 42)
     data = CalibrationSet(pack_rows(samples, tokenizer, length, "joined").rows[:rows])
     engine = Engine(model)
     chosen: dict[str, list[str]] = {"engine": [], "oracle": []}

@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from benchmarks.shapes import random_model, random_rows
 from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Config
-from blockpruner.core.settings import Runtime
+from blockpruner.core.settings import Runtime, Score
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked
 from blockpruner.paper.flops import Flops
@@ -39,9 +39,9 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task
-from blockpruner.search.greedy import greedy
+from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem
-from blockpruner.store.files import read_table, write_json
+from blockpruner.store.files import write_json
 from blockpruner.store.provenance import machine, versions
 from blockpruner.store.trials import TrialStore, store_fingerprint
 
@@ -53,8 +53,7 @@ SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9
 
 def calibration_rows(seed: int) -> CalibrationSet:
     """The first 8 rows of 128 tokens of 20 samples drawn with `seed`."""
-    texts, _ = read_table(TEXT, TEXTS)
-    samples = draw(texts.column("text").to_pylist(), 20, "all", seed)
+    samples = draw(read_texts(TEXT), 20, "all", seed)
     return CalibrationSet(pack_rows(samples, load_tokenizer(SMOLLM2), LENGTH, "joined").rows[:ROWS])
 
 
@@ -129,7 +128,7 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
     rate = (rate + matrix_rate(model, ROWS * LENGTH)) / 2
     race = Counted(engine, model.config.to_dict())
     objective = Objective(rows, TrialStore({}, ROWS), race)
-    select = accelerate(objective, settings_of({"acceleration": "race"}))
+    select = accelerate(objective, Score(acceleration="race"))
     meter("race", lambda: select(0, DENSE, masks))
     counted = {"naive": flops.naive(masks), "exact": flops.exact(masks), "race": race.flops}
     return {
@@ -191,7 +190,8 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     model, identity = load_model(SMOLLM2, "float32"), checkpoint_identity(SMOLLM2)
     units = removable_units(model.config.num_hidden_layers, "block", "all")
-    settings = settings_of({"acceleration": "lazy+race"})
+    fast = Score(acceleration="lazy+race")
+    settings = settings_of(fast)
     if found.get("settings") != settings or found["removals"] != removals:
         found = {}  # the trials stay, the record of how they came to be is made anew
     found |= {"settings": settings, "removals": removals} | setting()
@@ -204,10 +204,10 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
             store = TrialStore(fields, ROWS, RESULTS / "trials" / mode)
             objective = Objective(rows, store, engine)
             asked = Asked(objective, model.config.to_dict())
-            chosen = settings_of({"acceleration": "none"}) if mode == "exact" else settings
+            chosen = Score() if mode == "exact" else fast
             records = found.setdefault(mode, {}).setdefault(str(seed), [])
             problem = Problem(units, asked, accelerate(asked, chosen), ROWS)  # type: ignore[arg-type]  # Asked stands in for an Objective
-            for step in greedy(problem):
+            for step in greedy(problem, GreedyOptions()):
                 added = step.added[step.chosen]
                 assert added is not None
                 removed = step.removed - added
