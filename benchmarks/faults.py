@@ -5,12 +5,12 @@
 The pipeline of the integration tests (a tiny random model, one target that is recovered) is run once undisturbed and
 kept as it was before each stage. A cell copies that, breaks one thing in the middle of the stage, lets everything end,
 runs the stage again as a flow does, and compares its outputs with the undisturbed ones. All of it is kept in
-data/benchmarks/faults/<digest of the code>, and a cell that was good is skipped. Prints Markdown for
-docs/operations.md; exits with 1 if a cell is not good.
+data/benchmarks/faults/<digest of the code>, and a cell that was good is skipped. Prints a Markdown table; exits with 1
+if a cell is not good.
 
-Signals go to the flow (`flows.prune` with a Prefect server), to its dvc or to its stage, at the stage's middle write:
-a stage stops there, between a file's content and its name, until the signal has had its effect. The cells of disks
-mount small file systems in a namespace of their own, for which they need root.
+Signals go to the flow (`flows.prune` with a Prefect server), to its dvc or to its stage, at the stage's middle write.
+A stage stops there, between a file's content and its name, until the signal has had its effect. The cells of disks
+mount small file systems in a namespace of their own; for that they need root.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import file_sha256, fingerprint
 from tests.integration.project import environment, make_project, set_targets
+from tests.ports import free_port
+from tests.processes import processes_in
 
 CODE = [path for folder in ("blockpruner", "stages", "flows") for path in Path(folder).rglob("*.py")]
 WORK = Path("data/benchmarks/faults").resolve() / fingerprint({str(path): file_sha256(path) for path in CODE})
@@ -52,7 +53,7 @@ STAGES = {
 """The outputs of each stage, under data/."""
 
 STORES = {"score": "trials", "baseline": "evaluations", "benchmark": "evaluations", "recover": "adapters"}
-"""Where a stage keeps its finished units; of the others the whole stage is one."""
+"""Where a stage keeps its finished units; any other stage is one unit."""
 
 PAUSE = """
 import os, sys, time
@@ -81,7 +82,7 @@ import sys
 from flows import prune, selection
 
 stage = sys.argv.pop()
-selection.Plan.stages = lambda plan: (stage,)
+selection.Chosen.stages = lambda chosen: (stage,)
 sys.exit(prune.main([]))
 """
 REPRO = """
@@ -104,7 +105,7 @@ def before(stage: str) -> Path:
 
 
 def undisturbed() -> Path:
-    """The project after its undisturbed run, kept before each stage, too; `writes.json` says how often each writes."""
+    """The project after its undisturbed run, also kept before each stage; `writes.json` counts each stage's writes."""
     done = WORK / "undisturbed" / "project"
     if (done / "writes.json").exists():
         return done
@@ -131,7 +132,7 @@ def after(stage: str) -> Path:
 def with_hook(at: int, **extra: str) -> dict[str, str]:
     root = os.pathsep.join([str(WORK / "hook"), "."])
     changes = {"PYTHONPATH": root, "FAULT_AT": str(at), "HF_HUB_OFFLINE": "1"}
-    no_git = {"GIT_CEILING_DIRECTORIES": str(WORK)}  # a report names the commit, which is not the project's
+    no_git = {"GIT_CEILING_DIRECTORIES": str(WORK)}  # else a report would name this repository's commit
     return environment() | changes | no_git | extra
 
 
@@ -149,7 +150,7 @@ def run(project: Path, code: str, stage: str, at: int = -1) -> str:
 
 
 def content(project: Path, stage: str) -> dict[str, Any]:
-    """A stage's outputs by file; of JSON what is not a time."""
+    """A stage's outputs by file; JSON without times."""
     files = (path for out in STAGES[stage] for path in sorted((project / "data" / out).rglob("*")) if path.is_file())
     return {
         str(path.relative_to(project)): timeless(read_json(path)) if path.suffix == ".json" else path.read_bytes()
@@ -174,17 +175,6 @@ def units(project: Path, stage: str) -> dict[str, Any]:
     return found
 
 
-def processes(project: Path) -> list[int]:
-    """Living processes that work in the project."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):
-            if entry.name.isdecimal() and (entry / "cwd").readlink() == project:
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                found += [int(entry.name)] * (state != "Z")
-    return found
-
-
 def wait_for(condition: Callable[[], bool], seconds: float) -> float | None:
     """Seconds until the condition held; None if it did not."""
     started = time.monotonic()
@@ -196,16 +186,20 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> float | None:
 
 
 def afterwards(project: Path, stage: str, said: str, finished: Iterable[str] = ()) -> dict[str, Any]:
-    """Run the stage again and compare; said: the output of what was broken; finished: units before it was."""
-    reference = after(stage)
-    kept, started = units(project, stage), time.monotonic()
-    total = len(units(reference, stage)) - len(units(before(stage), stage)) if stage.partition("@")[0] in STORES else 1
-    done = content(project, stage) == content(reference, stage)
+    """Run the stage again and compare.
+
+    Args:
+        said: the output of what was broken.
+        finished: the units that were finished before it was broken.
+    """
+    reference, earlier = after(stage), len(units(before(stage), stage))
+    kept, started, has_store = units(project, stage), time.monotonic(), stage.partition("@")[0] in STORES
+    total = len(units(reference, stage)) - earlier if has_store else 1
+    here = len(kept) - earlier if has_store else int(content(project, stage) == content(reference, stage))
     output = run(project, REPRO, stage)
     final = units(project, stage)
     again = len(final) - len(units(reference, stage)) if stage.startswith("score") else 0
     again += sum(final.get(name) != unit for name, unit in kept.items())
-    here = len(kept) - len(units(before(stage), stage)) if stage.partition("@")[0] in STORES else int(done)
     return {
         "kept": f"{here} of {total}",
         "twice": again,
@@ -240,7 +234,7 @@ def copied(stage: str, name: str) -> Iterator[Path]:
     try:
         yield folder / "project"
     finally:
-        for pid in processes(folder / "project"):
+        for pid in processes_in(folder / "project"):
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -254,30 +248,37 @@ ENDS = {
 """Exit codes of the flow; of the others, where a stage failed, 1."""
 
 
+def start(project: Path, command: list[str], at: int, **extra: str) -> tuple[subprocess.Popen[str], Path]:
+    """Start a command that stops at a write; the process, and the file with its output."""
+    log = project / "flow.log"
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=project,
+            env=with_hook(at, **extra),
+            stdout=output,
+            stderr=output,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    return process, log
+
+
 def signalled(name: str, stage: str, target: str, number: signal.Signals) -> dict[str, Any]:
     middle = read_json(undisturbed() / "writes.json")[stage] // 2
-    with copied(stage, name) as project, prefect_server() as url:
-        log = project / "flow.log"
-        with open(log, "w") as output:
-            flow = subprocess.Popen(
-                [sys.executable, "-c", FLOW, stage],
-                cwd=project,
-                env=with_hook(max(1, middle), PREFECT_API_URL=url, PREFECT_HOME=str(WORK / "prefect")),
-                stdout=output,
-                stderr=output,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-            )
+    with copied(stage, name) as project:
+        flow, log = start(project, ["-c", FLOW, stage], max(1, middle), **server())
         stage_pid = paused(project, flow, log)
         pids, finished = {"flow": flow.pid, "dvc": dvc_of(project), "stage": stage_pid}, units(project, stage)
         os.kill(pids[target], number)
         unheard = target == "dvc" and number is not signal.SIGTERM  # the stage lives on, and the flow waits for it
-        ended = wait_for(lambda: flow.poll() is not None and not processes(project), 1 if unheard else 60)
+        ended = wait_for(lambda: flow.poll() is not None and not processes_in(project), 1 if unheard else 60)
         (project / "go").touch()
         after = wait_for(lambda: flow.poll() is not None, 300)
-        free = wait_for(lambda: not processes(project), 30)
+        free = wait_for(lambda: not processes_in(project), 30)
         facts = {
             "flow": f"{flow.returncode} after {ended:.1f} s" if ended is not None else f"{flow.returncode}, went on",
-            "left": processes(project) if free is None or after is None else [],
+            "left": list(processes_in(project)) if free is None or after is None else [],
             "expected": flow.returncode == ENDS.get((number, target), 1),
         }
         return facts | afterwards(project, stage, log.read_text(), finished)
@@ -293,53 +294,32 @@ def paused(project: Path, process: subprocess.Popen[Any], log: Path) -> int:
 
 
 def dvc_of(project: Path) -> int:
-    (pid,) = (pid for pid in processes(project) if b"flows.dvc" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    (pid,) = (pid for pid in processes_in(project) if b"flows.dvc" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return pid
 
 
-SERVER: list[subprocess.Popen[bytes]] = []
-PORT: list[int] = []
+SERVER = ExitStack()
+RUNNING: list[subprocess.Popen[bytes]] = []
+HOME = WORK / "prefect"
+URL = f"http://127.0.0.1:{free_port()}/api"
 
 
-@contextmanager
-def prefect_server() -> Iterator[str]:
-    """A Prefect server of this script's own, which stays until the script ends."""
-    if not SERVER:
-        start_server()
-    yield f"http://127.0.0.1:{PORT[0]}/api"
+def server() -> dict[str, str]:
+    """Variables that name a Prefect server of this script's own, which runs until `stop_server`."""
+    variables = {"PREFECT_HOME": str(HOME), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    os.environ.update(variables)
+    if not RUNNING:
+        from flows.serve import prefect_server  # takes 3 s
 
-
-def start_server() -> None:
-    if not PORT:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            PORT.append(probe.getsockname()[1])
-    SERVER.append(
-        subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(PORT[0])],
-            env=environment() | {"PREFECT_HOME": str(WORK / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    )
-    if wait_for(answers, 240) is None:
-        raise RuntimeError("no Prefect server")
+        RUNNING.append(SERVER.enter_context(prefect_server(URL)))
+    return variables | {"PREFECT_API_URL": URL}
 
 
 def stop_server() -> None:
-    if SERVER:
-        server = SERVER.pop()
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def answers() -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT[0]}/api/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+    """Kill it."""
+    if RUNNING:
+        os.killpg(RUNNING.pop().pid, signal.SIGKILL)
+        SERVER.close()
 
 
 # --- cells: disks ---------------------------------------------------------------------------------------------------
@@ -471,27 +451,19 @@ def server_down(name: str, up_again: float | None) -> dict[str, Any]:
     """The Prefect server killed while a stage runs, and started again after some seconds (None: when all is over)."""
     stage = "score@tiny"
     undisturbed()
-    with copied(stage, name) as project, prefect_server() as url:
-        log = project / "flow.log"
-        with open(log, "w") as output:
-            flow = subprocess.Popen(
-                [sys.executable, "-c", FLOW, stage],
-                cwd=project,
-                env=with_hook(40, PREFECT_API_URL=url, PREFECT_HOME=str(WORK / "prefect")),
-                stdout=output,
-                stderr=output,
-            )
+    with copied(stage, name) as project:
+        flow, log = start(project, ["-c", FLOW, stage], 40, **server())
         paused(project, flow, log)
         stop_server()
         if up_again is not None:
             time.sleep(up_again)
-            start_server()
+            server()
         (project / "go").touch()
         ended = wait_for(lambda: flow.poll() is not None, 240)
-        free = wait_for(lambda: not processes(project), 30)
+        free = wait_for(lambda: not processes_in(project), 30)
         facts = {
             "flow": f"{flow.returncode} after {ended:.0f} s" if ended is not None else "did not end",
-            "left": processes(project) if free is None else [],
+            "left": list(processes_in(project)) if free is None else [],
             "expected": flow.returncode == int(up_again is None),
         }
         facts |= afterwards(project, stage, log.read_text())
@@ -504,22 +476,13 @@ def worker_lost(name: str) -> dict[str, Any]:
     undisturbed()
     with copied(stage, name) as project:
         set_targets(project, TARGETS, batch_tokens=96, executor="ray", workers=2)
-        log = project / "flow.log"
-        with open(log, "w") as output:
-            code = subprocess.Popen(
-                [sys.executable, "-m", "stages.score", "tiny"],
-                cwd=project,
-                env=with_hook(40),
-                stdout=output,
-                stderr=output,
-            )
+        code, log = start(project, ["-m", "stages.score", "tiny"], 40)
         paused(project, code, log)
         os.kill(ray_workers(code.pid)[0], signal.SIGKILL)
         (project / "go").touch()
         code.wait()
         said = log.read_text()
-        lost = [line for line in said.splitlines() if "was lost" in line]
-        facts = {"flow": str(code.returncode), "expected": code.returncode == 0 and len(lost) == 1}
+        facts = {"flow": str(code.returncode), "expected": code.returncode == 0 and said.count("was lost") == 1}
         return facts | afterwards(project, stage, said)
 
 
@@ -537,34 +500,20 @@ def ray_workers(root: int) -> list[int]:
 # --- cells: several at once -----------------------------------------------------------------------------------------
 
 
-def together(project: Path, commands: list[list[str]], **extra: str) -> list[tuple[int, str]]:
-    """Start commands at once; the exit code and output of each."""
-    started = [
-        subprocess.Popen(
-            command,
-            cwd=project,
-            env=with_hook(-1, **extra),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for command in commands
-    ]
+def together(places: Iterable[Path], command: list[str], **extra: str) -> list[tuple[int, str]]:
+    """Start a command in several places at once; the exit code and output of each."""
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command, environment = [sys.executable, *command], with_hook(-1, **extra)
+    started = [subprocess.Popen(command, cwd=place, env=environment, **options) for place in places]
     outputs = [process.communicate()[0] for process in started]
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
 def ten_flows(name: str) -> dict[str, Any]:
     """Ten `python -m flows.prune` on an empty workspace at once."""
-    first = next(iter(STAGES))
     reference = undisturbed()
-    with copied(first, name) as project, prefect_server() as url:
-        ended = together(
-            project,
-            [[sys.executable, "-m", "flows.prune"]] * 10,
-            PREFECT_API_URL=url,
-            PREFECT_HOME=str(WORK / "prefect"),
-        )
+    with copied(next(iter(STAGES)), name) as project:
+        ended = together([project] * 10, ["-m", "flows.prune"], **server())
         codes = sorted(code for code, _ in ended)
         refused = [last_word(output) for code, output in ended if code == 2 and "is in use by" in output]
         same = all(content(project, s) == content(reference, s) for s in STAGES if s != "report")
@@ -575,7 +524,7 @@ def ten_flows(name: str) -> dict[str, Any]:
             "same": same and codes == [0] + [2] * 9 and len(refused) == 9,
             "traceback": any("Traceback" in output for _, output in ended),
             "said": refused[0] if refused else "",
-            "left": processes(project),
+            "left": list(processes_in(project)),
         }
 
 
@@ -584,44 +533,29 @@ def two_scores(name: str, workspaces: int) -> dict[str, Any]:
     stage, reference = "score@tiny", undisturbed()
     with copied(stage, name) as project, copied(stage, name + " too") as other:
         places = [project, other][:workspaces] * (3 - workspaces)
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-m", "stages.score", "tiny"],
-                cwd=place,
-                env=with_hook(-1, BLOCKPRUNER_TRIALS=str(project / "data/trials")),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for place in places
-        ]
-        outputs = [process.communicate()[0] for process in started]
-        waited = [line for output in outputs for line in output.splitlines() if "waiting for it" in line]
+        store = str(project / "data/trials")
+        ended = together(places, ["-m", "stages.score", "tiny"], BLOCKPRUNER_TRIALS=store)
+        waited = [line for _, output in ended for line in output.splitlines() if "waiting for it" in line]
         return {
-            "flow": f"exit codes {[process.returncode for process in started]}",
-            "expected": all(process.returncode == 0 for process in started) and len(waited) == 1,
+            "flow": f"exit codes {[code for code, _ in ended]}",
+            "expected": not any(code for code, _ in ended) and len(waited) == 1,
             "kept": "",
             "twice": len(units(project, stage)) - len(units(reference, stage)),
             "same": all(content(place, stage) == content(reference, stage) for place in places),
-            "traceback": any("Traceback" in output for output in outputs),
+            "traceback": any("Traceback" in output for _, output in ended),
             "said": last_word(waited[0]) if waited else "neither had to wait",
         }
 
 
 def two_repros(name: str) -> dict[str, Any]:
     """Two plain `dvc repro` of one workspace at once."""
-    stage, reference = "score@tiny", undisturbed()
+    stage = "score@tiny"
+    undisturbed()
     with copied(stage, name) as project:
-        ended = together(project, [[sys.executable, "-m", "dvc", "repro", "--single-item", stage]] * 2)
-        refused = [last_word(output) for code, output in ended if code]
-        return (
-            {
-                "flow": f"exit codes {sorted(code for code, _ in ended)}",
-                "expected": sorted(code for code, _ in ended) == [0, 255],
-            }
-            | afterwards(project, stage, ended[0][1])
-            | {"same": content(project, stage) == content(reference, stage), "said": (refused or ["both ran"])[0]}
-        )
+        ended = together([project] * 2, ["-m", "dvc", "repro", "--single-item", stage])
+        codes, refused = sorted(code for code, _ in ended), [last_word(output) for code, output in ended if code]
+        facts = {"flow": f"exit codes {codes}", "expected": codes == [0, 255]}
+        return facts | afterwards(project, stage, ended[0][1]) | {"said": (refused or ["both ran"])[0]}
 
 
 # --- the matrix -------------------------------------------------------------------------------------------------------
@@ -633,30 +567,25 @@ def cells() -> dict[str, Callable[[str], dict[str, Any]]]:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         for target in ("flow", "dvc", "stage"):
             for stage in STAGES:
-                found[f"{number.name}, {target}, {stage}"] = lambda name, s=stage, t=target, n=number: signalled(
-                    name, s, t, n
-                )
+                cell = partial(signalled, stage=stage, target=target, number=number)
+                found[f"{number.name}, {target}, {stage}"] = cell
     for stage in STAGES:
-        found[f"disk full, in the stage, {stage}"] = lambda name, s=stage: full(name, s, 0.6)
-        found[f"disk full, at its end, {stage}"] = lambda name, s=stage: full(name, s, 0.9)
-        found[f"read-only, data/, {stage}"] = lambda name, s=stage: read_only(name, s)
+        found[f"disk full, in the stage, {stage}"] = partial(full, stage=stage, share=0.6)
+        found[f"disk full, at its end, {stage}"] = partial(full, stage=stage, share=0.9)
+        found[f"read-only, data/, {stage}"] = partial(read_only, stage=stage)
     for what, (stage, pattern) in DAMAGED.items():
-        found[f"truncated, {what}, {stage}"] = lambda name, s=stage, p=pattern: damaged(name, s, p, truncated)
-        found[f"empty, {what}, {stage}"] = lambda name, s=stage, p=pattern: damaged(name, s, p, nothing)
+        found[f"truncated, {what}, {stage}"] = partial(damaged, stage=stage, pattern=pattern, how=truncated)
+        found[f"empty, {what}, {stage}"] = partial(damaged, stage=stage, pattern=pattern, how=nothing)
     for what, file in DVC_FILES.items():
-        found[f"empty, {what}, commit@lora.2"] = lambda name, f=file: emptied(name, f)
-    found["server, down for 5 s, score@tiny"] = lambda name: server_down(name, 5.0)
-    found["server, down for good, score@tiny"] = lambda name: server_down(name, None)
+        found[f"empty, {what}, commit@lora.2"] = partial(emptied, file=file)
+    found["server, down for 5 s, score@tiny"] = partial(server_down, up_again=5.0)
+    found["server, down for good, score@tiny"] = partial(server_down, up_again=None)
     found["worker lost, one of 2 of Ray, score@tiny"] = worker_lost
     found["at once, ten flows, everything"] = ten_flows
-    found["at once, two stages, score@tiny"] = lambda name: two_scores(name, 1)
-    found["at once, two workspaces on one store, score@tiny"] = lambda name: two_scores(name, 2)
+    found["at once, two stages, score@tiny"] = partial(two_scores, workspaces=1)
+    found["at once, two workspaces on one store, score@tiny"] = partial(two_scores, workspaces=2)
     found["at once, two dvc repro, score@tiny"] = two_repros
     return found
-
-
-AT_FILES = ("truncated", "empty")
-"""Faults whose place is a file, not a process or a disk."""
 
 
 def is_good(facts: dict[str, Any]) -> bool:
@@ -664,47 +593,13 @@ def is_good(facts: dict[str, Any]) -> bool:
     return facts["same"] and facts.get("expected", True) and unlost and not facts["traceback"] and not facts.get("left")
 
 
-def tables(found: dict[str, Any]) -> str:
-    """Two tables: what was done to every stage, with a column a stage, and the rest."""
-    groups: dict[str, dict[str, Any]] = {}
+def table(found: dict[str, Any]) -> str:
+    """A line for each cell: the finished units that the second run found, and what a person sees."""
+    lines = ["| what | where | stage | kept | twice | the flow | what a person sees |", "|---|---|---|---|---|---|---|"]
     for name, facts in found.items():
-        cause, _, stage = name.rpartition(", ")
-        groups.setdefault(cause, {})[stage] = facts
-    every = {cause: row for cause, row in groups.items() if len(row) > 1 and cause.split(", ")[0] not in AT_FILES}
-    lines = [f"| | {' | '.join(stage.partition('@')[0] for stage in STAGES)} | the flow |", "|---" * 11 + "|"]
-    for cause, row in every.items():
-        kept = " | ".join(cell(row[stage]) if stage in row else "" for stage in STAGES)
-        lines.append(f"| {cause} | {kept} | {ended([facts['flow'] for facts in row.values()])} |")
-    rest: dict[str, list[str]] = {}
-    for name, facts in found.items():
-        what, where, stage = name.split(", ")
-        if f"{what}, {where}" not in every:
-            seen = f"{facts['flow']}: `{said_shortly(facts['said'])}`"
-            rest.setdefault(f"{where} | `{stage}` | {seen} | {cell(facts)} |", []).append(what)
-    lines += ["", "| what | where | stage | what a person sees | |", "|---|---|---|---|---|"]
-    lines += [f"| {', '.join(whats)} | {row}" for row, whats in rest.items()]
+        numbers = (facts["kept"], str(facts["twice"])) if is_good(facts) else ("**NO**", str(facts["twice"]))
+        lines.append(f"| {' | '.join([*name.split(', '), *numbers, facts['flow'], facts['said']])} |")
     return "\n".join(lines)
-
-
-def said_shortly(said: str) -> str:
-    """Without the reasons in brackets, or the log's time and place."""
-    said = re.sub(r"^\S+ / \w+ +/ (Flow|Task) run '.*?' - ", "", said).removeprefix(UNHARMED)
-    return re.sub(r" \((?!process).*", "", said)[:150]
-
-
-def ended(flows: list[str]) -> str:
-    """How the flows of a row ended: their exit codes, and the longest time that it took."""
-    seconds = [float(each) for flow in flows for each in re.findall(r"after (\d+\.\d) s", flow)]
-    codes = dict.fromkeys(flow.split()[0].strip(",") for flow in flows if "after" in flow or "went on" in flow)
-    if not codes:
-        return "says why"
-    return f"{', '.join(codes)}: {f'after {max(seconds)} s at most' if seconds else 'went on to its end'}"
-
-
-def cell(facts: dict[str, Any]) -> str:
-    """Finished units kept, and how many of those were computed again; the one in progress always is."""
-    lost = f", {facts['twice']} twice" if facts["twice"] else ""
-    return f"{facts['kept'].replace(' of ', '/')}{lost}" if is_good(facts) else f"**NO**: {facts['said']}"
 
 
 def main(words: list[str]) -> int:
@@ -718,14 +613,12 @@ def main(words: list[str]) -> int:
             inside = name.startswith(("disk full", "read-only"))
             facts = in_namespace(name) if inside else cell(name)
         except Exception as error:
-            facts = {"flow": f"this script: {error!r}"[:1500], "kept": "", "twice": 99, "same": False} | {
-                "traceback": False,
-                "said": "",
-            }
+            facts = {"flow": f"this script: {error!r}"[:1500], "kept": "", "twice": 99, "same": False}
+            facts |= {"traceback": False, "said": ""}
         found[name] = facts | {"seconds": round(time.monotonic() - started, 1)}
         write_json(FOUND, found)
         print(f"{'good' if is_good(facts) else 'BAD '} {name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
-    print(tables({name: found[name] for name in wanted}))
+    print(table({name: found[name] for name in wanted}))
     return int(not all(is_good(found[name]) for name in wanted))
 
 

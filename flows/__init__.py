@@ -1,13 +1,15 @@
 """The pipeline as a Prefect flow: `python -m flows.prune`. The library and the stages know nothing of it.
 
-Decides that Prefect and DVC send no usage reports, and how long a flow waits for the server that Prefect starts for it
-where none is set: Prefect's 20 s are too few on a busy machine. Each reads its variables when it is imported.
+Prefect and DVC read these variables when they are imported. Neither sends usage reports. A flow waits longer than
+Prefect's 20 s for the server that Prefect starts for it; on a busy machine those are too few.
 """
 
 import os
 
-QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1"}
-PATIENT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
-
-for _name, _value in (QUIET | PATIENT).items():
+for _name, _value in {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+}.items():
     os.environ.setdefault(_name, _value)

@@ -25,22 +25,21 @@ DENSE = "(dense)"
 PALE = 0.35
 COLOURS = {BlockKind.MHA: BLUE, BlockKind.MLP: ORANGE}
 CLIP = 0.9
-"""Share of the candidates that are seen whole: the first blocks may cost a hundred times what the others do."""
+"""The share of candidates whose bars are not cut off: the first blocks may cost a hundred times what others do."""
 
 
 def candidates(rows: Sequence[Mapping[str, Any]]) -> dict[Mask, Mapping[str, Any]]:
-    """The rows that say what removing one more unit costs."""
+    """The rows of candidates, by the unit that each removes."""
     return {parse_mask(row["added"]): row for row in rows if row.get("added", DENSE) != DENSE}
 
 
 def scored(rows: Mapping[Mask, Mapping[str, Any]]) -> dict[Mask, Mapping[str, Any]]:
-    """Those with a loss: an order given by hand or by chance has none."""
+    """Those with a loss; an order given by hand or by chance has none."""
     return {unit: row for unit, row in rows.items() if math.isfinite(row["loss"])}
 
 
 def scores(rows: Mapping[Mask, Mapping[str, Any]]) -> bytes:
-    """A bar a candidate, at its layer: how much more it costs than the cheapest, in units of the loss; at least one
-    has to be scored."""
+    """A bar for each candidate, at its layer: its loss above the cheapest's. One candidate at least has a loss."""
     finite = scored(rows)
     best = min(row["loss"] for row in finite.values())
     above = {unit: row["loss"] - best for unit, row in finite.items()}
@@ -71,7 +70,7 @@ def scores(rows: Mapping[Mask, Mapping[str, Any]]) -> bytes:
 
 
 def _bar(unit: Mask) -> tuple[float, float, str]:
-    """Place, width and colour: MHA left and MLP right of the layer's number, a whole layer over both."""
+    """Place, width and colour: MHA is left and MLP right of the layer's number, a whole layer covers both."""
     first = min(unit, key=lambda block: block.layer)
     if len(unit) > 1:
         return first.layer, 0.76, GREY
@@ -79,7 +78,7 @@ def _bar(unit: Mask) -> tuple[float, float, str]:
 
 
 def blocks(layers: int, removed: Sequence[Mask]) -> bytes:
-    """The map of blocks, each removed one with the number of its removal."""
+    """The map of blocks; a removed one bears the number of its removal."""
     gone = frozenset[Any]().union(*removed)
     return _png((max(7.0, 0.29 * layers + 1.5), 1.75), lambda figure: block_map(figure, layers, gone, removed))
 

@@ -15,24 +15,20 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
-from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
+from blockpruner.paper.experiments import DATA_VARIABLE
 from blockpruner.params import load_set
 from blockpruner.store.files import replace_directory, write_text
-from flows import dvc, phases
-from flows.prune import page_of, process, run_here, run_stage
-from flows.selection import PaperPlan, Tables, paper_plan
+from flows import dvc
+from flows.prune import begin, outcome, publish_report, run_here, run_stages
+from flows.selection import ChosenSet, Tables, choose_set
 
 TABLES, STUDIES, DOCS = Path("data/tables"), Path("data/studies"), Path("docs")
-DATA_VARIABLE = "BLOCKPRUNER_DATA"
 PREFACE = """# Results
 
 Written by `python -m flows.paper --set {name} --publish` from what the studies of the set have measured; nothing on
@@ -42,66 +38,39 @@ paper's own models (sets `llama2-7b` to `paper`) need a GPU and the model hub; `
 """
 
 
-@task(cache_policy=NO_CACHE)
-def keep_stage() -> State[None]:
-    """A stage that is up to date, and so is everything before it."""
-    return Completed(name="Cached", message="nothing has changed")
-
-
 @flow(name="paper-tables")
 def paper(tables: Tables) -> State[None]:
     """Every table and figure of the paper for the runs of a set."""
-    logger, name = get_run_logger(), tables.name
+    name, show = tables.name, get_run_logger().info
+    states: list[State[None]] = []
     try:
-        with dvc.workspace(f"flow run {flow_run.name}, {process()}") as lock:
-            plan = paper_plan(name)
-            plan.write()
-            if plan.additions:
-                logger.info(
-                    f"params.yaml: added {', '.join(plan.additions)}; commit it with runs/dvc.lock to keep them"
-                )
-            chains = plan.stages()
-            stale = dvc.stale([stage for chain in chains for stage in chain], logger.info)
-            fetch_again = frozenset(f"runs/dvc.yaml:fetch@{run}" for run in lacking_data(plan))
-            states: list[State[Any]] = []
+        with begin(lambda: choose_set(name)) as (chosen, lock):
+            chains = chosen.stages()
+            again = frozenset(f"runs/dvc.yaml:fetch@{run}" for run in lacking_data(chosen))
+            stale = again | dvc.stale([stage for chain in chains for stage in chain], show)
             for chain in chains:
-                behind = chain is chains[-1] and any(state.name != "Cached" for state in states)
-                for stage in chain:
-                    behind = behind or stage in stale or stage in fetch_again
-                    label = stage.partition(":")[2]
-                    if behind:
-                        started = run_stage.with_options(name=label, task_run_name=label)
-                        states.append(started(stage, lock, again=stage in fetch_again, return_state=True))
-                    else:
-                        kept = keep_stage.with_options(name=label, task_run_name=label)
-                        states.append(kept(return_state=True))
-                    if not states[-1].is_completed():
-                        return Failed(message=f"{states[-1].message}. Finished work is kept: run again to go on")
-            show_tables(name)
+                if chain is chains[-1] and any(state.name != "Cached" for state in states):
+                    stale |= frozenset(chain)
+                states += run_stages(chain, lock, stale, again)
+                if not states[-1].is_completed():
+                    return outcome(states)
+            publish_report(TABLES / name, f"tables-{name}", f"page-{name}", "Open the tables")
             if tables.publish:
-                logger.info(f"published: {publish_tables(name)}")
+                show(f"published: {publish_tables(name)}")
     except InputError as error:
         return Failed(name="Refused", message=str(error))
     except dvc.StageError as error:
         return Failed(message=str(error))
-    cached = sum(state.name == "Cached" for state in states)
-    made = f"{len(states)} stages: {len(states) - cached} run, {cached} cached; tables: {TABLES / name / 'index.html'}"
-    return Completed(message=made)
+    return Completed(message=f"{outcome(states).message}; tables: {TABLES / name / 'index.html'}")
 
 
-def lacking_data(plan: PaperPlan) -> list[str]:
-    """Runs that were fetched without the data that BLOCKPRUNER_DATA names now; dvc does not see the environment."""
+def lacking_data(chosen: ChosenSet) -> list[str]:
+    """The runs that were fetched without the data that BLOCKPRUNER_DATA names now; dvc does not see the environment."""
     if not os.environ.get(DATA_VARIABLE):
         return []
-    sources = {name: STUDIES / name / "sources" for name, run in plan.runs.items() if run.study and run.study.wikitext}
-    return [name for name, folder in sources.items() if folder.exists() and not (folder / "wikitext.parquet").exists()]
-
-
-def show_tables(name: str) -> None:
-    """The report of the set as artifacts of the flow run: itself, and a link to its page."""
-    report = TABLES / name / "report.md"
-    create_markdown_artifact(phases.with_images(report), phases.artifact_key(f"tables-{name}"))
-    create_link_artifact(page_of(report.parent), "Open the tables", key=phases.artifact_key(f"page-{name}"))
+    wanted = [name for name, run in chosen.runs.items() if run.study and run.study.wikitext]
+    folders = {name: STUDIES / name / "sources" for name in wanted}
+    return [name for name, folder in folders.items() if folder.exists() and not (folder / "wikitext.parquet").exists()]
 
 
 def publish_tables(name: str) -> Path:
@@ -129,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         return 0
     wanted = Tables(name=options.set, publish=options.publish)
-    return run_here(lambda: paper_plan(wanted.name), lambda: paper(wanted, return_state=True))
+    return run_here(lambda: choose_set(wanted.name), lambda: paper(wanted, return_state=True))
 
 
 def dry_run(name: str, gpu: str | None) -> str:

@@ -1,11 +1,11 @@
 """Phases of a stage in Prefect: task runs nested under the stage's.
 
 Decides what Prefect is shown of a phase: a task run, its progress and what is left of the stage as an artifact, its
-results as a table, pictures of what a search found (flows.charts), the state Cached where nothing was computed, and
-Crashed where the stage ended in the middle.
+results as a table, and pictures of what a search found (flows.charts). Its state is Cached if nothing was computed, and
+Crashed if the stage ended in the middle.
 
-Uses Prefect's client, not its task engine: a phase is two events, not a function, and the engine reports states
-through a background service which, when the server has gone, keeps the process waiting at its end.
+Uses Prefect's client, not its task engine: a phase is two events, not a function. The engine reports states through a
+background service, and that keeps the process waiting at its end when the server has gone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import base64
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -25,19 +23,17 @@ from prefect import Task
 from prefect.artifacts import TableArtifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    TaskRunFilter,
-    TaskRunFilterState,
-    TaskRunFilterStateType,
-)
-from prefect.client.schemas.objects import StateType, TaskRunResult
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.objects import StateType, TaskRun, TaskRunResult
 from prefect.states import Completed, Crashed, Running
 
 from blockpruner.core.blocks import Mask
+from blockpruner.core.progress import Pace, duration
 from flows import charts
-from flows.observer import Advance, Begin, End, Event
+from flows.observer import Events
+
+OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+"""The states of a run that only a living process can lead to an end."""
 
 INTERVAL = 2.0
 """Seconds between two updates of a progress artifact."""
@@ -49,42 +45,18 @@ def artifact_key(text: str) -> str:
 
 
 def image(name: str, png: bytes) -> str:
-    """Markdown of a picture with its bytes: an image artifact's page would print the bytes below it."""
+    """Markdown of a picture with its bytes; the page of an image artifact would print the bytes below it."""
     return f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 
 def with_images(report: Path) -> str:
-    """A report's Markdown, its pictures in it."""
+    """A report's Markdown with its pictures in it."""
     text = report.read_text(encoding="utf-8")
     return re.sub(r"!\[(.*?)\]\((.*?)\)", lambda found: image(found[1], (report.parent / found[2]).read_bytes()), text)
 
 
-class Pace:
-    """How fast a stage goes: from the share of it that is done since its first computed phase."""
-
-    def __init__(self) -> None:
-        self._first: tuple[float, float] | None = None
-
-    def begin(self, overall: float | None, now: float) -> str:
-        """A phase begins with this share of the stage done; gives the outlook in words."""
-        if overall is None:
-            return ""
-        if self._first is None:
-            self._first = (overall, now)
-        share, since = overall - self._first[0], now - self._first[1]
-        return f"; the stage: {overall:.0%} done, {left(since / share * (1 - overall))}" if share > 0 else ""
-
-    def end(self, cached: bool) -> None:
-        if cached:  # what was read from a cache says nothing about the time that is left
-            self._first = None
-
-
-def left(seconds: float) -> str:
-    return f"{timedelta(seconds=round(seconds))} left"
-
-
 class Phase:
-    """One phase: begins when made, ends once."""
+    """One phase. It begins when it is made, and ends once."""
 
     def __init__(
         self, client: SyncPrefectClient, flow_run: UUID, parent: UUID, stage: str, name: str, outlook: str
@@ -104,27 +76,25 @@ class Phase:
         self._id = run.id
         client.set_task_run_state(run.id, Running())
 
-    def advance(self, event: Advance) -> None:
+    def advance(self, done: int, total: int, detail: str) -> None:
         now = time.monotonic()
-        if self._first is None:  # what came before, such as loading the model, says nothing of the pace
-            self._first = now, event.done
-        since, steps = now - self._first[0], event.done - self._first[1]
+        if self._first is None:  # the pace does not count what came before, such as loading the model
+            self._first = now, done
+        since, steps = now - self._first[0], done - self._first[1]
         if now - self._shown >= INTERVAL:
-            rest = f", {left(since / steps * (event.total - event.done))}" if steps else ""
-            done = f"{self._name}: {event.done} of {event.total} ({event.detail}){rest}{self._outlook}"
-            self._show(100.0 * event.done / event.total, done)
+            rest = f", {duration(since / steps * (total - done))} left" if steps else ""
+            self._show(100.0 * done / total, f"{self._name}: {done} of {total} ({detail}){rest}{self._outlook}")
             self._shown = now
 
-    def end(self, event: End, pictures: Mapping[str, bytes]) -> None:
-        said = f"{self._name}: {event.summary}"
+    def end(self, summary: str, table: Sequence[dict[str, Any]], cached: bool, pictures: Mapping[str, bytes]) -> None:
+        words = f"{self._name}: {summary}"
         if self._progress is not None:
-            self._show(100.0, said)
-        if event.table:
-            self._create("table", "table", TableArtifact(table=event.table).format(), said)
+            self._show(100.0, words)
+        if table:
+            self._create("table", "table", TableArtifact(table=list(table)).format(), words)
         if pictures:
-            self._create("pictures", "markdown", "\n\n".join(image(*each) for each in pictures.items()), said)
-        name = "Cached" if event.cached else "Completed"
-        self._client.set_task_run_state(self._id, Completed(name=name, message=event.summary))
+            self._create("pictures", "markdown", "\n\n".join(image(*each) for each in pictures.items()), words)
+        self._client.set_task_run_state(self._id, Completed(name="Cached" if cached else "Completed", message=summary))
 
     def _show(self, percent: float, description: str) -> None:
         if self._progress is None:
@@ -134,13 +104,10 @@ class Phase:
             self._client.request("PATCH", "/artifacts/{id}", path_params={"id": self._progress}, json=body)
 
     def _create(self, name: str, kind: str, data: Any, description: str) -> str:
-        artifact = ArtifactCreate(
-            key=artifact_key(f"{self._stage}-{name}"),
-            type=kind,
-            description=description,
-            data=data,
-            flow_run_id=self._flow_run,
-            task_run_id=self._id,
+        key = artifact_key(f"{self._stage}-{name}")
+        run = {"flow_run_id": self._flow_run, "task_run_id": self._id}
+        artifact = ArtifactCreate.model_validate(
+            {"key": key, "type": kind, "description": description, "data": data} | run
         )
         # client.create_artifact would do the same and start the service described above
         body = artifact.model_dump(mode="json", exclude_unset=True)
@@ -148,56 +115,60 @@ class Phase:
 
 
 class Search:
-    """What the pictures show of the search that a stage's phases are the iterations of."""
+    """The search whose iterations are the phases of a stage, as its pictures show it."""
 
     def __init__(self) -> None:
         self._layers = 0
         self._removed: list[Mask] = []
 
-    def pictures(self, event: End, behind: bool) -> dict[str, bytes]:
-        """Of one more iteration; none where nothing was computed, or where a later one has already ended: the stage
-        would wait for all of them in the end."""
-        rows = charts.candidates(event.table)
+    def pictures(self, table: Sequence[Mapping[str, Any]], show: bool) -> dict[str, bytes]:
+        """The pictures after one more iteration, whose results these are; none if they are not to be shown."""
+        rows = charts.candidates(table)
         chosen = [unit for unit, row in rows.items() if row["chosen"]]
-        if not chosen:
-            return {}
         self._removed += chosen
-        self._layers = max(self._layers, *(block.layer + 1 for unit in rows for block in unit))
-        if event.cached or behind:
+        self._layers = max([self._layers, *(block.layer + 1 for unit in rows for block in unit)])
+        if not chosen or not show:
             return {}
         drawn = {"scores": charts.scores(rows)} if charts.scored(rows) else {}
         return drawn | {"blocks": charts.blocks(self._layers, self._removed)}
 
 
-def send(events: SimpleQueue[Event], flow_run: str, parent: str, stage: str) -> None:
-    """Send the events of a stage until None comes; its phases come one after the other."""
+def send(events: Events, flow_run: str, parent: str, stage: str) -> None:
+    """Send the events of a stage until None comes; phases do not overlap.
+
+    No pictures are drawn of a cached iteration, nor when a later one has ended: the stage would wait for all of them.
+    """
     pace, search = Pace(), Search()
-    waiting: deque[Event] = deque()
+    waiting: deque[tuple[Any, ...] | None] = deque()
     with get_client(sync_client=True) as client:
         while True:
             while not waiting or not events.empty():
                 waiting.append(events.get())
-            match event := waiting.popleft():
-                case Begin(name, overall):
+            match waiting.popleft():
+                case ("begin", name, overall):
                     outlook = pace.begin(overall, time.monotonic())
                     phase = Phase(client, UUID(flow_run), UUID(parent), stage, name, outlook)
-                case Advance():
-                    phase.advance(event)
-                case End():
-                    pace.end(event.cached)
-                    phase.end(event, search.pictures(event, any(isinstance(later, End) for later in waiting)))
-                case None:
+                case ("advance", done, total, detail):
+                    phase.advance(done, total, detail)
+                case ("end", summary, table, cached):
+                    pace.end(cached)
+                    is_last = not any(later and later[0] == "end" for later in waiting)
+                    phase.end(summary, table, cached, search.pictures(table, show=is_last and not cached))
+                case _:
                     return
 
 
+def open_task_runs(client: SyncPrefectClient, flow_run: UUID) -> list[TaskRun]:
+    """The task runs of a flow run that have not ended."""
+    return client.read_task_runs(
+        flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [flow_run]}}),
+        task_run_filter=TaskRunFilter.model_validate({"state": {"type": {"any_": OPEN}}}),
+    )
+
+
 def close(flow_run: UUID, parent: UUID) -> None:
-    """Mark the phases that a stage left open; a killed process cannot do it itself."""
-    running = TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
+    """Mark the phases that a stage left open; a killed process cannot do it."""
     with get_client(sync_client=True) as client:
-        runs = client.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])),
-            task_run_filter=TaskRunFilter(state=running),
-        )
-        for run in runs:
+        for run in open_task_runs(client, flow_run):
             if TaskRunResult(id=parent) in run.task_inputs.get("__parents__", []):
                 client.set_task_run_state(run.id, Crashed(message="the stage ended in this phase"), force=True)

@@ -3,10 +3,10 @@
 Without options everything in params.yaml is brought up to date. `--run` takes only that run (added to
 params.yaml if missing); `--budget` takes only that target of each run (added as `<run>-<budget>`).
 
-Decides what Prefect sees: one task per DVC stage, the state Cached for what had not changed, and the results as
-artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Works
-with the server of PREFECT_API_URL and without any (Prefect then starts one of its own, which takes 10 to 20 s, and
-more on a busy machine).
+Decides what Prefect sees: one task for each DVC stage, the state Cached for what had not changed, and the results as
+artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Works with the
+server of PREFECT_API_URL and without any. Prefect then starts one of its own, which takes 10 to 20 s, and more on a
+busy machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -35,45 +35,51 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import OBSERVER_VARIABLE
 from blockpruner.store.files import read_json
 from blockpruner.store.locks import this_process
-from flows import dvc, observer, phases
-from flows.selection import Plan, Selection, plan
+from flows import dvc, phases
+from flows.observer import TASK_VARIABLE
+from flows.selection import Chosen, ChosenSet, Selection, choose
 
+T = TypeVar("T", Chosen, ChosenSet)
 METRICS, REPORT = Path("data/metrics"), Path("data/report")
 PAGES_VARIABLE = "BLOCKPRUNER_REPORT_PAGES"
-"""Where a browser finds the reports below data/; set by flows.serve, since a page of the UI may not link to a file."""
-
+"""Environment variable, set by flows.serve: the URL at which a browser finds the reports below data/. A page of the UI
+may not link to a file."""
 
 UNREACHABLE = ("budget ", "ratio ")
-"""How a stage's reason begins where it is a budget that cannot be met: no later run would, either."""
+"""How a stage's reason begins if a budget cannot be met; no later run would meet it, either."""
 
 
-def never(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether to try again; shows the traceback of what a task did not return but raised, as Prefect would."""
+def fail_once(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """False: nothing is tried again. Logs the traceback of an exception, which Prefect leaves to its last try."""
     if isinstance(state.data, Exception):
         get_run_logger().error(str(state.message), exc_info=state.data)
     return False
 
 
-QUIET: dict[str, Any] = {"cache_policy": NO_CACHE, "retries": 1, "retry_condition_fn": never}
-"""Of a task that returns its failure: DVC is the cache, and nothing is tried again. Without retries, Prefect logs the
-returned state as an exception ("NoneType: None") before it says that the task has ended in it."""
+AS_RETURNED: dict[str, Any] = {"cache_policy": NO_CACHE, "retries": 1, "retry_condition_fn": fail_once}
+"""Options of a task that returns its failure; DVC is the cache. Without retries Prefect would log the returned state as
+an exception ("NoneType: None")."""
 
 
-@task(**QUIET)
-def run_stage(stage: str, lock: int, again: bool = False) -> State[None]:
-    """One DVC stage, its output in the task's log; `again` runs it even if nothing has changed."""
+@task(**AS_RETURNED)
+def run_stage(stage: str, lock: int, start: bool, again: bool) -> State[None]:
+    """One DVC stage, its output in the task's log.
+
+    Args:
+        start: False if the stage is known to be up to date; DVC is not asked then.
+        again: whether the stage runs even if nothing has changed.
+    """
+    cached: State[None] = Completed(name="Cached", message="nothing has changed")
+    if not start:
+        return cached
     url = get_current_settings().api.url
-    parent = (
-        {
-            OBSERVER_VARIABLE: "flows.observer:PrefectObserver",
-            "PREFECT_API_URL": url,
-            observer.PARENT: f"{flow_run.id}/{task_run.id}",
-        }
-        if url
-        else {}
-    )  # without a lasting server the stage would start another one
-    try:
-        ran = dvc.repro(stage, lock, get_run_logger().info, parent, again)
+    environment = {
+        OBSERVER_VARIABLE: "flows.observer:PrefectObserver",
+        "PREFECT_API_URL": str(url),
+        TASK_VARIABLE: f"{flow_run.id}/{task_run.id}",
+    }
+    try:  # without a lasting server the stage would start another one
+        ran = dvc.repro(stage, lock, get_run_logger().info, environment if url else {}, again)
     except BaseException as error:
         if url:
             with suppress(httpx.HTTPError):  # a server that is gone must not hide the error
@@ -82,7 +88,7 @@ def run_stage(stage: str, lock: int, again: bool = False) -> State[None]:
             name = "Refused" if error.reason.startswith(UNREACHABLE) else None
             return Failed(name=name, message=str(error))
         raise
-    return Completed() if ran else Completed(name="Cached", message="nothing has changed")
+    return Completed() if ran else cached
 
 
 EVERYTHING = Selection()
@@ -92,22 +98,22 @@ EVERYTHING = Selection()
 def prune(selection: Selection = EVERYTHING) -> State[None]:
     """Bring the chosen runs and targets up to date, stage by stage, then the report."""
     try:
-        with begin(selection) as (chosen, lock):
-            outcome = run_stages(chosen.stages(), lock)
-            if outcome.is_completed():
+        with begin(lambda: choose(selection)) as (chosen, lock):
+            state = outcome(run_stages(chosen.stages(), lock))
+            if state.is_completed():
                 publish(chosen)
-            elif outcome.name == "Refused":
-                return Failed(name="Refused", message=f"{outcome.message}{take_back(chosen)}")
-            return outcome
+            elif state.name == "Refused":
+                return Failed(name="Refused", message=f"{state.message}{restored(chosen, [])}")
+            return state
     except InputError as error:
         return Failed(name="Refused", message=str(error))
 
 
 @contextmanager
-def begin(selection: Selection) -> Iterator[tuple[Plan, int]]:
-    """The checked selection, written to params.yaml, in a locked workspace."""
-    with dvc.workspace(f"flow run {flow_run.name}, {process()}") as lock:
-        chosen = plan(selection)
+def begin(check: Callable[[], T]) -> Iterator[tuple[T, int]]:
+    """What `check` has chosen, written to params.yaml, in a locked workspace."""
+    with dvc.workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
+        chosen = check()
         chosen.write()
         if chosen.additions:
             added = ", ".join(chosen.additions)
@@ -115,28 +121,47 @@ def begin(selection: Selection) -> Iterator[tuple[Plan, int]]:
         yield chosen, lock
 
 
-def take_back(chosen: Plan, built: Collection[str] = ()) -> str:
-    """After a budget that cannot be met: what of params.yaml is as before, in words for a state's message."""
-    taken = chosen.take_back(built)
-    return f". Taken back from params.yaml: {', '.join(taken)}" if taken else ""
+def restored(chosen: Chosen, built: Sequence[str]) -> str:
+    """After a budget that only a stage could refuse: params.yaml as before, except for what is built; in words."""
+    if not chosen.additions:
+        return ""
+    if not chosen.keep(built):
+        return ". params.yaml was changed meanwhile and is left as it is: take out what cannot be met"
+    new = [target for target in built if target in chosen.new_targets]
+    return ". params.yaml is as before" + (f", with {', '.join(new)}" if new else "")
 
 
-def run_stages(stages: Sequence[str], lock: int) -> State[None]:
-    """Stages one after the other, up to the first that fails."""
+def run_stages(
+    stages: Sequence[str], lock: int, stale: Collection[str] | None = None, again: Collection[str] = ()
+) -> list[State[None]]:
+    """Run stages one after the other, up to the first that fails; their states.
+
+    Args:
+        stale: the stages that have changed; those before the first of them are not started. None: not known.
+        again: stages that run even if nothing has changed.
+    """
     states: list[State[Any]] = []
+    start = stale is None
     for stage in stages:
-        named = run_stage.with_options(name=stage, task_run_name=stage)
-        states.append(named(stage, lock, return_state=True))
+        start, label = start or stage in (stale or ()), stage.rpartition(":")[2]
+        named = run_stage.with_options(name=label, task_run_name=label)
+        states.append(named(stage, lock, start, stage in again, return_state=True))
         if not states[-1].is_completed():
-            name, kept = states[-1].name, ". Finished stages are kept"
-            again = "" if name == "Refused" else ": run again to go on"
-            return Failed(name=name, message=f"{states[-1].message}{kept}{again}")
-    cached = sum(state.name == "Cached" for state in states)
-    return Completed(message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached")
+            break
+    return states
 
 
-def publish(chosen: Plan) -> None:
-    """The results as artifacts of the flow run: dense against pruned per run, the report, a link to its page."""
+def outcome(states: Sequence[State[None]]) -> State[None]:
+    """The state of all stages that ran one after the other."""
+    last, cached = states[-1], sum(state.name == "Cached" for state in states)
+    if last.is_completed():
+        return Completed(message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached")
+    more = "" if last.name == "Refused" else ": run again to go on"
+    return Failed(name=last.name, message=f"{last.message}. Finished stages are kept{more}")
+
+
+def publish(chosen: Chosen) -> None:
+    """Show the results as artifacts of the flow run: dense against pruned for each run, the report, its page."""
     for run in chosen.runs:
         models = (f"{run}-dense", *chosen.targets_of(run))
         columns = {name: read_json(path) for name in models if (path := METRICS / f"{name}.json").exists()}
@@ -144,14 +169,18 @@ def publish(chosen: Plan) -> None:
         if keys:
             table = [{"metric": key} | {name: values.get(key) for name, values in columns.items()} for key in keys]
             create_table_artifact(table, phases.artifact_key(f"results-{run}"), f"{run}: dense against pruned")
-    report = REPORT / "report.md"
-    if report.exists():
-        create_markdown_artifact(phases.with_images(report), "report")
-        create_link_artifact(page_of(REPORT), "Open the report", key="report-page")
+    publish_report(REPORT, "report", "report-page", "Open the report")
+
+
+def publish_report(folder: Path, key: str, page_key: str, words: str) -> None:
+    """Show a report as an artifact, if there is one, and a link to its page as another."""
+    if (report := folder / "report.md").exists():
+        create_markdown_artifact(phases.with_images(report), phases.artifact_key(key))
+        create_link_artifact(page_of(folder), words, key=phases.artifact_key(page_key))
 
 
 def page_of(report: Path) -> str:
-    """URL of the page of a report below data/."""
+    """The URL of the page of a report below data/."""
     pages, page = os.environ.get(PAGES_VARIABLE), report / "index.html"
     return f"{pages}/{page.relative_to('data').as_posix()}" if pages else page.resolve().as_uri()
 
@@ -165,10 +194,6 @@ def check_server() -> None:
         )
 
 
-def process() -> str:
-    return f"process {this_process()}"
-
-
 def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> int:
     """Run a flow from the command line; the exit status of `main`.
 
@@ -177,7 +202,7 @@ def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> in
     """
     try:
         check()
-        with dvc.workspace(process()):
+        with dvc.workspace(this_process()):
             check_server()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server
         state = start()
@@ -203,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     selection = Selection(runs=tuple(options.run), budgets=tuple(options.budget))
-    return run_here(lambda: plan(selection), lambda: prune(selection, return_state=True))
+    return run_here(lambda: choose(selection), lambda: prune(selection, return_state=True))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a flow is asked to do: runs and budgets, the change of params.yaml they need, the stages to run.
 
 Decides the form that the UI shows, the names of added targets (`<run>-<budget>`) and how params.yaml is edited. What
-a value may be is decided by blockpruner.params, which checks the new content before it is written, and how far a
-model can be pruned by blockpruner.core.budgets, which the stage score asks, too.
+a value may be is decided by blockpruner.params, which checks the new content before it is written. How far a model can
+be pruned is decided by blockpruner.core.budgets, which the stage score asks, too.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from blockpruner.store.files import read_json, write_text
 PARAMS, PIPELINE, STUDIES = Path("params.yaml"), Path("dvc.yaml"), Path("runs/dvc.yaml")
 MODELS = Path("data/models")
 BUDGET = r"^(0*\.\d+(kv)?|0*[1-9]\d*(blocks|layers)|\d*\.?\d+x)$"
-"""How a form tells a typing error; what a model can reach is known when it is fetched."""
+"""What a form takes as a budget. What a model can reach is known when it is fetched."""
 
-KINDS = (
+BUDGETS = (
     "0.22 (a share of all parameters), 17blocks, 7layers, 0.30kv (a share of the KV cache), 1.25x (a speed-up of "
     "generation)"
 )
 
 
 def offer_runs(schema: dict[str, Any]) -> None:
-    """Name the run files that exist when the form is made; which of them are good is checked by the flow."""
+    """Name the run files that exist when the form is made; the flow checks which of them are good."""
     schema["items"]["enum"] = run_names()
     schema["uniqueItems"] = True
 
@@ -65,8 +65,8 @@ class Selection(Frozen):
     )
     budgets: tuple[str, ...] = Field(
         default=(),
-        description=f"How far to prune: {KINDS}. Each is added as a target of each run, not recovered. None: the runs' "
-        "targets in params.yaml.",
+        description=f"How far to prune: {BUDGETS}. Each is added as a target of each run, not recovered. None: the "
+        "runs' targets in params.yaml.",
         json_schema_extra=check_budgets,
     )
 
@@ -83,7 +83,7 @@ class Grid(Frozen):
     budgets: tuple[str, ...] = Field(
         default=("0.05", "0.1", "0.15", "0.2", "0.25"),
         min_length=1,
-        description=f"How far to prune each: {KINDS}. A greedy search is made once, as far as the largest needs.",
+        description=f"How far to prune each: {BUDGETS}. A greedy search is made once, as far as the largest needs.",
         json_schema_extra=check_budgets,
     )
     stop_on_failure: bool = Field(default=False, description="Leave out what comes after the first failure.")
@@ -94,49 +94,60 @@ class Tables(Frozen):
 
     name: str = Field(
         description="A set of runs/sets.yaml. `smollm2` takes about an hour on 2 CPU cores; the others need a GPU and "
-        "the hub: `python -m flows.paper --set NAME --dry-run` says what they take.",
+        "the hub: `python -m flows.paper --set NAME --dry-run` prints what they take.",
         json_schema_extra=offer_sets,
     )
     publish: bool = Field(default=False, description="Copy the tables to docs/results.md.")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checked selection.
-
-    targets: their runs by name; before: params.yaml as it is; text: as it has to be; additions: what is new in it, in
-    words.
-    """
+class Chosen:
+    """A checked selection."""
 
     runs: tuple[str, ...]
     targets: Mapping[str, str]
+    """The targets to build, each with its run."""
     before: str
-    text: str
-    additions: tuple[str, ...]
+    """params.yaml as it was."""
+    new_runs: tuple[str, ...]
+    new_targets: Mapping[str, tuple[str, str]]
+    """The targets that params.yaml has not, each with its run and budget."""
+
+    @property
+    def additions(self) -> tuple[str, ...]:
+        """What params.yaml lacks, in words."""
+        return (*(f"run {run}" for run in self.new_runs), *(f"target {target}" for target in self.new_targets))
 
     def write(self) -> None:
+        """Add to params.yaml what it lacks: DVC makes its stages out of it, and no stage runs before."""
         if self.additions:
-            write_text(PARAMS, self.text)
+            write_text(PARAMS, self.text())
 
-    def take_back(self, built: Collection[str] = ()) -> tuple[str, ...]:
-        """Take what was added out of params.yaml again, but for these targets and their runs; what, in words."""
-        kept = {f"target {target}" for target in built} | {f"run {self.targets[target]}" for target in built}
-        taken = tuple(addition for addition in self.additions if addition not in kept)
-        if taken == self.additions and PARAMS.read_text(encoding="utf-8") == self.text:
-            write_text(PARAMS, self.before)
-        elif taken:  # somebody has changed the file meanwhile, or a part of it stays
-            editor = _editor()
-            document = editor.load(PARAMS.read_text(encoding="utf-8"))
-            for kind, name in (addition.split() for addition in taken):
-                if kind == "target":
-                    document["targets"].pop(name, None)
-                elif name in document["runs"]:
-                    document["runs"].remove(name)
-            write_text(PARAMS, _dumped(editor, document))
-        return taken
+    def keep(self, built: Collection[str]) -> bool:
+        """Leave of the additions only these targets and their runs; False if somebody has changed the file."""
+        is_ours = PARAMS.read_text(encoding="utf-8") == self.text()
+        if is_ours and self.additions:
+            write_text(PARAMS, self.text({name: self.new_targets[name] for name in built if name in self.new_targets}))
+        return is_ours
+
+    def text(self, targets: Mapping[str, tuple[str, str]] | None = None) -> str:
+        """params.yaml with all additions, or with these targets and their runs only."""
+        runs = self.new_runs
+        if targets is not None:
+            runs = tuple(run for run in runs if run in {run for run, _ in targets.values()})
+        added = self.new_targets if targets is None else targets
+        if not runs and not added:
+            return self.before
+        editor, document = _document(self.before)
+        document["runs"].extend(runs)
+        for name, (run, budget) in added.items():
+            value = CommentedMap(run=run, budget=DoubleQuotedScalarString(budget))
+            value.fa.set_flow_style()
+            document["targets"][name] = value
+        return _dumped(editor, document)
 
     def stages(self) -> tuple[str, ...]:
-        """DVC's names of the stages, in dvc.yaml's order: a stage there stands behind those it depends on."""
+        """DVC's names of the stages, in dvc.yaml's order: each stands there behind those that it depends on."""
         names: list[str] = []
         for name, stage in yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"].items():
             items = self.runs if "matrix" in stage else self.targets if "foreach" in stage else None
@@ -147,28 +158,22 @@ class Plan:
         return tuple(target for target, of in self.targets.items() if of == run)
 
     def stages_of(self, item: str) -> tuple[str, ...]:
-        """Those of one run or one target; of "", those of neither: the report."""
+        """The stages of one run or one target; of "" those of neither: the report."""
         return tuple(stage for stage in self.stages() if stage.partition("@")[2] == item)
 
 
-def plan(selection: Selection) -> Plan:
+def choose(selection: Selection) -> Chosen:
     """Check a selection against the files of the current folder; changes none of them.
 
     Raises:
-        InputError: an unknown run, a bad budget, one that the run's model cannot reach, or files that are wrong
-            already.
+        InputError: an unknown run, a bad budget, one that the run's fetched model cannot reach, or files that are
+            wrong already.
     """
     params = load_params(PARAMS)
     runs = {run: load_run(run) for run in selection.runs or params.runs}
-    editor, before = _editor(), PARAMS.read_text(encoding="utf-8")
-    document = editor.load(before)
-    additions = []
-    for run in runs:
-        if run not in params.runs:
-            document["runs"].append(run)
-            additions.append(f"run {run}")
     known = {(t.run, read_budget(t.budget)): name for name, t in params.targets.items() if not t.recover}
     targets = {} if selection.budgets else {name: t.run for name, t in params.targets.items() if t.run in runs}
+    new_targets: dict[str, tuple[str, str]] = {}
     for run, budget in ((run, budget) for run in runs for budget in selection.budgets):
         name = known.get((run, read_budget(budget)))
         if name is None:
@@ -178,21 +183,21 @@ def plan(selection: Selection) -> Plan:
                     f"{PARAMS}: target {name!r} exists with budget {params.targets[name].budget!r} of run "
                     f"{params.targets[name].run!r}; rename it, since budget {budget!r} needs this name"
                 )
-            value = CommentedMap(run=run, budget=DoubleQuotedScalarString(budget))
-            value.fa.set_flow_style()
-            document["targets"][name] = value
-            additions.append(f"target {name}")
+            new_targets[name] = (run, budget)
         targets[name] = run
-    text = _dumped(editor, document)
-    new = _check(text)
+    new_runs = tuple(run for run in runs if run not in params.runs)
+    chosen = Chosen(tuple(runs), targets, PARAMS.read_text(encoding="utf-8"), new_runs, new_targets)
+    new = _check(chosen.text())
     for run, settings in runs.items():
         _require_reachable(run, settings, new.budgets_of(run))
-    return Plan(tuple(runs), targets, before, text, tuple(additions))
+    return chosen
 
 
 def _require_reachable(run: str, settings: Run, budgets: Sequence[str]) -> None:
-    """Refuse what the stage score would refuse, where the model's config says so: it is fetched, blocks are removed,
-    and the budget is no speed-up, which is measured first."""
+    """Refuse what the stage score would refuse, where the config of a fetched model is enough to tell.
+
+    It is not for a method that changes weights, nor for a speed-up, which is measured first.
+    """
     config = _fetched_config(run, settings)
     if config is None:
         return
@@ -203,7 +208,7 @@ def _require_reachable(run: str, settings: Run, budgets: Sequence[str]) -> None:
 
 
 def _fetched_config(run: str, settings: Run) -> Config | None:
-    """Of the run's model; None where it is not fetched, or where it was another that was."""
+    """The config of the run's model; None if no model is fetched, or another one than the run's file names now."""
     source, wanted = MODELS / run / SOURCE_FILE, settings.model.model_dump(exclude={"dtype"}, exclude_none=True)
     if not source.exists() or not wanted.items() <= read_json(source)["source"].items():
         return None
@@ -212,20 +217,22 @@ def _fetched_config(run: str, settings: Run) -> Config | None:
 
 
 @dataclass(frozen=True)
-class PaperPlan:
-    """What has to be there for the tables of a set. text, additions: as of `Plan`."""
+class ChosenSet:
+    """A checked set of runs, for its tables."""
 
     name: str
     runs: Mapping[str, Run]
     text: str
+    """params.yaml as it has to be."""
     additions: tuple[str, ...]
+    """What params.yaml lacks, in words."""
 
     def write(self) -> None:
         if self.additions:
             write_text(PARAMS, self.text)
 
     def stages(self) -> tuple[tuple[str, ...], ...]:
-        """DVC's names of the stages: of each run, and of the set, each behind those that it depends on."""
+        """DVC's names of the stages of each run, then of the set, each behind those that it depends on."""
         pipeline = yaml.safe_load(STUDIES.read_text(encoding="utf-8"))["stages"]
         of_runs = [name for name, stage in pipeline.items() if "run" in stage["matrix"]]
         of_sets = [name for name in pipeline if name not in of_runs]
@@ -233,32 +240,31 @@ class PaperPlan:
         return (*chains, tuple(f"{STUDIES}:{name}@{self.name}" for name in of_sets))
 
 
-def paper_plan(name: str) -> PaperPlan:
+def choose_set(name: str) -> ChosenSet:
     """Check a set against the files of the current folder; changes none of them.
 
     Raises:
         InputError: an unknown set, or files that are wrong already.
     """
     params, runs = load_params(PARAMS), load_set(name)
-    wanted = {"studies": tuple(runs), "sets": (name,)}
-    editor = _editor()
-    document = editor.load(PARAMS.read_text(encoding="utf-8"))
+    editor, document = _document(PARAMS.read_text(encoding="utf-8"))
     additions = []
-    for key, names in wanted.items():
+    for kind, key, names in (("study", "studies", tuple(runs)), ("set", "sets", (name,))):
         listed = document.setdefault("paper", CommentedMap()).setdefault(key, [])
-        for missing in (one for one in names if one not in getattr(params.paper, key)):
-            listed.append(missing)
-            additions.append(f"{'set' if key == 'sets' else 'study'} {missing}")
+        missing = [one for one in names if one not in getattr(params.paper, key)]
+        listed.extend(missing)
+        additions += [f"{kind} {one}" for one in missing]
     text = _dumped(editor, document)
     _check(text)
-    return PaperPlan(name, runs, text, tuple(additions))
+    return ChosenSet(name, runs, text, tuple(additions))
 
 
-def _editor() -> YAML:
+def _document(text: str) -> tuple[YAML, CommentedMap]:
+    """YAML that keeps its comments and quotes when it is dumped again."""
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 4096
-    return editor
+    return editor, editor.load(text)
 
 
 def _dumped(editor: YAML, document: CommentedMap) -> str:

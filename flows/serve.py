@@ -1,17 +1,16 @@
 """`make serve` (`python -m flows.serve`): the pipeline in a browser, on this machine only.
 
-Starts the Prefect server, unless one answers at PREFECT_API_URL; a runner, which starts FLOWS when the UI asks it to,
+Starts the Prefect server, unless one answers at PREFECT_API_URL; a runner, which starts FLOWS when the UI asks for one,
 one at a time; and the pages of the reports, one port above the server's. Ctrl-C ends all of it.
 
 Decides what is served, where, and how it ends. What a flow does, and what its form asks for, is decided elsewhere.
-Prefect's own settings say where the server listens (PREFECT_SERVER_API_HOST, PREFECT_SERVER_API_PORT), where its files
-are (PREFECT_HOME) and which database it has (PREFECT_SERVER_DATABASE_CONNECTION_URL: SQLite in PREFECT_HOME, or
+Prefect's own settings decide where the server listens (PREFECT_SERVER_API_HOST, PREFECT_SERVER_API_PORT), where its
+files are (PREFECT_HOME) and which database it has (PREFECT_SERVER_DATABASE_CONNECTION_URL: SQLite in PREFECT_HOME, or
 PostgreSQL).
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -30,18 +29,7 @@ from urllib.parse import urlsplit
 
 from prefect import serve
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterName,
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    TaskRunFilter,
-    TaskRunFilterState,
-    TaskRunFilterStateType,
-)
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.deployments.runner import RunnerDeployment
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 from prefect.states import Crashed
@@ -49,45 +37,43 @@ from prefect.types.entrypoint import EntrypointType
 
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_sets
-from flows.dvc import PR_SET_PDEATHSIG
+from flows.dvc import end_with
 from flows.paper import paper
+from flows.phases import OPEN, open_task_runs
 from flows.prune import PAGES_VARIABLE, prune
 from flows.sweep import sweep
 
 FLOWS = (prune, sweep, paper)
 
 POLL = 2.0
-"""Seconds between two looks of the runner for what to start; and what to cancel, if the server's events are lost."""
+"""Seconds between two looks of the runner for what to start, and for what to cancel if the server's events are lost."""
 
 START = 300.0
 """Seconds that the server gets to start; making its database takes most of them."""
 
 END = {"runner": 45.0, "server": 10.0}
-"""Seconds to end, before SIGKILL; the runner gives its flow 30 of its own, the server waits for open pages."""
+"""Seconds to end before SIGKILL. The runner gives its flow 30 s of its own; the server waits for open pages."""
 
 PAGES = ("report", "tables")
-"""What of data/ is served: folders of reports."""
-
-OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-"""States that only a living runner can lead to an end."""
+"""The folders of data/ that are served."""
 
 
 def deployments() -> list[RunnerDeployment]:
-    """Of FLOWS, each under its own name; their forms name the run files that there are now."""
+    """One for each of FLOWS, under the flow's name; their forms name the run files that exist now."""
     return [RunnerDeployment.from_flow(flow, flow.name, entrypoint_type=EntrypointType.MODULE_PATH) for flow in FLOWS]
 
 
 def run_deployments() -> None:
-    """The runner: until SIGTERM, which cancels the flow that runs."""
-    logging.getLogger("prefect.runner").setLevel(logging.WARNING)  # else it says at every look that a run waits
+    """Be the runner, until SIGTERM; that cancels the flow that runs."""
+    logging.getLogger("prefect.runner").setLevel(logging.WARNING)  # else a line at every look while a run waits
     serve(*deployments(), limit=1, pause_on_shutdown=False, print_starting_message=False, query_seconds=POLL)
 
 
 def find_server() -> tuple[str, bool]:
-    """URL of the server's API, and whether one answers there.
+    """The URL of the server's API, and whether a server answers there.
 
     Raises:
-        InputError: nothing answers, and none can be started there.
+        InputError: nothing answers, and no server can be started there.
     """
     settings = get_current_settings()
     here = (settings.server.api.host, settings.server.api.port)
@@ -130,21 +116,21 @@ class Page(SimpleHTTPRequestHandler):
     """The files of the reports."""
 
     def translate_path(self, path: str) -> str:
-        """Outside of PAGES there is nothing."""
+        """Find files in PAGES only."""
         found = super().translate_path(path)
         return found if Path(found).relative_to(self.directory).parts[:1] in [(name,) for name in PAGES] else ""
 
     def list_directory(self, path: str | os.PathLike[str]) -> None:
-        """Not to be seen."""
+        """Do not list a folder."""
         self.send_error(404)
 
     def log_message(self, *_: Any) -> None:
-        """Not in this terminal."""
+        """Print nothing."""
 
 
 @contextmanager
 def report_pages(host: str, port: int) -> Iterator[None]:
-    """Serve the reports' folders, which come and go with the stages that write them."""
+    """Serve the folders of reports; the stages that write them may come later."""
     with ThreadingHTTPServer((host, port), partial(Page, directory=str(Path("data").absolute()))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         try:
@@ -157,8 +143,7 @@ def report_pages(host: str, port: int) -> Iterator[None]:
 def child(
     command: list[str], environment: dict[str, str], seconds: float, output: IO[bytes] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, so that Ctrl-C reaches this one alone; it ends with the block, or with this
-    process, however that ends."""
+    """A process in a session of its own, which Ctrl-C does not reach. It ends with the block, or with this process."""
     process = subprocess.Popen(
         command,
         env={**os.environ, **environment},
@@ -181,15 +166,8 @@ def child(
                 process.wait()
 
 
-def end_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def server_settings(host: str, port: int) -> dict[str, str]:
-    """What differs from Prefect's defaults: of the pages that a browser shows only the server's own may use it."""
+    """What differs from Prefect's defaults. Of all pages in a browser, only the server's own may use it."""
     origins = [f"http://{name}:{port}" for name in dict.fromkeys((host, "127.0.0.1", "localhost"))]
     return {
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins),
@@ -200,10 +178,10 @@ def server_settings(host: str, port: int) -> dict[str, str]:
 
 @contextmanager
 def prefect_server(url: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The server, answering; what it says goes to server.log in PREFECT_HOME.
+    """The server, answering; its output goes to server.log in PREFECT_HOME.
 
     Raises:
-        InputError: it did not start; ends with what it said.
+        InputError: it did not start; ends with its output.
     """
     host, port = place(url)
     log = get_current_settings().home / "server.log"
@@ -213,22 +191,20 @@ def prefect_server(url: str) -> Iterator[subprocess.Popen[bytes]]:
         end = time.monotonic() + START
         while not answers(url):
             if process.poll() is not None or time.monotonic() > end:
-                said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
-                raise InputError(f"the Prefect server did not start at {url}; {log} ends with:\n{said}")
+                last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
+                raise InputError(f"the Prefect server did not start at {url}; {log} ends with:\n{last}")
             time.sleep(0.2)
         yield process
 
 
 def end_lost_runs(url: str) -> None:
-    """Mark as crashed what a runner that was killed left open: none but the one started next runs these deployments."""
+    """Mark as crashed what a killed runner left open; the runner that is started next is the only one."""
     message = "`make serve` or its machine ended in this run; finished work is kept: Retry goes on"
-    names = DeploymentFilter(name=DeploymentFilterName(any_=[flow.name for flow in FLOWS]))
-    lost = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN)))
-    parts = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN)))
+    names = DeploymentFilter.model_validate({"name": {"any_": [flow.name for flow in FLOWS]}})
+    lost = FlowRunFilter.model_validate({"state": {"type": {"any_": OPEN}}})
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         for run in client.read_flow_runs(deployment_filter=names, flow_run_filter=lost):
-            this = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
-            for part in client.read_task_runs(flow_run_filter=this, task_run_filter=parts):
+            for part in open_task_runs(client, run.id):
                 client.set_task_run_state(part.id, Crashed(message=message), force=True)
             client.set_flow_run_state(run.id, Crashed(message=message), force=True)
             print(f"flow run {run.name}: {message}")
@@ -239,7 +215,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # also where `nohup` or `&` had it ignored
         signal.signal(number, signal.default_int_handler)
     try:
-        load_sets()  # a form's schema is made by a library that would swallow the error
+        load_sets()  # the library that makes a form's schema would swallow the error
         with ExitStack() as stack:
             url, running = find_server()
             host, port = get_current_settings().server.api.host, place(url)[1] + 1
@@ -248,9 +224,9 @@ def main() -> int:
             processes = [] if running else [stack.enter_context(prefect_server(url))]
             end_lost_runs(url)
             script = [sys.executable, "-c", "from flows.serve import run_deployments; run_deployments()"]
-            told = {"PREFECT_API_URL": url, PAGES_VARIABLE: pages}
-            processes.append(stack.enter_context(child(script, told, END["runner"])))
-            stack.enter_context(report_pages(host, port))  # after the processes: its thread and fork do not mix
+            variables = {"PREFECT_API_URL": url, PAGES_VARIABLE: pages}
+            processes.append(stack.enter_context(child(script, variables, END["runner"])))
+            stack.enter_context(report_pages(host, port))  # after the processes: do not fork beside its thread
             print(f"{'Using' if running else 'Started'} the Prefect server: {url.removesuffix('/api')}/deployments")
             print(f"The report, once there is one: {pages}/report/index.html\nCtrl-C ends all.", flush=True)
             while all(process.poll() is None for process in processes):

@@ -1,7 +1,7 @@
 """Several runs with several budgets each, as a Prefect flow: every model of a study, and one table of all.
 
-Decides the order (run after run, so that the first is complete early), what a failure leaves out, and the table. What
-a run or a target needs is decided by flows.selection, how a stage is run by flows.prune.
+Decides the order (run after run: the first is complete early), what a failure leaves out, and the table. What a run or
+a target needs is decided by flows.selection, how a stage is run by flows.prune.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import read_json
-from flows.prune import METRICS, QUIET, begin, publish, run_stages, take_back
-from flows.selection import Grid, Plan, Selection
+from flows.prune import AS_RETURNED, METRICS, begin, outcome, publish, restored, run_stages
+from flows.selection import Chosen, Grid, Selection, choose
 
 PLANS = Path("data/plans")
 COMPARED = {"perplexity": "perplexity", "average": "accuracy", "speedup_generation": "speed-up"}
 """Metrics in the table, and their names there."""
 
 
-@task(**QUIET)
+@task(**AS_RETURNED)
 def bring_up(stages: Sequence[str], lock: int) -> State[None]:
     """The stages of one run or one target, nested under it."""
-    return run_stages(stages, lock)
+    return outcome(run_stages(stages, lock))
 
 
 @flow(name="sweep")
 def sweep(grid: Grid) -> State[None]:
     """Prune every run to every budget, run after run, and compare all of them in one table."""
+    states: dict[str, State[Any]] = {}
+    note = ""
     try:
-        with begin(Selection(runs=grid.runs, budgets=grid.budgets)) as (chosen, lock):
-            states: dict[str, State[Any]] = {}
+        with begin(lambda: choose(Selection(runs=grid.runs, budgets=grid.budgets))) as (chosen, lock):
             rows: list[dict[str, Any]] = []
             for number, run in enumerate(chosen.runs, 1):
                 for item in (run, *chosen.targets_of(run)):
@@ -46,22 +47,22 @@ def sweep(grid: Grid) -> State[None]:
                     if item != run:
                         rows.append(_row(run, item, states[item], time.monotonic() - started))
                 create_table_artifact(rows, "sweep", f"The sweep after {number} of {len(chosen.runs)} runs")
-            refused = any(state.name == "Refused" for state in states.values())
             built = [target for target in chosen.targets if states[target].is_completed()]
-            taken_back = take_back(chosen, built) if refused else ""
+            if any(state.name == "Refused" for state in states.values()):
+                note = restored(chosen, built)
             if built:
-                states["report"] = run_stages(chosen.stages_of(""), lock)
+                states["report"] = outcome(run_stages(chosen.stages_of(""), lock))
                 publish(chosen)
     except InputError as error:
         return Failed(name="Refused", message=str(error))
     failed = [item for item, state in states.items() if not state.is_completed()]
     if failed:
-        message = f"not complete: {', '.join(failed)}. Finished stages are kept: run again to go on{taken_back}"
+        message = f"not complete: {', '.join(failed)}. Finished stages are kept: run again to go on{note}"
         return Failed(message=message)
     return Completed(message=f"{len(chosen.targets)} models of {len(chosen.runs)} runs")
 
 
-def _item(chosen: Plan, item: str, lock: int, reason: str) -> State[Any]:
+def _item(chosen: Chosen, item: str, lock: int, reason: str) -> State[Any]:
     if reason:
         return Failed(name="Left out", message=reason)
     return bring_up.with_options(name=item, task_run_name=item)(chosen.stages_of(item), lock, return_state=True)
@@ -78,9 +79,8 @@ def left_out(grid: Grid, run: str, states: dict[str, State[Any]]) -> str:
 def _row(run: str, target: str, state: State[Any], seconds: float) -> dict[str, Any]:
     """One line of the table: what was removed, and each metric of the pruned and of the dense model."""
     values: dict[str, Any] = {"run": run, "target": target, "state": state.name}
-    metrics = {name: METRICS / f"{name}.json" for name in (target, f"{run}-dense")}
     if state.is_completed():
-        pruned, dense = (read_json(path) for path in metrics.values())
+        pruned, dense = (read_json(METRICS / f"{name}.json") for name in (target, f"{run}-dense"))
         values["removed, %"] = round(100 * read_json(PLANS / target / "plan.json")["ratio"], 2)
         for key, name in COMPARED.items():
             values |= {name: pruned[key]} | ({f"{name}, dense": dense[key]} if key in dense else {})

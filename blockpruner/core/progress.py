@@ -1,8 +1,8 @@
 """Progress of long work: events, and the observer that shows them.
 
-Decides the events. How they look is the observer's affair: `ConsoleObserver` here, or the class that the
-environment variable BLOCKPRUNER_OBSERVER names as "module:Class" (the flows set it), so that neither the
-library nor a stage imports an orchestrator.
+Decides the events, and how the time that is left is estimated. How events look is decided by the observer:
+`ConsoleObserver`, or the class that BLOCKPRUNER_OBSERVER names. The flows set that variable; the library and the stages
+import no orchestrator.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 OBSERVER_VARIABLE = "BLOCKPRUNER_OBSERVER"
+"""Environment variable: the observer's class, as "module:Class"."""
 
 
 class Observer(Protocol):
@@ -26,13 +27,13 @@ class Observer(Protocol):
         """One line of information."""
 
     def begin(self, phase: str, overall: float | None = None) -> None:
-        """A phase starts; `overall` is the share of the whole stage that is already done."""
+        """A phase starts; `overall` is the share of the whole stage that is done by now."""
 
     def advance(self, done: int, total: int, detail: str) -> None:
         """`done` of `total` steps of the running phase are finished; `detail` names the last one."""
 
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
-        """The running phase is over; `table` holds its results, `cached` says that nothing was computed."""
+        """The running phase is over; `table` holds its results, `cached` is True if nothing was computed."""
 
 
 class SilentObserver:
@@ -44,27 +45,52 @@ class SilentObserver:
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None: ...
 
 
+class Pace:
+    """How fast a stage goes: the share of it that was done since its first computed phase."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+
+    def begin(self, overall: float | None, now: float) -> str:
+        """Note that a phase begins with this share of the stage done; returns the outlook in words."""
+        if overall is None:
+            return ""
+        if self._first is None:
+            self._first = (overall, now)
+        share, since = overall - self._first[0], now - self._first[1]
+        return f", stage {overall:.0%} done, {duration(since / share * (1 - overall))} left" if share > 0 else ""
+
+    def end(self, cached: bool) -> None:
+        """Note that the phase ends; a cached one tells nothing about the pace."""
+        if cached:
+            self._first = None
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
 class ConsoleObserver:
-    """A live bar on a terminal; elsewhere a line at most every `interval` seconds, so that logs stay short."""
+    """A live bar on a terminal; elsewhere one line in `interval` seconds at most, which keeps logs short."""
 
     def __init__(self, console: Console | None = None, interval: float = 10.0) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._interval = interval
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._phase = ""
-        self._overall: float | None = None
-        self._started = self._printed = self._stage_started = time.monotonic()
-        self._first_overall: float | None = None
+        self._pace = Pace()
+        self._phase = self._outlook = ""
+        self._started = self._printed = time.monotonic()
 
     def note(self, message: str) -> None:
         self._console.print(message, markup=False)
 
     def begin(self, phase: str, overall: float | None = None) -> None:
-        self._phase, self._overall = phase, overall
+        self._phase = phase
         self._started = self._printed = time.monotonic()
-        if self._first_overall is None:
-            self._first_overall, self._stage_started = overall, self._started
+        self._outlook = self._pace.begin(overall, self._started)
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -76,7 +102,7 @@ class ConsoleObserver:
             )
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(phase + self._stage_eta(), total=None, detail="")
+            self._task = self._bar.add_task(phase + self._outlook, total=None, detail="")
 
     def advance(self, done: int, total: int, detail: str) -> None:
         now = time.monotonic()
@@ -86,7 +112,7 @@ class ConsoleObserver:
             self._printed = now
             eta = (now - self._started) / max(done, 1) * (total - done)
             self._console.print(
-                f"  {self._phase}: {done}/{total} ({detail}), {_duration(eta)} left{self._stage_eta()}",
+                f"  {self._phase}: {done}/{total} ({detail}), {duration(eta)} left{self._outlook}",
                 markup=False,
             )
 
@@ -94,23 +120,9 @@ class ConsoleObserver:
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None
-        if cached:
-            self._first_overall = None  # what was read from a cache says nothing about the time that is left
-        took = "cached" if cached else _duration(time.monotonic() - self._started)
+        self._pace.end(cached)
+        took = "cached" if cached else duration(time.monotonic() - self._started)
         self._console.print(f"{self._phase}: {summary} [{took}]", markup=False)
-
-    def _stage_eta(self) -> str:
-        """Time left for the whole stage, from the share done since its first computed phase."""
-        if self._overall is None or self._first_overall is None or self._overall <= self._first_overall:
-            return ""
-        rate = (self._started - self._stage_started) / (self._overall - self._first_overall)
-        return f", stage {self._overall:.0%} done, {_duration(rate * (1 - self._overall))} left"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 def observer() -> Observer:

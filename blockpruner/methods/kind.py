@@ -73,7 +73,7 @@ class Job:
         observer, found = self.material.observer, dict[str, TrialStore]()
 
         def busy(holder: str) -> None:
-            observer.note(f"process {holder} computes the same trials; waiting for it, then reusing them")
+            observer.note(f"{holder} computes the same trials; waiting for it, then reusing them")
 
         with ExitStack() as stack:
             for loss in sorted(losses):  # in one order everywhere: two processes cannot wait for each other

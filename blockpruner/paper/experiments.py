@@ -15,6 +15,9 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Budgets, Calibration, Run, Score, Study
 
 Kind = Literal["block", "layer", "width"]
+DATA_VARIABLE = "BLOCKPRUNER_DATA"
+"""Environment variable: a folder of benchmark data. A study takes WikiText-2 from it, which no package holds."""
+
 BLOCKPRUNER = "BlockPruner"
 
 

@@ -1,13 +1,14 @@
-"""Files that hold results: Parquet schemas, and writes that are whole or absent.
+"""Files that hold results: each is whole or absent.
 
-Decides how a file gets onto disk (temporary name, fsync, `os.replace`) and what a reader accepts.
-What the rows mean is decided by the modules that write them.
+Decides how a file gets onto disk (temporary name, fsync, `os.replace`) and what a reader accepts. What the content
+means is decided by the modules that write it.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,31 +26,39 @@ from safetensors import SafetensorError
 from blockpruner.core.errors import InputError, StorageError
 
 HOST = socket.gethostname().replace(".", "_")
-"""In the names of temporary files: a store may be shared by machines, whose process ids say nothing of each other."""
+"""The machine, in names of files: machines may share a store, and their process ids are their own."""
 
 TEMPORARY = re.compile(r"\..+\.([^.]+)-(\d+)\.tmp")
-"""Their names; groups: the machine, the process."""
+"""The name of a temporary file; groups: the machine, the process."""
 
 DIGEST = "sha256"
-"""Key of a table's metadata."""
+"""The key of a table's metadata that holds the digest of its content."""
+
+DENIED = "permission denied; make the folder writable for this user or choose another place"
+CAUSES = {
+    errno.ENOSPC: "no space left on the device; free some and run again",
+    errno.EDQUOT: "the disk quota is used up; free some and run again",
+    errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
+    errno.EACCES: DENIED,
+    errno.EPERM: DENIED,
+    errno.ENOLCK: "no file can be locked there; choose a place on another file system",
+}
+"""What a user can do about an error of the file system."""
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    causes = {
-        errno.ENOSPC: "no space left on the device; free some and run again",
-        errno.EDQUOT: "the disk quota is used up; free some and run again",
-        errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
-        errno.EACCES: "permission denied; make the folder writable for this user or choose another place",
-        errno.EPERM: "permission denied; make the folder writable for this user or choose another place",
-        errno.ENOLCK: "no file can be locked there; choose a place on another file system",
-    }
-    cause = causes.get(error.errno or 0, str(error))
+    cause = CAUSES.get(error.errno or 0, str(error))
     return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")
 
 
+def writer() -> str:
+    """This process, in names of files."""
+    return f"{HOST}-{os.getpid()}"
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a temporary path beside `path`, then move it into place; all or nothing."""
-    temporary = path.with_name(f".{path.name}.{_writer()}.tmp")
+    """Call `write` with a temporary path in the same folder, then move the result into place: all or nothing."""
+    temporary = path.with_name(f".{path.name}.{writer()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans(path)
@@ -60,10 +69,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
-        try:
+        with suppress(OSError):  # the place is read-only: the error above names that
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass  # a read-only place: the error above already says so
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,9 +86,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; the stage before this one writes it: run `dvc repro`") from None
+        raise _missing(path) from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); delete it and run `dvc repro`") from error
+
+
+def _missing(path: Path) -> InputError:
+    return InputError(f"{path} does not exist; the stage before this one writes it: run `dvc repro`")
 
 
 def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
@@ -93,8 +104,8 @@ def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None 
 def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
     """Read Parquet and its metadata.
 
-    Parquet alone does not show damage: of all changes of a byte in a small table 3 % gave other values, and with its
-    own checksums of pages, which leave out their headers and the footer, still some.
+    The digest is ours because Parquet does not show all damage: of all changes of one byte in a small table 3 % gave
+    other values. Its own checksums of pages leave out the pages' headers and the footer, and some were still missed.
 
     Raises:
         InputError: missing, truncated, damaged or not Parquet, or other columns than `schema`.
@@ -104,7 +115,7 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
         table.validate(full=True)
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; the stage before this one writes it: run `dvc repro`") from None
+        raise _missing(path) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is truncated, damaged or not Parquet ({error}); nothing in it can be used: delete it and run "
@@ -116,37 +127,33 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
     if empty:
         raise InputError(f"{path} has no value in some rows of {', '.join(empty)}; every row needs one")
     table = table.cast(schema).replace_schema_metadata(None)
-    if metadata.pop(DIGEST, None) not in (None, _digest(table)):  # None: others wrote it
+    if metadata.pop(DIGEST, None) not in (None, _digest(table)):  # None: not written here
         raise InputError(f"{path} is damaged: its content is not what was written; delete it and run `dvc repro`")
     return table, metadata
 
 
 def _digest(table: pa.Table) -> str:
-    """SHA-256 of the values, which does not depend on the version of Arrow that wrote them."""
+    """SHA-256 of the values; it does not depend on the version of Arrow that wrote them."""
     return hashlib.sha256(json.dumps(table.to_pydict(), default=str).encode()).hexdigest()
 
 
 def _columns(schema: pa.Schema) -> str:
-    """Names and types; of lists not what Parquet calls their elements."""
+    """Names and types of columns, without the name that Parquet gives to a list's elements."""
     types = {f.name: f"list of {f.type.value_type}" if pa.types.is_list(f.type) else f.type for f in schema}
     return ", ".join(f"{name}: {kind}" for name, kind in types.items())
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file that cannot be trusted to `<name>.bad[.n]` beside it, so that nobody reads or loses it."""
-    target = path.with_name(path.name + ".bad")
-    count = 1
-    while target.exists():
-        target = path.with_name(f"{path.name}.bad.{count}")
-        count += 1
-    path.rename(target)
-    return target
+    """Rename a file that cannot be trusted to `<name>.bad[.n]` in its folder: nobody reads it, and nobody loses it."""
+    names = itertools.chain([f"{path.name}.bad"], (f"{path.name}.bad.{count}" for count in itertools.count(1)))
+    target = next(place for place in map(path.with_name, names) if not place.exists())
+    return path.rename(target)
 
 
 def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
     """Let `build` fill a temporary directory, then put it in the place of `path`; on failure `path` is unchanged."""
-    temporary = path.with_name(f".{path.name}.{_writer()}.tmp")
-    replaced = path.with_name(f".{path.name}-replaced.{_writer()}.tmp")
+    temporary = path.with_name(f".{path.name}.{writer()}.tmp")
+    replaced = path.with_name(f".{path.name}-replaced.{writer()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans(path)
@@ -158,9 +165,9 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
             try:
                 os.replace(temporary, path)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # XFS says the latter
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # the latter on XFS
                     raise
-                # another process has put its own there in between, and the last one stays
+                # another process has put its own there in between; the last one stays
                 shutil.rmtree(replaced, ignore_errors=True)
     except SafetensorError as error:  # safetensors reports a failed write by this, with the cause as text
         if "os error" not in str(error):
@@ -168,7 +175,7 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
         full = "os error 28" in str(error)
         raise storage_error(path, OSError(errno.ENOSPC if full else 0, str(error))) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in CAUSES:
             raise storage_error(path, error) from error
         raise
     finally:
@@ -176,40 +183,38 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _writer() -> str:
-    return f"{HOST}-{os.getpid()}"
-
-
 def let_others_read(directory: Path) -> None:
-    """Give weights just written into a directory its own access; safetensors keeps them to their owner."""
+    """Give weights just written the access of their directory; safetensors makes them readable to the owner only."""
     for path in directory.glob("*.safetensors"):
         path.chmod(directory.stat().st_mode & 0o666)
 
 
 def is_orphan(path: Path) -> bool:
-    """Whether this is a temporary file or directory of above that a killed process of this machine left."""
+    """Whether a killed process of this machine left this temporary file or directory."""
     name = TEMPORARY.fullmatch(path.name)
-    return name is not None and name[1] == HOST and (int(name[2]) == os.getpid() or not _runs(int(name[2])))
+    return name is not None and name[1] == HOST and (int(name[2]) == os.getpid() or not _is_running(int(name[2])))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _remove_orphans(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it."""
+    """Remove what killed writers of `path` left in its folder."""
     for orphan in [*path.parent.glob(f".{path.name}.*.tmp"), *path.parent.glob(f".{path.name}-replaced.*.tmp")]:
-        if not is_orphan(orphan):
-            continue
-        if orphan.is_dir():
-            shutil.rmtree(orphan, ignore_errors=True)
-        else:
-            orphan.unlink(missing_ok=True)
+        if is_orphan(orphan):
+            with suppress(OSError):
+                remove(orphan)
 
 
-def _runs(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        return True  # another user's, or not a process id
+        return True  # it is another user's, or no process id
     return True
 
 

@@ -1,7 +1,7 @@
-"""Lock files that say who holds them.
+"""Lock files that name their holder.
 
-The kernel frees a lock with the last process that has the file open: none is stale, and none is deleted. While a lock
-is held, the name in the file is the holder's, but for the moment in which one that waited gets it.
+The kernel frees a lock when the last process that has the file open ends: no lock is ever stale, and no lock file is
+deleted. The file names the current holder. After a handover it may name the holder before for a moment.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 from blockpruner.store.files import storage_error
 
+WORKSPACE = Path(".dvc/tmp/flow.lock")
+"""Held by whoever changes params.yaml or deletes outputs: a flow, or `stages.clean`."""
+
 
 def this_process() -> str:
-    return f"{os.getpid()} on {socket.gethostname()}"  # a store may be shared with other machines
+    """This process in words; other machines may share a store."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 @contextmanager
@@ -26,40 +30,40 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
     """Hold a lock file under a name; gives its file descriptor, which a child process may hold, too.
 
     Args:
-        busy: told the name of whoever holds it, if it is held; waits for the lock after that, unless it raises.
+        busy: called with the holder's name if the lock is held. If it returns, this call waits for the lock.
 
     Raises:
         StorageError: the file cannot be written or locked.
     """
-    naming = path.with_name(f"{path.name}.naming")  # locked from getting the lock to writing the name, or to reading it
-    with ExitStack() as stack:
+    with _storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed below)
+    with file:
         with _storage(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file, name = (stack.enter_context(open(p, "a", encoding="utf-8")) for p in (path, naming))
-            fcntl.flock(name, fcntl.LOCK_EX)
-            other = None if _is_free(file) else path.read_text(encoding="utf-8")  # opened anew: NFS caches the old one
-        if other is not None:
-            fcntl.flock(name, fcntl.LOCK_UN)
-            busy(other)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_mine = True
+            except BlockingIOError:
+                is_mine = False
+        if not is_mine:
+            busy(_holder(path))
         with _storage(path):
-            if other is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                fcntl.flock(name, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
-            file.write(holder)
+            file.write(f"{holder}\n")
             file.flush()
             os.fsync(file.fileno())  # for readers on other machines
-            fcntl.flock(name, fcntl.LOCK_UN)
         yield file.fileno()
 
 
-def _is_free(file: IO[Any]) -> bool:
-    """Whether nobody had the lock, which is this process's then."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _holder(path: Path) -> str:
+    """The name in a lock file; a name without an end is being written."""
+    for _ in range(10):
+        name = path.read_text(encoding="utf-8")
+        if name.endswith("\n"):
+            return name.strip()
+        time.sleep(0.05)
+    return "another process"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Where a result came from: fingerprints of inputs, and the sidecar record of a stage's run.
+"""Where a result came from: fingerprints of inputs, and the record of a stage's run.
 
-Decides what a fingerprint is and what a provenance record holds. A record carries time and argv, so it
-lies beside the results (`data/provenance/`), never in a file that another stage depends on.
+Decides what a fingerprint is and what a record holds. A record carries time and argv; it lies in a folder of its own
+(`data/provenance/`), on which no stage depends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def file_sha256(path: Path) -> str:
 
 
 def model_identity(directory: Path) -> str:
-    """SHA-256 over config and weights of a checkpoint directory: names and contents, in sorted order."""
+    """SHA-256 over config, weights and code of a checkpoint directory: names and contents, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted([directory / "config.json", *directory.glob("*.safetensors"), *directory.glob("*.py")]):
         digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
@@ -44,15 +45,13 @@ def model_identity(directory: Path) -> str:
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def commit() -> str | None:
-    """The repository's commit, with "+" if the working tree differs from it; None outside a repository."""
+    """The repository's commit, with "+" if the working tree differs from it; None outside of a repository."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
@@ -62,7 +61,7 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """Processor model and core count, for labelling measurements."""
+    """Processor model and number of cores: the label of a measurement."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -73,7 +72,7 @@ def machine() -> str:
 
 
 def record(path: Path, inputs: Mapping[str, Any], seconds: float) -> None:
-    """Write the sidecar of one stage run."""
+    """Write the record of one stage's run."""
     write_json(
         path,
         {

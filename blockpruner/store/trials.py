@@ -1,33 +1,30 @@
 """The trial store: exact facts (mask, row) -> loss, kept for ever and shared by every run and search.
 
 Decides when a number may be reused: the store's fingerprint holds calibration content, model identity, dtype,
-metric and SCORE_VERSION, never device, batch size or who asked. On disk it is a folder per fingerprint with one
-append-only log per writing process, each line checksummed and synced, so that a kill loses at most the unit
-being computed. It knows nothing of searches.
+metric and SCORE_VERSION, never device, batch size or who asked. On disk it is a folder for each fingerprint with one
+log (`store.journal`) for each writing process. The store knows nothing of searches.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import socket
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from blockpruner.core.blocks import Mask, format_mask
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import set_aside, storage_error, write_json
+from blockpruner.store.files import write_json, writer
+from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import SCORE_VERSION
 
 TRIALS_VARIABLE = "BLOCKPRUNER_TRIALS"
+"""Environment variable: the absolute path of a trial store that several workspaces share."""
 
 
 def store_fingerprint(calibration: str, model: str, dtype: str, metric: str) -> dict[str, Any]:
@@ -47,28 +44,25 @@ def trial_key(mask: Mask, base: Mask | None = None) -> str:
 
 
 def trials_root() -> Path:
-    """data/trials, or the absolute path in BLOCKPRUNER_TRIALS, so that worktrees can share one store."""
+    """The folder of all stores: data/trials, or where BLOCKPRUNER_TRIALS points."""
     return Path(os.environ.get(TRIALS_VARIABLE) or "data/trials")
 
 
 @dataclass
 class TrialStore:
-    """Per-row loss (float64, of one metric) by `trial_key`; rows are indices into the calibration set.
-
-    Args:
-        fields: as from `store_fingerprint`.
-        rows: number of calibration rows.
-        root: folder of all stores; None keeps the facts in memory only.
-        problems: one line for each file or line that was found and not trusted.
-    """
+    """The loss of every row (float64, of one metric) by `trial_key`; rows are indices into the calibration set."""
 
     fields: Mapping[str, Any]
+    """As from `store_fingerprint`."""
     rows: int
+    """The number of calibration rows."""
     root: Path | None = None
+    """The folder of all stores; None keeps the facts in memory only."""
     problems: list[str] = field(default_factory=list)
+    """One line for each file or line that was found and not trusted."""
     _facts: dict[str, list[float]] = field(default_factory=dict)
     _units: Counter[str] = field(default_factory=Counter)
-    _log: TextIO | None = None
+    _log: Journal | None = None
 
     def __post_init__(self) -> None:
         self.fingerprint = fingerprint(self.fields)
@@ -77,8 +71,11 @@ class TrialStore:
         directory = self.root / self.fingerprint
         if not (directory / "fingerprint.json").exists():
             write_json(directory / "fingerprint.json", dict(self.fields) | {"rows": self.rows})
+        header = {"fingerprint": self.fingerprint, "rows": self.rows}
         for path in sorted(directory.glob("*.jsonl")):
-            self._read(path)
+            for unit in Journal(path, header).read(self._is_unit, self.problems):
+                self._remember(unit["trial"], unit["start"], unit["loss"])
+        self._log = Journal(directory / f"{writer()}-{time.time_ns()}.jsonl", header)
 
     def get(self, key: str) -> list[float] | None:
         """Loss of every row, NaN where unknown; None if nothing is known."""
@@ -108,83 +105,28 @@ class TrialStore:
         """Record rows [start, start + len(loss)) of a trial; on return they are on disk."""
         values = [float(v) for v in loss]
         self._remember(key, start, values)
-        if self.root is None:
-            return
-        try:
-            stream = self._open()
-            stream.write(checksummed({"trial": key, "start": start, "loss": values}))
-            stream.flush()
-            os.fsync(stream.fileno())
-        except OSError as error:
-            log, self._log = self._log, None
-            with suppress(OSError):  # closing writes the rest of the line again, which fails again
-                if log is not None:
-                    log.close()
-            raise storage_error(self.root / self.fingerprint, error) from error
+        if self._log is not None:
+            self._log.append({"trial": key, "start": start, "loss": values})
 
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
-            self._log = None
 
     def _remember(self, key: str, start: int, values: list[float]) -> None:
         row = self._facts.setdefault(key, [math.nan] * self.rows)
         row[start : start + len(values)] = values
         self._units[key] += 1
 
-    def _open(self) -> TextIO:
-        if self._log is None:
-            assert self.root is not None
-            name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}.jsonl"
-            self._log = open(self.root / self.fingerprint / name, "x", encoding="utf-8")  # noqa: SIM115
-            self._log.write(checksummed({"fingerprint": self.fingerprint, "rows": self.rows}))
-        return self._log
-
-    def _read(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        header = parse_checksummed(lines[0]) if lines else None
-        if header is None or header.get("fingerprint") != self.fingerprint or header.get("rows") != self.rows:
-            if len(lines) <= 1 and header is None:
-                return  # its writer was stopped (or is) before the first line was whole: it holds no fact
-            kept = set_aside(path)
-            self.problems.append(
-                f"{path} is not of store {self.fingerprint} (header {lines[0].strip()[:120] if lines else ''!r}); "
-                f"set aside as {kept.name}, its trials are computed again"
-            )
-            return
-        for number, line in enumerate(lines[1:], start=2):
-            entry = parse_checksummed(line)
-            if entry is not None and _is_unit(entry, self.rows):
-                self._remember(entry["trial"], entry["start"], entry["loss"])
-            elif number < len(lines):  # a torn last line is the unit that a kill interrupted
-                self.problems.append(f"{path}, line {number}: damaged, or no trial; it is computed again")
-
-
-def checksummed(value: Mapping[str, Any]) -> str:
-    """A line of a log: the CRC-32 of the JSON text, then the text."""
-    text = json.dumps(value, separators=(",", ":"))
-    return f"{zlib.crc32(text.encode()):08x} {text}\n"
-
-
-def parse_checksummed(line: str) -> dict[str, Any] | None:
-    """What `checksummed` wrote, or None if the line is not whole."""
-    checksum, _, text = line.rstrip("\n").partition(" ")
-    if not line.endswith("\n") or checksum != f"{zlib.crc32(text.encode()):08x}":
-        return None
-    value = json.loads(text)
-    return value if isinstance(value, dict) else None
-
-
-def _is_unit(entry: Mapping[str, Any], rows: int) -> bool:
-    """Whether a line is losses of some of the store's rows."""
-    trial, start, loss = (entry.get(key) for key in ("trial", "start", "loss"))
-    return (
-        isinstance(trial, str)
-        and isinstance(start, int)
-        and isinstance(loss, list)
-        and all(isinstance(value, float) for value in loss)
-        and 0 <= start <= rows - len(loss)
-    )
+    def _is_unit(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a line is losses of some of the store's rows."""
+        trial, start, loss = (entry.get(key) for key in ("trial", "start", "loss"))
+        return (
+            isinstance(trial, str)
+            and isinstance(start, int)
+            and isinstance(loss, list)
+            and all(isinstance(value, float) for value in loss)
+            and 0 <= start <= self.rows - len(loss)
+        )
 
 
 def require_rows(rows: int) -> None:

@@ -18,23 +18,7 @@ import yaml
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
-WORDS = (
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "runs",
-    "sits",
-    "on",
-    "under",
-    "red",
-    "blue",
-    "house",
-    "tree",
-    "was",
-    "very",
-    "small",
-)
+WORDS = "the a cat dog runs sits on under red blue house tree was very small".split()  # noqa: SIM905
 
 
 def sentence(number: int) -> str:
@@ -117,21 +101,21 @@ def post(api: str, what: str, **body: Any) -> Any:
     return httpx.post(f"{api}/{what}", json=body, headers=headers, timeout=60).json()
 
 
+def module(project: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python module in the project to its end."""
+    command = [sys.executable, "-m", name, *arguments]
+    return subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
+
+
 def dvc(project: Path, *arguments: str) -> str:
     """Run a dvc command; returns its output, fails the test if it fails."""
-    result = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=project, env=environment(), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    result = module(project, "dvc", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
 def stage(project: Path, name: str, item: str = "tiny") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"stages.{name}", item], cwd=project, env=environment(), capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    return module(project, f"stages.{name}", item)
 
 
 def counts(project: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The flow over a miniature project: a real git and DVC repository with stub stages, and a real Prefect server.
 
-The stub appends "<stage> <item> <pid>" to log.txt, so that a test sees what ran without asking the flow. Its score
-stage goes on when there is no file `hold`, so that no test depends on how fast the machine is.
+The stub appends "<stage> <item> <pid>" to log.txt: a test sees what ran without asking the flow. Its score stage goes
+on when there is no file `hold`: no test depends on how fast the machine is.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import pytest
 from dvc.lock import Lock
 from prefect import Task
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, Running
 
 from blockpruner.core.errors import InputError
+from blockpruner.paper.experiments import DATA_VARIABLE
 from blockpruner.params import load_params
+from blockpruner.store.locks import WORKSPACE
 from flows import dvc, serve
 from flows import prune as prune_module
-from flows.paper import DATA_VARIABLE, lacking_data
+from flows.paper import lacking_data
 from flows.paper import main as paper_main
 from flows.prune import main, prune
-from flows.selection import Grid, Selection, paper_plan, plan
-from flows.serve import server_settings
+from flows.selection import Grid, Selection, choose, choose_set
 from flows.sweep import left_out, sweep
 from tests.integration.project import post
 from tests.ports import free_port
+from tests.processes import alive, wait_until
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9/api"
@@ -62,6 +62,7 @@ stages:
   score:
     matrix: {run: "${runs}"}
     cmd: python -m stub score ${item.run} data/scores/${item.run}.txt
+    params: [report.title]   # something in params.yaml
     deps: ["data/sources/${item.run}.txt"]
     outs: ["data/scores/${item.run}.txt"]
   commit:
@@ -128,60 +129,39 @@ if stage in ("tables", "report"):
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory):
     """PREFECT_HOME of the test session: one database, since making it takes 4 s."""
     return tmp_path_factory.mktemp("prefect")
 
 
 @pytest.fixture(scope="session")
-def server(home: Path) -> Iterator[str]:
+def server(home):
     """The API URL of a Prefect server of the test session's own."""
-    port = free_port()
-    with open(home / "server.log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, **server_settings("127.0.0.1", port), "PREFECT_HOME": str(home)},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        wait_until(lambda: answers(url), f"no Prefect server: {home / 'server.log'}")
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_HOME: home}):
+        patch.setenv("PREFECT_HOME", str(home))
+        with serve.prefect_server(url):
+            yield url
 
 
 @pytest.fixture
-def project(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The miniature project as the current folder; the environment says nothing of a server."""
+def project(tmp_path, home, monkeypatch):
+    """The miniature project as the current folder; the environment names no server."""
     folder = tmp_path / "project"
-    folder.mkdir()
-    (folder / "stub.py").write_text(STUB)
-    (folder / "dvc.yaml").write_text(PIPELINE)
-    (folder / "log.txt").touch()
-    (folder / "params.yaml").write_text(PARAMS)
     shutil.copytree(ROOT / "runs", folder / "runs", ignore=shutil.ignore_patterns("dvc.*"))
-    (folder / "runs" / "dvc.yaml").write_text(STUDIES)
-    (folder / "runs" / "sets.yaml").write_text(
-        "two: [smollm2-paper, llama2-7b]\none: [smollm2-paper]\nnone: [smollm2]\n"
-    )
+    sets = "two: [smollm2-paper, llama2-7b]\none: [smollm2-paper]\nnone: [smollm2]\n"
+    files = {"stub.py": STUB, "dvc.yaml": PIPELINE, "params.yaml": PARAMS, "runs/dvc.yaml": STUDIES, "log.txt": ""}
+    for name, text in (files | {"runs/sets.yaml": sets}).items():
+        (folder / name).write_text(text)
     monkeypatch.chdir(folder)
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    for name in ("PREFECT_API_URL", DATA_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(home))
     monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (
-        ["git", "init", "-q"],
-        [sys.executable, "-m", "dvc", "init", "-q"],
-        ["git", "add", "-A"],
-        ["git", *identity, "commit", "-qm", "start"],
-    ):
-        subprocess.run(command, check=True)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
     yield folder
     Path("hold").unlink(missing_ok=True)
     for flow in STARTED:
@@ -189,48 +169,34 @@ def project(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     STARTED.clear()
 
 
-STARTED: list[subprocess.Popen[str]] = []
+STARTED = []
 
 
-def start(*options: str, flow: str = "prune", **environment: str) -> subprocess.Popen[str]:
-    started = subprocess.Popen(
-        [sys.executable, "-m", f"flows.{flow}", *options],
-        env={**os.environ, **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    STARTED.append(started)
+def start(*options, flow="prune", **environment):
+    command, env = [sys.executable, "-m", f"flows.{flow}", *options], {**os.environ, **environment}
+    STARTED.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return STARTED[-1]
+
+
+def ran(since=0):
+    """ "<stage> <item>" of each stage that was started."""
+    return [line.rpartition(" ")[0] for line in Path("log.txt").read_text().splitlines()[since:]]
+
+
+def last_pid():
+    """The process of the stage that was started last."""
+    return int(Path("log.txt").read_text().split()[-1])
+
+
+def start_score(starter):
+    """Start something that runs the stage score, and wait until that holds there."""
+    Path("hold").touch()
+    started = starter()
+    wait_until(lambda: "score smollm2" in ran(), "score did not start")
     return started
 
 
-def wait_until(condition: Callable[[], bool], otherwise: object, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, otherwise
-        time.sleep(0.05)
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def log() -> list[list[str]]:
-    """[stage, item, pid] of each stage that was started."""
-    return [line.split() for line in Path("log.txt").read_text().splitlines()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def workspace_is_free() -> bool:
+def workspace_is_free():
     try:
         with dvc.workspace("the next flow"):
             return True
@@ -238,19 +204,18 @@ def workspace_is_free() -> bool:
         return False
 
 
-def ask(url: str, what: str) -> list[dict[str, Any]]:
+def ask(url, what):
     """Task runs or artifacts of the newest flow run."""
     newest = post(url, "flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0]
-    answer: list[dict[str, Any]] = post(url, f"{what}/filter", flow_runs={"id": {"any_": [newest["id"]]}})
-    return answer
+    return post(url, f"{what}/filter", flow_runs={"id": {"any_": [newest["id"]]}})
 
 
-def task_runs(url: str, wanted: Callable[[list[str], set[str]], bool]) -> list[dict[str, Any]]:
+def task_runs(url, wanted):
     """Task runs of the newest flow run, as soon as their names, sorted, and states, as "name: state", are the wanted
     ones: the server hears of them after the flow."""
-    found: list[dict[str, Any]] = []
+    found = []
 
-    def heard() -> bool:
+    def heard():
         found[:] = ask(url, "task_runs")
         return wanted(sorted(run["name"] for run in found), {f"{run['name']}: {run['state']['name']}" for run in found})
 
@@ -258,7 +223,16 @@ def task_runs(url: str, wanted: Callable[[list[str], set[str]], bool]) -> list[d
     return found
 
 
-def test_only_its_own_pages_may_use_the_server(server: str) -> None:
+def parents_of(runs):
+    """Names of the task runs that each task run is nested under."""
+    names = {run["id"]: run["name"] for run in runs}
+    return {run["name"]: [names[p["id"]] for p in run["task_inputs"].get("__parents__", [])] for run in runs}
+
+
+# --- with a server ------------------------------------------------------------------------------------------------
+
+
+def test_only_its_own_pages_may_use_the_server(server):
     asked = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "content-type"}
     for origin, allowed in ((server.removesuffix("/api"), True), ("https://elsewhere.example", False)):
         answer = httpx.options(f"{server}/deployments/filter", headers={"Origin": origin} | asked, timeout=60)
@@ -267,54 +241,48 @@ def test_only_its_own_pages_may_use_the_server(server: str) -> None:
     assert answer.status_code == 403, "a form of another page could post"
 
 
-def test_runs_that_a_killed_runner_left_open_are_ended(project: Path, server: str) -> None:
-    """Those of the deployments only: another flow's may run in a terminal."""
+def test_runs_that_a_killed_runner_left_open_are_ended(project, server):
+    """Those of the deployments only: another flow may run in a terminal."""
     deployments = serve.deployments()
     with temporary_settings({PREFECT_API_URL: server}), get_client(sync_client=True) as client:
         served = deployments[0].apply()
         lost = client.create_flow_run_from_deployment(served, state=Running())
         part = client.create_task_run(Task(post, name="score"), lost.id, dynamic_key="1", state=Running())
         waiting = client.create_flow_run_from_deployment(served)
-        alive = client.create_flow_run(prune_module.prune, state=Running())
+        elsewhere = client.create_flow_run(prune, state=Running())
         serve.end_lost_runs(server)
-        states = {run.id: client.read_flow_run(run.id).state for run in (lost, waiting, alive)}
-        assert [state and state.name for state in states.values()] == ["Crashed", "Scheduled", "Running"]
-        assert "Retry" in str(states[lost.id])
-        assert client.read_task_run(part.id).state_name == "Crashed"
+        states = {run.id: client.read_flow_run(run.id).state for run in (lost, waiting, elsewhere)}
+        assert [state.name for state in states.values()] == ["Crashed", "Scheduled", "Running"]
+        assert "Retry" in str(states[lost.id]) and client.read_task_run(part.id).state_name == "Crashed"
         client.delete_deployment(served)
-        client.set_flow_run_state(alive.id, Cancelled(), force=True)
+        client.set_flow_run_state(elsewhere.id, Cancelled(), force=True)
 
 
-def parents_of(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Names of the task runs that each task run is nested under."""
-    names = {run["id"]: run["name"] for run in runs}
-    return {run["name"]: [names[p["id"]] for p in run["task_inputs"].get("__parents__", [])] for run in runs}
+def write_json(**files):
+    for path, value in files.items():
+        Path("data", path).parent.mkdir(parents=True, exist_ok=True)
+        Path("data", path).write_text(json.dumps(value))
 
 
-def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) -> None:
-    metrics = project / "data" / "metrics"
-    metrics.mkdir(parents=True)
-    (metrics / "smollm2-dense.json").write_text('{"perplexity": 20.5, "accuracy": 0.5}')
-    (metrics / "smollm2-0.02.json").write_text('{"perplexity": 22.5, "accuracy": 0.4}')
+def test_flow_shows_stages_iterations_and_artifacts(project, server):
+    for name, perplexity in {"smollm2-dense": 20.5, "smollm2-0.02": 22.5}.items():
+        write_json(**{f"metrics/{name}.json": {"perplexity": perplexity}})
     flow = start(PREFECT_API_URL=server)
     output, _ = flow.communicate()
     assert flow.returncode == 0, output
     stages = ["fetch smollm2", "score smollm2", "commit smollm2-0.02", "commit smollm2-0.05", "report all"]
-    assert [" ".join(line[:2]) for line in log()] == stages
-    for stage in stages:
-        assert output.count(f"hello from {stage}") == 1
+    assert ran() == stages
+    assert all(output.count(f"hello from {stage}") == 1 for stage in stages)
 
     expected = {*(stage.replace(" ", "@") for stage in stages[:-1]), "report", "iteration 0", "iteration 1"}
     done = {f"{name}: {state}" for name in expected for state in ("Completed", "Cached")}
     runs = task_runs(server, lambda names, states: names == sorted(expected) and states <= done)
-    states = {run["name"]: run["state"]["name"] for run in runs}
-    parents = parents_of(runs)
+    states, parents = {run["name"]: run["state"]["name"] for run in runs}, parents_of(runs)
     assert states["iteration 0"] == "Cached" and states["iteration 1"] == states["score@smollm2"] == "Completed"
     assert parents["iteration 0"] == parents["iteration 1"] == ["score@smollm2"]
 
     artifacts = ask(server, "artifacts")
-    kinds = Counter((artifact["type"], artifact["key"]) for artifact in artifacts)
-    assert kinds == {
+    assert Counter((artifact["type"], artifact["key"]) for artifact in artifacts) == {
         ("progress", "score-smollm2-progress"): 2,
         ("table", "score-smollm2-table"): 2,
         ("markdown", "score-smollm2-pictures"): 1,
@@ -331,27 +299,22 @@ def test_flow_shows_stages_iterations_and_artifacts(project: Path, server: str) 
     assert all(a["data"] == 100.0 for a in artifacts if a["type"] == "progress")
 
 
-def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(
-    project: Path, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, monkeypatch):
     shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
     targets = ["smollm2-0.1", "smollm2-0.2", "other-0.1", "other-0.2"]
     for name, perplexity in {"smollm2-dense": 20.0, "other-dense": 30.0, **dict.fromkeys(targets, 40.0)}.items():
         values = {"perplexity": perplexity, "average": 0.5} | ({"speedup_generation": 1.1} if name in targets else {})
-        for path, content in {f"metrics/{name}.json": values, f"plans/{name}/plan.json": {"ratio": 0.123}}.items():
-            Path("data", path).parent.mkdir(parents=True, exist_ok=True)
-            Path("data", path).write_text(json.dumps(content))
+        write_json(**{f"metrics/{name}.json": values, f"plans/{name}/plan.json": {"ratio": 0.123}})
     monkeypatch.setenv("STUB_FAILS", "commit smollm2-0.1")
     monkeypatch.setenv("STUB_SAYS", "error in stage commit smollm2-0.1: budget '0.1' is not in this sequence")
     with temporary_settings({PREFECT_API_URL: server}):
         state = sweep(Grid(runs=("smollm2", "other"), budgets=("0.1", "0.2")), return_state=True)
-    assert state.is_failed() and "not complete: smollm2-0.1. Finished" in str(state.message)
-    assert str(state.message).endswith("Taken back from params.yaml: target smollm2-0.1")
+    assert state.is_failed() and "not complete: smollm2-0.1. Finished" in state.message
+    assert state.message.endswith("params.yaml is as before, with smollm2-0.2, other-0.1, other-0.2")
     assert set(load_params().targets) == {"smollm2-0.02", "smollm2-0.05", *targets[1:]}
-    assert [" ".join(line[:2]) for line in log()] == [
+    assert ran() == [
         *("fetch smollm2", "score smollm2", "commit smollm2-0.1", "commit smollm2-0.2"),
-        *("fetch other", "score other", "commit other-0.1", "commit other-0.2"),
-        "report all",
+        *("fetch other", "score other", "commit other-0.1", "commit other-0.2", "report all"),
     ]
     wanted = {"commit@other-0.2", "other-0.2", "score@other", "other"}
     nested = parents_of(task_runs(server, lambda names, _: wanted <= set(names)))
@@ -371,91 +334,168 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(
     ("stop", "failed", "reason"),
     [(False, "a", "a has no scores"), (False, "a-0.1", ""), (True, "z", "z failed"), (False, "z", "")],
 )
-def test_sweep_leaves_out_what_needs_the_failed_or_what_comes_after_it(stop: bool, failed: str, reason: str) -> None:
+def test_sweep_leaves_out_what_needs_the_failed_or_what_comes_after_it(stop, failed, reason):
     grid = Grid(runs=("z", "a"), budgets=("0.1",), stop_on_failure=stop)
     assert left_out(grid, "a", {failed: Failed(), "other": Completed()}) == reason
 
 
-def test_flow_without_a_server_runs_only_what_changed(project: Path) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
-    before = len(log())
-    flow = start("--budget", ".02", "--budget", "3blocks")
-    output, _ = flow.communicate()
-    assert flow.returncode == 0, output
-    assert [line[:2] for line in log()[before:]] == [["commit", "smollm2-3blocks"], ["report", "all"]]
-    assert output.count("Cached('nothing has changed'") == 3 and "5 stages: 2 run, 3 cached" in output
-    assert "added target smollm2-3blocks" in output
-    assert '\n  smollm2-3blocks: {run: smollm2, budget: "3blocks"}\n' in (project / "params.yaml").read_text()
-
-
-def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_workspace(project: Path, server: str) -> None:
-    Path("hold").touch()
-    flow = start(PREFECT_API_URL=server)
-    wait_until(lambda: len(log()) == 2, "score did not start")
+def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_workspace(project, server):
+    flow = start_score(lambda: start(PREFECT_API_URL=server))
     second = start("--budget", "0.3", PREFECT_API_URL=server)
     output, _ = second.communicate()
     assert second.returncode == 2 and f"process {flow.pid} on" in output and "wait for it or stop it" in output
-    assert "0.3" not in (project / "params.yaml").read_text()
+    assert Path("params.yaml").read_text() == PARAMS
     task_runs(server, lambda names, _: "iteration 0" in names)
     flow.send_signal(signal.SIGTERM)
     flow.communicate()
     assert flow.returncode == 143
-    assert not alive(int(log()[-1][2]))
+    assert not alive(last_pid())
     crashed = {"score@smollm2: Crashed", "iteration 0: Crashed"}
     task_runs(server, lambda _, states: crashed <= states and not any(state.endswith(": Running") for state in states))
 
 
-def test_stage_ends_with_a_killed_flow(project: Path) -> None:
+@pytest.mark.parametrize(
+    ("reason", "refused"),
+    [
+        ("error in stage score smollm2: budget '0.99' cannot be reached; the largest reachable is 3blocks", True),
+        ("error in stage score smollm2: data/trials could not be written: no space left", False),
+        ("Killed", False),
+    ],
+)
+def test_after_a_budget_that_a_stage_refuses_params_are_as_before(project, server, monkeypatch, reason, refused):
+    monkeypatch.setenv("STUB_FAILS", "score smollm2")
+    monkeypatch.setenv("STUB_SAYS", reason)
+    with temporary_settings({PREFECT_API_URL: server}):
+        state = prune(Selection(budgets=("0.99",)), return_state=True)
+    assert (state.name == "Refused") == refused and state.is_failed()
+    assert (Path("params.yaml").read_text() == PARAMS) == refused
+    assert state.message.endswith("params.yaml is as before") == refused
+    why = reason.removeprefix("error in stage score smollm2") if reason != "Killed" else " (dvc ended with"
+    assert state.message.startswith(f"stage score@smollm2 failed{why}")
+
+
+def test_a_failed_stage_is_told_once_in_its_log(project, server):
+    flow = start(PREFECT_API_URL=server, STUB_FAILS="score smollm2")
+    output, _ = flow.communicate()
+    assert flow.returncode == 1 and "NoneType" not in output and "Task run failed with" not in output
+    assert output.count("Finished in state Failed(") == 2, output  # the task, the flow
+
+
+def test_tables_of_a_set_start_only_what_is_stale(project, server):
+    def tables(name, *options):
+        before = len(ran())
+        flow = start("--set", name, *options, flow="paper", PREFECT_API_URL=server)
+        output, _ = flow.communicate()
+        assert flow.returncode == 0, output
+        return ran(before), output
+
+    started, output = tables("one")
+    assert started == ["fetch smollm2-paper", "search smollm2-paper", "tables one"]
+    assert "params.yaml: added study smollm2-paper, set one" in output
+    started, output = tables("one", "--publish")
+    assert started == [] and "3 stages: 0 run, 3 cached" in output
+    assert "didn't change" not in output  # what dvc prints of a stage that it was started for
+    page = Path("docs/results.md").read_text()
+    assert "python -m flows.paper --set one --publish" in page and page.endswith("\n\n![a](results/a.png)")
+    assert "# title" not in page and Path("docs/results/a.png").exists()
+    Path("data/studies/smollm2-paper/plans").unlink()
+    started, _ = tables("two")
+    assert started == ["fetch llama2-7b", "search llama2-7b", "tables two"]  # what was deleted is in dvc's cache
+    assert Path("data/studies/smollm2-paper/plans").exists()
+    assert "paper: {studies: [smollm2-paper, llama2-7b], sets: [one, two]}" in Path("params.yaml").read_text()
+    assert tables("one")[0] == ["tables one"]  # its input has one study more
+
+
+# --- without a server, or with one that has gone ------------------------------------------------------------------
+
+
+def test_flow_without_a_server_runs_only_what_changed(project):
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
+    before = len(ran())
+    flow = start("--budget", ".02", "--budget", "3blocks")
+    output, _ = flow.communicate()
+    assert flow.returncode == 0, output
+    assert ran(before) == ["commit smollm2-3blocks", "report all"]
+    assert output.count("Cached('nothing has changed'") == 3 and "5 stages: 2 run, 3 cached" in output
+    assert "added target smollm2-3blocks" in output
+    assert '\n  smollm2-3blocks: {run: smollm2, budget: "3blocks"}\n' in Path("params.yaml").read_text()
+
+
+def test_a_server_that_goes_away_does_not_hide_the_failure(project, monkeypatch):
+    monkeypatch.setattr(prune_module, "flow_run", SimpleNamespace(id="0" * 32))
+    monkeypatch.setattr(prune_module, "task_run", SimpleNamespace(id="1" * 32))
+    monkeypatch.setattr(prune_module, "get_run_logger", lambda: SimpleNamespace(info=print))
+    monkeypatch.setenv("STUB_FAILS", "fetch smollm2")
+    with temporary_settings({PREFECT_API_URL: NOWHERE}), dvc.workspace("a test") as lock:
+        state = prune_module.run_stage.fn("fetch@smollm2", lock, True, False)
+    assert state.is_failed() and "stage fetch@smollm2 failed" in str(state.message)
+
+
+def test_stage_goes_on_when_the_server_is_gone(project):
+    environment = {
+        "BLOCKPRUNER_OBSERVER": "flows.observer:PrefectObserver", "PREFECT_API_URL": NOWHERE,
+        "BLOCKPRUNER_PREFECT_PARENT": f"{'0' * 32}/{'1' * 32}", "DVC_STAGE": "score@smollm2",
+    }  # fmt: skip
+    patient = "import runpy; from flows import observer; observer.FLUSH = 300; runpy.run_module('stub', {}, '__main__')"
+    command = [sys.executable, "-c", patient, "score", "smollm2", "out.txt"]
+    stage = subprocess.run(command, env={**os.environ, **environment}, text=True, capture_output=True, check=False)
+    assert stage.returncode == 0 and Path("out.txt").exists(), stage.stdout
+    assert stage.stdout.count("Prefect cannot be told of the progress any more") == 1, stage.stdout
+    assert "iteration 1: removed mha.1" in stage.stdout
+
+
+# --- dvc ----------------------------------------------------------------------------------------------------------
+
+
+def test_stage_ends_with_a_killed_flow(project):
     script = (
         "from flows import dvc\n"
         "with dvc.workspace('a test') as lock:\n"
         "    for stage in ('fetch@smollm2', 'score@smollm2'): dvc.repro(stage, lock, print)\n"
     )
-    Path("hold").touch()
-    flow = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as nohup and `&` do
+    as_nohup_does = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    flow = start_score(
+        lambda: subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, preexec_fn=as_nohup_does)
     )
-    wait_until(lambda: len(log()) == 2, "score did not start")
     flow.kill()
     flow.wait()
-    wait_until(lambda: not alive(int(log()[-1][2])), "the stage outlived its flow", seconds=60)
+    wait_until(lambda: not alive(last_pid()), "the stage outlived its flow", seconds=60)
     wait_until(workspace_is_free, "dvc outlived its flow", seconds=60)
 
 
-def test_failed_stage_is_named_and_its_output_shown(project: Path) -> None:
+def test_failed_stage_is_named_and_its_output_shown(project):
     Path("stub.py").write_text("raise SystemExit('no such budget')")
-    lines: list[str] = []
+    lines = []
     with dvc.workspace("a test") as lock, pytest.raises(dvc.StageError, match="stage fetch@smollm2 failed"):
         dvc.repro("fetch@smollm2", lock, lines.append)
     assert lines.count("no such budget") == 1
 
 
 @pytest.mark.parametrize("damage", ["", "schema: '2.0'\nstages:\n  fetch@smollm2:\n    cmd: 'python -m"])
-def test_damaged_lock_file_is_restored(project: Path, damage: str) -> None:
-    lines: list[str] = []
+def test_files_that_a_kill_cut_short_are_mended(project, damage):
+    """dvc rewrites them in place, and does not start while it cannot read them."""
+    lines = []
+    Path(".dvc/tmp/rwlock").write_text('{"read": {"a')
     with dvc.workspace("a test") as lock:
         assert dvc.repro("fetch@smollm2", lock, lines.append)
         assert not dvc.repro("fetch@smollm2", lock, lines.append)
         whole = Path("dvc.lock").read_text()
         Path("dvc.lock").write_text(damage)
         assert not dvc.repro("fetch@smollm2", lock, lines.append)
-    assert Path("dvc.lock").read_text() == whole and Path("dvc.lock.bad").read_text() == damage
-    assert sum("restored from the flow's snapshot" in line for line in lines) == 1
+        assert Path("dvc.lock").read_text() == whole and Path("dvc.lock.bad").read_text() == damage
+        assert [line.partition(" (")[0] for line in lines if "cut short by a kill" in line] == [
+            ".dvc/tmp/rwlock was cut short by a kill; set aside as .dvc/tmp/rwlock.bad",
+            "dvc.lock was cut short by a kill; restored from the flow's copy",
+        ]
+        Path("dvc.lock").write_text(damage)
+        Path(".dvc/tmp/flow.dvc.lock").unlink()
+        with pytest.raises(dvc.StageError, match="git checkout dvc.lock"):
+            dvc.stale(["fetch@smollm2"], lines.append)
+        assert Path("dvc.lock").read_text() == damage
 
 
-def test_a_list_of_readers_that_a_kill_cut_short_is_set_aside(project: Path) -> None:
-    """dvc rewrites it in place, and does not start while it cannot read it."""
-    lines: list[str] = []
-    Path(".dvc/tmp/rwlock").write_text('{"read": {"a')
-    with dvc.workspace("a test") as lock:
-        assert dvc.repro("fetch@smollm2", lock, lines.append)
-    assert sum("rwlock was cut short by a kill; set aside" in line for line in lines) == 1
-
-
-def test_ten_starts_at_once(project: Path) -> None:
-    """One holds the workspace, nine say whose it is; as flows.prune does it, without Prefect's 3 s of import."""
+def test_ten_starts_at_once(project):
+    """One holds the workspace, nine name it; as flows.prune does it, without Prefect's 3 s of import."""
     script = (
         "import os\nfrom blockpruner.core.errors import InputError\nfrom flows import dvc\n"
         "try:\n    with dvc.workspace(f'process {os.getpid()}') as lock: dvc.repro('score@smollm2', lock, str)\n"
@@ -471,158 +511,12 @@ def test_ten_starts_at_once(project: Path) -> None:
     assert said.pop(holder.pid) == ""
     refused = f"this workspace is in use by process {holder.pid}; wait for it or stop it"
     assert [words.split(",")[0] for words in said.values()] == 9 * [refused]
-    assert [line[:2] for line in log()] == [["fetch", "smollm2"], ["score", "smollm2"]]
+    assert ran() == ["fetch smollm2", "score smollm2"]
     assert Path("data/scores/smollm2.txt").read_text() == "# score smollm2"
 
 
-def test_added_run_and_target_keep_comments(project: Path) -> None:
-    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
-    before = Path("params.yaml").read_text()
-    chosen = plan(Selection(runs=("other",), budgets=("0.1", ".10", "17blocks", "0.10kv", ".1kv", "1.5x")))
-    chosen.write()
-    names = ["0.1", "17blocks", "0.10kv", "1.5x"]
-    assert chosen.additions == ("run other", *(f"target other-{name}" for name in names))
-    assert chosen.stages() == ("fetch@other", "score@other", *(f"commit@other-{name}" for name in names), "report")
-    new = [f'  other-{name}: {{run: other, budget: "{name}"}}' for name in names]
-    lines = Path("params.yaml").read_text().splitlines()
-    assert [line for line in lines if line not in new and not line.startswith("runs:")] == [
-        line for line in before.splitlines() if not line.startswith("runs:")
-    ]
-    runs = next(line for line in lines if line.startswith("runs:"))
-    assert runs.split("#")[0].split() == ["runs:", "[smollm2,", "other]"]
-    assert runs.split("#")[1] == before.splitlines()[1].split("#")[1]
-    assert all(line in lines for line in new)
-
-
-def test_a_budget_means_the_target_that_is_not_recovered(project: Path) -> None:
-    run = Path("runs/smollm2.yaml")
-    recover = "recover: {data: {source: path, path: texts.parquet}}"
-    run.write_text(run.read_text().replace("recover: null", recover))
-    text = Path("params.yaml").read_text().replace('budget: "0.05"}', 'budget: "0.05", recover: true}')
-    Path("params.yaml").write_text(text.replace("smollm2-0.05", "smollm2-lora"))
-    chosen = plan(Selection(budgets=("0.02", "0.05")))
-    assert list(chosen.targets) == ["smollm2-0.02", "smollm2-0.05"]
-    assert chosen.additions == ("target smollm2-0.05",)
-    run.write_text(run.read_text().replace(recover, "recover: null"))
-    with pytest.raises(InputError, match=r"'smollm2-lora' has recover: true, but runs/smollm2.yaml has no recover"):
-        plan(Selection())
-
-
-def test_no_options_take_everything_and_write_nothing(project: Path) -> None:
-    before = (Path("params.yaml").read_text(), Path("params.yaml").stat().st_mtime_ns)
-    chosen = plan(Selection())
-    chosen.write()
-    assert (Path("params.yaml").read_text(), Path("params.yaml").stat().st_mtime_ns) == before
-    assert list(chosen.targets) == ["smollm2-0.02", "smollm2-0.05"]
-
-
-@pytest.mark.parametrize(
-    ("runs", "budgets", "message"),
-    [
-        ((), ("1.5",), "budget '1.5' is not valid; give a share of all parameters between 0 and 1"),
-        ((), ("0",), "budget '0' is not valid"),
-        (("../smollm2",), (), "run name '../smollm2' is not valid"),
-        (
-            ("none",),
-            (),
-            "run 'none' is unknown: runs/none.yaml does not exist; existing runs: baichuan2-13b, ",
-        ),
-    ],
-)
-def test_bad_selection_is_refused(project: Path, runs: tuple[str, ...], budgets: tuple[str, ...], message: str) -> None:
-    with pytest.raises(InputError) as error:
-        plan(Selection(runs=runs, budgets=budgets))
-    assert message in str(error.value) and "tmp" not in str(error.value)
-
-
-def test_command_refuses_without_traceback(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = Path("params.yaml").read_text()
-    assert main(["--budget", "1.5", "--budget", "0.3"]) == 2
-    assert "budget '1.5' is not valid" in capsys.readouterr().err
-    assert Path("params.yaml").read_text() == before
-
-
-def fetch_as(run: str, repo: str, layers: int) -> None:
-    """What the stage fetch leaves of a model, of whose parameters seven tenths are in blocks."""
-    folder = Path("data/models", run)
-    folder.mkdir(parents=True)
-    config = {
-        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 128,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000, "tie_word_embeddings": True,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    model = {"source": "hub", "repo": repo, "revision": "abc", "dtype": "bfloat16", "trust_remote_code": False}
-    (folder / "blockpruner_source.json").write_text(json.dumps({"identity": "", "source": model}))
-
-
-@pytest.mark.parametrize(
-    ("budget", "largest"), [("0.99", r"8blocks, ratio 0\.7"), ("9blocks", "8blocks"), ("5layers", "3layers")]
-)
-def test_a_budget_beyond_a_fetched_model_is_refused_and_not_written(
-    project: Path, capsys: pytest.CaptureFixture[str], budget: str, largest: str
-) -> None:
-    run = Path("runs/smollm2.yaml")
-    run.write_text(re.sub(r"model:.*?\n(?=\w)", "model: {source: hub, repo: a/b}\n", run.read_text(), flags=re.DOTALL))
-    before = Path("params.yaml").read_text().replace("0.02", "0.2").replace("0.05", "8blocks")
-    Path("params.yaml").write_text(before)
-    fetch_as("smollm2", "a/b", layers=4)
-    plan(Selection(budgets=("8blocks", "0.98kv", "3layers")))
-    assert main(["--budget", "0.3", "--budget", budget]) == 2
-    assert re.search(f"run smollm2: budget '{budget}' .*the largest (reachable )?is {largest}", capsys.readouterr().err)
-    assert Path("params.yaml").read_text() == before and not log()
-    shutil.rmtree("data/models")
-    fetch_as("smollm2", "a/smaller", layers=4)  # what was fetched is not what the run's file names by now
-    assert plan(Selection(budgets=(budget,))).additions
-
-
-@pytest.mark.parametrize(
-    ("said", "refused"),
-    [
-        ("error in stage score smollm2: budget '0.99' cannot be reached; the largest reachable is 3blocks", True),
-        ("error in stage score smollm2: data/trials could not be written: no space left", False),
-        ("Killed", False),
-    ],
-)
-def test_additions_that_a_stage_refuses_are_taken_back(
-    project: Path, server: str, monkeypatch: pytest.MonkeyPatch, said: str, refused: bool
-) -> None:
-    monkeypatch.setenv("STUB_FAILS", "score smollm2")
-    monkeypatch.setenv("STUB_SAYS", said)
-    before = Path("params.yaml").read_bytes()
-    with temporary_settings({PREFECT_API_URL: server}):
-        state = prune(Selection(budgets=("0.99",)), return_state=True)
-    message = str(state.message)
-    assert (state.name == "Refused") == refused and state.is_failed()
-    assert (Path("params.yaml").read_bytes() == before) == refused
-    assert ("Taken back from params.yaml: target smollm2-0.99" in message) == refused
-    assert message.startswith("stage score@smollm2 failed" + said.removeprefix("error in stage score smollm2")) or (
-        said == "Killed" and "dvc ended with" in message
-    )
-
-
-def test_what_others_changed_meanwhile_and_what_is_built_stays(project: Path) -> None:
-    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
-    chosen = plan(Selection(runs=("smollm2", "other"), budgets=("0.1",)))
-    chosen.write()
-    wanted = PARAMS.replace("block by block", "by hand")
-    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("block by block", "by hand"))
-    assert chosen.take_back(["smollm2-0.1"]) == ("run other", "target other-0.1")
-    left = load_params()
-    assert left.runs == ("smollm2",) and list(left.targets) == ["smollm2-0.02", "smollm2-0.05", "smollm2-0.1"]
-    assert chosen.take_back() == ("run other", "target smollm2-0.1", "target other-0.1")
-    assert Path("params.yaml").read_text().split() == wanted.split()
-
-
-def test_a_failed_stage_is_told_once_in_its_log(project: Path, server: str) -> None:
-    flow = start(PREFECT_API_URL=server, STUB_FAILS="score smollm2")
-    output, _ = flow.communicate()
-    assert flow.returncode == 1 and "NoneType" not in output
-    assert output.count("Finished in state Failed(") == 2, output  # the task, the flow
-    assert "Task run failed with" not in output
-
-
-def test_a_dvc_between_two_stages_is_waited_for(project: Path) -> None:
-    """It holds its lock then, and names no writer."""
+def test_a_dvc_between_two_stages_is_waited_for(project):
+    """It holds its lock then, and names no reader."""
     lock = Lock(".dvc/tmp/lock")
     lock.lock()
     freed = threading.Event()
@@ -633,118 +527,141 @@ def test_a_dvc_between_two_stages_is_waited_for(project: Path) -> None:
         free.join()
         assert not lock.is_locked
         lock.lock()  # while the flow works, its own dvc commands have it
-    with pytest.raises(InputError, match=f"in use by a dvc command, process {os.getpid()}; wait"), dvc.workspace("her"):
+    with pytest.raises(InputError, match=r"in use by a dvc command; wait .*acquire lock"), dvc.workspace("her"):
         pass
-    assert dvc.WORKSPACE_LOCK.read_text() == "her"  # whoever came while she waited was told so
+    assert WORKSPACE.read_text() == "her\n"  # whoever came while she waited was told so
     lock.unlock()
 
 
-def test_a_plain_dvc_beside_is_waited_for(project: Path) -> None:
-    """It reads params.yaml when its stage ends."""
-    before = Path("params.yaml").read_text()
-    Path("hold").touch()
-    plain = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "-q", "score@smollm2"])
-    wait_until(lambda: len(log()) == 2, "score did not start")
-    assert not workspace_is_free()
-    with (
-        pytest.raises(InputError, match=f"in use by process {plain.pid} .*repro -q score@smollm2"),
-        dvc.workspace("me"),
-    ):
+def test_a_plain_dvc_that_reads_params_is_waited_for(project):
+    """It reads params.yaml again when its stage ends."""
+    plain = start_score(lambda: subprocess.Popen([sys.executable, "-m", "dvc", "repro", "-q", "score@smollm2"]))
+    refusal = rf"(?s)in use by a dvc command; wait .*PID {plain.pid}\): .*repro -q score@smollm2"
+    with pytest.raises(InputError, match=refusal), dvc.workspace("me"):
         pass
     plain.kill()
     plain.wait()
-    os.kill(int(log()[-1][2]), signal.SIGKILL)
+    os.kill(last_pid(), signal.SIGKILL)
     assert str(plain.pid) in Path(".dvc/tmp/rwlock").read_text()
-    assert workspace_is_free() and Path("params.yaml").read_text() == before
+    assert workspace_is_free() and Path("params.yaml").read_text() == PARAMS
 
 
-def test_a_server_that_goes_away_does_not_hide_the_failure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune_module, "flow_run", SimpleNamespace(id="0" * 32))
-    monkeypatch.setattr(prune_module, "task_run", SimpleNamespace(id="1" * 32))
-    monkeypatch.setattr(prune_module, "get_run_logger", lambda: SimpleNamespace(info=print))
-    monkeypatch.setenv("STUB_FAILS", "fetch smollm2")
-    with temporary_settings({PREFECT_API_URL: NOWHERE}), dvc.workspace("a test") as lock:
-        state = prune_module.run_stage.fn("fetch@smollm2", lock)
-    assert state.is_failed() and "stage fetch@smollm2 failed" in str(state.message)
+# --- what is chosen -----------------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_does_not_win_over_what_was_pulled_after_it(project: Path) -> None:
-    lines: list[str] = []
-    with dvc.workspace("a test") as lock:
-        dvc.repro("fetch@smollm2", lock, lines.append)
-        dvc.repro("fetch@smollm2", lock, lines.append)
-    assert len(list(Path(".dvc/tmp").glob("flow.dvc.lock*"))) == 1
-    pulled = Path("dvc.lock").read_text().replace("fetch@smollm2", "fetch@colleague")
-    Path("dvc.lock").write_text(pulled)
-    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    subprocess.run(["git", "add", "dvc.lock"], check=True)
-    subprocess.run(["git", *identity, "commit", "-qm", "pulled"], check=True)
-    Path("dvc.lock").write_text("")
-    dvc.stale(["fetch@smollm2"], lines.append)
-    assert Path("dvc.lock").read_text() == pulled
-    assert sum("restored from the last commit" in line for line in lines) == 1
-    assert len(list(Path(".dvc/tmp").glob("flow.dvc.lock*"))) == 1
+def test_added_run_and_target_keep_comments(project):
+    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
+    chosen = choose(Selection(runs=("other",), budgets=("0.1", ".10", "17blocks", "0.10kv", ".1kv", "1.5x")))
+    chosen.write()
+    names = ["0.1", "17blocks", "0.10kv", "1.5x"]
+    assert chosen.additions == ("run other", *(f"target other-{name}" for name in names))
+    assert chosen.stages() == ("fetch@other", "score@other", *(f"commit@other-{name}" for name in names), "report")
+    new = [f'  other-{name}: {{run: other, budget: "{name}"}}' for name in names]
+    lines, before = Path("params.yaml").read_text().splitlines(), PARAMS.splitlines()
+    assert all(line in lines for line in new)
+    assert [line for line in lines if line not in new and line != lines[1]] == [before[0], *before[2:]]
+    assert lines[1].split("#")[0].split() == ["runs:", "[smollm2,", "other]"]
+    assert lines[1].split("#")[1] == before[1].split("#")[1]
 
 
-def test_unreachable_server_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_is_built_is_kept_and_nothing_of_others_changed(project):
+    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
+    chosen = choose(Selection(runs=("smollm2", "other"), budgets=("0.1", "0.02")))
+    chosen.write()
+    ours = Path("params.yaml").read_text()
+    theirs = ours.replace("block by block", "by hand")
+    Path("params.yaml").write_text(theirs)
+    assert not chosen.keep([]) and Path("params.yaml").read_text() == theirs
+    for built, runs, targets in (
+        (["smollm2-0.02", "smollm2-0.1"], ("smollm2",), ["smollm2-0.1"]),
+        (["other-0.02"], ("smollm2", "other"), ["other-0.02"]),
+    ):
+        Path("params.yaml").write_text(ours)
+        assert chosen.keep(built)
+        assert load_params().runs == runs
+        assert list(load_params().targets) == ["smollm2-0.02", "smollm2-0.05", *targets]
+    Path("params.yaml").write_text(ours)
+    assert chosen.keep([]) and Path("params.yaml").read_text() == PARAMS
+
+
+def test_a_budget_means_the_target_that_is_not_recovered(project):
+    run = Path("runs/smollm2.yaml")
+    recover = "recover: {data: {source: path, path: texts.parquet}}"
+    run.write_text(run.read_text().replace("recover: null", recover))
+    text = PARAMS.replace('budget: "0.05"}', 'budget: "0.05", recover: true}')
+    Path("params.yaml").write_text(text.replace("smollm2-0.05", "smollm2-lora"))
+    chosen = choose(Selection(budgets=("0.02", "0.05")))
+    assert list(chosen.targets) == ["smollm2-0.02", "smollm2-0.05"]
+    assert chosen.additions == ("target smollm2-0.05",)
+    run.write_text(run.read_text().replace(recover, "recover: null"))
+    with pytest.raises(InputError, match=r"'smollm2-lora' has recover: true, but runs/smollm2.yaml has no recover"):
+        choose(Selection())
+
+
+def test_no_options_take_everything_and_write_nothing(project):
+    before = Path("params.yaml").stat().st_mtime_ns
+    chosen = choose(Selection())
+    chosen.write()
+    assert chosen.keep([]) and Path("params.yaml").stat().st_mtime_ns == before
+    assert list(chosen.targets) == ["smollm2-0.02", "smollm2-0.05"] and Path("params.yaml").read_text() == PARAMS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "1.5"], "budget '1.5' is not valid; give a share of all parameters between 0 and 1"),
+        (["--budget", "0", "--budget", "0.3"], "budget '0' is not valid"),
+        (["--run", "../smollm2"], "run name '../smollm2' is not valid"),
+        (["--run", "none"], "run 'none' is unknown: runs/none.yaml does not exist; existing runs: baichuan2-13b, "),
+    ],
+)
+def test_bad_selection_is_refused_without_traceback(project, capsys, options, message):
+    assert main(options) == 2
+    assert message in (said := capsys.readouterr().err) and "tmp" not in said and "Traceback" not in said
+    assert Path("params.yaml").read_text() == PARAMS
+
+
+def fetch_as(run, repo, layers):
+    """What the stage fetch leaves of a model, of whose parameters seven tenths are in blocks."""
+    config = {
+        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = {"source": "hub", "repo": repo, "revision": "abc", "dtype": "bfloat16", "trust_remote_code": False}
+    source = {"identity": "", "source": model}
+    write_json(**{f"models/{run}/config.json": config, f"models/{run}/blockpruner_source.json": source})
+
+
+@pytest.mark.parametrize(
+    ("budget", "largest"), [("0.99", r"8blocks, ratio 0\.7"), ("9blocks", "8blocks"), ("5layers", "3layers")]
+)
+def test_a_budget_beyond_a_fetched_model_is_refused_and_not_written(project, capsys, budget, largest):
+    run = Path("runs/smollm2.yaml")
+    run.write_text(re.sub(r"model:.*?\n(?=\w)", "model: {source: hub, repo: a/b}\n", run.read_text(), flags=re.DOTALL))
+    before = PARAMS.replace("0.02", "0.2").replace("0.05", "8blocks")
+    Path("params.yaml").write_text(before)
+    fetch_as("smollm2", "a/b", layers=4)
+    choose(Selection(budgets=("8blocks", "0.98kv", "3layers")))
+    assert main(["--budget", "0.3", "--budget", budget]) == 2
+    assert re.search(f"run smollm2: budget '{budget}' .*the largest (reachable )?is {largest}", capsys.readouterr().err)
+    assert Path("params.yaml").read_text() == before and not ran()
+    fetch_as("smollm2", "a/smaller", layers=4)  # what was fetched is not what the run's file names by now
+    assert choose(Selection(budgets=(budget,))).additions
+
+
+def test_unreachable_server_is_named(project, capsys):
     with temporary_settings({PREFECT_API_URL: NOWHERE}):
         assert main([]) == 2
     assert NOWHERE in capsys.readouterr().err
 
 
-def test_stage_goes_on_when_the_server_is_gone(project: Path) -> None:
-    environment = {
-        "BLOCKPRUNER_OBSERVER": "flows.observer:PrefectObserver",
-        "PREFECT_API_URL": NOWHERE,
-        "BLOCKPRUNER_PREFECT_PARENT": f"{'0' * 32}/{'1' * 32}",
-        "DVC_STAGE": "score@smollm2",
-    }
-    patient = "import runpy; from flows import observer; observer.FLUSH = 300; runpy.run_module('stub', {}, '__main__')"
-    stage = subprocess.run(
-        [sys.executable, "-c", patient, "score", "smollm2", "out.txt"],
-        env={**os.environ, **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert stage.returncode == 0 and Path("out.txt").exists(), stage.stdout
-    assert stage.stdout.count("Prefect cannot be told of the progress any more") == 1, stage.stdout
-    assert "iteration 1: removed mha.1" in stage.stdout
-
-
-def test_tables_of_a_set_start_only_what_is_stale(project: Path, server: str) -> None:
-    def tables(name: str, *options: str) -> tuple[list[str], str]:
-        before = len(log())
-        flow = start("--set", name, *options, flow="paper", PREFECT_API_URL=server)
-        output, _ = flow.communicate()
-        assert flow.returncode == 0, output
-        return [" ".join(line[:2]) for line in log()[before:]], output
-
-    started, output = tables("one")
-    assert started == ["fetch smollm2-paper", "search smollm2-paper", "tables one"]
-    assert "params.yaml: added study smollm2-paper, set one" in output
-    started, output = tables("one", "--publish")
-    assert started == [] and "3 stages: 0 run, 3 cached" in output
-    assert "didn't change" not in output  # dvc says so of a stage that it was started for
-    page = Path("docs/results.md").read_text()
-    assert "python -m flows.paper --set one --publish" in page and page.endswith("\n\n![a](results/a.png)")
-    assert "# title" not in page and Path("docs/results/a.png").exists()
-    Path("data/studies/smollm2-paper/plans").unlink()
-    started, _ = tables("two")
-    assert started == ["fetch llama2-7b", "search llama2-7b", "tables two"]  # what was deleted is in dvc's cache
-    assert Path("data/studies/smollm2-paper/plans").exists()
-    assert "paper: {studies: [smollm2-paper, llama2-7b], sets: [one, two]}" in Path("params.yaml").read_text()
-    assert tables("one")[0] == ["tables one"]  # its input has one study more
-
-
-def test_data_that_a_study_was_fetched_without_is_fetched(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = paper_plan("two")
-    monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    Path("data/studies/smollm2-paper/sources").mkdir(parents=True)
+def test_data_that_a_study_was_fetched_without_is_fetched(project, monkeypatch):
+    chosen, sources = choose_set("two"), Path("data/studies/smollm2-paper/sources")
+    sources.mkdir(parents=True)
     assert lacking_data(chosen) == []
     monkeypatch.setenv(DATA_VARIABLE, "somewhere")
     assert lacking_data(chosen) == ["smollm2-paper"]  # llama2-7b measures WikiText-2 anyway
-    Path("data/studies/smollm2-paper/sources/wikitext.parquet").touch()
+    (sources / "wikitext.parquet").touch()
     assert lacking_data(chosen) == []
 
 
@@ -752,9 +669,6 @@ def test_data_that_a_study_was_fetched_without_is_fetched(project: Path, monkeyp
     ("name", "message"),
     [("three", "set 'three' is unknown; valid: two, one, none"), ("none", "runs/smollm2.yaml has no study section")],
 )
-def test_a_set_that_cannot_be_made_changes_nothing(
-    project: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
-) -> None:
-    before = Path("params.yaml").read_text()
+def test_a_set_that_cannot_be_made_changes_nothing(project, capsys, name, message):
     assert paper_main(["--set", name]) == 2
-    assert message in capsys.readouterr().err and Path("params.yaml").read_text() == before
+    assert message in capsys.readouterr().err and Path("params.yaml").read_text() == PARAMS

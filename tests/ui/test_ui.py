@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -22,7 +24,9 @@ import yaml
 from PIL import Image
 from scipy.ndimage import find_objects, label
 
+from tests import processes
 from tests.integration.project import environment, make_project, post, sentence
+from tests.processes import processes_in
 from tests.tiny import save_tiny
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `ui` is not installed (make test-ui does it)")
@@ -73,7 +77,7 @@ def served(project):
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(SECONDS)
-    assert processes(project) == set()
+    assert processes_in(project) == set()
 
 
 @pytest.fixture
@@ -89,33 +93,14 @@ def page(served):
 def free_port():
     """A port with a free one above it, for the report's page."""
     while True:
-        with socket.socket() as first, socket.socket() as second:
+        with socket.socket() as first, socket.socket() as second, suppress(OSError):
             first.bind(("127.0.0.1", 0))
             port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-                return port
-            except OSError:
-                continue
+            second.bind(("127.0.0.1", port + 1))
+            return port
 
 
-def wait_until(condition):
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-
-
-def processes(project):
-    """Ids of all processes that work in the project's folder."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "cwd").resolve() == project and (entry / "cmdline").read_bytes():
-                found.add(int(entry.name))
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
+wait_until = partial(processes.wait_until, seconds=SECONDS)
 
 
 def ask(url, what, **filters):
@@ -169,12 +154,8 @@ def bars(page):
     """Left and top of the bars in a run's graph, which is a canvas, from left to right."""
     picture = Image.open(io.BytesIO(page.locator("canvas").first.screenshot())).convert("RGB")
     green = np.abs(np.asarray(picture).astype(int) - COMPLETED).max(axis=2) < 12
-    found = [(columns.start, rows.start) for rows, columns in find_objects(label(green)[0]) if is_bar(rows, columns)]
-    return sorted(found)
-
-
-def is_bar(rows, columns):
-    return rows.stop - rows.start > 24 and columns.stop - columns.start > 5
+    places = [(r, c) for r, c in find_objects(label(green)[0]) if r.stop - r.start > 24 and c.stop - c.start > 5]
+    return sorted((columns.start, rows.start) for rows, columns in places)
 
 
 def open_artifact(page, url, key):
@@ -183,7 +164,7 @@ def open_artifact(page, url, key):
 
 
 def test_trigger_watch_cancel_and_retry(page, served, project):
-    idle = processes(project)
+    idle = processes_in(project)
     fill_form(page, served, "tiny", "a lot", "first")
     submit(page)
     page.get_by_text("'a lot' does not match").wait_for()
@@ -227,7 +208,7 @@ def test_trigger_watch_cancel_and_retry(page, served, project):
     assert flow_run(served, "second")["state_type"] == "RUNNING"
     page.get_by_role("button", name="Confirm").click()
     clicked = time.monotonic()
-    wait_until(lambda: processes(project) <= idle)
+    wait_until(lambda: processes_in(project) <= idle)
     took = time.monotonic() - clicked
     print(f"gone {took:.1f} s after the click")
     assert took < CANCELLED_WITHIN

@@ -1,4 +1,4 @@
-"""Who holds a lock file is known at any moment, and whoever comes waits or is refused."""
+"""A lock file names its holder; whoever comes second waits or is refused."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ def refuse(holder):
     raise BlockingIOError(f"held by {holder}")
 
 
-def test_whoever_comes_is_told_the_holder_and_waits_or_is_refused(tmp_path):
+def test_the_second_is_told_the_holder_and_waits_or_is_refused(tmp_path):
     path, told, let_go = tmp_path / "a.lock", [], Event()
 
     def second():
@@ -31,51 +31,30 @@ def test_whoever_comes_is_told_the_holder_and_waits_or_is_refused(tmp_path):
             assert let_go.wait(60) and not wait([waiting], timeout=0.1).done
             with pytest.raises(BlockingIOError, match="held by the first, with a longer name$"), hold(path, "", refuse):
                 pass
-        assert waiting.result() == "second" and told == ["the first, with a longer name"]
+        assert waiting.result() == "second\n" and told == ["the first, with a longer name"]
     with hold(path, "third", refuse):
-        assert path.read_text() == "third"
+        assert path.read_text() == "third\n"
 
 
-def test_a_holder_that_is_about_to_write_its_name_is_waited_for(tmp_path):
-    """Behind a killed one, whose name is still there."""
+@pytest.mark.parametrize(
+    ("written", "later", "seen"),
+    [("", "", "another process"), ("fir", "", "another process"), ("", "first\n", "first"), ("fir", "st\n", "first")],
+)
+def test_a_name_that_is_being_written_is_read_whole_or_not_at_all(tmp_path, written, later, seen, monkeypatch):
     path = tmp_path / "a.lock"
-    with open(path, "w") as lock, open(f"{path}.naming", "w") as naming, ThreadPoolExecutor() as threads:
-        fcntl.flock(naming, fcntl.LOCK_EX)
+    with open(path, "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("a killed one")
+        lock.write(written)
         lock.flush()
-        second = threads.submit(hold(path, "second", refuse).__enter__)
-        assert not wait([second], timeout=0.3).done
-        lock.seek(0)
-        lock.truncate()
-        lock.write("first")
-        lock.flush()
-        fcntl.flock(naming, fcntl.LOCK_UN)
-        with pytest.raises(BlockingIOError, match="held by first$"):
-            second.result()
+        monkeypatch.setattr("time.sleep", lambda seconds: (lock.write(later), lock.flush()))
+        with pytest.raises(BlockingIOError, match=f"held by {seen}$"), hold(path, "second", refuse):
+            pass
 
 
-def test_one_that_waited_writes_its_name_when_nobody_reads(tmp_path):
-    path = tmp_path / "a.lock"
-    with open(f"{path}.naming", "w") as naming, ThreadPoolExecutor() as threads:
-        with hold(path, "first", refuse):
-            second, told = hold(path, "second", lambda holder: told.set()), Event()
-            waiting = threads.submit(second.__enter__)
-            assert told.wait(60)
-            fcntl.flock(naming, fcntl.LOCK_EX)
-        assert not wait([waiting], timeout=0.3).done and path.read_text() == "first"
-        fcntl.flock(naming, fcntl.LOCK_UN)
-        waiting.result()
-        assert path.read_text() == "second"
-        second.__exit__(None, None, None)
-
-
-def test_where_it_cannot_be_written_or_locked_is_said(tmp_path, monkeypatch):
+def test_where_it_cannot_be_written_or_locked_is_named(tmp_path, monkeypatch):
     (tmp_path / "folder").write_text("a file")
-    with (
-        pytest.raises(StorageError, match="cannot write .*folder/a.lock"),
-        hold(tmp_path / "folder/a.lock", "", refuse),
-    ):
+    below = tmp_path / "folder/a.lock"
+    with pytest.raises(StorageError, match="cannot write .*folder/a.lock"), hold(below, "", refuse):
         pass
 
     def lock(file, how):
@@ -91,10 +70,10 @@ def test_an_error_of_whoever_is_told_is_its_own(tmp_path):
         raise OSError(errno.ENOSPC, "the output is full")
 
     path = tmp_path / "a.lock"
-    with hold(path, "first", refuse):
-        with pytest.raises(OSError, match="the output is full") as raised, hold(path, "second", full):
-            pass
-        assert type(raised.value) is OSError
+    said = pytest.raises(OSError, match="the output is full")
+    with hold(path, "first", refuse), said as raised, hold(path, "second", full):
+        pass
+    assert type(raised.value) is OSError
 
 
 def test_a_killed_holder_leaves_no_lock_and_its_child_keeps_it(tmp_path):
@@ -105,16 +84,12 @@ def test_a_killed_holder_leaves_no_lock_and_its_child_keeps_it(tmp_path):
         "    print(child.pid, flush=True); time.sleep(600)"
     )
     path = tmp_path / "a.lock"
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script, path], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
+    command, environment = [sys.executable, "-c", script, path], {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
     with pytest.raises(BlockingIOError, match="held by a parent"), hold(path, "me", refuse):
         pass
     subprocess.run(["kill", "-9", str(child)], check=True)
     with hold(path, "me", lambda holder: None):
-        assert path.read_text() == "me"
+        assert path.read_text() == "me\n"

@@ -3,38 +3,39 @@ import io
 from rich.console import Console
 
 from blockpruner.core import progress
-from blockpruner.core.progress import ConsoleObserver
-
-
-def lines_of(monkeypatch, events):
-    clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    out = io.StringIO()
-    show = ConsoleObserver(Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0)
-    for seconds, name, *arguments in events:
-        clock[0] += seconds
-        getattr(show, name)(*arguments)
-    return out.getvalue().splitlines()
+from blockpruner.core.progress import ConsoleObserver, Pace
 
 
 def test_phase_and_stage_eta_are_computed_from_computed_phases_only(monkeypatch):
     """Iterations of 100 s, each a tenth of the way; two cached ones before must not count."""
-    lines = lines_of(
-        monkeypatch,
-        [
-            (0, "begin", "iteration 0", 0.0),
-            (1, "end", "cached one", (), True),
-            (0, "begin", "iteration 1", 0.1),
-            (100, "end", "computed"),
-            (0, "begin", "iteration 2", 0.2),
-            (25, "advance", 1, 4, "candidate mha.1"),
-            (1, "advance", 2, 4, "candidate mha.2"),
-            (74, "end", "computed"),
-        ],
-    )
-    assert lines == [
+    clock, out = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    show = ConsoleObserver(Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0)
+    for seconds, name, *arguments in [
+        (0, "begin", "iteration 0", 0.0),
+        (1, "end", "cached one", (), True),
+        (0, "begin", "iteration 1", 0.1),
+        (100, "end", "computed"),
+        (0, "begin", "iteration 2", 0.2),
+        (25, "advance", 1, 4, "candidate mha.1"),
+        (1, "advance", 2, 4, "candidate mha.2"),
+        (74, "end", "computed"),
+    ]:
+        clock[0] += seconds
+        getattr(show, name)(*arguments)
+    assert out.getvalue().splitlines() == [
         "iteration 0: cached one [cached]",
         "iteration 1: computed [1m40s]",
         "  iteration 2: 1/4 (candidate mha.1), 1m15s left, stage 20% done, 13m20s left",
         "iteration 2: computed [1m40s]",
     ]
+
+
+def test_outlook_counts_computed_phases_only():
+    """Ten iterations, of which two were known and one took 100 s: seven tenths of the way are left."""
+    pace = Pace()
+    assert pace.begin(0.0, 0.0) == pace.begin(None, 0.0) == ""
+    pace.end(cached=True)
+    assert pace.begin(0.2, 1.0) == ""
+    pace.end(cached=False)
+    assert pace.begin(0.3, 101.0) == ", stage 30% done, 11m40s left"

@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,9 +22,9 @@ from prefect.utilities.schema_tools import is_valid_schema, validate
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from flows import charts, phases, serve
-from flows.observer import End
 from flows.selection import Grid, Selection
 from tests.ports import free_port
+from tests.processes import alive, wait_until
 
 
 @pytest.fixture
@@ -169,20 +168,6 @@ def test_process_ends_with_this_one():
     wait_until(lambda: not alive(pid))
 
 
-def wait_until(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 LOSSES = {"mha.0": 9.0, "mlp.0": 3.0, "mha.1": 2.5, "mlp.1": 2.75, "mha.2": float("nan")}
 
 
@@ -215,28 +200,18 @@ def test_bars_stand_at_their_layers_and_show_what_each_costs_more(drawn):
 
 def test_map_grows_also_by_what_is_not_drawn(drawn):
     search = phases.Search()
-    assert search.pictures(End("cached", rows("mlp.1"), True), behind=False) == {}
-    assert search.pictures(End("fast", rows("mha.2"), False), behind=True) == {}
-    assert search.pictures(End("evaluated", [], False), behind=False) == {}
-    assert search.pictures(End("s", rows("mha.1"), False), behind=False) == {"scores": b"png", "blocks": b"png"}
+    assert search.pictures(rows("mlp.1"), show=False) == {}
+    assert search.pictures(rows("mha.2"), show=False) == {}
+    assert search.pictures([], show=True) == {}
+    assert search.pictures(rows("mha.1"), show=True) == {"scores": b"png", "blocks": b"png"}
     numbers = {(round(t.get_position()[0]), t.get_position()[1]): t.get_text() for t in drawn[-1].axes[0].texts}
     assert numbers == {(1, 1): "1", (2, 0): "2", (1, 0): "3"}  # (layer, 0 for MHA and 1 for MLP)
 
 
 def test_order_without_losses_has_a_map_only(drawn):
     lost = [row | {"loss": float("nan")} for row in rows("mlp.0")]
-    assert phases.Search().pictures(End("s", lost, False), behind=False).keys() == {"blocks"}
+    assert phases.Search().pictures(lost, show=True).keys() == {"blocks"}
 
 
 def test_pictures_are_png():
     assert charts.scores(charts.candidates(rows("mha.1"))).startswith(b"\x89PNG")
-
-
-def test_outlook_counts_computed_phases_only():
-    """Ten iterations, of which two were known and one took 100 s: seven tenths of the way are left."""
-    pace = phases.Pace()
-    assert pace.begin(0.0, 0.0) == pace.begin(None, 0.0) == ""
-    pace.end(cached=True)
-    assert pace.begin(0.2, 1.0) == ""
-    pace.end(cached=False)
-    assert pace.begin(0.3, 101.0) == "; the stage: 30% done, 0:11:40 left"

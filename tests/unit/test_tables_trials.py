@@ -1,4 +1,4 @@
-"""What is on disk is whole or absent, and a fact is reused only where its fingerprint says so."""
+"""What is on disk is whole or absent, and a fact is reused only where its fingerprint matches."""
 
 import errno
 import math
@@ -20,7 +20,16 @@ from blockpruner.inputs.texts import TEXTS
 from blockpruner.scoring.objectives import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
-from blockpruner.store.files import HOST, is_orphan, read_table, replace_directory, write_table, write_text
+from blockpruner.store.files import (
+    HOST,
+    is_orphan,
+    read_table,
+    replace_directory,
+    write_atomic,
+    write_table,
+    write_text,
+)
+from blockpruner.store.journal import Journal
 from blockpruner.store.trials import TrialStore, store_fingerprint
 from tests.tiny import tiny_model
 
@@ -34,78 +43,101 @@ def store(root, rows=4, **changes):
 
 
 def test_facts_survive_the_process(tmp_path):
-    first = store(tmp_path)
+    first, also = store(tmp_path), store(tmp_path)
     first.put(KEY, 1, [0.1, 1 / 3])
     assert not first.known(KEY, 0, 4)
-    first.put(KEY, 0, [2.5])
-    first.put(KEY, 3, [math.pi])
+    also.put(KEY, 0, [2.5])
+    first.put("mlp.2", 0, [0.0] * 4)
+    also.put(KEY, 3, [math.pi])
     second = store(tmp_path)
-    assert second.get(KEY) == [2.5, 0.1, 1 / 3, math.pi]
-    assert second.known(KEY, 0, 4)
-    assert second.problems == []
+    assert second.get(KEY) == [2.5, 0.1, 1 / 3, math.pi] and second.units(KEY) == 3
+    assert second.known(KEY, 0, 4) and second.problems == []
 
 
-@pytest.mark.parametrize("field", [*FIELDS, "score_version"])
-def test_every_field_of_the_fingerprint_separates_stores(tmp_path, field):
-    store(tmp_path).put(KEY, 0, [1.0] * 4)
+def test_every_field_of_the_fingerprint_separates_stores_and_there_is_no_other(tmp_path):
     fields = store_fingerprint(**FIELDS)
-    other = TrialStore(fields | {field: "other"}, 4, tmp_path)
-    assert other.get(KEY) is None
+    assert set(fields) == {"calibration", "model", "dtype", "metric", "score_version"}
+    store(tmp_path).put(KEY, 0, [1.0] * 4)
+    for field in fields:
+        assert TrialStore(fields | {field: "other"}, 4, tmp_path).get(KEY) is None
+        assert field == "score_version" or store_fingerprint(**FIELDS | {field: "other"}) != fields
     assert store(tmp_path).get(KEY) == [1.0] * 4
 
 
-def test_fingerprint_holds_what_a_trial_depends_on_and_nothing_else():
-    assert set(store_fingerprint(**FIELDS)) == {"calibration", "model", "dtype", "metric", "score_version"}
-    for field in FIELDS:
-        assert store_fingerprint(**FIELDS | {field: "other"}) != store_fingerprint(**FIELDS)
+def test_logs_of_older_versions_are_read_to_the_byte(tmp_path):
+    """Two lines as they were written before there was a Journal."""
+    folder = tmp_path / "548f58d1c36c715b"
+    folder.mkdir()
+    (folder / "host-1-2.jsonl").write_text(
+        'c5552f15 {"fingerprint":"548f58d1c36c715b","rows":2}\n'
+        '9a9bbf27 {"trial":"mha.1","start":0,"loss":[0.1,0.3333333333333333]}\n'
+    )
+    found = TrialStore({"model": "m"}, 2, tmp_path)
+    assert found.fingerprint == folder.name and found.problems == []
+    assert found.get("mha.1") == [0.1, 1 / 3]
 
 
-def test_two_writers_at_once(tmp_path):
-    a, b = store(tmp_path), store(tmp_path)
-    a.put(KEY, 0, [1.0, 2.0])
-    b.put(KEY, 2, [3.0, 4.0])
-    a.put("mlp.2", 0, [0.0] * 4)
-    assert store(tmp_path).get(KEY) == [1.0, 2.0, 3.0, 4.0]
+# --- the journal --------------------------------------------------------------------------------------------------
 
 
-def test_a_torn_last_line_loses_that_unit_only(tmp_path):
-    first = store(tmp_path)
-    first.put(KEY, 0, [1.0, 2.0])
-    first.put(KEY, 2, [3.0, 4.0])
-    first.close()
-    (log,) = (tmp_path / first.fingerprint).glob("*.jsonl")
-    log.write_bytes(log.read_bytes()[:-9])
-    again = store(tmp_path)
-    assert again.known(KEY, 0, 2)
-    assert not again.known(KEY, 2, 4)
-    assert again.problems == []
+def entries_of(path, accept=lambda entry: "n" in entry, **header):
+    problems = []
+    return [entry["n"] for entry in Journal(path, {"of": "tests"} | header).read(accept, problems)], problems
 
 
-def test_a_damaged_line_is_named_and_not_trusted(tmp_path):
-    first = store(tmp_path)
-    first.put(KEY, 0, [1.0, 2.0])
-    first.put(KEY, 2, [3.0, 4.0])
-    first.close()
-    (log,) = (tmp_path / first.fingerprint).glob("*.jsonl")
-    log.write_text(log.read_text().replace("[1.0,2.0]", "[1.0,9.0]"))
-    again = store(tmp_path)
-    assert not again.known(KEY, 0, 2)
-    assert again.known(KEY, 2, 4)
-    assert len(again.problems) == 1
-    assert f"{log}, line 2" in again.problems[0]
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    journal = Journal(path, {"of": "tests"})
+    for n in (1, 2, 3):
+        journal.append({"n": n})
+        assert entries_of(path)[0][-1] == n, "on disk before the log is closed"
+    journal.close()
+    return path
 
 
-def test_a_foreign_log_is_set_aside(tmp_path):
-    foreign, own = store(tmp_path, model="other"), store(tmp_path)
-    foreign.put(KEY, 0, [1.0] * 4)
-    foreign.close()
-    (log,) = (tmp_path / foreign.fingerprint).glob("*.jsonl")
-    moved = tmp_path / own.fingerprint / log.name
-    log.rename(moved)
-    again = store(tmp_path)
-    assert again.get(KEY) is None
-    assert "set aside" in again.problems[0]
-    assert moved.with_name(moved.name + ".bad").exists()
+def test_a_torn_last_line_loses_that_entry_only(log):
+    log.write_bytes(log.read_bytes()[:-5])
+    assert entries_of(log) == ([1, 2], [])
+    again = Journal(log, {"of": "tests"})
+    again.append({"n": 4})
+    again.close()
+    assert entries_of(log) == ([1, 2, 4], [])
+
+
+@pytest.mark.parametrize("length", [0, 9])
+def test_a_log_cut_in_its_first_line_starts_anew(log, length):
+    log.write_bytes(log.read_bytes()[:length])
+    assert entries_of(log) == ([], [])
+    again = Journal(log, {"of": "tests"})
+    again.append({"n": 4})
+    again.close()
+    assert entries_of(log) == ([4], [])
+
+
+def test_a_damaged_or_foreign_line_is_named_and_not_trusted(log):
+    log.write_text(log.read_text().replace('"n":2', '"n":9'))
+    found, problems = entries_of(log, lambda entry: entry["n"] != 3)
+    assert found == [1]
+    assert problems == [f"{log}, line {n}: damaged, or of something else; it is computed again" for n in (3, 4)]
+
+
+def test_a_foreign_log_is_set_aside(log):
+    found, (problem,) = entries_of(log, of="others")
+    assert found == [] and "set aside as log.jsonl.bad" in problem and "tests" in problem and "others" in problem
+    assert log.with_name("log.jsonl.bad").exists() and not log.exists()
+
+
+def test_a_full_disk_is_an_error_for_users(log, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"log\.jsonl: no space left"):
+        Journal(log, {"of": "tests"}).append({"n": 4})
+
+
+# --- iteration tables ---------------------------------------------------------------------------------------------
 
 
 def iteration(index=0):
@@ -120,59 +152,62 @@ def test_iteration_tables_come_back_to_the_bit(tmp_path):
     assert iteration().scores[1].perplexity == math.exp((0.5 + 1 / 3) / 2)
 
 
-def damage(path, how):
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-20])
-    elif how == "not parquet":
-        path.write_text("hello")
-    elif how == "foreign":
-        write_iteration(path.parent, iteration(), "other search")
-    elif how == "other iteration":
-        write_iteration(path.parent, replace(iteration(), index=5), "s")
-        table_path(path.parent, 5).rename(path)
-    elif how == "incomplete":
-        table = pq.read_table(path)
-        pq.write_table(table.replace_schema_metadata({"search": "s", "iteration": "0"}), path)
-    else:
-        pq.write_table(pa.table({"x": [1]}), path)
+def other_iteration(path):
+    write_iteration(path.parent, replace(iteration(), index=5), "s")
+    table_path(path.parent, 5).rename(path)
 
 
-@pytest.mark.parametrize(
-    "how", ["truncated", "not parquet", "foreign", "other iteration", "incomplete", "other columns"]
-)
+def incomplete(path):
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"search": "s", "iteration": "0"}), path)
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "not parquet": lambda path: path.write_text("hello"),
+    "foreign": lambda path: write_iteration(path.parent, iteration(), "other search"),
+    "other iteration": other_iteration,
+    "incomplete": incomplete,
+    "other columns": lambda path: pq.write_table(pa.table({"x": [1]}), path),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
 def test_a_table_that_cannot_be_trusted_is_named_and_set_aside(tmp_path, how):
     write_iteration(tmp_path, iteration(), "s")
     path = table_path(tmp_path, 0)
-    damage(path, how)
+    DAMAGE[how](path)
     with pytest.raises(InputError, match="iteration_000"):
         read_trace(tmp_path, "s")
     trials = TrialStore(store_fingerprint(**FIELDS), 2)
-    problems = seed_stores(tmp_path, "s", trials, TrialStore({}, 2), influence=False)
-    assert trials.get(KEY) is None
-    assert len(problems) == 1
-    assert "set aside" in problems[0]
-    assert not path.exists()
-    assert path.with_name(path.name + ".bad").exists()
+    (problem,) = seed_stores(tmp_path, "s", trials, TrialStore({}, 2), influence=False)
+    assert trials.get(KEY) is None and "set aside" in problem
+    assert not path.exists() and path.with_name(path.name + ".bad").exists()
 
 
 def test_tables_seed_the_stores_of_the_metric_and_of_the_nll(tmp_path):
     write_iteration(tmp_path / "17blocks", iteration(), "s")
     trials, nll = TrialStore(store_fingerprint(**FIELDS), 2), TrialStore({}, 2)
     assert seed_stores(tmp_path, "s", trials, nll, influence=False) == []
-    assert trials.get(KEY) == [1.0, 2.0]
-    assert trials.get("mlp.1") == [0.5, 1 / 3]
+    assert trials.get(KEY) == [1.0, 2.0] and trials.get("mlp.1") == [0.5, 1 / 3]
     assert nll.get("mlp.1") == [7.0, 0.1] and nll.get(KEY) is None
 
 
 def test_an_influence_is_of_a_unit_within_a_base(tmp_path):
     scores = (Score(MASK, (1.0, 2.0), 2), Score(MASK | parse_mask("mlp.2"), (), 2))
-    write_iteration(
-        tmp_path, Iteration(0, scores, (parse_mask("mha.1"), parse_mask("mlp.2")), 0, nll=(None, None)), "s"
-    )
+    added = (parse_mask("mha.1"), parse_mask("mlp.2"))
+    write_iteration(tmp_path, Iteration(0, scores, added, 0, nll=(None, None)), "s")
     trials = TrialStore({}, 2)
     assert seed_stores(tmp_path, "s", trials, trials, influence=True) == []
     assert trials.get("mlp.0|mha.1") == [1.0, 2.0]
     assert trials.get("mlp.0,mha.1|mlp.2") is None and trials.get(KEY) is None
+
+
+# --- files and directories ----------------------------------------------------------------------------------------
+
+
+def names_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -183,12 +218,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    from blockpruner.store.files import write_atomic
-
     with pytest.raises(StorageError, match=r"a\.txt: no space left.*kept"):
         write_atomic(path, full)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old" and names_in(tmp_path) == ["a.txt"]
 
 
 def test_a_failed_build_leaves_the_old_directory(tmp_path):
@@ -201,8 +233,7 @@ def test_a_failed_build_leaves_the_old_directory(tmp_path):
 
     with pytest.raises(InputError):
         replace_directory(path, broken)
-    assert (path / "x").read_text() == "1"
-    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+    assert (path / "x").read_text() == "1" and names_in(tmp_path) == ["d", "d/x"]
 
 
 def test_parquet_with_other_columns(tmp_path):
@@ -217,8 +248,8 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path)
     for name in (*living, *killed):
         (tmp_path / name).mkdir()
     assert [name for name in (*living, *killed, "d", ".d.tmp", ".d.x-y.tmp") if is_orphan(tmp_path / name)] == killed
-    replace_directory(tmp_path / "d", lambda directory: (directory / "x").write_text("1"))
-    assert {path.name for path in tmp_path.iterdir()} == {*living, "d"}
+    replace_directory(tmp_path / "d", lambda directory: None)
+    assert names_in(tmp_path) == sorted([*living, "d"])
 
 
 def test_the_reference_of_an_export_is_one_of_its_temporary_files(tmp_path):
@@ -228,11 +259,11 @@ def test_the_reference_of_an_export_is_one_of_its_temporary_files(tmp_path):
             reference.touch()
 
     replace_directory(tmp_path / "d", build)
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert names_in(tmp_path) == ["d"]
 
 
 @pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_others_may_read_weights_as_the_umask_says(tmp_path, umask, expected):
+def test_others_may_read_weights_as_the_umask_allows(tmp_path, umask, expected):
     before = os.umask(umask)
     try:
         save_pruned(tiny_model("llama"), tmp_path / "d")
@@ -241,8 +272,8 @@ def test_others_may_read_weights_as_the_umask_says(tmp_path, umask, expected):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "d").iterdir()} == {expected}
 
 
-@pytest.mark.parametrize("says", [errno.ENOTEMPTY, errno.EEXIST], ids=errno.errorcode.get)
-def test_a_directory_that_another_process_has_put_there_meanwhile_is_replaced(tmp_path, monkeypatch, says):
+@pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EEXIST], ids=errno.errorcode.get)
+def test_a_directory_that_another_process_has_put_there_meanwhile_is_replaced(tmp_path, monkeypatch, number):
     """Whichever of its two errors the file system has for one that is not empty: XFS has the second."""
     path, original, theirs = tmp_path / "d", os.replace, []
 
@@ -254,11 +285,12 @@ def test_a_directory_that_another_process_has_put_there_meanwhile_is_replaced(tm
         try:
             original(source, target)
         except OSError as error:
-            raise (OSError(says, "in the way") if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else error) from error
+            in_the_way = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            raise (OSError(number, "in the way") if in_the_way else error) from error
 
     monkeypatch.setattr(os, "replace", replace)
     replace_directory(path, lambda directory: (directory / "ours").touch())
-    assert theirs and [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["d", "d/ours"]
+    assert theirs and names_in(tmp_path) == ["d", "d/ours"]
 
 
 def test_processes_that_replace_one_directory_at_once_leave_a_whole_one(tmp_path):
@@ -268,9 +300,8 @@ def test_processes_that_replace_one_directory_at_once_leave_a_whole_one(tmp_path
         "for _ in range(200): replace_directory(Path('d'), build)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    started = [
-        subprocess.Popen([sys.executable, "-c", script, name], cwd=tmp_path, env=environment) for name in ("1", "2")
-    ]
+    commands = [[sys.executable, "-c", script, name] for name in ("1", "2")]
+    started = [subprocess.Popen(command, cwd=tmp_path, env=environment) for command in commands]
     assert [process.wait() for process in started] == [0, 0]
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert names_in(tmp_path) == ["d", "d/a", "d/b"]
     assert (tmp_path / "d/a").read_text() == (tmp_path / "d/b").read_text()

@@ -15,19 +15,16 @@ merge does to weights, and how similar a merged model is, are decided in `mergin
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import set_aside, storage_error
+from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import fingerprint
-from blockpruner.store.trials import checksummed, parse_checksummed
 from blockpruner.versions import LACO_VERSION
 
 
@@ -243,69 +240,28 @@ def similarity_fields(calibration: str, model: str, dtype: str, variant: str) ->
 
 
 class SimilarityLog:
-    """Similarities on disk, a checksummed line for each, synced as soon as it is known; for one writer at a time.
+    """Similarities on disk (`store.journal`), each synced as soon as it is known; for one writer at a time."""
 
-    Args:
-        path: the file; need not exist.
-        fields: as from `similarity_fields`; a file of other fields is set aside.
-
-    known: what the file holds; problems: one line for each thing found in it and not trusted.
-    """
+    known: dict[Merges, float]
+    """What the log holds."""
+    problems: list[str]
+    """One line for each thing that was found in the file and not trusted."""
 
     def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
-        self._path, self._fields = path, dict(fields)
-        self._stream: TextIO | None = None
-        self.known: dict[Merges, float] = {}
-        self.problems: list[str] = []
-        if path.exists():
-            self._read()
+        """Read the file if it exists.
+
+        Args:
+            fields: as from `similarity_fields`; a file of other fields is set aside.
+        """
+        self.problems = []
+        self._journal = Journal(path, {"fingerprint": fingerprint(fields), "fields": dict(fields)})
+        entries = self._journal.read(lambda entry: {"merges", "similarity"} <= entry.keys(), self.problems)
+        self.known = {tuple(Merge(*pair) for pair in entry["merges"]): entry["similarity"] for entry in entries}
 
     def record(self, merges: Merges, value: float) -> None:
         """Keep one similarity; on return it is on disk."""
         self.known[merges] = value
-        try:
-            stream = self._open()
-            pairs = [[merge.layer, merge.count] for merge in merges]
-            stream.write(checksummed({"merges": pairs, "similarity": value}))
-            stream.flush()
-            os.fsync(stream.fileno())
-        except OSError as error:
-            with suppress(OSError):  # closing writes the rest of the line again, which fails again
-                self.close()
-            raise storage_error(self._path, error) from error
+        self._journal.append({"merges": [[merge.layer, merge.count] for merge in merges], "similarity": value})
 
     def close(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.close()
-
-    def _open(self) -> TextIO:
-        if self._stream is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
-            if self._stream.tell() == 0:
-                self._stream.write(checksummed({"fingerprint": fingerprint(self._fields), "fields": self._fields}))
-        return self._stream
-
-    def _read(self) -> None:
-        data = self._path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):  # the line that a kill interrupted; appended to, it would spoil the next
-            os.truncate(self._path, len(whole))
-        lines = whole.decode(errors="replace").splitlines(keepends=True)
-        if not lines:
-            return
-        header = parse_checksummed(lines[0])
-        if header is None or header.get("fingerprint") != fingerprint(self._fields):
-            kept = set_aside(self._path)
-            self.problems.append(
-                f"{self._path} is not of {self._fields} (header {lines[0].strip()[:120]!r}); set aside as {kept.name}, "
-                "its similarities are measured again"
-            )
-            return
-        for number, line in enumerate(lines[1:], start=2):
-            entry = parse_checksummed(line)
-            if entry is None:
-                self.problems.append(f"{self._path}, line {number}: checksum does not match; measured again")
-            else:
-                self.known[tuple(Merge(*pair) for pair in entry["merges"])] = entry["similarity"]
+        self._journal.close()

@@ -1,0 +1,111 @@
+"""Append-only logs: a first line that names what the log is of, then a line for each entry, each with its CRC-32.
+
+Decides how a line is written and when it is trusted. What an entry means is decided by the modules that write them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from blockpruner.store.files import set_aside, storage_error
+
+
+class Journal:
+    """One log on disk. An entry is there when `append` returns, and a kill loses at most the line being written."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        """Write nothing yet; the file is made by the first entry.
+
+        Args:
+            header: the first line; a file with another one is not this log.
+        """
+        self.path = path
+        self._header = dict(header)
+        self._stream: TextIO | None = None
+
+    def read(self, accept: Callable[[dict[str, Any]], bool], problems: list[str]) -> list[dict[str, Any]]:
+        """Read the entries that are whole and that `accept` takes.
+
+        A log of something else is set aside. A last line without an end is what a kill interrupted: no problem.
+
+        Args:
+            problems: gets one line for each file or line that is not trusted.
+        """
+        if not self.path.exists():
+            return []
+        lines = self._whole().decode(errors="replace").split("\n")[:-1]
+        if not lines:
+            return []
+        found = parse_checksummed(lines[0])
+        if found is None or any(found.get(key) != value for key, value in self._header.items()):
+            kept = set_aside(self.path)
+            problems.append(
+                f"{self.path} is not the log of {self._header} (first line {lines[0][:120]!r}); set aside as "
+                f"{kept.name}, what it held is computed again"
+            )
+            return []
+        entries = []
+        for number, line in enumerate(lines[1:], start=2):
+            entry = parse_checksummed(line)
+            if entry is not None and accept(entry):
+                entries.append(entry)
+            else:
+                problems.append(f"{self.path}, line {number}: damaged, or of something else; it is computed again")
+        return entries
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Write one entry and sync it.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            stream = self._open()
+            stream.write(checksummed(entry))
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError as error:
+            with suppress(OSError):  # closing writes the rest of the line again, which fails again
+                self.close()
+            raise storage_error(self.path, error) from error
+
+    def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def _open(self) -> TextIO:
+        if self._stream is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
+            whole = len(self._whole())
+            self._stream.truncate(whole)  # an interrupted last line would spoil the next one
+            if whole == 0:
+                self._stream.write(checksummed(self._header))
+        return self._stream
+
+    def _whole(self) -> bytes:
+        """The content without an interrupted last line."""
+        content = self.path.read_bytes()
+        return content[: content.rfind(b"\n") + 1]
+
+
+def checksummed(value: Mapping[str, Any]) -> str:
+    """A line of a log: the CRC-32 of the JSON text, then the text."""
+    text = json.dumps(value, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def parse_checksummed(line: str) -> dict[str, Any] | None:
+    """What `checksummed` wrote, without the end of the line; None if the line is damaged."""
+    checksum, _, text = line.partition(" ")
+    if checksum != f"{zlib.crc32(text.encode()):08x}":
+        return None
+    value = json.loads(text)
+    return value if isinstance(value, dict) else None
