@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from blockpruner.checkpoints.registry import EXPORTS, require_exports
+from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.core.progress import observer
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import set_threads
 from blockpruner.params import load_params, load_run
 from blockpruner.store.plans import load_plan
@@ -16,7 +15,6 @@ def main(name: str) -> None:
     params, plan = load_params(), load_plan(DATA / "plans" / name / "plan.json")
     settings, dense = load_run(plan.run), DATA / "models" / plan.run
     model = settings.model
-    require_exports(settings.export, KINDS[plan.kind], model.dtype)
     rows = CalibrationSet.load(DATA / "calibration" / plan.run / "rows.parquet").rows
     set_threads(params.runtime.threads)  # SliceGPT's result depends on them
     for form in settings.export:

@@ -77,15 +77,8 @@ EXPORTS: Registry[Export] = Registry(
     Export,
     [
         Export("hf", "transformers checkpoint", ("transformers",), HERE + "hf:export_hf"),
-        Export(
-            "nas", "DeciLM checkpoint", ("vLLM", "mlx-lm"), HERE + "nas:export_nas", ("float32", "bfloat16", "float16")
-        ),
+        Export("nas", "DeciLM checkpoint", ("vLLM", "mlx-lm"), HERE + "nas:export_nas", NARROW),
         Export("gguf", "GGUF files in 16 and 8 bits", ("llama.cpp",), HERE + "gguf:export_gguf"),
-        Export(
-            "zeroed",
-            "dense checkpoint with silenced blocks",
-            ("engines of the dense model",),
-            HERE + "zeroed:export_zeroed",
-        ),
+        Export("zeroed", "dense checkpoint, blocks zeroed", ("all of the dense model",), HERE + "zeroed:export_zeroed"),
     ],
 )

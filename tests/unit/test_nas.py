@@ -287,7 +287,7 @@ def test_plugin_tells_transformers_the_config(exported, tmp_path, known):
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert [name for name in json.loads(result.stdout.replace("'", '"')) if name.startswith("blockpruner")] == [
-        "blockpruner", "blockpruner.model.vllm_plugin",
+        "blockpruner", "blockpruner.model", "blockpruner.model.vllm_plugin",
     ]  # fmt: skip
     saved, given = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, directory))
     assert saved["block_configs"] == given["block_configs"]
