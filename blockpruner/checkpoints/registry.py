@@ -70,7 +70,7 @@ def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
             )
 
 
-HERE, NARROW = "blockpruner.checkpoints.", ("float32", "bfloat16", "float16")
+HERE, NARROW = "blockpruner.checkpoints.", ("float32", "float16", "bfloat16")
 
 EXPORTS: Registry[Export] = Registry(
     "export",
