@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu [llama2-7b | llama2-13b | tiny] [device] [removals] [rows] [row length]
 
-Random weights in bfloat16: the cost of the exact search does not depend on their values. By default 15 rows of 2,048
-tokens (about what the paper's 256 Alpaca samples give) and as many removals as the paper's 952 and 1,644 evaluations
-mean: 17 and 24. Prints the card, the row of the table beside the paper's, and the share of a matrix product's rate.
+Weights are random, in bfloat16: the cost of the exact search does not depend on their values. By default there are 15
+rows of 2,048 tokens (about the paper's 256 Alpaca samples) and 17 or 24 removals (the paper's 952 and 1,644
+evaluations). Prints the card, its row of the table with the paper's, and the share of a matrix product's rate.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
     model = random_model(shape, torch.bfloat16, str(device))
     config = model.config
     data = CalibrationSet(tuple(map(tuple, random_rows(config.vocab_size, rows, length))))
-    asked, resources, budget = request(Score()), resources_of(config.to_dict()), f"{removals}blocks"
-    stores = {loss: TrialStore({}, rows) for loss in asked.losses}
+    asked, budget = request(Score()), f"{removals}blocks"
+    stores = {name: TrialStore({}, rows) for name in asked.losses}
+    resources = resources_of(config.to_dict())
     rate = matrix_rate(device, min(rows * length, 16384), config.hidden_size)
     started = time.perf_counter()
     trace = search(asked, data, stores, Engine(model), resources, [budget], ConsoleObserver()).of(budget)

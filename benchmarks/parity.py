@@ -38,8 +38,7 @@ def oracle(model: PreTrainedModel, mask: Mask, rows: Sequence[Sequence[int]]) ->
 
 def main(checkpoint: Path, sources: Path, removals: int, rows: int, length: int) -> int:
     model, tokenizer = load_model(checkpoint, "float32"), load_tokenizer(checkpoint)
-    texts = read_texts(sources / "calibration.parquet")
-    samples = draw(texts, 20, "all", 42)
+    samples = draw(read_texts(sources / "calibration.parquet"), 20, "all", 42)
     data = CalibrationSet(pack_rows(samples, tokenizer, length, "joined").rows[:rows])
     engine = Engine(model)
     chosen: dict[str, list[str]] = {"engine": [], "oracle": []}

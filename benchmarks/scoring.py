@@ -53,8 +53,7 @@ SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9
 
 def calibration_rows(seed: int) -> CalibrationSet:
     """The first 8 rows of 128 tokens of 20 samples drawn with `seed`."""
-    texts = read_texts(TEXT)
-    samples = draw(texts, 20, "all", seed)
+    samples = draw(read_texts(TEXT), 20, "all", seed)
     return CalibrationSet(pack_rows(samples, load_tokenizer(SMOLLM2), LENGTH, "joined").rows[:ROWS])
 
 

@@ -10,14 +10,11 @@ from blockpruner.core.settings import LocalTexts, TaskAnswers
 from blockpruner.evaluation.tasks import check_tasks, fetch_tasks
 from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.inputs.texts import load_texts, write_texts
-from blockpruner.paper.experiments import study_of, variants
+from blockpruner.paper.experiments import DATA_VARIABLE, study_of, variants
 from blockpruner.params import load_run
 from blockpruner.store.files import replace_directory
 from blockpruner.store.provenance import fingerprint
 from stages import CACHE, PINS, STUDIES, run
-
-DATA_VARIABLE = "BLOCKPRUNER_DATA"
-"""Names a folder of benchmark data. A study takes WikiText-2 from it, which no package holds."""
 
 
 def main(name: str) -> None:

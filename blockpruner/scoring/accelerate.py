@@ -1,19 +1,18 @@
 """Fewer trials for the same choice: lazy evaluation and racing of a greedy step's candidates.
 
-Decides which candidates of a step are scored, and on how many rows; never what a trial says. Both rest on facts that
-were asked for in this search alone, not on what a store happens to know, so that a run repeated over any store takes
-the same decisions.
+Decides which candidates of a step are scored, and on how many rows. Both decisions rest on what this search asked for,
+not on what a store happens to know: a run repeated over any store decides the same.
 
-Racing (as in F-race, on paired rows): all candidates see the same rows, so the variance of their differences is small.
-After each slice of rows a candidate is dropped when the lower confidence bound of its mean difference to the leader is
-above zero. What is decided is the mean over the calibration rows, not over all text, so the rows are a finite
-population; and what a row said of a candidate in an earlier step says most of what it will say in this one, so only the
-change since has to be estimated. The winner is always scored on all rows.
+Racing (F-race, on paired rows): all candidates see the same rows, which keeps the variance of their differences small.
+After each slice of rows a candidate is dropped if the lower confidence bound of its mean difference to the leader is
+above zero. The rows are a finite population, since the decision is about their mean and not about all text. A row says
+nearly the same about a candidate as in an earlier step, and only the change has to be estimated. The winner is always
+scored on all rows.
 
-Lazy (as in lazy greedy): a candidate's last known rise of the loss is its priority. The most promising are scored
-first; the rest stays unscored when its rises, less a margin, are above the best fresh one. The margin is learned from
-how rises have moved, and wider for a candidate whose own rise is known on few rows. Rises are not monotone, hence
-audits: in every n-th step all candidates enter, and what would have been chosen without is recorded.
+Lazy (lazy greedy): the priority of a candidate is its last known rise of the loss. The most promising candidates are
+scored first. The others stay unscored if their rises, less a margin, are above the best fresh one. The margin comes
+from how far rises have moved, and is wider for a candidate known on few rows. Rises are not monotone, hence audits: in
+every n-th step all candidates enter, and the choice without them is recorded.
 """
 
 from __future__ import annotations
@@ -32,156 +31,39 @@ from blockpruner.scoring.objectives import Objective, Score
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What a step considered: scores in the order of the candidates, the base first where it was asked for.
-
-    A score with rows_used < rows_total lost the race; a candidate without a score was not considered.
-    lazy_choice: the pick before an audit let all candidates enter; None in a step without audit.
-    """
+class Considered:
+    """What a step considered; a candidate without a score was not."""
 
     scores: tuple[Score, ...]
+    """In the order of the candidates, after the base if that was asked for. One with too few rows lost the race."""
     lazy_choice: Mask | None = None
+    """The choice before an audit let all candidates enter; None in a step without audit."""
 
 
-def slices(rows: int) -> Iterator[int]:
-    """After how many rows a race drops candidates: 2, 3, 5, 8, 12, ... and the last row."""
-    stop = 2
-    while stop < rows:
-        yield stop
-        stop += max(1, stop // 2)
-    yield rows
-
-
-PRIOR_ROWS = 4
-"""How many rows the candidates' typical variance is worth, beside a candidate's own."""
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A candidate in a race: its rises of the loss over the base, nats per token, row by row.
-
-    seen: [k], of this step; past: [K], of an earlier one, K >= k, or [0] where nothing more is known.
-    """
-
-    seen: np.ndarray
-    past: np.ndarray
-
-    @property
-    def expected(self) -> np.ndarray:
-        """Rises on as many rows as are known of at all, [K]: the seen ones, and behind them the past ones, moved by
-        the mean change on the rows seen. Their mean is the difference estimator of two-phase sampling."""
-        rest = self.past[len(self.seen) :]
-        return np.concatenate([self.seen, rest + (self.change.mean() if len(rest) else 0.0)])
-
-    @property
-    def change(self) -> np.ndarray:
-        """From past to seen, [k]."""
-        change: np.ndarray = self.seen - self.past[: len(self.seen)]
-        return change
-
-
-def lower_bounds(others: Sequence[Runner], leader: Runner, total: int, confidence: float) -> np.ndarray:
-    """Lower confidence bound of the mean over all rows of each runner's difference to the leader.
-
-        mean(d) - t(confidence, p + k - 1) * sqrt(V(d) * (1/K - 1/total) + V(c) * (1/k - 1/K))
-
-    k rows are seen of `total`; d is the difference of what is expected of the two on the K rows that something is
-    known of, c that of their changes on the rows seen. A candidate that was scored on all rows in an earlier step has
-    K = total, so that only what has changed since is uncertain. Without a past K = k, and this is the bound of a
-    paired t-test with the finite population correction. V is a variance, moderated (Smyth 2004), since two or three
-    rows often look alike by chance: (p * median over runners + (k - 1) * own) / (p + k - 1), p = PRIOR_ROWS.
-    """
-    k = len(leader.seen)
-    known = np.array([min(len(runner.expected), len(leader.expected)) for runner in others])
-    d = [runner.expected[:rows] - leader.expected[:rows] for runner, rows in zip(others, known, strict=True)]
-    c = [runner.change - leader.change for runner, rows in zip(others, known, strict=True) if rows > k]
-    freedom = PRIOR_ROWS + k - 1
-
-    def moderated(rows: Sequence[np.ndarray]) -> np.ndarray:
-        own = np.array([row.var(ddof=1) for row in rows])
-        result: np.ndarray = (PRIOR_ROWS * np.median(own) + (k - 1) * own) / freedom
-        return result
-
-    variance = moderated(d) * (1 / known - 1 / total)
-    if c:
-        variance[known > k] += moderated(c) * (1 / k - 1 / known[known > k])
-    means = np.array([row.mean() for row in d])
-    bounds: np.ndarray = means - special.stdtrit(freedom, confidence) * np.sqrt(variance)
-    return bounds
-
-
-def race(
-    objective: Objective,
-    base: Mask,
-    masks: Sequence[Mask],
-    confidence: float,
-    past: Mapping[Mask, np.ndarray] | None = None,
-    standing: Score | None = None,
-) -> dict[Mask, Score]:
-    """Score masks on more and more rows, dropping those that are worse than the leader.
-
-    Args:
-        base: scored on the same rows, beside the race.
-        past: rises of masks in an earlier step, row by row from the first row on.
-        standing: of a mask with all rows, which the others run against and which cannot be dropped; without it, one
-            of the others at least sees all rows.
-    """
-    past = past or {}
-    known: dict[Mask, Score] = {}
-    alive = list(masks)
-    for stop in slices(objective.rows):
-        if len(alive) == 1 and standing is None:
-            stop = objective.rows
-        before, *scores = objective([base, *alive], stop)
-        known |= {score.mask: score for score in scores}
-        if stop == objective.rows:
-            break
-        zero = np.array(before.row_loss)
-        runners = [Runner(np.array(s.row_loss) - zero, past.get(s.mask, np.empty(0))) for s in scores]
-        if standing is not None:
-            rises = np.array(standing.row_loss) - np.array(objective([base])[0].row_loss)
-            runners.append(Runner(rises[:stop], rises))
-        leader = int(np.argmin([runner.expected.mean() for runner in runners]))
-        others = [i for i in range(len(runners)) if i != leader]
-        bounds = lower_bounds([runners[i] for i in others], runners[leader], objective.rows, confidence)
-        kept = {leader, *(i for i, bound in zip(others, bounds, strict=True) if bound <= 0)}
-        alive = [mask for i, mask in enumerate(alive) if i in kept]
-        if not alive:
-            break
-    return known
-
-
-Select = Callable[[int, Mask, Sequence[Mask]], Selection]
+Select = Callable[[int, Mask, Sequence[Mask]], Considered]
 
 DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "race": {"confidence": 0.999},
     "lazy": {"floor": 10, "slack": 2.0, "audit": 6},
 }
-"""Settings by part of `score.acceleration`; docs/performance.md has the measurements behind them."""
+"""Settings of each part of `score.acceleration`; docs/performance.md has the measurements behind them."""
 
 
 def settings_of(score: ScoreSettings) -> dict[str, Any]:
     """`acceleration` of a `score` section, and the settings that belong to it, defaults filled in."""
-    parts = [] if score.acceleration == "none" else score.acceleration.split("+")
-    defaults = {key: value for part in parts for key, value in DEFAULTS[part].items()}
-    given = {key: getattr(score, key) for key in defaults}
-    return {"acceleration": score.acceleration} | {
-        key: defaults[key] if value is None else value for key, value in given.items()
-    }
+    found: dict[str, Any] = {"acceleration": score.acceleration}
+    for part in score.acceleration.split("+"):
+        for key, default in DEFAULTS.get(part, {}).items():
+            given = getattr(score, key)
+            found[key] = default if given is None else given
+    return found
 
 
 def accelerate(objective: Objective, score: ScoreSettings) -> Select:
-    """How the candidates of a step are selected."""
-    settings = settings_of(score)
+    """The function that selects and scores the candidates of a step."""
     if score.acceleration == "none":
-        return lambda index, base, masks: Selection(tuple(objective(masks, base=base)))
-    return Accelerated(
-        objective,
-        confidence=settings.get("confidence"),
-        floor=settings.get("floor"),
-        slack=settings.get("slack", 0.0),
-        audit=settings.get("audit", 0),
-    )
+        return lambda index, base, masks: Considered(tuple(objective(masks, base=base)))
+    return Accelerated(objective, **{key: value for key, value in settings_of(score).items() if key != "acceleration"})
 
 
 class Accelerated:
@@ -189,28 +71,30 @@ class Accelerated:
 
     Args:
         confidence: of each comparison in a race, in (0.5, 1); None scores each candidate that enters on all rows.
-        floor: candidates that enter a step at least; None lets all enter (racing alone).
-        slack: margin of the lazy rule, as a multiple of sqrt(m^2 + e^2): m is the median of how far a rise was off
+        floor: the least number of candidates that enter a step; None lets all enter (racing alone).
+        slack: margin of the lazy rule, as a multiple of sqrt(m^2 + e^2): m is the median of how far a rise had moved
             when it was taken again, e the standard error of the candidate's own rise.
         audit: all candidates enter every `audit`-th step; 0 is never.
     """
 
     def __init__(
-        self, objective: Objective, *, confidence: float | None, floor: int | None, slack: float, audit: int
+        self,
+        objective: Objective,
+        confidence: float | None = None,
+        floor: int | None = None,
+        slack: float = 0.0,
+        audit: int = 0,
     ) -> None:
-        self._objective = objective
-        self._confidence = confidence
-        self._floor = floor
-        self._slack = slack
-        self._audit = audit
+        self._objective, self._confidence = objective, confidence
+        self._floor, self._slack, self._audit = floor, slack, audit
         self._rises: dict[Mask, np.ndarray] = {}
         self._drifts: list[float] = []
 
-    def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Selection:
+    def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
         """The scores of one step; the lowest of those on all rows is the step's choice.
 
         Args:
-            masks: base plus one candidate each, and the base itself where its score is wanted.
+            masks: base plus one candidate each, and the base itself if its score is wanted.
         """
         candidates = [mask for mask in masks if mask != base]
         lazy_choice = None
@@ -224,7 +108,7 @@ class Accelerated:
                 found |= self._score(rest, base, found[lazy_choice])
         if base in masks:
             found[base] = self._objective([base])[0]
-        return Selection(tuple(found[mask] for mask in masks if mask in found), lazy_choice)
+        return Considered(tuple(found[mask] for mask in masks if mask in found), lazy_choice)
 
     def _most_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, Score]:
         stale = {mask: float(self._rises[mask - base].mean()) for mask in candidates}
@@ -260,12 +144,118 @@ class Accelerated:
 
 
 def standard_error(rises: np.ndarray, total: int) -> float:
-    """Of the mean over all rows, from those known: sd / sqrt(K) with the finite population correction."""
+    """Of the mean over all rows, from the known ones: sd / sqrt(K) with the finite population correction."""
     known = len(rises)
     return float(rises.std(ddof=1)) * math.sqrt(1 / known - 1 / total) if known < total else 0.0
 
 
 def _best(scores: Mapping[Mask, Score]) -> Mask:
     """The lowest of the masks scored on all rows, the first of equals."""
-    complete = [score for score in scores.values() if score.rows_used == score.rows_total]
-    return min(complete, key=lambda score: score.loss).mask
+    return min((score for score in scores.values() if score.is_complete), key=lambda score: score.loss).mask
+
+
+def slices(rows: int) -> Iterator[int]:
+    """After how many rows a race drops candidates: 2, 3, 5, 8, 12, ... and the last row."""
+    stop = 2
+    while stop < rows:
+        yield stop
+        stop += max(1, stop // 2)
+    yield rows
+
+
+PRIOR_ROWS = 4
+"""So many rows is the candidates' typical variance worth, compared with a candidate's own rows."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A candidate in a race: its rises of the loss over the base, nats per token, row by row."""
+
+    seen: np.ndarray
+    """[k] in this step."""
+    past: np.ndarray
+    """[K] of an earlier step, K >= k, or [0] if there is none."""
+
+    @property
+    def expected(self) -> np.ndarray:
+        """Rises on all rows that anything is known of, [K]: the seen ones, then the past ones moved by the mean change
+        on the rows seen. Their mean is the difference estimator of two-phase sampling."""
+        rest = self.past[len(self.seen) :]
+        return np.concatenate([self.seen, rest + (self.change.mean() if len(rest) else 0.0)])
+
+    @property
+    def change(self) -> np.ndarray:
+        """From past to seen, [k]."""
+        change: np.ndarray = self.seen - self.past[: len(self.seen)]
+        return change
+
+
+def lower_bounds(others: Sequence[Runner], leader: Runner, total: int, confidence: float) -> np.ndarray:
+    """Lower confidence bound of the mean over all rows of each runner's difference to the leader.
+
+        mean(d) - t(confidence, p + k - 1) * sqrt(V(d) * (1/K - 1/total) + V(c) * (1/k - 1/K))
+
+    k rows are seen of `total`. d is the difference of the expected rises on the K rows that something is known of, c
+    the difference of the changes on the rows seen. A candidate that was scored on all rows in an earlier step has K =
+    total: only what has changed since is uncertain. Without a past K = k, and this is the bound of a paired t-test
+    with the finite population correction. V is a moderated variance (Smyth 2004), since two or three rows often look
+    alike by chance: (p * median over runners + (k - 1) * own) / (p + k - 1), p = PRIOR_ROWS.
+    """
+    k = len(leader.seen)
+    known = np.array([min(len(runner.expected), len(leader.expected)) for runner in others])
+    d = [runner.expected[:rows] - leader.expected[:rows] for runner, rows in zip(others, known, strict=True)]
+    c = [runner.change - leader.change for runner, rows in zip(others, known, strict=True) if rows > k]
+    freedom = PRIOR_ROWS + k - 1
+
+    def moderated(rows: Sequence[np.ndarray]) -> np.ndarray:
+        own = np.array([row.var(ddof=1) for row in rows])
+        result: np.ndarray = (PRIOR_ROWS * np.median(own) + (k - 1) * own) / freedom
+        return result
+
+    variance = moderated(d) * (1 / known - 1 / total)
+    if c:
+        variance[known > k] += moderated(c) * (1 / k - 1 / known[known > k])
+    means = np.array([row.mean() for row in d])
+    bounds: np.ndarray = means - special.stdtrit(freedom, confidence) * np.sqrt(variance)
+    return bounds
+
+
+def race(
+    objective: Objective,
+    base: Mask,
+    masks: Sequence[Mask],
+    confidence: float,
+    past: Mapping[Mask, np.ndarray] | None = None,
+    standing: Score | None = None,
+) -> dict[Mask, Score]:
+    """Score masks on more and more rows, and drop those that are worse than the leader.
+
+    Args:
+        base: scored on the same rows, outside the race.
+        past: rises of masks in an earlier step, row by row from the first row on.
+        standing: a mask with all rows, which the others run against and which cannot be dropped; without it, at least
+            one of the others sees all rows.
+    """
+    past = past or {}
+    known: dict[Mask, Score] = {}
+    alive = list(masks)
+    for stop in slices(objective.rows):
+        if len(alive) == 1 and standing is None:
+            stop = objective.rows
+        before, *scores = objective([base, *alive], stop)
+        known |= {score.mask: score for score in scores}
+        if stop == objective.rows:
+            break
+        zero = np.array(before.row_loss)
+        runners = [Runner(np.array(s.row_loss) - zero, past.get(s.mask, np.empty(0))) for s in scores]
+        if standing is not None:
+            rises = np.array(standing.row_loss) - np.array(objective([base])[0].row_loss)
+            runners.append(Runner(rises[:stop], rises))
+        leader = int(np.argmin([runner.expected.mean() for runner in runners]))
+        others = [i for i in range(len(runners)) if i != leader]
+        bounds = lower_bounds([runners[i] for i in others], runners[leader], objective.rows, confidence)
+        kept = {leader, *(i for i, bound in zip(others, bounds, strict=True) if bound <= 0)}
+        alive = [mask for i, mask in enumerate(alive) if i in kept]
+        if not alive:
+            break
+    return known

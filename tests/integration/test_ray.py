@@ -13,22 +13,20 @@ import pytest
 
 from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError, NonFiniteLossError
-from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Runtime
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.score import score_run
 from blockpruner.scoring.large import ray as executors
 from blockpruner.scoring.large.ray import Replica, WorkerLostError
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.scoring.work import ScoredRows, Task
 from blockpruner.store.files import read_json
+from tests.builders import scored
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'blockpruner[ray]'"
 )
 
 RUNTIME = {"device": "cpu", "batch_tokens": 24, "threads": 1, "executor": "ray"}
-SCORE = {"method": "greedy", "unit": "block", "candidates": "all", "metric": "perplexity", "acceleration": "none"}
 ROWS = CalibrationSet(tuple(tuple(1 + (7 * row + 3 * i * i) % 256 for i in range(12)) for row in range(5)))
 LAYERS, REMOVALS = 3, 2
 
@@ -183,15 +181,10 @@ def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda li
                 during(self.inner, self.units)
 
     with LazyScorer(Observed) as scorer:
-        score_run(
-            folder / "scores", folder / "trials", calibration=ROWS, model_identity="m", dtype="float32",
-            config=read_json(checkpoint / "config.json"), score=SCORE, budgets=[f"{REMOVALS}blocks"],
-            scorer=scorer, make_bench=lambda: None, observer=SilentObserver(), metrics=folder / "score.json",
-        )  # fmt: skip
-    counts = read_json(folder / "score.json")
+        counts = scored(folder, scorer, read_json(checkpoint / "config.json"), [f"{REMOVALS}blocks"], ROWS)
     masks = (1 + 2 * LAYERS) + (2 * LAYERS - 1)
-    assert (counts["iterations"], counts["trials_computed"]) == (REMOVALS, masks)
-    assert counts["units_computed"] == 3 * masks  # rows in batches of two, two and one
+    assert (counts.iterations, counts.trials_computed) == (REMOVALS, masks)
+    assert counts.units_computed == 3 * masks  # rows in batches of two, two and one
     return {path.name: path.read_bytes() for path in (folder / "scores").glob("*/iteration_*.parquet")}
 
 

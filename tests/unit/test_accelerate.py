@@ -7,35 +7,31 @@ import pytest
 from scipy import stats
 
 from blockpruner.core.blocks import DENSE, format_mask, removable_units
-from blockpruner.core.errors import InputError
-from blockpruner.core.families import count_parameters
-from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.scoring import accelerate as module
 from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, settings_of, slices
-from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
-from blockpruner.search import search_settings
-from blockpruner.search.greedy import greedy
+from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem
-from blockpruner.search.run import SearchRun
-from blockpruner.store.trials import TrialStore, store_fingerprint
-from tests.tiny import MadeUp, full_nll, tiny_model
+from blockpruner.store.trials import TrialStore
+from tests.builders import FakeScorer, removed_in, searched, short_rows
+from tests.tiny import full_nll, tiny_model
 
 LAYERS, ROWS = 6, 12
 UNITS = removable_units(LAYERS, "block", "all")
 
 
-class World(MadeUp):
+class World(FakeScorer):
     """Losses by formula: each block adds a cost of its own and, with the other block of its layer, an interaction."""
 
     def __init__(self, seed, noise=0.02, interaction=0.05):
+        super().__init__(lambda loss, base, mask, row: self.rows_of(mask)[row])
         random = np.random.default_rng(seed)
         self.cost = dict(zip(UNITS, random.permutation(np.geomspace(0.01, 3.0, len(UNITS))), strict=True))
         self.noise = {unit: random.normal(0, noise, ROWS) for unit in UNITS}
         self.interaction = interaction
-        self.asked = []
 
     def rows_of(self, mask):
         layers = [block.layer for block in mask]
@@ -46,19 +42,13 @@ class World(MadeUp):
         return losses
 
     def objective(self, store=None):
-        rows = CalibrationSet(tuple((row, row + 1) for row in range(ROWS)))
-        return Objective(rows, store or TrialStore({}, ROWS), self)
+        return Objective(short_rows(ROWS), store or TrialStore({}, ROWS), self)
 
 
 def sequence(world, steps=8, objective=None, **score):
     objective = objective or world.objective()
-    select = accelerate(objective, settings_of({"acceleration": "none"} | score))
-    search = greedy(Problem(UNITS, objective, select, ROWS))
+    search = greedy(Problem(UNITS, objective, accelerate(objective, Score(**score)), ROWS), GreedyOptions())
     return [next(search) for _ in range(steps)]
-
-
-def order(trace):
-    return [format_mask(iteration.added[iteration.chosen]) for iteration in trace]
 
 
 def brute_force(world, steps=8):
@@ -134,7 +124,7 @@ def test_slices_end_with_the_last_row(rows):
 def test_same_sequence_for_less_where_candidates_differ(seed, acceleration):
     world = World(seed)
     trace = sequence(world, acceleration=acceleration, **({} if acceleration == "race" else {"floor": 3}))
-    assert order(trace) == brute_force(world)
+    assert removed_in(trace) == brute_force(world)
     exact = sum(len(UNITS) - step for step in range(8)) * ROWS
     assert len(world.asked) < exact * {"race": 0.75, "lazy": 0.9, "lazy+race": 0.65}[acceleration]
     assert len(world.asked) == len(set(world.asked))
@@ -176,8 +166,8 @@ def test_an_audit_finds_what_lazy_evaluation_missed():
 
     world.rows_of = rows_of
     trace = sequence(world, acceleration="lazy", floor=2, slack=0.0, audit=2)
-    assert order(trace)[:2] == [first, order(trace)[1]] and order(trace)[1] != format_mask(hidden)
-    assert order(trace)[2] == format_mask(hidden)
+    assert removed_in(trace)[:2] == [first, removed_in(trace)[1]] and removed_in(trace)[1] != format_mask(hidden)
+    assert removed_in(trace)[2] == format_mask(hidden)
     assert trace[1].lazy_choice is None
     assert trace[2].lazy_choice not in (None, trace[2].removed)
     assert trace[4].lazy_choice == trace[4].removed
@@ -246,22 +236,12 @@ def test_acceleration_on_a_real_model_is_brute_force():
                     losses[unit] = math.fsum(full_nll(model, row) for row in rows.rows)
         wanted.append(min(losses, key=losses.__getitem__))
         removed |= wanted[-1]
-    fields = store_fingerprint(rows.digest, "m", "float64", "perplexity")
-    objective = Objective(rows, TrialStore(fields, 8), Engine(model, batch_tokens=30))
-    counts = count_parameters(model.config.to_dict())
-    score = {"method": "greedy", "metric": "perplexity", "acceleration": "lazy+race", "confidence": 0.99999, "floor": 6}
-    run = SearchRun(objective, objective, search_settings(score), units, {"parameters": counts}, SilentObserver())
-    trace = run.traces(["3blocks"])[""]
-    assert [iteration.added[iteration.chosen] for iteration in trace] == wanted
-
-
-def test_unknown_acceleration_names_the_valid_ones():
-    with pytest.raises(InputError, match="'fast' is unknown; valid: none, lazy, race, lazy"):
-        settings_of({"acceleration": "fast"})
+    traces = searched(model, rows, ["3blocks"], acceleration="lazy+race", confidence=0.99999, floor=6)
+    assert removed_in(traces.of("3blocks")) == [format_mask(unit) for unit in wanted]
 
 
 def test_settings_take_what_is_given_and_fill_in_the_rest():
-    found = settings_of({"acceleration": "lazy+race", "floor": 5, "method": "greedy"})
-    assert found["floor"] == 5 and found["acceleration"] == "lazy+race"
-    assert found.keys() == {"acceleration", "confidence", "floor", "slack", "audit"}
-    assert settings_of({"acceleration": "none", "method": "greedy"}) == {"acceleration": "none"}
+    assert settings_of(Score(acceleration="lazy+race", floor=5)) == {
+        "acceleration": "lazy+race", "confidence": 0.999, "floor": 5, "slack": 2.0, "audit": 6,
+    }  # fmt: skip
+    assert settings_of(Score()) == {"acceleration": "none"}

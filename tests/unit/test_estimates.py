@@ -8,17 +8,15 @@ import pytest
 
 from blockpruner.core.blocks import DENSE, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Calibration, HubModel, Run, Score
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.score import score_run
 from blockpruner.paper.estimates import GPUS, SAMPLE_TOKENS, calibration_rows, describe, estimate, search_cost
 from blockpruner.paper.experiments import Variant, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import SHAPES, find_config
 from blockpruner.params import load_run, load_set
 from blockpruner.scoring.engine import Engine
-from blockpruner.store.files import read_json
+from tests.builders import scored
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -70,14 +68,9 @@ def test_trials_are_those_of_a_real_search(tmp_path, score, budgets):
     config = model.config.to_dict()
     rows = tuple(tuple(range(1 + 20 * n, 1 + 20 * n + LENGTH)) for n in range(ROWS))
     asked = variant(score, budgets, num_samples=ROWS, seq_len=LENGTH, packing="per_sample")
-    score_run(
-        tmp_path / "scores", tmp_path / "trials", calibration=CalibrationSet(rows), model_identity="tiny",
-        dtype="float64", config=config, score=asked.score.model_dump(exclude_none=True, exclude={"latency"}),
-        budgets=budgets, scorer=Engine(model), make_bench=lambda: None, observer=SilentObserver(),
-        metrics=tmp_path / "score.json",
-    )  # fmt: skip
-    done, cost = read_json(tmp_path / "score.json"), search_cost(asked, config, set())
-    assert (cost.trials, cost.removals) == (done["trials_computed"], done["iterations"])
+    done = scored(tmp_path, Engine(model), config, budgets, CalibrationSet(rows), **score)
+    cost = search_cost(asked, config, set())
+    assert (cost.trials, cost.removals) == (done.trials_computed, done.iterations)
     assert (cost.rows, cost.length) == (ROWS, LENGTH)
 
 
