@@ -28,8 +28,10 @@ from blockpruner.store.provenance import machine, versions
 
 @torch.inference_mode()
 def oracle(model: PreTrainedModel, mask: Mask, rows: Sequence[Sequence[int]]) -> list[float]:
-    """Mean NLL of each row from one full forward pass with whole logits; softmax in float64, so that what is
-    compared is the engine, not two roundings of a sum over the vocabulary."""
+    """Mean NLL of each row from one full forward pass with whole logits.
+
+    The softmax is in float64: the comparison is about the engine, not about the rounding of a sum over the vocabulary.
+    """
     ids = torch.tensor([list(row) for row in rows])
     with masked(model, mask):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()

@@ -5,8 +5,8 @@
     python -m benchmarks.scoring growth                                     cost against layers, rows, vocabulary
     python -m benchmarks.scoring workers [n ...]                            Ray workers of one thread each
 
-Each prints Markdown and keeps its figures in data/benchmarks/, from which `python -m benchmarks.plots` draws.
-`search` goes on where it was stopped. SmolLM2 is taken from data/models/smollm2 (`dvc repro fetch@smollm2`).
+Each prints Markdown and keeps its figures in data/benchmarks/ for `python -m benchmarks.plots`. `search` goes on where
+it was stopped. SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def matrix_rate(model: PreTrainedModel, tokens: int) -> float:
 
 
 class Meter:
-    """Seconds and peak resident memory of pieces of work that take turns in one process."""
+    """Measures seconds and peak resident memory of pieces of work that take turns in one process."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -141,7 +141,7 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
 
 
 class Counted:
-    """A scorer that counts the FLOPs of what it is asked for."""
+    """A scorer that counts the FLOPs of its tasks."""
 
     def __init__(self, scorer: Engine, config: Config) -> None:
         self._scorer = scorer
@@ -193,7 +193,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
     fast = Score(acceleration="lazy+race")
     settings = settings_of(fast)
     if found.get("settings") != settings or found["removals"] != removals:
-        found = {}  # the trials stay, the record of how they came to be is made anew
+        found = {}  # the trials stay; the record of how they were made begins anew
     found |= {"settings": settings, "removals": removals} | setting()
     for seed in seeds:
         rows = calibration_rows(seed)
@@ -236,7 +236,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 class Asked:
-    """An objective that counts the FLOPs of what is asked anew in this search, whether the store knows it or not."""
+    """An objective that counts the FLOPs of what a search asks for the first time, even if the store knows it."""
 
     def __init__(self, objective: Objective, config: Any) -> None:
         self._objective, self._config = objective, config

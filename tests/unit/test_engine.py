@@ -7,7 +7,6 @@ from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.errors import NonFiniteLossError
 from blockpruner.core.families import FAMILIES
 from blockpruner.model.models import masked
-from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from tests.tiny import full_nll, tiny_model, tolerance
@@ -45,36 +44,6 @@ def test_equals_full_forwards(family, lengths, base):
         with masked(model, mask):
             for index, row in enumerate(rows):
                 assert found[mask, index] == pytest.approx(full_nll(model, row), abs=tolerance(family))
-
-
-def test_masks_without_a_common_base():
-    """A pool as a beam or an evolutionary search asks for: the walk branches where masks part, wherever that is."""
-    model, rows = tiny_model(), make_rows([10, 10])
-    masks = [parse_mask(m) for m in ("", "mha.0,mlp.3", "mha.0,mlp.2,mlp.3", "mlp.0", "mha.3", "mha.0,mha.1,mha.2")]
-    found = score_all(Engine(model), masks, rows)
-    for mask in masks:
-        with masked(model, mask):
-            assert found[mask, 1] == pytest.approx(full_nll(model, rows[1]), abs=1e-10)
-
-
-def test_work_is_the_prefix_shared_minimum(monkeypatch):
-    """n + n(n-1)/2 block forwards for a sweep with its base over n live blocks (the module docstring's formula)."""
-    model, rows = tiny_model(), make_rows([8])
-    engine, calls = Engine(model), []
-    block = engine._block
-    monkeypatch.setattr(engine, "_block", lambda *args: calls.append(args[0]) or block(*args))
-    base = parse_mask("mha.2")
-    score_all(engine, sweep(base), rows)
-    n = 8 - len(base)
-    assert len(calls) == n + n * (n - 1) // 2
-
-
-def test_loss_in_chunks(monkeypatch):
-    model, rows = tiny_model(), make_rows([16, 9])
-    whole = score_all(Engine(model), [DENSE], rows)
-    monkeypatch.setattr(engine_module, "LOGITS_BYTES", 5 * 260 * 4)  # five tokens at a time
-    chunked = score_all(Engine(model), [DENSE], rows)
-    assert chunked == pytest.approx(whole, abs=1e-12)
 
 
 def test_model_is_left_as_it_was():

@@ -18,6 +18,7 @@ from blockpruner.model.models import masked
 from blockpruner.scoring.large.ray import connect, resources
 from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
 from blockpruner.scoring.scorers import make_scorer
+from blockpruner.scoring.walk import runs, steps_of
 from blockpruner.scoring.work import ScoredRows, Task
 from tests.tiny import full_nll, save_tiny, tiny_model
 
@@ -53,11 +54,13 @@ def cost(piece):
 @pytest.mark.parametrize("pieces", [1, 2, 3, 6, 50])
 @pytest.mark.parametrize("seed", range(5))
 def test_every_mask_is_in_one_piece_and_spans_stay_whole(pieces, seed):
+    """Whatever the order of the masks."""
     tasks = tasks_of(seed)
     shared = share_out(tasks, ROWS, pieces, COSTS)
     found = [(task.span, mask) for piece in shared for task in piece for mask in task.masks]
     assert sorted(found, key=repr) == sorted(((t.span, mask) for t in tasks for mask in t.masks), key=repr)
     assert 1 <= len(shared) <= pieces and all(task.masks for piece in shared for task in piece)
+    assert share_out([Task(task.span, task.masks[::-1]) for task in tasks], ROWS, pieces, COSTS) == shared
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 4])
@@ -82,6 +85,21 @@ def test_the_costliest_piece_is_as_cheap_as_any_cut_allows(pieces, seed):
     assert max(map(cost, share_out(tasks, ROWS, pieces, COSTS))) == best
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_walk_runs_each_block_once_for_each_state(parallel, seed):
+    """Brute force: a block's input depends on what is removed before it; MHA and MLP may read the same input."""
+    masks = list(dict.fromkeys(pool(9, seed)))
+    groups = list(runs(steps_of(4, parallel), masks))
+    assert sorted((mask for group, _ in groups for mask in group), key=repr) == sorted(masks, key=repr)
+    states = set()
+    for mask in masks:
+        for step in steps_of(4, parallel):
+            before = frozenset(block for block in mask if WALK.index(block) < WALK.index(step[0]))
+            states |= {(before, block) for block in step if block not in mask}
+    assert sum(len(ran) for _, ran in groups) == len(states)
+
+
 def test_a_sweep_is_balanced_and_its_prefixes_stay_together():
     tasks = [Task(range(0, 2), (DENSE, *(frozenset({block}) for block in all_blocks(4))))]
     whole = cost(tasks)
@@ -89,12 +107,6 @@ def test_a_sweep_is_balanced_and_its_prefixes_stay_together():
     assert len(shared) == 3
     assert max(map(cost, shared)) < 0.5 * whole
     assert sum(map(cost, shared)) < 1.25 * whole
-
-
-def test_sharing_out_does_not_depend_on_the_order_of_masks():
-    tasks = tasks_of(1)
-    turned = [Task(task.span, task.masks[::-1]) for task in tasks]
-    assert share_out(turned, ROWS, 4, COSTS) == share_out(tasks, ROWS, 4, COSTS)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

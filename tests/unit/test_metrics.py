@@ -2,6 +2,7 @@
 states that forward hooks record in the family's own model; every family, padded rows, scored and given tokens."""
 
 import math
+import pickle
 from collections.abc import Iterator
 from functools import cache
 
@@ -16,7 +17,7 @@ from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import REFERENCE, Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.losses import token_js, token_kl
-from blockpruner.scoring.metrics import METRICS
+from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.work import Task
 from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tolerance
 from tests.unit.test_engine_properties import CrampedEngine
@@ -82,7 +83,8 @@ def other_model(variant):
 
 
 def values_of(engine, rows, metric, masks=MASKS, base=DENSE):
-    tasks = [Task(span, tuple(masks), METRICS[metric], base) for span in engine.row_batches(rows, range(len(rows)))]
+    metric = METRICS[metric] if isinstance(metric, str) else metric
+    tasks = [Task(span, tuple(masks), metric, base) for span in engine.row_batches(rows, range(len(rows)))]
     units = list(engine.run(tasks, rows))
     found = {(unit.mask, unit.start + i): value for unit in units for i, value in enumerate(unit.loss)}
     assert len(found) == sum(len(unit.loss) for unit in units) == len(masks) * len(rows)
@@ -180,6 +182,25 @@ def test_losses_in_chunks(monkeypatch, loss, tokens):
     whole = values_of(Engine(model), ROWS, loss)
     monkeypatch.setattr(engine_module, "LOGITS_BYTES", tokens * VOCABULARY * 4)
     assert values_of(Engine(model), ROWS, loss) == pytest.approx(whole, rel=1e-13, abs=1e-13)
+
+
+def flipped(logits, targets, dense):
+    """Whether the most likely token is another than the dense model's, [N]."""
+    return (logits.argmax(dim=-1) != dense.argmax(dim=-1)).double()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_metric_of_ones_own(tmp_path, streamed):
+    model_of("llama", LAYERS).save_pretrained(tmp_path)
+    engine = StreamingEngine(tmp_path, "float64", device="cpu") if streamed else Engine(model_of("llama", LAYERS))
+    metric = pickle.loads(pickle.dumps(Metric("flips", flipped, "flips", "share of tokens", "", reference=True)))
+    assert (metric.key, metric.is_nll, metric.name in METRICS) == ("flips", False, False)
+    found = values_of(engine, ROWS, metric)
+    for (mask, index), value in found.items():
+        best, left = (log_probabilities("llama", m, ROWS[index]).argmax(axis=1) for m in (DENSE, mask))
+        assert value == pytest.approx(np.mean(best != left))
+    assert max(found.values()) > 0
+    engine.close()
 
 
 def test_divergences_of_distributions():

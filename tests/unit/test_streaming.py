@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -91,23 +90,27 @@ def test_tasks_with_masks_of_their_own(tmp_path):
     assert len(units) == sum(len(task.masks) for task in tasks)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_shards(tmp_path, tied):
-    save(tmp_path, shard="60KB", tie_word_embeddings=tied)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]))
-    assert streamed == in_memory
+EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_weights_of_another_dtype(tmp_path, monkeypatch, stored):
-    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)  # so that a tensor passes in pieces
-    streamed, in_memory = both(save(tmp_path, dtype=stored), sweep(), make_rows([16, 9]), "float32")
-    assert streamed == in_memory
-
-
-def test_scoring_in_bfloat16(tmp_path):
-    streamed, in_memory = both(save(tmp_path, dtype=torch.bfloat16), sweep(), make_rows([16, 9]), "bfloat16")
+@pytest.mark.parametrize(
+    ("family", "stored", "dtype", "shard", "config"),
+    [
+        ("llama", "float64", "float64", "60KB", {}),
+        ("llama", "float64", "float64", "60KB", {"tie_word_embeddings": True}),
+        ("llama", "bfloat16", "float32", "5GB", {}),
+        ("llama", "float16", "float32", "5GB", {}),
+        ("llama", "bfloat16", "bfloat16", "5GB", {}),
+        *((family, "float64", "float64", "5GB", {name: 12}) for family, name in EXPERTS.items()),
+    ],
+    ids=str,
+)
+def test_shards_dtypes_and_experts(tmp_path, monkeypatch, family, stored, dtype, shard, config):
+    """A weight of another dtype passes in pieces; experts are ordered by number: of twelve, 10 and 11 come last."""
+    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)
+    save(tmp_path, family, getattr(torch, stored), shard, **config)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 3) is (shard == "60KB")
+    streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]), dtype)
     assert streamed == in_memory
 
 
@@ -121,9 +124,8 @@ def test_a_tied_weight_that_is_stored_as_the_head(tmp_path):
 
 
 def test_eager_attention(tmp_path):
-    save(tmp_path, "mistral")
     rows = make_rows([16, 9])
-    engine = StreamingEngine(tmp_path, "float64", device="cpu", attention="eager")
+    engine = StreamingEngine(save(tmp_path, "mistral"), "float64", device="cpu", attention="eager")
     in_memory = Engine(load_model(tmp_path, "float64", "cpu", attention="eager"))
     assert score_all(engine, sweep(), rows) == score_all(in_memory, sweep(), rows)
 
@@ -148,20 +150,16 @@ def test_tiles_on_disk(tmp_path, monkeypatch, disk, family, in_ram):
     assert engine.plan.tiles == len(masks) == len(states(layers))
     assert engine.plan.ram_tiles == min(in_ram, len(masks))
     if in_ram == 0:
-        advanced = [
-            {frozenset(b for b in mask if b.layer < layer) for mask in masks if sum(b.layer == layer for b in mask) < 2}
-            for layer in range(layers)
-        ]
-        made = [
-            {
-                frozenset(b for b in mask if b.layer <= layer)
-                for mask in masks
-                if sum(b.layer == layer for b in mask) < 2
-            }
-            for layer in range(layers)
-        ]
-        assert engine.spill_bytes_read == (sum(map(len, advanced)) + len(masks)) * tile
-        assert engine.spill_bytes_written == (1 + sum(map(len, made))) * tile
+
+        def changed(layer, last):
+            """Distinct states, before layer `last`, of masks that keep a part of a layer."""
+            kept = [mask for mask in masks if sum(block.layer == layer for block in mask) < 2]
+            return {frozenset(block for block in mask if block.layer < last) for mask in kept}
+
+        read = sum(len(changed(layer, layer)) for layer in range(layers))
+        written = sum(len(changed(layer, layer + 1)) for layer in range(layers))
+        assert engine.spill_bytes_read == (read + len(masks)) * tile
+        assert engine.spill_bytes_written == (1 + written) * tile
     assert (engine.spill_bytes_read > 0) is (in_ram < len(masks))
     assert score_all(engine, masks, rows) == expected
     assert not list((tmp_path / "spill").iterdir())
@@ -268,14 +266,6 @@ def test_plan_bounds_what_lives(tmp_path, family, attention, shape, dtype):
     assert planned / 3 <= live.most <= planned
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_are_ordered_by_number(tmp_path, family):
-    """Not by name: of twelve, 10 and 11 come last."""
-    save(tmp_path, family, **{"num_local_experts" if family == "mixtral" else "num_experts": 12})
-    streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]))
-    assert streamed == in_memory
-
-
 @pytest.mark.parametrize("wide", [0, 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_experts_stored_in_several_dtypes(tmp_path, wide, dtype):
@@ -328,18 +318,13 @@ def test_too_little_disk_is_refused_before_reading(tmp_path, monkeypatch):
     assert engine.weight_bytes_read == 0
 
 
-def test_a_file_system_that_is_memory_is_known(tmp_path):
-    for place in ("/dev/shm", "/proc", tmp_path):
-        kind = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True, check=True).stdout
-        assert is_in_memory(str(place)) == (kind.strip() in ("tmpfs", "ramfs")), (place, kind)
-
-
 def test_no_tiles_in_a_file_system_that_is_memory(tmp_path, monkeypatch):
-    kinds = {
-        line.split()[4]: line.partition(" - ")[2].split()[0]
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-    }
-    if kinds.get("/dev/shm") != "tmpfs":
+    kinds = {}
+    for place in ("/dev/shm", "/proc", str(tmp_path)):
+        kind = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True, check=True).stdout
+        kinds[place] = kind.strip()
+        assert is_in_memory(place) == (kinds[place] in ("tmpfs", "ramfs")), (place, kind)
+    if kinds["/dev/shm"] != "tmpfs":
         pytest.skip("no tmpfs at /dev/shm")
     engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
     monkeypatch.setattr("tempfile.tempdir", "/dev/shm")
@@ -371,17 +356,13 @@ def test_nan_names_mask_and_row(tmp_path):
         units.extend(engine.run([Task(span, (mask,)) for span in engine.row_batches(rows, range(3))], rows))
 
 
-def edited(tensors, change):
-    name = "model.layers.2.mlp.up_proj.weight"
-    if change == "missing":
-        del tensors[name]
-    elif change == "unexpected":
-        tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
-    elif change == "mismatched":
-        tensors[name] = tensors[name][:-1].clone()
-    elif change == "dtype":
-        tensors[name] = tensors[name].to(torch.int8)
-    return tensors
+UP = "model.layers.2.mlp.up_proj.weight"
+EDITS = {
+    "missing": lambda tensors: tensors.pop(UP),
+    "unexpected": lambda tensors: tensors.update({UP.replace("2", "9"): torch.zeros(2)}),
+    "mismatched": lambda tensors: tensors.update({UP: tensors[UP][:-1].clone()}),
+    "dtype": lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)}),
+}
 
 
 @pytest.mark.parametrize(
@@ -395,15 +376,23 @@ def edited(tensors, change):
 )
 def test_weights_that_do_not_match(tmp_path, change, message):
     file = save(tmp_path) / "model.safetensors"
-    save_file(edited(load_file(file), change), file, metadata={"format": "pt"})
+    tensors = load_file(file)
+    EDITS[change](tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=message):
         StreamingEngine(tmp_path, "float64", device="cpu")
 
 
-def test_what_the_model_ignores_may_be_of_any_dtype(tmp_path):
-    """As in the files of Pythia: a causal mask of booleans in each layer."""
-    file = save(tmp_path, "gpt_neox") / "model.safetensors"
-    extra = {f"gpt_neox.layers.{i}.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool) for i in range(4)}
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("gpt_neox", {f"gpt_neox.layers.{i}.attention.bias": torch.ones(1, 1, 4, 4).bool() for i in range(4)}),
+        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    ],
+    ids=["masks of Pythia", "old rotary buffers"],
+)
+def test_what_the_model_ignores_may_be_of_any_dtype(tmp_path, family, extra):
+    file = save(tmp_path, family) / "model.safetensors"
     save_file(load_file(file) | extra, file, metadata={"format": "pt"})
     streamed, in_memory = both(tmp_path, sweep(), make_rows([9]))
     assert streamed == in_memory
@@ -420,14 +409,6 @@ def test_tensors_that_are_not_aligned_to_their_items(tmp_path):
     assert (8 + len(header)) % 8 == 3
     streamed, in_memory = both(tmp_path, sweep(), make_rows([9]))
     assert streamed == pytest.approx(in_memory, abs=1e-12)
-
-
-def test_old_rotary_buffers_are_ignored(tmp_path):
-    file = save(tmp_path) / "model.safetensors"
-    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    save_file(load_file(file) | buffer, file, metadata={"format": "pt"})
-    streamed, in_memory = both(tmp_path, [DENSE], make_rows([9]))
-    assert streamed == in_memory
 
 
 @pytest.mark.parametrize("keep", [4, 1000, -100])

@@ -1,6 +1,6 @@
-"""How much memory there is: of the system, of this process's cgroups, of a device, and whether a place is a disk.
+"""How much memory the system, this process's cgroups and a device have, and whether a place is a disk.
 
-Linux only, like the rest of streaming: everything is read from /proc and the cgroup file systems, v1 and v2.
+Linux only, as all of streaming: everything is read from /proc and the cgroup file systems, v1 and v2.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 
 
 def available_memory() -> int:
-    """Bytes of main memory to be had: of the system, and within each memory cgroup of this process."""
+    """Free bytes of main memory, in the system and within each memory cgroup of this process."""
     text = Path("/proc/meminfo").read_text()
     system = int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
     return max(0, min([system, *_cgroup_rooms()]))
 
 
 def _cgroup_rooms() -> Iterator[int]:
-    """Limit less what cannot be reclaimed, of this process's memory cgroup and of those above it; v1 and v2.
+    """The limit less what cannot be reclaimed, for this process's memory cgroup and those above it; v1 and v2.
 
-    Cached pages of files can be reclaimed, but for those that are mapped: they are the code that runs.
+    Cached pages of files can be reclaimed, except mapped ones: they are the code that runs.
     """
     groups = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()]
     for _, root, place, kind, options in _mounts():
@@ -49,7 +49,7 @@ def _cgroup_rooms() -> Iterator[int]:
 
 
 def _mounts() -> Iterator[tuple[str, str, str, str, str]]:
-    """Device number, root, place, file system and its options, of every mount."""
+    """Device number, root, place, file system and its options of every mount."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         _, _, device, root, place, *_ = left.split()
@@ -64,7 +64,7 @@ def is_in_memory(place: str) -> bool:
 
 
 def free_on(device: torch.device) -> int:
-    """Bytes of the device's memory to be had, what torch holds in reserve included."""
+    """Free bytes of the device's memory, with those that torch holds in reserve."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

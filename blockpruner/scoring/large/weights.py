@@ -1,7 +1,7 @@
 """The weights of a checkpoint, read from its safetensors with `preadv` into a model's parameters, and taken out again.
 
 Decides how a tensor gets from disk to where it is used: never mapped, in pieces, in the dtype and on the device of
-scoring, under the names that the model has for it. When which weights are in memory is decided in `streaming`.
+scoring, under the model's own names. `streaming` decides which weights are in memory at what time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from blockpruner.core.errors import InputError
 from blockpruner.model.models import kernel_options, usable
 
 PIECE_BYTES = 4 * 2**20
-"""Read of a weight at once: through a buffer of this size where it needs another dtype or device."""
+"""So much of a weight is read at once, through a buffer if it needs another dtype or device."""
 
 ALIGNMENT = 512
-"""Bytes; that of CUDA's allocator, and a multiple of that of torch's on a CPU."""
+"""Bytes; the alignment of CUDA's allocator, and a multiple of torch's on a CPU."""
 
 VECTOR = 64
-"""Bytes; some kernels sum in an order that depends on where within so many bytes a weight starts."""
+"""Bytes; where a weight starts within them decides the order in which some kernels sum."""
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHERS = {
@@ -56,8 +56,11 @@ class _Stored:
 class Weights:
     """Puts a checkpoint's tensors into a model's parameters, and takes them out again.
 
-    names: of each weight to be read, with the parameters that use it (a head may share the embedding's). A weight
-    may be stored in parts: the matrices of a mixture's experts are one to the model.
+    A weight may be stored in parts: the model has one matrix for all experts of a mixture.
+
+    Attributes:
+        names: each weight to be read, with the parameters that use it (a head may share the embedding's).
+        forget: tell the system not to cache what was read; a pass over more than memory finds nothing again.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path, device: torch.device) -> None:
@@ -69,7 +72,6 @@ class Weights:
         self._files: dict[Path, int] = {}
         self.bytes_read = 0
         self.forget = False
-        """Whether the system shall not cache what was read: a pass over more than memory finds nothing again."""
 
     def bytes(self, names: Iterable[str]) -> int:
         """Memory of these weights in the dtype of scoring."""
@@ -82,13 +84,13 @@ class Weights:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def load(self, names: Sequence[str], slab: Tensor | None = None) -> None:
-        """Read these weights into `slab`, or into memory that is freed when all of them are dropped."""
+        """Read these weights into `slab`, or into new memory, which is freed once all of them are dropped."""
         slab = self.slab(self.bytes(names)) if slab is None else slab
         start = 0
         for name in sorted(names, key=lambda name: (self._stored[name][0].file, self._stored[name][0].offset)):
             empty, (stored, *others) = self._empty[name], self._stored[name]
-            # a model in memory uses tensors where safetensors maps them, which is aligned as they are in the file
-            # (or else a copy, where it is not aligned to its own items, or is put together)
+            # a model in memory uses tensors where safetensors maps them, aligned as in the file; it uses a copy of a
+            # tensor that is put together, or not aligned to its own items
             mapped = not others and self._is_used_as_stored(name, stored) and stored.offset % stored.dtype.itemsize == 0
             first = start + (stored.offset % VECTOR if mapped else 0)
             target = slab[first : first + empty.nbytes].view(empty.dtype).view(empty.shape)
@@ -131,14 +133,14 @@ class Weights:
             self.bytes_read += piece.nbytes
             if not direct:
                 part.copy_(piece)
-            if self.forget:  # from the file's start: a page run that crosses a tensor's start goes only as a whole
+            if self.forget:  # from the file's start: pages that cross a tensor's start go only as a whole
                 os.posix_fadvise(file, 0, stored.offset + start * item + piece.nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def skeleton(
     checkpoint: Path, dtype: str, device: torch.device, attention: str, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model with its parameters on the meta device, and its buffers, which no checkpoint holds, on `device`."""
+    """The model with its parameters on the meta device and its buffers, which no checkpoint holds, on `device`."""
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
     options = kernel_options(attention, dtype, device)
     with usable(attention), _parameters_on_meta():
@@ -153,7 +155,7 @@ def skeleton(
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within, a module's parameters lose their memory, untouched yet, as they are registered."""
+    """Within, parameters lose their memory, which is still untouched, when a module registers them."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -179,7 +181,7 @@ def _matched(
     parts: dict[str, list[tuple[list[int], _Stored]]] = {}
     for key, entry in _read_headers(checkpoint).items():
         name, pattern = rename_source_key(key, renamings, merges, model.base_model_prefix, expected)
-        # of a mixture: expert by expert, and of an expert its matrices in the order of the patterns
+        # in a mixture: expert by expert, and the matrices of an expert in the order of the patterns
         place = [] if pattern is None else [*map(int, re.findall(r"experts\.(\d+)\.", key)), patterns.index(pattern)]
         parts.setdefault(name, []).append((place, entry))
     stored = {
