@@ -1,17 +1,22 @@
-"""Where scoring runs: in this process, or on Ray workers that each hold a replica of the model.
+"""Where scoring runs: in memory or streamed from disk in this process, or on Ray workers that each hold a replica.
 
-Decides when a model is loaded, and how a scorer is made from the `runtime` settings.
+Decides when a model is loaded, and how a scorer is made from the `runtime` settings. Torch is loaded with the model.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from blockpruner.core.blocks import BlockKind
+from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
-from blockpruner.scoring.large.ray import RayScorer
-from blockpruner.scoring.local import local_scorer
 from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LazyScorer:
@@ -64,5 +69,58 @@ def make_scorer(
         InputError: a device, attention, compiler, package or number of workers that this machine does not have.
     """
     if runtime.executor == "ray":
+        from blockpruner.scoring.large.ray import RayScorer
+
         return RayScorer(checkpoint, dtype, runtime, trust_remote_code, note)
     return local_scorer(checkpoint, dtype, runtime, trust_remote_code, note, advance)
+
+
+def local_scorer(
+    checkpoint: Path,
+    dtype: str,
+    runtime: Runtime,
+    trust_remote_code: bool,
+    note: Callable[[str], object],
+    advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
+    memory: int | None = None,
+) -> Scorer:
+    """A scorer in this process; if streamed, with at most `memory` bytes."""
+    from blockpruner.model.models import load_model, set_threads
+
+    set_threads(runtime.threads)
+    if runtime.streaming:
+        from blockpruner.scoring.large.streaming import StreamingEngine
+
+        return StreamingEngine(
+            checkpoint, dtype, device=runtime.device, batch_tokens=runtime.batch_tokens, attention=runtime.attention,
+            trust_remote_code=trust_remote_code, note=note, advance=advance, memory=memory,
+        )  # fmt: skip
+    from blockpruner.scoring.engine import Engine
+
+    model = load_model(checkpoint, dtype, runtime.device, trust_remote_code, runtime.attention)
+    if runtime.compile:
+        _compile_(model)
+    return Engine(model, runtime.batch_tokens)
+
+
+def _compile_(model: PreTrainedModel) -> None:
+    """Compile each block's norm and module in place.
+
+    Layers share their graphs, since weights are inputs of a graph: 30 layers take 6 graphs, two for each kind of
+    module, and torch's limit is 8 recompilations. Shapes are dynamic from the start: with torch's default the kernel,
+    and so the last bits, would depend on the shapes that came before.
+    """
+    from blockpruner.model.models import decoder_layers, model_family
+
+    family, layers = model_family(model), decoder_layers(model)
+    for layer in layers:
+        for branch in map(family.branch, BlockKind):
+            for name in (*branch.norms, branch.module):
+                getattr(layer, name).compile(dynamic=True)
+    norm = getattr(layers[0], family.mha.norms[0])
+    try:  # at once: a missing compiler is an error of the setting, not of a task
+        norm(norm.weight.new_ones(2, 2, len(norm.weight)))
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise InputError(f"runtime.compile: true cannot be used here: {reason}; install a C++ compiler, or set "
+                         "runtime.compile: false") from error  # fmt: skip

@@ -24,7 +24,7 @@ from typing import Any
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
-from blockpruner.scoring.local import local_scorer
+from blockpruner.scoring.scorers import local_scorer
 from blockpruner.scoring.work import Rows, ScoredRows, Task
 from blockpruner.store.files import read_json
 
