@@ -354,7 +354,7 @@ def full(name: str, stage: str, share: float) -> dict[str, Any]:
         filler.write_bytes(bytes(free - room))
         said = attempt(project, REPRO, stage)
         filler.unlink()
-        # dvc that could not put a copy into its cache says so, and goes on
+        # dvc goes on without a copy in its cache, and prints that
         seen = UNHARMED not in said or "No space left" in said
         facts = {"flow": f"room for {room >> 10} KiB of {grows * 4} KiB", "expected": seen}
         facts |= afterwards(project, stage, said)
