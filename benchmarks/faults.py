@@ -97,18 +97,15 @@ with dvc.workspace("the run after it") as lock:
 """
 
 
-# --- the undisturbed run ----------------------------------------------------------------------------------------
-
-
 def before(stage: str) -> Path:
     return WORK / "before" / stage / "project"
 
 
-def undisturbed() -> Path:
-    """The project after its undisturbed run, also kept before each stage; `writes.json` counts each stage's writes."""
-    done = WORK / "undisturbed" / "project"
+def undisturbed() -> None:
+    """Run the project undisturbed and keep it before and after each stage; `writes.json` counts each stage's writes."""
+    done = after("report")
     if (done / "writes.json").exists():
-        return done
+        return
     for folder in ("hook", "before", "undisturbed"):
         shutil.rmtree(WORK / folder, ignore_errors=True)
     hook = WORK / "hook"
@@ -119,9 +116,8 @@ def undisturbed() -> Path:
     writes = {}
     for stage in STAGES:
         shutil.copytree(project, before(stage))
-        writes[stage] = run(project, REPRO, stage, at=0) and int((project / "writes").read_text())
+        writes[stage] = run(project, stage, at=0) and int((project / "writes").read_text())
     write_json(done / "writes.json", writes)
-    return done
 
 
 def after(stage: str) -> Path:
@@ -136,17 +132,19 @@ def with_hook(at: int, **extra: str) -> dict[str, str]:
     return environment() | changes | no_git | extra
 
 
-def run(project: Path, code: str, stage: str, at: int = -1) -> str:
+def run(project: Path, stage: str, at: int = -1) -> str:
     """Run a stage through flows.dvc; its output. Raises RuntimeError with it if that fails."""
     result = subprocess.run(
-        [sys.executable, "-c", code, stage], cwd=project, env=with_hook(at), capture_output=True, text=True, check=False
+        [sys.executable, "-c", REPRO, stage],
+        cwd=project,
+        env=with_hook(at),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if result.returncode:
         raise RuntimeError(result.stdout + result.stderr)
     return result.stdout
-
-
-# --- what is compared ---------------------------------------------------------------------------------------------
 
 
 def content(project: Path, stage: str) -> dict[str, Any]:
@@ -193,10 +191,10 @@ def afterwards(project: Path, stage: str, said: str, finished: Iterable[str] = (
         finished: the units that were finished before it was broken.
     """
     reference, earlier = after(stage), len(units(before(stage), stage))
-    kept, started, has_store = units(project, stage), time.monotonic(), stage.partition("@")[0] in STORES
+    kept, has_store = units(project, stage), stage.partition("@")[0] in STORES
     total = len(units(reference, stage)) - earlier if has_store else 1
     here = len(kept) - earlier if has_store else int(content(project, stage) == content(reference, stage))
-    output = run(project, REPRO, stage)
+    run(project, stage)
     final = units(project, stage)
     again = len(final) - len(units(reference, stage)) if stage.startswith("score") else 0
     again += sum(final.get(name) != unit for name, unit in kept.items())
@@ -204,11 +202,9 @@ def afterwards(project: Path, stage: str, said: str, finished: Iterable[str] = (
         "kept": f"{here} of {total}",
         "twice": again,
         "lost": len(set(finished) - kept.keys()),
-        "rerun": round(time.monotonic() - started, 1),
         "same": content(project, stage) == content(reference, stage),
         "traceback": "Traceback" in said,
         "said": last_word(said),
-        "repaired": [line for line in output.splitlines() if "restored" in line or "set aside" in line],
     }
 
 
@@ -245,27 +241,21 @@ ENDS = {
     (signal.SIGKILL, "flow"): -signal.SIGKILL,
     (signal.SIGINT, "dvc"): 0,  # dvc leaves Ctrl-C to its stage, which did not get it
 }
-"""Exit codes of the flow; of the others, where a stage failed, 1."""
+"""Exit codes of the flow; 1 in all other cells, in which a stage fails."""
 
 
 def start(project: Path, command: list[str], at: int, **extra: str) -> tuple[subprocess.Popen[str], Path]:
     """Start a command that stops at a write; the process, and the file with its output."""
     log = project / "flow.log"
+    reset = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     with open(log, "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=project,
-            env=with_hook(at, **extra),
-            stdout=output,
-            stderr=output,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-    return process, log
+        options: dict[str, Any] = {"stdout": output, "stderr": output, "text": True, "preexec_fn": reset}
+        command = [sys.executable, *command]
+        return subprocess.Popen(command, cwd=project, env=with_hook(at, **extra), **options), log
 
 
 def signalled(name: str, stage: str, target: str, number: signal.Signals) -> dict[str, Any]:
-    middle = read_json(undisturbed() / "writes.json")[stage] // 2
+    middle = read_json(after("report") / "writes.json")[stage] // 2
     with copied(stage, name) as project:
         flow, log = start(project, ["-c", FLOW, stage], max(1, middle), **server())
         stage_pid = paused(project, flow, log)
@@ -274,11 +264,11 @@ def signalled(name: str, stage: str, target: str, number: signal.Signals) -> dic
         unheard = target == "dvc" and number is not signal.SIGTERM  # the stage lives on, and the flow waits for it
         ended = wait_for(lambda: flow.poll() is not None and not processes_in(project), 1 if unheard else 60)
         (project / "go").touch()
-        after = wait_for(lambda: flow.poll() is not None, 300)
+        closed = wait_for(lambda: flow.poll() is not None, 300)
         free = wait_for(lambda: not processes_in(project), 30)
         facts = {
             "flow": f"{flow.returncode} after {ended:.1f} s" if ended is not None else f"{flow.returncode}, went on",
-            "left": list(processes_in(project)) if free is None or after is None else [],
+            "left": list(processes_in(project)) if free is None or closed is None else [],
             "expected": flow.returncode == ENDS.get((number, target), 1),
         }
         return facts | afterwards(project, stage, log.read_text(), finished)
@@ -327,7 +317,6 @@ def stop_server() -> None:
 
 def in_namespace(name: str) -> dict[str, Any]:
     """The cell in a process with mounts of its own."""
-    undisturbed()
     command = ["unshare", "--mount", sys.executable, "-m", "benchmarks.faults", "--inside", name]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     if result.returncode:
@@ -352,9 +341,9 @@ def full(name: str, stage: str, share: float) -> dict[str, Any]:
         filler, room = project.parent / "filler", int(grows * share) * 4096
         free = shutil.disk_usage(project.parent).free
         filler.write_bytes(bytes(free - room))
-        said = attempt(project, REPRO, stage)
+        said = attempt(project, stage)
         filler.unlink()
-        # dvc that could not put a copy into its cache says so, and goes on
+        # dvc goes on without a copy in its cache, and prints that
         seen = UNHARMED not in said or "No space left" in said
         facts = {"flow": f"room for {room >> 10} KiB of {grows * 4} KiB", "expected": seen}
         facts |= afterwards(project, stage, said)
@@ -369,7 +358,7 @@ def read_only(name: str, stage: str) -> dict[str, Any]:
         data.mkdir(exist_ok=True)
         subprocess.run(["mount", "--bind", data, data], check=True)
         subprocess.run(["mount", "-o", "remount,ro,bind", data], check=True)
-        said = attempt(project, REPRO, stage)
+        said = attempt(project, stage)
         subprocess.run(["umount", data], check=True)
         return {"flow": "data/ read-only", "expected": UNHARMED not in said} | afterwards(project, stage, said)
 
@@ -377,10 +366,10 @@ def read_only(name: str, stage: str) -> dict[str, Any]:
 UNHARMED = "it did not fail: "
 
 
-def attempt(project: Path, code: str, stage: str) -> str:
+def attempt(project: Path, stage: str) -> str:
     """The output of a run that is to fail."""
     try:
-        return UNHARMED + run(project, code, stage)
+        return UNHARMED + run(project, stage)
     except RuntimeError as error:
         return str(error)
 
@@ -388,16 +377,16 @@ def attempt(project: Path, code: str, stage: str) -> str:
 # --- cells: damaged files -------------------------------------------------------------------------------------------
 
 
-def damaged(name: str, stage: str, pattern: str, how: Callable[[bytes], bytes]) -> dict[str, Any]:
-    """A file that a stage reads is damaged; the stage alone is run, then what a person would run: `dvc repro`."""
+def damaged(name: str, stage: str, pattern: str, thirds: int) -> dict[str, Any]:
+    """A file that a stage reads is cut short; the stage alone is run, then what a person would run: `dvc repro`."""
     with copied(stage, name) as project:
         if pattern.startswith("data/evaluations/"):  # it is there once the stage has run
             shutil.rmtree(project)
             shutil.copytree(after(stage), project)
         (path,) = sorted(project.glob(pattern))[:1]
-        damaged_bytes = how(path.read_bytes())
+        content = path.read_bytes()
         path.unlink()  # the DVC cache's copy is a hard link
-        path.write_bytes(damaged_bytes)
+        path.write_bytes(content[: len(content) * thirds // 3])
         module, _, item = stage.partition("@")
         command = [sys.executable, "-m", f"stages.{module}", *([item] if item else [])]
         alone = subprocess.run(command, cwd=project, env=with_hook(-1), capture_output=True, text=True, check=False)
@@ -405,14 +394,6 @@ def damaged(name: str, stage: str, pattern: str, how: Callable[[bytes], bytes]) 
         repro = [sys.executable, "-m", "dvc", "repro", "--quiet", stage]
         subprocess.run(repro, cwd=project, env=with_hook(-1), capture_output=True, check=True)
         return facts | afterwards(project, stage, alone.stdout + alone.stderr)
-
-
-def truncated(content: bytes) -> bytes:
-    return content[: len(content) * 2 // 3]
-
-
-def nothing(content: bytes) -> bytes:
-    return b""
 
 
 DAMAGED = {
@@ -426,11 +407,7 @@ DAMAGED = {
     "a stored result": ("benchmark@lora.2", "data/evaluations/*.parquet"),
     "weights": ("materialize@lora.2", "data/models/tiny/model.safetensors"),
 }
-DVC_FILES = {
-    "dvc.lock": "dvc.lock",
-    "DVC's rwlock": ".dvc/tmp/rwlock",
-    "params.yaml": "params.yaml",
-}
+DVC_FILES = {"dvc.lock": "dvc.lock", "DVC's rwlock": ".dvc/tmp/rwlock", "params.yaml": "params.yaml"}
 
 
 def emptied(name: str, file: str) -> dict[str, Any]:
@@ -438,7 +415,7 @@ def emptied(name: str, file: str) -> dict[str, Any]:
     stage = "commit@lora.2"
     with copied(stage, name) as project:
         (project / file).write_bytes(b"")
-        said = attempt(project, REPRO, stage)
+        said = attempt(project, stage)
         if file == "params.yaml":
             shutil.copy(before(stage) / file, project / file)
         return {"flow": "a flow after it"} | afterwards(project, stage, said)
@@ -450,7 +427,6 @@ def emptied(name: str, file: str) -> dict[str, Any]:
 def server_down(name: str, up_again: float | None) -> dict[str, Any]:
     """The Prefect server killed while a stage runs, and started again after some seconds (None: when all is over)."""
     stage = "score@tiny"
-    undisturbed()
     with copied(stage, name) as project:
         flow, log = start(project, ["-c", FLOW, stage], 40, **server())
         paused(project, flow, log)
@@ -473,7 +449,6 @@ def server_down(name: str, up_again: float | None) -> dict[str, Any]:
 def worker_lost(name: str) -> dict[str, Any]:
     """One of two Ray workers killed while it scores."""
     stage = "score@tiny"
-    undisturbed()
     with copied(stage, name) as project:
         set_targets(project, TARGETS, batch_tokens=96, executor="ray", workers=2)
         code, log = start(project, ["-m", "stages.score", "tiny"], 40)
@@ -511,7 +486,7 @@ def together(places: Iterable[Path], command: list[str], **extra: str) -> list[t
 
 def ten_flows(name: str) -> dict[str, Any]:
     """Ten `python -m flows.prune` on an empty workspace at once."""
-    reference = undisturbed()
+    reference = after("report")
     with copied(next(iter(STAGES)), name) as project:
         ended = together([project] * 10, ["-m", "flows.prune"], **server())
         codes = sorted(code for code, _ in ended)
@@ -530,7 +505,7 @@ def ten_flows(name: str) -> dict[str, Any]:
 
 def two_scores(name: str, workspaces: int) -> dict[str, Any]:
     """Two score stages at once: in one workspace, or in two on one trial store."""
-    stage, reference = "score@tiny", undisturbed()
+    stage, reference = "score@tiny", after("report")
     with copied(stage, name) as project, copied(stage, name + " too") as other:
         places = [project, other][:workspaces] * (3 - workspaces)
         store = str(project / "data/trials")
@@ -550,15 +525,11 @@ def two_scores(name: str, workspaces: int) -> dict[str, Any]:
 def two_repros(name: str) -> dict[str, Any]:
     """Two plain `dvc repro` of one workspace at once."""
     stage = "score@tiny"
-    undisturbed()
     with copied(stage, name) as project:
         ended = together([project] * 2, ["-m", "dvc", "repro", "--single-item", stage])
         codes, refused = sorted(code for code, _ in ended), [last_word(output) for code, output in ended if code]
         facts = {"flow": f"exit codes {codes}", "expected": codes == [0, 255]}
         return facts | afterwards(project, stage, ended[0][1]) | {"said": (refused or ["both ran"])[0]}
-
-
-# --- the matrix -------------------------------------------------------------------------------------------------------
 
 
 def cells() -> dict[str, Callable[[str], dict[str, Any]]]:
@@ -574,8 +545,8 @@ def cells() -> dict[str, Callable[[str], dict[str, Any]]]:
         found[f"disk full, at its end, {stage}"] = partial(full, stage=stage, share=0.9)
         found[f"read-only, data/, {stage}"] = partial(read_only, stage=stage)
     for what, (stage, pattern) in DAMAGED.items():
-        found[f"truncated, {what}, {stage}"] = partial(damaged, stage=stage, pattern=pattern, how=truncated)
-        found[f"empty, {what}, {stage}"] = partial(damaged, stage=stage, pattern=pattern, how=nothing)
+        found[f"truncated, {what}, {stage}"] = partial(damaged, stage=stage, pattern=pattern, thirds=2)
+        found[f"empty, {what}, {stage}"] = partial(damaged, stage=stage, pattern=pattern, thirds=0)
     for what, file in DVC_FILES.items():
         found[f"empty, {what}, commit@lora.2"] = partial(emptied, file=file)
     found["server, down for 5 s, score@tiny"] = partial(server_down, up_again=5.0)
@@ -604,6 +575,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main(words: list[str]) -> int:
     wanted = {name: cell for name, cell in cells().items() if all(word in name for word in words)}
+    undisturbed()
     found: dict[str, Any] = read_json(FOUND) if FOUND.exists() else {}
     for name, cell in wanted.items():
         if name in found and is_good(found[name]):

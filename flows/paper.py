@@ -33,8 +33,8 @@ PREFACE = """# Results
 
 Written by `python -m flows.paper --set {name} --publish` from what the studies of the set have measured; nothing on
 this page is typed by hand. What holds for one model, and for a small one above all, need not hold for another. The
-paper's own models (sets `llama2-7b` to `paper`) need a GPU and the model hub; `--dry-run` says how much of both.
-[experiments.md](experiments.md) says what this run took, and on what machine.
+paper's own models (sets `llama2-7b` to `paper`) need a GPU and the model hub; `--dry-run` prints how much of both.
+[experiments.md](experiments.md) describes what this run took, and on what machine.
 """
 
 

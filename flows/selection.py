@@ -127,20 +127,19 @@ class Chosen:
         """Leave of the additions only these targets and their runs; False if somebody has changed the file."""
         is_ours = PARAMS.read_text(encoding="utf-8") == self.text()
         if is_ours and self.additions:
-            write_text(PARAMS, self.text({name: self.new_targets[name] for name in built if name in self.new_targets}))
+            write_text(PARAMS, self.text(built))
         return is_ours
 
-    def text(self, targets: Mapping[str, tuple[str, str]] | None = None) -> str:
+    def text(self, built: Collection[str] | None = None) -> str:
         """params.yaml with all additions, or with these targets and their runs only."""
-        runs = self.new_runs
-        if targets is not None:
-            runs = tuple(run for run in runs if run in {run for run, _ in targets.values()})
-        added = self.new_targets if targets is None else targets
-        if not runs and not added:
+        targets = {name: new for name, new in self.new_targets.items() if built is None or name in built}
+        needed = {run for run, _ in targets.values()}
+        runs = [run for run in self.new_runs if built is None or run in needed]
+        if not runs and not targets:
             return self.before
         editor, document = _document(self.before)
         document["runs"].extend(runs)
-        for name, (run, budget) in added.items():
+        for name, (run, budget) in targets.items():
             value = CommentedMap(run=run, budget=DoubleQuotedScalarString(budget))
             value.fa.set_flow_style()
             document["targets"][name] = value

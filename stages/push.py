@@ -1,4 +1,4 @@
-"""push <target>: a checkpoint uploaded to the hub, as the target's `push` says. Not part of the DAG: run it by hand."""
+"""push <target>: upload a checkpoint to the hub, as the target's `push` describes. Not part of the DAG: run by hand."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from stages import DATA, run
 def main(name: str) -> None:
     target = load_params().target(name)
     if target.push is None:
-        raise InputError(
-            f"target {name!r} says nothing about the hub; add push: {{repo: <user>/<name>}} to it in params.yaml"
-        )
+        raise InputError(f"target {name!r} has no push section; add push: {{repo: <user>/<name>}} to it in params.yaml")
     folder = DATA / ("recovered" if target.recover else "checkpoints") / name / target.push.format
     observer().note(f"{name}: {push(folder, target.push.repo, target.push.private)}")
 

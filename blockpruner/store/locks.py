@@ -17,7 +17,7 @@ from pathlib import Path
 from blockpruner.store.files import storage_error
 
 WORKSPACE = Path(".dvc/tmp/flow.lock")
-"""Held by whoever changes params.yaml or deletes outputs: a flow, or `stages.clean`."""
+"""Held by a flow, which changes params.yaml, and by `stages.clean`, which deletes outputs."""
 
 
 def this_process() -> str:

