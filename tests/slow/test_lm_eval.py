@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 
 from benchmarks.serving import plans
-from blockpruner.checkpoints import EXPORTS
-from blockpruner.evaluation.benchmarks import tables_from_archive, write_task
+from blockpruner.checkpoints.registry import EXPORTS
+from blockpruner.evaluation.tasks import tables_from_archive, write_task
 from blockpruner.evaluation.zero_shot import evaluate
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.inputs.tokenizers import load_tokenizer
@@ -35,7 +35,7 @@ def test_the_command_line_gives_the_same_items(name, smollm2, task_dir, tmp_path
     checkpoint = smollm2
     if name == "pruned":
         checkpoint = tmp_path / "hf"
-        EXPORTS["hf"](smollm2, list(plans().values())[1], checkpoint, rows=(), dtype="float32", device="cpu")
+        EXPORTS["hf"].write(smollm2, list(plans().values())[1], checkpoint, rows=(), dtype="float32", device="cpu")
     results, samples = command_line(checkpoint, task_dir, TASKS, tmp_path / "out", "--limit", str(ITEMS))
     model = load_model(checkpoint, "float32", "cpu", trust_remote_code=True)
     for task in TASKS:
