@@ -15,27 +15,11 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from blockpruner.core.blocks import BlockKind, Mask
+from blockpruner.reporting import plots
 from blockpruner.reporting.comparison import GAINS, SPEED, Comparison, Gain
 from blockpruner.reporting.findings import jump_at, recommended
 from blockpruner.reporting.inputs import Study, Target
-from blockpruner.reporting.plots import (
-    BLUE,
-    COLOURS,
-    GREY,
-    MARKS,
-    ORANGE,
-    REMOVED,
-    Plot,
-    accuracy_,
-    block_map,
-    grid_,
-    label_,
-    log_,
-    render,
-    ring_,
-    scale_,
-    star_,
-)
+from blockpruner.reporting.plots import BLUE, COLOURS, GREY, MARKS, ORANGE, REMOVED, Plot
 from blockpruner.reporting.results import Option
 from blockpruner.scoring.metrics import METRICS
 
@@ -70,16 +54,18 @@ PARETO_CAPTION = (
 )
 
 
-def plots(study: Study) -> list[Plot]:
+def figures(study: Study) -> list[Plot]:
     """All plots of one run, curves first."""
     known = study.dense.calibration_perplexity is not None
     curve = CURVE_CAPTION if study.traces else SINGLE_CAPTION if known else HELDOUT_CAPTION
     small, rows = (4.3, 3.3), -(-len(study.chance) // 5)
     drawn = [
-        render(f"{study.run}-perplexity", curve, small, lambda figure: _perplexity(figure, study), wide=False),
-        render(f"{study.run}-accuracy", ACCURACY_CAPTION, small, lambda figure: _accuracy(figure, study), wide=False),
-        render(f"{study.run}-speed", SPEED_CAPTION, small, lambda figure: _speed(figure, study), wide=False),
-        render(f"{study.run}-tasks", TASKS_CAPTION, (10.5, 2.5 * rows), lambda figure: _tasks(figure, study)),
+        plots.render(f"{study.run}-perplexity", curve, small, lambda figure: _perplexity(figure, study), wide=False),
+        plots.render(
+            f"{study.run}-accuracy", ACCURACY_CAPTION, small, lambda figure: _accuracy(figure, study), wide=False
+        ),
+        plots.render(f"{study.run}-speed", SPEED_CAPTION, small, lambda figure: _speed(figure, study), wide=False),
+        plots.render(f"{study.run}-tasks", TASKS_CAPTION, (10.5, 2.5 * rows), lambda figure: _tasks(figure, study)),
     ]
     drawn += [_map(target) for target in study.traces]
     drawn += [_map(target) for target in study.targets if target.considered and not target.removals]
@@ -95,7 +81,7 @@ def pareto_plot(comparison: Comparison) -> Plot:
     def draw(figure: Figure) -> None:
         panels = list(figure.subplots(1, len(GAINS), sharey=True))
         for axes, gain in zip(panels, GAINS, strict=True):
-            label_(axes, gain.title)
+            plots.label_(axes, gain.title)
             _front(axes, comparison, gain)
             for option in targets:
                 colour, shape = marks[option.recipe]
@@ -103,10 +89,10 @@ def pareto_plot(comparison: Comparison) -> Plot:
                     gain.of(option), option.model.perplexity, shape, markersize=8, markeredgecolor=colour,
                     markeredgewidth=1.4, markerfacecolor=to_rgba(colour, _attention(option)),
                 )  # fmt: skip
-            star_(axes, gain.of(dense), dense.model.perplexity)
+            plots.star_(axes, gain.of(dense), dense.model.perplexity)
             axes.margins(x=0.08, y=0.1)
         panels[0].set_ylabel("held-out perplexity")
-        log_(panels[0], [option.model.perplexity for option in comparison.options])
+        plots.log_(panels[0], [option.model.perplexity for option in comparison.options])
         keys = [
             Line2D([], [], linestyle="none", marker=shape, color=colour, markersize=7, label=method)
             for method, (colour, shape) in marks.items()
@@ -114,7 +100,7 @@ def pareto_plot(comparison: Comparison) -> Plot:
         figure.legend(handles=keys, loc="outside lower left", ncols=2)
 
     height = 3.7 + 0.2 * -(-len(methods) // 2)
-    return render(f"{comparison.studies[0].run}-pareto", PARETO_CAPTION, (10.5, height), draw)
+    return plots.render(f"{comparison.studies[0].run}-pareto", PARETO_CAPTION, (10.5, height), draw)
 
 
 def _front(axes: Axes, comparison: Comparison, gain: Gain) -> None:
@@ -137,7 +123,7 @@ def _percents(options: Sequence[Option]) -> list[float]:
 
 def _perplexity(figure: Figure, study: Study) -> None:
     axes, traces = figure.subplots(), study.traces
-    label_(axes, REMOVED, "perplexity")
+    plots.label_(axes, REMOVED, "perplexity")
     heldout = [option.model.perplexity for option in study.options]
     shown = list(heldout)
     for trace, line in zip(traces, ("-", "--", "-.", ":") * len(traces), strict=False):
@@ -155,24 +141,26 @@ def _perplexity(figure: Figure, study: Study) -> None:
         shown += y
         axes.plot(x, y, "o", color=BLUE, markersize=6.5, markerfacecolor="none", label="calibration")
     axes.plot(_percents(study.options), heldout, "s", color=ORANGE, markersize=6.5, label="held-out")
-    scale_(axes, shown)
+    plots.scale_(axes, shown)
     axes.legend(loc="best")
 
 
 def _accuracy(figure: Figure, study: Study) -> None:
     axes = figure.subplots()
-    label_(axes, REMOVED, "average accuracy, %")
-    accuracy_(axes, _percents(study.options), [option.model.average for option in study.options], BLUE, "o")
+    plots.label_(axes, REMOVED, "average accuracy, %")
+    plots.accuracy_(axes, _percents(study.options), [option.model.average for option in study.options], BLUE, "o")
 
 
 def _tasks(figure: Figure, study: Study) -> None:
     rows = -(-len(study.chance) // 5)
     panels = list(figure.subplots(rows, min(len(study.chance), 5), sharex=True, sharey=True, squeeze=False).flat)
     for axes, (task, chance) in zip(panels, study.chance.items(), strict=False):
-        grid_(axes)
+        plots.grid_(axes)
         axes.set_title(task)
         axes.axhline(100 * chance, color=GREY, linestyle="--", linewidth=1.2)
-        accuracy_(axes, _percents(study.options), [option.model.tasks[task] for option in study.options], BLUE, "o")
+        plots.accuracy_(
+            axes, _percents(study.options), [option.model.tasks[task] for option in study.options], BLUE, "o"
+        )
     for axes in panels[len(study.chance) :]:
         axes.set_visible(False)
     figure.supxlabel(REMOVED, fontsize=9.5)
@@ -181,7 +169,7 @@ def _tasks(figure: Figure, study: Study) -> None:
 
 def _speed(figure: Figure, study: Study) -> None:
     axes, best = figure.subplots(), recommended(study.targets)
-    label_(axes, "generation speed-up, ×", "held-out perplexity")
+    plots.label_(axes, "generation speed-up, ×", "held-out perplexity")
     speeds = [option.speedup for option in study.options]
     losses = [option.model.perplexity for option in study.options]
     axes.plot(speeds, losses, color=GREY, linewidth=1, zorder=1)
@@ -190,9 +178,9 @@ def _speed(figure: Figure, study: Study) -> None:
     for i, (name, x, y) in enumerate(zip(names, speeds, losses, strict=True)):
         offset = (0, -17 if i % 2 else 9)
         axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=8.5)
-    scale_(axes, losses)
+    plots.scale_(axes, losses)
     if best is not None:
-        ring_(axes, best.speedup, best.model.perplexity)
+        plots.ring_(axes, best.speedup, best.model.perplexity)
     axes.margins(x=0.14, y=0.16)
 
 
@@ -200,8 +188,8 @@ def _map(target: Target) -> Plot:
     layers, order = target.plan.layers, [removal.added for removal in target.removals]
     caption = (ORDER_CAPTION if order else MAP_CAPTION).format(target.name)
     size = (max(10.2, 0.29 * layers + 1.5), 1.75)
-    return render(
-        f"{target.name}-map", caption, size, lambda figure: block_map(figure, layers, target.plan.mask, order)
+    return plots.render(
+        f"{target.name}-map", caption, size, lambda figure: plots.block_map(figure, layers, target.plan.mask, order)
     )
 
 
@@ -284,7 +272,7 @@ def _heat(trace: Target) -> Plot:
         figure.legend(handles=keys, loc="outside lower right", ncols=2)
 
     size = (max(10.2, 0.155 * layers * len(scores.panels) + 2.0), 1.75 + 0.21 * len(scores.rows))
-    return render(f"{trace.name}-heat", _heat_caption(trace, scores.ranking), size, draw)
+    return plots.render(f"{trace.name}-heat", _heat_caption(trace, scores.ranking), size, draw)
 
 
 def _heat_panel(axes: Axes, layers: int, scores: _Scores, kind: BlockKind, norm: LogNorm) -> QuadMesh:

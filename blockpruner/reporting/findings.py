@@ -15,8 +15,6 @@ from statistics import mean, median
 
 from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.core.budgets import speedup
-from blockpruner.core.plan import Plan
-from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.formats import listed, number, percent, times
 from blockpruner.reporting.grids import difference
 from blockpruner.reporting.inputs import Study, Target
@@ -113,14 +111,6 @@ def has_jump(option: Option) -> bool:
     return jump is not None and option.plan is not None and len(option.plan.order) > jump
 
 
-def taken_out(plan: Plan) -> str:
-    return KINDS[plan.kind].taken_out(plan)
-
-
-def _is_unscored(plan: Plan) -> bool:
-    return plan.method in SEARCHES and SEARCHES[plan.method].asks == "nothing"
-
-
 def is_mismatch(option: Option) -> bool:
     """Whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS).
 
@@ -128,7 +118,9 @@ def is_mismatch(option: Option) -> bool:
     that of answers instead of a text.
     """
     plan, rise = option.plan, option.calibration_rise
-    if plan is None or rise is None or _is_unscored(plan) or METRICS[plan.metric].answers:
+    if plan is None or rise is None or METRICS[plan.metric].answers:
+        return False
+    if plan.method in SEARCHES and SEARCHES[plan.method].asks == "nothing":
         return False
     return option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + MISMATCH_NATS
 
@@ -188,7 +180,7 @@ def _outcome(target: Target) -> Finding:
     return Finding(
         Level.RESULT,
         "outcome",
-        f"{target.name}: {percent(plan.ratio)} of the parameters removed ({taken_out(plan)}; {target.method})"
+        f"{target.name}: {percent(plan.ratio)} of the parameters removed ({target.taken_out}; {target.method})"
         + (", then recovered with LoRA" if plan.recover else ""),
         f"Held-out perplexity {number(dense.perplexity)} → {number(model.perplexity)}. Average accuracy "
         f"{percent(dense.average.value)} → {percent(model.average.value)}, a paired difference of {difference(gap)} "
@@ -240,22 +232,22 @@ def _mismatch(options: Sequence[Option]) -> Finding | None:
 
 
 def _slow(options: Sequence[Option]) -> Finding | None:
-    found = [(option, option.plan) for option in options if option.plan and is_slow(option)]
+    found = [option for option in options if is_slow(option)]
     if not found:
         return None
     gains = [
-        f"{option.name}: {percent(option.ratio)} of the parameters removed ({taken_out(plan)}), generation "
+        f"{option.name}: {percent(option.ratio)} of the parameters removed ({option.taken_out}), generation "
         f"{times(option.speedup)} as fast; reading fewer weights alone would give {times(1 / (1 - option.ratio))}"
-        for option, plan in found
+        for option in found
     ]
     causes = [
         (
-            any(option.blocks[BlockKind.MLP] > option.blocks[BlockKind.MHA] for option, _ in found),
+            any(option.blocks[BlockKind.MLP] > option.blocks[BlockKind.MHA] for option in found),
             "Mostly MLP blocks were removed: they hold parameters, while attention holds time and KV cache. Try "
             "candidates: mha, or a budget in blocks.",
         ),
         (
-            any(not sum(option.blocks.values()) for option, _ in found),
+            any(not sum(option.blocks.values()) for option in found),
             "Where no whole block is gone, the KV cache stays as it is and products become smaller, not fewer. That "
             "pays off where they are large (batch, prompt length, hidden size).",
         ),
@@ -270,7 +262,7 @@ def _slow(options: Sequence[Option]) -> Finding | None:
 def stop(options: Sequence[Option]) -> Finding:
     """Where to stop among pruned models, the least pruned first."""
     best = recommended(options)
-    if best is None or best.plan is None:
+    if best is None:
         text = "None is faster than the dense model and less pruned than the first with a jump or a mismatch."
         if options:
             first = options[0]
@@ -285,7 +277,7 @@ def stop(options: Sequence[Option]) -> Finding:
         Level.ADVICE,
         "stop",
         f"Recommended stopping point: {best.name}",
-        f"{percent(best.ratio)} of the parameters removed ({taken_out(best.plan)}): {100 * (best.speedup - 1):+.1f} % "
+        f"{percent(best.ratio)} of the parameters removed ({best.taken_out}): {100 * (best.speedup - 1):+.1f} % "
         f"speed of generation{noise} for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. "
         + (
             "It is the knee of held-out loss against speed-up among those that are faster than dense and less pruned "

@@ -11,7 +11,7 @@ from pathlib import Path
 from blockpruner.core.blocks import DENSE, format_mask
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import Comparison, comparisons
-from blockpruner.reporting.figures import pareto_plot, plots
+from blockpruner.reporting.figures import figures, pareto_plot
 from blockpruner.reporting.findings import findings
 from blockpruner.reporting.formats import listed, percent
 from blockpruner.reporting.inputs import Study, read_studies
@@ -63,7 +63,7 @@ def _section(study: Study, draw: bool) -> Section:
         (
             Findings(tuple(findings(study))),
             headline(study),
-            *(plots(study) if draw else ()),
+            *(figures(study) if draw else ()),
             *map(sequence, study.traces),
             Facts("Model, data and work", _facts(study)),
         ),

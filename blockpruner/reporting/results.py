@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.methods.registry import KINDS
 from blockpruner.reporting import statistics
 from blockpruner.reporting.statistics import Comparison, Estimate, Floats, Interval
 
@@ -215,6 +216,11 @@ class Option:
     def recipe(self) -> str:
         """The method, and LoRA where the model was trained after it."""
         return self.method + (" + LoRA" if self.plan and self.plan.recover else "")
+
+    @property
+    def taken_out(self) -> str:
+        """For instance "3 MHA + 4 MLP"."""
+        return KINDS[self.plan.kind].taken_out(self.plan) if self.plan else "nothing"
 
     @property
     def blocks(self) -> Mapping[str, int]:

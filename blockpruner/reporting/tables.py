@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from blockpruner.core.blocks import Mask, format_mask
-from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import BAND, GAINS, SPEED, Comparison
 from blockpruner.reporting.findings import jump_at, paired
 from blockpruner.reporting.formats import parameters, percent, size, times
@@ -53,10 +52,6 @@ def _removed(option: Option) -> Cell:
     return percentage(option.ratio)
 
 
-def _taken_out(option: Option) -> Cell:
-    return KINDS[option.plan.kind].taken_out(option.plan) if option.plan else "nothing"
-
-
 def _speedup(option: Option) -> Cell:
     return Number(option.speedup, write=times, mark=IN_NOISE if option.plan and option.race.is_noise else "")
 
@@ -94,7 +89,7 @@ def headline(study: Study) -> Grid:
 
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
     add("Parameters removed", _removed)
-    add("Taken out", _taken_out)
+    add("Taken out", lambda o: o.taken_out)
     if any(target.plan.recover for target in study.targets):
         add("Trained since", lambda o: "LoRA" if o.plan and o.plan.recover else "no")
     add("Held-out perplexity", _heldout)
@@ -159,7 +154,7 @@ def compared(comparison: Comparison) -> Grid:
         Field("target", "target", lambda o: o.name),
         Field("method", "method", lambda o: o.recipe),
         Field("removed", "removed", _removed),
-        Field("taken_out", "taken out", _taken_out),
+        Field("taken_out", "taken out", lambda o: o.taken_out),
         Field("calibration_ppl", "calibration PPL", calibration),
         Field("heldout_ppl", "held-out PPL", _heldout),
         Field("generation", "generation", _speedup),

@@ -23,7 +23,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.commit import commit_run, save_iterations
 from blockpruner.reporting.comparison import front
-from blockpruner.reporting.figures import plots
+from blockpruner.reporting.figures import figures
 from blockpruner.reporting.findings import Level, findings, is_mismatch, jump_at, paired, recommended
 from blockpruner.reporting.grids import Grid
 from blockpruner.reporting.inputs import (
@@ -159,11 +159,11 @@ def _transform(world: World, plan: dict[str, Any], count: int) -> dict[str, Any]
     if world.method == "laco":
         merges = [f"{world.layers - 3 - i}+1" for i in range(count)]
         details = {"variant": "repo", "merges": merges, "threshold": 0.65}
-        return changed | {"kind": "laco", "order": merges, "metric": "cosine", "blocks": {"mha": count, "mlp": count},
+        return changed | {"kind": "laco", "order": merges, "blocks": {"mha": count, "mlp": count},
                           "details": details}  # fmt: skip
     if world.method == "slicegpt":
         calibration = plan["calibration"] | {"dense_perplexity": None, "perplexity": None}
-        return changed | {"kind": "slicegpt", "metric": "", "blocks": {"mha": 0, "mlp": 0}, "calibration": calibration,
+        return changed | {"kind": "slicegpt", "blocks": {"mha": 0, "mlp": 0}, "calibration": calibration,
                           "details": {"width": 576 - 32 * count, "hidden": 576}}  # fmt: skip
     return {}
 
@@ -261,7 +261,7 @@ def facts(found: Study) -> dict[str, str]:
 
 def drawn(found: Study) -> dict[str, str]:
     """The SVG and the caption of a run's plots."""
-    return {plot.name.removeprefix(f"{found.run}-"): plot.svg + plot.caption for plot in plots(found)}
+    return {plot.name.removeprefix(f"{found.run}-"): plot.svg + plot.caption for plot in figures(found)}
 
 
 def rows(grid: Grid) -> dict[str, dict[str, str]]:
@@ -675,7 +675,8 @@ def test_merged_layers_have_no_tables_and_no_trials(tmp_path: Path) -> None:
     found = study(tmp_path, others("laco", "laco"))
     assert set(drawn(found)) == {"perplexity", "accuracy", "speed", "tasks"}
     assert "3 layers by merging; LaCo (repo), layers merged, by cosine similarity" in to_markdown(page_of(found))
-    assert "laco-a: 9+1, 8+1, 7+1 (those above a similarity of 0.65)" in facts(found)["Method"]
+    method = facts(found)["Method"]
+    assert "laco-a: merges 9+1, 8+1, 7+1, in order" in method and "above a similarity of 0.65" in method
     assert "Search" not in facts(found)
     target = found.targets[1]
     assert target.calibration_rise == pytest.approx(sum(World().costs))
