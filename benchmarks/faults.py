@@ -134,14 +134,8 @@ def with_hook(at: int, **extra: str) -> dict[str, str]:
 
 def run(project: Path, stage: str, at: int = -1) -> str:
     """Run a stage through flows.dvc; its output. Raises RuntimeError with it if that fails."""
-    result = subprocess.run(
-        [sys.executable, "-c", REPRO, stage],
-        cwd=project,
-        env=with_hook(at),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", REPRO, stage]
+    result = subprocess.run(command, cwd=project, env=with_hook(at), capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(result.stdout + result.stderr)
     return result.stdout
