@@ -8,7 +8,7 @@ texts, accelerated searches and hours are estimates. No model, no text and no to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,27 +41,13 @@ UTILISATION = 0.4
 """Share of a GPU's peak that scoring reaches: an assumption."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Peak FLOP/s of dense matrix products, as its maker gives them."""
-
-    name: str
-    half: float
-    """In bfloat16 and float16."""
-    single: float
-    """In float32 without TF32."""
-
-    def rate(self, dtype: str) -> float:
-        """FLOP/s expected of scoring."""
-        return UTILISATION * (self.half if dtype in ("bfloat16", "float16") else self.single)
-
-
-GPUS: dict[str, Gpu] = {
-    "h100": Gpu("H100 SXM", 989e12, 67e12),
-    "h200": Gpu("H200", 989e12, 67e12),
-    "a100": Gpu("A100 SXM 80 GB", 312e12, 19.5e12),
-    "rtx4090": Gpu("RTX 4090", 165e12, 82.6e12),
+GPUS: dict[str, tuple[str, float, float]] = {
+    "h100": ("H100 SXM", 989e12, 67e12),
+    "h200": ("H200", 989e12, 67e12),
+    "a100": ("A100 SXM 80 GB", 312e12, 19.5e12),
+    "rtx4090": ("RTX 4090", 165e12, 82.6e12),
 }
+"""Title and the maker's peak FLOP/s of dense matrix products: in 16 bits, and in float32 without TF32."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +82,14 @@ class Estimate:
     def trials(self) -> int:
         return sum(cost.trials for cost in self.searches)
 
-    @property
-    def flops(self) -> int:
-        return sum(cost.flops for cost in self.searches)
+    def hours(self, gpu: str) -> float:
+        """Expected on one GPU, a key of GPUS."""
+        return sum(gpu_hours(cost, gpu, self.dtype) for cost in self.searches)
 
-    def hours(self, gpu: Gpu) -> float:
-        """Expected on one GPU."""
-        return sum(cost.flops * cost.expected for cost in self.searches) / gpu.rate(self.dtype) / 3600
+
+def gpu_hours(cost: SearchCost, gpu: str, dtype: str) -> float:
+    _, half, single = GPUS[gpu]
+    return cost.flops * cost.expected / (UTILISATION * (half if dtype in ("bfloat16", "float16") else single)) / 3600
 
 
 def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> Estimate:
@@ -239,51 +226,43 @@ def describe(name: str, estimates: Sequence[Estimate], gpu: str | None = None) -
     Args:
         gpu: a key of GPUS; None is the first.
     """
-    if gpu is not None and gpu not in GPUS:
+    gpu = next(iter(GPUS)) if gpu is None else gpu
+    if gpu not in GPUS:
         raise InputError(f"GPU {gpu!r} is unknown; valid: {', '.join(GPUS)}")
-    device = GPUS[gpu or next(iter(GPUS))]
+    title, peak, _ = GPUS[gpu]
     lines = [f"# Plan of {name}: {len(estimates)} {'study' if len(estimates) == 1 else 'studies'}, nothing is computed"]
+    totals, everything = [], []
     for found in estimates:
-        lines += ["", *_run_lines(found, device)]
-    lines += ["", "## Together", "", "| run | trials | PFLOP | GPU hours |", "|---|---:|---:|---:|"]
-    lines += [_row(one.run, f"{one.trials:,}", _peta(one.flops), _hours(one.hours(device))) for one in estimates]
-    trials, flops, hours = (
-        sum(values) for values in zip(*((e.trials, e.flops, e.hours(device)) for e in estimates), strict=True)
-    )
+        lines += ["", f"## {found.run}: {found.parameters / 1e9:.2f} B parameters, {found.dtype}", ""]
+        lines += ["| search | to | removals | rows x tokens | trials | PFLOP | GPU hours |", "|---|---|" + "---:|" * 5]
+        own = [(cost.trials, cost.flops, gpu_hours(cost, gpu, found.dtype)) for cost in found.searches]
+        for cost, amounts in zip(found.searches, own, strict=True):
+            budgets, rows = ", ".join(cost.variant.budgets), f"{cost.rows} x {cost.length}"
+            lines.append(_row(cost.variant.name, budgets, cost.removals or "–", rows, *_sums([amounts])))
+        lines.append(_row("together", "", "", "", *_sums(own)))
+        totals.append(_row(found.run, *_sums(own)))
+        everything += own
+    lines += ["", "## Together", "", "| run | trials | PFLOP | GPU hours |", "|---|---:|---:|---:|", *totals]
     lines += [
-        _row("all", f"{trials:,}", _peta(flops), _hours(hours)),
+        _row("all", *_sums(everything)),
         "",
-        f"Trials and PFLOP of searches are exact for a given number of removals and rows, and an upper bound for an "
+        "Trials and PFLOP of searches are exact for a given number of removals and rows, and an upper bound for an "
         f"accelerated search. Assumed: {MHA_SHARE:.0%} of removed blocks are MHA, and a sample has {SAMPLE_TOKENS:.0f} "
         "tokens. A trial that several searches ask for is counted once where that is sure.",
         "",
-        f"GPU hours are one calculation, nothing measured: PFLOP on one {device.name} at {UTILISATION:.0%} of its peak "
-        f"({device.half / 1e12:.0f} TFLOP/s in 16 bits), an assumption, and the share of an accelerated search that "
-        "SmolLM2's needed (docs/performance.md). Fetching, loading, evaluation and timing are not counted.",
+        f"GPU hours are one calculation, nothing measured: PFLOP on one {title} at {UTILISATION:.0%} of its peak "
+        f"({peak / 1e12:.0f} TFLOP/s in 16 bits), an assumption, and the share of an accelerated search that SmolLM2's "
+        "needed (docs/performance.md). Fetching, loading, evaluation and timing are not counted.",
     ]
     return "\n".join(lines)
 
 
-def _run_lines(found: Estimate, gpu: Gpu) -> Iterator[str]:
-    yield f"## {found.run}: {found.parameters / 1e9:.2f} B parameters, {found.dtype}"
-    yield ""
-    yield "| search | to | removals | rows x tokens | trials | PFLOP | GPU hours |"
-    yield "|---|---|---:|---:|---:|---:|---:|"
-    for cost in found.searches:
-        yield _row(
-            cost.variant.name, ", ".join(cost.variant.budgets), cost.removals or "–", f"{cost.rows} x {cost.length}",
-            f"{cost.trials:,}", _peta(cost.flops), _hours(cost.flops * cost.expected / gpu.rate(found.dtype) / 3600),
-        )  # fmt: skip
-    yield _row("together", "", "", "", f"{found.trials:,}", _peta(found.flops), _hours(found.hours(gpu)))
+def _sums(amounts: Sequence[tuple[int, int, float]]) -> tuple[str, str, str]:
+    """Trials, PFLOP and hours as text."""
+    trials, flops, hours = map(sum, zip(*amounts, strict=True))
+    peta = f"{flops / 1e15:,.3g}" if flops < 1e18 else f"{flops / 1e15:,.0f}"
+    return f"{trials:,}", peta, f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
 
 
 def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _peta(flops: float) -> str:
-    return f"{flops / 1e15:,.3g}" if flops < 1e18 else f"{flops / 1e15:,.0f}"
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"

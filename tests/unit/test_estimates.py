@@ -10,7 +10,7 @@ from blockpruner.core.blocks import DENSE, removable_units
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Calibration, HubModel, Run, Score
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.paper.estimates import GPUS, SAMPLE_TOKENS, calibration_rows, describe, estimate, search_cost
+from blockpruner.paper.estimates import SAMPLE_TOKENS, calibration_rows, describe, estimate, search_cost
 from blockpruner.paper.experiments import Variant, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import SHAPES, find_config
@@ -164,7 +164,7 @@ def test_what_is_printed():
     rows = [line for line in text.splitlines() if line.startswith("| all |")]
     assert rows[0].split("|")[2].strip() == f"{sum(one.trials for one in found):,}"
     assert text.count("## ") == 3 and "PFLOP" in text and "at 40% of its peak" in text
-    slow, fast = ([one.hours(GPUS[gpu]) for one in found] for gpu in ("rtx4090", "h100"))
+    slow, fast = ([one.hours(gpu) for one in found] for gpu in ("rtx4090", "h100"))
     assert all(a > 4 * b for a, b in zip(slow, fast, strict=True))
     assert "on one RTX 4090" in describe("newer", found, "rtx4090")
     with pytest.raises(InputError, match="'v100' is unknown; valid: h100"):
