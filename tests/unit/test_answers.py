@@ -233,7 +233,7 @@ def test_fetch_and_calibrate(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": ["held out"]}), items / "texts.parquet")
     for name in CHOICES:
         for split, table in tables_of(name).items():
-            pq.write_table(table, items / BENCHMARKS[name].splits[split].file)
+            pq.write_table(table, items / BENCHMARKS[name].file(split))
     tasks = ["arc_easy", "piqa", "winogrande"]
     run = {
         "model": {"source": "path", "path": str(model)},

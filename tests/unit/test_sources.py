@@ -172,7 +172,7 @@ def pickle_weights(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (pickle_weights, "holds no safetensors file"),
+        (pickle_weights, r"holds no safetensors file.*convert them first, or choose .*revision: refs/pr/<number>"),
         (lambda folder: change_config(folder, model_type="mamba"), "'mamba' is unknown; valid: llama, .*gpt_neox"),
         (lambda folder: (folder / "config.json").unlink(), "does not exist or has no config.json"),
     ],
