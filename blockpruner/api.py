@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def prune(
     method: str | Search = "greedy",
     unit: str = "block",
     candidates: str = "all",
-    metric: str | Metric = "perplexity",
+    metric: str | Metric | Callable[..., Any] = "perplexity",
     options: Mapping[str, Any] | None = None,
     acceleration: str = "none",
     batch_tokens: int | str = "auto",
@@ -73,7 +73,8 @@ def prune(
         ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken. Or a budget as in
             params.yaml ("17blocks", "0.30kv").
         method, metric: a name as in a run file's `score` section (docs/methods.md), or a row of your own
-            (docs/extend.md). Methods that change weights, speed-ups and answers to items need the stages.
+            (docs/extend.md). A metric may also be a function of (logits, targets, dense logits). Methods that change
+            weights, speed-ups and answers to items need the stages.
         unit, candidates, options: as in a run file's `score` section.
         acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk).
         seq_len: tokens in a calibration row; shortened to the model's context.
@@ -109,13 +110,16 @@ def prune(
 
 def _request(
     method: str | Search,
-    metric: str | Metric,
+    metric: str | Metric | Callable[..., Any],
     unit: str,
     candidates: str,
     options: Mapping[str, Any],
     acceleration: str,
 ) -> Request:
     row = None if isinstance(method, str) else method
+    if callable(metric):
+        name = getattr(metric, "__name__", type(metric).__name__)
+        metric = Metric(name, metric, title=name, units_text="", formula=(metric.__doc__ or "").partition("\n")[0])
     measure = METRICS[metric] if isinstance(metric, str) else metric
     score = read_settings(
         Score,

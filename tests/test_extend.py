@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
+import blockpruner
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.plan import Plan
@@ -27,7 +28,12 @@ def test_a_metric():
     names = run("A metric")
     logits, targets = torch.tensor([[0.0, 1.0], [2.0, 1.0]]), torch.tensor([1, 1])
     assert names["wrong"](logits, targets, None).tolist() == [0.0, 1.0]
-    assert len(names["pruned"].plan.order) == 2 and names["pruned"].plan.metric == "wrong_tokens"
+    plan = names["pruned"].plan
+    assert len(plan.order) == 2 and plan.metric == "wrong_tokens"
+    bare = blockpruner.prune(
+        tiny_model(layers=3), tiny_tokenizer(), TEXTS, "2blocks", seq_len=32, metric=names["wrong"]
+    )
+    assert bare.plan.order == plan.order and bare.plan.metric == "wrong"
 
 
 def test_a_search():

@@ -26,15 +26,15 @@ import numpy as np
 from scipy import special
 
 from blockpruner.core.blocks import Mask
-from blockpruner.core.settings import Score as ScoreSettings
-from blockpruner.scoring.objectives import Objective, Score
+from blockpruner.core.settings import Score
+from blockpruner.scoring.objectives import MaskScore, Objective
 
 
 @dataclass(frozen=True)
 class Considered:
     """What a step considered; a candidate without a score was not."""
 
-    scores: tuple[Score, ...]
+    scores: tuple[MaskScore, ...]
     """In the order of the candidates, after the base if that was asked for. One with too few rows lost the race."""
     lazy_choice: Mask | None = None
     """The choice before an audit let all candidates enter; None in a step without audit."""
@@ -49,7 +49,7 @@ DEFAULTS: Mapping[str, Mapping[str, float]] = {
 """Settings of each part of `score.acceleration`; docs/performance.md has the measurements behind them."""
 
 
-def settings_of(score: ScoreSettings) -> dict[str, Any]:
+def settings_of(score: Score) -> dict[str, Any]:
     """`acceleration` of a `score` section, and the settings that belong to it, defaults filled in."""
     found: dict[str, Any] = {"acceleration": score.acceleration}
     for part in score.acceleration.split("+"):
@@ -59,7 +59,7 @@ def settings_of(score: ScoreSettings) -> dict[str, Any]:
     return found
 
 
-def accelerate(objective: Objective, score: ScoreSettings) -> Select:
+def accelerate(objective: Objective, score: Score) -> Select:
     """The function that selects and scores the candidates of a step."""
     if score.acceleration == "none":
         return lambda index, base, masks: Considered(tuple(objective(masks, base=base)))
@@ -110,12 +110,12 @@ class Accelerated:
             found[base] = self._objective([base])[0]
         return Considered(tuple(found[mask] for mask in masks if mask in found), lazy_choice)
 
-    def _most_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, Score]:
+    def _most_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, MaskScore]:
         stale = {mask: float(self._rises[mask - base].mean()) for mask in candidates}
         error = {mask: standard_error(self._rises[mask - base], self._objective.rows) for mask in candidates}
         waiting = sorted(candidates, key=stale.__getitem__)
         entering, waiting = waiting[: self._floor], waiting[self._floor :]
-        found: dict[Mask, Score] = {}
+        found: dict[Mask, MaskScore] = {}
         while entering:
             found |= self._score(entering, base, found[_best(found)] if found else None)
             best = float(self._rises[_best(found) - base].mean())
@@ -124,8 +124,8 @@ class Accelerated:
             waiting = [mask for mask in waiting if mask not in entering]
         return found
 
-    def _score(self, masks: Sequence[Mask], base: Mask, standing: Score | None = None) -> dict[Mask, Score]:
-        """Score masks, by a race or on all rows, and keep their rises over the base on the same rows."""
+    def _score(self, masks: Sequence[Mask], base: Mask, standing: MaskScore | None = None) -> dict[Mask, MaskScore]:
+        """MaskScore masks, by a race or on all rows, and keep their rises over the base on the same rows."""
         if not masks:
             return {}
         past = {mask: self._rises[mask - base] for mask in masks if mask - base in self._rises}
@@ -149,7 +149,7 @@ def standard_error(rises: np.ndarray, total: int) -> float:
     return float(rises.std(ddof=1)) * math.sqrt(1 / known - 1 / total) if known < total else 0.0
 
 
-def _best(scores: Mapping[Mask, Score]) -> Mask:
+def _best(scores: Mapping[Mask, MaskScore]) -> Mask:
     """The lowest of the masks scored on all rows, the first of equals."""
     return min((score for score in scores.values() if score.is_complete), key=lambda score: score.loss).mask
 
@@ -226,9 +226,9 @@ def race(
     masks: Sequence[Mask],
     confidence: float,
     past: Mapping[Mask, np.ndarray] | None = None,
-    standing: Score | None = None,
-) -> dict[Mask, Score]:
-    """Score masks on more and more rows, and drop those that are worse than the leader.
+    standing: MaskScore | None = None,
+) -> dict[Mask, MaskScore]:
+    """MaskScore masks on more and more rows, and drop those that are worse than the leader.
 
     Args:
         base: scored on the same rows, outside the race.
@@ -237,7 +237,7 @@ def race(
             one of the others sees all rows.
     """
     past = past or {}
-    known: dict[Mask, Score] = {}
+    known: dict[Mask, MaskScore] = {}
     alive = list(masks)
     for stop in slices(objective.rows):
         if len(alive) == 1 and standing is None:

@@ -20,7 +20,7 @@ from blockpruner.store.trials import TrialStore, trial_key
 
 
 @dataclass(frozen=True)
-class Score:
+class MaskScore:
     """What a mask was scored, on some or all of the calibration rows."""
 
     mask: Mask
@@ -52,6 +52,7 @@ class Score:
 class Counts:
     """Work of one process; what the store knew before is counted as reused."""
 
+    iterations: int = 0
     units_computed: int = 0
     """Pairs of a mask and a batch of rows."""
     units_reused: int = 0
@@ -63,7 +64,6 @@ class Counts:
     tokens: int = 0
     """Of what was computed; so are the seconds."""
     seconds: float = 0.0
-    iterations: int = 0
 
 
 class Objective:
@@ -95,8 +95,8 @@ class Objective:
     def rows(self) -> int:
         return len(self._calibration.rows)
 
-    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[Score]:
-        """Score masks on the first `rows` rows (None: on all), in the order given; compute what the store lacks.
+    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]:
+        """MaskScore masks on the first `rows` rows (None: on all), in the order given; compute what the store lacks.
 
         Args:
             base: what is removed before an influence is taken; the base itself has no influence, so no rows.
@@ -119,12 +119,12 @@ class Objective:
     def _key(self, mask: Mask, base: Mask) -> str:
         return trial_key(mask - base, base) if self.metric.influence else trial_key(mask)
 
-    def _score(self, mask: Mask, key: str | None, rows: int) -> Score:
+    def _score(self, mask: Mask, key: str | None, rows: int) -> MaskScore:
         if key is None:
-            return Score(mask, (), self.rows)
+            return MaskScore(mask, (), self.rows)
         values = self._store.get(key)
         assert values is not None and self._store.known(key, 0, rows)
-        return Score(mask, tuple(values[:rows]), self.rows)
+        return MaskScore(mask, tuple(values[:rows]), self.rows)
 
     def _compute(self, missing: dict[range, list[Mask]], base: Mask) -> None:
         rows = self._calibration.rows

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.options import Options
-from blockpruner.scoring.objectives import Score
+from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import goal_of_problem, is_settled, nearest, unit_order
@@ -34,7 +34,7 @@ def beam(problem: Problem, options: BeamOptions) -> Iterator[Iteration]:
     """
     goal, units, order = goal_of_problem(problem), problem.units, unit_order(problem.units)
     live, best = [DENSE], DENSE
-    kept: list[Score] = []
+    kept: list[MaskScore] = []
     index = 0
     while live:
         masks = {mask | unit for mask in live for unit in units if not unit <= mask}
@@ -52,7 +52,7 @@ def beam(problem: Problem, options: BeamOptions) -> Iterator[Iteration]:
     yield Iteration(index, tuple(finished), (None,) * len(finished), finished.index(winner))
 
 
-def _added(scores: list[Score], base: Mask, units: Sequence[Mask]) -> tuple[Mask | None, ...]:
+def _added(scores: list[MaskScore], base: Mask, units: Sequence[Mask]) -> tuple[Mask | None, ...]:
     """The unit that a mask has beyond the last choice, None where it is not that mask with one unit more."""
     extended = {base | unit: unit for unit in units if not unit <= base}
     return tuple(extended.get(score.mask) for score in scores)

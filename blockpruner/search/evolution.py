@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.options import Options
-from blockpruner.scoring.objectives import Score
+from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.greedy import greedy_to_goal
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
@@ -104,14 +104,14 @@ def vary(mask: Mask, space: Space, rng: random.Random) -> Mask:
     return mask
 
 
-def contest(problem: Problem, masks: Sequence[Mask], survivors: Sequence[int]) -> list[Score]:
-    """Score masks on more and more rows, the best of a round in the next; each on as many rows as it came to see.
+def contest(problem: Problem, masks: Sequence[Mask], survivors: Sequence[int]) -> list[MaskScore]:
+    """MaskScore masks on more and more rows, the best of a round in the next; each on as many rows as it came to see.
 
     Args:
         masks: of equal scores the first goes on.
         survivors: how many go on after each round but the last.
     """
-    found: dict[Mask, Score] = {}
+    found: dict[Mask, MaskScore] = {}
     for rounds_left, kept in zip(range(len(survivors), 0, -1), survivors, strict=True):
         scores = problem.ask(masks, math.ceil(problem.rows / ROWS_FACTOR**rounds_left))
         found |= {score.mask: score for score in scores}
@@ -120,7 +120,7 @@ def contest(problem: Problem, masks: Sequence[Mask], survivors: Sequence[int]) -
     return list(found.values())
 
 
-def _best(scores: Sequence[Score]) -> Score:
+def _best(scores: Sequence[MaskScore]) -> MaskScore:
     """The lowest of those on all rows, the first of equals."""
     return min((score for score in scores if score.is_complete), key=lambda score: score.loss)
 

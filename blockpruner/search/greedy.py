@@ -15,7 +15,7 @@ from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.core.options import Options
-from blockpruner.scoring.objectives import Score
+from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import goal_of_problem, is_settled
@@ -55,7 +55,7 @@ def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
         index += 1
 
 
-def _price(score: Score, removed: Mask, before: float, costs: Costs | None) -> float:
+def _price(score: MaskScore, removed: Mask, before: float, costs: Costs | None) -> float:
     """The number that is lowest for the best candidate. Where a removal lowers the loss, saving more is better."""
     if costs is None:
         return score.loss

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.scoring.objectives import Score
+from blockpruner.scoring.objectives import MaskScore
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,14 @@ class Iteration:
     """One step. `scores`, `added` and `nll` run in parallel. The first mask of all is the dense model."""
 
     index: int
-    scores: tuple[Score, ...]
+    scores: tuple[MaskScore, ...]
     added: tuple[Mask | None, ...]
     """The candidate; None for a mask that is not the last choice with one candidate more."""
     chosen: int
     """Which of the scores is the step's choice."""
     lazy_choice: Mask | None = None
     """In an audited iteration, the mask that had been chosen before all candidates entered."""
-    nll: tuple[Score | None, ...] = ()
+    nll: tuple[MaskScore | None, ...] = ()
     """What perplexity is made of. It is known for the chosen mask and the dense model, and for others where it is the
     metric; empty until the run of the search fills it in."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.options import Options
-from blockpruner.scoring.objectives import Score
+from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 
@@ -30,7 +30,7 @@ def in_order(order: Sequence[Mask], rows: int, start: int = 0) -> Iterator[Itera
     """Iterations that remove units in a known order from the `start`-th on, without asking for a score."""
     for index in range(start, len(order)):
         mask = DENSE.union(*order[: index + 1])
-        dense = [(Score(DENSE, (), rows), None)] if index == 0 else []
-        rows_of: list[tuple[Score, Mask | None]] = [*dense, (Score(mask, (), rows), order[index])]
+        dense = [(MaskScore(DENSE, (), rows), None)] if index == 0 else []
+        rows_of: list[tuple[MaskScore, Mask | None]] = [*dense, (MaskScore(mask, (), rows), order[index])]
         scores, added = zip(*rows_of, strict=True)
         yield Iteration(index, scores, added, len(scores) - 1)

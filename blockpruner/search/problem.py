@@ -13,13 +13,13 @@ from typing import Protocol
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Goal, Resources
 from blockpruner.scoring.accelerate import Select
-from blockpruner.scoring.objectives import Score
+from blockpruner.scoring.objectives import MaskScore
 
 
 class Ask(Protocol):
     """Scores of masks, lower is better, in the order given; on the first `rows` rows (None: all)."""
 
-    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[Score]: ...
+    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]: ...
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.accelerate import accelerate
 from blockpruner.scoring.metrics import NLL
-from blockpruner.scoring.objectives import Counts, Objective, Score
+from blockpruner.scoring.objectives import Counts, MaskScore, Objective
 from blockpruner.scoring.work import Scorer
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
@@ -235,12 +235,12 @@ class _Run:
         )
         return iteration
 
-    def _loss_words(self, score: Score) -> str:
+    def _loss_words(self, score: MaskScore) -> str:
         """What decides, where that is not perplexity."""
         same = self._objective is self._nll or math.isnan(score.loss)
         return "" if same else f"{self._objective.metric.name} {score.loss:.4f}, "
 
-    def _nll_of(self, iteration: Iteration) -> tuple[Score | None, ...]:
+    def _nll_of(self, iteration: Iteration) -> tuple[MaskScore | None, ...]:
         own = self._objective is self._nll
         wanted = {iteration.removed} | ({DENSE} if iteration.index == 0 else set())
         found = {score.mask: score for score in iteration.scores if own}

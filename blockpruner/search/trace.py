@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from blockpruner.core.blocks import DENSE, format_mask, parse_mask
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Score as ScoreSettings
-from blockpruner.scoring.objectives import Score
+from blockpruner.core.settings import Score
+from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.store.files import read_json, read_table, set_aside, write_json, write_table
 from blockpruner.store.provenance import fingerprint
@@ -103,10 +103,10 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
         raise InputError(f"{path} has {len(chosen)} chosen rows; exactly one is valid")
     masks = [parse_mask(",".join(row["removed"])) for row in rows]
     scores = tuple(
-        Score(mask, tuple(row["row_loss"]), row["rows_total"]) for mask, row in zip(masks, rows, strict=True)
+        MaskScore(mask, tuple(row["row_loss"]), row["rows_total"]) for mask, row in zip(masks, rows, strict=True)
     )
     nll = tuple(
-        None if row["row_nll"] is None else Score(mask, tuple(row["row_nll"]), row["rows_total"])
+        None if row["row_nll"] is None else MaskScore(mask, tuple(row["row_nll"]), row["rows_total"])
         for mask, row in zip(masks, rows, strict=True)
     )
     return Iteration(
@@ -164,7 +164,7 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
     return problems
 
 
-def _seed(store: TrialStore, key: str, score: Score) -> None:
+def _seed(store: TrialStore, key: str, score: MaskScore) -> None:
     if score.row_loss and not store.known(key, 0, score.rows_used):
         store.put(key, 0, score.row_loss)
 
@@ -178,7 +178,7 @@ class Current:
     search: str
     """Its fingerprint."""
     nested: bool
-    score: ScoreSettings
+    score: Score
     """The `score` section, every default filled in."""
     store: Mapping[str, Any]
     """The fields of the trial store's fingerprint."""
@@ -196,7 +196,7 @@ class Current:
     @classmethod
     def load(cls, scores: Path) -> Current:
         found = read_json(scores / "current.json")
-        return cls(**found | {"score": ScoreSettings.model_validate(found["score"])})
+        return cls(**found | {"score": Score.model_validate(found["score"])})
 
 
 def trace_directory(scores: Path, current: Current, budget: str) -> Path:

@@ -17,7 +17,7 @@ from blockpruner.checkpoints.verification import write_verified
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, StorageError
 from blockpruner.inputs.texts import TEXTS
-from blockpruner.scoring.objectives import Score
+from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
 from blockpruner.store.files import (
@@ -142,8 +142,10 @@ def test_a_full_disk_is_an_error_for_users(log, monkeypatch):
 
 def iteration(index=0):
     rows = ((1.0, 2.0), (0.5, 1 / 3))
-    scores = tuple(Score(mask, nll, 2) for mask, nll in zip((MASK, parse_mask("mlp.1")), rows, strict=True))
-    return Iteration(index, scores, (None, parse_mask("mlp.1")), 1, nll=(None, Score(scores[1].mask, (7.0, 0.1), 2)))
+    scores = tuple(MaskScore(mask, nll, 2) for mask, nll in zip((MASK, parse_mask("mlp.1")), rows, strict=True))
+    return Iteration(
+        index, scores, (None, parse_mask("mlp.1")), 1, nll=(None, MaskScore(scores[1].mask, (7.0, 0.1), 2))
+    )
 
 
 def test_iteration_tables_come_back_to_the_bit(tmp_path):
@@ -194,7 +196,7 @@ def test_tables_seed_the_stores_of_the_metric_and_of_the_nll(tmp_path):
 
 
 def test_an_influence_is_of_a_unit_within_a_base(tmp_path):
-    scores = (Score(MASK, (1.0, 2.0), 2), Score(MASK | parse_mask("mlp.2"), (), 2))
+    scores = (MaskScore(MASK, (1.0, 2.0), 2), MaskScore(MASK | parse_mask("mlp.2"), (), 2))
     added = (parse_mask("mha.1"), parse_mask("mlp.2"))
     write_iteration(tmp_path, Iteration(0, scores, added, 0, nll=(None, None)), "s")
     trials = TrialStore({}, 2)
