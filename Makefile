@@ -10,7 +10,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup demo serve check test test-slow test-ui clean
+.PHONY: setup demo serve check test test-slow test-ui schema golden clean
 
 setup: $(VENV)/.ready
 
@@ -56,6 +56,14 @@ $(SLOW_VENV)/.ready: pyproject.toml blockpruner/model/vllm_plugin.py
 	$(SLOW_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(SLOW_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
 	touch $@
+
+# runs/schema.json, by which editors complete and check run files.
+schema: setup
+	$(BIN)/python -m blockpruner.params
+
+# tests/golden.json, after a version in blockpruner/versions.py was raised.
+golden: setup
+	$(BIN)/python -m tests.golden --write
 
 clean:
 	rm -rf $(VENV) $(SLOW_VENV) build dist *.egg-info

@@ -1,20 +1,29 @@
 """params.yaml and runs/*.yaml, read and checked.
 
 Only stages and flows read these files. Everything else gets the values of `core.settings`.
+`python -m blockpruner.params` writes runs/schema.json, by which editors complete and check run files.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import NAME, Params, Run, Sets, T, read_settings
+from blockpruner.store.files import write_text
 
-NO_RUNS = frozenset({"dvc", "sets"})
-"""Files of runs/ that are something else: the pipeline of studies, and the sets of them."""
+NO_RUNS = frozenset({"dvc", "sets", "sources"})
+"""Files of runs/ that are something else: the pipeline of studies, the sets of them, and sources by name."""
+
+SOURCES = "sources.yaml"
+KINDS = ("pypi", "hub", "path", "tasks")
+"""Kinds of source: what `source` may be beside a name in runs/sources.yaml."""
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -24,7 +33,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         if target.recover and load_run(target.run).recover is None:
             raise InputError(
                 f"{path}: target {name!r} has recover: true, but runs/{target.run}.yaml has no recover section; add "
-                "one (at least recover: {data: ...}, as in runs/llama2-7b.yaml), or set recover: false"
+                "one (recover: {} is the paper's recipe), or set recover: false"
             )
         formats = ("hf",) if target.recover else load_run(target.run).export if target.push else ()
         if target.push and target.push.format not in formats:
@@ -49,7 +58,9 @@ def load_run(name: str, directory: Path = Path("runs")) -> Run:
     if not path.exists():
         known = ", ".join(run_names(directory)) or "none"
         raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
-    run = _load(path, Run)
+    sources = directory / SOURCES
+    named = _read(sources) if sources.exists() else {}
+    run = read_settings(Run, _with_sources(_read(path), named, path), f"{path}: ")
     try:
         check_run(run)
     except InputError as error:
@@ -78,10 +89,53 @@ def load_set(name: str, path: Path = SETS) -> dict[str, Run]:
 
 
 def _load(path: Path, model: type[T]) -> T:
+    return read_settings(model, _read(path), f"{path}: ")
+
+
+def _read(path: Path) -> Any:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; run in the project folder") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
-    return read_settings(model, values, f"{path}: ")
+
+
+def _with_sources(values: Any, named: Mapping[str, Any], path: Path) -> Any:
+    """The values of a run file with the keys of each named source in place of its name."""
+    if not isinstance(values, dict):
+        return values
+    source, found = values.get("source"), {key: _with_sources(value, named, path) for key, value in values.items()}
+    if not isinstance(source, str) or source in KINDS:
+        return found
+    if source not in named:
+        raise InputError(
+            f"{path}: source {source!r} is unknown; valid: {', '.join(KINDS)}, or a name in {path.parent / SOURCES}: "
+            f"{', '.join(named) or 'none'}"
+        )
+    return {**named[source], **{key: value for key, value in found.items() if key != "source"}}
+
+
+def run_schema(named: Iterable[str]) -> dict[str, Any]:
+    """The JSON schema of a run file, in which a source may also be one of the names."""
+    found = Run.model_json_schema()
+    found["$defs"]["Named"] = {
+        "description": "A source of runs/sources.yaml. Keys beside its name replace its own.",
+        "properties": {"source": {"enum": sorted(named)}},
+        "required": ["source"],
+        "type": "object",
+    }
+    parts = [*found["$defs"].values(), found]
+    for field in (field for part in parts for field in part.get("properties", {}).values()):
+        if field.pop("discriminator", None):
+            field["oneOf"].append({"$ref": "#/$defs/Named"})
+    return found
+
+
+def main(directory: Path = Path("runs")) -> None:
+    schema = run_schema(_read(directory / SOURCES))
+    write_text(directory / "schema.json", json.dumps(schema, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

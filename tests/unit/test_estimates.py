@@ -14,7 +14,7 @@ from blockpruner.paper.estimates import SAMPLE_TOKENS, calibration_rows, describ
 from blockpruner.paper.experiments import Variant, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import SHAPES, find_config
-from blockpruner.params import load_run, load_set
+from blockpruner.params import load_run, load_set, run_names
 from blockpruner.scoring.engine import Engine
 from tests.builders import scored
 from tests.tiny import tiny_model
@@ -185,7 +185,7 @@ def test_every_set_can_be_planned(monkeypatch):
 
 
 def test_every_run_has_a_shape(tmp_path):
-    for name in {path.stem for path in (ROOT / "runs").glob("*.yaml")} - {"dvc", "sets"}:
+    for name in run_names(ROOT / "runs"):
         find_config(load_run(name, ROOT / "runs").model, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mine"}')
     mine = HubModel(source="hub", repo="me/mine")

@@ -17,7 +17,8 @@ SETS = yaml.safe_load((ROOT / "runs" / "sets.yaml").read_text())
 
 def run_with(study, score=None):
     values = load_run("smollm2-paper", ROOT / "runs").model_dump()
-    values["study"] = {"main": {"block": "0.2", "layer": "0.3"}, "sensitivity": "0.1"} | study
+    nothing = {"curve": [], "partial": [], "seeds": [], "calibrations": {}}
+    values["study"] = {"main": {"block": "0.2", "layer": "0.3"}, "sensitivity": "0.1", **nothing} | study
     return Run.model_validate(values | ({"score": score} if score else {}))
 
 
@@ -105,8 +106,7 @@ def test_an_unknown_method_is_named(change, message):
 def test_a_run_without_a_study_is_refused(tmp_path):
     with pytest.raises(InputError, match="no study section"):
         variants(load_run("smollm2", ROOT / "runs"))
-    for name in ("smollm2.yaml",):
-        (tmp_path / name).write_text((ROOT / "runs" / name).read_text())
+    (tmp_path / "smollm2.yaml").write_text("model: {source: hub, repo: a/b}")
     (tmp_path / "sets.yaml").write_text("mine: [smollm2]\n")
     with pytest.raises(InputError, match="set 'mine' names 'smollm2', and runs/smollm2.yaml has no study section"):
         load_set("mine", tmp_path / "sets.yaml")

@@ -1,13 +1,21 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import ValidationError, validate
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Recover
-from blockpruner.params import NO_RUNS, load_params, load_run
+from blockpruner.core.settings import Calibration, Evaluate, HubTexts, LocalModel, Recover, Score
+from blockpruner.params import NO_RUNS, load_params, load_run, run_schema
 
 ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "runs" / "schema.json").read_text())
+NAMED = yaml.safe_load((ROOT / "runs" / "sources.yaml").read_text())
 
 
 def params(tmp_path, **changes):
@@ -17,7 +25,7 @@ def params(tmp_path, **changes):
 
 
 def edited_run(tmp_path, edit):
-    values = yaml.safe_load((ROOT / "runs" / "smollm2.yaml").read_text())
+    values = load_run("smollm2", ROOT / "runs").model_dump(mode="json")
     edit(values)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     return lambda: load_run("r", tmp_path)
@@ -37,8 +45,40 @@ def answers(limit=50, packing="per_sample", split="all", num_samples=10, metric=
 
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "runs").glob("*.yaml") if path.stem not in NO_RUNS])
 def test_shipped_runs_are_valid(name):
+    text = (ROOT / "runs" / f"{name}.yaml").read_text()
     assert load_run(name, ROOT / "runs").export == ("hf",)
-    assert "recover" in yaml.safe_load((ROOT / "runs" / f"{name}.yaml").read_text())  # DVC wants the key, null or not
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    validate(yaml.safe_load(text), SCHEMA)
+
+
+def test_the_schema_is_that_of_the_settings():
+    assert run_schema(NAMED) == SCHEMA, "run `make schema`"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model": {"source": "hub", "repo": "a/b"}, "calibraton": {}}, "calibraton"),
+        ({"model": {"source": "hub", "rep": "a/b"}}, "not valid under any"),
+        ({"model": {"repo": "a/b"}}, "not valid under any"),
+    ],
+)
+def test_the_schema_shows_mistakes(values, words):
+    with pytest.raises(ValidationError, match=words):
+        validate(values, SCHEMA)
+
+
+def test_a_named_source_is_its_keys_and_those_beside_the_name(tmp_path):
+    (tmp_path / "sources.yaml").write_text("mine: {source: path, path: here, dtype: float16}")
+    (tmp_path / "r.yaml").write_text(
+        "model: {source: mine, dtype: float64}\ncalibration: {data: {source: hub, repo: a/b}}"
+    )
+    run = load_run("r", tmp_path)
+    assert run.model == LocalModel(source="path", path="here", dtype="float64")
+    assert run.calibration == Calibration(data=HubTexts(source="hub", repo="a/b"))
+    (tmp_path / "r.yaml").write_text("model: {source: yours}")
+    with pytest.raises(InputError, match=r"r\.yaml: source 'yours' is unknown; valid: .*, or a name in .*: mine"):
+        load_run("r", tmp_path)
 
 
 def test_shipped_params_are_valid():
@@ -46,17 +86,15 @@ def test_shipped_params_are_valid():
     assert shipped.budgets_of("smollm2") == ("0.02", "0.05")
 
 
-def test_the_llama_run_is_the_papers_setting():
+def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
     run = load_run("llama2-7b", ROOT / "runs")
+    assert run.model.repo == "meta-llama/Llama-2-7b-hf" and run.score == Score()
     assert (run.calibration.num_samples, run.calibration.seq_len, run.calibration.seed) == (256, 2048, 42)
     assert (run.calibration.packing, run.calibration.split, run.model.dtype) == ("joined", "paper", "bfloat16")
-
-
-def test_the_llama_run_recovers_by_the_papers_recipe_and_so_do_the_defaults():
-    recover = load_run("llama2-7b", ROOT / "runs").recover
+    recover = run.recover
     assert (recover.num_samples, recover.rank, recover.alpha, recover.learning_rate) == (8000, 32, 10, 2e-4)
     assert (recover.batch, recover.accumulation, recover.epochs) == (1, 4, 1)
-    assert Recover(data=recover.data) == recover
+    assert (run.calibration, run.evaluate, recover) == (Calibration(), Evaluate(), Recover())
 
 
 def test_targets_may_differ_in_recovery_alone(tmp_path, monkeypatch):
@@ -117,7 +155,12 @@ def test_what_is_pushed_is_written(tmp_path, monkeypatch, more, words):
                 "runs": ["smollm2"],
                 "targets": {"x": {"run": "smollm2", "budget": "0.1", "recover": True}},
             },
-            ["'x' has recover: true", "runs/smollm2.yaml has no recover section", "set recover: false"],
+            [
+                "'x' has recover: true",
+                "runs/smollm2.yaml has no recover section",
+                "recover: {} is",
+                "set recover: false",
+            ],
         ),
     ],
 )
@@ -134,7 +177,7 @@ def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
     [
         (lambda v: v["calibration"].update(nsamples=1), ["calibration.nsamples", "num_samples", "seq_len"]),
         (lambda v: v["model"].update(pakage="x"), ["model.pypi.pakage", "package", "sha256"]),
-        (lambda v: v["model"].update(source="web"), ["'web'", "'pypi'", "'hub'", "'path'"]),
+        (lambda v: v["model"].update(source="web"), ["'web'", "pypi, hub, path"]),
         (lambda v: v["model"].update(sha256="abc"), ["sha256", "'abc'"]),
         (lambda v: v["calibration"].update(packing="padded"), ["packing", "'joined'", "'per_sample'", "'padded'"]),
         (answers(tasks=[]), ["calibration.data.tasks.tasks", "at least 1"]),
@@ -155,10 +198,10 @@ def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
         (lambda v: v["score"].update(acceleration="lazy", confidence=0.9), ["confidence does nothing", "race or"]),
         (lambda v: v.update(export=[]), ["export: [] lacks hf", "add it"]),
         (lambda v: v.update(export=["gguf"]), ["export: ['gguf'] lacks hf", "add it"]),
-        (lambda v: v.update(export=["gguf", "hf"], score={"method": "slicegpt"}), ["slicegpt", "set export: [hf]"]),
+        (lambda v: v.update(export=["gguf", "hf"], score={"method": "slicegpt"}), ["SliceGPT", "valid with it: hf"]),
         (lambda v: v["calibration"].update(num_samples=0), ["num_samples", "0"]),
-        (lambda v: v["evaluate"].pop("perplexity"), ["evaluate.perplexity", "required"]),
-        (lambda v: v.update(recover={"rank": 8}), ["recover.data", "required"]),
+        (lambda v: v.pop("model"), ["model", "required"]),
+        (lambda v: v.update(study={}), ["study.main", "required"]),
         (lambda v: v.update(recover={"r": 8}), ["recover.r", "accumulation, alpha, batch", "rank"]),
         (lambda v: v.update(recover={"rank": 0}), ["recover.rank", "0"]),
         (lambda v: v.update(recover={"learning_rate": -1}), ["recover.learning_rate", "-1"]),
@@ -187,3 +230,14 @@ def test_not_yaml(tmp_path):
     (tmp_path / "params.yaml").write_text("runs: [a\n")
     with pytest.raises(InputError, match="not valid YAML"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+    shutil.copytree(ROOT / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("pins.json"))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.fetch", "qwen1.5-7b"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error in stage fetch qwen1.5-7b: hub repository ")
+    assert "HF_HUB_OFFLINE is set: unset it, or use another source" in result.stderr

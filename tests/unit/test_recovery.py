@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
@@ -23,6 +22,7 @@ from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import load_model, prune_
+from blockpruner.params import load_run
 from blockpruner.recovery import recover_, training_rows
 from blockpruner.store.files import write_json
 from blockpruner.store.plans import save_plan
@@ -289,7 +289,7 @@ def test_samples_end_where_the_text_ends_or_at_seq_len():
 def project(tmp_path, monkeypatch):
     """A folder as after `materialize`, in which the stage runs; returns the plan."""
     monkeypatch.chdir(tmp_path)
-    dense, run = save_tiny(Path("data/models/tiny")), yaml.safe_load((ROOT / "runs" / "smollm2.yaml").read_text())
+    dense, run = save_tiny(Path("data/models/tiny")), load_run("smollm2", ROOT / "runs").model_dump(mode="json")
     write_json(dense / "blockpruner_source.json", {"source": {"source": "path", "path": "mine"}})
     run["recover"] = {"data": DATA, "num_samples": 8, "seq_len": 20, "rank": 2, "learning_rate": 0.01}
     write_json(Path("runs/tiny.yaml"), run)
