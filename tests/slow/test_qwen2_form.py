@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.inputs.calibration import pack_rows
-from blockpruner.inputs.texts import TEXTS
+from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
-from blockpruner.store.files import read_table
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +60,7 @@ def greedy(checkpoint, rows):
 
 
 def test_the_qwen2_form_gives_the_same_sequence(tmp_path, smollm2):
-    texts = read_table(smollm2.parents[1] / "sources/smollm2/calibration.parquet", TEXTS)[0].column("text").to_pylist()
+    texts = read_texts(smollm2.parents[1] / "sources/smollm2/calibration.parquet")
     rows = pack_rows(texts[:1], load_tokenizer(smollm2), 128, "joined").rows[:2]
     (order, losses), (other, others) = greedy(smollm2, rows), greedy(qwen2_form(smollm2, tmp_path / "qwen2"), rows)
     assert order == other
