@@ -354,7 +354,7 @@ class Study(Frozen):
     """By name, the keys of `calibration` that each changes."""
     options: dict[str, dict[str, bool | int | float | str | tuple[str | int, ...] | None]] = {}
     """By method, in place of `score.options`."""
-    samples: dict[str, Annotated[int, Field(ge=1)]] = {"LaCo": 40, "SliceGPT": 1024}
+    samples: dict[str, Annotated[int, Field(ge=1)]] = {"laco": 40, "slicegpt": 1024}
     """By method, in place of `calibration.num_samples`."""
     tasks: tuple[str, ...] = PAPER_TASKS
     """For the dense and the main models, beside those of `evaluate.zero_shot`."""

@@ -148,12 +148,13 @@ def seeds(found: Found) -> Grid:
     corrected = dict(zip(tests, statistics.holm([test.p for test in tests.values()]), strict=True))
     rows: list[tuple[Cell, ...]] = []
     for i, (method, _, own) in enumerate(groups):
+        first = next(iter(own.values()))
         measures = [(100 * entry.model.average.value, entry.model.perplexity) for entry in own.values()]
         (average, perplexity), (spread, sd) = np.mean(measures, 0).tolist(), np.std(measures, 0, ddof=1).tolist()
         tested = (points(tests[i]), p_value(tests[i].p), p_value(corrected[i])) if i in tests else (None,) * 3
         rows.append(
             (
-                next(iter(own.values())).subject, method, ", ".join(own), Number(average, 2), Number(spread, 2),
+                first.subject, first.method, ", ".join(own), Number(average, 2), Number(spread, 2),
                 Number(perplexity), Number(sd), *tested,
             )
         )  # fmt: skip
@@ -212,19 +213,23 @@ def sensitivity(found: Found) -> Grid:
 
 
 def _jaccard(evidence: Evidence, base: Entry, entry: Entry, budget: float) -> Cell:
-    prefixes = [evidence.prefix(one.variant.name, budget) for one in (base, entry)]
+    prefixes = [evidence.prefix(one.variant.slug, budget) for one in (base, entry)]
     a, b = ({block for unit in prefix or () for block in parse_mask(unit)} for prefix in prefixes)
     return None if None in prefixes else Number(statistics.jaccard(a, b), 3)
 
 
-BALANCE = {"MHA only": "MHA only", "MLP only": "MLP only", BLOCKPRUNER: "both (BlockPruner)"}
+BALANCE = {"mha-only": "MHA only", "mlp-only": "MLP only", BLOCKPRUNER: "both (BlockPruner)"}
 """What may go, by method."""
 
 
 def kinds(found: Found) -> Grid:
     """MHA only, MLP only and both, with measured speed."""
+
+    def may_go(option: Option) -> Cell:
+        return BALANCE[option.variant.method] if isinstance(option, Entry) else "nothing (dense)"
+
     fields = (
-        MODEL, Field[Option]("method", "what may go", lambda option: BALANCE.get(option.method, "nothing (dense)")),
+        MODEL, Field[Option]("method", "what may go", may_go),
         RATIO, MHA, MLP, PREFILL, Field[Option]("prefill_speedup", "× [95 %]", partial(_gain, "prefill", TIMED)),
         DECODE, Field[Option]("decode_speedup", "× [95 %]", partial(_gain, "decode", TIMED)), CACHE, MEMORY, HELDOUT,
         AVERAGE,

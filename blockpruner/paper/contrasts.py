@@ -7,16 +7,15 @@ of zero, does not hold if it lies on the other side, and cannot be told where th
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from blockpruner.paper.evidence import Contrast, Entry, Evidence, compare
-from blockpruner.paper.experiments import BLOCKPRUNER
+from blockpruner.paper.experiments import BLOCKPRUNER, SLEB
 from blockpruner.reporting import statistics
 from blockpruner.reporting.findings import Finding, Level
-from blockpruner.reporting.formats import listed
+from blockpruner.reporting.formats import listed, slug
 from blockpruner.reporting.grids import Field, Grid, Number, factor, grid_of, p_value, points, share
 from blockpruner.reporting.statistics import Interval
 
@@ -112,15 +111,15 @@ def _main_or_largest(*others: str) -> Callable[[Evidence], Sequence[tuple[Entry,
 
 
 CLAIMS: tuple[Claim, ...] = (
-    Claim("Removing blocks beats removing layers at about the same ratio", _main("greedy layers (SLEB)", "ShortGPT")),
+    Claim("Removing blocks beats removing layers at about the same ratio", _main(SLEB, "shortgpt")),
     Claim(
-        "MHA blocks are more redundant than MLP blocks", lambda evidence: _same_budget(evidence, "MLP only", "MHA only")
+        "MHA blocks are more redundant than MLP blocks", lambda evidence: _same_budget(evidence, "mlp-only", "mha-only")
     ),
     Claim(
         "Perplexity is a better metric than BI, RM and JS in the same greedy search",
-        _main_or_largest("BlockPruner by BI", "BlockPruner by RM", "BlockPruner by JS"),
+        _main_or_largest("blockpruner-by-bi", "blockpruner-by-rm", "blockpruner-by-js"),
     ),
-    Claim("Iterative search beats scoring once", _main("one-shot perplexity")),
+    Claim("Iterative search beats scoring once", _main("one-shot-perplexity")),
 )
 
 CLAIM_FIELDS: tuple[Field[tuple[str, Pair]], ...] = (
@@ -152,9 +151,12 @@ def claims(evidence: Evidence) -> tuple[tuple[Finding, ...], Grid]:
     pairs = pairs_of([pair for _, pair in found])
     rows = list(zip([title for title, _ in found], pairs, strict=True))
     model = evidence.dense.subject
-    slug = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
     grid = grid_of(
-        f"claims-{slug}", f"The comparisons behind them: {model}", CLAIM_FIELDS, rows, (CLAIM_NOTE, *detectable(pairs))
+        f"claims-{slug(model)}",
+        f"The comparisons behind them: {model}",
+        CLAIM_FIELDS,
+        rows,
+        (CLAIM_NOTE, *detectable(pairs)),
     )
     findings = [_claim(claim.title, [pair for title, pair in rows if title == claim.title]) for claim in CLAIMS]
     return (*findings, *_samples(evidence)), grid

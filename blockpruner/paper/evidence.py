@@ -21,9 +21,9 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Run
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.paper.experiments import BLOCKPRUNER, Variant, study_of, variants
+from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, Variant, study_of, variants
 from blockpruner.paper.published import MODELS
-from blockpruner.paper.studies import DENSE, Search, load_plans, model_name
+from blockpruner.paper.studies import DENSE, SearchRecord, load_plans, model_name
 from blockpruner.reporting import statistics
 from blockpruner.reporting.findings import Finding, recommended, stop, warnings
 from blockpruner.reporting.formats import percent
@@ -42,7 +42,7 @@ class Entry(Option):
     plan: Plan
     variant: Variant
     budget: str
-    search: Search
+    search: SearchRecord
 
     @property
     def share(self) -> float:
@@ -53,7 +53,7 @@ class Entry(Option):
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """All that one study found."""
+    """All that one study found. Searches go by `Variant.slug`, methods by their keys in METHODS."""
 
     dense: Option
     entries: tuple[Entry, ...]
@@ -66,26 +66,26 @@ class Evidence:
 
     def of(self, method: str) -> tuple[Entry, ...]:
         """The budgets of a method with nothing else varied, the least pruned first."""
-        found = (entry for entry in self.entries if entry.variant.name == method)
+        found = (entry for entry in self.entries if entry.variant.slug == method)
         return tuple(sorted(found, key=lambda entry: entry.ratio))
 
     def at(self, variant: str, budget: str | None) -> Entry | None:
-        return next((e for e in self.entries if e.variant.name == variant and e.budget == budget), None)
+        return next((e for e in self.entries if e.variant.slug == variant and e.budget == budget), None)
 
     def main(self, *methods: str) -> tuple[Entry, ...]:
         """The entries of Table 1, of the methods that have one."""
         return tuple(e for method in methods for e in self.of(method) if e.budget == e.variant.main)
 
     def varied(self, method: str, factor: str) -> tuple[Entry, ...]:
-        return tuple(e for e in self.entries if e.variant.factor == factor and e.method == method)
+        return tuple(e for e in self.entries if e.variant.factor == factor and e.variant.method == method)
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(entry.method for entry in self.entries))
+        return tuple(dict.fromkeys(entry.variant.method for entry in self.entries))
 
     @cached_property
-    def searches(self) -> Mapping[str, Search]:
-        return {entry.variant.name: entry.search for entry in self.entries}
+    def searches(self) -> Mapping[str, SearchRecord]:
+        return {entry.variant.slug: entry.search for entry in self.entries}
 
     def timed(self, setting: str) -> tuple[Entry, ...]:
         """Those with nothing else varied that were timed in a setting, by method and ratio."""
@@ -104,12 +104,12 @@ class Evidence:
 
     @property
     def _ours(self) -> list[Entry]:
-        return [entry for entry in self.timed(TIMED) if entry.method == BLOCKPRUNER]
+        return [entry for entry in self.timed(TIMED) if entry.variant.method == BLOCKPRUNER]
 
     def prefix(self, variant: str, budget: float) -> tuple[str, ...] | None:
         """The units that a search had removed when it came nearest to a share of the parameters; of two equally near,
         the more. None: it did not go so far, or removes no units."""
-        own = [entry for entry in self.entries if entry.variant.name == variant]
+        own = [entry for entry in self.entries if entry.variant.slug == variant]
         longest = max(own, key=lambda entry: entry.ratio)
         if not longest.order or max(entry.share for entry in own) < budget:
             return None
@@ -184,7 +184,7 @@ def _read_evidence(name: str, subject: str, run: Run, folder: Path) -> Evidence:
     entries = []
     for variant in found:
         digest = CalibrationSet.load(plans / variant.slug / "rows.parquet").digest
-        search = Search.load(plans / variant.slug)
+        search = SearchRecord.load(plans / variant.slug)
         for budget, plan in load_plans(plans, variant).items():
             key = model_name(plan, digest)
             if key not in models:
@@ -194,8 +194,9 @@ def _read_evidence(name: str, subject: str, run: Run, folder: Path) -> Evidence:
                 )
             entries.append(
                 Entry(
-                    name=f"{variant.name} at {percent(plan.ratio)}", subject=subject, method=variant.method, plan=plan,
-                    model=models[key], dense=dense.model, races=races.get(key, {}), order=search.order,
+                    name=f"{variant.name} at {percent(plan.ratio)}", subject=subject,
+                    method=METHODS[variant.method].title, plan=plan, model=models[key], dense=dense.model,
+                    races=races.get(key, {}), order=search.order,
                     curve=search.perplexities, variant=variant, budget=budget, search=search,
                 )
             )  # fmt: skip

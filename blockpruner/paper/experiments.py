@@ -6,92 +6,104 @@ how a search runs is decided by `search`, what is measured of its models by `eva
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Budgets, Calibration, Run, Score, Study
+from blockpruner.reporting.formats import slug
 
 Kind = Literal["block", "layer", "width"]
 DATA_VARIABLE = "BLOCKPRUNER_DATA"
 """Environment variable: a folder of benchmark data. A study takes WikiText-2 from it, which no package holds."""
 
-BLOCKPRUNER = "BlockPruner"
+BLOCKPRUNER, SLEB = "blockpruner", "greedy-layers-sleb"
+
+Use = Literal["main", "metric", "curve", "partial", "high", "seeds", "timed", "table6"]
+"""A part of a study: the budgets of `Study` by that name, the seeds, the timing of every budget (the paper's open
+question is the balance of the two kinds of block), and the race of Table 6."""
 
 
 @dataclass(frozen=True)
-class Method:
-    """kind: of its budgets; score: what it changes in the run's `score` section; use: the parts of a study that it
-    takes part in: "main", "metric", "curve", "partial", "high", "seeds"."""
+class PaperMethod:
+    """A method that a study can search by. The run's own `score` section tells how BlockPruner searches."""
 
+    title: str
+    """Its name in tables and figures."""
     kind: Kind
+    """Of its budgets."""
+    use: tuple[Use, ...]
     score: Mapping[str, Any]
-    use: tuple[str, ...]
+    """What it changes in the run's `score` section."""
+    published: tuple[str, ...] = ()
+    """Names of its rows in data/paper."""
 
 
-METHODS: dict[str, Method] = {
-    BLOCKPRUNER: Method("block", {}, ("main", "metric", "curve", "partial", "high", "seeds")),
-    "SliceGPT": Method("width", {"method": "slicegpt"}, ("main",)),
-    "LaCo": Method("layer", {"method": "laco"}, ("main",)),
-    "Relative Magnitude": Method(
-        "layer", {"method": "one_shot", "unit": "layer", "metric": "relative_magnitude"}, ("main", "curve", "seeds")
+BI, RM = "block_influence", "relative_magnitude"
+EVERY: tuple[Use, ...] = ("main", "metric", "curve", "partial", "high", "seeds", "timed", "table6")
+METHODS: Mapping[str, PaperMethod] = {
+    BLOCKPRUNER: PaperMethod("BlockPruner", "block", EVERY, {}, ("blockpruner", "ppl", "block")),
+    "slicegpt": PaperMethod("SliceGPT", "width", ("main", "table6"), {"method": "slicegpt"}, ("slicegpt",)),
+    "laco": PaperMethod("LaCo", "layer", ("main",), {"method": "laco"}, ("laco",)),
+    "relative-magnitude": PaperMethod(
+        "Relative Magnitude", "layer", ("main", "curve", "seeds"),
+        {"method": "one_shot", "unit": "layer", "metric": RM}, (RM,),
     ),
-    "Relative Magnitude, Frobenius": Method(
-        "layer", {"method": "one_shot", "unit": "layer", "metric": "relative_magnitude_frobenius"}, ("main",)
+    "relative-magnitude-frobenius": PaperMethod(
+        "Relative Magnitude, Frobenius", "layer", ("main",),
+        {"method": "one_shot", "unit": "layer", "metric": f"{RM}_frobenius"}, (RM,),
     ),
-    "ShortGPT": Method(
-        "layer", {"method": "one_shot", "unit": "layer", "metric": "block_influence"}, ("main", "curve", "seeds")
+    "shortgpt": PaperMethod(
+        "ShortGPT", "layer", ("main", "curve", "seeds", "table6"),
+        {"method": "one_shot", "unit": "layer", "metric": BI}, ("shortgpt",),
     ),
-    "one-shot perplexity": Method("block", {"method": "one_shot"}, ("main",)),
-    "greedy layers (SLEB)": Method("layer", {"unit": "layer"}, ("main", "high", "seeds")),
-    "BlockPruner by JS": Method("block", {"metric": "js"}, ("metric",)),
-    "BlockPruner by BI": Method("block", {"metric": "block_influence"}, ("main", "partial")),
-    "BlockPruner by RM": Method("block", {"metric": "relative_magnitude"}, ("main", "partial")),
-    "MHA only": Method("block", {"candidates": "mha"}, ("partial",)),
-    "MLP only": Method("block", {"candidates": "mlp"}, ("partial",)),
-    "random": Method("block", {"method": "random"}, ("main",)),
-}
-"""By the names that tables show. The run's own `score` section says how BlockPruner searches."""
-
-TIMED = (BLOCKPRUNER, "MHA only", "MLP only")
-"""Of these, every budget is timed: the paper's open question is the balance of the two kinds of block."""
-
-TABLE6 = (BLOCKPRUNER, "SliceGPT", "ShortGPT")
-"""Its methods."""
+    "one-shot-perplexity": PaperMethod(
+        "one-shot perplexity", "block", ("main",), {"method": "one_shot"}, ("one_shot_ppl",)
+    ),
+    SLEB: PaperMethod(
+        "greedy layers (SLEB)", "layer", ("main", "high", "seeds"), {"unit": "layer"}, ("layer_greedy_ppl", "layer")
+    ),
+    "blockpruner-by-js": PaperMethod("BlockPruner by JS", "block", ("metric",), {"metric": "js"}, ("js",)),
+    "blockpruner-by-bi": PaperMethod("BlockPruner by BI", "block", ("main", "partial"), {"metric": BI}),
+    "blockpruner-by-rm": PaperMethod("BlockPruner by RM", "block", ("main", "partial"), {"metric": RM}),
+    "mha-only": PaperMethod("MHA only", "block", ("partial", "timed"), {"candidates": "mha"}),
+    "mlp-only": PaperMethod("MLP only", "block", ("partial", "timed"), {"candidates": "mlp"}),
+    "random": PaperMethod("random", "block", ("main",), {"method": "random"}),
+}  # fmt: skip
+"""By slug, as run files name them: the title in lower case with hyphens."""
 
 ACCELERATED = ("acceleration", "confidence", "floor", "slack", "audit")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One search of a study.
-
-    name: unique, a folder's name after `slug`; method: a key of METHODS; factor: what else is varied: "" (nothing),
-    "seed" or "calibration", and level: which seed or set; score, calibration: the whole sections; budgets: in order;
-    measured: of those, the budgets whose models are evaluated in full ("main"), and timed.
-    """
+    """One search of a study."""
 
     name: str
+    """Its method's title, and what else is varied."""
     method: str
+    """A key of METHODS."""
     kind: Kind
     score: Score
     calibration: Calibration
     budgets: tuple[str, ...]
+    """In the order in which they are searched for."""
     factor: Literal["", "seed", "calibration"] = ""
+    """What else is varied."""
     level: str = ""
+    """Which seed or calibration set."""
     main: str | None = None
-    timed: tuple[str, ...] = field(default_factory=tuple)
-
-    @property
-    def raced(self) -> str | None:
-        """The budget whose model is timed in the setting of Table 6."""
-        return self.main if self.name in TABLE6 else None
+    """The budget whose model is evaluated in full."""
+    timed: tuple[str, ...] = ()
+    """The budgets whose models are timed."""
+    raced: str | None = None
+    """The budget whose model is timed in the setting of Table 6."""
 
     @property
     def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        """The name of its folders."""
+        return slug(self.name)
 
 
 def variants(run: Run) -> tuple[Variant, ...]:
@@ -105,18 +117,21 @@ def variants(run: Run) -> tuple[Variant, ...]:
     for name in (*names, *study.options, *study.samples):
         if name not in METHODS:
             raise InputError(f"study names the method {name!r}, which is unknown; valid: {', '.join(METHODS)}")
-    found = [_method(run, study, name) for name in METHODS if name in names]
+    found = [_base(run, study, name) for name in METHODS if name in names]
     found = [variant for variant in found if variant.budgets]
-    for seed in study.seeds:
-        found += [
-            _varied(run, v, "seed", str(seed), {"seed": seed}, v.main)
-            for v in found
-            if not v.factor and v.main is not None and "seeds" in METHODS[v.method].use
-        ]
+
+    def varied(of: Variant, factor: Literal["seed", "calibration"], level: str, change: Any, budget: str) -> Variant:
+        return replace(
+            of, name=f"{of.name}, {'seed ' if factor == 'seed' else ''}{level}", factor=factor, level=level,
+            calibration=_calibration(run, change), budgets=(budget,), main=None, timed=(), raced=None,
+        )  # fmt: skip
+
+    repeated = [(v, v.main) for v in found if v.main is not None and "seeds" in METHODS[v.method].use]
+    more = [varied(v, "seed", str(seed), {"seed": seed}, main) for seed in study.seeds for v, main in repeated]
     if BLOCKPRUNER in names:
-        for level, change in study.calibrations.items():
-            found.append(_varied(run, found[0], "calibration", level, change, study.sensitivity))
-    return tuple(found)
+        levels = study.calibrations.items()
+        more += [varied(found[0], "calibration", level, change, study.sensitivity) for level, change in levels]
+    return (*found, *more)
 
 
 def study_of(run: Run) -> Study:
@@ -127,36 +142,38 @@ def study_of(run: Run) -> Study:
     return run.study
 
 
-def budget_of(budgets: Budgets, kind: Kind) -> str | None:
-    found: str | None = getattr(budgets, kind)
-    return found
-
-
-def _method(run: Run, study: Study, name: str) -> Variant:
+def _base(run: Run, study: Study, name: str) -> Variant:
+    """A method's search with nothing else varied."""
     row = METHODS[name]
-    by_use = {
-        "main": [budget_of(study.main, row.kind)],
+
+    def own(budgets: Budgets) -> str | None:
+        found: str | None = getattr(budgets, row.kind)
+        return found
+
+    by_use: Mapping[Use, Sequence[str | None]] = {
+        "main": [own(study.main)],
         "metric": study.metric,
         "partial": study.partial,
         "curve": study.curve,
-        "high": [budget_of(budgets, row.kind) for budgets in study.high],
+        "high": list(map(own, study.high)),
     }
     wanted = [budget for use, budgets in by_use.items() if use in row.use for budget in budgets if budget is not None]
     if name == BLOCKPRUNER:
         wanted.append(study.sensitivity)
-    budgets, main = tuple(dict.fromkeys(wanted)), budget_of(study.main, row.kind) if "main" in row.use else None
-    change = {"num_samples": study.samples[name]} if name in study.samples else {}
-    timed = budgets if name in TIMED else ()
+    budgets, main = tuple(dict.fromkeys(wanted)), own(study.main) if "main" in row.use else None
     return Variant(
-        name, name, row.kind, _score(run, study, name), _calibration(run, change), budgets, main=main, timed=timed
-    )
+        name=row.title, method=name, kind=row.kind, score=_score(run, study, name),
+        calibration=_calibration(run, {"num_samples": study.samples[name]} if name in study.samples else {}),
+        budgets=budgets, main=main, timed=budgets if "timed" in row.use else (),
+        raced=main if "table6" in row.use else None,
+    )  # fmt: skip
 
 
 def _score(run: Run, study: Study, name: str) -> Score:
     """The run's `score` section with a method's changes; acceleration only where the search has steps to accelerate."""
     change = dict(METHODS[name].score)
     own = run.score.model_dump(exclude_unset=True)
-    if change.get("method", "greedy") != "greedy" or change.get("metric") in ("block_influence", "relative_magnitude"):
+    if change.get("method", "greedy") != "greedy" or change.get("metric") in (BI, RM):
         own = {key: value for key, value in own.items() if key not in (*ACCELERATED, "options")}
     if name in study.options:
         change["options"] = study.options[name]
@@ -165,16 +182,3 @@ def _score(run: Run, study: Study, name: str) -> Score:
 
 def _calibration(run: Run, change: Mapping[str, Any]) -> Calibration:
     return Calibration.model_validate({**run.calibration.model_dump(), **change})
-
-
-def _varied(
-    run: Run,
-    of: Variant,
-    factor: Literal["seed", "calibration"],
-    level: str,
-    change: Mapping[str, Any],
-    budget: str | None,
-) -> Variant:
-    name = f"{of.method}, seed {level}" if factor == "seed" else f"{of.method}, {level}"
-    assert budget is not None
-    return Variant(name, of.method, of.kind, of.score, _calibration(run, change), (budget,), factor=factor, level=level)

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from blockpruner.core.blocks import BlockKind, parse_mask
+from blockpruner.paper.beyond import BALANCE
 from blockpruner.paper.evidence import MAIN, Entry, Evidence
-from blockpruner.paper.experiments import BLOCKPRUNER
+from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, SLEB
 from blockpruner.reporting import plots
 from blockpruner.reporting.plots import BLUE, GREY, MARKS, ORANGE, REMOVED, Plot
 from blockpruner.reporting.results import TIMED, Pace
@@ -175,9 +176,8 @@ SHAPES = [shape for _, shape in MARKS]
 MANY_MARKS = [*MARKS, *((colour, shape) for (colour, _), shape in zip(MARKS, SHAPES[3:] + SHAPES[:3], strict=True))]
 """MARKS, then again in the other order of shapes: twice as many methods stay apart."""
 
-KINDS = {"MHA only": "MHA only", "MLP only": "MLP only", BLOCKPRUNER: "both (BlockPruner)"}
-METRICS = {BLOCKPRUNER: "perplexity", "BlockPruner by BI": "Block Influence", "BlockPruner by RM": "relative magnitude"}
-RATIOS = {name: name for name in (BLOCKPRUNER, "ShortGPT", "Relative Magnitude", "greedy layers (SLEB)")}
+METRICS = {BLOCKPRUNER: "perplexity", "blockpruner-by-bi": "Block Influence", "blockpruner-by-rm": "relative magnitude"}
+RATIOS = {name: METHODS[name].title for name in (BLOCKPRUNER, "shortgpt", "relative-magnitude", SLEB)}
 
 
 def _timed(evidence: Evidence) -> bool:
@@ -221,16 +221,16 @@ FIGURES: tuple[PaperFigure, ...] = (
         "Figure 1. Block Influence",
         "Block Influence of each layer, and of each MHA and MLP block, in the dense model: 1 − mean cosine of the "
         "states before and after it.",
-        (("layers", _influence("ShortGPT")), ("blocks", _influence("BlockPruner by BI"))),
-        lambda e: all(m in e.searches and e.searches[m].first for m in ("ShortGPT", "BlockPruner by BI")),
+        (("layers", _influence("shortgpt")), ("blocks", _influence("blockpruner-by-bi"))),
+        lambda e: all(m in e.searches and e.searches[m].first for m in ("shortgpt", "blockpruner-by-bi")),
         "the study has no search by Block Influence of layers and of blocks",
     ),
     PaperFigure(
         "figure4",
         "Figure 4. MHA only, MLP only, both",
         "Average accuracy (± 1 standard error) and held-out perplexity where only one kind of block may be removed.",
-        _curves(KINDS),
-        _measured("MHA only", "MLP only"),
+        _curves(BALANCE),
+        _measured("mha-only", "mlp-only"),
         "the study has no search of one kind of block",
     ),
     PaperFigure(
@@ -246,7 +246,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "Figure 6. Perplexity, Block Influence, relative magnitude",
         "The same greedy search by three metrics: average accuracy (± 1 standard error) and held-out perplexity.",
         _curves(METRICS),
-        _measured("BlockPruner by BI", "BlockPruner by RM"),
+        _measured("blockpruner-by-bi", "blockpruner-by-rm"),
         "the study has no greedy search by BI and RM",
     ),
     PaperFigure(
@@ -274,7 +274,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "Figure 10. Methods over ratios",
         "Average accuracy (± 1 standard error) and held-out perplexity of each method at its budgets.",
         _curves(RATIOS),
-        _measured(BLOCKPRUNER, "ShortGPT"),
+        _measured(BLOCKPRUNER, "shortgpt"),
         "the study has no curves",
     ),
 )

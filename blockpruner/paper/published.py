@@ -1,6 +1,6 @@
 """The paper's own numbers (arXiv 2406.10594), read from data/paper.
 
-Decides which of its models a run is of and which of its rows a method is. Nothing here is measured by this project.
+Decides which of its models a run is of. Nothing here is measured by this project.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
+from blockpruner.paper.experiments import METHODS
 
 MODELS: Mapping[str, str] = {
     "meta-llama/Llama-2-7b-hf": "Llama2-7B",
@@ -24,34 +25,21 @@ MODELS: Mapping[str, str] = {
 }
 """Repository of a run's model to its name in the paper."""
 
-TITLES: Mapping[str, str] = {
-    "dense": "dense",
-    "slicegpt": "SliceGPT",
-    "laco": "LaCo",
-    "relative_magnitude": "Relative Magnitude",
-    "shortgpt": "ShortGPT",
-    "blockpruner": "BlockPruner",
-    "one_shot_ppl": "one-shot perplexity",
-    "layer_greedy_ppl": "greedy layers (SLEB)",
-    "ppl": "BlockPruner",
-    "js": "BlockPruner by JS",
-    "block": "BlockPruner",
-    "layer": "greedy layers (SLEB)",
-}
-"""What the paper's rows are called, to this project's names."""
-
 
 @dataclass(frozen=True)
 class Published:
-    """One row of a table. numbers: by column, in the paper's units: per cent, milliseconds, minutes."""
+    """One row of a table."""
 
     model: str
     key: str
+    """Of the method: "dense", or one of its `PaperMethod.published`."""
     numbers: Mapping[str, float]
+    """By column, in the paper's units: per cent, milliseconds, minutes."""
 
     @property
     def title(self) -> str:
-        return TITLES[self.key]
+        """Of the method, as this project calls it."""
+        return next((method.title for method in METHODS.values() if self.key in method.published), self.key)
 
     @property
     def ratio(self) -> float | None:

@@ -44,7 +44,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchRecord:
     """What is known of a search when it is over.
 
     order: all its removals, as text, beyond the last budget too; perplexities: on its calibration rows, of the dense
@@ -62,7 +62,7 @@ class Search:
     cost: Mapping[str, float]
 
     @classmethod
-    def load(cls, folder: Path) -> Search:
+    def load(cls, folder: Path) -> SearchRecord:
         fields = read_json(folder / "search.json")
         return cls(**fields | {key: tuple(fields[key]) for key in ("order", "perplexities")})
 
@@ -130,7 +130,7 @@ def _write(
             for added, score in zip(trace[0].added, trace[0].scores, strict=True)
             if added is not None and score.is_complete and score.row_loss
         }
-    found = Search(variant.name, order, perplexities, first, len(calibration.rows), calibration.tokens, cost)
+    found = SearchRecord(variant.name, order, perplexities, first, len(calibration.rows), calibration.tokens, cost)
     write_json(directory / "search.json", vars(found))
 
 

@@ -13,15 +13,15 @@ from typing import Any
 
 from blockpruner.paper.contrasts import contrast_grid
 from blockpruner.paper.evidence import MAIN, Entry, Evidence, Subject
-from blockpruner.paper.experiments import BLOCKPRUNER
-from blockpruner.paper.published import TITLES, Published, read_published
+from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, SLEB
+from blockpruner.paper.published import Published, read_published
+from blockpruner.paper.studies import DENSE
 from blockpruner.reporting.comparison import BAND
 from blockpruner.reporting.grids import Cell, Column, Field, Grid, Number, factor, score, share
 from blockpruner.reporting.results import Option
 
 HERE, PAPER, DIFFERENCE = "here", "paper", "here − paper"
 NOT_COMPUTED = "not computed here"
-SLEB, JS = "greedy layers (SLEB)", "BlockPruner by JS"
 MODEL = Field[Option]("model", "model", lambda option: option.subject)
 METHOD = Field[Option]("method", "method", lambda option: option.method)
 
@@ -65,7 +65,7 @@ def paper_grids(table: PaperTable, subjects: Sequence[Subject], folder: Path) ->
     found = [subject.evidence for subject in subjects if subject.evidence is not None]
     columns = (MODEL, METHOD, Column("source", "source"), *table.fields)
     kept = [i for i in range(len(columns)) if i < 3 or any(row[i] is not None for row in rows)]
-    strong = frozenset(i for i, row in enumerate(rows) if row[1] == BLOCKPRUNER and row[2] == HERE)
+    strong = frozenset(i for i, row in enumerate(rows) if row[1] == METHODS[BLOCKPRUNER].title and row[2] == HERE)
     cells = tuple(tuple(row[i] for i in kept) for row in rows)
     notes = (_whose(subjects), *table.notes(found))
     grids = [Grid(table.name, table.title, tuple(columns[i] for i in kept), cells, notes, strong)]
@@ -126,8 +126,8 @@ def _match(table: PaperTable, option: Option, published: Sequence[Published]) ->
     def apart(row: Published) -> float:
         return abs(100 * option.ratio - row.ratio) if RATIO in table.fields and row.ratio is not None else 0.0
 
-    method = option.method.removesuffix(", Frobenius")
-    near = [row for row in published if row.title == method and apart(row) <= 100 * BAND]
+    keys = METHODS[option.variant.method].published if isinstance(option, Entry) else (DENSE,)
+    near = [row for row in published if row.key in keys and apart(row) <= 100 * BAND]
     return min(near, key=apart, default=None)
 
 
@@ -175,9 +175,9 @@ QUALITY = (RATIO, WIKITEXT, HELDOUT, AVERAGE)
 FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 NINE = {"truthfulqa": "truthfulqa_mc1", "race": "race", "swag": "swag", "openbookqa": "openbookqa"}
 TABLE1 = (
-    "SliceGPT", "LaCo", "Relative Magnitude", "Relative Magnitude, Frobenius", "ShortGPT", BLOCKPRUNER, "random",
+    "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", BLOCKPRUNER, "random",
 )  # fmt: skip
-CURVES = (BLOCKPRUNER, "ShortGPT", "Relative Magnitude")
+CURVES = (BLOCKPRUNER, "shortgpt", "relative-magnitude")
 
 
 def _average_of_nine(option: Option) -> Cell:
@@ -195,7 +195,7 @@ def _with_dense(evidence: Evidence) -> list[Option]:
 def _against(*others: str) -> Callable[[Evidence], Pairs]:
     """BlockPruner and other methods at the budget of Table 1."""
     return lambda evidence: [
-        (base, e) for base in evidence.main(BLOCKPRUNER) for e in evidence.main(*others) if e.method != BLOCKPRUNER
+        (base, e) for base in evidence.main(BLOCKPRUNER) for e in evidence.main(*others) if e != base
     ]
 
 
@@ -236,8 +236,7 @@ def _table6_notes(found: Sequence[Evidence]) -> list[str]:
 
 
 def _searched(evidence: Evidence) -> list[Option]:
-    named = [method for method in evidence.methods if method.removesuffix(", Frobenius") in TITLES.values()]
-    return [evidence.of(method)[0] for method in named if evidence.of(method)]
+    return [evidence.of(m)[0] for m in evidence.methods if METHODS[m].published and evidence.of(m)]
 
 
 def _table9(evidence: Evidence) -> list[Option]:
@@ -271,16 +270,16 @@ TABLES: tuple[PaperTable, ...] = (
         "Table 2. What blocks and iteration are worth",
         "table2_ablation",
         QUALITY,
-        lambda evidence: evidence.main(BLOCKPRUNER, "one-shot perplexity", SLEB),
-        pairs=_against("one-shot perplexity", SLEB),
+        lambda evidence: evidence.main(BLOCKPRUNER, "one-shot-perplexity", SLEB),
+        pairs=_against("one-shot-perplexity", SLEB),
     ),
     PaperTable(
         "table4",
         "Table 4. Perplexity and Jensen-Shannon divergence as the metric",
         "table4_metric",
         QUALITY,
-        _columns(_both(JS)),
-        pairs=_both(JS),
+        _columns(_both("blockpruner-by-js")),
+        pairs=_both("blockpruner-by-js"),
     ),
     PaperTable(
         "table5",

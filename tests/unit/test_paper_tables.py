@@ -31,10 +31,10 @@ from blockpruner.paper.beyond import GRIDS, stopping
 from blockpruner.paper.contrasts import FAILS, HOLDS, OPEN, claims, summed, verdict
 from blockpruner.paper.evaluation import STUDY_ITEMS, Candidate
 from blockpruner.paper.evidence import Subject, read_subject
-from blockpruner.paper.experiments import Variant, variants
+from blockpruner.paper.experiments import METHODS, Variant, variants
 from blockpruner.paper.figures import FIGURES, draw
 from blockpruner.paper.page import build_set, write_set
-from blockpruner.paper.studies import Search, model_name
+from blockpruner.paper.studies import SearchRecord, model_name
 from blockpruner.paper.tables import TABLES, paper_grids
 from blockpruner.params import load_run
 from blockpruner.reporting.findings import signs
@@ -71,10 +71,11 @@ def plan_of(variant: Variant, budget: str, run: str) -> tuple[Plan, tuple[str, .
                     details={"width": 400, "hidden": 576}, **facts)  # fmt: skip
         return plan, (), ()
     units = removable_units(LAYERS, score.unit, score.candidates)
-    random = seeded(variant.method, score.metric, variant.factor, variant.level)
+    title = METHODS[variant.method].title
+    random = seeded(title, score.metric, variant.factor, variant.level)
     queue = [units[i] for i in random.permutation(len(units))]
     if variant.factor:  # mostly the order of its base
-        base = seeded(variant.method, score.metric, "", "")
+        base = seeded(title, score.metric, "", "")
         queue = [units[i] for i in base.permutation(len(units))]
         queue[0], queue[1] = queue[1], queue[0]
     sizes = np.cumsum([sum(MHA if block.kind is BlockKind.MHA else MLP for block in unit) for unit in queue]) / TOTAL
@@ -158,7 +159,7 @@ def build(folder: Path, run: Run, name: str) -> Path:
             save_plan(plan, path / f"{budget}.json")
             candidate = Candidate(plan, rows)
             key, main = candidate.name, budget == variant.main
-            quality = 1.0 if variant.method == "BlockPruner" else 1.5
+            quality = 1.0 if variant.method == "blockpruner" else 1.5
             if key not in models or main:
                 models[key], own = _model(key, plan.ratio, quality, main)
                 items = [item for item in items if item["model"] != key] + own
@@ -172,7 +173,7 @@ def build(folder: Path, run: Run, name: str) -> Path:
             )
         first = {unit: 0.1 * (i + 1) for i, unit in enumerate(order)} if variant.score.method != "laco" else {}
         cost = {"seconds": 90.0 * (number + 1), "computed": 10 * number, "asked": 20 * number}
-        found = Search(variant.name, order[: 40 if order else 0], perplexities[:41], first, 4, 64 + number, cost)
+        found = SearchRecord(variant.name, order[: 40 if order else 0], perplexities[:41], first, 4, 64 + number, cost)
         write_json(path / "search.json", vars(found))
     write_json(folder / "results" / "models.json", models)
     table = pa.Table.from_pylist(items, schema=STUDY_ITEMS)
@@ -217,7 +218,7 @@ def subject(folder, run) -> Subject:
 def llama(tmp_path_factory, run) -> Subject:
     """A small study of a model that the paper has, at its ratios."""
     changed = {
-        "methods": ("BlockPruner", "SliceGPT", "Relative Magnitude", "ShortGPT", "greedy layers (SLEB)"), "seeds": (),
+        "methods": ("blockpruner", "slicegpt", "relative-magnitude", "shortgpt", "greedy-layers-sleb"), "seeds": (),
         "calibrations": {},
         "main": run.study.main.model_copy(update={"block": "0.22", "layer": "0.21", "width": "0.21"}),
     }  # fmt: skip
@@ -454,7 +455,7 @@ def test_claims_say_what_the_intervals_say(subject):
 def test_a_jump_is_named_with_the_last_safe_budget(subject):
     evidence = subject.evidence
     assert evidence is not None and not any(f.rule == "jump" for f in evidence.findings)
-    search = evidence.searches["BlockPruner"]
+    search = evidence.searches["blockpruner"]
     broken = tuple(value * (2 if i > 5 else 1) for i, value in enumerate(search.perplexities))
     entries = (replace(e, curve=broken) if e.variant.name == "BlockPruner" else e for e in evidence.entries)
     changed = replace(evidence, entries=tuple(entries))
@@ -462,8 +463,8 @@ def test_a_jump_is_named_with_the_last_safe_budget(subject):
     assert jump.title == f"BlockPruner: removing {search.order[5]} (removal 6) breaks the model"
     assert "last safe budget is 5blocks" in jump.text
     assert changed.best is None or len(changed.best.plan.order) <= 5
-    marked = [e for e in changed.of("BlockPruner") if "jump" in signs(e)]
-    assert marked == [e for e in changed.of("BlockPruner") if len(e.plan.order) > 5]
+    marked = [e for e in changed.of("blockpruner") if "jump" in signs(e)]
+    assert marked == [e for e in changed.of("blockpruner") if len(e.plan.order) > 5]
 
 
 def test_the_same_files_give_the_same_bytes(folder, run, subject):

@@ -19,7 +19,7 @@ from blockpruner.methods.kind import make_plan
 from blockpruner.model.models import load_model, masked
 from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
 from blockpruner.paper.experiments import Variant
-from blockpruner.paper.studies import Search, Setting, load_plans, model_facts, model_name, search_all
+from blockpruner.paper.studies import SearchRecord, Setting, load_plans, model_facts, model_name, search_all
 from blockpruner.search.trace import Current
 from blockpruner.store.files import write_json
 from tests.builders import small_config
@@ -67,7 +67,7 @@ def files(folder):
 
 
 def test_each_search_leads_to_its_plans(world):
-    found = {v.name: Search.load(world.root / "plans" / v.slug) for v in VARIANTS}
+    found = {v.name: SearchRecord.load(world.root / "plans" / v.slug) for v in VARIANTS}
     assert len(world.made) == 1  # one model for all of them
     base = found["BlockPruner"]
     assert (base.rows, base.tokens) == (6, 6 * 20)
