@@ -147,7 +147,7 @@ def seeds(found: Found) -> Grid:
     }
     corrected = dict(zip(tests, statistics.holm([test.p for test in tests.values()]), strict=True))
     rows: list[tuple[Cell, ...]] = []
-    for i, (method, _, own) in enumerate(groups):
+    for i, (_, _, own) in enumerate(groups):
         first = next(iter(own.values()))
         measures = [(100 * entry.model.average.value, entry.model.perplexity) for entry in own.values()]
         (average, perplexity), (spread, sd) = np.mean(measures, 0).tolist(), np.std(measures, 0, ddof=1).tolist()

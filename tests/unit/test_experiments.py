@@ -100,7 +100,8 @@ def test_an_unknown_method_is_named_with_the_valid_ones(change):
 def test_a_run_without_a_study_is_refused(tmp_path):
     with pytest.raises(InputError, match="no study section"):
         variants(load_run("smollm2", ROOT / "runs"))
-    (tmp_path / "smollm2.yaml").write_text((ROOT / "runs" / "smollm2.yaml").read_text())
+    for name in ("smollm2.yaml", "sources.yaml"):
+        (tmp_path / name).write_text((ROOT / "runs" / name).read_text())
     (tmp_path / "sets.yaml").write_text("mine: [smollm2]\n")
     with pytest.raises(InputError, match="set 'mine' names 'smollm2', and runs/smollm2.yaml has no study section"):
         load_set("mine", tmp_path / "sets.yaml")
