@@ -42,7 +42,7 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import fingerprint
-from blockpruner.store.trials import TrialStore, store_fingerprint
+from blockpruner.store.trials import TrialStore, store_fields
 
 RESULTS, FOUND = Path("data/benchmarks/methods"), Path("benchmarks/methods.json")
 TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
@@ -140,7 +140,7 @@ def quality(model: PreTrainedModel, tokenizer: Any, advance: str) -> dict[str, A
 def calibration_nll(plan: Plan, rows: CalibrationSet, model: PreTrainedModel) -> float:
     """Of the text rows, whatever the search minimised, in float32."""
     if plan.kind == "mask":
-        fields = store_fingerprint(rows.digest, checkpoint_identity(SMOLLM2), "float32", "perplexity")
+        fields = store_fields(rows.digest, checkpoint_identity(SMOLLM2), "float32", "perplexity")
         store = TrialStore(fields, len(rows.rows), RESULTS / "trials")
         (score,) = Objective(rows, store, Engine(model))([plan.mask])
         store.close()

@@ -43,7 +43,7 @@ from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem
 from blockpruner.store.files import write_json
 from blockpruner.store.provenance import machine, versions
-from blockpruner.store.trials import TrialStore, store_fingerprint
+from blockpruner.store.trials import TrialStore, store_fields
 
 ROWS, LENGTH = 8, 128
 SMOLLM2, TEXT = Path("data/models/smollm2"), Path("data/sources/smollm2/calibration.parquet")
@@ -200,7 +200,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
         for mode in ("exact", "lazy+race"):
             flops = Flops.of(model.config.to_dict(), ROWS, LENGTH)
             engine = Engine(model, ROWS * LENGTH)
-            fields = store_fingerprint(rows.digest, identity, "float32", "perplexity")
+            fields = store_fields(rows.digest, identity, "float32", "perplexity")
             store = TrialStore(fields, ROWS, RESULTS / "trials" / mode)
             objective = Objective(rows, store, engine)
             asked = Asked(objective, model.config.to_dict())

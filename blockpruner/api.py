@@ -25,7 +25,7 @@ from blockpruner.search.iteration import Iteration, removals
 from blockpruner.search.registry import Request, Search, request
 from blockpruner.search.run import search
 from blockpruner.search.trace import Current
-from blockpruner.store.trials import TrialStore, store_fingerprint
+from blockpruner.store.trials import TrialStore, store_fields
 
 IN_MEMORY = "in memory"
 
@@ -98,7 +98,7 @@ def prune(
     calibration = pack_rows(texts, tokenizer, seq_len, packing)
     model.eval()
     dtype = str(model.dtype).removeprefix("torch.")
-    fields = {loss: store_fingerprint(calibration.digest, IN_MEMORY, dtype, loss) for loss in asked.losses}
+    fields = {loss: store_fields(calibration.digest, IN_MEMORY, dtype, loss) for loss in asked.losses}
     stores = {loss: TrialStore(fields[loss], len(calibration.rows)) for loss in asked.losses}
     engine = Engine(model, batch_tokens)
     trace = search(asked, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
@@ -119,7 +119,9 @@ def _request(
     row = None if isinstance(method, str) else method
     if callable(metric):
         name = getattr(metric, "__name__", type(metric).__name__)
-        metric = Metric(name, metric, title=name, units_text="", formula=(metric.__doc__ or "").partition("\n")[0])
+        metric = Metric(
+            name, metric, title=name, units_text="", formula=(metric.__doc__ or "").partition("\n")[0], reference=True
+        )
     measure = METRICS[metric] if isinstance(metric, str) else metric
     score = read_settings(
         Score,

@@ -18,7 +18,8 @@ def main(name: str) -> None:
     rows = CalibrationSet.load(DATA / "calibration" / plan.run / "rows.parquet").rows
     set_threads(params.runtime.threads)  # SliceGPT's result depends on them
     for form in settings.export:
-        EXPORTS[form].write(
+        export = EXPORTS[form]
+        export.write(
             dense,
             plan,
             DATA / "checkpoints" / name / form,
@@ -27,7 +28,9 @@ def main(name: str) -> None:
             device=params.runtime.device,
             trust_remote_code=model.trust_remote_code,
         )
-        observer().note(f"{name}: {form} checkpoint written and verified in a fresh process")
+        observer().note(
+            f"{name}: {export.title} for {', '.join(export.engines)} written and verified in a fresh process"
+        )
 
 
 if __name__ == "__main__":

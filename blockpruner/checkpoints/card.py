@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.core.plan import Plan
+from blockpruner.methods.registry import KINDS
 
 
 def model_card(
@@ -43,32 +44,11 @@ def model_card(
 
 # {plan.target}
 
-`{base}` {_what(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
+`{base}` {KINDS[plan.kind].card(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
 {_perplexity(plan)}{note}
 {_loading(code) if loading is None else loading}{_steps(plan)}"""
-    )
-
-
-def _what(plan: Plan) -> str:
-    if plan.kind == "laco":
-        layers, details = plan.blocks["mha"], plan.details
-        return (
-            f"with {layers} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
-            f"`{details['variant']}`, merges {', '.join(plan.order)})"
-        )
-    if plan.kind == "slicegpt":
-        details = plan.details
-        return (
-            f"with its residual stream sliced from {details['hidden']:,} to {details['width']:,} columns by SliceGPT "
-            "(arXiv 2401.15024)"
-        )
-    by = f" by `{plan.metric}`" if plan.metric else ""
-    options = ", ".join(f"`{key}: {value}`" for key, value in plan.options.items() if key != "order")
-    return (
-        f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its {plan.layers} MLP "
-        f"blocks, chosen by `{plan.method}` search{by}{f' ({options})' if options else ''}"
     )
 
 
@@ -98,7 +78,7 @@ tokenizer = AutoTokenizer.from_pretrained("<this directory>"{option})
 
 
 def _steps(plan: Plan) -> str:
-    if plan.kind != "mask":
+    if not KINDS[plan.kind].removes_blocks:
         return ""
     if not plan.nested:
         return f"\nRemoved: {', '.join(plan.removed)}.\n"

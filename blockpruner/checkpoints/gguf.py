@@ -102,9 +102,7 @@ def check(config: Mapping[str, Any], plan: Plan) -> None:
     """Raise InputError for a model or plan that the files cannot express."""
     family, rope = config["model_type"], config.get("rope_parameters", {})
     reason = None
-    if plan.kind == "slicegpt":
-        reason = "a plan of SliceGPT has layers of a form that no engine but transformers knows"
-    elif family not in WHOLE:
+    if family not in WHOLE:
         reason = (
             f"model family {family!r} is not supported; supported: {', '.join(WHOLE)}. If the plan leaves whole layers "
             "only, what export: [hf] writes is a plain checkpoint of the family, which llama.cpp's "

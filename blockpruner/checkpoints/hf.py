@@ -103,4 +103,4 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
 def code_file(model: PreTrainedModel) -> str | None:
     """The modelling file that the model's checkpoint needs; None for a class of transformers' own."""
     module = type(model).__module__.rpartition(".")[2]
-    return f"{module}.py" if module in ("modeling_blockpruned", "modeling_slicegpt") else None
+    return None if type(model).__module__.startswith("transformers.") else f"{module}.py"

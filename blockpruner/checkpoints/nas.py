@@ -166,10 +166,6 @@ def _require_fit(config: Mapping[str, Any], plan: Plan, dtype: str) -> None:
             f"export nas: no engine reads a {family!r} model that lacks blocks in this format; it works for "
             f"{', '.join(READABLE)}. Use export: [hf]"
         )
-    if plan.kind == "slicegpt":
-        raise InputError(
-            "export nas: a model sliced by SliceGPT has matrices that the format does not know; use export: [hf]"
-        )
     if plan.blocks["mha"] == plan.layers:
         raise InputError(
             f"export nas: the plan removes all {plan.layers} MHA blocks, and vLLM and mlx-lm take no model without "

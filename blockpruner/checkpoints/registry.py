@@ -44,6 +44,8 @@ class Export:
     """Text, "module:function", is imported when it is first used."""
     dtypes: tuple[str, ...] | None = None
     """The values of `model.dtype` that it can hold; None: all."""
+    of_masks_only: bool = False
+    """It can only hold models that lost blocks, not models with other weights."""
 
     @property
     def write(self) -> Writer:
@@ -59,15 +61,19 @@ def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
     """
     for name in names:
         row = EXPORTS[name]
-        if kind.exports is not None and name not in kind.exports:
-            raise InputError(
-                f"export: {name} cannot hold what {kind.title} makes of a model; valid with it: "
-                f"{', '.join(other for other in EXPORTS if other in kind.exports)}"
-            )
+        if not _holds(row, kind):
+            valid = ", ".join(other.name for other in EXPORTS.values() if _holds(other, kind))
+            raise InputError(f"export: {name} cannot hold what {kind.title} makes of a model; valid with it: {valid}")
         if row.dtypes is not None and dtype not in row.dtypes:
             raise InputError(
                 f"export: {name} has no model.dtype: {dtype}; set {' or '.join(row.dtypes)}, or leave {name} out"
             )
+
+
+def _holds(row: Export, kind: Kind) -> bool:
+    if row.of_masks_only and not kind.removes_blocks:
+        return False
+    return kind.exports is None or row.name in kind.exports
 
 
 HERE, NARROW = "blockpruner.checkpoints.", ("float32", "float16", "bfloat16")
@@ -79,6 +85,12 @@ EXPORTS: Registry[Export] = Registry(
         Export("hf", "transformers checkpoint", ("transformers",), HERE + "hf:export_hf"),
         Export("nas", "DeciLM checkpoint", ("vLLM", "mlx-lm"), HERE + "nas:export_nas", NARROW),
         Export("gguf", "GGUF files in 16 and 8 bits", ("llama.cpp",), HERE + "gguf:export_gguf"),
-        Export("zeroed", "dense checkpoint, blocks zeroed", ("all of the dense model",), HERE + "zeroed:export_zeroed"),
+        Export(
+            "zeroed",
+            "dense checkpoint, blocks zeroed",
+            ("all of the dense model",),
+            HERE + "zeroed:export_zeroed",
+            of_masks_only=True,
+        ),
     ],
 )

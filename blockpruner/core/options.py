@@ -18,6 +18,16 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
+    @property
+    def price(self) -> str:
+        """The resource that prices a removal, or "none"."""
+        return "none"
+
+    @property
+    def has_greedy_steps(self) -> bool:
+        """Whether the search takes greedy steps with these options, which can be accelerated."""
+        return True
+
 
 O = TypeVar("O", bound=Options)  # noqa: E741
 

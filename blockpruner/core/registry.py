@@ -99,7 +99,7 @@ def extension_rows() -> tuple[Any, ...]:
         if wrong:
             raise InputError(
                 f"extension {point.name} ({point.value}) of {package} lists {wrong[0]!r}, which is no row; "
-                "valid: Family, Metric, Method, Kind, Export, Benchmark"
+                "valid: Family, Metric, Search, Kind, Export, Benchmark"
             )
         rows.extend(found)
     return tuple(rows)

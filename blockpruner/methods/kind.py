@@ -26,7 +26,7 @@ from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current
 from blockpruner.store.locks import hold, this_process
 from blockpruner.store.provenance import fingerprint
-from blockpruner.store.trials import TrialStore, store_fingerprint
+from blockpruner.store.trials import TrialStore, store_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ class Job:
 
     def store_fields(self, loss: str) -> dict[str, Any]:
         """What identifies the trial store of a loss."""
-        return store_fingerprint(self.calibration.digest, self.material.identity, self.material.dtype, loss)
+        return store_fields(self.calibration.digest, self.material.identity, self.material.dtype, loss)
 
     @contextmanager
     def stores(self, losses: Sequence[str]) -> Iterator[dict[str, TrialStore]]:

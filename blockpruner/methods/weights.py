@@ -58,22 +58,26 @@ def weights_kind(
     left: Callable[[Details, Config], Left],
     apply_: Callable[[PreTrainedModel, Plan, Rows], PreTrainedModel],
     options: type[Options] = Options,
+    version: int = 1,
     **others: Any,
 ) -> Kind:
     """A kind of method that changes weights; `name` is its `score.method`.
 
     Args:
+        version: raise it when the method plans something else for the same budget.
         others: the other fields of `Kind`.
     """
-    score, commit = partial(_score, name, options, plan), partial(_commit, left)
+    score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
     return Kind(name, title, score, commit, apply_, options=options, **others)
 
 
-def _score(name: str, options: type[Options], plan: Planner, job: Job) -> tuple[Current, Counts]:
+def _score(name: str, options: type[Options], plan: Planner, version: int, job: Job) -> tuple[Current, Counts]:
     """Find the details for each budget, and the NLL of the dense model."""
     chosen = read_options(name, options, job.score.options)
     loss, observer = NLL.key, job.material.observer
-    fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump()}
+    fields: dict[str, Any] = {"method": name, "metric": job.score.metric, "options": chosen.model_dump()}
+    if version > 1:  # version 1 had no such field
+        fields["version"] = version
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
     with job.stores([loss]) as stores, LazyScorer(lambda: _dense_scorer(job)) as scorer:
         dense = Objective(job.calibration, stores[loss], scorer, observer)
@@ -118,7 +122,7 @@ def require_no_search_settings(name: str, score: Score) -> None:
         value = getattr(score, key)
         if value != getattr(UNUSED, key):
             raise InputError(
-                f"score.{key}: {value} does nothing with method: {name}, which removes no block; remove it"
+                f"score.{key}: {value} does nothing with method: {name}, which searches no mask; remove it"
             )
 
 

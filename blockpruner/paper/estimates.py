@@ -23,6 +23,7 @@ from blockpruner.paper.experiments import Variant, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import find_config
 from blockpruner.scoring.metrics import METRICS, NLL
+from blockpruner.search.registry import SEARCHES
 
 MHA_SHARE = 0.7
 """Share of MHA among the blocks that BlockPruner removes: 12 of 17 for Llama2-7B at 22 %, 17 of 24 for its 13B at 25 %,
@@ -191,11 +192,13 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
         dense = unknown(NLL.key, [DENSE], kept=True)
         measured = kind.passes(read_options(name, kind.options, score.options), depth, len(variant.budgets))
         return SearchCost(variant, 0, rows, length, len(dense), (len(dense) + measured) * flops.full(DENSE))
-    if name not in ("greedy", "one_shot", "random"):
+    steps_scored = SEARCHES[name].scored_steps
+    if steps_scored is None:
         raise InputError(f"method: {name} asks for what depends on what it finds, which cannot be counted before")
     units = removable_units(depth, score.unit, score.candidates)
     steps = removals(units, variant.budgets, config)
-    bases = {"greedy": [DENSE, *steps[:-1]], "one_shot": [DENSE], "random": []}[name]
+    before = [DENSE, *steps]
+    bases = [before[step] for step in steps_scored(len(steps))]
     trials = work = 0
     scored: set[Mask] = set()
     for number, base in enumerate(bases):

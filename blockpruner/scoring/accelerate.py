@@ -125,7 +125,7 @@ class Accelerated:
         return found
 
     def _score(self, masks: Sequence[Mask], base: Mask, standing: MaskScore | None = None) -> dict[Mask, MaskScore]:
-        """MaskScore masks, by a race or on all rows, and keep their rises over the base on the same rows."""
+        """Score masks, by a race or on all rows, and keep their rises over the base on the same rows."""
         if not masks:
             return {}
         past = {mask: self._rises[mask - base] for mask in masks if mask - base in self._rises}
@@ -228,7 +228,7 @@ def race(
     past: Mapping[Mask, np.ndarray] | None = None,
     standing: MaskScore | None = None,
 ) -> dict[Mask, MaskScore]:
-    """MaskScore masks on more and more rows, and drop those that are worse than the leader.
+    """Score masks on more and more rows, and drop those that are worse than the leader.
 
     Args:
         base: scored on the same rows, outside the race.

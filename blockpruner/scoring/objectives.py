@@ -96,7 +96,7 @@ class Objective:
         return len(self._calibration.rows)
 
     def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]:
-        """MaskScore masks on the first `rows` rows (None: on all), in the order given; compute what the store lacks.
+        """Score masks on the first `rows` rows (None: on all), in the order given; compute what the store lacks.
 
         Args:
             base: what is removed before an influence is taken; the base itself has no influence, so no rows.

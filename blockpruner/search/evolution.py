@@ -47,6 +47,10 @@ class EvolutionOptions(Options):
     """Start from greedy's own mask, at its ratio, or from the best of `offspring` random masks."""
     seed: int = 42
 
+    @property
+    def has_greedy_steps(self) -> bool:
+        return self.start == "greedy"
+
     @field_validator("survivors")
     @classmethod
     def _fewer_and_fewer(cls, value: tuple[int, ...]) -> tuple[int, ...]:
@@ -105,7 +109,7 @@ def vary(mask: Mask, space: Space, rng: random.Random) -> Mask:
 
 
 def contest(problem: Problem, masks: Sequence[Mask], survivors: Sequence[int]) -> list[MaskScore]:
-    """MaskScore masks on more and more rows, the best of a round in the next; each on as many rows as it came to see.
+    """Score masks on more and more rows, the best of a round in the next; each on as many rows as it came to see.
 
     Args:
         masks: of equal scores the first goes on.

@@ -25,6 +25,10 @@ class GreedyOptions(Options):
     per: Literal["none", "parameters", "kv", "latency"] = "none"
     """The resource whose share prices a removal. With "none" all removals cost the same."""
 
+    @property
+    def price(self) -> str:
+        return self.per
+
 
 def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
     """Yield iterations until nothing is left to remove.

@@ -41,6 +41,9 @@ class Search:
     """What it asks scores of. One that asks for single units can use an influence as its metric."""
     accelerated: bool = False
     """It takes steps in which only the best candidate matters."""
+    scored_steps: Callable[[int], range] | None = None
+    """Which of a number of removals it scores every candidate before, for forecasts; None: that depends on what it
+    finds."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,6 @@ class Request:
     options: Options
     metric: Metric
     score: Score
-
-    @property
-    def per(self) -> str:
-        """The resource that prices a removal, or "none"."""
-        return str(getattr(self.options, "per", "none"))
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -97,16 +95,16 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
             f"metric of masks ({losses}), or one of the methods {able}"
         )
     found = Request(search, read_options(search.name, search.options, score.options), metric, score)
-    greedy_steps = search.accelerated and getattr(found.options, "start", "greedy") == "greedy"
+    greedy_steps = search.accelerated and found.options.has_greedy_steps
     if score.acceleration != "none" and (metric.influence or not greedy_steps):
         raise InputError(
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
             "there is nothing to leave out; set acceleration: none"
         )
-    if found.per != "none" and (metric.influence or score.acceleration != "none"):
+    if found.options.price != "none" and (metric.influence or score.acceleration != "none"):
         raise InputError(
-            f"score.options.per {found.per} prices the rise of a loss of every candidate; set metric to one of "
-            f"{losses}, and acceleration: none"
+            f"score.options.per {found.options.price} prices the rise of a loss of every candidate; set metric to one "
+            f"of {losses}, and acceleration: none"
         )
     return found
 
@@ -115,12 +113,14 @@ SEARCHES = Registry(
     "score.method",
     Search,
     [
-        Search("greedy", "greedy", greedy, GreedyOptions, asks="units", accelerated=True),
-        Search("one_shot", "one-shot", one_shot, asks="units"),
+        Search("greedy", "greedy", greedy, GreedyOptions, asks="units", accelerated=True, scored_steps=range),
+        Search("one_shot", "one-shot", one_shot, asks="units", scored_steps=lambda steps: range(1)),
         Search("beam", "beam search", beam, BeamOptions, nested=False),
         Search("evolution", "evolutionary search", evolution, EvolutionOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
-        Search("random", "random order", random_order, RandomOptions, asks="nothing"),
-        Search("given", "given order", given, GivenOptions, asks="nothing"),
+        Search(
+            "random", "random order", random_order, RandomOptions, asks="nothing", scored_steps=lambda steps: range(0)
+        ),
+        Search("given", "given order", given, GivenOptions, asks="nothing", scored_steps=lambda steps: range(0)),
     ],
 )

@@ -110,11 +110,12 @@ def units_of(request: Request, resources: Resources) -> list[Mask]:
     """What the search may remove at once, in tie-break order. Where a resource prices removals, only what takes
     something of it."""
     layers = len(resources["parameters"].blocks) // 2
-    units, price = removable_units(layers, request.score.unit, request.score.candidates), resources.get(request.per)
-    found = units if price is None else that_cost(units, price)
+    units = removable_units(layers, request.score.unit, request.score.candidates)
+    price = request.options.price
+    found = that_cost(units, resources[price]) if price in resources else units
     if not found:
         raise InputError(
-            f"score.options.per {request.per}: no candidate takes anything of it; valid with these candidates: none, "
+            f"score.options.per {price}: no candidate takes anything of it; valid with these candidates: none, "
             "parameters"
         )
     return found

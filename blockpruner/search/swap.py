@@ -33,6 +33,10 @@ class SwapOptions(Options):
     a local optimum."""
     seed: int = 42
 
+    @property
+    def has_greedy_steps(self) -> bool:
+        return self.start == "greedy"
+
 
 def swap(problem: Problem, options: SwapOptions) -> Iterator[Iteration]:
     """Yield greedy's iterations if the search starts there, one for each swap that helped, and a last one for none.

@@ -27,7 +27,7 @@ TRIALS_VARIABLE = "BLOCKPRUNER_TRIALS"
 """Environment variable: the absolute path of a trial store that several workspaces share."""
 
 
-def store_fingerprint(calibration: str, model: str, dtype: str, metric: str) -> dict[str, Any]:
+def store_fields(calibration: str, model: str, dtype: str, metric: str) -> dict[str, Any]:
     """What a trial's value depends on; its `provenance.fingerprint` names the store."""
     return {
         "calibration": calibration,
@@ -53,7 +53,7 @@ class TrialStore:
     """The loss of every row (float64, of one metric) by `trial_key`; rows are indices into the calibration set."""
 
     fields: Mapping[str, Any]
-    """As from `store_fingerprint`."""
+    """As from `store_fields`."""
     rows: int
     """The number of calibration rows."""
     root: Path | None = None

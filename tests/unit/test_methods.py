@@ -365,7 +365,7 @@ OPTIONS = [
            "answer_likelihood, kl, js, and acceleration: none")
           for change in ({"metric": "block_influence"}, {"acceleration": "race"})),
         *(({"method": method, key: value},
-           f"score.{key}: {value} does nothing with method: {method}, which removes no block; remove it")
+           f"score.{key}: {value} does nothing with method: {method}, which searches no mask; remove it")
           for method in ("laco", "slicegpt")
           for key, value in (("unit", "layer"), ("candidates", "mha"), ("metric", "kl"), ("acceleration", "race"))),
         *(({"method": method, "options": options}, f"score.options.{message}") for method, options, message in OPTIONS),

@@ -30,7 +30,7 @@ from blockpruner.store.files import (
     write_text,
 )
 from blockpruner.store.journal import Journal
-from blockpruner.store.trials import TrialStore, store_fingerprint
+from blockpruner.store.trials import TrialStore, store_fields
 from tests.tiny import tiny_model
 
 FIELDS = {"calibration": "c", "model": "m", "dtype": "float32", "metric": "perplexity"}
@@ -39,7 +39,7 @@ MASK = parse_mask(KEY)
 
 
 def store(root, rows=4, **changes):
-    return TrialStore(store_fingerprint(**FIELDS | changes), rows, root)
+    return TrialStore(store_fields(**FIELDS | changes), rows, root)
 
 
 def test_facts_survive_the_process(tmp_path):
@@ -55,12 +55,12 @@ def test_facts_survive_the_process(tmp_path):
 
 
 def test_every_field_of_the_fingerprint_separates_stores_and_there_is_no_other(tmp_path):
-    fields = store_fingerprint(**FIELDS)
+    fields = store_fields(**FIELDS)
     assert set(fields) == {"calibration", "model", "dtype", "metric", "score_version"}
     store(tmp_path).put(KEY, 0, [1.0] * 4)
     for field in fields:
         assert TrialStore(fields | {field: "other"}, 4, tmp_path).get(KEY) is None
-        assert field == "score_version" or store_fingerprint(**FIELDS | {field: "other"}) != fields
+        assert field == "score_version" or store_fields(**FIELDS | {field: "other"}) != fields
     assert store(tmp_path).get(KEY) == [1.0] * 4
 
 
@@ -181,7 +181,7 @@ def test_a_table_that_cannot_be_trusted_is_named_and_set_aside(tmp_path, how):
     DAMAGE[how](path)
     with pytest.raises(InputError, match="iteration_000"):
         read_trace(tmp_path, "s")
-    trials = TrialStore(store_fingerprint(**FIELDS), 2)
+    trials = TrialStore(store_fields(**FIELDS), 2)
     (problem,) = seed_stores(tmp_path, "s", trials, TrialStore({}, 2), influence=False)
     assert trials.get(KEY) is None and "set aside" in problem
     assert not path.exists() and path.with_name(path.name + ".bad").exists()
@@ -189,7 +189,7 @@ def test_a_table_that_cannot_be_trusted_is_named_and_set_aside(tmp_path, how):
 
 def test_tables_seed_the_stores_of_the_metric_and_of_the_nll(tmp_path):
     write_iteration(tmp_path / "17blocks", iteration(), "s")
-    trials, nll = TrialStore(store_fingerprint(**FIELDS), 2), TrialStore({}, 2)
+    trials, nll = TrialStore(store_fields(**FIELDS), 2), TrialStore({}, 2)
     assert seed_stores(tmp_path, "s", trials, nll, influence=False) == []
     assert trials.get(KEY) == [1.0, 2.0] and trials.get("mlp.1") == [0.5, 1 / 3]
     assert nll.get("mlp.1") == [7.0, 0.1] and nll.get(KEY) is None

@@ -37,7 +37,7 @@ PER_WORDS = {"parameters": " per parameter saved", "kv": " per KV cache saved", 
 
 def score(job: Job) -> tuple[Current, Counts]:
     asked, observer = request(job.score), job.material.observer
-    priced = {"latency": job.latency} if asked.per == "latency" else {}
+    priced = {"latency": job.latency} if asked.options.price == "latency" else {}
     loss = asked.metric.key
     fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **priced})
     current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
@@ -124,10 +124,11 @@ def words(plan: Plan, unit: str) -> str:
 
 
 def card(plan: Plan) -> str:
+    by = "" if SEARCHES[plan.method].asks == "nothing" else f" by `{plan.metric}`"
     options = ", ".join(f"`{key}: {value}`" for key, value in plan.options.items() if key != "order")
     return (
         f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its {plan.layers} MLP "
-        f"blocks, chosen by `{plan.method}` search by `{plan.metric}`{f' ({options})' if options else ''}"
+        f"blocks, chosen by `{plan.method}` search{by}{f' ({options})' if options else ''}"
     )
 
 

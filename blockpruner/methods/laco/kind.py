@@ -28,6 +28,7 @@ from blockpruner.methods.laco.walk import (
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
+from blockpruner.versions import LACO_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -177,4 +178,5 @@ LACO = weights_kind(
     steps=_steps,
     passes=_passes,
     exports=frozenset({"hf", "nas", "gguf"}),
+    version=LACO_VERSION,
 )
