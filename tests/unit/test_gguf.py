@@ -319,7 +319,6 @@ def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fau
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, {}, "'yarn' is not supported; supported: default"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, {}, "'dynamic' is not supported"),
         ({"hidden_act": "gelu"}, {}, "'gelu' is not supported; supported: silu"),
-        ({}, {"kind": "slicegpt"}, "SliceGPT"),
         ({}, {"blocks": {"mha": 6, "mlp": 0}}, "leaves no attention"),
     ],
 )

@@ -234,7 +234,6 @@ def test_without_mlx_it_is_said_to_be_unchecked(exported, tmp_path, monkeypatch)
     ("family", "changes", "message"),
     [
         ("qwen3", {}, "no engine reads a 'qwen3' model.*llama, mistral, qwen2.*export: \\[hf\\]"),
-        ("llama", {"kind": "slicegpt"}, "sliced by SliceGPT.*export: \\[hf\\]"),
         ("llama", {"blocks": {"mha": 6, "mlp": 0}}, "removes all 6 MHA blocks"),
         ("llama", {"dtype": "float64"}, "with dtype 'float64'.*valid: float32, float16, bfloat16.*hf"),
         ("mistral", {"sliding_window": 6}, "mistral model with sliding_window 6 .*valid: None"),
