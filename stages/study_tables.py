@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 from blockpruner.core.progress import observer
 from blockpruner.paper.evidence import read_subject
 from blockpruner.paper.page import write_set
@@ -15,7 +13,6 @@ from stages.report import labels
 def main(name: str) -> None:
     runs = load_set(name)
     subjects = [read_subject(run, settings, labels(settings), STUDIES / run) for run, settings in runs.items()]
-    gc.freeze()  # statsmodels collects garbage at every Holm correction, over all modules and inputs
     out = DATA / "tables" / name
     write_set(out, name, subjects, DATA / "paper")
     observer().note(f"tables: {out / 'index.html'}")

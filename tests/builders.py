@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from blockpruner.core.budgets import Resources, resources_of
 from blockpruner.core.families import Config
 from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.core.settings import Score, read_settings
+from blockpruner.evaluation.speed import MeasuredSpeed, Timing
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Material
 from blockpruner.methods.score import score_run
@@ -131,3 +134,12 @@ def scored(
     latency = None if times is None else lambda: times
     counts = score_run(material, rows, read_settings(Score, score), budgets, folder / "scores", latency)
     return SimpleNamespace(**counts, current=Current.load(folder / "scores"))
+
+
+def speed_facts(seconds: Mapping[str, Sequence[float]], cache: int, memory: int, **setting: Any) -> dict[str, Any]:
+    """What a measurement of speed leaves of one model, from the seconds of each repeat by part."""
+    timings = {f"{part}_seconds": Timing(median(s), min(s), max(s), tuple(s)) for part, s in seconds.items()}
+    sizes = {"kv_cache_bytes": cache, "weight_bytes": memory, "peak_memory_bytes": memory}
+    rates = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
+    words = {"peak_memory": "weights + KV cache", "device": "cpu", "dtype": "float32"}
+    return asdict(MeasuredSpeed(threads=2, **timings, **sizes, **rates, **(words | setting)))

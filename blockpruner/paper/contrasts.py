@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from blockpruner.paper.evidence import Contrast, Entry, Evidence, compare
+from blockpruner.paper.evidence import Contrast, Entry, Evidence, Pairs, compare
 from blockpruner.paper.experiments import BLOCKPRUNER, SLEB
 from blockpruner.reporting import statistics
 from blockpruner.reporting.findings import Finding, Level
@@ -26,39 +26,51 @@ class Pair:
 
     base: Entry
     method: Entry
+    claim: str
+    """Its title, if the pair belongs to one: the method is claimed better than the base."""
     contrast: Contrast
     p_accuracy: float
     p_items: float
 
 
-def pairs_of(found: Sequence[tuple[Entry, Entry]]) -> list[Pair]:
-    """Compare (base, other) each."""
+def pairs_of(found: Pairs, claims: Sequence[str] = ()) -> list[Pair]:
+    """Compare base and other of each pair."""
     contrasts = [compare(base.model, other.model) for base, other in found]
     accuracy = statistics.holm([contrast.accuracy.p for contrast in contrasts])
     items = statistics.holm([contrast.items.p for contrast in contrasts])
-    return [Pair(*pair, c, a, i) for pair, c, a, i in zip(found, contrasts, accuracy, items, strict=True)]
+    rows = zip(found, claims or [""] * len(found), contrasts, accuracy, items, strict=True)
+    return [Pair(*pair, *rest) for pair, *rest in rows]
 
 
-def contrast_grid(name: str, title: str, found: Sequence[tuple[Entry, Entry]]) -> Grid:
-    """One row a pair; p values are corrected over the rows."""
+def contrast_grid(name: str, title: str, found: Pairs) -> Grid:
+    """Make one row a pair; p values are corrected over the rows."""
     pairs = pairs_of(found)
     return grid_of(name, title, CONTRAST_FIELDS, pairs, (CONTRAST_NOTE, *detectable(pairs)))
 
 
+def _fields(method: str, against: str, difference: str, p: str) -> tuple[Field[Pair], ...]:
+    """Make the columns that all tables of pairs share, from their titles and the key of p."""
+    return (
+        Field("method", method, lambda pair: pair.method.variant.name),
+        Field("ratio_pct", "removed, %", lambda pair: share(pair.method.ratio)),
+        Field("against", against, lambda pair: pair.base.variant.name),
+        Field("against_ratio_pct", "removed, %", lambda pair: share(pair.base.ratio)),
+        Field("difference", difference, lambda pair: points(pair.contrast.accuracy)),
+        Field(p, "p", lambda pair: p_value(pair.contrast.accuracy.p)),
+        Field(f"{p}_holm", "p, Holm", lambda pair: p_value(pair.p_accuracy)),
+    )
+
+
+MODEL = Field[Pair]("model", "model", lambda pair: pair.base.subject)
+PERPLEXITY = Field[Pair]("perplexity_ratio", "held-out PPL, × [95 %]", lambda pair: factor(pair.contrast.perplexity))
 CONTRAST_FIELDS: tuple[Field[Pair], ...] = (
-    Field("model", "model", lambda pair: pair.base.subject),
-    Field("method", "method", lambda pair: pair.method.variant.name),
-    Field("ratio_pct", "removed, %", lambda pair: share(pair.method.ratio)),
-    Field("against", "against", lambda pair: pair.base.variant.name),
-    Field("against_ratio_pct", "removed, %", lambda pair: share(pair.base.ratio)),
-    Field("difference", "difference, points [95 %]", lambda pair: points(pair.contrast.accuracy)),
-    Field("p_bootstrap", "p", lambda pair: p_value(pair.contrast.accuracy.p)),
-    Field("p_bootstrap_holm", "p, Holm", lambda pair: p_value(pair.p_accuracy)),
+    MODEL,
+    *_fields("method", "against", "difference, points [95 %]", "p_bootstrap"),
     Field("only_method", "only it right", lambda pair: Number(pair.contrast.items.only_b, 0)),
     Field("only_against", "only the other right", lambda pair: Number(pair.contrast.items.only_a, 0)),
     Field("p_mcnemar", "McNemar p", lambda pair: p_value(pair.contrast.items.p)),
     Field("p_mcnemar_holm", "p, Holm", lambda pair: p_value(pair.p_items)),
-    Field("perplexity_ratio", "held-out PPL, × [95 %]", lambda pair: factor(pair.contrast.perplexity)),
+    PERPLEXITY,
 )
 
 CONTRAST_NOTE = (
@@ -70,7 +82,7 @@ CONTRAST_NOTE = (
 
 
 def detectable(pairs: Sequence[Pair]) -> tuple[str, ...]:
-    """A sentence on the smallest difference that these items could show."""
+    """State the smallest difference that these items could show."""
     found = [100 * statistics.minimum_detectable_difference(pair.contrast.stderr) for pair in pairs]
     texts = [f"{value:.1f}" for value in sorted(found) if math.isfinite(value)]
     if not texts:
@@ -87,55 +99,37 @@ class Claim:
     """A claim of the paper."""
 
     title: str
-    pairs: Callable[[Evidence], Sequence[tuple[Entry, Entry]]]
+    pairs: Callable[[Evidence], Pairs]
     """(claimed worse, claimed better) at about one ratio."""
 
 
-def _main(*others: str) -> Callable[[Evidence], Sequence[tuple[Entry, Entry]]]:
-    return lambda evidence: [(other, best) for best in evidence.main(BLOCKPRUNER) for other in evidence.main(*others)]
+def _worse(*others: str) -> Callable[[Evidence], Pairs]:
+    """Pair other methods, claimed worse, with BlockPruner at the budget of Table 1."""
+    return lambda evidence: [(other, best) for best, other in evidence.against(*others)]
 
 
-def _same_budget(evidence: Evidence, worse: str, better: str) -> list[tuple[Entry, Entry]]:
-    return [(b, a) for a in evidence.of(better) if (b := evidence.at(worse, a.budget)) is not None]
-
-
-def _main_or_largest(*others: str) -> Callable[[Evidence], Sequence[tuple[Entry, Entry]]]:
-    """At the budget of Table 1, or else the largest that both have."""
-
-    def found(evidence: Evidence) -> list[tuple[Entry, Entry]]:
-        shared = [_same_budget(evidence, other, BLOCKPRUNER) for other in others]
-        chosen = ([pair for pair in own if pair[1].budget == pair[1].variant.main] or own[-1:] for own in shared)
-        return [pair for own in chosen for pair in own]
-
-    return found
+def _metrics(evidence: Evidence) -> Pairs:
+    """Pair other metrics with BlockPruner, at the budget of Table 1, or else the largest that both have."""
+    found = (evidence.shared(f"blockpruner-by-{metric}", BLOCKPRUNER) for metric in ("bi", "rm", "js"))
+    chosen = ([pair for pair in own if pair[1].budget == pair[1].variant.main] or own[-1:] for own in found)
+    return [pair for own in chosen for pair in own]
 
 
 CLAIMS: tuple[Claim, ...] = (
-    Claim("Removing blocks beats removing layers at about the same ratio", _main(SLEB, "shortgpt")),
-    Claim(
-        "MHA blocks are more redundant than MLP blocks", lambda evidence: _same_budget(evidence, "mlp-only", "mha-only")
-    ),
-    Claim(
-        "Perplexity is a better metric than BI, RM and JS in the same greedy search",
-        _main_or_largest("blockpruner-by-bi", "blockpruner-by-rm", "blockpruner-by-js"),
-    ),
-    Claim("Iterative search beats scoring once", _main("one-shot-perplexity")),
+    Claim("Removing blocks beats removing layers at about the same ratio", _worse(SLEB, "shortgpt")),
+    Claim("MHA blocks are more redundant than MLP blocks", lambda evidence: evidence.shared("mlp-only", "mha-only")),
+    Claim("Perplexity is a better metric than BI, RM and JS in the same greedy search", _metrics),
+    Claim("Iterative search beats scoring once", _worse("one-shot-perplexity")),
 )
 
-CLAIM_FIELDS: tuple[Field[tuple[str, Pair]], ...] = (
-    Field("model", "model", lambda row: row[1].base.subject),
-    Field("claim", "claim", lambda row: row[0]),
-    Field("method", "claimed better", lambda row: row[1].method.variant.name),
-    Field("ratio_pct", "removed, %", lambda row: share(row[1].method.ratio)),
-    Field("against", "claimed worse", lambda row: row[1].base.variant.name),
-    Field("against_ratio_pct", "removed, %", lambda row: share(row[1].base.ratio)),
-    Field("difference", "accuracy, points [95 %]", lambda row: points(row[1].contrast.accuracy)),
-    Field("p", "p", lambda row: p_value(row[1].contrast.accuracy.p)),
-    Field("p_holm", "p, Holm", lambda row: p_value(row[1].p_accuracy)),
-    Field("by_accuracy", "by accuracy", lambda row: by_accuracy(row[1])),
-    Field("perplexity_ratio", "held-out PPL, × [95 %]", lambda row: factor(row[1].contrast.perplexity)),
-    Field("p_perplexity", "p", lambda row: p_value(row[1].contrast.perplexity.p)),
-    Field("by_perplexity", "by held-out PPL", lambda row: by_perplexity(row[1])),
+CLAIM_FIELDS: tuple[Field[Pair], ...] = (
+    MODEL,
+    Field("claim", "claim", lambda pair: pair.claim),
+    *_fields("claimed better", "claimed worse", "accuracy, points [95 %]", "p"),
+    Field("by_accuracy", "by accuracy", lambda pair: by_accuracy(pair)),
+    PERPLEXITY,
+    Field("p_perplexity", "p", lambda pair: p_value(pair.contrast.perplexity.p)),
+    Field("by_perplexity", "by held-out PPL", lambda pair: by_perplexity(pair)),
 )
 
 CLAIM_NOTE = (
@@ -146,19 +140,14 @@ CLAIM_NOTE = (
 
 
 def claims(evidence: Evidence) -> tuple[tuple[Finding, ...], Grid]:
-    """A finding for each claim, and all that it rests on; p values of accuracy are corrected over all pairs."""
-    found = [(claim.title, pair) for claim in CLAIMS for pair in claim.pairs(evidence)]
-    pairs = pairs_of([pair for _, pair in found])
-    rows = list(zip([title for title, _ in found], pairs, strict=True))
+    """Make a finding for each claim, and a table of its pairs, over which p values of accuracy are corrected."""
+    own = {claim.title: claim.pairs(evidence) for claim in CLAIMS}
+    titles = [title for title, found in own.items() for _ in found]
+    pairs = pairs_of([pair for found in own.values() for pair in found], titles)
     model = evidence.dense.subject
-    grid = grid_of(
-        f"claims-{slug(model)}",
-        f"The comparisons behind them: {model}",
-        CLAIM_FIELDS,
-        rows,
-        (CLAIM_NOTE, *detectable(pairs)),
-    )
-    findings = [_claim(claim.title, [pair for title, pair in rows if title == claim.title]) for claim in CLAIMS]
+    name, title = f"claims-{slug(model)}", f"The comparisons behind them: {model}"
+    grid = grid_of(name, title, CLAIM_FIELDS, pairs, (CLAIM_NOTE, *detectable(pairs)))
+    findings = [_claim(title, [pair for pair in pairs if pair.claim == title]) for title in own]
     return (*findings, *_samples(evidence)), grid
 
 
@@ -197,7 +186,7 @@ def verdict(gain: Interval) -> str:
 
 
 def summed(verdicts: Sequence[str]) -> str:
-    """One verdict for several comparisons: the common one, or how many have each."""
+    """Give one verdict for several comparisons: the common one, or how many have each."""
     counts = Counter(verdicts)
     if len(counts) == 1:
         return verdicts[0]
@@ -205,7 +194,7 @@ def summed(verdicts: Sequence[str]) -> str:
 
 
 def _samples(evidence: Evidence) -> list[Finding]:
-    """More samples: each size against the largest, at the budget of the sensitivity study."""
+    """Compare each number of samples with the largest, at the budget of the sensitivity study."""
     base = evidence.at(BLOCKPRUNER, evidence.sensitivity)
     if base is None:
         return []

@@ -6,7 +6,7 @@ order. Two models are compared once (`compare`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,8 +27,8 @@ from blockpruner.paper.studies import DENSE, SearchRecord, load_plans, model_nam
 from blockpruner.reporting import statistics
 from blockpruner.reporting.findings import Finding, recommended, stop, warnings
 from blockpruner.reporting.formats import percent
-from blockpruner.reporting.results import TIMED, Model, Option, Pace, Race, RunLabels, read_items
-from blockpruner.reporting.statistics import Comparison, Discordance
+from blockpruner.reporting.results import TIMED, Model, Option, Race, RunLabels, read_items
+from blockpruner.reporting.statistics import Discordance, Effect
 from blockpruner.store.files import read_json
 
 MAIN = "main"
@@ -51,6 +51,10 @@ class Entry(Option):
         return 0.0 if unit else value
 
 
+Pairs = Sequence[tuple[Entry, Entry]]
+"""(base, other) to be compared."""
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """All that one study found. Searches go by `Variant.slug`, methods by their keys in METHODS."""
@@ -65,7 +69,7 @@ class Evidence:
     """The budgets of Table 5 by kind of method, in order."""
 
     def of(self, method: str) -> tuple[Entry, ...]:
-        """The budgets of a method with nothing else varied, the least pruned first."""
+        """List the budgets of a method with nothing else varied, the least pruned first."""
         found = (entry for entry in self.entries if entry.variant.slug == method)
         return tuple(sorted(found, key=lambda entry: entry.ratio))
 
@@ -73,8 +77,16 @@ class Evidence:
         return next((e for e in self.entries if e.variant.slug == variant and e.budget == budget), None)
 
     def main(self, *methods: str) -> tuple[Entry, ...]:
-        """The entries of Table 1, of the methods that have one."""
+        """List the entries of Table 1 of the methods that have one."""
         return tuple(e for method in methods for e in self.of(method) if e.budget == e.variant.main)
+
+    def against(self, *others: str) -> Pairs:
+        """Pair BlockPruner with each other method at the budget of Table 1."""
+        return [(base, e) for base in self.main(BLOCKPRUNER) for e in self.main(*others) if e is not base]
+
+    def shared(self, base: str, *others: str) -> Pairs:
+        """Pair a method with each other one at every budget that both have."""
+        return [(b, e) for other in others for e in self.of(other) if (b := self.at(base, e.budget))]
 
     def varied(self, method: str, factor: str) -> tuple[Entry, ...]:
         return tuple(e for e in self.entries if e.variant.factor == factor and e.variant.method == method)
@@ -88,7 +100,7 @@ class Evidence:
         return {entry.variant.slug: entry.search for entry in self.entries}
 
     def timed(self, setting: str) -> tuple[Entry, ...]:
-        """Those with nothing else varied that were timed in a setting, by method and ratio."""
+        """List those with nothing else varied that were timed in a setting, by method and ratio."""
         return tuple(e for method in self.methods for e in self.of(method) if setting in e.races)
 
     @property
@@ -107,8 +119,8 @@ class Evidence:
         return [entry for entry in self.timed(TIMED) if entry.variant.method == BLOCKPRUNER]
 
     def prefix(self, variant: str, budget: float) -> tuple[str, ...] | None:
-        """The units that a search had removed when it came nearest to a share of the parameters; of two equally near,
-        the more. None: it did not go so far, or removes no units."""
+        """Find the units that a search had removed when it came nearest to a share of the parameters; of two equally
+        near, the more. None: it did not go so far, or removes no units."""
         own = [entry for entry in self.entries if entry.variant.slug == variant]
         longest = max(own, key=lambda entry: entry.ratio)
         if not longest.order or max(entry.share for entry in own) < budget:
@@ -136,18 +148,18 @@ class Subject:
 class Contrast:
     """Two models on the same items and rows."""
 
-    accuracy: Comparison
+    accuracy: Effect
     """Difference of the averages, as a share."""
     items: Discordance
     stderr: float
     """Of the difference."""
-    perplexity: Comparison
+    perplexity: Effect
     """Ratio on the held-out text."""
 
 
 @cache
 def compare(base: Model, other: Model) -> Contrast:
-    """other against base; each pair is computed once."""
+    """Compare other with base; each pair is computed once."""
     pooled = [np.concatenate([model.scores[task] for task in base.scores]) for model in (base, other)]
     return Contrast(
         accuracy=statistics.paired_bootstrap(base.scores, other.scores),
@@ -176,10 +188,7 @@ def _read_evidence(name: str, subject: str, run: Run, folder: Path) -> Evidence:
     _require_files(folder, found, name)
     facts, speeds = read_json(folder / "results" / "models.json"), read_json(folder / "speed" / "speed.json")
     models = _read_models(folder / "results" / "items.parquet", facts, tuple(run.evaluate.zero_shot.tasks), name)
-    races = {
-        model: {key: Race(Pace.of(v["dense"]), Pace.of(v.get("pruned", v["dense"]))) for key, v in settings.items()}
-        for model, settings in speeds.items()
-    }
+    races = {model: {key: Race.of(v) for key, v in settings.items()} for model, settings in speeds.items()}
     dense = Option(DENSE, subject, DENSE, None, models[DENSE], models[DENSE], races[DENSE], (), ())
     entries = []
     for variant in found:

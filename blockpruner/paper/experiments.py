@@ -107,7 +107,7 @@ class Variant:
 
 
 def variants(run: Run) -> tuple[Variant, ...]:
-    """All searches of a run's study, BlockPruner first, since others can reuse its trials.
+    """List all searches of a run's study, BlockPruner first, since others can reuse its trials.
 
     Raises:
         InputError: no study section, an unknown method, or a calibration that does not fit.
@@ -143,7 +143,7 @@ def study_of(run: Run) -> Study:
 
 
 def _base(run: Run, study: Study, name: str) -> Variant:
-    """A method's search with nothing else varied."""
+    """Make a method's search with nothing else varied."""
     row = METHODS[name]
 
     def own(budgets: Budgets) -> str | None:
@@ -170,7 +170,7 @@ def _base(run: Run, study: Study, name: str) -> Variant:
 
 
 def _score(run: Run, study: Study, name: str) -> Score:
-    """The run's `score` section with a method's changes; acceleration only where the search has steps to accelerate."""
+    """Change the run's `score` section for a method; acceleration stays where the search has steps to leave out."""
     change = dict(METHODS[name].score)
     own = run.score.model_dump(exclude_unset=True)
     if change.get("method", "greedy") != "greedy" or change.get("metric") in (BI, RM):

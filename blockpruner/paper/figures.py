@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from blockpruner.core.blocks import BlockKind, parse_mask
-from blockpruner.paper.beyond import BALANCE
 from blockpruner.paper.evidence import MAIN, Entry, Evidence
 from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, SLEB
+from blockpruner.paper.extra_tables import BALANCE
 from blockpruner.reporting import plots
 from blockpruner.reporting.plots import BLUE, GREY, MARKS, ORANGE, REMOVED, Plot
-from blockpruner.reporting.results import TIMED, Pace
+from blockpruner.reporting.results import TIMED, Timings
 
 Draw = Callable[[Axes, Evidence], None]
 ACCURACY, PERPLEXITY = "average accuracy, %", "held-out perplexity"
@@ -43,7 +44,7 @@ class PaperFigure:
 
 
 def draw(figure: PaperFigure, found: Sequence[Evidence]) -> Plot | str:
-    """The figure, or the sentence on why there is none."""
+    """Draw the figure, or state why there is none."""
     shown = [evidence for evidence in found if figure.has(evidence)]
     if not shown:
         return f"No figure: {figure.missing}."
@@ -60,52 +61,48 @@ def draw(figure: PaperFigure, found: Sequence[Evidence]) -> Plot | str:
     return plots.render(figure.name, figure.caption, (max(10.0, 5.0 * count), figure.height * len(shown)), fill)
 
 
-def _influence(method: str) -> Draw:
-    """Figure 1: the influence of each unit of the dense model, from a search's first iteration."""
+def _influence(method: str, axes: Axes, evidence: Evidence) -> None:
+    """Draw for Figure 1 the influence of each unit of the dense model, from a search's first iteration."""
+    by_kind: dict[str, dict[int, float]] = {}
+    for unit, value in evidence.searches[method].first.items():
+        blocks = sorted(parse_mask(unit), key=lambda block: block.order)
+        title = "layer" if len(blocks) > 1 else blocks[0].kind.upper()
+        by_kind.setdefault(title, {})[blocks[0].layer] = value
+    for (title, values), (colour, shape) in zip(sorted(by_kind.items()), MARKS, strict=False):
+        x, y = zip(*sorted(values.items()), strict=True)
+        axes.plot(x, y, color=colour, marker=shape, markersize=4, linewidth=1.2, label=title)
+    axes.set_yscale("log")
+    plots.label_(axes, "layer", "Block Influence")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
 
-    def panel(axes: Axes, evidence: Evidence) -> None:
-        by_kind: dict[str, dict[int, float]] = {}
-        for unit, value in evidence.searches[method].first.items():
-            blocks = sorted(parse_mask(unit), key=lambda block: block.order)
-            title = "layer" if len(blocks) > 1 else blocks[0].kind.upper()
-            by_kind.setdefault(title, {})[blocks[0].layer] = value
-        for (title, values), (colour, shape) in zip(sorted(by_kind.items()), MARKS, strict=False):
-            x, y = zip(*sorted(values.items()), strict=True)
-            axes.plot(x, y, color=colour, marker=shape, markersize=4, linewidth=1.2, label=title)
-        axes.set_yscale("log")
-        plots.label_(axes, "layer", "Block Influence")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend()
 
-    return panel
+def _curve(methods: Mapping[str, str], is_accuracy: bool, axes: Axes, evidence: Evidence) -> None:
+    """Draw quality against ratio, a line for each method, all from the dense model. `methods` maps to labels."""
+    shown = []
+    for (method, name), (colour, shape) in zip(methods.items(), MARKS, strict=False):
+        options = [evidence.dense, *evidence.of(method)]
+        if len(options) == 1:
+            continue
+        x = [100 * option.ratio for option in options]
+        if is_accuracy:
+            plots.accuracy_(axes, x, [option.model.average for option in options], colour, shape, name)
+        else:
+            y = [option.model.perplexity for option in options]
+            axes.plot(x, y, color=colour, marker=shape, markersize=5, linewidth=1.3, label=name)
+            shown += y
+    if not is_accuracy:
+        plots.scale_(axes, shown)
+    plots.label_(axes, REMOVED, ACCURACY if is_accuracy else PERPLEXITY)
+    axes.legend()
 
 
 def _curves(methods: Mapping[str, str]) -> tuple[tuple[str, Draw], ...]:
-    """Quality against ratio, a line for each method, all from the dense model. methods: to what they are called."""
-
-    def panel(axes: Axes, evidence: Evidence, is_accuracy: bool) -> None:
-        shown = []
-        for (method, name), (colour, shape) in zip(methods.items(), MARKS, strict=False):
-            options = [evidence.dense, *evidence.of(method)]
-            if len(options) == 1:
-                continue
-            x = [100 * option.ratio for option in options]
-            if is_accuracy:
-                plots.accuracy_(axes, x, [option.model.average for option in options], colour, shape, name)
-            else:
-                y = [option.model.perplexity for option in options]
-                axes.plot(x, y, color=colour, marker=shape, markersize=5, linewidth=1.3, label=name)
-                shown += y
-        if not is_accuracy:
-            plots.scale_(axes, shown)
-        plots.label_(axes, REMOVED, ACCURACY if is_accuracy else PERPLEXITY)
-        axes.legend()
-
-    return ("", lambda axes, found: panel(axes, found, True)), ("", lambda axes, found: panel(axes, found, False))
+    return ("", partial(_curve, methods, True)), ("", partial(_curve, methods, False))
 
 
 def _share(axes: Axes, evidence: Evidence) -> None:
-    """Figure 5: MHA among the blocks removed so far."""
+    """Draw for Figure 5 the share of MHA among the blocks removed so far."""
     order = [block for unit in evidence.searches[BLOCKPRUNER].order for block in parse_mask(unit)]
     mha = np.cumsum([block.kind is BlockKind.MHA for block in order])
     steps = np.arange(1, len(order) + 1)
@@ -119,57 +116,49 @@ def _share(axes: Axes, evidence: Evidence) -> None:
     plots.label_(axes, "blocks removed", "MHA among them, %")
 
 
-def _levels(of: Callable[[Entry], tuple[float, float]], title: str) -> tuple[str, Draw]:
-    """Figure 7: every calibration set at the budget of the sensitivity study. of: a value and its error."""
-
-    def panel(axes: Axes, evidence: Evidence) -> None:
-        base = evidence.at(BLOCKPRUNER, evidence.sensitivity)
-        assert base is not None
-        entries = [base, *evidence.varied(BLOCKPRUNER, "calibration")]
-        entries.sort(key=lambda entry: entry.search.tokens)
-        for i, entry in enumerate(entries):
-            value, error = of(entry)
-            colour, shape = (ORANGE, "s") if entry is base else (BLUE, "o")
-            axes.errorbar(
-                value, i, xerr=error if 0 < error < np.inf else None, color=colour, marker=shape, markersize=6,
-                capsize=3, linestyle="none",
-            )  # fmt: skip
-        names = [f"{entry.variant.level or 'base'} ({entry.search.tokens:,} tokens)" for entry in entries]
-        axes.set_yticks(range(len(names)), names)
-        plots.label_(axes, title)
-
-    return "", panel
+def _levels(is_accuracy: bool, axes: Axes, evidence: Evidence) -> None:
+    """Draw for Figure 7 every calibration set at the budget of the sensitivity study."""
+    base = evidence.at(BLOCKPRUNER, evidence.sensitivity)
+    assert base is not None
+    entries = [base, *evidence.varied(BLOCKPRUNER, "calibration")]
+    entries.sort(key=lambda entry: entry.search.tokens)
+    for i, entry in enumerate(entries):
+        average = entry.model.average
+        value = 100 * average.value if is_accuracy else entry.model.perplexity
+        error = 100 * average.stderr if is_accuracy and 0 < average.stderr < np.inf else None
+        colour, shape = (ORANGE, "s") if entry is base else (BLUE, "o")
+        axes.errorbar(value, i, xerr=error, color=colour, marker=shape, markersize=6, capsize=3, linestyle="none")
+    names = [f"{entry.variant.level or 'base'} ({entry.search.tokens:,} tokens)" for entry in entries]
+    axes.set_yticks(range(len(names)), names)
+    plots.label_(axes, ACCURACY if is_accuracy else PERPLEXITY)
 
 
-def _scatter(of: Callable[[Pace], float], title: str) -> tuple[tuple[str, Draw], ...]:
-    """Held-out perplexity against what a model costs to run, a marker a method, labels the ratio; in two settings."""
+def _scatter(of: Callable[[Timings], float], title: str, setting: str, axes: Axes, evidence: Evidence) -> None:
+    """Draw held-out perplexity against what a model costs to run; a marker is a method, a number its ratio."""
+    plots.star_(axes, of(evidence.dense.races[setting].dense), evidence.dense.model.perplexity, "dense")
+    by_method: dict[str, list[Entry]] = {}
+    for entry in evidence.timed(setting):
+        by_method.setdefault(entry.method, []).append(entry)
+    shown = [evidence.dense.model.perplexity]
+    for (method, entries), (colour, shape) in zip(by_method.items(), MANY_MARKS, strict=False):
+        places = [(of(entry.races[setting].pruned), entry.model.perplexity) for entry in entries]
+        x, y = zip(*places, strict=True)
+        line = "-" if len(entries) > 1 else "none"
+        axes.plot(x, y, line, color=colour, marker=shape, markersize=6.5, linewidth=0.7, label=method)
+        for entry, at in zip(entries, places, strict=True) if len(entries) > 1 else ():
+            axes.annotate(f"{100 * entry.ratio:.0f}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        shown += y
+    best = evidence.best
+    if best is not None and setting in best.races:
+        plots.ring_(axes, of(best.races[setting].pruned), best.model.perplexity)
+    plots.scale_(axes, shown)
+    axes.margins(x=0.08, y=0.12)
+    plots.label_(axes, title, PERPLEXITY)
+    axes.legend(fontsize=7.5)
 
-    def panel(axes: Axes, evidence: Evidence, setting: str) -> None:
-        plots.star_(axes, of(evidence.dense.races[setting].dense), evidence.dense.model.perplexity, "dense")
-        by_method: dict[str, list[Entry]] = {}
-        for entry in evidence.timed(setting):
-            by_method.setdefault(entry.method, []).append(entry)
-        shown = [evidence.dense.model.perplexity]
-        for (method, entries), (colour, shape) in zip(by_method.items(), MANY_MARKS, strict=False):
-            places = [(of(entry.races[setting].pruned), entry.model.perplexity) for entry in entries]
-            x, y = zip(*places, strict=True)
-            line = "-" if len(entries) > 1 else "none"
-            axes.plot(x, y, line, color=colour, marker=shape, markersize=6.5, linewidth=0.7, label=method)
-            for entry, at in zip(entries, places, strict=True) if len(entries) > 1 else ():
-                axes.annotate(f"{100 * entry.ratio:.0f}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
-            shown += y
-        best = evidence.best
-        if best is not None and setting in best.races:
-            plots.ring_(axes, of(best.races[setting].pruned), best.model.perplexity)
-        plots.scale_(axes, shown)
-        axes.margins(x=0.08, y=0.12)
-        plots.label_(axes, title, PERPLEXITY)
-        axes.legend(fontsize=7.5)
 
-    return (
-        ("every budget", lambda axes, found: panel(axes, found, TIMED)),
-        ("all methods", lambda axes, found: panel(axes, found, MAIN)),
-    )
+def _scatters(of: Callable[[Timings], float], title: str) -> tuple[tuple[str, Draw], ...]:
+    return ("every budget", partial(_scatter, of, title, TIMED)), ("all methods", partial(_scatter, of, title, MAIN))
 
 
 SHAPES = [shape for _, shape in MARKS]
@@ -197,7 +186,7 @@ SCATTERS: tuple[PaperFigure, ...] = (
         "of Table 1, in Table 6’s setting. The star is the dense model, the ring the recommended stopping point. "
         "Tokens/s of models timed minutes apart drift with the machine; the speed-ups in the table are measured in "
         "turns.",
-        _scatter(lambda pace: pace.rate("decode"), "decode, tokens/s"),
+        _scatters(lambda pace: pace.rate("decode"), "decode, tokens/s"),
         _timed,
         "no model is timed",
         4.4,
@@ -207,7 +196,7 @@ SCATTERS: tuple[PaperFigure, ...] = (
         "Quality against memory",
         "The same against the memory of weights and KV cache (on a GPU: the allocated peak), lower and further left is "
         "better.",
-        _scatter(lambda pace: pace.memory_bytes / 2**20, "memory, MiB"),
+        _scatters(lambda pace: pace.memory_bytes / 2**20, "memory, MiB"),
         _timed,
         "no model is timed",
         4.4,
@@ -221,7 +210,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "Figure 1. Block Influence",
         "Block Influence of each layer, and of each MHA and MLP block, in the dense model: 1 − mean cosine of the "
         "states before and after it.",
-        (("layers", _influence("shortgpt")), ("blocks", _influence("blockpruner-by-bi"))),
+        (("layers", partial(_influence, "shortgpt")), ("blocks", partial(_influence, "blockpruner-by-bi"))),
         lambda e: all(m in e.searches and e.searches[m].first for m in ("shortgpt", "blockpruner-by-bi")),
         "the study has no search by Block Influence of layers and of blocks",
     ),
@@ -254,10 +243,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "Figure 7. Calibration: size and source",
         "BlockPruner calibrated on each set, at the budget of the sensitivity study: average accuracy (± 1 standard "
         "error) and held-out perplexity; the square is the run’s own calibration.",
-        (
-            _levels(lambda e: (100 * e.model.average.value, 100 * e.model.average.stderr), ACCURACY),
-            _levels(lambda e: (e.model.perplexity, 0.0), PERPLEXITY),
-        ),
+        (("", partial(_levels, True)), ("", partial(_levels, False))),
         lambda e: bool(e.varied(BLOCKPRUNER, "calibration")) and e.at(BLOCKPRUNER, e.sensitivity) is not None,
         "the study varies no calibration",
     ),

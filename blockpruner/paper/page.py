@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from blockpruner.paper.beyond import GRIDS, stopping
 from blockpruner.paper.contrasts import claims
 from blockpruner.paper.evidence import Subject
+from blockpruner.paper.extra_tables import GRIDS, stopping
 from blockpruner.paper.figures import FIGURES, SCATTERS, draw
 from blockpruner.paper.tables import TABLES, paper_grids
 from blockpruner.reporting.grids import to_csv, to_latex
@@ -23,7 +23,7 @@ INTRO = (
 
 
 def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
-    """All of a set's report. published: folder of the paper's numbers."""
+    """Build a set's report. The paper's numbers lie in the folder `published`."""
     found = [subject.evidence for subject in subjects if subject.evidence is not None]
     sections = []
     if found:

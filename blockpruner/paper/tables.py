@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.paper.contrasts import contrast_grid
-from blockpruner.paper.evidence import MAIN, Entry, Evidence, Subject
+from blockpruner.paper.evidence import MAIN, Entry, Evidence, Pairs, Subject
 from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, SLEB
 from blockpruner.paper.published import Published, read_published
 from blockpruner.paper.studies import DENSE
@@ -22,11 +22,11 @@ from blockpruner.reporting.results import Option
 
 HERE, PAPER, DIFFERENCE = "here", "paper", "here − paper"
 NOT_COMPUTED = "not computed here"
+ALL_PAPER = "All of these rows are the paper’s (arXiv 2406.10594), for orientation: other models, so no differences."
 MODEL = Field[Option]("model", "model", lambda option: option.subject)
 METHOD = Field[Option]("method", "method", lambda option: option.method)
 
-Pairs = Sequence[tuple[Entry, Entry]]
-"""(base, other) to be compared."""
+Rows = list[tuple[Cell, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,29 +56,36 @@ class PaperTable:
 
 
 def paper_grids(table: PaperTable, subjects: Sequence[Subject], folder: Path) -> list[Grid]:
-    """The table beside the paper's numbers; the paper's other models, if it does not have all of these; the tests."""
+    """Make the table beside the paper's numbers, its tests, and the paper's other models if it lacks one of these."""
     published = read_published(folder, table.source)
     shown = {subject.paper for subject in subjects} & {row.model for row in published}
-    rows: list[tuple[Cell, ...]] = []
+    rows: Rows = []
     for subject in subjects:
         rows += _beside(table, subject, [row for row in published if row.model == subject.paper])
     found = [subject.evidence for subject in subjects if subject.evidence is not None]
-    columns = (MODEL, METHOD, Column("source", "source"), *table.fields)
-    kept = [i for i in range(len(columns)) if i < 3 or any(row[i] is not None for row in rows)]
+    columns, cells = _known((MODEL, METHOD, Column("source", "source"), *table.fields), rows)
     strong = frozenset(i for i, row in enumerate(rows) if row[1] == METHODS[BLOCKPRUNER].title and row[2] == HERE)
-    cells = tuple(tuple(row[i] for i in kept) for row in rows)
     notes = (_whose(subjects), *table.notes(found))
-    grids = [Grid(table.name, table.title, tuple(columns[i] for i in kept), cells, notes, strong)]
+    grids = [Grid(table.name, table.title, columns, cells, notes, strong)]
     pairs = [pair for evidence in found for pair in table.pairs(evidence)]
     if pairs:
         grids.append(contrast_grid(f"{table.name}-tests", f"{table.title}: methods on the same items", pairs))
     if len(shown) < len(subjects):
-        grids.append(_orientation(table, [row for row in published if row.model not in shown]))
+        others = [(row.model, row.title, *table.published(row)) for row in published if row.model not in shown]
+        title = f"{table.title}: the paper’s numbers, on its models"
+        columns, cells = _known((MODEL, METHOD, *table.fields), others)
+        grids.append(Grid(f"{table.name}-paper", title, columns, cells, (ALL_PAPER,), folded=True))
     return grids
 
 
+def _known(columns: Sequence[Column], rows: Rows) -> tuple[tuple[Column, ...], tuple[tuple[Cell, ...], ...]]:
+    """Drop the columns in which nothing is known, except the names in the first two."""
+    kept = [i for i in range(len(columns)) if i < 2 or any(row[i] is not None for row in rows)]
+    return tuple(columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows)
+
+
 def _whose(subjects: Sequence[Subject]) -> str:
-    """Which rows are ours, and on what they were measured."""
+    """Tell which rows are ours, and on what they were measured."""
     ours = [s for s in subjects if s.evidence is not None]
     models = "; ".join(
         f"{s.model} ({s.labels.model}; held-out text: {s.labels.heldout}; items: {s.labels.tasks})" for s in ours
@@ -92,9 +99,9 @@ def _whose(subjects: Sequence[Subject]) -> str:
     )
 
 
-def _beside(table: PaperTable, subject: Subject, published: Sequence[Published]) -> list[tuple[Cell, ...]]:
+def _beside(table: PaperTable, subject: Subject, published: Sequence[Published]) -> Rows:
     used: list[Published] = []
-    rows: list[tuple[Cell, ...]] = []
+    rows: Rows = []
     blank = (None,) * len(table.fields)
     if subject.evidence is not None:
         cells = ((o, tuple(column.of(o) for column in table.fields)) for o in table.options(subject.evidence))
@@ -121,7 +128,7 @@ def _beside(table: PaperTable, subject: Subject, published: Sequence[Published])
 
 
 def _match(table: PaperTable, option: Option, published: Sequence[Published]) -> Published | None:
-    """The paper's row of a method at the nearest ratio."""
+    """Find the paper's row of a method at the nearest ratio."""
 
     def apart(row: Published) -> float:
         return abs(100 * option.ratio - row.ratio) if RATIO in table.fields and row.ratio is not None else 0.0
@@ -137,21 +144,8 @@ def _less(ours: Cell, theirs: Cell) -> Cell:
     return Number(ours.value - theirs.value, theirs.digits, signed=True)
 
 
-def _orientation(table: PaperTable, published: Sequence[Published]) -> Grid:
-    known = [i for i, column in enumerate(table.fields) if any(column.key in row.numbers for row in published)]
-    rows = tuple((row.model, row.title, *(table.published(row)[i] for i in known)) for row in published)
-    return Grid(
-        f"{table.name}-paper",
-        f"{table.title}: the paper’s numbers, on its models",
-        (MODEL, METHOD, *(table.fields[i] for i in known)),
-        rows,
-        ("All of these rows are the paper’s (arXiv 2406.10594), for orientation: other models, so no differences.",),
-        folded=True,
-    )
-
-
 def task_cell(option: Option, task: str, digits: int = 1) -> Cell:
-    """An accuracy in per cent, or a perplexity; None where the task was not measured."""
+    """Show an accuracy in per cent, or a perplexity; None where the task was not measured."""
     found = option.model.tasks.get(task)
     if found is None:
         return None
@@ -192,18 +186,8 @@ def _with_dense(evidence: Evidence) -> list[Option]:
     return [evidence.dense, *evidence.main(*TABLE1)]
 
 
-def _against(*others: str) -> Callable[[Evidence], Pairs]:
-    """BlockPruner and other methods at the budget of Table 1."""
-    return lambda evidence: [
-        (base, e) for base in evidence.main(BLOCKPRUNER) for e in evidence.main(*others) if e != base
-    ]
-
-
-def _both(*others: str) -> Callable[[Evidence], Pairs]:
-    """BlockPruner and other methods at the same budgets."""
-    return lambda evidence: [
-        (base, e) for other in others for e in evidence.of(other) if (base := evidence.at(BLOCKPRUNER, e.budget))
-    ]
+def _js(evidence: Evidence) -> Pairs:
+    return evidence.shared(BLOCKPRUNER, "blockpruner-by-js")
 
 
 def _high(evidence: Evidence) -> Pairs:
@@ -212,7 +196,7 @@ def _high(evidence: Evidence) -> Pairs:
 
 
 def _columns(pairs: Callable[[Evidence], Pairs]) -> Callable[[Evidence], list[Option]]:
-    """All first models of some pairs, then all second ones."""
+    """List all first models of some pairs, then all second ones."""
     return lambda evidence: [pair[i] for i in range(2) for pair in pairs(evidence)]
 
 
@@ -259,7 +243,7 @@ TABLES: tuple[PaperTable, ...] = (
         "table1_main",
         (RATIO, WIKITEXT, HELDOUT, *(_task(task, task, task, 1) for task in FIVE), AVERAGE),
         _with_dense,
-        pairs=_against(*TABLE1),
+        pairs=lambda evidence: evidence.against(*TABLE1),
         notes=lambda _: [
             "Relative Magnitude: the mean over tokens, and the norm over the whole sequence (Frobenius); the paper "
             "does not say which its one row is, so both are held against it."
@@ -271,15 +255,15 @@ TABLES: tuple[PaperTable, ...] = (
         "table2_ablation",
         QUALITY,
         lambda evidence: evidence.main(BLOCKPRUNER, "one-shot-perplexity", SLEB),
-        pairs=_against("one-shot-perplexity", SLEB),
+        pairs=lambda evidence: evidence.against("one-shot-perplexity", SLEB),
     ),
     PaperTable(
         "table4",
         "Table 4. Perplexity and Jensen-Shannon divergence as the metric",
         "table4_metric",
         QUALITY,
-        _columns(_both("blockpruner-by-js")),
-        pairs=_both("blockpruner-by-js"),
+        _columns(_js),
+        pairs=_js,
     ),
     PaperTable(
         "table5",
@@ -327,7 +311,12 @@ TABLES: tuple[PaperTable, ...] = (
         missing="not measured: study.tasks has no agieval_aqua_rat, whose data no package holds",
     ),
     PaperTable(
-        "table9", "Table 9. Methods over ratios", "table9_newer_models", QUALITY, _table9, pairs=_both(*CURVES[1:])
+        "table9",
+        "Table 9. Methods over ratios",
+        "table9_newer_models",
+        QUALITY,
+        _table9,
+        pairs=lambda evidence: evidence.shared(*CURVES),
     ),
     PaperTable(
         "table10",

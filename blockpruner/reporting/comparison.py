@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from blockpruner.reporting.inputs import Study
+from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import Option
 
 BAND = 0.015
@@ -18,7 +18,7 @@ of a 32-layer model, as near as whole layers come to a budget."""
 
 @dataclass(frozen=True)
 class Gain:
-    """What pruning may be for."""
+    """Something that pruning can gain."""
 
     name: str
     """As in the name of a CSV column."""
@@ -38,21 +38,21 @@ GAINS = (SPEED, CACHE, SIZE)
 class Comparison:
     """Runs of one dense model, evaluated on the same text and items and timed in the same setting."""
 
-    studies: tuple[Study, ...]
+    studies: tuple[ReportedRun, ...]
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """The dense model, then all targets by run."""
+        """List the dense model, then all targets by run."""
         return (self.studies[0].dense, *(target for study in self.studies for target in study.targets))
 
     def front(self, gain: Gain) -> list[Option]:
-        """The options that no other betters in held-out perplexity and `gain` together, the least gain first."""
+        """Find the options that no other betters in held-out perplexity and `gain` together, the least gain first."""
         options = self.options
         members = front([(-gain.of(option), option.model.perplexity) for option in options])
         return sorted((options[i] for i in members), key=gain.of)
 
     def bands(self) -> list[list[Option]]:
-        """Targets of one size (BAND), the least pruned first; within a band by run, so the first run leads."""
+        """Group targets of one size (BAND), the least pruned first. A band is in the order of runs."""
         targets = self.options[1:]
         found: list[list[Option]] = []
         for option in sorted(targets, key=lambda option: option.ratio):
@@ -62,9 +62,9 @@ class Comparison:
         return [sorted(band, key=targets.index) for band in found]
 
 
-def comparisons(studies: Sequence[Study]) -> list[Comparison]:
+def comparisons(studies: Sequence[ReportedRun]) -> list[Comparison]:
     """Group runs whose results may be compared, in order of appearance."""
-    groups: dict[object, list[Study]] = {}
+    groups: dict[object, list[ReportedRun]] = {}
     for study in studies:
         dense, labels = study.dense.model, study.labels
         text = (labels.heldout, dense.heldout.rows, dense.heldout.tokens)
@@ -75,7 +75,7 @@ def comparisons(studies: Sequence[Study]) -> list[Comparison]:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices, ascending, of the points that no other dominates (Pareto front); in both coordinates less is better.
+    """Find the points that no other dominates (Pareto front), by index; in both coordinates less is better.
 
     A point dominates another if it is no worse in both and better in one. Equal points do not dominate each other.
     """

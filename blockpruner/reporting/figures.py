@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,11 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from blockpruner.core.blocks import BlockKind, Mask
+from blockpruner.core.blocks import BlockKind, Mask, sorted_blocks
 from blockpruner.reporting import plots
 from blockpruner.reporting.comparison import GAINS, SPEED, Comparison, Gain
 from blockpruner.reporting.findings import jump_at, recommended
-from blockpruner.reporting.inputs import Study, Target
+from blockpruner.reporting.inputs import PrunedOption, ReportedRun
 from blockpruner.reporting.plots import BLUE, COLOURS, GREY, MARKS, ORANGE, REMOVED, Plot
 from blockpruner.reporting.results import Option
 from blockpruner.scoring.metrics import METRICS
@@ -54,18 +55,19 @@ PARETO_CAPTION = (
 )
 
 
-def figures(study: Study) -> list[Plot]:
-    """All plots of one run, curves first."""
+def figures(study: ReportedRun) -> list[Plot]:
+    """Draw all plots of one run, curves first."""
     known = study.dense.calibration_perplexity is not None
     curve = CURVE_CAPTION if study.traces else SINGLE_CAPTION if known else HELDOUT_CAPTION
     small, rows = (4.3, 3.3), -(-len(study.chance) // 5)
     drawn = [
-        plots.render(f"{study.run}-perplexity", curve, small, lambda figure: _perplexity(figure, study), wide=False),
-        plots.render(
-            f"{study.run}-accuracy", ACCURACY_CAPTION, small, lambda figure: _accuracy(figure, study), wide=False
-        ),
-        plots.render(f"{study.run}-speed", SPEED_CAPTION, small, lambda figure: _speed(figure, study), wide=False),
-        plots.render(f"{study.run}-tasks", TASKS_CAPTION, (10.5, 2.5 * rows), lambda figure: _tasks(figure, study)),
+        plots.render(f"{study.run}-{name}", caption, size, partial(draw, study=study), wide=size != small)
+        for name, caption, size, draw in (
+            ("perplexity", curve, small, _perplexity),
+            ("accuracy", ACCURACY_CAPTION, small, _accuracy),
+            ("speed", SPEED_CAPTION, small, _speed),
+            ("tasks", TASKS_CAPTION, (10.5, 2.5 * rows), _tasks),
+        )
     ]
     drawn += [_map(target) for target in study.traces]
     drawn += [_map(target) for target in study.targets if target.considered and not target.removals]
@@ -73,7 +75,7 @@ def figures(study: Study) -> list[Plot]:
 
 
 def pareto_plot(comparison: Comparison) -> Plot:
-    """Held-out perplexity against each gain, all targets of one dense model."""
+    """Draw held-out perplexity against each gain, for all targets of one dense model."""
     dense, *targets = comparison.options
     methods = list(dict.fromkeys(option.recipe for option in targets))
     marks = dict(zip(methods, MARKS * len(methods), strict=False))
@@ -113,7 +115,7 @@ def _front(axes: Axes, comparison: Comparison, gain: Gain) -> None:
 
 
 def _attention(option: Option) -> float:
-    """Share of MHA among the removed blocks; 0 where none is removed."""
+    """Compute the share of MHA among the removed blocks; it is 0 where none is removed."""
     return option.blocks[BlockKind.MHA] / (sum(option.blocks.values()) or 1)
 
 
@@ -121,7 +123,7 @@ def _percents(options: Sequence[Option]) -> list[float]:
     return [100 * option.ratio for option in options]
 
 
-def _perplexity(figure: Figure, study: Study) -> None:
+def _perplexity(figure: Figure, study: ReportedRun) -> None:
     axes, traces = figure.subplots(), study.traces
     plots.label_(axes, REMOVED, "perplexity")
     heldout = [option.model.perplexity for option in study.options]
@@ -134,7 +136,7 @@ def _perplexity(figure: Figure, study: Study) -> None:
         jump = jump_at(trace)
         if jump is not None:
             axes.axvline(ratios[jump], color=GREY, linestyle=":", linewidth=1.5, label="last before a jump")
-    single = [o for o in study.options if not isinstance(o, Target) or not o.removals]
+    single = [o for o in study.options if not isinstance(o, PrunedOption) or not o.removals]
     points = [(100 * o.ratio, value) for o in single if (value := o.calibration_perplexity) is not None]
     if any(option.plan and option.calibration_perplexity is not None for option in single):
         x, y = zip(*points, strict=True)
@@ -145,13 +147,13 @@ def _perplexity(figure: Figure, study: Study) -> None:
     axes.legend(loc="best")
 
 
-def _accuracy(figure: Figure, study: Study) -> None:
+def _accuracy(figure: Figure, study: ReportedRun) -> None:
     axes = figure.subplots()
     plots.label_(axes, REMOVED, "average accuracy, %")
     plots.accuracy_(axes, _percents(study.options), [option.model.average for option in study.options], BLUE, "o")
 
 
-def _tasks(figure: Figure, study: Study) -> None:
+def _tasks(figure: Figure, study: ReportedRun) -> None:
     rows = -(-len(study.chance) // 5)
     panels = list(figure.subplots(rows, min(len(study.chance), 5), sharex=True, sharey=True, squeeze=False).flat)
     for axes, (task, chance) in zip(panels, study.chance.items(), strict=False):
@@ -167,7 +169,7 @@ def _tasks(figure: Figure, study: Study) -> None:
     figure.supylabel("accuracy, %", fontsize=9.5)
 
 
-def _speed(figure: Figure, study: Study) -> None:
+def _speed(figure: Figure, study: ReportedRun) -> None:
     axes, best = figure.subplots(), recommended(study.targets)
     plots.label_(axes, "generation speed-up, ×", "held-out perplexity")
     speeds = [option.speedup for option in study.options]
@@ -184,7 +186,7 @@ def _speed(figure: Figure, study: Study) -> None:
     axes.margins(x=0.14, y=0.16)
 
 
-def _map(target: Target) -> Plot:
+def _map(target: PrunedOption) -> Plot:
     layers, order = target.plan.layers, [removal.added for removal in target.removals]
     caption = (ORDER_CAPTION if order else MAP_CAPTION).format(target.name)
     size = (max(10.2, 0.29 * layers + 1.5), 1.75)
@@ -209,7 +211,7 @@ class _Scores:
     """Whether one row decided all removals."""
 
 
-def _scores(trace: Target) -> _Scores:
+def _scores(trace: PrunedOption) -> _Scores:
     scored = [removal for removal in trace.removals if removal.costs]
     ranking = len(scored) < len(trace.removals)
     units = [unit for removal in scored for unit in removal.costs]
@@ -225,7 +227,7 @@ def _scores(trace: Target) -> _Scores:
     )
 
 
-def _heat_caption(trace: Target, ranking: bool) -> str:
+def _heat_caption(trace: PrunedOption, ranking: bool) -> str:
     metric = METRICS[trace.plan.metric]
     name, unit = metric.cost_title, metric.units_text
     where = "in the dense model" if ranking else "in what earlier removals left"
@@ -242,7 +244,7 @@ def _heat_caption(trace: Target, ranking: bool) -> str:
     return f"{what}, on a logarithmic scale. {how}{empty}"
 
 
-def _heat(trace: Target) -> Plot:
+def _heat(trace: PrunedOption) -> Plot:
     scores, layers = _scores(trace), trace.plan.layers
     costs = np.array([cost for row in scores.rows for cost in row.values()])
     low = max(scores.floor, float(np.percentile(costs, CLIP[0])))
@@ -285,7 +287,9 @@ def _heat_panel(axes: Axes, layers: int, scores: _Scores, kind: BlockKind, norm:
                     cells[i, block.layer] = max(cost, scores.floor)
     x, y = np.arange(layers + 1) - 0.5, np.arange(count + 1) + 0.5
     mesh = axes.pcolormesh(x, y, np.ma.masked_invalid(cells), cmap=COLOURS, norm=norm)
-    for i, block in ((i, block) for i, unit in enumerate(scores.removed) for block in unit if block.kind is kind):
+    for i, block in ((i, block) for i, unit in enumerate(scores.removed) for block in sorted_blocks(unit)):
+        if block.kind is not kind:
+            continue
         left, rest = block.layer - 0.5, count - i - 1
         if rest:
             patch = Rectangle((left, i + 1.5), 1, rest, facecolor="none", edgecolor=GREY, hatch="/////", linewidth=0)

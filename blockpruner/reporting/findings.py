@@ -17,9 +17,9 @@ from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.core.budgets import speedup
 from blockpruner.reporting.formats import listed, number, percent, times
 from blockpruner.reporting.grids import difference
-from blockpruner.reporting.inputs import Study, Target
+from blockpruner.reporting.inputs import PrunedOption, ReportedRun
 from blockpruner.reporting.results import Model, Option
-from blockpruner.reporting.statistics import Estimate, average, differences
+from blockpruner.reporting.statistics import Mean, average, differences
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.registry import SEARCHES
 
@@ -74,8 +74,8 @@ class Finding:
     text: str
 
 
-def findings(study: Study) -> list[Finding]:
-    """All that the report of targets says of one run."""
+def findings(study: ReportedRun) -> list[Finding]:
+    """Collect all findings on one run."""
     return [
         *(_outcome(target) for target in study.targets),
         *warnings(study.targets, study.traces),
@@ -85,17 +85,19 @@ def findings(study: Study) -> list[Finding]:
 
 
 def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Finding]:
-    """Signs of failed pruning among pruned models.
+    """Find the signs of failed pruning among pruned models.
 
     Args:
         traces: of each removal sequence, the model that is pruned the most.
     """
-    found = [*(_jump(trace, options) for trace in traces), _mismatch(options), _slow(options)]
+    rules = ((is_mismatch, _mismatch), (is_slow, _slow))
+    found = [_jump(trace, options) for trace in traces]
+    found += [told(shown) for shows, told in rules if (shown := [option for option in options if shows(option)])]
     return [finding for finding in found if finding]
 
 
 def jump_at(option: Option) -> int | None:
-    """Index of the first removal of a search that breaks its curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), or None."""
+    """Find the first removal that breaks the curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), by index, or None."""
     losses = [math.log(perplexity) for perplexity in option.curve]
     rises = [after - before for before, after in pairwise(losses)]
     for i, rise in enumerate(rises):
@@ -106,13 +108,13 @@ def jump_at(option: Option) -> int | None:
 
 
 def has_jump(option: Option) -> bool:
-    """Whether its plan goes beyond the first jump of its search."""
+    """Tell whether a plan goes beyond the first jump of its search."""
     jump = jump_at(option)
     return jump is not None and option.plan is not None and len(option.plan.order) > jump
 
 
 def is_mismatch(option: Option) -> bool:
-    """Whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS).
+    """Tell whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS).
 
     There is nothing to compare where the calibration text has decided nothing, or where its perplexity is unknown or
     that of answers instead of a text.
@@ -126,18 +128,18 @@ def is_mismatch(option: Option) -> bool:
 
 
 def is_slow(option: Option) -> bool:
-    """Whether a high ratio brought little speed-up in generation (HIGH_RATIO, LOW_GAIN)."""
+    """Tell whether a high ratio brought little speed-up in generation (HIGH_RATIO, LOW_GAIN)."""
     return option.ratio >= HIGH_RATIO and option.speedup - 1 < LOW_GAIN * (1 / (1 - option.ratio) - 1)
 
 
 def signs(option: Option) -> list[str]:
-    """Short names of the signs of failed pruning that a model shows."""
+    """Name the signs of failed pruning that a model shows."""
     rules = {"jump": has_jump, "mismatch": is_mismatch, "little speed-up": is_slow}
     return [name for name, shows in rules.items() if shows(option)]
 
 
 def recommended(options: Sequence[Option]) -> Option | None:
-    """The model to stop at: the knee among the safe ones, or None.
+    """Find the model to stop at, the knee among the safe ones, or None.
 
     Safe is faster than dense, and less pruned than the first with a jump or a mismatch. `options`: by ratio.
     """
@@ -147,7 +149,7 @@ def recommended(options: Sequence[Option]) -> Option | None:
 
 
 def knee(points: Sequence[tuple[float, float]]) -> int:
-    """Index of the knee of loss against speed-up.
+    """Find the knee of loss against speed-up, by index.
 
     With s = speed-up of generation - 1 and l = NLL rise on held-out text, both as shares of their values at the
     fastest, the knee maximises s - l: the height above the straight line from the dense model to the fastest. The
@@ -165,14 +167,14 @@ def knee(points: Sequence[tuple[float, float]]) -> int:
     return best if heights[best] >= KNEE_MARGIN else fastest
 
 
-def paired(base: Model, other: Model, task: str | None = None) -> Estimate:
-    """Difference of accuracies, other minus base, with the error of paired items; without a task, of the averages."""
+def paired(base: Model, other: Model, task: str | None = None) -> Mean:
+    """Subtract accuracies, other minus base, with the error of paired items; without a task, the averages."""
     names = base.scores if task is None else (task,)
     scores = ({name: model.scores[name] for name in names} for model in (base, other))
     return average(differences(*scores))
 
 
-def _outcome(target: Target) -> Finding:
+def _outcome(target: PrunedOption) -> Finding:
     plan, dense, model = target.plan, target.dense, target.model
     gap = paired(dense, model)
     noise = "" if gap.differs_from(0) else ", within noise (less than 2 standard errors)"
@@ -213,10 +215,7 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     )
 
 
-def _mismatch(options: Sequence[Option]) -> Finding | None:
-    found = [option for option in options if is_mismatch(option)]
-    if not found:
-        return None
+def _mismatch(found: Sequence[Option]) -> Finding:
     rises = [
         f"{times(math.exp(o.heldout_rise))} against {times(math.exp(o.calibration_rise or 0.0))} at {o.name}"
         for o in found
@@ -231,10 +230,7 @@ def _mismatch(options: Sequence[Option]) -> Finding | None:
     )
 
 
-def _slow(options: Sequence[Option]) -> Finding | None:
-    found = [option for option in options if is_slow(option)]
-    if not found:
-        return None
+def _slow(found: Sequence[Option]) -> Finding:
     gains = [
         f"{option.name}: {percent(option.ratio)} of the parameters removed ({option.taken_out}), generation "
         f"{times(option.speedup)} as fast; reading fewer weights alone would give {times(1 / (1 - option.ratio))}"
@@ -260,7 +256,7 @@ def _slow(options: Sequence[Option]) -> Finding | None:
 
 
 def stop(options: Sequence[Option]) -> Finding:
-    """Where to stop among pruned models, the least pruned first."""
+    """Advise where to stop among pruned models, which come the least pruned first."""
     best = recommended(options)
     if best is None:
         text = "None is faster than the dense model and less pruned than the first with a jump or a mismatch."
@@ -288,7 +284,7 @@ def stop(options: Sequence[Option]) -> Finding:
     )
 
 
-def _noise(study: Study) -> Finding:
+def _noise(study: ReportedRun) -> Finding:
     counts = sorted({score.items for score in study.scores.values()})
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     error = mean(score.stderr for score in study.scores.values())

@@ -15,19 +15,19 @@ def times(factor: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three to four significant digits with a thousands separator, for rates and perplexities."""
+    """Write three to four significant digits with a thousands separator, for rates and perplexities."""
     if value >= 1e6:
         return f"{value:.3g}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
 def parameters(count: float) -> str:
-    """A parameter count in millions or billions (10^6, 10^9)."""
+    """Write a parameter count in millions or billions (10^6, 10^9)."""
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
 def size(count: float) -> str:
-    """Bytes in binary units."""
+    """Write bytes in binary units."""
     value, units = float(count), ["B", "KiB", "MiB", "GiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
@@ -39,5 +39,5 @@ def listed(names: Sequence[str]) -> str:
 
 
 def slug(title: str) -> str:
-    """A title as a file's name: lower-case letters and digits, with hyphens."""
+    """Turn a title into a file's name of lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from blockpruner.reporting.formats import number, percent
-from blockpruner.reporting.statistics import Comparison, Estimate
+from blockpruner.reporting.statistics import Effect, Mean
 
 BLANK = "–"
 
@@ -59,32 +59,32 @@ Cell = str | Number | None
 
 
 def share(ratio: float) -> Number:
-    """A share as per cent without the sign, two digits."""
+    """Show a share in per cent without the sign, with two digits."""
     return Number(100 * ratio, 2)
 
 
 def percentage(ratio: float, digits: int = 1) -> Number:
-    """A share that is written with its sign of per cent."""
+    """Show a share with the sign of per cent."""
     return Number(ratio, write=lambda value: percent(value, digits))
 
 
-def score(found: Estimate, digits: int = 1, mark: str = "") -> Number:
-    """An accuracy in per cent, ± 1 standard error."""
+def score(found: Mean, digits: int = 1, mark: str = "") -> Number:
+    """Show an accuracy in per cent, ± 1 standard error."""
     return Number(100 * found.value, digits, 100 * found.stderr, mark=mark)
 
 
-def difference(found: Estimate, mark: str = "") -> Number:
-    """A difference of accuracies in points, ± 1 standard error."""
+def difference(found: Mean, mark: str = "") -> Number:
+    """Show a difference of accuracies in points, ± 1 standard error."""
     return Number(100 * found.value, 1, 100 * found.stderr, signed=True, mark=mark)
 
 
-def points(found: Comparison) -> Number:
-    """A difference of accuracies in points, with its interval."""
+def points(found: Effect) -> Number:
+    """Show a difference of accuracies in points, with its interval."""
     return Number(100 * found.value, 1, low=100 * found.interval.low, high=100 * found.interval.high, signed=True)
 
 
-def factor(found: Comparison) -> Number:
-    """A quotient, with its interval."""
+def factor(found: Effect) -> Number:
+    """Show a quotient with its interval."""
     return Number(found.value, 3, low=found.interval.low, high=found.interval.high)
 
 
@@ -101,7 +101,6 @@ class Column:
 
 
 def columns_of(**titles: str) -> tuple[Column, ...]:
-    """Columns by key."""
     return tuple(Column(key, title) for key, title in titles.items())
 
 
@@ -114,7 +113,7 @@ class Field(Column, Generic[Row]):
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: a cell for each column in each row; a cell of which nothing is known is None."""
+    """A table with a cell for each column in each row. A cell of which nothing is known is None."""
 
     name: str
     title: str
@@ -136,12 +135,12 @@ class Grid:
 
     @property
     def texts(self) -> list[tuple[str, ...]]:
-        """The rows as people read them."""
+        """Write the rows as people read them."""
         return [tuple(BLANK if cell is None else str(cell) for cell in row) for row in self.rows]
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Which columns hold numbers, and so go to the right."""
+        """Tell which columns hold numbers: they are set right."""
         return tuple(any(isinstance(row[i], Number) for row in self.rows) for i in range(len(self.columns)))
 
 
@@ -171,7 +170,7 @@ EXTRAS: Mapping[str, Callable[[Number], float | None]] = {
 
 
 def to_csv(grid: Grid) -> str:
-    """At full precision. Standard errors and ends of intervals have columns of their own where there are any."""
+    """Write all numbers at full precision. Errors and ends of intervals have columns of their own."""
     head: list[str] = []
     columns: list[list[Any]] = []
     for index, column in enumerate(grid.columns):
@@ -185,7 +184,7 @@ def to_csv(grid: Grid) -> str:
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """Floats are written at full precision, None as nothing."""
+    """Write floats at full precision, and None as nothing."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
@@ -214,7 +213,7 @@ def escape_latex(text: str) -> str:
 
 
 def to_latex(grid: Grid) -> str:
-    """A `table` for a document with the package booktabs. Texts are set left, numbers right."""
+    """Write a `table` for a document with the package booktabs. Texts are set left, numbers right."""
 
     def line(cells: Sequence[str], strong: bool = False) -> str:
         texts = map(escape_latex, cells)

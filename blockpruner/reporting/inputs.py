@@ -24,10 +24,9 @@ from blockpruner.reporting.results import (
     TIMED,
     Model,
     Option,
-    Pace,
     Race,
     RunLabels,
-    Score,
+    TaskScore,
     read_items,
 )
 from blockpruner.scoring.metrics import METRICS
@@ -65,7 +64,7 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Considered:
+class Coverage:
     """All that a search looked at, whatever its steps are made of."""
 
     unit: str
@@ -78,24 +77,24 @@ class Considered:
 
 
 @dataclass(frozen=True, eq=False)
-class Target(Option):
+class PrunedOption(Option):
     """A pruned model, and how the search got there."""
 
     plan: Plan
     removals: tuple[Removal, ...]
     """Empty where the plan has no sequence of removals."""
-    considered: Considered | None
+    considered: Coverage | None
     """None where no masks were compared."""
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class ReportedRun:
     """One run: its dense model, and the targets made from it, the least pruned first."""
 
     run: str
     labels: RunLabels
     dense: Option
-    targets: tuple[Target, ...]
+    targets: tuple[PrunedOption, ...]
     chance: Mapping[str, float]
     """What guessing scores, by task of the average."""
     counts: Mapping[str, Any]
@@ -106,8 +105,8 @@ class Study:
         return self.dense, *self.targets
 
     @property
-    def scores(self) -> Mapping[str, Score]:
-        """The dense model's, by task of the average."""
+    def scores(self) -> Mapping[str, TaskScore]:
+        """The dense model's scores by task of the average."""
         return {task: self.dense.model.tasks[task] for task in self.chance}
 
     @property
@@ -115,8 +114,8 @@ class Study:
         return mean(self.chance.values())
 
     @property
-    def traces(self) -> tuple[Target, ...]:
-        """Targets whose removal sequence is not the beginning of another's: nested searches have one."""
+    def traces(self) -> tuple[PrunedOption, ...]:
+        """Find the targets whose removal sequence is not the beginning of another's; nested searches have one."""
         longest = {target.plan.order: target for target in self.targets if target.removals}
         return tuple(
             target
@@ -125,7 +124,7 @@ class Study:
         )
 
 
-def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[Study]:
+def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[ReportedRun]:
     """Read everything about `targets`, grouped by run in order of appearance.
 
     Raises:
@@ -136,16 +135,13 @@ def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: 
     return [_read_study(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]
 
 
-def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> Study:
+def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> ReportedRun:
     names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].recover, name))
     searches = {name: _read_search(plans[name], data / "plans" / name / "iterations.parquet") for name in names}
     folders = {name: data / "results" / name for name in (f"{run}-dense", *names)}
     facts = {name: read_json(folder / "results.json") for name, folder in folders.items()}
     models = _read_models(folders, facts)
-    races = {
-        name: {TIMED: Race(Pace.of(speed["dense"]), Pace.of(speed.get("pruned", speed["dense"])))}
-        for name, speed in ((name, fields["speed"]) for name, fields in facts.items())
-    }
+    races = {name: {TIMED: Race.of(fields["speed"])} for name, fields in facts.items()}
     calibrations = [plan.calibration for plan in plans.values()]
     known = [found["dense_perplexity"] for found in calibrations if found["perplexity"] is not None]
     dense = Option(
@@ -158,7 +154,7 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
         words = KINDS[plan.kind].words(plan, looked.unit if looked else "")
         curve = (removed[0].before, *(removal.perplexity for removal in removed)) if removed else ()
         found.append(
-            Target(
+            PrunedOption(
                 name=name, subject=labels.model, method=words, plan=plan, model=models[name], dense=dense.model,
                 races=races[name], order=plan.order, curve=curve, removals=removed, considered=looked,
             )
@@ -166,11 +162,11 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
     chance = {task: value for task, value in facts[f"{run}-dense"]["chance"].items() if value is not None}
     searched = any(target.considered for target in found)
     counts = read_json(data / "metrics" / run / "score.json") if searched else {}
-    return Study(run, labels, dense, tuple(found), chance, counts)
+    return ReportedRun(run, labels, dense, tuple(found), chance, counts)
 
 
-def _read_search(plan: Plan, path: Path) -> tuple[tuple[Removal, ...], Considered | None]:
-    """How a search came to a plan; nothing where it removes no blocks."""
+def _read_search(plan: Plan, path: Path) -> tuple[tuple[Removal, ...], Coverage | None]:
+    """Read how a search came to a plan; there is nothing where it removes no blocks."""
     if not plan.removed:
         return (), None
     rows = read_iterations(path)
@@ -183,7 +179,7 @@ def _read_search(plan: Plan, path: Path) -> tuple[tuple[Removal, ...], Considere
 
 
 def read_iterations(path: Path) -> list[dict[str, Any]]:
-    """The rows of a plan's iteration tables with their masks parsed, without the scores of each calibration row."""
+    """Read a plan's iteration tables with their masks parsed, without the scores of each calibration row."""
     table, _ = read_table(path, ITERATIONS)
     rows: list[dict[str, Any]] = table.drop(["row_loss", "row_nll"]).to_pylist()
     for row in rows:
@@ -193,7 +189,7 @@ def read_iterations(path: Path) -> list[dict[str, Any]]:
 
 
 def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[Removal, ...]:
-    """The removals of a plan whose search is nested, in order.
+    """List the removals of a plan whose search is nested, in order.
 
     Raises:
         InputError: the rows of `path` do not lead to the plan's order of removal.
@@ -243,9 +239,9 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     return tuple(found)
 
 
-def considered(rows: Sequence[Mapping[str, Any]]) -> Considered:
-    """What all iterations of one search looked at. A search that scores nothing does not show which kinds of block it
-    may remove."""
+def considered(rows: Sequence[Mapping[str, Any]]) -> Coverage:
+    """Sum up what all iterations of one search looked at. A search without scores hides which kinds of
+    block it may remove."""
     masks = [row["removed"] for row in rows if row["removed"]]
     scored = [row for row in rows if row["removed"] and row["rows_used"]]
     complete = {row["removed"] for row in scored if row["rows_used"] == row["rows_total"]}
@@ -254,7 +250,7 @@ def considered(rows: Sequence[Mapping[str, Any]]) -> Considered:
         unit = "whole layers"
     else:
         unit = f"{next(iter(kinds)).upper()} blocks" if len(kinds) == 1 else "blocks"
-    return Considered(
+    return Coverage(
         unit=unit,
         steps=len({row["iteration"] for row in scored}),
         complete=len(complete),
@@ -271,7 +267,7 @@ def _require_same(removed: Sequence[str], order: Sequence[str], path: Path) -> N
 
 
 def _read_models(folders: Mapping[str, Path], facts: Mapping[str, Any]) -> dict[str, Model]:
-    """The dense model of a run, which comes first, and its targets: evaluated on the same items."""
+    """Read the dense model of a run, which comes first, and its targets, all evaluated on the same items."""
     dense = next(iter(folders))
     metrics = {
         name: task["metric"]

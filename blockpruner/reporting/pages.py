@@ -1,7 +1,8 @@
 """A page as a list of sections, as HTML and as Markdown, and its files, written at once.
 
-Decides how findings, tables and plots are marked up. The HTML is one file that loads nothing: its style is inline, and
-its plots are inline SVG in the reader's own colours. The Markdown (the GitHub dialect) links to PNG files.
+Decides how findings, tables and plots are marked up. The HTML is one file (page.html, filled in) that loads nothing:
+its style is inline, and its plots are inline SVG in the reader's own colours. The Markdown (the GitHub dialect) links
+to PNG files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 
 from blockpruner.reporting.findings import Finding, Level
 from blockpruner.reporting.grids import Grid
@@ -28,7 +30,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with a text each."""
+    """Names, each with a text."""
 
     title: str
     of: tuple[tuple[str, str], ...]
@@ -53,12 +55,16 @@ class Page:
     sections: tuple[Section, ...]
 
     @property
+    def blocks(self) -> list[Block]:
+        return [block for section in self.sections for block in section.blocks]
+
+    @property
     def grids(self) -> list[Grid]:
-        return [block for section in self.sections for block in section.blocks if isinstance(block, Grid)]
+        return [block for block in self.blocks if isinstance(block, Grid)]
 
     @property
     def plots(self) -> list[Plot]:
-        return [block for section in self.sections for block in section.blocks if isinstance(block, Plot)]
+        return [block for block in self.blocks if isinstance(block, Plot)]
 
 
 def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:
@@ -83,54 +89,13 @@ def provenance_line() -> str:
     return f"Made at commit {where} with {packages}, on {machine()}."
 
 
-STYLE = """
-:root{color-scheme:light dark;--page:#fff;--card:#f6f7f9;--ink:#1c1f24;--soft:#5b626d;--line:#dcdfe4;--accent:#1f6fab;
---warn:#b4471a;--warnbg:#fdf1eb;--good:#1f6fab;--goodbg:#ecf4fa}
-@media(prefers-color-scheme:dark){:root{--page:#14161a;--card:#1d2025;--ink:#e4e6ea;--soft:#a0a7b2;--line:#343941;
---accent:#6cb2e6;--warn:#f0976b;--warnbg:#33211a;--good:#6cb2e6;--goodbg:#17283a}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
-sans-serif}
-main,header,footer{max-width:1280px;margin:0 auto;padding:0 20px}
-header{padding-top:32px}
-h1{font-size:1.8rem;line-height:1.2;margin:0 0 .3em;overflow-wrap:anywhere}
-h2{font-size:1.35rem;margin:1.6em 0 .6em;padding-top:.8em;border-top:1px solid var(--line);overflow-wrap:anywhere}
-h3{font-size:1.05rem;margin:1.8em 0 .5em}
-header p,footer,.legend,figcaption{color:var(--soft);font-size:.875rem}
-nav ul{columns:3 18em;padding-left:1.2em;font-size:.875rem}a{color:var(--accent)}
-.findings{list-style:none;margin:0 0 20px;padding:0;display:grid;gap:10px}
-.findings li{background:var(--card);border-left:4px solid var(--line);border-radius:4px;padding:10px 14px;
-overflow-wrap:anywhere}
-.findings b{display:block}
-.findings .warning{background:var(--warnbg);border-color:var(--warn)}.findings .warning b{color:var(--warn)}
-.findings .advice{background:var(--goodbg);border-color:var(--good)}.findings .advice b{color:var(--good)}
-.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.875rem;min-width:min(100%,560px)}
-th,td{padding:5px 9px;text-align:left;border-bottom:1px solid var(--line)}
-td{white-space:nowrap}td.long{white-space:normal;min-width:13em}.n{text-align:right}
-th:first-child{padding-left:0;position:sticky;left:0;background:var(--page)}
-thead th{border-bottom:2px solid var(--line);vertical-align:bottom}tbody th{font-weight:400;min-width:9.5em}
-tbody th.n{min-width:0}
-tr.strong th,tr.strong td{font-weight:650}
-figure{margin:0 0 26px}.scroll+figure{margin-top:26px}figcaption{margin-top:6px}
-figure.small{display:inline-block;vertical-align:top;width:min(100%,390px);margin-right:20px}
-figure svg{display:block;width:100%;height:auto}figure svg text{font-family:inherit!important}
-details{margin:1em 0}summary{cursor:pointer;color:var(--accent)}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 16px;font-size:.9375rem;margin:0}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-footer{padding-top:20px;padding-bottom:40px;overflow-wrap:anywhere}
-@media(max-width:560px){main,header,footer{padding-left:14px;padding-right:14px}header{padding-top:20px}
-dl{grid-template-columns:1fr}dd{margin-bottom:8px}th,td{padding:5px 7px}}
-@media print{details{display:block}.scroll{overflow:visible}}
-"""
-
 LONG = 24
 """A table's texts beyond this many characters may take several lines."""
 
 
 def to_html(page: Page) -> str:
     links = "\n".join(
-        f'<li><a href="#part-{i}">{escape(section.title)}</a></li>' for i, section in enumerate(page.sections, 1)
+        f'<li><a href="#part-{i}">{escape(part.title)}</a></li>' for i, part in enumerate(page.sections, 1)
     )
     sections = "\n".join(
         f'<section id="part-{i}">\n<h2>{escape(section.title)}</h2>\n'
@@ -138,30 +103,9 @@ def to_html(page: Page) -> str:
         + "\n</section>"
         for i, section in enumerate(page.sections, 1)
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{escape(page.title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{escape(page.title)}</h1>
-<p>{escape(page.intro)}</p>
-<nav><ul>
-{links}
-</ul></nav>
-</header>
-<main>
-{sections}
-</main>
-<footer>{escape(provenance_line())}</footer>
-</body>
-</html>
-"""
+    title, intro, made = map(escape, (page.title, page.intro, provenance_line()))
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.substitute(title=title, intro=intro, links=links, sections=sections, made=made)
 
 
 def _html(block: Block, section: str) -> str:
@@ -205,7 +149,7 @@ def _html_table(grid: Grid) -> str:
 
 
 def inline_svg(plot: Plot) -> str:
-    """A plot's SVG for a page: no XML prolog, ids that are unique to the plot, lines and text in the page's colour."""
+    """Make a plot's SVG part of a page: no XML prolog, ids of its own, lines and text in the page's colour."""
     svg = plot.svg[plot.svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{plot.name}-", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(plot.caption)}" ', 1)
@@ -223,7 +167,7 @@ def to_markdown(page: Page) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown does not read as markup; line breaks become spaces."""
+    """Keep Markdown from reading a text as markup; line breaks become spaces."""
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split()))
 
 

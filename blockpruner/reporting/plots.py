@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask
-from blockpruner.reporting.statistics import Estimate
+from blockpruner.reporting.statistics import Mean
 
 INK, PAPER = "#010203", "#fefdfc"
 BLUE, ORANGE, GREY = "#2a86c8", "#d9662b", "#8a8f98"
@@ -106,7 +106,7 @@ def star_(axes: Axes, x: float, y: float, label: str | None = None) -> None:
 
 
 def accuracy_(
-    axes: Axes, x: Sequence[float], found: Sequence[Estimate], colour: str, shape: str, label: str | None = None
+    axes: Axes, x: Sequence[float], found: Sequence[Mean], colour: str, shape: str, label: str | None = None
 ) -> None:
     """Accuracies in per cent, ± 1 standard error where it is known."""
     errors = [100 * one.stderr if np.isfinite(one.stderr) else 0.0 for one in found]
@@ -117,7 +117,7 @@ def accuracy_(
 
 
 def scale_(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic scale for perplexities over a wide range."""
+    """Use a logarithmic scale for perplexities over a wide range."""
     if max(values) > 3 * min(values):
         log_(axes, values)
 
@@ -136,7 +136,7 @@ def grid_(axes: Axes) -> None:
 
 
 def block_map(figure: Figure, layers: int, mask: Mask, removals: Sequence[Mask]) -> None:
-    """Which blocks are gone, with the number of the removal that took each where they have an order."""
+    """Draw which blocks are gone, with the number of the removal that took each where they have an order."""
     axes, kinds = figure.subplots(), list(BlockKind)
     number = {block: i for i, removal in enumerate(removals, 1) for block in removal}
     colour = colormaps[COLOURS]

@@ -14,7 +14,7 @@ from blockpruner.reporting.comparison import Comparison, comparisons
 from blockpruner.reporting.figures import figures, pareto_plot
 from blockpruner.reporting.findings import findings
 from blockpruner.reporting.formats import listed, percent
-from blockpruner.reporting.inputs import Study, read_studies
+from blockpruner.reporting.inputs import ReportedRun, read_studies
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, write_page
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.tables import choices, compared, curve_csv, headline, iterations_csv, pareto_csv, sequence
@@ -46,7 +46,7 @@ def write_report(
     write_page(out, build_page(title, studies, plots), files)
 
 
-def build_page(title: str, studies: Sequence[Study], draw: bool) -> Page:
+def build_page(title: str, studies: Sequence[ReportedRun], draw: bool) -> Page:
     overviews = [_overview(found, draw) for found in comparisons(studies) if len(found.options) > 2]
     return Page(title, INTRO, (*overviews, *(_section(study, draw) for study in studies)))
 
@@ -57,7 +57,7 @@ def _overview(comparison: Comparison, draw: bool) -> Section:
     return Section(title, (choices(comparison, title), *drawn, compared(comparison)))
 
 
-def _section(study: Study, draw: bool) -> Section:
+def _section(study: ReportedRun, draw: bool) -> Section:
     return Section(
         study.run,
         (
@@ -70,7 +70,7 @@ def _section(study: Study, draw: bool) -> Section:
     )
 
 
-def _facts(study: Study) -> tuple[tuple[str, str], ...]:
+def _facts(study: ReportedRun) -> tuple[tuple[str, str], ...]:
     calibration, text, labels = study.targets[0].plan.calibration, study.dense.model.heldout, study.labels
     tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in study.scores.items())
     trained = [target.name for target in study.targets if target.plan.recover]
@@ -85,8 +85,8 @@ def _facts(study: Study) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _made(study: Study) -> tuple[str, str]:
-    """How the plans of a run came about: the method in words, and its work or its steps."""
+def _made(study: ReportedRun) -> tuple[str, str]:
+    """Tell how the plans of a run came about: the method in words, and its work or its steps."""
     counts, words = study.counts, listed(list(dict.fromkeys(target.method for target in study.targets)))
     if counts:
         return "Search", (
@@ -100,8 +100,8 @@ def _made(study: Study) -> tuple[str, str]:
     return "Method", "; ".join([words, *steps])
 
 
-def _nested(study: Study) -> str:
-    """How much of a search for all budgets was spared, and what its audits say."""
+def _nested(study: ReportedRun) -> str:
+    """Tell how much of a search for all budgets was spared, and what its audits found."""
     removals = [removal for trace in study.traces for removal in trace.removals]
     candidates, scored = sum(r.candidates for r in removals), sum(len(r.costs) for r in removals)
     steps = sum(r.candidates > 0 for r in removals)
@@ -125,8 +125,8 @@ def _nested(study: Study) -> str:
     return text
 
 
-def _budget_by_budget(study: Study) -> str:
-    """What a search that starts anew for each budget asked for."""
+def _budget_by_budget(study: ReportedRun) -> str:
+    """Tell what a search that starts anew for each budget asked for."""
     searches = {t.plan.budget: t.considered for t in study.targets if t.considered is not None}.values()
     partial = sum(search.partial for search in searches)
     return (

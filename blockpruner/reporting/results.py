@@ -24,7 +24,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting import statistics
-from blockpruner.reporting.statistics import Comparison, Estimate, Floats, Interval
+from blockpruner.reporting.statistics import Effect, Floats, Interval, Mean
 
 PARTS = ("prefill", "decode", "generation")
 """Parts of a timed generation: the prompt, the other new tokens, both together."""
@@ -57,7 +57,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Score(Estimate):
+class TaskScore(Mean):
     """The main metric of one task. The error is infinite where the metric or a single item has none."""
 
     metric: str
@@ -69,7 +69,7 @@ class Score(Estimate):
 
 
 @dataclass(frozen=True, eq=False)
-class Pace:
+class Timings:
     """One model's speed in one setting."""
 
     seconds: Mapping[str, tuple[float, ...]]
@@ -85,7 +85,7 @@ class Pace:
     """What was timed, and on what, in words."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Pace:
+    def of(cls, fields: Mapping[str, Any]) -> Timings:
         """Read what `evaluation.speed` wrote of one model."""
         prompt, new, batch = fields["prompt_tokens"], fields["new_tokens"], fields["batch"]
         return cls(
@@ -118,15 +118,20 @@ class Pace:
 class Race:
     """A model and the dense one, timed in turns. The dense model races against itself."""
 
-    dense: Pace
-    pruned: Pace
+    dense: Timings
+    pruned: Timings
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Race:
+        """Read what a measurement wrote of both, or of the dense model alone."""
+        return cls(Timings.of(fields["dense"]), Timings.of(fields.get("pruned", fields["dense"])))
 
     def speedup(self, part: str) -> float:
         """Quotient of the medians; above 1 is faster than dense."""
         return self.dense.median(part) / self.pruned.median(part)
 
     @cached_property
-    def speedups(self) -> Mapping[str, Comparison]:
+    def speedups(self) -> Mapping[str, Effect]:
         """By part, with intervals."""
         return {
             part: statistics.ratio_of_medians(self.dense.seconds[part], self.pruned.seconds[part]) for part in PARTS
@@ -134,7 +139,7 @@ class Race:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the ranges of both models' generation times overlap."""
+        """Tell whether the ranges of both models' generation times overlap."""
         own, dense = self.pruned.seconds["generation"], self.dense.seconds["generation"]
         return min(own) <= max(dense) and min(dense) <= max(own)
 
@@ -147,9 +152,9 @@ class Model:
     weight_bytes: int
     texts: Mapping[str, Text]
     """By name: "heldout" and, where it was measured, "wikitext2"."""
-    tasks: Mapping[str, Score]
+    tasks: Mapping[str, TaskScore]
     """All that were measured."""
-    average: Estimate
+    average: Mean
     """Of the accuracies."""
     items: Mapping[str, NDArray[Any]]
     """Numbers of the items, by task of the average."""
@@ -168,9 +173,10 @@ class Model:
                 k: Text(v["perplexity"], v["rows"], v["tokens"], tuple(v.get("row_nll", ()))) for k, v in texts.items()
             },
             tasks={
-                k: Score(v["value"], _error(v["stderr"]), v["metric"], v["items"]) for k, v in fields["tasks"].items()
+                k: TaskScore(v["value"], _error(v["stderr"]), v["metric"], v["items"])
+                for k, v in fields["tasks"].items()
             },
-            average=Estimate(own["value"], _error(own["stderr"])) if own else statistics.average(scores),
+            average=Mean(own["value"], _error(own["stderr"])) if own else statistics.average(scores),
             items={task: numbers for task, (numbers, _) in items.items()},
             scores=scores,
         )
@@ -224,7 +230,7 @@ class Option:
 
     @property
     def blocks(self) -> Mapping[str, int]:
-        """How many blocks are gone, by kind."""
+        """Count the blocks that are gone, by kind."""
         return self.plan.blocks if self.plan else dict.fromkeys(BlockKind, 0)
 
     @property
@@ -266,7 +272,7 @@ Items = dict[str, tuple[NDArray[Any], Floats]]
 
 
 def read_items(table: pa.Table, metrics: Mapping[str, str], place: Path, remedy: str) -> dict[str, Items]:
-    """The items of each model, in one order.
+    """Read the items of each model, in one order.
 
     Args:
         table: items of all models, with the column `model`.

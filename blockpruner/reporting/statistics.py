@@ -1,7 +1,7 @@
 """Errors, intervals and tests of measured numbers, and the agreement of two removal sequences.
 
-Decides which test answers which question. scipy and statsmodels compute what they offer; rank-biased overlap and the
-stratified bootstrap are ours. The caller decides what is compared and how it is shown.
+Decides which test answers which question. scipy computes what it offers; Holm's correction, rank-biased
+overlap and the stratified bootstrap are ours. The caller decides what is compared and how it is shown.
 
 Differences are b - a. Intervals have two sides and hold the truth with probability `level`. A spread or an interval
 is infinite where there are too few measurements to tell it; nothing then differs from anything.
@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
-from statsmodels.stats.multitest import multipletests
 
 from blockpruner.core.errors import InputError
 
@@ -35,14 +33,14 @@ ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Mean:
     """A mean with its standard error, which is infinite for a single item."""
 
     value: float
     stderr: float
 
     def differs_from(self, value: float) -> bool:
-        """Whether `value` is more than 2 standard errors away (about 95 % for a normal error)."""
+        """Tell whether `value` is more than 2 standard errors away (about 95 % for a normal error)."""
         return abs(self.value - value) > 2 * self.stderr
 
 
@@ -53,7 +51,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Effect:
     """A difference or a ratio of two measured things."""
 
     value: float
@@ -72,7 +70,7 @@ class Discordance:
     """Two-sided, for the hypothesis that both are right equally often."""
 
 
-def average(scores: Scores) -> Estimate:
+def average(scores: Scores) -> Mean:
     """Mean over tasks of the mean over a task's items: every task weighs the same, whatever its size.
 
     Its standard error is sqrt(sum_t SE_t^2) / T over T tasks, with SE_t = sd_t / sqrt(n_t) and n_t - 1 degrees of
@@ -80,8 +78,8 @@ def average(scores: Scores) -> Estimate:
     of drawing items; the tasks themselves are given.
     """
     tasks = [np.asarray(items, float) for items in scores.values()]
-    errors = [_sd(items) / math.sqrt(len(items)) for items in tasks]
-    return Estimate(float(np.mean([items.mean() for items in tasks])), math.hypot(*errors) / len(tasks))
+    errors = [stats.sem(items) if len(items) > 1 else math.inf for items in tasks]
+    return Mean(float(np.mean([items.mean() for items in tasks])), math.hypot(*errors) / len(tasks))
 
 
 def differences(a: Scores, b: Scores) -> dict[str, Floats]:
@@ -117,10 +115,11 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> Discordance:
             )
     difference = _difference(a, b, "McNemar's test")
     only_a, only_b = int(np.sum(difference < 0)), int(np.sum(difference > 0))
-    return Discordance(only_a, only_b, float(exact_mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue))
+    tail = stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)
+    return Discordance(only_a, only_b, min(1.0, 2 * float(tail)))
 
 
-def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> Comparison:
+def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> Effect:
     """Difference of averages over tasks; percentile interval over resamples of the items within each task.
 
     An item is drawn with its scores of both models, so its difference d is what is resampled. Instead of drawing n
@@ -140,10 +139,10 @@ def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 
     for task, items in paired.items():
         _require_two(items, f"a bootstrap over the items of task {task}")
     draws = np.mean([_resampled_means(items, resamples, rng) for items in paired.values()], axis=0)
-    return Comparison(average(paired).value, _percentiles(draws, level), _two_sided(draws, 0.0))
+    return Effect(average(paired).value, _percentiles(draws, level), _two_sided(draws, 0.0))
 
 
-def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Comparison:
+def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     """Difference of means, t interval and paired t test of the same seeds, rows or items in one order.
 
     With d = b - a over n pairs: mean(d) ± t[n-1, (1 + level) / 2] sd(d) / sqrt(n). Where all d are equal (up to
@@ -157,13 +156,13 @@ def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Comparison:
     _require_two(d, "a paired t test")
     value, rounding = float(d.mean()), ROUNDING * float(max(np.abs(a).max(), np.abs(b).max()))
     if np.ptp(d) <= rounding:
-        return Comparison(value, Interval(value, value), float(abs(value) <= rounding))
+        return Effect(value, Interval(value, value), float(abs(value) <= rounding))
     test = stats.ttest_rel(b, a)
     low, high = test.confidence_interval(level)
-    return Comparison(value, Interval(float(low), float(high)), float(test.pvalue))
+    return Effect(value, Interval(float(low), float(high)), float(test.pvalue))
 
 
-def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Comparison:
+def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     """PPL of b over PPL of a on the same rows: exp of `paired_t` of the rows' mean NLL (a, b: [rows], nats per token).
 
     PPL = exp(mean over rows of the row's mean NLL), hence PPL_b / PPL_a = exp(mean(b - a)). exp is monotone, so the
@@ -171,7 +170,7 @@ def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Compari
     neighbouring rows of one text quite so, which the interval leaves out.
     """
     nats = paired_t(a, b, level)
-    return Comparison(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
+    return Effect(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
@@ -186,7 +185,10 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     for p in p_values:
         if not 0 <= p <= 1:
             raise InputError(f"{p} is no p value; valid are 0 to 1")
-    return tuple(multipletests(p_values, method="holm")[1].tolist()) if p_values else ()
+    order = np.argsort(p_values)
+    raised = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.minimum(np.maximum.accumulate(raised), 1)
+    return tuple(adjusted[np.argsort(order)].tolist())
 
 
 def minimum_detectable_difference(stderr: float, alpha: float = 0.05, power: float = 0.8) -> float:
@@ -210,7 +212,7 @@ def median_interval(samples: ArrayLike, level: float = 0.95) -> Interval:
 
 def ratio_of_medians(
     dense: ArrayLike, pruned: ArrayLike, resamples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> Comparison:
+) -> Effect:
     """Speed-up median(dense) / median(pruned) of times taken in turns; percentile interval over resampled pairs.
 
     dense and pruned hold the seconds of each repeat, in order. A repeat is drawn with both times, since a drift of the
@@ -235,7 +237,7 @@ def ratio_of_medians(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).bootstrap_distribution
-    return Comparison(float(ratio(dense, pruned, axis=0)), _percentiles(draws, level), _two_sided(draws, 1.0))
+    return Effect(float(ratio(dense, pruned, axis=0)), _percentiles(draws, level), _two_sided(draws, 1.0))
 
 
 def rank_biased_overlap(a: Sequence[Hashable], b: Sequence[Hashable], p: float = 0.9) -> float:
@@ -285,10 +287,6 @@ def _difference(a: ArrayLike, b: ArrayLike, what: str) -> Floats:
 def _require_two(values: Floats, what: str) -> None:
     if len(values) < 2:
         raise InputError(f"{what} needs at least 2 pairs, not {len(values)}; measure more of them")
-
-
-def _sd(values: Floats) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else math.inf
 
 
 def _resampled_means(items: Floats, resamples: int, rng: np.random.Generator) -> Floats:

@@ -23,9 +23,9 @@ from blockpruner.reporting.grids import (
     percentage,
     score,
 )
-from blockpruner.reporting.inputs import Study, Target
+from blockpruner.reporting.inputs import PrunedOption, ReportedRun
 from blockpruner.reporting.results import Option
-from blockpruner.reporting.statistics import Estimate
+from blockpruner.reporting.statistics import Mean
 from blockpruner.scoring.metrics import METRICS
 
 AT_CHANCE, IN_NOISE, BETTER, WORSE = "†", "≈", "↑", "↓"
@@ -44,12 +44,9 @@ COMPARISON_LEGEND = (
 )
 
 
-def _heldout(option: Option) -> Cell:
-    return Number(option.model.perplexity)
-
-
-def _removed(option: Option) -> Cell:
-    return percentage(option.ratio)
+def _calibration(option: Option) -> Cell:
+    value = option.calibration_perplexity
+    return None if value is None else Number(value)
 
 
 def _speedup(option: Option) -> Cell:
@@ -68,12 +65,20 @@ def _rate(part: str) -> Callable[[Option], Cell]:
     return cell
 
 
-def _change(found: Estimate) -> str:
+METHOD = Field[Option]("method", "method", lambda option: option.recipe)
+REMOVED = Field[Option]("removed", "removed", lambda option: percentage(option.ratio))
+CALIBRATION = Field[Option]("calibration_ppl", "calibration PPL", _calibration)
+HELDOUT = Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity))
+GENERATION = Field[Option]("generation", "generation", _speedup)
+AVERAGE = Field[Option]("avg", "average, %", lambda option: score(option.model.average))
+
+
+def _change(found: Mean) -> str:
     return (BETTER if found.value > 0 else WORSE) if found.differs_from(0) else ""
 
 
-def headline(study: Study) -> Grid:
-    """Dense against every target: one row a measure, one column a model, and what guessing scores."""
+def headline(study: ReportedRun) -> Grid:
+    """Compare dense with every target: one row a measure, one column a model, and what guessing scores."""
     rows: list[tuple[Cell, ...]] = []
 
     def add(title: str, of: Callable[[Option], Cell], chance: float | None = None) -> None:
@@ -88,11 +93,11 @@ def headline(study: Study) -> Grid:
         return cell
 
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
-    add("Parameters removed", _removed)
+    add("Parameters removed", REMOVED.of)
     add("Taken out", lambda o: o.taken_out)
     if any(target.plan.recover for target in study.targets):
         add("Trained since", lambda o: "LoRA" if o.plan and o.plan.recover else "no")
-    add("Held-out perplexity", _heldout)
+    add("Held-out perplexity", HELDOUT.of)
     for task, found in study.dense.model.tasks.items():
         if not found.is_accuracy:
             add(f"{task}, {found.metric.replace('_', ' ')}", _perplexity(task))
@@ -115,7 +120,7 @@ def _saved(option: Option) -> str:
 
 
 def choices(comparison: Comparison, title: str) -> Grid:
-    """The models on the front of speed, the slowest first: what to take for a wanted speed."""
+    """List the models on the front of speed, the slowest first: what to take for a wanted speed."""
     front = comparison.front(SPEED)
 
     def cache(option: Option) -> Cell:
@@ -124,19 +129,19 @@ def choices(comparison: Comparison, title: str) -> Grid:
 
     fields: tuple[Field[Option], ...] = (
         Field("place", "#", lambda o: Number(front.index(o) + 1, 0)),
-        Field("generation", "generation", _speedup),
+        GENERATION,
         Field("take", "take", lambda o: o.name),
-        Field("method", "method", lambda o: o.recipe),
-        Field("heldout_ppl", "held-out PPL", _heldout),
-        Field("avg", "average, %", lambda o: score(o.model.average)),
+        METHOD,
+        HELDOUT,
+        AVERAGE,
         Field("kv_cache", "KV cache", cache),
-        Field("removed", "removed", _removed),
+        REMOVED,
     )
     return grid_of("choices", title, fields, front)
 
 
 def compared(comparison: Comparison) -> Grid:
-    """All targets of one dense model by size; those on the front of speed are stressed."""
+    """List all targets of one dense model by size; those on the front of speed are stressed."""
     best = comparison.front(SPEED)
     leaders = {id(option): band[0] for band in comparison.bands() for option in band}
 
@@ -146,28 +151,24 @@ def compared(comparison: Comparison) -> Grid:
         found = paired(leaders[id(option)].model, option.model)
         return difference(found, _change(found))
 
-    def calibration(option: Option) -> Cell:
-        value = option.calibration_perplexity
-        return None if value is None else Number(value)
-
     fields: tuple[Field[Option], ...] = (
         Field("target", "target", lambda o: o.name),
-        Field("method", "method", lambda o: o.recipe),
-        Field("removed", "removed", _removed),
+        METHOD,
+        REMOVED,
         Field("taken_out", "taken out", lambda o: o.taken_out),
-        Field("calibration_ppl", "calibration PPL", calibration),
-        Field("heldout_ppl", "held-out PPL", _heldout),
-        Field("generation", "generation", _speedup),
+        CALIBRATION,
+        HELDOUT,
+        GENERATION,
         Field("kv_cache", "KV cache", _saved),
-        Field("avg", "average, %", lambda o: score(o.model.average)),
+        AVERAGE,
         Field("against_ref", "against ref", against),
     )
     rows = [option for band in comparison.bands() for option in band]
     return grid_of("targets", "All targets", fields, rows, (COMPARISON_LEGEND,), lambda option: option in best)
 
 
-def sequence(target: Target) -> Grid:
-    """The order of removal, with the cost of each, and what it was chosen by where that is something else."""
+def sequence(target: PrunedOption) -> Grid:
+    """List the removals in order, with the cost of each, and what it was chosen by where that is something else."""
     jump = jump_at(target)
     columns = [
         Column("place", "#"), Column("removed", "removed"), Column("ratio", "ratio"),
@@ -228,8 +229,8 @@ PARETO: Mapping[str, Callable[[Option], object]] = {
 """Columns of pareto.csv behind the model and the run."""
 
 
-def curve_csv(studies: Sequence[Study]) -> str:
-    """One row a model at full precision; a dense model has ratio 0 and speed-ups of 1."""
+def curve_csv(studies: Sequence[ReportedRun]) -> str:
+    """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1."""
     rows = [
         (study.run, option.name if option.plan else f"{study.run}-dense", *(of(option) for of in CURVE.values()))
         for study in studies
@@ -239,7 +240,7 @@ def curve_csv(studies: Sequence[Study]) -> str:
 
 
 def pareto_csv(found: Sequence[Comparison]) -> str:
-    """One row an option of each dense model, the slowest first. front_<gain> is 1 where no other option is better in
+    """Write one row an option of each dense model, the slowest first. front_<gain> is 1 where no other is better in
     held-out perplexity and in that gain together."""
     rows: list[Sequence[object]] = [("model", "run", *PARETO, *(f"front_{gain.name}" for gain in GAINS))]
     for comparison in found:
@@ -251,8 +252,8 @@ def pareto_csv(found: Sequence[Comparison]) -> str:
     return csv_text(rows)
 
 
-def iterations_csv(studies: Sequence[Study]) -> str:
-    """One row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
+def iterations_csv(studies: Sequence[ReportedRun]) -> str:
+    """Write one row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
     rows: list[Sequence[object]] = [
         ("run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "units_scored")
     ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import gc
 import hashlib
 import json
 import math
 import re
 import shutil
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -25,13 +24,12 @@ from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sor
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Budgets, Run
-from blockpruner.evaluation.speed import MeasuredSpeed, Timing
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.paper.beyond import GRIDS, stopping
 from blockpruner.paper.contrasts import FAILS, HOLDS, OPEN, claims, summed, verdict
 from blockpruner.paper.evaluation import STUDY_ITEMS, Candidate
 from blockpruner.paper.evidence import Subject, read_subject
 from blockpruner.paper.experiments import METHODS, Variant, variants
+from blockpruner.paper.extra_tables import GRIDS, stopping
 from blockpruner.paper.figures import FIGURES, draw
 from blockpruner.paper.page import build_set, write_set
 from blockpruner.paper.studies import SearchRecord, model_name
@@ -44,6 +42,7 @@ from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.statistics import Interval
 from blockpruner.store.files import write_json, write_table
 from blockpruner.store.plans import load_plan, save_plan
+from tests.builders import speed_facts
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "data" / "paper"
@@ -101,18 +100,12 @@ def plan_of(variant: Variant, budget: str, run: str) -> tuple[Plan, tuple[str, .
 
 
 def speed_of(name: str, ratio: float, settings: dict[str, int]) -> dict[str, Any]:
-    def timing(seconds: float) -> Timing:
-        samples = seconds * (1 - 0.9 * ratio) * seeded(name, seconds).normal(1, 0.02, settings["repeats"])
-        return Timing(float(np.median(samples)), float(samples.min()), float(samples.max()), tuple(map(float, samples)))
+    def samples(seconds: float) -> list[float]:
+        drift = seeded(name, seconds).normal(1, 0.02, settings["repeats"])
+        return (seconds * (1 - 0.9 * ratio) * drift).tolist()
 
-    return asdict(
-        MeasuredSpeed(
-            prefill_seconds=timing(0.2), decode_seconds=timing(1.0), generation_seconds=timing(1.2),
-            prefill_tokens_per_second=1.0, decode_tokens_per_second=1.0, kv_cache_bytes=round(2**22 * (1 - ratio)),
-            weight_bytes=round(270e6 * (1 - ratio)), peak_memory_bytes=round(280e6 * (1 - ratio)),
-            peak_memory="weights + KV cache", threads=2, device="cpu", dtype="bfloat16", **settings,
-        )
-    )  # fmt: skip
+    seconds = {"prefill": samples(0.2), "decode": samples(1.0), "generation": samples(1.2)}
+    return speed_facts(seconds, round(2**22 * (1 - ratio)), round(280e6 * (1 - ratio)), dtype="bfloat16", **settings)
 
 
 def items_of(name: str, skill: float, task: str) -> list[dict[str, Any]]:
@@ -185,14 +178,6 @@ def build(folder: Path, run: Run, name: str) -> Path:
 def _model(name: str, ratio: float, quality: float, main: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     items = [item for task in TASKS for item in items_of(name, 0.8 - quality * ratio, task)]
     return facts_of(name, ratio, items, main, 12 * math.exp(3 * quality * ratio)), items
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_corrections():
-    """statsmodels collects garbage at every correction, over all that the tests before have loaded."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -489,26 +474,23 @@ def test_the_report_has_all_files_and_loads_nothing(written, subject):
     assert "No figure: a study trains no model" in html
 
 
-@pytest.mark.parametrize("missing", ["results/models.json", "speed/speed.json", "plans/shortgpt/0.20.json"])
-def test_a_missing_file_names_the_command(missing, folder, run, tmp_path):
+@pytest.mark.parametrize(
+    ("path", "damage", "message"),
+    [
+        *(
+            (path, Path.unlink, r"python -m flows.paper.*dvc repro runs/dvc.yaml:\w+@smollm2-paper")
+            for path in ("results/models.json", "speed/speed.json", "plans/shortgpt/0.20.json")
+        ),
+        (
+            "plans/blockpruner/0.10.json",
+            lambda path: path.write_text(re.sub(r'("removed": \[\s*)"[^"]*",\s*', r"\1", path.read_text())),
+            "of other plans",
+        ),
+        ("results/items.parquet", lambda path: write_table(path, pq.read_table(path).slice(1)), "different items of"),
+    ],
+)
+def test_files_that_are_missing_or_disagree_are_refused(path, damage, message, folder, run, tmp_path):
     shutil.copytree(folder, tmp_path / "study")
-    (tmp_path / "study" / missing).unlink()
-    with pytest.raises(InputError, match=r"python -m flows.paper.*dvc repro runs/dvc.yaml:\w+@smollm2-paper"):
-        read_subject("smollm2-paper", run, LABELS, tmp_path / "study")
-
-
-def test_results_of_other_plans_are_refused(folder, run, tmp_path):
-    shutil.copytree(folder, tmp_path / "study")
-    path = tmp_path / "study" / "plans" / "blockpruner" / "0.10.json"
-    plan = json.loads(path.read_text())
-    path.write_text(json.dumps(plan | {"removed": plan["removed"][1:]}))
-    with pytest.raises(InputError, match="of other plans"):
-        read_subject("smollm2-paper", run, LABELS, tmp_path / "study")
-
-
-def test_models_of_other_items_are_refused(folder, run, tmp_path):
-    shutil.copytree(folder, tmp_path / "study")
-    path = tmp_path / "study" / "results" / "items.parquet"
-    write_table(path, pq.read_table(path).slice(1))
-    with pytest.raises(InputError, match="different items of"):
+    damage(tmp_path / "study" / path)
+    with pytest.raises(InputError, match=message):
         read_subject("smollm2-paper", run, LABELS, tmp_path / "study")

@@ -28,8 +28,8 @@ from blockpruner.reporting.findings import Level, findings, is_mismatch, jump_at
 from blockpruner.reporting.grids import Grid
 from blockpruner.reporting.inputs import (
     ITERATIONS,
-    Considered,
-    Study,
+    Coverage,
+    ReportedRun,
     considered,
     read_iterations,
     read_studies,
@@ -44,7 +44,7 @@ from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import read_trace, trace_directory
 from blockpruner.store.files import write_json
-from tests.builders import FakeScorer, scored, short_rows, small_config
+from tests.builders import FakeScorer, scored, short_rows, small_config, speed_facts
 
 LAYERS, ROWS = 12, 4
 MHA, MLP, TOTAL = 900_000, 2_700_000, 60_000_000
@@ -212,20 +212,13 @@ def results(path: Path, world: World, position: int, heldout: float, pruned: tup
 
 
 def _speed(factor: float, parameters: int, kibibytes: int) -> dict[str, Any]:
-    prompt, new, seconds = 64, 32, {"prefill": 0.08, "decode": 1.92, "generation": 2.0}
-    timings = {part: [s / factor * drift for drift in (1.02, 1.0, 0.98, 1.0, 1.0)] for part, s in seconds.items()}
-    return {
-        f"{part}_seconds": {"median": s[1], "min": s[2], "max": s[0], "samples": s} for part, s in timings.items()
-    } | {
-        "prefill_tokens_per_second": prompt / timings["prefill"][1],
-        "decode_tokens_per_second": (new - 1) / timings["decode"][1],
-        "kv_cache_bytes": 1024 * kibibytes, "weight_bytes": 4 * parameters, "peak_memory_bytes": 4 * parameters,
-        "peak_memory": "weights + KV cache", "prompt_tokens": prompt, "new_tokens": new, "batch": 1, "repeats": 5,
-        "threads": 2, "device": "cpu", "dtype": "float32",
-    }  # fmt: skip
+    seconds = {"prefill": 0.08, "decode": 1.92, "generation": 2.0}
+    samples = {part: [s / factor * drift for drift in (1.02, 1.0, 0.98, 1.0, 1.0)] for part, s in seconds.items()}
+    sizes = 1024 * kibibytes, 4 * parameters
+    return speed_facts(samples, *sizes, prompt_tokens=64, new_tokens=32, batch=1, repeats=5)
 
 
-def study(tmp_path: Path, world: World = World()) -> Study:
+def study(tmp_path: Path, world: World = World()) -> ReportedRun:
     build(tmp_path, world)
     return read_studies([name for name, _ in world.removals], {world.run: LABEL}, tmp_path)[0]
 
@@ -241,25 +234,25 @@ SHORTGPT = others(
 )
 
 
-def warned(found: Study) -> list[str]:
+def warned(found: ReportedRun) -> list[str]:
     return [f.rule for f in findings(found) if f.level is Level.WARNING]
 
 
-def finding(found: Study, rule: str) -> str:
+def finding(found: ReportedRun, rule: str) -> str:
     (text,) = [f"{f.title} {f.text}" for f in findings(found) if f.rule == rule]
     return text
 
 
-def page_of(*found: Study) -> Page:
+def page_of(*found: ReportedRun) -> Page:
     return build_page("t", found, draw=False)
 
 
-def facts(found: Study) -> dict[str, str]:
+def facts(found: ReportedRun) -> dict[str, str]:
     (own,) = [block for section in page_of(found).sections for block in section.blocks if isinstance(block, Facts)]
     return dict(own.of)
 
 
-def drawn(found: Study) -> dict[str, str]:
+def drawn(found: ReportedRun) -> dict[str, str]:
     """The SVG and the caption of a run's plots."""
     return {plot.name.removeprefix(f"{found.run}-"): plot.svg + plot.caption for plot in figures(found)}
 
@@ -267,6 +260,11 @@ def drawn(found: Study) -> dict[str, str]:
 def rows(grid: Grid) -> dict[str, dict[str, str]]:
     """By the first column, then by title."""
     return {row[0]: dict(zip(grid.head, row, strict=True)) for row in grid.texts}
+
+
+def curve(found: ReportedRun) -> list[str]:
+    """Calibration perplexities in curve.csv."""
+    return [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))]
 
 
 def _json(path: Path) -> Any:
@@ -651,7 +649,7 @@ def test_a_search_without_scores_has_an_order_but_no_heat_map(tmp_path: Path) ->
 def test_a_search_for_one_budget_has_no_sequence(tmp_path: Path) -> None:
     found = study(tmp_path, others("swap", "swap"))
     assert found.traces == ()
-    assert {t.considered for t in found.targets} == {Considered("blocks", 2, 3, 1)}
+    assert {t.considered for t in found.targets} == {Coverage("blocks", 2, 3, 1)}
     assert facts(found)["Search"].startswith(
         "swap search, blocks, by perplexity: 6 masks scored on all rows and 2 on the first rows only, in 4 steps of 2 "
         "searches, one for each budget; the last"
@@ -662,9 +660,8 @@ def test_a_search_for_one_budget_has_no_sequence(tmp_path: Path) -> None:
     assert {name for name in plot if name.endswith(("map", "heat"))} == {"a-map", "b-map"}
     assert "have no order" in plot["a-map"]
     assert "Rings are the targets on the calibration rows" in plot["perplexity"]
-    assert [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))] == [
-        str(math.exp(nll)) for nll in (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06 + 0.07)
-    ]
+    nlls = (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06 + 0.07)
+    assert curve(found) == [str(math.exp(nll)) for nll in nlls]
     path = tmp_path / "plans" / "swap-a" / "plan.json"
     write_json(path, _json(path) | {"order": ["mha.1"]})
     with pytest.raises(InputError, match=r"swap-a/iterations\.parquet removes .* the plan beside it removes mha\.1"):
@@ -693,7 +690,7 @@ def test_an_unknown_calibration_perplexity_is_a_dash_and_in_no_curve(tmp_path: P
     assert "Held-out perplexity of the dense" in plot and ">calibration<" not in plot
     _, targets = page_of(found).grids[:2]
     assert [row["calibration PPL"] for row in rows(targets).values()] == ["–", "–"]
-    assert [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))] == ["", "", ""]
+    assert curve(found) == ["", "", ""]
     taken = list(rows(headline(found))["Taken out"].values())
     assert taken[2:] == ["nothing", "width 576 → 480", "width 576 → 384"]
     slow = study(tmp_path / "slow", others("slicegpt", "slicegpt", speedups=(1.0, 1.01)))

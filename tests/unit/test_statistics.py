@@ -9,15 +9,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from blockpruner.core.errors import InputError
 from blockpruner.reporting import statistics
 from blockpruner.reporting.statistics import (
-    Comparison,
     Discordance,
-    Estimate,
+    Effect,
     Interval,
+    Mean,
     average,
     differences,
     holm,
@@ -59,16 +60,14 @@ def test_average_and_its_error_by_hand():
     scores = {"x": [1, 1, 0, 1], "y": [0, 1, 0.5]}
     # x: mean 3/4, sd^2 = (3 * 1/16 + 9/16) / 3 = 1/4, SE^2 = 1/16
     # y: mean 1/2, sd^2 = (1/4 + 1/4 + 0) / 2 = 1/4, SE^2 = 1/12
-    assert average(scores) == Estimate(
-        pytest.approx((3 / 4 + 1 / 2) / 2), pytest.approx(math.sqrt(1 / 16 + 1 / 12) / 2)
-    )
+    assert average(scores) == Mean(pytest.approx((3 / 4 + 1 / 2) / 2), pytest.approx(math.sqrt(1 / 16 + 1 / 12) / 2))
     assert average({"x": scores["x"]}).stderr == pytest.approx(1 / 4)
     assert average({"x": [1], "y": [0, 1, 1]}).stderr == math.inf  # a single item
 
 
 def test_an_estimate_differs_beyond_two_standard_errors():
-    assert Estimate(0.5, 0.1).differs_from(0.29) and not Estimate(0.5, 0.1).differs_from(0.31)
-    assert not Estimate(0.5, math.inf).differs_from(0)
+    assert Mean(0.5, 0.1).differs_from(0.29) and not Mean(0.5, 0.1).differs_from(0.31)
+    assert not Mean(0.5, math.inf).differs_from(0)
 
 
 def test_differences_are_b_minus_a_by_task():
@@ -144,9 +143,9 @@ def test_bootstrap_is_of_pairs_within_tasks():
 
 def test_bootstrap_of_items_that_do_not_vary():
     same = {"x": [1, 0, 1], "y": [0.3, 0.6]}
-    assert paired_bootstrap(same, same) == Comparison(0, Interval(0, 0), 1)
+    assert paired_bootstrap(same, same) == Effect(0, Interval(0, 0), 1)
     wrong, right = {"x": [0, 0, 0]}, {"x": [1, 1, 1]}
-    assert paired_bootstrap(wrong, right, resamples=99) == Comparison(1, Interval(1, 1), 2 / 100)
+    assert paired_bootstrap(wrong, right, resamples=99) == Effect(1, Interval(1, 1), 2 / 100)
 
 
 def test_bootstrap_counts_zero_as_both_sides_despite_rounding():
@@ -213,8 +212,8 @@ def test_paired_t_is_a_t_test_of_the_differences_and_turns_round(pairs):
 
 @pytest.mark.filterwarnings("error")
 def test_paired_t_of_differences_that_do_not_vary():
-    assert paired_t([1, 5], [1, 5]) == Comparison(0, Interval(0, 0), 1)
-    assert paired_t([1, 5], [3, 7]) == Comparison(2, Interval(2, 2), 0)
+    assert paired_t([1, 5], [1, 5]) == Effect(0, Interval(0, 0), 1)
+    assert paired_t([1, 5], [3, 7]) == Effect(2, Interval(2, 2), 0)
     found = paired_t([0.2, 0.3, 0.6], [0.3, 0.4, 0.7])  # 0.1 up to rounding
     assert (found.p, found.interval.low, found.interval.high) == (0, pytest.approx(0.1), pytest.approx(0.1))
     assert paired_t([0.3, 0.3], [0.1 + 0.2, 0.3]).p == 1
@@ -243,7 +242,7 @@ def test_holm_by_hand():
     assert holm([]) == ()
 
 
-@settings(max_examples=5)  # statsmodels collects garbage in every call: 0.2 s among a test session's objects
+@settings(max_examples=10)  # statsmodels collects garbage in every call
 @given(st.lists(st.sampled_from([0, 1e-9, 0.01, 0.02, 0.3, 1]) | st.floats(0, 1), min_size=6, max_size=12))
 def test_holm_is_its_definition(p_values):
     found = holm(p_values)
@@ -251,6 +250,7 @@ def test_holm_is_its_definition(p_values):
         below = [q for q in p_values if q <= p]
         steps = [sum(r >= q for r in p_values) * q for q in below]  # all that are still open, times q
         assert adjusted == pytest.approx(min(1, max(steps))) and adjusted >= p
+    assert found == pytest.approx(multipletests(p_values, method="holm")[1])
     assert [a for _, a in sorted(zip(p_values, found, strict=True))] == sorted(found)
 
 
@@ -300,8 +300,8 @@ def test_median_interval_is_the_narrowest_of_its_level(n, level):
 def test_ratio_of_medians_is_of_pairs():
     """Repeats that drift alike: exactly twice as fast, whichever are drawn."""
     dense = np.array([1, 1.5, 2, 4, 8])
-    assert ratio_of_medians(dense, dense / 2, resamples=999) == Comparison(2, Interval(2, 2), 2 / 1000)
-    assert ratio_of_medians(dense, dense) == Comparison(1, Interval(1, 1), 1)
+    assert ratio_of_medians(dense, dense / 2, resamples=999) == Effect(2, Interval(2, 2), 2 / 1000)
+    assert ratio_of_medians(dense, dense) == Effect(1, Interval(1, 1), 1)
 
 
 @pytest.mark.parametrize("level", [0.6, 0.95])

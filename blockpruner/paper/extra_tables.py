@@ -34,6 +34,7 @@ from blockpruner.reporting.grids import (
     share,
 )
 from blockpruner.reporting.results import PARTS, TIMED, Option
+from blockpruner.reporting.tables import AVERAGE, CALIBRATION, HELDOUT
 
 THRESHOLDS = (1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0)
 """Speed-ups for which the best balance of MHA and MLP is named."""
@@ -71,14 +72,8 @@ def _mib(count: int, digits: int = 1) -> Number:
     return Number(count / 2**20, digits)
 
 
-def _known(value: float | None) -> Cell:
-    return None if value is None else Number(value)
-
-
 MHA = Field[Option]("mha", "MHA", lambda option: Number(option.blocks[BlockKind.MHA], 0))
 MLP = Field[Option]("mlp", "MLP", lambda option: Number(option.blocks[BlockKind.MLP], 0))
-HELDOUT = Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity))
-AVERAGE = Field[Option]("avg", "average, %", lambda option: score(option.model.average))
 PREFILL = Field[Option]("prefill_tokens_per_second", "prefill, tokens/s [95 %]", partial(_rate, "prefill"))
 DECODE = Field[Option]("decode_tokens_per_second", "decode, tokens/s [95 %]", partial(_rate, "decode"))
 CACHE = Field[Option]("kv_mib", "KV cache, MiB", lambda option: _mib(option.race.pruned.cache_bytes, 2))
@@ -99,7 +94,7 @@ def _dense(evidence: Evidence, setting: str = TIMED) -> list[Option]:
 
 
 def stopping(found: Found) -> Grid:
-    """Every budget of every method that was timed at all budgets: what it costs, and what speaks against it."""
+    """Show every budget of every method timed at all budgets: what it costs, and what speaks against it."""
     best = [evidence.best for evidence in found]
 
     def remarks(option: Option) -> Cell:
@@ -108,8 +103,7 @@ def stopping(found: Found) -> Grid:
     fields = (
         MODEL, METHOD, RATIO, MHA, MLP, DECODE,
         Field[Option]("speedup", "generation, × [95 %]", partial(_gain, "generation", TIMED)), MEMORY,
-        Field[Option]("calibration_ppl", "calibration PPL", lambda option: _known(option.calibration_perplexity)),
-        HELDOUT, AVERAGE, Field[Option]("warnings", "warnings", remarks),
+        CALIBRATION, HELDOUT, AVERAGE, Field[Option]("warnings", "warnings", remarks),
     )  # fmt: skip
     rows = [option for evidence in found for option in (*_dense(evidence), *evidence.timed(TIMED))]
     note = (
@@ -128,7 +122,7 @@ def _by_seed(evidence: Evidence, method: str) -> dict[str, Entry]:
 
 
 def seeds(found: Found) -> Grid:
-    """Calibration seeds as a factor; paired t tests of BlockPruner against the others over the same seeds."""
+    """Show calibration seeds as a factor, with paired t tests of BlockPruner against the others over the same seeds."""
     groups = [
         (method, base, own)
         for evidence in found
@@ -172,7 +166,7 @@ def seeds(found: Found) -> Grid:
 
 
 def sensitivity(found: Found) -> Grid:
-    """Every calibration set and seed of BlockPruner: how its sequence agrees with the base's, and its effect."""
+    """Show every calibration set and seed of BlockPruner: how its sequence agrees with the base's, and its effect."""
     shares = sorted({entry.share for evidence in found for entry in evidence.of(BLOCKPRUNER) if entry.share > 0})
     lines: list[tuple[Evidence, Entry, Entry]] = []
     for evidence in found:
@@ -223,7 +217,7 @@ BALANCE = {"mha-only": "MHA only", "mlp-only": "MLP only", BLOCKPRUNER: "both (B
 
 
 def kinds(found: Found) -> Grid:
-    """MHA only, MLP only and both, with measured speed."""
+    """Compare MHA only, MLP only and both, with measured speed."""
 
     def may_go(option: Option) -> Cell:
         return BALANCE[option.variant.method] if isinstance(option, Entry) else "nothing (dense)"
@@ -244,7 +238,7 @@ def kinds(found: Found) -> Grid:
 
 
 def balance(found: Found) -> Grid:
-    """For each speed-up that is reached, the timed model of the lowest held-out perplexity, by part of the work."""
+    """Find for each speed-up that is reached the timed model of the lowest held-out perplexity, by part of the work."""
     rows: list[tuple[Cell, ...]] = []
     for evidence in found:
         timed = sorted(evidence.timed(TIMED), key=lambda entry: entry.model.perplexity)
@@ -270,7 +264,7 @@ def balance(found: Found) -> Grid:
 
 
 def speed(found: Found) -> Grid:
-    """Every timed model in every setting, with intervals; the setting of 128 new tokens is Table 6's."""
+    """Show every timed model in every setting, with intervals; the setting of 128 new tokens is Table 6's."""
     rows: list[tuple[Cell, ...]] = []
     for evidence in found:
         for setting, dense in evidence.dense.races.items():
@@ -290,7 +284,7 @@ def speed(found: Found) -> Grid:
 
 
 def blocks_removed(found: Found) -> Grid:
-    """Figure 5 in numbers: how many of each kind BlockPruner removes."""
+    """Give Figure 5 in numbers: how many of each kind BlockPruner removes."""
 
     def mha_share(option: Option) -> Cell:
         return Number(100 * option.blocks[BlockKind.MHA] / max(1, sum(option.blocks.values())), 1)
@@ -302,7 +296,7 @@ def blocks_removed(found: Found) -> Grid:
 
 
 def more_tasks(found: Found) -> Grid:
-    """What a study measured beside the tasks of the average: never part of it."""
+    """Show what a study measured beside the tasks of the average, which is never part of it."""
     models = [(e.tasks, option.model) for e in found for option in (e.dense, *e.entries)]
     names = list(dict.fromkeys(task for tasks, model in models for task in model.tasks if task not in tasks))
     average = Field[Option]("avg", "average of the main tasks, %", AVERAGE.of)
