@@ -39,7 +39,7 @@ def pairs_of(found: Pairs, claims: Sequence[str] = ()) -> list[Pair]:
     accuracy = statistics.holm([contrast.accuracy.p for contrast in contrasts])
     items = statistics.holm([contrast.items.p for contrast in contrasts])
     rows = zip(found, claims or [""] * len(found), contrasts, accuracy, items, strict=True)
-    return [Pair(*pair, *rest) for pair, *rest in rows]
+    return [Pair(base, other, claim, contrast, p, q) for (base, other), claim, contrast, p, q in rows]
 
 
 def contrast_grid(name: str, title: str, found: Pairs) -> Grid:
