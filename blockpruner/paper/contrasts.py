@@ -39,7 +39,7 @@ def pairs_of(found: Pairs, claims: Sequence[str] = ()) -> list[Pair]:
     accuracy = statistics.holm([contrast.accuracy.p for contrast in contrasts])
     items = statistics.holm([contrast.items.p for contrast in contrasts])
     rows = zip(found, claims or [""] * len(found), contrasts, accuracy, items, strict=True)
-    return [Pair(*pair, *rest) for pair, *rest in rows]
+    return [Pair(*pair, claim, contrast, a, i) for pair, claim, contrast, a, i in rows]
 
 
 def contrast_grid(name: str, title: str, found: Pairs) -> Grid:
