@@ -73,8 +73,8 @@ def prune(
         ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken. Or a budget as in
             params.yaml ("17blocks", "0.30kv").
         method, metric: a name as in a run file's `score` section (docs/methods.md), or a row of your own
-            (docs/extend.md). A metric may also be a function of (logits, targets, dense logits). Methods that change
-            weights, speed-ups and answers to items need the stages.
+            (docs/extend.md). A metric may also be a function of (logits, targets, the dense model's logits). Methods
+            that change weights, speed-ups and answers to items need the stages.
         unit, candidates, options: as in a run file's `score` section.
         acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk).
         seq_len: tokens in a calibration row; shortened to the model's context.

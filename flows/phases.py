@@ -114,7 +114,7 @@ class Phase:
         return str(self._client.request("POST", "/artifacts/", json=body).json()["id"])
 
 
-class Search:
+class SearchPhase:
     """The search whose iterations are the phases of a stage, as its pictures show it."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ def send(events: Events, flow_run: str, parent: str, stage: str) -> None:
 
     No pictures are drawn of a cached iteration, nor when a later one has ended: the stage would wait for all of them.
     """
-    pace, search = Pace(), Search()
+    pace, search = Pace(), SearchPhase()
     waiting: deque[tuple[Any, ...] | None] = deque()
     with get_client(sync_client=True) as client:
         while True:

@@ -71,7 +71,7 @@ class Selection(Frozen):
     )
 
 
-class Grid(Frozen):
+class RunGrid(Frozen):
     """Every run with every budget, one run after the other; one that fails does not stop the others."""
 
     runs: tuple[str, ...] = Field(

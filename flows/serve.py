@@ -112,7 +112,7 @@ def require_free(host: str, port: int, setting: str, by: str = "what has it is n
             ) from None
 
 
-class Page(SimpleHTTPRequestHandler):
+class ReportHandler(SimpleHTTPRequestHandler):
     """The files of the reports."""
 
     def translate_path(self, path: str) -> str:
@@ -131,7 +131,7 @@ class Page(SimpleHTTPRequestHandler):
 @contextmanager
 def report_pages(host: str, port: int) -> Iterator[None]:
     """Serve the folders of reports; the stages that write them may come later."""
-    with ThreadingHTTPServer((host, port), partial(Page, directory=str(Path("data").absolute()))) as server:
+    with ThreadingHTTPServer((host, port), partial(ReportHandler, directory=str(Path("data").absolute()))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield

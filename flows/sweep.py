@@ -19,7 +19,7 @@ from prefect.states import Completed, Failed
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import read_json
 from flows.prune import AS_RETURNED, METRICS, begin, outcome, publish, restored, run_stages
-from flows.selection import Chosen, Grid, Selection, choose
+from flows.selection import Chosen, RunGrid, Selection, choose
 
 PLANS = Path("data/plans")
 COMPARED = {"perplexity": "perplexity", "average": "accuracy", "speedup_generation": "speed-up"}
@@ -33,7 +33,7 @@ def bring_up(stages: Sequence[str], lock: int) -> State[None]:
 
 
 @flow(name="sweep")
-def sweep(grid: Grid) -> State[None]:
+def sweep(grid: RunGrid) -> State[None]:
     """Prune every run to every budget, run after run, and compare all of them in one table."""
     states: dict[str, State[Any]] = {}
     note = ""
@@ -68,7 +68,7 @@ def _item(chosen: Chosen, item: str, lock: int, reason: str) -> State[Any]:
     return bring_up.with_options(name=item, task_run_name=item)(chosen.stages_of(item), lock, return_state=True)
 
 
-def left_out(grid: Grid, run: str, states: dict[str, State[Any]]) -> str:
+def left_out(grid: RunGrid, run: str, states: dict[str, State[Any]]) -> str:
     """Why the next item of a run is left out; "" if it is not."""
     failed = [item for item, state in states.items() if not state.is_completed()]
     if run in failed:

@@ -1,6 +1,7 @@
 """The shape of the project: stages depend on data, settings and versions, and are small."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,11 @@ def test_stages_depend_on_their_inputs_only():
     """Nothing but commit may depend on the score tables: their hash depends on history."""
     users = [name for name, s in STAGES.items() if any("/scores" in d for d in s.get("deps", []))]
     assert users == ["commit"]
+
+
+def test_no_class_name_is_used_twice():
+    files = [path for folder in ("blockpruner", "stages", "flows") for path in (ROOT / folder).rglob("*.py")]
+    names = Counter(
+        name for path in files for name in re.findall(r"^class (\w+)", path.read_text(), flags=re.MULTILINE)
+    )
+    assert not [name for name, count in names.items() if count > 1]

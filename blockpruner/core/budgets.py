@@ -196,8 +196,11 @@ class Goal:
 
 
 def goal_of(budget: Budget, units: Sequence[Mask], costs: Costs) -> Goal:
-    """The goal of a search over `units`, each of which takes something of the budget's resource, whose costs these
-    are."""
+    """The goal of a search over `units`.
+
+    Args:
+        costs: of the budget's resource, of which every unit takes something.
+    """
     if budget.blocks is not None:
         return Goal(budget, len, budget.blocks, 0.0)
     assert budget.ratio is not None

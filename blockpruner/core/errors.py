@@ -1,6 +1,6 @@
 """Errors for users: every message names the bad value, the valid ones and the fix.
 
-Decides the types that callers may catch. Our own invariants use `assert` and are not here.
+Everything that a user can correct is an InputError. Our own invariants use `assert`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Model families as data: where blocks, norms, embedding and head are, and how many parameters each has.
 
-Decides everything that depends on the architecture. A new family is a row at the end of this file, and a pair of
-classes in `modeling_blockpruned.py`; a row of another package needs no such pair. The contract tests run over every
-family. Parameters are counted from the config alone, without torch.
+Decides everything that depends on the architecture. A new family is a row at the end of this file. `model.classes`
+writes the classes of its pruned models from the row, where `modeling_blockpruned.py` does not hold them; transformers
+must then export <prefix>Config and <prefix>ForCausalLM. The contract tests run over every family. Parameters are
+counted from the config alone, without torch.
 """
 
 from __future__ import annotations

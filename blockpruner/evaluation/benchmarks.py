@@ -130,7 +130,7 @@ def _gunzip(content: bytes) -> bytes:
 
 
 def _documents(content: bytes) -> list[dict[str, Any]]:
-    """Items from scoring requests, of which an item has several: the "doc" of each line, in order of appearance."""
+    """Items from scoring requests: the "doc" of each line, in order of appearance. An item has several requests."""
     documents = [json.loads(line)["doc"] for line in _gunzip(content).decode().splitlines()]
     return list({document["id"]: document for document in reversed(documents)}.values())[::-1]
 

@@ -32,8 +32,8 @@ class CalibrationSet:
     """Token rows, each with at least two tokens."""
 
     rows: tuple[tuple[int, ...], ...]
-    """Token ids. Every token is scored but a row's first one, and but those that are only given to the model (the
-    question before an answer), which are stored as `~id`, a negative number."""
+    """Token ids. A row's first token is not scored. Neither are tokens that are only given to the model, such as the
+    question before an answer: they are stored as `~id`, a negative number. All other tokens are scored."""
 
     @property
     def tokens(self) -> int:

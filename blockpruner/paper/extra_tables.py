@@ -89,8 +89,8 @@ def _settings(found: Found, *settings: str) -> list[str]:
     ]
 
 
-def _dense(evidence: Evidence, setting: str = TIMED) -> list[Option]:
-    return [evidence.dense] if setting in evidence.dense.races else []
+def _dense(evidence: Evidence) -> list[Option]:
+    return [evidence.dense] if TIMED in evidence.dense.races else []
 
 
 def stopping(found: Found) -> Grid:

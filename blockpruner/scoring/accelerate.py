@@ -164,7 +164,7 @@ def slices(rows: int) -> Iterator[int]:
 
 
 PRIOR_ROWS = 4
-"""So many rows is the candidates' typical variance worth, compared with a candidate's own rows."""
+"""The weight of the candidates' typical variance, counted in rows of a candidate's own."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blockpruner.core.blocks import Mask, format_mask, parse_mask, removable_units
+from blockpruner.core.blocks import BlockId, Mask, format_mask, parse_mask, removable_units
 from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.commit import commit_run, save_iterations
 from blockpruner.reporting.comparison import front
@@ -629,6 +630,17 @@ def test_one_ranking_decides_all_removals_and_nothing_was_spared(tmp_path: Path)
     assert [r.rise for r in trace.removals] == pytest.approx(SHORTGPT.costs)
     heat = drawn(found)["b-heat"]
     assert "This one ranking decided all removals" in heat and "whole layers" in heat and "already removed" not in heat
+
+
+def test_a_heat_map_does_not_depend_on_the_order_of_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backwards(frozenset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[BlockId]:
+            return iter(sorted(super().__iter__(), key=str, reverse=True))
+
+    found = study(tmp_path, SHORTGPT)
+    heat, mask = drawn(found)["b-heat"], Plan.mask.fget
+    monkeypatch.setattr(Plan, "mask", property(lambda plan: Backwards(mask(plan))))
+    assert drawn(found)["b-heat"] == heat
 
 
 def test_the_likelihood_of_answers_is_not_held_against_a_text(tmp_path: Path) -> None:

@@ -258,10 +258,7 @@ def test_detectable_difference_by_hand():
     # z(0.975) = 1.959964, z(0.8) = 0.841621, z(0.995) = 2.575829, z(0.9) = 1.281552
     assert minimum_detectable_difference(0.01) == pytest.approx(0.02801585)
     assert minimum_detectable_difference(0.5, alpha=0.01, power=0.9) == pytest.approx(0.5 * 3.857381)
-
-
-def test_detectable_difference_against_statsmodels():
-    """Of one task it is the effect, in standard deviations, of a paired t test."""
+    # of one task it is the effect, in standard deviations, of a paired t test
     effect = TTestPower().solve_power(nobs=1000, alpha=0.05, power=0.8)
     assert minimum_detectable_difference(0.4 / math.sqrt(1000)) == pytest.approx(0.4 * effect, rel=2e-3)
 
@@ -345,6 +342,11 @@ def test_overlap_by_hand():
     # p 1/2; [a] and [b, a]: agreement 0 at depth 1; at depth 2 one of two in common, the short list's next expected to
     # agree as its end did, not at all: 1/2. So 1/2 (0 + 1/2 * 1/2) + 1/4 * 1/2 = 1/4
     assert rank_biased_overlap("a", "ba", p=0.5) == pytest.approx(1 / 4)
+    assert rank_biased_overlap("abc", "abc") == pytest.approx(1)
+    assert rank_biased_overlap("abc", "xy") == 0
+    assert rank_biased_overlap([], []) == 1
+    assert rank_biased_overlap([], ["mha3"]) == rank_biased_overlap(["mha3"], []) == 0
+    assert rank_biased_overlap("abcd", "abdc") > rank_biased_overlap("abcd", "bacd")
 
 
 @given(RANKINGS, RANKINGS.filter(bool))
@@ -355,14 +357,6 @@ def test_overlap_is_the_series_of_lists_that_go_on_agreeing(common, others):
     agreements += agreements[-1:] * 2000
     series = sum(0.1 * 0.9**d * agreement for d, agreement in enumerate(agreements))
     assert rank_biased_overlap(a, b) == pytest.approx(series)
-
-
-def test_overlap_of_equal_disjoint_and_empty_lists():
-    assert rank_biased_overlap("abc", "abc") == pytest.approx(1)
-    assert rank_biased_overlap("abc", "xy") == 0
-    assert rank_biased_overlap([], []) == 1
-    assert rank_biased_overlap([], ["mha3"]) == rank_biased_overlap(["mha3"], []) == 0
-    assert rank_biased_overlap("abcd", "abdc") > rank_biased_overlap("abcd", "bacd")
 
 
 def test_jaccard_by_hand():

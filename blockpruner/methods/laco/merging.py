@@ -25,7 +25,7 @@ from blockpruner.methods.laco.walk import Merge, Merges, layers_after
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.models import decoder_layers, model_family, renumber_, restored
 from blockpruner.scoring.engine import Engine, is_out_of_memory
-from blockpruner.scoring.work import Rows, Scorer, Task
+from blockpruner.scoring.work import Rows, Task
 from blockpruner.store.trials import require_rows
 
 Layers = Sequence[nn.Module]
@@ -175,14 +175,11 @@ class Similarity:
 
 @dataclass(frozen=True)
 class ModelBench:
-    """Measures with a dense model in memory, on the calibration rows (`planning.Bench`)."""
+    """Measures with a dense model in memory, on the calibration rows."""
 
     model: PreTrainedModel
     rows: Rows
     advance: Callable[[int, int, str], object]
-
-    def scorer(self) -> Scorer:
-        return Engine(self.model)
 
     def similarity(
         self, variant: str, known: Mapping[Merges, float], record: Callable[[Merges, float], object]

@@ -47,7 +47,7 @@ Measure = Callable[[Merges], float]
 
 
 def layers_after(merges: Sequence[Merge], depth: int) -> tuple[tuple[int, ...], ...]:
-    """The layers that remain: of each the dense layers that are merged in it, in order, the one that it was first.
+    """The layers that remain, each as the dense layers merged in it, in order; the first is the layer itself.
 
     Raises:
         InputError: a merge beyond the layers that there are at that moment.

@@ -1,7 +1,7 @@
 """SliceGPT's width, from a sparsity or a ratio, and the parameters that it leaves (arXiv 2401.15024).
 
 Decides which families can be sliced and what counts, from a config alone: no torch here. How weights are sliced is
-decided by `slicegpt`.
+decided by `slicing`.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ PIECES = 3
 """Pieces of work per worker: more pieces balance better, but each walks its shared prefix anew."""
 
 LOSSES = 3
-"""So many workers per worker may die, without one answer in between, before scoring stops."""
+"""How often, on average, each worker may die before scoring stops, without one answer in between."""
 
 SILENCE_SECONDS = 600
 """After this time without an answer a note is shown: the work may be long, or a lost worker not replaceable."""
