@@ -36,7 +36,7 @@ from flows import prune as prune_module
 from flows.paper import lacking_data
 from flows.paper import main as paper_main
 from flows.prune import main, prune
-from flows.selection import Grid, Selection, choose, choose_set
+from flows.selection import RunGrid, Selection, choose, choose_set
 from flows.sweep import left_out, sweep
 from tests.integration.project import post
 from tests.ports import free_port
@@ -308,7 +308,7 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, m
     monkeypatch.setenv("STUB_FAILS", "commit smollm2-0.1")
     monkeypatch.setenv("STUB_SAYS", "error in stage commit smollm2-0.1: budget '0.1' is not in this sequence")
     with temporary_settings({PREFECT_API_URL: server}):
-        state = sweep(Grid(runs=("smollm2", "other"), budgets=("0.1", "0.2")), return_state=True)
+        state = sweep(RunGrid(runs=("smollm2", "other"), budgets=("0.1", "0.2")), return_state=True)
     assert state.is_failed() and "not complete: smollm2-0.1. Finished" in state.message
     assert state.message.endswith("params.yaml is as before, with smollm2-0.2, other-0.1, other-0.2")
     assert set(load_params().targets) == {"smollm2-0.02", "smollm2-0.05", *targets[1:]}
@@ -335,7 +335,7 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, m
     [(False, "a", "a has no scores"), (False, "a-0.1", ""), (True, "z", "z failed"), (False, "z", "")],
 )
 def test_sweep_leaves_out_what_needs_the_failed_or_what_comes_after_it(stop, failed, reason):
-    grid = Grid(runs=("z", "a"), budgets=("0.1",), stop_on_failure=stop)
+    grid = RunGrid(runs=("z", "a"), budgets=("0.1",), stop_on_failure=stop)
     assert left_out(grid, "a", {failed: Failed(), "other": Completed()}) == reason
 
 

@@ -22,7 +22,7 @@ from prefect.utilities.schema_tools import is_valid_schema, validate
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from flows import charts, phases, serve
-from flows.selection import Grid, Selection
+from flows.selection import RunGrid, Selection
 from tests.ports import free_port
 from tests.processes import alive, wait_until
 
@@ -77,7 +77,7 @@ def test_server_refuses_what_no_flow_could_run(forms, deployment, parameters, wr
 def test_form_takes_every_budget_that_the_flow_takes(forms, text):
     read_budget(text)
     assert not validate({"selection": {"budgets": [text]}}, forms["prune"])
-    assert Selection(budgets=(text,)).budgets == Grid(runs=("r",), budgets=(text,)).budgets
+    assert Selection(budgets=(text,)).budgets == RunGrid(runs=("r",), budgets=(text,)).budgets
 
 
 @pytest.fixture
