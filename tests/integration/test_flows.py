@@ -586,14 +586,14 @@ def test_only_what_is_built_is_kept_and_nothing_of_others_changed(project):
 
 def test_a_budget_means_the_target_that_is_not_recovered(project):
     run = Path("runs/smollm2.yaml")
-    recover = "recover: {data: {source: path, path: texts.parquet}}"
-    run.write_text(run.read_text().replace("recover: null", recover))
+    without = run.read_text()
+    run.write_text(f"{without}\nrecover: {{data: {{source: path, path: texts.parquet}}}}\n")
     text = PARAMS.replace('budget: "0.05"}', 'budget: "0.05", recover: true}')
     Path("params.yaml").write_text(text.replace("smollm2-0.05", "smollm2-lora"))
     chosen = choose(Selection(budgets=("0.02", "0.05")))
     assert list(chosen.targets) == ["smollm2-0.02", "smollm2-0.05"]
     assert chosen.additions == ("target smollm2-0.05",)
-    run.write_text(run.read_text().replace(recover, "recover: null"))
+    run.write_text(without)
     with pytest.raises(InputError, match=r"'smollm2-lora' has recover: true, but runs/smollm2.yaml has no recover"):
         choose(Selection())
 
