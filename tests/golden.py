@@ -42,7 +42,22 @@ from blockpruner.core import settings
 from blockpruner.evaluation import latency, speed
 from blockpruner.paper.experiments import variants
 from blockpruner.params import load_run, run_names
-from stages import baseline, benchmark, calibrate, commit, fetch, materialize, recover, report, score
+from stages import (
+    baseline,
+    benchmark,
+    calibrate,
+    commit,
+    fetch,
+    materialize,
+    recover,
+    report,
+    score,
+    study_evaluate,
+    study_fetch,
+    study_search,
+    study_speed,
+    study_tables,
+)
 from tests.integration.project import sentence
 from tests.tiny import EXPERTS, EXTRA, VARIANTS, tiny_model, tiny_tokenizer, tolerance
 
@@ -82,11 +97,21 @@ EVALUATE = {
 }
 CHAINS = (
     (
-        "FETCH_VERSION", "CALIBRATION_VERSION", "SCORE_VERSION", "LATENCY_VERSION", "SEARCH_VERSION", "LACO_VERSION",
-        "PLAN_VERSION", "EXPORT_VERSION", "CONVERT_VERSION", "RECOVERY_VERSION", "EVAL_VERSION", "REPORT_VERSION",
+        "FETCH_VERSION",
+        "CALIBRATION_VERSION",
+        "SCORE_VERSION",
+        "LATENCY_VERSION",
+        "SEARCH_VERSION",
+        "LACO_VERSION",
+        "PLAN_VERSION",
+        "EXPORT_VERSION",
+        "CONVERT_VERSION",
+        "RECOVERY_VERSION",
+        "EVAL_VERSION",
+        "REPORT_VERSION",
     ),
     ("SETTINGS_VERSION", "STUDY_VERSION"),
-)  # fmt: skip
+)
 """Results in the order in which they are made of each other."""
 
 RUNS = {name: load_run(name, ROOT / "runs") for name in run_names(ROOT / "runs")}
@@ -204,6 +229,18 @@ def tables(folder: str) -> dict[str, list[dict[str, Any]]]:
     return {str(path.relative_to(folder)): pq.read_table(path).to_pylist() for path in paths}
 
 
+def cells(path: Path) -> list[list[float | str]]:
+    """A CSV file, numbers as numbers."""
+
+    def number(cell: str) -> float | str:
+        try:
+            return float(cell)
+        except ValueError:
+            return cell
+
+    return [[number(cell) for cell in line] for line in csv.reader(path.read_text().splitlines())]
+
+
 def texts_of(path: str) -> dict[str, Any]:
     texts = pq.read_table(path).column("text").to_pylist()
     return {"texts": len(texts), "digest": digest(texts)}
@@ -289,6 +326,7 @@ def converted(world: World) -> Any:
     file = Path("data/models/whole/tokenizer.json")
     words = read(file)
     words["model"]["vocab"]["Ġt"], words["model"]["merges"] = 259, [["Ġ", "t"]]  # transformers reads no GGUF without
+    file.unlink()  # a hard link
     file.write_text(json.dumps(words))
     score.main("whole")
     commit.main("whole-t0")
@@ -426,10 +464,18 @@ def checkpoint(world: World, form: str, section: Mapping[str, Any], variant: str
     if form == "gguf":
         return {path.name: gguf_content(path) for path in sorted(folder.glob("*.gguf"))}
     config = read(folder / "config.json")
-    config.pop("transformers_version", None)
+    if form != "nas":  # which is all ours; others have what transformers of the day writes
+        config = {key: config[key] for key in sorted(config.keys() & OUR_KEYS)}
     code = {path.name: digest(path.read_bytes()) for path in sorted(folder.glob("*.py"))}
     files = sorted(path.name for path in folder.iterdir())
     return {"files": files, "config": config, "code": code, "tensors": tensors_of(folder)}
+
+
+OUR_KEYS = {
+    "architectures", "auto_map", "dtype", "layer_types", "layers_without_mha", "layers_without_mlp", "mlp_only_layers",
+    "model_type", "num_hidden_layers", "tie_word_embeddings",
+}  # fmt: skip
+"""Of a config, what an export decides."""
 
 
 def gguf_content(path: Path) -> Any:
@@ -479,15 +525,36 @@ def reported(world: World) -> Any:
         found = read(path)
         path.write_text(json.dumps(found | {"speed": _fixed(found["speed"])}))
     report.main("")
-    report_lines = Path("data/report/report.md").read_text().splitlines()
-    cells = [cell.strip() for line in report_lines if line[:1] == "|" for cell in line.split("|")]
+    lines = Path("data/report/report.md").read_text().splitlines()
+    shown = [cell.strip() for line in lines if line[:1] == "|" for cell in line.split("|")]
     return {
-        **{
-            path.name: list(csv.reader(path.read_text().splitlines()))
-            for path in sorted(Path("data/report").glob("*.csv"))
-        },
-        "cells": [cell for cell in cells if re.search(r"\d", cell) and not re.search("[a-z]", cell)],
+        **{path.name: cells(path) for path in sorted(Path("data/report").glob("*.csv"))},
+        "cells": [cell for cell in shown if re.search(r"\d", cell) and not re.search("[a-z]", cell)],
     }
+
+
+def tabulated(world: World) -> Any:
+    """The CSV files of a set of one study, of made-up times; what its searches lead to and what is measured of them."""
+    study = {
+        "methods": ["BlockPruner", "ShortGPT", "random"], "main": {"block": "0.2", "layer": "0.2"},
+        "curve": ["0.1"], "sensitivity": "0.2", "partial": [], "seeds": [43], "samples": {},
+        "calibrations": {"few": {"num_samples": 4}}, "tasks": ["lambada_openai"], "speed": TIMED | {"repeats": 2},
+    }  # fmt: skip
+    few = {"zero_shot": EVALUATE["zero_shot"] | {"tasks": ["piqa", "mmlu_marketing"]}, "speed": study["speed"]}
+    world.start("study", study=study, evaluate=EVALUATE | few)
+    params = yaml.safe_load(Path("params.yaml").read_text()) | {"paper": {"studies": ["study"], "sets": ["golden"]}}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("runs/sets.yaml").write_text("golden: [study]\n")
+    shutil.copytree(ROOT / "data/paper", "data/paper")
+    for stage in (study_fetch, study_search, study_evaluate, study_speed):
+        stage.main("study")
+    for path in Path("data/studies/study/speed").glob("*.json"):
+        path.write_text(json.dumps(_fixed(read(path), 0.8)))
+    for path in Path("data/studies/study/plans").glob("*/search.json"):
+        found = read(path)
+        path.write_text(json.dumps(found | {"cost": found["cost"] | {"seconds": 60.0}}))
+    study_tables.main("golden")
+    return {path.name: cells(path) for path in sorted(Path("data/tables/golden/tables").glob("*.csv"))}
 
 
 def _fixed(value: Any, seconds: float = 1.25) -> Any:
@@ -573,13 +640,14 @@ PLANS: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "laco": ({"method": "laco", "options": {"count": 2}}, ("0.2", "1layers", "0.25kv")),
     "slicegpt": ({"method": "slicegpt"}, ("0.2",)),
 }
-EXPORTS: dict[str, tuple[str, Mapping[str, Any]]] = {
+EXPORTS: dict[str, tuple[Any, ...]] = {
     "hf": ("hf", BLOCKS),
     "hf, whole layers": ("hf", {"unit": "layer"}),
     "hf of laco": ("hf", {"method": "laco", "options": {"count": 2}}),
     "zeroed": ("zeroed", BLOCKS),
     "nas": ("nas", BLOCKS),
     "gguf": ("gguf", BLOCKS),
+    **{f"hf of {variant}": ("hf", BLOCKS, variant) for variant in VARIANTS if variant != "llama"},
 }
 ENTRIES: dict[str, Entry] = {
     "settings": Entry("SETTINGS_VERSION", defaults),
@@ -609,8 +677,8 @@ ENTRIES: dict[str, Entry] = {
     },
     "slicegpt": Entry("EXPORT_VERSION", slicegpt),
     **{
-        f"export {name}": Entry("EXPORT_VERSION", partial(checkpoint, form=form, section=section))
-        for name, (form, section) in EXPORTS.items()
+        f"export {name}": Entry("EXPORT_VERSION", lambda world, how=how: checkpoint(world, *how))
+        for name, how in EXPORTS.items()
     },
     "recovery": Entry("RECOVERY_VERSION", recovered, 1e-6),
     **{
@@ -618,6 +686,7 @@ ENTRIES: dict[str, Entry] = {
         for what in ("dense", "t0", "t1")
     },
     "report": Entry("REPORT_VERSION", reported, 1e-6),
+    "tables of a study": Entry("REPORT_VERSION", tabulated, 1e-6),
 }
 """By what they are of."""
 
@@ -639,7 +708,7 @@ def moved(golden: Any, now: Any, tolerance: float, where: tuple[str, ...] = ()) 
     """What differs, each difference in a line."""
     if isinstance(golden, dict) and isinstance(now, dict):
         for key in golden.keys() | now.keys():
-            yield from moved(golden.get(key), now.get(key), tolerance, (*where, key))
+            yield from moved(golden.get(key, "nothing"), now.get(key, "nothing"), tolerance, (*where, key))
     elif isinstance(golden, list) and isinstance(now, list) and len(golden) == len(now):
         for index, (old, new) in enumerate(zip(golden, now, strict=True)):
             yield from moved(old, new, tolerance, (*where, str(index)))
