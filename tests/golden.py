@@ -536,7 +536,7 @@ def reported(world: World) -> Any:
 def tabulated(world: World) -> Any:
     """The CSV files of a set of one study, of made-up times; what its searches lead to and what is measured of them."""
     study = {
-        "methods": ["BlockPruner", "ShortGPT", "random"], "main": {"block": "0.2", "layer": "0.2"},
+        "methods": ["blockpruner", "shortgpt", "random"], "main": {"block": "0.2", "layer": "0.2"},
         "curve": ["0.1"], "sensitivity": "0.2", "partial": [], "seeds": [43], "samples": {},
         "calibrations": {"few": {"num_samples": 4}}, "tasks": ["lambada_openai"], "speed": TIMED | {"repeats": 2},
     }  # fmt: skip
