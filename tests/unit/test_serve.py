@@ -199,7 +199,7 @@ def test_bars_stand_at_their_layers_and_show_what_each_costs_more(drawn):
 
 
 def test_map_grows_also_by_what_is_not_drawn(drawn):
-    search = phases.Search()
+    search = phases.SearchPhase()
     assert search.pictures(rows("mlp.1"), show=False) == {}
     assert search.pictures(rows("mha.2"), show=False) == {}
     assert search.pictures([], show=True) == {}
@@ -210,7 +210,7 @@ def test_map_grows_also_by_what_is_not_drawn(drawn):
 
 def test_order_without_losses_has_a_map_only(drawn):
     lost = [row | {"loss": float("nan")} for row in rows("mlp.0")]
-    assert phases.Search().pictures(lost, show=True).keys() == {"blocks"}
+    assert phases.SearchPhase().pictures(lost, show=True).keys() == {"blocks"}
 
 
 def test_pictures_are_png():
