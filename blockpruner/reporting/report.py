@@ -18,6 +18,8 @@ from blockpruner.reporting.inputs import ReportedRun, read_studies
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, write_page
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.tables import choices, compared, curve_csv, headline, iterations_csv, pareto_csv, sequence
+from blockpruner.scoring.metrics import METRICS
+from blockpruner.search.registry import SEARCHES
 
 INTRO = (
     "What is left of a language model when transformer blocks (attention: MHA, feed-forward: MLP) are taken out. "
@@ -81,8 +83,16 @@ def _facts(study: ReportedRun) -> tuple[tuple[str, str], ...]:
         ("Tasks", f"{labels.tasks}: {tasks}"),
         *([("Recovery", f"LoRA on {labels.recovery}: {listed(trained)}")] if trained else []),
         ("Speed", study.targets[0].race.pruned.setting),
+        *_metric(study),
         _made(study),
     )
+
+
+def _metric(study: ReportedRun) -> tuple[tuple[str, str], ...]:
+    """Tell what the search compared candidates by, if it compared any."""
+    plans = [target.plan for target in study.targets if KINDS[target.plan.kind].removes_blocks]
+    rows = dict.fromkeys(METRICS[plan.metric] for plan in plans if SEARCHES[plan.method].asks != "nothing")
+    return (("Metric", "; ".join(f"{row.title}: {row.formula}" for row in rows)),) if rows else ()
 
 
 def _made(study: ReportedRun) -> tuple[str, str]:

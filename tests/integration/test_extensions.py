@@ -127,7 +127,8 @@ def test_weights(project):
 
 
 @pytest.mark.parametrize(
-    "words", ["from behind", "bits of surprise", "quiet MLPs at the top", "nothing but sound", "3 MHA + 0 MLP"]
+    "words",
+    ["from behind", "bits of surprise: -log2 p(token)", "quiet MLPs at the top", "nothing but sound", "3 MHA + 0 MLP"],
 )
 def test_report_uses_the_rows_own_words(project, words):
     assert words in (project / "data/report/report.md").read_text(encoding="utf-8")
