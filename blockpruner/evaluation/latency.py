@@ -20,9 +20,9 @@ from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Latency, Model, Runtime
-from blockpruner.evaluation.speed import device_name, generate, random_prompt, turns
+from blockpruner.evaluation.speed import generate, random_prompt, turns
 from blockpruner.inputs.checkpoints import checkpoint_identity
-from blockpruner.model.models import decoder_layers, load_model, masked, set_threads
+from blockpruner.model.models import decoder_layers, device_name, load_model, masked, set_threads
 from blockpruner.store.files import read_json, set_aside, write_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import LATENCY_VERSION

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from blockpruner.core.settings import Speed
+from blockpruner.model.models import device_name
 
 PROMPT_SEED = 0
 
@@ -177,7 +178,3 @@ def _now(model: PreTrainedModel) -> float:
 
 def _timing(seconds: list[float]) -> Timing:
     return Timing(median(seconds), min(seconds), max(seconds), seconds)
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

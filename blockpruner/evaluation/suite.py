@@ -23,13 +23,13 @@ from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, WikiText
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
-from blockpruner.evaluation.speed import device_name, measure_speed, weight_bytes
+from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
 from blockpruner.evaluation.tasks import task_digest
 from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.model.models import load_model, resolve_device, set_threads
+from blockpruner.model.models import device_name, load_model, resolve_device, set_threads
 from blockpruner.store.files import read_json, replace_directory, write_json, write_table
 from blockpruner.store.provenance import file_sha256, fingerprint, machine, model_identity
 from blockpruner.versions import EVAL_VERSION

@@ -47,6 +47,16 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def placement(model: PreTrainedModel) -> dict[str, str]:
+    """Where a model computes and by which attention kernel, for `provenance.environment`."""
+    kernel = model.config._attn_implementation or "eager"
+    return {"device": model.device.type, "device_name": device_name(model.device), "attention": kernel}
+
+
 def set_threads(threads: int | str) -> None:
     """Set torch's intra-op threads; "auto" leaves torch's own choice."""
     if threads != "auto":

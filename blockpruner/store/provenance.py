@@ -21,6 +21,11 @@ from typing import Any
 from blockpruner.store.files import write_json
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "lm-eval", "pyarrow", "numpy", "dvc", "prefect")
+COMPUTING = ("torch", "transformers", "lm-eval", "peft")
+"""The packages of `environment`: those whose version may move a number."""
+
+CODE_AND_SETTINGS = ("blockpruner", "stages", "flows", "pyproject.toml", "dvc.yaml", "params.yaml", "runs/*.yaml")
+"""What a commit answers for. Locks, metrics and pins are not in it: a run itself writes them."""
 
 
 def fingerprint(value: Mapping[str, Any]) -> str:
@@ -50,14 +55,27 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
+def environment(**facts: str) -> dict[str, str]:
+    """Where a number is made: versions of the packages that compute (none is imported for it), processor, and `facts`.
+
+    Args:
+        facts: what only the caller knows, as `models.placement`: the device, its name, the attention kernel.
+    """
+    return versions(COMPUTING) | {"processor": machine()} | facts
+
+
 def commit() -> str | None:
-    """The repository's commit, with "+" if the working tree differs from it; None outside of a repository."""
+    """The repository's commit, with "+" if code or settings differ from it; None outside of a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        root = git("rev-parse", "--show-toplevel")
+        dirty = git("-C", root, "status", "--porcelain", "--", *CODE_AND_SETTINGS)
+        return git("rev-parse", "HEAD") + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def machine() -> str:
