@@ -5,7 +5,7 @@ again, and DVC runs the stages that depend on the constant. tests/test_golden.py
 version, and names the constant to raise.
 """
 
-SETTINGS_VERSION = 2
+SETTINGS_VERSION = 3
 """Defaults of the settings, and what a value of a run file means."""
 
 FETCH_VERSION = 1

@@ -29,7 +29,8 @@ def labels(settings: Run) -> RunLabels:
         model=f"{origin(settings.model)}, {settings.model.dtype}",
         calibration=f"{origin(calibration.data)}; {calibration.num_samples} samples, {calibration.packing}, "
         f"rows of up to {calibration.seq_len} tokens, seed {calibration.seed}",
-        heldout=f"{origin(evaluate.perplexity.data)}, rows of {evaluate.perplexity.seq_len} tokens",
+        heldout=f"{origin(evaluate.perplexity.data)}, rows of {evaluate.perplexity.seq_len} tokens"
+        + (" of documents from their beginning" if evaluate.perplexity.packing == "documents" else ""),
         tasks=f"{origin(evaluate.zero_shot.data)}; zero-shot, first {evaluate.zero_shot.limit or 'to last'} items",
         recovery=f"{recover.num_samples:,} samples of {origin(recover.data)}, rank {recover.rank}, alpha "
         f"{recover.alpha:g}, learning rate {recover.learning_rate:g}, epochs {recover.epochs}"

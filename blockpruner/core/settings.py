@@ -225,6 +225,9 @@ class Perplexity(Frozen):
     """Tokens in a row."""
     max_rows: int | None = Field(default=None, ge=1)
     """How many rows are measured, null for all."""
+    packing: Literal["joined", "documents"] = "joined"
+    """joined: rows are cut from all texts joined, as in the paper; documents: a row begins with a text, texts come in
+    random order, and those too short to say anything are left out."""
 
 
 class PypiTasks(Pypi):
@@ -309,6 +312,7 @@ class WikiText(Frozen):
 
     seq_len: int = Field(default=2048, ge=2)
     max_rows: int | None = Field(default=None, ge=1)
+    packing: Literal["joined"] = "joined"
 
 
 PAPER_CALIBRATIONS: dict[str, dict[str, Any]] = {

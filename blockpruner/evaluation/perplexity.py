@@ -7,17 +7,43 @@ use the scoring engine.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.core.settings import Perplexity, WikiText
 from blockpruner.inputs.calibration import cut
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.work import LOGITS_BYTES
+
+SEED = 0
+"""Of the order in which documents fill rows. It is no setting: one text has one set of rows."""
+
+SHORT = 32
+"""A document of fewer tokens is left out: it says next to nothing. Of the 2,349 documents of an English Wikipedia
+extract, 1,299 are that short, and 1,254 of them a bare title. They have 2 % of its tokens."""
+
+Packed = tuple[Sequence[tuple[int, ...]], Sequence[str], int]
+"""The fields of HeldOut."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model is measured on."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """Token ids."""
+    documents: tuple[str, ...]
+    """The texts that are in the rows, wholly or in part; all, if texts are joined and no row is left over. Nothing that
+    decides what is pruned may see them."""
+    short: int
+    """How many texts were passed over because they have fewer than SHORT tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +61,62 @@ class HeldOutPerplexity:
     """Each row's mean NLL, nats per token."""
 
 
-def held_out_rows(
-    tokenizer: Any, texts: Sequence[str], seq_len: int, max_rows: int | None = None
-) -> list[tuple[int, ...]]:
-    """Join all texts with a blank line, tokenize once, cut into rows of `seq_len` tokens, drop the tail.
+def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity | WikiText) -> HeldOut:
+    """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`.
+
+    packing "joined": all texts are joined with a blank line, tokenized once and cut into rows; the tail is dropped.
+    "documents": the texts come in one order drawn with SEED. A row is the next texts joined with a blank line until it
+    is full; the rest of the last one is dropped, and the next row begins with the next text. So every text begins at
+    its beginning, and none is in two rows. Texts of fewer than SHORT tokens (in an encyclopaedia, bare titles) are
+    passed over.
 
     Raises:
         InputError: the texts are shorter than one row.
     """
-    ids: list[int] = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
-    rows = cut(ids, seq_len)
+    rows, documents, short = (_joined if wanted.packing == "joined" else _documents)(tokenizer, texts, wanted)
     if not rows:
+        tokens = len(_ids(tokenizer, texts))
+        left_out = f" ({short} of them have fewer than {SHORT} and are left out)" if short else ""
         raise InputError(
-            f"held-out perplexity has no row: {len(texts)} texts are {len(ids)} tokens, fewer than one row of "
-            f"evaluate.perplexity.seq_len {seq_len}; lower seq_len to at most {len(ids)}, or choose longer texts"
+            f"held-out perplexity has no row: {len(texts)} texts are {tokens} tokens{left_out}, fewer than one row of "
+            f"evaluate.perplexity.seq_len {wanted.seq_len}; lower seq_len to at most {tokens}, or choose longer texts"
         )
-    return rows[:max_rows]
+    return HeldOut(tuple(rows), tuple(documents), short)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    ids: list[int] = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
+    return ids
+
+
+def _joined(tokenizer: Any, texts: Sequence[str], wanted: Perplexity | WikiText) -> Packed:
+    rows = cut(_ids(tokenizer, texts), wanted.seq_len)
+    used = rows[: wanted.max_rows]
+    if len(used) == len(rows):
+        return used, texts, 0
+    tokens = wanted.seq_len * len(used)
+    count = bisect_left(range(len(texts)), tokens, key=lambda n: len(_ids(tokenizer, texts[:n])))
+    return used, texts[:count], 0
+
+
+def _documents(tokenizer: Any, texts: Sequence[str], wanted: Perplexity | WikiText) -> Packed:
+    rows: list[tuple[int, ...]] = []
+    documents: list[str] = []
+    held: list[str] = []
+    short = 0
+    for text in Random(SEED).sample(texts, len(texts)):
+        if len(rows) == wanted.max_rows:
+            break
+        if len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) < SHORT:
+            short += 1
+            continue
+        held.append(text)
+        ids = _ids(tokenizer, held)
+        if len(ids) >= wanted.seq_len:
+            rows.append(tuple(ids[: wanted.seq_len]))
+            documents += held
+            held = []
+    return rows, documents, short
 
 
 @torch.inference_mode()

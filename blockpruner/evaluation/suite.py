@@ -22,7 +22,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, WikiText
 from blockpruner.evaluation.benchmarks import BENCHMARKS
-from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
+from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
 from blockpruner.evaluation.tasks import task_digest
@@ -196,20 +196,26 @@ def tokenizer_digest(directory: Path) -> str:
 def perplexity_of(
     model: Evaluated, texts: Path, settings: Perplexity | WikiText, identity: Mapping[str, Any]
 ) -> Evaluation:
-    held_out = read_texts(texts)
-    seq_len, max_rows = settings.seq_len, settings.max_rows
+    found = read_texts(texts)
 
     def compute(advance: Advance) -> Stored:
-        rows = held_out_rows(model.tokenizer, held_out, seq_len, max_rows)
-        return Stored(asdict(measure_perplexity(model.model, rows, advance)) | {"seq_len": seq_len})
+        data = held_out(model.tokenizer, found, settings)
+        value = asdict(measure_perplexity(model.model, data.rows, advance)) | {"seq_len": settings.seq_len}
+        counts = {"documents": len(data.documents), "short_documents": data.short}
+        return Stored(value if settings.packing == "joined" else value | counts)
 
-    key = {"kind": "perplexity", "texts": fingerprint({"texts": held_out}), "seq_len": seq_len, "max_rows": max_rows}
+    key = {
+        "kind": "perplexity",
+        "texts": fingerprint({"texts": found}),
+        **settings.model_dump(include={"seq_len", "max_rows"}),
+        **({} if settings.packing == "joined" else {"packing": settings.packing}),
+    }
     return Evaluation(
         "perplexity",
         {**identity, **key},
         "rows",
         compute,
-        lambda value: f"{value['perplexity']:.2f} over {value['rows']} rows of {value['seq_len']} tokens",
+        _perplexity_summary,
     )
 
 
@@ -257,6 +263,13 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
         "versions": {package: version(package) for package in ("torch", "transformers")},
     }
     return Evaluation("speed", {**identity, **key}, "generations", compute, _speed_summary)
+
+
+def _perplexity_summary(value: Mapping[str, Any]) -> str:
+    text = f"{value['perplexity']:.2f} over {value['rows']} rows of {value['seq_len']} tokens"
+    if "documents" in value:
+        text += f" of {value['documents']} documents ({value['short_documents']} short ones passed over)"
+    return text
 
 
 def _speed_summary(value: Mapping[str, Any]) -> str:

@@ -12,13 +12,18 @@ from tokenizers import processors
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.core.settings import Perplexity
 from blockpruner.evaluation import perplexity
-from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
+from blockpruner.evaluation.perplexity import SHORT, held_out, measure_perplexity
 from blockpruner.model.models import masked, prune_
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "Sphinx of quartz."]
 MASK = parse_mask("mha.1,mlp.2,mha.3,mlp.3")
+
+
+def held_out_rows(tokenizer, texts, seq_len, max_rows=None):
+    return held_out(tokenizer, texts, Perplexity(seq_len=seq_len, max_rows=max_rows)).rows
 
 
 def test_rows_are_the_joined_texts_cut_and_the_tail_dropped():
@@ -35,6 +40,43 @@ def test_a_tokenizer_that_adds_bos_adds_one():
     )
     rows = held_out_rows(tokenizer, TEXTS, 20)
     assert rows[0][0] == 257 and sum(row.count(257) for row in rows) == 1
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, None])
+def test_joined_rows_name_their_texts(max_rows):
+    """The tokenizer makes a token of every character, so the texts of a row are those that its characters touch."""
+    found = held_out(tiny_tokenizer(), TEXTS, Perplexity(seq_len=20, max_rows=max_rows))
+    starts = [0, len(TEXTS[0]) + 2, len(TEXTS[0]) + len(TEXTS[1]) + 4]
+    touched = [text for text, start in zip(TEXTS, starts, strict=True) if start < 20 * len(found.rows)]
+    assert list(found.documents) == (touched if max_rows else TEXTS) and found.short == 0
+
+
+def test_rows_of_documents_begin_with_a_document_and_share_none():
+    texts = [f"{number}: " + "abcdefg " * (3 + number % 7 * 4) for number in range(60)]
+    titles = [f"Title {number}" for number in range(40)]
+    wanted = Perplexity(seq_len=100, packing="documents")
+    found = held_out(tiny_tokenizer(), [*titles, *texts], wanted)
+    long_enough = [text for text in texts if len(text) >= SHORT]
+    assert found.short == 100 - len(long_enough)
+    rest = list(found.documents)
+    assert len(set(rest)) == len(rest) and set(rest) <= set(long_enough)
+    for row in found.rows:  # a token is a character
+        held = [rest.pop(0)]
+        while len("\n\n".join(held)) < 100:
+            held.append(rest.pop(0))
+        assert tiny_tokenizer().decode(row) == "\n\n".join(held)[:100]
+    assert not rest
+    left = set(long_enough) - set(found.documents)
+    assert len("\n\n".join(left)) < 100, "they do not fill another row"
+    order = [texts.index(text) for text in found.documents]
+    assert order != sorted(order), "documents are drawn over the whole file"
+    few = held_out(tiny_tokenizer(), [*titles, *texts], wanted.model_copy(update={"max_rows": 3}))
+    assert few.rows == found.rows[:3] and few.documents == found.documents[: len(few.documents)]
+
+
+def test_documents_that_fill_no_row_say_how_many_are_short():
+    with pytest.raises(InputError, match=r"3 texts are 98 tokens \(1 of them have fewer than 32 and are left out\)"):
+        held_out(tiny_tokenizer(), TEXTS, Perplexity(seq_len=512, packing="documents"))
 
 
 def test_no_row_says_how_long_a_row_may_be():
