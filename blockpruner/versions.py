@@ -38,7 +38,7 @@ EXPORT_VERSION = 1
 RECOVERY_VERSION = 1
 """The weights that come out of LoRA training. Part of the key of trained adapters."""
 
-EVAL_VERSION = 1
+EVAL_VERSION = 2
 """Perplexities, task scores and timings. Part of the key of every stored result."""
 
 STUDY_VERSION = 1

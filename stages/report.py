@@ -31,7 +31,8 @@ def labels(settings: Run) -> RunLabels:
         f"rows of up to {calibration.seq_len} tokens, seed {calibration.seed}",
         heldout=f"{origin(evaluate.perplexity.data)}, rows of {evaluate.perplexity.seq_len} tokens"
         + (" of documents from their beginning" if evaluate.perplexity.packing == "documents" else ""),
-        tasks=f"{origin(evaluate.zero_shot.data)}; zero-shot, first {evaluate.zero_shot.limit or 'to last'} items",
+        tasks=f"{origin(evaluate.zero_shot.data)}; zero-shot, first {evaluate.zero_shot.limit or 'to last'} items, "
+        f"{'with the BOS that the tokenizer adds' if evaluate.zero_shot.bos else 'without BOS'}",
         recovery=f"{recover.num_samples:,} samples of {origin(recover.data)}, rank {recover.rank}, alpha "
         f"{recover.alpha:g}, learning rate {recover.learning_rate:g}, epochs {recover.epochs}"
         if recover

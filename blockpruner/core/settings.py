@@ -251,6 +251,8 @@ class ZeroShot(Frozen):
     tasks: tuple[str, ...] = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
     limit: int | None = Field(default=None, ge=1)
     """How many items of each task are scored, null for all."""
+    bos: bool = True
+    """Whether items begin with what the tokenizer adds (Llama's BOS). lm-eval 0.4.0, the paper's, added nothing."""
 
 
 class Speed(Frozen):

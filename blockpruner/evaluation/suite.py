@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, WikiText
+from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, WikiText, ZeroShot
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
@@ -156,7 +156,7 @@ def benchmark(
     text_key = model.key | {"tokenizer": tokenizer_digest(checkpoint)}
     evaluations = [
         perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text_key),
-        *(task_of(model, task, sources / "tasks", settings.zero_shot.limit, text_key) for task in tasks),
+        *(task_of(model, task, sources / "tasks", settings.zero_shot, text_key) for task in tasks),
         speed_of(model, dense_model, settings.speed, model.key),
     ]
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
@@ -219,17 +219,19 @@ def perplexity_of(
     )
 
 
-def task_of(model: Evaluated, task: str, task_dir: Path, limit: int | None, identity: Mapping[str, Any]) -> Evaluation:
+def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, identity: Mapping[str, Any]) -> Evaluation:
+    limit, bos = settings.limit, settings.bos
+
     def compute(advance: Advance) -> Stored:
         from blockpruner.evaluation.zero_shot import evaluate  # lm-eval takes seconds to import
 
-        result = evaluate(model.model, model.tokenizer, task, task_dir, limit, advance=advance)
+        result = evaluate(model.model, model.tokenizer, task, task_dir, limit, advance=advance, bos=bos)
         metric = BENCHMARKS[task].metric
         main = {"metric": metric, "value": result.scores[metric], "stderr": result.scores[f"{metric}_stderr"]}
         scores = {**main, **result.scores, "items": result.items.num_rows}
         return Stored({"scores": scores, "harness": result.harness}, result.items)
 
-    key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit}
+    key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit, "bos": bos}
     return Evaluation(
         task,
         {**identity, **key, "harness": version("lm-eval")},

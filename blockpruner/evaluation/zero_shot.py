@@ -6,6 +6,8 @@ and what is kept of an item. Tasks come from files that `tasks.write_task` wrote
     lm_eval --model hf --model_args pretrained=<checkpoint>,trust_remote_code=True --tasks <task>
         --include_path <task_dir> --limit <limit> --batch_size 8
 
+(with add_bos_token=False among the model_args, where `evaluate.zero_shot.bos` is false)
+
 to the item. Loglikelihoods agree up to rounding: another batch size or device may turn a near-tie.
 """
 
@@ -63,6 +65,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     advance: Callable[[int, int], None] = lambda done, total: None,
+    bos: bool = True,
 ) -> TaskResult:
     """Score a model on the first `limit` items of one task (None: all).
 
@@ -72,6 +75,7 @@ def evaluate(
             context, whose logits alone can fill a machine, and these go one at a time.
         advance: called with (requests done, requests in all). An item has a request for each choice, a text one for
             each window.
+        bos: whether texts get the special tokens that the tokenizer adds.
     """
     row = BENCHMARKS[task]
     if row.kind == "loglikelihood_rolling":
@@ -79,7 +83,8 @@ def evaluate(
     with _quiet():
         loaded = _load(task, task_dir)
         definition = loaded["tasks"][task]
-        lm = _Harness(advance, pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        special = None if bos else False  # None: as the tokenizer does by itself
+        lm = _Harness(advance, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=special)
         raw = harness_evaluate(lm=lm, task_dict=loaded, limit=limit)
     assert raw is not None
     results: dict[str, Any] = json.loads(json.dumps(raw, default=handle_non_serializable))

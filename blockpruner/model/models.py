@@ -160,8 +160,8 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def model_family(model: PreTrainedModel) -> Family:
-    """The family of a model, dense or block-pruned."""
-    return FAMILIES[model.config.model_type.removesuffix("_blockpruned")]
+    """The family of a model, dense, block-pruned or sliced."""
+    return FAMILIES[model.config.model_type.removesuffix("_blockpruned").removesuffix("_slicegpt")]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

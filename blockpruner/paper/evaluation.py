@@ -102,8 +102,9 @@ def evaluate_study(
         sources: holds perplexity.parquet, tasks/, and maybe wikitext.parquet.
         study: names the tasks and the WikiText-2 rows that only the dense and the main models get.
     """
-    tasks = dict.fromkeys(settings.zero_shot.tasks, settings.zero_shot.limit)
-    main_tasks = tasks | dict.fromkeys(study.tasks, study.tasks_limit)
+    own = settings.zero_shot
+    tasks = dict.fromkeys(own.tasks, own)
+    main_tasks = tasks | dict.fromkeys(study.tasks, own.model_copy(update={"limit": study.tasks_limit}))
     tokenizer = tokenizer_digest(dense.directory)
 
     def evaluations(model: Evaluated, identity: Mapping[str, Any], main: bool) -> dict[str, Evaluation]:
@@ -111,8 +112,8 @@ def evaluate_study(
         found = {"heldout": perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text)}
         if main and study.wikitext is not None and (sources / "wikitext.parquet").exists():
             found["wikitext2"] = perplexity_of(model, sources / "wikitext.parquet", study.wikitext, text)
-        for task, limit in (main_tasks if main else tasks).items():
-            found[task] = task_of(model, task, sources / "tasks", limit, text)
+        for task, zero_shot in (main_tasks if main else tasks).items():
+            found[task] = task_of(model, task, sources / "tasks", zero_shot, text)
         return found
 
     evaluator, models, items = Evaluator(ResultsStore(store, observer.note), observer), {}, []

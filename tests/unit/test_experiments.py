@@ -107,3 +107,8 @@ def test_a_run_without_a_study_is_refused(tmp_path):
         load_set("mine", tmp_path / "sets.yaml")
     with pytest.raises(InputError, match="set 'yours' is unknown; valid: mine"):
         load_set("yours", tmp_path / "sets.yaml")
+
+
+def test_items_of_the_papers_models_have_no_bos():
+    """lm-eval 0.4.0, by which the paper measured, added none; lm-eval's default today is the tokenizer's own."""
+    assert not any(run.evaluate.zero_shot.bos for name in ("paper", "large") for run in load_set(name).values())

@@ -1,5 +1,6 @@
 """Zero-shot scores against plain forwards, numpy and lm-eval's command line."""
 
+import copy
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers import processors
 
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
@@ -199,3 +201,18 @@ def test_the_full_data_can_be_scored(tmp_path):
         }
         gold = golds.get(task, lambda row: row["choices"]["label"].index(row["answerKey"]))
         assert found.items.column("gold").to_pylist() == [gold(row) for row in split]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_bos_is_what_the_tokenizer_adds_or_none(task_dir, bos):
+    """lm-eval 0.4.0 added none; today's default is the tokenizer's own."""
+    tokenizer, seen = copy.deepcopy(tiny_tokenizer()), []
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 257)]
+    )
+    model = pruned_model()
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
+    )
+    evaluate(model, tokenizer, "piqa", task_dir, 2, bos=bos)
+    assert all((ids[:, 0] == 257).all() == bos for ids in seen) and seen
