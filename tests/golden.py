@@ -42,6 +42,7 @@ from blockpruner.core import settings
 from blockpruner.evaluation import latency, speed
 from blockpruner.paper.experiments import variants
 from blockpruner.params import load_run, run_names
+from blockpruner.store.files import read_json
 from stages import (
     baseline,
     benchmark,
@@ -214,7 +215,7 @@ class World:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(path).read_text())
+    found: dict[str, Any] = read_json(Path(path))
     return found
 
 

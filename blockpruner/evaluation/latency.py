@@ -23,7 +23,7 @@ from blockpruner.core.settings import Latency, Model, Runtime
 from blockpruner.evaluation.speed import generate, random_prompt, turns
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.model.models import decoder_layers, device_name, load_model, masked, set_threads
-from blockpruner.store.files import read_json, set_aside, write_json
+from blockpruner.store.files import read_kept_json, set_aside, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import LATENCY_VERSION
 
@@ -52,12 +52,12 @@ def kept_latency(
     facts = {"version": LATENCY_VERSION, "model": checkpoint_identity(checkpoint), "dtype": model.dtype}
     name = f"latency-{fingerprint(facts | _fields(timed))}.json"
     for path in (folder / name, shared / name):
+        found: dict[str, Any] = read_kept_json(path, observer.note) or {}
+        if {"total", "mha", "mlp"} <= found.keys():
+            observer.note(f"{_words(found)} (kept: {path})")
+            write_sealed_json(folder / name, found)
+            return found
         if path.exists():
-            found: dict[str, Any] = read_json(path)
-            if {"total", "mha", "mlp"} <= found.keys():
-                observer.note(f"{_words(found)} (kept: {path})")
-                write_json(folder / name, found)
-                return found
             observer.note(f"warning: {path} is no measurement; set aside as {set_aside(path).name}")
     for key, cause in (("streaming", "is larger than it"), ("ray_address", "is scored on other machines")):
         value = getattr(runtime, key)
@@ -74,7 +74,7 @@ def kept_latency(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     for place in (shared, folder):
-        write_json(place / name, found)
+        write_sealed_json(place / name, found)
     observer.end(_words(found))
     if found["scale"] < 1:
         observer.note(

@@ -30,7 +30,7 @@ from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import device_name, load_model, resolve_device, set_threads
-from blockpruner.store.files import read_json, replace_directory, write_json, write_table
+from blockpruner.store.files import read_json, replace_directory, write_json, write_sealed_json, write_table
 from blockpruner.store.provenance import file_sha256, fingerprint, machine, model_identity
 from blockpruner.versions import EVAL_VERSION
 
@@ -172,7 +172,7 @@ def benchmark(
     }
 
     def build(directory: Path) -> None:
-        write_json(directory / "results.json", results)
+        write_sealed_json(directory / "results.json", results)
         write_table(directory / "items.parquet", pa.concat_tables([found[task].items for task in tasks]))
         write_json(directory / "lm_eval.json", _merge(found[task].value["harness"] for task in tasks))
 

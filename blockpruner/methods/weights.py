@@ -26,7 +26,7 @@ from blockpruner.scoring.objectives import Counts, Objective
 from blockpruner.scoring.scorers import LazyScorer
 from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current, search_fingerprint, trace_directory
-from blockpruner.store.files import read_json, write_json
+from blockpruner.store.files import read_json, read_kept_json, write_sealed_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,11 +84,12 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
             observer.begin(f"{name} for {text}")
-            is_known = path.exists()
-            if not is_known:
-                write_json(path, plan(parse_budget(text, job.resources["parameters"]), chosen, job))
-            found = {key: value for key, value in read_json(path).items() if key != "nll"}
-            observer.end(", ".join(f"{key} {value}" for key, value in found.items()), cached=is_known)
+            known = read_kept_json(path, observer.note)
+            found = known or plan(parse_budget(text, job.resources["parameters"]), chosen, job)
+            if known is None:
+                write_sealed_json(path, found)
+            words = (f"{key} {value}" for key, value in found.items() if key != "nll")
+            observer.end(", ".join(words), cached=known is not None)
         nll = dense([DENSE])[0].loss
     return replace(current, dense_nll=nll), dense.counts
 

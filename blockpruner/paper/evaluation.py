@@ -32,7 +32,7 @@ from blockpruner.evaluation.suite import (
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import pruned_copy
 from blockpruner.paper.studies import DENSE, model_facts, model_name
-from blockpruner.store.files import replace_directory, write_json, write_table
+from blockpruner.store.files import replace_directory, write_sealed_json, write_table
 
 STUDY_ITEMS = pa.schema([pa.field("model", pa.string(), nullable=False), *ITEMS])
 
@@ -133,7 +133,7 @@ def evaluate_study(
             items.append(stored.items.add_column(0, STUDY_ITEMS.field("model"), column))
 
     def build(directory: Path) -> None:
-        write_json(directory / "models.json", models)
+        write_sealed_json(directory / "models.json", models)
         write_table(directory / "items.parquet", pa.concat_tables(items))
 
     replace_directory(out, build)
@@ -162,7 +162,7 @@ def time_study(
         for key in asked:
             evaluation = replace(speed_of(model, dense, settings[key], identity), name=f"{name}: {key} speed")
             found[name][key] = evaluator.settle(evaluation, overall).value
-    replace_directory(out, lambda directory: write_json(directory / "speed.json", found))
+    replace_directory(out, lambda directory: write_sealed_json(directory / "speed.json", found))
 
 
 def _models(

@@ -24,7 +24,7 @@ from blockpruner.methods.score import score_run
 from blockpruner.paper.experiments import Variant
 from blockpruner.search.iteration import removals
 from blockpruner.search.trace import Current, read_trace, trace_directory
-from blockpruner.store.files import read_json, replace_directory, write_json
+from blockpruner.store.files import read_json, replace_directory, write_json, write_sealed_json
 from blockpruner.store.plans import load_plan, save_plan
 from blockpruner.store.provenance import fingerprint
 
@@ -131,7 +131,7 @@ def _write(
             if added is not None and score.is_complete and score.row_loss
         }
     found = SearchRecord(variant.name, order, perplexities, first, len(calibration.rows), calibration.tokens, cost)
-    write_json(directory / "search.json", vars(found))
+    write_sealed_json(directory / "search.json", vars(found))
 
 
 def load_plans(folder: Path, variant: Variant) -> dict[str, Plan]:

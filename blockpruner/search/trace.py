@@ -19,7 +19,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Score
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
-from blockpruner.store.files import read_json, read_table, set_aside, write_json, write_table
+from blockpruner.store.files import read_json, read_table, set_aside, write_sealed_json, write_table
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import TrialStore, trial_key
 from blockpruner.versions import SEARCH_VERSION
@@ -191,7 +191,7 @@ class Current:
 
     def save(self, scores: Path) -> None:
         score = self.score.model_dump(mode="json", exclude_none=True, exclude={"latency"})
-        write_json(scores / "current.json", {**vars(self), "score": score})
+        write_sealed_json(scores / "current.json", {**vars(self), "score": score})
 
     @classmethod
     def load(cls, scores: Path) -> Current:

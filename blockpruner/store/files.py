@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,13 +27,28 @@ from safetensors import SafetensorError
 from blockpruner.core.errors import InputError, StorageError
 
 HOST = socket.gethostname().replace(".", "_")
-"""The machine, in names of files: machines may share a store, and their process ids are their own."""
+
+
+def _scope() -> str:
+    """This boot and container, 8 hex digits. Containers may share a host's name, and each has its own process ids."""
+    try:
+        facts = f"{Path('/proc/sys/kernel/random/boot_id').read_text()}{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        facts = ""
+    return hashlib.sha256(facts.encode()).hexdigest()[:8]
+
+
+MACHINE = f"{HOST}-{_scope()}"
+"""Where process ids are one set, in names of files: machines may share a store."""
 
 TEMPORARY = re.compile(r"\..+\.([^.]+)-(\d+)\.tmp")
 """The name of a temporary file; groups: the machine, the process."""
 
+ABANDONED = 24 * 3600
+"""A temporary file of another boot or container of this host is an orphan after so many seconds without a change."""
+
 DIGEST = "sha256"
-"""The key of a table's metadata that holds the digest of its content."""
+"""The key of a table's metadata, and of a sealed JSON object, that holds the digest of the content."""
 
 DENIED = "permission denied; make the folder writable for this user or choose another place"
 CAUSES = {
@@ -53,24 +69,47 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 def writer() -> str:
     """This process, in names of files."""
-    return f"{HOST}-{os.getpid()}"
+    return f"{MACHINE}-{os.getpid()}"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path in the same folder, then move the result into place: all or nothing."""
+    """Call `write` with a temporary path in the same folder, then move the result into place: all or nothing.
+
+    On return content and name are on disk, and no cut of power takes them back.
+    """
     temporary = path.with_name(f".{path.name}.{writer()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _remove_orphans(path)
         write(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
         with suppress(OSError):  # the place is read-only: the error above names that
             temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a folder, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # a file system without a sync of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and have the names of all that are new on disk."""
+    new = list(itertools.takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(new):
+        sync(folder.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,14 +120,42 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object with the digest of its content, which `read_json` checks."""
+    content = json.loads(json.dumps(value))
+    write_json(path, {**content, DIGEST: _json_digest(content)})
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file of ours; raises InputError that names the file."""
+    """Read a JSON file of ours, without its digest if it has one.
+
+    Raises:
+        InputError: the file is missing, no JSON, or not what was written.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _missing(path) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); delete it and run `dvc repro`") from error
+    if isinstance(value, dict) and value.pop(DIGEST, None) not in (None, _json_digest(value)):  # None: unsealed
+        raise InputError(f"{path} is damaged: its content is not what was written; delete it and run `dvc repro`")
+    return value
+
+
+def read_kept_json(path: Path, note: Callable[[str], object]) -> Any:
+    """What a file holds; None if there is none, or if it is damaged: it is then set aside, and `note` gets a line."""
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except InputError as error:
+        note(f"warning: {error}; set aside as {set_aside(path).name}")
+        return None
+
+
+def _json_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _missing(path: Path) -> InputError:
@@ -151,14 +218,20 @@ def set_aside(path: Path) -> Path:
 
 
 def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary directory, then put it in the place of `path`; on failure `path` is unchanged."""
+    """Let `build` fill a temporary directory, then put it in the place of `path`; on failure `path` is unchanged.
+
+    On return all of it is on disk. A kill between the two renames leaves neither the old one nor the new one.
+    """
     temporary = path.with_name(f".{path.name}.{writer()}.tmp")
     replaced = path.with_name(f".{path.name}-replaced.{writer()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _remove_orphans(path)
         temporary.mkdir()
         build(temporary)
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in [*names, "."]:
+                sync(Path(folder, name))
         while temporary.exists():
             with suppress(FileNotFoundError):
                 os.replace(path, replaced)
@@ -169,6 +242,7 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
                     raise
                 # another process has put its own there in between; the last one stays
                 shutil.rmtree(replaced, ignore_errors=True)
+        sync(path.parent)
     except SafetensorError as error:  # safetensors reports a failed write by this, with the cause as text
         if "os error" not in str(error):
             raise
@@ -192,7 +266,15 @@ def let_others_read(directory: Path) -> None:
 def is_orphan(path: Path) -> bool:
     """Whether a killed process of this machine left this temporary file or directory."""
     name = TEMPORARY.fullmatch(path.name)
-    return name is not None and name[1] == HOST and (int(name[2]) == os.getpid() or not _is_running(int(name[2])))
+    if name is None:
+        return False
+    if name[1] == MACHINE:
+        return int(name[2]) == os.getpid() or not _is_running(int(name[2]))
+    if HOST not in (name[1], name[1].rpartition("-")[0]):
+        return False
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > ABANDONED
+    return False
 
 
 def remove(path: Path) -> None:

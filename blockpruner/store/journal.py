@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from blockpruner.store.files import set_aside, storage_error
+from blockpruner.store.files import make_folder, set_aside, storage_error, sync
 
 
 class Journal:
@@ -65,11 +65,14 @@ class Journal:
         Raises:
             StorageError: it cannot be written.
         """
+        is_new = self._stream is None
         try:
             stream = self._open()
             stream.write(checksummed(entry))
             stream.flush()
             os.fsync(stream.fileno())
+            if is_new:
+                sync(self.path.parent)
         except OSError as error:
             with suppress(OSError):  # closing writes the rest of the line again, which fails again
                 self.close()
@@ -82,7 +85,7 @@ class Journal:
 
     def _open(self) -> TextIO:
         if self._stream is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
             whole = len(self._whole())
             self._stream.truncate(whole)  # an interrupted last line would spoil the next one

@@ -37,7 +37,7 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
     """
     with _storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed below)
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below, which then has nothing left to write)
     with file:
         with _storage(path):
             try:
@@ -50,8 +50,7 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
         with _storage(path):
             fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
-            file.write(f"{holder}\n")
-            file.flush()
+            file.write(f"{holder}\n".encode())
             os.fsync(file.fileno())  # for readers on other machines
         yield file.fileno()
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.store.files import read_json, write_json
+from blockpruner.store.files import read_json, write_sealed_json
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    write_json(path, asdict(plan))
+    write_sealed_json(path, asdict(plan))
 
 
 def load_plan(path: Path) -> Plan:
     """Read a plan; raises InputError that names the file."""
     fields = read_json(path)
-    for name in ("removed", "order", "ratios"):
-        fields[name] = tuple(fields[name])
-    return Plan(**fields)
+    try:
+        return Plan(**fields | {name: tuple(fields[name]) for name in ("removed", "order", "ratios")})
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a plan of this version ({error}); delete it and run `dvc repro`") from error

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import HOST
+from blockpruner.store.files import MACHINE
 from blockpruner.store.locks import WORKSPACE, hold
 from stages import clean
 
@@ -34,14 +34,14 @@ KEPT = {
 
 LEFT_OVER = (
     "scores/tiny/s/iteration_001.parquet.bad", "trials/latency-1.json.bad.12", "trials/run/host-1-2.jsonl.bad",
-    f"cache/models/.3333333333333333.{HOST}-999999999.tmp/file", f"checkpoints/.small.{HOST}-999999999.tmp/a/file",
-    f"trials/.latency-1.json.{HOST}-999999999.tmp",
+    f"cache/models/.3333333333333333.{MACHINE}-999999999.tmp/file",
+    f"checkpoints/.small.{MACHINE}-999999999.tmp/a/file", f"trials/.latency-1.json.{MACHINE}-999999999.tmp",
 )  # fmt: skip
 """Set aside, or left by a process of this machine that does not run."""
 
 OTHERS = (
     "scores/tiny/s/a.bad.txt", "scores/tiny/s/a.badly", "scores/tiny/s/a.bad.x", "scores/.tiny.another-999999999.tmp/x",
-    f"scores/.tiny.{HOST}-1.tmp/x", "metrics/old.json", "report/index.html", "trials/run/host-1-2.jsonl",
+    f"scores/.tiny.{MACHINE}-1.tmp/x", "metrics/old.json", "report/index.html", "trials/run/host-1-2.jsonl",
     "evaluations/1.json", "adapters/1.safetensors", "cache/packages/1/a.whl", "provenance/score@old.json",
 )  # fmt: skip
 """The stores, outputs without a name, and files of processes that run or may run."""

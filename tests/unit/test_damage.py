@@ -23,7 +23,7 @@ from blockpruner.inputs import packages
 from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
 from blockpruner.inputs.texts import TEXTS, parse_texts
 from blockpruner.search.trace import ITERATION, read_iteration, table_path
-from blockpruner.store.files import read_table, write_table
+from blockpruner.store.files import read_json, read_kept_json, read_table, write_sealed_json, write_table
 from blockpruner.store.journal import checksummed
 from blockpruner.store.trials import TrialStore
 
@@ -314,6 +314,21 @@ def test_a_table_of_nonsense_seeds_no_trial(content, tmp_path):
         for row, score in zip(content, iteration.scores, strict=True):
             assert row["rows_used"] == len(score.row_loss) <= row["rows_total"]
             assert all(abs(loss) < float("inf") for loss in score.row_loss)
+
+
+@given(changes=flips, keep=shares)
+@example(changes=[(12, 3)], keep=100)  # a digit of a number
+@many
+def test_a_damaged_sealed_object_is_refused_or_is_the_same(changes, keep, tmp_path):
+    path, whole, notes = tmp_path / "plan.json", {"ratio": 0.5, "order": ["mha.1", "ü"], "of": {"2": None}}, []
+    write_sealed_json(path, whole | {"of": {2: None}})
+    for _ in damages(path, changes, keep):
+        if found := refused_or("plan.json", read_json, path):
+            assert whole.items() <= found.items()  # where the digest's own name is damaged, it is one field more
+        assert read_kept_json(path, notes.append) == found and path.exists() == (found is not None)
+        assert found or "plan.json.bad" in notes[-1]
+    for aside in tmp_path.glob("*.bad*"):
+        aside.unlink()
 
 
 @given(changes=flips, keep=shares)

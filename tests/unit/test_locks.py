@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -63,6 +64,17 @@ def test_where_it_cannot_be_written_or_locked_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lock)
     with pytest.raises(StorageError, match="no file can be locked there; choose"), hold(tmp_path / "a", "", refuse):
         pass
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """The limit of this process stands in for it: a write of one byte more fails, and so would another try at close."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*a\.lock"), hold(tmp_path / "a.lock", "me", refuse):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_an_error_of_whoever_is_told_is_its_own(tmp_path):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +22,19 @@ from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
 from blockpruner.store.files import (
+    ABANDONED,
     HOST,
+    MACHINE,
     is_orphan,
     read_table,
     replace_directory,
     write_atomic,
+    write_sealed_json,
     write_table,
     write_text,
 )
 from blockpruner.store.journal import Journal
+from blockpruner.store.plans import load_plan
 from blockpruner.store.trials import TrialStore, store_fields
 from tests.tiny import tiny_model
 
@@ -245,13 +250,25 @@ def test_parquet_with_other_columns(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path):
-    living = [f".d.{HOST}-1.tmp", ".d.another-999999999.tmp"]
-    killed = [f".d{part}.{HOST}-999999999.tmp" for part in ("", "-replaced", ".reference")]
+    """A container with this host's name has process ids of its own, and so had an earlier boot: only age tells."""
+    elsewhere = [f".d.{HOST}-0123abcd-999999999.tmp", f".d.{HOST}-999999998.tmp"]
+    living = [f".d.{MACHINE}-1.tmp", ".d.another-999999999.tmp", *elsewhere]
+    killed = [f".d{part}.{MACHINE}-999999999.tmp" for part in ("", "-replaced", ".reference")]
     for name in (*living, *killed):
         (tmp_path / name).mkdir()
     assert [name for name in (*living, *killed, "d", ".d.tmp", ".d.x-y.tmp") if is_orphan(tmp_path / name)] == killed
     replace_directory(tmp_path / "d", lambda directory: None)
     assert names_in(tmp_path) == sorted([*living, "d"])
+    for name in living:
+        os.utime(tmp_path / name, (0, time.time() - ABANDONED - 9))
+    assert [name for name in living if is_orphan(tmp_path / name)] == elsewhere
+
+
+def test_a_plan_of_another_version_is_named(tmp_path):
+    path = tmp_path / "plan.json"
+    write_sealed_json(path, {"kind": "mask", "removed": [], "order": [], "ratios": [], "of_tomorrow": 1})
+    with pytest.raises(InputError, match=r"plan\.json is not a plan of this version.*; delete it and run `dvc repro`"):
+        load_plan(path)
 
 
 def test_the_reference_of_an_export_is_one_of_its_temporary_files(tmp_path):
