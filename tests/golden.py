@@ -374,18 +374,25 @@ def _tolerance(variant: str) -> float:
     return 1e-6 if has_experts else max(1e-8, tolerance(variant))
 
 
-def losses(world: World, variant: str) -> Any:
+def influences(*metrics: str) -> dict[str, dict[str, Any]]:
+    return {
+        f"{metric} of {unit}s": {"method": "one_shot", "metric": metric, "unit": unit}
+        for metric in metrics
+        for unit in ("block", "layer")
+    }
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "perplexity": {"method": "greedy"},
+    **{metric: {"method": "greedy", "metric": metric} for metric in ("kl", "js")},
+    **influences("block_influence", "relative_magnitude", "relative_magnitude_frobenius"),
+}
+MORE = influences("angular_distance", "taylor")
+
+
+def losses(world: World, variant: str, sections: Mapping[str, Mapping[str, Any]] = LOSSES) -> Any:
     """Losses of the masks of two greedy steps, of those of the first step by divergences, influences of all units."""
     name = f"losses-{variant.replace(' ', '-')}"
-    sections: dict[str, dict[str, Any]] = {
-        "perplexity": {"method": "greedy"},
-        **{metric: {"method": "greedy", "metric": metric} for metric in ("kl", "js")},
-        **{
-            f"{metric} of {unit}s": {"method": "one_shot", "metric": metric, "unit": unit}
-            for metric in ("block_influence", "relative_magnitude", "relative_magnitude_frobenius")
-            for unit in ("block", "layer")
-        },
-    }
     world.start(name, variant, ["2blocks"])
     found = {}
     for metric, section in sections.items():
@@ -625,6 +632,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
     "beam": {"method": "beam", "options": {"width": 2}},
+    "contiguous": {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
     "evolution": {"method": "evolution", "options": {"generations": 3, "offspring": 4}},
     "evolution, race": {
         "method": "evolution",
@@ -665,6 +673,10 @@ ENTRIES: dict[str, Entry] = {
     },
     "calibration rows, answers": Entry("CALIBRATION_VERSION", answers),
     **{f"losses of {v}": Entry("SCORE_VERSION", partial(losses, variant=v), _tolerance(v)) for v in VARIANTS},
+    **{
+        f"more losses of {v}": Entry("SCORE_VERSION", partial(losses, variant=v, sections=MORE), _tolerance(v))
+        for v in ("llama", "gemma2", "gpt_neox", "mixtral")
+    },
     **{
         f"search by {name}": Entry("SEARCH_VERSION", partial(search, section={"method": "greedy"} | section))
         for name, section in SEARCHES.items()

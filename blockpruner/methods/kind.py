@@ -21,6 +21,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.scoring.metrics import stored_under
 from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current
@@ -65,7 +66,8 @@ class Job:
 
     def store_fields(self, loss: str) -> dict[str, Any]:
         """What identifies the trial store of a loss."""
-        return store_fields(self.calibration.digest, self.material.identity, self.material.dtype, loss)
+        digest = self.calibration.digest
+        return store_fields(digest, self.material.identity, self.material.dtype, stored_under(loss, digest))
 
     @contextmanager
     def stores(self, losses: Sequence[str]) -> Iterator[dict[str, TrialStore]]:

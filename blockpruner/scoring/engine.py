@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, sorted_blocks
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model.models import decoder_layers, model_family
+from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import Step, steps_of, walk
-from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task, live_numbers
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task, live_numbers, over_all_rows
 
 REFERENCE = Metric("reference", "", title="", units_text="", formula="")
 """In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
@@ -91,12 +92,12 @@ class Engine:
             NonFiniteLossError: a loss is NaN or infinite; names mask and row. Values yielded before are good.
             DeviceMemoryError: not even one row fits.
         """
-        waiting = list(reversed(self.referenced(tasks, rows)))
+        waiting = list(reversed(self.referenced(over_all_rows(tasks, rows), rows)))
         while waiting:
             task = waiting.pop()
             done: set[Mask] = set()
             try:
-                for scored in self.score(task, rows):
+                for scored in (self._by_gradient if task.metric.gradient else self.score)(task, rows):
                     done.add(scored.mask)
                     yield scored
             except RuntimeError as error:
@@ -120,11 +121,11 @@ class Engine:
 
     def _halved(self, task: Task, rows: Rows, reason: str) -> list[Task]:
         span, longest = task.span, max(len(rows[i]) for i in task.span)
-        if len(span) == 1:
+        if len(span) == 1 or task.metric.gradient:  # which is taken row by row, and not streamed
+            streaming = "" if task.metric.influence else "set runtime.streaming: true, "
             raise DeviceMemoryError(
                 f"one row of {longest} tokens does not fit into the device's memory beside the model ({reason}); "
-                "lower calibration.seq_len, set runtime.streaming: true, or use a larger device. "
-                "Trials finished before are kept"
+                f"lower calibration.seq_len, {streaming}or use a larger device. Trials finished before are kept"
             )
         gc.collect()
         torch.cuda.empty_cache()
@@ -197,23 +198,64 @@ class Engine:
         return ScoredRows(mask, task.span.start, tuple(values))
 
     def _influences(self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> Iterator[ScoredRows]:
-        """One pass without `task.base`; a unit lies within one layer, and is yielded after it."""
+        """One pass without `task.base`; a unit is yielded after its last layer."""
         influence, wide = task.metric.compute, torch.promote_types(hidden.dtype, torch.float32)
-        wanted: dict[int, list[Mask]] = {}
-        for mask in task.masks:
-            wanted.setdefault(max(block.layer for block in mask - task.base), []).append(mask)
+        units = {mask: sorted(mask - task.base, key=lambda block: (block.layer, block.order)) for mask in task.masks}
         per_layer = len(self._steps) // self.layers
+        reads, adds = dict[BlockId, Tensor](), dict[BlockId, Tensor]()
         for layer in range(self.layers):
-            reads, adds = dict[BlockId, Tensor](), dict[BlockId, Tensor]()
             for step in self._steps[layer * per_layer : (layer + 1) * per_layer]:
                 kept = tuple(block for block in step if block not in task.base)
                 reads |= dict.fromkeys(kept, hidden)
                 hidden = self._forward(layer_kwargs, kept, hidden, adds)
-            for mask in wanted.get(layer, []):
-                unit = sorted(mask - task.base, key=lambda block: block.order)
-                f = torch.stack([adds[block].to(wide) for block in unit]).sum(dim=0)
-                x = reads[unit[0]].to(f)
-                yield self._finite(mask, influence(x, f, batch.is_real.to(f.device)).tolist(), task)
+            for mask in [mask for mask, unit in units.items() if unit[-1].layer == layer]:
+                first, *others = units.pop(mask)
+                f = adds[first].to(wide)
+                for block in others:
+                    f = f + adds[block].to(f)
+                yield self._finite(mask, influence(reads[first].to(f), f, batch.is_real.to(f.device)).tolist(), task)
+            open_from = min((unit[0].layer for unit in units.values()), default=self.layers)
+            for states in (reads, adds):  # a state is kept as long as a unit began at it
+                for block in [block for block in states if block.layer < open_from]:
+                    del states[block]
+
+    def _by_gradient(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
+        """Influences from backward passes without `task.base`, row by row; all rows of a unit at once."""
+        units = {mask: self._weights_of(mask - task.base) for mask in task.masks}
+        kept = [tuple(block for block in step if block not in task.base) for step in self._steps]
+        weights = list(dict.fromkeys(weight for own in units.values() for weight in own))
+
+        @torch.enable_grad()
+        def gradients(row: int) -> dict[Tensor, Tensor]:
+            batch = self._batch([rows[row]])
+            hidden, layer_kwargs = self._prepare(batch.input_ids)
+            for step in kept:
+                hidden = self._forward(layer_kwargs, step, hidden, {})
+            logits = self._logits(self._final_states(hidden, batch))
+            loss = token_nll(logits, batch.input_ids[:, 1:][batch.is_target]).mean()
+            found = torch.autograd.grad(loss, weights, allow_unused=True)  # an expert may see no token
+            return {weight: part for weight, part in zip(weights, found, strict=True) if part is not None}
+
+        before = [weight.requires_grad for weight in weights]
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            values = task.metric.compute(units, gradients, len(rows))
+        finally:
+            for weight, was in zip(weights, before, strict=True):
+                weight.requires_grad_(was)
+        for mask in task.masks:
+            yield self._finite(mask, values[mask], task)
+
+    def _weights_of(self, unit: Mask) -> list[nn.Parameter]:
+        """Of norms and modules, without biases."""
+        parts = [
+            getattr(self._layers[block.layer], name)
+            for block in sorted_blocks(unit)
+            for name in (*self._family.branch(block.kind).norms, self._family.branch(block.kind).module)
+        ]
+        named = (pair for part in parts for pair in part.named_parameters())
+        return [parameter for name, parameter in named if not name.endswith("bias")]
 
     def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
         """Embedded rows [B, T, H], and the arguments of each layer.

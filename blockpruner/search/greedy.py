@@ -2,8 +2,9 @@
 
 Sequences are nested: the first k removals answer every smaller budget, and the caller stops when its budgets are
 settled. Only the lowest score of an iteration matters, so `select` may leave out candidates that cannot have it. Over
-whole layers this is SLEB (arXiv 2402.09025). With a price, the rise of the loss is divided by what a removal saves of a
-resource. Then MHA and MLP blocks are weighed by what they cost.
+whole layers it is the algorithm of SLEB (arXiv 2402.09025), by Block Influence that of LLM-Drop's iterative script
+(arXiv 2406.15786). With a price, the rise of the loss is divided by what a removal saves of a resource. Then MHA and
+MLP blocks are weighed by what they cost.
 """
 
 from __future__ import annotations

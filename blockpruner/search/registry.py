@@ -13,6 +13,7 @@ from blockpruner.core.settings import Score
 from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.search.beam import BeamOptions, beam
+from blockpruner.search.contiguous import contiguous
 from blockpruner.search.evolution import EvolutionOptions, evolution
 from blockpruner.search.given import GivenOptions, given
 from blockpruner.search.greedy import GreedyOptions, greedy
@@ -38,7 +39,7 @@ class Search:
     """The first removals of one trace meet every smaller budget. Otherwise each budget has a trace of its own, whose
     last choice is the answer."""
     asks: Literal["units", "masks", "nothing"] = "masks"
-    """What it asks scores of. One that asks for single units can use an influence as its metric."""
+    """What it asks scores of. One that asks for single units, or runs of them, can use an influence as its metric."""
     accelerated: bool = False
     """It takes steps in which only the best candidate matters."""
     scored_steps: Callable[[int], range] | None = None
@@ -116,6 +117,7 @@ SEARCHES = Registry(
         Search("greedy", "greedy", greedy, GreedyOptions, asks="units", accelerated=True, scored_steps=range),
         Search("one_shot", "one-shot", one_shot, asks="units", scored_steps=lambda steps: range(1)),
         Search("beam", "beam search", beam, BeamOptions, nested=False),
+        Search("contiguous", "adjacent layers", contiguous, nested=False, asks="units"),
         Search("evolution", "evolutionary search", evolution, EvolutionOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
         Search(

@@ -27,6 +27,7 @@ METHODS = {
     "beam": {"method": "beam", "options": {"width": 2}},
     "evolution": {"method": "evolution", "metric": "kl", "options": {"generations": 3, "offspring": 4}},
     "swap": {"method": "swap"},
+    "contiguous": {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
     "laco": {"method": "laco", "options": {"count": 2}},
     "slicegpt": {"method": "slicegpt"},
 }

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from blockpruner.methods.registry import KINDS, check_score, kind_of_method
 from blockpruner.model.models import decoder_layers, masked
 from blockpruner.paper.shapes import SHAPES
 from blockpruner.params import load_run
+from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.iteration import removals
 from blockpruner.search.registry import SEARCHES, request
@@ -30,12 +32,13 @@ from blockpruner.search.trace import read_trace, trace_directory
 from tests.builders import FakeScorer, removed_in, scored, searched, short_rows, small_config
 from tests.tiny import full_nll, tiny_model
 from tests.unit.test_blocks_budgets import OFFICIAL_ORDER
-from tests.unit.test_metrics import divergence, influence, model_of, recorded, row
+from tests.unit.test_metrics import divergence, influence, model_of, recorded, row, states_of, values_of
 
 LAYERS = 3
 ROWS = CalibrationSet((row(12, 1), row(7, 2), row(10, 3)))
 ROOT = Path(__file__).parents[2]
 INFLUENCES = [name for name, metric in METRICS.items() if metric.influence]
+OF_STATES = [name for name in INFLUENCES if not METRICS[name].gradient]
 MODELS = pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
 
 
@@ -95,7 +98,7 @@ def units_of(unit="block", candidates="all"):
 
 
 @pytest.mark.parametrize("unit", ["layer", "block"])
-@pytest.mark.parametrize("metric", ["perplexity", *INFLUENCES])
+@pytest.mark.parametrize("metric", ["perplexity", *OF_STATES])
 @MODELS
 def test_one_shot_is_the_ranking_of_the_formula(variant, metric, unit):
     """Over layers by block influence: ShortGPT; by relative magnitude: the paper's RM; by perplexity: Shortened-LLM.
@@ -142,7 +145,7 @@ def test_greedy_by_divergence(metric):
 
 
 @pytest.mark.parametrize("unit", ["block", "layer"])
-@pytest.mark.parametrize("metric", INFLUENCES)
+@pytest.mark.parametrize("metric", OF_STATES)
 @MODELS
 def test_greedy_by_influence_measures_what_is_left_anew(variant, metric, unit):
     """Figure 6: after each removal from the states of the model without it, and with each step's perplexity."""
@@ -159,6 +162,70 @@ def test_greedy_by_influence_measures_what_is_left_anew(variant, metric, unit):
         moved |= {unit for unit in brute if abs(brute[unit] - dense[unit]) > 1e-3}
     assert len(moved) > 1  # scores of the dense model would not have passed
     assert found.perplexities == perplexities_of(model, bases)
+
+
+def test_iterative_llm_drop():
+    """As its layer_drop_iterative.sh: in each round similarities of all attentions, then of all MLPs, those dropped
+    before at minus infinity, and the most similar one is dropped."""
+    model, dropped = lopsided("llama"), []
+    units = units_of()
+    while len(dropped) < len(units):
+        brute = brute_influences(model, "block_influence", DENSE.union(*dropped))
+        similarities = [-np.inf if unit in dropped else 1 - brute[unit] for unit in units]
+        dropped.append(units[int(np.argsort(-np.array(similarities), kind="stable")[0])])
+    found = Searched(model, method="greedy", unit="block", metric="block_influence")
+    assert found.order == [format_mask(unit) for unit in dropped]
+
+
+@pytest.mark.parametrize("unit", ["block", "layer"])
+def test_greedy_by_the_taylor_criterion_takes_gradients_of_what_is_left(unit):
+    """The first step ranks as one-shot does (Shortened-LLM over layers); later ones are of the smaller model."""
+    model = lopsided("llama")
+    ranked = Searched(model, method="one_shot", metric="taylor", unit=unit)
+    assert ranked.order == sorted(ranked.losses, key=ranked.losses.__getitem__)
+    trace = Searched(model, metric="taylor", unit=unit).trace
+    for before, step in pairwise(trace):
+        base = before.removed
+        masks = [score.mask for score in step.scores]
+        rows = values_of(Engine(model), ROWS.rows, "taylor", masks, base)
+        wanted = {mask: np.mean([rows[mask, index] for index in range(len(ROWS.rows))]) for mask in masks}
+        assert [score.loss for score in step.scores] == pytest.approx([wanted[mask] for mask in masks], rel=1e-12)
+        assert step.removed == min(masks, key=wanted.__getitem__)
+
+
+def test_a_taylor_criterion_belongs_to_one_calibration_set(tmp_path):
+    """A set with one row more shares no trial with the smaller one, since the value is of all rows together."""
+    model = lopsided("llama")
+    for rows in (ROWS.rows[:2], ROWS.rows, ROWS.rows[:2]):
+        found = scored(
+            tmp_path, Engine(model), model.config.to_dict(), ["2layers"], CalibrationSet(rows), dtype="float64",
+            method="one_shot", unit="layer", metric="taylor",
+        )  # fmt: skip
+        trace = read_trace(trace_directory(tmp_path / "scores", found.current, "2layers"), found.current.search)
+        wanted = values_of(Engine(model), rows, "taylor", units_of("layer"))
+        means = {unit: np.mean([wanted[unit, index] for index in range(len(rows))]) for unit in units_of("layer")}
+        got = {score.mask: score.loss for score in trace[0].scores if score.mask}
+        assert got == pytest.approx(means, rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["angular_distance", "perplexity"])
+def test_adjacent_layers(metric):
+    """By angular distance arXiv 2403.17887: of all runs of n layers the one whose ends differ least."""
+    model = lopsided("llama")
+    for n in (1, 2):
+        runs = [DENSE.union(*units_of("layer")[i : i + n]) for i in range(LAYERS - n + 1)]
+        if metric == "perplexity":
+            wanted = {run: nll(model, run) for run in runs}
+        else:
+            seen = [states_of(model, DENSE, tokens) for tokens in ROWS.rows]
+            wanted = {run: np.mean([influence(metric, s[i], s[i + n]) for s in seen]) for i, run in enumerate(runs)}
+        found = searched(model, ROWS, [f"{n}layers"], method="contiguous", unit="layer", metric=metric)
+        (step,) = found.of(f"{n}layers")
+        assert {score.mask: score.loss for score in step.scores if score.mask} == pytest.approx(wanted, rel=1e-9)
+        assert step.removed == min(runs, key=wanted.__getitem__)
+    for blocks in ({}, {"candidates": "mha"}):
+        with pytest.raises(InputError, match=r"removes adjacent layers, and score\.unit is block; set unit: layer"):
+            searched(model, ROWS, ["2blocks"], method="contiguous", **blocks)
 
 
 def test_answer_likelihood_is_perplexity_over_the_scored_tokens():
@@ -299,6 +366,7 @@ def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
     [
         *({"method": method, "metric": metric} for method in ("greedy", "one_shot") for metric in sorted(METRICS)),
         *({"method": method} for method in ("random", "beam", "swap")),
+        {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
         {"method": "given", "options": {"order": ("mha.2", "mlp.0")}},
     ],
     ids=lambda score: " ".join(map(str, score.values())),
@@ -339,7 +407,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        ({"method": "gredy"}, "score.method 'gredy' is unknown; valid: beam, evolution, given, greedy, laco, "),
+        ({"method": "gredy"}, "score.method 'gredy' is unknown; valid: beam, contiguous, evolution, given, greedy, "),
         ({"method": "mask"}, "score.method 'mask' is unknown; valid: beam, "),
         ({"metric": "ppl"}, "score.metric 'ppl' is unknown; valid: perplexity, "),
         ({"method": "random", "metric": "kl"},
@@ -347,7 +415,7 @@ OPTIONS = [
         ({"method": "given", "metric": "js", "options": {"order": ("mha.0",)}}, "does nothing with method: given"),
         *(({"method": method, "metric": metric},
            f"score.metric {metric} is of single units, and method: {method} compares whole masks; choose a metric of "
-           "masks (perplexity, answer_likelihood, kl, js), or one of the methods greedy, one_shot")
+           "masks (perplexity, answer_likelihood, kl, js), or one of the methods contiguous, greedy, one_shot")
           for method in ("beam", "evolution", "swap") for metric in INFLUENCES),
         *(({"method": method, "metric": metric, "acceleration": acceleration},
            f"score.acceleration {acceleration} does not fit method: {method} with metric: {metric}: there is nothing "

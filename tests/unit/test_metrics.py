@@ -18,8 +18,8 @@ from blockpruner.scoring.engine import REFERENCE, Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.losses import token_js, token_kl
 from blockpruner.scoring.metrics import METRICS, Metric
-from blockpruner.scoring.work import Task
-from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tolerance
+from blockpruner.scoring.work import Task, over_all_rows
+from tests.tiny import VARIANTS, VOCABULARY, full_nll, tiny_model, tolerance
 from tests.unit.test_engine_properties import CrampedEngine
 
 LAYERS = 3
@@ -27,7 +27,7 @@ MASKS = [
     parse_mask(text)
     for text in ("", "mha.0", "mlp.2", "mha.1,mlp.0", "mha.1,mlp.1", "mha.0,mha.1,mlp.1,mlp.2")
 ] + [frozenset(all_blocks(LAYERS))]  # fmt: skip
-INFLUENCES = sorted(name for name, metric in METRICS.items() if metric.influence)
+INFLUENCES = sorted(name for name, metric in METRICS.items() if metric.influence and not metric.gradient)
 DIVERGENCES = sorted(name for name, metric in METRICS.items() if metric.reference)
 model_of = cache(tiny_model)
 
@@ -176,7 +176,7 @@ def test_a_reference_is_computed_once_and_for_its_own_rows_only():
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 1000])
-@pytest.mark.parametrize("loss", sorted(METRICS.keys() - set(INFLUENCES)))
+@pytest.mark.parametrize("loss", sorted(name for name, metric in METRICS.items() if not metric.influence))
 def test_losses_in_chunks(monkeypatch, loss, tokens):
     model = model_of("llama", LAYERS)
     whole = values_of(Engine(model), ROWS, loss)
@@ -271,6 +271,8 @@ def influence(name, x, y):
         return 1 - np.mean((x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)))
     if name == "relative_magnitude":
         return np.mean(np.linalg.norm(y - x, axis=-1) / np.linalg.norm(y, axis=-1))
+    if name == "angular_distance":
+        return np.arccos(x[-1] @ y[-1] / (np.linalg.norm(x[-1]) * np.linalg.norm(y[-1]))) / np.pi
     return np.sqrt(((y - x) ** 2).sum() / (y**2).sum())
 
 
@@ -302,6 +304,44 @@ def test_what_is_left_of_a_layer_is_a_unit(name):
         assert found[mask, index] == pytest.approx(influence(name, x, y), rel=1e-10)
 
 
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "gemma2"])
+def test_adjacent_layers_are_a_unit(variant):
+    """From the state that the first one reads to the one that the last one leaves; what is removed already is not
+    counted, and units of several lengths share one pass."""
+    model, base = model_of(variant, 4), parse_mask("mha.1,mlp.2")
+    layers = removable_units(4, "layer", "all")
+    runs = [(first, last) for first in range(4) for last in range(first, 4)]
+    for name in ("angular_distance", "block_influence"):
+        for removed in (DENSE, base):
+            asked = [removed | DENSE.union(*layers[first : last + 1]) for first, last in runs]
+            found = values_of(Engine(model, 24), ROWS, name, asked, removed)
+            for index, tokens in enumerate(ROWS):
+                seen = states_of(model, removed, tokens)
+                for (first, last), mask in zip(runs, asked, strict=True):
+                    wanted = influence(name, seen[first], seen[last + 1])
+                    assert found[mask, index] == pytest.approx(wanted, rel=tolerance(variant))
+
+
+def states_of(model, base, tokens):
+    """What each layer reads, and what the last one leaves, [T, H] each."""
+    seen, layers = [], decoder_layers(model)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].numpy()) if args else None)
+        for layer in layers
+    ]
+    hooks.append(layers[-1].register_forward_hook(lambda _, args, out: seen.append(first_of(out)[0].numpy())))
+    with masked(model, base), torch.no_grad():
+        model(input_ids=torch.tensor([[token if token >= 0 else ~token for token in tokens]]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(layers) + 1
+    return seen
+
+
+def first_of(value):
+    return value[0] if isinstance(value, tuple) else value
+
+
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", INFLUENCES)
 def test_influences_in_bfloat16_are_taken_in_float32(name, variant):
@@ -328,7 +368,7 @@ def test_one_pass_serves_all_units_of_a_base(monkeypatch):
     assert len(calls) == 2 * LAYERS - len(base)
 
 
-@pytest.mark.parametrize("name", INFLUENCES)
+@pytest.mark.parametrize("name", [*INFLUENCES, "taylor"])
 def test_influences_are_not_streamed(tmp_path, name):
     model_of("llama", LAYERS).save_pretrained(tmp_path)
     engine = StreamingEngine(tmp_path, "float64", device="cpu")
@@ -337,3 +377,85 @@ def test_influences_are_not_streamed(tmp_path, name):
         next(units)
     assert engine.weight_bytes_read == 0
     engine.close()
+
+
+# --- a gradient ------------------------------------------------------------------------------------------------------
+
+
+def weights_by_unit(model):
+    """Parameters but biases, by the names of the model's own modules."""
+    family, found = model_family(model), {}
+    for index, layer in enumerate(decoder_layers(model)):
+        for kind in BlockKind:
+            branch = family.branch(kind)
+            own = tuple(f"{part}." for part in (branch.module, *branch.norms))
+            named = [p for name, p in layer.named_parameters() if name.startswith(own) and not name.endswith("bias")]
+            found[frozenset({BlockId(kind, index)})] = named
+    return found
+
+
+def gradients_of_rows(model, base):
+    """Of each row's mean NLL over its scored tokens, from the model's own forward pass."""
+    found = []
+    for tokens in ROWS:
+        ids = torch.tensor([[token if token >= 0 else ~token for token in tokens]])
+        model.requires_grad_(True)
+        with masked(model, base):
+            lp = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        scored = [t for t in range(1, len(tokens)) if tokens[t] >= 0]
+        (-torch.stack([lp[t - 1, tokens[t]] for t in scored]).mean()).backward()
+        found.append({p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()})
+        model.zero_grad()
+        model.requires_grad_(False)
+    return found
+
+
+@pytest.mark.parametrize("base", ["", "mha.1,mlp.2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_taylor_is_that_of_the_models_own_gradients(variant, base):
+    """Of all rows together: the absolute value is taken after the mean. A row's value is its share of it."""
+    model, base = tiny_model(variant, LAYERS), parse_mask(base)
+    rows, weights = gradients_of_rows(model, base), weights_by_unit(model)
+    units = [u for u in weights if not u <= base]
+    units += [u for u in removable_units(LAYERS, "layer", "all") if not u & base]
+    found = values_of(Engine(model, 24), ROWS, "taylor", [base | unit for unit in units], base)
+    for unit in units:
+        own = [p for block in unit for p in weights[frozenset({block})]]
+        mean = {p: sum(row[p] for row in rows) / len(rows) for p in own}
+        wanted = sum((p * mean[p]).abs().sum().item() for p in own)
+        values = [found[base | unit, index] for index in range(len(ROWS))]
+        assert np.mean(values) == pytest.approx(wanted, rel=max(1e-9, 10 * tolerance(variant)))
+        for row, value in zip(rows, values, strict=True):
+            share = sum((p.abs() * mean[p].sign() * row[p]).sum().item() for p in own)
+            assert value == pytest.approx(share, rel=1e-6, abs=1e-6 * wanted)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_taylor_by_finite_differences():
+    """To what a loss in float64 allows whose norms transformers takes in float32."""
+    model = tiny_model(layers=2, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
+    rows, step = [row(8, 1), row(6, 2)], 1e-3
+    loss = lambda: np.mean([full_nll(model, tokens) for tokens in rows])  # noqa: E731
+    unit = parse_mask("mlp.0")
+    (own,) = (weights for block, weights in weights_by_unit(model).items() if block == unit)
+    wanted = 0.0
+    for flat in (p.data.view(-1) for p in own):
+        for place in range(len(flat)):
+            before, around = flat[place].item(), []
+            for moved in (before + step, before - step):
+                flat[place] = moved
+                around.append(loss())
+            flat[place] = before
+            wanted += abs(before * (around[0] - around[1]) / (2 * step))
+    found = values_of(Engine(model), rows, "taylor", [unit])
+    assert np.mean([found[unit, index] for index in range(2)]) == pytest.approx(wanted, rel=1e-4)
+    assert found[unit, 0] != found[unit, 1]
+
+
+def test_taylor_does_not_depend_on_batches_or_on_what_is_asked_together():
+    model, units = model_of("llama", LAYERS), removable_units(LAYERS, "block", "all")
+    whole = values_of(Engine(model, 1000), ROWS, "taylor", units)
+    assert values_of(Engine(model, 2), ROWS, "taylor", units) == whole
+    assert values_of(Engine(model, 24), ROWS, "taylor", units[:1])[units[0], 0] == whole[units[0], 0]
+    (task,) = over_all_rows([Task(range(2, 3), (units[0],), METRICS["taylor"])], ROWS)
+    assert task.span == range(len(ROWS))

@@ -25,7 +25,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
 from blockpruner.scoring.scorers import local_scorer
-from blockpruner.scoring.work import Rows, ScoredRows, Task
+from blockpruner.scoring.work import Rows, ScoredRows, Task, over_all_rows
 from blockpruner.store.files import read_json
 
 PIECES = 3
@@ -146,7 +146,7 @@ class RayScorer:
             InputError: what a worker's engine raised, as itself; values yielded before are good.
             WorkerLostError: workers died `LOSSES` times each, without one answer.
         """
-        self._waiting = deque(share_out(tasks, rows, self._pieces, self._costs))
+        self._waiting = deque(share_out(over_all_rows(tasks, rows), rows, self._pieces, self._costs))
         try:
             while self._waiting or any(worker.piece for worker in self._workers):
                 for worker in self._workers:

@@ -218,7 +218,7 @@ class StreamingEngine(Engine):
         influence = next((task.metric.name for task in tasks if task.metric.influence), None)
         if influence is not None:
             raise InputError(
-                f"score.metric {influence} takes one forward pass of the model in memory, it is not streamed; set "
+                f"score.metric {influence} is taken from the model in memory, it is not streamed; set "
                 "runtime.streaming: false"
             )
         tasks = self.referenced(tasks, rows)
