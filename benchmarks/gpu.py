@@ -63,7 +63,7 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
     config = model.config
     data = CalibrationSet(tuple(map(tuple, random_rows(config.vocab_size, rows, length))))
     asked, budget = request(Score()), f"{removals}blocks"
-    stores = {name: TrialStore({}, rows) for name in asked.losses}
+    stores = {name: TrialStore({}, data.row_keys) for name in asked.losses}
     resources = resources_of(config.to_dict())
     rate = matrix_rate(device, min(rows * length, 16384), config.hidden_size)
     started = time.perf_counter()

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from benchmarks.scoring import LENGTH, SMOLLM2, TEXT, setting
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import ConsoleObserver
-from blockpruner.core.settings import LocalModel, Runtime, Score
+from blockpruner.core.settings import LocalModel, Perplexity, Runtime, Score
 from blockpruner.evaluation.benchmarks import BENCHMARKS
-from blockpruner.evaluation.perplexity import held_out_rows, measure_perplexity
+from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.zero_shot import evaluate, gold_answers
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_in_turn, pack_answers, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
@@ -127,9 +127,8 @@ def pruned(dense: PreTrainedModel, plan: Plan, rows: CalibrationSet) -> Iterator
 def quality(model: PreTrainedModel, tokenizer: Any, advance: str) -> dict[str, Any]:
     """Held-out perplexity, and by task a digit for each item: 1 where the model is right."""
     texts = read_texts(TEXT.parent / "perplexity.parquet")
-    found: dict[str, Any] = {
-        "perplexity": measure_perplexity(model, held_out_rows(tokenizer, texts, 1024, HELD_OUT_ROWS)).perplexity
-    }
+    rows = held_out(tokenizer, texts, Perplexity(seq_len=1024, max_rows=HELD_OUT_ROWS)).rows
+    found: dict[str, Any] = {"perplexity": measure_perplexity(model, rows).perplexity}
     for task in TASKS:
         print(f"  {advance}: {task}", file=sys.stderr, flush=True)
         items = evaluate(model, tokenizer, task, TEXT.parent / "tasks", ITEMS).items
@@ -141,7 +140,7 @@ def calibration_nll(plan: Plan, rows: CalibrationSet, model: PreTrainedModel) ->
     """Of the text rows, whatever the search minimised, in float32."""
     if plan.kind == "mask":
         fields = store_fields(rows.digest, checkpoint_identity(SMOLLM2), "float32", "perplexity")
-        store = TrialStore(fields, len(rows.rows), RESULTS / "trials")
+        store = TrialStore(fields, rows.row_keys, RESULTS / "trials")
         (score,) = Objective(rows, store, Engine(model))([plan.mask])
         store.close()
         return score.loss

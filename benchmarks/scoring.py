@@ -127,7 +127,7 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
             print(f"  {done + 1}/{len(masks)} masks", file=sys.stderr, flush=True)
     rate = (rate + matrix_rate(model, ROWS * LENGTH)) / 2
     race = Counted(engine, model.config.to_dict())
-    objective = Objective(rows, TrialStore({}, ROWS), race)
+    objective = Objective(rows, TrialStore({}, rows.row_keys), race)
     select = accelerate(objective, Score(acceleration="race"))
     meter("race", lambda: select(0, DENSE, masks))
     counted = {"naive": flops.naive(masks), "exact": flops.exact(masks), "race": race.flops}
@@ -155,6 +155,9 @@ class Counted:
         for task in tasks:
             self.flops += Flops.of(self._config, len(task.span), len(rows[task.span.start])).exact(task.masks)
         yield from self._scorer.run(tasks, rows)
+
+    def placement(self) -> dict[str, str]:
+        return self._scorer.placement()
 
     def close(self) -> None:
         self._scorer.close()
@@ -201,7 +204,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
             flops = Flops.of(model.config.to_dict(), ROWS, LENGTH)
             engine = Engine(model, ROWS * LENGTH)
             fields = store_fields(rows.digest, identity, "float32", "perplexity")
-            store = TrialStore(fields, ROWS, RESULTS / "trials" / mode)
+            store = TrialStore(fields, rows.row_keys, RESULTS / "trials" / mode)
             objective = Objective(rows, store, engine)
             asked = Asked(objective, model.config.to_dict())
             chosen = Score() if mode == "exact" else fast

@@ -99,7 +99,7 @@ def prune(
     model.eval()
     dtype = str(model.dtype).removeprefix("torch.")
     fields = {loss: store_fields(calibration.digest, IN_MEMORY, dtype, loss) for loss in asked.losses}
-    stores = {loss: TrialStore(fields[loss], len(calibration.rows)) for loss in asked.losses}
+    stores = {loss: TrialStore(fields[loss], calibration.row_keys) for loss in asked.losses}
     engine = Engine(model, batch_tokens)
     trace = search(asked, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
     order, perplexities = removals(trace, asked.search.nested)

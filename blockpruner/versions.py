@@ -14,7 +14,7 @@ FETCH_VERSION = 1
 CONVERT_VERSION = 2
 """The content of a checkpoint that is converted when it is fetched. Part of the key of converted checkpoints."""
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 """Calibration rows: which samples are drawn, how they are packed, which tokens are scored."""
 
 SCORE_VERSION = 2
@@ -35,7 +35,7 @@ PLAN_VERSION = 1
 EXPORT_VERSION = 1
 """The content of exported checkpoints, in every format."""
 
-RECOVERY_VERSION = 1
+RECOVERY_VERSION = 2
 """The weights that come out of LoRA training. Part of the key of trained adapters."""
 
 EVAL_VERSION = 2

@@ -23,9 +23,14 @@ def main(name: str) -> None:
         tasks = {task: gold_answers(task, sources / "tasks", wanted.data.skip) for task in wanted.data.tasks}
         rows = pack_answers(draw_in_turn(tasks, wanted.num_samples, wanted.seed), tokenizer, wanted.seq_len)
     else:
-        rows = draw_rows(read_texts(sources / "calibration.parquet"), tokenizer, wanted)
+        from blockpruner.evaluation.perplexity import held_out  # loads torch
+
+        evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
+        texts = read_texts(sources / "calibration.parquet")
+        rows = draw_rows(texts, tokenizer, wanted, evaluated.documents, observer().note)
     rows.save(DATA / "calibration" / name / "rows.parquet", wanted.data.source)
-    observer().note(f"{wanted.num_samples} samples -> {len(rows.rows)} rows, {rows.tokens} tokens ({wanted.packing})")
+    counts = f"{len(rows.rows)} rows, {rows.tokens} tokens, of which {rows.scored} are scored"
+    observer().note(f"{wanted.num_samples} samples -> {counts} ({wanted.packing})")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,7 @@ def main(name: str) -> None:
 
         write("perplexity", load_texts(held_out, CACHE, PINS))
         for key, data in calibrations.items():
-            texts = load_texts(data, CACHE, PINS)
-            if data == held_out:  # it is evaluated on the beginning
-                texts = texts[len(texts) // 2 :]
-            write(f"calibration-{key}", texts)
+            write(f"calibration-{key}", load_texts(data, CACHE, PINS))
         folder = os.environ.get(DATA_VARIABLE)
         if study.wikitext is not None and folder:
             path = Path(folder) / "wikitext2_raw_test.parquet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -29,8 +30,15 @@ def main(name: str) -> None:
     def texts(data: Texts) -> list[str]:
         return read_texts(folder / "sources" / f"calibration-{fingerprint(data.model_dump())}.parquet")
 
+    def evaluated() -> Sequence[str]:
+        from blockpruner.evaluation.perplexity import held_out  # loads torch
+
+        texts = read_texts(folder / "sources" / "perplexity.parquet")
+        return held_out(tokenizer(), texts, settings.evaluate.perplexity).documents
+
     with open_material(folder / "model", settings.model, runtime, trials_root(), observer()) as material:
-        search_all(variants(settings), folder / "scores", folder / "plans", Setting(name, material, tokenizer, texts))
+        setting = Setting(name, material, tokenizer, texts, evaluated)
+        search_all(variants(settings), folder / "scores", folder / "plans", setting)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ class FakeScorer:
                 self.asked += asked
                 yield ScoredRows(mask, task.span.start, tuple(self._loss(*question) for question in asked))
 
+    def placement(self) -> Mapping[str, str]:
+        return {"device": "none"}
+
     def close(self) -> None:
         pass
 
@@ -89,7 +92,7 @@ def searched(
     if isinstance(model, PreTrainedModel):
         scorer, resources = Engine(model, 24), resources or resources_of(model.config.to_dict())
     assert resources is not None
-    stores = {loss: TrialStore({}, len(rows.rows)) for loss in asked.losses}
+    stores = {loss: TrialStore({}, rows.row_keys) for loss in asked.losses}
     return search(asked, rows, stores, scorer, resources, budgets)
 
 

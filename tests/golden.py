@@ -302,7 +302,7 @@ def fetched(world: World) -> Any:
     found = {}
     for file, form in forms.items():
         data = {"source": "path", "path": f"inputs/{file}", "format": form}
-        perplexity = EVALUATE["perplexity"] | {"data": data}
+        perplexity = EVALUATE["perplexity"] | {"data": data, "seq_len": 8}
         world.start("fetched", evaluate=EVALUATE | {"perplexity": perplexity})
         found[file] = texts_of("data/sources/fetched/perplexity.parquet")
     tasks = Path("data/sources/fetched/tasks")

@@ -128,6 +128,10 @@ class TaskAnswers(Frozen):
         return value
 
 
+def _has_responses(data: Any) -> bool:
+    return data == ALPACA or getattr(data, "format", None) == "alpaca"
+
+
 class Calibration(Frozen):
     """The token rows on which blocks are scored. The defaults are the paper's."""
 
@@ -141,12 +145,19 @@ class Calibration(Frozen):
         default_factory=lambda given: "all" if isinstance(given["data"], TaskAnswers) else "paper"
     )
     """Which texts are drawn from: all, or (the default) the tenth that the paper's code splits off."""
+    score: Literal["all", "response"] = Field(
+        default_factory=lambda given: "response" if given["split"] == "all" and _has_responses(given["data"]) else "all"
+    )
+    """Which tokens are scored: all, or only those of responses. The default is response for the Alpaca format, and all
+    with split: paper, as the paper does."""
     seed: int = 42
 
     @model_validator(mode="after")
     def _fits_the_data(self) -> Calibration:
         if not isinstance(self.data, TaskAnswers):
             return self
+        if self.score == "response":
+            raise ValueError("score: response is for texts; with data.source: tasks the answers are scored anyway")
         if self.packing != "per_sample":
             raise ValueError(
                 f"packing: {self.packing} does not fit data.source: tasks, where a row is one item; "

@@ -1,15 +1,17 @@
 """The calibration set: which samples are drawn, and how they become token rows.
 
-Decides sampling, packing, which tokens are scored and the set's digest. Where texts come from is decided in `texts`.
-How a benchmark item reads, and which items are not evaluated, is decided in `evaluation`.
+Decides sampling, packing, which tokens are scored and the set's digest. Where texts come from, and where a response
+begins in one, is decided in `texts`. How a benchmark item reads, and what is evaluated, is decided in `evaluation`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,17 @@ import pyarrow as pa
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Calibration
+from blockpruner.inputs.texts import response_start
 from blockpruner.store.files import read_table, write_table
 
 CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
 
 Answer = tuple[str, str]
 """The prompt of a benchmark item, and its right answer, which continues the prompt."""
+
+FEWEST_SCORED = 16
+"""A row of text with fewer scored tokens is dropped: its mean says little, and weighs as much as that of a long row.
+Where rows are shorter than 64 tokens, a quarter of a row is enough."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,32 @@ class CalibrationSet:
     rows: tuple[tuple[int, ...], ...]
     """Token ids. A row's first token is not scored. Neither are tokens that are only given to the model, such as the
     question before an answer: they are stored as `~id`, a negative number. All other tokens are scored."""
+    dropped: int = field(default=0, compare=False)
+    """How many rows were left out, since too few of their tokens are scored."""
 
     @property
     def tokens(self) -> int:
         return sum(len(row) for row in self.rows)
+
+    @property
+    def scored(self) -> int:
+        """The number of tokens that are scored."""
+        return sum(map(_scored, self.rows))
+
+    @property
+    def repeated(self) -> float:
+        """The share of scored tokens that a quarter of the rows, and at least three, have at the same place.
+
+        A template at the beginning of every row does that. Its tokens are counted once per row and say the same.
+        """
+        places = Counter((place, token) for row in self.rows for place, token in enumerate(row[1:]) if token >= 0)
+        often = max(3, len(self.rows) / 4)
+        return sum(count for count in places.values() if count >= often) / max(1, places.total())
+
+    @property
+    def row_keys(self) -> tuple[str, ...]:
+        """A digest of each row's content."""
+        return tuple(hashlib.sha256(np.array(row, dtype="<i4").tobytes()).hexdigest()[:16] for row in self.rows)
 
     @property
     def digest(self) -> str:
@@ -49,13 +78,14 @@ class CalibrationSet:
 
     def save(self, path: Path, source: str) -> None:
         table = pa.table({"input_ids": [list(row) for row in self.rows]}, schema=CALIBRATION)
-        facts = {"rows": str(len(self.rows)), "tokens": str(self.tokens), "digest": self.digest, "source": source}
+        counts = {"rows": len(self.rows), "tokens": self.tokens, "scored": self.scored, "dropped": self.dropped}
+        facts = {"digest": self.digest, "source": source} | {name: str(count) for name, count in counts.items()}
         write_table(path, table, facts)
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
         table, facts = read_table(path, CALIBRATION)
-        loaded = cls(tuple(tuple(row) for row in table.column("input_ids").to_pylist()))
+        loaded = cls(tuple(map(tuple, table.column("input_ids").to_pylist())), int(facts.get("dropped", 0)))
         if facts.get("digest") != loaded.digest:
             raise InputError(f"{path} does not match its own digest; delete it and run `dvc repro`")
         return loaded
@@ -65,9 +95,9 @@ def draw(texts: Sequence[str], num_samples: int, split: str, seed: int, section:
     """Draw samples without replacement.
 
     Args:
-        split: "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in half,
-            both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half. "all":
-            they are a `random.sample` of everything.
+        split: "all": the samples are the first ones of one permutation of everything, so a larger draw begins with the
+            smaller one. "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in
+            half, both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         section: the section of the run file that asks for samples, for the message.
 
     Raises:
@@ -88,48 +118,121 @@ def draw(texts: Sequence[str], num_samples: int, split: str, seed: int, section:
             f"{section}.num_samples {num_samples} is more than the {len(pool)} texts that the source holds (split: "
             f"{split}); lower it to at most {len(pool)}"
         )
-    return [pool[i] for i in random.Random(seed).sample(range(len(pool)), num_samples)]
+    chance = random.Random(seed)
+    if split == "paper":
+        return [pool[i] for i in chance.sample(range(len(pool)), num_samples)]
+    chance.shuffle(pool)
+    return pool[:num_samples]
 
 
-def pack_rows(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str) -> CalibrationSet:
+def without_evaluated(texts: Sequence[str], evaluated: Iterable[str]) -> list[str]:
+    """The texts that share no paragraph with an evaluated text.
+
+    A paragraph is a line of at least 50 characters. White space and upper case make no difference.
+    """
+    known = {paragraph for text in evaluated for paragraph in _paragraphs(text)}
+    return [text for text in texts if known.isdisjoint(_paragraphs(text))]
+
+
+def _paragraphs(text: str) -> set[str]:
+    lines = (" ".join(line.split()).casefold() for line in text.splitlines())
+    return {line for line in lines if len(line) >= 50}
+
+
+def pack_rows(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str, score: str = "all") -> CalibrationSet:
     """Tokenize samples into rows.
 
     Args:
         packing: "joined": all samples are joined with a blank line, tokenized once and cut into rows of `seq_len`; the
             tail is dropped. So does the paper's code: its 256 samples are about 15 rows of 2,048. "per_sample": each
             sample is a row, cut off at `seq_len`; batches pad rows on the right, outside attention and loss.
+        score: "all": every token after a row's first is scored. "response": only tokens that end in a response are;
+            the instruction and the template around it are given.
 
     Raises:
-        InputError: no row comes out; the message names how many samples would do.
+        InputError: no row comes out; the message names how many samples would do. Or a sample has no response.
     """
-    if packing not in ("joined", "per_sample"):
-        raise InputError(f"packing {packing!r} is unknown; valid: joined, per_sample")
+    for value, valid, key in ((packing, ("joined", "per_sample"), "packing"), (score, ("all", "response"), "score")):
+        if value not in valid:
+            raise InputError(f"{key} {value!r} is unknown; valid: {', '.join(valid)}")
     if seq_len < 2:
         raise InputError(f"seq_len {seq_len} leaves no token to predict; give at least 2")
+    tokenize = _mark_responses if score == "response" else _tokenize
     if packing == "joined":
-        ids = tokenizer("\n\n".join(samples))["input_ids"]
-        rows = cut(ids, seq_len)
-        if not rows:
+        (ids,) = tokenize([samples], tokenizer)
+        cut_rows = cut(ids, seq_len)
+        if not cut_rows:
             needed = -(-seq_len * len(samples) // max(len(ids), 1))
             raise InputError(
                 f"calibration has no row: {len(samples)} samples are {len(ids)} tokens, fewer than one row of "
                 f"seq_len {seq_len}; about {needed} samples would do: raise calibration.num_samples, or lower seq_len"
             )
     else:
-        encoded = [tuple(ids[:seq_len]) for ids in tokenizer(list(samples))["input_ids"]]
-        rows = [row for row in encoded if len(row) >= 2]
-        if not rows:
-            raise InputError(
-                f"calibration has no row: none of the {len(samples)} samples has two tokens or more; choose other "
-                "texts, one sample of two tokens would do"
-            )
-    return CalibrationSet(tuple(rows))
+        cut_rows = [tuple(ids[:seq_len]) for ids in tokenize([[sample] for sample in samples], tokenizer)]
+    enough = min(FEWEST_SCORED, max(1, seq_len // 4))
+    rows = tuple(row for row in cut_rows if _scored(row) >= enough)
+    if not rows:
+        raise InputError(
+            f"calibration has no row: in none of {len(cut_rows)} rows of at most {seq_len} tokens are {enough} or more "
+            f"scored (calibration.score: {score}); raise calibration.seq_len, choose longer texts, or set score: all"
+        )
+    return CalibrationSet(rows, len(cut_rows) - len(rows))
 
 
-def draw_rows(texts: Sequence[str], tokenizer: Any, wanted: Calibration) -> CalibrationSet:
-    """Draw the samples that a run file asks for, and pack them into rows."""
-    samples = draw(texts, wanted.num_samples, wanted.split, wanted.seed)
-    return pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing)
+def _tokenize(groups: Sequence[Sequence[str]], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each group of samples, joined with blank lines."""
+    ids: list[list[int]] = tokenizer(["\n\n".join(group) for group in groups])["input_ids"]
+    return ids
+
+
+def _mark_responses(groups: Sequence[Sequence[str]], tokenizer: Any) -> list[list[int]]:
+    """As `_tokenize`, with the complement of each token that does not end in a response."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"calibration.score: response needs to know which characters a token is, and {type(tokenizer).__name__} "
+            "does not tell; set calibration.score: all"
+        )
+    encoded = tokenizer(["\n\n".join(group) for group in groups], return_offsets_mapping=True)
+    marked: list[list[int]] = []
+    for group, ids, offsets in zip(groups, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        begins, ends, start = [], [], 0
+        for sample in group:
+            begins.append(start + response_start(sample))
+            ends.append(start + len(sample))
+            start += len(sample) + 2
+        marked.append([])
+        for token, (_, end) in zip(ids, offsets, strict=True):
+            number = bisect_left(begins, end) - 1  # the last response that begins before the token's end
+            marked[-1].append(token if number >= 0 and end <= ends[number] else ~token)
+    return marked
+
+
+def _scored(row: Sequence[int]) -> int:
+    return sum(token >= 0 for token in row[1:])
+
+
+def draw_rows(
+    texts: Sequence[str], tokenizer: Any, wanted: Calibration, evaluated: Iterable[str], note: Callable[[str], object]
+) -> CalibrationSet:
+    """Draw the samples that a run file asks for, and pack them into rows.
+
+    Args:
+        evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
+        note: receives what was left out, and a warning where many scored tokens repeat.
+    """
+    pool = without_evaluated(texts, evaluated)
+    if len(pool) < len(texts):
+        note(f"{len(texts) - len(pool)} of {len(texts)} calibration texts are evaluated too: they are not drawn")
+    samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed)
+    rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score)
+    if rows.dropped:
+        note(f"{rows.dropped} of {rows.dropped + len(rows.rows)} rows are dropped: too few of their tokens are scored")
+    if rows.repeated > 0.2:
+        note(
+            f"warning: {rows.repeated:.0%} of the scored tokens are the same at the same place in many rows, as of a "
+            "template: blocks are chosen for it. Set calibration.packing: joined, or calibration.score: response"
+        )
+    return rows
 
 
 def cut(ids: Sequence[int], seq_len: int) -> list[tuple[int, ...]]:

@@ -33,6 +33,19 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n{output}"
 )
 
+RESPONSE = "### Response:\n"
+
+
+def response_start(text: str) -> int:
+    """Where the response begins in a text of the Alpaca template; raises InputError where it has none."""
+    start = text.find(RESPONSE)
+    if start < 0:
+        raise InputError(
+            f"calibration.score: response is for instructions with responses (format: alpaca), and {text[:40]!r}... "
+            "has none; set calibration.score: all, or choose other data"
+        )
+    return start + len(RESPONSE)
+
 
 def write_texts(path: Path, texts: Sequence[str]) -> None:
     write_table(path, pa.table({"text": texts}, schema=TEXTS))

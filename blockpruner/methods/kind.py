@@ -82,7 +82,7 @@ class Job:
                 fields = self.store_fields(loss)
                 lock = self.material.trials / f"{fingerprint(fields)}.lock"
                 stack.enter_context(hold(lock, this_process(), busy))
-                found[loss] = TrialStore(fields, len(self.calibration.rows), self.material.trials)
+                found[loss] = TrialStore(fields, self.calibration.row_keys, self.material.trials)
                 stack.callback(found[loss].close)
             yield found
 

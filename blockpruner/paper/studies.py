@@ -41,6 +41,8 @@ class Setting:
     tokenizer: Callable[[], Any]
     texts: Callable[[Texts], Sequence[str]]
     """Samples of a calibration source."""
+    evaluated: Callable[[], Sequence[str]]
+    """The held-out texts on which models are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
     @cache
     def rows_of(wanted: Calibration) -> CalibrationSet:
         assert not isinstance(wanted.data, TaskAnswers)
-        return draw_rows(setting.texts(wanted.data), setting.tokenizer(), wanted)
+        note = setting.material.observer.note
+        return draw_rows(setting.texts(wanted.data), setting.tokenizer(), wanted, setting.evaluated(), note)
 
     for number, variant in enumerate(variants, 1):
         calibration, folder = rows_of(variant.calibration), scores / variant.slug

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, sorted_blocks
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
-from blockpruner.model.models import decoder_layers, model_family
+from blockpruner.model.models import decoder_layers, device_name, model_family, placement
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import Step, steps_of, walk
@@ -49,8 +49,8 @@ class Engine:
 
     Args:
         model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
-        batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on CUDA what free memory
-            holds, at most 65,536.
+        batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on CUDA what the device's
+            memory holds, at most 65,536.
     """
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
@@ -81,6 +81,10 @@ class Engine:
                 start, longest = index, len(rows[index])
         batches.append(range(start, span.stop))
         return batches
+
+    def placement(self) -> dict[str, str]:
+        here = {"device": self._home.type, "device_name": device_name(self._home)}
+        return placement(self._model) | here | {"batch": f"{self._batch_tokens} tokens to a batch"}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of each task, in the order in which the walk reaches them.
@@ -324,13 +328,18 @@ class Engine:
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     def _auto_batch_tokens(self, held: int = 0) -> int:
-        """As many tokens as fit with the weights: those in memory already, and `held` bytes to come."""
+        """As many tokens as nine tenths of the device hold beside the weights, and beside `held` bytes to come.
+
+        What is free at the moment has no part in it: in 16 bits the batch shape moves a loss, so the same model on the
+        same kind of device always gets the same batches. Where others use the device, batches are halved (`run`).
+        """
         if self._home.type != "cuda":
             return 1024
-        free, _ = torch.cuda.mem_get_info(self._home)
+        _, total = torch.cuda.mem_get_info(self._home)
+        weights = sum(weight.nbytes for weight in self._model.parameters() if weight.device == self._home)
         config = self._model.config
         numbers = live_numbers(config.hidden_size, config.intermediate_size)
-        fitting = (free - held - 4 * LOGITS_BYTES) // (numbers * self._head.weight.element_size())
+        fitting = (total * 9 // 10 - weights - held - 4 * LOGITS_BYTES) // (numbers * self._head.weight.element_size())
         return int(max(2048, min(65536, fitting)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask
@@ -108,13 +108,32 @@ class Objective:
                 self._asked.add(key)
                 self.counts.units_reused += self._store.units(key)
                 self.counts.trials_reused += self._store.known(key, 0, self.rows)
+        missing = self._missing(keys, rows)
+        if len(self._store.origins(keys.values(), rows)) > 1 or (missing and self._store.origins(keys.values(), rows)):
+            self._require_one_origin(keys, rows)
+            missing = self._missing(keys, rows)
+        if missing:
+            self._compute(missing, base)
+        return [self._score(mask, keys.get(mask), rows) for mask in masks]
+
+    def _missing(self, keys: Mapping[Mask, str], rows: int) -> dict[range, list[Mask]]:
         missing: dict[range, list[Mask]] = {}
         for mask, key in keys.items():
             for span in self._store.unknown(key, 0, rows):
                 missing.setdefault(span, []).append(mask)
-        if missing:
-            self._compute(missing, base)
-        return [self._score(mask, keys.get(mask), rows) for mask in masks]
+        return missing
+
+    def _require_one_origin(self, keys: Mapping[Mask, str], rows: int) -> None:
+        """Forget what another environment computed where it would be compared with what this one computes."""
+        elsewhere = self._store.origins(keys.values(), rows)
+        here = self._store.computed_by(self._scorer.placement())
+        forgotten = self._store.keep_only(keys.values(), here)
+        if forgotten:
+            places = "; ".join(place for place in elsewhere if place != here)
+            self._observer.note(
+                f"{forgotten} losses in 16 bits were computed elsewhere ({places}) and are not mixed with those of "
+                f"here ({here}): they are computed again"
+            )
 
     def _key(self, mask: Mask, base: Mask) -> str:
         return trial_key(mask - base, base) if self.metric.influence else trial_key(mask)
@@ -137,6 +156,7 @@ class Objective:
         done, total = 0, sum(len(task.masks) * len(task.span) for task in tasks)
         common = frozenset.intersection(*(mask for task in tasks for mask in task.masks))
         last_done = time.monotonic()
+        self._store.computed_by(self._scorer.placement())
         for scored in self._scorer.run(tasks, rows):
             key, count = self._key(scored.mask, base), len(scored.loss)
             self._store.put(key, scored.start, scored.loss)

@@ -6,7 +6,7 @@ Decides when a model is loaded, and how a scorer is made from the `runtime` sett
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,9 @@ class LazyScorer:
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         return self._scorer.run(tasks, rows)
+
+    def placement(self) -> Mapping[str, str]:
+        return self._scorer.placement()
 
     def close(self) -> None:
         if self._made is not None:

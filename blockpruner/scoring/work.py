@@ -6,7 +6,7 @@ memory (`engine`), streamed from disk, or on many workers. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -66,6 +66,9 @@ class Scorer(Protocol):
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of the tasks as soon as they are known; those of a mask may come in several parts."""
+
+    def placement(self) -> Mapping[str, str]:
+        """Where it computes, by which kernel and in which batches, for `provenance.environment`."""
 
     def close(self) -> None:
         """Give back workers and files."""

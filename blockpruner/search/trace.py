@@ -150,9 +150,9 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
     for path in sorted(directory.glob("**/iteration_*.parquet")):
         try:
             iteration = read_iteration(path.parent, int(path.stem.removeprefix("iteration_")), search)
-            wrong = next((s for s in iteration.scores if s.rows_total != store.rows), None)
+            wrong = next((s for s in iteration.scores if s.rows_total != len(store.rows)), None)
             if wrong is not None:
-                raise InputError(f"{path} is over {wrong.rows_total} rows; the calibration set has {store.rows}")
+                raise InputError(f"{path} is over {wrong.rows_total} rows; the calibration set has {len(store.rows)}")
         except InputError as error:
             problems.append(f"{error}; set aside as {set_aside(path).name}, its trials are computed again")
             continue

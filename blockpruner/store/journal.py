@@ -29,6 +29,14 @@ class Journal:
         self._header = dict(header)
         self._stream: TextIO | None = None
 
+    def first(self) -> dict[str, Any] | None:
+        """The first line as it stands on disk; None if there is no whole one."""
+        if not self.path.exists():
+            return None
+        with open(self.path, encoding="utf-8", errors="replace") as stream:
+            line = stream.readline()
+        return parse_checksummed(line[:-1]) if line.endswith("\n") else None
+
     def read(self, accept: Callable[[dict[str, Any]], bool], problems: list[str]) -> list[dict[str, Any]]:
         """Read the entries that are whole and that `accept` takes.
 

@@ -1,8 +1,10 @@
-"""The trial store: exact facts (mask, row) -> loss, kept for ever and shared by every run and search.
+"""The trial store: exact facts (mask, row) -> loss, kept for ever and shared by every run, search and calibration set.
 
-Decides when a number may be reused: the store's fingerprint holds calibration content, model identity, dtype,
-metric and SCORE_VERSION, never device, batch size or who asked. On disk it is a folder for each fingerprint with one
-log (`store.journal`) for each writing process. The store knows nothing of searches.
+Decides when a number may be reused. A store is of one model, dtype and metric and of one SCORE_VERSION; a row is known
+by its content, so a larger calibration set finds what a smaller one scored. On disk a store is a folder with one log
+(`store.journal`) for each writing process, which names its rows and its environment (versions, device, attention
+kernel, batch shape). In 16 bits these move a loss by as much as two candidates differ, so facts of different
+environments are never compared with each other. The store knows nothing of searches.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,17 @@ from blockpruner.core.blocks import Mask, format_mask
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import write_json, writer
 from blockpruner.store.journal import Journal
-from blockpruner.store.provenance import fingerprint
+from blockpruner.store.provenance import environment, fingerprint
 from blockpruner.versions import SCORE_VERSION
 
 TRIALS_VARIABLE = "BLOCKPRUNER_TRIALS"
 """Environment variable: the absolute path of a trial store that several workspaces share."""
 
+SIXTEEN_BITS = ("bfloat16", "float16")
+
 
 def store_fields(calibration: str, model: str, dtype: str, metric: str) -> dict[str, Any]:
-    """What a trial's value depends on; its `provenance.fingerprint` names the store."""
+    """What the trials of a search depend on. All but the calibration names their store."""
     return {
         "calibration": calibration,
         "model": model,
@@ -48,34 +52,49 @@ def trials_root() -> Path:
     return Path(os.environ.get(TRIALS_VARIABLE) or "data/trials")
 
 
+def origin(facts: Mapping[str, Any]) -> str:
+    """The part of an environment that moves a loss in 16 bits, in words; "" of a log that names none."""
+    if not facts:
+        return "an unknown environment"
+    versions = [f"{name} {'.'.join(facts[name].split('.')[:2])}" for name in ("torch", "transformers") if name in facts]
+    return ", ".join([*versions, *(str(facts[key]) for key in ("device_name", "attention", "batch") if key in facts)])
+
+
 @dataclass
 class TrialStore:
-    """The loss of every row (float64, of one metric) by `trial_key`; rows are indices into the calibration set."""
+    """The loss of every row (float64, of one metric) by `trial_key`."""
 
     fields: Mapping[str, Any]
     """As from `store_fields`."""
-    rows: int
-    """The number of calibration rows."""
+    rows: Sequence[str]
+    """The calibration set's `row_keys`, in order. Facts are asked for and recorded by position in it."""
     root: Path | None = None
     """The folder of all stores; None keeps the facts in memory only."""
     problems: list[str] = field(default_factory=list)
     """One line for each file or line that was found and not trusted."""
     _facts: dict[str, list[float]] = field(default_factory=dict)
+    _origins: dict[str, list[str | None]] = field(default_factory=dict)
     _units: Counter[str] = field(default_factory=Counter)
+    _placement: Mapping[str, str] = field(default_factory=dict)
+    _origin: str = ""
     _log: Journal | None = None
 
     def __post_init__(self) -> None:
-        self.fingerprint = fingerprint(self.fields)
+        self.fingerprint = fingerprint({**self.fields, "calibration": "by row"})
+        self._places: dict[str, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            self._places.setdefault(row, []).append(place)
         if self.root is None:
             return
-        directory = self.root / self.fingerprint
-        if not (directory / "fingerprint.json").exists():
-            write_json(directory / "fingerprint.json", dict(self.fields) | {"rows": self.rows})
-        header = {"fingerprint": self.fingerprint, "rows": self.rows}
-        for path in sorted(directory.glob("*.jsonl")):
-            for unit in Journal(path, header).read(self._is_unit, self.problems):
-                self._remember(unit["trial"], unit["start"], unit["loss"])
-        self._log = Journal(directory / f"{writer()}-{time.time_ns()}.jsonl", header)
+        if not (self._directory / "fingerprint.json").exists():
+            write_json(self._directory / "fingerprint.json", {**self.fields, "calibration": "by row"})
+        self._read(self.root / fingerprint(self.fields), by_number=True)  # as stores were before rows had keys
+        self._read(self._directory, by_number=False)
+
+    @property
+    def _directory(self) -> Path:
+        assert self.root is not None
+        return self.root / self.fingerprint
 
     def get(self, key: str) -> list[float] | None:
         """Loss of every row, NaN where unknown; None if nothing is known."""
@@ -101,32 +120,89 @@ class TrialStore:
         """In how many units the rows of a trial were recorded."""
         return self._units[key]
 
+    def origins(self, keys: Iterable[str], rows: int) -> Counter[str]:
+        """Where the known facts of the first `rows` rows were computed, with their numbers; one "" in 32 or 64 bits."""
+        return Counter(place for key in keys for place in self._origins.get(key, ())[:rows] if place is not None)
+
+    def keep_only(self, keys: Iterable[str], place: str) -> int:
+        """Forget the facts of these trials that were computed elsewhere; return how many. On disk they stay."""
+        forgotten = 0
+        for key in keys:
+            for row, found in enumerate(self._origins.get(key, ())):
+                if found is not None and found != place:
+                    self._facts[key][row], self._origins[key][row] = math.nan, None
+                    forgotten += 1
+        return forgotten
+
+    def computed_by(self, placement: Mapping[str, str]) -> str:
+        """Say where the facts to come are computed (`Scorer.placement`); return its `origin`."""
+        if placement != self._placement:
+            self.close()
+            self._log, self._placement = None, dict(placement)
+            self._environment = environment(**placement)
+            self._origin = self._origin_of(self._environment)
+        return self._origin
+
     def put(self, key: str, start: int, loss: Iterable[float]) -> None:
         """Record rows [start, start + len(loss)) of a trial; on return they are on disk."""
         values = [float(v) for v in loss]
-        self._remember(key, start, values)
-        if self._log is not None:
-            self._log.append({"trial": key, "start": start, "loss": values})
+        self._remember(key, self.rows[start : start + len(values)], values, self._origin)
+        if self.root is None:
+            return
+        if self._log is None:
+            header: dict[str, Any] = {"fingerprint": self.fingerprint, "rows": list(self.rows)}
+            if self._placement:
+                header["environment"] = self._environment
+            self._log = Journal(self._directory / f"{writer()}-{time.time_ns()}.jsonl", header)
+        self._log.append({"trial": key, "start": start, "loss": values})
 
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
 
-    def _remember(self, key: str, start: int, values: list[float]) -> None:
-        row = self._facts.setdefault(key, [math.nan] * self.rows)
-        row[start : start + len(values)] = values
-        self._units[key] += 1
+    def _origin_of(self, facts: Mapping[str, Any]) -> str:
+        return origin(facts) if self.fields.get("dtype") in SIXTEEN_BITS else ""
 
-    def _is_unit(self, entry: Mapping[str, Any]) -> bool:
-        """Whether a line is losses of some of the store's rows."""
-        trial, start, loss = (entry.get(key) for key in ("trial", "start", "loss"))
-        return (
-            isinstance(trial, str)
-            and isinstance(start, int)
-            and isinstance(loss, list)
-            and all(isinstance(value, float) for value in loss)
-            and 0 <= start <= self.rows - len(loss)
-        )
+    def _read(self, directory: Path, by_number: bool) -> None:
+        """Take over the facts of a folder's logs. Of two facts of the same row the later log's is kept."""
+        for path in sorted(directory.glob("*.jsonl"), key=lambda path: (_started(path), path.name)):
+            journal = Journal(path, {"fingerprint": directory.name} | ({"rows": len(self.rows)} if by_number else {}))
+            header = journal.first() or {}
+            rows: Sequence[str] = self.rows if by_number else header.get("rows", ())
+            if not by_number and header.get("fingerprint") == directory.name and self._places.keys().isdisjoint(rows):
+                continue
+            place = self._origin_of(header.get("environment", {}))
+            for unit in journal.read(lambda entry, rows=rows: _is_unit(entry, len(rows)), self.problems):  # type: ignore[misc]
+                start, loss = unit["start"], unit["loss"]
+                self._remember(unit["trial"], rows[start : start + len(loss)], loss, place)
+
+    def _remember(self, key: str, rows: Sequence[str], values: Sequence[float], place: str) -> None:
+        """Keep the values of rows by their keys; a row that stands twice in the set is known at both places."""
+        known = [(at, value) for row, value in zip(rows, values, strict=True) for at in self._places.get(row, ())]
+        if known:
+            facts = self._facts.setdefault(key, [math.nan] * len(self.rows))
+            origins = self._origins.setdefault(key, [None] * len(self.rows))
+            for at, value in known:
+                facts[at], origins[at] = value, place
+            self._units[key] += 1
+
+
+def _started(path: Path) -> int:
+    """When a log was begun, in nanoseconds; 0 for a name that does not tell."""
+    number = path.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def _is_unit(entry: Mapping[str, Any], rows: int) -> bool:
+    """Whether a line is losses of some of a log's rows."""
+    trial, start, loss = (entry.get(key) for key in ("trial", "start", "loss"))
+    return (
+        isinstance(trial, str)
+        and isinstance(start, int)
+        and isinstance(loss, list)
+        and all(isinstance(value, float) for value in loss)
+        and 0 <= start <= rows - len(loss)
+    )
 
 
 def require_rows(rows: int) -> None:

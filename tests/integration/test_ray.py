@@ -110,7 +110,7 @@ class Fake(Logged):
 
     def load(self):
         self._scorer = self
-        return "here", os.getpid()
+        return "here", os.getpid(), {"device": "none"}
 
     def row_batches(self, rows, span):
         return [range(row, row + 1) for row in span]

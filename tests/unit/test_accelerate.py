@@ -42,7 +42,7 @@ class World(FakeScorer):
         return losses
 
     def objective(self, store=None):
-        return Objective(short_rows(ROWS), store or TrialStore({}, ROWS), self)
+        return Objective(short_rows(ROWS), store or TrialStore({}, short_rows(ROWS).row_keys), self)
 
 
 def sequence(world, steps=8, objective=None, **score):
@@ -179,7 +179,7 @@ def test_an_audit_finds_what_lazy_evaluation_missed():
 def test_nothing_that_is_known_is_better_than_the_choice(seed, noise):
     """Candidates enter in several rounds; one that has all rows stays in, whatever its first rows say."""
     world = World(seed, noise=noise)
-    store = TrialStore({}, ROWS)
+    store = TrialStore({}, short_rows(ROWS).row_keys)
     for step in sequence(world, 10, world.objective(store), acceleration="lazy+race", floor=3, audit=2):
         asked = [unit for unit in UNITS if not unit <= step.removed or unit == step.added[step.chosen]]
         base = step.removed - step.added[step.chosen]
@@ -193,7 +193,7 @@ def test_stopped_anywhere_and_run_again(units):
     """A kill in the middle of a race or a lazy round: some rows of some masks are known. Nothing is computed twice."""
     whole, world = World(6), World(6)
     expected = sequence(whole, acceleration="lazy+race", floor=3, audit=3)
-    store = TrialStore({}, ROWS)
+    store = TrialStore({}, short_rows(ROWS).row_keys)
     plain = world.run
 
     def stops(tasks, rows):
@@ -214,7 +214,7 @@ def test_stopped_anywhere_and_run_again(units):
 
 def test_what_a_store_knows_changes_no_decision():
     exact, cold, warm = World(5), World(5), World(5)
-    store = TrialStore({}, ROWS)
+    store = TrialStore({}, short_rows(ROWS).row_keys)
     sequence(exact, objective=exact.objective(store))
     assert sequence(warm, objective=warm.objective(store), acceleration="lazy+race") == sequence(
         cold, acceleration="lazy+race"

@@ -5,7 +5,9 @@ import pytest
 
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
-from blockpruner.inputs.calibration import CalibrationSet, check_context, draw, pack_rows
+from blockpruner.core.settings import Calibration
+from blockpruner.inputs.calibration import CalibrationSet, check_context, draw, draw_rows, pack_rows
+from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
@@ -13,10 +15,65 @@ from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 TEXTS = [f"text number {i}, with some words" for i in range(100)]
 
 
-def test_split_all_is_a_seeded_sample():
-    random.seed(42)  # what transformers.set_seed does to this module
-    assert draw(TEXTS, 5, "all", 42) == random.sample(TEXTS, 5)
-    assert draw(TEXTS, 5, "all", 43) != draw(TEXTS, 5, "all", 42)
+def test_split_all_is_the_beginning_of_one_seeded_permutation():
+    whole = draw(TEXTS, 100, "all", 42)
+    assert sorted(whole) == sorted(TEXTS) != whole
+    assert all(draw(TEXTS, count, "all", 42) == whole[:count] for count in (1, 5, 64))
+    assert draw(TEXTS, 5, "all", 43) != whole[:5]
+    rows = [pack_rows(whole[:count], tiny_tokenizer(), 20, "joined").rows for count in (10, 40)]
+    assert len(rows[0]) > 5 and rows[1][: len(rows[0])] == rows[0], "and so do the rows"
+
+
+def test_response_scoring_gives_the_same_tokens_and_scores_what_ends_in_a_response():
+    """Held against the characters, which the tiny tokenizer keeps: a decoded run of scored tokens is the response."""
+    samples = [
+        ALPACA_WITHOUT_INPUT.format(instruction=f"Say it {i} times", output=f"answer {i} " * 9) for i in range(6)
+    ]
+    tokenizer = tiny_tokenizer()
+    for packing, seq_len in (("joined", 40), ("per_sample", 400)):
+        plain = pack_rows(samples, tokenizer, seq_len, packing)
+        marked = pack_rows(samples, tokenizer, seq_len, packing, "response")
+        unmarked = [tuple(max(token, ~token) for token in row) for row in marked.rows]
+        assert set(unmarked) <= set(plain.rows) and len(plain.rows) == len(unmarked) + marked.dropped
+        scored = tokenizer.decode([token for row in marked.rows for token in row if token >= 0])
+        assert "### " not in scored and "Below" not in scored and "times" not in scored
+        assert "answer 3" in scored and 0 < marked.scored < plain.scored
+    with pytest.raises(InputError, match=r"score: response is for instructions.*'text number 0"):
+        pack_rows(TEXTS[:1], tokenizer, 20, "joined", "response")
+
+
+def test_rows_that_say_too_little_are_dropped_with_their_number():
+    texts = ["word " * 40, "a title", "word " * 10, "another title"]
+    rows = pack_rows(texts, tiny_tokenizer(), 64, "per_sample")
+    lengths = [len(ids) - 1 for ids in tiny_tokenizer()(texts)["input_ids"]]
+    assert rows.dropped == sum(length < 16 for length in lengths) > 0
+    assert [len(row) - 1 for row in rows.rows] == [min(length, 63) for length in lengths if length >= 16]
+
+
+def test_scored_tokens_that_repeat_at_a_place_are_counted():
+    assert CalibrationSet(((1, 5, 6, 7), (2, 5, 6, 8), (3, 5, 9, 6))).repeated == 3 / 9
+    assert CalibrationSet(((1, ~5, 6, 7), (2, ~5, 6, 8), (3, ~5, 6, 9))).repeated == 3 / 6
+    assert CalibrationSet(((1, 5), (2, 5))).repeated == 0, "two rows show nothing"
+
+
+def test_a_template_is_warned_of_and_evaluated_texts_are_not_drawn():
+    samples = [ALPACA_WITHOUT_INPUT.format(instruction="Do it", output=f"an answer {i}") for i in range(20)]
+    notes, settings = [], {"num_samples": 8, "seq_len": 60, "packing": "per_sample", "split": "all", "score": "all"}
+    document = f"A heading\n\n{'A long   PARAGRAPH of a held-out document, ' * 3}\nshort"
+    calibration = ["before\n" + document.replace("   ", " ").lower(), *samples]
+    rows = draw_rows(calibration, tiny_tokenizer(), Calibration(**settings), [document], notes.append)
+    assert "1 of 21 calibration texts are evaluated too" in notes[0] and "% of the scored tokens" in notes[1]
+    assert rows == pack_rows(draw(samples, 8, "all", 42), tiny_tokenizer(), 60, "per_sample")
+
+
+@pytest.mark.parametrize(("given", "score"), [
+    ({}, "all"), ({"split": "all"}, "response"), ({"split": "all", "score": "all"}, "all"),
+    ({"split": "all", "data": {"source": "path", "path": "x.txt"}}, "all"),
+    ({"split": "all", "data": {"source": "path", "path": "x.json", "format": "alpaca"}}, "response"),
+    ({"split": "paper", "data": {"source": "path", "path": "x.json", "format": "alpaca"}}, "all"),
+])  # fmt: skip
+def test_instructions_score_their_responses_but_in_the_paper_s_setting(given, score):
+    assert Calibration(**given).score == score
 
 
 def test_split_paper_is_what_the_public_code_does():
@@ -51,9 +108,9 @@ def test_no_row_says_how_many_samples_would_do():
 
 def test_per_sample_rows_are_scored_without_their_pads():
     """Rows of other lengths in the same batch change nothing: each equals the row alone (full forward, fp64)."""
-    texts = ["a long sentence with many words in it", "short", "of middle length"]
+    texts = ["a long sentence with many words in it", "a short one", "of middle length"]
     rows = pack_rows(texts, tiny_tokenizer(), 24, "per_sample").rows
-    assert [len(row) for row in rows] == [24, 5, 16]
+    assert [len(row) for row in rows] == [24, 11, 16]
     model = tiny_model()
     engine = Engine(model, batch_tokens=1000)
     assert engine.row_batches(rows, range(3)) == [range(3)]

@@ -366,7 +366,7 @@ def test_a_damaged_log_gives_no_other_loss(changes, keep, entry, tmp_path):
     put = {"mha.0": [1.0, 2.0], "mlp.1": [0.25, 1e-9]}
     for path in tmp_path.glob("*/*"):
         path.unlink()
-    store = TrialStore({"model": "m"}, 2, tmp_path)
+    store = TrialStore({"model": "m"}, "ab", tmp_path)
     for key, loss in put.items():
         store.put(key, 0, loss)
     store.close()
@@ -375,7 +375,7 @@ def test_a_damaged_log_gives_no_other_loss(changes, keep, entry, tmp_path):
     valid_but_wrong = content + checksummed(entry if isinstance(entry, dict) else {"trial": entry, "start": 0}).encode()
     for damaged in (flipped(content, changes), content[: len(content) * keep // 101], valid_but_wrong):
         log.write_bytes(damaged)
-        again = TrialStore({"model": "m"}, 2, tmp_path)
+        again = TrialStore({"model": "m"}, "ab", tmp_path)
         assert all(again.get(key) in (None, put[key]) for key in put)
         assert not again.get("text")
         for aside in log.parent.glob("*.bad*"):

@@ -10,7 +10,7 @@ import yaml
 from jsonschema import ValidationError, validate
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Calibration, Evaluate, HubTexts, LocalModel, Recover, Score
+from blockpruner.core.settings import Calibration, Evaluate, HubTexts, LocalModel, Recover, Score, ZeroShot
 from blockpruner.params import NO_RUNS, load_params, load_run, run_schema
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,8 @@ def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
     recover = run.recover
     assert (recover.num_samples, recover.rank, recover.alpha, recover.learning_rate) == (8000, 32, 10, 2e-4)
     assert (recover.batch, recover.accumulation, recover.epochs) == (1, 4, 1)
-    assert (run.calibration, run.evaluate, recover) == (Calibration(), Evaluate(), Recover())
+    evaluate = Evaluate(zero_shot=ZeroShot(bos=False))  # as its lm-eval
+    assert (run.calibration, run.evaluate, recover) == (Calibration(), evaluate, Recover())
 
 
 def test_targets_may_differ_in_recovery_alone(tmp_path, monkeypatch):

@@ -340,7 +340,7 @@ def test_evolution_stops_when_nothing_gets_better():
 def test_contest_gives_rows_to_the_best():
     """32 masks on 1 of 8 rows, the best 8 of them on 2, the best 2 of these on all."""
     table = Table(4, noise=2.0)
-    objective = Objective(short_rows(ROWS), TrialStore({}, ROWS), table)
+    objective = Objective(short_rows(ROWS), TrialStore({}, short_rows(ROWS).row_keys), table)
     masks = table.masks()[:32]
     rows = {mask: table.rows_of(mask) for mask in masks}
     first = sorted(masks, key=lambda mask: rows[mask][0])

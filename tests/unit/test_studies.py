@@ -57,7 +57,7 @@ def world(tmp_path_factory):
         patch.setattr(score, "make_scorer", lambda *args, **kwargs: made.append(1) or make(*args, **kwargs))
         opened = score.open_material(root / "model", model, Runtime(device="cpu"), root / "trials", SilentObserver())
         with opened as material:
-            setting = Setting("tiny", material, tiny_tokenizer, lambda data: TEXTS_OF_WORLD)
+            setting = Setting("tiny", material, tiny_tokenizer, lambda data: TEXTS_OF_WORLD, list)
             search_all(VARIANTS, root / "scores", root / "plans", setting)
             yield SimpleNamespace(root=root, setting=setting, made=made)
 

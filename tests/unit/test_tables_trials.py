@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from blockpruner.checkpoints.verification import write_verified
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, StorageError
 from blockpruner.inputs.texts import TEXTS
-from blockpruner.scoring.objectives import MaskScore
+from blockpruner.scoring.objectives import MaskScore, Objective
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
 from blockpruner.store.files import (
@@ -36,6 +37,7 @@ from blockpruner.store.files import (
 from blockpruner.store.journal import Journal
 from blockpruner.store.plans import load_plan
 from blockpruner.store.trials import TrialStore, store_fields
+from tests.builders import FakeScorer, short_rows
 from tests.tiny import tiny_model
 
 FIELDS = {"calibration": "c", "model": "m", "dtype": "float32", "metric": "perplexity"}
@@ -43,7 +45,7 @@ KEY = "mha.1,mlp.0"
 MASK = parse_mask(KEY)
 
 
-def store(root, rows=4, **changes):
+def store(root, rows="abcd", **changes):
     return TrialStore(store_fields(**FIELDS | changes), rows, root)
 
 
@@ -64,22 +66,81 @@ def test_every_field_of_the_fingerprint_separates_stores_and_there_is_no_other(t
     assert set(fields) == {"calibration", "model", "dtype", "metric", "score_version"}
     store(tmp_path).put(KEY, 0, [1.0] * 4)
     for field in fields:
-        assert TrialStore(fields | {field: "other"}, 4, tmp_path).get(KEY) is None
+        found = TrialStore(fields | {field: "other"}, "abcd", tmp_path).get(KEY)
+        assert found is None if field != "calibration" else found == [1.0] * 4, "rows are known by content"
         assert field == "score_version" or store_fields(**FIELDS | {field: "other"}) != fields
     assert store(tmp_path).get(KEY) == [1.0] * 4
 
 
-def test_logs_of_older_versions_are_read_to_the_byte(tmp_path):
-    """Two lines as they were written before there was a Journal."""
+def test_logs_of_before_rows_had_keys_are_read_by_number(tmp_path):
+    """Two lines as an older version wrote them, in the folder of all fields."""
     folder = tmp_path / "548f58d1c36c715b"
     folder.mkdir()
     (folder / "host-1-2.jsonl").write_text(
         'c5552f15 {"fingerprint":"548f58d1c36c715b","rows":2}\n'
         '9a9bbf27 {"trial":"mha.1","start":0,"loss":[0.1,0.3333333333333333]}\n'
     )
-    found = TrialStore({"model": "m"}, 2, tmp_path)
-    assert found.fingerprint == folder.name and found.problems == []
-    assert found.get("mha.1") == [0.1, 1 / 3]
+    found = TrialStore({"model": "m"}, "ab", tmp_path)
+    assert found.problems == [] and found.get("mha.1") == [0.1, 1 / 3]
+
+
+def test_rows_are_known_by_content_across_calibration_sets(tmp_path):
+    small = store(tmp_path, "ab", calibration="small")
+    small.put(KEY, 0, [1.0, 2.0])
+    large = store(tmp_path, "bcab", calibration="large")
+    assert large.fingerprint == small.fingerprint
+    assert large.unknown(KEY, 0, 4) == [range(1, 2)] and large.get(KEY)[2:] == [1.0, 2.0] and large.get(KEY)[0] == 2.0
+    large.put(KEY, 1, [3.0])
+    assert store(tmp_path, "cb", calibration="other").get(KEY) == [3.0, 2.0]
+    assert store(tmp_path, "xy", calibration="foreign").get(KEY) is None
+
+
+def test_of_two_facts_of_a_row_the_later_log_wins(tmp_path):
+    for number, value in ((10, 1.0), (9, 2.0)):  # by name, the second comes last
+        journal = Journal(tmp_path / store(tmp_path).fingerprint / f"host-1-{number}.jsonl", {
+            "fingerprint": store(tmp_path).fingerprint, "rows": list("abcd")})  # fmt: skip
+        journal.append({"trial": KEY, "start": 0, "loss": [value]})
+        journal.close()
+    assert store(tmp_path).get(KEY)[0] == 1.0
+
+
+class Elsewhere(FakeScorer):
+    """A fake on another machine: every loss is a little larger."""
+
+    def __init__(self, machine, **facts):
+        super().__init__(lambda loss, base, mask, row: 1 + row + machine / 1000)
+        self.facts = {"device": "cpu", "attention": "sdpa", "batch": "8 tokens"} | facts
+
+    def placement(self):
+        return self.facts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("other", [{"attention": "eager"}, {"batch": "16 tokens"}, {"device_name": "H100"}, {}])
+def test_16_bit_facts_of_another_environment_are_said_and_not_mixed(tmp_path, dtype, other, monkeypatch):
+    rows, notes = short_rows(3), []
+    observer = SimpleNamespace(note=notes.append, advance=lambda *step: None)
+    first, second, third = (parse_mask(text) for text in ("mha.0", "mha.1", "mha.2"))
+
+    def ask(machine, masks, **facts):
+        kept = TrialStore(store_fields(rows.digest, "m", dtype, "perplexity"), rows.row_keys, tmp_path)
+        scorer = Elsewhere(machine, **facts)
+        found = [score.row_loss[0] for score in Objective(rows, kept, scorer, observer)(masks)]
+        kept.close()
+        return [round(1000 * (loss - 1)) for loss in found], len(scorer.asked)
+
+    assert ask(1, [first, second]) == ([1, 1], 6)
+    if not other:  # the same kernel of another version
+        versions = {"torch": "9.9.1", "transformers": "5.24.0"}
+        monkeypatch.setattr("blockpruner.store.trials.environment", lambda **facts: versions | facts)
+    assert ask(2, [first, second], **other) == ([1, 1], 0), "what needs no computing is read as it is"
+    mixed = ask(2, [first, third], **other)
+    if dtype == "float32":
+        assert mixed == ([1, 2], 3) and not notes
+        return
+    assert mixed == ([2, 2], 6) and "3 losses in 16 bits were computed elsewhere" in notes[-1]
+    assert ask(3, [first, third], **other) == ([2, 2], 0), "the later facts stand"
+    assert ask(2, [first, second], **other) == ([2, 2], 3), "the stored ones disagree, so one is computed again"
 
 
 # --- the journal --------------------------------------------------------------------------------------------------
@@ -186,15 +247,15 @@ def test_a_table_that_cannot_be_trusted_is_named_and_set_aside(tmp_path, how):
     DAMAGE[how](path)
     with pytest.raises(InputError, match="iteration_000"):
         read_trace(tmp_path, "s")
-    trials = TrialStore(store_fields(**FIELDS), 2)
-    (problem,) = seed_stores(tmp_path, "s", trials, TrialStore({}, 2), influence=False)
+    trials = TrialStore(store_fields(**FIELDS), "ab")
+    (problem,) = seed_stores(tmp_path, "s", trials, TrialStore({}, "ab"), influence=False)
     assert trials.get(KEY) is None and "set aside" in problem
     assert not path.exists() and path.with_name(path.name + ".bad").exists()
 
 
 def test_tables_seed_the_stores_of_the_metric_and_of_the_nll(tmp_path):
     write_iteration(tmp_path / "17blocks", iteration(), "s")
-    trials, nll = TrialStore(store_fields(**FIELDS), 2), TrialStore({}, 2)
+    trials, nll = TrialStore(store_fields(**FIELDS), "ab"), TrialStore({}, "ab")
     assert seed_stores(tmp_path, "s", trials, nll, influence=False) == []
     assert trials.get(KEY) == [1.0, 2.0] and trials.get("mlp.1") == [0.5, 1 / 3]
     assert nll.get("mlp.1") == [7.0, 0.1] and nll.get(KEY) is None
@@ -204,7 +265,7 @@ def test_an_influence_is_of_a_unit_within_a_base(tmp_path):
     scores = (MaskScore(MASK, (1.0, 2.0), 2), MaskScore(MASK | parse_mask("mlp.2"), (), 2))
     added = (parse_mask("mha.1"), parse_mask("mlp.2"))
     write_iteration(tmp_path, Iteration(0, scores, added, 0, nll=(None, None)), "s")
-    trials = TrialStore({}, 2)
+    trials = TrialStore({}, "ab")
     assert seed_stores(tmp_path, "s", trials, trials, influence=True) == []
     assert trials.get("mlp.0|mha.1") == [1.0, 2.0]
     assert trials.get("mlp.0,mha.1|mlp.2") is None and trials.get(KEY) is None

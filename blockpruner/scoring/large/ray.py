@@ -65,10 +65,10 @@ class Replica:
         self._arguments = (checkpoint, dtype, runtime, trust_remote_code)
         self._runtime, self._memory = runtime, memory
 
-    def load(self) -> tuple[str, int]:
-        """Load the model; return host and process. Errors of a constructor would not arrive as themselves."""
+    def load(self) -> tuple[str, int, Mapping[str, str]]:
+        """Load the model; return host, process, placement. Errors of a constructor would not arrive as themselves."""
         self._scorer = local_scorer(*self._arguments, lambda line: None, memory=self._memory)
-        return socket.gethostname(), os.getpid()
+        return socket.gethostname(), os.getpid(), self._scorer.placement()
 
     def row_batches(self, rows: Rows, span: range) -> list[range]:
         return self._scorer.row_batches(rows, span)
@@ -88,6 +88,7 @@ class _Worker:
     """The reference of its loading, or the generator of its piece; None when idle."""
     host: str = ""
     pid: int = 0
+    placement: Mapping[str, str] = field(default_factory=dict)
     piece: list[Task] = field(default_factory=list)
     answers: list[ScoredRows] = field(default_factory=list)
 
@@ -138,6 +139,13 @@ class RayScorer:
             if not answers:
                 list(self._receive(self._next()))  # between runs a worker can only report that it is loaded
         return max(answers, key=len)
+
+    def placement(self) -> dict[str, str]:
+        """That of the workers that are loaded; where they differ, all of their devices and kernels."""
+        while not any(worker.placement for worker in self._workers):
+            list(self._receive(self._next()))
+        found = [worker.placement for worker in self._workers if worker.placement]
+        return {key: " and ".join(sorted({each[key] for each in found})) for key in found[0]}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield values as workers report them.
@@ -230,7 +238,7 @@ class RayScorer:
         result: Any = None
         with self._watch(worker):
             if not worker.pid:
-                worker.host, worker.pid = self._ray.get(worker.job)
+                worker.host, worker.pid, worker.placement = self._ray.get(worker.job)
                 worker.job = None
                 return
             try:
