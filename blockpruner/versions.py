@@ -41,8 +41,8 @@ RECOVERY_VERSION = 2
 EVAL_VERSION = 2
 """Perplexities, task scores and timings. Part of the key of every stored result."""
 
-STUDY_VERSION = 1
+STUDY_VERSION = 2
 """Which searches a study makes, and what it asks of each model."""
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 """Tables, figures and pages made from results."""

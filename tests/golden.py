@@ -633,11 +633,10 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
     "beam": {"method": "beam", "options": {"width": 2}},
     "contiguous": {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
-    "evolution": {"method": "evolution", "options": {"generations": 3, "offspring": 4}},
-    "evolution, race": {
-        "method": "evolution",
-        "options": {"generations": 3, "offspring": 4, "start": "greedy"},
-        "acceleration": "race",
+    "evopress": {
+        "method": "evopress",
+        "metric": "kl",
+        "options": {"generations": 3, "offspring": 4, "initial": 6, "initial_tokens": 20, "tokens": (20, 40)},
     },
     "swap": {"method": "swap", "options": {"tries": 8}},
     "swap, race": {"method": "swap", "options": {"tries": 8}, "acceleration": "race"},

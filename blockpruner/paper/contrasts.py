@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from blockpruner.paper.evidence import Contrast, Entry, Evidence, Pairs, compare
-from blockpruner.paper.experiments import BLOCKPRUNER, SLEB
+from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS
 from blockpruner.reporting import statistics
 from blockpruner.reporting.findings import Finding, Level
 from blockpruner.reporting.formats import listed, slug
@@ -116,7 +116,7 @@ def _metrics(evidence: Evidence) -> Pairs:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    Claim("Removing blocks beats removing layers at about the same ratio", _worse(SLEB, "shortgpt")),
+    Claim("Removing blocks beats removing layers at about the same ratio", _worse(GREEDY_LAYERS, "shortgpt")),
     Claim("MHA blocks are more redundant than MLP blocks", lambda evidence: evidence.shared("mlp-only", "mha-only")),
     Claim("Perplexity is a better metric than BI, RM and JS in the same greedy search", _metrics),
     Claim("Iterative search beats scoring once", _worse("one-shot-perplexity")),

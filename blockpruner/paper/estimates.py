@@ -203,8 +203,9 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
     scored: set[Mask] = set()
     for number, base in enumerate(bases):
         left = {base | unit: unit for unit in units if not unit <= base}
-        if metric.influence:  # all units of a base in one pass
-            trials, work = trials + len(left), work + flops.blocks_of(base)
+        if metric.influence:  # all units of a base in one pass, or in two passes forward and backward (twice forward)
+            once = 6 * flops.full(base) if metric.gradient else flops.blocks_of(base)
+            trials, work = trials + len(left), work + once
             continue
         is_first = number == 0
         new = unknown(

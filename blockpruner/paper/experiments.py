@@ -18,7 +18,7 @@ Kind = Literal["block", "layer", "width"]
 DATA_VARIABLE = "BLOCKPRUNER_DATA"
 """Environment variable: a folder of benchmark data. A study takes WikiText-2 from it, which no package holds."""
 
-BLOCKPRUNER, SLEB = "blockpruner", "greedy-layers-sleb"
+BLOCKPRUNER, GREEDY_LAYERS = "blockpruner", "greedy-layers"
 
 Use = Literal["main", "metric", "curve", "partial", "high", "seeds", "timed", "table6"]
 """A part of a study: the budgets of `Study` by that name, the seeds, the timing of every budget (the paper's open
@@ -61,8 +61,8 @@ METHODS: Mapping[str, PaperMethod] = {
     "one-shot-perplexity": PaperMethod(
         "one-shot perplexity", "block", ("main",), {"method": "one_shot"}, ("one_shot_ppl",)
     ),
-    SLEB: PaperMethod(
-        "greedy layers (SLEB)", "layer", ("main", "high", "seeds"), {"unit": "layer"}, ("layer_greedy_ppl", "layer")
+    GREEDY_LAYERS: PaperMethod(
+        "greedy layers", "layer", ("main", "high", "seeds"), {"unit": "layer"}, ("layer_greedy_ppl", "layer")
     ),
     "blockpruner-by-js": PaperMethod("BlockPruner by JS", "block", ("metric",), {"metric": "js"}, ("js",)),
     "blockpruner-by-bi": PaperMethod("BlockPruner by BI", "block", ("main", "partial"), {"metric": BI}),

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.paper.evidence import MAIN, Entry, Evidence
-from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, SLEB
+from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS, METHODS
 from blockpruner.paper.extra_tables import BALANCE
 from blockpruner.reporting import plots
 from blockpruner.reporting.plots import BLUE, GREY, MARKS, ORANGE, REMOVED, Plot
@@ -166,7 +166,7 @@ MANY_MARKS = [*MARKS, *((colour, shape) for (colour, _), shape in zip(MARKS, SHA
 """MARKS, then again in the other order of shapes: twice as many methods stay apart."""
 
 METRICS = {BLOCKPRUNER: "perplexity", "blockpruner-by-bi": "Block Influence", "blockpruner-by-rm": "relative magnitude"}
-RATIOS = {name: METHODS[name].title for name in (BLOCKPRUNER, "shortgpt", "relative-magnitude", SLEB)}
+RATIOS = {name: METHODS[name].title for name in (BLOCKPRUNER, "shortgpt", "relative-magnitude", GREEDY_LAYERS)}
 
 
 def _timed(evidence: Evidence) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from blockpruner.paper.contrasts import contrast_grid
 from blockpruner.paper.evidence import MAIN, Entry, Evidence, Pairs, Subject
-from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, SLEB
+from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS, METHODS
 from blockpruner.paper.published import Published, read_published
 from blockpruner.paper.studies import DENSE
 from blockpruner.reporting.comparison import BAND
@@ -191,7 +191,7 @@ def _js(evidence: Evidence) -> Pairs:
 
 
 def _high(evidence: Evidence) -> Pairs:
-    pairs = ((evidence.at(BLOCKPRUNER, b["block"]), evidence.at(SLEB, b["layer"])) for b in evidence.high)
+    pairs = ((evidence.at(BLOCKPRUNER, b["block"]), evidence.at(GREEDY_LAYERS, b["layer"])) for b in evidence.high)
     return [(a, b) for a, b in pairs if a is not None and b is not None]
 
 
@@ -254,8 +254,8 @@ TABLES: tuple[PaperTable, ...] = (
         "Table 2. What blocks and iteration are worth",
         "table2_ablation",
         QUALITY,
-        lambda evidence: evidence.main(BLOCKPRUNER, "one-shot-perplexity", SLEB),
-        pairs=lambda evidence: evidence.against("one-shot-perplexity", SLEB),
+        lambda evidence: evidence.main(BLOCKPRUNER, "one-shot-perplexity", GREEDY_LAYERS),
+        pairs=lambda evidence: evidence.against("one-shot-perplexity", GREEDY_LAYERS),
     ),
     PaperTable(
         "table4",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask
@@ -25,8 +25,10 @@ class MaskScore:
 
     mask: Mask
     row_loss: tuple[float, ...]
-    """Of each of the first rows, a mean over its tokens."""
+    """Of each of the first rows, or of the `drawn` ones, a mean over its tokens."""
     rows_total: int
+    drawn: tuple[int, ...] | None = None
+    """The rows that were scored, ascending, where they are not the first ones."""
 
     @property
     def loss(self) -> float:
@@ -95,31 +97,35 @@ class Objective:
     def rows(self) -> int:
         return len(self._calibration.rows)
 
-    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]:
-        """Score masks on the first `rows` rows (None: on all), in the order given; compute what the store lacks.
+    def __call__(
+        self, masks: Sequence[Mask], rows: int | Sequence[int] | None = None, base: Mask = DENSE
+    ) -> list[MaskScore]:
+        """Score masks, in the order given; compute what the store lacks.
 
         Args:
+            rows: how many of the first rows, or which ones, ascending; None is all.
             base: what is removed before an influence is taken; the base itself has no influence, so no rows.
         """
-        rows = self.rows if rows is None else rows
+        wanted = range(self.rows) if rows is None else range(rows) if isinstance(rows, int) else rows
+        end = wanted[-1] + 1 if wanted else 0
         keys = {mask: self._key(mask, base) for mask in masks if not self.metric.influence or mask != base}
         for key in keys.values():
             if key not in self._asked:
                 self._asked.add(key)
                 self.counts.units_reused += self._store.units(key)
                 self.counts.trials_reused += self._store.known(key, 0, self.rows)
-        missing = self._missing(keys, rows)
-        if len(self._store.origins(keys.values(), rows)) > 1 or (missing and self._store.origins(keys.values(), rows)):
-            self._require_one_origin(keys, rows)
-            missing = self._missing(keys, rows)
+        missing = self._missing(keys, wanted)
+        if len(self._store.origins(keys.values(), end)) > 1 or (missing and self._store.origins(keys.values(), end)):
+            self._require_one_origin(keys, end)
+            missing = self._missing(keys, wanted)
         if missing:
             self._compute(missing, base)
-        return [self._score(mask, keys.get(mask), rows) for mask in masks]
+        return [self._score(mask, keys.get(mask), wanted) for mask in masks]
 
-    def _missing(self, keys: Mapping[Mask, str], rows: int) -> dict[range, list[Mask]]:
+    def _missing(self, keys: Mapping[Mask, str], rows: Sequence[int]) -> dict[range, list[Mask]]:
         missing: dict[range, list[Mask]] = {}
         for mask, key in keys.items():
-            for span in self._store.unknown(key, 0, rows):
+            for span in spans(row for row in rows if not self._store.known(key, row, row + 1)):
                 missing.setdefault(span, []).append(mask)
         return missing
 
@@ -138,12 +144,11 @@ class Objective:
     def _key(self, mask: Mask, base: Mask) -> str:
         return trial_key(mask - base, base) if self.metric.influence else trial_key(mask)
 
-    def _score(self, mask: Mask, key: str | None, rows: int) -> MaskScore:
-        if key is None:
-            return MaskScore(mask, (), self.rows)
-        values = self._store.get(key)
-        assert values is not None and self._store.known(key, 0, rows)
-        return MaskScore(mask, tuple(values[:rows]), self.rows)
+    def _score(self, mask: Mask, key: str | None, rows: Sequence[int]) -> MaskScore:
+        values = None if key is None else self._store.get(key)
+        loss = () if values is None else tuple(values[row] for row in rows)
+        assert not any(map(math.isnan, loss))
+        return MaskScore(mask, loss, self.rows, None if list(rows) == list(range(len(rows))) else tuple(rows))
 
     def _compute(self, missing: dict[range, list[Mask]], base: Mask) -> None:
         rows = self._calibration.rows
@@ -170,3 +175,14 @@ class Objective:
             last_done = now
             candidate = format_mask(scored.mask - common or scored.mask) or "dense"
             self._observer.advance(done, total, f"candidate {candidate}")
+
+
+def spans(rows: Iterable[int]) -> list[range]:
+    """The runs of consecutive rows, in order."""
+    found: list[range] = []
+    for row in rows:
+        if found and found[-1].stop == row:
+            found[-1] = range(found[-1].start, row + 1)
+        else:
+            found.append(range(row, row + 1))
+    return found

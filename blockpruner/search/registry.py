@@ -14,7 +14,7 @@ from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.contiguous import contiguous
-from blockpruner.search.evolution import EvolutionOptions, evolution
+from blockpruner.search.evopress import EvoPressOptions, evopress
 from blockpruner.search.given import GivenOptions, given
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.iteration import Iteration
@@ -118,7 +118,7 @@ SEARCHES = Registry(
         Search("one_shot", "one-shot", one_shot, asks="units", scored_steps=lambda steps: range(1)),
         Search("beam", "beam search", beam, BeamOptions, nested=False),
         Search("contiguous", "adjacent layers", contiguous, nested=False, asks="units"),
-        Search("evolution", "evolutionary search", evolution, EvolutionOptions, nested=False, accelerated=True),
+        Search("evopress", "EvoPress", evopress, EvoPressOptions, nested=False),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
         Search(
             "random", "random order", random_order, RandomOptions, asks="nothing", scored_steps=lambda steps: range(0)

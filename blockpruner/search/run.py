@@ -80,7 +80,8 @@ def search(
     if request.metric.key != NLL.key:
         nll = Objective(calibration, stores[NLL.key], scorer, observer)
     found: dict[str, list[Iteration]] = {}
-    for budget, iterations in _Run(request, own, nll, resources, observer).traces(budgets).items():
+    run = _Run(request, own, nll, resources, observer, [len(row) for row in calibration.rows])
+    for budget, iterations in run.traces(budgets).items():
         found[budget] = []
         for iteration in iterations:
             on_iteration(budget, iteration)
@@ -127,16 +128,24 @@ class _Run:
     Args:
         objective: of the metric that the search minimises.
         nll: of perplexity, in which every choice is reported. It is the same objective where that is the metric.
+        row_tokens: of each calibration row.
     """
 
     def __init__(
-        self, request: Request, objective: Objective, nll: Objective, resources: Resources, observer: Observer
+        self,
+        request: Request,
+        objective: Objective,
+        nll: Objective,
+        resources: Resources,
+        observer: Observer,
+        row_tokens: Sequence[int],
     ) -> None:
         self._request = request
         self._objective = objective
         self._nll = nll
         self._resources = resources
         self._observer = observer
+        self._row_tokens = row_tokens
         self._units = units_of(request, resources)
         self._known = 0
 
@@ -200,7 +209,7 @@ class _Run:
 
     def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
         select = accelerate(self._objective, self._request.score)  # what it has learned belongs to one search alone
-        problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources)
+        problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens)
         return self._request.search.run(problem, self._request.options)
 
     def _reported(self, iteration: Iteration, candidates: int | None = None) -> Iteration:
@@ -244,7 +253,7 @@ class _Run:
     def _nll_of(self, iteration: Iteration) -> tuple[MaskScore | None, ...]:
         own = self._objective is self._nll
         wanted = {iteration.removed} | ({DENSE} if iteration.index == 0 else set())
-        found = {score.mask: score for score in iteration.scores if own}
+        found = {score.mask: score for score in iteration.scores if own and score.drawn is None}
         missing = [mask for mask in wanted if mask not in found or not found[mask].is_complete]
         found |= dict(zip(missing, self._nll(missing), strict=True))
         return tuple(found.get(score.mask) for score in iteration.scores)

@@ -1,8 +1,8 @@
 """The masks that a goal allows: how one is drawn, how one becomes another, and in which order they come.
 
 Nothing here is scored. Units that count the same are of one class: all units where the goal counts blocks; MHA blocks
-and MLP blocks where it counts a resource. How many units of each class a mask removes is its composition, and the
-composition alone decides whether the mask meets the goal.
+and MLP blocks where it counts a resource, and in a balanced space. How many units of each class a mask removes is its
+composition, and the composition alone decides whether the mask meets the goal.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Goal
@@ -75,21 +76,26 @@ class Space:
     """All masks over units that meet a goal; where there is none, all that come as near to it as the nearest does.
 
     goal: as given, or moved to the nearest mask.
+
+    Args:
+        balanced: masks remove as many MHA as MLP blocks.
     """
 
-    def __init__(self, units: Sequence[Mask], goal: Goal) -> None:
-        kinds: dict[float, list[Mask]] = {}
+    def __init__(self, units: Sequence[Mask], goal: Goal, balanced: bool = False) -> None:
+        kinds: dict[Any, list[Mask]] = {}
         for unit in units:
-            kinds.setdefault(goal.share(unit), []).append(unit)
+            key = frozenset(block.kind for block in unit) if balanced else goal.share(unit)
+            kinds.setdefault(key, []).append(unit)
         self._kinds = list(kinds.values())
         some = {  # one mask of each composition
             counts: DENSE.union(*(unit for kind, n in zip(self._kinds, counts, strict=True) for unit in kind[:n]))
             for counts in product(*(range(len(kind) + 1) for kind in self._kinds))
-            if any(counts)
+            if any(counts) and (not balanced or len(set(counts)) == 1)
         }
         if not any(map(goal.is_met, some.values())):
             goal = goal.around(nearest(goal, some.values()))
         self.goal = goal
+        self.kinds = len(kinds)
         self._compositions = [counts for counts, mask in some.items() if goal.is_met(mask)]
 
     def draw(self, rng: random.Random) -> Mask:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.core.blocks import DENSE, format_mask, parse_mask
+from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Score
-from blockpruner.scoring.objectives import MaskScore
+from blockpruner.scoring.objectives import MaskScore, spans
 from blockpruner.search.iteration import Iteration
 from blockpruner.store.files import read_json, read_table, set_aside, write_sealed_json, write_table
 from blockpruner.store.provenance import fingerprint
@@ -45,9 +45,9 @@ ITERATION = pa.schema(
 - loss: mean over rows of each row's loss in the search's metric; null where none was asked for.
 - perplexity: exp(mean over rows of each row's mean NLL, nats per token). It is there for the chosen mask and the dense
   model, and for others where it is the metric.
-- rows_used < rows_total: the mask was scored on the first rows only (in a race, or in a generation's first rounds), and
-  no ranking may use it.
-- row_loss, row_nll: the losses of single rows, from which trial stores are seeded.
+- rows_used < rows_total: the mask was scored on some rows only (in a race, or on drawn ones): no ranking may use it.
+- row_loss, row_nll: the losses of single rows, from the first one on, from which trial stores are seeded. In a search
+  that draws rows, row_loss is null at the rows in between that were not drawn.
 - lazy_choice: in an audited iteration, whether this mask had been chosen before all candidates entered; else null.
 """
 
@@ -77,7 +77,7 @@ def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
             "rows_used": [s.rows_used for s in scores],
             "rows_total": [s.rows_total for s in scores],
             "chosen": [i == iteration.chosen for i in range(len(scores))],
-            "row_loss": [list(s.row_loss) for s in scores],
+            "row_loss": [_by_place(s) for s in scores],
             "row_nll": [None if s is None else list(s.row_loss) for s in nll],
             "lazy_choice": [None if iteration.lazy_choice is None else s.mask == iteration.lazy_choice for s in scores],
         },
@@ -102,9 +102,7 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
     if len(chosen) != 1:
         raise InputError(f"{path} has {len(chosen)} chosen rows; exactly one is valid")
     masks = [parse_mask(",".join(row["removed"])) for row in rows]
-    scores = tuple(
-        MaskScore(mask, tuple(row["row_loss"]), row["rows_total"]) for mask, row in zip(masks, rows, strict=True)
-    )
+    scores = tuple(_score(mask, row["row_loss"], row["rows_total"]) for mask, row in zip(masks, rows, strict=True))
     nll = tuple(
         None if row["row_nll"] is None else MaskScore(mask, tuple(row["row_nll"]), row["rows_total"])
         for mask, row in zip(masks, rows, strict=True)
@@ -119,13 +117,26 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
     )
 
 
+def _by_place(score: MaskScore) -> list[float | None]:
+    if score.drawn is None:
+        return list(score.row_loss)
+    found = dict(zip(score.drawn, score.row_loss, strict=True))
+    return [found.get(row) for row in range(score.drawn[-1] + 1)]
+
+
+def _score(mask: Mask, by_place: Sequence[float | None], total: int) -> MaskScore:
+    known = {row: loss for row, loss in enumerate(by_place) if loss is not None}
+    return MaskScore(mask, tuple(known.values()), total, None if len(known) == len(by_place) else tuple(known))
+
+
 def _require_whole(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Refuse losses that are no numbers, or not of as many calibration rows as the table says."""
     for number, row in enumerate(rows):
-        losses = row["row_loss"] + (row["row_nll"] or [])
+        scored = [loss for loss in row["row_loss"] if loss is not None]
+        losses = scored + (row["row_nll"] or [])
         if not all(loss is not None and math.isfinite(loss) for loss in losses):
             raise InputError(f"{path}, row {number}: a loss is no finite number")
-        used, nll = len(row["row_loss"]), len(row["row_nll"] or [])
+        used, nll = len(scored), len(row["row_nll"] or [])
         if used != row["rows_used"] or max(used, nll) > row["rows_total"]:
             raise InputError(
                 f"{path}, row {number}: {used} losses and {nll} NLLs; it says {row['rows_used']} of {row['rows_total']}"
@@ -165,8 +176,9 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
 
 
 def _seed(store: TrialStore, key: str, score: MaskScore) -> None:
-    if score.row_loss and not store.known(key, 0, score.rows_used):
-        store.put(key, 0, score.row_loss)
+    at = dict(zip(score.drawn or range(score.rows_used), score.row_loss, strict=True))
+    for span in spans(row for row in at if not store.known(key, row, row + 1)):
+        store.put(key, span.start, [at[row] for row in span])
 
 
 @dataclass(frozen=True)

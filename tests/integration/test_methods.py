@@ -25,7 +25,7 @@ METHODS = {
     "random": {"method": "random"},
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
     "beam": {"method": "beam", "options": {"width": 2}},
-    "evolution": {"method": "evolution", "metric": "kl", "options": {"generations": 3, "offspring": 4}},
+    "evopress": {"method": "evopress", "metric": "kl", "options": {"generations": 3, "offspring": 4}},
     "swap": {"method": "swap"},
     "contiguous": {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
     "laco": {"method": "laco", "options": {"count": 2}},

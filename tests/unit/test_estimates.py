@@ -83,7 +83,7 @@ MEASURED = json.loads((ROOT / "benchmarks" / "methods.json").read_text())["metho
     [
         ("BlockPruner", {}, "19blocks"),
         ("one-shot perplexity", {"method": "one_shot"}, "25blocks"),
-        ("SLEB", {"unit": "layer"}, "8layers"),
+        ("greedy layers", {"unit": "layer"}, "8layers"),
         ("greedy, MLP only", {"candidates": "mlp"}, "10blocks"),
         ("greedy, MHA only", {"candidates": "mha"}, "15blocks"),
         ("ShortGPT", {"method": "one_shot", "unit": "layer", "metric": "block_influence"}, "8layers"),

@@ -54,7 +54,7 @@ def test_what_each_part_of_a_study_asks_of_a_method():
     for name, budgets, main, timed, raced in (
         ("blockpruner", ("0.2", "0.11", "0.13", "0.12", "0.4", "0.1"), "0.2", True, True),
         ("shortgpt", ("0.3", "0.12"), "0.3", False, True),
-        ("greedy-layers-sleb", ("0.3", "0.5"), "0.3", False, False),
+        ("greedy-layers", ("0.3", "0.5"), "0.3", False, False),
         ("blockpruner-by-js", ("0.11",), None, False, False),
         ("mha-only", ("0.13",), None, True, False),
     ):
@@ -85,7 +85,7 @@ def test_one_factor_is_changed_at_a_time():
 def test_acceleration_is_left_to_the_searches_that_have_steps_to_leave_out():
     found = searches({}, {"acceleration": "lazy+race"})
     assert {name for name, v in found.items() if v.score.acceleration == "lazy+race"} == {
-        "blockpruner", "greedy-layers-sleb",
+        "blockpruner", "greedy-layers",
     }  # fmt: skip
     slow = {name for name, v in found.items() if v.score.acceleration == "none"}
     assert {"shortgpt", "laco", "random", "one-shot-perplexity"} <= slow

@@ -127,7 +127,7 @@ def test_llm_drop_of_one_kind(candidates):
     ("unit", "candidates"), [("layer", "all"), ("block", "all"), ("block", "mha"), ("block", "mlp")]
 )
 def test_greedy_by_perplexity(unit, candidates):
-    """Over layers: SLEB. Over blocks BlockPruner, and of one kind only, as in figure 4."""
+    """Over layers: greedy layers. Over blocks BlockPruner, and of one kind only, as in figure 4."""
     model = lopsided("llama")
     found = Searched(model, unit=unit, candidates=candidates)
     assert found.order == brute_greedy(units_of(unit, candidates), lambda removed, u: nll(model, removed | u))
@@ -386,14 +386,16 @@ OPTIONS = [
       for value in ("3", True, 3.0)),
     ("swap", {"tries": -1}, "tries: -1 is not valid: Input should be greater than or equal to 0"),
     ("swap", {"start": 1}, "start: 1 is not valid: Input should be 'greedy' or 'random'"),
-    ("evolution", {"start": "best"}, "start: 'best' is not valid: Input should be 'greedy' or 'random'"),
-    ("evolution", {"generations": 0}, "generations: 0 is not valid: Input should be greater than or equal to 1"),
-    ("evolution", {"offspring": 0}, "offspring: 0 is not valid: Input should be greater than or equal to 1"),
-    ("evolution", {"patience": -1}, "patience: -1 is not valid: Input should be greater than or equal to 0"),
-    ("evolution", {"survivors": 8}, "survivors: 8 is not valid: Input should be a valid tuple"),
-    ("evolution", {"survivors": [2, 8]}, "survivors: (2, 8) is not valid: no number may be larger than the one before"),
-    ("evolution", {"survivors": [8, 0]}, "survivors.1: 0 is not valid: Input should be greater than or equal to 1"),
-    ("evolution", {"survivors": ["8"]}, "survivors.0: '8' is not valid: Input should be a valid integer"),
+    ("evopress", {"generations": 0}, "generations: 0 is not valid: Input should be greater than or equal to 1"),
+    ("evopress", {"offspring": 0}, "offspring: 0 is not valid: Input should be greater than or equal to 1"),
+    ("evopress", {"survivors": 8}, "survivors: 8 is not valid: Input should be a valid tuple"),
+    *(("evopress", {"survivors": list(value)},
+       f"survivors: {value} is not valid: the last number is 1, and no number is larger than the one before")
+      for value in ((1, 8, 1), (8, 2), ())),
+    ("evopress", {"survivors": [8, 0]}, "survivors.1: 0 is not valid: Input should be greater than or equal to 1"),
+    ("evopress", {"survivors": ["8"]}, "survivors.0: '8' is not valid: Input should be a valid integer"),
+    ("evopress", {"tokens": [9]}, "tokens: (9,) is not valid: give one number for each of survivors"),
+    ("evopress", {"survivors": [1]}, "tokens: (2048, 32768) is not valid: give one number for each of survivors"),
     ("greedy", {"per": "time"}, "per: 'time' is not valid: Input should be 'none', 'parameters', 'kv' or 'latency'"),
     ("given", {"order": "mha.0"}, "order: 'mha.0' is not valid: Input should be a valid tuple"),
     ("laco", {"variant": "mine"}, "variant: 'mine' is not valid: Input should be 'repo' or 'paper'"),
@@ -407,7 +409,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        ({"method": "gredy"}, "score.method 'gredy' is unknown; valid: beam, contiguous, evolution, given, greedy, "),
+        ({"method": "gredy"}, "score.method 'gredy' is unknown; valid: beam, contiguous, evopress, given, greedy, "),
         ({"method": "mask"}, "score.method 'mask' is unknown; valid: beam, "),
         ({"metric": "ppl"}, "score.metric 'ppl' is unknown; valid: perplexity, "),
         ({"method": "random", "metric": "kl"},
@@ -416,7 +418,7 @@ OPTIONS = [
         *(({"method": method, "metric": metric},
            f"score.metric {metric} is of single units, and method: {method} compares whole masks; choose a metric of "
            "masks (perplexity, answer_likelihood, kl, js), or one of the methods contiguous, greedy, one_shot")
-          for method in ("beam", "evolution", "swap") for metric in INFLUENCES),
+          for method in ("beam", "evopress", "swap") for metric in INFLUENCES),
         *(({"method": method, "metric": metric, "acceleration": acceleration},
            f"score.acceleration {acceleration} does not fit method: {method} with metric: {metric}: there is nothing "
            "to leave out; set acceleration: none")
@@ -426,7 +428,7 @@ OPTIONS = [
               ("one_shot", "perplexity", "lazy+race"),
               ("beam", "perplexity", "race"),
               ("random", "perplexity", "lazy"),
-              ("evolution", "perplexity", "race"),  # its start is random
+              ("evopress", "perplexity", "race"),
           )),
         *((change | {"options": {"per": "kv"}},
            "score.options.per kv prices the rise of a loss of every candidate; set metric to one of perplexity, "

@@ -203,7 +203,7 @@ def subject(folder, run) -> Subject:
 def llama(tmp_path_factory, run) -> Subject:
     """A small study of a model that the paper has, at its ratios."""
     changed = {
-        "methods": ("blockpruner", "slicegpt", "relative-magnitude", "shortgpt", "greedy-layers-sleb"), "seeds": (),
+        "methods": ("blockpruner", "slicegpt", "relative-magnitude", "shortgpt", "greedy-layers"), "seeds": (),
         "calibrations": {},
         "main": run.study.main.model_copy(update={"block": "0.22", "layer": "0.21", "width": "0.21"}),
     }  # fmt: skip

@@ -830,7 +830,7 @@ def test_the_page_of_several_methods_is_sound(several: Path, tmp_path: Path) -> 
         ("given", {"options": {"order": ("mha.1,mlp.1", "mha.2,mlp.2", "mha.0,mlp.0")}}, "whole layers"),
         ("beam", {"candidates": "mha"}, "MHA blocks"),
         ("contiguous", {"unit": "layer", "metric": "angular_distance"}, "whole layers"),
-        ("evolution", {"options": {"generations": 3, "offspring": 4, "survivors": (2,)}}, "blocks"),
+        ("evopress", {"options": {"generations": 3, "offspring": 4, "tokens": (3, 5)}}, "blocks"),
         ("swap", {"options": {"tries": 4}}, "blocks"),
     ],
 )

@@ -1,5 +1,6 @@
 """What a scored run reuses and what it computes: every input of the fingerprints, and budgets out of reach."""
 
+import math
 import os
 import shutil
 import socket
@@ -7,7 +8,7 @@ import threading
 
 import pytest
 
-from blockpruner.core.blocks import format_mask
+from blockpruner.core.blocks import DENSE, format_mask
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
@@ -15,7 +16,7 @@ from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Job
 from blockpruner.methods.registry import require_budgets
-from blockpruner.search.trace import Current
+from blockpruner.search.trace import Current, read_trace, trace_directory
 from blockpruner.store.files import write_json
 from tests.builders import FakeScorer, material_of, scored, short_rows, small_config
 from tests.tiny import tiny_model
@@ -81,6 +82,29 @@ def test_an_accelerated_search_is_one_of_its_own_and_its_tables_seed_a_store(tmp
     assert (again.units_computed, again.trials_computed) == (0, 0)
 
 
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_tables_of_drawn_rows_seed_a_store(tmp_path, metric):
+    """EvoPress scores masks on rows from anywhere in the set; its tables know which."""
+    rows, options = short_rows(8), {"initial": 4, "offspring": 3, "initial_tokens": 5, "tokens": (5, 9)}
+
+    def loss(metric, base, mask, row):
+        return sum(map(ord, format_mask(mask))) / 1000 + math.sin(row + len(mask))
+
+    def search():
+        arguments = (tmp_path, FakeScorer(loss), small_config(5), ["4blocks"], rows)
+        found = scored(*arguments, method="evopress", metric=metric, unit="layer", options=options)
+        return found, read_trace(trace_directory(tmp_path / "scores", found.current, "4blocks"), found.current.search)
+
+    first, shown = search()
+    scores = [score for step in shown for score in step.scores if score.drawn]
+    assert len({score.drawn for score in scores}) > 2
+    for score in scores:
+        assert score.row_loss == tuple(loss(metric, DENSE, score.mask, row) for row in score.drawn)
+    shutil.rmtree(tmp_path / "trials")
+    again, same = search()
+    assert first.rows_computed and not again.rows_computed and same == shown
+
+
 @pytest.mark.parametrize("version", ["store.trials.SCORE_VERSION", "search.trace.SEARCH_VERSION"])
 def test_versions_separate(tmp_path, monkeypatch, version):
     first = run(tmp_path)
@@ -100,7 +124,6 @@ OLD_SEARCHES = [
     ({"method": "random"}, "9ee14989a7f364e2"),
     ({"method": "given", "options": {"order": ["mha.2", "mlp.1,mha.0"]}}, "4014b6617ed1c507"),
     ({"method": "beam", "options": {"width": 2}}, "bb1331a705cb64f7"),
-    ({"method": "evolution", "metric": "kl"}, "c71454860564ede9"),
     ({"method": "swap", "options": {"tries": 8}}, "bec39bb2da8cffe4"),
     ({"method": "laco", "options": {"count": 2}}, "db582b075da3429f"),
     ({"method": "slicegpt"}, "430622403f775d10"),

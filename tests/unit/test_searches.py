@@ -1,4 +1,4 @@
-"""Beam, evolution and swap against brute force over all masks of small models, with losses from a table."""
+"""Beam, EvoPress and swap against brute force over all masks of small models, with losses from a table."""
 
 import math
 import random
@@ -14,21 +14,20 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
-from blockpruner.scoring.objectives import Objective
-from blockpruner.search.evolution import contest, vary
+from blockpruner.scoring.objectives import MaskScore
+from blockpruner.search.evopress import EvoPressOptions, evopress, vary
 from blockpruner.search.problem import Problem
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.space import Space, unit_order
 from blockpruner.search.swap import by_prediction, cheapest
-from blockpruner.store.trials import TrialStore
 from tests.builders import FakeScorer, searched, short_rows
 from tests.tiny import full_nll, tiny_model
 
 ROWS = 8
 SIZES = pytest.mark.parametrize("size", [1.0, 2.016, 3.0])
 """Of an MLP block, an MHA block being 1: any two alike, Llama-2, SmolLM2."""
-NOT_NESTED = pytest.mark.parametrize("method", ["beam", "evolution", "swap"])
-START = {"beam": {}, "evolution": {"start": "greedy"}, "swap": {"start": "greedy"}}
+NOT_NESTED = pytest.mark.parametrize("method", ["beam", "swap"])
+START = {"beam": {}, "swap": {"start": "greedy"}}
 """Options with which a search begins as greedy does."""
 
 
@@ -82,10 +81,12 @@ class Table(FakeScorer):
         trace = searched(self, short_rows(ROWS), [budget], self.resources, **score).of(budget)
         asked = {(mask, row) for _, _, mask, row in self.asked}
         assert len(self.asked) == len(asked)
-        assert asked == {(score.mask, row) for step in trace for score in step.scores for row in range(score.rows_used)}
+        shown = [score for step in trace for score in step.scores]
+        shown += [score for step in trace for score in step.nll if score is not None]
+        assert asked == {(score.mask, row) for score in shown for row in score.drawn or range(score.rows_used)}
         assert [step.index for step in trace] == list(range(len(trace)))
         assert trace[0].scores[0].mask == DENSE and trace[0].added[0] is None
-        assert all(step.scores[step.chosen].is_complete for step in trace)
+        assert method == "evopress" or all(step.scores[step.chosen].is_complete for step in trace)
         for step in trace:
             assert len({score.mask for score in step.scores}) == len(step.scores) == len(step.added)
         return trace
@@ -292,62 +293,114 @@ def test_space_draws_every_mask_alike(size):
     assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in drawn.values())
 
 
+def balanced(units):
+    """How many units a mask removes of each kind, for units of single blocks."""
+    return Counter(block.kind for unit in units for block in unit)
+
+
 @SIZES
-def test_variants_stay_within_the_goal(size):
-    """And every mask of the space comes up in the end, those of other numbers of MHA and MLP blocks too."""
+def test_variants_exchange_within_a_kind(size):
+    """And every mask of the balanced space comes up in the end."""
     table, chance = Table(0, layers=3, size=size), random.Random(2)
-    allowed = set(table.within(0.4))
-    space, mask, seen = Space(table.units, table.goal("0.4")), min(allowed, key=table.rank), set()
-    for _ in range(4000):
+    allowed = {m for m in table.masks() if balanced([m]) == {"mha": 1, "mlp": 1}}
+    space = Space(table.units, table.goal(f"{(1000 + 1000 * size) / table.counts.total:.6f}"), balanced=True)
+    mask, seen = space.draw(chance), set()
+    for _ in range(500):
         mask = vary(mask, space, chance)
         seen.add(mask)
     assert seen == allowed
 
 
-@pytest.mark.parametrize("start", ["greedy", "random"])
+class Round:
+    """What EvoPress asked for at once."""
+
+    def __init__(self, masks, rows, losses):
+        self.masks, self.rows, self.losses = list(masks), list(rows), losses
+
+    def best(self, count):
+        return sorted(self.masks, key=lambda mask: self.losses[mask])[:count]
+
+
+def rounds_of(table, budget, row_tokens, **options):
+    """The rounds of a search, and what each iteration chose."""
+    rounds = []
+
+    def ask(masks, rows):
+        found = [MaskScore(mask, tuple(table.rows_of(mask)[row] for row in rows), ROWS) for mask in masks]
+        rounds.append(Round(masks, rows, {score.mask: score.loss for score in found}))
+        return found
+
+    problem = Problem(table.units, ask, None, len(row_tokens), table.goal(budget), row_tokens=row_tokens)
+    chosen = [step.removed for step in evopress(problem, EvoPressOptions(**options))]
+    return [each for each in rounds if len(each.masks) > 1], chosen
+
+
+def test_evopress_goes_round_by_round_as_its_code_does():
+    """64 random masks; then 32 variants on fresh rows, and the best two and the parent on others."""
+    table = Table(1, layers=10, noise=1.0)
+    row_tokens = [10, 20, 30, 40, 10, 20, 30, 40]
+    (first, *rounds), chosen = rounds_of(
+        table, "8blocks", row_tokens, initial_tokens=35, tokens=(35, 110), seed=3, generations=12
+    )
+    assert len(first.masks) == len(set(first.masks)) == 64 and chosen[0] == first.best(1)[0]
+    assert len(chosen) == 1 + 12 and len(rounds) == 2 * 12
+    for parent, after, few, more in zip(chosen[:-1], chosen[1:], rounds[::2], rounds[1::2], strict=True):
+        assert len(set(few.masks) - {parent}) == 32
+        for mask in few.masks:
+            swapped = balanced([mask - parent])
+            assert 1 <= swapped.total() <= 3 and swapped == balanced([parent - mask])
+        assert more.masks == [*few.best(2), parent]
+        assert after == more.best(1)[0]
+    for each, tokens in [(first, 35), *((few, 35) for few in rounds[::2]), *((more, 110) for more in rounds[1::2])]:
+        drawn = [row_tokens[row] for row in each.rows]
+        assert sorted(set(each.rows)) == each.rows and tokens <= sum(drawn) < tokens + max(row_tokens)
+        assert all(balanced([mask]) == {"mha": 4, "mlp": 4} for mask in each.masks)
+    assert len({tuple(few.rows) for few in rounds[::2]}) > 4
+    swaps = Counter(len(mask - parent) for parent, few in zip(chosen, rounds[::2], strict=False) for mask in few.masks)
+    shares = [swaps[n] / swaps.total() for n in (1, 2, 3)]  # min(a, b) is 1, 2, 3 in 5, 3, 1 of 9 draws
+    assert shares == pytest.approx([5 / 9, 3 / 9, 1 / 9], abs=0.12)
+
+
+def test_evopress_takes_all_rows_where_a_minibatch_has_as_many_tokens():
+    table = Table(2, layers=6)
+    rounds, _ = rounds_of(table, "4blocks", [300] * ROWS, generations=2)
+    assert [len(each.rows) for each in rounds] == [7, 7, 8, 7, 8]  # 2,048 tokens are 7 rows of 300
+
+
+@pytest.mark.parametrize(("layers", "budget", "removed", "generations"), [(4, "4blocks", 2, 2), (10, "6blocks", 3, 14)])
+def test_evopress_goes_on_for_as_many_generations_as_its_script(layers, budget, removed, generations):
+    """k (n - k) / 1.5: 160 for 12 of 32 layers."""
+    assert int(removed * (layers - removed) / 1.5) == generations
+    assert len(Table(0, layers=layers).search("evopress", budget)) == 1 + generations
+
+
 @SIZES
-def test_evolution_is_deterministic_and_finds_the_best_mask(size, start):
-    table = Table(5, size=size)
-    for budget in ratios(7, 2):
-        options = {"start": start, "generations": 80, "offspring": 12, "survivors": (6, 3), "patience": 0}
-        trace = table.search("evolution", budget, **options)
-        _, first = table.greedy(float(budget))
-        centre = table.counts.ratio(first) if start == "greedy" else float(budget)
-        allowed = table.within(centre)
-        own = [step for step in trace if step.added[step.chosen] is None]
-        assert {score.mask for step in own for score in step.scores} - {DENSE} <= set(allowed)
-        losses = [table.loss(step.removed) for step in own]
-        assert losses == sorted(losses, reverse=True)
-        assert start == "random" or losses[0] <= table.loss(first)
-        assert trace[-1].removed == min(allowed, key=table.rank)
-        offered = [s.mask for step in own for s in step.scores[bool(step.index) :] if s.is_complete]
-        assert len(offered) == len(set(offered))  # what is no better than the parent is not offered again
-        assert table.search("evolution", budget, **options) == trace
-    draws = [table.search("evolution", "0.4", offspring=4, survivors=(), seed=seed)[0] for seed in range(3)]
+def test_evopress_is_deterministic_and_finds_the_best_balanced_mask(size):
+    table = Table(5, layers=5, size=size)
+    pairs = [m for m in table.masks() if balanced([m])["mha"] == balanced([m])["mlp"] == 2]
+    budget = f"{table.counts.ratio(pairs[0]) + 0.01:.6f}"  # the nearest number of pairs
+    trace = table.search("evopress", budget, generations=30)
+    assert trace[-1].removed == min(pairs, key=table.rank)
+    assert {score.mask for step in trace for score in step.scores} <= {DENSE, *pairs}
+    assert table.search("evopress", budget, generations=30) == trace
+    draws = [table.search("evopress", "4blocks", initial=4, seed=seed)[0] for seed in range(3)]
     assert draws[0] != draws[1] != draws[2]
 
 
-def test_evolution_stops_when_nothing_gets_better():
-    table = Table(2, layers=10)
-    trace = table.search("evolution", "6blocks", patience=3, generations=500, offspring=4, survivors=())
-    removed = [step.removed for step in trace]
-    idle = [before == after for before, after in pairwise(removed)]
-    assert len(trace) < 501 and idle[-3:] == [True] * 3
-    assert not any(all(idle[i : i + 3]) for i in range(len(idle) - 3))
-    assert len(table.search("evolution", "6blocks", patience=0, generations=9, offspring=4, survivors=())) == 1 + 9
+def test_evopress_over_one_kind_and_over_layers():
+    table = Table(3, layers=6)
+    mha = [frozenset(m) for m in combinations([b for b in all_blocks(6) if b.kind == "mha"], 2)]
+    assert table.search("evopress", "0.333333kv", generations=30)[-1].removed == min(mha, key=table.rank)
+    layers = [DENSE.union(*m) for m in combinations(removable_units(6, "layer", "all"), 3)]
+    answer = table.search("evopress", "3layers", unit="layer", generations=60)[-1].removed
+    assert answer == min(layers, key=table.rank)
 
 
-def test_contest_gives_rows_to_the_best():
-    """32 masks on 1 of 8 rows, the best 8 of them on 2, the best 2 of these on all."""
-    table = Table(4, noise=2.0)
-    objective = Objective(short_rows(ROWS), TrialStore({}, short_rows(ROWS).row_keys), table)
-    masks = table.masks()[:32]
-    rows = {mask: table.rows_of(mask) for mask in masks}
-    first = sorted(masks, key=lambda mask: rows[mask][0])
-    second = sorted(first[:8], key=lambda mask: sum(rows[mask][:2]))
-    wanted = dict.fromkeys(masks, 1) | dict.fromkeys(first[:8], 2) | dict.fromkeys(second[:2], ROWS)
-    problem = Problem(table.units, objective, None, ROWS)
-    assert {score.mask: score.rows_used for score in contest(problem, masks, (8, 2))} == wanted
+def test_evopress_refuses_a_number_of_blocks_that_kinds_cannot_share():
+    table = Table(0)
+    with pytest.raises(InputError, match=r"'3blocks': .* as many MHA as MLP blocks; the nearest budget is 4blocks$"):
+        table.search("evopress", "3blocks")
+    assert table.asked == []
 
 
 @NOT_NESTED
@@ -385,13 +438,12 @@ def test_a_goal_that_no_mask_meets(method):
     assert format_mask(table.search(method, budget, **options)[-1].removed) == "mlp.0"
 
 
-@pytest.mark.parametrize(("method", "options"), [("swap", {"tries": 8}), ("evolution", {})])
-def test_an_accelerated_start(method, options):
+def test_an_accelerated_start():
     """Races and lazy steps are greedy's; what they left out is not missed, and nothing is computed twice."""
     table = Table(6, layers=10, interaction=0.1, noise=0.05)
-    trace = table.search(method, "0.3", "lazy+race", start="greedy", **options)
+    trace = table.search("swap", "0.3", "lazy+race", tries=8)
     asked = len(table.asked)
-    exact = table.search(method, "0.3", start="greedy", **options)
+    exact = table.search("swap", "0.3", tries=8)
     assert trace[-1].removed == exact[-1].removed
     assert asked < len(table.asked)
 
@@ -423,13 +475,12 @@ def test_whole_layers():
     table = Table(3, layers=6)
     best = min((DENSE.union(*m) for m in combinations(removable_units(6, "layer", "all"), 3)), key=table.rank)
     assert table.search("beam", "3layers", unit="layer", width=99)[-1].removed == best
-    assert table.search("evolution", "3layers", unit="layer", survivors=())[-1].removed == best
     assert len(table.search("swap", "6blocks", unit="layer")[-1].removed) == 6
 
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("beam", {"width": 50}), ("evolution", {"offspring": 16, "survivors": (8,)}), ("swap", {"tries": 0})],
+    [("beam", {"width": 50}), ("swap", {"tries": 0})],
 )
 def test_on_a_model_against_full_forwards(method, options):
     """By ratio and by blocks, with the exact engine."""
