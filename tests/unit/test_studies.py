@@ -21,7 +21,7 @@ from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_stu
 from blockpruner.paper.experiments import Variant
 from blockpruner.paper.studies import SearchRecord, Setting, load_plans, model_facts, model_name, search_all
 from blockpruner.search.trace import Current
-from blockpruner.store.files import write_json
+from blockpruner.store.files import read_json, write_json
 from tests.builders import small_config
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
@@ -183,7 +183,7 @@ def test_evaluation_of_a_study(world, monkeypatch):
         return files(world.root / "results") | files(world.root / "speed")
 
     first = evaluate()
-    models = json.loads((world.root / "results" / "models.json").read_text())
+    models = read_json(world.root / "results" / "models.json")
     assert list(models) == ["dense", *unique(wanted)]
     items = pq.read_table(world.root / "results" / "items.parquet").to_pylist()
     for name, model in models.items():
