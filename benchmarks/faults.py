@@ -152,7 +152,7 @@ def content(project: Path, stage: str) -> dict[str, Any]:
 
 def timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: timeless(each) for key, each in value.items() if key not in ("speed", "date")}
+        return {key: timeless(each) for key, each in value.items() if key not in ("speed", "date", "made")}
     return value
 
 

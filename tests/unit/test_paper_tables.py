@@ -40,7 +40,7 @@ from blockpruner.reporting.grids import Column, Grid, Number, escape_latex, to_c
 from blockpruner.reporting.pages import to_markdown
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.statistics import Interval
-from blockpruner.store.files import write_json, write_table
+from blockpruner.store.files import read_json, write_json, write_table
 from blockpruner.store.plans import load_plan, save_plan
 from tests.builders import speed_facts
 
@@ -483,7 +483,7 @@ def test_the_report_has_all_files_and_loads_nothing(written, subject):
         ),
         (
             "plans/blockpruner/0.10.json",
-            lambda path: path.write_text(re.sub(r'("removed": \[\s*)"[^"]*",\s*', r"\1", path.read_text())),
+            lambda path: write_json(path, read_json(path) | {"removed": read_json(path)["removed"][1:]}),
             "of other plans",
         ),
         ("results/items.parquet", lambda path: write_table(path, pq.read_table(path).slice(1)), "different items of"),

@@ -208,8 +208,27 @@ def results(path: Path, world: World, position: int, heldout: float, pruned: tup
     perplexity = {"perplexity": 20 * math.exp(heldout), "nll": math.log(20) + heldout, "rows": 6, "tokens": 6144,
                   "seq_len": 1024}  # fmt: skip
     write_json(path / "results.json", {"parameters": parameters, "weight_bytes": 4 * parameters, "speed": speed,
-               "perplexity": perplexity, "tasks": tasks, "average": average, "chance": CHANCE})  # fmt: skip
+               "perplexity": perplexity, "tasks": tasks, "average": average, "chance": CHANCE,
+               "made": {"piqa": MADE, "old": {}, "perplexity": MADE if pruned else MADE | ELSEWHERE}})  # fmt: skip
     pq.write_table(pa.Table.from_pylist(items, ITEMS), path / "items.parquet")
+
+
+MADE = {
+    "when": "2025-03-01T10:00:00Z", "commit": "c0ffee" * 6 + "c0ff+", "torch": "2.9.9", "transformers": "5.99.0",
+    "processor": "3 x Old CPU", "device": "cpu", "device_name": "cpu", "attention": "eager",
+}  # fmt: skip
+ELSEWHERE = {"when": "2025-04-02T10:00:00Z", "device": "cuda", "device_name": "Some Card", "attention": "sdpa"}
+
+
+def test_a_page_names_where_and_when_its_numbers_were_made(report: Path) -> None:
+    """Once for each place, and never the machine that writes the page."""
+    line = (report / "report.md").read_text().rstrip().rpartition("\n")[2]
+    software = "with torch 2.9.9 and transformers 5.99.0 at commit c0ffeec0ffee+"
+    assert line == (
+        f"Results were computed: 5 on 3 x Old CPU, attention eager, {software}, 2025-03-01; "
+        f"1 on Some Card (3 x Old CPU), attention sdpa, {software}, 2025-04-02."
+    )
+    assert line in (report / "index.html").read_text()
 
 
 def _speed(factor: float, parameters: int, kibibytes: int) -> dict[str, Any]:
@@ -302,7 +321,7 @@ def test_report_is_complete_and_its_tables_hold_the_inputs(report: Path) -> None
         assert f"{result['parameters'] / 1e6:.1f} M" in page
     plan = _json(data / "plans" / "tiny-b" / "plan.json")
     for text in (f"{100 * plan['ratio']:.1f} %", f"{plan['blocks']['mha']} MHA + {plan['blocks']['mlp']} MLP", "1.05×",
-                 "1.12×", "896.0 (1.12×)", "computed 123 trials", "reused 45", "4 rows, 512 tokens", "python ", "± 7",
+                 "1.12×", "896.0 (1.12×)", "computed 123 trials", "reused 45", "4 rows, 512 tokens", "± 7",
                  "standard error is about 7 points"):  # fmt: skip
         assert text in page
 

@@ -20,7 +20,7 @@ from blockpruner.evaluation import suite, zero_shot
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_
-from blockpruner.store.files import write_table
+from blockpruner.store.files import read_json, write_table
 from blockpruner.store.provenance import file_sha256
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
@@ -97,7 +97,7 @@ def test_results(world):
     assert [step for step in world.observer.steps if step[0] == "perplexity"] == [
         ("perplexity", i, 3, "rows") for i in (1, 2, 3)
     ]
-    assert json.loads((world.root / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert read_json(world.root / "out" / "results.json") == json.loads(json.dumps(results))
     ids = tiny_tokenizer()(f"{TEXT}\n\n{TEXT}")["input_ids"]
     dense = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     with masked(dense, MASK) as model:
@@ -126,12 +126,16 @@ def test_results(world):
     for task in TASKS:
         rows = [row for row in items.to_pylist() if row["task"] == task]
         assert sum(row[scores[task]["metric"]] for row in rows) / len(rows) == pytest.approx(scores[task]["value"])
+    assert list(results["made"]) == PHASES
+    for made in results["made"].values():
+        assert made["torch"] == torch.__version__ and (made["device"], made["attention"]) == ("cpu", "sdpa")
     harness = json.loads((world.root / "out" / "lm_eval.json").read_text())
     assert list(harness["results"]) == list(harness["versions"]) == list(TASKS)
 
 
 def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch):
     monkeypatch.setattr(suite, "load_model", no_model)
+    monkeypatch.setattr("blockpruner.store.provenance.version", lambda package: "of another machine")
     before = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
     shutil.rmtree(place / "out")
     observer = Recorder()
