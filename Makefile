@@ -1,24 +1,58 @@
 # `make demo`: set up, then run the whole pipeline on a real model. `make test`: set up, then all checks and tests.
 # `make serve`: the Prefect UI, to start and watch all of it. `make test-ui`: the same, driven by a browser.
+# `make constraints`: renew the pins that setup installs. `make test-floors`, `make test-newest`: other versions.
 # `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SLOW_VENV := .venv-slow
+LOCK := .venv-lock
+TORCH := torch==2.13.0
+UV := uv==0.13.9
 # Quiet and offline: nothing here reports home or asks a hub unless a run file names one.
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup demo serve check test test-slow test-ui schema golden clean
+.PHONY: setup constraints demo serve check test test-floors test-newest test-slow test-ui schema golden clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml
+# constraints.txt pins every package by SHA-256, and pip takes nothing else. torch is pinned by version only: its CPU and
+# its CUDA build have one version and other hashes, and the index decides which one it is. The CUDA build brings libraries
+# of NVIDIA, which it pins itself. Our own package is built by the pinned setuptools.
+$(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dag,dev,ray]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check --disable-pip-version-check
 	touch $@
+
+# Renew constraints.txt: the newest versions that pyproject.toml allows, for every system and Python from 3.11 on. Say
+# TORCH=torch==X.Y.Z here and above for another torch. UPGRADE= (empty) keeps what still fits and adds what is missing.
+UPGRADE ?= --upgrade
+constraints: $(LOCK)/bin/uv
+	echo "torch ; sys_platform == 'never'" > $(LOCK)/without-torch.txt
+	echo sympy | $(LOCK)/bin/uv pip compile pyproject.toml - --extra dag --extra dev --extra ray --universal \
+		--python-version 3.11 --generate-hashes --no-annotate --override $(LOCK)/without-torch.txt \
+		--no-emit-package torch --custom-compile-command "make constraints" $(UPGRADE) --quiet --output-file constraints.txt
+
+$(LOCK)/bin/uv:
+	$(PYTHON) -m venv $(LOCK)
+	$(LOCK)/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
+
+# The lowest and the newest versions that pyproject.toml allows, each in an environment of its own, with a core of the
+# tests: numbers, families, scores, searches, stores. UV_TORCH_BACKEND=cpu takes torch's CPU build.
+CORE := tests/test_golden.py tests/contract tests/unit/test_engine.py tests/unit/test_searches.py tests/unit/test_suite.py \
+	tests/unit/test_zero_shot.py tests/unit/test_recovery.py tests/unit/test_tables_trials.py tests/unit/test_damage.py
+test-floors: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-floors test-newest: test-%: $(LOCK)/bin/uv
+	$(LOCK)/bin/uv venv --quiet --clear --python $(PYTHON) $(VENV)-$*
+	$(LOCK)/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) --editable '.[dag,dev,ray]'
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n 2 --dist loadfile $(CORE)
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
@@ -66,4 +100,4 @@ golden: setup
 	$(BIN)/python -m tests.golden --write
 
 clean:
-	rm -rf $(VENV) $(SLOW_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(LOCK) $(SLOW_VENV) build dist *.egg-info
