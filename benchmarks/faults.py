@@ -8,6 +8,10 @@ runs the stage again as a flow does, and compares its outputs with the undisturb
 data/benchmarks/faults/<digest of the code>, and a cell that was good is skipped. Prints a Markdown table; exits with 1
 if a cell is not good.
 
+Cells named "every write" break a stage before each of its writes in turn, by a kill or by a cut of power
+(`tests.power`). They run the stage in forks of this process, which has loaded what stages load, and keep each write's
+result, too.
+
 Signals go to the flow (`flows.prune` with a Prefect server), to its dvc or to its stage, at the stage's middle write.
 A stage stops there, between a file's content and its name, until the signal has had its effect. The cells of disks
 mount small file systems in a namespace of their own; for that they need root.
@@ -18,21 +22,28 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import stages
+from blockpruner.checkpoints import verification
 from blockpruner.store.files import read_json, write_json
+from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import file_sha256, fingerprint
 from tests.integration.project import environment, make_project, set_targets
 from tests.ports import free_port
+from tests.power import MODES, forked
 from tests.processes import processes_in
 
 CODE = [path for folder in ("blockpruner", "stages", "flows") for path in Path(folder).rglob("*.py")]
@@ -211,6 +222,118 @@ def last_word(said: str) -> str:
     own = [line for line in lines if OURS.search(line)]
     telling = own[:1] or [line for line in lines if re.search(r"failed|cannot|ERROR", line)] or lines or [""]
     return telling[-1].replace(str(WORK), "…").replace("|", "/")[:230]
+
+
+# --- cells: every write ---------------------------------------------------------------------------------------------
+
+PARTS = ("data", "runs", "params.yaml", "dvc.yaml")
+"""What a stage reads and writes in a project."""
+
+LOADED = (
+    "lm_eval.evaluator", "lm_eval.models.huggingface", "matplotlib.pyplot", "peft",
+    "transformers.models.llama.modeling_llama",
+)  # fmt: skip
+"""Modules that take a stage seconds to load."""
+
+
+def every_write(name: str, stage: str, mode: str) -> dict[str, Any]:
+    """Break the stage before each of its writes, run it again each time, and compare its outputs."""
+    place = WORK / "writes" / f"{stage}-{mode}"
+    project, log, kept = place / "project", place / "log", place / "cuts.json"
+    place.mkdir(parents=True, exist_ok=True)
+    work, reference = in_process(stage), content(after(stage), stage)
+    cuts: dict[str, Any] = read_json(kept) if kept.exists() else {}
+    code, writes = forked(restored(project, stage), work, log)
+    if code or content(project, stage) != reference:
+        raise RuntimeError(f"undisturbed, exit code {code}: {log.read_text()[-900:]}")
+    total = len(units(project, stage))
+    for cut in range(1, writes + 1):
+        if cuts.get(str(cut), {}).get("good"):
+            continue
+        broken, said = forked(restored(project, stage), work, log, cut, mode)[0], log.read_text()
+        promised, found = int((place / "promised").read_text() or 0), len(units(project, stage))
+        lost = max(0, promised - found + len(units(before(stage), stage)))
+        again = forked(project, work, log)[0]
+        said += log.read_text()
+        same, twice = content(project, stage) == reference, len(units(project, stage)) - total
+        good = broken == -signal.SIGKILL and not again and same and not lost and twice <= 1
+        good = good and "Traceback" not in said
+        facts = {"broken": broken, "again": again, "same": same, "lost": lost, "twice": twice, "said": last_word(said)}
+        cuts[str(cut)] = {"good": good, **facts}
+        write_json(kept, cuts)
+    bad = [cut for cut, facts in cuts.items() if not facts["good"]]
+    shutil.rmtree(project)
+    return {
+        "flow": f"{writes} writes",
+        "kept": f"{writes - len(bad)} of {writes}",
+        "twice": max(facts["twice"] for facts in cuts.values()),
+        "lost": sum(facts["lost"] for facts in cuts.values()),
+        "same": not bad,
+        "traceback": False,
+        "said": f"not good before writes {', '.join(bad)}: {cuts[bad[0]]}" if bad else "",
+    }
+
+
+def restored(project: Path, stage: str) -> Path:
+    """The project as it was before the stage, without code."""
+    shutil.rmtree(project, ignore_errors=True)
+    project.mkdir()
+    for part in PARTS:
+        source = before(stage) / part
+        if source.is_dir():
+            shutil.copytree(source, project / part)
+        elif source.exists():
+            shutil.copy(source, project / part)
+    return project
+
+
+def in_process(stage: str) -> Callable[[], object]:
+    """A stage as a function for a fork; what it loads is loaded here. `promised` beside the project counts the log
+    lines that have been promised to be on disk."""
+    os.environ.update(with_hook(-1) | {"HF_MODULES_CACHE": str(WORK / "modules"), "TOKENIZERS_PARALLELISM": "false"})
+    for loaded in LOADED:
+        import_module(loaded)
+    module, _, item = stage.partition("@")
+    main = import_module(f"stages.{module}").main
+
+    def work() -> None:
+        import_module("torch").set_num_threads(1)
+        append, count = Journal.append, 0
+
+        def promised(journal: Journal, entry: Mapping[str, Any]) -> None:
+            nonlocal count
+            append(journal, entry)
+            count += 1
+            Path("../promised").write_text(str(count))
+
+        Path("../promised").write_text("0")
+        Journal.append = promised  # type: ignore[method-assign]
+        verification.subprocess = SimpleNamespace(run=run_script)  # type: ignore[attr-defined]
+        sys.argv = [f"stages.{module}", *([item] if item else [])]
+        stages.run(module, main)
+
+    return work
+
+
+def run_script(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """`python -I script arguments` in a fork instead of a fresh process, for a verification."""
+    output = Path(f"../script-{os.getpid()}")
+    child = os.fork()
+    if child == 0:
+        with open(output, "w") as stream:
+            os.dup2(stream.fileno(), 1)
+        sys.stdout, sys.argv = open(1, "w", closefd=False), command[2:]  # noqa: SIM115
+        try:
+            runpy.run_path(command[2], run_name="__main__")
+        except SystemExit as error:
+            os._exit(int(bool(error.code)))
+        finally:
+            sys.stdout.flush()
+            os._exit(1 if sys.exc_info()[0] else 0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    said = output.read_text()
+    output.unlink()
+    return subprocess.CompletedProcess(command, code, said, "")
 
 
 # --- cells: signals -------------------------------------------------------------------------------------------------
@@ -529,6 +652,9 @@ def two_repros(name: str) -> dict[str, Any]:
 def cells() -> dict[str, Callable[[str], dict[str, Any]]]:
     """Every cell by name: a function of its name."""
     found: dict[str, Callable[[str], dict[str, Any]]] = {}
+    for stage in STAGES:  # first: a fork wants a process without threads, and the server brings some
+        for mode in MODES:
+            found[f"every write, {mode}, {stage}"] = partial(every_write, stage=stage, mode=mode)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         for target in ("flow", "dvc", "stage"):
             for stage in STAGES:

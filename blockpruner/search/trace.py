@@ -6,6 +6,7 @@ search is not nested) and when a table may be trusted.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from blockpruner.core.settings import Score
 from blockpruner.scoring.objectives import MaskScore, spans
 from blockpruner.search.iteration import Iteration
 from blockpruner.store.files import read_json, read_table, set_aside, write_sealed_json, write_table
-from blockpruner.store.provenance import fingerprint
+from blockpruner.store.provenance import environment, fingerprint
 from blockpruner.store.trials import TrialStore, trial_key
 from blockpruner.versions import SEARCH_VERSION
 
@@ -84,7 +85,8 @@ def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
         schema=ITERATION,
     )
     path = table_path(directory, iteration.index)
-    write_table(path, table, {"search": search, "iteration": str(iteration.index), "complete": "true"})
+    facts = {"search": search, "iteration": str(iteration.index), "complete": "true"}
+    write_table(path, table, facts | {"environment": json.dumps(environment())})
 
 
 def read_iteration(directory: Path, index: int, search: str) -> Iteration:

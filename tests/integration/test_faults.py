@@ -1,6 +1,7 @@
 """A scoring process killed at any moment, an orphan beside it, damaged files: the same tables in the end."""
 
 import fcntl
+import itertools
 import os
 import random
 import shutil
@@ -8,10 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
+import stages
+from blockpruner.store import provenance
+from stages import commit
 from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables
+from tests.power import forked
 
 KILLS = int(os.environ.get("BLOCKPRUNER_KILLS", "3"))
 BUDGET = {"small.3": "3blocks"}
@@ -83,6 +89,27 @@ def test_killed_at_random_moments(project, undisturbed):
     assert inside >= KILLS // 2
     assert tables(project) == tables(undisturbed)
     assert total <= units_logged(project) <= total + KILLS
+
+
+def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, monkeypatch):
+    """Of `commit`, which is fast; `python -m benchmarks.faults "every write"` does it to all stages."""
+    project, log = tmp_path / "project", tmp_path / "log"
+    shutil.copytree(undisturbed, project, ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc"))
+    monkeypatch.setattr(sys, "argv", ["stages.commit", "small.3"])
+    monkeypatch.setattr(provenance, "commit", lambda: None)  # git is asked in three processes
+    work = partial(stages.run, "commit", commit.main)
+
+    def plans():
+        return {path.name: path.read_bytes() for path in (project / "data/plans/small.3").iterdir()}
+
+    code, writes = forked(project, work, log)
+    assert code == 0 and writes > 10, log.read_text()
+    whole = plans()
+    for mode, cut in itertools.product(("killed", "lost"), range(1, writes + 1)):
+        for made in ("plans", "provenance"):
+            shutil.rmtree(project / "data" / made, ignore_errors=True)
+        assert forked(project, work, log, cut, mode)[0] == -signal.SIGKILL
+        assert forked(project, work, log)[0] == 0 and plans() == whole, log.read_text()
 
 
 def test_damaged_files_are_named_and_computed_again(project, undisturbed):

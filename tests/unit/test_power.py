@@ -12,7 +12,7 @@ from blockpruner.store.files import read_json, replace_directory, sync, write_se
 from blockpruner.store.trials import TrialStore
 from tests.power import MODES, forked
 
-ROWS = 2
+ROWS = ("first", "second")
 
 
 def work(done: Path) -> None:
