@@ -21,7 +21,8 @@ from blockpruner.methods.registry import kind_of_method
 from blockpruner.model.models import prune_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, Metric
-from blockpruner.search.iteration import Iteration, removals
+from blockpruner.scoring.stability import Stability
+from blockpruner.search.iteration import Iteration, removals, stabilities
 from blockpruner.search.registry import Request, Search, request
 from blockpruner.search.run import search
 from blockpruner.search.trace import Current
@@ -41,6 +42,9 @@ class Pruned:
     """What was removed, in order."""
     trials: tuple[Iteration, ...]
     """The scores of every iteration."""
+    stability: tuple[Stability | None, ...]
+    """Of every iteration, which other candidates the texts cannot tell from the chosen one (`rivals`), and how often
+    resampled rows choose the same (`kept`). None where a step rests on no losses or on a price, or on a single row."""
 
     def save(self, directory: str) -> None:
         """Write a checkpoint that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads."""
@@ -105,7 +109,8 @@ def prune(
     order, perplexities = removals(trace, asked.search.nested)
     current = _current(asked, fields[asked.metric.key], calibration)
     plan = choose(order, perplexities, config, budget, current)
-    return Pruned(prune_(model, plan.mask), tokenizer, plan, tuple(trace))
+    firm = stabilities(trace, asked.options.price)
+    return Pruned(prune_(model, plan.mask), tokenizer, plan, tuple(trace), firm)
 
 
 def _request(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.budgets import parse_budget, resources_of
@@ -20,7 +21,9 @@ from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.methods.kind import Job, Material
 from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
+from blockpruner.search.iteration import stabilities
 from blockpruner.search.run import UNTIMED
+from blockpruner.search.trace import Current, read_trace, trace_directory
 from blockpruner.store.files import read_json
 from blockpruner.store.trials import require_rows
 
@@ -71,7 +74,7 @@ def score_run(
             is a speed-up, or the time prices removals.
 
     Returns:
-        What was computed and reused, and how long it took.
+        What was computed and reused, how long it took, and the mean stability of a nested search.
 
     Raises:
         InputError: settings or budgets that cannot be met, before anything is computed.
@@ -85,7 +88,16 @@ def score_run(
     counts: dict[str, Any] = asdict(counted)
     counts["tokens_per_second"] = round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
     counts["seconds"] = round(counts["seconds"], 2)
-    return {**counts, "wall_seconds": round(time.monotonic() - started, 2)}
+    return {**counts, **_selection(folder, current), "wall_seconds": round(time.monotonic() - started, 2)}
+
+
+def _selection(folder: Path, current: Current) -> dict[str, float]:
+    """How firmly the calibration rows decide a nested search's removals, on average; nothing where that is unknown."""
+    trace = read_trace(trace_directory(folder, current, ""), current.search) if current.nested else []
+    firm = [found for found in stabilities(trace, str(current.score.options.get("per", "none"))) if found]
+    if not firm:
+        return {}
+    return {"rivals": fmean(len(found.rivals) for found in firm), "kept": fmean(found.kept for found in firm)}
 
 
 def _known_latency(

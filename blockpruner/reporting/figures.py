@@ -46,6 +46,12 @@ SPEED_CAPTION = (
     "ring marks the recommended stopping point."
 )
 TASKS_CAPTION = "Accuracy by task, ± 1 standard error. The dashed line is what guessing scores."
+STABILITY_CAPTION = (
+    "How firmly the calibration rows decide each removal of {}. Left: the share of resampled row sets in which the "
+    "same candidate is the best; below 50 % (dashed) another choice is as likely. Right: how many candidates were "
+    "compared on the same rows, and how many of them the rows cannot tell from the one removed (paired t test, 95 %). "
+    "{}"
+)
 ORDER_CAPTION = "Which blocks are gone in {}, and in which order: each removed block carries the number of its removal."
 MAP_CAPTION = "Which blocks are gone in {}. The search chose all of them together, so they have no order."
 PARETO_CAPTION = (
@@ -71,7 +77,12 @@ def figures(study: ReportedRun) -> list[Plot]:
     ]
     drawn += [_map(target) for target in study.traces]
     drawn += [_map(target) for target in study.targets if target.considered and not target.removals]
-    return drawn + [_heat(trace) for trace in study.traces if any(removal.costs for removal in trace.removals)]
+    for trace in study.traces:
+        if any(removal.stability for removal in trace.removals):
+            drawn.append(_stability(trace))
+        if any(removal.costs for removal in trace.removals):
+            drawn.append(_heat(trace))
+    return drawn
 
 
 def pareto_plot(comparison: Comparison) -> Plot:
@@ -193,6 +204,28 @@ def _map(target: PrunedOption) -> Plot:
     return plots.render(
         f"{target.name}-map", caption, size, lambda figure: plots.block_map(figure, layers, target.plan.mask, order)
     )
+
+
+def _stability(trace: PrunedOption) -> Plot:
+    found = [(i, r.stability) for i, r in enumerate(trace.removals, 1) if r.stability]
+    steps = [i for i, _ in found]
+    unsure = sum(stability.kept < 0.5 for _, stability in found)
+    result = f"{unsure} of {len(found)} removals are kept in fewer than half of them."
+
+    def draw(figure: Figure) -> None:
+        share, count = figure.subplots(1, 2)
+        plots.label_(share, "removal", "same choice, %")
+        share.axhline(50, color=GREY, linestyle="--", linewidth=1.2)
+        share.plot(steps, [100 * stability.kept for _, stability in found], color=BLUE, marker="o", markersize=5)
+        share.set_ylim(0, 104)
+        plots.label_(count, "removal", "candidates")
+        count.bar(steps, [s.compared for _, s in found], color="none", edgecolor=GREY, linewidth=0.8, label="compared")
+        count.bar(steps, [len(s.rivals) for _, s in found], color=ORANGE, label="rivals of the one removed")
+        for axes in (share, count):
+            axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+        figure.legend(loc="outside lower right", ncols=2)
+
+    return plots.render(f"{trace.name}-stability", STABILITY_CAPTION.format(trace.name, result), (10.2, 3.0), draw)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from blockpruner.reporting.results import (
     read_items,
 )
 from blockpruner.scoring.metrics import METRICS
+from blockpruner.scoring.stability import Stability, stability
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
 from blockpruner.store.plans import load_plan
@@ -61,6 +62,8 @@ class Removal:
     """How many units' worth of rows were scored."""
     lazy_choice: Mask | None
     """What would have been removed before an audit let all candidates enter; None without an audit."""
+    stability: Stability | None
+    """How firmly the calibration rows decide it; None where they cannot tell, or a price decided too."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,9 @@ def _read_search(plan: Plan, path: Path) -> tuple[tuple[Removal, ...], Coverage 
 
 
 def read_iterations(path: Path) -> list[dict[str, Any]]:
-    """Read a plan's iteration tables with their masks parsed, without the scores of each calibration row."""
+    """Read a plan's iteration tables with their masks parsed, without the NLL of each calibration row."""
     table, _ = read_table(path, ITERATIONS)
-    rows: list[dict[str, Any]] = table.drop(["row_loss", "row_nll"]).to_pylist()
+    rows: list[dict[str, Any]] = table.drop(["row_nll"]).to_pylist()
     for row in rows:
         row["removed"] = parse_mask(",".join(row["removed"]))
         row["added"] = None if row["added"] is None else parse_mask(row["added"])
@@ -199,7 +202,9 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     # only of what was chosen: the perplexity of a mask that lost a race is of its first rows
     perplexities = {row["removed"]: row["perplexity"] for row in rows if row["chosen"] or row["removed"] == DENSE}
     metric = METRICS[plan.metric]
+    is_priced = plan.options.get("per", "none") != "none"
     found: list[Removal] = []
+    row_losses: dict[Mask, Sequence[float]] = {}  # a one-shot search ranks once
     base = DENSE
     first = 0
     for index, ratio in enumerate(plan.ratios):
@@ -219,6 +224,7 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
         }
         before, after = perplexities[base], chosen[0]["perplexity"]
         is_nll = metric.is_nll and mask - base in costs
+        row_losses = {row["added"]: row["row_loss"] for row in own if row["row_loss"]} or row_losses
         found.append(
             Removal(
                 added=mask - base,
@@ -232,8 +238,10 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
                 candidates=max(first - index, len(own)) if any(row["rows_used"] for row in own) else 0,
                 work=sum(row["rows_used"] / row["rows_total"] for row in own),
                 lazy_choice=next((row["added"] for row in own if row["lazy_choice"]), None),
+                stability=None if is_priced else stability(row_losses, mask - base),
             )
         )
+        row_losses = {unit: losses for unit, losses in row_losses.items() if unit != mask - base}
         base = mask
     _require_same([format_mask(removal.added) for removal in found], plan.order, path)
     return tuple(found)

@@ -27,6 +27,7 @@ from blockpruner.reporting.inputs import PrunedOption, ReportedRun
 from blockpruner.reporting.results import Option
 from blockpruner.reporting.statistics import Mean
 from blockpruner.scoring.metrics import METRICS
+from blockpruner.scoring.stability import RESAMPLES, Stability
 
 AT_CHANCE, IN_NOISE, BETTER, WORSE = "†", "≈", "↑", "↓"
 LEGEND = (
@@ -167,8 +168,16 @@ def compared(comparison: Comparison) -> Grid:
     return grid_of("targets", "All targets", fields, rows, (COMPARISON_LEGEND,), lambda option: option in best)
 
 
+STABILITY_LEGEND = (
+    "Rivals: candidates that the calibration rows cannot tell from the one removed (paired t test, 95 %), of those "
+    "compared, on the same rows. What a race dropped earlier or a lazy step left out is not compared. Same choice: the "
+    f"share of {RESAMPLES:,} resampled row sets in which the same candidate is the best. Blank: the rows do not tell."
+)
+
+
 def sequence(target: PrunedOption) -> Grid:
-    """List the removals in order, with the cost of each, and what it was chosen by where that is something else."""
+    """List the removals in order, with the cost of each, what it was chosen by where that is something else, and how
+    firmly."""
     jump = jump_at(target)
     columns = [
         Column("place", "#"), Column("removed", "removed"), Column("ratio", "ratio"),
@@ -178,8 +187,11 @@ def sequence(target: PrunedOption) -> Grid:
     by = not metric.is_nll
     if by:
         columns.append(Column("cost", f"{metric.cost_title}, {metric.units_text}"))
+    firm = any(r.stability for r in target.removals)
+    if firm:
+        columns += [Column("rivals", "rivals"), Column("kept", "same choice")]
     dense: tuple[Cell, ...] = (Number(0, 0), "(dense)", percentage(0, 2), Number(target.curve[0]), "")
-    rows = [dense + (("",) if by else ())]
+    rows = [dense + ("",) * (by + 2 * firm)]
     scored: Mapping[Mask, float] = {}
     for i, r in enumerate(target.removals, 1):
         scored = r.costs or scored  # one-shot: the scores of the first iteration rank all removals
@@ -188,10 +200,17 @@ def sequence(target: PrunedOption) -> Grid:
             Number(r.rise, write=lambda value: f"{value:+.4f}".replace("-", "−")),
         )  # fmt: skip
         cost = (Number(scored[r.added], write=lambda value: f"{value:.4g}".replace("-", "−")),) if by else ()
-        rows.append(row + cost)
+        rows.append(row + cost + (_firm(r.stability) if firm else ()))
     title = f"{target.name}: {len(target.removals)} removals in order"
     strong = frozenset(() if jump is None else (jump + 1,))
-    return Grid(f"{target.name}-sequence", title, tuple(columns), tuple(rows), (), strong, folded=True)
+    notes = (STABILITY_LEGEND,) if firm else ()
+    return Grid(f"{target.name}-sequence", title, tuple(columns), tuple(rows), notes, strong, folded=True)
+
+
+def _firm(found: Stability | None) -> tuple[Cell, ...]:
+    if found is None:
+        return "", ""
+    return Number(len(found.rivals), 0, mark=f"of {found.compared}"), percentage(found.kept, 0)
 
 
 MEASURES: Mapping[str, Callable[[Option], object]] = {
@@ -255,12 +274,15 @@ def pareto_csv(found: Sequence[Comparison]) -> str:
 def iterations_csv(studies: Sequence[ReportedRun]) -> str:
     """Write one row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
     rows: list[Sequence[object]] = [
-        ("run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "units_scored")
-    ]
+        ("run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "units_scored", "rows_compared",
+         "units_compared", "rivals", "kept")
+    ]  # fmt: skip
     for study, t in ((one, target) for one in studies for target in one.traces):
-        rows.append((study.run, t.name, 0, "", 0.0, t.curve[0], 0.0, 0))
+        rows.append((study.run, t.name, 0, "", 0.0, t.curve[0], 0.0, 0, *[None] * 4))
         rows += [
-            (study.run, t.name, i, format_mask(r.added), r.ratio, r.perplexity, r.rise, len(r.costs))
+            (study.run, t.name, i, format_mask(r.added), r.ratio, r.perplexity, r.rise, len(r.costs), *firm)
             for i, r in enumerate(t.removals, 1)
+            for s in [r.stability]
+            for firm in [(s.rows, s.compared, len(s.rivals), s.kept) if s else (None,) * 4]
         ]
     return csv_text(rows)

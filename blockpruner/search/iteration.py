@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.scoring.objectives import MaskScore
+from blockpruner.scoring.stability import Stability, stability
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class Iteration:
     nll: tuple[MaskScore | None, ...] = ()
     """What perplexity is made of. It is known for the chosen mask and the dense model, and for others where it is the
     metric; empty until the run of the search fills it in."""
+
+    @property
+    def losses(self) -> dict[Mask, tuple[float, ...]]:
+        """Of each candidate that was scored, on its rows; of whole masks where those are compared."""
+        named = zip(self.scores, self.added, strict=True)
+        return {unit or score.mask: score.row_loss for score, unit in named if score.mask and score.row_loss}
 
     @property
     def removed(self) -> Mask:
@@ -49,3 +56,19 @@ def removals(trace: Sequence[Iteration], nested: bool) -> tuple[list[Mask], list
         return [trace[-1].removed], [dense.perplexity, trace[-1].perplexity]
     order = [iteration.added[iteration.chosen] or DENSE for iteration in trace]
     return order, [dense.perplexity, *(iteration.perplexity for iteration in trace)]
+
+
+def stabilities(trace: Sequence[Iteration], price: str = "none") -> tuple[Stability | None, ...]:
+    """How firmly the rows decide each iteration. One that asks for no score chooses by the earlier ones.
+
+    Args:
+        price: what prices a removal; then losses alone do not decide, and nothing is known.
+    """
+    found: list[Stability | None] = []
+    losses: dict[Mask, tuple[float, ...]] = {}
+    for iteration in trace:
+        losses = iteration.losses or losses
+        chosen = iteration.added[iteration.chosen] or iteration.removed
+        found.append(stability(losses, chosen) if price == "none" else None)
+        losses = {unit: rows for unit, rows in losses.items() if unit != chosen}
+    return tuple(found)

@@ -29,7 +29,7 @@ from blockpruner.scoring.accelerate import accelerate
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, MaskScore, Objective
 from blockpruner.scoring.work import Scorer
-from blockpruner.search.iteration import Iteration
+from blockpruner.search.iteration import Iteration, stabilities
 from blockpruner.search.problem import Problem
 from blockpruner.search.registry import Request
 from blockpruner.store.trials import TrialStore
@@ -225,7 +225,10 @@ class _Run:
         what = (
             f"removed {format_mask(added)}" if added else f"best so far {format_mask(best.mask) or 'the dense model'}"
         )
+        (firm,) = stabilities([iteration], self._request.options.price)
         considered = "" if candidates is None else _considered(iteration, candidates)
+        if firm is not None:
+            considered += f"; resampled rows choose the same in {firm.kept:.0%}, rivals: {len(firm.rivals)}"
         self._observer.end(
             f"{what}, {self._loss_words(best)}perplexity {iteration.perplexity:.4f}, "
             f"ratio {self._resources['parameters'].ratio(iteration.removed):.4f}{considered}",
@@ -236,6 +239,7 @@ class _Run:
                     "perplexity": plain.perplexity if plain is not None and plain.row_loss else None,
                     "rows": f"{score.rows_used}/{score.rows_total}",
                     "chosen": number == iteration.chosen,
+                    "rival": firm is not None and (unit or score.mask) in firm.rivals,
                 }
                 for number, (unit, score, plain) in enumerate(
                     zip(iteration.added, iteration.scores, iteration.nll, strict=True)

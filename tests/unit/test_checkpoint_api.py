@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import ttest_rel
 from transformers import AutoModelForCausalLM
 
 import blockpruner
@@ -144,14 +145,16 @@ def test_prune_in_memory_equals_brute_force():
     pruned = blockpruner.prune(model, tokenizer, TEXTS, ratio=ratio, seq_len=32)
     rows = pack_rows(TEXTS, tokenizer, 32, "joined").rows
     removed = frozenset()
-    for unit in pruned.plan.order:
-        scores = {}
+    for unit, firm in zip(pruned.plan.order, pruned.stability, strict=False):
+        losses = {}
         for block in all_blocks(4):
             if block not in removed:
                 with masked(reference, removed | {block}):
-                    scores[block] = sum(full_nll(reference, row) for row in rows) / len(rows)
-        best = min(scores, key=scores.get)
+                    losses[block] = [full_nll(reference, row) for row in rows]
+        best = min(losses, key=lambda block: sum(losses[block]))
         assert unit == str(best)
+        p = {block: ttest_rel(own, losses[best]).pvalue for block, own in losses.items() if block != best}
+        assert set(firm.rivals) == {frozenset({block}) for block, value in p.items() if value > 0.05}
         removed |= {best}
     counts = count_parameters(reference.config.to_dict())
     assert pruned.plan.mask == removed

@@ -45,7 +45,7 @@ from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import read_trace, trace_directory
 from blockpruner.store.files import write_json
-from tests.builders import FakeScorer, scored, short_rows, small_config, speed_facts
+from tests.builders import FakeScorer, by_text, scored, short_rows, small_config, speed_facts
 
 LAYERS, ROWS = 12, 4
 MHA, MLP, TOTAL = 900_000, 2_700_000, 60_000_000
@@ -305,7 +305,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_is_complete_and_its_tables_hold_the_inputs(report: Path) -> None:
     data = report.parent
     names = [*(f"tiny-{plot}" for plot in ("pareto", "perplexity", "accuracy", "speed", "tasks")), "tiny-b-map",
-             "tiny-b-heat"]  # fmt: skip
+             "tiny-b-stability", "tiny-b-heat"]  # fmt: skip
     assert {p.relative_to(report).as_posix() for p in report.rglob("*") if p.is_file()} == {
         "report.md", "index.html", "curve.csv", "iterations.csv", "pareto.csv",
         *(f"plots/{name}.{kind}" for name in names for kind in ("svg", "png")),
@@ -372,6 +372,8 @@ def test_csv_files_hold_full_precision(report: Path) -> None:
     nll = 2.5 + np.cumsum([0, *World().costs])
     assert np.allclose([float(row["perplexity"]) for row in steps], np.exp(nll), rtol=1e-12)
     assert [int(row["units_scored"]) for row in steps] == [0, 24, 23, 22, 21, 20, 19]
+    told = [tuple(row[key] for key in ("rows_compared", "units_compared", "rivals", "kept")) for row in steps]
+    assert told == [("",) * 4, *(("4", str(units), "0", "1.0") for units in (23, 22, 21, 20, 19, 18))]
 
 
 class _Page(HTMLParser):
@@ -622,15 +624,15 @@ def test_costs_are_in_the_metric_and_rises_in_nats(
 ) -> None:
     """A KL divergence counts from that of the mask before; an influence is of the unit itself."""
     (nll,) = study(tmp_path / "0").traces
-    assert sequence(nll).head[-1] == "NLL rise, nats/token"
+    assert sequence(nll).head[4:] == ("NLL rise, nats/token", "rivals", "same choice")
     found = study(tmp_path / "1", others("run", "greedy", metric=metric))
     (trace,) = found.traces
     for left, right in zip(nll.removals, trace.removals, strict=True):
         assert right.added == left.added and right.rise == pytest.approx(left.rise)
         assert right.costs == pytest.approx({unit: factor * cost for unit, cost in left.costs.items()})
     table = sequence(trace)
-    assert table.head[-1] == ", ".join(words)
-    assert [float(row[-1]) for row in table.texts[1:]] == pytest.approx([factor * c for c in World().costs], rel=1e-3)
+    assert table.head[5] == ", ".join(words)
+    assert [float(row[5]) for row in table.texts[1:]] == pytest.approx([factor * c for c in World().costs], rel=1e-3)
     heat = drawn(found)["b-heat"]
     assert all(word in heat for word in words) and "NLL" not in heat
     search = f"greedy, blocks, by {METRICS[metric].title}: 129 candidates scored on all"
@@ -645,7 +647,7 @@ def test_one_ranking_decides_all_removals_and_nothing_was_spared(tmp_path: Path)
     assert facts(found)["Search"].startswith(start)
     (trace,) = found.traces
     ranking = trace.removals[0].costs
-    assert [row[-1] for row in sequence(trace).texts[1:]] == [f"{ranking[r.added]:.4g}" for r in trace.removals]
+    assert [row[5] for row in sequence(trace).texts[1:]] == [f"{ranking[r.added]:.4g}" for r in trace.removals]
     assert [r.rise for r in trace.removals] == pytest.approx(SHORTGPT.costs)
     heat = drawn(found)["b-heat"]
     assert "This one ranking decided all removals" in heat and "whole layers" in heat and "already removed" not in heat
@@ -856,7 +858,8 @@ def test_the_page_of_several_methods_is_sound(several: Path, tmp_path: Path) -> 
 def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, changes: dict[str, Any], unit: str) -> None:
     """From the search itself, by way of the files that score and commit write."""
     config = small_config(5)
-    run = scored(tmp_path, FakeScorer(), config, ["4blocks"], short_rows(4), method=method, **changes)
+    scorer = FakeScorer(lambda *asked: by_text(*asked) + by_text(*asked) * asked[-1] % 0.37)  # rows differ
+    run = scored(tmp_path, scorer, config, ["4blocks"], short_rows(4), method=method, **changes)
     plan, tables = commit_run(tmp_path / "scores", config, "4blocks", "t", "r")
     assert plan.nested == SEARCHES[method].nested
     trace = read_trace(trace_directory(tmp_path / "scores", run.current, "4blocks"), run.current.search)
@@ -877,5 +880,7 @@ def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, change
         )
         assert not any(math.isnan(cost) for removal in steps for cost in removal.costs.values())
         assert steps[0].candidates == (len(trace[0].scores) - 1 if asked else 0)
+        assert tuple(step.stability for step in steps) == iteration.stabilities(trace)[: len(steps)]
+        assert all(step.stability for step in steps) == bool(asked)
     else:
         assert sum(row["chosen"] for row in table) == len(trace)
