@@ -25,9 +25,10 @@ def origin(source: Any) -> str:
 
 def labels(settings: Run) -> RunLabels:
     calibration, evaluate, recover = settings.calibration, settings.evaluate, settings.recover
+    up_to = "up to " if calibration.num_samples == "auto" else ""
     return RunLabels(
         model=f"{origin(settings.model)}, {settings.model.dtype}",
-        calibration=f"{origin(calibration.data)}; {calibration.num_samples} samples, {calibration.packing}, "
+        calibration=f"{origin(calibration.data)}; {up_to}{calibration.samples} samples, {calibration.packing}, "
         f"rows of up to {calibration.seq_len} tokens, seed {calibration.seed}",
         heldout=f"{origin(evaluate.perplexity.data)}, rows of {evaluate.perplexity.seq_len} tokens"
         + (" of documents from their beginning" if evaluate.perplexity.packing == "documents" else ""),

@@ -11,7 +11,7 @@ import random
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class CalibrationSet:
     question before an answer: they are stored as `~id`, a negative number. All other tokens are scored."""
     dropped: int = field(default=0, compare=False)
     """How many rows were left out, since too few of their tokens are scored."""
+    adaptive: bool = field(default=False, compare=False)
+    """Whether a search may decide a step on the first of these rows (`calibration.num_samples: auto`)."""
 
     @property
     def tokens(self) -> int:
@@ -80,18 +82,22 @@ class CalibrationSet:
         table = pa.table({"input_ids": [list(row) for row in self.rows]}, schema=CALIBRATION)
         counts = {"rows": len(self.rows), "tokens": self.tokens, "scored": self.scored, "dropped": self.dropped}
         facts = {"digest": self.digest, "source": source} | {name: str(count) for name, count in counts.items()}
+        facts |= {"adaptive": "true"} if self.adaptive else {}
         write_table(path, table, facts)
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
         table, facts = read_table(path, CALIBRATION)
-        loaded = cls(tuple(map(tuple, table.column("input_ids").to_pylist())), int(facts.get("dropped", 0)))
+        rows = tuple(map(tuple, table.column("input_ids").to_pylist()))
+        loaded = cls(rows, int(facts.get("dropped", 0)), "adaptive" in facts)
         if facts.get("digest") != loaded.digest:
             raise InputError(f"{path} does not match its own digest; delete it and run `dvc repro`")
         return loaded
 
 
-def draw(texts: Sequence[str], num_samples: int, split: str, seed: int, section: str = "calibration") -> list[str]:
+def draw(
+    texts: Sequence[str], num_samples: int, split: str, seed: int, section: str = "calibration", at_most: bool = False
+) -> list[str]:
     """Draw samples without replacement.
 
     Args:
@@ -99,6 +105,7 @@ def draw(texts: Sequence[str], num_samples: int, split: str, seed: int, section:
             smaller one. "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in
             half, both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         section: the section of the run file that asks for samples, for the message.
+        at_most: all samples will do where there are fewer.
 
     Raises:
         InputError: there are fewer texts than `num_samples`.
@@ -113,6 +120,8 @@ def draw(texts: Sequence[str], num_samples: int, split: str, seed: int, section:
         held_out = whole.train_test_split(test_size=0.2, seed=seed)["test"]
         half = held_out.train_test_split(test_size=0.5, seed=seed)["train"]
         pool = [pool[i] for i in half["index"]]
+    if at_most:
+        num_samples = min(num_samples, len(pool))
     if num_samples > len(pool):
         raise InputError(
             f"{section}.num_samples {num_samples} is more than the {len(pool)} texts that the source holds (split: "
@@ -223,8 +232,10 @@ def draw_rows(
     pool = without_evaluated(texts, evaluated)
     if len(pool) < len(texts):
         note(f"{len(texts) - len(pool)} of {len(texts)} calibration texts are evaluated too: they are not drawn")
-    samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed)
+    adaptive = wanted.num_samples == "auto"
+    samples = draw(pool, wanted.samples, wanted.split, wanted.seed, at_most=adaptive)
     rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score)
+    rows = replace(rows, adaptive=adaptive)
     if rows.dropped:
         note(f"{rows.dropped} of {rows.dropped + len(rows.rows)} rows are dropped: too few of their tokens are scored")
     if rows.repeated > 0.2:

@@ -120,11 +120,11 @@ def calibration_rows(calibration: Calibration) -> tuple[int, int]:
         InputError: no whole row; names how many samples would do.
     """
     if calibration.packing == "per_sample":
-        return calibration.num_samples, round(min(SAMPLE_TOKENS, calibration.seq_len))
-    rows = int(calibration.num_samples * SAMPLE_TOKENS // calibration.seq_len)
+        return calibration.samples, round(min(SAMPLE_TOKENS, calibration.seq_len))
+    rows = int(calibration.samples * SAMPLE_TOKENS // calibration.seq_len)
     if not rows:
         raise InputError(
-            f"{calibration.num_samples} samples, joined, are about {calibration.num_samples * SAMPLE_TOKENS:.0f} "
+            f"{calibration.samples} samples, joined, are about {calibration.samples * SAMPLE_TOKENS:.0f} "
             f"tokens, fewer than one row of calibration.seq_len {calibration.seq_len}; raise num_samples to about "
             f"{math.ceil(1.2 * calibration.seq_len / SAMPLE_TOKENS)}, or lower seq_len"
         )

@@ -13,6 +13,9 @@ Lazy (lazy greedy): the priority of a candidate is its last known rise of the lo
 scored first. The others stay unscored if their rises, less a margin, are above the best fresh one. The margin comes
 from how far rises have moved, and is wider for a candidate known on few rows. Rises are not monotone, hence audits: in
 every n-th step all candidates enter, and the choice without them is recorded.
+
+Adaptive (`calibration.num_samples: auto`): candidates are scored on 8 rows, then on twice as many, and so on, until the
+best one is good enough (`stability.is_decided`) or the rows end. Both of the others may join in.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from scipy import special
 from blockpruner.core.blocks import Mask
 from blockpruner.core.settings import Score
 from blockpruner.scoring.objectives import MaskScore, Objective
+from blockpruner.scoring.stability import differences, is_decided
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,12 @@ def settings_of(score: Score) -> dict[str, Any]:
     return found
 
 
-def accelerate(objective: Objective, score: Score) -> Select:
+def accelerate(objective: Objective, score: Score, adaptive: bool = False) -> Select:
     """The function that selects and scores the candidates of a step."""
-    if score.acceleration == "none":
+    if score.acceleration == "none" and not adaptive:
         return lambda index, base, masks: Considered(tuple(objective(masks, base=base)))
-    return Accelerated(objective, **{key: value for key, value in settings_of(score).items() if key != "acceleration"})
+    settings = {key: value for key, value in settings_of(score).items() if key != "acceleration"}
+    return Accelerated(objective, **settings, adaptive=adaptive)
 
 
 class Accelerated:
@@ -75,6 +80,7 @@ class Accelerated:
         slack: margin of the lazy rule, as a multiple of sqrt(m^2 + e^2): m is the median of how far a rise had moved
             when it was taken again, e the standard error of the candidate's own rise.
         audit: all candidates enter every `audit`-th step; 0 is never.
+        adaptive: a step ends on the first rows that decide it.
     """
 
     def __init__(
@@ -84,8 +90,9 @@ class Accelerated:
         floor: int | None = None,
         slack: float = 0.0,
         audit: int = 0,
+        adaptive: bool = False,
     ) -> None:
-        self._objective, self._confidence = objective, confidence
+        self._objective, self._confidence, self._adaptive = objective, confidence, adaptive
         self._floor, self._slack, self._audit = floor, slack, audit
         self._rises: dict[Mask, np.ndarray] = {}
         self._drifts: list[float] = []
@@ -129,10 +136,10 @@ class Accelerated:
         if not masks:
             return {}
         past = {mask: self._rises[mask - base] for mask in masks if mask - base in self._rises}
-        if self._confidence is None:
+        if self._confidence is None and not self._adaptive:
             found = dict(zip(masks, self._objective([base, *masks])[1:], strict=True))
         else:
-            found = race(self._objective, base, masks, self._confidence, past, standing)
+            found = race(self._objective, base, masks, self._confidence, past, standing, self._adaptive)
         before = np.array(self._objective([base])[0].row_loss)
         for mask, score in found.items():
             seen = np.array(score.row_loss) - before[: score.rows_used]
@@ -155,11 +162,24 @@ def _best(scores: Mapping[Mask, MaskScore]) -> Mask:
 
 
 def slices(rows: int) -> Iterator[int]:
-    """After how many rows a race drops candidates: 2, 3, 5, 8, 12, ... and the last row."""
+    """After how many rows a race drops candidates: 2, 3, 4, 6, 9, ... and the last row."""
     stop = 2
     while stop < rows:
         yield stop
         stop += max(1, stop // 2)
+    yield rows
+
+
+FIRST_ROWS = 8
+"""No adaptive step is decided on fewer."""
+
+
+def doubled(rows: int) -> Iterator[int]:
+    """After how many rows an adaptive step without a race may end: 8, 16, 32, ... and the last row."""
+    stop = FIRST_ROWS
+    while stop < rows:
+        yield stop
+        stop *= 2
     yield rows
 
 
@@ -224,22 +244,25 @@ def race(
     objective: Objective,
     base: Mask,
     masks: Sequence[Mask],
-    confidence: float,
+    confidence: float | None,
     past: Mapping[Mask, np.ndarray] | None = None,
     standing: MaskScore | None = None,
+    adaptive: bool = False,
 ) -> dict[Mask, MaskScore]:
-    """Score masks on more and more rows, and drop those that are worse than the leader.
+    """Score masks on more and more rows, and drop those that are worse than the leader. The leader sees all rows.
 
     Args:
+        confidence: of each comparison with the leader; None drops nobody.
         base: scored on the same rows, outside the race.
         past: rises of masks in an earlier step, row by row from the first row on.
         standing: a mask with all rows, which the others run against and which cannot be dropped; without it, at least
             one of the others sees all rows.
+        adaptive: the race ends as soon as the leader is good enough.
     """
     past = past or {}
     known: dict[Mask, MaskScore] = {}
     alive = list(masks)
-    for stop in slices(objective.rows):
+    for stop in slices(objective.rows) if confidence is not None else doubled(objective.rows):
         if len(alive) == 1 and standing is None:
             stop = objective.rows
         before, *scores = objective([base, *alive], stop)
@@ -252,6 +275,12 @@ def race(
             rises = np.array(standing.row_loss) - np.array(objective([base])[0].row_loss)
             runners.append(Runner(rises[:stop], rises))
         leader = int(np.argmin([runner.expected.mean() for runner in runners]))
+        if adaptive and stop >= FIRST_ROWS and is_decided(differences([runner.seen for runner in runners], leader)):
+            alive = [] if leader == len(alive) else [alive[leader]]
+            known |= {score.mask: score for score in objective(alive)}
+            break
+        if confidence is None:
+            continue
         others = [i for i in range(len(runners)) if i != leader]
         bounds = lower_bounds([runners[i] for i in others], runners[leader], objective.rows, confidence)
         kept = {leader, *(i for i, bound in zip(others, bounds, strict=True) if bound <= 0)}

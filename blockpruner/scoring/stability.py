@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special
 
 from blockpruner.core.blocks import Mask
 
 LEVEL = 0.95
 """Of the interval by which two candidates are told apart."""
+
+REGRET = 0.01
+"""Nats per token. A choice is good if no candidate is better by more than this."""
+
+ENOUGH = 0.95
+"""With this probability the choice must be good before a step looks at no more rows."""
 
 RESAMPLES = 2000
 """The standard error of a share is then at most 1.1 points. The draws are the same in every step and every run."""
@@ -75,11 +82,22 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
     )
 
 
-def differences(losses: Sequence[Sequence[float]], chosen: int) -> np.ndarray:
+def differences(losses: ArrayLike, chosen: int) -> np.ndarray:
     """Losses less those of the chosen candidate, [candidates, rows]."""
     found = np.array(losses)
     less: np.ndarray = found - found[chosen]
     return less
+
+
+def is_decided(d: np.ndarray) -> bool:
+    """Whether the chosen candidate is good (REGRET) with probability ENOUGH, d as from `differences`.
+
+    The probability is the share of resampled row sets in which it is good. Means over resampled rows spread a little
+    less than means over new rows do, by sqrt((n - 1) / n), which is undone.
+    """
+    rows, means = d.shape[1], d.mean(axis=1)
+    drawn = means + (resampled(d) - means) * math.sqrt(rows / (rows - 1))
+    return bool(np.mean(drawn.min(axis=1) >= -REGRET) >= ENOUGH)
 
 
 def resampled(d: np.ndarray) -> np.ndarray:
@@ -88,7 +106,7 @@ def resampled(d: np.ndarray) -> np.ndarray:
     return means
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _counts(rows: int) -> np.ndarray:
     """How often each row is drawn, [RESAMPLES, rows]."""
     draws = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), RESAMPLES)

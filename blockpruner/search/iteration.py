@@ -28,8 +28,8 @@ class Iteration:
 
     @property
     def losses(self) -> dict[Mask, tuple[float, ...]]:
-        """Of each candidate that was scored, on its rows; of whole masks where those are compared."""
-        named = zip(self.scores, self.added, strict=True)
+        """Of each candidate that was scored on first rows, on those; of whole masks where such are compared."""
+        named = [(score, unit) for score, unit in zip(self.scores, self.added, strict=True) if score.drawn is None]
         return {unit or score.mask: score.row_loss for score, unit in named if score.mask and score.row_loss}
 
     @property

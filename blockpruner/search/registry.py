@@ -62,6 +62,12 @@ class Request:
         return tuple(sorted({self.metric.key, NLL.key}))
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether it takes greedy steps by a loss alone, which may leave out candidates or rows."""
+        greedy_steps = self.search.accelerated and self.options.has_greedy_steps
+        return greedy_steps and not self.metric.influence and self.options.price == "none"
+
+    @property
     def fields(self) -> dict[str, Any]:
         """The section as JSON with every default filled in. Its fingerprint is part of the search's."""
         return {

@@ -80,7 +80,7 @@ def search(
     if request.metric.key != NLL.key:
         nll = Objective(calibration, stores[NLL.key], scorer, observer)
     found: dict[str, list[Iteration]] = {}
-    run = _Run(request, own, nll, resources, observer, [len(row) for row in calibration.rows])
+    run = _Run(request, own, nll, resources, observer, calibration)
     for budget, iterations in run.traces(budgets).items():
         found[budget] = []
         for iteration in iterations:
@@ -128,7 +128,6 @@ class _Run:
     Args:
         objective: of the metric that the search minimises.
         nll: of perplexity, in which every choice is reported. It is the same objective where that is the metric.
-        row_tokens: of each calibration row.
     """
 
     def __init__(
@@ -138,14 +137,15 @@ class _Run:
         nll: Objective,
         resources: Resources,
         observer: Observer,
-        row_tokens: Sequence[int],
+        calibration: CalibrationSet,
     ) -> None:
         self._request = request
         self._objective = objective
         self._nll = nll
         self._resources = resources
         self._observer = observer
-        self._row_tokens = row_tokens
+        self._row_tokens = [len(row) for row in calibration.rows]
+        self._adaptive = calibration.adaptive and request.leaves_out
         self._units = units_of(request, resources)
         self._known = 0
 
@@ -208,7 +208,8 @@ class _Run:
             yield self._reported(iteration)
 
     def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
-        select = accelerate(self._objective, self._request.score)  # what it has learned belongs to one search alone
+        # what it has learned belongs to one search alone
+        select = accelerate(self._objective, self._request.score, self._adaptive)
         problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens)
         return self._request.search.run(problem, self._request.options)
 
@@ -226,9 +227,14 @@ class _Run:
             f"removed {format_mask(added)}" if added else f"best so far {format_mask(best.mask) or 'the dense model'}"
         )
         (firm,) = stabilities([iteration], self._request.options.price)
-        considered = "" if candidates is None else _considered(iteration, candidates)
+        considered = "" if candidates is None else _considered(iteration, candidates, self._adaptive)
+        if self._adaptive:
+            tokens = sum(sum(self._row_tokens[: score.rows_used]) for score in iteration.scores)
+            considered += f"; {tokens:,} tokens"
         if firm is not None:
-            considered += f"; resampled rows choose the same in {firm.kept:.0%}, rivals: {len(firm.rivals)}"
+            considered += (
+                f"; on {firm.rows} rows resampling chooses the same in {firm.kept:.0%}, rivals: {len(firm.rivals)}"
+            )
         self._observer.end(
             f"{what}, {self._loss_words(best)}perplexity {iteration.perplexity:.4f}, "
             f"ratio {self._resources['parameters'].ratio(iteration.removed):.4f}{considered}",
@@ -263,7 +269,7 @@ class _Run:
         return tuple(found.get(score.mask) for score in iteration.scores)
 
 
-def _considered(iteration: Iteration, candidates: int) -> str:
+def _considered(iteration: Iteration, candidates: int, adaptive: bool) -> str:
     """What an iteration spent, and what an audit of it says."""
     scores = [score for score, added in zip(iteration.scores, iteration.added, strict=True) if added is not None]
     complete = sum(score.is_complete for score in scores)
@@ -271,7 +277,7 @@ def _considered(iteration: Iteration, candidates: int) -> str:
         return ""
     text = f"; {complete} of {candidates} candidates scored on all rows"
     if complete < len(scores):
-        text += f", {len(scores) - complete} dropped by the race"
+        text += f", {len(scores) - complete} {'on as many as it took' if adaptive else 'dropped by the race'}"
     if len(scores) < candidates:
         text += f", {candidates - len(scores)} not considered"
     if iteration.lazy_choice is not None:

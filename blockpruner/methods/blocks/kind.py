@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.blocks import BlockKind, Mask, format_mask, sorted_blocks
 from blockpruner.core.budgets import Resources, choose_prefix, is_settled, parse_budget
@@ -37,9 +37,12 @@ PER_WORDS = {"parameters": " per parameter saved", "kv": " per KV cache saved", 
 
 def score(job: Job) -> tuple[Current, Counts]:
     asked, observer = request(job.score), job.material.observer
-    priced = {"latency": job.latency} if asked.options.price == "latency" else {}
+    rows = job.calibration
+    special: dict[str, Any] = {"latency": job.latency} if asked.options.price == "latency" else {}
+    if rows.adaptive and asked.leaves_out:
+        special["rows"] = "auto"
     loss = asked.metric.key
-    fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **priced})
+    fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **special})
     current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
     with job.stores(asked.losses) as stores:
         seeded = seed_stores(
@@ -47,7 +50,6 @@ def score(job: Job) -> tuple[Current, Counts]:
         )
         for problem in [*seeded, *(line for store in stores.values() for line in store.problems)]:
             observer.note(f"warning: {problem}")
-        rows = job.calibration
         observer.note(f"calibration: {len(rows.rows)} rows, {rows.tokens} tokens; search {fingerprint}")
         found = search(
             asked,
