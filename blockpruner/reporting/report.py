@@ -122,7 +122,7 @@ def _nested(study: ReportedRun) -> str:
     if scored < candidates:
         partial, share = sum(r.partial for r in removals), sum(r.work for r in removals) / candidates
         text += (
-            f" of {candidates:,}; {partial:,} were dropped on fewer rows, {candidates - scored - partial:,} not considered:"
+            f" of {candidates:,}; {partial:,} were dropped early, {candidates - scored - partial:,} not considered:"
             f" {percent(share)} of all pairs of candidate and row computed"
         )
     audited = [r for r in removals if r.lazy_choice is not None]
