@@ -15,11 +15,14 @@ import yaml
 
 from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import NAME, Params, Run, Sets, T, read_settings
+from blockpruner.core.settings import NAME, Params, Run, Sets, T, read_settings, shorten
 from blockpruner.store.files import write_text
 
 NO_RUNS = frozenset({"dvc", "sets", "sources"})
 """Files of runs/ that are something else: the pipeline of studies, the sets of them, and sources by name."""
+
+DEPTH, VALUES = 32, 100_000
+"""How deep a file of settings nests at most, and how many values it holds."""
 
 SOURCES = "sources.yaml"
 KINDS = ("pypi", "hub", "path", "tasks")
@@ -53,7 +56,9 @@ def load_run(name: str, directory: Path = Path("runs")) -> Run:
     if name in NO_RUNS:
         raise InputError(f"run name {name!r} is taken: runs/{name}.yaml is no run")
     if not NAME.fullmatch(name):
-        raise InputError(f"run name {name!r} is not valid: letters, digits, '.', '_' and '-' only, no path")
+        raise InputError(
+            f"run name {shorten(name)!r} is not valid: at most 100 letters, digits, '.', '_' and '-', no path"
+        )
     path = directory / f"{name}.yaml"
     if not path.exists():
         known = ", ".join(run_names(directory)) or "none"
@@ -92,13 +97,48 @@ def _load(path: Path, model: type[T]) -> T:
     return read_settings(model, _read(path), f"{path}: ")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice; PyYAML would take the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        _count(values, {})
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; run in the project folder") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
+    except RecursionError:
+        raise InputError(
+            f"{path} is not valid: it is nested too deep; a run file needs {DEPTH} levels at most"
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and numbers and dates that are none
+        raise InputError(f"{path} is not valid YAML: {shorten(' '.join(str(error).split()))}") from error
+    return values
+
+
+def _count(value: Any, known: dict[int, int], depth: int = 0) -> int:
+    """How many values there are, each alias counted as what it stands for; refuses what is no settings file."""
+    if depth > DEPTH:
+        raise RecursionError
+    if not isinstance(value, dict | list | tuple | set):
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise ValueError(f"a number has {value.bit_length()} bits; numbers here have 64 at most")
+        return 1
+    if id(value) not in known:
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known, depth + 1) for part in inner)
+    if known[id(value)] > VALUES:
+        raise ValueError(f"it stands for more than {VALUES} values; write no aliases of aliases")
+    return known[id(value)]
 
 
 def _with_sources(values: Any, named: Mapping[str, Any], path: Path) -> Any:

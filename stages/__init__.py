@@ -72,7 +72,7 @@ def _values(path: Path) -> dict[str, Any]:
     """What a YAML file holds; nothing if the file is absent or damaged, which the stage itself reports."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, yaml.YAMLError):
+    except (FileNotFoundError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -14,7 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, f
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+LIMIT = 1000
+"""Characters of a message about one value."""
+
+FAULTS = 20
+"""Mistakes of a file that are named one by one."""
 
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -40,7 +46,7 @@ class Hub(Frozen):
     source: Literal["hub"]
     repo: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
     revision: str | None = None
-    """A commit, branch or tag; null: main, resolved once and kept in runs/pins.json."""
+    """A commit; or a branch, a tag or refs/pr/<number>, null: main, resolved once and kept in runs/pins.json."""
 
 
 class Local(Frozen):
@@ -553,8 +559,8 @@ class Params(Frozen):
         for name in (*self.runs, *self.targets):
             if not NAME.fullmatch(name):
                 raise ValueError(
-                    f"name {name!r} is not valid: letters, digits, '.', '_' and '-' only, no path (a run name is "
-                    "the file runs/<name>.yaml, a target name a folder under data/)"
+                    f"name {name!r} is not valid: at most 100 letters, digits, '.', '_' and '-', no path (a run name "
+                    "is the file runs/<name>.yaml, a target name a folder under data/)"
                 )
         if len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs {list(self.runs)} name the same run twice; keep one")
@@ -588,10 +594,15 @@ def _describe(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         valid = ", ".join(_valid_keys(model, error["loc"]))
-        return f"unknown key {where!r}; valid keys there: {valid}"
+        return f"unknown key {shorten(where)!r}; valid keys there: {valid}"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = "" if error["type"] in ("value_error", "missing") else f" (given: {error.get('input')!r})"
-    return f"{where or 'file'}: {message}{given}"
+    return shorten(f"{where or 'file'}: {message}{given}")
+
+
+def shorten(text: str) -> str:
+    """A line of at most LIMIT characters: the key stands at its beginning, and the fix at its end."""
+    return text if len(text) <= LIMIT else f"{text[: LIMIT // 2]} ... {text[-LIMIT // 2 :]}"
 
 
 def _valid_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -634,4 +645,6 @@ def read_settings(model: type[T], values: Any, where: str = "") -> T:
         return model.model_validate(values)
     except ValidationError as error:
         faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows another
-        raise InputError("\n".join(f"{where}{_describe(model, fault)}" for fault in faults)) from error
+        lines = [f"{where}{_describe(model, fault)}" for fault in faults[:FAULTS]]
+        more = [f"{where}{len(faults) - FAULTS} mistakes more"] if len(faults) > FAULTS else []
+        raise InputError("\n".join([*lines, *more])) from error

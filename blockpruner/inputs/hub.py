@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import read_json, write_json
+from blockpruner.store.locks import hold, this_process
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 ANOTHER_SOURCE = "check the network, or use another source (pypi, path)"
 
 
 def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> str:
-    """The commit of a hub repository: the run file's, else the one in the pins file, else the newest, which is kept.
+    """The commit of a hub repository: the run file's, else the one in the pins file, else today's, which is kept there.
 
     Args:
         kind: "model" or "dataset".
+        revision: a commit, or a name that may move (a branch, a tag, refs/pr/<number>); None: main.
     """
-    if revision is not None:
+    if revision is not None and COMMIT.fullmatch(revision):
         return revision
-    known: dict[str, str] = read_json(pins) if pins.exists() else {}
-    key = f"{kind}:{repo}"
-    if key not in known:
-        from huggingface_hub import HfApi
+    key = f"{kind}:{repo}" if revision is None else f"{kind}:{repo}@{revision}"
+    known = _read_pins(pins)
+    if key in known:
+        return known[key]
+    from huggingface_hub import HfApi
 
-        api = HfApi()
-        try:
-            info = api.model_info(repo) if kind == "model" else api.dataset_info(repo)
-        except Exception as error:  # also errors of its HTTP library, which differs between versions
-            raise hub_error(repo, error) from error
-        assert info.sha is not None
-        known[key] = info.sha
+    api = HfApi()
+    ask = api.model_info if kind == "model" else api.dataset_info
+    try:
+        found = ask(repo, revision=revision)
+    except Exception as error:  # also errors of its HTTP library, which differs between versions
+        raise hub_error(repo, error) from error
+    assert found.sha is not None
+    with hold(pins.with_name(f".{pins.name}.lock"), this_process(), lambda holder: None):  # another fetch pins, too
+        known = {key: found.sha} | _read_pins(pins)
         write_json(pins, dict(sorted(known.items())))
     return known[key]
+
+
+def _read_pins(pins: Path) -> dict[str, str]:
+    try:
+        known = read_json(pins) if pins.exists() else {}
+        if isinstance(known, dict) and all(COMMIT.fullmatch(str(commit)) for commit in known.values()):
+            return known
+        why = "it holds something else than commits by repository"
+    except InputError:
+        why = "it is no JSON"
+    raise InputError(
+        f"{pins} is damaged ({why}), and it names the commit of every hub repository: bring it back with "
+        f"`git checkout {pins}`"
+    )
 
 
 def hub_error(repo: str, error: Exception, fix: str = ANOTHER_SOURCE) -> InputError:
@@ -40,7 +62,7 @@ def hub_error(repo: str, error: Exception, fix: str = ANOTHER_SOURCE) -> InputEr
         "GatedRepoError": "access is gated: accept its terms on the hub and log in with `hf auth login`",
         "RepositoryNotFoundError": "no such repository, or it is private: check the name, or log in with "
         "`hf auth login`",
-        "RevisionNotFoundError": "no such revision: check model.revision",
+        "RevisionNotFoundError": "no such revision: check `revision`, a commit, branch, tag or refs/pr/<number>",
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it, or use another source (pypi, path)",
     }
     cause = causes.get(type(error).__name__)

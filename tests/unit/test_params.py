@@ -12,6 +12,7 @@ from jsonschema import ValidationError, validate
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Calibration, Evaluate, HubTexts, LocalModel, Recover, Score, ZeroShot
 from blockpruner.params import NO_RUNS, load_params, load_run, run_schema
+from stages import _values
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "runs" / "schema.json").read_text())
@@ -227,10 +228,63 @@ def test_unknown_run_names_the_known(tmp_path):
         load_run("../smollm2", ROOT / "runs")
 
 
-def test_not_yaml(tmp_path):
-    (tmp_path / "params.yaml").write_text("runs: [a\n")
-    with pytest.raises(InputError, match="not valid YAML"):
-        load_params(tmp_path / "params.yaml")
+BOMB = "\n".join(
+    [f"a0: &a0 [{', '.join('x' * 9)}]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9))]
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"runs: [a\n", "not valid YAML"),
+        (b"runs: [\xff]", "not valid YAML: 'utf-8' codec can't decode"),
+        (b"runs: [\x00]", "not valid YAML: .*special characters"),
+        (b"runs: " + b"[" * 3000, "nested too deep"),
+        (b"runs: " + b"[" * 40 + b"]" * 40, "nested too deep"),
+        (b"runs: &a [*a]", "nested too deep"),
+        (b"runs: " + b"9" * 5000, "not valid YAML: Exceeds the limit .4300 digits"),
+        (b"runs: 0x" + b"f" * 5000, "a number has 20000 bits"),
+        (b"runs: 2026-13-40", "not valid YAML: month must be in 1..12"),
+        (BOMB.encode(), "more than 100000 values"),
+        (b"runs: [a]\ntargets: {}\nruns: [b]", "key 'runs' is there twice .*line 3"),
+        (b"runs: [a]\ntargets: {x: {run: a, run: a}}", "key 'run' is there twice"),
+        (b"runs: [" + b"a" * 5000 + b"]\ntargets: {}", "name 'aaa.* is not valid: at most 100 letters"),
+        (b"runs: [a]\ntargets: {" + b"a" * 900 + b": {run: a, budget: '0.1'}}", "name 'aaa.* at most 100 letters"),
+        (b"runs: [a]\n" + b"a" * 900 + b": 1", "unknown key 'aaa.*valid keys there"),
+        (b"runs: [a]\n" + b"a" * 5000 + b": 1", "not valid YAML"),
+        (b"runs: a" + b"b" * 10**6, "runs: .*given: 'abbb"),
+        (b"runs: [" + b"[], " * 9999 + b"]", r"99\d\d mistakes more"),
+    ],
+    ids=lambda value: str(value[:20]),
+)
+def test_a_file_that_is_no_settings_is_answered_in_short_lines(tmp_path, content, words):
+    """The stage's own look at its settings leaves the answer to this one."""
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    _values(path)
+    with pytest.raises(InputError, match=f"(?s){words}") as as_params:
+        load_params(path)
+    with pytest.raises(InputError) as as_run:
+        load_run("params", tmp_path)
+    for error in (as_params, as_run):
+        lines = str(error.value).splitlines()
+        assert len(lines) <= 21 and all(len(line) < 1300 and "params.yaml" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["a" * 101, "a" * 5000, "é", "a; touch P", "a\n"])
+def test_a_run_name_that_is_no_short_word_is_refused(name):
+    with pytest.raises(InputError, match="at most 100 letters, digits") as error:
+        load_run(name, ROOT / "runs")
+    assert len(str(error.value)) < 1300
+
+
+def test_anchors_that_save_writing_stay_valid(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "model: {source: hub, repo: a/b}\nevaluate: {speed: &speed {repeats: 3}, perplexity: {seq_len: 8}}\n"
+        "study: {main: {block: '0.1', layer: '0.1'}, speed: {<<: *speed, repeats: 4, batch: 2}}"
+    )
+    run = load_run("r", tmp_path)
+    assert run.evaluate.speed.repeats == 3 and (run.study.speed.repeats, run.study.speed.batch) == (4, 2)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):

