@@ -11,6 +11,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -194,21 +195,56 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
     folder = directory / name
     for split, table in tables.items():
         write_atomic(folder / f"{split}.parquet", partial(pq.write_table, table, compression="zstd"))
+    text, helpers = _definition(name, {split: (location / name / f"{split}.parquet").as_posix() for split in tables})
+    write_text(folder / f"{name}.yaml", text)
+    for helper in helpers:
+        shutil.copyfile(helper, folder / helper.name)
+
+
+def _definition(name: str, data_files: Mapping[str, str]) -> tuple[str, list[Path]]:
+    """The YAML of a task over local items, the file of each split given, and the Python files that it names."""
     config, helpers = _stock_config(name)
     config |= {
         "dataset_path": "parquet",
         "dataset_name": None,
-        "dataset_kwargs": {
-            "data_files": {split: (location / name / f"{split}.parquet").as_posix() for split in tables}
-        },
+        "dataset_kwargs": {"data_files": dict(data_files)},
         "training_split": None,
         "num_fewshot": 0,
     }
     config.pop("fewshot_split", None)  # its items are not fetched
-    config |= {f"{split}_split": split if split in tables else None for split in EVALUATION_SPLITS}
-    write_text(folder / f"{name}.yaml", yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
-    for helper in helpers:
-        shutil.copyfile(helper, folder / helper.name)
+    config |= {f"{split}_split": split if split in data_files else None for split in EVALUATION_SPLITS}
+    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), helpers
+
+
+def require_stock(name: str, directory: Path) -> None:
+    """Refuse a task whose files are not, byte for byte, those that `write_task` makes with the installed lm-eval.
+
+    lm-eval runs the helpers, and a prompt is a template that can run code, too. Only the items are data.
+
+    Raises:
+        InputError: names a file that differs, is missing or does not belong there.
+    """
+    folder = directory / name
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # Python would run what is there in place of a helper
+    path = folder / f"{name}.yaml"
+    try:
+        data_files = _read_yaml(path)["dataset_kwargs"]["data_files"]
+        places = {split: Path(file).resolve() for split, file in data_files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        data_files, places = {}, {}
+    text, helpers = _definition(name, data_files)
+    stock: dict[str, bytes | None] = {f"{split}.parquet": None for split in data_files}
+    stock |= {path.name: text.encode(), **{helper.name: helper.read_bytes() for helper in helpers}}
+    found = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
+    for file in sorted(stock.keys() | found.keys()):
+        content = stock.get(file)
+        is_there = file in stock and file in found and found[file].is_file()
+        is_items = content is None and places.get(file.removesuffix(".parquet")) == (folder / file).resolve()
+        if not (is_there and (is_items or found[file].read_bytes() == content)):
+            raise InputError(
+                f"{folder / file} is not as the installed lm-eval {version('lm-eval')} has it, and could run code: "
+                "after another lm-eval was installed run `dvc repro -f fetch@<run>`, else find out who changed it"
+            )
 
 
 def task_digest(name: str, directory: Path) -> str:

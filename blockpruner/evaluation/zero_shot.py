@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, unscored_items
 from blockpruner.evaluation.store import ITEMS
+from blockpruner.evaluation.tasks import require_stock
 from blockpruner.inputs.calibration import Answer
 
 BATCH_SIZE = 8
@@ -181,7 +182,8 @@ class _Harness(HFLM):  # type: ignore[misc]
 
 def _load(task: str, task_dir: Path) -> Any:
     """lm-eval's task dictionary of one task."""
-    loaded = TaskManager(include_path=str(task_dir), include_defaults=False).load([task])
+    require_stock(task, task_dir)
+    loaded = TaskManager(include_path=str(task_dir / task), include_defaults=False).load([task])
     aggregation = loaded["tasks"][task].aggregation()
     # lm-eval bootstraps the standard error of this very function: minutes for LAMBADA, in forks of this process
     aggregation.update({metric: partial(how) for metric, how in aggregation.items() if how is perplexity})

@@ -1,6 +1,7 @@
 """Benchmark rows against lm-eval's stock tasks; items from archives, folders and the hub."""
 
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.evaluation import tasks
+from blockpruner.evaluation import tasks, zero_shot
 from blockpruner.evaluation.benchmarks import BENCHMARKS, unscored_items
 from blockpruner.evaluation.tasks import (
     hub_repository,
@@ -109,6 +110,55 @@ def test_the_digest_is_of_the_content_not_of_the_place(tmp_path):
     split.write_bytes(split.read_bytes()[:-9])
     with pytest.raises(InputError, match=r"benchmark hellaswag: .*\.parquet is truncated, damaged or not Parquet"):
         task_digest("hellaswag", tmp_path / "a")
+
+
+def unchecked_bytecode(path, source):
+    """Python runs such a file in place of the module, and does not look at the module."""
+    code = importlib._bootstrap_external._code_to_hash_pyc(compile(source, "utils.py", "exec"), bytes(8), False)
+    cached = Path(importlib.util.cache_from_source(str(path)))
+    cached.parent.mkdir(exist_ok=True)
+    cached.write_bytes(code)
+
+
+def edit(name, change):
+    def apply(folder):
+        path = folder / name
+        path.write_text(change(path.read_text() if path.exists() else ""))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [
+        (edit("utils.py", lambda text: text + "\nopen('ran', 'w')"), "utils.py"),
+        (edit("hellaswag.yaml", lambda text: "task: hellaswag\ndoc_to_text: !function os.getcwd"), "hellaswag.yaml"),
+        (edit("hellaswag.yaml", lambda text: text.replace("{{query}}", "{{cycler.__init__}}")), "hellaswag.yaml"),
+        (edit("hellaswag.yaml", lambda text: text.replace("n.parquet", "n.parquet/../x")), "validation.parquet"),
+        (edit("hellaswag.yaml", lambda text: "[" * 3000), "hellaswag.yaml"),
+        (edit("zz.yaml", lambda text: "task: hellaswag\ndoc_to_text: !function utils.process_docs"), "zz.yaml"),
+        (lambda folder: (folder / "zz").mkdir(), "zz"),
+        (lambda folder: (folder / "utils.py").unlink(), "utils.py"),
+        (lambda folder: (folder / "validation.parquet").unlink(), "validation.parquet"),
+        (lambda folder: (folder / "validation.parquet").rename(folder / "test.parquet"), "test.parquet"),
+    ],
+)
+def test_task_files_of_others_do_not_run(tmp_path, monkeypatch, change, file):
+    """What a remote storage may bring: each is refused before lm-eval sees it."""
+    monkeypatch.setattr(zero_shot, "TaskManager", None)
+    write_task("hellaswag", tmp_path, tables_of("hellaswag"), location=tmp_path)
+    change(tmp_path / "hellaswag")
+    with pytest.raises(InputError, match=rf"/hellaswag/{file} is not as the installed lm-eval"):
+        zero_shot._load("hellaswag", tmp_path)
+
+
+def test_bytecode_beside_a_helper_does_not_run(tmp_path, monkeypatch):
+    write_task("hellaswag", tmp_path, tables_of("hellaswag"), location=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        unchecked_bytecode(tmp_path / "hellaswag/utils.py", "open('ran', 'w'); process_docs = list")
+        zero_shot._load("hellaswag", tmp_path)
+    assert not Path("ran").exists()
 
 
 def test_items_from_an_archive():
