@@ -25,7 +25,6 @@ import httpx
 from prefect import Task, flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run, task_run
 from prefect.settings import get_current_settings
@@ -38,6 +37,7 @@ from blockpruner.store.locks import this_process
 from flows import dvc, phases
 from flows.observer import TASK_VARIABLE
 from flows.selection import Chosen, ChosenSet, Selection, choose
+from flows.server import require_access
 
 T = TypeVar("T", Chosen, ChosenSet)
 METRICS, REPORT = Path("data/metrics"), Path("data/report")
@@ -185,15 +185,6 @@ def page_of(report: Path) -> str:
     return f"{pages}/{page.relative_to('data').as_posix()}" if pages else page.resolve().as_uri()
 
 
-def check_server() -> None:
-    url = get_current_settings().api.url
-    if url is not None and (error := get_client(sync_client=True).api_healthcheck()):
-        raise InputError(
-            f"the Prefect server at {url} (PREFECT_API_URL) does not answer: {error}; start it with "
-            "`make serve`, or unset PREFECT_API_URL to run without one"
-        )
-
-
 def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> int:
     """Run a flow from the command line; the exit status of `main`.
 
@@ -203,7 +194,8 @@ def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> in
     try:
         check()
         with dvc.workspace(this_process()):
-            check_server()
+            if url := get_current_settings().api.url:
+                require_access(url)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server
         state = start()
     except InputError as error:

@@ -1,9 +1,10 @@
 """`make serve` (`python -m flows.serve`): the pipeline in a browser, on this machine only.
 
-Starts the Prefect server, unless one answers at PREFECT_API_URL; a runner, which starts FLOWS when the UI asks for one,
-one at a time; and the pages of the reports, one port above the server's. Ctrl-C ends all of it.
+Starts the Prefect server, unless one of this user's answers at PREFECT_API_URL; a runner, which starts FLOWS when the
+UI asks for one, one at a time; and the pages of the reports, one port above the server's. Ctrl-C ends all of it.
 
-Decides what is served, where, and how it ends. What a flow does, and what its form asks for, is decided elsewhere.
+Decides what is served, where, and how it ends. Who may use the server is decided by flows.server. What a flow does, and
+what its form asks for, is decided elsewhere.
 Prefect's own settings decide where the server listens (PREFECT_SERVER_API_HOST, PREFECT_SERVER_API_PORT), where its
 files are (PREFECT_HOME) and which database it has (PREFECT_SERVER_DATABASE_CONNECTION_URL: SQLite in PREFECT_HOME, or
 PostgreSQL).
@@ -25,18 +26,18 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 from prefect import serve
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.deployments.runner import RunnerDeployment
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_current_settings, temporary_settings
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_sets
+from flows import server
 from flows.dvc import end_with
 from flows.paper import paper
 from flows.phases import OPEN, open_task_runs
@@ -76,28 +77,17 @@ def find_server() -> tuple[str, bool]:
         InputError: nothing answers, and no server can be started there.
     """
     settings = get_current_settings()
-    here = (settings.server.api.host, settings.server.api.port)
-    url = settings.api.url or f"http://{here[0]}:{here[1]}/api"
-    if answers(url):
+    url = settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
+    if server.answers(url):
         return url, True
-    host, port = place(url)
-    if settings.api.url is not None and host not in ("127.0.0.1", "localhost", here[0]):
+    host, port = server.place(url)
+    if not server.is_here(url):
         raise InputError(
             f"the Prefect server at {url} (PREFECT_API_URL) does not answer; start it on {host}, or unset "
             "PREFECT_API_URL to start one here"
         )
     require_free(host, port, "PREFECT_SERVER_API_PORT (or PREFECT_API_URL)")
     return url, False
-
-
-def answers(url: str) -> bool:
-    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
-        return client.api_healthcheck() is None
-
-
-def place(url: str) -> tuple[str, int]:
-    parts = urlsplit(url)
-    return parts.hostname or "127.0.0.1", parts.port or 80
 
 
 def require_free(host: str, port: int, setting: str, by: str = "what has it is no Prefect server") -> None:
@@ -113,7 +103,15 @@ def require_free(host: str, port: int, setting: str, by: str = "what has it is n
 
 
 class ReportHandler(SimpleHTTPRequestHandler):
-    """The files of the reports."""
+    """The files of the reports, for pages of this machine."""
+
+    def send_head(self) -> Any:
+        """Answer to the server's own names only, as `flows.server` does."""
+        asked = (self.headers["Host"] or server.LOOPBACK[0]).rpartition(":")
+        if (asked[0] or asked[2]).lower() in server.hosts(self.connection.getsockname()[0]):
+            return super().send_head()
+        self.send_error(400, "Invalid host header")
+        return None
 
     def translate_path(self, path: str) -> str:
         """Find files in PAGES only."""
@@ -166,10 +164,11 @@ def child(
                 process.wait()
 
 
-def server_settings(host: str, port: int) -> dict[str, str]:
+def server_settings(host: str, port: int, password: str) -> dict[str, str]:
     """What differs from Prefect's defaults. Of all pages in a browser, only the server's own may use it."""
-    origins = [f"http://{name}:{port}" for name in dict.fromkeys((host, "127.0.0.1", "localhost"))]
+    origins = [f"http://{name}:{port}" for name in server.hosts(host)]
     return {
+        "PREFECT_SERVER_API_AUTH_STRING": password,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins),
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",  # a run that waits for the one before it is not late
@@ -177,19 +176,19 @@ def server_settings(host: str, port: int) -> dict[str, str]:
 
 
 @contextmanager
-def prefect_server(url: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The server, answering; its output goes to server.log in PREFECT_HOME.
+def prefect_server(url: str, password: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The server, answering whoever has the password; its output goes to server.log in PREFECT_HOME.
 
     Raises:
         InputError: it did not start; ends with its output.
     """
-    host, port = place(url)
+    host, port = server.place(url)
     log = get_current_settings().home / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-    with open(log, "wb") as output, child(command, server_settings(host, port), END["server"], output) as process:
+    command, settings = [sys.executable, "-m", "flows.server", host, str(port)], server_settings(host, port, password)
+    with open(log, "wb") as output, child(command, settings, END["server"], output) as process:
         end = time.monotonic() + START
-        while not answers(url):
+        while not server.answers(url):
             if process.poll() is not None or time.monotonic() > end:
                 last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
                 raise InputError(f"the Prefect server did not start at {url}; {log} ends with:\n{last}")
@@ -218,16 +217,25 @@ def main() -> int:
         load_sets()  # the library that makes a form's schema would swallow the error
         with ExitStack() as stack:
             url, running = find_server()
-            host, port = get_current_settings().server.api.host, place(url)[1] + 1
+            password = server.require_private(url) if running else server.password()
+            host, port = get_current_settings().server.api.host, server.place(url)[1] + 1
             require_free(host, port, "PREFECT_SERVER_API_PORT", "it may be another `make serve`")
             pages = f"http://{host}:{port}"
-            processes = [] if running else [stack.enter_context(prefect_server(url))]
+            hint = f"the password in {server.password_file()}"
+            if password is None:
+                password = server.draw_password()
+                hint = f"the password {password}, kept in {server.password_file()}"
+            elif password != server.kept_password():
+                hint = "the password of PREFECT_SERVER_API_AUTH_STRING"
+            stack.enter_context(temporary_settings({PREFECT_API_AUTH_STRING: password}))
+            processes = [] if running else [stack.enter_context(prefect_server(url, password))]
             end_lost_runs(url)
             script = [sys.executable, "-c", "from flows.serve import run_deployments; run_deployments()"]
-            variables = {"PREFECT_API_URL": url, PAGES_VARIABLE: pages}
+            variables = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": password, PAGES_VARIABLE: pages}
             processes.append(stack.enter_context(child(script, variables, END["runner"])))
             stack.enter_context(report_pages(host, port))  # after the processes: do not fork beside its thread
             print(f"{'Using' if running else 'Started'} the Prefect server: {url.removesuffix('/api')}/deployments")
+            print(f"It asks for {hint}")
             print(f"The report, once there is one: {pages}/report/index.html\nCtrl-C ends all.", flush=True)
             while all(process.poll() is None for process in processes):
                 time.sleep(0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -96,9 +97,11 @@ def environment() -> dict[str, str]:
 
 
 def post(api: str, what: str, **body: Any) -> Any:
-    """The answer of a Prefect server that is protected against requests from other pages."""
-    token = httpx.get(f"{api}/csrf-token", params={"client": "test"}, timeout=60).json()["token"]
-    headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
+    """The answer of a Prefect server that is protected against requests from other pages, and from other users."""
+    password = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
+    headers = {"Authorization": f"Basic {password}", "Prefect-Csrf-Client": "test"}
+    answer = httpx.get(f"{api}/csrf-token", params={"client": "test"}, headers=headers, timeout=60)
+    headers["Prefect-Csrf-Token"] = answer.json()["token"]
     return httpx.post(f"{api}/{what}", json=body, headers=headers, timeout=60).json()
 
 

@@ -24,7 +24,7 @@ import pytest
 from dvc.lock import Lock
 from prefect import Task
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, Running
 
 from blockpruner.core.errors import InputError
@@ -44,6 +44,7 @@ from tests.processes import alive, wait_until
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9/api"
+PASSWORD = "me:secret"
 PARAMS = """# What is run.
 runs: [smollm2]            # names of runs/<name>.yaml
 targets:                   # pruned models to build
@@ -138,9 +139,11 @@ def home(tmp_path_factory):
 def server(home):
     """The API URL of a Prefect server of the test session's own."""
     url = f"http://127.0.0.1:{free_port()}/api"
-    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_HOME: home}):
+    settings = {PREFECT_HOME: home, PREFECT_API_AUTH_STRING: PASSWORD}
+    with pytest.MonkeyPatch.context() as patch, temporary_settings(settings):
         patch.setenv("PREFECT_HOME", str(home))
-        with serve.prefect_server(url):
+        patch.setenv("PREFECT_API_AUTH_STRING", PASSWORD)
+        with serve.prefect_server(url, PASSWORD):
             yield url
 
 
@@ -239,6 +242,19 @@ def test_only_its_own_pages_may_use_the_server(server):
         assert ("access-control-allow-origin" in answer.headers) == allowed
     answer = httpx.post(f"{server}/flow_runs/filter", json={}, timeout=60)
     assert answer.status_code == 403, "a form of another page could post"
+
+
+def test_the_server_asks_for_its_password_under_its_own_names_only(project, server):
+    """A page of another name that leads to this machine is of the same origin as what it asks."""
+    for host, path, status in (
+        ("localhost:4200", "health", 200), ("localhost:4200", "admin/version", 401), ("elsewhere:4200", "health", 400),
+        ("elsewhere:4200", "csrf-token?client=test", 400),
+    ):  # fmt: skip
+        assert httpx.get(f"{server}/{path}", headers={"Host": host}, timeout=60).status_code == status
+    flow = start(PREFECT_API_URL=server, PREFECT_API_AUTH_STRING="me:guess")
+    output, _ = flow.communicate()
+    assert flow.returncode == 2 and 'export PREFECT_API_AUTH_STRING="$(cat' in output, output
+    assert output.count("\n") == 1 and not ran()
 
 
 def test_runs_that_a_killed_runner_left_open_are_ended(project, server):

@@ -5,6 +5,7 @@ BLOCKPRUNER_CHROMIUM names another browser; BLOCKPRUNER_SCREENSHOTS a folder tha
 
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -64,7 +65,7 @@ def served(project):
     """`make serve` in the project: its URL. Ctrl-C ends it, and leaves no process."""
     url = f"http://127.0.0.1:{free_port()}"
     settings = {"PREFECT_HOME": str(project / ".prefect"), "PREFECT_SERVER_API_PORT": url.rsplit(":", 1)[1]}
-    outside = {key: value for key, value in environment().items() if key != "PREFECT_API_URL"}
+    outside = {key: value for key, value in environment().items() if not key.startswith("PREFECT_API_")}
     with open(project / "serve.log", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.serve"], cwd=project, env=outside | settings, stdout=log, stderr=log
@@ -72,8 +73,10 @@ def served(project):
     try:
         wait_until(lambda: b"Ctrl-C" in (project / "serve.log").read_bytes() or process.poll() is not None)
         assert process.poll() is None, (project / "serve.log").read_text()
-        wait_until(lambda: len(ask(url, "deployments/filter")) == 3)
-        yield url
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREFECT_API_AUTH_STRING", (project / ".prefect/password").read_text().strip())
+            wait_until(lambda: len(ask(url, "deployments/filter")) == 3)
+            yield url
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(SECONDS)
@@ -86,6 +89,10 @@ def page(served):
         browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has no sandbox
         page = browser.new_page(viewport={"width": 1500, "height": 1150})
         page.set_default_timeout(1000 * SECONDS)
+        page.goto(f"{served}/login")
+        page.get_by_placeholder("admin:pass").fill(os.environ["PREFECT_API_AUTH_STRING"])
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_url(re.compile("/dashboard"))
         yield page
         browser.close()
 

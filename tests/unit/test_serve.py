@@ -1,9 +1,13 @@
 """What `make serve` decides: the forms, where the server is, how processes end; and what the pictures show."""
 
+import base64
+import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -12,7 +16,10 @@ import httpx
 import pytest
 from matplotlib.figure import Figure
 from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_API_AUTH_STRING,
     PREFECT_SERVER_API_HOST,
     PREFECT_SERVER_API_PORT,
     temporary_settings,
@@ -21,7 +28,7 @@ from prefect.utilities.schema_tools import is_valid_schema, validate
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
-from flows import charts, phases, serve
+from flows import charts, phases, serve, server
 from flows.selection import RunGrid, Selection
 from tests.ports import free_port
 from tests.processes import alive, wait_until
@@ -86,26 +93,91 @@ def port():
 
 
 @pytest.fixture
-def settings(port):
-    with temporary_settings({PREFECT_SERVER_API_PORT: port, PREFECT_SERVER_API_HOST: "127.0.0.1"}):
+def settings(port, tmp_path):
+    changes = {PREFECT_SERVER_API_PORT: port, PREFECT_SERVER_API_HOST: "127.0.0.1", PREFECT_HOME: tmp_path}
+    with temporary_settings(changes):
         yield
 
 
-class Healthy(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path == "/api/health" else 404)
-        self.end_headers()
+@contextmanager
+def standing(port, password=None):
+    """A server that stands in for Prefect's; gives what it is shown as passwords."""
+    shown = []
 
-    def log_message(self, *_):
-        pass
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            given = self.headers["Authorization"]
+            shown.extend([base64.b64decode(given.split()[1]).decode()] if given else [])
+            is_open = self.path == "/api/health" or password is None or shown[-1:] == [password]
+            self.send_response(200 if is_open else 401)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", port), Handler) as running:
+        Thread(target=running.serve_forever, daemon=True).start()
+        yield shown
+        running.shutdown()
 
 
-def test_server_is_started_where_nothing_is_and_used_where_one_answers(settings, port):
-    assert serve.find_server() == (f"http://127.0.0.1:{port}/api", False)
-    with HTTPServer(("127.0.0.1", port), Healthy) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        assert serve.find_server() == (f"http://127.0.0.1:{port}/api", True)
-        server.shutdown()
+def test_server_is_started_where_nothing_is_and_used_where_ours_answers(settings, port):
+    url = f"http://127.0.0.1:{port}/api"
+    assert serve.find_server() == (url, False) and server.password() is None
+    drawn = server.draw_password()
+    assert server.password() == drawn and len(drawn) > 30 and server.draw_password() != drawn
+    assert server.password_file().stat().st_mode & 0o777 == 0o600
+    drawn = server.password()
+    with standing(port, drawn) as shown:
+        assert serve.find_server() == (url, True) and shown == []
+        assert server.require_private(url) == drawn and set(shown) == {drawn}
+    with temporary_settings({PREFECT_API_AUTH_STRING: "a"}):
+        assert server.password() == "a"
+        with temporary_settings({PREFECT_SERVER_API_AUTH_STRING: "b"}):
+            assert server.password() == "b"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"), [(None, "asks for no password"), ("me:theirs", "does not take the password in .*password")]
+)
+def test_a_server_that_is_not_ours_is_refused(settings, port, capsys, monkeypatch, theirs, words):
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    server.draw_password()
+    with standing(port, theirs) as shown:
+        assert serve.main() == 2
+    assert shown == [] or theirs is not None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(words, line) and "set PREFECT_SERVER_API_PORT to a free port" in line
+
+
+def test_a_server_of_another_user_is_sent_nothing(settings, port, capsys, monkeypatch):
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    is_root = os.getuid() == 0
+    with ExitStack() as stack:
+        if is_root:
+            os.seteuid(65534)
+        try:
+            shown = stack.enter_context(standing(port, "me:theirs"))
+        finally:
+            if is_root:
+                os.seteuid(0)
+            else:
+                monkeypatch.setattr(server.os, "getuid", lambda: 4711)
+        with temporary_settings({PREFECT_API_AUTH_STRING: "me:mine"}):
+            assert serve.main() == 2
+            assert f"port {port} of 127.0.0.1 belongs to another user" in capsys.readouterr().err
+            with pytest.raises(InputError, match="another user"):
+                server.require_access(f"http://127.0.0.1:{port}/api")
+    assert shown == []
+
+
+def test_the_password_is_no_business_of_other_machines(settings, monkeypatch):
+    server.draw_password()
+    sent = []
+    monkeypatch.setattr(server, "_status", lambda url, path, shown: sent.append(shown) or 401)
+    with pytest.raises(InputError, match="does not take the password"):
+        server.require_private("https://elsewhere.example/api")
+    assert sent == [None]
 
 
 def test_taken_port_is_named_with_the_fix(settings, port, capsys, monkeypatch):
@@ -142,6 +214,8 @@ def test_report_pages_follow_the_files_and_nothing_else_is_served(tmp_path, monk
             with socket.create_connection(("127.0.0.1", port)) as raw:  # httpx would tidy the path up
                 raw.sendall(f"GET /{path} HTTP/1.0\r\n\r\n".encode())
                 assert raw.recv(100).split()[1] == b"404", path
+        for host, status in (("elsewhere.example:4201", 400), ("127.0.0.1", 200), ("LocalHost:1", 200)):
+            assert httpx.get(f"{url}/report/", headers={"Host": host}).status_code == status
     serve.require_free("127.0.0.1", port, "nothing")
 
 
