@@ -24,7 +24,10 @@ SEARCH_VERSION = 3
 """What a search decides from the same trials. Part of the fingerprint of a search."""
 
 LACO_VERSION = 1
-"""LaCo's merges and similarities. Part of the fingerprint of a similarity log."""
+"""LaCo's merges and similarities. Part of the fingerprint of a similarity log, and of the key of a merged model."""
+
+SLICEGPT_VERSION = 1
+"""SliceGPT's widths and sliced weights. Part of the key of a sliced model."""
 
 LATENCY_VERSION = 1
 """How the time of generation and of single blocks is measured. Part of the key of a measured latency."""

@@ -31,8 +31,8 @@ CODE = (Path(__file__).parent, Path(versions.__file__).parent)
 
 
 def run(stage: str, main: Callable[[str], object]) -> None:
-    """Run a stage for the item named on the command line (a run or a target; none for the report)."""
-    item = sys.argv[1] if len(sys.argv) > 1 else ""
+    """Run a stage for an item (a run or a target; none for the report), named by hand or by DVC: `<stage>@<item>`."""
+    item = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[2]
     name = f"{stage} {item}".rstrip()
     started = time.monotonic()
     try:

@@ -104,6 +104,7 @@ CHAINS = (
         "LATENCY_VERSION",
         "SEARCH_VERSION",
         "LACO_VERSION",
+        "SLICEGPT_VERSION",
         "PLAN_VERSION",
         "EXPORT_VERSION",
         "CONVERT_VERSION",
@@ -687,7 +688,7 @@ ENTRIES: dict[str, Entry] = {
         f"plans of {name}": Entry("PLAN_VERSION", partial(plans, section=section, budgets=budgets))
         for name, (section, budgets) in PLANS.items()
     },
-    "slicegpt": Entry("EXPORT_VERSION", slicegpt),
+    "slicegpt": Entry("SLICEGPT_VERSION", slicegpt),
     **{
         f"export {name}": Entry("EXPORT_VERSION", lambda world, how=how: checkpoint(world, *how))
         for name, how in EXPORTS.items()

@@ -28,6 +28,12 @@ def test_a_stage_depends_on_versions_and_on_no_code(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_no_shell_reads_a_name_of_params(stage):
+    """DVC puts names into commands before anything checks them."""
+    assert STAGES[stage]["cmd"] == f"python -m stages.{stage}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_stages_are_small(stage):
     body = (ROOT / "stages" / f"{stage}.py").read_text().splitlines()
     main = body.index(next(line for line in body if line.startswith("def main(")))

@@ -57,6 +57,7 @@ def weights_kind(
     plan: Planner,
     left: Callable[[Details, Config], Left],
     apply_: Callable[[PreTrainedModel, Plan, Rows], PreTrainedModel],
+    identity: Callable[[Plan, str], dict[str, Any]] = Kind.identity,
     options: type[Options] = Options,
     version: int = 1,
     **others: Any,
@@ -64,11 +65,20 @@ def weights_kind(
     """A kind of method that changes weights; `name` is its `score.method`.
 
     Args:
-        version: raise it when the method plans something else for the same budget.
+        version: raise it when the method plans something else for the same budget, or makes other weights of a plan.
         others: the other fields of `Kind`.
     """
     score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
-    return Kind(name, title, score, commit, apply_, options=options, **others)
+
+    def identity_of_version(plan: Plan, rows: str) -> dict[str, Any]:
+        return identity(plan, rows) | _since_two(version)
+
+    return Kind(name, title, score, commit, apply_, identity_of_version, options=options, **others)
+
+
+def _since_two(version: int) -> dict[str, int]:
+    """What a version adds to a key; version 1 had no such field."""
+    return {"version": version} if version > 1 else {}
 
 
 def _score(name: str, options: type[Options], plan: Planner, version: int, job: Job) -> tuple[Current, Counts]:
@@ -76,8 +86,7 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
     chosen = read_options(name, options, job.score.options)
     loss, observer = NLL.key, job.material.observer
     fields: dict[str, Any] = {"method": name, "metric": job.score.metric, "options": chosen.model_dump()}
-    if version > 1:  # version 1 had no such field
-        fields["version"] = version
+    fields |= _since_two(version)
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
     with job.stores([loss]) as stores, LazyScorer(lambda: _dense_scorer(job)) as scorer:
         dense = Objective(job.calibration, stores[loss], scorer, observer)

@@ -16,12 +16,15 @@ from blockpruner.inputs.checkpoints import SOURCE_FILE
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods import score
 from blockpruner.methods.kind import make_plan
+from blockpruner.methods.registry import KINDS
+from blockpruner.methods.weights import weights_kind
 from blockpruner.model.models import load_model, masked
 from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
 from blockpruner.paper.experiments import Variant
 from blockpruner.paper.studies import SearchRecord, Setting, load_plans, model_facts, model_name, search_all
 from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json, write_json
+from blockpruner.versions import LACO_VERSION, SLICEGPT_VERSION
 from tests.builders import small_config
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
@@ -127,6 +130,21 @@ def test_a_model_has_the_name_that_it_always_had(kind, plan, facts, name, other)
     assert model_facts(plan, "digest") == {"kind": kind} | facts
     assert model_name(plan, "digest") == name != model_name(other, "digest")
     assert (model_name(plan, "digest") != model_name(plan, "other rows")) == (kind == "slicegpt")
+
+
+def test_models_made_by_another_version_of_a_method_have_another_name():
+    """A mended merge or slice is measured anew, though the plan is the same."""
+    current = Current("mine", "s", True, Score(), {}, {"rows": 3, "tokens": 30})
+    plan = make_plan(current, "2blocks", small_config(4), perplexities=(2.0, 3.0), details={"width": 24})
+    names = set()
+    for version in (1, 2, 3):
+        row = weights_kind("mine", "Mine", plan=None, left=None, apply_=None, version=version)
+        with KINDS.added(row):
+            names.add(model_name(plan, "rows"))
+    assert len(names) == 3
+    constants = {"laco": LACO_VERSION, "slicegpt": SLICEGPT_VERSION}
+    for name, constant in constants.items():
+        assert KINDS[name].score.args[-1] == constant
 
 
 def test_models_in_memory_are_the_masked_model_and_leave_the_dense_one_whole(world):

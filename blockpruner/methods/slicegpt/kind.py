@@ -13,6 +13,7 @@ from blockpruner.methods.kind import Job
 from blockpruner.methods.slicegpt.widths import sliced_parameters, width_for_ratio
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
+from blockpruner.versions import SLICEGPT_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,4 +67,5 @@ SLICEGPT = weights_kind(
     taken_out=lambda plan: f"width {plan.details['hidden']:,} → {plan.details['width']:,}",
     card=_card,
     exports=frozenset({"hf"}),
+    version=SLICEGPT_VERSION,
 )
