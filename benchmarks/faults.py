@@ -409,16 +409,18 @@ SERVER = ExitStack()
 RUNNING: list[subprocess.Popen[bytes]] = []
 HOME = WORK / "prefect"
 URL = f"http://127.0.0.1:{free_port()}/api"
+PASSWORD = "me:secret"
 
 
 def server() -> dict[str, str]:
     """Variables that name a Prefect server of this script's own, which runs until `stop_server`."""
     variables = {"PREFECT_HOME": str(HOME), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    variables["PREFECT_API_AUTH_STRING"] = PASSWORD
     os.environ.update(variables)
     if not RUNNING:
         from flows.serve import prefect_server  # takes 3 s
 
-        RUNNING.append(SERVER.enter_context(prefect_server(URL)))
+        RUNNING.append(SERVER.enter_context(prefect_server(URL, PASSWORD)))
     return variables | {"PREFECT_API_URL": URL}
 
 
