@@ -97,7 +97,7 @@ def _load(path: Path, model: type[T]) -> T:
     return read_settings(model, _read(path), f"{path}: ")
 
 
-class _Loader(yaml.SafeLoader):
+class _UniqueKeys(yaml.SafeLoader):
     """YAML in which no mapping has a key twice; PyYAML would take the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -112,7 +112,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read(path: Path) -> Any:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
         _count(values, {})
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; run in the project folder") from None
