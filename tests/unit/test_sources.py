@@ -217,7 +217,7 @@ def test_a_broken_download_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", half)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
-        fetch_hub(tmp_path, revision="x")
+        fetch_hub(tmp_path, revision=SHA)
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
