@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from blockpruner.core.budgets import read_budget, resources_of
+from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.settings import Frozen, Params, Run
@@ -195,13 +195,13 @@ def choose(selection: Selection) -> Chosen:
 def _require_reachable(run: str, settings: Run, budgets: Sequence[str]) -> None:
     """Refuse what the stage score would refuse, where the config of a fetched model is enough to tell.
 
-    It is not for a method that changes weights, nor for a speed-up, which is measured first.
+    A speed-up is not refused: it is measured first.
     """
     config = _fetched_config(run, settings)
     if config is None:
         return
     try:
-        require_budgets(settings.score, resources_of(config), tuple(budgets))
+        require_budgets(settings.score, config, tuple(budgets))
     except InputError as error:
         raise InputError(f"run {run}: {error}; {PARAMS} is unchanged") from None
 

@@ -38,6 +38,9 @@ def labels(settings: Run) -> RunLabels:
         f"{recover.alpha:g}, learning rate {recover.learning_rate:g}, epochs {recover.epochs}"
         if recover
         else "",
+        search={"none": "exact", "lazy+race": "lazy + race"}.get(
+            settings.score.acceleration, settings.score.acceleration
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blockpruner.core.blocks import BlockId, Mask, all_blocks
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, Costs, count_kv_cache, count_parameters
 
 WRITTEN = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>blocks|layers|kv|x|)", re.ASCII)
@@ -122,22 +122,22 @@ def require_reachable(budget: Budget, units: Sequence[Mask], costs: Costs) -> No
         costs: of the budget's resource.
 
     Raises:
-        InputError: names the largest or nearest budget that can be reached.
+        UnreachableError: names the largest or nearest budget that can be reached.
     """
     everything = frozenset[BlockId]().union(*units)
     size = len(units[0])
     beyond = f"budget {budget.text!r} cannot be reached; the largest reachable is {budget.amount(everything, costs)}"
     if budget.blocks is not None:
         if budget.blocks > len(everything):
-            raise InputError(beyond)
+            raise UnreachableError(beyond)
         if budget.blocks % size:
             low = budget.blocks - budget.blocks % size
             near = ", ".join(f"{n}blocks" for n in (low, low + size) if 0 < n <= len(everything))
-            raise InputError(f"budget {budget.text!r} is not reached by whole units; nearest: {near}")
+            raise UnreachableError(f"budget {budget.text!r} is not reached by whole units; nearest: {near}")
     elif budget.ratio is not None:
         sizes = [costs.ratio(unit) for unit in that_cost(units, costs)]
         if not sizes or budget.ratio > costs.ratio(everything) + max(sizes) / 2:
-            raise InputError(beyond)
+            raise UnreachableError(beyond)
         if budget.ratio < min(sizes) / 2:
             raise _removes_nothing(budget, min(that_cost(units, costs), key=costs.ratio), costs)
 
@@ -147,8 +147,8 @@ def that_cost(masks: Sequence[Mask], costs: Costs) -> list[Mask]:
     return [mask for mask in masks if costs.ratio(mask) > 0]
 
 
-def _removes_nothing(budget: Budget, smallest: Mask, costs: Costs) -> InputError:
-    return InputError(
+def _removes_nothing(budget: Budget, smallest: Mask, costs: Costs) -> UnreachableError:
+    return UnreachableError(
         f"budget {budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
         f"{budget.amount(smallest, costs)}"
     )

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """A value, file or environment that the user can correct; stages print it without a traceback."""
 
 
+class UnreachableError(InputError):
+    """No pruned model of a method meets a budget; names the nearest that one does."""
+
+
 class NonFiniteLossError(InputError):
     """The loss of one (mask, row) is NaN or infinite."""
 

@@ -370,9 +370,13 @@ class Study(Frozen):
     methods: tuple[str, ...] | None = None
     """Names of `experiments.METHODS`, null for all."""
     main: Budgets
-    """Of Tables 1, 2 and 6."""
+    """Of Tables 1 and 2."""
+    race: Budgets | None = None
+    """Of Table 6; null: those of `main`."""
     metric: tuple[str, ...] = ()
     """Budgets of Table 4."""
+    js: tuple[str, ...] | None = None
+    """Those of its searches by Jensen-Shannon divergence, one for each of `metric`; null: the same."""
     curve: tuple[str, ...] = ("0.05", "0.10", "0.15", "0.20", "0.25", "0.30")
     """Budgets of Figure 10 and Table 9."""
     partial: tuple[str, ...] = ("0.05", "0.10", "0.15")
@@ -397,12 +401,20 @@ class Study(Frozen):
     speed: Speed = Speed(prompt_tokens=512)
     """Of the curves; Table 6 is `evaluate.speed`."""
 
-    @field_validator("metric", "curve", "partial")
+    @field_validator("metric", "js", "curve", "partial")
     @classmethod
-    def _budgets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
+    def _budgets(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for text in value or ():
             read_budget(text)
         return value
+
+    @model_validator(mode="after")
+    def _pairs_of_table_4(self) -> Study:
+        if self.js is not None and len(self.js) != len(self.metric):
+            raise ValueError(
+                f"js: has {len(self.js)} budgets, and metric {len(self.metric)}; give as many, or leave js out"
+            )
+        return self
 
 
 class Run(Frozen):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.blocks import DENSE, BlockKind, Mask
-from blockpruner.core.budgets import Resources, parse_budget, resources_of
+from blockpruner.core.budgets import Budget, Resources, parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.options import Options
@@ -132,6 +132,8 @@ class Kind:
     """The dense model changed for a while: another way to the same model, to verify the first one by. Where there is
     none, `apply_` writes to the tensors of the dense model."""
     options: type[Options] = Options
+    require: Callable[[Budget, Any, Config], object] = lambda budget, options, config: None
+    """Refuses, before anything is computed, a budget that no plan meets; called with the kind's own options."""
     exports: frozenset[str] | None = None
     """The formats that can hold such a model; None: all."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from blockpruner.core.budgets import Resources
+from blockpruner.core.budgets import parse_budget, resources_of
 from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config
 from blockpruner.core.options import read_options
 from blockpruner.core.registry import Registry
 from blockpruner.core.settings import Score
@@ -41,15 +42,19 @@ def check_score(score: Score) -> Kind:
     return kind
 
 
-def require_budgets(score: Score, resources: Resources, budgets: tuple[str, ...]) -> None:
-    """Refuse, before anything is computed, budgets that no removal of blocks meets. What a method that changes weights
-    can reach, it says itself.
+def require_budgets(score: Score, config: Config, budgets: tuple[str, ...]) -> None:
+    """Refuse, before anything is computed, budgets that the method cannot meet on any model of this shape.
 
     Raises:
-        InputError: names the largest or nearest budget that can be reached.
+        UnreachableError: names the largest or nearest budget that can be reached.
     """
-    if kind_of_method(score.method).removes_blocks:
+    kind, resources = kind_of_method(score.method), resources_of(config)
+    if kind.removes_blocks:
         require_searchable(request(score), resources, budgets)
+        return
+    options = read_options(kind.name, kind.options, score.options)
+    for text in budgets:
+        kind.require(parse_budget(text, resources["parameters"]), options, config)
 
 
 KINDS = Registry("plan kind", Kind, [BLOCKS, LACO, SLICEGPT])

@@ -81,6 +81,8 @@ def score_run(
     """
     kind, started = check_score(score), time.monotonic()
     require_rows(len(calibration.rows))
+    if not kind.removes_blocks:
+        require_budgets(score, material.config, tuple(budgets))
     known = _known_latency(material.config, score, tuple(budgets), latency)
     resources = resources_of(material.config, known)
     current, counted = kind.score(Job(material, calibration, score, tuple(budgets), folder, resources, known))
@@ -108,7 +110,7 @@ def _known_latency(
     wanted = {parse_budget(text, resources["parameters"]).resource for text in budgets}
     if "latency" not in wanted | {score.options.get("per")}:
         return None
-    require_budgets(score, resources, budgets)
+    require_budgets(score, config, budgets)
     if latency is None:
         raise InputError(f"budgets {list(budgets)} or score.options.per need a speed-up, and {UNTIMED}")
     return latency()

@@ -195,7 +195,7 @@ def summed(verdicts: Sequence[str]) -> str:
 
 def _samples(evidence: Evidence) -> list[Finding]:
     """Compare each number of samples with the largest, at the budget of the sensitivity study."""
-    base = evidence.at(BLOCKPRUNER, evidence.sensitivity)
+    base = evidence.at(BLOCKPRUNER, evidence.study.sensitivity)
     if base is None:
         return []
 

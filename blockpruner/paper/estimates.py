@@ -14,11 +14,11 @@ from pathlib import Path
 
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, removable_units
 from blockpruner.core.budgets import Budget, is_settled, parse_budget, require_reachable, resources_of
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, count_parameters
 from blockpruner.core.options import read_options
 from blockpruner.core.settings import Calibration, Run
-from blockpruner.methods.registry import check_score
+from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.paper.experiments import Variant, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import find_config
@@ -68,6 +68,8 @@ class SearchCost:
     """Of these trials, with shared prefixes."""
     expected: float = 1.0
     """The share of both that the acceleration is expected to leave."""
+    remark: str = ""
+    """Why nothing is counted: the method cannot be had, or what it asks for is not known before."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,16 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
         studies: folder of fetched checkpoints; the config of one that is there is read.
 
     Raises:
-        InputError: no study section, a shape that is not known, a budget that cannot be reached or counted, or a
-            calibration set without a row.
+        InputError: no study section, a shape that is not known, a budget that cannot be counted, or a calibration set
+            without a row.
     """
     config, known = find_config(settings.model, studies / run / "model"), set[tuple[str, Mask]]()
     searches = []
     for variant in variants(settings):
         try:
             searches.append(search_cost(variant, config, known))
+        except UnreachableError as error:  # `studies.search_all` leaves it out, too
+            searches.append(_uncounted(variant, f"cannot be had: {error}"))
         except InputError as error:
             raise InputError(f"runs/{run}.yaml, {variant.name}: {error}") from error
     return Estimate(run, settings.model.dtype, count_parameters(config).total, tuple(searches))
@@ -175,7 +179,7 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
     to by chance are counted twice.
 
     Raises:
-        InputError: a method whose work is not counted; see also `calibration_rows` and `removals`.
+        InputError: see `calibration_rows`, `removals` and `require_budgets`.
     """
     kind, score = check_score(variant.score), variant.score
     rows, length = calibration_rows(variant.calibration)
@@ -189,12 +193,13 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
         return new
 
     if not kind.removes_blocks:
+        require_budgets(score, config, variant.budgets)
         dense = unknown(NLL.key, [DENSE], kept=True)
         measured = kind.passes(read_options(name, kind.options, score.options), depth, len(variant.budgets))
         return SearchCost(variant, 0, rows, length, len(dense), (len(dense) + measured) * flops.full(DENSE))
     steps_scored = SEARCHES[name].scored_steps
     if steps_scored is None:
-        raise InputError(f"method: {name} asks for what depends on what it finds, which cannot be counted before")
+        return _uncounted(variant, f"not counted: what method: {name} asks for depends on what it finds")
     units = removable_units(depth, score.unit, score.candidates)
     steps = removals(units, variant.budgets, config)
     before = [DENSE, *steps]
@@ -224,6 +229,11 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
     )  # fmt: skip
 
 
+def _uncounted(variant: Variant, remark: str) -> SearchCost:
+    rows, length = calibration_rows(variant.calibration)
+    return SearchCost(variant, 0, rows, length, 0, 0, remark=remark)
+
+
 def describe(name: str, estimates: Sequence[Estimate], gpu: str | None = None) -> str:
     """The plan of a set as Markdown: every search of every study, with totals.
 
@@ -242,7 +252,8 @@ def describe(name: str, estimates: Sequence[Estimate], gpu: str | None = None) -
         own = [(cost.trials, cost.flops, gpu_hours(cost, gpu, found.dtype)) for cost in found.searches]
         for cost, amounts in zip(found.searches, own, strict=True):
             budgets, rows = ", ".join(cost.variant.budgets), f"{cost.rows} x {cost.length}"
-            lines.append(_row(cost.variant.name, budgets, cost.removals or "–", rows, *_sums([amounts])))
+            numbers = (cost.remark, "", "") if cost.remark else _sums([amounts])
+            lines.append(_row(cost.variant.name, budgets, cost.removals or "–", rows, *numbers))
         lines.append(_row("together", "", "", "", *_sums(own)))
         totals.append(_row(found.run, *_sums(own)))
         everything += own
@@ -258,6 +269,8 @@ def describe(name: str, estimates: Sequence[Estimate], gpu: str | None = None) -
         f"({peak / 1e12:.0f} TFLOP/s in 16 bits), an assumption, and the share of an accelerated search that SmolLM2's "
         "needed (docs/performance.md). Fetching, loading, evaluation and timing are not counted.",
     ]
+    if any(cost.remark for found in estimates for cost in found.searches):
+        lines += ["", "Searches that are not counted, or cannot be had, are in no total."]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ one model, it is measured once. Every result is stored when it is known.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 from transformers import PreTrainedModel
 
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Evaluate, Speed, Study
-from blockpruner.evaluation.store import ITEMS, ResultsStore
+from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
 from blockpruner.evaluation.suite import (
     Checkpoint,
     Evaluated,
@@ -31,8 +33,11 @@ from blockpruner.evaluation.suite import (
 )
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import pruned_copy
+from blockpruner.methods.registry import KINDS
+from blockpruner.model.models import device_name, resolve_device
 from blockpruner.paper.studies import DENSE, model_facts, model_name
 from blockpruner.store.files import replace_directory, write_sealed_json, write_table
+from blockpruner.store.provenance import machine
 
 STUDY_ITEMS = pa.schema([pa.field("model", pa.string(), nullable=False), *ITEMS])
 
@@ -67,8 +72,25 @@ class CandidateModel:
     candidate: Candidate
 
     @cached_property
+    def made(self) -> tuple[PreTrainedModel, float]:
+        """The model, and the seconds that the dense one's change took."""
+        dense, started = self.dense.model, time.monotonic()
+        return pruned_copy(dense, self.candidate.plan, self.candidate.rows.rows), time.monotonic() - started
+
+    @property
     def model(self) -> PreTrainedModel:
-        return pruned_copy(self.dense.model, self.candidate.plan, self.candidate.rows.rows)
+        return self.made[0]
+
+    def making(self, identity: Mapping[str, Any]) -> Evaluation:
+        """How long it takes to make the model: of merging and slicing, a part of the method's time."""
+        where = {"machine": machine(), "device": device_name(resolve_device(self.dense.device))}
+        return Evaluation(
+            "making",
+            {**identity, "kind": "making", **where, "threads": torch.get_num_threads()},
+            "models",
+            lambda advance: Stored({"seconds": self.made[1]}),
+            lambda value: f"{value['seconds']:.1f} s",
+        )
 
     @property
     def tokenizer(self) -> Any:
@@ -129,6 +151,9 @@ def evaluate_study(
             "tasks": {task: stored.value["scores"] for task, stored in found.items()},
             "made": {key: stored.made for key, stored in settled.items()},
         }
+        if isinstance(model, CandidateModel) and not KINDS[model.candidate.plan.kind].removes_blocks:
+            making = replace(model.making(identity), name=f"{name}: making")
+            models[name]["making_seconds"] = evaluator.settle(making, overall).value["seconds"]
         for stored in found.values():
             assert stored.items is not None
             column = pa.array([name] * stored.items.num_rows, pa.string())

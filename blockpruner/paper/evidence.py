@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Run
+from blockpruner.core.settings import Run, Study
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, Variant, study_of, variants
 from blockpruner.paper.published import MODELS
@@ -43,6 +43,8 @@ class Entry(Option):
     variant: Variant
     budget: str
     search: SearchRecord
+    making: float = 0.0
+    """Seconds that it took to change the weights, where the method changes any."""
 
     @property
     def share(self) -> float:
@@ -63,10 +65,9 @@ class Evidence:
     entries: tuple[Entry, ...]
     tasks: tuple[str, ...]
     """Those of the average."""
-    sensitivity: str
-    """The budget at which calibrations are compared."""
-    high: tuple[Mapping[str, str], ...]
-    """The budgets of Table 5 by kind of method, in order."""
+    study: Study
+    refused: Mapping[str, str]
+    """Why a method has no model here, by its key in METHODS."""
 
     def of(self, method: str) -> tuple[Entry, ...]:
         """List the budgets of a method with nothing else varied, the least pruned first."""
@@ -190,10 +191,12 @@ def _read_evidence(name: str, subject: str, run: Run, folder: Path) -> Evidence:
     models = _read_models(folder / "results" / "items.parquet", facts, tuple(run.evaluate.zero_shot.tasks), name)
     races = {model: {key: Race.of(v) for key, v in settings.items()} for model, settings in speeds.items()}
     dense = Option(DENSE, subject, DENSE, None, models[DENSE], models[DENSE], races[DENSE], (), ())
-    entries = []
+    entries, refused = [], dict[str, str]()
     for variant in found:
         digest = CalibrationSet.load(plans / variant.slug / "rows.parquet").digest
         search = SearchRecord.load(plans / variant.slug)
+        if search.refused and not variant.factor:
+            refused[variant.method] = search.refused
         for budget, plan in load_plans(plans, variant).items():
             key = model_name(plan, digest)
             if key not in models:
@@ -207,18 +210,20 @@ def _read_evidence(name: str, subject: str, run: Run, folder: Path) -> Evidence:
                     method=METHODS[variant.method].title, plan=plan, model=models[key], dense=dense.model,
                     races=races.get(key, {}), order=search.order,
                     curve=search.perplexities, variant=variant, budget=budget, search=search,
+                    making=facts[key].get("making_seconds", 0.0),
                 )
             )  # fmt: skip
-    high = tuple(budgets.model_dump() for budgets in study.high)
-    return Evidence(dense, tuple(entries), tuple(run.evaluate.zero_shot.tasks), study.sensitivity, high)
+    return Evidence(dense, tuple(entries), tuple(run.evaluate.zero_shot.tasks), study, refused)
 
 
 def _require_files(folder: Path, found: tuple[Variant, ...], name: str) -> None:
     needed = {folder / "results" / "models.json": "evaluate", folder / "results" / "items.parquet": "evaluate",
               folder / "speed" / "speed.json": "speed"}  # fmt: skip
     for variant in found:
-        files = ("search.json", "rows.parquet", *(f"{budget}.json" for budget in variant.budgets))
-        needed |= {folder / "plans" / variant.slug / file: "search" for file in files}
+        own = folder / "plans" / variant.slug
+        is_refused = (own / "search.json").exists() and SearchRecord.load(own).refused
+        budgets = () if is_refused else variant.budgets
+        needed |= {own / file: "search" for file in ("search.json", "rows.parquet", *(f"{b}.json" for b in budgets))}
     for path, stage in needed.items():
         if not path.exists():
             raise InputError(

@@ -13,16 +13,22 @@ from typing import Any, Literal
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Budgets, Calibration, Run, Score, Study
 from blockpruner.reporting.formats import slug
+from blockpruner.search.registry import SEARCHES
 
 Kind = Literal["block", "layer", "width"]
 DATA_VARIABLE = "BLOCKPRUNER_DATA"
 """Environment variable: a folder of benchmark data. A study takes WikiText-2 from it, which no package holds."""
 
-BLOCKPRUNER, GREEDY_LAYERS = "blockpruner", "greedy-layers"
+BLOCKPRUNER, GREEDY_LAYERS, PRICED, SWAP = (
+    "blockpruner",
+    "greedy-layers",
+    "blockpruner-per-parameter",
+    "swap-from-blockpruner",
+)
 
-Use = Literal["main", "metric", "curve", "partial", "high", "seeds", "timed", "table6"]
-"""A part of a study: the budgets of `Study` by that name, the seeds, the timing of every budget (the paper's open
-question is the balance of the two kinds of block), and the race of Table 6."""
+Use = Literal["main", "metric", "js", "curve", "partial", "high", "race", "seeds", "timed"]
+"""A part of a study: the budgets of `Study` by that name, the seeds, and the timing of every budget (the paper's open
+question is the balance of the two kinds of block)."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,13 @@ class PaperMethod:
 
 
 BI, RM = "block_influence", "relative_magnitude"
-EVERY: tuple[Use, ...] = ("main", "metric", "curve", "partial", "high", "seeds", "timed", "table6")
+EVERY: tuple[Use, ...] = ("main", "metric", "curve", "partial", "high", "race", "seeds", "timed")
 METHODS: Mapping[str, PaperMethod] = {
     BLOCKPRUNER: PaperMethod("BlockPruner", "block", EVERY, {}, ("blockpruner", "ppl", "block")),
-    "slicegpt": PaperMethod("SliceGPT", "width", ("main", "table6"), {"method": "slicegpt"}, ("slicegpt",)),
-    "laco": PaperMethod("LaCo", "layer", ("main",), {"method": "laco"}, ("laco",)),
+    "slicegpt": PaperMethod("SliceGPT", "width", ("main", "race", "timed"), {"method": "slicegpt"}, ("slicegpt",)),
+    "laco": PaperMethod("LaCo", "layer", ("main", "timed"), {"method": "laco"}, ("laco",)),
     "relative-magnitude": PaperMethod(
-        "Relative Magnitude", "layer", ("main", "curve", "seeds"),
+        "Relative Magnitude", "layer", ("main", "curve", "seeds", "timed"),
         {"method": "one_shot", "unit": "layer", "metric": RM}, (RM,),
     ),
     "relative-magnitude-frobenius": PaperMethod(
@@ -55,16 +61,20 @@ METHODS: Mapping[str, PaperMethod] = {
         {"method": "one_shot", "unit": "layer", "metric": f"{RM}_frobenius"}, (RM,),
     ),
     "shortgpt": PaperMethod(
-        "ShortGPT", "layer", ("main", "curve", "seeds", "table6"),
+        "ShortGPT", "layer", ("main", "curve", "race", "seeds", "timed"),
         {"method": "one_shot", "unit": "layer", "metric": BI}, ("shortgpt",),
     ),
     "one-shot-perplexity": PaperMethod(
-        "one-shot perplexity", "block", ("main",), {"method": "one_shot"}, ("one_shot_ppl",)
+        "one-shot perplexity", "block", ("main", "timed"), {"method": "one_shot"}, ("one_shot_ppl",)
     ),
     GREEDY_LAYERS: PaperMethod(
-        "greedy layers", "layer", ("main", "high", "seeds"), {"unit": "layer"}, ("layer_greedy_ppl", "layer")
+        "greedy layers", "layer", ("main", "high", "seeds", "timed"), {"unit": "layer"}, ("layer_greedy_ppl", "layer")
     ),
-    "blockpruner-by-js": PaperMethod("BlockPruner by JS", "block", ("metric",), {"metric": "js"}, ("js",)),
+    PRICED: PaperMethod(
+        "BlockPruner per parameter", "block", ("main", "timed"), {"options": {"per": "parameters"}}
+    ),
+    SWAP: PaperMethod("swap from BlockPruner", "block", ("main", "timed"), {"method": "swap"}),
+    "blockpruner-by-js": PaperMethod("BlockPruner by JS", "block", ("js",), {"metric": "js"}, ("js",)),
     "blockpruner-by-bi": PaperMethod("BlockPruner by BI", "block", ("main", "partial"), {"metric": BI}),
     "blockpruner-by-rm": PaperMethod("BlockPruner by RM", "block", ("main", "partial"), {"metric": RM}),
     "mha-only": PaperMethod("MHA only", "block", ("partial", "timed"), {"candidates": "mha"}),
@@ -98,7 +108,7 @@ class Variant:
     timed: tuple[str, ...] = ()
     """The budgets whose models are timed."""
     raced: str | None = None
-    """The budget whose model is timed in the setting of Table 6."""
+    """The budget whose model stands in Table 6."""
 
     @property
     def slug(self) -> str:
@@ -153,9 +163,11 @@ def _base(run: Run, study: Study, name: str) -> Variant:
     by_use: Mapping[Use, Sequence[str | None]] = {
         "main": [own(study.main)],
         "metric": study.metric,
+        "js": study.metric if study.js is None else study.js,
         "partial": study.partial,
         "curve": study.curve,
         "high": list(map(own, study.high)),
+        "race": [own(study.race or study.main)],
     }
     wanted = [budget for use, budgets in by_use.items() if use in row.use for budget in budgets if budget is not None]
     if name == BLOCKPRUNER:
@@ -165,7 +177,7 @@ def _base(run: Run, study: Study, name: str) -> Variant:
         name=row.title, method=name, kind=row.kind, score=_score(run, study, name),
         calibration=_calibration(run, {"num_samples": study.samples[name]} if name in study.samples else {}),
         budgets=budgets, main=main, timed=budgets if "timed" in row.use else (),
-        raced=main if "table6" in row.use else None,
+        raced=own(study.race or study.main) if "race" in row.use else None,
     )  # fmt: skip
 
 
@@ -173,7 +185,11 @@ def _score(run: Run, study: Study, name: str) -> Score:
     """Change the run's `score` section for a method; acceleration stays where the search has steps to leave out."""
     change = dict(METHODS[name].score)
     own = run.score.model_dump(exclude_unset=True)
-    if change.get("method", "greedy") != "greedy" or change.get("metric") in (BI, RM):
+    method = change.get("method", "greedy")
+    if method != "greedy":
+        own.pop("options", None)
+    is_accelerated = method in SEARCHES and SEARCHES[method].accelerated
+    if not is_accelerated or change.get("metric") in (BI, RM) or "options" in change:
         own = {key: value for key, value in own.items() if key not in (*ACCELERATED, "options")}
     if name in study.options:
         change["options"] = study.options[name]

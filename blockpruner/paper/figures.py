@@ -118,7 +118,7 @@ def _share(axes: Axes, evidence: Evidence) -> None:
 
 def _levels(is_accuracy: bool, axes: Axes, evidence: Evidence) -> None:
     """Draw for Figure 7 every calibration set at the budget of the sensitivity study."""
-    base = evidence.at(BLOCKPRUNER, evidence.sensitivity)
+    base = evidence.at(BLOCKPRUNER, evidence.study.sensitivity)
     assert base is not None
     entries = [base, *evidence.varied(BLOCKPRUNER, "calibration")]
     entries.sort(key=lambda entry: entry.search.tokens)
@@ -244,7 +244,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "BlockPruner calibrated on each set, at the budget of the sensitivity study: average accuracy (± 1 standard "
         "error) and held-out perplexity; the square is the run’s own calibration.",
         (("", partial(_levels, True)), ("", partial(_levels, False))),
-        lambda e: bool(e.varied(BLOCKPRUNER, "calibration")) and e.at(BLOCKPRUNER, e.sensitivity) is not None,
+        lambda e: bool(e.varied(BLOCKPRUNER, "calibration")) and e.at(BLOCKPRUNER, e.study.sensitivity) is not None,
         "the study varies no calibration",
     ),
     PaperFigure(

@@ -6,6 +6,7 @@ index.html, report.md, tables/*.csv and *.tex, plots/*.svg and *.png.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from blockpruner.paper.contrasts import claims
@@ -13,7 +14,8 @@ from blockpruner.paper.evidence import Subject
 from blockpruner.paper.extra_tables import GRIDS, stopping
 from blockpruner.paper.figures import FIGURES, SCATTERS, draw
 from blockpruner.paper.tables import TABLES, paper_grids
-from blockpruner.reporting.grids import to_csv, to_latex
+from blockpruner.reporting.findings import Finding
+from blockpruner.reporting.grids import Grid, to_csv, to_latex
 from blockpruner.reporting.pages import Findings, Page, Section, made_line, write_page
 
 INTRO = (
@@ -22,20 +24,43 @@ INTRO = (
 )
 
 
+NOT_MADE = (
+    "Table 3 and Figure 9: this project holds neither their numbers nor their curves (data/paper), so nothing could be "
+    "compared. Figures 2 and 3 explain the method and show no measurement. Figure 8 is recovery by LoRA: see there."
+)
+
+
+def _stated(findings: Sequence[Finding], subject: Subject) -> tuple[Finding, ...]:
+    """Let every finding tell what it holds for."""
+    return tuple(replace(each, text=f"{each.text} {subject.labels.conditions}".lstrip()) for each in findings)
+
+
+def _under(grid: Grid, subjects: Sequence[Subject]) -> Grid:
+    """Add to a table of our numbers what they hold for."""
+    ours = [f"{s.model}: {s.labels.conditions}" for s in subjects if s.evidence is not None]
+    return replace(grid, notes=(*grid.notes, *ours))
+
+
 def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
     """Build a set's report. The paper's numbers lie in the folder `published`."""
     found = [subject.evidence for subject in subjects if subject.evidence is not None]
     sections = []
     if found:
-        advice = Findings(tuple(finding for evidence in found for finding in evidence.findings))
+        stops = [finding for s in subjects if s.evidence is not None for finding in _stated(s.evidence.findings, s)]
+        advice = Findings(tuple(stops))
         scatters = [draw(figure, found) for figure in SCATTERS]
-        sections.append(Section("Quality against speed and memory", (advice, *scatters, stopping(found))))
-    for evidence in found:
-        findings, grid = claims(evidence)
-        sections.append(Section(f"The paper’s claims on {evidence.dense.subject}", (Findings(findings), grid)))
+        sections.append(
+            Section("Quality against speed and memory", (advice, *scatters, _under(stopping(found), subjects)))
+        )
+    for subject in subjects:
+        if subject.evidence is not None:
+            findings, grid = claims(subject.evidence)
+            title = f"The paper’s claims on {subject.model}"
+            sections.append(Section(title, (Findings(_stated(findings, subject)), _under(grid, [subject]))))
     sections += [Section(table.title, tuple(paper_grids(table, subjects, published))) for table in TABLES]
     sections += [Section(figure.title, (draw(figure, found),)) for figure in FIGURES]
-    beyond = [make(found) for make in GRIDS] if found else []
+    sections.append(Section("Not made", (NOT_MADE,)))
+    beyond = [_under(make(found), subjects) for make in GRIDS] if found else []
     sections += [Section(grid.title, (grid,)) for grid in beyond]
     models = {id(o.model): o.model for evidence in found for o in (evidence.dense, *evidence.entries)}.values()
     made = made_line(made for model in models for made in model.made)

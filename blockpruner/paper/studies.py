@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.core.blocks import format_mask
+from blockpruner.core.errors import UnreachableError
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Calibration, TaskAnswers, Texts
 from blockpruner.inputs.calibration import CalibrationSet, draw_rows
@@ -52,7 +53,8 @@ class SearchRecord:
     order: all its removals, as text, beyond the last budget too; perplexities: on its calibration rows, of the dense
     model and after each removal; first: the loss of every unit scored on all rows in its first iteration, in its
     metric; all empty where it removes no blocks. rows, tokens: of its calibration set. cost: seconds, trials computed,
-    trials that its longest start asked for, the first two of all starts together.
+    trials that its longest start asked for, the first two of all starts together. refused: why no model of the method
+    meets a budget; it has no plans then.
     """
 
     variant: str
@@ -62,6 +64,7 @@ class SearchRecord:
     rows: int
     tokens: int
     cost: Mapping[str, float]
+    refused: str = ""
 
     @classmethod
     def load(cls, folder: Path) -> SearchRecord:
@@ -71,6 +74,8 @@ class SearchRecord:
 
 def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: Setting) -> None:
     """Make every search far enough for its budgets, and write what it leads to at `plans`/<slug>.
+
+    A method whose budgets cannot be met is recorded with the reason, and the others go on.
 
     Args:
         scores: of the traces, a folder for each search; what is there is not computed again.
@@ -86,9 +91,15 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
         calibration, folder = rows_of(variant.calibration), scores / variant.slug
         wanted = f"{variant.name}, to {', '.join(variant.budgets)}"
         setting.material.observer.note(f"search {number} of {len(variants)}: {wanted}")
-        counts = score_run(setting.material, calibration, variant.score, variant.budgets, folder)
-        cost = _add_cost(folder, counts)
-        write = partial(_write, variant=variant, calibration=calibration, cost=cost, scores=folder, setting=setting)
+        write: Callable[[Path], object]
+        try:
+            counts = score_run(setting.material, calibration, variant.score, variant.budgets, folder)
+        except UnreachableError as error:
+            setting.material.observer.note(f"warning: {variant.name} is left out: {error}")
+            write = partial(_refuse, variant=variant, calibration=calibration, reason=str(error))
+        else:
+            cost = _add_cost(folder, counts)
+            write = partial(_write, variant=variant, calibration=calibration, cost=cost, scores=folder, setting=setting)
         replace_directory(plans / variant.slug, write)
     for path in set(plans.iterdir()) - {plans / variant.slug for variant in variants}:
         shutil.rmtree(path)
@@ -137,8 +148,17 @@ def _write(
     write_sealed_json(directory / "search.json", vars(found))
 
 
+def _refuse(directory: Path, variant: Variant, calibration: CalibrationSet, reason: str) -> None:
+    calibration.save(directory / "rows.parquet", variant.calibration.data.source)
+    cost = {"seconds": 0.0, "computed": 0, "asked": 0}
+    found = SearchRecord(variant.name, (), (), {}, len(calibration.rows), calibration.tokens, cost, reason)
+    write_sealed_json(directory / "search.json", vars(found))
+
+
 def load_plans(folder: Path, variant: Variant) -> dict[str, Plan]:
-    """The plans of one search by budget."""
+    """The plans of one search by budget; none of one that was refused."""
+    if SearchRecord.load(folder / variant.slug).refused:
+        return {}
     return {budget: load_plan(folder / variant.slug / f"{budget}.json") for budget in variant.budgets}
 
 

@@ -6,14 +6,14 @@ method, at the nearest ratio within BAND. A table is one row of TABLES.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blockpruner.paper.contrasts import contrast_grid
 from blockpruner.paper.evidence import MAIN, Entry, Evidence, Pairs, Subject
-from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS, METHODS
+from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS, METHODS, PRICED, SWAP
 from blockpruner.paper.published import Published, read_published
 from blockpruner.paper.studies import DENSE
 from blockpruner.reporting.comparison import BAND
@@ -41,6 +41,8 @@ class PaperTable:
     """Columns of the paper's and of our numbers."""
     options: Callable[[Evidence], Sequence[Option]]
     """Our models in it; one without any number is left out."""
+    methods: tuple[str, ...] = ()
+    """Those that are named with a reason where a study has no model of them."""
     digits: int = 2
     """Of the paper's numbers."""
     missing: str = "no such search in this study"
@@ -88,7 +90,9 @@ def _whose(subjects: Sequence[Subject]) -> str:
     """Tell which rows are ours, and on what they were measured."""
     ours = [s for s in subjects if s.evidence is not None]
     models = "; ".join(
-        f"{s.model} ({s.labels.model}; held-out text: {s.labels.heldout}; items: {s.labels.tasks})" for s in ours
+        f"{s.model} ({s.labels.model}; search: {s.labels.search}; calibration: {s.labels.calibration}; held-out text: "
+        f"{s.labels.heldout}; items: {s.labels.tasks})"
+        for s in ours
     )
     absent = ", ".join(subject.model for subject in subjects if subject.evidence is None)
     return (
@@ -108,6 +112,9 @@ def _beside(table: PaperTable, subject: Subject, published: Sequence[Published])
         lines = [(option, numbers) for option, numbers in cells if numbers != blank]
         if not lines:
             rows.append((subject.model, table.missing, HERE, *blank))
+        refused = subject.evidence.refused
+        for method in (method for method in table.methods if method in refused):
+            rows.append((subject.model, f"{METHODS[method].title}: {refused[method]}", HERE, *blank))
         for option, numbers in lines:
             rows.append((subject.model, option.method, HERE, *numbers))
             match = _match(table, option, published)
@@ -169,7 +176,8 @@ QUALITY = (RATIO, WIKITEXT, HELDOUT, AVERAGE)
 FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 NINE = {"truthfulqa": "truthfulqa_mc1", "race": "race", "swag": "swag", "openbookqa": "openbookqa"}
 TABLE1 = (
-    "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", BLOCKPRUNER, "random",
+    "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", GREEDY_LAYERS, BLOCKPRUNER,
+    PRICED, SWAP, "random",
 )  # fmt: skip
 CURVES = (BLOCKPRUNER, "shortgpt", "relative-magnitude")
 
@@ -186,13 +194,19 @@ def _with_dense(evidence: Evidence) -> list[Option]:
     return [evidence.dense, *evidence.main(*TABLE1)]
 
 
+def _pairs(evidence: Evidence, other: str, budgets: Iterable[tuple[str, str]]) -> Pairs:
+    """Pair BlockPruner with another method, each at its own of two budgets."""
+    pairs = ((evidence.at(BLOCKPRUNER, a), evidence.at(other, b)) for a, b in budgets)
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
 def _js(evidence: Evidence) -> Pairs:
-    return evidence.shared(BLOCKPRUNER, "blockpruner-by-js")
+    study = evidence.study
+    return _pairs(evidence, "blockpruner-by-js", zip(study.metric, study.js or study.metric, strict=True))
 
 
 def _high(evidence: Evidence) -> Pairs:
-    pairs = ((evidence.at(BLOCKPRUNER, b["block"]), evidence.at(GREEDY_LAYERS, b["layer"])) for b in evidence.high)
-    return [(a, b) for a, b in pairs if a is not None and b is not None]
+    return _pairs(evidence, GREEDY_LAYERS, [(budgets.block, budgets.layer) for budgets in evidence.study.high])
 
 
 def _columns(pairs: Callable[[Evidence], Pairs]) -> Callable[[Evidence], list[Option]]:
@@ -201,7 +215,7 @@ def _columns(pairs: Callable[[Evidence], Pairs]) -> Callable[[Evidence], list[Op
 
 
 def _raced(evidence: Evidence) -> list[Option]:
-    timed = [e for e in evidence.timed(MAIN) if e.budget == e.variant.main]
+    timed = [e for e in evidence.timed(MAIN) if e.budget == e.variant.raced]
     return [evidence.dense, *timed] if timed else []
 
 
@@ -220,16 +234,28 @@ def _table6_notes(found: Sequence[Evidence]) -> list[str]:
 
 
 def _searched(evidence: Evidence) -> list[Option]:
-    return [evidence.of(m)[0] for m in evidence.methods if METHODS[m].published and evidence.of(m)]
+    """List one model of each method of the paper: that of Table 1, else the least pruned."""
+    found = ((*evidence.main(m), *evidence.of(m)) for m in evidence.methods if METHODS[m].published)
+    return [entries[0] for entries in found if entries]
 
 
 def _table9(evidence: Evidence) -> list[Option]:
+    """List what has a budget that layers have too, and each method's own of Table 1, which differs between kinds."""
     budgets = {entry.budget for method in CURVES[1:] for entry in evidence.of(method)}
-    return [e for method in CURVES for e in evidence.of(method) if e.budget in budgets]
+    return [e for m in CURVES for e in evidence.of(m) if e.budget in budgets or e.budget == e.variant.main]
 
 
-def _cost(key: str, title: str, name: str, digits: int = 0, scale: float = 1) -> Field[Entry]:
-    return Field(key, title, lambda entry: Number(entry.search.cost[name] * scale, digits))
+def _table9_pairs(evidence: Evidence) -> Pairs:
+    found = [*evidence.against(*CURVES[1:]), *evidence.shared(*CURVES)]
+    return list(dict.fromkeys(found))
+
+
+def _cost(key: str, title: str, name: str) -> Field[Entry]:
+    return Field(key, title, lambda entry: Number(entry.search.cost[name], 0))
+
+
+def _minutes(entry: Entry) -> Cell:
+    return Number((entry.search.cost["seconds"] + entry.making) / 60, 2)
 
 
 def _generation(option: Option) -> Cell:
@@ -243,6 +269,7 @@ TABLES: tuple[PaperTable, ...] = (
         "table1_main",
         (RATIO, WIKITEXT, HELDOUT, *(_task(task, task, task, 1) for task in FIVE), AVERAGE),
         _with_dense,
+        TABLE1,
         pairs=lambda evidence: evidence.against(*TABLE1),
         notes=lambda _: [
             "Relative Magnitude: the mean over tokens, and the norm over the whole sequence (Frobenius); the paper "
@@ -255,6 +282,7 @@ TABLES: tuple[PaperTable, ...] = (
         "table2_ablation",
         QUALITY,
         lambda evidence: evidence.main(BLOCKPRUNER, "one-shot-perplexity", GREEDY_LAYERS),
+        (BLOCKPRUNER, "one-shot-perplexity", GREEDY_LAYERS),
         pairs=lambda evidence: evidence.against("one-shot-perplexity", GREEDY_LAYERS),
     ),
     PaperTable(
@@ -263,6 +291,7 @@ TABLES: tuple[PaperTable, ...] = (
         "table4_metric",
         QUALITY,
         _columns(_js),
+        (BLOCKPRUNER, "blockpruner-by-js"),
         pairs=_js,
     ),
     PaperTable(
@@ -271,6 +300,7 @@ TABLES: tuple[PaperTable, ...] = (
         "table5_high_sparsity",
         QUALITY,
         _columns(_high),
+        (BLOCKPRUNER, GREEDY_LAYERS),
         pairs=_high,
     ),
     PaperTable(
@@ -290,16 +320,17 @@ TABLES: tuple[PaperTable, ...] = (
         "Table 7. Time of the search",
         "table7_pruning_time",
         (
-            _cost("minutes", "minutes", "seconds", 2, 1 / 60),
+            Field[Entry]("minutes", "minutes", _minutes),
             _cost("trials_asked", "evaluations asked for, longest start", "asked"),
             _cost("trials_computed", "computed, all starts", "computed"),
         ),
         _searched,
+        tuple(name for name, method in METHODS.items() if method.published),
         digits=1,
         notes=lambda _: [
-            "Here: wall time of the search on this machine, to the largest of its budgets; an evaluation is one masked "
-            "model on the calibration rows, and what another search had computed before is not computed again. Merging "
-            "(LaCo) and slicing (SliceGPT) themselves come after the search and are not in it. The paper: two RTX 4090."
+            "Here: wall time on this machine of the search, to the largest of its budgets, and of merging (LaCo) and "
+            "slicing (SliceGPT) for the model of Table 1; an evaluation is one masked model on the calibration rows, "
+            "and what another search had computed before is not computed again. The paper: two RTX 4090."
         ],
     ),
     PaperTable(
@@ -316,7 +347,8 @@ TABLES: tuple[PaperTable, ...] = (
         "table9_newer_models",
         QUALITY,
         _table9,
-        pairs=lambda evidence: evidence.shared(*CURVES),
+        CURVES,
+        pairs=_table9_pairs,
     ),
     PaperTable(
         "table10",

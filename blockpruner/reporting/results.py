@@ -43,6 +43,13 @@ class RunLabels:
     tasks: str
     recovery: str = ""
     """Texts and settings of the training of recovered targets."""
+    search: str = "exact"
+    """Which candidates the search leaves out, as `score.acceleration`."""
+
+    @property
+    def conditions(self) -> str:
+        """What a statement about the results holds for."""
+        return f"Holds for {self.model}; search: {self.search}; calibration: {self.calibration}."
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from blockpruner.paper.estimates import SAMPLE_TOKENS, calibration_rows, describ
 from blockpruner.paper.experiments import Variant, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import SHAPES, find_config
-from blockpruner.params import load_run, load_set, run_names
+from blockpruner.params import load_run, load_sets, run_names
 from blockpruner.scoring.engine import Engine
+from flows import paper
 from tests.builders import scored
 from tests.tiny import tiny_model
 
@@ -172,16 +173,26 @@ def test_what_is_printed():
 
 
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(InputError, match="method: beam"):
-        cost_of(variant({"method": "beam"}, ["3blocks"]))
+    cost = cost_of(variant({"method": "beam"}, ["3blocks"]))
+    assert (cost.trials, cost.flops) == (0, 0) and "method: beam asks for depends on what it finds" in cost.remark
     with pytest.raises(InputError, match="speed-up"):
         cost_of(variant({}, ["1.2x"]))
 
 
-def test_every_set_can_be_planned(monkeypatch):
+@pytest.mark.parametrize("name", [name for name in load_sets(ROOT / "runs" / "sets.yaml") if name != "paper"])
+def test_every_set_can_be_planned_and_every_method_of_its_runs_be_had(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for run in load_set("large").values():
-        assert estimate("not fetched", run).trials > 10_000
+    assert paper.main(["--set", name, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "cannot be had:" not in printed and "| all |" in printed
+
+
+def test_a_method_that_cannot_be_had_is_a_row_with_its_reason():
+    found = estimate("llama2-7b", studied(options={"laco": {"count": 7}}))
+    laco = next(cost for cost in found.searches if cost.variant.method == "laco")
+    assert laco.remark.startswith("cannot be had: budget '0.20': LaCo with C = 7") and laco.trials == 0
+    text = describe("llama2-7b", [found])
+    assert "| LaCo | 0.20 |" in text and "the nearest that it removes: 6 and 8" in text and "in no total" in text
 
 
 def test_every_run_has_a_shape(tmp_path):

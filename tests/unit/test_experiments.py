@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Run
+from blockpruner.core.settings import Run, read_settings
 from blockpruner.methods.registry import check_score
 from blockpruner.paper.experiments import METHODS, variants
 from blockpruner.params import load_run, load_set
@@ -45,21 +45,23 @@ def test_the_paper_set_is_the_eight_models_of_the_paper():
 
 def test_what_each_part_of_a_study_asks_of_a_method():
     study = {
-        "main": {"block": "0.2", "layer": "0.3", "width": None}, "metric": ["0.11"], "curve": ["0.12"],
-        "partial": ["0.13"], "high": [{"block": "0.4", "layer": "0.5"}], "sensitivity": "0.1",
+        "main": {"block": "0.2", "layer": "0.3", "width": None}, "metric": ["0.11"], "js": ["0.14"], "curve": ["0.12"],
+        "race": {"block": "0.21", "layer": "0.31"}, "partial": ["0.13"],
+        "high": [{"block": "0.4", "layer": "0.5"}], "sensitivity": "0.1",
     }  # fmt: skip
     found = searches(study)
     assert list(found) == [name for name in METHODS if name != "slicegpt"]  # its kind of budget is not given
     assert [(v.method, v.name) for v in found.values()] == [(name, METHODS[name].title) for name in found]
     for name, budgets, main, timed, raced in (
-        ("blockpruner", ("0.2", "0.11", "0.13", "0.12", "0.4", "0.1"), "0.2", True, True),
-        ("shortgpt", ("0.3", "0.12"), "0.3", False, True),
-        ("greedy-layers", ("0.3", "0.5"), "0.3", False, False),
-        ("blockpruner-by-js", ("0.11",), None, False, False),
-        ("mha-only", ("0.13",), None, True, False),
+        ("blockpruner", ("0.2", "0.11", "0.13", "0.12", "0.4", "0.21", "0.1"), "0.2", True, "0.21"),
+        ("shortgpt", ("0.3", "0.12", "0.31"), "0.3", True, "0.31"),
+        ("greedy-layers", ("0.3", "0.5"), "0.3", True, None),
+        ("blockpruner-by-js", ("0.14",), None, False, None),
+        ("mha-only", ("0.13",), None, True, None),
+        ("blockpruner-per-parameter", ("0.2",), "0.2", True, None),
     ):
         assert (found[name].budgets, found[name].main) == (budgets, main)
-        assert found[name].timed == (budgets if timed else ()) and found[name].raced == (main if raced else None)
+        assert found[name].timed == (budgets if timed else ()) and found[name].raced == raced
 
 
 def test_one_factor_is_changed_at_a_time():
@@ -85,10 +87,25 @@ def test_one_factor_is_changed_at_a_time():
 def test_acceleration_is_left_to_the_searches_that_have_steps_to_leave_out():
     found = searches({}, {"acceleration": "lazy+race"})
     assert {name for name, v in found.items() if v.score.acceleration == "lazy+race"} == {
-        "blockpruner", "greedy-layers",
+        "blockpruner", "greedy-layers", "swap-from-blockpruner",
     }  # fmt: skip
     slow = {name for name, v in found.items() if v.score.acceleration == "none"}
-    assert {"shortgpt", "laco", "random", "one-shot-perplexity"} <= slow
+    assert {"shortgpt", "laco", "random", "one-shot-perplexity", "blockpruner-per-parameter"} <= slow
+
+
+def test_the_pool_of_the_best_at_a_given_speed_holds_every_kind_of_method():
+    rows = [method for method in METHODS.values() if "timed" in method.use]
+    assert {method.kind for method in rows} == {"block", "layer", "width"}
+    assert {"ShortGPT", "greedy layers", "swap from BlockPruner"} <= {method.title for method in rows}
+
+
+def test_budgets_of_table_4_are_pairs():
+    with pytest.raises(InputError, match="js: has 2 budgets, and metric 1"):
+        read_settings(
+            Run,
+            run_with({}).model_dump()
+            | {"study": {"main": {"block": "0.2", "layer": "0.2"}, "metric": ["0.1"], "js": ["0.1", "0.2"]}},
+        )
 
 
 @pytest.mark.parametrize("change", [{"methods": ["blockpruner", "magic"]}, {"samples": {"magic": 3}}])

@@ -37,7 +37,7 @@ from blockpruner.paper.tables import TABLES, paper_grids
 from blockpruner.params import load_run
 from blockpruner.reporting.findings import signs
 from blockpruner.reporting.grids import Column, Grid, Number, escape_latex, to_csv, to_latex
-from blockpruner.reporting.pages import to_markdown
+from blockpruner.reporting.pages import Findings, to_markdown
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.statistics import Interval
 from blockpruner.store.files import read_json, write_json, write_table
@@ -156,7 +156,7 @@ def build(folder: Path, run: Run, name: str) -> Path:
             if key not in models or main:
                 models[key], own = _model(key, plan.ratio, quality, main)
                 items = [item for item in items if item["model"] != key] + own
-            timed = {"main": main, "timed": budget in variant.timed}
+            timed = {"main": budget == variant.raced, "timed": budget in variant.timed}
             wanted = {k: v for k, v in settings.items() if timed[k]}
             speeds.setdefault(key, {}).update(
                 {
@@ -320,6 +320,68 @@ def test_differences_are_ours_minus_the_papers(llama):
     assert float(row(found["table6"], method="ShortGPT", source="paper")["speedup"]) == 1.31
     minutes = row(found["table7"], method="BlockPruner", source="here − paper")["minutes"]
     assert float(minutes) == pytest.approx(1.5 - 45)
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory, run):
+    """The study of a shipped run of the paper's models, with some of its methods."""
+
+    def made(name: str, *methods: str) -> Subject:
+        theirs = load_run(name, ROOT / "runs")
+        study = theirs.study.model_copy(update={"methods": methods, "seeds": (), "calibrations": {}})
+        small = run.model_copy(update={"model": theirs.model, "study": study})
+        return read_subject(name, small, LABELS, build(tmp_path_factory.mktemp("study") / name, small, name))
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "llama3-8b"])
+def test_every_row_of_table_9_is_held_against_ours(shipped, name):
+    """BlockPruner's first ratio, 25.12 or 24.86 %, is none of the layer methods'."""
+    subject = shipped(name, "blockpruner", "shortgpt", "relative-magnitude")
+    found = rows(grids(subject)["table9"])
+    assert [r["source"] for r in found] == ["here", "paper", "here − paper"] * 12
+    pairs = rows(grids(subject)["table9-tests"])
+    main = subject.evidence.study.main
+    first = subject.evidence.at("blockpruner", main.block).ratio
+    assert [float(r["against_ratio_pct"]) for r in pairs].count(pytest.approx(100 * first)) == 2
+
+
+def test_tables_4_and_6_of_llama_are_at_the_papers_ratios(shipped):
+    subject = shipped("llama2-7b", "blockpruner", "blockpruner-by-js", "shortgpt", "slicegpt")
+    found = rows(grids(subject)["table4"])
+    assert [r["source"] for r in found] == ["here", "paper", "here − paper"] * 8
+    js = [float(r["ratio_pct"]) for r in found if r["method"] == "BlockPruner by JS" and r["source"] == "here"]
+    assert js == pytest.approx([14.99, 26.00, 29.01, 37.02], abs=1.5)
+    table6 = [r for r in rows(grids(subject)["table6"]) if r["method"] != "dense"]
+    assert [r["source"] for r in table6] == ["here", "paper", "here − paper"] * 3
+    assert all(float(r["ratio_pct"]) > 23 for r in table6 if r["source"] == "here")
+
+
+def test_merging_and_slicing_are_in_the_time_of_table_7(shipped, run, tmp_path):
+    theirs = run.model_copy(update={"study": run.study.model_copy(update={"methods": ("slicegpt",), "seeds": ()})})
+    folder = build(tmp_path / "smollm2-paper", theirs, "smollm2-paper")
+    path = folder / "results" / "models.json"
+    models = json.loads(path.read_text())
+    for name in models.keys() - {"dense"}:
+        models[name]["making_seconds"] = 600.0
+    path.write_text(json.dumps(models))
+    subject = read_subject("smollm2-paper", theirs, LABELS, folder)
+    seconds = json.loads((folder / "plans" / "slicegpt" / "search.json").read_text())["cost"]["seconds"]
+    assert float(rows(grids(subject)["table7"])[0]["minutes"]) == pytest.approx(seconds / 60 + 10)
+
+
+def test_a_method_that_cannot_be_had_is_a_row_with_its_reason(run, tmp_path):
+    study = run.study.model_copy(update={"methods": ("blockpruner", "laco"), "seeds": (), "calibrations": {}})
+    small = run.model_copy(update={"study": study})
+    folder = build(tmp_path / "smollm2-paper", small, "smollm2-paper")
+    record = json.loads((folder / "plans" / "laco" / "search.json").read_text())
+    (folder / "plans" / "laco" / "0.20.json").unlink()
+    (folder / "plans" / "laco" / "search.json").write_text(json.dumps(record | {"refused": "removes 6 or 8 layers"}))
+    subject = read_subject("smollm2-paper", small, LABELS, folder)
+    for table in ("table1", "table7"):
+        (found,) = [r for r in rows(grids(subject)[table]) if r["method"].startswith("LaCo")]
+        assert found["method"] == "LaCo: removes 6 or 8 layers" and found.get("avg", "") == ""
 
 
 def test_only_rows_of_about_the_same_ratio_are_matched(llama):
@@ -494,3 +556,13 @@ def test_files_that_are_missing_or_disagree_are_refused(path, damage, message, f
     damage(tmp_path / "study" / path)
     with pytest.raises(InputError, match=message):
         read_subject("smollm2-paper", run, LABELS, tmp_path / "study")
+
+
+def test_every_verdict_and_table_of_ours_tells_what_it_holds_for(subject):
+    page = build_set("test", [subject], PUBLISHED)
+    blocks = [block for section in page.sections for block in section.blocks]
+    stated = [finding for block in blocks if isinstance(block, Findings) for finding in block.of]
+    words = "Holds for a <tiny> model; search: exact; calibration: instructions."
+    assert len(stated) > 5 and all(finding.text.endswith(words) for finding in stated)
+    ours = [grid for grid in page.grids if not grid.name.endswith(("-paper", "-tests"))]
+    assert all("search: exact" in " ".join(grid.notes) for grid in ours)

@@ -9,13 +9,13 @@ import threading
 import pytest
 
 from blockpruner.core.blocks import DENSE, format_mask
-from blockpruner.core.budgets import resources_of
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Job
 from blockpruner.methods.registry import require_budgets
+from blockpruner.paper.shapes import SHAPES
 from blockpruner.search.trace import Current, read_trace, trace_directory
 from blockpruner.store.files import write_json
 from tests.builders import FakeScorer, material_of, scored, short_rows, small_config
@@ -190,12 +190,21 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, 
         scored(tmp_path, scorer, CONFIG, budgets, ROWS, **score)
     assert scorer.asked == []
     with pytest.raises(InputError, match=reachable):
-        require_budgets(Score(**score), resources_of(CONFIG), budgets)
+        require_budgets(Score(**score), CONFIG, budgets)
 
 
-def test_a_budget_that_needs_a_measurement_or_weights_is_not_refused_before():
-    for score, budget in ((Score(), "1.5x"), (Score(method="laco"), "9blocks"), (Score(method="slicegpt"), "0.99")):
-        require_budgets(score, resources_of(CONFIG), (budget,))
+def test_a_budget_that_needs_a_measurement_is_not_refused_before():
+    for score in (Score(), Score(method="laco", options={"count": 2})):
+        require_budgets(score, CONFIG, ("1.5x",))
+
+
+def test_what_changes_weights_is_refused_by_the_shape_of_the_model():
+    llama = SHAPES["meta-llama/Llama-2-7b-hf"]
+    with pytest.raises(UnreachableError, match=r"C = 7 .* removes 7 of 32 layers at no threshold.*: 6 and 8"):
+        require_budgets(Score(method="laco", options={"count": 7}), llama, ("0.2102",))
+    require_budgets(Score(method="laco", options={"count": 4}), llama, ("0.2102",))
+    with pytest.raises(UnreachableError, match="ratio 0.99 is out of SliceGPT's reach"):
+        require_budgets(Score(method="slicegpt"), llama, ("0.99",))
 
 
 def test_a_speed_up_needs_a_measurement(tmp_path):

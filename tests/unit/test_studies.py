@@ -44,6 +44,7 @@ VARIANTS = (
     variant("ShortGPT", {"method": "one_shot", "unit": "layer", "metric": "block_influence"}, ("1layers",)),
     variant("seed 2", seed=2),
     variant("LaCo", {"method": "laco", "options": {"count": 2}}, ("1layers",)),
+    variant("LaCo too coarse", {"method": "laco", "options": {"count": 3}}, ("1layers",)),
     variant("SliceGPT", {"method": "slicegpt"}, ("0.2",)),
 )
 
@@ -85,6 +86,13 @@ def test_each_search_leads_to_its_plans(world):
     assert one_shot.order[:2] == tuple(sorted(base.first, key=base.first.get)[:2])
     assert found["seed 2"].cost["computed"] == found["seed 2"].cost["asked"]
     assert found["LaCo"].order == () == found["SliceGPT"].order
+
+
+def test_a_method_that_cannot_be_had_is_left_out_with_its_reason_and_the_others_go_on(world):
+    coarse = VARIANTS[-2]
+    reason = SearchRecord.load(world.root / "plans" / coarse.slug).refused
+    assert reason.startswith("budget '1layers': LaCo with C = 3") and "the nearest that it removes: 2" in reason
+    assert load_plans(world.root / "plans", coarse) == {} and load_plans(world.root / "plans", VARIANTS[-1])
 
 
 def test_a_second_time_computes_nothing_and_writes_the_same(world):
@@ -204,6 +212,8 @@ def test_evaluation_of_a_study(world, monkeypatch):
     models = read_json(world.root / "results" / "models.json")
     assert list(models) == ["dense", *unique(wanted)]
     items = pq.read_table(world.root / "results" / "items.parquet").to_pylist()
+    changed = {c.name for c in wanted if c.plan.kind != "mask"}
+    assert {name for name, model in models.items() if model.get("making_seconds", 0) > 0} == changed != set()
     for name, model in models.items():
         main = name == "dense" or unique(wanted)[name].main
         assert set(model["tasks"]) == ({"piqa", "winogrande"} if main else {"piqa"})

@@ -9,9 +9,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from blockpruner.core.blocks import Mask, all_blocks, removable_units
-from blockpruner.core.budgets import Budget, choose_prefix, require_reachable
-from blockpruner.core.errors import InputError
-from blockpruner.core.families import Config
+from blockpruner.core.budgets import Budget, choose_prefix, require_reachable, resources_of
+from blockpruner.core.errors import InputError, UnreachableError
+from blockpruner.core.families import Config, Costs
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
@@ -20,6 +20,7 @@ from blockpruner.methods.laco.walk import (
     Merge,
     Merges,
     SimilarityLog,
+    Walk,
     dropped,
     layers_after,
     search_threshold,
@@ -85,10 +86,7 @@ def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
         InputError: a budget or settings that no walk meets; names what is nearest.
     """
     material, costs = job.material, job.resources[budget.resource]
-    depth = len(costs.blocks) // 2
-    layers = removable_units(depth, "layer", "all")[: depth - 1]  # one layer is left at least
-    require_reachable(budget, layers, costs)
-    wanted = choose_prefix(budget, [Mask().union(*layers[: k + 1]) for k in range(depth - 1)], costs)
+    depth, wanted = len(costs.blocks) // 2, _wanted(budget, costs)
     fields = similarity_fields(job.calibration.digest, material.identity, material.dtype, options.variant)
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
         for problem in log.problems:
@@ -105,7 +103,7 @@ def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
                 interval=options.interval,
             )
         except InputError as error:
-            raise InputError(f"budget {budget.text!r}: {error}") from error
+            raise type(error)(f"budget {budget.text!r}: {error}") from error
         similarity = bench.similarity(merges)
         nll = bench.nll(merges)
     return {
@@ -116,6 +114,26 @@ def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
         "layers": dropped(merges, depth),
         "nll": nll,
     }
+
+
+def _wanted(budget: Budget, costs: Costs) -> int:
+    """The number of layers whose removal is nearest to the budget."""
+    depth = len(costs.blocks) // 2
+    layers = removable_units(depth, "layer", "all")[: depth - 1]  # one layer is left at least
+    require_reachable(budget, layers, costs)
+    return choose_prefix(budget, [Mask().union(*layers[: k + 1]) for k in range(depth - 1)], costs)
+
+
+def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None:
+    """Refuse settings by which no walk, whatever the similarities, removes the layers that a budget asks for."""
+    costs = resources_of(config).get(budget.resource)
+    if costs is None:  # a speed-up, which is measured first
+        return
+    walk = Walk(len(costs.blocks) // 2, options.count, options.lowest, options.highest, options.interval)
+    try:
+        walk.require(_wanted(budget, costs))
+    except UnreachableError as error:
+        raise UnreachableError(f"budget {budget.text!r}: {error}") from None
 
 
 def _left(details: Details, config: Config) -> Left:
@@ -175,6 +193,7 @@ LACO = weights_kind(
     taken_out=lambda plan: f"{plan.blocks['mha']} layers by merging",
     card=_card,
     options=LacoOptions,
+    require=require_merges,
     steps=_steps,
     passes=_passes,
     exports=frozenset({"hf", "nas", "gguf"}),

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import LACO_VERSION
@@ -162,6 +162,12 @@ class Walk:
 
         return onwards(self._top - self.count, self.depth)
 
+    def require(self, layers: int) -> None:
+        """Raise UnreachableError unless some walk, by whatever similarities, removes this number of layers."""
+        removable = self.removable()
+        if layers not in removable or layers < 1:
+            raise _out_of_reach(layers, self, dict.fromkeys(removable, ""))
+
     def _merge(self, layer: int, depth: int) -> Merge:
         # without the limit the walk would leave the model after its first merge
         return Merge(layer, min(self.count - 1, depth - 1 - layer))
@@ -198,13 +204,12 @@ def search_threshold(
         The threshold, in the middle of those that give these merges, and the merges.
 
     Raises:
-        InputError: settings that do not fit the depth; or a number of layers that no threshold removes, before
-            anything is measured where similarities cannot matter. Names the nearest numbers that are removed.
+        InputError: settings that do not fit the depth.
+        UnreachableError: a number of layers that no threshold removes, before anything is measured where similarities
+            cannot matter. Names the nearest numbers that are removed.
     """
     walk = Walk(depth, count, lowest, highest, interval)
-    removable = walk.removable()
-    if wanted_layers not in removable or wanted_layers < 1:
-        raise _out_of_reach(wanted_layers, walk, dict.fromkeys(removable, ""))
+    walk.require(wanted_layers)
     seen: dict[int, str] = {}
     for threshold, merges in walk.results(similarity):
         layers = dropped(merges, depth)
@@ -214,12 +219,12 @@ def search_threshold(
     raise _out_of_reach(wanted_layers, walk, seen)
 
 
-def _out_of_reach(wanted: int, walk: Walk, removed: Mapping[int, str]) -> InputError:
+def _out_of_reach(wanted: int, walk: Walk, removed: Mapping[int, str]) -> UnreachableError:
     """`removed`: the numbers of layers that can be removed, each with what else to say of it."""
     below = max((n for n in removed if 0 < n < wanted), default=None)
     above = min((n for n in removed if n > max(wanted, 0)), default=None)
     nearest = " and ".join(f"{n}{removed[n]}" for n in (below, above) if n is not None)
-    return InputError(
+    return UnreachableError(
         f"LaCo with C = {walk.count} and I = {walk.interval} removes {wanted} of {walk.depth} layers at no threshold; "
         f"the nearest that it removes: {nearest}. Ask for one of these, or change C, I, L or H"
     )

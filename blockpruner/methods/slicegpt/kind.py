@@ -26,15 +26,21 @@ def plan_width(budget: Budget, options: Options, job: Job) -> Details:
         width; hidden: the dense model's.
 
     Raises:
-        InputError: a budget that is no share of parameters, a ratio out of reach, or a family that cannot be sliced.
+        InputError: a budget that is no share of parameters.
+        UnreachableError: a ratio out of reach, or a family that cannot be sliced.
     """
+    config = job.material.config
+    return {"width": require_width(budget, options, config), "hidden": int(config["hidden_size"])}
+
+
+def require_width(budget: Budget, options: Options, config: Config) -> int:
+    """The width that `plan_width` plans; raises as it does."""
     if budget.ratio is None or budget.resource != "parameters":
         raise InputError(
             f"budget {budget.text!r} is met by removing blocks, and slicegpt removes none; give a share of all "
             'parameters ("0.22")'
         )
-    config = job.material.config
-    return {"width": width_for_ratio(config, budget.ratio), "hidden": int(config["hidden_size"])}
+    return width_for_ratio(config, budget.ratio)
 
 
 def _left(details: Details, config: Config) -> Left:
@@ -66,6 +72,7 @@ SLICEGPT = weights_kind(
     words=lambda plan, unit: "SliceGPT, hidden width sliced",
     taken_out=lambda plan: f"width {plan.details['hidden']:,} → {plan.details['width']:,}",
     card=_card,
+    require=require_width,
     exports=frozenset({"hf"}),
     version=SLICEGPT_VERSION,
 )

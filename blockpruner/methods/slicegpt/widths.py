@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import FAMILIES, Config, Family, count_parameters
 
 SLICEABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -19,9 +19,9 @@ MULTIPLE = 8
 
 
 def sliceable_family(model_type: str) -> Family:
-    """The family row of a model that can be sliced; raises InputError that names those that can."""
+    """The family row of a model that can be sliced; raises UnreachableError that names those that can."""
     if model_type not in SLICEABLE:
-        raise InputError(
+        raise UnreachableError(
             f"model family {model_type!r} cannot be sliced: SliceGPT needs RMSNorm, sequential residual blocks and a "
             f"gated MLP; use a model of one of {', '.join(SLICEABLE)}, or another method"
         )
@@ -76,16 +76,16 @@ def width_for_ratio(config: Config, ratio: float, multiple: int = MULTIPLE) -> i
     """The width whose ratio is nearest to `ratio`, a share of all parameters; a tie goes to the larger ratio.
 
     Raises:
-        InputError: no width comes near `ratio`; names the smallest and the largest that one comes to.
+        UnreachableError: no width comes near `ratio`; names the smallest and the largest that one comes to.
     """
     widths = range(multiple, int(config["hidden_size"]) + 1, multiple)
     ratios = {width: sliced_ratio(config, width) for width in widths}  # falls with the width
     ratios = {width: share for width, share in ratios.items() if share > 0}  # a wide one adds more than it removes
     if not ratios:
-        raise InputError("SliceGPT makes this model larger at every width: its shortcuts outweigh what is sliced")
+        raise UnreachableError("SliceGPT makes this model larger at every width: its shortcuts outweigh what is sliced")
     widest, narrowest = max(ratios), min(ratios)
     if not ratios[widest] / 2 <= ratio <= ratios[narrowest]:
-        raise InputError(
+        raise UnreachableError(
             f"ratio {ratio} is out of SliceGPT's reach here: this model has ratios from {ratios[widest]:.4f} (width "
             f"{widest}) to {ratios[narrowest]:.4f} (width {narrowest})"
         )
