@@ -1,5 +1,8 @@
 """`python -m flows.paper --set NAME [--dry-run] [--publish]`: every table and figure of the paper for a set of runs.
 
+`--check RUN` comes first on a new machine: it holds the paper's published answers for the run against what this machine
+measures, with one model and no search.
+
 Brings the studies of the set (runs/sets.yaml) up to date and makes its tables at data/tables/NAME. What is known is not
 computed again: one pass finds the stages that are stale, and only those are started. `--dry-run` prints what would be
 computed and what it takes, and computes nothing; `--publish` copies the tables to docs/results.md.
@@ -13,6 +16,7 @@ import argparse
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,14 +25,16 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
+from blockpruner.paper.check import check_of, describe_check
 from blockpruner.paper.experiments import DATA_VARIABLE
 from blockpruner.params import load_set
 from blockpruner.store.files import replace_directory, write_text
+from blockpruner.store.locks import this_process
 from flows import dvc
 from flows.prune import begin, outcome, publish_report, run_here, run_stages
 from flows.selection import ChosenSet, Tables, choose_set
 
-TABLES, STUDIES, DOCS = Path("data/tables"), Path("data/studies"), Path("docs")
+TABLES, STUDIES, DOCS, PUBLISHED = Path("data/tables"), Path("data/studies"), Path("docs"), Path("data/paper")
 PREFACE = """# Results
 
 Written by `python -m flows.paper --set {name} --publish` from what the studies of the set have measured; nothing on
@@ -85,17 +91,24 @@ def publish_tables(name: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """0: up to date; 1: a stage failed; 2: refused, nothing changed; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.paper", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--set", required=True, metavar="NAME", help="a set of runs/sets.yaml")
+    wanted_of = parser.add_mutually_exclusive_group(required=True)
+    wanted_of.add_argument("--set", metavar="NAME", help="a set of runs/sets.yaml")
+    wanted_of.add_argument("--check", metavar="RUN", help="a set of one run, whose published answers are held against")
     parser.add_argument("--dry-run", action="store_true", help="print what would be computed, and what it takes")
     parser.add_argument("--gpu", metavar="KIND", help="for the hours of --dry-run")
     parser.add_argument("--publish", action="store_true", help="copy the tables to docs/results.md")
     options = parser.parse_args(argv)
-    if options.dry_run:
+    if options.dry_run or options.check:
         try:
+            if options.check:
+                return check(options.check, options.dry_run)
             print(dry_run(options.set, options.gpu))
         except InputError as error:
             print(error, file=sys.stderr)
             return 2
+        except dvc.StageError as error:
+            print(error, file=sys.stderr)
+            return 1
         return 0
     wanted = Tables(name=options.set, publish=options.publish)
     return run_here(lambda: choose_set(wanted.name), lambda: paper(wanted, return_state=True))
@@ -105,6 +118,19 @@ def dry_run(name: str, gpu: str | None) -> str:
     from blockpruner.paper.estimates import describe, estimate
 
     return describe(name, [estimate(run, settings) for run, settings in load_set(name).items()], gpu)
+
+
+def check(name: str, is_dry: bool) -> int:
+    """Fetch what the check of a run needs and make it, in this process's console; its exit status."""
+    gate = check_of(name)
+    print(describe_check(name, gate, PUBLISHED), flush=True)
+    if is_dry:
+        return 0
+    with dvc.workspace(f"check of {name}, {this_process()}") as lock:
+        chosen = choose_set(name)
+        chosen.write()
+        dvc.repro(f"runs/dvc.yaml:fetch@{name}", lock, lambda line: print(line, flush=True))
+        return subprocess.run([sys.executable, "-m", "stages.study_check", name], pass_fds=(lock,)).returncode
 
 
 if __name__ == "__main__":

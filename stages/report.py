@@ -28,8 +28,10 @@ def labels(settings: Run) -> RunLabels:
     up_to = "up to " if calibration.num_samples == "auto" else ""
     return RunLabels(
         model=f"{origin(settings.model)}, {settings.model.dtype}",
-        calibration=f"{origin(calibration.data)}; {up_to}{calibration.samples} samples, {calibration.packing}, "
-        f"rows of up to {calibration.seq_len} tokens, seed {calibration.seed}",
+        calibration=f"{origin(calibration.data)}; "
+        + (f"{calibration.num_rows} rows" if calibration.num_rows else f"{up_to}{calibration.samples} samples")
+        + f", {calibration.packing}, rows of up to {calibration.seq_len} tokens, scored: {calibration.score}, seed "
+        f"{calibration.seed}",
         heldout=f"{origin(evaluate.perplexity.data)}, rows of {evaluate.perplexity.seq_len} tokens"
         + (" of documents from their beginning" if evaluate.perplexity.packing == "documents" else ""),
         tasks=f"{origin(evaluate.zero_shot.data)}; zero-shot, first {evaluate.zero_shot.limit or 'to last'} items, "

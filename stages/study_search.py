@@ -7,8 +7,9 @@ from functools import cache
 from typing import Any
 
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Texts
+from blockpruner.core.settings import Run, Texts
 from blockpruner.inputs.texts import read_texts
+from blockpruner.methods.kind import Material
 from blockpruner.methods.score import open_material
 from blockpruner.paper.experiments import variants
 from blockpruner.paper.studies import Setting, search_all
@@ -18,8 +19,9 @@ from blockpruner.store.trials import trials_root
 from stages import STUDIES, run
 
 
-def main(name: str) -> None:
-    settings, runtime, folder = load_run(name), load_params().runtime, STUDIES / name
+def setting_of(name: str, settings: Run, material: Material) -> Setting:
+    """What the searches of a run's study have in common, read from what was fetched for it."""
+    folder = STUDIES / name
 
     @cache
     def tokenizer() -> Any:
@@ -36,8 +38,13 @@ def main(name: str) -> None:
         texts = read_texts(folder / "sources" / "perplexity.parquet")
         return held_out(tokenizer(), texts, settings.evaluate.perplexity).documents
 
+    return Setting(name, material, tokenizer, texts, evaluated)
+
+
+def main(name: str) -> None:
+    settings, runtime, folder = load_run(name), load_params().runtime, STUDIES / name
     with open_material(folder / "model", settings.model, runtime, trials_root(), observer()) as material:
-        setting = Setting(name, material, tokenizer, texts, evaluated)
+        setting = setting_of(name, settings, material)
         search_all(variants(settings), folder / "scores", folder / "plans", setting)
 
 

@@ -146,6 +146,8 @@ class Calibration(Frozen):
     """auto draws `cap` samples, and a greedy step looks at as many of their rows as it needs."""
     cap: int = Field(default=1024, ge=1)
     """The most samples with num_samples: auto."""
+    num_rows: int | None = Field(default=None, ge=1)
+    """In place of num_samples: as many samples as fill this number of joined rows; with split: all."""
     seq_len: int = Field(default=2048, ge=2)
     """Tokens in a row."""
     packing: Literal["joined", "per_sample"] = "joined"
@@ -168,6 +170,10 @@ class Calibration(Frozen):
 
     @model_validator(mode="after")
     def _fits_the_data(self) -> Calibration:
+        if self.num_rows is not None and (self.packing != "joined" or self.split != "all"):
+            raise ValueError(
+                "num_rows is for joined rows of all texts; set packing: joined and split: all, or num_samples"
+            )
         if not isinstance(self.data, TaskAnswers):
             return self
         if self.num_samples == "auto":
@@ -391,8 +397,10 @@ class Study(Frozen):
     """By name, the keys of `calibration` that each changes."""
     options: dict[str, dict[str, bool | int | float | str | tuple[str | int, ...] | None]] = {}
     """By method, in place of `score.options`."""
-    samples: dict[str, Annotated[int, Field(ge=1)]] = {"laco": 40, "slicegpt": 1024}
+    samples: dict[str, Annotated[int, Field(ge=1)]] = {"laco": 40}
     """By method, in place of `calibration.num_samples`."""
+    rows: dict[str, Annotated[int, Field(ge=1)]] = {"slicegpt": 1024}
+    """By method, its `calibration.num_rows`: joined rows of all texts, every token of which counts."""
     tasks: tuple[str, ...] = PAPER_TASKS
     """For the dense and the main models, beside those of `evaluate.zero_shot`."""
     tasks_limit: int | None = Field(default=None, ge=1)

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -232,10 +232,13 @@ def draw_rows(
     pool = without_evaluated(texts, evaluated)
     if len(pool) < len(texts):
         note(f"{len(texts) - len(pool)} of {len(texts)} calibration texts are evaluated too: they are not drawn")
-    adaptive = wanted.num_samples == "auto"
-    samples = draw(pool, wanted.samples, wanted.split, wanted.seed, at_most=adaptive)
-    rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score)
-    rows = replace(rows, adaptive=adaptive)
+    if wanted.num_rows is not None:
+        rows = _fill_rows(pool, tokenizer, wanted, wanted.num_rows)
+    else:
+        adaptive = wanted.num_samples == "auto"
+        samples = draw(pool, wanted.samples, wanted.split, wanted.seed, at_most=adaptive)
+        rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score)
+        rows = replace(rows, adaptive=adaptive)
     if rows.dropped:
         note(f"{rows.dropped} of {rows.dropped + len(rows.rows)} rows are dropped: too few of their tokens are scored")
     if rows.repeated > 0.2:
@@ -244,6 +247,26 @@ def draw_rows(
             "template: blocks are chosen for it. Set calibration.packing: joined, or calibration.score: response"
         )
     return rows
+
+
+def _fill_rows(pool: Sequence[str], tokenizer: Any, wanted: Calibration, num_rows: int) -> CalibrationSet:
+    """The first `num_rows` rows of all texts joined, in the order in which they are drawn.
+
+    Raises:
+        InputError: the texts are fewer rows.
+    """
+    samples = draw(pool, len(pool), wanted.split, wanted.seed)
+    enough = 8 * num_rows * wanted.seq_len  # characters; to tokenize all of a large pool takes minutes
+    sizes = enumerate(accumulate(map(len, samples)), 1)
+    taken = next((count for count, size in sizes if size >= enough), len(samples))
+    for count in (taken, len(samples)):
+        rows = pack_rows(samples[:count], tokenizer, wanted.seq_len, wanted.packing, wanted.score)
+        if len(rows.rows) >= num_rows:
+            return CalibrationSet(rows.rows[:num_rows], rows.dropped)
+    raise InputError(
+        f"calibration.num_rows {num_rows} is more than the {len(rows.rows)} rows of {wanted.seq_len} tokens that the "
+        f"{len(samples)} texts of the source fill; lower it to at most {len(rows.rows)}, or choose a larger source"
+    )
 
 
 def cut(ids: Sequence[int], seq_len: int) -> list[tuple[int, ...]]:

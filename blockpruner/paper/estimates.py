@@ -125,6 +125,8 @@ def calibration_rows(calibration: Calibration) -> tuple[int, int]:
     """
     if calibration.packing == "per_sample":
         return calibration.samples, round(min(SAMPLE_TOKENS, calibration.seq_len))
+    if calibration.num_rows is not None:
+        return calibration.num_rows, calibration.seq_len
     rows = int(calibration.samples * SAMPLE_TOKENS // calibration.seq_len)
     if not rows:
         raise InputError(

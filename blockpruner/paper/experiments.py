@@ -124,7 +124,7 @@ def variants(run: Run) -> tuple[Variant, ...]:
     """
     study = study_of(run)
     names = METHODS if study.methods is None else study.methods
-    for name in (*names, *study.options, *study.samples):
+    for name in (*names, *study.options, *study.samples, *study.rows):
         if name not in METHODS:
             raise InputError(f"study names the method {name!r}, which is unknown; valid: {', '.join(METHODS)}")
     found = [_base(run, study, name) for name in METHODS if name in names]
@@ -175,7 +175,7 @@ def _base(run: Run, study: Study, name: str) -> Variant:
     budgets, main = tuple(dict.fromkeys(wanted)), own(study.main) if "main" in row.use else None
     return Variant(
         name=row.title, method=name, kind=row.kind, score=_score(run, study, name),
-        calibration=_calibration(run, {"num_samples": study.samples[name]} if name in study.samples else {}),
+        calibration=_calibration(run, _drawn(study, name)),
         budgets=budgets, main=main, timed=budgets if "timed" in row.use else (),
         raced=own(study.race or study.main) if "race" in row.use else None,
     )  # fmt: skip
@@ -196,5 +196,12 @@ def _score(run: Run, study: Study, name: str) -> Score:
     return Score.model_validate({**own, **change})
 
 
+def _drawn(study: Study, name: str) -> Mapping[str, Any]:
+    """What a method changes in the run's `calibration` section."""
+    if name in study.rows:
+        return {"num_rows": study.rows[name], "packing": "joined", "split": "all", "score": "all"}
+    return {"num_samples": study.samples[name]} if name in study.samples else {}
+
+
 def _calibration(run: Run, change: Mapping[str, Any]) -> Calibration:
-    return Calibration.model_validate({**run.calibration.model_dump(), **change})
+    return Calibration.model_validate({**run.calibration.model_dump(exclude_unset=True), **change})

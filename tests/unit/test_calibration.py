@@ -12,6 +12,7 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
+DATA = {"source": "path", "path": "nowhere"}
 TEXTS = [f"text number {i}, with some words" for i in range(100)]
 
 
@@ -130,3 +131,17 @@ def test_context():
     check_context(128, {"max_position_embeddings": 128}, "calibration.seq_len")
     with pytest.raises(InputError, match=r"calibration.seq_len 129 is longer than the model's context of 128"):
         check_context(129, {"max_position_embeddings": 128}, "calibration.seq_len")
+
+
+def test_num_rows_are_the_first_rows_of_all_texts_joined():
+    texts = [f"text {i} " * (1 + i % 7) for i in range(60)]
+    wanted = Calibration(data=DATA, num_rows=5, seq_len=16, split="all", score="all", seed=3)
+    found = draw_rows(texts, tiny_tokenizer(), wanted, (), print)
+    order = list(texts)
+    random.Random(3).shuffle(order)
+    ids = tiny_tokenizer()("\n\n".join(order))["input_ids"]
+    assert found.rows == tuple(tuple(ids[16 * k : 16 * k + 16]) for k in range(5))
+    with pytest.raises(InputError, match=f"num_rows 9999 is more than the {len(ids) // 16} rows of 16 tokens"):
+        draw_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 9999}), (), print)
+    with pytest.raises(ValueError, match="num_rows is for joined rows of all texts"):
+        Calibration(data=DATA, num_rows=5)

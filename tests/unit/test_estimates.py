@@ -10,6 +10,7 @@ from blockpruner.core.blocks import DENSE, removable_units
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Calibration, HubModel, Run, Score
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.paper.check import CHECKS, searches
 from blockpruner.paper.estimates import SAMPLE_TOKENS, calibration_rows, describe, estimate, search_cost
 from blockpruner.paper.experiments import Variant, variants
 from blockpruner.paper.flops import Flops
@@ -203,3 +204,15 @@ def test_every_run_has_a_shape(tmp_path):
     assert find_config(mine, tmp_path) == {"model_type": "mine"}
     with pytest.raises(InputError, match="'me/mine' is not known.*blockpruner/paper/shapes.py"):
         find_config(mine, tmp_path / "none")
+
+
+def test_the_check_of_llama_names_what_is_published(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert paper.main(["--check", "llama2-7b", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("no search", "5.47 and 68.96 %", "17blocks", "11.51 and 60.17 %", "27, 25, 26, 28, 29, 24, 23"):
+        assert words in printed
+    sequence, _ = searches(CHECKS["llama2-7b"], *(load_run(name) for name in ("llama2-7b", "llama2-7b-official")))
+    assert cost_of(sequence, LLAMA2.format("7b")).removals == 17
+    assert paper.main(["--check", "qwen1.5-7b", "--dry-run"]) == 2
+    assert "valid: llama2-7b" in capsys.readouterr().err

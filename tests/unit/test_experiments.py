@@ -8,6 +8,7 @@ import yaml
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Run, read_settings
 from blockpruner.methods.registry import check_score
+from blockpruner.paper.estimates import calibration_rows
 from blockpruner.paper.experiments import METHODS, variants
 from blockpruner.params import load_run, load_set
 
@@ -82,6 +83,28 @@ def test_one_factor_is_changed_at_a_time():
         assert varied.calibration == run.calibration.model_copy(update=change) and varied.score == base.score
         assert varied.budgets == (budget,) and (varied.main, varied.timed, varied.raced) == (None, (), None)
     assert found["laco"].calibration.num_samples == 5 and dict(found["laco"].score.options) == {"count": 2}
+
+
+def test_slicegpt_of_the_papers_models_gets_rows_as_published():
+    """1,024 joined rows of 2,048 tokens, from all texts: the tenth of `split: paper` fills about 305."""
+    found = next(v for v in variants(load_run("llama2-7b", ROOT / "runs")) if v.method == "slicegpt").calibration
+    assert (found.num_rows, found.seq_len, found.packing, found.split, found.score) == (
+        1024,
+        2048,
+        "joined",
+        "all",
+        "all",
+    )
+    assert calibration_rows(found) == (1024, 2048)
+
+
+def test_the_set_without_responses_scores_all_of_its_text():
+    run = load_run("smollm2-paper", ROOT / "runs")
+    found = {v.level: v.calibration for v in variants(run) if v.factor == "calibration"}
+    assert (run.calibration.score, run.calibration.packing) == ("response", "joined")
+    assert (
+        found["encyclopaedia"].score == found["all tokens"].score == "all" and found["256 samples"].score == "response"
+    )
 
 
 def test_acceleration_is_left_to_the_searches_that_have_steps_to_leave_out():

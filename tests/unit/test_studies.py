@@ -1,15 +1,19 @@
 """The searches of a study, and its models in memory: against single searches and masked models, and what is kept."""
 
 import json
+import math
+from statistics import fmean
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from blockpruner.core.blocks import parse_mask
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Runtime, Score, Speed, Study
+from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Run, Runtime, Score, Speed, Study
 from blockpruner.evaluation import suite
+from blockpruner.evaluation.perplexity import held_out
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import SOURCE_FILE
@@ -19,6 +23,7 @@ from blockpruner.methods.kind import make_plan
 from blockpruner.methods.registry import KINDS
 from blockpruner.methods.weights import weights_kind
 from blockpruner.model.models import load_model, masked
+from blockpruner.paper.check import Check, hold_against
 from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
 from blockpruner.paper.experiments import Variant
 from blockpruner.paper.studies import SearchRecord, Setting, load_plans, model_facts, model_name, search_all
@@ -26,11 +31,13 @@ from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json, write_json
 from blockpruner.versions import LACO_VERSION, SLICEGPT_VERSION
 from tests.builders import small_config
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
 
 TEXTS_OF_WORLD = [f"sentence number {i} is about {'cats' if i % 2 else 'dogs'} and nothing else" for i in range(30)]
 DATA = {"source": "path", "path": "nowhere", "format": "text"}
+MODEL = {"source": "path", "path": "nowhere"}
+MAIN = {"block": "2blocks", "layer": "1layers"}
 
 
 def variant(name, score=None, budgets=("2blocks", "1blocks"), **calibration):
@@ -101,6 +108,48 @@ def test_a_second_time_computes_nothing_and_writes_the_same(world):
     search_all(VARIANTS, world.root / "scores", world.root / "plans", world.setting)
     assert len(world.made) == made
     assert files(world.root / "plans") == before and not (world.root / "plans" / "of-yesterday").exists()
+
+
+def test_published_answers_are_held_against_what_is_measured(world, tmp_path):
+    """The oracle: the masked model's plain forwards, and ShortGPT's first layer as another search found it."""
+    sequence = ("mlp.2", "mha.1", "mha.3")
+    given = Run(model=MODEL, score={"method": "given", "options": {"order": sequence}})
+    asked = {"perplexity": {"data": DATA, "seq_len": 40}, "zero_shot": {"data": {"source": "hub"}, "tasks": ["piqa"]}}
+    run = Run(model=MODEL, calibration=VARIANTS[0].calibration, evaluate=asked, study={"main": MAIN})
+    sources = tmp_path / "sources"
+    texts = ["a word of text " * 20]
+    write_texts(sources / "perplexity.parquet", texts)
+    write_tasks(sources / "tasks", location=sources / "tasks")
+    dense = load_model(world.root / "model", "float32", "cpu")
+    rows = held_out(tiny_tokenizer(), texts, run.evaluate.perplexity).rows
+
+    def perplexity(mask):
+        with masked(dense, mask) as model:
+            return math.exp(fmean(full_nll(model, row) for row in rows))
+
+    numbers = {"dense": perplexity(frozenset()), "blockpruner": perplexity(parse_mask("mlp.2,mha.1"))}
+    first = SearchRecord.load(world.root / "plans" / "shortgpt").order[0]
+    layer = next(iter(parse_mask(first))).layer
+
+    def lines(average, layers=(layer,)):
+        (tmp_path / "table1_main.csv").write_text(
+            "model,method,ratio_pct,wikitext2_ppl,avg\n"
+            + "".join(f"Tiny,{key},0,{value},{average}\n" for key, value in numbers.items())
+        )
+        checkpoint = Checkpoint(world.root / "model", "float32", "cpu", False)
+        return hold_against(
+            Check("Tiny", "given", "2blocks", layers), run, given, checkpoint, world.setting, sources,
+            tmp_path / "check", tmp_path / "store", tmp_path, SilentObserver(),
+        )  # fmt: skip
+
+    average = float(next(line.here for line in lines(0.0) if "average" in line.what))
+    found = lines(average)
+    assert [line.agrees for line in found if "sequence" not in line.what or "perplexity" in line.what] == [True] * 4
+    assert [float(line.here) for line in found if "perplexity" in line.what] == pytest.approx(
+        list(numbers.values()), abs=0.01
+    )
+    far = lines(average + 50, ((layer + 1) % 4,))
+    assert [line.agrees for line in far] == [True, False, True, False, False] and "DIFFERS" in str(far[-1])
 
 
 def candidates(world):
@@ -191,8 +240,7 @@ def test_evaluation_of_a_study(world, monkeypatch):
         perplexity={"data": DATA, "seq_len": 40, "max_rows": 2},
         zero_shot={"data": {"source": "hub"}, "tasks": ["piqa"], "limit": 3},
     )
-    main = {"block": "2blocks", "layer": "1layers"}
-    study = Study(main=main, sensitivity="1blocks", tasks=["winogrande"], tasks_limit=2,
+    study = Study(main=MAIN, sensitivity="1blocks", tasks=["winogrande"], tasks_limit=2,
                   wikitext={"seq_len": 30, "max_rows": 1})  # fmt: skip
 
     def evaluate():
