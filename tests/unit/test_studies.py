@@ -1,6 +1,5 @@
 """The searches of a study, and its models in memory: against single searches and masked models, and what is kept."""
 
-import json
 import math
 from statistics import fmean
 from types import SimpleNamespace
@@ -268,7 +267,7 @@ def test_evaluation_of_a_study(world, monkeypatch):
         assert set(model["perplexity"]) == ({"heldout", "wikitext2"} if main else {"heldout"})
         own = [item for item in items if item["model"] == name and item["task"] == "piqa"]
         assert sum(item["acc_norm"] for item in own) / 3 == pytest.approx(model["tasks"]["piqa"]["value"])
-    timed = json.loads((world.root / "speed" / "speed.json").read_text())
+    timed = read_json(world.root / "speed" / "speed.json")
     assert set(timed["dense"]) == {"main", "timed"} and set(timed[wanted[0].name]) == {"main", "timed"}
     assert set(timed[wanted[1].name]) == {"timed"}
     assert len(timed["dense"]["main"]["dense"]["decode_seconds"]["samples"]) == 2
