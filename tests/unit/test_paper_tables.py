@@ -37,7 +37,7 @@ from blockpruner.paper.tables import TABLES, paper_grids
 from blockpruner.params import load_run
 from blockpruner.reporting.findings import signs
 from blockpruner.reporting.grids import Column, Grid, Number, escape_latex, to_csv, to_latex
-from blockpruner.reporting.pages import Findings, to_markdown
+from blockpruner.reporting.pages import Findings, Page, to_markdown
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.statistics import Interval
 from blockpruner.store.files import read_json, write_json, write_table
@@ -224,6 +224,11 @@ def written(tmp_path_factory, subject) -> Path:
     out = tmp_path_factory.mktemp("out") / "set"
     write_set(out, "test", [subject], PUBLISHED)
     return out
+
+
+@pytest.fixture(scope="module")
+def page(subject) -> Page:
+    return build_set("test", [subject], PUBLISHED)
 
 
 @cache
@@ -522,10 +527,11 @@ def test_the_same_files_give_the_same_bytes(folder, run, subject):
     assert draw(figure, [again.evidence]) == draw(figure, [subject.evidence])
 
 
-def test_the_report_has_all_files_and_loads_nothing(written, subject):
+def test_the_report_has_all_files_and_loads_nothing(written, subject, page):
     for name, grid in grids(subject).items():
         assert (written / "tables" / f"{name}.csv").read_text() == to_csv(grid)
-        assert (written / "tables" / f"{name}.tex").read_text() == to_latex(grid)
+    for grid in page.grids:
+        assert (written / "tables" / f"{grid.name}.tex").read_text() == to_latex(grid)
     assert "| SmolLM2-135M-Instruct.Q4_1 | dense |" in (written / "report.md").read_text()
     html = (written / "index.html").read_text()
     assert "a &lt;tiny&gt; model" in html and "<tiny>" not in html
@@ -558,8 +564,7 @@ def test_files_that_are_missing_or_disagree_are_refused(path, damage, message, f
         read_subject("smollm2-paper", run, LABELS, tmp_path / "study")
 
 
-def test_every_verdict_and_table_of_ours_tells_what_it_holds_for(subject):
-    page = build_set("test", [subject], PUBLISHED)
+def test_every_verdict_and_table_of_ours_tells_what_it_holds_for(page):
     blocks = [block for section in page.sections for block in section.blocks]
     stated = [finding for block in blocks if isinstance(block, Findings) for finding in block.of]
     words = "Holds for a <tiny> model; search: exact; calibration: instructions."
