@@ -93,7 +93,7 @@ class Tables(Frozen):
     """Every table and figure of the paper for a set of runs; what is known is not computed again."""
 
     name: str = Field(
-        description="A set of runs/sets.yaml. `smollm2` takes about an hour on 2 CPU cores; the others need a GPU and "
+        description="A set of runs/sets.yaml. `smollm2` takes hours on 2 CPU cores; the others need a GPU and "
         "the hub: `python -m flows.paper --set NAME --dry-run` prints what they take.",
         json_schema_extra=offer_sets,
     )
