@@ -86,6 +86,7 @@ class CandidateModel:
         where = {"machine": machine(), "device": device_name(resolve_device(self.dense.device))}
         return Evaluation(
             "making",
+            self,
             {**identity, "kind": "making", **where, "threads": torch.get_num_threads()},
             "models",
             lambda advance: Stored({"seconds": self.made[1]}),
