@@ -365,9 +365,9 @@ PAPER_CALIBRATIONS: dict[str, dict[str, Any]] = {
 
 PAPER_TASKS = (
     "truthfulqa_mc1", "race", "swag", "openbookqa", "agieval_aqua_rat", "lambada_openai", "mmlu_high_school_biology",
-    "mmlu_high_school_geography", "mmlu_marketing", "mmlu_miscellaneous", "mmlu_world_religions",
+    "mmlu_high_school_geography", "mmlu_marketing", "mmlu_miscellaneous", "mmlu_world_religions", "gsm8k",
 )  # fmt: skip
-"""Those of Tables 8 and 10 of the paper."""
+"""Those of Tables 8 and 10 of the paper, and since choices hide damage, answers that are generated."""
 
 
 class Study(Frozen):

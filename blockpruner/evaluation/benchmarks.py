@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,6 +80,27 @@ class Benchmark:
     @property
     def is_accuracy(self) -> bool:
         return self.metric in ACCURACIES
+
+    @property
+    def has_confidence(self) -> bool:
+        return self.kind in ("multiple_choice", "loglikelihood")
+
+    def confidence(
+        self, loglikelihoods: Sequence[float], gold: int | None, choices: Sequence[str]
+    ) -> tuple[float, float | None]:
+        """p of an item's right answer, and the margin by which it is right: finer than right and wrong.
+
+        With s the log-likelihoods of the choices, each divided by its number of characters if the metric is acc_norm:
+        p = exp(s_gold) / sum_i exp(s_i), margin = s_gold - max of the others, in nats (per character). Where the answer
+        is a word among all words, p is exp(log-likelihood), and there is no margin.
+        """
+        if gold is None:
+            return math.exp(loglikelihoods[0]), None
+        lengths = [len(choice) if self.metric == "acc_norm" else 1 for choice in choices]
+        scores = [value / length for value, length in zip(loglikelihoods, lengths, strict=True)]
+        right, best = scores[gold], max(scores)
+        others = scores[:gold] + scores[gold + 1 :]
+        return math.exp(right - best) / math.fsum(math.exp(score - best) for score in scores), right - max(others)
 
     @property
     def has_spare_split(self) -> bool:

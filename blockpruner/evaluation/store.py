@@ -31,6 +31,8 @@ ITEMS = pa.schema(
         pa.field("exact_match", pa.float64()),
         pa.field("word_perplexity", pa.float64()),
         pa.field("response", pa.string()),
+        pa.field("p_gold", pa.float64()),
+        pa.field("margin", pa.float64()),
     ]
 )
 """One row per item of a task. Null is what the task does not have. A column is only ever added at the end: older
@@ -44,6 +46,7 @@ entries then stay valid.
     prompt_hash      SHA-256 of the first choice's context
     word_perplexity  exp(-log p / words of the text)
     response         what was generated
+    p_gold, margin   `benchmarks.Benchmark.confidence`
 """
 
 

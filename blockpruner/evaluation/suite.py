@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,6 +84,8 @@ class Evaluation:
     compute: Callable[[Advance], Stored]
     summary: Callable[[Mapping[str, Any]], str]
     """One line about a value."""
+    finish: Callable[[Stored], Stored] = lambda stored: stored
+    """Adds what follows from a stored result without the model."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Evaluator:
             stored = replace(found, made=made(**placement(evaluation.subject.model), **found.made))
             self.store.save(evaluation.key, stored)
         self.observer.end(evaluation.summary(stored.value), cached=cached)
-        return stored
+        return evaluation.finish(stored)
 
     def size(self, subject: Evaluated, identity: Mapping[str, Any]) -> dict[str, Any]:
         """parameters and weight_bytes, from the store or counted."""
@@ -139,7 +141,8 @@ def benchmark(
         results.json, by key:
         parameters, weight_bytes.
         perplexity: without the NLL of each row.
-        tasks: the scores of each task; value and stderr are those of its main metric.
+        tasks: the scores of each task; value and stderr are those of its main metric; p_gold and margin are means over
+            items (`benchmarks.Benchmark.confidence`).
         average: mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is one.
         chance: the accuracy of guessing, by task; null for a perplexity.
         made: where and when each of these was computed, as from `provenance.made`.
@@ -244,7 +247,24 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
         "requests",
         compute,
         lambda value: "{metric} {value:.3f} of {items} items".format(**value["scores"]),
+        partial(_with_confidence, task=task, task_dir=task_dir),
     )
+
+
+def _with_confidence(stored: Stored, task: str, task_dir: Path) -> Stored:
+    items = stored.items
+    assert items is not None
+    if BENCHMARKS[task].has_confidence and items["p_gold"].null_count:  # stored before there were these columns
+        from blockpruner.evaluation.zero_shot import with_confidence
+
+        items = with_confidence(items, task, task_dir)
+    scores = dict(stored.value["scores"])
+    for name in ("p_gold", "margin"):
+        values = items[name].drop_null().to_numpy()
+        if len(values):
+            error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+            scores |= {name: float(values.mean()), f"{name}_stderr": error}
+    return replace(stored, value=stored.value | {"scores": scores}, items=items)
 
 
 def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Mapping[str, Any]) -> Evaluation:

@@ -34,7 +34,7 @@ from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
-from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, unscored_items
+from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, Benchmark, unscored_items
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.tasks import require_stock
 from blockpruner.inputs.calibration import Answer
@@ -110,7 +110,24 @@ def evaluate(
     }
     if row.has_choices:
         found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
-    return TaskResult(task, found, pa.Table.from_pylist(items, schema=ITEMS), results)
+    table = pa.Table.from_pylist(items, schema=ITEMS)
+    return TaskResult(task, found, _confident(row, definition, table), results)
+
+
+def with_confidence(items: pa.Table, task: str, task_dir: Path) -> pa.Table:
+    """Items with p_gold and margin, which follow from what a model made of them and the texts of their choices."""
+    with _quiet():
+        return _confident(BENCHMARKS[task], _load(task, task_dir)["tasks"][task], items)
+
+
+def _confident(row: Benchmark, definition: Any, items: pa.Table) -> pa.Table:
+    if not row.has_confidence:
+        return items
+    docs, found = list(definition.eval_docs), items.to_pylist()
+    for item in found:
+        choices = definition.doc_to_choice(docs[item["item"]]) if row.has_choices else ()
+        item["p_gold"], item["margin"] = row.confidence(item["loglikelihoods"], item["gold"], choices)
+    return pa.Table.from_pylist(found, schema=ITEMS)
 
 
 def gold_answers(task: str, task_dir: Path, skip: int | None) -> list[Answer]:

@@ -1,97 +1,173 @@
 """Methods against one another on the same items: intervals, tests, Holm's correction, and the paper's claims.
 
-Decides how a comparison is stated. A claim holds by a measure if the 95 % interval of the difference lies on its side
-of zero, does not hold if it lies on the other side, and cannot be told where the interval contains zero.
+Decides how a comparison is stated: by each row of MEASURES, over all pairs of a table. An interval has the level at
+which Holm's correction tests its row. A claim holds by a measure if this interval lies on its side of no difference,
+does not hold if it lies on the other side, and cannot be told where it contains no difference.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from blockpruner.paper.evidence import Contrast, Entry, Evidence, Pairs, compare
+from blockpruner.paper.evidence import Entry, Evidence, Pairs
 from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS
 from blockpruner.reporting import statistics
 from blockpruner.reporting.findings import Finding, Level
 from blockpruner.reporting.formats import listed, slug
-from blockpruner.reporting.grids import Field, Grid, Number, factor, grid_of, p_value, points, share
-from blockpruner.reporting.statistics import Interval
+from blockpruner.reporting.grids import Cell, Field, Grid, Number, factor, grid_of, p_value, points, share
+from blockpruner.reporting.results import Model
+from blockpruner.reporting.statistics import Effect
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A way to compare two models on the same items or rows."""
+
+    title: str
+    """Of its columns."""
+    words: str
+    """In a sentence on one effect, with a place for it."""
+    effect: Callable[[Model, Model, float], Effect | None]
+    """Of the second model over the first one, with an interval of a level; None where it was not measured."""
+    show: Callable[[Effect], Number]
+    equal: float
+    """The effect of no difference."""
+    sign: int
+    """1 where more is better, -1 where less is."""
+
+    def verdict(self, effect: Effect) -> str:
+        """Tell whether the second model is better."""
+        ends = [self.sign * (end - self.equal) for end in (effect.interval.low, effect.interval.high)]
+        return HOLDS if min(ends) > 0 else FAILS if max(ends) < 0 else OPEN
+
+
+@cache
+def _accuracy(base: Model, other: Model, level: float) -> Effect:
+    return statistics.paired_bootstrap(base.scores, other.scores, level=level)
+
+
+@cache
+def _confidence(base: Model, other: Model, level: float) -> Effect | None:
+    return statistics.stratified_t(base.p_gold, other.p_gold, level) if base.p_gold and other.p_gold else None
+
+
+@cache
+def _perplexity(base: Model, other: Model, level: float) -> Effect:
+    return statistics.perplexity_ratio(base.heldout.row_nll, other.heldout.row_nll, level)
+
+
+MEASURES: Mapping[str, Measure] = {
+    "accuracy": Measure("accuracy, points", "accuracy {} points", _accuracy, points, 0, 1),
+    "p_gold": Measure("p of the right answer, points", "p of the right answer {} points", _confidence, points, 0, 1),
+    "perplexity": Measure("held-out PPL, ×", "perplexity {}×", _perplexity, factor, 1, -1),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A model and what it is held against, with p values corrected over all pairs of their table."""
+    """A model and what it is held against."""
 
     base: Entry
     method: Entry
     claim: str
     """Its title, if the pair belongs to one: the method is claimed better than the base."""
-    contrast: Contrast
-    p_accuracy: float
-    p_items: float
+    effects: Mapping[str, Effect]
+    """By key of MEASURES, as far as measured, with intervals corrected over all pairs of their table."""
+    holm: Mapping[str, float]
+    """p values, corrected likewise."""
+
+    def verdict(self, measure: str) -> str | None:
+        return MEASURES[measure].verdict(self.effects[measure]) if measure in self.effects else None
+
+    def __str__(self) -> str:
+        return ", ".join(MEASURES[key].words.format(MEASURES[key].show(found)) for key, found in self.effects.items())
 
 
 def pairs_of(found: Pairs, claims: Sequence[str] = ()) -> list[Pair]:
     """Compare base and other of each pair."""
-    contrasts = [compare(base.model, other.model) for base, other in found]
-    accuracy = statistics.holm([contrast.accuracy.p for contrast in contrasts])
-    items = statistics.holm([contrast.items.p for contrast in contrasts])
-    rows = zip(found, claims or [""] * len(found), contrasts, accuracy, items, strict=True)
-    return [Pair(base, other, claim, contrast, p, q) for (base, other), claim, contrast, p, q in rows]
+    effects: list[dict[str, Effect]] = [{} for _ in found]
+    adjusted: list[dict[str, float]] = [{} for _ in found]
+    for key, measure in MEASURES.items():
+        known = {i: e for i, (a, b) in enumerate(found) if (e := measure.effect(a.model, b.model, 0.95)) is not None}
+        p_values = [effect.p for effect in known.values()]
+        for i, p, level in zip(known, statistics.holm(p_values), statistics.holm_levels(p_values), strict=True):
+            base, other = found[i]
+            corrected = measure.effect(base.model, other.model, level)
+            assert corrected is not None
+            effects[i][key], adjusted[i][key] = corrected, p
+    rows = zip(found, claims or [""] * len(found), effects, adjusted, strict=True)
+    return [Pair(base, other, claim, effect, p) for (base, other), claim, effect, p in rows]
 
 
 def contrast_grid(name: str, title: str, found: Pairs) -> Grid:
-    """Make one row a pair; p values are corrected over the rows."""
+    """Make one row a pair; p values and intervals are corrected over the rows."""
     pairs = pairs_of(found)
     return grid_of(name, title, CONTRAST_FIELDS, pairs, (CONTRAST_NOTE, *detectable(pairs)))
 
 
-def _fields(method: str, against: str, difference: str, p: str) -> tuple[Field[Pair], ...]:
-    """Make the columns that all tables of pairs share, from their titles and the key of p."""
+def effect_cell(pair: Pair, measure: str) -> Cell:
+    return MEASURES[measure].show(pair.effects[measure]) if measure in pair.effects else None
+
+
+def _by(measure: str, verdicts: bool) -> list[Field[Pair]]:
+    """Make the columns of a measure."""
+
+    def p(pair: Pair, holm: bool) -> Cell:
+        found = {key: pair.holm[key] if holm else effect.p for key, effect in pair.effects.items()}
+        return p_value(found[measure]) if measure in found else None
+
+    fields: list[Field[Pair]] = [
+        Field(measure, f"{MEASURES[measure].title} [95 %, Holm]", lambda pair: effect_cell(pair, measure)),
+        Field(f"{measure}_p", "p", lambda pair: p(pair, False)),
+        Field(f"{measure}_p_holm", "p, Holm", lambda pair: p(pair, True)),
+    ]
+    return [*fields, Field(f"by_{measure}", "verdict", lambda pair: pair.verdict(measure))] if verdicts else fields
+
+
+def _fields(method: str, against: str, verdicts: bool, *first: Field[Pair]) -> tuple[Field[Pair], ...]:
+    """Make the columns of a table of pairs, from the titles of its methods."""
     return (
+        Field("model", "model", lambda pair: pair.base.subject),
+        *first,
         Field("method", method, lambda pair: pair.method.variant.name),
         Field("ratio_pct", "removed, %", lambda pair: share(pair.method.ratio)),
         Field("against", against, lambda pair: pair.base.variant.name),
         Field("against_ratio_pct", "removed, %", lambda pair: share(pair.base.ratio)),
-        Field("difference", difference, lambda pair: points(pair.contrast.accuracy)),
-        Field(p, "p", lambda pair: p_value(pair.contrast.accuracy.p)),
-        Field(f"{p}_holm", "p, Holm", lambda pair: p_value(pair.p_accuracy)),
+        *(field for measure in MEASURES for field in _by(measure, verdicts)),
     )
 
 
-MODEL = Field[Pair]("model", "model", lambda pair: pair.base.subject)
-PERPLEXITY = Field[Pair]("perplexity_ratio", "held-out PPL, × [95 %]", lambda pair: factor(pair.contrast.perplexity))
-CONTRAST_FIELDS: tuple[Field[Pair], ...] = (
-    MODEL,
-    *_fields("method", "against", "difference, points [95 %]", "p_bootstrap"),
-    Field("only_method", "only it right", lambda pair: Number(pair.contrast.items.only_b, 0)),
-    Field("only_against", "only the other right", lambda pair: Number(pair.contrast.items.only_a, 0)),
-    Field("p_mcnemar", "McNemar p", lambda pair: p_value(pair.contrast.items.p)),
-    Field("p_mcnemar_holm", "p, Holm", lambda pair: p_value(pair.p_items)),
-    PERPLEXITY,
+CONTRAST_FIELDS = _fields("method", "against", False)
+CORRECTED = (
+    "An interval leaves out no difference if, and only if, p, Holm is at most 0.05: it has the level at which Holm's "
+    "correction over the rows of this table tests its row."
 )
-
 CONTRAST_NOTE = (
-    "Difference of the averages over tasks, method minus the other, on the same items: percentile interval and p of "
-    "10,000 paired resamples within each task. McNemar: exact, over the items of all tasks pooled. Holm: corrected for "
-    "the rows of this table. PPL: quotient of the perplexities on the held-out text, t interval over its rows. "
-    "Measured here; nothing in this table is the paper's."
+    "Method minus the other, or their quotient, on the same items and rows. Accuracy: average over tasks, percentile "
+    "interval and p of 10,000 paired resamples within each task. p of the right answer: average over the tasks that "
+    "have it, t interval stratified by task. PPL: on the held-out text, t interval over its rows. "
+    f"{CORRECTED} Measured here; nothing in this table is the paper's."
 )
 
 
 def detectable(pairs: Sequence[Pair]) -> tuple[str, ...]:
-    """State the smallest difference that these items could show."""
-    found = [100 * statistics.minimum_detectable_difference(pair.contrast.stderr) for pair in pairs]
-    texts = [f"{value:.1f}" for value in sorted(found) if math.isfinite(value)]
+    """State the smallest differences that these items could show."""
+    texts = []
+    for measure, scores in {"accuracy": "scores", "p of the right answer": "p_gold"}.items():
+        sides = ((getattr(pair.base.model, scores), getattr(pair.method.model, scores)) for pair in pairs)
+        errors = [statistics.average(statistics.differences(a, b)).stderr for a, b in sides if a and b]
+        found = sorted(100 * statistics.minimum_detectable_difference(error) for error in errors)
+        if shown := [f"{value:.1f}" for value in found if math.isfinite(value)]:
+            texts.append(f"{' to '.join(dict.fromkeys((shown[0], shown[-1])))} points of {measure}")
     if not texts:
         return ()
-    span = " to ".join(dict.fromkeys((texts[0], texts[-1])))
-    return (f"Minimum detectable difference with these items: {span} points (5 % level, power 80 %, uncorrected).",)
-
-
-HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told with these items"
+    return (f"Minimum detectable difference with these items: {listed(texts)} (5 % level, power 80 %, uncorrected).",)
 
 
 @dataclass(frozen=True)
@@ -122,25 +198,15 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("Iterative search beats scoring once", _worse("one-shot-perplexity")),
 )
 
-CLAIM_FIELDS: tuple[Field[Pair], ...] = (
-    MODEL,
-    Field("claim", "claim", lambda pair: pair.claim),
-    *_fields("claimed better", "claimed worse", "accuracy, points [95 %]", "p"),
-    Field("by_accuracy", "by accuracy", lambda pair: by_accuracy(pair)),
-    PERPLEXITY,
-    Field("p_perplexity", "p", lambda pair: p_value(pair.contrast.perplexity.p)),
-    Field("by_perplexity", "by held-out PPL", lambda pair: by_perplexity(pair)),
-)
-
+CLAIM_FIELDS = _fields("claimed better", "claimed worse", True, Field[Pair]("claim", "claim", lambda pair: pair.claim))
 CLAIM_NOTE = (
-    "A claim holds by a measure if the 95 % interval lies on its side, does not hold if on the other, and cannot "
-    "be told if it contains no difference. Intervals are those of single comparisons; Holm: p of accuracy over the "
-    "rows of this table. Ratios of methods differ a little, since layers and blocks come in sizes."
+    "A claim holds by a measure if the interval lies on its side, does not hold if on the other, and cannot be told if "
+    f"it contains no difference. {CORRECTED} Ratios of methods differ a little, since layers and blocks come in sizes."
 )
 
 
 def claims(evidence: Evidence) -> tuple[tuple[Finding, ...], Grid]:
-    """Make a finding for each claim, and a table of its pairs, over which p values of accuracy are corrected."""
+    """Make a finding for each claim, and a table of all their pairs, over which intervals are corrected."""
     own = {claim.title: claim.pairs(evidence) for claim in CLAIMS}
     titles = [title for title, found in own.items() for _ in found]
     pairs = pairs_of([pair for found in own.values() for pair in found], titles)
@@ -154,35 +220,21 @@ def claims(evidence: Evidence) -> tuple[tuple[Finding, ...], Grid]:
 def _claim(title: str, pairs: Sequence[Pair]) -> Finding:
     if not pairs:
         return Finding(Level.NOTE, "claim", f"{title}: not measured in this study", "")
-    accuracy, perplexity = summed(list(map(by_accuracy, pairs))), summed(list(map(by_perplexity, pairs)))
-    found = (
-        f"{accuracy}, by accuracy and by held-out perplexity"
-        if accuracy == perplexity
-        else f"by accuracy: {accuracy}; by held-out perplexity: {perplexity}"
-    )
-    text = "; ".join(f"{_named(pair.method)} against {_named(pair.base)}: {_effect(pair.contrast)}" for pair in pairs)
+    verdicts = {
+        measure.title.partition(",")[0]: summed(known)
+        for key, measure in MEASURES.items()
+        if (known := [verdict for pair in pairs if (verdict := pair.verdict(key)) is not None])
+    }
+    ways: dict[str, list[str]] = {}
+    for title_of, verdict in verdicts.items():
+        ways.setdefault(verdict, []).append(title_of)
+    found = "; ".join(f"by {listed(names)}: {verdict}" for verdict, names in ways.items())
+    text = "; ".join(f"{_named(pair.method)} against {_named(pair.base)}: {pair}" for pair in pairs)
     return Finding(Level.RESULT, "claim", f"{title}: {found}", f"{text}.")
 
 
 def _named(entry: Entry) -> str:
     return f"{entry.variant.name} ({100 * entry.ratio:.1f} %)"
-
-
-def _effect(contrast: Contrast) -> str:
-    return f"{points(contrast.accuracy)} points, perplexity {factor(contrast.perplexity)}×"
-
-
-def by_accuracy(pair: Pair) -> str:
-    return verdict(pair.contrast.accuracy.interval)
-
-
-def by_perplexity(pair: Pair) -> str:
-    ratio = pair.contrast.perplexity.interval
-    return verdict(Interval(1 - ratio.high, 1 - ratio.low))
-
-
-def verdict(gain: Interval) -> str:
-    return HOLDS if gain.low > 0 else FAILS if gain.high < 0 else OPEN
 
 
 def summed(verdicts: Sequence[str]) -> str:
@@ -210,8 +262,8 @@ def _samples(evidence: Evidence) -> list[Finding]:
     *smaller, largest = sorted([base, *varied], key=count)
     if not smaller:
         return [Finding(Level.NOTE, "claim", f"{title}: not measured in this study", "")]
-    contrasts = [compare(entry.model, largest.model) for entry in smaller]
-    gains = [i for i, c in enumerate(contrasts) if c.accuracy.interval.low > 0 or c.perplexity.interval.high < 1]
+    pairs = pairs_of([(entry, largest) for entry in smaller])
+    gains = [i for i, pair in enumerate(pairs) if HOLDS in map(pair.verdict, MEASURES)]
     last = max(gains, default=-1)
     if last == len(smaller) - 1:
         words = f"does not hold up to {count(largest):,} samples, which still gain"
@@ -220,8 +272,8 @@ def _samples(evidence: Evidence) -> list[Finding]:
     else:
         words = f"no gain can be told beyond {count(smaller[last + 1]):,} samples"
     texts = [
-        f"{count(largest):,} against {count(entry):,} samples: {_effect(contrast)}."
-        for entry, contrast in zip(smaller, contrasts, strict=True)
+        f"{count(largest):,} against {count(entry):,} samples: {pair}."
+        for entry, pair in zip(smaller, pairs, strict=True)
     ]
     texts.append("An interval that contains no gain also contains what it cannot exclude: its upper end.")
     return [Finding(Level.RESULT, "claim", f"{title}: {words}", " ".join(texts))]

@@ -1,18 +1,17 @@
 """What a study measured, read from the files of its stages into values.
 
 Decides what the tables may use: every model once, whichever search led to it, with the scores of the same items in one
-order. Two models are compared once (`compare`).
+order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,11 +23,9 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, Variant, study_of, variants
 from blockpruner.paper.published import MODELS
 from blockpruner.paper.studies import DENSE, SearchRecord, load_plans, model_name
-from blockpruner.reporting import statistics
 from blockpruner.reporting.findings import Finding, recommended, stop, warnings
 from blockpruner.reporting.formats import percent
 from blockpruner.reporting.results import TIMED, Model, Option, Race, RunLabels, read_items
-from blockpruner.reporting.statistics import Discordance, Effect
 from blockpruner.store.files import read_json
 
 MAIN = "main"
@@ -145,31 +142,6 @@ class Subject:
     """None if nothing of it is computed here."""
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """Two models on the same items and rows."""
-
-    accuracy: Effect
-    """Difference of the averages, as a share."""
-    items: Discordance
-    stderr: float
-    """Of the difference."""
-    perplexity: Effect
-    """Ratio on the held-out text."""
-
-
-@cache
-def compare(base: Model, other: Model) -> Contrast:
-    """Compare other with base; each pair is computed once."""
-    pooled = [np.concatenate([model.scores[task] for task in base.scores]) for model in (base, other)]
-    return Contrast(
-        accuracy=statistics.paired_bootstrap(base.scores, other.scores),
-        items=statistics.mcnemar(*pooled),
-        stderr=statistics.average(statistics.differences(base.scores, other.scores)).stderr,
-        perplexity=statistics.perplexity_ratio(base.heldout.row_nll, other.heldout.row_nll),
-    )
-
-
 def read_subject(name: str, run: Run, labels: RunLabels, folder: Path) -> Subject:
     """Read a run's study at `folder`.
 
@@ -236,7 +208,7 @@ def _read_models(path: Path, facts: Mapping[str, Any], tasks: tuple[str, ...], n
     metrics = {task: facts[DENSE]["tasks"][task]["metric"] for task in tasks}
     remedy = f"dvc repro runs/dvc.yaml:evaluate@{name}"
     try:
-        table = pq.read_table(path, columns=["model", "task", "item", *sorted(set(metrics.values()))])
+        table = pq.read_table(path, columns=["model", "task", "item", "p_gold", *sorted(set(metrics.values()))])
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); run `{remedy}`") from error
     items = read_items(table, metrics, path, remedy)

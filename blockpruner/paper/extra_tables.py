@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 
 from blockpruner.core.blocks import BlockKind, parse_mask
-from blockpruner.paper.contrasts import detectable, pairs_of
+from blockpruner.paper.contrasts import detectable, effect_cell, pairs_of
 from blockpruner.paper.evidence import MAIN, Entry, Evidence
 from blockpruner.paper.experiments import BLOCKPRUNER
 from blockpruner.paper.tables import METHOD, MODEL, RATIO, task_cell
@@ -34,7 +34,7 @@ from blockpruner.reporting.grids import (
     share,
 )
 from blockpruner.reporting.results import PARTS, TIMED, Option
-from blockpruner.reporting.tables import AVERAGE, CALIBRATION, HELDOUT
+from blockpruner.reporting.tables import AVERAGE, CALIBRATION, HELDOUT, P_GOLD
 
 THRESHOLDS = (1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0)
 """Speed-ups for which the best balance of MHA and MLP is named."""
@@ -103,12 +103,12 @@ def stopping(found: Found) -> Grid:
     fields = (
         MODEL, METHOD, RATIO, MHA, MLP, DECODE,
         Field[Option]("speedup", "generation, × [95 %]", partial(_gain, "generation", TIMED)), MEMORY,
-        CALIBRATION, HELDOUT, AVERAGE, Field[Option]("warnings", "warnings", remarks),
+        CALIBRATION, HELDOUT, AVERAGE, P_GOLD, Field[Option]("warnings", "warnings", remarks),
     )  # fmt: skip
     rows = [option for evidence in found for option in (*_dense(evidence), *evidence.timed(TIMED))]
     note = (
         "Stressed: the recommended stopping point of BlockPruner: the knee of held-out loss against speed-up among the "
-        "budgets that are faster than dense and have no warning."
+        "budgets that are faster than dense beyond noise and before a jump or a mismatch; none: keep the dense model."
     )
     notes = (SPEEDUP_NOTE, *_settings(found, TIMED), note)
     title = "Quality against speed and memory, every budget"
@@ -186,16 +186,18 @@ def sensitivity(found: Found) -> Grid:
             (
                 entry.subject, name, Number(entry.search.rows, 0), Number(entry.search.tokens, 0), Number(overlap, 3),
                 *(_jaccard(evidence, base, entry, budget) for budget in shares), share(entry.ratio),
-                Number(entry.model.perplexity), factor(pair.contrast.perplexity) if pair else None,
-                score(entry.model.average), points(pair.contrast.accuracy) if pair else None,
-                p_value(pair.p_accuracy) if pair else None,
+                Number(entry.model.perplexity), effect_cell(pair, "perplexity") if pair else None,
+                score(entry.model.average), effect_cell(pair, "accuracy") if pair else None,
+                p_value(pair.holm["accuracy"]) if pair else None,
+                P_GOLD.of(entry), effect_cell(pair, "p_gold") if pair else None,
             )
         )  # fmt: skip
     columns = columns_of(
         model="model", calibration="calibration", rows="rows", tokens="tokens", rbo="RBO",
         **{f"jaccard_{budget:g}": f"Jaccard at {100 * budget:g} %" for budget in shares}, ratio_pct="removed, %",
-        heldout_ppl="held-out PPL", ppl_ratio="× base [95 %]", avg="average, %",
-        difference="against base, points [95 %]", p_holm="p, Holm",
+        heldout_ppl="held-out PPL", ppl_ratio="× base [95 %, Holm]", avg="average, %",
+        difference="against base, points [95 %, Holm]", p_holm="p, Holm", p_gold=P_GOLD.title,
+        p_gold_difference="against base, points [95 %, Holm]",
     )  # fmt: skip
     note = (
         f"RBO: rank-biased overlap (p = {PERSISTENCE}) of the order of removal with the base’s; Jaccard: of the sets "
@@ -243,7 +245,7 @@ def balance(found: Found) -> Grid:
     for evidence in found:
         timed = sorted(evidence.timed(TIMED), key=lambda entry: entry.model.perplexity)
         for part, wanted in product(reversed(PARTS), THRESHOLDS):
-            fast = [entry for entry in timed if entry.race.speedup(part) >= wanted]
+            fast = [e for e in timed if e.race.speedup(part) >= wanted and e.race.speedups[part].interval.low > 1]
             for best in fast[:1]:
                 other = next((entry for entry in fast if entry.method != best.method), None)
                 words = f"{other.method}, {percent(other.ratio)}: PPL {number(other.model.perplexity)}" if other else ""
@@ -256,9 +258,9 @@ def balance(found: Found) -> Grid:
         runner_up="next best, another method",
     )  # fmt: skip
     note = (
-        "Computed: of all models timed in the setting of the curves whose measured speed-up reaches the threshold, the "
-        "one of the lowest held-out perplexity. An interval that reaches below the threshold means that the speed-up "
-        "itself may not."
+        "Computed: of all models timed in the setting of the curves whose measured speed-up reaches the threshold, and "
+        "differs from 1 beyond noise, the one of the lowest held-out perplexity. An interval that reaches below the "
+        "threshold means that the speed-up itself may not."
     )
     return Grid("balance", "The best balance at a given speed", columns, tuple(rows), (note,))
 

@@ -19,6 +19,7 @@ from blockpruner.paper.studies import DENSE
 from blockpruner.reporting.comparison import BAND
 from blockpruner.reporting.grids import Cell, Column, Field, Grid, Number, factor, score, share
 from blockpruner.reporting.results import Option
+from blockpruner.reporting.tables import P_GOLD
 
 HERE, PAPER, DIFFERENCE = "here", "paper", "here − paper"
 NOT_COMPUTED = "not computed here"
@@ -172,7 +173,7 @@ RATIO = Field[Option]("ratio_pct", "removed, %", lambda option: share(option.rat
 WIKITEXT = Field[Option]("wikitext2_ppl", "WikiText-2 PPL", _wikitext)
 HELDOUT = Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity, 2))
 AVERAGE = Field[Option]("avg", "average, %", lambda option: score(option.model.average, 2))
-QUALITY = (RATIO, WIKITEXT, HELDOUT, AVERAGE)
+QUALITY = (RATIO, WIKITEXT, HELDOUT, AVERAGE, P_GOLD)
 FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 NINE = {"truthfulqa": "truthfulqa_mc1", "race": "race", "swag": "swag", "openbookqa": "openbookqa"}
 TABLE1 = (
@@ -267,7 +268,7 @@ TABLES: tuple[PaperTable, ...] = (
         "table1",
         "Table 1. Pruning methods at about the same ratio",
         "table1_main",
-        (RATIO, WIKITEXT, HELDOUT, *(_task(task, task, task, 1) for task in FIVE), AVERAGE),
+        (RATIO, WIKITEXT, HELDOUT, *(_task(task, task, task, 1) for task in FIVE), AVERAGE, P_GOLD),
         _with_dense,
         TABLE1,
         pairs=lambda evidence: evidence.against(*TABLE1),

@@ -51,6 +51,10 @@ LOW_GAIN = 0.5
 1 / (1 - r). Less than half of that gain is little. MLP blocks hold most parameters, MHA blocks much of the time and
 all of the KV cache, so mostly-MLP pruning has this sign."""
 
+SPREAD = 1.5
+"""Repeats of one generation take about the same time. If one takes one and a half times another, something else ran on
+the machine, and the timings say as much about that."""
+
 KNEE_MARGIN = 0.05
 """A stop before the fastest safe model must keep at least this much more of the speed gain than of the loss. Less is
 the spread of timings."""
@@ -90,7 +94,7 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
     Args:
         traces: of each removal sequence, the model that is pruned the most.
     """
-    rules = ((is_mismatch, _mismatch), (is_slow, _slow))
+    rules = ((is_mismatch, _mismatch), (is_slow, _slow), (is_spread, _spread))
     found = [_jump(trace, options) for trace in traces]
     found += [told(shown) for shows, told in rules if (shown := [option for option in options if shows(option)])]
     return [finding for finding in found if finding]
@@ -132,19 +136,25 @@ def is_slow(option: Option) -> bool:
     return option.ratio >= HIGH_RATIO and option.speedup - 1 < LOW_GAIN * (1 / (1 - option.ratio) - 1)
 
 
+def is_spread(option: Option) -> bool:
+    """Tell whether the timings of a model, or of the dense one beside it, vary too much to be believed (SPREAD)."""
+    return option.race.spread > SPREAD
+
+
 def signs(option: Option) -> list[str]:
-    """Name the signs of failed pruning that a model shows."""
-    rules = {"jump": has_jump, "mismatch": is_mismatch, "little speed-up": is_slow}
+    """Name the signs of failed pruning, and of timings that are not to be believed, that a model shows."""
+    rules = {"jump": has_jump, "mismatch": is_mismatch, "little speed-up": is_slow, "spread of timings": is_spread}
     return [name for name, shows in rules.items() if shows(option)]
 
 
 def recommended(options: Sequence[Option]) -> Option | None:
-    """Find the model to stop at, the knee among the safe ones, or None.
+    """Find the model to stop at, the knee among the safe ones, or None: keep the dense model.
 
-    Safe is faster than dense, and less pruned than the first with a jump or a mismatch. `options`: by ratio.
+    Safe is faster than dense beyond noise, and less pruned than the first with a jump or a mismatch. `options`: by
+    ratio.
     """
     before = takewhile(lambda option: not has_jump(option) and not is_mismatch(option), options)
-    safe = [option for option in before if option.speedup > 1]
+    safe = [option for option in before if option.race.is_faster]
     return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
 
 
@@ -167,6 +177,11 @@ def knee(points: Sequence[tuple[float, float]]) -> int:
     return best if heights[best] >= KNEE_MARGIN else fastest
 
 
+def paired_confidence(base: Model, other: Model) -> Mean:
+    """Subtract averages of p of the right answer, other minus base, with the error of paired items."""
+    return average(differences(base.p_gold, other.p_gold))
+
+
 def paired(base: Model, other: Model, task: str | None = None) -> Mean:
     """Subtract accuracies, other minus base, with the error of paired items; without a task, the averages."""
     names = base.scores if task is None else (task,)
@@ -178,6 +193,13 @@ def _outcome(target: PrunedOption) -> Finding:
     plan, dense, model = target.plan, target.dense, target.model
     gap = paired(dense, model)
     noise = "" if gap.differs_from(0) else ", within noise (less than 2 standard errors)"
+    confidence = ""
+    if dense.confidence is not None and model.confidence is not None:
+        change = paired_confidence(dense, model)
+        confidence = (
+            f"p of the right answer {percent(dense.confidence.value)} → {percent(model.confidence.value)}, "
+            f"{difference(change)} points{'' if change.differs_from(0) else ', within noise'}. "
+        )
     timed = plan.removes.get("latency")
     return Finding(
         Level.RESULT,
@@ -186,8 +208,8 @@ def _outcome(target: PrunedOption) -> Finding:
         + (", then recovered with LoRA" if plan.recover else ""),
         f"Held-out perplexity {number(dense.perplexity)} → {number(model.perplexity)}. Average accuracy "
         f"{percent(dense.average.value)} → {percent(model.average.value)}, a paired difference of {difference(gap)} "
-        f"points{noise}. Generation {times(target.speedup)} as fast"
-        + (", within noise (the timings of both overlap)" if target.race.is_noise else "")
+        f"points{noise}. {confidence}Generation {times(target.speedup)} as fast"
+        + (", within noise (its 95 % interval holds 1)" if target.race.is_noise else "")
         + ("" if timed is None else f"; by the times of its blocks, {times(speedup(timed))}")
         + ".",
     )
@@ -255,29 +277,43 @@ def _slow(found: Sequence[Option]) -> Finding:
     return Finding(Level.WARNING, "slow", "Little speed-up for the parameters removed", f"{'. '.join(gains)}. {cause}")
 
 
+def _spread(found: Sequence[Option]) -> Finding:
+    worst = [f"{option.name} ({times(option.race.spread)})" for option in found]
+    return Finding(
+        Level.WARNING,
+        "spread",
+        "The timings are spread",
+        f"The longest generation took more than {SPREAD:g}× the shortest of the same model, or of the dense one beside "
+        f"it, at {listed(worst)}. Time again on a machine that does nothing else.",
+    )
+
+
 def stop(options: Sequence[Option]) -> Finding:
     """Advise where to stop among pruned models, which come the least pruned first."""
     best = recommended(options)
     if best is None:
-        text = "None is faster than the dense model and less pruned than the first with a jump or a mismatch."
+        text = (
+            "No pruned model is faster beyond noise (the 95 % interval of its speed-up lies above 1) and less pruned "
+            "than the first with a jump or a mismatch."
+        )
         if options:
             first = options[0]
-            shown = listed(signs(first)) if signs(first) else "no sign of failed pruning, and no speed-up"
+            shown = listed(signs(first)) if signs(first) else "no sign of failed pruning"
             text += (
                 f" Already at {first.name} held-out perplexity goes from {number(first.dense.perplexity)} to "
-                f"{number(first.model.perplexity)} ({shown})."
+                f"{number(first.model.perplexity)} ({shown}), at {times(first.speedup)} the speed of generation"
+                f"{', within noise' if first.race.is_noise else ''}."
             )
-        return Finding(Level.ADVICE, "stop", "No budget is worth stopping at", f"{text} Prune less, or try others.")
-    noise = " (within the spread of the timings)" if best.race.is_noise else ""
+        return Finding(Level.ADVICE, "stop", "Keep the dense model", f"{text} Prune less, or try others.")
     return Finding(
         Level.ADVICE,
         "stop",
         f"Recommended stopping point: {best.name}",
         f"{percent(best.ratio)} of the parameters removed ({best.taken_out}): {100 * (best.speedup - 1):+.1f} % "
-        f"speed of generation{noise} for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. "
+        f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. "
         + (
-            "It is the knee of held-out loss against speed-up among those that are faster than dense and less pruned "
-            "than the first with a jump or a mismatch."
+            "It is the knee of held-out loss against speed-up among those that are faster than dense beyond noise and "
+            "less pruned than the first with a jump or a mismatch."
             if len(options) > 1
             else "There is no jump in perplexity. One model makes no curve yet; add targets to compare."
         ),

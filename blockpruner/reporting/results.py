@@ -145,10 +145,24 @@ class Race:
         }
 
     @property
+    def is_faster(self) -> bool:
+        """Tell whether generation is faster than dense beyond noise: the interval lies above 1."""
+        return self._generation.low > 1
+
+    @property
     def is_noise(self) -> bool:
-        """Tell whether the ranges of both models' generation times overlap."""
-        own, dense = self.pruned.seconds["generation"], self.dense.seconds["generation"]
-        return min(own) <= max(dense) and min(dense) <= max(own)
+        """Tell whether the interval of the speed-up of generation holds 1. It does where nothing was timed twice."""
+        return self._generation.low <= 1 <= self._generation.high
+
+    @property
+    def _generation(self) -> Interval:
+        once = len(self.dense.seconds["generation"]) == 1
+        return Interval(0, math.inf) if once else self.speedups["generation"].interval
+
+    @property
+    def spread(self) -> float:
+        """The longest over the shortest generation of one model, of the two the larger."""
+        return max(max(times) / min(times) for times in (s.seconds["generation"] for s in (self.dense, self.pruned)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,13 +181,15 @@ class Model:
     """Numbers of the items, by task of the average."""
     scores: Mapping[str, Floats]
     """One score for each of these items."""
+    p_gold: Mapping[str, Floats]
+    """p of each item's right answer, by those of these tasks that have it."""
     made: tuple[Mapping[str, str], ...] = ()
     """Where and when each of this was computed; empty where it was not recorded."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], texts: Mapping[str, Any], items: Items) -> Model:
         """Read the facts that an evaluation wrote of one model."""
-        scores = {task: values for task, (_, values) in items.items()}
+        scores = {task: values for task, (_, values, _) in items.items()}
         own = fields.get("average")
         return cls(
             parameters=fields["parameters"],
@@ -186,10 +202,16 @@ class Model:
                 for k, v in fields["tasks"].items()
             },
             average=Mean(own["value"], _error(own["stderr"])) if own else statistics.average(scores),
-            items={task: numbers for task, (numbers, _) in items.items()},
+            items={task: numbers for task, (numbers, _, _) in items.items()},
             scores=scores,
+            p_gold={task: p for task, (_, _, p) in items.items() if not np.isnan(p).any()},
             made=tuple(fields.get("made", {}).values()),
         )
+
+    @cached_property
+    def confidence(self) -> Mean | None:
+        """The average of p of the right answer."""
+        return statistics.average(self.p_gold) if self.p_gold else None
 
     @property
     def heldout(self) -> Text:
@@ -277,8 +299,8 @@ class Option:
         return math.log(self.model.perplexity / self.dense.perplexity)
 
 
-Items = dict[str, tuple[NDArray[Any], Floats]]
-"""By task: the items' numbers, and their scores in the task's metric."""
+Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
+"""By task: the items' numbers, their scores in the task's metric, and p of their right answers, NaN without one."""
 
 
 def read_items(table: pa.Table, metrics: Mapping[str, str], place: Path, remedy: str) -> dict[str, Items]:
@@ -296,8 +318,8 @@ def read_items(table: pa.Table, metrics: Mapping[str, str], place: Path, remedy:
         part = table.filter(pc.equal(table["task"], task)).sort_by([("model", "ascending"), ("item", "ascending")])
         names, starts = np.unique(part["model"].to_numpy(zero_copy_only=False), return_index=True)
         items = np.split(part["item"].to_numpy(), starts[1:])
-        values = np.split(part[metric].to_numpy().astype(float), starts[1:])
-        own = dict(zip(names, zip(items, values, strict=True), strict=True))
+        values, p_gold = (np.split(part[key].to_numpy().astype(float), starts[1:]) for key in (metric, "p_gold"))
+        own = dict(zip(names, zip(items, values, p_gold, strict=True), strict=True))
         for model in found:
             if model not in own or not np.array_equal(own[model][0], items[0]):
                 raise InputError(

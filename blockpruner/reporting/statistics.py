@@ -1,7 +1,8 @@
 """Errors, intervals and tests of measured numbers, and the agreement of two removal sequences.
 
-Decides which test answers which question. scipy computes what it offers; Holm's correction, rank-biased
-overlap and the stratified bootstrap are ours. The caller decides what is compared and how it is shown.
+Decides which test answers which question. scipy computes what it offers; Holm's correction, rank-biased overlap and
+what is stratified by task are ours. Tasks weigh the same in an average and in its test. The caller decides what is
+compared and how it is shown.
 
 Differences are b - a. Intervals have two sides and hold the truth with probability `level`. A spread or an interval
 is infinite where there are too few measurements to tell it; nothing then differs from anything.
@@ -60,16 +61,6 @@ class Effect:
     """Two-sided, for the hypothesis that the two are equal."""
 
 
-@dataclass(frozen=True)
-class Discordance:
-    """How many items only one of two models has right."""
-
-    only_a: int
-    only_b: int
-    p: float
-    """Two-sided, for the hypothesis that both are right equally often."""
-
-
 def average(scores: Scores) -> Mean:
     """Mean over tasks of the mean over a task's items: every task weighs the same, whatever its size.
 
@@ -95,30 +86,6 @@ def differences(a: Scores, b: Scores) -> dict[str, Floats]:
     return {task: _difference(a[task], b[task], f"task {task}") for task in sorted(a)}
 
 
-def mcnemar(a: ArrayLike, b: ArrayLike) -> Discordance:
-    """Exact McNemar test whether a and b are right equally often on the same items.
-
-    If they are, then of the n = n_a + n_b items that only one of them has right, n_a ~ Binomial(n, 1/2). Hence
-    p = min(1, 2 P(X <= min(n_a, n_b))), and p = 1 without such an item.
-
-    Args:
-        a, b: [items] of 0 and 1.
-
-    Raises:
-        InputError: a score is neither 0 nor 1, there is no item, or the numbers of items differ.
-    """
-    for scores in (a, b):
-        if others := set(np.unique(np.asarray(scores, float)).tolist()) - {0.0, 1.0}:
-            raise InputError(
-                f"McNemar's test counts right and wrong items, so scores must be 0 or 1, not {min(others)}; "
-                "compare fractions by paired_bootstrap"
-            )
-    difference = _difference(a, b, "McNemar's test")
-    only_a, only_b = int(np.sum(difference < 0)), int(np.sum(difference > 0))
-    tail = stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)
-    return Discordance(only_a, only_b, min(1.0, 2 * float(tail)))
-
-
 def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> Effect:
     """Difference of averages over tasks; percentile interval over resamples of the items within each task.
 
@@ -140,6 +107,30 @@ def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 
         _require_two(items, f"a bootstrap over the items of task {task}")
     draws = np.mean([_resampled_means(items, resamples, rng) for items in paired.values()], axis=0)
     return Effect(average(paired).value, _percentiles(draws, level), _two_sided(draws, 0.0))
+
+
+def stratified_t(a: Scores, b: Scores, level: float = 0.95) -> Effect:
+    """Difference of averages over tasks, t interval and t test, for scores that are fractions.
+
+    With d the differences of the items of task t, v_t = var(d) / n_t and V = sum_t v_t over T tasks: the average of the
+    tasks' mean(d) ± t[f, (1 + level) / 2] sqrt(V) / T, f = V^2 / sum_t v_t^2 / (n_t - 1) degrees of freedom (Welch,
+    Satterthwaite). Of one task it is `paired_t`. The bootstrap would take seconds here: fractions have as many distinct
+    differences as items. Where no difference varies, the interval is one value, and p is 1 if it is 0 and 0 otherwise.
+
+    Raises:
+        InputError: `differences` raises it, or a task has a single item.
+    """
+    paired = differences(a, b)
+    for task, items in paired.items():
+        _require_two(items, f"a t test over the items of task {task}")
+    parts = np.array([items.var(ddof=1) / len(items) for items in paired.values()])
+    value, error = average(paired).value, math.sqrt(parts.sum()) / len(parts)
+    if error <= ROUNDING:
+        return Effect(value, Interval(value, value), float(abs(value) <= ROUNDING))
+    freedom = parts.sum() ** 2 / np.sum(parts**2 / [len(items) - 1 for items in paired.values()])
+    found = stats.t(freedom, value, error)
+    low, high = found.interval(level)
+    return Effect(value, Interval(float(low), float(high)), float(2 * stats.t.sf(abs(value) / error, freedom)))
 
 
 def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
@@ -189,6 +180,21 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     raised = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
     adjusted = np.minimum(np.maximum.accumulate(raised), 1)
     return tuple(adjusted[np.argsort(order)].tolist())
+
+
+def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> tuple[float, ...]:
+    """Levels, in the order of the p values, of intervals that decide as Holm's correction does.
+
+    Holm tests the k-th smallest of m at alpha / (m - k + 1), and stops at the first that is larger: that one's step is
+    also that of all after it. Hence an interval of this level leaves out "no difference" if, and only if, the adjusted
+    p is at most alpha; where p is of a bootstrap, up to the resolution of its resamples.
+
+    Raises:
+        InputError: a value lies outside [0, 1].
+    """
+    rejected = sum(p <= alpha for p in holm(p_values))
+    ranks = np.argsort(np.argsort(p_values, kind="stable"), kind="stable")
+    return tuple(1 - alpha / (len(p_values) - min(int(rank), rejected)) for rank in ranks)
 
 
 def minimum_detectable_difference(stderr: float, alpha: float = 0.05, power: float = 0.8) -> float:

@@ -6,10 +6,11 @@ Decides which numbers are shown, and in which order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 
 from blockpruner.core.blocks import Mask, format_mask
 from blockpruner.reporting.comparison import BAND, GAINS, SPEED, Comparison
-from blockpruner.reporting.findings import jump_at, paired
+from blockpruner.reporting.findings import jump_at, paired, paired_confidence
 from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.grids import (
     Cell,
@@ -24,7 +25,7 @@ from blockpruner.reporting.grids import (
     score,
 )
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun
-from blockpruner.reporting.results import Option
+from blockpruner.reporting.results import Model, Option
 from blockpruner.reporting.statistics import Mean
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.stability import RESAMPLES, Stability
@@ -34,14 +35,15 @@ LEGEND = (
     f"Scores in % ± 1 standard error. {WORSE} {BETTER}: differs from the dense model by more than 2 standard errors of "
     f"the paired items; unmarked: within noise. {AT_CHANCE}: within 2 standard errors of chance. Speed-ups (×) are "
     "measured with dense and pruned in turns, so they need not equal the quotient of two columns; "
-    f"{IN_NOISE}: the timings of both overlap."
+    f"{IN_NOISE}: the 95 % interval of a speed-up holds 1. p of the right answer: of all choices' likelihoods (per "
+    "character where the accuracy is by character) the share that the right one has; finer than right and wrong."
 )
 COMPARISON_LEGEND = (
     "Upper table: the models that no other betters in speed of generation and held-out perplexity together (the Pareto "
     "front), the slowest first: take the first that is fast enough. Lower table: all targets, by parameters removed; "
     "those of the front are stressed. Against ref: difference of the averages to the first target of the same size "
     f"(within {100 * BAND:.1f} % of the parameters), ± 1 standard error of the paired items; {WORSE} {BETTER}: beyond "
-    f"2. {IN_NOISE}: the timings of pruned and dense overlap."
+    f"2, as at p of the right answer. {IN_NOISE}: the 95 % interval of the speed-up holds 1."
 )
 
 
@@ -72,6 +74,18 @@ CALIBRATION = Field[Option]("calibration_ppl", "calibration PPL", _calibration)
 HELDOUT = Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity))
 GENERATION = Field[Option]("generation", "generation", _speedup)
 AVERAGE = Field[Option]("avg", "average, %", lambda option: score(option.model.average))
+
+
+P_TITLE = "p of the right answer, %"
+P_GOLD = Field[Option]("p_gold", P_TITLE, lambda o: score(o.model.confidence) if o.model.confidence else None)
+
+
+def _confidence(option: Option, base: Model | None) -> Cell:
+    """Show p of the right answer, marked where it differs from that of the base."""
+    found = option.model.confidence
+    if found is None:
+        return None
+    return score(found, mark="" if base is None else _change(paired_confidence(base, option.model)))
 
 
 def _change(found: Mean) -> str:
@@ -105,6 +119,9 @@ def headline(study: ReportedRun) -> Grid:
     for task, chance in study.chance.items():
         add(f"{task}, %", accuracy(task, chance), chance)
     add("Average, %", accuracy(None, study.average_chance), study.average_chance)
+    if known := study.dense.model.p_gold:
+        chance = mean(study.chance[task] for task in known)
+        add(P_TITLE, lambda o: _confidence(o, o.dense if o.plan else None), chance)
     add("Prefill, tokens/s", _rate("prefill"))
     add("Decode, tokens/s", _rate("decode"))
     add("Generation speed-up", _speedup)
@@ -135,6 +152,7 @@ def choices(comparison: Comparison, title: str) -> Grid:
         METHOD,
         HELDOUT,
         AVERAGE,
+        P_GOLD,
         Field("kv_cache", "KV cache", cache),
         REMOVED,
     )
@@ -152,6 +170,10 @@ def compared(comparison: Comparison) -> Grid:
         found = paired(leaders[id(option)].model, option.model)
         return difference(found, _change(found))
 
+    def confidence(option: Option) -> Cell:
+        leader = leaders[id(option)]
+        return _confidence(option, None if option is leader else leader.model)
+
     fields: tuple[Field[Option], ...] = (
         Field("target", "target", lambda o: o.name),
         METHOD,
@@ -163,6 +185,7 @@ def compared(comparison: Comparison) -> Grid:
         Field("kv_cache", "KV cache", _saved),
         AVERAGE,
         Field("against_ref", "against ref", against),
+        Field("p_gold", P_TITLE, confidence),
     )
     rows = [option for band in comparison.bands() for option in band]
     return grid_of("targets", "All targets", fields, rows, (COMPARISON_LEGEND,), lambda option: option in best)
@@ -217,6 +240,8 @@ MEASURES: Mapping[str, Callable[[Option], object]] = {
     "perplexity_heldout": lambda o: o.model.perplexity,
     "accuracy": lambda o: o.model.average.value,
     "accuracy_stderr": lambda o: o.model.average.stderr,
+    "p_gold": lambda o: o.model.confidence and o.model.confidence.value,
+    "p_gold_stderr": lambda o: o.model.confidence and o.model.confidence.stderr,
 }
 
 CURVE: Mapping[str, Callable[[Option], object]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -25,7 +26,7 @@ from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.commit import commit_run, save_iterations
 from blockpruner.reporting.comparison import front
 from blockpruner.reporting.figures import figures
-from blockpruner.reporting.findings import Level, findings, is_mismatch, jump_at, paired, recommended
+from blockpruner.reporting.findings import Level, findings, is_mismatch, jump_at, paired, paired_confidence, recommended
 from blockpruner.reporting.grids import Grid
 from blockpruner.reporting.inputs import (
     ITERATIONS,
@@ -56,7 +57,8 @@ LABELS = dict.fromkeys(("tiny", "shortgpt", "kl", "random", "swap", "laco", "sli
 
 @dataclass(frozen=True)
 class World:
-    """What the fixture writes; a test changes one field. costs: NLL rise of each removal; speedups: by target."""
+    """What the fixture writes; a test changes one field. costs: NLL rise of each removal; speedups: by target;
+    drift: of the repeats of pruned models."""
 
     run: str = "tiny"
     method: str = "greedy"
@@ -66,6 +68,7 @@ class World:
     removals: tuple[tuple[str, int], ...] = (("tiny-a", 3), ("tiny-b", 6))
     heldout_factor: float = 1.2
     speedups: tuple[float, ...] = (1.05, 1.12)
+    drift: tuple[float, ...] = (1.02, 1.0, 0.98, 1.0, 1.0)
     accuracy_loss: float = 0.0
     items: int = 50
     spread: float = 0.2
@@ -193,14 +196,16 @@ def results(path: Path, world: World, position: int, heldout: float, pruned: tup
         tasks[task] = {"metric": "acc", "value": score.mean(), "stderr": stderr, "acc": score.mean(),
                        "acc_stderr": stderr, "acc_norm": None, "acc_norm_stderr": None, "items": n}  # fmt: skip
         unread = {"gold": 0, "loglikelihoods": [], "prompt_hash": "", "acc_norm": None}
-        items += [{"task": task, "item": i, "acc": s} | unread for i, s in enumerate(score)]
+        p_gold = chance + 0.1 * right - 0.05 * position * world.accuracy_loss * np.arange(n) / n
+        both = zip(score, p_gold, strict=True)
+        items += [{"task": task, "item": i, "acc": s, "p_gold": p} | unread for i, (s, p) in enumerate(both)]
     average = {"value": np.mean([t["value"] for t in tasks.values()]),
                "stderr": math.sqrt(sum(t["stderr"] ** 2 for t in tasks.values())) / len(tasks)}  # fmt: skip
     parameters = pruned[1]["parameters"]["pruned"] if pruned else TOTAL
     speed: dict[str, Any] = {"dense": _speed(1.0, TOTAL, 24)}
     if pruned:
         factor, plan = pruned
-        speed["pruned"] = _speed(factor, parameters, 24 - 2 * plan["blocks"]["mha"])
+        speed["pruned"] = _speed(factor, parameters, 24 - 2 * plan["blocks"]["mha"], world.drift)
         speed |= {
             f"speedup_{part}": speed["dense"][key]["median"] / speed["pruned"][key]["median"]
             for part in ("prefill", "decode", "generation") if (key := f"{part}_seconds")
@@ -231,9 +236,9 @@ def test_a_page_names_where_and_when_its_numbers_were_made(report: Path) -> None
     assert line in (report / "index.html").read_text()
 
 
-def _speed(factor: float, parameters: int, kibibytes: int) -> dict[str, Any]:
+def _speed(factor: float, parameters: int, kibibytes: int, drifts: tuple[float, ...] = World.drift) -> dict[str, Any]:
     seconds = {"prefill": 0.08, "decode": 1.92, "generation": 2.0}
-    samples = {part: [s / factor * drift for drift in (1.02, 1.0, 0.98, 1.0, 1.0)] for part, s in seconds.items()}
+    samples = {part: [s / factor * drift for drift in drifts] for part, s in seconds.items()}
     sizes = 1024 * kibibytes, 4 * parameters
     return speed_facts(samples, *sizes, prompt_tokens=64, new_tokens=32, batch=1, repeats=5)
 
@@ -480,13 +485,35 @@ def test_little_speed_up_names_the_mlp(tmp_path: Path) -> None:
         ({"costs": (0.9, 0.03, 0.03, 0.03, 0.03, 0.03)}, None),
         ({"heldout_factor": -0.5}, "tiny-b"),
         ({"heldout_factor": 2.0}, "tiny-a"),  # tiny-b has a mismatch
+        ({"drift": (1.1, 0.9, 1.2, 1.0, 1.05)}, None),  # the medians are 1.00 and 1.07 times as fast: noise
+        ({"drift": (1.1, 0.9, 1.2, 1.0, 1.05), "speedups": (1.05, 1.4)}, "tiny-b"),
     ],
 )
 def test_recommended_stop(tmp_path: Path, change: dict[str, Any], name: str | None) -> None:
     found = study(tmp_path, replace(World(), **change))
     best = recommended(found.targets)
     assert (best and best.name) == name
-    assert (f"point: {name}" if name else "No budget") in finding(found, "stop")
+    assert (f"point: {name}" if name else "Keep the dense model") in finding(found, "stop")
+
+
+def test_noise_is_what_the_interval_of_the_speed_up_holds(tmp_path: Path) -> None:
+    """Against all samples of five pairs with replacement."""
+    found = study(tmp_path, replace(World(), drift=(1.1, 0.9, 1.2, 1.0, 1.05)))
+    for target in found.targets:
+        dense, pruned = (np.array(s.seconds["generation"]) for s in (target.race.dense, target.race.pruned))
+        every = np.array(list(itertools.product(range(5), repeat=5)))
+        low, high = np.quantile(np.median(dense[every], axis=1) / np.median(pruned[every], axis=1), [0.025, 0.975])
+        assert (target.race.is_faster, target.race.is_noise) == (low > 1, low <= 1 <= high)
+    assert [target.race.is_noise for target in found.targets] == [True, True]
+    assert "1.00× as fast, within noise" in finding(replace(found, targets=found.targets[:1]), "outcome")
+
+
+@pytest.mark.parametrize(("slowest", "rules"), [(1.49, []), (1.51, ["spread"])])
+def test_spread_timings_are_warned_of(tmp_path: Path, slowest: float, rules: list[str]) -> None:
+    found = study(tmp_path, replace(World(), drift=(1.0, 1.0, 1.0, 1.0, slowest)))
+    assert warned(found) == rules
+    if rules:
+        assert "tiny-a (1.51×) and tiny-b (1.51×)" in finding(found, "spread")
 
 
 def test_racing_losers_are_in_no_ranking_curve_or_heat_map(tmp_path: Path) -> None:
@@ -559,6 +586,13 @@ def test_paired_errors_match_numpy_and_mark_only_real_differences(tmp_path: Path
     assert table["Average, %"]["tiny-b"].endswith("↓") and not table["Average, %"]["dense"].endswith("↓")
     assert (table["winogrande, %"]["chance"], table["winogrande, %"]["dense"]) == ("50.0", "52.0 ± 7.1 †")
     assert "winogrande (dense, tiny-a)" in finding(found, "noise")
+    d = np.array([target.p_gold[task] - dense.p_gold[task] for task in CHANCE])
+    change = paired_confidence(dense, target)
+    assert change.value == pytest.approx(d.mean())
+    assert change.stderr == pytest.approx(math.sqrt((d.var(axis=1, ddof=1) / 50).sum()) / 3)
+    shown = np.mean([target.p_gold[task].mean() for task in CHANCE])
+    assert table["p of the right answer, %"]["tiny-b"].startswith(f"{100 * shown:.1f} ± ")
+    assert table["p of the right answer, %"]["tiny-b"].endswith("↓")
     equal = study(tmp_path / "equal")
     assert not any("↓" in cell or "↑" in cell for row in headline(equal).texts for cell in row)
     assert all("within noise" in f.text for f in findings(equal) if f.rule == "outcome")

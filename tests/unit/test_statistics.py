@@ -15,15 +15,14 @@ from statsmodels.stats.power import TTestPower
 from blockpruner.core.errors import InputError
 from blockpruner.reporting import statistics
 from blockpruner.reporting.statistics import (
-    Discordance,
     Effect,
     Interval,
     Mean,
     average,
     differences,
     holm,
+    holm_levels,
     jaccard,
-    mcnemar,
     median_interval,
     minimum_detectable_difference,
     paired_bootstrap,
@@ -31,9 +30,9 @@ from blockpruner.reporting.statistics import (
     perplexity_ratio,
     rank_biased_overlap,
     ratio_of_medians,
+    stratified_t,
 )
 
-BITS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
 PAIRS = st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=2, max_size=12)
 RANKINGS = st.lists(st.integers(0, 9), unique=True, max_size=8)
 
@@ -74,26 +73,6 @@ def test_differences_are_b_minus_a_by_task():
     found = differences({"y": [1, 0], "x": [0.25]}, {"x": [1], "y": [True, True]})
     assert {task: items.tolist() for task, items in found.items()} == {"x": [0.75], "y": [0, 1]}
     assert list(found) == ["x", "y"]
-
-
-# McNemar
-
-
-def test_mcnemar_by_hand():
-    a = [1, 0, 0, 0, 0, 0, 1, 1, 0]
-    b = [0, 1, 1, 1, 1, 1, 1, 1, 0]
-    # 1 and 5 of 6 discordant items: p = 2 (C(6, 0) + C(6, 1)) / 2^6 = 14 / 64
-    assert mcnemar(a, b) == Discordance(1, 5, pytest.approx(14 / 64))
-    assert mcnemar([1, 0], [0, 1]) == Discordance(1, 1, 1.0)
-    assert mcnemar([1, 0, 1], [1, 0, 1]) == Discordance(0, 0, 1.0)
-
-
-@given(BITS)
-def test_mcnemar_is_a_sign_test_of_the_discordant_items(pairs):
-    found = mcnemar(*zip(*pairs, strict=True))
-    assert (found.only_a, found.only_b) == (pairs.count((1, 0)), pairs.count((0, 1)))
-    if n := found.only_a + found.only_b:
-        assert found.p == pytest.approx(stats.binomtest(found.only_a, n, 0.5).pvalue)
 
 
 # Bootstrap over items
@@ -254,6 +233,20 @@ def test_holm_is_its_definition(p_values):
     assert [a for _, a in sorted(zip(p_values, found, strict=True))] == sorted(found)
 
 
+def test_holm_levels_by_hand():
+    assert holm_levels([0.04, 0.001, 0.03]) == pytest.approx((1 - 0.05 / 2, 1 - 0.05 / 3, 1 - 0.05 / 2))
+    assert holm_levels([0.01, 0.02]) == pytest.approx((1 - 0.05 / 2, 0.95)) and holm_levels([]) == ()
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8))
+def test_intervals_of_holm_levels_decide_as_statsmodels_does(z):
+    p_values = 2 * stats.norm.sf(np.abs(z))
+    rejected = multipletests(p_values, 0.05, "holm")[0]
+    widths = stats.norm.ppf((1 + np.array(holm_levels(p_values.tolist()))) / 2)
+    assume(np.min(np.abs(np.abs(z) - widths)) > 1e-9)
+    assert (np.abs(z) > widths).tolist() == rejected.tolist()
+
+
 def test_detectable_difference_by_hand():
     # z(0.975) = 1.959964, z(0.8) = 0.841621, z(0.995) = 2.575829, z(0.9) = 1.281552
     assert minimum_detectable_difference(0.01) == pytest.approx(0.02801585)
@@ -366,6 +359,50 @@ def test_jaccard_by_hand():
     assert jaccard(set(), set()) == 1
 
 
+# Fractions, by task
+
+
+@given(PAIRS)
+def test_stratified_t_of_one_task_is_scipys(pairs):
+    a, b = (np.array(side, float) for side in zip(*pairs, strict=True))
+    assume(np.ptp(b - a) > 0)
+    found, test = stratified_t({"x": a}, {"x": b}), stats.ttest_rel(b, a)
+    assert found.p == pytest.approx(test.pvalue)
+    assert (found.interval.low, found.interval.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+
+
+def test_stratified_t_of_two_tasks_is_welchs():
+    """The average of two means, and half the difference of one and the other negated, have one distribution."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(0.1, 1, 9), rng.normal(0.3, 3, 31)
+    zeros = {"x": np.zeros(9), "y": np.zeros(31)}
+    for level in (0.5, 0.99):
+        found, welch = stratified_t(zeros, {"x": x, "y": y}, level), stats.ttest_ind(x, -y, equal_var=False)
+        assert found.p == pytest.approx(welch.pvalue)
+        interval = welch.confidence_interval(level)
+        assert (2 * found.interval.low, 2 * found.interval.high) == pytest.approx((interval.low, interval.high))
+        assert found.value == pytest.approx((x.mean() + y.mean()) / 2)
+
+
+def test_stratified_t_agrees_with_signs_turned_at_random():
+    """Without an effect the sign of each difference is arbitrary: all turns are a test without a distribution."""
+    rng = np.random.default_rng(1)
+    a = {"x": rng.random(40), "y": rng.random(160), "z": rng.random(80)}
+    b = {task: scores + rng.normal(0.004, 0.08, len(scores)) for task, scores in a.items()}
+    found, paired = stratified_t(a, b), differences(a, b)
+    turned = np.mean([(d * rng.choice([-1, 1], (20_000, len(d)))).mean(1) for d in paired.values()], axis=0)
+    assert 0.005 < found.p < 0.2
+    assert found.p == pytest.approx(np.mean(np.abs(turned) >= abs(found.value)), abs=0.01)
+    assert found.interval.high - found.interval.low == pytest.approx(2 * 1.97 * average(paired).stderr, rel=0.02)
+
+
+def test_stratified_t_of_differences_that_do_not_vary():
+    same = {"x": [0.25, 0.5], "y": [0.5, 0.75]}
+    assert stratified_t(same, same) == Effect(0.0, Interval(0.0, 0.0), 1.0)
+    more = {task: np.array(scores) + 0.25 for task, scores in same.items()}
+    assert stratified_t(same, more) == Effect(0.25, Interval(0.25, 0.25), 0.0)
+
+
 # Refusals
 
 
@@ -377,11 +414,9 @@ def test_jaccard_by_hand():
         (differences, ({"x": [1, 0]}, {"x": [1]}), r"task x: a has shape \(2,\) and b \(1,\)"),
         (differences, ({"x": []}, {"x": []}), "n >= 1"),
         (differences, ({"x": [[1], [0]]}, {"x": [[1], [0]]}), r"shape \(2, 1\)"),
-        (mcnemar, ([1, 0.5], [1, 0]), "must be 0 or 1, not 0.5"),
-        (mcnemar, ([1, 0], [1, math.nan]), "not nan"),
-        (mcnemar, ([1, 0], [1]), "shape"),
-        (mcnemar, ([], []), "n >= 1"),
         (paired_bootstrap, ({"x": [1, 0], "y": [1]}, {"x": [1, 0], "y": [0]}), "task y needs at least 2 pairs, not 1"),
+        (stratified_t, ({"x": [1, 0], "y": [1]}, {"x": [1, 0], "y": [0]}), "task y needs at least 2 pairs, not 1"),
+        (holm_levels, ([0.1, 1.5],), "1.5 is no p value"),
         (paired_t, ([1], [2]), "at least 2 pairs, not 1"),
         (paired_t, ([1, 2], [1]), "shape"),
         (ratio_of_medians, ([1], [1]), "at least 2 pairs"),

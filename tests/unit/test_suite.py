@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from statistics import mean, stdev
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -126,6 +127,10 @@ def test_results(world):
     for task in TASKS:
         rows = [row for row in items.to_pylist() if row["task"] == task]
         assert sum(row[scores[task]["metric"]] for row in rows) / len(rows) == pytest.approx(scores[task]["value"])
+        for name in ("p_gold", "margin"):
+            values = [row[name] for row in rows]
+            assert scores[task][name] == pytest.approx(mean(values))
+            assert scores[task][f"{name}_stderr"] == pytest.approx(stdev(values) / math.sqrt(3))
     assert list(results["made"]) == PHASES
     for made in results["made"].values():
         assert made["torch"] == torch.__version__ and (made["device"], made["attention"]) == ("cpu", "sdpa")
@@ -170,7 +175,9 @@ def test_any_mix_of_tasks(place):
 
 
 def test_items_of_an_older_entry_are_read(world, place):
-    """As written before there were tasks without choices: in the first columns only, and without a digest."""
+    """As written before there were tasks without choices: in the first columns only, and without a digest.
+
+    What follows from the columns that it has is added without a model."""
     path = entry_of(place, "task", "piqa")
     table = path.with_suffix(".parquet")
     pq.write_table(pq.read_table(table).select(ITEMS.names[:7]), table)

@@ -81,6 +81,26 @@ def test_accuracies_follow_from_the_loglikelihoods(scored, task):
     assert found.scores["acc_norm_stderr"] == pytest.approx(norm.std(ddof=1) / np.sqrt(len(norm)))
 
 
+@pytest.mark.parametrize("task", CHOICES)
+def test_p_of_the_right_choice_is_a_softmax(scored, task):
+    for row, item in zip(scored[task].items.to_pylist(), ITEMS[task], strict=True):
+        lengths = [len(choice) for choice in item.choices] if BENCHMARKS[task].metric == "acc_norm" else 1
+        scores = torch.tensor(row["loglikelihoods"]).double() / torch.tensor(lengths)
+        assert row["p_gold"] == pytest.approx(scores.softmax(0)[item.gold].item())
+        best = max(scores[i].item() for i in range(len(scores)) if i != item.gold)
+        assert row["margin"] == pytest.approx(scores[item.gold].item() - best)
+        assert (row["margin"] > 0) == (row[BENCHMARKS[task].metric] == 1)
+
+
+def test_p_of_a_last_word_is_its_own(scored):
+    for task, found in scored.items():
+        for row in found.items.to_pylist():
+            if task == "lambada_openai":
+                assert row["p_gold"] == pytest.approx(np.exp(row["loglikelihoods"][0]))
+            if task not in CHOICES:
+                assert row["margin"] is None and (row["p_gold"] is None) == (task != "lambada_openai")
+
+
 def test_the_harness_results_are_json_without_time(scored):
     for task, found in scored.items():
         harness = json.loads(json.dumps(found.harness))
