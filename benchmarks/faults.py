@@ -323,13 +323,17 @@ def run_script(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]
         with open(output, "w") as stream:
             os.dup2(stream.fileno(), 1)
         sys.stdout, sys.argv = open(1, "w", closefd=False), command[2:]  # noqa: SIM115
+        for name in [name for name in sys.modules if name.partition(".")[0] == "blockpruner"]:
+            del sys.modules[name]  # the script makes sure that it does without
+        code = 1
         try:
             runpy.run_path(command[2], run_name="__main__")
+            code = 0
         except SystemExit as error:
-            os._exit(int(bool(error.code)))
+            code = int(bool(error.code))
         finally:
             sys.stdout.flush()
-            os._exit(1 if sys.exc_info()[0] else 0)
+            os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     said = output.read_text()
     output.unlink()
