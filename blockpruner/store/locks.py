@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from blockpruner.store.files import storage_error
+from blockpruner.store.files import make_folder, storage_error
 
 WORKSPACE = Path(".dvc/tmp/flow.lock")
 """Held by a flow, which changes params.yaml, and by `stages.clean`, which deletes outputs."""
@@ -36,7 +36,7 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
         StorageError: the file cannot be written or locked.
     """
     with _storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below, which then has nothing left to write)
     with file:
         with _storage(path):

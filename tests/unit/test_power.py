@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from blockpruner.store.files import read_json, replace_directory, sync, write_sealed_json
+from blockpruner.store.locks import hold
 from blockpruner.store.trials import TrialStore
 from tests.power import MODES, forked
 
@@ -27,7 +28,8 @@ def work(done: Path) -> None:
         (folder / "below/weights").write_bytes(bytes(100))
         (folder / "config").write_text("config")
 
-    store = TrialStore({"model": "m"}, ROWS, Path("new/trials"))
+    with hold(Path("new/trials/a.lock"), "a stage", print):  # makes the folder
+        store = TrialStore({"model": "m"}, ROWS, Path("new/trials"))
     for number in range(2):
         store.put(f"mha.{number}", 0, [1.0, 2.0])
         returned(f"mha.{number}")
