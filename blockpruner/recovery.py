@@ -88,7 +88,7 @@ def recover_(
         adapters: folder of the training states, one file for each (identity, dtype, rows, recipe). A state is written
             every `save_every` steps; a killed run goes on from it to the same weights. The last state is kept, and the
             model is not trained again.
-        identity: of the model's weights, as `provenance.model_identity` gives it.
+        identity: of the model's weights, as `manifest.model_identity` gives it.
 
     Raises:
         NonFiniteLossError: training diverged.
@@ -195,7 +195,8 @@ def _save(
         for name, weight in weights.items():
             tensors |= {f"{name}.{moment}": optimizer.state[weight][moment] for moment in ("exp_avg", "exp_avg_sq")}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    facts = {"losses": json.dumps(list(losses)), "sha256": _digest(tensors)}
+    text = json.dumps(list(losses))
+    facts = {"losses": text, "sha256": _digest(text, tensors)}
     content = safetensors.torch.save(tensors, facts)
     write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
@@ -208,7 +209,8 @@ def _resume_(
         return []
     try:
         losses, tensors = _read(path)
-    except (SafetensorError, InputError) as error:
+        _require_names(tensors, weights)
+    except (SafetensorError, InputError, ValueError, TypeError, KeyError) as error:
         observer.note(f"{path} is damaged ({error}); set aside as {set_aside(path).name}, training starts anew")
         return []
     with torch.no_grad():
@@ -225,14 +227,24 @@ def _read(path: Path) -> tuple[list[float], dict[str, Tensor]]:
     with safetensors.safe_open(path, framework="pt") as file:
         facts = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    if facts["sha256"] != _digest(tensors):
+    if facts["sha256"] != _digest(facts["losses"], tensors):
         raise InputError("its content does not match its own digest")
     losses: list[float] = json.loads(facts["losses"])
     return losses, tensors
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _require_names(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raise InputError unless a state holds these adapters, with the moments of all of them or of none."""
+    moments = {f"{name}.{moment}": weight for name, weight in weights.items() for moment in ("exp_avg", "exp_avg_sq")}
+    held = {name: tensor.shape for name, tensor in tensors.items()}
+    wanted = dict(weights) | (moments if len(held) > len(weights) else {})
+    if held != {name: weight.shape for name, weight in wanted.items()}:
+        raise InputError("its adapters have other names or shapes than this version of peft gives them")
+
+
+def _digest(losses: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(losses.encode())
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].numpy().tobytes())
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
