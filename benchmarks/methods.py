@@ -140,7 +140,7 @@ def quality(model: PreTrainedModel, tokenizer: Any, advance: str) -> dict[str, A
 def calibration_nll(plan: Plan, rows: CalibrationSet, model: PreTrainedModel) -> float:
     """Of the text rows, whatever the search minimised, in float32."""
     if plan.kind == "mask":
-        fields = store_fields(rows.digest, checkpoint_identity(SMOLLM2), "float32", "perplexity")
+        fields = store_fields(rows.digest, checkpoint_identity(SMOLLM2).before, "float32", "perplexity")
         store = TrialStore(fields, rows.row_keys, RESULTS / "trials")
         (score,) = Objective(rows, store, Engine(model))([plan.mask])
         store.close()

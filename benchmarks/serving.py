@@ -29,6 +29,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Score
 from blockpruner.evaluation.speed import generate, random_prompt
 from blockpruner.methods.blocks.kind import choose
+from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
 from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json
@@ -72,7 +73,7 @@ def exported(name: str, plan: Plan, form: str) -> Path:
 
 
 def transformers_(directory: Path) -> tuple[int, Callable[[], Run]]:
-    model = load_model(directory, "float32", "cpu", trust_remote_code=True)
+    model = load_model(directory, "float32", "cpu", trust_remote_code=has_our_code(directory))
     prompt = random_prompt(model, 1, PROMPT)
 
     def run() -> Run:

@@ -9,13 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from blockpruner.checkpoints.hf import save_pruned
+from blockpruner.checkpoints.hf import code_file, save_pruned
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.core.settings import Score, read_settings
 from blockpruner.inputs.calibration import CalibrationSet, pack_rows
+from blockpruner.inputs.checkpoints import drop_code_
 from blockpruner.methods.blocks.kind import choose
 from blockpruner.methods.registry import kind_of_method
 from blockpruner.model.models import prune_
@@ -50,6 +51,7 @@ class Pruned:
         """Write a checkpoint that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads."""
         save_pruned(self.model, Path(directory))
         self.tokenizer.save_pretrained(directory)
+        drop_code_(Path(directory), code_file(self.model))
 
 
 def prune(

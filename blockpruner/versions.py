@@ -11,8 +11,8 @@ SETTINGS_VERSION = 3
 FETCH_VERSION = 1
 """Texts and benchmark items read from their sources."""
 
-CONVERT_VERSION = 2
-"""The content of a checkpoint that is converted when it is fetched. Part of the key of converted checkpoints."""
+CONVERT_VERSION = 3
+"""The content of a checkpoint that is fetched: what is kept, converted and recorded. Part of its key in the cache."""
 
 CALIBRATION_VERSION = 2
 """Calibration rows: which samples are drawn, how they are packed, which tokens are scored."""
@@ -35,7 +35,7 @@ LATENCY_VERSION = 1
 PLAN_VERSION = 1
 """Which prefix of a search meets a budget, and what a plan holds."""
 
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 """The content of exported checkpoints, in every format."""
 
 RECOVERY_VERSION = 2

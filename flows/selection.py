@@ -24,10 +24,10 @@ from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.settings import Frozen, Params, Run
-from blockpruner.inputs.checkpoints import SOURCE_FILE
 from blockpruner.methods.registry import require_budgets
 from blockpruner.params import load_params, load_run, load_set, load_sets, run_names
 from blockpruner.store.files import read_json, write_text
+from blockpruner.store.manifest import SOURCE_FILE
 
 PARAMS, PIPELINE, STUDIES = Path("params.yaml"), Path("dvc.yaml"), Path("runs/dvc.yaml")
 MODELS = Path("data/models")

@@ -22,6 +22,7 @@ def evaluate(name: str, run_name: str, checkpoint: Path) -> None:
         DATA / "evaluations",
         settings=settings.evaluate,
         dtype=settings.model.dtype,
+        trust_remote_code=settings.model.trust_remote_code,
         runtime=load_params().runtime,
         observer=observer(),
     )

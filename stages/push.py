@@ -5,6 +5,7 @@ from __future__ import annotations
 from blockpruner.checkpoints.hub import push
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import observer
+from blockpruner.inputs.checkpoints import licence_of
 from blockpruner.params import load_params
 from stages import DATA, run
 
@@ -14,7 +15,8 @@ def main(name: str) -> None:
     if target.push is None:
         raise InputError(f"target {name!r} has no push section; add push: {{repo: <user>/<name>}} to it in params.yaml")
     folder = DATA / ("recovered" if target.recover else "checkpoints") / name / target.push.format
-    observer().note(f"{name}: {push(folder, target.push.repo, target.push.private)}")
+    licence = licence_of(DATA / "models" / target.run)
+    observer().note(f"{name}: {push(folder, target.push.repo, target.push.private, licence)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import request
 from blockpruner.search.run import Traces, search
 from blockpruner.search.trace import Current
+from blockpruner.store.manifest import Identity
 from blockpruner.store.trials import TrialStore
 
 
@@ -111,7 +112,7 @@ def material_of(
     dense: Callable[[], PreTrainedModel] | None = None,
     observer: Observer | None = None,
 ) -> Material:
-    return Material(identity, dtype, config, folder / "trials", scorer, dense, observer or SilentObserver())
+    return Material(Identity(identity, identity), dtype, config, folder / "trials", scorer, dense, observer or SilentObserver())
 
 
 MATERIAL = ("identity", "dtype", "dense", "observer")

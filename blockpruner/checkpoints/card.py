@@ -1,16 +1,22 @@
 """The model card of a checkpoint: README.md, from its plan.
 
-Decides what a finder of the directory reads: the base model, what was done to it, scores, how to load it.
+Decides what a finder of the directory reads: the base model, its licence, what was done to it, with which data, scores,
+how to load it.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from blockpruner.core.plan import Plan
+from blockpruner.inputs.checkpoints import licence_of
 from blockpruner.methods.registry import KINDS
+from blockpruner.store.files import read_json
+from blockpruner.store.manifest import SOURCE_FILE
 
 
 def model_card(
@@ -21,6 +27,7 @@ def model_card(
     note: str = "",
     library: str = "transformers",
     loading: str | None = None,
+    datasets: Sequence[str] = (),
 ) -> str:
     """README.md of the checkpoint.
 
@@ -31,16 +38,15 @@ def model_card(
         note: a remark about the format.
         library: what loads the checkpoint.
         loading: how to load it; None: with transformers.
+        datasets: repositories of the hub whose texts the weights were trained on.
     """
-    source: dict[str, Any] = json.loads((dense / "blockpruner_source.json").read_text())["source"]
+    source: dict[str, Any] = read_json(dense / SOURCE_FILE)["source"]
     base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
-    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [blockpruner, pruned]"]
-    if "repo" in source:
-        front.append(f"base_model: {base}")
-    return (
-        "\n".join(front)
-        + f"""
----
+    front = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["blockpruner", "pruned"]}
+    front |= licence_of(dense) | ({"base_model": base} if "repo" in source else {})
+    front |= {"datasets": list(datasets)} if datasets else {}
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
 # {plan.target}
 
@@ -49,7 +55,6 @@ def model_card(
 
 {_perplexity(plan)}{note}
 {_loading(code) if loading is None else loading}{_steps(plan)}"""
-    )
 
 
 def _perplexity(plan: Plan) -> str:
@@ -62,17 +67,18 @@ def _perplexity(plan: Plan) -> str:
 
 
 def _loading(code: str | None) -> str:
-    option = ", trust_remote_code=True" if code else ""
+    option, no = (", trust_remote_code=True", ", trust_remote_code=False") if code else ("", "")
     text = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("<this directory>"{option})
-tokenizer = AutoTokenizer.from_pretrained("<this directory>"{option})
+tokenizer = AutoTokenizer.from_pretrained("<this directory>"{no})
 ```
 """
     if code:
         text += f"""
-`trust_remote_code` runs the file `{code}` beside this card; it needs transformers 5.24 or newer and nothing else.
+`trust_remote_code` runs the file `{code}` beside this card and no other; it needs transformers 5.24 or newer and
+nothing else. The tokenizer needs no code: `False` keeps transformers from asking.
 """
     return text
 

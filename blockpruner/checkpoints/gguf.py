@@ -24,6 +24,7 @@ from blockpruner.checkpoints.verification import reference_outputs, write_verifi
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.inputs.checkpoints import LICENCE_FILES, copy_files
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import prune_by_plan_
 from blockpruner.model.models import load_model, model_family
@@ -93,6 +94,7 @@ def export_gguf(
             write(pruned, words, precision, directory / f"model-{precision}.gguf")
         write_text(directory / "README.md", model_card(plan, dense, library="gguf", loading=LOADING))
         write_json(directory / "blockpruner_plan.json", {**vars(plan)})
+        copy_files(dense, directory, LICENCE_FILES)
         return TOLERANCE
 
     write_verified(out, write_all, verify_llama_cpp)

@@ -1,13 +1,15 @@
 """The `hf` export: a directory that `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` loads.
 
 Decides what lies in it: safetensors without the removed weights, config with `auto_map`, the modelling file, the base
-model's tokenizer, chat template and generation config, a model card, and `verification.json`, the report of a fresh
-process that compared it with the masked dense model. A directory that failed does not exist.
+model's tokenizer, chat template, generation config and licence, a model card, and `verification.json`, the report of a
+fresh process that compared it with the masked dense model. A directory that failed does not exist. Of all code, only
+our modelling file may lie in it.
 """
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,21 +18,12 @@ from transformers import PreTrainedModel
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.verification import reference_outputs, tolerance_of, write_verified
 from blockpruner.core.plan import Plan
+from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKENIZER_FILES, copy_files, drop_code_
 from blockpruner.methods.apply import prune_by_plan_
+from blockpruner.model.classes import OUR_MODULES
 from blockpruner.model.models import load_model
 from blockpruner.scoring.work import Rows
 from blockpruner.store.files import let_others_read, write_json, write_text
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "generation_config.json",
-)
 
 
 def export_hf(
@@ -56,11 +49,14 @@ def export_hf(
     write_verified(out, write)
 
 
-def save_recovered(model: PreTrainedModel, plan: Plan, dense: Path, out: Path, training: str) -> None:
+def save_recovered(
+    model: PreTrainedModel, plan: Plan, dense: Path, out: Path, training: str, datasets: Sequence[str] = ()
+) -> None:
     """Write a pruned and then trained model as a checkpoint directory at `out`, with the files of `export_hf`.
 
     Args:
         training: how it was trained, for the card; follows "and then".
+        datasets: repositories of the hub whose texts it was trained on.
 
     Raises:
         InputError: the fresh process does not reproduce `model`, with and without cache; nothing is left at `out`.
@@ -68,7 +64,8 @@ def save_recovered(model: PreTrainedModel, plan: Plan, dense: Path, out: Path, t
 
     def write(directory: Path, reference: Path) -> float:
         save_file(reference_outputs(model, plan), reference)
-        save_checkpoint(model, plan, dense, directory, model_card(plan, dense, code_file(model), f"then {training}"))
+        card = model_card(plan, dense, code_file(model), f"then {training}", datasets=datasets)
+        save_checkpoint(model, plan, dense, directory, card)
         return tolerance_of(model)
 
     write_verified(out, write)
@@ -81,26 +78,30 @@ def save_checkpoint(model: PreTrainedModel, plan: Plan, dense: Path, directory: 
 
 
 def save_other_files(plan: Plan, dense: Path, directory: Path, card: str) -> None:
-    """The other files of a checkpoint; tokenizer and generation config come from `dense`."""
-    for pattern in TOKENIZER_FILES:
-        for path in dense.glob(pattern):
-            shutil.copy(path, directory / path.name)
+    """The other files of a checkpoint; tokenizer, generation config and licence come from `dense`, without code."""
+    copy_files(dense, directory, (*TOKENIZER_FILES, GENERATION_FILE, *LICENCE_FILES))
     write_text(directory / "README.md", card)
     write_json(directory / "blockpruner_plan.json", {**vars(plan)})
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
-    """Save a pruned model. If its class is ours, its modelling file is saved too, and `auto_map` names it."""
+    """Save a pruned model. If its class is ours, its modelling file is saved too, and `auto_map` names it.
+
+    Other code, and `auto_map` of others, is left out.
+    """
     code = code_file(model)
-    if code:
-        type(model).register_for_auto_class("AutoModelForCausalLM")
-        type(model.config).register_for_auto_class("AutoConfig")
-    model.save_pretrained(directory, max_shard_size="5GB")
+    kinds = {type(model): "AutoModelForCausalLM", type(model.config): "AutoConfig"} if code else {}
+    with ExitStack() as stack:
+        for kind, entry in kinds.items():
+            stack.callback(setattr, kind, "_auto_class", kind._auto_class)  # another save of the class asks for no code
+            kind.register_for_auto_class(entry)
+        model.save_pretrained(directory, max_shard_size="5GB")
+    drop_code_(directory, code)
     let_others_read(directory)
     assert not code or (directory / code).exists()
 
 
 def code_file(model: PreTrainedModel) -> str | None:
-    """The modelling file that the model's checkpoint needs; None for a class of transformers' own."""
+    """The modelling file that the model's checkpoint needs; None for a class that is not ours."""
     module = type(model).__module__.rpartition(".")[2]
-    return None if type(model).__module__.startswith("transformers.") else f"{module}.py"
+    return f"{module}.py" if module in OUR_MODULES else None

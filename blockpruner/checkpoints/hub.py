@@ -1,30 +1,36 @@
 """A checkpoint directory as a repository of the Hugging Face hub.
 
-Decides what may be uploaded: a checkpoint that a fresh process has verified. The user chooses when, and the name.
+Decides what may be uploaded: the files that a fresh process has verified, with a licence where the base has one, to a
+repository that is as private as was asked. The user chooses when, and the name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.hub import hub_error
 from blockpruner.store.files import read_json
+from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, require_verified
 
 
-def push(checkpoint: Path, repo: str, private: bool) -> str:
+def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any]) -> str:
     """Upload a checkpoint directory in one commit; returns its address.
 
     Args:
         repo: "<user or organization>/<name>"; it is made if it does not exist.
-        private: whether a new repository is private.
+        private: whether the repository is private.
+        licence: of the base model, as from `inputs.checkpoints.licence_of`.
 
     Raises:
-        InputError: there is no such checkpoint, it was not verified, or the hub refuses.
+        InputError: there is no such checkpoint, it was not verified or changed since, its card names no licence though
+            the base does, the repository is there and not as private as was asked, or the hub refuses.
     """
     from huggingface_hub import HfApi, ModelCard
 
-    report = checkpoint / "verification.json"
+    report = checkpoint / REPORT_FILE
     if not report.exists():
         raise InputError(f"{checkpoint} is not a verified checkpoint; run its materialize stage first")
     found = read_json(report)
@@ -33,13 +39,28 @@ def push(checkpoint: Path, repo: str, private: bool) -> str:
             f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')}); install the engine and "
             "run the materialize stage again"
         )
+    files = require_verified(checkpoint)
     api = HfApi()
     try:
-        ModelCard.load(checkpoint / "README.md").validate()
+        card = ModelCard.load(checkpoint / CARD_FILE)
+        if licence and not card.data.license:
+            raise InputError(
+                f"{checkpoint / CARD_FILE} has no license, and the base model's is {licence['license']}: add it to the "
+                "card, or export again"
+            )
+        card.validate()
         api.create_repo(repo, private=private, exist_ok=True)
+        if api.model_info(repo).private is not private:
+            raise InputError(
+                f"repository {repo!r} is there and {'public' if private else 'private'}, and push.private is "
+                f"{str(private).lower()}; nothing was uploaded: change one of them, or push to another repository"
+            )
         commit = api.upload_folder(
-            repo_id=repo, folder_path=checkpoint, commit_message=f"{checkpoint.parent.name}: pruned with blockpruner"
-        )
+            repo_id=repo, folder_path=checkpoint, allow_patterns=[*files, REPORT_FILE, CARD_FILE],
+            commit_message=f"{checkpoint.parent.name}: pruned with blockpruner",
+        )  # fmt: skip
+    except InputError:
+        raise
     except Exception as error:  # as in `inputs.hub`
         raise hub_error(repo, error, "check the name, the network, and that your token may write there") from error
     return str(commit.commit_url)

@@ -1,7 +1,8 @@
 """Verification of a checkpoint: a fresh process must compute what the model in memory computes.
 
-Decides what the reference holds and what a report leads to. Each engine has a script of its own that loads and runs a
-checkpoint (`verify.py` for transformers) and knows nothing of blockpruner.
+Decides what the reference holds, what a report leads to, and that it lists the files that were verified. Each engine
+has a script of its own that loads and runs a checkpoint (`verify.py` for transformers) and knows nothing of
+blockpruner.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from transformers import PreTrainedModel
 from blockpruner.checkpoints import verify
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.store.files import replace_directory, write_json
+from blockpruner.model.classes import has_our_code
+from blockpruner.store.files import replace_directory, write_sealed_json
+from blockpruner.store.manifest import REPORT_FILE, manifest
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """By dtype of the weights: the largest logit difference from the masked model, relative to the largest logit."""
@@ -79,9 +82,9 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
 
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
-    """Run an engine's script in a fresh isolated process, and keep its report as verification.json.
+    """Run an engine's script in a fresh isolated process, and keep its report as verification.json, with the manifest.
 
-    The report of an engine that is not installed is "unchecked".
+    The report of an engine that is not installed is "unchecked". Code that is not ours is refused before it could run.
 
     Args:
         script: prints one JSON object when called with checkpoint, reference and tolerance. Its ENGINE is the Python
@@ -91,9 +94,10 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
         InputError: the checkpoint does not reproduce the reference.
     """
     engine: str = script.ENGINE
+    has_our_code(directory)
     if find_spec(engine) is None:
         report: dict[str, Any] = {"ok": None, "engine": engine, "unchecked": f"{engine} is not installed"}
-        write_json(directory / "verification.json", report)
+        write_sealed_json(directory / REPORT_FILE, report | {"manifest": manifest(directory)})
         return
     modules = reference.with_name("modules")
     environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
@@ -109,4 +113,4 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
             f"the exported checkpoint does not reproduce the model in memory in a fresh process ({engine}): {said}. "
             "Nothing was left behind; please report this with the family and the plan"
         )
-    write_json(directory / "verification.json", json.loads(lines[-1]))
+    write_sealed_json(directory / REPORT_FILE, json.loads(lines[-1]) | {"manifest": manifest(directory)})

@@ -49,7 +49,7 @@ def kept_latency(
         InputError: the model is streamed, being larger than memory, or the workers of a cluster score it, whose devices
             are not this process's.
     """
-    facts = {"version": LATENCY_VERSION, "model": checkpoint_identity(checkpoint), "dtype": model.dtype}
+    facts = {"version": LATENCY_VERSION, "model": checkpoint_identity(checkpoint).before, "dtype": model.dtype}
     name = f"latency-{fingerprint(facts | _fields(timed))}.json"
     for path in (folder / name, shared / name):
         found: dict[str, Any] = read_kept_json(path, observer.note) or {}

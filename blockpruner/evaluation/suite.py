@@ -27,14 +27,15 @@ from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
 from blockpruner.evaluation.tasks import task_digest
 from blockpruner.inputs.calibration import check_context
+from blockpruner.inputs.checkpoints import GENERATION_FILE, TOKENIZER_FILES
 from blockpruner.inputs.texts import read_texts
-from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.inputs.tokenizers import load_export_tokenizer, load_tokenizer
+from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import device_name, load_model, placement, resolve_device, set_threads
 from blockpruner.store.files import read_json, replace_directory, write_json, write_sealed_json, write_table
-from blockpruner.store.provenance import file_sha256, fingerprint, machine, made, model_identity
+from blockpruner.store.manifest import content_sha256, manifest, model_identity, require_verified
+from blockpruner.store.provenance import fingerprint, machine, made
 from blockpruner.versions import EVAL_VERSION
-
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 
 Advance = Callable[[int, int], None]
 
@@ -56,19 +57,30 @@ class Checkpoint:
     dtype: str
     device: str
     trust_remote_code: bool
+    """Whether the run file trusts the code of the dense model's repository."""
+    dense: Path | None = None
+    """The dense model's directory, for an export. Of its code, only ours is run."""
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        return load_model(self.directory, self.dtype, self.device, self.trust_remote_code)
+        trusted = self.trust_remote_code if self.dense is None else has_our_code(self.directory)
+        return load_model(self.directory, self.dtype, self.device, trusted)
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.directory, self.trust_remote_code)
+        if self.dense is None:
+            return load_tokenizer(self.directory, self.trust_remote_code)
+        return load_export_tokenizer(self.directory, self.dense, self.trust_remote_code)
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """What identifies the model in the keys of its results."""
-        return {"model": model_identity(self.directory), "dtype": self.dtype, "eval_version": EVAL_VERSION}
+        """What identifies the model in the keys of its results.
+
+        Raises:
+            InputError: an export is not what was verified.
+        """
+        files = manifest(self.directory) if self.dense is None else require_verified(self.directory)
+        return {"model": model_identity(files), "dtype": self.dtype, "eval_version": EVAL_VERSION}
 
 
 @dataclass(frozen=True)
@@ -127,15 +139,17 @@ def benchmark(
     *,
     settings: Evaluate,
     dtype: str,
+    trust_remote_code: bool,
     runtime: Runtime,
     observer: Observer,
 ) -> dict[str, Any]:
     """Evaluate `checkpoint` and write results.json, items.parquet and lm_eval.json to the folder `out`.
 
     Args:
-        checkpoint: the dense model itself, or one of our own exports, whose modelling file is then trusted.
+        checkpoint: the dense model itself, or one of our own verified exports.
         sources: holds perplexity.parquet and tasks/, as the fetch stage wrote them.
         store: the folder of the results store.
+        trust_remote_code: whether the dense model's own code may run.
 
     Returns:
         results.json, by key:
@@ -157,8 +171,8 @@ def benchmark(
     rows = {task: BENCHMARKS[task] for task in tasks}
     check_context(settings.perplexity.seq_len, read_json(checkpoint / "config.json"), "evaluate.perplexity.seq_len")
     set_threads(runtime.threads)
-    dense_model = Checkpoint(dense, dtype, runtime.device, trust_remote_code=False)
-    model = dense_model if checkpoint == dense else Checkpoint(checkpoint, dtype, runtime.device, True)
+    dense_model = Checkpoint(dense, dtype, runtime.device, trust_remote_code)
+    model = dense_model if checkpoint == dense else replace(dense_model, directory=checkpoint, dense=dense)
     text_key = model.key | {"tokenizer": tokenizer_digest(checkpoint)}
     evaluations = [
         perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text_key),
@@ -196,8 +210,9 @@ def headline(results: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def tokenizer_digest(directory: Path) -> str:
-    files = sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)})
-    return fingerprint({path.name: file_sha256(path) for path in files})
+    """Of what turns texts into tokens and ends generation: tokenizer, chat template, generation config."""
+    patterns = (*TOKENIZER_FILES, GENERATION_FILE)
+    return fingerprint({path.name: content_sha256(path) for pattern in patterns for path in directory.glob(pattern)})
 
 
 def perplexity_of(

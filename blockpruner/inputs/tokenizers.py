@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError
+from blockpruner.store.files import read_json
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -21,3 +22,14 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
             f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {reason}); its files are missing, "
             "truncated or damaged, or need what the reason names: fetch the checkpoint again, or install that"
         ) from error
+
+
+def load_export_tokenizer(checkpoint: Path, dense: Path, trust_remote_code: bool) -> Any:
+    """Load the tokenizer of an export, which holds no code of a tokenizer.
+
+    If the run trusts its model's code, and the tokenizer is such code, it is the dense model's.
+    """
+    config = dense / "tokenizer_config.json"
+    if trust_remote_code and config.exists() and "auto_map" in read_json(config):
+        return load_tokenizer(dense, trust_remote_code=True)
+    return load_tokenizer(checkpoint)

@@ -26,6 +26,7 @@ from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current
 from blockpruner.store.locks import hold, this_process
+from blockpruner.store.manifest import Identity
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import TrialStore, store_fields
 
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 class Material:
     """The dense model, and the places and tools that a method may use to find out what to do with it."""
 
-    identity: str
-    """SHA-256 of the dense checkpoint."""
+    identity: Identity
+    """Of the dense checkpoint."""
     dtype: str
     config: Config
     trials: Path
@@ -66,8 +67,8 @@ class Job:
 
     def store_fields(self, loss: str) -> dict[str, Any]:
         """What identifies the trial store of a loss."""
-        digest = self.calibration.digest
-        return store_fields(digest, self.material.identity, self.material.dtype, stored_under(loss, digest))
+        digest, model = self.calibration.digest, self.material.identity.before
+        return store_fields(digest, model, self.material.dtype, stored_under(loss, digest))
 
     @contextmanager
     def stores(self, losses: Sequence[str]) -> Iterator[dict[str, TrialStore]]:
@@ -82,7 +83,8 @@ class Job:
                 fields = self.store_fields(loss)
                 lock = self.material.trials / f"{fingerprint(fields)}.lock"
                 stack.enter_context(hold(lock, this_process(), busy))
-                found[loss] = TrialStore(fields, self.calibration.row_keys, self.material.trials)
+                model = self.material.identity.now
+                found[loss] = TrialStore(fields, self.calibration.row_keys, self.material.trials, model)
                 stack.callback(found[loss].close)
             yield found
 

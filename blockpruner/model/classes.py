@@ -1,4 +1,4 @@
-"""The block-pruned classes of a family: transformers' own classes with holes in them.
+"""The block-pruned classes of a family: transformers' own classes with holes in them; and whose code a checkpoint has.
 
 `modeling_blockpruned.py` holds the pair of every family of ours and ships inside checkpoints. A family that another
 package adds needs no code of its own: its pair is written behind a copy of that file, from the family's row.
@@ -15,8 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Branch, Family
-from blockpruner.model import modeling_blockpruned
+from blockpruner.model import modeling_blockpruned, modeling_slicegpt
+from blockpruner.store.files import read_json
+
+OUR_MODULES = ("modeling_blockpruned", "modeling_slicegpt")
+"""The modules that ship inside checkpoints."""
 
 PAIR = """
 
@@ -44,6 +49,34 @@ def model_class(family: Family) -> type[Any]:
     """The causal LM class of the family's block-pruned models."""
     found: type[Any] = getattr(_module(family.model_type), f"{family.prefix}BlockPrunedForCausalLM")
     return found
+
+
+def has_our_code(directory: Path) -> bool:
+    """Whether an export needs code to be loaded. That is then ours, byte for byte, and nothing else would run.
+
+    Raises:
+        InputError: the export holds or names other code than the one file of the installed package.
+    """
+    path = directory / "config.json"
+    config = read_json(path) if path.exists() else {}
+    asked, found = config.get("auto_map"), sorted(each.relative_to(directory) for each in directory.rglob("*.py"))
+    if not asked and not found:
+        return False
+    family = str(config.get("model_type", "")).removesuffix("_blockpruned")
+    ours = [Path(str(modeling_slicegpt.__file__))]
+    if family in FAMILIES:
+        ours.append(Path(str(_module(family).__file__)))
+    for file in ours:
+        names_it = isinstance(asked, dict) and all(
+            str(text).rpartition(".")[0] == file.stem and entry in ("AutoConfig", "AutoModelForCausalLM")
+            for entry, text in asked.items()
+        )
+        if found == [Path(file.name)] and names_it and (directory / file.name).read_bytes() == file.read_bytes():
+            return True
+    raise InputError(
+        f"{directory} holds or names code that is not the installed blockpruner's ({asked or found[0]}), and it is not "
+        "run; export it again with this version (its stage materialize or recover)"
+    )
 
 
 @cache

@@ -39,14 +39,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def model_identity(directory: Path) -> str:
-    """SHA-256 over config, weights and code of a checkpoint directory: names and contents, in sorted order."""
-    digest = hashlib.sha256()
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors"), *directory.glob("*.py")]):
-        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in packages:

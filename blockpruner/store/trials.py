@@ -65,11 +65,13 @@ class TrialStore:
     """The loss of every row (float64, of one metric) by `trial_key`."""
 
     fields: Mapping[str, Any]
-    """As from `store_fields`."""
+    """As from `store_fields`; the model is the `Identity.before`, as in older stores and in searches."""
     rows: Sequence[str]
     """The calibration set's `row_keys`, in order. Facts are asked for and recorded by position in it."""
     root: Path | None = None
     """The folder of all stores; None keeps the facts in memory only."""
+    model: str | None = None
+    """The model's `Identity.now`, which names the store; None: it is the one in `fields`."""
     problems: list[str] = field(default_factory=list)
     """One line for each file or line that was found and not trusted."""
     _facts: dict[str, list[float]] = field(default_factory=dict)
@@ -80,16 +82,19 @@ class TrialStore:
     _log: Journal | None = None
 
     def __post_init__(self) -> None:
-        self.fingerprint = fingerprint({**self.fields, "calibration": "by row"})
+        before = {**self.fields, "calibration": "by row"}
+        facts = before | ({} if self.model is None else {"model": self.model})
+        self.fingerprint = fingerprint(facts)
         self._places: dict[str, list[int]] = {}
         for place, row in enumerate(self.rows):
             self._places.setdefault(row, []).append(place)
         if self.root is None:
             return
         if not (self._directory / "fingerprint.json").exists():
-            write_json(self._directory / "fingerprint.json", {**self.fields, "calibration": "by row"})
+            write_json(self._directory / "fingerprint.json", facts)
         self._read(self.root / fingerprint(self.fields), by_number=True)  # as stores were before rows had keys
-        self._read(self._directory, by_number=False)
+        for name in dict.fromkeys((fingerprint(before), self.fingerprint)):
+            self._read(self.root / name, by_number=False)
 
     @property
     def _directory(self) -> Path:

@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 from transformers import AutoModelForCausalLM
 
 import blockpruner
-from blockpruner.checkpoints import hf
+from blockpruner.checkpoints import hf, verification
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.checkpoints.zeroed import export_zeroed
@@ -125,6 +125,7 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
             save(model, directory)
 
     monkeypatch.setattr(hf, "save_pruned", spoil)
+    monkeypatch.setattr(verification, "has_our_code", lambda directory: True)  # as if it were installed like that
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
         export(dense, plan_of(dense, ["mha.0"]), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -10,8 +10,11 @@ from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hub import push
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Target
+from blockpruner.store.manifest import manifest
 from tests.plans import plan_of
 from tests.tiny import tiny_model
+
+LICENCE = {"license": "llama2", "license_link": "LICENSE.txt"}
 
 
 @pytest.fixture
@@ -19,16 +22,21 @@ def checkpoint(tmp_path):
     folder, dense = tmp_path / "mine-0.2" / "hf", tmp_path / "dense"
     folder.mkdir(parents=True)
     dense.mkdir()
-    (dense / "blockpruner_source.json").write_text(json.dumps({"source": {"repo": "meta-llama/Llama-2-7b-hf"}}))
+    source = {"source": {"repo": "meta-llama/Llama-2-7b-hf"}, "licence": LICENCE}
+    (dense / "blockpruner_source.json").write_text(json.dumps(source))
     plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
     (folder / "README.md").write_text(model_card(plan, dense, "modeling_blockpruned.py"))
-    (folder / "verification.json").write_text('{"ok": true}')
+    (folder / "config.json").write_text("{}")
+    (folder / "verification.json").write_text(json.dumps({"ok": True, "manifest": manifest(folder)}))
     return folder
 
 
 class Hub:
-    def __init__(self, monkeypatch, error=None):
+    def __init__(self, monkeypatch, error=None, private=True):
         self.calls, self.error = [], error
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, "model_info", lambda api, repo: type("Info", (), {"private": private})()
+        )
         monkeypatch.setattr(ModelCard, "validate", lambda card: self.calls.append(("validate", card.data.to_dict())))
         for name in ("create_repo", "upload_folder"):
             monkeypatch.setattr(huggingface_hub.HfApi, name, lambda api, *a, _name=name, **k: self.call(_name, a, k))
@@ -42,17 +50,46 @@ class Hub:
 
 def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatch):
     hub = Hub(monkeypatch)
-    assert push(checkpoint, "me/small", private=True) == "https://hub.invalid/me/small/commit/1"
+    assert push(checkpoint, "me/small", True, LICENCE) == "https://hub.invalid/me/small/commit/1"
     (_, card), (_, repo, made), (_, sent) = hub.calls
     assert card["base_model"] == "meta-llama/Llama-2-7b-hf" and repo == "me/small"
     assert made == {"private": True, "exist_ok": True}
     assert sent["folder_path"] == checkpoint and "mine-0.2" in sent["commit_message"]
+    assert set(sent["allow_patterns"]) == {"config.json", "README.md", "verification.json"}
+
+
+def test_a_repository_of_another_visibility_gets_nothing(checkpoint, monkeypatch):
+    hub = Hub(monkeypatch, private=False)
+    with pytest.raises(InputError, match="'me/small' is there and public, and push.private is true; nothing was up"):
+        push(checkpoint, "me/small", True, LICENCE)
+    assert [name for name, *_ in hub.calls] == ["validate", "create_repo"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "modeling_blockpruned.py", "notes/keys.txt"])
+def test_what_was_changed_or_added_since_stays_here(checkpoint, monkeypatch, name):
+    hub = Hub(monkeypatch)
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text('{"other": 1}')
+    with pytest.raises(InputError, match=f"hf is not what was verified: {name} changed, or came or went"):
+        push(checkpoint, "me/small", True, LICENCE)
+    assert hub.calls == []
+
+
+def test_a_card_without_the_bases_licence_stays_here(checkpoint, monkeypatch):
+    hub = Hub(monkeypatch)
+    card = checkpoint / "README.md"
+    card.write_text(card.read_text().replace("license: llama2\n", ""))  # a card may be edited
+    with pytest.raises(InputError, match=r"README\.md has no license, and the base model's is llama2: add it"):
+        push(checkpoint, "me/small", True, LICENCE)
+    assert hub.calls == []
+    assert push(checkpoint, "me/small", True, {})
 
 
 def test_the_cards_metadata_is_what_the_hub_knows(checkpoint):
     data = metadata_load(checkpoint / "README.md")
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     assert data["tags"] == ["blockpruner", "pruned"] and data["base_model"] == "meta-llama/Llama-2-7b-hf"
+    assert LICENCE.items() <= data.items()
     assert ModelCard.load(checkpoint / "README.md").text.startswith("\n# t\n")
 
 
@@ -61,6 +98,7 @@ def test_the_cards_metadata_is_what_the_hub_knows(checkpoint):
     [
         (None, "is not a verified checkpoint; run its materialize stage"),
         ('{"ok": null, "unchecked": "xllamacpp is not installed"}', "was not verified .xllamacpp is not installed."),
+        ('{"ok": true}', r"verification\.json lists no files: it is of an older version; export it again"),
     ],
 )
 def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words):
@@ -69,14 +107,14 @@ def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words)
     if report:
         (checkpoint / "verification.json").write_text(report)
     with pytest.raises(InputError, match=words):
-        push(checkpoint, "me/small", private=True)
+        push(checkpoint, "me/small", True, LICENCE)
     assert hub.calls == []
 
 
 def test_a_hub_that_refuses_is_one_clear_line(checkpoint, monkeypatch):
     Hub(monkeypatch, OSError("403 Forbidden: you lack write access\nand a long story"))
     with pytest.raises(InputError, match=r"'me/small' cannot be used: 403 Forbidden.*token may write there") as error:
-        push(checkpoint, "me/small", private=False)
+        push(checkpoint, "me/small", False, LICENCE)
     assert "story" not in str(error.value)
 
 
@@ -87,7 +125,7 @@ def test_no_hub_at_all_is_one_clear_line(checkpoint, monkeypatch):
     real = huggingface_hub.HfApi
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: real(endpoint="http://127.0.0.1:9"))
     with pytest.raises(InputError, match=r"'me/small' cannot be used: .*token may write there"):
-        push(checkpoint, "me/small", private=True)
+        push(checkpoint, "me/small", True, LICENCE)
 
 
 def test_a_target_names_repository_format_and_privacy():

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from huggingface_hub import metadata_load
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from blockpruner import recovery
 from blockpruner.checkpoints import hf
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
@@ -25,6 +27,7 @@ from blockpruner.model.models import load_model, prune_
 from blockpruner.params import load_run
 from blockpruner.recovery import recover_, training_rows
 from blockpruner.store.files import write_json
+from blockpruner.store.manifest import manifest
 from blockpruner.store.plans import save_plan
 from stages import recover
 from tests.integration.project import sentence
@@ -247,7 +250,10 @@ def test_what_changes_the_result_has_a_state_of_its_own(tmp_path):
     assert len(list(tmp_path.iterdir())) == len(others) + 1
 
 
-@pytest.mark.parametrize("fault", ["truncated", "a bit flipped", "not safetensors"])
+FAULTS = ["truncated", "a bit flipped", "not safetensors", "another loss", "no losses", "no metadata", "other names"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_state_is_named_and_set_aside(tmp_path, fault):
     train(pruned(), tmp_path / "good")
     with pytest.raises(KeyboardInterrupt):
@@ -255,7 +261,17 @@ def test_a_damaged_state_is_named_and_set_aside(tmp_path, fault):
     (path,) = (tmp_path / "bad").iterdir()
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
-    changes = {"truncated": content[:-40], "a bit flipped": content, "not safetensors": b"{}"}
+    tensors, losses = load_file(path), "[1.5, 1.25]"
+    others = {name.replace("lora_A", "lora_a"): tensor for name, tensor in tensors.items()}
+    changes = {
+        "truncated": content[:-40],
+        "a bit flipped": content,
+        "not safetensors": b"{}",
+        "another loss": save(tensors, {"losses": losses, "sha256": recovery._digest("[1.5, 1.24]", tensors)}),
+        "no losses": save(tensors, {"sha256": recovery._digest("", tensors)}),
+        "no metadata": save(tensors),
+        "other names": save(others, {"losses": losses, "sha256": recovery._digest(losses, others)}),
+    }
     path.write_bytes(changes[fault])
     watch = Watch()
     train(pruned(), tmp_path / "bad", observer=watch)
@@ -291,7 +307,13 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dense, run = save_tiny(Path("data/models/tiny")), load_run("smollm2", ROOT / "runs").model_dump(mode="json")
     write_json(dense / "blockpruner_source.json", {"source": {"source": "path", "path": "mine"}})
-    run["recover"] = {"data": DATA, "num_samples": 8, "seq_len": 20, "rank": 2, "learning_rate": 0.01}
+    run["recover"] = {
+        "data": {"source": "hub", "repo": "someone/texts"},
+        "num_samples": 8,
+        "seq_len": 20,
+        "rank": 2,
+        "learning_rate": 0.01,
+    }
     write_json(Path("runs/tiny.yaml"), run)
     targets = {"t": {"run": "tiny", "budget": "4blocks", "recover": True}}
     write_json(Path("params.yaml"), {"runs": ["tiny"], "targets": targets, "runtime": {"device": "cpu"}})
@@ -300,6 +322,7 @@ def project(tmp_path, monkeypatch):
     save_plan(plan, Path("data/plans/t/plan.json"))
     out = Path("data/checkpoints/t/hf")
     hf.save_checkpoint(prune_(load_model(dense, "float32", "cpu"), plan.mask), plan, dense, out, "")
+    write_json(out / "verification.json", {"ok": True, "manifest": manifest(out)})
     return plan
 
 
@@ -310,16 +333,23 @@ def test_stage_trains_saves_and_verifies(project):
     assert facts["enabled"] and facts["samples"] == 8 and len(facts["losses"]) == 2
     assert report["ok"] and not report["blockpruner_imported"]
     assert report["cache_layers"] == 2
-    assert "and then trained with LoRA (rank 2) on 8 samples" in (out / "hf/README.md").read_text()
+    assert "and then trained with LoRA (rank 2) on 8 samples of `someone/texts`" in (out / "hf/README.md").read_text()
+    assert metadata_load(out / "hf/README.md")["datasets"] == ["someone/texts"]
     before = Path("data/checkpoints/t/hf")
     names = {path.name for path in before.iterdir()}
-    assert {path.name for path in (out / "hf").iterdir()} == names | {"verification.json"}
+    assert {path.name for path in (out / "hf").iterdir()} == names
     for name in ("config.json", "modeling_blockpruned.py", "tokenizer.json"):
         assert (out / "hf" / name).read_bytes() == (before / name).read_bytes()
     models = [AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) for path in (before, out / "hf")]
     old, new = (model.state_dict() for model in models)
     linear = {f"{name}.weight" for name, module in models[0].named_modules() if isinstance(module, nn.Linear)}
     assert {name for name in old if not torch.equal(old[name], new[name])} == linear - {"lm_head.weight"}
+
+
+def test_stage_trains_only_what_was_verified(project):
+    (Path("data/checkpoints/t/hf") / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InputError, match="hf is not what was verified: tokenizer_config.json changed"):
+        recover.main("t")
 
 
 def test_stage_is_quick_when_off(project):

@@ -22,13 +22,14 @@ from huggingface_hub.utils import filter_repo_objects
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HubModel, PypiTexts
-from blockpruner.inputs.checkpoints import _convert_gguf, checkpoint_identity, fetch_checkpoint
+from blockpruner.inputs.checkpoints import _convert_gguf, checkpoint_identity, fetch_checkpoint, licence_of
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.inputs.texts import load_texts, parse_texts
 from blockpruner.model.models import load_model
 from blockpruner.store.files import is_orphan, replace_directory
-from blockpruner.store.provenance import model_identity
+from blockpruner.store.manifest import SOURCE_FILE, manifest, model_identity
+from blockpruner.store.provenance import file_sha256
 from tests.plans import fetch
 from tests.tiny import save_tiny, tiny_model
 
@@ -152,7 +153,7 @@ def test_hub_revision_is_resolved_once_and_kept(tmp_path, monkeypatch):
     assert hub.asked == [("a/b", None)]
     assert json.loads((tmp_path / "pins.json").read_text()) == {"model:a/b": SHA}
     assert (tmp_path / "one/model.safetensors").samefile(tmp_path / "two/model.safetensors")
-    assert checkpoint_identity(tmp_path / "one") == model_identity(tmp_path / "hub")
+    assert checkpoint_identity(tmp_path / "one").now == model_identity(manifest(tmp_path / "hub"))
 
 
 @pytest.mark.parametrize("name", ["main", "v1.0", "refs/pr/6", "0123456"])
@@ -240,9 +241,91 @@ def test_local_checkpoint_is_copied_not_linked(tmp_path):
     assert not (out / "model.safetensors").samefile(folder / "model.safetensors")
 
 
-def change_config(folder, **fields):
-    path = folder / "config.json"
+def identity_of_before(folder):
+    """As written in stores before there were manifests."""
+    paths = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.py")])
+    return hashlib.sha256("".join(f"{p.name}:{file_sha256(p)}\n" for p in paths).encode()).hexdigest()
+
+
+def change_json(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_the_identity_is_of_what_configs_say_and_the_one_of_before_is_kept(tmp_path):
+    """The latter also where `auto_map` is stripped, which was in the bytes of before."""
+    folder = save_tiny(tmp_path / "mine")
+    change_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "someone/repo--code.Model"})
+    first = checkpoint_identity(fetch(folder, tmp_path / "one"))
+    assert first.before == identity_of_before(folder)
+    change_json(folder / "config.json", transformers_version="4.0.0")
+    second = checkpoint_identity(fetch(folder, tmp_path / "two"))
+    assert second.now == first.now
+    change_json(folder / "config.json", rms_norm_eps=1e-4)
+    assert checkpoint_identity(fetch(folder, tmp_path / "three")).now != first.now
+
+
+def test_a_checkpoint_that_an_older_version_fetched_is_one_line(tmp_path):
+    out = fetch(save_tiny(tmp_path / "mine"), tmp_path / "out")
+    (out / SOURCE_FILE).unlink()
+    (out / SOURCE_FILE).write_text('{"identity": "09f2", "source": {"source": "path"}}')
+    with pytest.raises(InputError, match="out was fetched by an older version; run its stage fetch again"):
+        checkpoint_identity(out)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja", "README.md"])
+def test_a_changed_file_of_a_local_model_is_fetched(tmp_path, name):
+    folder, texts = save_tiny(tmp_path / "mine"), ["", "---\nlicense: mit\n---\n"]
+    if name != "README.md":
+        texts = ['{"eos_token_id": 2, "model": 1}', '{"eos_token_id": 3, "model": 1}']
+    for text, out in zip(texts, ("one", "two"), strict=True):
+        (folder / name).write_text(text)
+        fetch(folder, tmp_path / out)
+    if name != "README.md":
+        assert (tmp_path / "two" / name).read_text() == texts[1]
+    assert licence_of(tmp_path / "two") == ({"license": "mit"} if name == "README.md" else {})
+    assert (tmp_path / "one" / SOURCE_FILE).read_text() != (tmp_path / "two" / SOURCE_FILE).read_text()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors", SOURCE_FILE])
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_damaged_cached_file_heals(tmp_path, name, gone):
+    """It is damaged in place: cache and output are one file."""
+    folder = save_tiny(tmp_path / "mine")
+    out = fetch(folder, tmp_path / "out")
+    (kept,) = (tmp_path / "cache" / "models").iterdir()
+    whole = (out / name).read_bytes()
+    (kept / name).unlink() if gone else os.truncate(kept / name, len(whole) // 2)
+    fetch(folder, out)
+    assert (out / name).read_bytes() == whole
+    assert {path.name for path in kept.parent.iterdir()} == {kept.name, f"{kept.name}.bad"}
+
+
+def test_only_files_of_a_checkpoint_are_copied(tmp_path):
+    """Not a key, a log or an adapter's config, which transformers would follow to another model."""
+    folder = save_tiny(tmp_path / "mine")
+    names = {path.name for path in folder.iterdir()}
+    for name in ("wandb.json", "secrets.txt", "adapter_config.json", "consolidated.safetensors", "modeling.py"):
+        (folder / name).write_text("{}")
+    for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md"):
+        (folder / name).write_text("terms")
+        names.add(name)
+    out = fetch(folder, tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == names | {SOURCE_FILE}
+    assert licence_of(out) == {"license": "other", "license_link": "LICENSE.txt"}
+
+
+@pytest.mark.parametrize("content", [b"", b"no GGUF", b"GGUF" + bytes(60), b"GGUF\x03" + b"\xff" * 60])
+def test_a_file_of_a_package_that_is_no_gguf_is_one_line(tmp_path, content):
+    with pytest.raises(InputError, match=r"the model's file is no GGUF file .*model\.file must name a \.gguf file"):
+        _convert_gguf(content, "float32", tmp_path)
+
+
+def test_a_repository_without_config_is_one_line(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "hub")
+    (folder / "config.json").unlink()
+    Hub(folder, monkeypatch)
+    with pytest.raises(InputError, match=r"the model holds no config\.json \(found generation_config\.json, "):
+        fetch_hub(tmp_path)
 
 
 def pickle_weights(folder):
@@ -254,7 +337,10 @@ def pickle_weights(folder):
     ("spoil", "message"),
     [
         (pickle_weights, r"holds no safetensors file.*convert them first, or choose .*revision: refs/pr/<number>"),
-        (lambda folder: change_config(folder, model_type="mamba"), "'mamba' is unknown; valid: llama, .*gpt_neox"),
+        (
+            lambda folder: change_json(folder / "config.json", model_type="mamba"),
+            "'mamba' is unknown; valid: llama, .*gpt_neox",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "does not exist or has no config.json"),
     ],
     ids=["pickled weights", "unsupported family", "no config"],
@@ -272,7 +358,7 @@ def test_what_cannot_be_fetched(tmp_path, spoil, message):
 )
 def test_weights_that_do_not_match_the_config(tmp_path, change):
     folder = save_tiny(tmp_path / "mine")
-    change_config(folder, **change)
+    change_json(folder / "config.json", **change)
     with pytest.raises(InputError, match=r"weights in .* do not match its config\.json"):
         load_model(folder, "float32", "cpu")
 

@@ -15,7 +15,6 @@ from blockpruner.evaluation import suite
 from blockpruner.evaluation.perplexity import held_out
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.checkpoints import SOURCE_FILE
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods import score
 from blockpruner.methods.kind import make_plan
@@ -28,6 +27,7 @@ from blockpruner.paper.experiments import Variant
 from blockpruner.paper.studies import SearchRecord, Setting, load_plans, model_facts, model_name, search_all
 from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json, write_json
+from blockpruner.store.manifest import SOURCE_FILE
 from blockpruner.versions import LACO_VERSION, SLICEGPT_VERSION
 from tests.builders import small_config
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
@@ -60,7 +60,7 @@ def world(tmp_path_factory):
     """A study after its searches. `made` has an entry for each model that was loaded to be scored."""
     root = tmp_path_factory.mktemp("study")
     save_tiny(root / "model", max_position_embeddings=512)
-    write_json(root / "model" / SOURCE_FILE, {"identity": "tiny"})
+    write_json(root / "model" / SOURCE_FILE, {"identity": {"now": "tiny", "before": "tiny"}})
     made, make = [], score.make_scorer
     model = LocalModel(source="path", path=str(root / "model"))
     with pytest.MonkeyPatch.context() as patch:

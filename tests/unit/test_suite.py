@@ -21,7 +21,8 @@ from blockpruner.evaluation import suite, zero_shot
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_
-from blockpruner.store.files import read_json, write_table
+from blockpruner.store.files import read_json, write_json, write_table
+from blockpruner.store.manifest import manifest
 from blockpruner.store.provenance import file_sha256
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
@@ -59,6 +60,7 @@ def world(tmp_path_factory):
     model = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     save_pruned(prune_(model, MASK), root / "pruned")
     tiny_tokenizer().save_pretrained(root / "pruned")
+    call_verified(root / "pruned")
     write_texts(root / "sources" / "perplexity.parquet", [TEXT, TEXT])
     write_tasks(root / "sources" / "tasks", location=Path("sources/tasks"))
     observer = Recorder()
@@ -83,8 +85,13 @@ def evaluate(root, observer, checkpoint="pruned", **changes):
     }
     settings = Evaluate(**{name: section | changes.get(name, {}) for name, section in sections.items()})
     places = [root / name for name in (checkpoint, "dense", "sources", "out", "store")]
-    dtype = changes.get("dtype", "float32")
-    return suite.benchmark(*places, settings=settings, dtype=dtype, runtime=Runtime(device="cpu"), observer=observer)
+    more = {"dtype": changes.get("dtype", "float32"), "trust_remote_code": False, "runtime": Runtime(device="cpu")}
+    return suite.benchmark(*places, settings=settings, observer=observer, **more)
+
+
+def call_verified(checkpoint):
+    """As after a verification that found no difference."""
+    write_json(checkpoint / "verification.json", {"ok": True, "manifest": manifest(checkpoint)})
 
 
 def no_model(*args, **kwargs):
@@ -206,17 +213,35 @@ def change_prompt(root):
 def change_tokenizer(root):
     path = root / "pruned" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": True}))
+    call_verified(root / "pruned")
+
+
+def change_generation(root):
+    (root / "pruned" / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
+    call_verified(root / "pruned")
+
+
+def change_template(root):
+    (root / "pruned" / "chat_template.jinja").write_text("{{ messages }}")
+    call_verified(root / "pruned")
 
 
 def change_weights(root):
     model = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     model.get_output_embeddings().weight[3, 3] += 1
     save_pruned(prune_(model, MASK), root / "pruned")
+    call_verified(root / "pruned")
 
 
 def change_dense(root):
     path = root / "dense" / "config.json"
-    path.write_text(path.read_text() + "\n")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-4}))
+
+
+def change_layout(root):
+    """As a later version of transformers would write the same configs."""
+    for path in (*root.glob("*/config.json"), *root.glob("*/generation_config.json")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_version": "6.0.0"}))
 
 
 @pytest.mark.parametrize(
@@ -229,6 +254,9 @@ def change_dense(root):
         (change_prompt, {}, ["winogrande"]),
         (None, {"zero_shot": {"limit": 2}}, list(TASKS)),
         (change_tokenizer, {}, ["perplexity", *TASKS]),
+        (change_generation, {}, ["perplexity", *TASKS]),
+        (change_template, {}, ["perplexity", *TASKS]),
+        (change_layout, {}, []),
         (change_weights, {}, PHASES),
         (None, {"dtype": "float64"}, PHASES),
         (change_dense, {}, ["speed"]),
@@ -308,6 +336,15 @@ def test_an_entry_that_cannot_be_trusted_is_named_and_computed_again(world, plac
     assert observer.computed == ["piqa"]
     assert len(observer.notes) == 1 and str(bad) in observer.notes[0] and f"{path.name}.bad" in observer.notes[0]
     assert path.with_name(f"{path.name}.bad").exists()
+
+
+@pytest.mark.parametrize("change", ["tokenizer.json", "model.safetensors", "custom_generate/generate.py"])
+def test_an_export_that_was_changed_since_is_not_measured(place, change):
+    path = place / "pruned" / change
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(path.read_bytes()[:-1] + b" " if path.exists() else b"")
+    with pytest.raises(InputError, match=rf"pruned is not what was verified: {change} changed, or came or went"):
+        evaluate(place, Recorder())
 
 
 def test_bad_input(place):

@@ -84,6 +84,22 @@ def test_logs_of_before_rows_had_keys_are_read_by_number(tmp_path):
     assert found.problems == [] and found.get("mha.1") == [0.1, 1 / 3]
 
 
+def test_a_store_is_named_by_the_identity_of_now_and_reads_the_one_of_before(tmp_path):
+    """Two machines whose configs differ in the version of transformers share trials; older ones are not lost."""
+    (tmp_path / "548f58d1c36c715b").mkdir()
+    (tmp_path / "548f58d1c36c715b/host-1-2.jsonl").write_text(
+        'c5552f15 {"fingerprint":"548f58d1c36c715b","rows":2}\n9a9bbf27 {"trial":"mha.1","start":0,"loss":[0.1,'
+        "0.3333333333333333]}\n"
+    )
+    TrialStore({"model": "m"}, "ab", tmp_path).put("mha.2", 0, [2.0, 3.0])
+    here, there = (TrialStore({"model": before}, "ab", tmp_path, "now") for before in "mn")
+    assert here.get("mha.1") == [0.1, 1 / 3] and here.get("mha.2") == [2.0, 3.0]
+    assert there.get("mha.1") is None and here.fingerprint == there.fingerprint
+    here.put("mha.3", 0, [4.0, 5.0])
+    assert TrialStore({"model": "n"}, "ab", tmp_path, "now").get("mha.3") == [4.0, 5.0]
+    assert TrialStore({"model": "m"}, "ab", tmp_path, "another").get("mha.3") is None
+
+
 def test_rows_are_known_by_content_across_calibration_sets(tmp_path):
     small = store(tmp_path, "ab", calibration="small")
     small.put(KEY, 0, [1.0, 2.0])

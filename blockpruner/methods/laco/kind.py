@@ -87,7 +87,7 @@ def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
     """
     material, costs = job.material, job.resources[budget.resource]
     depth, wanted = len(costs.blocks) // 2, _wanted(budget, costs)
-    fields = similarity_fields(job.calibration.digest, material.identity, material.dtype, options.variant)
+    fields = similarity_fields(job.calibration.digest, material.identity.before, material.dtype, options.variant)
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
         for problem in log.problems:
             material.observer.note(f"warning: {problem}")

@@ -1,0 +1,96 @@
+"""Which files a checkpoint is: the manifest (name and SHA-256 of every file), and the identities that follow from it.
+
+Decides when two checkpoints are the same, and whether one still is what was written. The manifest is recorded when a
+model is fetched and when an export is verified. Layout and version of transformers in a config do not enter it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockpruner.core.errors import InputError
+from blockpruner.store.files import read_json
+from blockpruner.store.provenance import file_sha256
+
+SOURCE_FILE = "blockpruner_source.json"
+REPORT_FILE = "verification.json"
+CARD_FILE = "README.md"
+BESIDE = (SOURCE_FILE, REPORT_FILE, CARD_FILE)
+"""Files about a checkpoint, which are no part of it. A person may edit the card."""
+
+VERSION_FIELD = "transformers_version"
+
+Manifest = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Of the function that a checkpoint computes: config, weights and code."""
+
+    now: str
+    """From the manifest."""
+    before: str
+    """As it was before there were manifests, from the bytes of the config as fetched. Older stores are named by it."""
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file; of a config: of its fields, whatever their layout, without the version of transformers."""
+    if path.name.endswith("config.json"):
+        try:
+            fields = _without_version(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            return file_sha256(path)
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return file_sha256(path)
+
+
+def _without_version(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_version(part) for key, part in value.items() if key != VERSION_FIELD}
+
+
+def manifest(directory: Path) -> dict[str, str]:
+    """Every file of a checkpoint directory, also in folders, with its digest; hidden files are none."""
+    paths = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): content_sha256(path)
+        for name, path in paths.items()
+        if name.as_posix() not in BESIDE and not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def model_identity(files: Manifest) -> str:
+    """SHA-256 over what a forward pass depends on: config, weights and code."""
+    ends = (".safetensors", ".safetensors.index.json", ".py")
+    return _digest({name: files[name] for name in files if name == "config.json" or name.endswith(ends)})
+
+
+def identity_before(config_sha256: str, files: Manifest) -> str:
+    """`Identity.before`, from the digest of the config's bytes."""
+    others = {name: files[name] for name in files if name.endswith((".safetensors", ".py"))}
+    return _digest({"config.json": config_sha256, **others})
+
+
+def _digest(files: Manifest) -> str:
+    return hashlib.sha256("".join(f"{name}:{files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def require_verified(directory: Path) -> dict[str, str]:
+    """The manifest of an export; raises InputError unless its files are those that were verified."""
+    files = manifest(directory)
+    known = read_json(directory / REPORT_FILE).get("manifest")
+    if known is None:
+        raise InputError(f"{directory}/{REPORT_FILE} lists no files: it is of an older version; export it again")
+    changed = sorted(name for name in known.keys() | files.keys() if known.get(name) != files.get(name))
+    if changed:
+        raise InputError(
+            f"{directory} is not what was verified: {', '.join(changed[:5])} changed, or came or went since; move "
+            "files of your own elsewhere, or export it again (its stage materialize or recover)"
+        )
+    return files
