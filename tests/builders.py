@@ -112,7 +112,8 @@ def material_of(
     dense: Callable[[], PreTrainedModel] | None = None,
     observer: Observer | None = None,
 ) -> Material:
-    return Material(Identity(identity, identity), dtype, config, folder / "trials", scorer, dense, observer or SilentObserver())
+    both, observer = Identity(now=identity, before=identity), observer or SilentObserver()
+    return Material(both, dtype, config, folder / "trials", scorer, dense, observer)
 
 
 MATERIAL = ("identity", "dtype", "dense", "observer")
