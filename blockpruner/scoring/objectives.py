@@ -114,9 +114,9 @@ class Objective:
                 self._asked.add(key)
                 self.counts.units_reused += self._store.units(key)
                 self.counts.trials_reused += self._store.known(key, 0, self.rows)
-        missing = self._missing(keys, wanted)
-        if len(self._store.origins(keys.values(), end)) > 1 or (missing and self._store.origins(keys.values(), end)):
-            self._require_one_origin(keys, end)
+        missing, origins = self._missing(keys, wanted), self._store.origins(keys.values(), end)
+        if len(origins) > 1 or (origins and missing):  # these facts are compared with each other
+            self._require_one_origin(keys.values(), origins)
             missing = self._missing(keys, wanted)
         if missing:
             self._compute(missing, base)
@@ -129,13 +129,12 @@ class Objective:
                 missing.setdefault(span, []).append(mask)
         return missing
 
-    def _require_one_origin(self, keys: Mapping[Mask, str], rows: int) -> None:
+    def _require_one_origin(self, keys: Iterable[str], origins: Iterable[str]) -> None:
         """Forget what another environment computed where it would be compared with what this one computes."""
-        elsewhere = self._store.origins(keys.values(), rows)
         here = self._store.computed_by(self._scorer.placement())
-        forgotten = self._store.keep_only(keys.values(), here)
+        forgotten = self._store.keep_only(keys, here)
         if forgotten:
-            places = "; ".join(place for place in elsewhere if place != here)
+            places = "; ".join(place for place in origins if place != here)
             self._observer.note(
                 f"{forgotten} losses in 16 bits were computed elsewhere ({places}) and are not mixed with those of "
                 f"here ({here}): they are computed again"

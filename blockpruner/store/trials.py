@@ -53,7 +53,7 @@ def trials_root() -> Path:
 
 
 def origin(facts: Mapping[str, Any]) -> str:
-    """The part of an environment that moves a loss in 16 bits, in words; "" of a log that names none."""
+    """The part of an environment that moves a loss in 16 bits, in words."""
     if not facts:
         return "an unknown environment"
     versions = [f"{name} {'.'.join(facts[name].split('.')[:2])}" for name in ("torch", "transformers") if name in facts]
