@@ -181,6 +181,7 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
         table = pq.read_table(path)
         table.validate(full=True)
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        columns = _columns(table.schema)
     except FileNotFoundError:
         raise _missing(path) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -188,8 +189,8 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
             f"{path} is truncated, damaged or not Parquet ({error}); nothing in it can be used: delete it and run "
             "`dvc repro`"
         ) from error
-    if _columns(table.schema) != _columns(schema):
-        raise InputError(f"{path} has columns {_columns(table.schema)}; expected {_columns(schema)}")
+    if columns != _columns(schema):
+        raise InputError(f"{path} has columns {columns}; expected {_columns(schema)}")
     empty = [field.name for field in schema if not field.nullable and table.column(field.name).null_count]
     if empty:
         raise InputError(f"{path} has no value in some rows of {', '.join(empty)}; every row needs one")
