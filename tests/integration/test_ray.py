@@ -172,7 +172,8 @@ def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda li
     class Observed:
         def __init__(self):
             self.inner = make_scorer(checkpoint, "float32", Runtime(**RUNTIME | runtime), note=note)
-            self.row_batches, self.close, self.units = self.inner.row_batches, self.inner.close, 0
+            self.row_batches, self.placement = self.inner.row_batches, self.inner.placement
+            self.close, self.units = self.inner.close, 0
 
         def run(self, tasks, rows):
             for unit in self.inner.run(tasks, rows):

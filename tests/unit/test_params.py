@@ -195,7 +195,10 @@ def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
         (lambda v: v["score"].update(metric="answer_likelihood"), ["needs the answers of items", "source: tasks"]),
         (lambda v: v["score"].update(unit="layer", candidates="mha"), ["candidates", "unit: layer"]),
         (lambda v: v["score"].update(acceleration="fast"), ["'fast'", "'lazy+race'"]),
-        (lambda v: v["score"].update(audit=3), ["audit does nothing with acceleration: none", "lazy or lazy+race"]),
+        (
+            lambda v: v["score"].update(acceleration="none", audit=3),
+            ["audit does nothing with acceleration: none", "lazy or lazy+race"],
+        ),
         (lambda v: v["score"].update(acceleration="race", floor=3), ["floor does nothing", "lazy or lazy+race"]),
         (lambda v: v["score"].update(acceleration="lazy", confidence=0.9), ["confidence does nothing", "race or"]),
         (lambda v: v.update(export=[]), ["export: [] lacks hf", "add it"]),
