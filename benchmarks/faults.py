@@ -47,6 +47,7 @@ from tests.power import MODES, forked
 from tests.processes import processes_in
 
 CODE = [path for folder in ("blockpruner", "stages", "flows") for path in Path(folder).rglob("*.py")]
+CODE += [Path("tests/power.py")]  # which numbers the writes
 WORK = Path("data/benchmarks/faults").resolve() / fingerprint({str(path): file_sha256(path) for path in CODE})
 FOUND = WORK / "faults.json"
 TARGETS = {"lora.2": "2blocks"}
