@@ -240,7 +240,7 @@ def test_holm_levels_by_hand():
 
 def test_intervals_of_holm_levels_decide_as_statsmodels_does():
     rng = np.random.default_rng(0)
-    for size in rng.integers(1, 9, 40):
+    for size in rng.integers(1, 9, 15):
         z = rng.uniform(-4, 4, size)
         p_values = 2 * stats.norm.sf(np.abs(z))
         rejected = multipletests(p_values, 0.05, "holm")[0]
