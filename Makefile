@@ -52,7 +52,7 @@ test-newest: RESOLUTION := highest
 test-floors test-newest: test-%: $(LOCK)/bin/uv
 	$(LOCK)/bin/uv venv --quiet --clear --python $(PYTHON) $(VENV)-$*
 	$(LOCK)/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) --editable '.[dag,dev,ray]'
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n 3 --dist loadfile $(CORE)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(CORE)
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
@@ -70,7 +70,7 @@ check: setup
 	$(BIN)/lint-imports
 
 test: check
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 3 --dist loadfile
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup $(SLOW_VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2
