@@ -323,7 +323,7 @@ def run_script(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]
     if child == 0:
         with open(output, "w") as stream:
             os.dup2(stream.fileno(), 1)
-        sys.stdout, sys.argv = open(1, "w", closefd=False), command[2:]  # noqa: SIM115
+        sys.stdout, sys.argv = open(1, "w", closefd=False), command[2:]  # noqa: SIM115 (the fork's own)
         for name in [name for name in sys.modules if name.partition(".")[0] == "blockpruner"]:
             del sys.modules[name]  # the script makes sure that it does without
         code = 1

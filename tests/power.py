@@ -52,7 +52,7 @@ def forked(folder: Path, work: Callable[[], object], log: Path, cut: int = 0, mo
                     stream.flush()
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 (the fork's own)
             recorder = Recorder(folder, cut, mode, notes)
             work()
             code = 0

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +107,9 @@ class TrialStore:
         return self._facts.get(key)
 
     def known(self, key: str, start: int, stop: int) -> bool:
-        return not self.unknown(key, start, stop)
-
-    def unknown(self, key: str, start: int, stop: int) -> list[range]:
-        """The runs of consecutive rows within [start, stop) that are not known, in order."""
-        values = self.get(key)
-        runs: list[range] = []
-        for row in range(start, stop):
-            if values is not None and not math.isnan(values[row]):
-                continue
-            if runs and runs[-1].stop == row:
-                runs[-1] = range(runs[-1].start, row + 1)
-            else:
-                runs.append(range(row, row + 1))
-        return runs
+        """Whether all rows of [start, stop) are known."""
+        values = self._facts.get(key, ())
+        return start >= stop or (bool(values) and not any(map(math.isnan, values[start:stop])))
 
     def units(self, key: str) -> int:
         """In how many units the rows of a trial were recorded."""
@@ -177,7 +167,7 @@ class TrialStore:
             if not by_number and header.get("fingerprint") == directory.name and self._places.keys().isdisjoint(rows):
                 continue
             place = self._origin_of(header.get("environment", {}))
-            for unit in journal.read(lambda entry, rows=rows: _is_unit(entry, len(rows)), self.problems):  # type: ignore[misc]
+            for unit in journal.read(partial(_is_unit, rows=len(rows)), self.problems):
                 start, loss = unit["start"], unit["loss"]
                 self._remember(unit["trial"], rows[start : start + len(loss)], loss, place)
 

@@ -435,7 +435,10 @@ def test_taylor_by_finite_differences():
     """To what a loss in float64 allows whose norms transformers takes in float32."""
     model = tiny_model(layers=2, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
     rows, step = [row(8, 1), row(6, 2)], 1e-3
-    loss = lambda: np.mean([full_nll(model, tokens) for tokens in rows])  # noqa: E731
+
+    def loss():
+        return np.mean([full_nll(model, tokens) for tokens in rows])
+
     unit = parse_mask("mlp.0")
     (own,) = (weights for block, weights in weights_by_unit(model).items() if block == unit)
     wanted = 0.0

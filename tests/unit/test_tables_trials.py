@@ -105,7 +105,8 @@ def test_rows_are_known_by_content_across_calibration_sets(tmp_path):
     small.put(KEY, 0, [1.0, 2.0])
     large = store(tmp_path, "bcab", calibration="large")
     assert large.fingerprint == small.fingerprint
-    assert large.unknown(KEY, 0, 4) == [range(1, 2)] and large.get(KEY)[2:] == [1.0, 2.0] and large.get(KEY)[0] == 2.0
+    assert [large.known(KEY, row, row + 1) for row in range(4)] == [True, False, True, True]
+    assert not large.known(KEY, 0, 4) and large.get(KEY)[2:] == [1.0, 2.0] and large.get(KEY)[0] == 2.0
     large.put(KEY, 1, [3.0])
     assert store(tmp_path, "cb", calibration="other").get(KEY) == [3.0, 2.0]
     assert store(tmp_path, "xy", calibration="foreign").get(KEY) is None
