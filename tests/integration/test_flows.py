@@ -129,15 +129,15 @@ if stage in ("tables", "report"):
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """PREFECT_HOME of the test session: one database, since making it takes 4 s."""
+    """PREFECT_HOME of these tests: one database, since making it takes 4 s."""
     return tmp_path_factory.mktemp("prefect")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(home):
-    """The API URL of a Prefect server of the test session's own."""
+    """The API URL of a Prefect server of these tests alone."""
     url = f"http://127.0.0.1:{free_port()}/api"
     settings = {PREFECT_HOME: home, PREFECT_API_AUTH_STRING: PASSWORD}
     with pytest.MonkeyPatch.context() as patch, temporary_settings(settings):
