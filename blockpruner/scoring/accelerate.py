@@ -21,9 +21,9 @@ best one is good enough (`stability.is_decided`) or the rows end. Both of the ot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy import special
@@ -44,7 +44,21 @@ class Considered:
     """The choice before an audit let all candidates enter; None in a step without audit."""
 
 
-Select = Callable[[int, Mask, Sequence[Mask]], Considered]
+class Select(Protocol):
+    """Scores masks of which only the best matters, so it may leave out masks or rows."""
+
+    def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
+        """The scores of one greedy step; the lowest of those on all rows is the step's choice.
+
+        Args:
+            masks: base plus one candidate each, and the base itself if its score is wanted.
+        """
+        ...
+
+    def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
+        """Scores of masks that may be better than a standing one. The best one has all rows if it is better."""
+        ...
+
 
 DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "race": {"confidence": 0.999},
@@ -66,9 +80,22 @@ def settings_of(score: Score) -> dict[str, Any]:
 def accelerate(objective: Objective, score: Score, adaptive: bool = False) -> Select:
     """The function that selects and scores the candidates of a step."""
     if score.acceleration == "none" and not adaptive:
-        return lambda index, base, masks: Considered(tuple(objective(masks, base=base)))
+        return Exact(objective)
     settings = {key: value for key, value in settings_of(score).items() if key != "acceleration"}
     return Accelerated(objective, **settings, adaptive=adaptive)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Scores every mask on all rows."""
+
+    objective: Objective
+
+    def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
+        return Considered(tuple(self.objective(masks, base=base)))
+
+    def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
+        return self.objective(masks)
 
 
 class Accelerated:
@@ -98,11 +125,6 @@ class Accelerated:
         self._drifts: list[float] = []
 
     def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
-        """The scores of one step; the lowest of those on all rows is the step's choice.
-
-        Args:
-            masks: base plus one candidate each, and the base itself if its score is wanted.
-        """
         candidates = [mask for mask in masks if mask != base]
         lazy_choice = None
         if self._floor is None or index == 0:
@@ -116,6 +138,14 @@ class Accelerated:
         if base in masks:
             found[base] = self._objective([base])[0]
         return Considered(tuple(found[mask] for mask in masks if mask in found), lazy_choice)
+
+    def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
+        if self._confidence is None and not self._adaptive:
+            return self._objective(masks)
+        found = race(
+            self._objective, standing.mask, masks, self._confidence, standing=standing, adaptive=self._adaptive
+        )
+        return [found[mask] for mask in masks]
 
     def _most_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, MaskScore]:
         stale = {mask: float(self._rises[mask - base].mean()) for mask in candidates}

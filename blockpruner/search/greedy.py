@@ -9,7 +9,7 @@ MLP blocks are weighed by what they cost.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Literal
 
 from blockpruner.core.blocks import DENSE, Mask
@@ -37,27 +37,44 @@ def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
     Raises:
         InputError: the price is a resource that was not measured.
     """
-    per = options.per
-    if per != "none" and per not in problem.resources:
-        raise InputError(f"score.options.per {per!r} is not known here; valid: none, {', '.join(problem.resources)}")
-    costs = problem.resources.get(per)
-    removed: Mask = DENSE
-    before = 0.0
+    costs = costs_of(problem, options)
+    base: MaskScore | None = None
     remaining = list(problem.units)
     index = 0
     while remaining:
-        base = [removed] if index == 0 else []
-        selection = problem.select(index, removed, base + [removed | unit for unit in remaining])
-        scores = selection.scores
-        complete = [i for i, s in enumerate(scores) if s.is_complete and s.mask != removed]
-        if base:
-            before = scores[0].loss
-        best = min(complete, key=lambda i: _price(scores[i], removed, before, costs))
-        added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
-        yield Iteration(index, scores, added, best, selection.lazy_choice)
-        remaining = [unit for unit in remaining if unit != added[best]]
-        removed, before = scores[best].mask, scores[best].loss
+        iteration = forward(problem, index, base, remaining, costs)
+        yield iteration
+        base = iteration.scores[iteration.chosen]
+        remaining = [unit for unit in remaining if not unit <= base.mask]
         index += 1
+
+
+def costs_of(problem: Problem, options: GreedyOptions) -> Costs | None:
+    """What prices a removal; None where all cost the same."""
+    per = options.per
+    if per != "none" and per not in problem.resources:
+        raise InputError(f"score.options.per {per!r} is not known here; valid: none, {', '.join(problem.resources)}")
+    return problem.resources.get(per)
+
+
+def forward(
+    problem: Problem, step: int, base: MaskScore | None, units: Sequence[Mask], costs: Costs | None
+) -> Iteration:
+    """One step: the best unit to remove next.
+
+    Args:
+        base: what is removed before; None in the first step, which asks for the dense model, too.
+        units: the candidates.
+    """
+    removed = DENSE if base is None else base.mask
+    masks = [removed | unit for unit in units]
+    selection = problem.select(step, removed, [DENSE, *masks] if base is None else masks)
+    scores = selection.scores
+    before = (base or scores[0]).loss
+    complete = [i for i, s in enumerate(scores) if s.is_complete and s.mask != removed]
+    best = min(complete, key=lambda i: _price(scores[i], removed, before, costs))
+    added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
+    return Iteration(step, scores, added, best, selection.lazy_choice)
 
 
 def _price(score: MaskScore, removed: Mask, before: float, costs: Costs | None) -> float:

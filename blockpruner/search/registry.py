@@ -15,6 +15,7 @@ from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.contiguous import contiguous
 from blockpruner.search.evopress import EvoPressOptions, evopress
+from blockpruner.search.floating import FloatingOptions, floating
 from blockpruner.search.given import GivenOptions, given
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.iteration import Iteration
@@ -125,6 +126,7 @@ SEARCHES = Registry(
         Search("beam", "beam search", beam, BeamOptions, nested=False),
         Search("contiguous", "adjacent layers", contiguous, nested=False, asks="units"),
         Search("evopress", "EvoPress", evopress, EvoPressOptions, nested=False),
+        Search("floating", "floating greedy", floating, FloatingOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
         Search(
             "random", "random order", random_order, RandomOptions, asks="nothing", scored_steps=lambda steps: range(0)

@@ -1,4 +1,4 @@
-"""Beam, EvoPress and swap against brute force over all masks of small models, with losses from a table."""
+"""Beam, EvoPress, floating and swap against brute force over all masks of small models, with losses from a table."""
 
 import math
 import random
@@ -26,8 +26,8 @@ from tests.tiny import full_nll, tiny_model
 ROWS = 8
 SIZES = pytest.mark.parametrize("size", [1.0, 2.016, 3.0])
 """Of an MLP block, an MHA block being 1: any two alike, Llama-2, SmolLM2."""
-NOT_NESTED = pytest.mark.parametrize("method", ["beam", "swap"])
-START = {"beam": {}, "swap": {"start": "greedy"}}
+NOT_NESTED = pytest.mark.parametrize("method", ["beam", "swap", "floating"])
+START = {"beam": {}, "swap": {"start": "greedy"}, "floating": {}}
 """Options with which a search begins as greedy does."""
 
 
@@ -242,6 +242,45 @@ def test_swap_leaves_what_greedy_cannot():
     assert trace[-1].removed == {a, b}
 
 
+@SIZES
+@pytest.mark.parametrize("seed", range(4))
+def test_floating_goes_on_from_the_best_it_knows(seed, size):
+    """Every attempt to better a mask keeps its amount or goes back to a better one of less; the answer is the best
+    known mask of the budget's amount; and a walk to a larger budget sees what a walk to a smaller one has seen."""
+    table, asked = Table(seed, layers=5, size=size), []
+    for budget in ("0.25", "0.5"):
+        trace = table.search("floating", budget)
+        asked.append({mask for _, _, mask, _ in table.asked})
+        known = [score.mask for step in trace for score in step.scores]
+        allowed = set(table.within(float(budget))) & set(known)
+        assert trace[-1].removed == min(allowed, key=table.rank)
+        for before, step in pairwise(trace[:-1]):
+            if step.added[step.chosen] is None and step.removed != before.removed:
+                same = table.goal(budget).around(step.removed)
+                earlier = {
+                    score.mask for each in trace[: step.index] for score in each.scores if each.index < step.index
+                }
+                if step.removed in table.neighbours(before.removed, table.counts.ratio(before.removed)):
+                    assert table.loss(step.removed) < table.loss(before.removed)
+                else:
+                    assert table.loss(step.removed) < min(table.loss(m) for m in earlier if same.is_met(m))
+    assert len(asked[0] - asked[1]) < 0.5 * len(asked[0])
+
+
+def test_floating_goes_back():
+    """Two blocks that are cheap together only, and another that is cheap once both are gone: greedy's third removal
+    completes the pair, its first is given back, and the way on from there is better."""
+    table = Table(0, interaction=0.0, noise=0.0)
+    a, b, c, *_ = all_blocks(4)
+    dear = max(set(table.cost) - {a, b, c}, key=table.cost.get)
+    special = {(c,): 0.01, (a,): 0.9, (b,): 0.9, (a, c): 0.02, (a, b): 0.015, (a, b, c): 0.03, (a, b, dear): 0.025}
+    special = {frozenset(mask): loss for mask, loss in special.items()}
+    table.rows_of = lambda mask: [special[mask]] * ROWS if mask in special else table.draw(mask)
+    trace = table.search("floating", "3blocks", per="none", tries=1)
+    path = [after for before, after in pairwise([DENSE, *(step.removed for step in trace)]) if before != after]
+    assert path == [{c}, {a, c}, {a, b, c}, {a, b}, {a, b, dear}]
+
+
 @pytest.mark.parametrize("tries", [1, 5, 20])
 def test_swap_gives_up_after_so_many_tries(tries):
     table = Table(1, layers=8)
@@ -433,7 +472,7 @@ def test_unit_order_is_greedys_tie_break():
 def test_a_goal_that_no_mask_meets(method):
     """An MHA block and an MLP block five times as large: of 1, 5 and 6 the nearest to 3.2 is 5."""
     table = Table(0, layers=1, size=5.0)
-    options = {} if method == "beam" else {"start": "random"}
+    options = {"start": "random"} if method == "swap" else {}
     budget = f"{3200 / table.counts.total:.9f}"
     assert format_mask(table.search(method, budget, **options)[-1].removed) == "mlp.0"
 
@@ -464,10 +503,11 @@ def test_a_start_that_overshoots_a_small_budget():
     """Greedy's first removal is an MLP block, three times what was wanted: then nothing is nearer, as for greedy."""
     table = Table(0, interaction=0.0)
     table.cost[all_blocks(4)[-1]] = 0.0
-    for method, options in (START | {"beam": {"width": 1}}).items():
+    for method, options in {"beam": {"width": 1}, "swap": {"start": "greedy"}}.items():
         with pytest.raises(InputError, match=r"nearest to removing nothing; the smallest .* is 0\.1667"):
             table.search(method, "0.06", **options)
-    assert table.counts.ratio(table.search("beam", "0.06", width=9)[-1].removed) == pytest.approx(1 / 18)
+    for method, options in {"beam": {"width": 9}, "floating": {}}.items():
+        assert table.counts.ratio(table.search(method, "0.06", **options)[-1].removed) == pytest.approx(1 / 18)
 
 
 def test_whole_layers():
