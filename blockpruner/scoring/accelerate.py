@@ -16,12 +16,16 @@ every n-th step all candidates enter, and the choice without them is recorded.
 
 Adaptive (`calibration.num_samples: auto`): candidates are scored on 8 rows, then on twice as many, and so on, until the
 best one is good enough (`stability.is_decided`) or the rows end. Both of the others may join in.
+
+Where a resource prices removals, prices are compared in place of losses. With the leader, a race compares rises per
+share where the leader's is positive, and rises times share where it is not: `price` orders two candidates as one of
+these products does, whatever the sign of the other's rise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +33,7 @@ import numpy as np
 from scipy import special
 
 from blockpruner.core.blocks import Mask
+from blockpruner.core.families import Costs
 from blockpruner.core.settings import Score
 from blockpruner.scoring.objectives import MaskScore, Objective
 from blockpruner.scoring.stability import differences, is_decided
@@ -77,12 +82,26 @@ def settings_of(score: Score) -> dict[str, Any]:
     return found
 
 
-def accelerate(objective: Objective, score: Score, adaptive: bool = False) -> Select:
-    """The function that selects and scores the candidates of a step."""
+def accelerate(objective: Objective, score: Score, adaptive: bool = False, costs: Costs | None = None) -> Select:
+    """What selects and scores the candidates of a step.
+
+    Args:
+        costs: of the resource that prices a removal; None where all cost the same.
+    """
     if score.acceleration == "none" and not adaptive:
         return Exact(objective)
     settings = {key: value for key, value in settings_of(score).items() if key != "acceleration"}
-    return Accelerated(objective, **settings, adaptive=adaptive)
+    return Accelerated(objective, **settings, adaptive=adaptive, costs=costs)
+
+
+def price(rise: float, share: float) -> float:
+    """The number that is lowest for the best removal. Where a removal lowers the loss, saving more is better."""
+    return rise / share if rise > 0 else rise * share
+
+
+def worth(score: MaskScore, base: MaskScore, costs: Costs | None) -> float:
+    """What orders the candidates of a step: their loss, or the price of its rise over the base."""
+    return score.loss if costs is None else price(score.loss - base.loss, costs.ratio(score.mask - base.mask))
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,7 @@ class Accelerated:
             when it was taken again, e the standard error of the candidate's own rise.
         audit: all candidates enter every `audit`-th step; 0 is never.
         adaptive: a step ends on the first rows that decide it.
+        costs: of the resource that prices a removal.
     """
 
     def __init__(
@@ -118,8 +138,9 @@ class Accelerated:
         slack: float = 0.0,
         audit: int = 0,
         adaptive: bool = False,
+        costs: Costs | None = None,
     ) -> None:
-        self._objective, self._confidence, self._adaptive = objective, confidence, adaptive
+        self._objective, self._confidence, self._adaptive, self._costs = objective, confidence, adaptive, costs
         self._floor, self._slack, self._audit = floor, slack, audit
         self._rises: dict[Mask, np.ndarray] = {}
         self._drifts: list[float] = []
@@ -132,7 +153,7 @@ class Accelerated:
         else:
             found = self._most_promising(candidates, base)
             if self._audit and index % self._audit == 0:
-                lazy_choice = _best(found)
+                lazy_choice = self._best(found, base)
                 rest = [mask for mask in candidates if mask not in found]
                 found |= self._score(rest, base, found[lazy_choice])
         if base in masks:
@@ -148,18 +169,31 @@ class Accelerated:
         return [found[mask] for mask in masks]
 
     def _most_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, MaskScore]:
-        stale = {mask: float(self._rises[mask - base].mean()) for mask in candidates}
         error = {mask: standard_error(self._rises[mask - base], self._objective.rows) for mask in candidates}
-        waiting = sorted(candidates, key=stale.__getitem__)
+        waiting = sorted(candidates, key=lambda mask: self._price(mask - base))
         entering, waiting = waiting[: self._floor], waiting[self._floor :]
         found: dict[Mask, MaskScore] = {}
         while entering:
-            found |= self._score(entering, base, found[_best(found)] if found else None)
-            best = float(self._rises[_best(found) - base].mean())
+            found |= self._score(entering, base, found[self._best(found, base)] if found else None)
+            best = self._price(self._best(found, base) - base)
             drift = float(np.median(np.abs(self._drifts)))
-            entering = [m for m in waiting if stale[m] - self._slack * math.hypot(drift, error[m]) < best]
+            margin = {mask: self._slack * math.hypot(drift, error[mask]) for mask in waiting}
+            entering = [mask for mask in waiting if self._price(mask - base, margin[mask]) < best]
             waiting = [mask for mask in waiting if mask not in entering]
         return found
+
+    def _best(self, scores: Mapping[Mask, MaskScore], base: Mask) -> Mask:
+        """The best of the masks scored on all rows, the first of equals."""
+        (before,) = self._objective([base])
+        complete = (score for score in scores.values() if score.is_complete)
+        return min(complete, key=lambda score: worth(score, before, self._costs)).mask
+
+    def _price(self, unit: Mask, margin: float = 0.0) -> float:
+        """Of the rise that is known of a unit, less a margin."""
+        return price(float(self._rises[unit].mean()) - margin, self._share(unit))
+
+    def _share(self, unit: Mask) -> float:
+        return 1.0 if self._costs is None else self._costs.ratio(unit)
 
     def _score(self, masks: Sequence[Mask], base: Mask, standing: MaskScore | None = None) -> dict[Mask, MaskScore]:
         """Score masks, by a race or on all rows, and keep their rises over the base on the same rows."""
@@ -169,7 +203,7 @@ class Accelerated:
         if self._confidence is None and not self._adaptive:
             found = dict(zip(masks, self._objective([base, *masks])[1:], strict=True))
         else:
-            found = race(self._objective, base, masks, self._confidence, past, standing, self._adaptive)
+            found = race(self._objective, base, masks, self._confidence, past, standing, self._adaptive, self._share)
         before = np.array(self._objective([base])[0].row_loss)
         for mask, score in found.items():
             seen = np.array(score.row_loss) - before[: score.rows_used]
@@ -184,11 +218,6 @@ def standard_error(rises: np.ndarray, total: int) -> float:
     """Of the mean over all rows, from the known ones: sd / sqrt(K) with the finite population correction."""
     known = len(rises)
     return float(rises.std(ddof=1)) * math.sqrt(1 / known - 1 / total) if known < total else 0.0
-
-
-def _best(scores: Mapping[Mask, MaskScore]) -> Mask:
-    """The lowest of the masks scored on all rows, the first of equals."""
-    return min((score for score in scores.values() if score.is_complete), key=lambda score: score.loss).mask
 
 
 def slices(rows: int) -> Iterator[int]:
@@ -239,6 +268,9 @@ class Runner:
         change: np.ndarray = self.seen - self.past[: len(self.seen)]
         return change
 
+    def times(self, factor: float) -> Runner:
+        return Runner(factor * self.seen, factor * self.past)
+
 
 def lower_bounds(others: Sequence[Runner], leader: Runner, total: int, confidence: float) -> np.ndarray:
     """Lower confidence bound of the mean over all rows of each runner's difference to the leader.
@@ -278,6 +310,7 @@ def race(
     past: Mapping[Mask, np.ndarray] | None = None,
     standing: MaskScore | None = None,
     adaptive: bool = False,
+    share: Callable[[Mask], float] = lambda unit: 1.0,
 ) -> dict[Mask, MaskScore]:
     """Score masks on more and more rows, and drop those that are worse than the leader. The leader sees all rows.
 
@@ -288,6 +321,8 @@ def race(
         standing: a mask with all rows, which the others run against and which cannot be dropped; without it, at least
             one of the others sees all rows.
         adaptive: the race ends as soon as the leader is good enough.
+        share: what a removed unit saves of the resource that prices it. Rises are compared as if all saved as much as
+            the leader.
     """
     past = past or {}
     known: dict[Mask, MaskScore] = {}
@@ -304,7 +339,14 @@ def race(
         if standing is not None:
             rises = np.array(standing.row_loss) - np.array(objective([base])[0].row_loss)
             runners.append(Runner(rises[:stop], rises))
-        leader = int(np.argmin([runner.expected.mean() for runner in runners]))
+        saved = [share(mask - base) for mask in (*alive, *([standing.mask] if standing is not None else []))]
+        rises_now = [float(runner.expected.mean()) for runner in runners]
+        leader = int(np.argmin([price(rise, size) for rise, size in zip(rises_now, saved, strict=True)]))
+        per_share = rises_now[leader] > 0
+        runners = [
+            runner.times(saved[leader] / size if per_share else size / saved[leader])
+            for runner, size in zip(runners, saved, strict=True)
+        ]
         if adaptive and stop >= FIRST_ROWS and is_decided(differences([runner.seen for runner in runners], leader)):
             alive = [] if leader == len(alive) else [alive[leader]]
             known |= {score.mask: score for score in objective(alive)}

@@ -16,6 +16,7 @@ from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.core.options import Options
+from blockpruner.scoring.accelerate import worth
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
@@ -70,19 +71,11 @@ def forward(
     masks = [removed | unit for unit in units]
     selection = problem.select(step, removed, [DENSE, *masks] if base is None else masks)
     scores = selection.scores
-    before = (base or scores[0]).loss
+    before = base or scores[0]
     complete = [i for i, s in enumerate(scores) if s.is_complete and s.mask != removed]
-    best = min(complete, key=lambda i: _price(scores[i], removed, before, costs))
+    best = min(complete, key=lambda i: worth(scores[i], before, costs))
     added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
     return Iteration(step, scores, added, best, selection.lazy_choice)
-
-
-def _price(score: MaskScore, removed: Mask, before: float, costs: Costs | None) -> float:
-    """The number that is lowest for the best candidate. Where a removal lowers the loss, saving more is better."""
-    if costs is None:
-        return score.loss
-    rise, share = score.loss - before, costs.ratio(score.mask - removed)
-    return rise / share if rise > 0 else rise * share
 
 
 def greedy_to_goal(problem: Problem) -> Generator[Iteration, None, list[Mask]]:

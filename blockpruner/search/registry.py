@@ -64,9 +64,9 @@ class Request:
 
     @property
     def leaves_out(self) -> bool:
-        """Whether it takes greedy steps by a loss alone, which may leave out candidates or rows."""
+        """Whether it takes greedy steps by a loss, which may leave out candidates or rows."""
         greedy_steps = self.search.accelerated and self.options.has_greedy_steps
-        return greedy_steps and not self.metric.influence and self.options.price == "none"
+        return greedy_steps and not self.metric.influence
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -109,10 +109,9 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
             "there is nothing to leave out; set acceleration: none"
         )
-    if found.options.price != "none" and (metric.influence or score.acceleration != "none"):
+    if found.options.price != "none" and metric.influence:
         raise InputError(
-            f"score.options.per {found.options.price} prices the rise of a loss of every candidate; set metric to one "
-            f"of {losses}, and acceleration: none"
+            f"score.options.per {found.options.price} prices the rise of a loss; set metric to one of {losses}"
         )
     return found
 

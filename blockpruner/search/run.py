@@ -209,7 +209,8 @@ class _Run:
 
     def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
         # what it has learned belongs to one search alone
-        select = accelerate(self._objective, self._request.score, self._adaptive)
+        costs = self._resources.get(self._request.options.price)
+        select = accelerate(self._objective, self._request.score, self._adaptive, costs)
         problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens)
         return self._request.search.run(problem, self._request.options)
 

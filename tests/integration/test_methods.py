@@ -27,6 +27,7 @@ METHODS = {
     "beam": {"method": "beam", "options": {"width": 2}},
     "evopress": {"method": "evopress", "metric": "kl", "options": {"generations": 3, "offspring": 4}},
     "swap": {"method": "swap"},
+    "floating": {"method": "floating"},
     "contiguous": {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
     "laco": {"method": "laco", "options": {"count": 2}},
     "slicegpt": {"method": "slicegpt"},

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from blockpruner.core.blocks import DENSE, format_mask, removable_units
+from blockpruner.core.blocks import DENSE, all_blocks, format_mask, removable_units
+from blockpruner.core.families import Costs
 from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
@@ -21,6 +22,8 @@ from tests.tiny import full_nll, tiny_model
 
 LAYERS, ROWS = 6, 12
 UNITS = removable_units(LAYERS, "block", "all")
+COSTS = Costs(6 * LAYERS, {block: 1 if block.kind == "mha" else 3 for block in all_blocks(LAYERS)})
+PRICED = pytest.mark.parametrize("per", ["none", "parameters"])
 
 
 class World(FakeScorer):
@@ -45,17 +48,21 @@ class World(FakeScorer):
         return Objective(short_rows(ROWS), store or TrialStore({}, short_rows(ROWS).row_keys), self)
 
 
-def sequence(world, steps=8, objective=None, **score):
+def sequence(world, steps=8, objective=None, per="none", **score):
     objective = objective or world.objective()
-    search = greedy(Problem(UNITS, objective, accelerate(objective, Score(**score)), ROWS), GreedyOptions())
+    select = accelerate(objective, Score(**score), costs=COSTS if per == "parameters" else None)
+    problem = Problem(UNITS, objective, select, ROWS, resources={"parameters": COSTS})
+    search = greedy(problem, GreedyOptions(per=per))
     return [next(search) for _ in range(steps)]
 
 
-def brute_force(world, steps=8):
+def brute_force(world, steps=8, per="none"):
     removed, found = DENSE, []
     for _ in range(steps):
         left = [unit for unit in UNITS if not unit <= removed]
-        best = min(left, key=lambda unit: world.rows_of(removed | unit).mean())
+        rise = {unit: world.rows_of(removed | unit).mean() - world.rows_of(removed).mean() for unit in left}
+        size = {unit: COSTS.ratio(unit) if per == "parameters" else 1 for unit in left}
+        best = min(left, key=lambda unit: rise[unit] / size[unit] if rise[unit] > 0 else rise[unit] * size[unit])
         found.append(format_mask(best))
         removed |= best
     return found
@@ -121,13 +128,27 @@ def test_slices_end_with_the_last_row(rows):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("acceleration", ["race", "lazy", "lazy+race"])
-def test_same_sequence_for_less_where_candidates_differ(seed, acceleration):
+@PRICED
+def test_same_sequence_for_less_where_candidates_differ(seed, acceleration, per):
     world = World(seed)
-    trace = sequence(world, acceleration=acceleration, **({} if acceleration == "race" else {"floor": 3}))
-    assert removed_in(trace) == brute_force(world)
+    options = {"per": per, **({} if acceleration == "race" else {"floor": 3})}
+    trace = sequence(world, acceleration=acceleration, **options)
+    assert removed_in(trace) == brute_force(world, per=per)
     exact = sum(len(UNITS) - step for step in range(8)) * ROWS
     assert len(world.asked) < exact * {"race": 0.75, "lazy": 0.9, "lazy+race": 0.65}[acceleration]
     assert len(world.asked) == len(set(world.asked))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("acceleration", ["race", "lazy+race"])
+def test_removals_that_lower_the_loss_are_priced_alike(seed, acceleration):
+    """Half of the blocks harm: of those the one that saves most times what it gains goes first."""
+    world = World(seed)
+    for number, unit in enumerate(sorted(UNITS, key=world.cost.get)):
+        world.cost[unit] = 0.3 * number - 1.4
+    trace = sequence(world, per="parameters", acceleration=acceleration, floor=3 if "lazy" in acceleration else None)
+    assert removed_in(trace) == brute_force(world, per="parameters")
+    assert len(world.asked) < 0.75 * sum(len(UNITS) - step for step in range(8)) * ROWS
 
 
 def test_the_choice_has_all_rows_and_losers_say_how_few_they_have():
@@ -212,12 +233,13 @@ def test_stopped_anywhere_and_run_again(units):
     assert len(world.asked) == len(whole.asked) - sum(len(unit.loss) for unit in store_calls)
 
 
-def test_what_a_store_knows_changes_no_decision():
+@PRICED
+def test_what_a_store_knows_changes_no_decision(per):
     exact, cold, warm = World(5), World(5), World(5)
     store = TrialStore({}, short_rows(ROWS).row_keys)
-    sequence(exact, objective=exact.objective(store))
-    assert sequence(warm, objective=warm.objective(store), acceleration="lazy+race") == sequence(
-        cold, acceleration="lazy+race"
+    sequence(exact, objective=exact.objective(store), per=per)
+    assert sequence(warm, objective=warm.objective(store), per=per, acceleration="lazy+race") == sequence(
+        cold, per=per, acceleration="lazy+race"
     )
     assert warm.asked == [] and cold.asked
 

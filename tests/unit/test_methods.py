@@ -409,7 +409,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        ({"method": "gredy"}, "score.method 'gredy' is unknown; valid: beam, contiguous, evopress, given, greedy, "),
+        ({"method": "gredy"}, "score.method 'gredy' is unknown; valid: beam, contiguous, evopress, floating, given, "),
         ({"method": "mask"}, "score.method 'mask' is unknown; valid: beam, "),
         ({"metric": "ppl"}, "score.metric 'ppl' is unknown; valid: perplexity, "),
         ({"method": "random", "metric": "kl"},
@@ -418,7 +418,7 @@ OPTIONS = [
         *(({"method": method, "metric": metric},
            f"score.metric {metric} is of single units, and method: {method} compares whole masks; choose a metric of "
            "masks (perplexity, answer_likelihood, kl, js), or one of the methods contiguous, greedy, one_shot")
-          for method in ("beam", "evopress", "swap") for metric in INFLUENCES),
+          for method in ("beam", "evopress", "floating", "swap") for metric in INFLUENCES),
         *(({"method": method, "metric": metric, "acceleration": acceleration},
            f"score.acceleration {acceleration} does not fit method: {method} with metric: {metric}: there is nothing "
            "to leave out; set acceleration: none")
@@ -430,10 +430,8 @@ OPTIONS = [
               ("random", "perplexity", "lazy"),
               ("evopress", "perplexity", "race"),
           )),
-        *((change | {"options": {"per": "kv"}},
-           "score.options.per kv prices the rise of a loss of every candidate; set metric to one of perplexity, "
-           "answer_likelihood, kl, js, and acceleration: none")
-          for change in ({"metric": "block_influence"}, {"acceleration": "race"})),
+        ({"metric": "block_influence", "options": {"per": "kv"}},
+         "score.options.per kv prices the rise of a loss; set metric to one of perplexity, answer_likelihood, kl, js"),
         *(({"method": method, key: value},
            f"score.{key}: {value} does nothing with method: {method}, which searches no mask; remove it")
           for method in ("laco", "slicegpt")

@@ -247,7 +247,7 @@ def test_swap_leaves_what_greedy_cannot():
 def test_floating_goes_on_from_the_best_it_knows(seed, size):
     """Every attempt to better a mask keeps its amount or goes back to a better one of less; the answer is the best
     known mask of the budget's amount; and a walk to a larger budget sees what a walk to a smaller one has seen."""
-    table, asked = Table(seed, layers=5, size=size), []
+    table, asked = Table(seed, size=size), []
     for budget in ("0.25", "0.5"):
         trace = table.search("floating", budget)
         asked.append({mask for _, _, mask, _ in table.asked})
@@ -477,12 +477,13 @@ def test_a_goal_that_no_mask_meets(method):
     assert format_mask(table.search(method, budget, **options)[-1].removed) == "mlp.0"
 
 
-def test_an_accelerated_start():
-    """Races and lazy steps are greedy's; what they left out is not missed, and nothing is computed twice."""
+@pytest.mark.parametrize("method", ["swap", "floating"])
+def test_an_accelerated_search(method):
+    """What races and lazy steps left out is not missed, and nothing is computed twice."""
     table = Table(6, layers=10, interaction=0.1, noise=0.05)
-    trace = table.search("swap", "0.3", "lazy+race", tries=8)
+    trace = table.search(method, "0.3", "lazy+race", tries=8)
     asked = len(table.asked)
-    exact = table.search("swap", "0.3", tries=8)
+    exact = table.search(method, "0.3", tries=8)
     assert trace[-1].removed == exact[-1].removed
     assert asked < len(table.asked)
 
