@@ -1,0 +1,1 @@
+"""Compensation: kept blocks change so that the model without its removed blocks is nearer to the dense one."""

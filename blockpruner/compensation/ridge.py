@@ -1,0 +1,59 @@
+"""Ridge regression from sums over tokens: what is fitted, how strongly, and how well it does on other tokens.
+
+For features X [N, p] and residuals R [N, q], the change D [p, q] minimises
+
+    |X D - R|^2 + s mean(diag(X^T X)) |D|^2
+
+with s the strength. Everything comes from X^T X, X^T R and |R|^2, so the tokens themselves are never kept, and any
+strength costs one factorization more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, float64."""
+
+    gram: Tensor
+    """X^T X [p, p]."""
+    cross: Tensor
+    """X^T R [p, q]."""
+    total: float = 0.0
+    """|R|^2."""
+
+    @classmethod
+    def zero(cls, features: int, outputs: int, device: torch.device) -> Moments:
+        sizes = ((features, features), (features, outputs))
+        gram, cross = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
+        return cls(gram, cross)
+
+    def add(self, features: Tensor, residuals: Tensor) -> None:
+        """Add tokens: features [N, p], residuals [N, q], float32 or wider. Products are taken in their dtype."""
+        self.gram += features.T @ features
+        self.cross += features.T @ residuals
+        self.total += float(residuals.double().square().sum())
+
+    def solve(self, strength: float) -> Tensor:
+        """The change D [p, q] of these tokens."""
+        weight = strength * self.gram.diagonal().mean()
+        factor = torch.linalg.cholesky(self.gram + weight * torch.eye(len(self.gram)).to(self.gram))
+        return torch.cholesky_solve(self.cross, factor)
+
+    def error(self, change: Tensor) -> float:
+        """|X D - R|^2 / |R|^2 of a change over these tokens; below 1 it helps."""
+        moved = (change * (self.gram @ change - 2 * self.cross)).sum()
+        return 1.0 + float(moved) / self.total if self.total else 1.0
+
+
+def best_change(fitted: Moments, held_out: Moments, strengths: tuple[float, ...]) -> tuple[Tensor, float, float]:
+    """The change that does best on tokens that it was not fitted to, its strength, and its error there."""
+    changes = {strength: fitted.solve(strength) for strength in strengths}
+    errors = {strength: held_out.error(change) for strength, change in changes.items()}
+    strength = min(errors, key=errors.__getitem__)
+    return changes[strength], strength, errors[strength]

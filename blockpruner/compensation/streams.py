@@ -1,0 +1,154 @@
+"""The residual streams of the dense and of the pruned model over the same rows, moved on together, stop by stop.
+
+Decides where both are compared, and what a kept block reads and writes there. Both run on one copy of the model: the
+dense stream passes a block before the block's weights change. So the model is used layer by layer, once, and the rows'
+states lie in the host's memory (two numbers of float32 for each token and column of the stream).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blockpruner.core.blocks import BlockId, Mask
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.walk import Step
+from blockpruner.scoring.work import Rows
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A place in the model: kept blocks that read the same state, and what is removed up to the next kept one."""
+
+    kept: Step
+    hole: tuple[Step, ...]
+    """The removed blocks that read the same state, state by state."""
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of the removed blocks."""
+        return [str(block) for step in self.hole for block in step]
+
+
+def stops_of(steps: Sequence[Step], mask: Mask) -> list[Stop]:
+    """All stops in order. The first one has no kept block; its hole is what is removed before any is kept."""
+    stops = [Stop((), ())]
+    for step in steps:
+        kept, gone = (tuple(block for block in step if (block in mask) is removed) for removed in (False, True))
+        last = Stop(kept, ()) if kept else stops.pop()
+        stops.append(Stop(last.kept, (*last.hole, gone) if gone else last.hole))
+    return stops
+
+
+class Streams(Engine):
+    """The streams of some rows, float32 or wider, batch by batch; and the model's weights, which may be changed.
+
+    Args:
+        model: the dense model. Weights of a stop's kept blocks are changed once the stop is reached, and not before.
+        fitted: how many of the rows, the first ones, something is fitted to; the others are held out.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, batch_tokens: int | str = "auto") -> None:
+        super().__init__(model, batch_tokens)
+        parts = (range(fitted), range(fitted, len(rows)))
+        spans = [span for part in parts if part for span in self.row_batches(rows, part)]
+        self.is_fitted = [span.stop <= fitted for span in spans]
+        batches = [self._batch([rows[i] for i in span]) for span in spans]
+        self.real = [batch.is_real.cpu() for batch in batches]
+        prepared = [self._prepare(batch.input_ids) for batch in batches]
+        self._kwargs = [kwargs for _, kwargs in prepared]
+        self.dense = [states.to(torch.promote_types(states.dtype, torch.float32)).cpu() for states, _ in prepared]
+        self.pruned = [states.clone() for states in self.dense]
+        self.old: dict[Tensor, Tensor] = {}
+        """Of every weight that was changed, what it was."""
+
+    def stops(self, mask: Mask) -> Iterator[Stop]:
+        """The stops in order. At each, the dense stream is behind kept blocks and hole, and the pruned stream before
+        the kept blocks; the caller moves it on."""
+        steps = iter(self._steps)
+        for stop in stops_of(self._steps, mask):
+            passed = 0
+            while passed < len(stop.kept) + len(stop.missing):
+                step = next(steps)
+                passed += len(step)
+                self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
+            yield stop
+
+    def behind(self, step: Step, state: Tensor, number: int) -> Tensor:
+        """A state of a batch, [B, T, d], behind blocks that read it."""
+        hidden = self._read(state)
+        return state + sum(self._block(block, hidden, self._kwargs[number]).to(state) for block in step)
+
+    def written(self, block: BlockId, number: int) -> tuple[Tensor, Tensor]:
+        """Of a block in the pruned stream of a batch: what its writer reads, [B, T, p] (no column without a writer),
+        and what its module gives, before a norm behind it, [B, T, d]."""
+        found: list[Tensor] = []
+        hooks = [
+            self._module(block).register_forward_hook(lambda _, given, out: found.append(_first(out))),
+        ]
+        if (writer := self.writer(block)) is not None:
+            hooks.insert(0, writer.register_forward_pre_hook(lambda _, given: found.append(given[0])))
+        try:
+            self._block(block, self._read(self.pruned[number]), self._kwargs[number])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        *reads, gives = (states.to(self.pruned[number]) for states in found)
+        return reads[0] if reads else gives[..., :0], gives
+
+    def added(self, block: BlockId, gives: Tensor) -> Tensor:
+        """What a block adds to the stream if its module gives this; some families have a norm between them."""
+        norm = self._norm_behind(block)
+        return gives if norm is None else norm(self._read(gives)).to(gives)
+
+    def gain(self, block: BlockId) -> Tensor | None:
+        """What the norm behind a module multiplies the columns of a state of unit size with, [d]; None: no norm."""
+        norm, state = self._norm_behind(block), self.pruned[0]
+        return None if norm is None else norm(torch.ones(state.shape[-1]).to(self._read(state))).to(state)
+
+    def writer(self, block: BlockId) -> nn.Linear | None:
+        """The last projection of a block; None where it has many, as a mixture of experts."""
+        found = getattr(self._module(block), self._family.branch(block.kind).output, None)
+        return found if isinstance(found, nn.Linear) else None
+
+    @property
+    def writers(self) -> list[nn.Linear | None]:
+        """Of all blocks."""
+        return [self.writer(block) for step in self._steps for block in step]
+
+    @property
+    def reads_through_norms(self) -> bool:
+        return self._family.mha.norm is not None and self._family.mlp.norm is not None
+
+    def outputs(self, block: BlockId) -> list[Tensor]:
+        """All weights and biases of a block's last projections, to which what it adds is proportional."""
+        norm, output = self._norm_behind(block), self._family.branch(block.kind).output
+        named = self._module(block).named_parameters()
+        return list(norm.parameters()) if norm else [weight for name, weight in named if output in name.split(".")]
+
+    def change_(self, weight: Tensor, value: Tensor) -> Tensor:
+        """Give a weight another value; returns the difference as it is in the weight's dtype."""
+        if weight not in self.old:
+            self.old[weight] = weight.detach().clone().cpu()
+        before = weight.detach().clone()
+        weight.copy_(value)
+        return weight.detach() - before
+
+    def _module(self, block: BlockId) -> nn.Module:
+        found: nn.Module = getattr(self._layers[block.layer], self._family.branch(block.kind).module)
+        return found
+
+    def _norm_behind(self, block: BlockId) -> nn.Module | None:
+        post = self._family.branch(block.kind).post
+        return None if post is None else getattr(self._layers[block.layer], post)
+
+    def _read(self, state: Tensor) -> Tensor:
+        return state.to(self._home, self._head.weight.dtype)
+
+
+def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,211 @@
+"""Compensation against plain least squares in numpy, against the same change written into a forward pass, and where it
+must recover the dense model exactly."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from blockpruner.compensation import methods
+from blockpruner.compensation.compensate import compensate
+from blockpruner.compensation.ridge import Moments, best_change
+from blockpruner.compensation.streams import Streams, stops_of
+from blockpruner.core.blocks import format_mask, parse_mask
+from blockpruner.core.errors import InputError
+from blockpruner.core.progress import SilentObserver
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model.models import decoder_layers, masked, model_family, prune_
+from blockpruner.scoring.walk import steps_of
+from tests.plans import plan_of
+from tests.tiny import VARIANTS, full_nll, tiny_model
+
+GENERATOR = torch.Generator().manual_seed(5)
+ROWS = CalibrationSet(tuple(tuple(torch.randint(1, 257, (24,), generator=GENERATOR).tolist()) for _ in range(40)))
+
+
+def mask_plan(model, mask):
+    return plan_of(model.config.to_dict(), mask.split(","))
+
+
+def changed(model, mask, method, fitted=30):
+    """What was done hole by hole; the model keeps its new weights."""
+    with torch.no_grad():
+        return list(methods.COMPENSATIONS[method].change_(Streams(model, ROWS.rows, fitted), parse_mask(mask)))
+
+
+def ids():
+    return torch.tensor(ROWS.rows)
+
+
+def test_ridge_is_numpys_least_squares():
+    x, r = np.random.default_rng(0).normal(size=(50, 6)), np.random.default_rng(1).normal(size=(50, 3))
+    moments = Moments.zero(6, 3, torch.device("cpu"))
+    for part in (slice(0, 20), slice(20, 50)):
+        moments.add(torch.tensor(x[part]), torch.tensor(r[part]))
+    wanted = ridge(x, r, 0.3)
+    change = moments.solve(0.3)
+    np.testing.assert_allclose(change, wanted, atol=1e-12)
+    assert moments.error(change) == pytest.approx(((x @ wanted - r) ** 2).sum() / (r**2).sum(), rel=1e-12)
+    assert moments.error(torch.zeros(6, 3, dtype=torch.float64)) == 1.0
+    noise = Moments.zero(6, 3, torch.device("cpu"))
+    noise.add(torch.tensor(x), torch.tensor(-r))  # on which every change does harm: the smallest is the best one
+    assert best_change(moments, noise, (0.1, 1.0, 10.0))[1:] == (10.0, noise.error(moments.solve(10.0)))
+    assert noise.error(moments.solve(10.0)) > 1
+
+
+def test_stops_hold_every_block_once_and_holes_follow_kept_blocks():
+    mask = parse_mask("mha.0,mlp.1,mha.2,mlp.2,mlp.3")
+    stops = [("+".join(map(str, stop.kept)), "+".join(stop.missing)) for stop in stops_of(steps_of(4, False), mask)]
+    assert stops == [("", "mha.0"), ("mlp.0", ""), ("mha.1", "mlp.1+mha.2+mlp.2"), ("mha.3", "mlp.3")]
+    stops = [("+".join(map(str, stop.kept)), "+".join(stop.missing)) for stop in stops_of(steps_of(4, True), mask)]
+    assert stops == [("", ""), ("mlp.0", "mha.0"), ("mha.1", "mlp.1+mha.2+mlp.2"), ("mha.3", "mlp.3")]
+
+
+def ridge(x, r, strength):
+    """numpy's least squares of tokens [N, p] and [N, q], with a pull to zero."""
+    pull = np.sqrt(strength * np.mean(np.diag(x.T @ x))) * np.eye(x.shape[1])
+    return np.linalg.lstsq(np.vstack([x, pull]), np.vstack([r, np.zeros((len(pull), r.shape[1]))]), rcond=None)[0]
+
+
+def seen_by(model, name, tokens):
+    """What a part of the model reads in a plain forward pass."""
+    taken = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, given: taken.append(given[0]))
+    model(tokens)
+    hook.remove()
+    return taken[0]
+
+
+FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.2.self_attn.o_proj"
+
+
+@pytest.mark.parametrize("method", ["refit", "map"])
+def test_fits_are_least_squares_of_writers_on_plain_forward_passes(monkeypatch, method):
+    """Holes mha.1 and mlp.2; what follows a hole reads the stream behind it: the norm of mlp.1, and layer 3."""
+    monkeypatch.setattr(methods, "STRENGTHS", (0.3,))
+    model, tokens = tiny_model("llama").requires_grad_(False), ids()[:30]
+    behind = ("model.layers.1.post_attention_layernorm", "model.layers.3.input_layernorm")
+    dense = [seen_by(model, name, tokens) for name in behind]
+    wanted = tiny_model("llama").requires_grad_(False)
+    for name, place, target in zip((FIRST, SECOND), behind, dense, strict=True):
+        writer = wanted.get_submodule(name)
+        with masked(wanted, parse_mask("mha.1,mlp.2")):
+            reads, stream = seen_by(wanted, name, tokens), seen_by(wanted, place, tokens)
+        weight = 1 / target.norm(dim=-1, keepdim=True)
+        x = reads if method == "refit" else reads @ writer.weight.T
+        change = ridge(*((part * weight).flatten(0, 1).numpy() for part in (x, target - stream)), 0.3)
+        step = torch.tensor(change.T) if method == "refit" else torch.tensor(change.T) @ writer.weight
+        writer.weight.add_(step)
+    holes = changed(model, "mha.1,mlp.2", method)
+    assert [hole["writers"] for hole in holes] == [["mlp.0"], ["mha.2"]] and all(hole["error"] < 1 for hole in holes)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, wanted.state_dict()[name], atol=1e-9, rtol=0)
+
+
+def rewire(model, layer, give):
+    """Make the MLP of a layer give what `give` makes of what the attention before it gave."""
+    given = {}  # by the number of rows: batches of unlike size take turns
+    block = decoder_layers(model)[layer]
+    block.self_attn.o_proj.register_forward_hook(lambda _, x, y: given.update({len(y): y}))
+    block.mlp.forward = lambda states: give(given[len(states)])
+
+
+@pytest.mark.parametrize("method", ["refit", "map"])
+def test_a_removed_linear_map_of_the_writer_before_is_recovered(monkeypatch, method):
+    monkeypatch.setattr(methods, "STRENGTHS", (1e-12,))
+    model = tiny_model("llama").requires_grad_(False)
+    matrix = torch.randn(32, 32, dtype=torch.float64, generator=GENERATOR) / 6
+    rewire(model, 1, lambda given: given @ matrix)
+    before = model(ids()).logits
+    (hole,) = changed(model, "mlp.1", method)
+    with masked(model, parse_mask("mlp.1")) as pruned:
+        torch.testing.assert_close(pruned(ids()).logits, before, atol=1e-5, rtol=0)
+    assert hole["error"] < 1e-9
+
+
+def test_a_removed_constant_is_recovered_in_a_bias(monkeypatch):
+    monkeypatch.setattr(methods, "STRENGTHS", (1e-14,))
+    model = tiny_model("gpt_neox sequential").requires_grad_(False)
+    decoder_layers(model)[2].attention.dense.weight.zero_()  # its bias is what it adds
+    before = model(ids()).logits
+    (hole,) = changed(model, "mha.2", "bias")
+    with masked(model, parse_mask("mha.2")) as pruned:
+        torch.testing.assert_close(pruned(ids()).logits, before, atol=1e-7, rtol=0)
+    assert hole["error"] < 1e-12
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "olmo2"])
+def test_scale_is_a_stream_that_grows_at_each_hole(variant):
+    """Against a forward pass that multiplies the stream where blocks are missing."""
+    model, reference = (tiny_model(variant).requires_grad_(False) for _ in range(2))
+    parallel = model_family(model).is_parallel(model.config.to_dict())
+    mask = parse_mask("mha.1,mlp.1,mha.2,mlp.2" if parallel else "mha.1,mlp.2")
+    ratios = [hole["ratio"] for hole in changed(model, format_mask(mask), "scale")]
+    assert len(ratios) == (1 if parallel else 2)
+    with masked(model, mask) as pruned:
+        found = pruned(ids()).logits
+    with masked(reference, mask) as pruned:
+        layers = decoder_layers(pruned)
+        for layer, ratio in zip((1, 3), ratios, strict=False):
+            layers[layer].register_forward_pre_hook(lambda _, given, ratio=ratio: (given[0] * ratio, *given[1:]))
+        torch.testing.assert_close(pruned(ids()).logits, found, atol=1e-4, rtol=0)  # norms have an epsilon
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_refit_comes_nearer_to_the_dense_states_in_every_family(variant):
+    model = tiny_model(variant).requires_grad_(False)
+    dense = model(ids()[:30], output_hidden_states=True).hidden_states[-1]
+    mask = parse_mask("mlp.1,mha.2")
+
+    def distance():
+        with masked(model, mask) as pruned:
+            states = pruned(ids()[:30], output_hidden_states=True).hidden_states[-1]
+        return float((states - dense).square().mean())
+
+    before = distance()
+    holes = changed(model, "mlp.1,mha.2", "refit")
+    assert distance() < before and [hole["hole"] for hole in holes] != []
+
+
+def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alone(monkeypatch):
+    """Layers 1 and 2 join to one; the refitted writer of layer 0 keeps its name, that of layer 3 becomes layer 2's."""
+    model = tiny_model("llama").requires_grad_(False)
+    matrix = torch.randn(32, 32, dtype=torch.float64, generator=GENERATOR) / 6
+    rewire(model, 2, lambda given: given @ matrix)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    mask = "mha.1,mlp.1,mlp.2"
+    found = compensate(model, mask_plan(model, mask), ROWS, 10, "refit", SilentObserver())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert found.report["perplexity"]["after"] < found.report["perplexity"]["before"]
+    pruned = prune_(model, parse_mask(mask))
+    assert found.weights.keys() == {"model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"}
+    assert found.weights.keys() <= pruned.state_dict().keys()
+    pruned.load_state_dict({**pruned.state_dict(), **found.weights})
+    nll = np.mean([full_nll(pruned, row) for row in ROWS.rows[30:]])
+    assert np.exp(nll) == pytest.approx(found.report["perplexity"]["after"], rel=1e-9)
+
+
+def test_what_does_not_help_is_left(monkeypatch):
+    model = tiny_model("llama").requires_grad_(False)
+    monkeypatch.setattr(methods, "best_change", lambda fitted, held_out, strengths: (-fitted.solve(0.01), 0.01, 0.5))
+    found = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, "refit", SilentObserver())
+    perplexity = found.report["perplexity"]
+    assert not found.weights and found.report["share"] == 0 and perplexity["after"] == perplexity["before"]
+
+
+def test_bad_requests_name_the_fix():
+    model = tiny_model("llama")
+    plan = mask_plan(model, "mlp.1")
+    for changes, rows, method, words in (
+        ({}, 0, "refit", "raise compensate.num_rows"),
+        ({}, 40, "refit", "40 rows, 40 held out"),
+        ({"kind": "laco"}, 10, "refit", "not for laco; set none"),
+        ({}, 10, "glue", "valid: scale, bias, map, refit"),
+    ):
+        with pytest.raises(InputError, match=words):
+            compensate(model, replace(plan, **changes), ROWS, rows, method, SilentObserver())
+    with pytest.raises(InputError, match="this model has none; choose scale, map or refit"):
+        changed(model, "mlp.1", "bias")
+    with pytest.raises(InputError, match="those of this family read it as it is"):
+        changed(tiny_model("olmo2"), "mlp.1", "scale")
