@@ -25,7 +25,7 @@ DEPTH, VALUES = 32, 100_000
 """How deep a file of settings nests at most, and how many values it holds."""
 
 SOURCES = "sources.yaml"
-KINDS = ("pypi", "hub", "path", "tasks")
+KINDS = ("pypi", "hub", "path", "tasks", "mix")
 """Kinds of source: what `source` may be beside a name in runs/sources.yaml."""
 
 
@@ -143,6 +143,8 @@ def _count(value: Any, known: dict[int, int], depth: int = 0) -> int:
 
 def _with_sources(values: Any, named: Mapping[str, Any], path: Path) -> Any:
     """The values of a run file with the keys of each named source in place of its name."""
+    if isinstance(values, list):
+        return [_with_sources(value, named, path) for value in values]
     if not isinstance(values, dict):
         return values
     source, found = values.get("source"), {key: _with_sources(value, named, path) for key, value in values.items()}
@@ -167,6 +169,7 @@ def run_schema(named: Iterable[str]) -> dict[str, Any]:
     }
     parts = [*found["$defs"].values(), found]
     for field in (field for part in parts for field in part.get("properties", {}).values()):
+        field = field.get("items", field)
         if field.pop("discriminator", None):
             field["oneOf"].append({"$ref": "#/$defs/Named"})
     return found

@@ -113,7 +113,17 @@ class LocalTexts(Local):
     format: Format = "text"
 
 
-Texts = Annotated[PypiTexts | HubTexts | LocalTexts, Field(discriminator="source")]
+Source = Annotated[PypiTexts | HubTexts | LocalTexts, Field(discriminator="source")]
+
+
+class MixedTexts(Frozen):
+    """The texts of several sources, as one pool."""
+
+    source: Literal["mix"]
+    of: tuple[Source, ...] = Field(min_length=2)
+
+
+Texts = Annotated[PypiTexts | HubTexts | LocalTexts | MixedTexts, Field(discriminator="source")]
 
 ALPACA = HubTexts(source="hub", repo="tatsu-lab/alpaca")
 
@@ -135,13 +145,17 @@ class TaskAnswers(Frozen):
 
 
 def _has_responses(data: Any) -> bool:
+    if isinstance(data, MixedTexts):
+        return any(map(_has_responses, data.of))
     return data == ALPACA or getattr(data, "format", None) == "alpaca"
 
 
 class Calibration(Frozen):
     """The token rows on which blocks are scored. The defaults are the paper's."""
 
-    data: Annotated[PypiTexts | HubTexts | LocalTexts | TaskAnswers, Field(discriminator="source")] = ALPACA
+    data: Annotated[PypiTexts | HubTexts | LocalTexts | MixedTexts | TaskAnswers, Field(discriminator="source")] = (
+        ALPACA
+    )
     num_samples: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
     """auto draws `cap` samples, and a greedy step looks at as many of their rows as it needs."""
     cap: int = Field(default=1024, ge=1)
@@ -159,8 +173,8 @@ class Calibration(Frozen):
     score: Literal["all", "response"] = Field(
         default_factory=lambda given: "response" if given["split"] == "all" and _has_responses(given["data"]) else "all"
     )
-    """Which tokens are scored: all, or only those of responses. The default is response for the Alpaca format, and all
-    with split: paper, as the paper does."""
+    """Which tokens are scored: all, or only those of responses (of a text without one, all). The default is response
+    for the Alpaca format, and all with split: paper, as the paper does."""
     seed: int = 42
 
     @property

@@ -156,10 +156,10 @@ def pack_rows(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str
             tail is dropped. So does the paper's code: its 256 samples are about 15 rows of 2,048. "per_sample": each
             sample is a row, cut off at `seq_len`; batches pad rows on the right, outside attention and loss.
         score: "all": every token after a row's first is scored. "response": only tokens that end in a response are;
-            the instruction and the template around it are given.
+            the instruction and the template around it are given. A text without the template is scored as a whole.
 
     Raises:
-        InputError: no row comes out; the message names how many samples would do. Or a sample has no response.
+        InputError: no row comes out; the message names how many samples would do. Or no sample has a response.
     """
     for value, valid, key in ((packing, ("joined", "per_sample"), "packing"), (score, ("all", "response"), "score")):
         if value not in valid:
@@ -201,12 +201,19 @@ def _mark_responses(groups: Sequence[Sequence[str]], tokenizer: Any) -> list[lis
             f"calibration.score: response needs to know which characters a token is, and {type(tokenizer).__name__} "
             "does not tell; set calibration.score: all"
         )
+    starts = {sample: response_start(sample) for group in groups for sample in group}
+    if not any(start is not None for start in starts.values()):
+        sample = next(iter(starts))
+        raise InputError(
+            f"calibration.score: response is for instructions with responses (format: alpaca), and {sample[:40]!r}... "
+            "has none; set calibration.score: all, or choose other data"
+        )
     encoded = tokenizer(["\n\n".join(group) for group in groups], return_offsets_mapping=True)
     marked: list[list[int]] = []
     for group, ids, offsets in zip(groups, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         begins, ends, start = [], [], 0
         for sample in group:
-            begins.append(start + response_start(sample))
+            begins.append(start + (starts[sample] or 0))
             ends.append(start + len(sample))
             start += len(sample) + 2
         marked.append([])

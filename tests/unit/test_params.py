@@ -10,7 +10,17 @@ import yaml
 from jsonschema import ValidationError, validate
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Calibration, Evaluate, HubTexts, LocalModel, Recover, Score, ZeroShot
+from blockpruner.core.settings import (
+    Calibration,
+    Evaluate,
+    HubTexts,
+    LocalModel,
+    LocalTexts,
+    MixedTexts,
+    Recover,
+    Score,
+    ZeroShot,
+)
 from blockpruner.params import NO_RUNS, load_params, load_run, run_schema
 from stages import _values
 
@@ -77,6 +87,14 @@ def test_a_named_source_is_its_keys_and_those_beside_the_name(tmp_path):
     run = load_run("r", tmp_path)
     assert run.model == LocalModel(source="path", path="here", dtype="float64")
     assert run.calibration == Calibration(data=HubTexts(source="hub", repo="a/b"))
+    (tmp_path / "sources.yaml").write_text("mine: {source: path, path: here, format: alpaca}")
+    mix = "{source: mix, of: [{source: mine}, {source: path, path: there}]}"
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{source: path, path: m}}\ncalibration: {{data: {mix}, split: all}}\nrecover: {{data: {mix}}}"
+    )
+    calibration = load_run("r", tmp_path).calibration
+    one, other = LocalTexts(source="path", path="here", format="alpaca"), LocalTexts(source="path", path="there")
+    assert calibration.data == MixedTexts(source="mix", of=(one, other)) and calibration.score == "response"
     (tmp_path / "r.yaml").write_text("model: {source: yours}")
     with pytest.raises(InputError, match=r"r\.yaml: source 'yours' is unknown; valid: .*, or a name in .*: mine"):
         load_run("r", tmp_path)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from huggingface_hub.utils import filter_repo_objects
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import HubModel, PypiTexts
+from blockpruner.core.settings import HubModel, MixedTexts, PypiTexts
 from blockpruner.inputs.checkpoints import _convert_gguf, checkpoint_identity, fetch_checkpoint, licence_of
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
@@ -371,7 +371,7 @@ def test_truncated_weights(tmp_path, kept):
         load_model(weights.parent, "float32", "cpu")
 
 
-def test_texts():
+def test_texts(tmp_path):
     records = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Hi", "input": "", "output": "Ho"},
@@ -381,6 +381,12 @@ def test_texts():
     assert second.endswith("### Instruction:\nHi\n\n### Response:\nHo")
     wiki = b'<doc id="1" title="A">\nA\n\nBody\n\n</doc>\n<doc id="2" title="B">\nB\n\nMore\n</doc>\n'
     assert parse_texts(wiki, "wiki.utf8", "wikipedia") == ["A\n\nBody", "B\n\nMore"]
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    (tmp_path / "y.txt").write_text("Yes.")
+    names = {"x.json": "alpaca", "y.txt": "text"}
+    parts = [{"source": "path", "path": str(tmp_path / name), "format": form} for name, form in names.items()]
+    mix = MixedTexts.model_validate({"source": "mix", "of": parts})
+    assert load_texts(mix, tmp_path, tmp_path) == [first, second, "Yes."]
     with pytest.raises(InputError, match=r"no column text \(it has instruction, input, output\)"):
         parse_texts(json.dumps(records).encode(), "x.json", "text")
 
