@@ -38,8 +38,8 @@ PLAN_VERSION = 1
 EXPORT_VERSION = 2
 """The content of exported checkpoints, in every format."""
 
-RECOVERY_VERSION = 2
-"""The weights that come out of LoRA training. Part of the key of trained adapters."""
+RECOVERY_VERSION = 3
+"""The weights that come out of training. Part of the key of its states."""
 
 EVAL_VERSION = 2
 """Perplexities, task scores and timings. Part of the key of every stored result."""

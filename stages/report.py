@@ -36,8 +36,9 @@ def labels(settings: Run) -> RunLabels:
         + (" of documents from their beginning" if evaluate.perplexity.packing == "documents" else ""),
         tasks=f"{origin(evaluate.zero_shot.data)}; zero-shot, first {evaluate.zero_shot.limit or 'to last'} items, "
         f"{'with the BOS that the tokenizer adds' if evaluate.zero_shot.bos else 'without BOS'}",
-        recovery=f"{recover.num_samples:,} samples of {origin(recover.data)}, rank {recover.rank}, alpha "
-        f"{recover.alpha:g}, learning rate {recover.learning_rate:g}, epochs {recover.epochs}"
+        recovery=f"{recover.title}; "
+        + (f"{recover.num_rows:,} rows" if recover.num_rows else f"{recover.num_samples:,} samples")
+        + f" of {origin(recover.data)}, learning rate {recover.learning_rate:g}, epochs {recover.epochs}"
         if recover
         else "",
         search={"none": "exact", "lazy+race": "lazy + race"}.get(

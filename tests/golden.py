@@ -497,7 +497,7 @@ def gguf_content(path: Path) -> Any:
 
 
 def recovered(world: World) -> Any:
-    """Losses of LoRA training, and norms of the weights that come out of it."""
+    """Losses of training, and norms of the weights that come out of it."""
     recipe = {"data": TEXTS, "num_samples": 8, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2}
     world.start("recovered", recover=recipe)
     score.main("recovered")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.settings import Perplexity, WikiText
 from blockpruner.inputs.calibration import cut
-from blockpruner.model.models import model_family
+from blockpruner.model.models import head_of
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.work import LOGITS_BYTES
 
@@ -138,9 +138,7 @@ def measure_perplexity(
     Raises:
         NonFiniteLossError: the loss of a row is NaN or infinite; names the row.
     """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    cap_field = model_family(model).logit_cap
-    cap: float | None = getattr(model.config, cap_field) if cap_field else None
+    decoder, head = model.get_decoder(), head_of(model)
     chunk = max(1, LOGITS_BYTES // (model.config.vocab_size * 4))
     means: list[float] = []
     for number, row in enumerate(rows):
@@ -148,9 +146,7 @@ def measure_perplexity(
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]  # [T-1, H]
         total = 0.0
         for part, targets in zip(torch.split(states, chunk), torch.split(ids[0, 1:], chunk), strict=True):
-            logits = head(part)
-            logits = logits if cap is None else cap * torch.tanh(logits / cap)
-            total += token_nll(logits, targets).double().sum().item()
+            total += token_nll(head(part), targets).double().sum().item()
         if not math.isfinite(total):
             raise NonFiniteLossError(
                 f"held-out perplexity: the loss of row {number} is {total}; try a wider dtype (model.dtype: float32)"

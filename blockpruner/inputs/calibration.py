@@ -96,7 +96,12 @@ class CalibrationSet:
 
 
 def draw(
-    texts: Sequence[str], num_samples: int, split: str, seed: int, section: str = "calibration", at_most: bool = False
+    texts: Sequence[str],
+    num_samples: int,
+    split: str,
+    seed: int,
+    at_most: bool = False,
+    key: str = "calibration.num_samples",
 ) -> list[str]:
     """Draw samples without replacement.
 
@@ -104,8 +109,8 @@ def draw(
         split: "all": the samples are the first ones of one permutation of everything, so a larger draw begins with the
             smaller one. "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in
             half, both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
-        section: the section of the run file that asks for samples, for the message.
         at_most: all samples will do where there are fewer.
+        key: what asks for so many in the run file, for the message.
 
     Raises:
         InputError: there are fewer texts than `num_samples`.
@@ -124,7 +129,7 @@ def draw(
         num_samples = min(num_samples, len(pool))
     if num_samples > len(pool):
         raise InputError(
-            f"{section}.num_samples {num_samples} is more than the {len(pool)} texts that the source holds (split: "
+            f"{key} {num_samples} is more than the {len(pool)} texts that the source holds (split: "
             f"{split}); lower it to at most {len(pool)}"
         )
     chance = random.Random(seed)
@@ -240,7 +245,7 @@ def draw_rows(
     if len(pool) < len(texts):
         note(f"{len(texts) - len(pool)} of {len(texts)} calibration texts are evaluated too: they are not drawn")
     if wanted.num_rows is not None:
-        rows = _fill_rows(pool, tokenizer, wanted, wanted.num_rows)
+        rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows)
     else:
         adaptive = wanted.num_samples == "auto"
         samples = draw(pool, wanted.samples, wanted.split, wanted.seed, at_most=adaptive)
@@ -256,8 +261,13 @@ def draw_rows(
     return rows
 
 
-def _fill_rows(pool: Sequence[str], tokenizer: Any, wanted: Calibration, num_rows: int) -> CalibrationSet:
+def fill_rows(
+    pool: Sequence[str], tokenizer: Any, wanted: Calibration, num_rows: int, key: str = "calibration.num_rows"
+) -> CalibrationSet:
     """The first `num_rows` rows of all texts joined, in the order in which they are drawn.
+
+    Args:
+        key: what asks for so many in the run file, for the message.
 
     Raises:
         InputError: the texts are fewer rows.
@@ -271,7 +281,7 @@ def _fill_rows(pool: Sequence[str], tokenizer: Any, wanted: Calibration, num_row
         if len(rows.rows) >= num_rows:
             return CalibrationSet(rows.rows[:num_rows], rows.dropped)
     raise InputError(
-        f"calibration.num_rows {num_rows} is more than the {len(rows.rows)} rows of {wanted.seq_len} tokens that the "
+        f"{key} {num_rows} is more than the {len(rows.rows)} rows of {wanted.seq_len} tokens that the "
         f"{len(samples)} texts of the source fill; lower it to at most {len(rows.rows)}, or choose a larger source"
     )
 

@@ -7,7 +7,7 @@ Decides how a removed block is expressed in a live transformers model. The code 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
@@ -169,6 +169,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The function from a decoder's last states [..., H] to logits [..., V], capped where the family caps them."""
+    head, field = model.get_output_embeddings(), model_family(model).logit_cap
+    cap: float | None = getattr(model.config, field) if field else None
+    return head if cap is None else lambda states: cap * torch.tanh(head(states) / cap)
+
+
 @contextmanager
 def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Within, layers, modules, parameters and config may be replaced; on exit the model is as before, to the bit."""
@@ -218,20 +225,32 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     Raises:
         InputError: a block that the model does not have.
     """
-    family, layers = model_family(model), decoder_layers(model)
-    _check(mask, len(layers))
-    packed = pack_layers(mask, len(layers))
-    whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
-    if len(whole) == len(packed) and not family.is_parallel(model.config.to_dict()):
-        _join_(model, whole)
+    layout, is_joined = _layout(model, mask)
+    if is_joined:
+        _join_(model, layout)
     else:
-        removed = {(block.layer, block.kind) for block in mask}
-        kept = [i for i in range(len(layers)) if not {(i, kind) for kind in BlockKind} <= removed]
-        _remove_(model, mask, kept)
-        model.__class__ = model_class(family)
+        _remove_(model, mask, [layer for layer, _ in layout])
+        model.__class__ = model_class(model_family(model))
         # weights of a loaded model may have had other names (GPT-NeoX's head, experts); the new class reads its own
         model._weight_conversions = []
     return model
+
+
+def depths_after(model: PreTrainedModel, mask: Mask) -> list[int]:
+    """Of each layer that `prune_` leaves, the layer of the whole model whose output it stands for."""
+    return [mlp for _, mlp in _layout(model, mask)[0]]
+
+
+def _layout(model: PreTrainedModel, mask: Mask) -> tuple[list[tuple[int, int]], bool]:
+    """Of each layer that is left, the layers that its MHA and its MLP come from; and whether these may differ."""
+    layers = len(decoder_layers(model))
+    _check(mask, layers)
+    packed = pack_layers(mask, layers)
+    whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
+    if len(whole) == len(packed) and not model_family(model).is_parallel(model.config.to_dict()):
+        return whole, True
+    removed = {(block.layer, block.kind) for block in mask}
+    return [(i, i) for i in range(layers) if not {(i, kind) for kind in BlockKind} <= removed], False
 
 
 def _join_(model: PreTrainedModel, whole: Sequence[tuple[int, int]]) -> None:

@@ -82,7 +82,7 @@ def _facts(study: ReportedRun) -> tuple[tuple[str, str], ...]:
         ("Calibration", f"{labels.calibration}: {calibration['rows']:,} rows, {calibration['tokens']:,} tokens"),
         ("Held-out text", f"{labels.heldout}: {text.rows:,} rows, {text.tokens:,} tokens"),
         ("Tasks", f"{labels.tasks}: {tasks}"),
-        *([("Recovery", f"LoRA on {labels.recovery}: {listed(trained)}")] if trained else []),
+        *([("Recovery", f"{labels.recovery}: {listed(trained)}")] if trained else []),
         ("Speed", study.targets[0].race.pruned.setting),
         *_metric(study),
         _made(study),

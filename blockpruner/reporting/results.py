@@ -252,8 +252,8 @@ class Option:
 
     @property
     def recipe(self) -> str:
-        """The method, and LoRA where the model was trained after it."""
-        return self.method + (" + LoRA" if self.plan and self.plan.recover else "")
+        """The method, and that it was trained where the model was trained after it."""
+        return self.method + (" + training" if self.plan and self.plan.recover else "")
 
     @property
     def taken_out(self) -> str:

@@ -111,7 +111,7 @@ def headline(study: ReportedRun) -> Grid:
     add("Parameters removed", REMOVED.of)
     add("Taken out", lambda o: o.taken_out)
     if any(target.plan.recover for target in study.targets):
-        add("Trained since", lambda o: "LoRA" if o.plan and o.plan.recover else "no")
+        add("Trained since", lambda o: "yes" if o.plan and o.plan.recover else "no")
     add("Held-out perplexity", HELDOUT.of)
     for task, found in study.dense.model.tasks.items():
         if not found.is_accuracy:

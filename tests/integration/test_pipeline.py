@@ -121,13 +121,13 @@ def test_a_target_is_recovered_beside_the_one_that_is_not(project, first):
     assert not {"materialize@small.2", "recover@small.2", "benchmark@small.2"} & set(ran(output))
     assert {"commit@lora.2", "materialize@lora.2", "recover@lora.2", "benchmark@lora.2"} <= set(ran(output))
     facts = read_json(project / "data/recovered/lora.2/recover.json")
-    assert facts["samples"] == 12 and len(facts["losses"]) == 6
+    assert facts["rows"] == 12 and len(facts["losses"]) == 6
     assert read_json(project / "data/recovered/lora.2/hf/verification.json")["ok"]
     assert read_json(project / "data/recovered/small.2/recover.json") == {"enabled": False}
     before, after = (read_json(project / f"data/results/{name}/results.json") for name in ("small.2", "lora.2"))
     assert before["parameters"] == after["parameters"]
     assert after["perplexity"]["perplexity"] < before["perplexity"]["perplexity"]
-    assert "then recovered with LoRA" in (project / "data/report/report.md").read_text()
+    assert "then trained" in (project / "data/report/report.md").read_text()
 
 
 def test_dvc_reads_metrics_and_plots(project, first):

@@ -16,7 +16,6 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from blockpruner import recovery
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import benchmarks
@@ -25,6 +24,7 @@ from blockpruner.evaluation.tasks import tables_from_archive, tables_from_folder
 from blockpruner.inputs import packages
 from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
 from blockpruner.inputs.texts import TEXTS, parse_texts
+from blockpruner.recovery.state import Progress, resume_, save
 from blockpruner.search.trace import ITERATION, read_iteration, table_path
 from blockpruner.store.files import read_json, read_kept_json, read_table, write_sealed_json, write_table
 from blockpruner.store.journal import checksummed
@@ -372,11 +372,11 @@ def test_a_damaged_training_state_is_refused_or_is_the_same(changes, keep, tmp_p
         [2.5, 1.25],
         tmp_path / "s",
     )
-    recovery._save(path, weights, None, losses)
+    save(path, weights, torch.optim.AdamW(weights.values()), Progress(losses, finished=True))
     for _ in damages(path, changes, keep):
         for weight in weights.values():
             weight.data.zero_()
-        found = recovery._resume_(path, weights, torch.optim.AdamW(weights.values()), SilentObserver())
+        found = resume_(path, weights, torch.optim.AdamW(weights.values()), SilentObserver()).losses
         assert found in ([], losses)
         assert all(
             torch.equal(weight.data, whole[name] if found else 0 * whole[name]) for name, weight in weights.items()

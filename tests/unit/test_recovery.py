@@ -1,4 +1,4 @@
-"""Recovery against LoRA and AdamW written out here in plain torch, and against itself after a kill."""
+"""Recovery against LoRA, AdamW and the loss written out here in plain torch, and against itself after a kill."""
 
 import json
 import math
@@ -15,7 +15,6 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from blockpruner import recovery
 from blockpruner.checkpoints import hf
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
@@ -25,14 +24,17 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import load_model, prune_
 from blockpruner.params import load_run
-from blockpruner.recovery import recover_, training_rows
+from blockpruner.recovery import loss, training
+from blockpruner.recovery.rows import training_rows
+from blockpruner.recovery.state import digest
+from blockpruner.recovery.training import recover_
 from blockpruner.store.files import write_json
 from blockpruner.store.manifest import manifest
 from blockpruner.store.plans import save_plan
 from stages import recover
 from tests.integration.project import sentence
 from tests.plans import plan_of
-from tests.tiny import VARIANTS, full_nll, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import VARIANTS, full_nll, save_tiny, tiny_model, tiny_tokenizer, tolerance
 
 ROOT = Path(__file__).parents[2]
 MASK = parse_mask("mha.0,mlp.1,mha.2,mlp.2")  # an MLP-only layer, an attention-only layer, a layer that is gone
@@ -49,9 +51,9 @@ def pruned(family="llama", dtype=torch.float64, **config):
     return prune_(tiny_model(family, dtype=dtype, **config), MASK)
 
 
-def train(model, adapters, recipe=SMALL, rows=ROWS, identity="m", observer=None, **options):
-    observer = observer or SilentObserver()
-    return recover_(model, rows, recipe, adapters=adapters, identity=identity, observer=observer, **options)
+def train(model, adapters, recipe=SMALL, rows=ROWS, **options):
+    given = {"teacher": None, "validation": None, "identity": "m", "observer": SilentObserver()} | options
+    return recover_(model, rows, recipe, adapters=adapters, **given)
 
 
 def weights_of(model):
@@ -74,7 +76,7 @@ class Watch(SilentObserver):
     """Counts steps, keeps notes, and kills the run after `last` of them."""
 
     def __init__(self, last=math.inf):
-        self.last, self.steps, self.notes, self.cached = last, 0, [], None
+        self.last, self.steps, self.notes, self.cached, self.summary = last, 0, [], None, ""
 
     def note(self, message):
         self.notes.append(message)
@@ -85,7 +87,7 @@ class Watch(SilentObserver):
             raise KeyboardInterrupt
 
     def end(self, summary, table=(), cached=False):
-        self.cached = cached
+        self.cached, self.summary = cached, summary
 
 
 # --- the training itself --------------------------------------------------------------------------------------
@@ -214,19 +216,199 @@ def test_divergence_says_what_to_lower(tmp_path):
         train(pruned(dtype=torch.float32), tmp_path, changed(learning_rate=1e30))
 
 
+# --- the loss -------------------------------------------------------------------------------------------------
+
+DEPTHS = [0, 1, 3]  # of the layers that MASK leaves
+
+
+def plain_loss(model, teacher, row, wanted):
+    """The formula for one row, from whole logits of both models, sums over the vocabulary written out."""
+    found = []
+    for each in (model, teacher):
+        ends = []
+        hook = each.get_decoder().norm.register_forward_pre_hook(lambda module, given, ends=ends: ends.append(given[0]))
+        output = each(torch.tensor([row]), use_cache=False, output_hidden_states=True)
+        hook.remove()
+        found.append((output.logits[0, :-1], [state[0, :-1] for state in (*output.hidden_states[1:-1], ends[0])]))
+    (z, states), (dense, dense_states) = found
+    T, loss = wanted.temperature, 0.0
+    for t, target in enumerate(row[1:]):
+        q, p = (torch.exp(x / T) / torch.exp(x / T).sum() for x in (z[t], dense[t]))
+        if wanted.top_k:
+            order = sorted(range(len(p)), key=lambda v: -p[v])
+            split = [order[: wanted.top_k], order[wanted.top_k :]]
+            p, q = (torch.stack([*x[split[0]], x[split[1]].sum()]) for x in (p, q))
+        kl = (p * torch.log(p / q)).sum()
+        nll = torch.log(torch.exp(z[t]).sum()) - z[t, target]
+        apart = [
+            ((s[t] - dense_states[d][t]) ** 2).sum() / (dense_states[d][t] ** 2).sum()
+            for s, d in zip(states, DEPTHS, strict=True)
+        ]
+        loss = loss + (1 - wanted.distill) * nll + wanted.distill * T**2 * kl + wanted.hidden * sum(apart) / 3
+    return loss / (len(row) - 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"distill": 0.7, "temperature": 2.0},
+        {"distill": 1.0, "temperature": 1.5, "top_k": 5},
+        {"distill": 0.4, "top_k": 259, "hidden": 0.3},
+        {"hidden": 2.0},
+    ],
+)
+def test_gradient_is_that_of_the_plain_formula(monkeypatch, family, recipe):
+    """In chunks of 7 tokens and batches of rows of unlike lengths; Gemma 2 caps its logits."""
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 7 * 4 * 260)
+    wanted, teacher = changed(**recipe), tiny_model(family)
+    models = [pruned(family).requires_grad_(), pruned(family).requires_grad_()]
+    for weight in (model.get_input_embeddings().weight for model in models):
+        weight.requires_grad_(False)
+    objective = loss.TrainingLoss(models[0], teacher, wanted, DEPTHS if wanted.hidden else ())
+    value = objective.accumulate_(ROWS.rows, 1 / 4)
+    expected = sum(plain_loss(models[1], teacher, row, wanted) for row in ROWS.rows) / 4
+    expected.backward()
+    close = tolerance(family)
+    assert value == pytest.approx(expected.item(), rel=close)
+    assert objective.measure(ROWS.rows) == pytest.approx(
+        (value, sum(full_nll(models[1], row) for row in ROWS.rows) / 4), rel=close
+    )
+    head = head_of(models[0])
+    for (name, found), (_, plain) in zip(*(model.named_parameters() for model in models), strict=True):
+        if plain.grad is not None and not name.startswith(head):
+            assert (found.grad - plain.grad).norm() <= 10 * close * plain.grad.norm(), name
+
+
+def test_what_is_distilled_comes_closer_to_the_dense_model(tmp_path):
+    teacher, model = tiny_model(), pruned()
+    recipe = changed(weights="all", distill=1.0, hidden=0.1, epochs=15, learning_rate=0.01)
+    found = train(model, tmp_path, recipe, teacher=teacher, validation=ROWS, depths=DEPTHS)
+    kl = [validation.loss for validation in found.validations]
+    assert kl[-1] < 0.5 * kl[0]
+    ids = torch.tensor([ROWS.rows[3]])
+    before, after, goal = (each(ids).logits.log_softmax(-1) for each in (pruned(), model, teacher))
+    assert (goal.exp() * (goal - after)).sum() < 0.5 * (goal.exp() * (goal - before)).sum()
+
+
+def test_more_top_k_than_tokens_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"recover.top_k 260 is not less than the vocabulary of 260; lower it"):
+        train(pruned(), tmp_path, changed(distill=1.0, top_k=260), teacher=tiny_model())
+
+
+# --- all weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_weights_learn_but_embeddings_and_head(tmp_path, variant):
+    model = pruned(variant, torch.float32)
+    before, ends = weights_of(model), {f"{head_of(model)}.weight"}
+    ends |= {name for name, weight in model.named_parameters() if weight is model.get_input_embeddings().weight}
+    train(model, tmp_path, changed(weights="all", epochs=2))
+    after = weights_of(model)
+    names = {name for name, _ in model.named_parameters()}
+    assert {name for name in names if not torch.equal(before[name], after[name])} == names - ends
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_steps_smaller_than_the_last_bit_are_not_lost(tmp_path):
+    """bfloat16 weights of 0.5 and more lie 2^-8 apart or more; a step of 2e-4 alone changes none of them."""
+    recipe = changed(weights="all", learning_rate=2e-4, epochs=20)
+    model, exact = pruned(dtype=torch.bfloat16), pruned(dtype=torch.bfloat16).float()
+    before = weights_of(model)
+    train(model, tmp_path, recipe)
+    train(exact, tmp_path, recipe)
+    moved, goal = (
+        torch.cat([(w.float() - before[name].float())[before[name].abs() > 0.5] for name, w in each.named_parameters()])
+        for each in (model, exact)
+    )
+    assert (moved != 0).float().mean() > 0.1
+    assert torch.corrcoef(torch.stack([moved, goal]))[0, 1] > 0.5
+
+
+def test_checkpointing_changes_no_bit(tmp_path):
+    models = [pruned(dtype=torch.float32) for _ in range(2)]
+    for model, kept in zip(models, (False, True), strict=True):
+        train(model, tmp_path / str(kept), changed(checkpointing=kept, weights="all"))
+        assert all("forward" not in vars(layer) for layer in model.model.layers)
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
+
+
+def test_learning_rate_rises_and_falls():
+    linear, cosine = (changed(warmup=0.2, schedule=name) for name in ("linear", "cosine"))
+    assert [training._rate(step, 10, linear) for step in (0, 1, 2, 6, 9)] == [0.5, 1, 1, 0.5, 0.125]
+    assert [training._rate(step, 10, cosine) for step in (0, 1, 2, 6)] == pytest.approx([0.5, 1, 1, 0.5])
+    assert training._rate(9, 10, cosine) == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2)
+
+
+# --- validation -----------------------------------------------------------------------------------------------
+
+LOSSES = [5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 3.25, 1.0]
+
+
+@pytest.mark.parametrize("weights", ["lora", "all"])
+def test_training_stops_early_and_keeps_the_best(tmp_path, monkeypatch, weights):
+    """A validation in two steps; after 3.0 come three that are no better."""
+    losses = iter(LOSSES)
+    monkeypatch.setattr(loss.TrainingLoss, "measure", lambda objective, rows: (next(losses), 7.0))
+    recipe = changed(weights=weights, epochs=30, validate_every=2, patience=3)
+    model = pruned()
+    found = train(model, tmp_path, recipe, validation=ROWS)
+    assert [(v.step, v.loss, v.nll) for v in found.validations] == [(2 * n, x, 7.0) for n, x in enumerate(LOSSES[:7])]
+    assert (found.step, len(found.losses)) == (6, 12)
+    monkeypatch.undo()
+    again = train(pruned(), tmp_path, recipe, validation=ROWS)
+    assert (again.validations, again.step) == (found.validations, 6)
+    same = pruned()
+    monkeypatch.setattr(loss.TrainingLoss, "measure", lambda *_: (0.0, 0.0))
+    with pytest.raises(KeyboardInterrupt):  # the state after six steps is saved alone
+        train(same, tmp_path / "six", recipe, validation=ROWS, observer=Watch(last=6), save_every=6)
+    (path,) = (tmp_path / "six").iterdir()
+    kept, at_six = (load_file(each) for each in (next(tmp_path.glob("*.safetensors")), path))
+    assert all(torch.equal(kept[name], at_six[name]) for name in kept)
+
+
+@pytest.mark.parametrize("weights", ["lora", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_does_not_get_better_is_left_as_it_was(tmp_path, monkeypatch, weights, dtype):
+    losses = iter([2.0, 2.5, 2.0])
+    monkeypatch.setattr(loss.TrainingLoss, "measure", lambda objective, rows: (next(losses), 1.0))
+    model, watch = pruned(dtype=dtype), Watch()
+    recipe = changed(weights=weights, patience=2, validate_every=1)
+    found = train(model, tmp_path, recipe, validation=ROWS, observer=watch)
+    assert found.step == 0 and len(found.validations) == 3
+    assert "never fell: the weights are left as they were" in watch.summary
+    before = weights_of(pruned(dtype=dtype))
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
 # --- what survives a kill -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kill", [1, 2, 5])
-def test_a_killed_run_ends_in_the_same_weights(tmp_path, kill):
-    recipe = changed(epochs=6, accumulation=4)
-    undisturbed, model = pruned(dtype=torch.float32), pruned(dtype=torch.float32)
-    losses = train(undisturbed, tmp_path / "undisturbed", recipe).losses
+KINDS = [
+    (torch.float32, {}, None),
+    (torch.float32, {}, ROWS),
+    (
+        torch.bfloat16,
+        {"weights": "all", "distill": 0.5, "schedule": "cosine", "warmup": 0.4, "validate_every": 3},
+        ROWS,
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "changes", "validation"), KINDS)
+@pytest.mark.parametrize("kill", [2, 5])
+def test_a_killed_run_ends_in_the_same_weights(tmp_path, kill, dtype, changes, validation):
+    recipe = changed(epochs=6, accumulation=4, **changes)
+    undisturbed, model = pruned(dtype=dtype), pruned(dtype=dtype)
+    given = {"teacher": tiny_model(dtype=dtype), "validation": validation}
+    expected = train(undisturbed, tmp_path / "undisturbed", recipe, **given)
     with pytest.raises(KeyboardInterrupt):
-        train(pruned(dtype=torch.float32), tmp_path / "killed", recipe, observer=Watch(last=kill), save_every=2)
+        train(pruned(dtype=dtype), tmp_path / "killed", recipe, observer=Watch(last=kill), save_every=2, **given)
     watch = Watch()
     torch.rand(5)  # the order of the rows is not the process's
-    assert train(model, tmp_path / "killed", recipe, observer=watch).losses == losses
+    found = train(model, tmp_path / "killed", recipe, observer=watch, **given)
+    assert replace(found, model=None) == replace(expected, model=None)
     assert watch.steps == 6 - kill // 2 * 2
     assert watch.cached is False
     for name, weight in weights_of(model).items():
@@ -243,7 +425,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 def test_what_changes_the_result_has_a_state_of_its_own(tmp_path):
     rows = CalibrationSet(ROWS.rows[:3])
-    others = [{"recipe": changed(alpha=11)}, {"rows": rows}, {"identity": "n"}, {}]
+    others = [{"recipe": changed(alpha=11)}, {"rows": rows}, {"identity": "n"}, {"validation": rows}, {}]
     for other in others:
         train(pruned(dtype=torch.float32), tmp_path, **other)
     train(pruned(), tmp_path)  # float64
@@ -261,16 +443,16 @@ def test_a_damaged_state_is_named_and_set_aside(tmp_path, fault):
     (path,) = (tmp_path / "bad").iterdir()
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
-    tensors, losses = load_file(path), "[1.5, 1.25]"
+    tensors, known, other = load_file(path), *(f'{{"losses": [1.5, {n}], "curve": []}}' for n in (1.25, 1.24))
     others = {name.replace("lora_A", "lora_a"): tensor for name, tensor in tensors.items()}
     changes = {
         "truncated": content[:-40],
         "a bit flipped": content,
         "not safetensors": b"{}",
-        "another loss": save(tensors, {"losses": losses, "sha256": recovery._digest("[1.5, 1.24]", tensors)}),
-        "no losses": save(tensors, {"sha256": recovery._digest("", tensors)}),
+        "another loss": save(tensors, {"progress": known, "sha256": digest(other, tensors)}),
+        "no losses": save(tensors, {"sha256": digest("", tensors)}),
         "no metadata": save(tensors),
-        "other names": save(others, {"losses": losses, "sha256": recovery._digest(losses, others)}),
+        "other names": save(others, {"progress": known, "sha256": digest(known, others)}),
     }
     path.write_bytes(changes[fault])
     watch = Watch()
@@ -290,15 +472,33 @@ def test_samples_end_where_the_text_ends_or_at_seq_len():
     texts = ["ab", "abc", "abcdefgh"]
 
     def rows_of(texts, samples, seed):
-        return training_rows(texts, tiny_tokenizer(), changed(num_samples=samples, seq_len=4, seed=seed)).rows
+        wanted = changed(num_samples=samples, seq_len=4, seed=seed, validation=0)
+        return training_rows(texts, tiny_tokenizer(), wanted)[0].rows
 
     rows = rows_of(texts, 3, 0)
     ids = {letter: tiny_tokenizer()(letter)["input_ids"][0] for letter in "abcd"}
     a, b, c, d = ids.values()
     assert sorted(rows) == sorted([(a, b, 258), (a, b, c, 258), (a, b, c, d)])
     assert sorted(rows_of(texts * 9, 27, 1)) == sorted(rows * 9)
-    with pytest.raises(InputError, match=r"recover.num_samples 4 is more than the 3 texts.*at most 3"):
+    with pytest.raises(InputError, match=r"recover.num_samples \+ validation 4 is more than the 3 texts.*at most 3"):
         rows_of(texts, 4, 0)
+
+
+def test_joined_rows_are_full_and_validation_rows_are_others():
+    texts = [
+        f"{number} " + "abcd " * 7 + "\n" + f"the paragraph of {number} has well more than fifty characters"
+        for number in range(30)
+    ]
+    notes, wanted = [], changed(num_rows=5, seq_len=32, validation=3)
+    rows, held = training_rows(texts, tiny_tokenizer(), wanted, texts[:4], notes.append)
+    assert [len(row) for row in rows.rows + held.rows] == [32] * 8
+    assert notes == ["4 of 30 training texts are evaluated too: they are not drawn"]
+    text = tiny_tokenizer().decode([token for row in rows.rows + held.rows for token in row])
+    assert not any(f"\n\n{number} " in text for number in range(4))
+    samples, others = training_rows(texts, tiny_tokenizer(), changed(num_samples=20, validation=10, seq_len=99))
+    assert (len(samples.rows), len(others.rows)) == (20, 10) and not set(samples.rows) & set(others.rows)
+    with pytest.raises(InputError, match=r"recover.num_rows \+ validation 903 is more than the \d+ rows of 32 tokens"):
+        training_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}))
 
 
 @pytest.fixture
@@ -307,17 +507,22 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dense, run = save_tiny(Path("data/models/tiny")), load_run("smollm2", ROOT / "runs").model_dump(mode="json")
     write_json(dense / "blockpruner_source.json", {"source": {"source": "path", "path": "mine"}})
+    run["evaluate"]["perplexity"] = {"data": DATA, "seq_len": 20, "max_rows": 2}
     run["recover"] = {
         "data": {"source": "hub", "repo": "someone/texts"},
         "num_samples": 8,
         "seq_len": 20,
         "rank": 2,
         "learning_rate": 0.01,
+        "validation": 4,
+        "distill": 0.5,
+        "hidden": 0.1,
     }
     write_json(Path("runs/tiny.yaml"), run)
     targets = {"t": {"run": "tiny", "budget": "4blocks", "recover": True}}
     write_json(Path("params.yaml"), {"runs": ["tiny"], "targets": targets, "runtime": {"device": "cpu"}})
-    write_texts(Path("data/sources/tiny/recover.parquet"), [sentence(i) for i in range(20)])
+    for number, role in enumerate(("recover", "perplexity")):
+        write_texts(Path(f"data/sources/tiny/{role}.parquet"), [sentence(i + 100 * number) for i in range(20)])
     plan = plan_of(dense, ["mha.0", "mlp.1", "mha.2,mlp.2"], run="tiny", recover=True)
     save_plan(plan, Path("data/plans/t/plan.json"))
     out = Path("data/checkpoints/t/hf")
@@ -330,10 +535,12 @@ def test_stage_trains_saves_and_verifies(project):
     recover.main("t")
     out = Path("data/recovered/t")
     facts, report = (json.loads((out / name).read_text()) for name in ("recover.json", "hf/verification.json"))
-    assert facts["enabled"] and facts["samples"] == 8 and len(facts["losses"]) == 2
+    assert facts["enabled"] and facts["rows"] == 8 and len(facts["losses"]) == 2
     assert report["ok"] and not report["blockpruner_imported"]
     assert report["cache_layers"] == 2
-    assert "and then trained with LoRA (rank 2) on 8 samples of `someone/texts`" in (out / "hf/README.md").read_text()
+    assert [validation["step"] for validation in facts["validations"]] == [0, 2] and facts["step"] == 2
+    card = (out / "hf/README.md").read_text()
+    assert "and then trained (LoRA, rank 2, distilled from the dense model) on 8 rows of `someone/texts`" in card
     assert metadata_load(out / "hf/README.md")["datasets"] == ["someone/texts"]
     before = Path("data/checkpoints/t/hf")
     names = {path.name for path in before.iterdir()}

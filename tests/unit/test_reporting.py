@@ -564,10 +564,10 @@ def test_a_recovered_target_says_so(tmp_path: Path) -> None:
     labels = {"tiny": replace(LABEL, recovery="8,000 samples")}
     (found,) = read_studies(["tiny-a", "tiny-b"], labels, tmp_path)
     assert headline(found).head == ("", "chance", "dense", "tiny-b", "tiny-a")
-    assert list(rows(headline(found))["Trained since"].values()) == ["Trained since", "–", "no", "no", "LoRA"]
-    assert facts(replace(found, targets=found.targets[1:]))["Recovery"] == "LoRA on 8,000 samples: tiny-a"
+    assert list(rows(headline(found))["Trained since"].values()) == ["Trained since", "–", "no", "no", "yes"]
+    assert facts(replace(found, targets=found.targets[1:]))["Recovery"] == "8,000 samples: tiny-a"
     titles = [f.title for f in findings(found) if f.level is Level.RESULT]
-    assert [title.endswith("then recovered with LoRA") for title in titles] == [False, True]
+    assert [title.endswith("then trained") for title in titles] == [False, True]
 
 
 def test_paired_errors_match_numpy_and_mark_only_real_differences(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The rows of training, and the rows on which it is validated.
+
+Decides which texts are drawn and which are held out. How texts are packed is decided in `inputs.calibration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from blockpruner.core.settings import Calibration, Recover
+from blockpruner.inputs.calibration import CalibrationSet, draw, fill_rows, pack_rows, without_evaluated
+
+
+def training_rows(
+    texts: Sequence[str],
+    tokenizer: Any,
+    wanted: Recover,
+    evaluated: Iterable[str] = (),
+    note: Callable[[str], object] = lambda message: None,
+) -> tuple[CalibrationSet, CalibrationSet | None]:
+    """Draw the rows of training and, from what is left, `wanted.validation` rows that are not trained on.
+
+    Samples are drawn without replacement. Each is a row, ended by the end-of-text token and cut off at `seq_len`. With
+    `num_rows` texts are joined with blank lines and cut into full rows, as they are for calibration.
+
+    Args:
+        evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
+
+    Raises:
+        InputError: there are fewer texts, or rows, than are asked for.
+    """
+    pool = without_evaluated(texts, evaluated)
+    if len(pool) < len(texts):
+        note(f"{len(texts) - len(pool)} of {len(texts)} training texts are evaluated too: they are not drawn")
+    held = wanted.validation
+    if wanted.num_rows is not None:
+        joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
+        rows = fill_rows(pool, tokenizer, joined, wanted.num_rows + held, "recover.num_rows + validation").rows
+        parts = [CalibrationSet(rows[: wanted.num_rows]), CalibrationSet(rows[wanted.num_rows :])]
+    else:
+        key = "recover.num_samples + validation"
+        drawn = draw(pool, wanted.num_samples + held, "all", wanted.seed, key=key)
+        samples = [text + (tokenizer.eos_token or "") for text in drawn]
+        groups = [group for group in (samples[: wanted.num_samples], samples[wanted.num_samples :]) if group]
+        parts = [pack_rows(group, tokenizer, wanted.seq_len, "per_sample") for group in groups]
+    return parts[0], parts[1] if held else None
