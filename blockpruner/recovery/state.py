@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from blockpruner.core.errors import InputError
@@ -61,8 +61,8 @@ def save(path: Path, masters: Mapping[str, Tensor], optimizer: torch.optim.Optim
         tensors |= {f"{name}.best": weight for name, weight in progress.best.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"losses": progress.losses, "curve": [asdict(validation) for validation in progress.curve]})
-    content = safetensors.torch.save(tensors, {"progress": text, "sha256": digest(text, tensors)})
-    write_atomic(path, lambda temporary: temporary.write_bytes(content))
+    facts = {"progress": text, "sha256": digest(text, tensors)}
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, facts))
 
 
 def resume_(
@@ -87,7 +87,7 @@ def resume_(
 
 
 def _read(path: Path, masters: Mapping[str, Tensor]) -> tuple[Progress, dict[str, Tensor]]:
-    with safetensors.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         facts = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if facts["sha256"] != digest(facts["progress"], tensors):
@@ -108,5 +108,6 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.numpy().data)
     return found.hexdigest()

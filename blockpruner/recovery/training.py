@@ -74,7 +74,7 @@ def recover_(
     identity: str,
     observer: Observer,
     depths: Sequence[int] = (),
-    save_every: int = 50,
+    save_every: int = 20,
 ) -> Recovered:
     """Train a pruned model on `rows`, in place. Its class and config stay as they are, and it is left without adapters.
 
