@@ -2,22 +2,23 @@
 
 Sequential floating selection (Pudil et al., 1994) with prices. A forward step is greedy's. Then units are swapped while
 that lowers the loss, and the mask stays as near to the amount of the resource that the forward step reached as masks of
-one budget are. A restoration is taken if its mask is better than every known one that removes as much. Of every amount
+one budget are. A unit is restored if the mask is then better than every known one that removes as much. Of every amount
 the best known mask is the one to go on from.
 
-A swap is predicted as the sum of what its parts did when they were last scored: removals in forward steps, restorations
-in the current mask. The best predicted ones compete with the current mask. A walk depends on its budget in its last
-steps only, so several budgets share most of their trials.
+A surrogate of all losses that the search has asked for ranks swaps and restorations, and those compete that it does not
+call worse by much more than it is used to err. A walk depends on its budget in its last steps only, so several budgets
+share most of their trials.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import islice
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from blockpruner.core.blocks import DENSE, Mask
@@ -27,14 +28,21 @@ from blockpruner.search.greedy import GreedyOptions, costs_of, forward
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import Space, goal_of_problem, nearest, unit_order
+from blockpruner.search.surrogate import Surrogate, fit
 from blockpruner.search.swap import by_prediction
+
+SLACK, RECENT = 2.0, 32
+"""A move is scored if the surrogate does not call it worse by more than SLACK times its median error of late."""
+
+POOL = 1000
+"""How many swaps the surrogate ranks: those with the lowest sum of the effects of their single changes."""
 
 
 class FloatingOptions(GreedyOptions):
     per: Literal["none", "parameters", "kv", "latency"] = "parameters"
     """The resource whose share prices a removal in forward steps. With "none" all removals cost the same."""
-    tries: int = Field(default=16, ge=1)
-    """How many swaps of a mask are scored, the best predicted ones, before the search goes on."""
+    tries: int = Field(default=12, ge=1)
+    """How many swaps and restorations of a mask are scored, at most, before the search goes on."""
 
 
 def floating(problem: Problem, options: FloatingOptions) -> Iterator[Iteration]:
@@ -50,7 +58,7 @@ def floating(problem: Problem, options: FloatingOptions) -> Iterator[Iteration]:
     while fitting := walk.fitting(DENSE if base is None else base.mask):
         iteration = replace(forward(problem, steps, base, fitting, costs), index=index)
         yield iteration
-        base = walk.taken(iteration, base or iteration.scores[0])
+        base = walk.taken(iteration)
         index, steps, moved = index + 1, steps + 1, True
         around = walk.goal.around(base.mask)
         while moved:
@@ -70,10 +78,10 @@ class _Walk:
         self._problem, self._units, self._tries = problem, problem.units, tries
         self._order = unit_order(problem.units)
         self.goal = Space(problem.units, goal_of_problem(problem)).goal
-        self._known: dict[Mask, MaskScore] = {}
+        self._scores: dict[Mask, MaskScore] = {}
         self._tried: set[Mask] = set()
-        self._change = dict.fromkeys(problem.units, math.inf)
-        """Of each unit what its removal, or its restoration, did to the loss when it was scored last."""
+        self._errors: list[float] = []
+        """Of the surrogate's predictions of what a move changes."""
 
     def fitting(self, mask: Mask) -> list[Mask]:
         """Units that may be removed next without removing more than the goal allows."""
@@ -82,73 +90,64 @@ class _Walk:
     def _fits(self, mask: Mask) -> bool:
         return self.goal.share(mask) <= self.goal.wanted + self.goal.tolerance + 1e-12
 
-    def taken(self, iteration: Iteration, before: MaskScore) -> MaskScore:
+    def taken(self, iteration: Iteration) -> MaskScore:
         """The best known mask that removes as much as a forward step's choice."""
-        scores = {unit: score for unit, score in zip(iteration.added, iteration.scores, strict=True) if unit}
-        self._learn(scores, before)
+        self._scores |= {score.mask: score for score in iteration.scores}
         chosen = iteration.scores[iteration.chosen]
-        around = self.goal.around(chosen.mask)
-        like = [score for score in self._known.values() if around.is_met(score.mask)]
-        return min([chosen, *like], key=lambda score: score.loss)
+        return min([chosen, *self._like(chosen.mask)], key=lambda score: score.loss)
 
-    def _learn(self, scores: dict[Mask, MaskScore], before: MaskScore) -> None:
-        """Args:
-        scores: of the mask of `before` with one unit removed, or restored.
-        """
-        for unit, score in scores.items():
-            self._change[unit] = score.loss - math.fsum(before.row_loss[: score.rows_used]) / score.rows_used
-        self._known |= {score.mask: score for score in [before, *scores.values()] if score.is_complete}
-
-    def _gain(self, score: MaskScore, known: Mapping[Mask, MaskScore]) -> float:
-        """How much better a mask is than all those known before that remove as much; 0 where there was none."""
-        around = self.goal.around(score.mask)
-        like = [other.loss for other in known.values() if around.is_met(other.mask)]
-        return min(like) - score.loss if like and score.is_complete else 0.0
+    def _like(self, mask: Mask) -> list[MaskScore]:
+        """Known masks that remove as much, scored on all rows."""
+        around = self.goal.around(mask)
+        return [score for score in self._scores.values() if score.is_complete and around.is_met(score.mask)]
 
     def bettered(self, base: MaskScore, around: Goal) -> Iteration:
-        """A restoration or a swap that helps, or the mask itself.
+        """The best of some restorations and swaps, or the mask itself where none helps.
 
         Args:
             around: what a swapped mask removes.
         """
-        removed = sorted((unit for unit in self._units if unit <= base.mask), key=self.goal.share)
-        known = dict(self._known)
-        found: dict[Mask, MaskScore] = {base.mask: base}
-        for _, group in groupby(removed, key=self.goal.share):
-            units = list(group)
-            scores = self._problem.select.challenge(base, [base.mask - unit for unit in units])
-            self._learn(dict(zip(units, scores, strict=True)), base)
-            found |= {score.mask: score for score in scores}
-        best = max(found.values(), key=lambda score: self._gain(score, known))
-        if self._gain(best, known) <= 0:
-            best = base
-            if swaps := self._swaps(base.mask, around):
-                scores = self._problem.select.challenge(base, swaps)
-                found |= {score.mask: score for score in scores}
-                complete = [base, *(score for score in scores if score.is_complete)]
-                self._known |= {score.mask: score for score in complete}
-                best = min(complete, key=lambda score: score.loss)
+        energy = fit(self._units, self._scores.values())
+        rivals = self._restorations(base.mask) | dict.fromkeys(self._swaps(base.mask, around, energy), base)
+        masks = list(rivals)
+        change = energy(masks) - energy([score.mask for score in rivals.values()])
+        margin = SLACK * float(np.median(np.abs(self._errors[-RECENT:]))) if self._errors else math.inf
+        chosen = [i for i in np.argsort(change, kind="stable")[: self._tries] if change[i] < margin]
+        found, best, gain = {base.mask: base}, base, 0.0
+        for rival in dict.fromkeys(rivals[masks[i]] for i in chosen):
+            against = {masks[i]: change[i] for i in chosen if rivals[masks[i]] == rival}
+            for score in self._problem.select.challenge(rival, sorted(against, key=self._order)):
+                found[score.mask] = self._scores[score.mask] = score
+                rise = score.loss - math.fsum(rival.row_loss[: score.rows_used]) / score.rows_used
+                self._errors.append(rise - against[score.mask])
+                if score.is_complete and -rise > gain:
+                    best, gain = score, -rise
+        self._tried.update(found)
         return _compared(list(found.values()), best)
 
-    def _swaps(self, mask: Mask, around: Goal) -> list[Mask]:
-        """The best predicted ones of those that were not tried."""
-        exchanges = Space(self._units, around).exchanges(mask)
-        new = (
-            other
-            for other in by_prediction(mask, exchanges, self._change)
-            if other not in self._known and other not in self._tried and self._fits(other)
-        )
-        swaps = sorted(islice(new, self._tries), key=self._order)
-        self._tried.update(swaps)
-        return swaps
+    def _restorations(self, mask: Mask) -> dict[Mask, MaskScore]:
+        """Masks with one unit less that were not tried, and the best known one that removes as much as each."""
+        masks = [mask - unit for unit in self._units if unit <= mask]
+        like = {other: self._like(other) for other in masks if other not in self._scores}
+        return {other: min(scores, key=lambda score: score.loss) for other, scores in like.items() if scores}
+
+    def _swaps(self, mask: Mask, around: Goal, energy: Surrogate) -> list[Mask]:
+        """Masks that one exchange leads to and that were not tried, the most promising ones."""
+        change = dict(zip(self._units, energy([mask ^ unit for unit in self._units]) - energy([mask]), strict=True))
+        swaps = by_prediction(mask, Space(self._units, around).exchanges(mask), change)
+        new = (other for other in swaps if other not in self._tried and self._fits(other))
+        return list(islice((other for other in new if not self._is_complete(other)), POOL))
+
+    def _is_complete(self, mask: Mask) -> bool:
+        return mask in self._scores and self._scores[mask].is_complete
 
     def answer(self) -> Iteration:
         """The known masks that meet the goal, or those that are as near to it as the nearest, and the best of them."""
-        masks = sorted(self._known, key=self._order)
+        masks = sorted((mask for mask, score in self._scores.items() if score.is_complete), key=self._order)
         goal = self.goal
         if not any(map(goal.is_met, masks)):
             goal = goal.around(nearest(goal, masks))
-        finished = [self._known[mask] for mask in masks if goal.is_met(mask)]
+        finished = [self._scores[mask] for mask in masks if goal.is_met(mask)]
         return _compared(finished, min(finished, key=lambda score: score.loss))
 
 
