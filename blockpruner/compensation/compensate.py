@@ -21,7 +21,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_, shared_copy
 from blockpruner.scoring.work import Task
 
-SHARES = (1.0, 0.5)
+SHARES = (1.0, 0.75, 0.5)
 """How much of a change is tried; the best one on the held-out rows is kept, or none."""
 
 
