@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.hf import code_file, save_pruned
+from blockpruner.compensation.compensate import Compensated, compensate
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
@@ -46,6 +47,8 @@ class Pruned:
     stability: tuple[Stability | None, ...]
     """Of every iteration, which other candidates the texts cannot tell from the chosen one (`rivals`), and how often
     resampled rows choose the same (`kept`). None where a step rests on no losses or on a price, or on a single row."""
+    compensation: Mapping[str, Any]
+    """What compensation did, and the perplexities on held-out rows before and after; empty without."""
 
     def save(self, directory: str) -> None:
         """Write a checkpoint that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads."""
@@ -68,6 +71,7 @@ def prune(
     metric: str | Metric | Callable[..., Any] = "perplexity",
     options: Mapping[str, Any] | None = None,
     acceleration: str = "none",
+    compensation: str | None = None,
     batch_tokens: int | str = "auto",
     observer: Observer | None = None,
 ) -> Pruned:
@@ -83,6 +87,9 @@ def prune(
             that change weights, speed-ups and answers to items need the stages.
         unit, candidates, options: as in a run file's `score` section.
         acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk).
+        compensation: "refit" or another method of `compensate.method` (docs/methods.md): weights before removed blocks
+            change to make up for them. A quarter of the calibration rows is held out to check that it helps. It wants
+            tens of thousands of tokens.
         seq_len: tokens in a calibration row; shortened to the model's context.
 
     Raises:
@@ -111,8 +118,13 @@ def prune(
     order, perplexities = removals(trace, asked.search.nested)
     current = _current(asked, fields[asked.metric.key], calibration)
     plan = choose(order, perplexities, config, budget, current)
-    firm = stabilities(trace, asked.options.price)
-    return Pruned(prune_(model, plan.mask), tokenizer, plan, tuple(trace), firm)
+    firm, rows = stabilities(trace, asked.options.price), len(calibration.rows)
+    found = Compensated()
+    if compensation is not None:
+        found = compensate(model, plan, calibration, max(1, rows // 4), compensation, observer)
+    pruned = prune_(model, plan.mask)
+    pruned.load_state_dict(found.weights, strict=False)
+    return Pruned(pruned, tokenizer, plan, tuple(trace), firm, found.report)
 
 
 def _request(

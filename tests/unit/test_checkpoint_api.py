@@ -2,11 +2,13 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -171,6 +173,18 @@ def test_prune_saves_a_loadable_model(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     ids = torch.arange(1, 20)[None]
     assert torch.equal(loaded(ids).logits, pruned.model(ids).logits)
+
+
+@pytest.mark.parametrize(("block", "method"), [("mlp.0", "refit"), ("mlp.1", "scale")])
+def test_a_compensated_model_has_the_perplexity_that_it_reports(block, method):
+    """On blocks where it happens to help a random model."""
+    settings = {"seq_len": 16, "method": "given", "options": {"order": [block]}, "compensation": method}
+    pruned = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, ratio="1blocks", **settings)
+    rows = pack_rows(TEXTS, tiny_tokenizer(), 16, "joined").rows
+    perplexity = pruned.compensation["perplexity"]
+    assert perplexity["after"] < perplexity["before"]
+    nll = mean(full_nll(pruned.model, row) for row in rows[-(len(rows) // 4) :])
+    assert math.exp(nll) == pytest.approx(perplexity["after"])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 22])
