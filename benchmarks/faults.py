@@ -57,8 +57,9 @@ STAGES = {
     "score@tiny": ("scores",),
     "baseline@tiny": ("results/tiny-dense",),
     "commit@lora.2": ("plans",),
-    "materialize@lora.2": ("checkpoints",),
+    "compensate@lora.2": ("compensated",),
     "recover@lora.2": ("recovered",),
+    "materialize@lora.2": ("checkpoints",),
     "benchmark@lora.2": ("results/lora.2",),
     "report": ("report",),
 }

@@ -28,6 +28,8 @@ from blockpruner.core.blocks import parse_mask
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Score
 from blockpruner.evaluation.speed import generate, random_prompt
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.apply import Pruning
 from blockpruner.methods.blocks.kind import choose
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
@@ -68,7 +70,7 @@ def plans() -> dict[str, Plan]:
 def exported(name: str, plan: Plan, form: str) -> Path:
     out = MODELS / name.rstrip("%") / form
     if not out.exists():
-        EXPORTS[form].write(SMOLLM2, plan, out, rows=(), dtype="float32", device="cpu")
+        EXPORTS[form].write(Pruning(SMOLLM2, plan, CalibrationSet(()), "float32", "cpu"), out)
     return out
 
 

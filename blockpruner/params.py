@@ -38,7 +38,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
                 f"{path}: target {name!r} has recover: true, but runs/{target.run}.yaml has no recover section; add "
                 "one (recover: {} is the paper's recipe), or set recover: false"
             )
-        formats = ("hf",) if target.recover else load_run(target.run).export if target.push else ()
+        formats = load_run(target.run).export if target.push else ()
         if target.push and target.push.format not in formats:
             raise InputError(
                 f"{path}: target {name!r} pushes {target.push.format}, and what is written of it is "

@@ -5,7 +5,7 @@ again, and DVC runs the stages that depend on the constant. tests/test_golden.py
 version, and names the constant to raise.
 """
 
-SETTINGS_VERSION = 3
+SETTINGS_VERSION = 4
 """Defaults of the settings, and what a value of a run file means."""
 
 FETCH_VERSION = 1
@@ -32,8 +32,11 @@ SLICEGPT_VERSION = 1
 LATENCY_VERSION = 1
 """How the time of generation and of single blocks is measured. Part of the key of a measured latency."""
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Which prefix of a search meets a budget, and what a plan holds."""
+
+COMPENSATION_VERSION = 1
+"""The weights that make up for what is gone, without training."""
 
 EXPORT_VERSION = 2
 """The content of exported checkpoints, in every format."""
@@ -47,5 +50,5 @@ EVAL_VERSION = 2
 STUDY_VERSION = 2
 """Which searches a study makes, and what it asks of each model."""
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 """Tables, figures and pages made from results."""

@@ -170,7 +170,8 @@ def choose(selection: Selection) -> Chosen:
     """
     params = load_params(PARAMS)
     runs = {run: load_run(run) for run in selection.runs or params.runs}
-    known = {(t.run, read_budget(t.budget)): name for name, t in params.targets.items() if not t.recover}
+    plain = {name: t for name, t in params.targets.items() if t.compensate is None and not t.recover}
+    known = {(t.run, read_budget(t.budget)): name for name, t in plain.items()}
     targets = {} if selection.budgets else {name: t.run for name, t in params.targets.items() if t.run in runs}
     new_targets: dict[str, tuple[str, str]] = {}
     for run, budget in ((run, budget) for run in runs for budget in selection.budgets):

@@ -31,7 +31,7 @@ def evaluate(name: str, run_name: str, checkpoint: Path) -> None:
 
 def main(name: str) -> None:
     plan = load_plan(DATA / "plans" / name / "plan.json")
-    evaluate(name, plan.run, DATA / ("recovered" if plan.recover else "checkpoints") / name / "hf")
+    evaluate(name, plan.run, DATA / "checkpoints" / name / "hf")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import replace
 from blockpruner.core.progress import observer
 from blockpruner.methods.commit import commit_run, save_iterations
 from blockpruner.methods.registry import KINDS
-from blockpruner.params import load_params
+from blockpruner.params import load_params, load_run
 from blockpruner.store.files import read_json
 from blockpruner.store.plans import save_plan
 from stages import DATA, run
@@ -17,7 +17,8 @@ def main(name: str) -> None:
     target, out = load_params().target(name), DATA / "plans" / name
     config = read_json(DATA / "models" / target.run / "config.json")
     plan, tables = commit_run(DATA / "scores" / target.run, config, target.budget, name, target.run)
-    plan = replace(plan, recover=target.recover)
+    usual = load_run(target.run).compensate.method if KINDS[plan.kind].removes_blocks else "none"
+    plan = replace(plan, compensate=target.compensate or usual, recover=target.recover)
     if tables:
         save_iterations(tables, out / "iterations.parquet")
     save_plan(plan, out / "plan.json")

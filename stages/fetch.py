@@ -25,6 +25,8 @@ def main(name: str) -> None:
             unscored_items(task, calibration.skip)  # raises before anything is downloaded
     else:
         texts["calibration"] = calibration
+    if settings.compensate.data is not None:
+        texts["compensate"] = settings.compensate.data
     if settings.recover is not None:
         texts["recover"] = settings.recover.data
 

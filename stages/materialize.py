@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from blockpruner.checkpoints.registry import EXPORTS
+from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.apply import Pruning
+from blockpruner.methods.healed import find_healed
 from blockpruner.model.models import set_threads
 from blockpruner.params import load_params, load_run
 from blockpruner.store.plans import load_plan
 from stages import DATA, run
 
 
+def pruning_of(plan: Plan) -> Pruning:
+    """The model of a plan, before it is healed."""
+    runtime, model = load_params().runtime, load_run(plan.run).model
+    set_threads(runtime.threads)  # SliceGPT's result depends on them
+    rows = CalibrationSet.load(DATA / "calibration" / plan.run / "rows.parquet")
+    return Pruning(DATA / "models" / plan.run, plan, rows, model.dtype, runtime.device, model.trust_remote_code)
+
+
 def main(name: str) -> None:
-    params, plan = load_params(), load_plan(DATA / "plans" / name / "plan.json")
-    settings, dense = load_run(plan.run), DATA / "models" / plan.run
-    model = settings.model
-    rows = CalibrationSet.load(DATA / "calibration" / plan.run / "rows.parquet").rows
-    set_threads(params.runtime.threads)  # SliceGPT's result depends on them
-    for form in settings.export:
+    pruning = pruning_of(load_plan(DATA / "plans" / name / "plan.json"))
+    healed = find_healed((DATA / stage / name for stage in ("recovered", "compensated")), pruning.identity)
+    for form in load_run(pruning.plan.run).export:
         export = EXPORTS[form]
-        export.write(
-            dense,
-            plan,
-            DATA / "checkpoints" / name / form,
-            rows=rows,
-            dtype=model.dtype,
-            device=params.runtime.device,
-            trust_remote_code=model.trust_remote_code,
-        )
+        export.write(replace(pruning, healed=healed), DATA / "checkpoints" / name / form)
         observer().note(
             f"{name}: {export.title} for {', '.join(export.engines)} written and verified in a fresh process"
         )

@@ -14,7 +14,7 @@ def main(name: str) -> None:
     target = load_params().target(name)
     if target.push is None:
         raise InputError(f"target {name!r} has no push section; add push: {{repo: <user>/<name>}} to it in params.yaml")
-    folder = DATA / ("recovered" if target.recover else "checkpoints") / name / target.push.format
+    folder = DATA / "checkpoints" / name / target.push.format
     licence = licence_of(DATA / "models" / target.run)
     observer().note(f"{name}: {push(folder, target.push.repo, target.push.private, licence)}")
 

@@ -18,6 +18,8 @@ def origin(source: Any) -> str:
         return " of ".join(part for part in (getattr(source, "file", ""), source.package) if part)
     if source.source == "path":
         return str(source.path)
+    if source.source == "mix":
+        return " + ".join(map(origin, source.of))
     if source.source == "tasks":
         return f"right answers of {', '.join(source.tasks)}"
     return str(getattr(source, "repo", "the tasks' own hub data sets"))
@@ -25,6 +27,7 @@ def origin(source: Any) -> str:
 
 def labels(settings: Run) -> RunLabels:
     calibration, evaluate, recover = settings.calibration, settings.evaluate, settings.recover
+    compensate = settings.compensate
     up_to = "up to " if calibration.num_samples == "auto" else ""
     return RunLabels(
         model=f"{origin(settings.model)}, {settings.model.dtype}",
@@ -36,6 +39,8 @@ def labels(settings: Run) -> RunLabels:
         + (" of documents from their beginning" if evaluate.perplexity.packing == "documents" else ""),
         tasks=f"{origin(evaluate.zero_shot.data)}; zero-shot, first {evaluate.zero_shot.limit or 'to last'} items, "
         f"{'with the BOS that the tokenizer adds' if evaluate.zero_shot.bos else 'without BOS'}",
+        compensation=f"{origin(compensate.data or calibration.data)}; up to {compensate.num_rows} rows of "
+        f"{compensate.seq_len} tokens, perplexity on the {compensate.validation:.0%} held out",
         recovery=f"{recover.title}; "
         + (f"{recover.num_rows:,} rows" if recover.num_rows else f"{recover.num_samples:,} samples")
         + f" of {origin(recover.data)}, learning rate {recover.learning_rate:g}, epochs {recover.epochs}"

@@ -48,6 +48,7 @@ from stages import (
     benchmark,
     calibrate,
     commit,
+    compensate,
     fetch,
     materialize,
     recover,
@@ -106,9 +107,10 @@ CHAINS = (
         "LACO_VERSION",
         "SLICEGPT_VERSION",
         "PLAN_VERSION",
+        "COMPENSATION_VERSION",
+        "RECOVERY_VERSION",
         "EXPORT_VERSION",
         "CONVERT_VERSION",
-        "RECOVERY_VERSION",
         "EVAL_VERSION",
         "REPORT_VERSION",
     ),
@@ -205,9 +207,10 @@ class World:
         baseline.main(name)
         for target in (f"{name}-t0", f"{name}-t1"):
             commit.main(target)
+            compensate.main(target)
+            recover.main(target)
             with unverified():
                 materialize.main(target)
-            recover.main(target)
             benchmark.main(target)
         return name
 
@@ -496,16 +499,27 @@ def gguf_content(path: Path) -> Any:
     return {"fields": fields, "tensors": digest(facts)}
 
 
+def compensated(world: World, method: str) -> Any:
+    """Perplexities before and after, and norms of the weights that come out of it."""
+    given = {"method": "given", "options": {"order": ["mlp.1"]}}
+    settings = {"method": method, "num_rows": 24, "seq_len": 32}
+    world.start("compensated", budgets=["1blocks"], score=given, compensate=settings)
+    score.main("compensated")
+    commit.main("compensated-t0")
+    compensate.main("compensated-t0")
+    weights = load_file("data/compensated/compensated-t0/weights.safetensors")
+    norms = {name: weight.double().norm().item() for name, weight in weights.items()}
+    return {"report": read("data/compensated/compensated-t0/compensate.json"), "norms": norms}
+
+
 def recovered(world: World) -> Any:
     """Losses of training, and norms of the weights that come out of it."""
     recipe = {"data": TEXTS, "num_samples": 8, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2}
     world.start("recovered", recover=recipe)
     score.main("recovered")
     commit.main("recovered-t0")
-    with unverified():
-        materialize.main("recovered-t0")
-        recover.main("recovered-t0")
-    weights = load_file("data/recovered/recovered-t0/hf/model.safetensors")
+    recover.main("recovered-t0")
+    weights = load_file("data/recovered/recovered-t0/weights.safetensors")
     found = read("data/recovered/recovered-t0/recover.json")
     norms = {name: weight.double().norm().item() for name, weight in weights.items()}
     return {"losses": found["losses"], "tokens": found["tokens"], "norms": norms}
@@ -692,6 +706,10 @@ ENTRIES: dict[str, Entry] = {
     **{
         f"export {name}": Entry("EXPORT_VERSION", lambda world, how=how: checkpoint(world, *how))
         for name, how in EXPORTS.items()
+    },
+    **{
+        f"compensation by {method}": Entry("COMPENSATION_VERSION", partial(compensated, method=method), 1e-6)
+        for method in ("scale", "map", "refit")
     },
     "recovery": Entry("RECOVERY_VERSION", recovered, 1e-6),
     **{

@@ -1,17 +1,28 @@
-"""Plans without a search, and fetched tiny checkpoints to export them from."""
+"""Plans without a search, healed weights without healing, and fetched tiny checkpoints to export them from."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from blockpruner.checkpoints import verify
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import LocalModel, Score
+from blockpruner.core.settings import HubTexts, LocalModel, Score
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import fetch_checkpoint
+from blockpruner.methods.apply import Pruning
 from blockpruner.methods.blocks.kind import choose
+from blockpruner.methods.healed import Healed, find_healed, save_healed
+from blockpruner.scoring.work import Rows
 from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json
 from tests.tiny import save_tiny
@@ -28,6 +39,10 @@ def plan_of(config: Mapping[str, Any] | Path, order: Sequence[str], /, **changes
     return replace(plan, **{"target": "t", "run": "r"} | changes)
 
 
+def pruning(dense: Path, plan: Plan, dtype: str = "float32", rows: Rows = (), **more: Any) -> Pruning:
+    return Pruning(dense, plan, CalibrationSet(tuple(rows)), dtype, "cpu", **more)
+
+
 def fetch(source: Path, out: Path, **settings: Any) -> Path:
     """Fetch a checkpoint directory into another one."""
     model = LocalModel(source="path", path=str(source), **settings)
@@ -38,3 +53,32 @@ def fetch(source: Path, out: Path, **settings: Any) -> Path:
 def fetch_tiny(folder: Path, family: str = "llama", layers: int = 4, dtype: str = "float32", **config: Any) -> Path:
     """A fetched tiny checkpoint at <folder>/model."""
     return fetch(save_tiny(folder / "mine", family, layers, **config), folder / "model", dtype=dtype)
+
+
+SOMEONE = HubTexts(source="hub", repo="someone/texts")
+
+
+def healed_of(dense: Path, plan: Plan, folder: Path, weights: Mapping[str, Tensor]) -> Healed:
+    """A file in `folder` with these weights of the pruned model of a plan."""
+    of = pruning(dense, plan).identity
+    save_healed(folder, weights, of, "healed by hand", SOMEONE)
+    found = find_healed([folder], of)
+    assert found is not None
+    return found
+
+
+def with_weights(dense: Path, out: Path, weights: Mapping[str, Tensor]) -> Path:
+    """A copy of a checkpoint directory with other weights."""
+    shutil.copytree(dense, out)
+    save_file(load_file(dense / "model.safetensors") | weights, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+class InProcess:
+    """Verification without its fresh process, which takes seconds."""
+
+    @staticmethod
+    def run(command: Sequence[str], **_: object) -> SimpleNamespace:
+        report = verify.verify(command[3], command[4], float(command[5]))
+        report["ok"] = True  # blockpruner is imported here
+        return SimpleNamespace(returncode=0, stdout=json.dumps(report), stderr="")

@@ -6,7 +6,6 @@ how to load it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 
 from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import licence_of
+from blockpruner.methods.healed import Healed
 from blockpruner.methods.registry import KINDS
 from blockpruner.store.files import read_json
 from blockpruner.store.manifest import SOURCE_FILE
@@ -23,28 +23,27 @@ def model_card(
     plan: Plan,
     dense: Path,
     code: str | None = None,
-    since: str = "not retrained",
+    healed: Healed | None = None,
     note: str = "",
     library: str = "transformers",
     loading: str | None = None,
-    datasets: Sequence[str] = (),
 ) -> str:
     """README.md of the checkpoint.
 
     Args:
         dense: the base model's directory.
         code: the modelling file in the checkpoint, None where there is none.
-        since: what was done after pruning.
+        healed: what was done after pruning.
         note: a remark about the format.
         library: what loads the checkpoint.
         loading: how to load it; None: with transformers.
-        datasets: repositories of the hub whose texts the weights were trained on.
     """
     source: dict[str, Any] = read_json(dense / SOURCE_FILE)["source"]
     base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
     front = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["blockpruner", "pruned"]}
     front |= licence_of(dense) | ({"base_model": base} if "repo" in source else {})
-    front |= {"datasets": list(datasets)} if datasets else {}
+    front |= {"datasets": list(healed.datasets)} if healed and healed.datasets else {}
+    since = healed.words if healed else "not retrained"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 

@@ -26,9 +26,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import LICENCE_FILES, copy_files
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.methods.apply import prune_by_plan_
-from blockpruner.model.models import load_model, model_family
-from blockpruner.scoring.work import Rows
+from blockpruner.methods.apply import Pruning
+from blockpruner.model.models import model_family
 from blockpruner.store.files import write_json, write_text
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
@@ -69,30 +68,28 @@ smaller ones.
 """
 
 
-def export_gguf(
-    dense: Path, plan: Plan, out: Path, *, rows: Rows, dtype: str, device: str, trust_remote_code: bool = False
-) -> None:
-    """Write the pruned model of `plan` as GGUF files in a directory at `out`, verified if llama.cpp is installed
+def export_gguf(pruning: Pruning, out: Path) -> None:
+    """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed
     (`xllamacpp`).
 
     Raises:
         InputError: the files cannot express the model, its tokenizer or the plan, or llama.cpp does not reproduce the
             model in memory; nothing is left at `out`.
     """
-    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trust_remote_code).to_dict()
+    plan, dense, trusted = pruning.plan, pruning.dense, pruning.trust_remote_code
+    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trusted).to_dict()
     check(config, plan)
-    tokenizer = load_tokenizer(dense, trust_remote_code)
+    tokenizer = load_tokenizer(dense, trusted)
     words, more = vocabulary(tokenizer, config), facts(tokenizer, config)
     # in float32: a pass in bfloat16 errs as much as 8 bits do, and would hide a fault of a file
-    model = load_model(dense, dtype, device, trust_remote_code).float()
+    model = pruning.load().float()
 
     def write_all(directory: Path, reference: Path) -> float:
-        pruned = prune_by_plan_(
-            model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan) | more, reference)
-        )
+        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan) | more, reference))
         for precision in verify_llama_cpp.PRECISIONS:
             write(pruned, words, precision, directory / f"model-{precision}.gguf")
-        write_text(directory / "README.md", model_card(plan, dense, library="gguf", loading=LOADING))
+        card = model_card(plan, dense, healed=pruning.healed, library="gguf", loading=LOADING)
+        write_text(directory / "README.md", card)
         write_json(directory / "blockpruner_plan.json", {**vars(plan)})
         copy_files(dense, directory, LICENCE_FILES)
         return TOLERANCE

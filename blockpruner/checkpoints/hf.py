@@ -8,7 +8,6 @@ our modelling file may lie in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,53 +18,23 @@ from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.verification import reference_outputs, tolerance_of, write_verified
 from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKENIZER_FILES, copy_files, drop_code_
-from blockpruner.methods.apply import prune_by_plan_
+from blockpruner.methods.apply import Pruning
 from blockpruner.model.classes import OUR_MODULES
-from blockpruner.model.models import load_model
-from blockpruner.scoring.work import Rows
 from blockpruner.store.files import let_others_read, write_json, write_text
 
 
-def export_hf(
-    dense: Path, plan: Plan, out: Path, *, rows: Rows, dtype: str, device: str, trust_remote_code: bool = False
-) -> None:
-    """Write the pruned model of `plan` as a checkpoint directory at `out`, verified.
-
-    Args:
-        rows: the calibration rows; SliceGPT takes its directions from them.
+def export_hf(pruning: Pruning, out: Path) -> None:
+    """Write the pruned model as a checkpoint directory at `out`, verified.
 
     Raises:
         InputError: the fresh process does not reproduce the model in memory; nothing is left at `out`.
     """
-    model = load_model(dense, dtype, device, trust_remote_code)
+    model, plan = pruning.load(), pruning.plan
 
     def write(directory: Path, reference: Path) -> float:
-        pruned = prune_by_plan_(
-            model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
-        )
-        save_checkpoint(pruned, plan, dense, directory, model_card(plan, dense, code_file(pruned)))
-        return tolerance_of(model)
-
-    write_verified(out, write)
-
-
-def save_recovered(
-    model: PreTrainedModel, plan: Plan, dense: Path, out: Path, training: str, datasets: Sequence[str] = ()
-) -> None:
-    """Write a pruned and then trained model as a checkpoint directory at `out`, with the files of `export_hf`.
-
-    Args:
-        training: how it was trained, for the card; follows "and then".
-        datasets: repositories of the hub whose texts it was trained on.
-
-    Raises:
-        InputError: the fresh process does not reproduce `model`, with and without cache; nothing is left at `out`.
-    """
-
-    def write(directory: Path, reference: Path) -> float:
-        save_file(reference_outputs(model, plan), reference)
-        card = model_card(plan, dense, code_file(model), f"then {training}", datasets=datasets)
-        save_checkpoint(model, plan, dense, directory, card)
+        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan), reference))
+        card = model_card(plan, pruning.dense, code_file(pruned), pruning.healed)
+        save_checkpoint(pruned, plan, pruning.dense, directory, card)
         return tolerance_of(model)
 
     write_verified(out, write)

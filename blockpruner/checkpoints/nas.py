@@ -24,9 +24,8 @@ from blockpruner.checkpoints.packing import PackedModel, pack_model
 from blockpruner.checkpoints.verification import reference_outputs, write_verified
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.methods.apply import prune_by_plan_
-from blockpruner.model.models import load_model, model_family
-from blockpruner.scoring.work import Rows
+from blockpruner.methods.apply import Pruning
+from blockpruner.model.models import model_family
 from blockpruner.store.files import let_others_read, write_json
 
 READABLE = ("llama", "mistral", "qwen2")
@@ -51,36 +50,31 @@ FIELDS = (
 """What the config takes over from the family's config."""
 
 
-def export_nas(
-    dense: Path, plan: Plan, out: Path, *, rows: Rows, dtype: str, device: str, trust_remote_code: bool = False
-) -> None:
-    """Write the pruned model of `plan` as a DeciLM directory at `out`, verified.
-
-    Args:
-        rows: the calibration rows; no plan that fits the format needs them.
+def export_nas(pruning: Pruning, out: Path) -> None:
+    """Write the pruned model as a DeciLM directory at `out`, verified.
 
     Raises:
         InputError: the format cannot hold the model or the plan, or mlx-lm does not reproduce the model in memory;
             nothing is left at `out`.
     """
-    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trust_remote_code)
-    _require_fit(config.to_dict(), plan, dtype)
+    plan, dense = pruning.plan, pruning.dense
+    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=pruning.trust_remote_code)
+    _require_fit(config.to_dict(), plan, pruning.dtype)
     # in float32: two engines may round differently in 16 bits, by more than a fault would change
-    model, narrow = load_model(dense, dtype, device, trust_remote_code).float(), getattr(torch, dtype)
+    model, narrow = pruning.load().float(), getattr(torch, pruning.dtype)
 
     def write(directory: Path, reference: Path) -> float:
-        pruned = prune_by_plan_(
-            model, plan, rows, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
-        )
+        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan), reference))
         blocks = pack_model(pruned)
         wide = nas_weights(pruned, blocks)
         weights = {name: weight.to(narrow) for name, weight in wide.items()}
         is_exact = all(torch.equal(weight, wide[name]) for name, weight in weights.items())
-        write_json(directory / "config.json", nas_config(pruned, blocks) | {"dtype": dtype})
+        write_json(directory / "config.json", nas_config(pruned, blocks) | {"dtype": pruning.dtype})
         save_torch_state_dict(weights, directory, max_shard_size="5GB")
         let_others_read(directory)
         held = sum(weight.numel() for weight in weights.values())
-        save_other_files(plan, dense, directory, model_card(plan, dense, library="mlx", loading=_loading(plan, held)))
+        card = model_card(plan, dense, healed=pruning.healed, library="mlx", loading=_loading(plan, held))
+        save_other_files(plan, dense, directory, card)
         return TOLERANCE if is_exact else TOLERANCE_ROUNDED
 
     write_verified(out, write, verify_mlx)

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.plan import Plan
 from blockpruner.core.registry import Registry
 from blockpruner.methods.kind import Kind
-from blockpruner.scoring.work import Rows
+
+if TYPE_CHECKING:
+    from blockpruner.methods.apply import Pruning
 
 
-class Writer(Protocol):
-    """Writes the pruned model of a plan as a directory at `out`, verified. It leaves nothing there if it fails."""
-
-    def __call__(
-        self,
-        dense: Path,
-        plan: Plan,
-        out: Path,
-        *,
-        rows: Rows,
-        dtype: str,
-        device: str,
-        trust_remote_code: bool = False,
-    ) -> None: ...
+Writer = Callable[["Pruning", Path], None]
+"""Writes a pruned model, with its healed weights, as a directory at a path, verified. It leaves nothing there if it
+fails."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from blockpruner.checkpoints.hf import code_file, save_checkpoint
 from blockpruner.checkpoints.verification import reference_outputs, tolerance_of, write_verified
 from blockpruner.core.blocks import Mask
 from blockpruner.core.errors import InputError
-from blockpruner.core.plan import Plan
+from blockpruner.methods.apply import Pruning
 from blockpruner.methods.registry import KINDS
-from blockpruner.model.models import decoder_layers, load_model, masked, model_family
-from blockpruner.scoring.work import Rows
+from blockpruner.model.models import decoder_layers, masked, model_family
 
 NOTE = """
 This directory has the shape of the base model: the last projection of each removed block is zero. It computes what the
@@ -28,28 +27,29 @@ pruned model computes, in engines that only load the base model's shape, and is 
 """
 
 
-def export_zeroed(
-    dense: Path, plan: Plan, out: Path, *, rows: Rows, dtype: str, device: str, trust_remote_code: bool = False
-) -> None:
+def export_zeroed(pruning: Pruning, out: Path) -> None:
     """Write the dense model with the blocks of `plan` silenced as a checkpoint directory at `out`, verified.
 
     Raises:
         InputError: the plan removes no blocks, or a fresh process does not reproduce the masked model; nothing is left
             at `out`.
     """
+    plan = pruning.plan
     if not KINDS[plan.kind].removes_blocks:
         raise InputError(
             f"export zeroed silences removed blocks, and method {plan.method!r} of run {plan.run!r} removes none; "
             "leave zeroed out of that run's export"
         )
-    model = load_model(dense, dtype, device, trust_remote_code)
+    model = pruning.load()
 
     def write(directory: Path, reference: Path) -> float:
+        pruning.heal_(model)
         with masked(model, plan.mask) as reduced:
             outputs = reference_outputs(reduced, plan)
         save_file(outputs | {"attentions": torch.tensor(plan.layers)}, reference)
         zero_(model, plan.mask)
-        save_checkpoint(model, plan, dense, directory, model_card(plan, dense, code_file(model), note=NOTE))
+        card = model_card(plan, pruning.dense, code_file(model), pruning.healed, note=NOTE)
+        save_checkpoint(model, plan, pruning.dense, directory, card)
         return tolerance_of(model)
 
     write_verified(out, write)

@@ -41,8 +41,10 @@ class Plan:
     """Of the dense and of the pruned model."""
     calibration: Mapping[str, Any]
     """Rows, tokens, and the perplexity on them of the dense and the pruned model (null: known once it is made)."""
+    compensate: str = "none"
+    """How the weights of the pruned model are compensated for what is gone, without training."""
     recover: bool = False
-    """Whether the pruned model is trained before it is evaluated."""
+    """Whether the pruned model is trained after that."""
     nested: bool = True
     """Whether the first steps of `order` meet smaller budgets."""
     removes: Mapping[str, float] = field(default_factory=dict)

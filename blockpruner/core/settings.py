@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
@@ -39,6 +40,10 @@ class Pypi(Frozen):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Digest of the package file."""
 
+    @property
+    def title(self) -> str:
+        return self.package
+
 
 class Hub(Frozen):
     """A repository of the Hugging Face hub."""
@@ -48,12 +53,20 @@ class Hub(Frozen):
     revision: str | None = None
     """A commit; or a branch, a tag or refs/pr/<number>, null: main, resolved once and kept in runs/pins.json."""
 
+    @property
+    def title(self) -> str:
+        return self.repo
+
 
 class Local(Frozen):
     """A file or folder of this machine."""
 
     source: Literal["path"]
     path: str
+
+    @property
+    def title(self) -> str:
+        return PurePath(self.path).name
 
 
 class PypiModel(Pypi):
@@ -122,6 +135,10 @@ class MixedTexts(Frozen):
     source: Literal["mix"]
     of: tuple[Source, ...] = Field(min_length=2)
 
+    @property
+    def title(self) -> str:
+        return " + ".join(source.title for source in self.of)
+
 
 Texts = Annotated[PypiTexts | HubTexts | LocalTexts | MixedTexts, Field(discriminator="source")]
 
@@ -135,6 +152,10 @@ class TaskAnswers(Frozen):
     tasks: tuple[str, ...] = Field(min_length=1)
     skip: int | None = Field(default=None, ge=1)
     """Items to pass over in a task that has no split beside the evaluated one."""
+
+    @property
+    def title(self) -> str:
+        return f"answers to {', '.join(self.tasks)}"
 
     @field_validator("tasks")
     @classmethod
@@ -319,6 +340,24 @@ class Evaluate(Frozen):
     speed: Speed = Speed()
 
 
+CompensationMethod = Literal["none", "scale", "bias", "map", "refit"]
+
+
+class Compensate(Frozen):
+    """How the weights that are left make up for what is gone, without training."""
+
+    method: CompensationMethod = "none"
+    data: Texts | None = None
+    """null: the run's calibration texts."""
+    num_rows: int = Field(default=96, ge=2)
+    """The most that are used; joined rows of all texts."""
+    seq_len: int = Field(default=256, ge=2)
+    """Tokens in a row."""
+    validation: float = Field(default=0.25, gt=0, lt=1)
+    """The share of rows on which the strength is chosen; weights that do not help there are left as they were."""
+    seed: int = 42
+
+
 class Recover(Frozen):
     """Training after pruning, for targets with `recover: true`. The defaults are the paper's LoRA, validated; what the
     paper leaves open is explained in `recovery`."""
@@ -480,6 +519,7 @@ class Run(Frozen):
     calibration: Calibration = Calibration()
     score: Score = Score()
     evaluate: Evaluate = Evaluate()
+    compensate: Compensate = Compensate()
     recover: Recover | None = None
     """For targets with `recover: true`; `{}` is the paper's recipe."""
     export: tuple[str, ...] = ("hf",)
@@ -541,6 +581,8 @@ class Target(Frozen):
     """Name of runs/<name>.yaml."""
     budget: str
     """How far to prune: a share of all parameters, "17blocks", "7layers", "0.3kv", "1.25x"."""
+    compensate: CompensationMethod | None = None
+    """In place of the run's `compensate.method`."""
     recover: bool = False
     """Whether the pruned model is trained, by the run's `recover`."""
     push: Push | None = None
@@ -640,7 +682,7 @@ class Params(Frozen):
                 )
             if name in {f"{run}-dense" for run in self.runs} or name in self.runs:
                 raise ValueError(f"target name {name!r} is taken by a run or its dense baseline; choose another")
-            meaning = (target.run, read_budget(target.budget), target.recover)
+            meaning = (target.run, read_budget(target.budget), target.compensate, target.recover)
             if meaning in meanings:
                 raise ValueError(
                     f"targets {meanings[meaning]!r} and {name!r} mean the same (run {target.run}, budget "

@@ -262,12 +262,18 @@ def draw_rows(
 
 
 def fill_rows(
-    pool: Sequence[str], tokenizer: Any, wanted: Calibration, num_rows: int, key: str = "calibration.num_rows"
+    pool: Sequence[str],
+    tokenizer: Any,
+    wanted: Calibration,
+    num_rows: int,
+    key: str = "calibration.num_rows",
+    at_most: bool = False,
 ) -> CalibrationSet:
     """The first `num_rows` rows of all texts joined, in the order in which they are drawn.
 
     Args:
         key: what asks for so many in the run file, for the message.
+        at_most: all rows will do where there are fewer.
 
     Raises:
         InputError: the texts are fewer rows.
@@ -278,7 +284,7 @@ def fill_rows(
     taken = next((count for count, size in sizes if size >= enough), len(samples))
     for count in (taken, len(samples)):
         rows = pack_rows(samples[:count], tokenizer, wanted.seq_len, wanted.packing, wanted.score)
-        if len(rows.rows) >= num_rows:
+        if len(rows.rows) >= num_rows or (at_most and count == len(samples)):
             return CalibrationSet(rows.rows[:num_rows], rows.dropped)
     raise InputError(
         f"{key} {num_rows} is more than the {len(rows.rows)} rows of {wanted.seq_len} tokens that the "

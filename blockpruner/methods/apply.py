@@ -7,32 +7,74 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from blockpruner.core.plan import Plan
-from blockpruner.methods.registry import KINDS
-from blockpruner.model.models import shared_copy
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.checkpoints import checkpoint_identity
+from blockpruner.methods.healed import Healed, load_healed_
+from blockpruner.methods.registry import KINDS, model_facts
+from blockpruner.model.models import load_model, shared_copy
 from blockpruner.scoring.work import Rows
+from blockpruner.store.provenance import fingerprint
 
 
-def prune_by_plan_(
-    dense: PreTrainedModel, plan: Plan, rows: Rows, note: Callable[[PreTrainedModel], object]
-) -> PreTrainedModel:
-    """The pruned model, in place of the dense one.
+@dataclass(frozen=True)
+class Pruning:
+    """A pruned model that is to be made."""
 
-    Args:
-        note: takes down the outputs that a verification compares with: from the dense model changed for a while,
-            where the kind of plan can lend it.
-    """
-    kind = KINDS[plan.kind]
-    if kind.lend is not None:
-        with kind.lend(dense, plan) as reduced:
-            note(reduced)
-    pruned = kind.apply_(dense, plan, rows)
-    if kind.lend is None:
-        note(pruned)
-    return pruned
+    dense: Path
+    """The directory of the dense model."""
+    plan: Plan
+    rows: CalibrationSet
+    """Those of calibration."""
+    dtype: str
+    device: str
+    trust_remote_code: bool = False
+    healed: Healed | None = None
+    """Weights to put into it."""
+
+    @property
+    def identity(self) -> str:
+        """Of the model before it is healed."""
+        facts = {"model": checkpoint_identity(self.dense).now, "dtype": self.dtype}
+        return fingerprint({**facts, **model_facts(self.plan, self.rows.digest)})
+
+    def load(self) -> PreTrainedModel:
+        """The dense model."""
+        return load_model(self.dense, self.dtype, self.device, self.trust_remote_code)
+
+    def prune_(
+        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
+    ) -> PreTrainedModel:
+        """The pruned model, in place of the dense one.
+
+        Args:
+            note: takes down the outputs that a verification compares with. They are of the dense model changed for a
+                while, where the kind of plan can lend it, and the healed weights are among those that it leaves.
+        """
+        kind, lend = KINDS[self.plan.kind], KINDS[self.plan.kind].lend
+        if kind.removes_blocks:
+            self.heal_(dense)
+        elif self.healed is not None:
+            lend = None
+        if lend is not None:
+            with lend(dense, self.plan) as reduced:
+                note(reduced)
+        pruned = kind.apply_(dense, self.plan, self.rows.rows)
+        if lend is None:
+            if self.healed is not None:
+                load_healed_(pruned, self.healed)
+            note(pruned)
+        return pruned
+
+    def heal_(self, dense: PreTrainedModel) -> None:
+        """Put the healed weights into those tensors of the dense model that are left when blocks are removed."""
+        if self.healed is not None:
+            load_healed_(pruned_copy(dense, self.plan, self.rows.rows), self.healed)
 
 
 def pruned_copy(dense: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:

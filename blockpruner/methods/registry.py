@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from blockpruner.core.budgets import parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.options import read_options
+from blockpruner.core.plan import Plan
 from blockpruner.core.registry import Registry
 from blockpruner.core.settings import Score
 from blockpruner.methods.blocks.kind import BLOCKS
@@ -55,6 +58,11 @@ def require_budgets(score: Score, config: Config, budgets: tuple[str, ...]) -> N
     options = read_options(kind.name, kind.options, score.options)
     for text in budgets:
         kind.require(parse_budget(text, resources["parameters"]), options, config)
+
+
+def model_facts(plan: Plan, rows: str) -> dict[str, Any]:
+    """All that a pruned model depends on, apart from the dense one. rows: digest of its calibration set."""
+    return {"kind": plan.kind, **KINDS[plan.kind].identity(plan, rows)}
 
 
 KINDS = Registry("plan kind", Kind, [BLOCKS, LACO, SLICEGPT])

@@ -75,7 +75,7 @@ def has_our_code(directory: Path) -> bool:
             return True
     raise InputError(
         f"{directory} holds or names code that is not the installed blockpruner's ({asked or found[0]}), and it is not "
-        "run; export it again with this version (its stage materialize or recover)"
+        "run; export it again with this version (its stage materialize)"
     )
 
 

@@ -33,9 +33,9 @@ from blockpruner.evaluation.suite import (
 )
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import pruned_copy
-from blockpruner.methods.registry import KINDS
+from blockpruner.methods.registry import KINDS, model_facts
 from blockpruner.model.models import device_name, resolve_device
-from blockpruner.paper.studies import DENSE, model_facts, model_name
+from blockpruner.paper.studies import DENSE, model_name
 from blockpruner.store.files import replace_directory, write_sealed_json, write_table
 from blockpruner.store.provenance import machine
 

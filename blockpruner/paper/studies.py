@@ -20,7 +20,7 @@ from blockpruner.core.settings import Calibration, TaskAnswers, Texts
 from blockpruner.inputs.calibration import CalibrationSet, draw_rows
 from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
-from blockpruner.methods.registry import KINDS
+from blockpruner.methods.registry import model_facts
 from blockpruner.methods.score import score_run
 from blockpruner.paper.experiments import Variant
 from blockpruner.search.iteration import removals
@@ -160,11 +160,6 @@ def load_plans(folder: Path, variant: Variant) -> dict[str, Plan]:
     if SearchRecord.load(folder / variant.slug).refused:
         return {}
     return {budget: load_plan(folder / variant.slug / f"{budget}.json") for budget in variant.budgets}
-
-
-def model_facts(plan: Plan, rows: str) -> dict[str, Any]:
-    """All that a pruned model depends on, apart from the dense one. rows: digest of its search's calibration set."""
-    return {"kind": plan.kind, **KINDS[plan.kind].identity(plan, rows)}
 
 
 def model_name(plan: Plan, rows: str) -> str:

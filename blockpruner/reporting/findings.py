@@ -205,7 +205,7 @@ def _outcome(target: PrunedOption) -> Finding:
         Level.RESULT,
         "outcome",
         f"{target.name}: {percent(plan.ratio)} of the parameters removed ({target.taken_out}; {target.method})"
-        + (", then trained" if plan.recover else ""),
+        + (f", then healed by {' and '.join(target.healing)}" if target.healing else ""),
         f"Held-out perplexity {number(dense.perplexity)} → {number(model.perplexity)}. Average accuracy "
         f"{percent(dense.average.value)} → {percent(model.average.value)}, a paired difference of {difference(gap)} "
         f"points{noise}. {confidence}Generation {times(target.speedup)} as fast"

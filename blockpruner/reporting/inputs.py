@@ -88,6 +88,21 @@ class PrunedOption(Option):
     """Empty where the plan has no sequence of removals."""
     considered: Coverage | None
     """None where no masks were compared."""
+    compensation: Mapping[str, Any]
+    """The report of its compensation; empty where the plan asks for none."""
+
+    @property
+    def helped(self) -> bool:
+        """Tell whether compensation changed weights: the rows that it held out were better by it."""
+        return (
+            bool(self.compensation)
+            and self.compensation["perplexity"]["after"] < self.compensation["perplexity"]["before"]
+        )
+
+    @property
+    def healing(self) -> tuple[str, ...]:
+        asked = super().healing
+        return asked[1:] if self.compensation and not self.helped else asked
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +154,7 @@ def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: 
 
 
 def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> ReportedRun:
-    names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].recover, name))
+    names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].recover, plans[name].compensate, name))
     searches = {name: _read_search(plans[name], data / "plans" / name / "iterations.parquet") for name in names}
     folders = {name: data / "results" / name for name in (f"{run}-dense", *names)}
     facts = {name: read_json(folder / "results.json") for name, folder in folders.items()}
@@ -155,11 +170,13 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
     for name in names:
         plan, (removed, looked) = plans[name], searches[name]
         words = KINDS[plan.kind].words(plan, looked.unit if looked else "")
+        report = data / "compensated" / name / "compensate.json"
         curve = (removed[0].before, *(removal.perplexity for removal in removed)) if removed else ()
         found.append(
             PrunedOption(
                 name=name, subject=labels.model, method=words, plan=plan, model=models[name], dense=dense.model,
                 races=races[name], order=plan.order, curve=curve, removals=removed, considered=looked,
+                compensation={} if plan.compensate == "none" else read_json(report),
             )
         )  # fmt: skip
     chance = {task: value for task, value in facts[f"{run}-dense"]["chance"].items() if value is not None}

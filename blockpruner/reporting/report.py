@@ -13,8 +13,8 @@ from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import Comparison, comparisons
 from blockpruner.reporting.figures import figures, pareto_plot
 from blockpruner.reporting.findings import findings
-from blockpruner.reporting.formats import listed, percent
-from blockpruner.reporting.inputs import ReportedRun, read_studies
+from blockpruner.reporting.formats import listed, number, percent
+from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_studies
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, made_line, write_page
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.tables import choices, compared, curve_csv, headline, iterations_csv, pareto_csv, sequence
@@ -76,17 +76,26 @@ def _section(study: ReportedRun, draw: bool) -> Section:
 def _facts(study: ReportedRun) -> tuple[tuple[str, str], ...]:
     calibration, text, labels = study.targets[0].plan.calibration, study.dense.model.heldout, study.labels
     tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in study.scores.items())
+    mended = [_mended(target) for target in study.targets if target.compensation]
     trained = [target.name for target in study.targets if target.plan.recover]
     return (
         ("Model", labels.model),
         ("Calibration", f"{labels.calibration}: {calibration['rows']:,} rows, {calibration['tokens']:,} tokens"),
         ("Held-out text", f"{labels.heldout}: {text.rows:,} rows, {text.tokens:,} tokens"),
         ("Tasks", f"{labels.tasks}: {tasks}"),
+        *([("Compensation", f"{labels.compensation}; {'; '.join(mended)}")] if mended else []),
         *([("Recovery", f"{labels.recovery}: {listed(trained)}")] if trained else []),
         ("Speed", study.targets[0].race.pruned.setting),
         *_metric(study),
         _made(study),
     )
+
+
+def _mended(target: PrunedOption) -> str:
+    """Tell what compensation changed on the rows that it held out."""
+    found = target.compensation["perplexity"]
+    rows = f"{number(found['before'])} → {number(found['after'])} (dense {number(found['dense'])})"
+    return f"{target.name}: {target.plan.compensate}, {rows if target.helped else 'no help, left out'}"
 
 
 def _metric(study: ReportedRun) -> tuple[tuple[str, str], ...]:

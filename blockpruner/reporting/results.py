@@ -41,6 +41,8 @@ class RunLabels:
     calibration: str
     heldout: str
     tasks: str
+    compensation: str = ""
+    """Texts of the compensation."""
     recovery: str = ""
     """Texts and settings of the training of recovered targets."""
     search: str = "exact"
@@ -251,9 +253,17 @@ class Option:
         return self.plan.ratio if self.plan else 0.0
 
     @property
+    def healing(self) -> tuple[str, ...]:
+        """What was done to the weights that are left, in order."""
+        if self.plan is None:
+            return ()
+        compensated = () if self.plan.compensate == "none" else (self.plan.compensate,)
+        return (*compensated, *(("training",) if self.plan.recover else ()))
+
+    @property
     def recipe(self) -> str:
-        """The method, and that it was trained where the model was trained after it."""
-        return self.method + (" + training" if self.plan and self.plan.recover else "")
+        """The method, and what was done after it."""
+        return " + ".join((self.method, *self.healing))
 
     @property
     def taken_out(self) -> str:

@@ -110,8 +110,8 @@ def headline(study: ReportedRun) -> Grid:
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
     add("Parameters removed", REMOVED.of)
     add("Taken out", lambda o: o.taken_out)
-    if any(target.plan.recover for target in study.targets):
-        add("Trained since", lambda o: "yes" if o.plan and o.plan.recover else "no")
+    if any(target.healing for target in study.targets):
+        add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
     add("Held-out perplexity", HELDOUT.of)
     for task, found in study.dense.model.tasks.items():
         if not found.is_accuracy:
@@ -262,6 +262,7 @@ CURVE: Mapping[str, Callable[[Option], object]] = {
 PARETO: Mapping[str, Callable[[Option], object]] = {
     "target": lambda o: o.name,
     "method": lambda o: o.method,
+    "compensated": lambda o: o.plan.compensate if o.plan else "none",
     "recovered": lambda o: int(bool(o.plan and o.plan.recover)),
     "ratio": lambda o: o.ratio,
     "mha_removed": lambda o: o.blocks["mha"],

@@ -91,6 +91,6 @@ def require_verified(directory: Path) -> dict[str, str]:
     if changed:
         raise InputError(
             f"{directory} is not what was verified: {', '.join(changed[:5])} changed, or came or went since; move "
-            "files of your own elsewhere, or export it again (its stage materialize or recover)"
+            "files of your own elsewhere, or export it again (its stage materialize)"
         )
     return files

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from blockpruner.checkpoints import verification, verify
+from blockpruner.checkpoints import verification
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.verification import verify_checkpoint
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.classes import has_our_code
-from tests.plans import fetch, plan_of
+from tests.plans import InProcess, fetch, plan_of, pruning
 from tests.tiny import VARIANTS, save_tiny
 
 MODULES = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
@@ -43,16 +43,6 @@ def asks_for(folder):
     return [entry for entry in found if entry]
 
 
-class InProcess:
-    """Verification without its fresh process, which takes seconds."""
-
-    @staticmethod
-    def run(command, **_):
-        report = verify.verify(command[3], command[4], float(command[5]))
-        report["ok"] = True  # blockpruner is imported here
-        return type("Result", (), {"returncode": 0, "stdout": json.dumps(report), "stderr": ""})
-
-
 @pytest.mark.parametrize(("family", "auto_map"), CASES)
 def test_no_code_of_strangers_runs(tmp_path, monkeypatch, family, auto_map):
     """Fetch, both kinds of export, verification, and what benchmark and recover load. A mark would be left by any step
@@ -67,7 +57,7 @@ def test_no_code_of_strangers_runs(tmp_path, monkeypatch, family, auto_map):
     poisoned = poison(dense, auto_map, marker)
     for name, order in {"holes": ["mha.0", "mlp.3"], "whole": ["mha.1,mlp.1", "mha.2,mlp.2"]}.items():
         out = tmp_path / name
-        export_hf(poisoned, plan_of(poisoned, order), out, rows=(), dtype="float32", device="cpu")
+        export_hf(pruning(poisoned, plan_of(poisoned, order)), out)
         ours = [path.name for path in out.glob("*.py")]
         modelling = f"{ours[0].removesuffix('.py')}." if ours else None
         assert ours in ([], ["modeling_blockpruned.py"])
@@ -85,7 +75,7 @@ def export(tmp_path_factory):
     dense = fetch(save_tiny(root / "mine"), root / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "subprocess", InProcess)
-        export_hf(dense, plan_of(dense, ["mha.0"]), root / "out", rows=(), dtype="float32", device="cpu")
+        export_hf(pruning(dense, plan_of(dense, ["mha.0"])), root / "out")
     return root / "out"
 
 
@@ -140,15 +130,7 @@ def test_a_run_that_trusts_has_its_model_and_tokenizer_loaded(tmp_path, monkeypa
     }
     path.write_text(json.dumps(config))
     dense = fetch(folder, tmp_path / "model", trust_remote_code=True)
-    export_hf(
-        dense,
-        plan_of(dense, ["mha.0"]),
-        tmp_path / "out",
-        rows=(),
-        dtype="float32",
-        device="cpu",
-        trust_remote_code=True,
-    )
+    export_hf(pruning(dense, plan_of(dense, ["mha.0"]), trust_remote_code=True), tmp_path / "out")
     assert not (tmp_path / "out/words.py").exists()
     for checkpoint in (
         Checkpoint(dense, "float32", "cpu", True),

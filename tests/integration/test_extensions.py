@@ -20,7 +20,7 @@ from blockpruner.model.models import decoder_layers
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import SEARCHES, Search
-from stages import baseline, benchmark, calibrate, commit, fetch, materialize, recover, report, score
+from stages import baseline, benchmark, calibrate, commit, compensate, fetch, materialize, recover, report, score
 from tests.integration.project import run_of, write_inputs
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
@@ -44,9 +44,9 @@ def surprise(logits, targets, dense):
     return -logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0] / math.log(2)
 
 
-def shapes(dense, plan, out, *, rows, dtype, device, trust_remote_code=False):
+def shapes(pruning, out):
     out.mkdir(parents=True)
-    (out / "shapes.json").write_text(json.dumps({"parameters": plan.parameters["pruned"]}))
+    (out / "shapes.json").write_text(json.dumps({"parameters": pruning.plan.parameters["pruned"]}))
 
 
 def quiet_(model, plan, rows):
@@ -95,7 +95,7 @@ def project(tmp_path_factory):
             for stage in (fetch, calibrate, score, baseline):
                 stage.main(run)
         for target in targets:
-            for stage in (commit, materialize, recover, benchmark):
+            for stage in (commit, compensate, recover, materialize, benchmark):
                 stage.main(target)
         report.main("")
         yield folder

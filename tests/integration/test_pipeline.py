@@ -52,8 +52,8 @@ def brute_force(project, removals):
 
 def test_everything_runs_once_in_order(project, first):
     assert sorted(ran(first)) == sorted(
-        ["fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "commit@small.2", "materialize@small.2",
-         "recover@small.2", "benchmark@small.2", "report"]
+        ["fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "commit@small.2", "compensate@small.2",
+         "recover@small.2", "materialize@small.2", "benchmark@small.2", "report"]
     )  # fmt: skip
     for output in (
         "checkpoints/small.2/hf/verification.json", "results/small.2/results.json", "results/tiny-dense/results.json",
@@ -99,8 +99,8 @@ def test_budgets_up_down_and_back(project, first):
     set_targets(project, {"small.2": "2blocks", "large.4": "4blocks"})
     output = dvc(project, "repro")
     assert sorted(ran(output)) == sorted(
-        ["score@tiny", "commit@small.2", "commit@large.4", "materialize@large.4", "recover@large.4",
-         "benchmark@large.4", "report"]
+        ["score@tiny", "commit@small.2", "commit@large.4", "compensate@large.4", "recover@large.4",
+         "materialize@large.4", "benchmark@large.4", "report"]
     )  # fmt: skip
     after = counts(project)
     assert (after["trials_computed"], after["trials_reused"]) == (6 + 5, 9 + 7)
@@ -119,15 +119,15 @@ def test_a_target_is_recovered_beside_the_one_that_is_not(project, first):
     set_targets(project, {"small.2": "2blocks", "lora.2": "2blocks"})
     output = dvc(project, "repro")
     assert not {"materialize@small.2", "recover@small.2", "benchmark@small.2"} & set(ran(output))
-    assert {"commit@lora.2", "materialize@lora.2", "recover@lora.2", "benchmark@lora.2"} <= set(ran(output))
+    assert {"commit@lora.2", "recover@lora.2", "materialize@lora.2", "benchmark@lora.2"} <= set(ran(output))
     facts = read_json(project / "data/recovered/lora.2/recover.json")
     assert facts["rows"] == 12 and len(facts["losses"]) == 6
-    assert read_json(project / "data/recovered/lora.2/hf/verification.json")["ok"]
+    assert read_json(project / "data/checkpoints/lora.2/hf/verification.json")["ok"]
     assert read_json(project / "data/recovered/small.2/recover.json") == {"enabled": False}
     before, after = (read_json(project / f"data/results/{name}/results.json") for name in ("small.2", "lora.2"))
     assert before["parameters"] == after["parameters"]
     assert after["perplexity"]["perplexity"] < before["perplexity"]["perplexity"]
-    assert "then trained" in (project / "data/report/report.md").read_text()
+    assert "then healed by training" in (project / "data/report/report.md").read_text()
 
 
 def test_dvc_reads_metrics_and_plots(project, first):

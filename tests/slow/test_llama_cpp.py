@@ -14,6 +14,7 @@ from blockpruner.checkpoints.verification import reference_outputs
 from blockpruner.checkpoints.verify_llama_cpp import ask
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked
+from tests.plans import pruning
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +42,7 @@ def test_quantized_by_llama_cpp(tmp_path, smollm2, library):
     for name, plan in plans().items():
         with masked(model, plan.mask):
             reference = reference_outputs(model, plan) | beside
-        export_gguf(smollm2, plan, tmp_path / name, rows=(), dtype="float32", device="cpu")
+        export_gguf(pruning(smollm2, plan), tmp_path / name)
         source, target = tmp_path / name / "model-F16.gguf", tmp_path / name / "model-Q4_K_M.gguf"
         script = [sys.executable, str(Path(__file__).with_name("quantize.py"))]
         subprocess.run([*script, str(library), str(source), str(target), str(Q4_K_M)], check=True, capture_output=True)

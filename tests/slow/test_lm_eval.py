@@ -11,6 +11,7 @@ from blockpruner.model.models import load_model
 from blockpruner.params import load_run
 from stages import CACHE, PINS
 from tests.harness import assert_same, command_line
+from tests.plans import pruning
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ def test_the_command_line_gives_the_same_items(name, smollm2, task_dir, tmp_path
     checkpoint = smollm2
     if name == "pruned":
         checkpoint = tmp_path / "hf"
-        EXPORTS["hf"].write(smollm2, list(plans().values())[1], checkpoint, rows=(), dtype="float32", device="cpu")
+        EXPORTS["hf"].write(pruning(smollm2, list(plans().values())[1]), checkpoint)
     results, samples = command_line(checkpoint, task_dir, TASKS, tmp_path / "out", "--limit", str(ITEMS))
     model = load_model(checkpoint, "float32", "cpu", trust_remote_code=True)
     for task in TASKS:

@@ -27,7 +27,7 @@ from blockpruner.inputs.calibration import pack_rows
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
 from blockpruner.store.plans import load_plan, save_plan
-from tests.plans import fetch_tiny, plan_of
+from tests.plans import fetch_tiny, plan_of, pruning
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def dense(tmp_path_factory):
 
 def export(dense, plan, out, write=export_hf, dtype="float32"):
     """Write a checkpoint; returns its report."""
-    write(dense, plan, out, rows=(), dtype=dtype, device="cpu")
+    write(pruning(dense, plan, dtype), out)
     return json.loads((out / "verification.json").read_text())
 
 

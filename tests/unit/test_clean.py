@@ -22,11 +22,12 @@ PARAMS = {
     "paper": {"studies": ["study"], "sets": ["ours"]},
 }
 TARGETS = ("small", "x.bad", "lora.bad-lr")
+OF_TARGETS = ("plans", "compensated", "recovered", "checkpoints")
 KEPT = {
     **{f"{kind}/tiny": True for kind in ("models", "sources", "calibration", "scores")},
     **{f"{kind}/{name}": False for kind in ("models", "sources", "calibration", "scores") for name in ("old", "small")},
-    **{f"{kind}/{name}": True for kind in ("plans", "checkpoints", "recovered", "results") for name in TARGETS},
-    **{f"{kind}/{name}": False for kind in ("plans", "checkpoints", "recovered") for name in ("old.bad", "tiny")},
+    **{f"{kind}/{name}": True for kind in (*OF_TARGETS, "results") for name in TARGETS},
+    **{f"{kind}/{name}": False for kind in OF_TARGETS for name in ("old.bad", "tiny")},
     "results/tiny-dense": True, "results/old-dense": False, "results/tiny": False,
     "studies/study": True, "studies/of-a-set": True, "studies/old": False, "tables/ours": True, "tables/others": False,
 }  # fmt: skip

@@ -23,7 +23,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.inputs.checkpoints import _convert_gguf
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked, prune_
-from tests.plans import plan_of
+from tests.plans import plan_of, pruning
 from tests.tiny import tiny_model
 
 engine = pytest.mark.skipif(
@@ -255,7 +255,7 @@ def dense(tmp_path_factory):
 
 
 def export(dense, out, order=("mha.0", "mlp.3", "mlp.2"), dtype="float32", **changes):
-    export_gguf(dense, plan_of(dense, order, **changes), out, rows=(), dtype=dtype, device="cpu")
+    export_gguf(pruning(dense, plan_of(dense, order, **changes), dtype), out)
 
 
 @engine

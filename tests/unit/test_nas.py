@@ -20,7 +20,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.merging import merged
 from blockpruner.methods.laco.walk import Merge
 from blockpruner.model.models import masked
-from tests.plans import fetch_tiny, plan_of
+from tests.plans import fetch_tiny, plan_of, pruning
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(1, 257, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -44,7 +44,7 @@ with_mlx = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx_lm is not
 
 
 def export(dense, plan, out, dtype="float32"):
-    export_nas(dense, plan, out, rows=(), dtype=dtype, device="cpu")
+    export_nas(pruning(dense, plan, dtype), out)
 
 
 @pytest.fixture(scope="module")

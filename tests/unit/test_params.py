@@ -117,10 +117,10 @@ def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
     assert (run.calibration, run.evaluate, recover) == (Calibration(), evaluate, Recover())
 
 
-def test_targets_may_differ_in_recovery_alone(tmp_path, monkeypatch):
+def test_targets_may_differ_in_healing_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     target = {"run": "llama2-7b", "budget": "0.2"}
-    targets = {"before": target, "after": target | {"recover": True}}
+    targets = {"before": target, "between": target | {"compensate": "refit"}, "after": target | {"recover": True}}
     found = load_params(params(tmp_path, runs=["llama2-7b"], targets=targets))
     assert found.target("after").recover and not found.target("before").recover
     assert found.budgets_of("llama2-7b") == ("0.2",)
@@ -129,14 +129,10 @@ def test_targets_may_differ_in_recovery_alone(tmp_path, monkeypatch):
         load_params(params(tmp_path, runs=["llama2-7b"], targets=targets))
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [({}, "pushes gguf, and what is written of it is hf; .*export of runs/llama2-7b"), ({"recover": True}, "is hf;")],
-)
-def test_what_is_pushed_is_written(tmp_path, monkeypatch, more, words):
+def test_what_is_pushed_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    target = {"run": "llama2-7b", "budget": "0.2", "push": {"repo": "me/small", "format": "gguf"}, **more}
-    with pytest.raises(InputError, match=words):
+    target = {"run": "llama2-7b", "budget": "0.2", "push": {"repo": "me/small", "format": "gguf"}}
+    with pytest.raises(InputError, match="pushes gguf, and what is written of it is hf; .*export of runs/llama2-7b"):
         load_params(params(tmp_path, runs=["llama2-7b"], targets={"x": target}))
 
 
@@ -150,7 +146,7 @@ def test_what_is_pushed_is_written(tmp_path, monkeypatch, more, words):
         ({"runtime": {"streaming": True, "compile": True}}, ["compile: true does not fit streaming"]),
         (
             {"targets": {"x": {"run": "a", "budget": "0.1", "rato": 1}}},
-            ["targets.x.rato", "budget, push, recover, run"],
+            ["targets.x.rato", "budget, compensate, push, recover, run"],
         ),
         ({"targets": {"x": {"run": "b", "budget": "0.1"}}}, ["'x'", "'b'", "valid: a"]),
         ({"targets": {"x": {"run": "a", "budget": "1.5"}}}, ["'1.5'", "between 0 and 1", "17blocks"]),
@@ -165,6 +161,10 @@ def test_what_is_pushed_is_written(tmp_path, monkeypatch, more, words):
         (
             {"targets": {"x": {"run": "a", "budget": "0.1"}, "y": {"run": "a", "budget": 0.10}}},
             ["'x' and 'y' mean the same", "remove one"],
+        ),
+        (
+            {"targets": {"x": {"run": "a", "budget": "0.1", "compensate": "glue"}}},
+            ["targets.x.compensate", "'refit'", "'glue'"],
         ),
         ({"runs": ["../a"], "targets": {}}, ["'../a'", "no path"]),
         ({"runs": ["a", "a"]}, ["twice"]),

@@ -1,42 +1,26 @@
 """Recovery against LoRA, AdamW and the loss written out here in plain torch, and against itself after a kill."""
 
-import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
 
-from blockpruner.checkpoints import hf
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.texts import write_texts
-from blockpruner.model.models import load_model, prune_
-from blockpruner.params import load_run
+from blockpruner.model.models import prune_
 from blockpruner.recovery import loss, training
 from blockpruner.recovery.rows import training_rows
 from blockpruner.recovery.state import digest
 from blockpruner.recovery.training import recover_
-from blockpruner.store.files import write_json
-from blockpruner.store.manifest import manifest
-from blockpruner.store.plans import save_plan
-from stages import recover
-from tests.integration.project import sentence
-from tests.plans import plan_of
-from tests.tiny import VARIANTS, full_nll, save_tiny, tiny_model, tiny_tokenizer, tolerance
+from tests.tiny import VARIANTS, full_nll, tiny_model, tiny_tokenizer, tolerance
 
-ROOT = Path(__file__).parents[2]
 MASK = parse_mask("mha.0,mlp.1,mha.2,mlp.2")  # an MLP-only layer, an attention-only layer, a layer that is gone
 ROWS = CalibrationSet(tuple(tuple((7 * r + 3 * k + r * k) % 250 + 1 for k in range(9 + 4 * r)) for r in range(4)))
 DATA = {"source": "path", "path": "texts.parquet"}
@@ -499,69 +483,3 @@ def test_joined_rows_are_full_and_validation_rows_are_others():
     assert (len(samples.rows), len(others.rows)) == (20, 10) and not set(samples.rows) & set(others.rows)
     with pytest.raises(InputError, match=r"recover.num_rows \+ validation 903 is more than the \d+ rows of 32 tokens"):
         training_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}))
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A folder as after `materialize`, in which the stage runs; returns the plan."""
-    monkeypatch.chdir(tmp_path)
-    dense, run = save_tiny(Path("data/models/tiny")), load_run("smollm2", ROOT / "runs").model_dump(mode="json")
-    write_json(dense / "blockpruner_source.json", {"source": {"source": "path", "path": "mine"}})
-    run["evaluate"]["perplexity"] = {"data": DATA, "seq_len": 20, "max_rows": 2}
-    run["recover"] = {
-        "data": {"source": "hub", "repo": "someone/texts"},
-        "num_samples": 8,
-        "seq_len": 20,
-        "rank": 2,
-        "learning_rate": 0.01,
-        "validation": 4,
-        "distill": 0.5,
-        "hidden": 0.1,
-    }
-    write_json(Path("runs/tiny.yaml"), run)
-    targets = {"t": {"run": "tiny", "budget": "4blocks", "recover": True}}
-    write_json(Path("params.yaml"), {"runs": ["tiny"], "targets": targets, "runtime": {"device": "cpu"}})
-    for number, role in enumerate(("recover", "perplexity")):
-        write_texts(Path(f"data/sources/tiny/{role}.parquet"), [sentence(i + 100 * number) for i in range(20)])
-    plan = plan_of(dense, ["mha.0", "mlp.1", "mha.2,mlp.2"], run="tiny", recover=True)
-    save_plan(plan, Path("data/plans/t/plan.json"))
-    out = Path("data/checkpoints/t/hf")
-    hf.save_checkpoint(prune_(load_model(dense, "float32", "cpu"), plan.mask), plan, dense, out, "")
-    write_json(out / "verification.json", {"ok": True, "manifest": manifest(out)})
-    return plan
-
-
-def test_stage_trains_saves_and_verifies(project):
-    recover.main("t")
-    out = Path("data/recovered/t")
-    facts, report = (json.loads((out / name).read_text()) for name in ("recover.json", "hf/verification.json"))
-    assert facts["enabled"] and facts["rows"] == 8 and len(facts["losses"]) == 2
-    assert report["ok"] and not report["blockpruner_imported"]
-    assert report["cache_layers"] == 2
-    assert [validation["step"] for validation in facts["validations"]] == [0, 2] and facts["step"] == 2
-    card = (out / "hf/README.md").read_text()
-    assert "and then trained (LoRA, rank 2, distilled from the dense model) on 8 rows of `someone/texts`" in card
-    assert metadata_load(out / "hf/README.md")["datasets"] == ["someone/texts"]
-    before = Path("data/checkpoints/t/hf")
-    names = {path.name for path in before.iterdir()}
-    assert {path.name for path in (out / "hf").iterdir()} == names
-    for name in ("config.json", "modeling_blockpruned.py", "tokenizer.json"):
-        assert (out / "hf" / name).read_bytes() == (before / name).read_bytes()
-    models = [AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) for path in (before, out / "hf")]
-    old, new = (model.state_dict() for model in models)
-    linear = {f"{name}.weight" for name, module in models[0].named_modules() if isinstance(module, nn.Linear)}
-    assert {name for name in old if not torch.equal(old[name], new[name])} == linear - {"lm_head.weight"}
-
-
-def test_stage_trains_only_what_was_verified(project):
-    (Path("data/checkpoints/t/hf") / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(InputError, match="hf is not what was verified: tokenizer_config.json changed"):
-        recover.main("t")
-
-
-def test_stage_is_quick_when_off(project):
-    save_plan(replace(project, recover=False), Path("data/plans/t/plan.json"))
-    code = "import sys; from stages.recover import main; main('t'); assert 'torch' not in sys.modules, 'torch'"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})
-    assert [path.name for path in Path("data/recovered/t").iterdir()] == ["recover.json"]
-    assert json.loads(Path("data/recovered/t/recover.json").read_text()) == {"enabled": False}

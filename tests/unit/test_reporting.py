@@ -554,20 +554,30 @@ def test_the_page_says_what_was_spared_and_what_audits_found(tmp_path: Path) -> 
         read_studies(["tiny-b"], LABELS, tmp_path)
 
 
-def test_a_recovered_target_says_so(tmp_path: Path) -> None:
-    """Two targets with one budget; tiny-a was trained: it stands behind the other, marked."""
-    build(tmp_path, replace(World(), removals=(("tiny-a", 3), ("tiny-b", 3))))
+def test_a_healed_target_says_so(tmp_path: Path) -> None:
+    """Three targets with one budget: one as pruned, one compensated, one trained after that; marked, in this order."""
+    same = (("tiny-a", 3), ("tiny-b", 3), ("tiny-c", 3))
+    build(tmp_path, replace(World(), removals=same, speedups=(1.1, 1.1, 1.1)))
     (plain,) = read_studies(["tiny-a"], LABELS, tmp_path)
-    assert "Recovery" not in facts(plain) and "Trained since" not in rows(headline(plain))
-    path = tmp_path / "plans" / "tiny-a" / "plan.json"
-    write_json(path, _json(path) | {"recover": True})
-    labels = {"tiny": replace(LABEL, recovery="8,000 samples")}
-    (found,) = read_studies(["tiny-a", "tiny-b"], labels, tmp_path)
-    assert headline(found).head == ("", "chance", "dense", "tiny-b", "tiny-a")
-    assert list(rows(headline(found))["Trained since"].values()) == ["Trained since", "–", "no", "no", "yes"]
-    assert facts(replace(found, targets=found.targets[1:]))["Recovery"] == "8,000 samples: tiny-a"
-    titles = [f.title for f in findings(found) if f.level is Level.RESULT]
-    assert [title.endswith("then trained") for title in titles] == [False, True]
+    assert not {"Recovery", "Compensation"} & facts(plain).keys()
+    assert "Weights healed by" not in rows(headline(plain))
+    for name, after, changes in (("tiny-a", 20.5, {"recover": True}), ("tiny-b", 30.25, {})):
+        path = tmp_path / "plans" / name / "plan.json"
+        write_json(path, _json(path) | {"compensate": "refit"} | changes)
+        found = {"dense": 12.0, "before": 30.25, "after": after}
+        write_json(tmp_path / "compensated" / name / "compensate.json", {"enabled": True, "perplexity": found})
+    labels = {"tiny": replace(LABEL, compensation="Wikipedia", recovery="LoRA on 8,000 samples")}
+    (found,) = read_studies(["tiny-a", "tiny-b", "tiny-c"], labels, tmp_path)
+    assert headline(found).head == ("", "chance", "dense", "tiny-c", "tiny-b", "tiny-a")
+    row = list(rows(headline(found))["Weights healed by"].values())
+    assert row == ["Weights healed by", "–", "nothing", "nothing", "nothing", "refit + training"]
+    told = facts(replace(found, targets=found.targets[1:]))
+    assert told["Recovery"] == "LoRA on 8,000 samples: tiny-a"
+    assert told["Compensation"] == (
+        "Wikipedia; tiny-b: refit, no help, left out; tiny-a: refit, 30.25 → 20.50 (dense 12.00)"
+    )
+    titles = [f.title.rpartition(", then ")[2] for f in findings(found) if f.level is Level.RESULT]
+    assert titles[2] == "healed by refit and training" and not any("healed" in title for title in titles[:2])
 
 
 def test_paired_errors_match_numpy_and_mark_only_real_differences(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods import score
 from blockpruner.methods.kind import make_plan
-from blockpruner.methods.registry import KINDS
+from blockpruner.methods.registry import KINDS, model_facts
 from blockpruner.methods.weights import weights_kind
 from blockpruner.model.models import load_model, masked
 from blockpruner.paper.check import Check, hold_against
 from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
 from blockpruner.paper.experiments import Variant
-from blockpruner.paper.studies import SearchRecord, Setting, load_plans, model_facts, model_name, search_all
+from blockpruner.paper.studies import SearchRecord, Setting, load_plans, model_name, search_all
 from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.manifest import SOURCE_FILE

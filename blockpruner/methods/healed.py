@@ -1,0 +1,118 @@
+"""Healed weights: the tensors of a pruned model that are not what its plan alone makes of the dense ones.
+
+Decides how they are kept (one file, under the names of the pruned model's parameters), which model they belong to, and
+how they get into it. How weights are healed is decided in `compensation` and `recovery`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.core.settings import Hub, MixedTexts, TaskAnswers, Texts
+from blockpruner.methods.registry import KINDS
+from blockpruner.store.files import DIGEST
+from blockpruner.store.tensors import REMEDY, read_facts, read_tensors, tensor_bytes, write_tensors
+
+FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A file of healed weights."""
+
+    path: Path
+    of: str
+    """The model that they belong to, as `Pruning.identity`."""
+    words: str
+    """What was done, as a clause of the model card."""
+    datasets: tuple[str, ...]
+    """Repositories of the hub whose texts decided the weights."""
+    digest: str
+    """Of the weights and of what is said about them."""
+
+
+def save_healed(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    of: str,
+    words: str,
+    data: Texts | TaskAnswers,
+    since: Healed | None = None,
+) -> None:
+    """Write the file of `weights` in `folder`; `of` and `words` are as in `Healed`.
+
+    Args:
+        data: the source of the texts that decided the weights.
+        since: what had been done before.
+    """
+    sources = data.of if isinstance(data, MixedTexts) else (data,)
+    datasets = (*(since.datasets if since else ()), *(one.repo for one in sources if isinstance(one, Hub)))
+    words = f"{since.words}, {words}" if since else words
+    facts = {"of": of, "words": words, "datasets": json.dumps(list(dict.fromkeys(datasets)))}
+    write_tensors(folder / FILE, weights, facts)
+
+
+def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
+    """The file in the first of `folders` that has one.
+
+    Raises:
+        InputError: it is damaged, or of another model than `of`.
+    """
+    path = next((folder / FILE for folder in folders if (folder / FILE).exists()), None)
+    if path is None:
+        return None
+    facts = read_facts(path)
+    if facts.get("of") != of:
+        raise InputError(f"{path} belongs to another model, plan or calibration than this target's; {REMEDY}")
+    return Healed(path, of, facts["words"], tuple(json.loads(facts["datasets"])), facts[DIGEST])
+
+
+def load_healed_(model: PreTrainedModel, healed: Healed) -> None:
+    """Copy healed weights into the tensors of a pruned model.
+
+    Raises:
+        InputError: the file is damaged, or has a weight that the model has not.
+    """
+    weights, _ = read_tensors(healed.path)
+    try:
+        set_weights_(model, weights)
+    except InputError as error:
+        raise InputError(f"{healed.path}: {error}; {REMEDY}") from error
+
+
+@torch.no_grad()
+def set_weights_(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into the parameters of these names, in the model's dtype; raises InputError if one does not fit."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in weights.items():
+        own = list(parameters[name].shape) if name in parameters else None
+        if own != list(weight.shape):
+            raise InputError(f"{name} is {list(weight.shape)} here and {own or 'absent'} in the pruned model")
+        parameters[name].copy_(weight)
+
+
+def parameter_digests(model: PreTrainedModel) -> dict[str, str]:
+    """SHA-256 of each parameter; a tied one is there once."""
+    return {name: sha256(tensor_bytes(weight.detach().cpu())).hexdigest() for name, weight in model.named_parameters()}
+
+
+def changed_weights(model: PreTrainedModel, before: Mapping[str, str], plan: Plan) -> dict[str, Tensor]:
+    """The parameters whose digest is not that of `before`.
+
+    All of them for a kind of plan that cannot lend: the last bits of its weights may differ from machine to machine,
+    and the others would not fit to these.
+    """
+    if KINDS[plan.kind].lend is None:
+        return dict(model.named_parameters())
+    now = parameter_digests(model)
+    return {name: weight for name, weight in model.named_parameters() if now[name] != before[name]}

@@ -1,0 +1,62 @@
+"""compensate <target>: weights that make up for what is gone, without training, at data/compensated/<target>."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blockpruner.core.progress import observer
+from blockpruner.core.settings import Calibration, Run, TaskAnswers
+from blockpruner.inputs.calibration import CalibrationSet, check_context, fill_rows, without_evaluated
+from blockpruner.inputs.texts import read_texts
+from blockpruner.params import load_run
+from blockpruner.store.files import read_json, replace_directory, write_json
+from blockpruner.store.plans import load_plan
+from stages import DATA, run
+
+
+def rows_of(name: str, settings: Run, calibration: CalibrationSet) -> CalibrationSet:
+    """Joined rows of texts of which none is evaluated. Of a run that is calibrated on answers, those, with every token
+    scored."""
+    from blockpruner.evaluation.perplexity import held_out
+    from blockpruner.inputs.tokenizers import load_tokenizer
+
+    wanted, sources = settings.compensate, DATA / "sources" / name
+    if wanted.data is None and isinstance(settings.calibration.data, TaskAnswers):
+        return CalibrationSet(tuple(tuple(max(t, ~t) for t in row) for row in calibration.rows[: wanted.num_rows]))
+    tokenizer = load_tokenizer(DATA / "models" / name, settings.model.trust_remote_code)
+    evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
+    texts = read_texts(sources / f"{'compensate' if wanted.data else 'calibration'}.parquet")
+    pool = without_evaluated(texts, evaluated.documents)
+    joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
+    return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", at_most=True)
+
+
+def main(name: str) -> None:
+    plan, out = load_plan(DATA / "plans" / name / "plan.json"), DATA / "compensated" / name
+    if plan.compensate == "none":
+        replace_directory(out, lambda directory: write_json(directory / "compensate.json", {"enabled": False}))
+        return
+    from blockpruner.compensation.compensate import compensate
+    from blockpruner.methods.healed import save_healed
+    from stages.materialize import pruning_of
+
+    settings, pruning, show = load_run(plan.run), pruning_of(plan), observer()
+    wanted = settings.compensate
+    check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "compensate.seq_len")
+    rows = rows_of(plan.run, settings, pruning.rows)
+    held_out = max(1, round(wanted.validation * len(rows.rows)))
+    show.note(f"{name}: {plan.compensate} on {len(rows.rows)} rows, of which {held_out} are held out")
+    found = compensate(pruning.load(), plan, rows, held_out, plan.compensate, show)
+
+    def build(directory: Path) -> None:
+        write_json(directory / "compensate.json", {"enabled": True, **found.report})
+        if found.weights:
+            data = wanted.data or settings.calibration.data
+            words = f"compensated without training ({plan.compensate}, {rows.tokens:,} tokens of `{data.title}`)"
+            save_healed(directory, found.weights, pruning.identity, words, data)
+
+    replace_directory(out, build)
+
+
+if __name__ == "__main__":
+    run("compensate", main)
