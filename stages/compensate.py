@@ -6,7 +6,7 @@ from pathlib import Path
 
 from blockpruner.core.progress import observer
 from blockpruner.core.settings import Calibration, Run, TaskAnswers
-from blockpruner.inputs.calibration import CalibrationSet, check_context, fill_rows, without_evaluated
+from blockpruner.inputs.calibration import CalibrationSet, fill_rows, without_evaluated
 from blockpruner.inputs.texts import read_texts
 from blockpruner.params import load_run
 from blockpruner.store.files import read_json, replace_directory, write_json
@@ -27,7 +27,8 @@ def rows_of(name: str, settings: Run, calibration: CalibrationSet) -> Calibratio
     evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
     texts = read_texts(sources / f"{'compensate' if wanted.data else 'calibration'}.parquet")
     pool = without_evaluated(texts, evaluated.documents)
-    joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
+    context = read_json(DATA / "models" / name / "config.json").get("max_position_embeddings", wanted.seq_len)
+    joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
     return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", at_most=True)
 
 
@@ -42,7 +43,6 @@ def main(name: str) -> None:
 
     settings, pruning, show = load_run(plan.run), pruning_of(plan), observer()
     wanted = settings.compensate
-    check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "compensate.seq_len")
     rows = rows_of(plan.run, settings, pruning.rows)
     held_out = max(1, round(wanted.validation * len(rows.rows)))
     show.note(f"{name}: {plan.compensate} on {len(rows.rows)} rows, of which {held_out} are held out")

@@ -20,6 +20,7 @@ from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 WORDS = "the a cat dog runs sits on under red blue house tree was very small".split()  # noqa: SIM905
+HEALED = {"compensate": "refit", "recover": True}
 
 
 def sentence(number: int) -> str:
@@ -53,12 +54,13 @@ def run_of(folder: Path, **calibration: Any) -> dict[str, Any]:
             "zero_shot": {"data": {"source": "path", "path": str(folder)}, "tasks": ["piqa"], "limit": 6},
             "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
         },
+        "compensate": {"num_rows": 24, "seq_len": 32},
         "recover": {"data": data, "num_samples": 12, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2},
     }  # fmt: skip
 
 
 def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> Path:
-    """Lay out the project with run `tiny` (llama, 4 layers) and the targets {name: budget}, recovered where the name
+    """Lay out the project with run `tiny` (llama, 4 layers) and the targets {name: budget}, healed where the name
     begins with "lora"; no git, DVC without SCM."""
     project, inputs = folder / "project", folder / "inputs"
     for name in ("blockpruner", "stages", "flows"):
@@ -81,7 +83,7 @@ def set_targets(project: Path, targets: dict[str, str], **runtime: Any) -> None:
     value = {
         "runs": ["tiny"],
         "targets": {
-            name: {"run": "tiny", "budget": budget, "recover": name.startswith("lora")}
+            name: {"run": "tiny", "budget": budget} | (HEALED if name.startswith("lora") else {})
             for name, budget in targets.items()
         },
         "report": {"title": "Tiny", "plots": False},

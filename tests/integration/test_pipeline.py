@@ -114,20 +114,25 @@ def test_budgets_up_down_and_back(project, first):
     assert tables(project) == kept
 
 
-def test_a_target_is_recovered_beside_the_one_that_is_not(project, first):
+def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
     """Only what is of the new target runs; its benchmark is of the trained weights."""
     set_targets(project, {"small.2": "2blocks", "lora.2": "2blocks"})
     output = dvc(project, "repro")
     assert not {"materialize@small.2", "recover@small.2", "benchmark@small.2"} & set(ran(output))
-    assert {"commit@lora.2", "recover@lora.2", "materialize@lora.2", "benchmark@lora.2"} <= set(ran(output))
+    assert {"commit@lora.2", "compensate@lora.2", "recover@lora.2", "materialize@lora.2", "benchmark@lora.2"} <= set(
+        ran(output)
+    )
     facts = read_json(project / "data/recovered/lora.2/recover.json")
     assert facts["rows"] == 12 and len(facts["losses"]) == 6
     assert read_json(project / "data/checkpoints/lora.2/hf/verification.json")["ok"]
-    assert read_json(project / "data/recovered/small.2/recover.json") == {"enabled": False}
+    assert read_json(project / "data/compensated/lora.2/compensate.json")["method"] == "refit"
+    for file in ("compensated/small.2/compensate.json", "recovered/small.2/recover.json"):
+        assert read_json(project / "data" / file) == {"enabled": False}
     before, after = (read_json(project / f"data/results/{name}/results.json") for name in ("small.2", "lora.2"))
     assert before["parameters"] == after["parameters"]
     assert after["perplexity"]["perplexity"] < before["perplexity"]["perplexity"]
-    assert "then healed by training" in (project / "data/report/report.md").read_text()
+    report = (project / "data/report/report.md").read_text()
+    assert "then healed by" in report and "lora.2: refit, " in report
 
 
 def test_dvc_reads_metrics_and_plots(project, first):
