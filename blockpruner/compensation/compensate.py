@@ -72,7 +72,8 @@ def compensate(
         holes = []
         for mended in row.change_(streams, plan.mask):
             holes.append(mended)
-            observer.advance(len(plan.mask), len(plan.mask), f"hole {'+'.join(mended['hole'])}")
+            done = sum(len(hole["hole"]) for hole in holes)
+            observer.advance(done, len(plan.mask), f"hole {'+'.join(mended['hole'])}")
         new = {weight: weight.clone().cpu() for weight in streams.old}
         for share in SHARES if new else ():
             _set_(streams.old, new, share)
@@ -96,4 +97,5 @@ def compensate(
 def _set_(old: Mapping[Any, Tensor], new: Mapping[Any, Tensor], share: float) -> None:
     """Set weights to their old values moved by a share of the change."""
     for weight, value in new.items():
-        weight.copy_(torch.lerp(old[weight].float(), value.float(), share))
+        wide = torch.promote_types(value.dtype, torch.float32)
+        weight.copy_(torch.lerp(old[weight].to(wide), value.to(wide), share))
