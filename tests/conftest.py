@@ -15,6 +15,7 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["GIT_CONFIG_GLOBAL"] = os.devnull
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="blockpruner-tests-")  # else all processes copy into one
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -22,6 +23,15 @@ torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("same")
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified in this process."""
+    from blockpruner.checkpoints import verification
+    from tests.plans import InProcess
+
+    monkeypatch.setattr(verification, "subprocess", InProcess)
 
 
 def pytest_unconfigure() -> None:

@@ -18,7 +18,7 @@ from blockpruner.model import modeling_blockpruned
 from blockpruner.model.models import decoder_layers, load_model, masked, model_family, prune_
 from tests.tiny import VARIANTS, tiny_model, tolerance
 
-MASKS = ["mha.0", "mlp.0", "mha.0,mlp.0", "mha.3,mlp.3", "mha.0,mha.2,mlp.0,mlp.3", "mlp.0,mlp.1,mlp.2", "mha.1,mha.2"]
+MASKS = ["mha.0", "mha.1,mha.2", "mlp.0,mlp.1,mlp.2", "mha.0,mha.2,mlp.0,mlp.3"]
 IDS = torch.randint(1, 257, (2, 14), generator=torch.Generator().manual_seed(1))
 GENERATE = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
 
@@ -142,7 +142,7 @@ def test_a_pruned_model_can_be_exported_by_torch(family):
 
 
 @families
-@masks
+@pytest.mark.parametrize("mask", ["mha.0,mha.2,mlp.0,mlp.3", "mha.1,mha.3,mlp.1,mlp.2"], ids=["some", "the others"])
 def test_zeroed_equals_masked(family, mask):
     model, removed = tiny_model(family, dtype=torch.float32), parse_mask(mask)
     with masked(model, removed):

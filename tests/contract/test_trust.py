@@ -44,10 +44,9 @@ def asks_for(folder):
 
 
 @pytest.mark.parametrize(("family", "auto_map"), CASES)
-def test_no_code_of_strangers_runs(tmp_path, monkeypatch, family, auto_map):
+def test_no_code_of_strangers_runs(tmp_path, in_process, family, auto_map):
     """Fetch, both kinds of export, verification, and what benchmark and recover load. A mark would be left by any step
     that runs the code; every folder asks for our own code at most."""
-    monkeypatch.setattr(verification, "subprocess", InProcess)
     marker = tmp_path / "marker"
     source = poison(save_tiny(tmp_path / "mine", family), auto_map, marker)
     dense = fetch(source, tmp_path / "model")
@@ -115,10 +114,9 @@ def test_a_tokenizer_never_asks_for_trust(export):
     )
 
 
-def test_a_run_that_trusts_has_its_model_and_tokenizer_loaded(tmp_path, monkeypatch):
+def test_a_run_that_trusts_has_its_model_and_tokenizer_loaded(tmp_path, in_process):
     """The dense model by `baseline`; an export by `benchmark`, with the tokenizer of the dense model, since it holds no
     code of strangers."""
-    monkeypatch.setattr(verification, "subprocess", InProcess)
     folder = save_tiny(tmp_path / "mine")
     (folder / "words.py").write_text(
         "from transformers import PreTrainedTokenizerFast\nclass Words(PreTrainedTokenizerFast):\n    mine = True\n"

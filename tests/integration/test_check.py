@@ -9,13 +9,14 @@ import yaml
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.model.models import load_model, masked
-from tests.integration.project import ROOT, make_project, module, run_of
+from flows.paper import main
+from tests.integration.project import ROOT, environment, make_project, run_of
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 
 SEQUENCE = [f"{kind}.{layer}" for layer in range(8, -1, -1) for kind in ("mha", "mlp")][:17]
 
 
-def test_published_answers_are_held_against_this_machine_from_fetch_to_verdict(tmp_path):
+def test_published_answers_are_held_against_this_machine_from_fetch_to_verdict(tmp_path, monkeypatch, capfd):
     """Perplexities are those of plain forwards. The average and ShortGPT's order are not what the paper has."""
     project, inputs = make_project(tmp_path, {}), tmp_path / "inputs"
     save_tiny(inputs / "model", layers=12, tie_word_embeddings=True)
@@ -37,9 +38,12 @@ def test_published_answers_are_held_against_this_machine_from_fetch_to_verdict(t
         "\n".join(["model,method,ratio_pct,wikitext2_ppl,avg", *lines, ""])
     )
 
-    ended = module(project, "flows.paper", "--check", "llama2-7b")
+    monkeypatch.chdir(project)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    assert main(["--check", "llama2-7b"]) == 1
     found = (project / "data" / "studies" / "llama2-7b" / "check" / "check.md").read_text().splitlines()
     assert [line.rpartition(": ")[2] for line in found[:5]] == ["agrees", "DIFFERS"] * 2 + ["DIFFERS"], found
     assert "search: exact; calibration: " in found[5]
-    assert ended.returncode == 1 and "published answers are not reproduced: dense model: average" in ended.stderr
+    assert "published answers are not reproduced: dense model: average" in capfd.readouterr().err
     assert "llama2-7b" in yaml.safe_load((project / "params.yaml").read_text())["paper"]["studies"]

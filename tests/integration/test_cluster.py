@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.project import environment, make_project, set_targets, stage, tables
+from stages import calibrate, fetch, score
+from tests.integration.project import environment, make_project, set_targets, tables
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'blockpruner[ray]'"
@@ -86,12 +87,13 @@ def has_worker(node):
     return False
 
 
-def test_a_node_is_lost_and_another_takes_its_place(cluster, tmp_path):
+def test_a_node_is_lost_and_another_takes_its_place(cluster, tmp_path, monkeypatch):
     address, nodes = cluster
     project = make_project(tmp_path, TARGETS, num_samples=60)
     set_targets(project, TARGETS, batch_tokens=24)
-    for name in ("fetch", "calibrate", "score"):
-        assert stage(project, name).returncode == 0
+    monkeypatch.chdir(project)
+    for stage in (fetch, calibrate, score):
+        stage.main("tiny")
     reference = tables(project)
     for folder in ("scores", "trials"):
         shutil.rmtree(project / "data" / folder)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import GemmaConfig, GemmaForCausalLM
 
+from blockpruner.checkpoints import verification
 from blockpruner.checkpoints.registry import EXPORTS, Export
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.families import FAMILIES, Family, count_parameters, gated_mlp, optional_bias
@@ -22,6 +23,7 @@ from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import SEARCHES, Search
 from stages import baseline, benchmark, calibrate, commit, compensate, fetch, materialize, recover, report, score
 from tests.integration.project import run_of, write_inputs
+from tests.plans import InProcess
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 
@@ -91,6 +93,7 @@ def project(tmp_path_factory):
         patch.chdir(folder)
         for registry, row in TOYS:
             stack.enter_context(registry.added(row))
+        patch.setattr(verification, "subprocess", InProcess)
         for run in params["runs"]:
             for stage in (fetch, calibrate, score, baseline):
                 stage.main(run)

@@ -25,14 +25,6 @@ BATCH_TOKENS = 96  # 15 row batches a sweep, for a moment to be hit in
 SCORE = [sys.executable, "-u", "-m", "stages.score", "tiny"]
 
 
-def make_scored(folder):
-    project = make_project(folder, BUDGET, num_samples=60, seed=46)  # no row twice: one would be scored for both
-    set_targets(project, BUDGET, batch_tokens=BATCH_TOKENS)
-    for name in ("fetch", "calibrate"):
-        succeed(project, name)
-    return project
-
-
 def succeed(project, name="score"):
     result = stage(project, name)
     assert result.returncode == 0, result.stderr
@@ -48,15 +40,25 @@ def fail(project, name="score", command=None):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    project = make_scored(tmp_path_factory.mktemp("undisturbed"))
+def calibrated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrated")
+    project = make_project(folder, BUDGET, num_samples=60, seed=46)  # no row twice: one would be scored for both
+    set_targets(project, BUDGET, batch_tokens=BATCH_TOKENS)
+    for name in ("fetch", "calibrate"):
+        succeed(project, name)
+    return project
+
+
+@pytest.fixture(scope="module")
+def undisturbed(calibrated, tmp_path_factory):
+    project = shutil.copytree(calibrated, tmp_path_factory.mktemp("undisturbed") / "project")
     succeed(project)
     return project
 
 
 @pytest.fixture
-def project(tmp_path):
-    return make_scored(tmp_path)
+def project(calibrated, tmp_path):
+    return shutil.copytree(calibrated, tmp_path / "project")
 
 
 def units_logged(project):
@@ -112,8 +114,8 @@ def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, mon
         assert forked(project, work, log)[0] == 0 and plans() == whole, log.read_text()
 
 
-def test_damaged_files_are_named_and_computed_again(project, undisturbed):
-    succeed(project)
+def test_damaged_files_are_named_and_computed_again(undisturbed, tmp_path):
+    project = shutil.copytree(undisturbed, tmp_path / "project")
     path = next((project / "data/scores").rglob("iteration_001.parquet"))
     path.write_bytes(path.read_bytes()[:-30])
     for log in (project / "data/trials").rglob("*.jsonl"):

@@ -5,12 +5,15 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import stages
 from blockpruner.core.blocks import all_blocks
 from blockpruner.model.models import masked
 from blockpruner.store.files import read_json
@@ -23,9 +26,12 @@ def ran(output):
     return re.findall(r"Running stage '([^']+)'", output)
 
 
+TARGETS = {"small.2": "2blocks", "lora.2": "2blocks"}
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("pipeline"), {"small.2": "2blocks"})
+    return make_project(tmp_path_factory.mktemp("pipeline"), TARGETS)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +57,10 @@ def brute_force(project, removals):
 
 
 def test_everything_runs_once_in_order(project, first):
-    assert sorted(ran(first)) == sorted(
-        ["fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "commit@small.2", "compensate@small.2",
-         "recover@small.2", "materialize@small.2", "benchmark@small.2", "report"]
-    )  # fmt: skip
+    steps = ("commit", "compensate", "recover", "materialize", "benchmark")
+    own = {f"{stage}@{name}" for name in TARGETS for stage in steps}
+    shared = {"fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "report"}
+    assert sorted(ran(first)) == sorted(own | shared)
     for output in (
         "checkpoints/small.2/hf/verification.json", "results/small.2/results.json", "results/tiny-dense/results.json",
         "report/index.html", "report/report.md", "metrics/small.2.json", "provenance/score@tiny.json",
@@ -96,10 +102,10 @@ def test_budgets_up_down_and_back(project, first):
     """Trials computed are exactly the never-computed ones; only a new target's later stages run."""
     before = counts(project)
     assert before["trials_computed"] == 9 + 7
-    set_targets(project, {"small.2": "2blocks", "large.4": "4blocks"})
+    set_targets(project, TARGETS | {"large.4": "4blocks"})
     output = dvc(project, "repro")
     assert sorted(ran(output)) == sorted(
-        ["score@tiny", "commit@small.2", "commit@large.4", "compensate@large.4", "recover@large.4",
+        ["score@tiny", "commit@small.2", "commit@lora.2", "commit@large.4", "compensate@large.4", "recover@large.4",
          "materialize@large.4", "benchmark@large.4", "report"]
     )  # fmt: skip
     after = counts(project)
@@ -107,21 +113,15 @@ def test_budgets_up_down_and_back(project, first):
     assert list(load_plan(project / "data/plans/large.4/plan.json").order) == brute_force(project, 4)
     kept = tables(project)
 
-    set_targets(project, {"small.2": "2blocks"})
+    set_targets(project, TARGETS)
     output = dvc(project, "repro")
-    assert "materialize@small.2" not in ran(output)
+    assert not {"materialize@small.2", "materialize@lora.2"} & set(ran(output))
     assert counts(project)["trials_computed"] == 0
     assert tables(project) == kept
 
 
 def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
-    """Only what is of the new target runs; its benchmark is of the trained weights."""
-    set_targets(project, {"small.2": "2blocks", "lora.2": "2blocks"})
-    output = dvc(project, "repro")
-    assert not {"materialize@small.2", "recover@small.2", "benchmark@small.2"} & set(ran(output))
-    assert {"commit@lora.2", "compensate@lora.2", "recover@lora.2", "materialize@lora.2", "benchmark@lora.2"} <= set(
-        ran(output)
-    )
+    """Its benchmark is of the trained weights."""
     facts = read_json(project / "data/recovered/lora.2/recover.json")
     assert facts["rows"] == 12 and len(facts["losses"]) == 6
     assert read_json(project / "data/checkpoints/lora.2/hf/verification.json")["ok"]
@@ -155,23 +155,10 @@ def replaced(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "fails"),
-    [
-        ("runs/tiny.yaml", "seed: 42", "seed: 43", True),
-        ("params.yaml", "budget: 2blocks", "budget: 3blocks", True),
-        ("blockpruner/scoring/work.py", "ScoredRows", "Part", True),
-        ("blockpruner/versions.py", "SCORE_VERSION = ", "SCORE_VERSION = 1", True),
-        ("params.yaml", "title: Tiny", "title: Small", False),
-        ("params.yaml", "threads: 1", "threads: 2", False),
-        ("blockpruner/reporting/report.py", "report", "page", False),
-    ],
-)
-def test_a_stage_does_not_finish_on_what_has_changed(project, first, file, old, new, fails):
-    """The stage waits for the trial store, which is locked here, while one file changes: only what the stage depends
-    on makes it fail, and DVC then keeps the record that it had."""
-    (path,), edited = (project / "data/trials").glob("*.lock"), project / file
-    text, record = edited.read_text(), (project / "dvc.lock").read_text()
+def force_score(project, edits):
+    """What `dvc repro` of the stage score says, and whether it fails, if files change while the stage waits for the
+    trial store, which is locked here; they are as before then."""
+    (path,), texts = (project / "data/trials").glob("*.lock"), {file: (project / file).read_text() for file in edits}
     with open(path, "r+") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         process = subprocess.Popen(
@@ -180,10 +167,48 @@ def test_a_stage_does_not_finish_on_what_has_changed(project, first, file, old, 
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         assert any("waiting for it" in line for line in process.stdout)
-        replaced(edited, old, new)
+        for file, (old, new) in edits.items():
+            replaced(project / file, old, new)
     output, _ = process.communicate(timeout=300)
-    edited.write_text(text)
-    assert (process.returncode != 0) == fails, output
-    assert (f"error in stage score tiny: {file} changed while running: run again\n" in output) == fails
-    if fails:
-        assert (project / "dvc.lock").read_text() == record
+    for file, text in texts.items():
+        (project / file).write_text(text)
+    return output, process.returncode != 0
+
+
+CHANGED = "error in stage score tiny: {} changed while running: run again\n"
+
+
+def test_a_stage_does_not_finish_on_what_has_changed(project, first):
+    """DVC then keeps the record that it had."""
+    record = (project / "dvc.lock").read_text()
+    output, fails = force_score(project, {"runs/tiny.yaml": ("seed: 42", "seed: 43")})
+    assert fails and CHANGED.format("runs/tiny.yaml") in output and (project / "dvc.lock").read_text() == record
+
+
+def test_a_stage_finishes_whatever_else_has_changed(project, first):
+    """Other keys of a file that it reads, and a module that it does not load."""
+    edits = {"params.yaml": ("threads: 1", "threads: 2"), "blockpruner/reporting/report.py": ("report", "page")}
+    output, fails = force_score(project, edits)
+    assert not fails, output
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("params.yaml", "budget: 2blocks", "budget: 3blocks"),
+        ("blockpruner/versions.py", "SCORE_VERSION = ", "SCORE_VERSION = 1"),
+    ],
+)
+def test_budgets_and_loaded_modules_are_what_a_stage_depends_on(project, monkeypatch, capsys, file, old, new):
+    """In this process, which has loaded one module of the project."""
+    module = ModuleType("loaded")
+    module.__file__ = str(project / "blockpruner/versions.py")
+    monkeypatch.setitem(sys.modules, "loaded", module)
+    monkeypatch.setattr(stages, "CODE", (project / "blockpruner",))
+    monkeypatch.setattr(sys, "argv", ["score", "tiny"])
+    monkeypatch.chdir(project)
+    text = Path(file).read_text()
+    with pytest.raises(SystemExit, match="1"):
+        stages.run("score", lambda item: replaced(Path(file), old, new))
+    Path(file).write_text(text)
+    assert capsys.readouterr().err == CHANGED.format(file)

@@ -288,6 +288,7 @@ def test_a_13b_checkpoint_may_be_fetched_again(tmp_path):
     assert load_model(again, "float64", "cpu").config.model_type == "baichuan"
 
 
+@pytest.mark.usefixtures("in_process")
 def test_whole_layers_ship_the_modelling_file(tmp_path):
     """What is left is no block-pruned model, but transformers has no Baichuan either."""
     directory = fetched(tmp_path, *original("2-13B", 6))

@@ -27,7 +27,7 @@ from blockpruner.inputs.calibration import pack_rows
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
 from blockpruner.store.plans import load_plan, save_plan
-from tests.plans import fetch_tiny, plan_of, pruning
+from tests.plans import InProcess, fetch_tiny, plan_of, pruning
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +60,7 @@ def test_export_is_complete_and_verified(tmp_path, dense):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
     plan = plan_of(dense, ["mlp.1", "mha.2"])
     assert export(dense, plan, tmp_path / "out")["class"] == "LlamaForCausalLM"
@@ -69,6 +70,7 @@ def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
     assert loaded.config.num_hidden_layers == 3 and loaded.num_parameters() == plan.parameters["pruned"]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_zeroed_keeps_the_shape_and_says_so(tmp_path, dense):
     plan = plan_of(dense, ["mha.0", "mlp.3"])
     report = export(dense, plan, tmp_path / "out", export_zeroed)
@@ -94,6 +96,7 @@ def test_what_a_format_holds_is_known_before_anything_is_computed(kind, dtype, n
         require_exports(names, KINDS[kind], dtype)
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
@@ -128,6 +131,8 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
 
     monkeypatch.setattr(hf, "save_pruned", spoil)
     monkeypatch.setattr(verification, "has_our_code", lambda directory: True)  # as if it were installed like that
+    if fault == "renumbering":
+        monkeypatch.setattr(verification, "subprocess", InProcess)
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
         export(dense, plan_of(dense, ["mha.0"]), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -213,11 +213,11 @@ def test_damaged_items_are_refused_or_have_the_same_columns(task, changes, keep,
 
 @pytest.mark.parametrize("task", ITEMS_OF)
 def test_one_bit_changed_anywhere_in_the_items(task, tmp_path):
-    """The high bit, with which text is no UTF-8 any more, and a low one."""
+    """The high bit, with which text is no UTF-8 any more, of every second byte, and a low one of the others."""
     path = tmp_path / f"{task}_validation.parquet"
     pq.write_table(ITEMS_OF[task], path)
     content = path.read_bytes()
-    for place, mask in itertools.product(range(len(content)), (0x80, 0x02)):
+    for place, mask in zip(range(len(content)), itertools.cycle((0x80, 0x02)), strict=False):
         path.write_bytes(flipped(content, [(place, mask)]))
         check_items(task, path)
 
@@ -308,7 +308,7 @@ rows = st.fixed_dictionaries(
 
 
 @given(content=st.lists(rows, max_size=3))
-@settings(many, max_examples=80)
+@many
 def test_a_table_of_nonsense_seeds_no_trial(content, tmp_path):
     """What is accepted has a finite loss for each row that it claims to have used."""
     path = table_path(tmp_path, 0)

@@ -111,7 +111,7 @@ def least_work(case: Case, task: Task) -> int:
     return len({(before(block, mask), block) for mask, block in kept})
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(case=cases(), logit_tokens=st.integers(0, 40))
 def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, logit_tokens: int):
     engine = Engine(model_of(case.variant, case.layers), case.batch_tokens)
@@ -171,7 +171,7 @@ class CrampedEngine(Engine):
         return values
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(case=cases(fewest=3, batch_tokens=40), fitting=st.integers(1, 2), lucky_calls=st.lists(st.integers(0, 20)))
 def test_out_of_memory_anywhere_halves_the_batch_and_loses_nothing(case: Case, fitting: int, lucky_calls: list[int]):
     """Of the calls with too large a batch, `lucky_calls` pass before each failure; after those, none does."""
@@ -195,7 +195,7 @@ def test_out_of_memory_anywhere_halves_the_batch_and_loses_nothing(case: Case, f
     assert len(walked) == len(tasks) + 2 * len(failed)
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(case=cases(), giant=st.integers(0, 5))
 def test_one_row_that_does_not_fit_is_named_and_all_before_it_are_finished(case: Case, giant: int):
     at = case.span.start + giant % len(case.span)

@@ -14,7 +14,7 @@ from gguf import GGUFReader, TokenType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from blockpruner.checkpoints import gguf, verify_llama_cpp
+from blockpruner.checkpoints import gguf, verification, verify_llama_cpp
 from blockpruner.checkpoints.gguf import TEXT, export_gguf
 from blockpruner.checkpoints.verification import reference_outputs
 from blockpruner.checkpoints.vocabulary import vocabulary
@@ -23,13 +23,21 @@ from blockpruner.core.errors import InputError
 from blockpruner.inputs.checkpoints import _convert_gguf
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked, prune_
-from tests.plans import plan_of, pruning
+from tests.plans import InProcess, plan_of, pruning
 from tests.tiny import tiny_model
 
 engine = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None,
     reason="xllamacpp, which is llama.cpp, is not installed",
 )
+
+
+@pytest.fixture(autouse=True)
+def short_references(monkeypatch):
+    """A third of what an export's verification asks; llama.cpp answers token by token."""
+    monkeypatch.setattr(verification, "PROMPTS", 2)
+    monkeypatch.setattr(verification, "NEW_TOKENS", 6)
+
 
 MASKS = {
     "attention only": "mlp.2",
@@ -260,7 +268,9 @@ def export(dense, out, order=("mha.0", "mlp.3", "mlp.2"), dtype="float32", **cha
 
 @engine
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_export_is_complete_and_verified(tmp_path, dense, dtype):
+def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
+    if dtype != "float32":
+        monkeypatch.setattr(verification, "subprocess", InProcess)
     export(dense, tmp_path / "out", dtype=dtype)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "README.md", "blockpruner_plan.json", "model-F16.gguf", "model-Q8_0.gguf", "verification.json",
@@ -285,8 +295,17 @@ def test_merged_layers_are_a_plain_model(tmp_path, dense, monkeypatch):
 
 
 @engine
-@pytest.mark.parametrize("files", ["Q8_0", "F16 Q8_0"])
-@pytest.mark.parametrize("fault", ["output_norm.weight", "blk.1.attn_q.weight", "blk.3.ffn_down.weight", "tokenizer"])
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("fault", "files"),
+    [
+        ("output_norm.weight", "Q8_0"),
+        ("blk.1.attn_q.weight", "Q8_0"),
+        ("blk.1.attn_q.weight", "F16 Q8_0"),
+        ("blk.3.ffn_down.weight", "Q8_0"),
+        ("tokenizer", ""),
+    ],
+)
 def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fault, files):
     """Also if only that in 8 bits is wrong, whose own rounding must not hide it."""
     parts, write, vocabulary_ = gguf.tensors, gguf.write, gguf.vocabulary

@@ -20,7 +20,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.merging import merged
 from blockpruner.methods.laco.walk import Merge
 from blockpruner.model.models import masked
-from tests.plans import fetch_tiny, plan_of, pruning
+from tests.plans import InProcess, fetch_tiny, plan_of, pruning
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(1, 257, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -49,7 +49,7 @@ def export(dense, plan, out, dtype="float32"):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Of a case: the exported directory, the dense one, and its plan; made once."""
+    """Of a case: the exported directory, the dense one, and its plan; made once, one of them with a fresh process."""
 
     @cache
     def make(case):
@@ -57,7 +57,10 @@ def exported(tmp_path_factory):
         dense = fetch_tiny(tmp_path_factory.mktemp("nas"), family, 6, **config)
         merges = {"kind": "laco", "order": ("2+2",), "details": {"merges": [[2, 2]], "variant": "paper"}}
         plan = plan_of(dense, removed.split(","), **(merges if case == "merged" else {}))
-        export(dense, plan, dense.with_name("out"))
+        with pytest.MonkeyPatch.context() as patch:
+            if case != "attention":
+                patch.setattr(verification, "subprocess", InProcess)
+            export(dense, plan, dense.with_name("out"))
         return dense.with_name("out"), dense, plan
 
     return make
@@ -187,6 +190,7 @@ def test_what_takes_no_zeros_holds_the_model_alone(exported):
 
 
 @with_mlx
+@pytest.mark.usefixtures("in_process")
 def test_export_in_bfloat16(exported, tmp_path):
     _, dense, plan = exported("qwen2 attention")
     export(dense, plan, tmp_path / "out", "bfloat16")
@@ -198,6 +202,7 @@ def test_export_in_bfloat16(exported, tmp_path):
 
 
 @with_mlx
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("function", "fault"),
     [
@@ -257,36 +262,43 @@ def test_what_cannot_be_said_is_refused(tmp_path, family, changes, message):
 
 
 PLUGIN = """
-import importlib, sys
+import importlib, os, sys
 from transformers import AutoConfig, LlamaConfig
 module, function = sys.argv[1].split(":")
 register = getattr(importlib.import_module(module), function)
-known = sys.argv[3] == "known"
-if known:
-    class Other(LlamaConfig):
-        model_type = "nemotron-nas"
-    AutoConfig.register("nemotron-nas", Other)
-register()
-register()
-config = AutoConfig.from_pretrained(sys.argv[2])
-assert type(config).__name__ == ("Other" if known else "NemotronNasConfig"), type(config)
-assert known or config.block_configs[3].attention.no_op and not hasattr(config.block_configs[3].ffn, "hidden_act")
-config.save_pretrained(sys.argv[4])
-print(sorted(name for name in sys.modules if name.split(".")[0] in ("blockpruner", "torch")))
+
+def check(known):
+    if known:
+        class Other(LlamaConfig):
+            model_type = "nemotron-nas"
+        AutoConfig.register("nemotron-nas", Other)
+    register()
+    register()
+    config = AutoConfig.from_pretrained(sys.argv[2])
+    assert type(config).__name__ == ("Other" if known else "NemotronNasConfig"), type(config)
+    assert known or config.block_configs[3].attention.no_op and not hasattr(config.block_configs[3].ffn, "hidden_act")
+    config.save_pretrained(f"{sys.argv[3]}/{known}")
+    print(sorted(name for name in sys.modules if name.split(".")[0] in ("blockpruner", "torch")), flush=True)
+
+for known in (False, True):
+    if os.fork() == 0:
+        check(known)
+        sys.exit()
+    assert os.wait()[1] == 0
 """
 
 
-@pytest.mark.parametrize("known", ["known", "unknown"])
-def test_plugin_tells_transformers_the_config(exported, tmp_path, known):
+def test_plugin_tells_transformers_the_config(exported, tmp_path):
     """As vLLM does: by the entry point, more than once, in a fresh process; another's config of the type stays."""
     directory, *_ = exported("first and last attention")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     entry = project["entry-points"]["vllm.general_plugins"]["blockpruner"]
-    command = [sys.executable, "-c", PLUGIN, entry, str(directory), known, str(tmp_path)]
+    command = [sys.executable, "-c", PLUGIN, entry, str(directory), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert [name for name in json.loads(result.stdout.replace("'", '"')) if name.startswith("blockpruner")] == [
-        "blockpruner", "blockpruner.model", "blockpruner.model.vllm_plugin",
-    ]  # fmt: skip
-    saved, given = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, directory))
-    assert saved["block_configs"] == given["block_configs"]
+    for known, line in zip((False, True), result.stdout.splitlines(), strict=True):
+        assert [name for name in json.loads(line.replace("'", '"')) if name.startswith("blockpruner")] == [
+            "blockpruner", "blockpruner.model", "blockpruner.model.vllm_plugin",
+        ]  # fmt: skip
+        saved, given = (json.loads((path / "config.json").read_text()) for path in (tmp_path / str(known), directory))
+        assert saved["block_configs"] == given["block_configs"]

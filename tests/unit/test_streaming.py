@@ -53,8 +53,9 @@ def random_masks(count, layers=4, seed=11):
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("lengths", [[16] * 5, [16, 3, 9, 12, 2, 7]], ids=["even", "padded"])
+@pytest.mark.parametrize(
+    ("tied", "lengths"), [(False, [16] * 5), (True, [16, 3, 9, 12, 2, 7])], ids=["untied, even", "tied, padded"]
+)
 def test_equals_the_engine_in_memory_and_full_forwards(tmp_path, family, tied, lengths):
     rows, masks = make_rows(lengths), sweep()
     checkpoint = save(tmp_path, family, tie_word_embeddings=tied)
@@ -246,9 +247,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("shape", [(8, 16), (1, 120)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("attention", "shape", "dtype"),
+    [
+        ("sdpa", (8, 16), "float32"),
+        ("sdpa", (1, 120), "bfloat16"),
+        ("eager", (8, 16), "bfloat16"),
+        ("eager", (1, 120), "float32"),
+    ],
+)
 def test_plan_bounds_what_lives(tmp_path, family, attention, shape, dtype):
     """All tensors alive at once need no more than planned, and not less than a third of it."""
     batch, length = shape
