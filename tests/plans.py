@@ -15,7 +15,6 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blockpruner.checkpoints import verify
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import HubTexts, LocalModel, Score
