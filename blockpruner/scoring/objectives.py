@@ -35,6 +35,15 @@ class MaskScore:
         """The mean over the rows, NaN without any."""
         return math.fsum(self.row_loss) / len(self.row_loss) if self.row_loss else math.nan
 
+    def rise_over(self, other: MaskScore, most: int | None = None) -> float:
+        """How much more the loss is than another mask's, on the first rows that both were scored on.
+
+        Args:
+            most: no more rows than this.
+        """
+        rows = min(self.rows_used, other.rows_used, most or self.rows_used)
+        return (math.fsum(self.row_loss[:rows]) - math.fsum(other.row_loss[:rows])) / rows
+
     @property
     def perplexity(self) -> float:
         """exp(mean over rows of the row's mean NLL), as in the public code of arXiv 2406.10594; the loss must be the

@@ -80,7 +80,7 @@ def evopress(problem: Problem, options: EvoPressOptions) -> Iterator[Iteration]:
     best = min(scores, key=lambda score: score.loss)  # of equals the first
     scores = [MaskScore(DENSE, (), problem.rows), *scores]
     yield Iteration(0, tuple(scores), (None,) * len(scores), scores.index(best))
-    parent, kinds = best.mask, space.kinds
+    parent, kinds = best.mask, len(space.classes)
     removed, units = sum(unit <= parent for unit in problem.units) // kinds, len(problem.units) // kinds
     generations = options.generations or int(removed * (units - removed) / 1.5)
     for generation in range(1, 1 + generations):

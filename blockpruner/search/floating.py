@@ -118,7 +118,7 @@ class _Walk:
             against = {masks[i]: change[i] for i in chosen if rivals[masks[i]] == rival}
             for score in self._problem.select.challenge(rival, sorted(against, key=self._order)):
                 found[score.mask] = self._scores[score.mask] = score
-                rise = score.loss - math.fsum(rival.row_loss[: score.rows_used]) / score.rows_used
+                rise = score.rise_over(rival)
                 self._errors.append(rise - against[score.mask])
                 if score.is_complete and -rise > gain:
                     best, gain = score, -rise

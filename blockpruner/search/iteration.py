@@ -22,6 +22,8 @@ class Iteration:
     """Which of the scores is the step's choice."""
     lazy_choice: Mask | None = None
     """In an audited iteration, the mask that had been chosen before all candidates entered."""
+    note: str = ""
+    """What the search tells of this step, for the log and the table's file."""
     nll: tuple[MaskScore | None, ...] = ()
     """What perplexity is made of. It is known for the chosen mask and the dense model, and for others where it is the
     metric; empty until the run of the search fills it in."""

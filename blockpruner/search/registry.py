@@ -21,6 +21,7 @@ from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.problem import Problem
+from blockpruner.search.quadratic import QuadraticOptions, quadratic
 from blockpruner.search.random_order import RandomOptions, random_order
 from blockpruner.search.swap import SwapOptions, swap
 
@@ -126,6 +127,7 @@ SEARCHES = Registry(
         Search("contiguous", "adjacent layers", contiguous, nested=False, asks="units"),
         Search("evopress", "EvoPress", evopress, EvoPressOptions, nested=False),
         Search("floating", "floating greedy", floating, FloatingOptions, nested=False, accelerated=True),
+        Search("quadratic", "quadratic search", quadratic, QuadraticOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
         Search(
             "random", "random order", random_order, RandomOptions, asks="nothing", scored_steps=lambda steps: range(0)

@@ -228,7 +228,9 @@ class _Run:
             f"removed {format_mask(added)}" if added else f"best so far {format_mask(best.mask) or 'the dense model'}"
         )
         (firm,) = stabilities([iteration], self._request.options.price)
-        considered = "" if candidates is None else _considered(iteration, candidates, self._adaptive)
+        considered = f"; {iteration.note}" if iteration.note else ""
+        if candidates is not None:
+            considered += _considered(iteration, candidates, self._adaptive)
         if self._adaptive:
             tokens = sum(sum(self._row_tokens[: score.rows_used]) for score in iteration.scores)
             considered += f"; {tokens:,} tokens"

@@ -76,6 +76,8 @@ class Space:
     """All masks over units that meet a goal; where there is none, all that come as near to it as the nearest does.
 
     goal: as given, or moved to the nearest mask.
+    classes: the units of each.
+    compositions: all that meet the goal: how many units of each class a mask removes.
 
     Args:
         balanced: masks remove as many MHA as MLP blocks.
@@ -86,33 +88,34 @@ class Space:
         for unit in units:
             key = frozenset(block.kind for block in unit) if balanced else goal.share(unit)
             kinds.setdefault(key, []).append(unit)
-        self._kinds = list(kinds.values())
+        self.classes = list(kinds.values())
         some = {  # one mask of each composition
-            counts: DENSE.union(*(unit for kind, n in zip(self._kinds, counts, strict=True) for unit in kind[:n]))
-            for counts in product(*(range(len(kind) + 1) for kind in self._kinds))
+            counts: DENSE.union(*(unit for kind, n in zip(self.classes, counts, strict=True) for unit in kind[:n]))
+            for counts in product(*(range(len(kind) + 1) for kind in self.classes))
             if any(counts) and (not balanced or len(set(counts)) == 1)
         }
         if not any(map(goal.is_met, some.values())):
             goal = goal.around(nearest(goal, some.values()))
         self.goal = goal
-        self.kinds = len(kinds)
-        self._compositions = [counts for counts, mask in some.items() if goal.is_met(mask)]
+        self.compositions = [counts for counts, mask in some.items() if goal.is_met(mask)]
 
     def draw(self, rng: random.Random) -> Mask:
         """Any of the masks, each as likely as another."""
         sizes = [
-            math.prod(math.comb(len(kind), n) for kind, n in zip(self._kinds, counts, strict=True))
-            for counts in self._compositions
+            math.prod(math.comb(len(kind), n) for kind, n in zip(self.classes, counts, strict=True))
+            for counts in self.compositions
         ]
-        (counts,) = rng.choices(self._compositions, sizes)
-        return DENSE.union(*(unit for kind, n in zip(self._kinds, counts, strict=True) for unit in rng.sample(kind, n)))
+        (counts,) = rng.choices(self.compositions, sizes)
+        return DENSE.union(
+            *(unit for kind, n in zip(self.classes, counts, strict=True) for unit in rng.sample(kind, n))
+        )
 
     def exchanges(self, mask: Mask) -> list[Exchange]:
         """All ways from one of the masks to others, those within a kind first."""
-        removed = [[unit for unit in kind if unit <= mask] for kind in self._kinds]
-        kept = [[unit for unit in kind if not unit <= mask] for kind in self._kinds]
+        removed = [[unit for unit in kind if unit <= mask] for kind in self.classes]
+        kept = [[unit for unit in kind if not unit <= mask] for kind in self.classes]
         found = [Exchange(r, 1, k, 1, across=False) for r, k in zip(removed, kept, strict=True) if r and k]
-        for counts in self._compositions:
+        for counts in self.compositions:
             change = [after - len(before) for after, before in zip(counts, removed, strict=True)]
             fewer = [kind for kind, n in enumerate(change) if n < 0]
             more = [kind for kind, n in enumerate(change) if n > 0]

@@ -9,7 +9,6 @@ its dual form with the kernel k(m, m') = c + c (c - 1) / 2, c the number of unit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -53,20 +52,22 @@ def fit(units: Sequence[Mask], scores: Collection[MaskScore]) -> Surrogate:
     Args:
         scores: of different masks, the dense model on all rows among them.
     """
-    (dense,) = (score.row_loss for score in scores if score.mask == DENSE)
-    others = [score for score in scores if score.mask != DENSE]
-    y = np.array([score.loss - math.fsum(dense[: score.rows_used]) / score.rows_used for score in others])
+    by_mask = {score.mask: score for score in scores}
+    dense = by_mask.pop(DENSE)
     found = Surrogate(units, np.zeros(len(units)), np.zeros((len(units), len(units))))
-    m = found.indicators([score.mask for score in others])
-    sizes = m.sum(axis=1)
-    for row in np.flatnonzero(sizes == 1):
-        found.linear[m[row] > 0] = y[row]
-    for row in np.flatnonzero(sizes == 2):
-        i, j = np.flatnonzero(m[row])
-        found.pairs[i, j] = found.pairs[j, i] = y[row] - found.linear[i] - found.linear[j]
+    m = found.indicators(list(by_mask))
+    for score, row in zip(by_mask.values(), m, strict=True):
+        members = np.flatnonzero(row).tolist()
+        parts = [by_mask.get(units[i]) for i in members]
+        if parts == [score]:
+            found.linear[members] = score.rise_over(dense)
+        elif len(parts) == 2 and None not in parts:
+            apart = sum(part.rise_over(dense, score.rows_used) for part in parts if part)
+            found.pairs[members, members[::-1]] = score.rise_over(dense) - apart
+    left = np.array([score.rise_over(dense) for score in by_mask.values()]) - found.of(m)
+    left[m.sum(axis=1) <= 2] = 0.0
     common = m @ m.T
-    ridge = [RIDGE * (len(dense) / score.rows_used) ** 2 for score in others]
-    left = y - found.of(m)
+    ridge = [RIDGE * (dense.rows_used / score.rows_used) ** 2 for score in by_mask.values()]
     weights = np.linalg.solve(common + common * (common - 1) / 2 + np.diag(ridge), left)
     pairs = (m.T * weights) @ m
     np.fill_diagonal(pairs, 0.0)

@@ -85,7 +85,7 @@ def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
         schema=ITERATION,
     )
     path = table_path(directory, iteration.index)
-    facts = {"search": search, "iteration": str(iteration.index), "complete": "true"}
+    facts = {"search": search, "iteration": str(iteration.index), "complete": "true", "note": iteration.note}
     write_table(path, table, facts | {"environment": json.dumps(environment())})
 
 
@@ -115,6 +115,7 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
         added=tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows),
         chosen=chosen[0],
         lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
+        note=facts.get("note", ""),
         nll=nll,
     )
 

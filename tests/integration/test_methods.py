@@ -31,6 +31,7 @@ METHODS = {
     "evopress": {"method": "evopress", "metric": "kl", "options": {"generations": 3, "offspring": 4}},
     "swap": {"method": "swap"},
     "floating": {"method": "floating"},
+    "quadratic": {"method": "quadratic"},
     "contiguous": {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
     "laco": {"method": "laco", "options": {"count": 2}},
     "slicegpt": {"method": "slicegpt"},

@@ -418,7 +418,7 @@ OPTIONS = [
         *(({"method": method, "metric": metric},
            f"score.metric {metric} is of single units, and method: {method} compares whole masks; choose a metric of "
            "masks (perplexity, answer_likelihood, kl, js), or one of the methods contiguous, greedy, one_shot")
-          for method in ("beam", "evopress", "floating", "swap") for metric in INFLUENCES),
+          for method in ("beam", "evopress", "floating", "quadratic", "swap") for metric in INFLUENCES),
         *(({"method": method, "metric": metric, "acceleration": acceleration},
            f"score.acceleration {acceleration} does not fit method: {method} with metric: {metric}: there is nothing "
            "to leave out; set acceleration: none")

@@ -1,4 +1,4 @@
-"""Beam, EvoPress, floating and swap against brute force over all masks of small models, with losses from a table."""
+"""Beam, EvoPress, floating, quadratic, swap against brute force over all masks of small models; losses from a table."""
 
 import math
 import random
@@ -6,7 +6,9 @@ from collections import Counter
 from functools import cache
 from itertools import chain, combinations, islice, pairwise
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from blockpruner.core.blocks import DENSE, all_blocks, format_mask, removable_units
 from blockpruner.core.budgets import goal_of, parse_budget, resources_of
@@ -14,11 +16,14 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
+from blockpruner.scoring.accelerate import Exact
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.evopress import EvoPressOptions, evopress, vary
 from blockpruner.search.problem import Problem
+from blockpruner.search.quadratic import lowest, rank_correlation
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.space import Space, unit_order
+from blockpruner.search.surrogate import Surrogate, fit
 from blockpruner.search.swap import by_prediction, cheapest
 from tests.builders import FakeScorer, searched, short_rows
 from tests.tiny import full_nll, tiny_model
@@ -26,8 +31,8 @@ from tests.tiny import full_nll, tiny_model
 ROWS = 8
 SIZES = pytest.mark.parametrize("size", [1.0, 2.016, 3.0])
 """Of an MLP block, an MHA block being 1: any two alike, Llama-2, SmolLM2."""
-NOT_NESTED = pytest.mark.parametrize("method", ["beam", "swap", "floating"])
-START = {"beam": {}, "swap": {"start": "greedy"}, "floating": {}}
+NOT_NESTED = pytest.mark.parametrize("method", ["beam", "swap", "floating", "quadratic"])
+START = {"beam": {}, "swap": {"start": "greedy"}, "floating": {}, "quadratic": {}}
 """Options with which a search begins as greedy does."""
 
 
@@ -281,6 +286,111 @@ def test_floating_goes_back():
     assert path == [{c}, {a, c}, {a, b, c}, {a, b}, {a, b, dear}]
 
 
+class Polynomial(Table):
+    """Losses that are a quadratic function of the removed blocks, or a cubic one. An MLP block weighs three times."""
+
+    def __init__(self, seed, cubic=0.0, **table):
+        super().__init__(seed, interaction=0.0, noise=0.0, **table)
+        chance = random.Random(seed)
+        self.terms = {frozenset({b}): self.cost[b] * self.counts.blocks[b] / 1000 for b in self.cost}
+        self.terms |= {frozenset(pair): chance.gauss(0, 0.25) for pair in combinations(self.cost, 2)}
+        triples = [frozenset(triple) for triple in combinations(self.cost, 3)]
+        self.terms |= {triple: chance.gauss(0, cubic) for triple in triples if chance.random() < 0.15}
+
+    def draw(self, mask):
+        return [5.0 + row / 7 + sum(term for part, term in self.terms.items() if part <= mask) for row in range(ROWS)]
+
+
+SEARCHED = {
+    "greedy": ("greedy", {}),
+    "greedy, priced": ("greedy", {"per": "parameters"}),
+    "swap": ("swap", {}),
+    "floating": ("floating", {}),
+    "quadratic": ("quadratic", {"rounds": 1}),
+    "quadratic, refitted": ("quadratic", {}),
+}
+
+
+@pytest.mark.parametrize("cubic", [0.0, 0.15, 0.4])
+def test_regret(cubic):
+    """Of every search at several budgets, against all masks that meet them. Greedy ones may meet none."""
+    regret = {name: {} for name in SEARCHED}
+    for seed in range(4):
+        table = Polynomial(seed, cubic)
+        losses = {mask: table.loss(mask) for mask in table.masks()}
+
+        def ask(masks, rows=ROWS, base=DENSE, table=table):
+            return [MaskScore(mask, tuple(table.rows_of(mask)[:rows]), ROWS) for mask in masks]
+
+        for budget in ("0.1", "0.2", "0.35", "0.5", "0.6", "4blocks", "1.2x"):
+            goal = Space(table.units, table.goal(budget)).goal
+            least = min(loss for mask, loss in losses.items() if goal.is_met(mask))
+            for name, (method, options) in SEARCHED.items():
+                row = SEARCHES[method]
+                problem = Problem(table.units, ask, Exact(ask), ROWS, table.goal(budget), table.resources)
+                answers = [step.removed for step in row.run(problem, row.options(**options))]
+                answer = min(answers, key=goal.distance) if row.nested else answers[-1]
+                if goal.is_met(answer):
+                    regret[name][seed, budget] = losses[answer] - least
+    print({name: f"{sum(found.values()) / len(found):.4f} of {len(found)}" for name, found in regret.items()})
+    assert all(len(regret[name]) == 28 for name in ("floating", "quadratic", "quadratic, refitted"))
+    assert all(regret["floating"][case] <= worse + 1e-12 for case, worse in regret["greedy, priced"].items())
+    assert max(regret["quadratic, refitted"].values()) < 1e-12
+    assert max(regret["quadratic"].values()) < (1e-12 if cubic < 0.4 else 0.3)
+    assert sum(regret["floating"].values()) / 28 < 0.03
+
+
+def test_surrogate_of_a_quadratic_function_is_that_function():
+    table = Polynomial(0)
+    units, asked = table.units, lambda masks, rows: [MaskScore(m, tuple(table.draw(m)[:rows]), ROWS) for m in masks]
+    pairs = [a | b for a, b in combinations(units, 2)]
+    energy = fit(units, [*asked([DENSE, *units], ROWS), *asked(pairs, 3)])
+    masks = table.masks()
+    rises = [table.loss(mask) - table.loss(DENSE) for mask in masks]
+    assert energy(masks) == pytest.approx(rises, abs=1e-9)
+    some = fit(units, [*asked([DENSE, *units], ROWS), *asked(random.Random(0).sample(masks, 90), ROWS)])
+    assert some(masks) == pytest.approx(rises, abs=0.05)
+
+
+def test_surrogate_goes_through_what_is_known():
+    """A function that is not quadratic, with fewer facts than coefficients."""
+    table = Polynomial(1, cubic=0.4, layers=6)
+    masks = random.Random(1).sample([m for m in table.masks() if len(m) > 2], 40)
+    scores = [MaskScore(mask, tuple(table.draw(mask)), ROWS) for mask in [DENSE, *table.units, *masks]]
+    rises = [table.loss(mask) - table.loss(DENSE) for mask in masks]
+    assert fit(table.units, scores)(masks) == pytest.approx(rises, abs=1e-3)
+
+
+@SIZES
+@pytest.mark.parametrize("budget", ["0.35", "4blocks"])
+def test_descents_find_the_lowest_energies(size, budget):
+    table = Polynomial(2, layers=5, size=size)
+    pairs = np.random.default_rng(0).normal(0, 1, (10, 10))
+    energy = Surrogate(table.units, np.arange(10) / 3, np.triu(pairs, 1) + np.triu(pairs, 1).T)
+    space = Space(table.units, table.goal(budget))
+    allowed = [mask for mask in table.masks() if space.goal.is_met(mask)]
+    values = dict(zip(allowed, energy(allowed), strict=True))
+    wanted = sorted(allowed, key=values.get)
+    assert lowest(energy, space, 5, (), random.Random(0)) == wanted[:5]
+    assert lowest(energy, space, 5, wanted[:3], random.Random(0)) == wanted[3:8]
+    x = {mask: sum(1.3**i for i, unit in enumerate(table.units) if unit <= mask) for mask in allowed}
+    assert rank_correlation(values, x) == pytest.approx(stats.spearmanr(list(values.values()), list(x.values()))[0])
+
+
+def test_quadratic_shares_trials_and_asks_for_what_matters():
+    """Pairs serve all budgets. The first are of cheap blocks, on as many rows as wanted; the steps tell how it does."""
+    table, asked = Table(0, layers=6), []
+    for budget in ("0.2", "1.3x"):
+        singles, pairs, *rounds = table.search("quadratic", budget, pairs=20, rows=3, rounds=2, candidates=4)
+        asked.append({score.mask for score in pairs.scores})
+        assert {score.rows_used for score in pairs.scores[1:]} == {3} and len(pairs.scores) == 21
+        assert len(rounds) == 2 and all("rank correlation of " in step.note for step in rounds)
+    assert asked[0] == asked[1]
+    rises = {score.mask: score.rise_over(singles.scores[0]) for score in singles.scores[1:]}
+    cheap = sorted(rises, key=lambda unit: rises[unit] / table.counts.ratio(unit))
+    assert {a | b for a, b in combinations(cheap[:4], 2)} < asked[0]
+
+
 @pytest.mark.parametrize("tries", [1, 5, 20])
 def test_swap_gives_up_after_so_many_tries(tries):
     table = Table(1, layers=8)
@@ -477,13 +587,13 @@ def test_a_goal_that_no_mask_meets(method):
     assert format_mask(table.search(method, budget, **options)[-1].removed) == "mlp.0"
 
 
-@pytest.mark.parametrize("method", ["swap", "floating"])
-def test_an_accelerated_search(method):
+@pytest.mark.parametrize(("method", "options"), [("swap", {"tries": 8}), ("floating", {"tries": 8}), ("quadratic", {})])
+def test_an_accelerated_search(method, options):
     """What races and lazy steps left out is not missed, and nothing is computed twice."""
     table = Table(6, layers=10, interaction=0.1, noise=0.05)
-    trace = table.search(method, "0.3", "lazy+race", tries=8)
+    trace = table.search(method, "0.3", "lazy+race", **options)
     asked = len(table.asked)
-    exact = table.search(method, "0.3", tries=8)
+    exact = table.search(method, "0.3", **options)
     assert trace[-1].removed == exact[-1].removed
     assert asked < len(table.asked)
 
@@ -507,7 +617,7 @@ def test_a_start_that_overshoots_a_small_budget():
     for method, options in {"beam": {"width": 1}, "swap": {"start": "greedy"}}.items():
         with pytest.raises(InputError, match=r"nearest to removing nothing; the smallest .* is 0\.1667"):
             table.search(method, "0.06", **options)
-    for method, options in {"beam": {"width": 9}, "floating": {}}.items():
+    for method, options in {"beam": {"width": 9}, "floating": {}, "quadratic": {}}.items():
         assert table.counts.ratio(table.search(method, "0.06", **options)[-1].removed) == pytest.approx(1 / 18)
 
 
@@ -521,7 +631,7 @@ def test_whole_layers():
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("beam", {"width": 50}), ("swap", {"tries": 0})],
+    [("beam", {"width": 50}), ("swap", {"tries": 0}), ("floating", {}), ("quadratic", {})],
 )
 def test_on_a_model_against_full_forwards(method, options):
     """By ratio and by blocks, with the exact engine."""
@@ -545,9 +655,9 @@ def test_on_a_model_against_full_forwards(method, options):
         assert last.scores[last.chosen].loss == pytest.approx(losses[last.removed], abs=1e-10)
         assert last.nll[last.chosen].loss == pytest.approx(losses[last.removed], abs=1e-10)
         assert last.removed in allowed
-        if method != "swap":
+        if method in ("beam", "quadratic"):
             assert last.removed == min(allowed, key=losses.__getitem__)
-        elif budget == "3blocks":
+        elif budget == "3blocks" and method == "swap":
             greedy = searched(model, rows, [budget], method="greedy").of(budget)
             near = [m for m in allowed if len(m - last.removed) == len(last.removed - m) == 1]
             assert losses[last.removed] == min(losses[m] for m in [last.removed, greedy[-1].removed, *near])
