@@ -102,7 +102,7 @@ def test_a_named_source_is_its_keys_and_those_beside_the_name(tmp_path):
 
 def test_shipped_params_are_valid():
     shipped = load_params(ROOT / "params.yaml")
-    assert shipped.budgets_of("smollm2") == ("0.02", "0.05")
+    assert shipped.budgets_of("smollm2") == ("0.10",)
 
 
 def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
