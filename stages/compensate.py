@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Calibration, Run, TaskAnswers
-from blockpruner.inputs.calibration import CalibrationSet, fill_rows, without_evaluated
+from blockpruner.core.settings import Run, TaskAnswers
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import read_texts
 from blockpruner.params import load_run
 from blockpruner.store.files import read_json, replace_directory, write_json
@@ -15,8 +15,9 @@ from stages import DATA, run
 
 
 def rows_of(name: str, settings: Run, calibration: CalibrationSet) -> CalibrationSet:
-    """Joined rows of texts of which none is evaluated. Of a run that is calibrated on answers, those, with every token
+    """Rows of texts of which none is evaluated. Of a run that is calibrated on answers, those, with every token
     scored."""
+    from blockpruner.compensation.rows import compensation_rows
     from blockpruner.evaluation.perplexity import held_out
     from blockpruner.inputs.tokenizers import load_tokenizer
 
@@ -26,10 +27,8 @@ def rows_of(name: str, settings: Run, calibration: CalibrationSet) -> Calibratio
     tokenizer = load_tokenizer(DATA / "models" / name, settings.model.trust_remote_code)
     evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
     texts = read_texts(sources / f"{'compensate' if wanted.data else 'calibration'}.parquet")
-    pool = without_evaluated(texts, evaluated.documents)
     context = read_json(DATA / "models" / name / "config.json").get("max_position_embeddings", wanted.seq_len)
-    joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
-    return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", at_most=True)
+    return compensation_rows(texts, tokenizer, wanted, evaluated.documents, context)
 
 
 def main(name: str) -> None:

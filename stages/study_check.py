@@ -10,13 +10,14 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import observer
 from blockpruner.methods.score import open_material
 from blockpruner.paper.check import check_of, hold_against
+from blockpruner.paper.studies import Setting
 from blockpruner.params import load_params, load_run
 from blockpruner.store.files import write_text
 from blockpruner.store.trials import trials_root
 from stages import DATA, STUDIES, run
 from stages.report import labels
 from stages.study_evaluate import dense
-from stages.study_search import setting_of
+from stages.study_search import texts_of
 
 
 def main(name: str) -> None:
@@ -27,7 +28,7 @@ def main(name: str) -> None:
             settings,
             load_run(check.given),
             dense(name, settings),
-            setting_of(name, settings, material),
+            Setting(name, material, texts_of(name, settings)),
             folder / "sources",
             folder / "check",
             DATA / "evaluations",

@@ -6,9 +6,11 @@ from blockpruner.core.progress import observer
 from blockpruner.core.settings import Run
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.healed import FILE
 from blockpruner.model.models import set_threads
 from blockpruner.paper.evaluation import Candidate, evaluate_study
-from blockpruner.paper.experiments import study_of, variants
+from blockpruner.paper.experiments import cures, study_of, variants
+from blockpruner.paper.healing import healed_of
 from blockpruner.paper.studies import load_plans
 from blockpruner.params import load_params, load_run
 from stages import DATA, STUDIES, run
@@ -18,12 +20,20 @@ MAIN, CURVES = "main", "timed"
 
 
 def candidates(name: str, settings: Run) -> list[Candidate]:
-    found, plans = [], STUDIES / name / "plans"
+    found, plans, healed, cured = [], STUDIES / name / "plans", STUDIES / name / "healed", cures(settings)
+    mended = {(cure.variant.slug, cure.budget) for cure in cured}
     for variant in variants(settings):
         rows = CalibrationSet.load(plans / variant.slug / "rows.parquet")
         for budget, plan in load_plans(plans, variant).items():
             timed = {MAIN: budget == variant.raced, CURVES: budget in variant.timed}
-            found.append(Candidate(plan, rows, budget == variant.main, frozenset(key for key in timed if timed[key])))
+            main = budget == variant.main or (variant.slug, budget) in mended
+            found.append(Candidate(plan, rows, main, frozenset(key for key in timed if timed[key])))
+    for cure in cured:
+        rows = CalibrationSet.load(plans / cure.variant.slug / "rows.parquet")
+        base, facts = load_plans(plans, cure.variant).get(cure.budget), healed_of(healed, cure)
+        if base is not None and facts is not None and facts["digest"] is not None:
+            weights = healed / cure.slug / FILE
+            found.append(Candidate(cure.of(base), rows, True, healed=facts["digest"], weights=weights))
     return found
 
 

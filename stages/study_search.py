@@ -9,18 +9,17 @@ from typing import Any
 from blockpruner.core.progress import observer
 from blockpruner.core.settings import Run, Texts
 from blockpruner.inputs.texts import read_texts
-from blockpruner.methods.kind import Material
 from blockpruner.methods.score import open_material
 from blockpruner.paper.experiments import variants
-from blockpruner.paper.studies import Setting, search_all
+from blockpruner.paper.studies import Setting, StudyTexts, search_all
 from blockpruner.params import load_params, load_run
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import trials_root
 from stages import STUDIES, run
 
 
-def setting_of(name: str, settings: Run, material: Material) -> Setting:
-    """What the searches of a run's study have in common, read from what was fetched for it."""
+def texts_of(name: str, settings: Run) -> StudyTexts:
+    """What was fetched for a run's study."""
     folder = STUDIES / name
 
     @cache
@@ -29,7 +28,7 @@ def setting_of(name: str, settings: Run, material: Material) -> Setting:
 
         return load_tokenizer(folder / "model", settings.model.trust_remote_code)
 
-    def texts(data: Texts) -> list[str]:
+    def samples(data: Texts) -> list[str]:
         return read_texts(folder / "sources" / f"calibration-{fingerprint(data.model_dump())}.parquet")
 
     def evaluated() -> Sequence[str]:
@@ -38,13 +37,13 @@ def setting_of(name: str, settings: Run, material: Material) -> Setting:
         texts = read_texts(folder / "sources" / "perplexity.parquet")
         return held_out(tokenizer(), texts, settings.evaluate.perplexity).documents
 
-    return Setting(name, material, tokenizer, texts, evaluated)
+    return StudyTexts(tokenizer, samples, evaluated)
 
 
 def main(name: str) -> None:
     settings, runtime, folder = load_run(name), load_params().runtime, STUDIES / name
     with open_material(folder / "model", settings.model, runtime, trials_root(), observer()) as material:
-        setting = setting_of(name, settings, material)
+        setting = Setting(name, material, texts_of(name, settings))
         search_all(variants(settings), folder / "scores", folder / "plans", setting)
 
 

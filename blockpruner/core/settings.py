@@ -457,6 +457,19 @@ PAPER_TASKS = (
 """Those of Tables 8 and 10 of the paper, and since choices hide damage, answers that are generated."""
 
 
+class Healing(Frozen):
+    """Models of a study whose weights are healed, and which are measured beside the plain ones."""
+
+    methods: tuple[str, ...]
+    """Names of `experiments.METHODS` that remove blocks."""
+    budgets: tuple[str, ...]
+    """Beside those that these methods search for anyway."""
+    compensate: CompensationMethod = "refit"
+    """The rest is the run's `compensate`."""
+    recover: bool = False
+    """Whether the model is trained after that, by the run's `recover`."""
+
+
 class Study(Frozen):
     """What the tables of the paper vary over a run. `experiments` decides which table needs what."""
 
@@ -488,6 +501,8 @@ class Study(Frozen):
     """By method, in place of `calibration.num_samples`."""
     rows: dict[str, Annotated[int, Field(ge=1)]] = {"slicegpt": 1024}
     """By method, its `calibration.num_rows`: joined rows of all texts, every token of which counts."""
+    heal: tuple[Healing, ...] = ()
+    """What is compensated and trained, which the paper leaves open."""
     tasks: tuple[str, ...] = PAPER_TASKS
     """For the dense and the main models, beside those of `evaluate.zero_shot`."""
     tasks_limit: int | None = Field(default=None, ge=1)

@@ -164,7 +164,7 @@ def pack_rows(samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str
             the instruction and the template around it are given. A text without the template is scored as a whole.
 
     Raises:
-        InputError: no row comes out; the message names how many samples would do. Or no sample has a response.
+        InputError: no row comes out; the message names how many samples would do.
     """
     for value, valid, key in ((packing, ("joined", "per_sample"), "packing"), (score, ("all", "response"), "score")):
         if value not in valid:
@@ -207,12 +207,6 @@ def _mark_responses(groups: Sequence[Sequence[str]], tokenizer: Any) -> list[lis
             "does not tell; set calibration.score: all"
         )
     starts = {sample: response_start(sample) for group in groups for sample in group}
-    if not any(start is not None for start in starts.values()):
-        sample = next(iter(starts))
-        raise InputError(
-            f"calibration.score: response is for instructions with responses (format: alpaca), and {sample[:40]!r}... "
-            "has none; set calibration.score: all, or choose other data"
-        )
     encoded = tokenizer(["\n\n".join(group) for group in groups], return_offsets_mapping=True)
     marked: list[list[int]] = []
     for group, ids, offsets in zip(groups, encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -240,10 +234,18 @@ def draw_rows(
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
         note: receives what was left out, and a warning where many scored tokens repeat.
+
+    Raises:
+        InputError: no text has a response, of which the run file asks for; or see `pack_rows` and `fill_rows`.
     """
     pool = without_evaluated(texts, evaluated)
     if len(pool) < len(texts):
         note(f"{len(texts) - len(pool)} of {len(texts)} calibration texts are evaluated too: they are not drawn")
+    if wanted.score == "response" and pool and all(response_start(text) is None for text in pool):
+        raise InputError(
+            f"calibration.score: response is for instructions with responses (format: alpaca), and {pool[0][:40]!r}... "
+            "has none; set calibration.score: all, or choose other data"
+        )
     if wanted.num_rows is not None:
         rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows)
     else:

@@ -67,14 +67,14 @@ class Pruning:
         pruned = kind.apply_(dense, self.plan, self.rows.rows)
         if lend is None:
             if self.healed is not None:
-                load_healed_(pruned, self.healed)
+                load_healed_(pruned, self.healed.path)
             note(pruned)
         return pruned
 
     def heal_(self, dense: PreTrainedModel) -> None:
         """Put the healed weights into those tensors of the dense model that are left when blocks are removed."""
         if self.healed is not None:
-            load_healed_(pruned_copy(dense, self.plan, self.rows.rows), self.healed)
+            load_healed_(pruned_copy(dense, self.plan, self.rows.rows), self.healed.path)
 
 
 def pruned_copy(dense: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:

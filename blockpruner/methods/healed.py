@@ -77,17 +77,17 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
     return Healed(path, of, facts["words"], tuple(json.loads(facts["datasets"])), facts[DIGEST])
 
 
-def load_healed_(model: PreTrainedModel, healed: Healed) -> None:
-    """Copy healed weights into the tensors of a pruned model.
+def load_healed_(model: PreTrainedModel, path: Path) -> None:
+    """Copy a file of healed weights into the tensors of a pruned model.
 
     Raises:
         InputError: the file is damaged, or has a weight that the model has not.
     """
-    weights, _ = read_tensors(healed.path)
+    weights, _ = read_tensors(path)
     try:
         set_weights_(model, weights)
     except InputError as error:
-        raise InputError(f"{healed.path}: {error}; {REMEDY}") from error
+        raise InputError(f"{path}: {error}; {REMEDY}") from error
 
 
 @torch.no_grad()

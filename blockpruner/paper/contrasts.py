@@ -135,9 +135,9 @@ def _fields(method: str, against: str, verdicts: bool, *first: Field[Pair]) -> t
     return (
         Field("model", "model", lambda pair: pair.base.subject),
         *first,
-        Field("method", method, lambda pair: pair.method.variant.name),
+        Field("method", method, lambda pair: pair.method.title),
         Field("ratio_pct", "removed, %", lambda pair: share(pair.method.ratio)),
-        Field("against", against, lambda pair: pair.base.variant.name),
+        Field("against", against, lambda pair: pair.base.title),
         Field("against_ratio_pct", "removed, %", lambda pair: share(pair.base.ratio)),
         *(field for measure in MEASURES for field in _by(measure, verdicts)),
     )

@@ -6,6 +6,7 @@ one model, it is measured once. Every result is stored when it is known.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,9 +34,10 @@ from blockpruner.evaluation.suite import (
 )
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import pruned_copy
-from blockpruner.methods.registry import KINDS, model_facts
+from blockpruner.methods.healed import load_healed_
+from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import device_name, resolve_device
-from blockpruner.paper.studies import DENSE, model_name
+from blockpruner.paper.studies import DENSE, candidate_facts, model_name
 from blockpruner.store.files import replace_directory, write_sealed_json, write_table
 from blockpruner.store.provenance import machine
 
@@ -53,15 +55,18 @@ class Candidate:
     """It stands in the main tables, which ask more of it."""
     timed: frozenset[str] = frozenset()
     """The settings of `time_study` in which its generation is timed."""
+    healed: str | None = None
+    """Digest of its healed weights."""
+    weights: Path | None = None
+    """Their file."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Everything that the model depends on, apart from the dense one."""
-        return model_facts(self.plan, self.rows.digest)
+        return candidate_facts(self.plan, self.rows.digest, self.healed)
 
     @property
     def name(self) -> str:
-        return model_name(self.plan, self.rows.digest)
+        return model_name(self.plan, self.rows.digest, self.healed)
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,12 @@ class CandidateModel:
     @cached_property
     def made(self) -> tuple[PreTrainedModel, float]:
         """The model, and the seconds that the dense one's change took."""
-        dense, started = self.dense.model, time.monotonic()
-        return pruned_copy(dense, self.candidate.plan, self.candidate.rows.rows), time.monotonic() - started
+        started, candidate = time.monotonic(), self.candidate
+        model = pruned_copy(self.dense.model, candidate.plan, candidate.rows.rows)
+        if candidate.weights is not None:
+            model = copy.deepcopy(model)  # it shares its tensors with the dense one
+            load_healed_(model, candidate.weights)
+        return model, time.monotonic() - started
 
     @property
     def model(self) -> PreTrainedModel:
@@ -104,7 +113,7 @@ def unique(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
     for candidate in candidates:
         same = found.get(candidate.name, candidate)
         main, timed = candidate.main or same.main, candidate.timed | same.timed
-        found[candidate.name] = Candidate(same.plan, same.rows, main, timed)
+        found[candidate.name] = replace(same, main=main, timed=timed)
     return found
 
 

@@ -7,7 +7,7 @@ order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Run, Study
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, Variant, study_of, variants
+from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, Variant, cures, study_of, variants
+from blockpruner.paper.healing import healed_of
 from blockpruner.paper.published import MODELS
 from blockpruner.paper.studies import DENSE, SearchRecord, load_plans, model_name
 from blockpruner.reporting.findings import Finding, recommended, stop, warnings
@@ -44,6 +45,11 @@ class Entry(Option):
     """Seconds that it took to change the weights, where the method changes any."""
 
     @property
+    def title(self) -> str:
+        """Its search, and what was done after it."""
+        return " + ".join((self.variant.name, *self.healing))
+
+    @property
     def share(self) -> float:
         """The share of the parameters that was asked for; 0 where the budget is of another kind."""
         value, unit = read_budget(self.budget)
@@ -65,6 +71,8 @@ class Evidence:
     study: Study
     refused: Mapping[str, str]
     """Why a method has no model here, by its key in METHODS."""
+    healed: tuple[Entry, ...] = ()
+    """Of searches that are among `entries`, models whose weights are healed."""
 
     def of(self, method: str) -> tuple[Entry, ...]:
         """List the budgets of a method with nothing else varied, the least pruned first."""
@@ -163,7 +171,7 @@ def _read_evidence(name: str, subject: str, run: Run, folder: Path) -> Evidence:
     models = _read_models(folder / "results" / "items.parquet", facts, tuple(run.evaluate.zero_shot.tasks), name)
     races = {model: {key: Race.of(v) for key, v in settings.items()} for model, settings in speeds.items()}
     dense = Option(DENSE, subject, DENSE, None, models[DENSE], models[DENSE], races[DENSE], (), ())
-    entries, refused = [], dict[str, str]()
+    entries, refused, healed = [], dict[str, str](), list[Entry]()
     for variant in found:
         digest = CalibrationSet.load(plans / variant.slug / "rows.parquet").digest
         search = SearchRecord.load(plans / variant.slug)
@@ -185,7 +193,21 @@ def _read_evidence(name: str, subject: str, run: Run, folder: Path) -> Evidence:
                     making=facts[key].get("making_seconds", 0.0),
                 )
             )  # fmt: skip
-    return Evidence(dense, tuple(entries), tuple(run.evaluate.zero_shot.tasks), study, refused)
+    plain = {(entry.variant.slug, entry.budget): entry for entry in entries}
+    for cure in cures(run):
+        base, done = plain.get((cure.variant.slug, cure.budget)), healed_of(folder / "healed", cure)
+        if base is None:
+            continue
+        if done is None:
+            raise InputError(f"{folder / 'healed'} has no {cure.slug}; run `dvc repro runs/dvc.yaml:heal@{name}`")
+        digest = CalibrationSet.load(plans / cure.variant.slug / "rows.parquet").digest
+        key = model_name(base.plan, digest, done["digest"])
+        if key not in models:
+            raise InputError(
+                f"{folder / 'results'} has no model {key} ({cure.slug}); run `dvc repro runs/dvc.yaml:evaluate@{name}`"
+            )
+        healed.append(replace(base, plan=cure.of(base.plan), model=models[key], races=base.races))
+    return Evidence(dense, tuple(entries), tuple(run.evaluate.zero_shot.tasks), study, refused, tuple(healed))
 
 
 def _require_files(folder: Path, found: tuple[Variant, ...], name: str) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Budgets, Calibration, Run, Score, Study
 from blockpruner.reporting.formats import slug
 from blockpruner.search.registry import SEARCHES
@@ -19,10 +21,11 @@ Kind = Literal["block", "layer", "width"]
 DATA_VARIABLE = "BLOCKPRUNER_DATA"
 """Environment variable: a folder of benchmark data. A study takes WikiText-2 from it, which no package holds."""
 
-BLOCKPRUNER, GREEDY_LAYERS, PRICED, SWAP = (
+BLOCKPRUNER, GREEDY_LAYERS, PRICED, FLOATING, SWAP = (
     "blockpruner",
     "greedy-layers",
     "blockpruner-per-parameter",
+    "floating-search",
     "swap-from-blockpruner",
 )
 
@@ -73,12 +76,20 @@ METHODS: Mapping[str, PaperMethod] = {
     PRICED: PaperMethod(
         "BlockPruner per parameter", "block", ("main", "timed"), {"options": {"per": "parameters"}}
     ),
+    FLOATING: PaperMethod("floating search", "block", ("main", "seeds", "timed"), {"method": "floating"}),
     SWAP: PaperMethod("swap from BlockPruner", "block", ("main", "timed"), {"method": "swap"}),
     "blockpruner-by-js": PaperMethod("BlockPruner by JS", "block", ("js",), {"metric": "js"}, ("js",)),
     "blockpruner-by-bi": PaperMethod("BlockPruner by BI", "block", ("main", "partial"), {"metric": BI}),
     "blockpruner-by-rm": PaperMethod("BlockPruner by RM", "block", ("main", "partial"), {"metric": RM}),
     "mha-only": PaperMethod("MHA only", "block", ("partial", "timed"), {"candidates": "mha"}),
     "mlp-only": PaperMethod("MLP only", "block", ("partial", "timed"), {"candidates": "mlp"}),
+    "angular-distance": PaperMethod(
+        "angular distance", "layer", ("main", "timed"),
+        {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
+    ),
+    "taylor": PaperMethod(
+        "Taylor", "layer", ("main", "timed"), {"method": "one_shot", "unit": "layer", "metric": "taylor"}
+    ),
     "random": PaperMethod("random", "block", ("main",), {"method": "random"}),
 }  # fmt: skip
 """By slug, as run files name them: the title in lower case with hyphens."""
@@ -144,6 +155,49 @@ def variants(run: Run) -> tuple[Variant, ...]:
     return (*found, *more)
 
 
+@dataclass(frozen=True)
+class Cure:
+    """A model of a search that is healed."""
+
+    variant: Variant
+    budget: str
+    compensate: str
+    recover: bool
+
+    def of(self, plan: Plan) -> Plan:
+        """The plan of the healed model, from that of the plain one."""
+        return replace(plan, compensate=self.compensate, recover=self.recover)
+
+    @property
+    def slug(self) -> str:
+        """Its folder's name."""
+        return slug(f"{self.variant.slug} {self.budget} {self.compensate}{' trained' * self.recover}")
+
+
+def cures(run: Run) -> tuple[Cure, ...]:
+    """List the models of a run's study that are healed; one that is trained comes after the one that is not.
+
+    Raises:
+        InputError: a method without such a search, one that removes no blocks, or training without its settings.
+    """
+    study, found = study_of(run), {variant.slug: variant for variant in variants(run)}
+    made = dict[str, Cure]()
+    for wanted in study.heal:
+        if wanted.recover and run.recover is None:
+            raise InputError("study.heal trains models, and the run has no recover section; add one, or recover: false")
+        for method, budget in product(wanted.methods, wanted.budgets):
+            variant = found.get(method)
+            if variant is None or variant.score.method not in SEARCHES:
+                valid = ", ".join(v.slug for v in found.values() if v.score.method in SEARCHES and not v.factor)
+                raise InputError(
+                    f"study.heal names {method}, and the study has no such search of blocks; valid: {valid}"
+                )
+            for is_trained in (False, True)[: 1 + wanted.recover]:
+                cure = Cure(variant, budget, wanted.compensate, is_trained)
+                made[cure.slug] = cure
+    return tuple(made.values())
+
+
 def study_of(run: Run) -> Study:
     if run.study is None:
         raise InputError(
@@ -172,6 +226,7 @@ def _base(run: Run, study: Study, name: str) -> Variant:
     wanted = [budget for use, budgets in by_use.items() if use in row.use for budget in budgets if budget is not None]
     if name == BLOCKPRUNER:
         wanted.append(study.sensitivity)
+    wanted += [budget for healing in study.heal if name in healing.methods for budget in healing.budgets]
     budgets, main = tuple(dict.fromkeys(wanted)), own(study.main) if "main" in row.use else None
     return Variant(
         name=row.title, method=name, kind=row.kind, score=_score(run, study, name),
@@ -189,7 +244,7 @@ def _score(run: Run, study: Study, name: str) -> Score:
     if method != "greedy":
         own.pop("options", None)
     is_accelerated = method in SEARCHES and SEARCHES[method].accelerated
-    if not is_accelerated or change.get("metric") in (BI, RM) or "options" in change:
+    if not is_accelerated or change.get("metric") in (BI, RM):
         own = {key: value for key, value in own.items() if key not in (*ACCELERATED, "options")}
     if name in study.options:
         change["options"] = study.options[name]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from blockpruner.paper.beyond import TITLE, healing_grids
 from blockpruner.paper.contrasts import claims
 from blockpruner.paper.evidence import Subject
 from blockpruner.paper.extra_tables import GRIDS, stopping
@@ -52,6 +53,8 @@ def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
         sections.append(
             Section("Quality against speed and memory", (advice, *scatters, _under(stopping(found), subjects)))
         )
+    if healed := healing_grids(found):
+        sections.append(Section(TITLE, tuple(_under(grid, subjects) for grid in healed)))
     for subject in subjects:
         if subject.evidence is not None:
             findings, grid = claims(subject.evidence)

@@ -34,16 +34,23 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True)
+class StudyTexts:
+    """The texts that were fetched for a study."""
+
+    tokenizer: Callable[[], Any]
+    samples: Callable[[Texts], Sequence[str]]
+    """Of a source of calibration, compensation or training."""
+    evaluated: Callable[[], Sequence[str]]
+    """The held-out texts on which models are evaluated."""
+
+
+@dataclass(frozen=True)
 class Setting:
     """What the searches of a study have in common."""
 
     run: str
     material: Material
-    tokenizer: Callable[[], Any]
-    texts: Callable[[Texts], Sequence[str]]
-    """Samples of a calibration source."""
-    evaluated: Callable[[], Sequence[str]]
-    """The held-out texts on which models are evaluated."""
+    texts: StudyTexts
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,8 @@ def search_all(variants: Sequence[Variant], scores: Path, plans: Path, setting: 
     @cache
     def rows_of(wanted: Calibration) -> CalibrationSet:
         assert not isinstance(wanted.data, TaskAnswers)
-        note = setting.material.observer.note
-        return draw_rows(setting.texts(wanted.data), setting.tokenizer(), wanted, setting.evaluated(), note)
+        note, texts = setting.material.observer.note, setting.texts
+        return draw_rows(texts.samples(wanted.data), texts.tokenizer(), wanted, texts.evaluated(), note)
 
     for number, variant in enumerate(variants, 1):
         calibration, folder = rows_of(variant.calibration), scores / variant.slug
@@ -162,6 +169,15 @@ def load_plans(folder: Path, variant: Variant) -> dict[str, Plan]:
     return {budget: load_plan(folder / variant.slug / f"{budget}.json") for budget in variant.budgets}
 
 
-def model_name(plan: Plan, rows: str) -> str:
+def candidate_facts(plan: Plan, rows: str, healed: str | None = None) -> dict[str, Any]:
+    """All that a model of a study depends on, apart from the dense one.
+
+    Args:
+        rows, healed: digests of its calibration set and of its healed weights.
+    """
+    return model_facts(plan, rows) | ({"healed": healed} if healed else {})
+
+
+def model_name(plan: Plan, rows: str, healed: str | None = None) -> str:
     """Of a pruned model among a study's results, the same for all searches that lead to it."""
-    return fingerprint(model_facts(plan, rows))
+    return fingerprint(candidate_facts(plan, rows, healed))

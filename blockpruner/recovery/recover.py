@@ -1,0 +1,48 @@
+"""Train a pruned model, and hand on the weights that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from blockpruner.core.progress import Observer
+from blockpruner.core.settings import Recover
+from blockpruner.inputs.calibration import CalibrationSet, check_context
+from blockpruner.methods.apply import Pruning
+from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests
+from blockpruner.model.models import depths_after
+from blockpruner.recovery.training import recover_
+from blockpruner.store.files import read_json
+
+
+def recover(
+    pruning: Pruning,
+    wanted: Recover,
+    rows: CalibrationSet,
+    validation: CalibrationSet | None,
+    adapters: Path,
+    observer: Observer,
+) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """Train the model of a plan; returns the weights that are not what the plan makes of them, and facts as JSON.
+
+    Args:
+        pruning: with healed weights, training begins with those.
+        adapters: folder of the states of training, from which a killed one goes on.
+    """
+    check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "recover.seq_len")
+    of, healed = pruning.identity, pruning.healed
+    model = replace(pruning, healed=None).prune_(pruning.load())
+    before = parameter_digests(model)
+    if healed is not None:
+        load_healed_(model, healed.path)
+    teacher = pruning.load() if wanted.distill or wanted.hidden else None
+    depths = depths_after(teacher, pruning.plan.mask) if teacher and wanted.hidden else ()
+    recovered = recover_(
+        model, rows, wanted, teacher=teacher, validation=validation, depths=depths, adapters=adapters,
+        identity=f"{of} {healed.digest}" if healed else of, observer=observer,
+    )  # fmt: skip
+    return changed_weights(recovered.model, before, pruning.plan), recovered.facts
