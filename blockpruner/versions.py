@@ -50,5 +50,5 @@ EVAL_VERSION = 2
 STUDY_VERSION = 2
 """Which searches a study makes, and what it asks of each model."""
 
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 """Tables, figures and pages made from results."""

@@ -32,7 +32,12 @@ JUMP_NATS = 0.1
 
 COLLAPSE_NATS = math.log(1.5)
 """A removal that multiplies perplexity by 1.5 is a jump whatever came before it. The first two removals can be such a
-jump as well, although no median precedes them."""
+jump as well, although no median precedes them. A healed model whose held-out perplexity is still 1.5 times the dense
+one's is broken alike."""
+
+TASK_LOSS = 0.1
+"""A healed model is broken, too, if accuracy or p of the right answer falls by more than a tenth of the dense model's,
+and beyond noise. Noise alone would be the wrong bound: with enough items every loss exceeds it."""
 
 MISMATCH_FACTOR = 1.5
 """Held-out and calibration text differ, so their perplexities rise at different rates. If the held-out rise (in nats)
@@ -94,7 +99,7 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
     Args:
         traces: of each removal sequence, the model that is pruned the most.
     """
-    rules = ((is_mismatch, _mismatch), (is_slow, _slow), (is_spread, _spread))
+    rules = ((is_broken, _broken), (is_mismatch, _mismatch), (is_slow, _slow), (is_spread, _spread))
     found = [_jump(trace, options) for trace in traces]
     found += [told(shown) for shows, told in rules if (shown := [option for option in options if shows(option)])]
     return [finding for finding in found if finding]
@@ -112,19 +117,35 @@ def jump_at(option: Option) -> int | None:
 
 
 def has_jump(option: Option) -> bool:
-    """Tell whether a plan goes beyond the first jump of its search."""
+    """Tell whether a plan goes beyond the first jump of its search, and nothing was healed after it."""
     jump = jump_at(option)
-    return jump is not None and option.plan is not None and len(option.plan.order) > jump
+    return jump is not None and option.plan is not None and len(option.plan.order) > jump and not option.healing
+
+
+def is_broken(option: Option) -> bool:
+    """Tell whether a model is broken although it was healed (COLLAPSE_NATS, TASK_LOSS).
+
+    The search knows calibration perplexity before healing, that is, of other weights. So a healed model is judged by
+    what was measured of itself: held-out text and tasks.
+    """
+    if not option.healing:
+        return False
+    dense, model = option.dense, option.model
+    losses = [(dense.average, paired(dense, model))]
+    if dense.confidence is not None and model.confidence is not None:
+        losses.append((dense.confidence, paired_confidence(dense, model)))
+    fails = any(change.differs_from(0) and change.value < -TASK_LOSS * before.value for before, change in losses)
+    return fails or option.heldout_rise >= COLLAPSE_NATS
 
 
 def is_mismatch(option: Option) -> bool:
     """Tell whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS).
 
-    There is nothing to compare where the calibration text has decided nothing, or where its perplexity is unknown or
-    that of answers instead of a text.
+    There is nothing to compare where the calibration text has decided nothing, or where its perplexity is unknown,
+    that of answers instead of a text, or that of the weights before healing.
     """
     plan, rise = option.plan, option.calibration_rise
-    if plan is None or rise is None or METRICS[plan.metric].answers:
+    if plan is None or rise is None or METRICS[plan.metric].answers or option.healing:
         return False
     if plan.method in SEARCHES and SEARCHES[plan.method].asks == "nothing":
         return False
@@ -143,18 +164,23 @@ def is_spread(option: Option) -> bool:
 
 def signs(option: Option) -> list[str]:
     """Name the signs of failed pruning, and of timings that are not to be believed, that a model shows."""
-    rules = {"jump": has_jump, "mismatch": is_mismatch, "little speed-up": is_slow, "spread of timings": is_spread}
+    rules = {
+        "jump": has_jump, "broken": is_broken, "mismatch": is_mismatch, "little speed-up": is_slow,
+        "spread of timings": is_spread,
+    }  # fmt: skip
     return [name for name, shows in rules.items() if shows(option)]
 
 
 def recommended(options: Sequence[Option]) -> Option | None:
     """Find the model to stop at, the knee among the safe ones, or None: keep the dense model.
 
-    Safe is faster than dense beyond noise, and less pruned than the first with a jump or a mismatch. `options`: by
-    ratio.
+    Safe is faster than dense beyond noise, and less pruned than the first with a jump or a mismatch; or healed and not
+    broken. `options`: by ratio.
     """
-    before = takewhile(lambda option: not has_jump(option) and not is_mismatch(option), options)
-    safe = [option for option in before if option.race.is_faster]
+    plain = [option for option in options if not option.healing]
+    before = takewhile(lambda option: not has_jump(option) and not is_mismatch(option), plain)
+    healed = [option for option in options if option.healing and not is_broken(option)]
+    safe = [option for option in (*before, *healed) if option.race.is_faster]
     return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
 
 
@@ -220,7 +246,8 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     if index is None or trace.plan is None:
         return None
     begin, ratios = trace.order[: index + 1], trace.plan.ratios
-    past = [o.name for o in options if o.plan and len(o.plan.order) > index and o.plan.order[: index + 1] == begin]
+    past = [o for o in options if o.plan and len(o.plan.order) > index and o.plan.order[: index + 1] == begin]
+    plain, healed = [o.name for o in past if not o.healing], [o.name for o in past if o.healing]
     blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
     if index == 0:
         safe = "It is the first removal, so no budget of this sequence is safe."
@@ -229,11 +256,28 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     else:
         safe = f"The last safe budget is {blocks}blocks, beyond all budgets measured."
     return Finding(
-        Level.WARNING if past else Level.NOTE,
+        Level.WARNING if plain else Level.NOTE,
         "jump",
-        f"{trace.method}: removing {trace.order[index]} (removal {index + 1}) breaks the model",
+        f"{trace.method}: removing {trace.order[index]} (removal {index + 1}) breaks the model"
+        + (" before healing" if healed and not plain else ""),
         f"Calibration perplexity jumps from {number(trace.curve[index])} to {number(trace.curve[index + 1])} at this "
-        f"one removal. {safe} Beyond it: {listed(past)}.",
+        f"one removal. {safe}"
+        + (f" Beyond it: {listed(plain)}." if plain or not healed else "")
+        + (f" Beyond it, but healed, and judged by held-out text and tasks: {listed(healed)}." if healed else ""),
+    )
+
+
+def _broken(found: Sequence[Option]) -> Finding:
+    losses = [
+        f"{o.name}: held-out perplexity {times(math.exp(o.heldout_rise))} the dense model's, average accuracy "
+        f"{difference(paired(o.dense, o.model))} points"
+        for o in found
+    ]
+    return Finding(
+        Level.WARNING,
+        "broken",
+        "Broken, although healed",
+        f"{'. '.join(losses)}. Prune less, or train longer.",
     )
 
 
@@ -294,7 +338,7 @@ def stop(options: Sequence[Option]) -> Finding:
     if best is None:
         text = (
             "No pruned model is faster beyond noise (the 95 % interval of its speed-up lies above 1) and less pruned "
-            "than the first with a jump or a mismatch."
+            "than the first with a jump or a mismatch, or healed and not broken."
         )
         if options:
             first = options[0]
@@ -313,9 +357,10 @@ def stop(options: Sequence[Option]) -> Finding:
         f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. "
         + (
             "It is the knee of held-out loss against speed-up among those that are faster than dense beyond noise and "
-            "less pruned than the first with a jump or a mismatch."
+            "less pruned than the first with a jump or a mismatch, or healed and not broken."
             if len(options) > 1
-            else "There is no jump in perplexity. One model makes no curve yet; add targets to compare."
+            else f"{'Its healed weights are not broken' if best.healing else 'There is no jump in perplexity'}. One "
+            "model makes no curve yet; add targets to compare."
         ),
     )
 

@@ -26,7 +26,16 @@ from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.commit import commit_run, save_iterations
 from blockpruner.reporting.comparison import front
 from blockpruner.reporting.figures import figures
-from blockpruner.reporting.findings import Level, findings, is_mismatch, jump_at, paired, paired_confidence, recommended
+from blockpruner.reporting.findings import (
+    Level,
+    findings,
+    is_broken,
+    is_mismatch,
+    jump_at,
+    paired,
+    paired_confidence,
+    recommended,
+)
 from blockpruner.reporting.grids import Grid
 from blockpruner.reporting.inputs import (
     ITERATIONS,
@@ -40,6 +49,7 @@ from blockpruner.reporting.inputs import (
 from blockpruner.reporting.pages import Facts, Page, to_markdown
 from blockpruner.reporting.report import build_page, write_report
 from blockpruner.reporting.results import RunLabels
+from blockpruner.reporting.statistics import Mean
 from blockpruner.reporting.tables import curve_csv, headline, sequence
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search import iteration
@@ -494,6 +504,62 @@ def test_recommended_stop(tmp_path: Path, change: dict[str, Any], name: str | No
     best = recommended(found.targets)
     assert (best and best.name) == name
     assert (f"point: {name}" if name else "Keep the dense model") in finding(found, "stop")
+
+
+PAST_JUMP = World(costs=(0.03, 0.03, 0.9, 0.3, 0.3, 0.3), heldout_factor=0.2, speedups=(1.10, 1.11))
+"""Both targets are past the third removal, a jump. Held-out perplexity is 1.21 and 1.45 times the dense model's."""
+
+
+def healed(tmp_path: Path, world: World, *targets: str) -> ReportedRun:
+    """A run of which these targets are trained."""
+    build(tmp_path, world)
+    for path in (tmp_path / "plans" / target / "plan.json" for target in targets):
+        write_json(path, _json(path) | {"recover": True})
+    return read_studies([name for name, _ in world.removals], LABELS, tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "targets", "name", "broken"),
+    [
+        ({}, "", None, ""),
+        ({}, "ab", "tiny-a", ""),
+        ({}, "b", "tiny-b", ""),  # a plain target past the jump bars no healed one
+        ({"heldout_factor": 0.215}, "b", "tiny-b", ""),  # 0.400 nats, and ln 1.5 is 0.405
+        ({"heldout_factor": 0.22}, "ab", "tiny-a", "b"),
+        ({"heldout_factor": 0.22}, "b", None, "b"),
+        ({"speedups": (0.99, 0.99)}, "ab", None, ""),
+        ({"accuracy_loss": 0.25}, "ab", None, "ab"),
+        ({"accuracy_loss": 0.04}, "b", "tiny-b", ""),
+    ],
+)
+def test_a_healed_model_is_judged_by_itself(
+    tmp_path: Path, change: dict[str, Any], targets: str, name: str | None, broken: str
+) -> None:
+    found = healed(tmp_path, replace(PAST_JUMP, **change), *(f"tiny-{target}" for target in targets))
+    best = recommended(found.targets)
+    assert (best and best.name) == name
+    assert [o.name for o in found.targets if is_broken(o)] == [f"tiny-{target}" for target in broken]
+    assert {*warned(found)} - {"slow"} == {*["jump"] * (targets != "ab"), *["broken"] * bool(broken)}
+    text = finding(found, "jump")
+    assert ("breaks the model before healing" in text) == (targets == "ab")
+    assert re.findall(r"tiny-(\w)", text.partition("but healed")[2]) == list(targets)
+
+
+def test_healed_tasks_fail_by_a_tenth_and_beyond_noise(tmp_path: Path) -> None:
+    target = healed(tmp_path, World(), "tiny-b").targets[1]
+    task, model, dense = "piqa", target.model, replace(target.dense, average=Mean(0.5, 0.0))
+
+    def judged(lost: int, won: int, p: float = 1.0) -> bool:
+        """With items of one task that were right and no longer are, and the other way round."""
+        before = np.repeat([1.0, 0.0], 50)
+        after = before + np.repeat([-1.0, 0.0, 1.0, 0.0], [lost, 50 - lost, won, 50 - won])
+        own = {"scores": {task: after}, "p_gold": {task: p * np.full(100, 0.4)}}
+        base = {"scores": {task: before}, "p_gold": {task: np.full(100, 0.4)}}
+        return is_broken(replace(target, model=replace(model, **own), dense=replace(dense, **base)))
+
+    assert [judged(5, 0), judged(6, 0)] == [False, True]  # 10 % and 12 % of 50; 6 is 2.5 standard errors
+    assert not judged(16, 10)  # 12 %, but 1.2 standard errors
+    assert [judged(0, 0, 0.91), judged(0, 0, 0.89)] == [False, True]
 
 
 def test_noise_is_what_the_interval_of_the_speed_up_holds(tmp_path: Path) -> None:
