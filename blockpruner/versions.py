@@ -44,7 +44,7 @@ EXPORT_VERSION = 2
 RECOVERY_VERSION = 3
 """The weights that come out of training. Part of the key of its states."""
 
-EVAL_VERSION = 2
+EVAL_VERSION = 3
 """Perplexities, task scores and timings. Part of the key of every stored result."""
 
 STUDY_VERSION = 2

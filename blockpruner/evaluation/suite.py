@@ -246,13 +246,18 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
     limit, bos = settings.limit, settings.bos
 
     def compute(advance: Advance) -> Stored:
+        from blockpruner.evaluation.choices import TOKENS
         from blockpruner.evaluation.zero_shot import BATCH_SIZE, evaluate  # lm-eval takes seconds to import
 
         result = evaluate(model.model, model.tokenizer, task, task_dir, limit, advance=advance, bos=bos)
         metric = BENCHMARKS[task].metric
         main = {"metric": metric, "value": result.scores[metric], "stderr": result.scores[f"{metric}_stderr"]}
         scores = {**main, **result.scores, "items": result.items.num_rows}
-        return Stored({"scores": scores, "harness": result.harness}, result.items, {"batch": f"{BATCH_SIZE} requests"})
+        return Stored(
+            {"scores": scores, "harness": result.harness},
+            result.items,
+            {"batch": f"{TOKENS} tokens or {BATCH_SIZE} answers"},
+        )
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit, "bos": bos}
     return Evaluation(
