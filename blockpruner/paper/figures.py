@@ -21,7 +21,7 @@ from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS, METHODS
 from blockpruner.paper.extra_tables import BALANCE
 from blockpruner.reporting import plots
 from blockpruner.reporting.plots import BLUE, GREY, MARKS, ORANGE, REMOVED, Plot
-from blockpruner.reporting.results import TIMED, Timings
+from blockpruner.reporting.results import TIMED, Option, Timings
 
 Draw = Callable[[Axes, Evidence], None]
 ACCURACY, PERPLEXITY = "average accuracy, %", "held-out perplexity"
@@ -99,6 +99,36 @@ def _curve(methods: Mapping[str, str], is_accuracy: bool, axes: Axes, evidence: 
 
 def _curves(methods: Mapping[str, str]) -> tuple[tuple[str, Draw], ...]:
     return ("", partial(_curve, methods, True)), ("", partial(_curve, methods, False))
+
+
+def _healing(is_confidence: bool, axes: Axes, evidence: Evidence) -> None:
+    """Draw the models of healed searches: dotted as pruned, solid as healed, all from the dense model."""
+    own = {entry.variant.method: METHODS[entry.variant.method].title for entry in evidence.healed}
+    plain = [entry for entry in evidence.entries if not entry.variant.factor]
+    shown: list[float] = []
+
+    def value(option: Option) -> float:
+        found = option.model.confidence
+        return (100 * found.value if found else np.nan) if is_confidence else option.model.perplexity
+
+    for (method, title), (colour, shape) in zip(own.items(), MARKS, strict=False):
+        groups: dict[tuple[str, ...], list[Entry]] = {}
+        for entry in sorted((*plain, *evidence.healed), key=lambda entry: entry.ratio):
+            if entry.variant.method == method:
+                groups.setdefault(entry.healing, []).append(entry)
+        for healing, entries in groups.items():
+            options = [evidence.dense, *entries]
+            y = list(map(value, options))
+            axes.plot(
+                [100 * option.ratio for option in options], y, "-" if healing else ":", color=colour, marker=shape,
+                markersize=6, linewidth=1.3, markerfacecolor=colour if healing else "none",
+                label=" + ".join((title, *healing)),
+            )  # fmt: skip
+            shown += y
+    if not is_confidence:
+        plots.scale_(axes, shown)
+    plots.label_(axes, REMOVED, "p of the right answer, %" if is_confidence else PERPLEXITY)
+    axes.legend(fontsize=7.5)
 
 
 def _share(axes: Axes, evidence: Evidence) -> None:
@@ -203,6 +233,17 @@ SCATTERS: tuple[PaperFigure, ...] = (
     ),
 )
 
+
+HEALING = PaperFigure(
+    "healing",
+    "Search and healing",
+    "Held-out perplexity and p of the right answer where blocks or layers are removed by several searches: as pruned "
+    "(dotted) and with the weights that are left healed (solid).",
+    (("", partial(_healing, False)), ("", partial(_healing, True))),
+    lambda evidence: bool(evidence.healed),
+    "the study heals no model",
+    4.0,
+)
 
 FIGURES: tuple[PaperFigure, ...] = (
     PaperFigure(

@@ -13,7 +13,7 @@ from blockpruner.paper.beyond import TITLE, healing_grids
 from blockpruner.paper.contrasts import claims
 from blockpruner.paper.evidence import Subject
 from blockpruner.paper.extra_tables import GRIDS, stopping
-from blockpruner.paper.figures import FIGURES, SCATTERS, draw
+from blockpruner.paper.figures import FIGURES, HEALING, SCATTERS, draw
 from blockpruner.paper.tables import TABLES, paper_grids
 from blockpruner.reporting.findings import Finding
 from blockpruner.reporting.grids import Grid, to_csv, to_latex
@@ -54,7 +54,8 @@ def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
             Section("Quality against speed and memory", (advice, *scatters, _under(stopping(found), subjects)))
         )
     if healed := healing_grids(found):
-        sections.append(Section(TITLE, tuple(_under(grid, subjects) for grid in healed)))
+        tables = (_under(grid, subjects) for grid in healed)
+        sections.append(Section(TITLE, (draw(HEALING, found), *tables)))
     for subject in subjects:
         if subject.evidence is not None:
             findings, grid = claims(subject.evidence)

@@ -27,6 +27,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Run
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.paper.beyond import compared, healing_grids
 from blockpruner.paper.contrasts import FAILS, HOLDS, OPEN, claims, summed
 from blockpruner.paper.evaluation import STUDY_ITEMS, Candidate
 from blockpruner.paper.evidence import Subject, read_subject
@@ -585,9 +586,17 @@ def test_the_report_has_all_files_and_loads_nothing(written, subject, page):
     html = (written / "index.html").read_text()
     assert "a &lt;tiny&gt; model" in html and "<tiny>" not in html
     assert not re.search(r"""(src|href)=["'](?!#)""", html) and "default-src 'none'" in html
-    assert {"figure1", "figure4", "figure5", "figure6", "figure7", "figure10", "quality-speed", "quality-memory"} == {
-        path.stem for path in (written / "plots").glob("*.svg")
-    }
+    assert {
+        "healing",
+        "figure1",
+        "figure4",
+        "figure5",
+        "figure6",
+        "figure7",
+        "figure10",
+        "quality-speed",
+        "quality-memory",
+    } == {path.stem for path in (written / "plots").glob("*.svg")}
     assert "No figure: a study trains no model" in html
 
 
@@ -620,3 +629,30 @@ def test_every_verdict_and_table_of_ours_tells_what_it_holds_for(page):
     assert len(stated) > 5 and all(finding.text.endswith(words) for finding in stated)
     ours = [grid for grid in page.grids if not grid.name.endswith(("-paper", "-tests"))]
     assert all("search: exact" in " ".join(grid.notes) for grid in ours)
+
+
+def test_healed_models_stand_beside_plain_ones_and_are_held_against_those_healed_alike(subject, folder):
+    """The oracle: perplexities of the files, and their quotients by hand."""
+    table, tests = healing_grids([subject.evidence])
+    facts = json.loads((folder / "results" / "models.json").read_text())
+    dense = np.array(facts["dense"]["perplexity"]["heldout"]["row_nll"])
+    rows = {}
+    for i, row in enumerate(table.rows):
+        cells = dict(zip([column.key for column in table.columns], row, strict=True))
+        rows.setdefault(round(cells["ratio_pct"].value), []).append((cells, i in table.strong))
+    healed = [c for cells in rows.values() for c, _ in cells if c["method"].endswith(" + refit")]
+    assert {c["method"] for c in healed} == {
+        "BlockPruner + refit", "floating search + refit", "greedy layers + refit",
+    }  # fmt: skip
+    by_value = {model["perplexity"]["heldout"]["perplexity"]: model for model in facts.values()}
+    for cells in healed:
+        own = by_value[cells["heldout_ppl"].value]["perplexity"]["heldout"]["row_nll"]
+        assert cells["heldout_ratio"].value == pytest.approx(math.exp((np.array(own) - dense).mean()))
+        assert cells["heldout_ratio"].low < cells["heldout_ratio"].value < cells["heldout_ratio"].high
+    for group in compared(subject.evidence):
+        assert len({(entry.share, entry.healing) for entry in group}) == 1
+        assert group[0].model.perplexity == min(entry.model.perplexity for entry in group)
+    for row in tests.rows:
+        pair = dict(zip([column.key for column in tests.columns], row, strict=True))
+        assert pair["method"].startswith("floating search")
+        assert pair["method"].endswith(" + refit") == pair["against"].endswith(" + refit")
