@@ -2,6 +2,7 @@
 must recover the dense model exactly."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from blockpruner.compensation.streams import Streams, stops_of
 from blockpruner.core.blocks import format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import CompensationMethod
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import decoder_layers, masked, model_family, prune_
 from blockpruner.scoring.walk import steps_of
@@ -36,6 +38,10 @@ def changed(model, mask, method, fitted=30):
 
 def ids():
     return torch.tensor(ROWS.rows)
+
+
+def test_settings_name_the_methods():
+    assert {*get_args(CompensationMethod)} == {"none", *methods.COMPENSATIONS}
 
 
 def test_ridge_is_numpys_least_squares():
