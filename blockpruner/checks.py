@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Run
+from blockpruner.core.settings import CompensationMethod, Run
 from blockpruner.evaluation.benchmarks import BENCHMARKS
-from blockpruner.methods.registry import check_score
+from blockpruner.methods.registry import check_score, kind_of_method
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.search.registry import SEARCHES
 
@@ -21,6 +21,7 @@ def check_run(run: Run) -> None:
     require_exports(run.export, kind, run.model.dtype)
     for task in run.evaluate.zero_shot.tasks:
         BENCHMARKS[task]
+    check_compensation(run, run.compensate.method)
     metric, source = METRICS[run.score.metric], run.calibration.data.source
     if metric.answers and source != "tasks":
         raise InputError(
@@ -32,4 +33,13 @@ def check_run(run: Run) -> None:
         raise InputError(
             f"score.metric: {metric.name} of answers given their questions is answer_likelihood; with "
             "calibration.data.source: tasks set score.metric: answer_likelihood"
+        )
+
+
+def check_compensation(run: Run, method: CompensationMethod) -> None:
+    """Refuse compensation after a method that leaves no holes; raises InputError."""
+    if method != "none" and not kind_of_method(run.score.method).removes_blocks:
+        raise InputError(
+            f"compensate: {method} is for methods that remove blocks, and score.method: {run.score.method} changes "
+            "weights; set compensate: none, or another score.method"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from blockpruner.checks import check_run
+from blockpruner.checks import check_compensation, check_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import NAME, Params, Run, Sets, T, read_settings, shorten
 from blockpruner.store.files import write_text
@@ -38,6 +38,11 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
                 f"{path}: target {name!r} has recover: true, but runs/{target.run}.yaml has no recover section; add "
                 "one (recover: {} is the paper's recipe), or set recover: false"
             )
+        if target.compensate not in (None, "none"):
+            try:
+                check_compensation(load_run(target.run), target.compensate)
+            except InputError as error:
+                raise InputError(f"{path}: target {name!r}: {error}") from None
         formats = load_run(target.run).export if target.push else ()
         if target.push and target.push.format not in formats:
             raise InputError(

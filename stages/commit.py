@@ -17,8 +17,8 @@ def main(name: str) -> None:
     target, out = load_params().target(name), DATA / "plans" / name
     config = read_json(DATA / "models" / target.run / "config.json")
     plan, tables = commit_run(DATA / "scores" / target.run, config, target.budget, name, target.run)
-    usual = load_run(target.run).compensate.method if KINDS[plan.kind].removes_blocks else "none"
-    plan = replace(plan, compensate=target.compensate or usual, recover=target.recover)
+    compensate = target.compensate or load_run(target.run).compensate.method
+    plan = replace(plan, compensate=compensate, recover=target.recover)
     if tables:
         save_iterations(tables, out / "iterations.parquet")
     save_plan(plan, out / "plan.json")

@@ -129,6 +129,21 @@ def test_targets_may_differ_in_healing_alone(tmp_path, monkeypatch):
         load_params(params(tmp_path, runs=["llama2-7b"], targets=targets))
 
 
+@pytest.mark.parametrize("method", ["laco", "slicegpt"])
+def test_only_holes_are_compensated(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    run = {"model": {"source": "path", "path": "m"}, "score": {"method": method}}
+    target = {"run": "a", "budget": "0.2"}
+    (tmp_path / "runs" / "a.yaml").write_text(yaml.safe_dump(run))
+    load_params(params(tmp_path, targets={"x": target | {"compensate": "none"}}))
+    with pytest.raises(InputError, match=f"target 'x': compensate: scale .* score.method: {method} .*; set compensate"):
+        load_params(params(tmp_path, targets={"x": target | {"compensate": "scale"}}))
+    (tmp_path / "runs" / "a.yaml").write_text(yaml.safe_dump(run | {"compensate": {"method": "refit"}}))
+    with pytest.raises(InputError, match=f"a.yaml: compensate: refit .* score.method: {method} .*; set compensate"):
+        load_run("a")
+
+
 def test_what_is_pushed_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     target = {"run": "llama2-7b", "budget": "0.2", "push": {"repo": "me/small", "format": "gguf"}}
