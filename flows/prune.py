@@ -1,7 +1,8 @@
-"""`python -m flows.prune [--run NAME ...] [--budget B ...]`: the pipeline as a Prefect flow.
+"""`python -m flows.prune [--run NAME ...] [--budget B ... [--compensate METHOD] [--recover]]`: the pipeline as a flow.
 
 Without options everything in params.yaml is brought up to date. `--run` takes only that run (added to
-params.yaml if missing); `--budget` takes only that target of each run (added as `<run>-<budget>`).
+params.yaml if missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which
+`--compensate` and `--recover` heal (added as `<run>-<budget>-<method>-trained`).
 
 Decides what Prefect sees: one task for each DVC stage, the state Cached for what had not changed, and the results as
 artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Works with the
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 from uuid import UUID
 
 import httpx
@@ -32,6 +33,7 @@ from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import OBSERVER_VARIABLE
+from blockpruner.core.settings import CompensationMethod
 from blockpruner.store.files import read_json
 from blockpruner.store.locks import this_process
 from flows import dvc, phases
@@ -218,8 +220,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--budget", action="append", default=[], metavar="B", help="0.22, 17blocks, 7layers, 0.3kv, 1.25x"
     )
+    methods = get_args(CompensationMethod)
+    parser.add_argument("--compensate", choices=methods, help="of the targets of --budget; else as their run says")
+    parser.add_argument("--recover", action="store_true", help="train the targets of --budget")
     options = parser.parse_args(argv)
-    selection = Selection(runs=tuple(options.run), budgets=tuple(options.budget))
+    runs, budgets = tuple(options.run), tuple(options.budget)
+    selection = Selection(runs=runs, budgets=budgets, compensate=options.compensate, recover=options.recover)
     return run_here(lambda: choose(selection), lambda: prune(selection, return_state=True))
 
 

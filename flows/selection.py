@@ -1,8 +1,8 @@
 """What a flow is asked to do: runs and budgets, the change of params.yaml they need, the stages to run.
 
-Decides the form that the UI shows, the names of added targets (`<run>-<budget>`) and how params.yaml is edited. What
-a value may be is decided by blockpruner.params, which checks the new content before it is written. How far a model can
-be pruned is decided by blockpruner.core.budgets, which the stage score asks, too.
+Decides the form that the UI shows, the names of added targets (`<run>-<budget>`, and how they are healed) and how
+params.yaml is edited. What a value may be is decided by blockpruner.params, which checks the new content before it is
+written. How far a model can be pruned is decided by blockpruner.core.budgets, which the stage score asks, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.settings import Frozen, Params, Run
+from blockpruner.core.settings import CompensationMethod, Frozen, Params, Run
 from blockpruner.methods.registry import require_budgets
 from blockpruner.params import load_params, load_run, load_set, load_sets, run_names
 from blockpruner.store.files import read_json, write_text
@@ -65,10 +65,23 @@ class Selection(Frozen):
     )
     budgets: tuple[str, ...] = Field(
         default=(),
-        description=f"How far to prune: {BUDGETS}. Each is added as a target of each run, not recovered. None: the "
-        "runs' targets in params.yaml.",
+        description=f"How far to prune: {BUDGETS}. Each is added as a target of each run. None: the runs' targets in "
+        "params.yaml.",
         json_schema_extra=check_budgets,
     )
+    compensate: CompensationMethod | None = Field(
+        default=None,
+        description="How the weights of these targets make up for what is gone, without training. None: as their run's "
+        "file says.",
+    )
+    recover: bool = Field(
+        default=False, description="Whether these targets are trained, by the recover section of their run's file."
+    )
+
+    @property
+    def healing(self) -> dict[str, Any]:
+        """What a target of it has in params.yaml beside run and budget."""
+        return self.model_dump(include={"compensate", "recover"}, exclude_defaults=True)
 
 
 class RunGrid(Frozen):
@@ -110,8 +123,8 @@ class Chosen:
     before: str
     """params.yaml as it was."""
     new_runs: tuple[str, ...]
-    new_targets: Mapping[str, tuple[str, str]]
-    """The targets that params.yaml has not, each with its run and budget."""
+    new_targets: Mapping[str, dict[str, Any]]
+    """The targets that params.yaml has not, each as it stands there."""
 
     @property
     def additions(self) -> tuple[str, ...]:
@@ -133,14 +146,14 @@ class Chosen:
     def text(self, built: Collection[str] | None = None) -> str:
         """params.yaml with all additions, or with these targets and their runs only."""
         targets = {name: new for name, new in self.new_targets.items() if built is None or name in built}
-        needed = {run for run, _ in targets.values()}
+        needed = {target["run"] for target in targets.values()}
         runs = [run for run in self.new_runs if built is None or run in needed]
         if not runs and not targets:
             return self.before
         editor, document = _document(self.before)
         document["runs"].extend(runs)
-        for name, (run, budget) in targets.items():
-            value = CommentedMap(run=run, budget=DoubleQuotedScalarString(budget))
+        for name, target in targets.items():
+            value = CommentedMap(target | {"budget": DoubleQuotedScalarString(target["budget"])})
             value.fa.set_flow_style()
             document["targets"][name] = value
         return _dumped(editor, document)
@@ -170,20 +183,27 @@ def choose(selection: Selection) -> Chosen:
     """
     params = load_params(PARAMS)
     runs = {run: load_run(run) for run in selection.runs or params.runs}
-    plain = {name: t for name, t in params.targets.items() if t.compensate is None and not t.recover}
-    known = {(t.run, read_budget(t.budget)): name for name, t in plain.items()}
+    healing = selection.healing
+    if healing and not selection.budgets:
+        raise InputError(f"{' and '.join(healing)}: for targets by budget only; name a budget, or edit {PARAMS}")
+    ending = "".join(f"-{'trained' if value is True else value}" for value in healing.values())
+    known = {
+        (t.run, read_budget(t.budget)): name
+        for name, t in params.targets.items()
+        if (t.compensate, t.recover) == (selection.compensate, selection.recover)
+    }
     targets = {} if selection.budgets else {name: t.run for name, t in params.targets.items() if t.run in runs}
-    new_targets: dict[str, tuple[str, str]] = {}
+    new_targets: dict[str, dict[str, Any]] = {}
     for run, budget in ((run, budget) for run in runs for budget in selection.budgets):
         name = known.get((run, read_budget(budget)))
         if name is None:
-            name = known[run, read_budget(budget)] = f"{run}-{budget}"
+            name = known[run, read_budget(budget)] = f"{run}-{budget}{ending}"
             if name in params.targets:
                 raise InputError(
                     f"{PARAMS}: target {name!r} exists with budget {params.targets[name].budget!r} of run "
                     f"{params.targets[name].run!r}; rename it, since budget {budget!r} needs this name"
                 )
-            new_targets[name] = (run, budget)
+            new_targets[name] = {"run": run, "budget": budget, **healing}
         targets[name] = run
     new_runs = tuple(run for run in runs if run not in params.runs)
     chosen = Chosen(tuple(runs), targets, PARAMS.read_text(encoding="utf-8"), new_runs, new_targets)

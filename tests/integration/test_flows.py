@@ -625,6 +625,22 @@ def test_a_budget_means_the_target_that_is_not_recovered(project):
         choose(Selection())
 
 
+def test_healed_targets_are_added_beside_the_plain_ones(project):
+    run = Path("runs/smollm2.yaml")
+    run.write_text(f"{run.read_text()}\nrecover: {{data: {{source: path, path: texts.parquet}}}}\n")
+    options = [{}, {"compensate": "scale"}, {"recover": True}, {"compensate": "none", "recover": True}]
+    names = ["", "-scale", "-trained", "-none-trained"]
+    for option, name in zip(options, names, strict=True):
+        chosen = choose(Selection(budgets=("0.1",), **option))
+        assert chosen.additions == (f"target smollm2-0.1{name}",)
+        chosen.write()
+        added = load_params().targets[f"smollm2-0.1{name}"]
+        assert added.model_dump(exclude_defaults=True) == {"run": "smollm2", "budget": "0.1"} | option
+    for option, name in zip(options, names, strict=True):
+        again = choose(Selection(budgets=(".10",), **option))
+        assert list(again.targets) == [f"smollm2-0.1{name}"] and not again.additions
+
+
 def test_no_options_take_everything_and_write_nothing(project):
     before = Path("params.yaml").stat().st_mtime_ns
     chosen = choose(Selection())
@@ -638,6 +654,11 @@ def test_no_options_take_everything_and_write_nothing(project):
     [
         (["--budget", "1.5"], "budget '1.5' is not valid; give a share of all parameters between 0 and 1"),
         (["--budget", "0", "--budget", "0.3"], "budget '0' is not valid"),
+        (
+            ["--budget", "0.3", "--recover"],
+            "'smollm2-0.3-trained' has recover: true, but runs/smollm2.yaml has no recover",
+        ),
+        (["--compensate", "refit", "--recover"], "compensate and recover: for targets by budget only; name a budget"),
         (["--run", "../smollm2"], "run name '../smollm2' is not valid"),
         (["--run", "none"], "run 'none' is unknown: runs/none.yaml does not exist; existing runs: baichuan2-13b, "),
     ],
