@@ -1,25 +1,23 @@
-"""The state of training on disk: one safetensors file, from which a killed run goes on to the same weights.
+"""The state of training on disk: one sealed file of tensors, from which a killed run goes on to the same weights.
 
-It holds the masters and, until training ends, the optimizer's moments and the best weights so far. Its metadata hold
-the losses, the validations and a digest of everything.
+It holds the masters and, until training ends, the optimizer's moments and the best weights so far. Its facts are the
+losses and the validations.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.store.files import set_aside, write_atomic
+from blockpruner.store.files import set_aside
+from blockpruner.store.tensors import read_tensors, write_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -59,10 +57,8 @@ def save(path: Path, masters: Mapping[str, Tensor], optimizer: torch.optim.Optim
         for name, master in masters.items():
             tensors |= {f"{name}.{moment}": optimizer.state[master][moment] for moment in MOMENTS}
         tensors |= {f"{name}.best": weight for name, weight in progress.best.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"losses": progress.losses, "curve": [asdict(validation) for validation in progress.curve]})
-    facts = {"progress": text, "sha256": digest(text, tensors)}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, facts))
+    write_tensors(path, tensors, {"progress": text})
 
 
 def resume_(
@@ -73,8 +69,8 @@ def resume_(
         return Progress()
     try:
         progress, tensors = _read(path, masters)
-    except (SafetensorError, InputError, ValueError, TypeError, KeyError) as error:
-        observer.note(f"{path} is damaged ({error}); set aside as {set_aside(path).name}, training starts anew")
+    except InputError as error:
+        observer.note(f"{error}; set aside as {set_aside(path).name}, training starts anew")
         return Progress()
     with torch.no_grad():
         for name, master in masters.items():
@@ -87,11 +83,9 @@ def resume_(
 
 
 def _read(path: Path, masters: Mapping[str, Tensor]) -> tuple[Progress, dict[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    if facts["sha256"] != digest(facts["progress"], tensors):
-        raise InputError("its content does not match its own digest")
+    tensors, facts = read_tensors(path)
+    if "progress" not in facts:
+        raise InputError(f"{path} is damaged: it has no losses")
     found = json.loads(facts["progress"])
     progress = Progress(found["losses"], [Validation(**validation) for validation in found["curve"]])
     progress.finished = len(tensors) == len(masters)
@@ -99,15 +93,8 @@ def _read(path: Path, masters: Mapping[str, Tensor]) -> tuple[Progress, dict[str
     wanted = {name: master.shape for name, master in masters.items()}
     wanted |= {f"{name}.{kind}": shape for name, shape in wanted.items() for kind in kinds}
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
-        raise InputError("its weights have other names or shapes than the model's, or than this version of peft gives")
+        raise InputError(
+            f"{path} is damaged, or of another version of peft: its weights have other names or shapes than the model's"
+        )
     progress.best = {name: tensors[f"{name}.best"] for name in masters if "best" in kinds}
     return progress, tensors
-
-
-def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.numpy().data)
-    return found.hexdigest()

@@ -17,8 +17,9 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_
 from blockpruner.recovery import loss, training
 from blockpruner.recovery.rows import training_rows
-from blockpruner.recovery.state import digest
 from blockpruner.recovery.training import recover_
+from blockpruner.store.files import DIGEST
+from blockpruner.store.tensors import read_facts, read_tensors, write_tensors
 from tests.tiny import VARIANTS, full_nll, tiny_model, tiny_tokenizer, tolerance
 
 MASK = parse_mask("mha.0,mlp.1,mha.2,mlp.2")  # an MLP-only layer, an attention-only layer, a layer that is gone
@@ -427,22 +428,27 @@ def test_a_damaged_state_is_named_and_set_aside(tmp_path, fault):
     (path,) = (tmp_path / "bad").iterdir()
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
-    tensors, known, other = load_file(path), *(f'{{"losses": [1.5, {n}], "curve": []}}' for n in (1.25, 1.24))
+
+    def sealed(tensors, facts):
+        write_tensors(tmp_path / "other", tensors, facts)
+        return (tmp_path / "other").read_bytes()
+
+    tensors, facts = read_tensors(path)
     others = {name.replace("lora_A", "lora_a"): tensor for name, tensor in tensors.items()}
     changes = {
         "truncated": content[:-40],
         "a bit flipped": content,
         "not safetensors": b"{}",
-        "another loss": save(tensors, {"progress": known, "sha256": digest(other, tensors)}),
-        "no losses": save(tensors, {"sha256": digest("", tensors)}),
+        "another loss": save(tensors, {"progress": '{"losses": [1.5], "curve": []}', DIGEST: read_facts(path)[DIGEST]}),
+        "no losses": sealed(tensors, {}),
         "no metadata": save(tensors),
-        "other names": save(others, {"progress": known, "sha256": digest(known, others)}),
+        "other names": sealed(others, facts),
     }
     path.write_bytes(changes[fault])
     watch = Watch()
     train(pruned(), tmp_path / "bad", observer=watch)
     assert watch.steps == 3
-    assert f"{path} is damaged" in watch.notes[0]
+    assert watch.notes[0].startswith(f"{path} ")
     assert f"set aside as {path.name}.bad" in watch.notes[0]
     assert path.with_name(f"{path.name}.bad").read_bytes() == changes[fault]
     good, again = load_file(tmp_path / "good" / path.name), load_file(path)
