@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gguf import GGUFReader, TokenType
+from gguf.quants import quantize
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -23,7 +25,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.inputs.checkpoints import _convert_gguf
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked, prune_
-from tests.plans import InProcess, plan_of, pruning
+from tests.plans import InProcess, fetch, healed_of, plan_of, pruning
 from tests.tiny import tiny_model
 
 engine = pytest.mark.skipif(
@@ -256,10 +258,9 @@ def test_a_file_becomes_the_same_checkpoint_with_a_hub_and_without(tmp_path, mon
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
-    model_of("llama").save_pretrained(folder)
-    plain().save_pretrained(folder)
-    (folder / "blockpruner_source.json").write_text('{"source": {"source": "path", "path": "mine"}}')
-    return folder
+    model_of("llama").save_pretrained(folder / "mine")
+    plain().save_pretrained(folder / "mine")
+    return fetch(folder / "mine", folder / "model", dtype="float32")
 
 
 def export(dense, out, order=("mha.0", "mlp.3", "mlp.2"), dtype="float32", **changes):
@@ -282,6 +283,28 @@ def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "out/model-Q8_0.gguf").tensors}
     assert (kinds["token_embd.weight"], kinds["output_norm.weight"]) == ("Q8_0", "F32")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_healed_weights_are_in_the_files_to_the_byte(tmp_path, dense):
+    """And nothing else differs from the files of the same model as pruned."""
+    plan, before = plan_of(dense, ("mlp.3", "mha.4,mlp.4")), load_file(dense / "model.safetensors")
+    names = ("model.layers.2.mlp.down_proj.weight", "model.layers.3.self_attn.o_proj.weight")
+    weights = {name: before[name].flip(0) * 1.5 for name in names}
+    export_gguf(pruning(dense, plan), tmp_path / "plain")
+    export_gguf(pruning(dense, plan, healed=healed_of(dense, plan, tmp_path, weights)), tmp_path / "healed")
+    for precision in ("F16", "Q8_0"):
+        plain, healed = (
+            {tensor.name: tensor for tensor in GGUFReader(tmp_path / out / f"model-{precision}.gguf").tensors}
+            for out in ("plain", "healed")
+        )
+        assert plain.keys() == healed.keys()
+        changed = [healed[name] for name in plain if healed[name].data.tobytes() != plain[name].data.tobytes()]
+        assert {tensor.name for tensor in changed} == {"blk.2.ffn_down.weight", "blk.3.attn_output.weight"}
+        assert {tensor.data.tobytes() for tensor in changed} == {
+            quantize(weight.numpy(), tensor.tensor_type).tobytes()
+            for weight, tensor in zip(weights.values(), sorted(changed, key=lambda t: t.name), strict=True)
+        }
 
 
 def test_merged_layers_are_a_plain_model(tmp_path, dense, monkeypatch):
