@@ -1,9 +1,10 @@
-"""The three-line API: prune a model that is in memory, without files, stages or a server."""
+"""The three-line API: prune a model that is in memory, without stages or a server."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from blockpruner.compensation.compensate import Compensated, compensate
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.progress import Observer, SilentObserver
+from blockpruner.core.progress import Observer, terminal_observer
 from blockpruner.core.settings import Score, read_settings
 from blockpruner.inputs.calibration import CalibrationSet, pack_rows
 from blockpruner.inputs.checkpoints import drop_code_
 from blockpruner.methods.blocks.kind import choose
+from blockpruner.methods.kind import fields_of, open_stores
 from blockpruner.methods.registry import kind_of_method
 from blockpruner.model.models import prune_
 from blockpruner.scoring.engine import Engine
@@ -28,9 +30,13 @@ from blockpruner.search.iteration import Iteration, removals, stabilities
 from blockpruner.search.registry import Request, Search, request
 from blockpruner.search.run import search
 from blockpruner.search.trace import Current
-from blockpruner.store.trials import TrialStore, store_fields
+from blockpruner.store.manifest import Identity
+from blockpruner.store.provenance import fingerprint
+from blockpruner.store.tensors import tensor_bytes
 
 IN_MEMORY = "in memory"
+NO_CONTENT = ("_name_or_path", "transformers_version")
+"""Fields of a config that say where a model came from."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ def prune(
     acceleration: str = "none",
     compensation: str | None = None,
     batch_tokens: int | str = "auto",
+    trials: str | Path | None = None,
     observer: Observer | None = None,
 ) -> Pruned:
     """Remove the blocks whose absence costs the least on `texts`, in place (by default as arXiv 2406.10594 does).
@@ -91,6 +98,8 @@ def prune(
             change to make up for them. A quarter of the calibration rows is held out to check that it helps. It wants
             tens of thousands of tokens.
         seq_len: tokens in a calibration row; shortened to the model's context.
+        trials: a folder that keeps every score, so that a call that was killed goes on where it was.
+        observer: shows progress; by default a bar on a terminal.
 
     Raises:
         InputError: unsupported family, no calibration row, a ratio that cannot be met, settings that do not fit.
@@ -104,19 +113,22 @@ def prune(
         raise InputError(
             f"metric {asked.metric.name!r} is of items and their answers, which prune does not take; write a run file"
         )
-    observer = observer or SilentObserver()
+    if callable(metric) and trials is not None:
+        raise InputError("trials keeps scores by a metric's name, and a function may change; give a row, or no trials")
+    observer = observer or terminal_observer()
     config = model.config.to_dict()
     budget = ratio if isinstance(ratio, str) else f"{ratio:.12f}".rstrip("0")
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
     calibration = pack_rows(texts, tokenizer, seq_len, packing)
     model.eval()
     dtype = str(model.dtype).removeprefix("torch.")
-    fields = {loss: store_fields(calibration.digest, IN_MEMORY, dtype, loss) for loss in asked.losses}
-    stores = {loss: TrialStore(fields[loss], calibration.row_keys) for loss in asked.losses}
+    identity = _identity(model) if trials is not None else Identity(IN_MEMORY, IN_MEMORY)
+    folder = None if trials is None else Path(trials)
     engine = Engine(model, batch_tokens)
-    trace = search(asked, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
+    with open_stores(asked.losses, calibration, identity, dtype, folder, observer) as stores:
+        trace = search(asked, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
     order, perplexities = removals(trace, asked.search.nested)
-    current = _current(asked, fields[asked.metric.key], calibration)
+    current = _current(asked, fields_of(asked.metric.key, calibration, identity, dtype), calibration)
     plan = choose(order, perplexities, config, budget, current)
     firm, rows = stabilities(trace, asked.options.price), len(calibration.rows)
     found = Compensated()
@@ -125,6 +137,15 @@ def prune(
     pruned = prune_(model, plan.mask)
     pruned.load_state_dict(found.weights, strict=False)
     return Pruned(pruned, tokenizer, plan, tuple(trace), firm, found.report)
+
+
+def _identity(model: PreTrainedModel) -> Identity:
+    """Of a model in memory: its config and the values of its weights."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NO_CONTENT}
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weights = {name: sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
+    now = fingerprint({"config": config, "weights": weights})
+    return Identity(now, now)
 
 
 def _request(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from blockpruner.core.progress import observer
 from blockpruner.core.settings import Run, TaskAnswers
 from blockpruner.inputs.calibration import CalibrationSet
@@ -36,25 +34,13 @@ def main(name: str) -> None:
     if plan.compensate == "none":
         replace_directory(out, lambda directory: write_json(directory / "compensate.json", {"enabled": False}))
         return
-    from blockpruner.compensation.compensate import compensate
-    from blockpruner.methods.healed import save_healed
+    from blockpruner.compensation.compensate import write_compensated
     from stages.materialize import pruning_of
 
-    settings, pruning, show = load_run(plan.run), pruning_of(plan), observer()
-    wanted = settings.compensate
+    settings, pruning = load_run(plan.run), pruning_of(plan)
+    data = settings.compensate.data or settings.calibration.data
     rows = rows_of(plan.run, settings, pruning.rows)
-    held_out = max(1, round(wanted.validation * len(rows.rows)))
-    show.note(f"{name}: {plan.compensate} on {len(rows.rows)} rows, of which {held_out} are held out")
-    found = compensate(pruning.load(), plan, rows, held_out, plan.compensate, show)
-
-    def build(directory: Path) -> None:
-        write_json(directory / "compensate.json", {"enabled": True, **found.report})
-        if found.weights:
-            data = wanted.data or settings.calibration.data
-            words = f"compensated without training ({plan.compensate}, {rows.tokens:,} tokens of `{data.title}`)"
-            save_healed(directory, found.weights, pruning.identity, words, data)
-
-    replace_directory(out, build)
+    write_compensated(out, pruning, rows, settings.compensate, data, observer())
 
 
 if __name__ == "__main__":

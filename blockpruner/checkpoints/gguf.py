@@ -29,6 +29,7 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.models import model_family
 from blockpruner.store.files import write_json, write_text
+from blockpruner.store.plans import PLAN_FILE, plan_fields
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """By family: llama.cpp's architecture of a model whose layers are all whole."""
@@ -90,7 +91,7 @@ def export_gguf(pruning: Pruning, out: Path) -> None:
             write(pruned, words, precision, directory / f"model-{precision}.gguf")
         card = model_card(plan, dense, healed=pruning.healed, library="gguf", loading=LOADING)
         write_text(directory / "README.md", card)
-        write_json(directory / "blockpruner_plan.json", {**vars(plan)})
+        write_json(directory / PLAN_FILE, plan_fields(plan))
         copy_files(dense, directory, LICENCE_FILES)
         return TOLERANCE
 

@@ -21,6 +21,7 @@ from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKEN
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.classes import OUR_MODULES
 from blockpruner.store.files import let_others_read, write_json, write_text
+from blockpruner.store.plans import PLAN_FILE, plan_fields
 
 
 def export_hf(pruning: Pruning, out: Path) -> None:
@@ -50,7 +51,7 @@ def save_other_files(plan: Plan, dense: Path, directory: Path, card: str) -> Non
     """The other files of a checkpoint; tokenizer, generation config and licence come from `dense`, without code."""
     copy_files(dense, directory, (*TOKENIZER_FILES, GENERATION_FILE, *LICENCE_FILES))
     write_text(directory / "README.md", card)
-    write_json(directory / "blockpruner_plan.json", {**vars(plan)})
+    write_json(directory / PLAN_FILE, plan_fields(plan))
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,13 @@ from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
+from blockpruner.core.settings import Compensate, TaskAnswers, Texts
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.apply import Pruning
+from blockpruner.methods.healed import save_healed
 from blockpruner.model.models import prune_, shared_copy
 from blockpruner.scoring.work import Task
+from blockpruner.store.files import replace_directory, write_json
 
 SHARES = (1.0, 0.75, 0.5)
 """How much of a change is tried; the best one on the held-out rows is kept, or none."""
@@ -92,6 +97,27 @@ def compensate(
     return Compensated(
         weights, {"method": method, "tokens": tokens, "share": best, "perplexity": found, "holes": holes}
     )
+
+
+def write_compensated(
+    folder: Path, pruning: Pruning, rows: CalibrationSet, wanted: Compensate, data: Texts | TaskAnswers, show: Observer
+) -> None:
+    """Compensate the model of a plan by the plan's method: the report, and weights where that helps, at `folder`.
+
+    Args:
+        data: the source of the rows.
+    """
+    method, held_out = pruning.plan.compensate, max(1, round(wanted.validation * len(rows.rows)))
+    show.note(f"{pruning.plan.target}: {method} on {len(rows.rows)} rows, of which {held_out} are held out")
+    found = compensate(pruning.load(), pruning.plan, rows, held_out, method, show)
+
+    def build(directory: Path) -> None:
+        write_json(directory / "compensate.json", {"enabled": True, **found.report})
+        if found.weights:
+            words = f"compensated without training ({method}, {rows.tokens:,} tokens of `{data.title}`)"
+            save_healed(directory, found.weights, pruning.identity, words, data)
+
+    replace_directory(folder, build)
 
 
 def _set_(old: Mapping[Any, Tensor], new: Mapping[Any, Tensor], share: float) -> None:

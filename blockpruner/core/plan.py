@@ -53,6 +53,8 @@ class Plan:
     """The method's options."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What a method that changes weights will do; only its own kind reads them."""
+    base: str | None = None
+    """The dense model, by content (`Identity.before`); None where a plan lies beside its model."""
 
     @property
     def mask(self) -> Mask:

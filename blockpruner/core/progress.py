@@ -125,6 +125,12 @@ class ConsoleObserver:
         self._console.print(f"{self._phase}: {summary} [{took}]", markup=False)
 
 
+def terminal_observer() -> Observer:
+    """A live bar where standard error is a terminal; elsewhere silence."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return ConsoleObserver(console) if console.is_terminal else SilentObserver()
+
+
 def observer() -> Observer:
     """The observer that BLOCKPRUNER_OBSERVER names, or the console."""
     name = os.environ.get(OBSERVER_VARIABLE)

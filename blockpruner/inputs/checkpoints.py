@@ -99,6 +99,23 @@ def fetch_checkpoint(model: Model, out: Path, cache: Path, pins: Path) -> None:
     replace_directory(out, link)
 
 
+def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
+    """The config.json of a model, without its weights; raises InputError if no supported family is there."""
+    if isinstance(model, LocalModel):
+        path = _folder(model) / "config.json"
+    else:
+        from huggingface_hub import hf_hub_download
+
+        revision = pinned_revision(model.repo, "model", model.revision, pins)
+        try:
+            path = Path(hf_hub_download(model.repo, "config.json", revision=revision))
+        except Exception as error:  # as in `hub`
+            raise hub_error(model.repo, error) from error
+    config: dict[str, Any] = read_json(path)
+    FAMILIES[config["model_type"]]
+    return config
+
+
 def checkpoint_identity(directory: Path) -> Identity:
     """The identity of a fetched checkpoint, as recorded when it was fetched."""
     known = read_json(directory / SOURCE_FILE)["identity"]
@@ -156,11 +173,16 @@ def _content(model: Model) -> dict[str, Any]:
     """What decides the bytes of the checkpoint, for its key in the cache."""
     if not isinstance(model, LocalModel):
         return model.model_dump(include=KEY_FIELDS[model.source])
+    folder = _folder(model)
+    files = {path.name: content_sha256(path) for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE}
+    return {"files": files, "licence": _licence(folder), "trust_remote_code": model.trust_remote_code}
+
+
+def _folder(model: LocalModel) -> Path:
     folder = Path(model.path).expanduser()
     if not (folder / "config.json").is_file():
         raise InputError(f"model folder {model.path!r} does not exist or has no config.json")
-    files = {path.name: content_sha256(path) for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE}
-    return {"files": files, "licence": _licence(folder), "trust_remote_code": model.trust_remote_code}
+    return folder
 
 
 def _patterns(model: HubModel | LocalModel) -> tuple[str, ...]:

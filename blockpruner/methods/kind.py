@@ -51,6 +51,40 @@ class Material:
     observer: Observer
 
 
+def fields_of(loss: str, rows: CalibrationSet, identity: Identity, dtype: str) -> dict[str, Any]:
+    """What identifies the trial store of a loss."""
+    return store_fields(rows.digest, identity.before, dtype, stored_under(loss, rows.digest))
+
+
+@contextmanager
+def open_stores(
+    losses: Sequence[str],
+    rows: CalibrationSet,
+    identity: Identity,
+    dtype: str,
+    trials: Path | None,
+    observer: Observer,
+) -> Iterator[dict[str, TrialStore]]:
+    """The trial stores of some losses, locked: another process that computes the same trials is waited for.
+
+    Args:
+        trials: folder of all trial stores; None keeps these in memory.
+    """
+    found = dict[str, TrialStore]()
+
+    def busy(holder: str) -> None:
+        observer.note(f"{holder} computes the same trials; waiting for it, then reusing them")
+
+    with ExitStack() as stack:
+        for loss in sorted(losses):  # in one order everywhere: two processes cannot wait for each other
+            fields = fields_of(loss, rows, identity, dtype)
+            if trials is not None:
+                stack.enter_context(hold(trials / f"{fingerprint(fields)}.lock", this_process(), busy))
+            found[loss] = TrialStore(fields, rows.row_keys, trials, identity.now)
+            stack.callback(found[loss].close)
+        yield found
+
+
 @dataclass(frozen=True)
 class Job:
     """What the stage `score` has to do for one run."""
@@ -67,26 +101,12 @@ class Job:
 
     def store_fields(self, loss: str) -> dict[str, Any]:
         """What identifies the trial store of a loss."""
-        digest, model = self.calibration.digest, self.material.identity.before
-        return store_fields(digest, model, self.material.dtype, stored_under(loss, digest))
+        return fields_of(loss, self.calibration, self.material.identity, self.material.dtype)
 
-    @contextmanager
-    def stores(self, losses: Sequence[str]) -> Iterator[dict[str, TrialStore]]:
-        """The trial stores of some losses, locked: another process that computes the same trials is waited for."""
-        observer, found = self.material.observer, dict[str, TrialStore]()
-
-        def busy(holder: str) -> None:
-            observer.note(f"{holder} computes the same trials; waiting for it, then reusing them")
-
-        with ExitStack() as stack:
-            for loss in sorted(losses):  # in one order everywhere: two processes cannot wait for each other
-                fields = self.store_fields(loss)
-                lock = self.material.trials / f"{fingerprint(fields)}.lock"
-                stack.enter_context(hold(lock, this_process(), busy))
-                model = self.material.identity.now
-                found[loss] = TrialStore(fields, self.calibration.row_keys, self.material.trials, model)
-                stack.callback(found[loss].close)
-            yield found
+    def stores(self, losses: Sequence[str]) -> AbstractContextManager[dict[str, TrialStore]]:
+        """The trial stores of some losses, locked."""
+        given = self.material
+        return open_stores(losses, self.calibration, given.identity, given.dtype, given.trials, given.observer)
 
     def current(self, kind: str, search: str, nested: bool, options: Options, loss: str) -> Current:
         """What the run's current search is."""

@@ -23,6 +23,7 @@ from blockpruner.checkpoints.zeroed import export_zeroed
 from blockpruner.core.blocks import all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
+from blockpruner.core.progress import SilentObserver
 from blockpruner.inputs.calibration import pack_rows
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
@@ -172,6 +173,34 @@ def test_prune_in_memory_equals_brute_force():
         assert torch.equal(reference(ids).logits, pruned.model(ids).logits)
 
 
+def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
+    """And never from those of another model."""
+
+    class Killed(SilentObserver):
+        def begin(self, phase, overall=None):
+            if phase == "iteration 1":
+                raise KeyboardInterrupt
+
+    def prune(model, **settings):
+        counted = []
+        forward = model.lm_head.register_forward_hook(lambda *_: counted.append(1))
+        try:
+            plan = blockpruner.prune(model, tiny_tokenizer(), TEXTS, ratio="2blocks", seq_len=32, **settings).plan
+        finally:
+            forward.remove()
+        return plan, len(counted)
+
+    whole, passes = prune(tiny_model())
+    with pytest.raises(KeyboardInterrupt):
+        prune(tiny_model(), trials=tmp_path, observer=Killed())
+    resumed, rest = prune(tiny_model(), trials=tmp_path)
+    assert resumed == whole and 0 < rest < passes
+    assert prune(tiny_model(), trials=tmp_path) == (whole, 0)
+    other = tiny_model()
+    other.model.norm.weight.mul_(1.5)
+    assert prune(other, trials=tmp_path)[1] == passes
+
+
 def test_prune_saves_a_loadable_model(tmp_path):
     pruned = blockpruner.prune(tiny_model(dtype=torch.float32), tiny_tokenizer(), TEXTS, ratio=0.2, seq_len=32)
     pruned.save(str(tmp_path / "out"))
@@ -218,6 +247,10 @@ def test_prune_to_another_budget(budget, mha, blocks):
         ({"ratio": "1.2x"}, "budget '1.2x' is a speed-up, and what blocks take of the time is not known here"),
         ({"method": "laco"}, "method 'laco' changes weights, which prune does not"),
         ({"metric": "answer_likelihood"}, "'answer_likelihood' is of items and their answers"),
+        (
+            {"metric": lambda logits, targets, dense: 0, "trials": "kept"},
+            "by a metric's name, and a function may change",
+        ),
         ({"texts": "one string"}, "texts is one string; give a list"),
     ],
 )
