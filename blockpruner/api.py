@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,7 +16,7 @@ from blockpruner.compensation.compensate import Compensated, compensate
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.progress import Observer, terminal_observer
+from blockpruner.core.progress import Observer, SilentObserver, stderr_observer
 from blockpruner.core.settings import Score, read_settings
 from blockpruner.inputs.calibration import CalibrationSet, pack_rows
 from blockpruner.inputs.checkpoints import drop_code_
@@ -115,7 +116,7 @@ def prune(
         )
     if callable(metric) and trials is not None:
         raise InputError("trials keeps scores by a metric's name, and a function may change; give a row, or no trials")
-    observer = observer or terminal_observer()
+    observer = observer or (stderr_observer() if sys.stderr.isatty() else SilentObserver())
     config = model.config.to_dict()
     budget = ratio if isinstance(ratio, str) else f"{ratio:.12f}".rstrip("0")
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)

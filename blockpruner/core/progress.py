@@ -125,10 +125,9 @@ class ConsoleObserver:
         self._console.print(f"{self._phase}: {summary} [{took}]", markup=False)
 
 
-def terminal_observer() -> Observer:
-    """A live bar where standard error is a terminal; elsewhere silence."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    return ConsoleObserver(console) if console.is_terminal else SilentObserver()
+def stderr_observer() -> ConsoleObserver:
+    """The console on standard error, where results go to standard output."""
+    return ConsoleObserver(Console(stderr=True, highlight=False, soft_wrap=True))
 
 
 def observer() -> Observer:

@@ -227,13 +227,19 @@ def _scored(row: Sequence[int]) -> int:
 
 
 def draw_rows(
-    texts: Sequence[str], tokenizer: Any, wanted: Calibration, evaluated: Iterable[str], note: Callable[[str], object]
+    texts: Sequence[str],
+    tokenizer: Any,
+    wanted: Calibration,
+    evaluated: Iterable[str],
+    note: Callable[[str], object],
+    at_most: bool = False,
 ) -> CalibrationSet:
     """Draw the samples that a run file asks for, and pack them into rows.
 
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
         note: receives what was left out, and a warning where many scored tokens repeat.
+        at_most: fewer than `wanted.num_rows` will do.
 
     Raises:
         InputError: no text has a response, of which the run file asks for; or see `pack_rows` and `fill_rows`.
@@ -247,7 +253,7 @@ def draw_rows(
             "has none; set calibration.score: all, or choose other data"
         )
     if wanted.num_rows is not None:
-        rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows)
+        rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, at_most=at_most)
     else:
         adaptive = wanted.num_samples == "auto"
         samples = draw(pool, wanted.samples, wanted.split, wanted.seed, at_most=adaptive)

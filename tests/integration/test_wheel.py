@@ -21,13 +21,16 @@ def test_wheel_alone_runs_the_readme_example(tmp_path):
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-compile", "--target", tmp_path / "site", wheel], check=True)
-    assert {path.name.split("-")[0] for path in (tmp_path / "site").iterdir()} == {"blockpruner"}
+    assert {path.name.split("-")[0] for path in (tmp_path / "site").iterdir()} == {"blockpruner", "bin"}
 
     (block,) = re.findall(r"```python\n(.*?blockpruner\.prune.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     save_tiny(tmp_path / "model")
     (tmp_path / "calibration.txt").write_text("\n".join(f"{i} little words and {i * i} more" for i in range(60)))
     script = block.replace("seq_len=2048", "seq_len=32") + "\nprint(blockpruner.__file__)"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [tmp_path / "site/bin/blockpruner", "prune", "model", "--ratio", "0.2", "--texts", "calibration.txt"]
+    result = subprocess.run([*command, "--dry-run"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert "4 MHA + 4 MLP" in result.stdout, result.stderr
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
     )

@@ -1,0 +1,209 @@
+"""`blockpruner prune` and `apply`: what the stages do, for one model and one budget, in one process.
+
+Decides where things are kept, and that a folder which holds something else is never replaced. Torch is loaded only when
+something must be computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blockpruner.checkpoints.registry import EXPORTS, Writer
+from blockpruner.checks import check_run
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config, count_parameters
+from blockpruner.core.plan import Plan
+from blockpruner.core.progress import Observer
+from blockpruner.core.settings import PypiModel, Run, Runtime, TaskAnswers, read_settings
+from blockpruner.inputs.calibration import CalibrationSet, check_context, draw_rows
+from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint, fetch_config
+from blockpruner.inputs.texts import load_texts
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.methods.commit import commit_run
+from blockpruner.methods.registry import require_budgets
+from blockpruner.methods.score import open_material, score_run
+from blockpruner.store.files import read_json
+from blockpruner.store.manifest import REPORT_FILE, require_verified
+from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, save_plan
+from blockpruner.store.provenance import fingerprint
+from blockpruner.versions import COMPENSATION_VERSION
+
+ROWS = 16
+"""Calibration rows from a file of one's own: about as many as the paper's 256 samples fill."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the command works."""
+
+    root: Path
+    """The folder of all trial stores. Models as fetched, traces, plans and compensated weights lie there, too."""
+    device: str
+    observer: Observer
+
+    def read_run(self, model: str, dtype: str, trusted: bool, export: str, sections: Mapping[str, Any]) -> Run:
+        """The settings of a run file; raises InputError for a model, name or value that is not valid."""
+        is_folder = Path(model).expanduser().is_dir() or model.startswith((".", "/", "~"))
+        path = str(Path(model).expanduser().absolute())
+        source = {"source": "path", "path": path} if is_folder else {"source": "hub", "repo": model}
+        given = {**source, "trust_remote_code": trusted} | ({} if dtype == "auto" else {"dtype": dtype})
+        formats = ["hf", *(name for name in export.split(",") if name not in ("", "hf"))]
+        run = read_settings(Run, {"model": given, "export": formats, **sections})
+        config, rows = self._config(run), run.calibration
+        if "seq_len" in rows.model_fields_set:
+            check_context(rows.seq_len, dict(config), "calibration.seq_len")
+        length = min(rows.seq_len, config.get("max_position_embeddings") or rows.seq_len)
+        own = run.model.model_copy(update={"dtype": own_dtype(config)} if dtype == "auto" else {})
+        run = run.model_copy(update={"model": own, "calibration": rows.model_copy(update={"seq_len": length})})
+        check_run(run)
+        return run
+
+    def forecast(self, run: Run, budget: str) -> dict[str, Any]:
+        """What a search would take, from the model's config alone."""
+        from blockpruner.paper.estimates import GPUS, MHA_SHARE, UTILISATION, gpu_hours, search_cost
+        from blockpruner.paper.experiments import Variant
+
+        config, dtype = self._config(run), run.model.dtype
+        require_budgets(run.score, config, (budget,))
+        cost = search_cost(Variant("", "", "block", run.score, run.calibration, (budget,)), config, set())
+        layers, hours = config["num_hidden_layers"], {GPUS[gpu][0]: gpu_hours(cost, gpu, dtype) for gpu in GPUS}
+        return {
+            "model": f"{run.model.title}, {config['model_type']}, {dtype}",
+            "parameters": count_parameters(config).total,
+            "blocks": f"{layers} MHA + {layers} MLP",
+            "removals": cost.removals,
+            "calibration": f"at most {cost.rows} rows of {cost.length} tokens",
+            "trials": cost.trials,
+            "teraflop": float(f"{cost.flops * cost.expected / 1e12:.3g}"),
+            "gpu_hours": {title: float(f"{time:.2g}") for title, time in hours.items()},
+            "remark": cost.remark
+            or f"nothing was computed; assumed: {MHA_SHARE:.0%} of what goes is MHA, {UTILISATION:.0%} of a GPU's peak",
+        }
+
+    def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
+        """Search, commit, compensate and export, as far as that was not done before."""
+        require_budgets(run.score, self._config(run), (budget,))
+        assert not isinstance(run.calibration.data, TaskAnswers)
+        texts, dense = load_texts(run.calibration.data, self.root / "cache", self._pins), self.fetch(run)
+        tokenizer, config = load_tokenizer(dense, run.model.trust_remote_code), read_json(dense / "config.json")
+        wanted, base = run.calibration, checkpoint_identity(dense).before
+        rows = draw_rows(texts, tokenizer, wanted, (), self.observer.note, at_most=True)
+        facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
+        key = fingerprint({**facts, "base": base, "rows": rows.digest, "budget": budget, "v": COMPENSATION_VERSION})
+        kept, traces, healed = (self.root / name / key for name in ("plans", "searches", "compensated"))
+        self._formats(run, out, load_plan(kept) if kept.exists() else None)  # refuses before hours of work
+        counts = self._score(run, dense, rows, budget, traces)
+        plan, _ = commit_run(traces, config, budget, "", run.model.title)
+        save_plan(replace(plan, base=base, compensate=run.compensate.method), kept)
+        plan = replace(load_plan(kept), target=out.name)
+        if plan.compensate != "none" and not healed.exists():
+            from blockpruner.compensation.compensate import write_compensated
+            from blockpruner.compensation.rows import compensation_rows
+
+            context = config.get("max_position_embeddings", wanted.seq_len)
+            fitted = compensation_rows(texts, tokenizer, run.compensate, (), context)
+            pruning = self._pruning(run, dense, plan, rows)
+            write_compensated(healed, pruning, fitted, run.compensate, wanted.data, self.observer)
+        return self._export(run, dense, plan, rows, out, healed) | {"search": counts}
+
+    def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
+        """Export the model of a plan's file."""
+        file = path / PLAN_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise InputError(f"plan {str(path)!r} does not exist; give a {PLAN_FILE}, or the checkpoint's folder")
+        plan = load_plan(file)
+        if plan.kind != "mask" or plan.compensate != "none" or plan.recover:
+            raise InputError(
+                f"{file} is of a model with other weights (method: {plan.method}, compensate: {plan.compensate}), "
+                "which a plan does not hold; run prune again: scores are kept"
+            )
+        dense = self.fetch(run)
+        if plan.base != (base := checkpoint_identity(dense).before):
+            raise InputError(
+                f"{file} is of another model: its base is {plan.base}, and {run.model.title} is {base}; give the model "
+                "that the plan was made for"
+            )
+        return self._export(run, dense, replace(plan, target=out.name), CalibrationSet(()), out)
+
+    def fetch(self, run: Run) -> Path:
+        """The folder of the run's dense model, as fetched."""
+        dense = self.root / "models" / fingerprint(run.model.model_dump(exclude={"dtype"}))
+        fetch_checkpoint(run.model, dense, self.root / "cache", self._pins)
+        return dense
+
+    def _score(self, run: Run, dense: Path, rows: CalibrationSet, budget: str, traces: Path) -> dict[str, Any]:
+        """On return the model is out of memory: the export loads it again."""
+        runtime = read_settings(Runtime, {"device": self.device})
+        with open_material(dense, run.model, runtime, self.root, self.observer) as material:
+            return score_run(material, rows, run.score, [budget], traces)
+
+    @property
+    def _pins(self) -> Path:
+        return self.root / "pins.json"
+
+    def _config(self, run: Run) -> Config:
+        assert not isinstance(run.model, PypiModel)
+        return fetch_config(run.model, self._pins)
+
+    def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Any:
+        from blockpruner.methods.apply import Pruning
+
+        return Pruning(dense, plan, rows, run.model.dtype, self.device, run.model.trust_remote_code)
+
+    def _formats(self, run: Run, out: Path, plan: Plan | None) -> list[tuple[str, Path, Writer | None]]:
+        """Each format, its folder, and what writes it; None where the plan's checkpoint is there.
+
+        Raises:
+            InputError: a folder holds something else.
+        """
+        places = {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
+        there = {form: _is_there(place, plan) for form, place in places.items()}
+        return [(form, place, None if there[form] else EXPORTS[form].write) for form, place in places.items()]
+
+    def _export(
+        self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, out: Path, healed: Path | None = None
+    ) -> dict[str, Any]:
+        written = []
+        for form, place, write in self._formats(run, out, plan):
+            if write is not None:
+                pruning = self._pruning(run, dense, plan, rows)
+                if healed is not None:
+                    from blockpruner.methods.healed import find_healed
+
+                    pruning = replace(pruning, healed=find_healed([healed], pruning.identity))
+                write(pruning, place)
+            verified = read_json(place / REPORT_FILE)["ok"]
+            written.append({"format": form, "path": str(place), "for": EXPORTS[form].engines, "verified": verified})
+        return {"plan": plan_fields(plan), "written": written}
+
+
+def own_dtype(config: Config) -> str:
+    """The dtype of a model's weights as its config says; float32 where it does not."""
+    found = config.get("dtype") or config.get("torch_dtype")
+    return found if found in ("bfloat16", "float16", "float64") else "float32"
+
+
+def _is_there(place: Path, plan: Plan | None) -> bool:
+    """Whether a folder holds the whole checkpoint of a plan; raises InputError if it holds anything else."""
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return False
+    file = place / PLAN_FILE
+    if plan is None or not file.is_file() or replace(load_plan(file), target=plan.target) != plan:
+        raise InputError(f"--out {place} is there and holds something else; choose another folder, or remove it")
+    require_verified(place)
+    return True
+
+
+def words(found: Mapping[str, Any]) -> str:
+    """What was done, for a reader."""
+    plan, seen = found["plan"], found["plan"]["calibration"]
+    lines = [f"removed {plan['ratio']:.1%} of the parameters: {', '.join(plan['order']) or plan['method']}"]
+    if seen.get("perplexity"):
+        lines.append(f"perplexity of the calibration texts: {seen['dense_perplexity']:.2f} -> {seen['perplexity']:.2f}")
+    for each in found["written"]:
+        checked = "checked in a fresh process" if each["verified"] else "unchecked: the engine is not installed here"
+        lines.append(f"{each['path']}: for {', '.join(each['for'])}, {checked}")
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""`blockpruner chat` and `compare`: greedy answers of checkpoints, dense or pruned. Of their code only ours is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+from transformers import TextStreamer
+
+from blockpruner.cli.pruning import own_dtype
+from blockpruner.core.errors import InputError
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model.classes import has_our_code
+from blockpruner.model.models import load_model
+from blockpruner.store.files import read_json
+
+
+class Talker:
+    """A model that answers."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint's folder, as prune writes it")
+        dtype = own_dtype(read_json(folder / "config.json"))
+        self.model = load_model(folder, dtype, device, has_our_code(folder))
+        self._tokenizer = load_tokenizer(folder)
+
+    def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> tuple[str, int]:
+        """The answer to the last turn, and its tokens. Turns are the user's and the model's, one after the other."""
+        tokenizer = self._tokenizer
+        told = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+        if has_template := bool(tokenizer.chat_template):
+            text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+        else:
+            text = turns[-1]
+        ids = tokenizer(text, add_special_tokens=not has_template, return_tensors="pt").input_ids.to(self.model.device)
+        out = self.model.generate(
+            ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=limit, do_sample=False, pad_token_id=0,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None,
+        )  # fmt: skip
+        new = out[0, ids.shape[1] :]
+        return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+    def chat(self, prompts: Iterable[str] | None, limit: int) -> None:
+        """Answer these prompts, or those that are typed, on standard output."""
+        turns: list[str] = []
+        for prompt in typed() if prompts is None else prompts:
+            turns.append(prompt)
+            turns.append(self.answer(turns, limit, show=True)[0])
+
+
+def typed() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def side_by_side(folders: Sequence[Path], prompt: str, limit: int, device: str) -> Table:
+    """The answers of checkpoints, a column each. One model at a time is in memory."""
+    table, answers = Table(expand=True), []
+    for folder in folders:
+        talker = Talker(folder, device)
+        talker.answer([prompt], 1)  # the first call of a process is slower
+        started = time.perf_counter()
+        text, tokens = talker.answer([prompt], limit)
+        speed = tokens / (time.perf_counter() - started)
+        table.add_column(f"{folder}\n{talker.model.num_parameters() / 1e6:,.1f} M, {speed:.1f} tokens/s", ratio=1)
+        answers.append(Text(text.strip()))
+    table.add_row(*answers)
+    return table
