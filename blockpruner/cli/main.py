@@ -185,6 +185,10 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about what is meant here
     try:
         app(args, prog_name="blockpruner")
+    except SystemExit as end:
+        if end.code == 130:
+            print("interrupted; scores are kept: say the same again to go on", file=sys.stderr)
+        raise
     except InputError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:

@@ -69,7 +69,7 @@ class Place:
         config, dtype = self._config(run), run.model.dtype
         require_budgets(run.score, config, (budget,))
         cost = search_cost(Variant("", "", "block", run.score, run.calibration, (budget,)), config, set())
-        layers, hours = config["num_hidden_layers"], {GPUS[gpu][0]: gpu_hours(cost, gpu, dtype) for gpu in GPUS}
+        layers = config["num_hidden_layers"]
         return {
             "model": f"{run.model.title}, {config['model_type']}, {dtype}",
             "parameters": count_parameters(config).total,
@@ -78,7 +78,7 @@ class Place:
             "calibration": f"at most {cost.rows} rows of {cost.length} tokens",
             "trials": cost.trials,
             "teraflop": float(f"{cost.flops * cost.expected / 1e12:.3g}"),
-            "gpu_hours": {title: float(f"{time:.2g}") for title, time in hours.items()},
+            **{f"hours_{gpu}": float(f"{gpu_hours(cost, gpu, dtype):.2g}") for gpu in GPUS},
             "remark": cost.remark
             or f"nothing was computed; assumed: {MHA_SHARE:.0%} of what goes is MHA, {UTILISATION:.0%} of a GPU's peak",
         }
@@ -192,7 +192,7 @@ def _is_there(place: Path, plan: Plan | None) -> bool:
         return False
     file = place / PLAN_FILE
     if plan is None or not file.is_file() or replace(load_plan(file), target=plan.target) != plan:
-        raise InputError(f"--out {place} is there and holds something else; choose another folder, or remove it")
+        raise InputError(f"--out {place} is not empty and holds something else; choose another folder, or remove it")
     require_verified(place)
     return True
 

@@ -15,6 +15,7 @@ from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import parse_mask
 from blockpruner.model.models import load_model, masked
 from tests.tiny import save_tiny, tiny_tokenizer
+from tests.unit.test_sources import Hub
 
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(40))
 PROMPT = torch.arange(1, 20)[None]
@@ -162,6 +163,17 @@ def test_a_dry_run_counts_the_trials_and_leaves_nothing(model, place, say):
         assert found["search"]["trials_computed"] == forecast["trials"]
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_model_of_the_hub_is_asked_for_its_shape_alone_before_it_is_fetched(model, place, say, monkeypatch):
+    hub = Hub(model, monkeypatch)
+    assert "model: a/tiny, llama, float32" in say(*prune("a/tiny", "--dry-run"))[1]
+    assert not [*place.rglob("*.safetensors")]
+    assert done(say(*prune("a/tiny", "--json")))["written"][0]["path"] == str(place / "tiny-0.3")
+    assert "base_model: a/tiny" in (place / "tiny-0.3/README.md").read_text()
+    assert say("chat", "a/tiny", "--prompt", "a", "--max-new-tokens", 1)[0] == 0
+    assert hub.asked == [("a/tiny", None)]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -193,7 +205,7 @@ def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch)
     assert code == 2 and "'rnn' is unknown; valid: " in err
     for raised, code, words in (
         (ModuleNotFoundError("", name="gguf"), 2, "error: this needs the package gguf"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted; scores are kept"),
     ):
         monkeypatch.setattr(Place, "read_run", lambda *args, raised=raised: (_ for _ in ()).throw(raised))
         assert (found := say(*prune("odd")))[0] == code and found[2].startswith(words)

@@ -112,10 +112,15 @@ class Hub:
         self.folder, self.asked = folder, []
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, *a, **k: self.model_info(*a, **k))
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.file)
 
     def model_info(self, repo, revision):
         self.asked.append((repo, revision))
         return type("Info", (), {"sha": SHA})()
+
+    def file(self, repo, name, *, revision):
+        assert revision == SHA
+        return str(self.folder / name)
 
     def download(self, repo, *, revision, allow_patterns, ignore_patterns, local_dir):
         assert revision == SHA
