@@ -66,7 +66,7 @@ def common(
 @app.command()
 def prune(
     model: Dense,
-    ratio: Annotated[str, Option(help="Share of all parameters to remove; or 17blocks, 7layers, 0.3kv.")],
+    ratio: Annotated[str, Option(help="Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x.")],
     trials: Annotated[Path, TRIALS],
     out: Annotated[Path | None, Option(help="The checkpoint's folder.", show_default="NAME-RATIO")] = None,
     texts: Annotated[

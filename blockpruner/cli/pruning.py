@@ -137,8 +137,14 @@ class Place:
     def _score(self, run: Run, dense: Path, rows: CalibrationSet, budget: str, traces: Path) -> dict[str, Any]:
         """On return the model is out of memory: the export loads it again."""
         runtime = read_settings(Runtime, {"device": self.device})
+
+        def latency() -> Mapping[str, Any]:
+            from blockpruner.evaluation.latency import kept_latency
+
+            return kept_latency(traces, self.root, dense, run.model, run.score.latency, runtime, self.observer)
+
         with open_material(dense, run.model, runtime, self.root, self.observer) as material:
-            return score_run(material, rows, run.score, [budget], traces)
+            return score_run(material, rows, run.score, [budget], traces, latency)
 
     @property
     def _pins(self) -> Path:
