@@ -93,20 +93,22 @@ class Place:
         rows = draw_rows(texts, tokenizer, wanted, (), self.observer.note, at_most=True)
         facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
         key = fingerprint({**facts, "base": base, "rows": rows.digest, "budget": budget, "v": COMPENSATION_VERSION})
-        kept, traces, healed = (self.root / name / key for name in ("plans", "searches", "compensated"))
+        kept, traces, healed = self.root / "plans" / key, self.root / "searches" / key, None
         self._formats(run, out, load_plan(kept) if kept.exists() else None)  # refuses before hours of work
         counts = self._score(run, dense, rows, budget, traces)
         plan, _ = commit_run(traces, config, budget, "", run.model.title)
         save_plan(replace(plan, base=base, compensate=run.compensate.method), kept)
         plan = replace(load_plan(kept), target=out.name)
-        if plan.compensate != "none" and not healed.exists():
+        if plan.compensate != "none":
             from blockpruner.compensation.compensate import write_compensated
             from blockpruner.compensation.rows import compensation_rows
 
-            context = config.get("max_position_embeddings", wanted.seq_len)
-            fitted = compensation_rows(texts, tokenizer, run.compensate, (), context)
             pruning = self._pruning(run, dense, plan, rows)
-            write_compensated(healed, pruning, fitted, run.compensate, wanted.data, self.observer)
+            healed = self.root / "compensated" / f"{key}-{pruning.identity}"
+            if not healed.exists():
+                context = config.get("max_position_embeddings", wanted.seq_len)
+                fitted = compensation_rows(texts, tokenizer, run.compensate, (), context)
+                write_compensated(healed, pruning, fitted, run.compensate, wanted.data, self.observer)
         return self._export(run, dense, plan, rows, out, healed) | {"search": counts}
 
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
