@@ -40,7 +40,7 @@ Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
-class Request:
+class Continuation:
     """Tokens to score behind tokens that are given."""
 
     number: int
@@ -61,14 +61,14 @@ class Group:
 
     common: int
     """How many tokens; 0 for a request on its own."""
-    requests: tuple[Request, ...]
+    requests: tuple[Continuation, ...]
 
 
 @dataclass(frozen=True)
 class Rest:
     """What is left of a request behind the tokens that its group has in common."""
 
-    request: Request
+    request: Continuation
     common: int
     group: int
     """Among those whose common tokens are read at once."""
@@ -94,7 +94,7 @@ def answers(
         advance: called with how many requests are done.
     """
     cut = [
-        Request(number, (*given, *rest)[-(max_length + 1) :], len(rest))
+        Continuation(number, (*given, *rest)[-(max_length + 1) :], len(rest))
         for number, (given, rest) in enumerate(requests)
     ]
     found: dict[int, Answer] = {}
@@ -113,7 +113,7 @@ def answers(
     return [found[number] for number in range(len(requests))]
 
 
-def groups(requests: Sequence[Request]) -> list[Group]:
+def groups(requests: Sequence[Continuation]) -> list[Group]:
     """Put neighbours together that have WORTH or more common tokens, none of which predicts what is scored."""
     made: list[Group] = []
     for request in requests:
@@ -126,7 +126,7 @@ def groups(requests: Sequence[Request]) -> list[Group]:
     return made
 
 
-def _common(a: Request, b: Request) -> int:
+def _common(a: Continuation, b: Continuation) -> int:
     """How many given tokens both begin with."""
     pairs = zip(a.tokens[: a.given], b.tokens[: b.given], strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -64,7 +64,7 @@ def test_what_choices_have_in_common_is_read_once(monkeypatch):
 
 def test_groups_end_where_little_is_common():
     def request(number, *tokens):
-        return choices.Request(number, tokens, 1)
+        return choices.Continuation(number, tokens, 1)
 
     a, b = tuple(range(20)), tuple(range(12))
     found = groups([request(0, *a, 1, 2), request(1, *a, 3, 4), request(2, *b, 7, 8), request(3, 9, 9)])
