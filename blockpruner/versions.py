@@ -5,7 +5,7 @@ again, and DVC runs the stages that depend on the constant. tests/test_golden.py
 version, and names the constant to raise.
 """
 
-SETTINGS_VERSION = 4
+SETTINGS_VERSION = 5
 """Defaults of the settings, and what a value of a run file means."""
 
 FETCH_VERSION = 1
@@ -47,7 +47,7 @@ RECOVERY_VERSION = 3
 EVAL_VERSION = 3
 """Perplexities, task scores and timings. Part of the key of every stored result."""
 
-STUDY_VERSION = 2
+STUDY_VERSION = 3
 """Which searches a study makes, and what it asks of each model."""
 
 REPORT_VERSION = 4
