@@ -75,7 +75,7 @@ class Place:
             "parameters": count_parameters(config).total,
             "blocks": f"{layers} MHA + {layers} MLP",
             "removals": cost.removals,
-            "calibration": f"at most {cost.rows} rows of {cost.length} tokens",
+            "calibration": f"about {cost.rows} rows of {cost.length} tokens",
             "trials": cost.trials,
             "teraflop": float(f"{cost.flops * cost.expected / 1e12:.3g}"),
             **{f"hours_{gpu}": float(f"{gpu_hours(cost, gpu, dtype):.2g}") for gpu in GPUS},
