@@ -39,6 +39,7 @@ def studied(name="llama2-7b", **changes):
     """A run from the hub with the study of the small one."""
     study = load_run("smollm2-paper", ROOT / "runs").study.model_dump()
     study |= {
+        "methods": None,
         "seeds": [43, 44],
         "samples": {},
         "calibrations": {"64 samples": {"num_samples": 64}},
