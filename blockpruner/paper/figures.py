@@ -21,7 +21,8 @@ from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS, METHODS
 from blockpruner.paper.extra_tables import BALANCE
 from blockpruner.reporting import plots
 from blockpruner.reporting.plots import BLUE, GREY, MARKS, ORANGE, REMOVED, Plot
-from blockpruner.reporting.results import TIMED, Option, Timings
+from blockpruner.reporting.results import TIMED, Timings
+from blockpruner.reporting.statistics import Mean
 
 Draw = Callable[[Axes, Evidence], None]
 ACCURACY, PERPLEXITY = "average accuracy, %", "held-out perplexity"
@@ -102,15 +103,10 @@ def _curves(methods: Mapping[str, str]) -> tuple[tuple[str, Draw], ...]:
 
 
 def _healing(is_confidence: bool, axes: Axes, evidence: Evidence) -> None:
-    """Draw the models of healed searches: dotted as pruned, solid as healed, all from the dense model."""
+    """Draw the models of healed searches: hollow as pruned, filled as healed, perplexities from the dense model on."""
     own = {entry.variant.method: METHODS[entry.variant.method].title for entry in evidence.healed}
     plain = [entry for entry in evidence.entries if not entry.variant.factor]
     shown: list[float] = []
-
-    def value(option: Option) -> float:
-        found = option.model.confidence
-        return (100 * found.value if found else np.nan) if is_confidence else option.model.perplexity
-
     for (method, title), (colour, shape) in zip(own.items(), MARKS, strict=False):
         groups: dict[tuple[str, ...], list[Entry]] = {}
         for entry in sorted((*plain, *evidence.healed), key=lambda entry: entry.ratio):
@@ -118,17 +114,29 @@ def _healing(is_confidence: bool, axes: Axes, evidence: Evidence) -> None:
                 groups.setdefault(entry.healing, []).append(entry)
         for healing, entries in groups.items():
             options = [evidence.dense, *entries]
-            y = list(map(value, options))
-            axes.plot(
-                [100 * option.ratio for option in options], y, "-" if healing else ":", color=colour, marker=shape,
-                markersize=6, linewidth=1.3, markerfacecolor=colour if healing else "none",
+            y = [option.model.perplexity for option in options]
+            line, error = "-" if healing else ":", None
+            if is_confidence:
+                options = list(entries)
+                known = [option.model.confidence or Mean(np.nan, np.nan) for option in options]
+                y, error, line = [100 * each.value for each in known], [100 * each.stderr for each in known], "none"
+            axes.errorbar(
+                [100 * option.ratio for option in options], y, error, linestyle=line, color=colour, marker=shape,
+                markersize=6, linewidth=1.3, capsize=2, markerfacecolor=colour if healing else "none",
                 label=" + ".join((title, *healing)),
             )  # fmt: skip
             shown += y
-    if not is_confidence:
+    if is_confidence:
+        dense = evidence.dense.model.confidence
+        if dense is not None:
+            axes.axhspan(
+                100 * (dense.value - dense.stderr), 100 * (dense.value + dense.stderr), color=GREY, alpha=0.25,
+                label="dense",
+            )  # fmt: skip
+    else:
         plots.scale_(axes, shown)
     plots.label_(axes, REMOVED, "p of the right answer, %" if is_confidence else PERPLEXITY)
-    axes.legend(fontsize=7.5)
+    axes.legend(fontsize=7)
 
 
 def _share(axes: Axes, evidence: Evidence) -> None:
@@ -237,8 +245,8 @@ SCATTERS: tuple[PaperFigure, ...] = (
 HEALING = PaperFigure(
     "healing",
     "Search and healing",
-    "Held-out perplexity and p of the right answer where blocks or layers are removed by several searches: as pruned "
-    "(dotted) and with the weights that are left healed (solid).",
+    "Held-out perplexity and p of the right answer (± 1 standard error) where blocks or layers are removed by several "
+    "searches: as pruned (hollow) and with the weights that are left healed (filled).",
     (("", partial(_healing, False)), ("", partial(_healing, True))),
     lambda evidence: bool(evidence.healed),
     "the study heals no model",
@@ -294,7 +302,7 @@ FIGURES: tuple[PaperFigure, ...] = (
         "",
         (),
         lambda e: False,
-        "a study trains no model; targets with recover: true are, and their report has the results before and after",
+        "the study trains no model (study.heal with recover: true)",
     ),
     PaperFigure(
         "figure10",
