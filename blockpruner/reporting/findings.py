@@ -174,13 +174,14 @@ def signs(option: Option) -> list[str]:
 def recommended(options: Sequence[Option]) -> Option | None:
     """Find the model to stop at, the knee among the safe ones, or None: keep the dense model.
 
-    Safe is faster than dense beyond noise, and less pruned than the first with a jump or a mismatch; or healed and not
-    broken. `options`: by ratio.
+    Safe is faster than dense beyond noise, below 1.5 times its held-out perplexity (COLLAPSE_NATS), and less pruned
+    than the first with a jump or a mismatch; or healed and not broken. `options`: by ratio.
     """
     plain = [option for option in options if not option.healing]
     before = takewhile(lambda option: not has_jump(option) and not is_mismatch(option), plain)
     healed = [option for option in options if option.healing and not is_broken(option)]
-    safe = [option for option in (*before, *healed) if option.race.is_faster]
+    whole = (option for option in (*before, *healed) if option.heldout_rise < COLLAPSE_NATS)
+    safe = [option for option in whole if option.race.is_faster]
     return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
 
 
@@ -337,8 +338,9 @@ def stop(options: Sequence[Option]) -> Finding:
     best = recommended(options)
     if best is None:
         text = (
-            "No pruned model is faster beyond noise (the 95 % interval of its speed-up lies above 1) and less pruned "
-            "than the first with a jump or a mismatch, or healed and not broken."
+            "No pruned model is faster beyond noise (the 95 % interval of its speed-up lies above 1), below 1.5 times "
+            "the dense model's held-out perplexity, and less pruned than the first with a jump or a mismatch, or "
+            "healed and not broken."
         )
         if options:
             first = options[0]
