@@ -464,7 +464,7 @@ class Healing(Frozen):
     """Names of `experiments.METHODS` that remove blocks."""
     budgets: tuple[str, ...]
     """Beside those that these methods search for anyway."""
-    compensate: CompensationMethod = "refit"
+    compensate: Literal["scale", "bias", "map", "refit"] = "refit"
     """The rest is the run's `compensate`."""
     recover: bool = False
     """Whether the model is trained after that, by the run's `recover`."""
