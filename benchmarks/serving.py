@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving [engine ...]     names of ENGINES; all, if none is named
 
-The pruned models are BlockPruner's in benchmarks/methods.json, at about 10 % and 20 %. It measures one sequence, with
-the prompt and new tokens of Table 6 of arXiv 2406.10594. An engine's models take turns within each repeat, and medians
-are shown. It prints Markdown for docs/serving.md, and needs `dvc repro fetch@smollm2` and `pip install '.[serve]'`.
-`make test-slow` prints vLLM's figures, in vLLM's own environment.
+The pruned models are those of the floating search in the study smollm2-paper, compensated. It measures one sequence,
+with the prompt and new tokens of Table 6 of arXiv 2406.10594. An engine's models take turns within each repeat, and
+medians are shown. It prints Markdown for docs/serving.md, and needs `python -m flows.paper --set smollm2` and
+`pip install '.[serve]'`. `make test-slow` prints vLLM's figures, in vLLM's own environment.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from statistics import median
 
 import torch
 
-from benchmarks.methods import FOUND
-from benchmarks.scoring import SMOLLM2, setting
+from benchmarks.scoring import setting
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verify_llama_cpp import Server
-from blockpruner.core.blocks import parse_mask
-from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Score
 from blockpruner.evaluation.speed import generate, random_prompt
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
-from blockpruner.methods.blocks.kind import choose
+from blockpruner.methods.healed import find_healed
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
-from blockpruner.search.trace import Current
-from blockpruner.store.files import read_json
+from blockpruner.paper.experiments import FLOATING, cures
+from blockpruner.paper.studies import load_plans
+from blockpruner.params import load_run
+from blockpruner.store.provenance import fingerprint
+from stages import STUDIES
 
+STUDY = STUDIES / "smollm2-paper"
 MODELS = Path("data/benchmarks/serving")
 PROMPT, NEW, REPEATS = 128, 128, 5
 
@@ -48,34 +48,34 @@ class Run:
     kv_bytes: int
 
 
-def plans() -> dict[str, Plan]:
-    config = read_json(SMOLLM2 / "config.json")
-    result: dict[str, Plan] = {}
-    for record in read_json(FOUND)["methods"]["BlockPruner"]:
-        removed = record["what"]["removed"]
-        current = Current("mask", str(FOUND), False, Score(), store={}, calibration={"rows": 0, "tokens": 0})
-        mask = parse_mask(",".join(removed))
-        plan = choose([mask], [1.0, 1.0], config, f"{len(removed)}blocks", current)
-        plan = replace(plan, target=f"smollm2-{record['budget']}", run="smollm2")
+def prunings() -> dict[str, Pruning]:
+    """The dense model, as one of which nothing is removed, and the pruned ones by their ratios."""
+    run, result = load_run(STUDY.name), dict[str, Pruning]()
+    for cure in cures(run):
+        if cure.variant.method != FLOATING or cure.recover:
+            continue
+        plan = cure.of(load_plans(STUDY / "plans", cure.variant)[cure.budget])
+        rows = CalibrationSet.load(STUDY / "plans" / cure.variant.slug / "rows.parquet")
+        pruned = Pruning(STUDY / "model", plan, rows, run.model.dtype, "cpu")
         if not result:
-            nothing = {"mha": 0, "mlp": 0}
             counts = dict.fromkeys(plan.parameters, plan.parameters["dense"])
-            result["dense"] = replace(
-                plan, removed=(), order=(), ratios=(), ratio=0.0, blocks=nothing, parameters=counts
-            )
-        result[f"{plan.ratio:.2%}"] = plan
-    return result
+            none = replace(plan, removed=(), order=(), ratios=(), ratio=0.0, blocks={"mha": 0, "mlp": 0})
+            result["dense"] = replace(pruned, plan=replace(none, parameters=counts, compensate="none"))
+        healed = find_healed([STUDY / "healed" / cure.slug], pruned.identity)
+        result[f"{plan.ratio:.2%}"] = replace(pruned, healed=healed)
+    return dict(sorted(result.items(), key=lambda item: item[1].plan.ratio))
 
 
-def exported(name: str, plan: Plan, form: str) -> Path:
-    out = MODELS / name.rstrip("%") / form
+def exported(pruning: Pruning, form: str) -> Path:
+    facts = pruning.healed and pruning.healed.digest
+    out = MODELS / fingerprint([pruning.identity, facts]) / form
     if not out.exists():
-        EXPORTS[form].write(Pruning(SMOLLM2, plan, CalibrationSet(()), "float32", "cpu"), out)
+        EXPORTS[form].write(pruning, out)
     return out
 
 
 def transformers_(directory: Path) -> tuple[int, Callable[[], Run]]:
-    model = load_model(directory, "float32", "cpu", trust_remote_code=has_our_code(directory))
+    model = load_model(directory, load_run(STUDY.name).model.dtype, "cpu", trust_remote_code=has_our_code(directory))
     prompt = random_prompt(model, 1, PROMPT)
 
     def run() -> Run:
@@ -128,10 +128,10 @@ def mlx_lm(directory: Path) -> tuple[int, Callable[[], Run]]:
 
 
 ENGINES: dict[str, tuple[str, Callable[[Path], tuple[int, Callable[[], Run]]]]] = {
-    "transformers, float32": ("hf", transformers_),
+    "transformers": ("hf", transformers_),
     "llama.cpp, F16": ("gguf", llama_cpp("F16")),
     "llama.cpp, Q8_0": ("gguf", llama_cpp("Q8_0")),
-    "mlx-lm on a CPU, float32": ("nas", mlx_lm),
+    "mlx-lm on a CPU": ("nas", mlx_lm),
 }
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     print("|---|---|---:|---:|---:|---:|")
     for engine in wanted:
         form, opened = ENGINES[engine]
-        found = {name: opened(exported(name, plan, form)) for name, plan in plans().items()}
+        found = {name: opened(exported(pruning, form)) for name, pruning in prunings().items()}
         runs = measure({name: run for name, (_, run) in found.items()})
         first = runs["dense"]
         for name, run in runs.items():

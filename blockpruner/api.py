@@ -28,6 +28,7 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.stability import Stability
 from blockpruner.search.iteration import Iteration, removals, stabilities
+from blockpruner.search.recipes import RECOMMENDED, Recipe, recipe
 from blockpruner.search.registry import Request, Search, request
 from blockpruner.search.run import search
 from blockpruner.search.trace import Current
@@ -72,32 +73,35 @@ def prune(
     *,
     seq_len: int = 2048,
     packing: str = "joined",
-    method: str | Search = "greedy",
+    method: str | Search = RECOMMENDED,
     unit: str = "block",
     candidates: str = "all",
     metric: str | Metric | Callable[..., Any] = "perplexity",
     options: Mapping[str, Any] | None = None,
-    acceleration: str = "none",
+    acceleration: str | None = None,
     compensation: str | None = None,
     batch_tokens: int | str = "auto",
     trials: str | Path | None = None,
     observer: Observer | None = None,
 ) -> Pruned:
-    """Remove the blocks whose absence costs the least on `texts`, in place (by default as arXiv 2406.10594 does).
+    """Remove the blocks whose absence costs the least on `texts`, in place.
 
     Args:
         model: a transformers causal LM of a supported family. It is changed.
         texts: calibration samples; the paper uses 256 Alpaca samples.
         ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken. Or a budget as in
             params.yaml ("17blocks", "0.30kv").
-        method, metric: a name as in a run file's `score` section (docs/methods.md), or a row of your own
-            (docs/extend.md). A metric may also be a function of (logits, targets, the dense model's logits). Methods
-            that change weights, speed-ups and answers to items need the stages.
+        method: "recommended" (floating search, lazy + race, and refit); "blockpruner", exactly as in arXiv 2406.10594;
+            a plain search by its name in a run file's `score` section (docs/methods.md); or a row of your own
+            (docs/extend.md). Methods that change weights need the stages.
+        metric: a name as in a run file's `score` section, a row of your own, or a function of (logits, targets, the
+            dense model's logits). Speed-ups and answers to items need the stages.
         unit, candidates, options: as in a run file's `score` section.
-        acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk).
-        compensation: "refit" or another method of `compensate.method` (docs/methods.md): weights before removed blocks
-            change to make up for them. A quarter of the calibration rows is held out to check that it helps. It wants
-            tens of thousands of tokens.
+        acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk), in
+            place of the method's own.
+        compensation: "none", or a method of `compensate.method` (docs/methods.md), in place of the method's own:
+            weights before removed blocks change to make up for them. A quarter of the calibration rows is held out to
+            check that it helps. It wants tens of thousands of tokens.
         seq_len: tokens in a calibration row; shortened to the model's context.
         trials: a folder that keeps every score, so that a call that was killed goes on where it was.
         observer: shows progress; by default a bar on a terminal.
@@ -105,11 +109,13 @@ def prune(
     Raises:
         InputError: unsupported family, no calibration row, a ratio that cannot be met, settings that do not fit.
     """
-    if isinstance(method, str) and not kind_of_method(method).removes_blocks:
+    chosen = recipe(method if isinstance(method, str) else method.name, acceleration, compensation)
+    if isinstance(method, str) and not kind_of_method(chosen.method).removes_blocks:
         raise InputError(f"method {method!r} changes weights, which prune does not; use a run file and the stages")
     if isinstance(texts, str):
         raise InputError("texts is one string; give a list of calibration samples")
-    asked = _request(method, metric, unit, candidates, options or {}, acceleration)
+    own = None if isinstance(method, str) else method
+    asked = _request(chosen, own, metric, unit, candidates, options or {})
     if asked.metric.answers:
         raise InputError(
             f"metric {asked.metric.name!r} is of items and their answers, which prune does not take; write a run file"
@@ -120,7 +126,12 @@ def prune(
     config = model.config.to_dict()
     budget = ratio if isinstance(ratio, str) else f"{ratio:.12f}".rstrip("0")
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
-    calibration = pack_rows(texts, tokenizer, seq_len, packing)
+    calibration, mend = pack_rows(texts, tokenizer, seq_len, packing), chosen.compensation
+    if mend != "none" and len(calibration.rows) < 2:
+        raise InputError(
+            f"compensation {mend} is fitted to calibration rows and checked on others, and there is one row of "
+            f"{calibration.tokens} tokens; give more texts or a smaller seq_len, or compensation='none'"
+        )
     model.eval()
     dtype = str(model.dtype).removeprefix("torch.")
     identity = _identity(model) if trials is not None else Identity(IN_MEMORY, IN_MEMORY)
@@ -131,10 +142,9 @@ def prune(
     order, perplexities = removals(trace, asked.search.nested)
     current = _current(asked, fields_of(asked.metric.key, calibration, identity, dtype), calibration)
     plan = choose(order, perplexities, config, budget, current)
-    firm, rows = stabilities(trace, asked.options.price), len(calibration.rows)
-    found = Compensated()
-    if compensation is not None:
-        found = compensate(model, plan, calibration, max(1, rows // 4), compensation, observer)
+    firm, rows, found = stabilities(trace, asked.options.price), len(calibration.rows), Compensated()
+    if mend != "none":
+        found = compensate(model, plan, calibration, max(1, rows // 4), mend, observer)
     pruned = prune_(model, plan.mask)
     pruned.load_state_dict(found.weights, strict=False)
     return Pruned(pruned, tokenizer, plan, tuple(trace), firm, found.report)
@@ -150,14 +160,13 @@ def _identity(model: PreTrainedModel) -> Identity:
 
 
 def _request(
-    method: str | Search,
+    chosen: Recipe,
+    own: Search | None,
     metric: str | Metric | Callable[..., Any],
     unit: str,
     candidates: str,
     options: Mapping[str, Any],
-    acceleration: str,
 ) -> Request:
-    row = None if isinstance(method, str) else method
     if callable(metric):
         name = getattr(metric, "__name__", type(metric).__name__)
         metric = Metric(
@@ -167,15 +176,15 @@ def _request(
     score = read_settings(
         Score,
         {
-            "method": row.name if row else method,
+            "method": chosen.method,
             "metric": measure.name,
             "unit": unit,
             "candidates": candidates,
             "options": options,
-            "acceleration": acceleration,
+            "acceleration": chosen.acceleration,
         },
     )
-    return request(score, row, measure)
+    return request(score, own, measure)
 
 
 def _current(asked: Request, store: Mapping[str, Any], calibration: CalibrationSet) -> Current:

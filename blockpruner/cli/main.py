@@ -21,6 +21,7 @@ from typer import Argument, Option
 from blockpruner import __version__
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
+from blockpruner.search.recipes import RECOMMENDED, recipe
 
 KEY = re.compile(
     r"\b(?:(?:model|calibration|score|runtime)\.(?:\w+\.)?"
@@ -80,11 +81,19 @@ def prune(
         int | None, Option(min=1, help="Texts that are drawn.", show_default="256; of --texts what fills 16 rows")
     ] = None,
     seq_len: Annotated[int | None, Option(min=2, help="Tokens in a row.", show_default="2048, or the context")] = None,
-    method: Annotated[str, Option(help="How blocks are chosen (docs/methods.md).")] = "greedy",
+    method: Annotated[
+        str, Option(help="recommended; blockpruner, exactly as published; or a plain search (docs/methods.md).")
+    ] = RECOMMENDED,
     unit: Annotated[str, Option(help="What a step removes: block or layer.")] = "block",
     metric: Annotated[str, Option(help="What a step keeps low (docs/methods.md).")] = "perplexity",
-    acceleration: Annotated[str, Option(help="none is exact; lazy, race, lazy+race are faster.")] = "none",
-    compensate: Annotated[str, Option(help="Fit the weights that are left: refit, map, bias, scale, none.")] = "none",
+    acceleration: Annotated[
+        str | None,
+        Option(help="none is exact; lazy, race, lazy+race are faster.", show_default="lazy+race if recommended"),
+    ] = None,
+    compensate: Annotated[
+        str | None,
+        Option(help="Fit the weights that stay: refit, map, bias, scale, none.", show_default="refit if recommended"),
+    ] = None,
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -100,8 +109,9 @@ def prune(
     if texts is not None:
         calibration |= {"data": {"source": "path", "path": str(texts)}, "split": "all"}
         calibration |= {"num_rows": work.ROWS} if num_samples is None else {}
-    score = {"method": method, "unit": unit, "metric": metric, "acceleration": acceleration}
-    sections = {"calibration": calibration, "score": score, "compensate": {"method": compensate}}
+    chosen = recipe(method, acceleration, compensate)
+    score = {"method": chosen.method, "unit": unit, "metric": metric, "acceleration": chosen.acceleration}
+    sections = {"calibration": calibration, "score": score, "compensate": {"method": chosen.compensation}}
     place = work.Place(trials.expanduser().absolute(), device, stderr_observer())
     run = place.read_run(model, dtype, trust_remote_code, export, sections)
     if dry_run:

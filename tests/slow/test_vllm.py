@@ -3,16 +3,26 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.serving import plans
+from benchmarks.methods import FOUND
+from benchmarks.scoring import TEXT
 from blockpruner.checkpoints.nas import export_nas
+from blockpruner.compensation.compensate import write_compensated
+from blockpruner.compensation.rows import compensation_rows
+from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Compensate
+from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.model.models import load_model, masked
-from tests.plans import pruning
+from blockpruner.methods.apply import Pruning
+from blockpruner.methods.healed import find_healed
+from blockpruner.model.models import load_model
+from blockpruner.store.files import read_json
+from tests.plans import SOMEONE, plan_of, pruning
 
 PROMPTS = ["The capital of France is", "Once upon a time, a little fox", "def fibonacci(n):\n"]
 NEW_TOKENS = 24
@@ -51,30 +61,41 @@ def write_reference(model, tokenizer, path: Path) -> Path:
     return path
 
 
-def test_vllm_says_what_the_masked_model_says(tmp_path, smollm2):
-    """At two ratios; what vLLM measures on the way is printed."""
-    model, tokenizer = load_model(smollm2, "float32", "cpu"), load_tokenizer(smollm2)
-    dense = write_reference(model, tokenizer, tmp_path / "dense.json")
-    chosen = {name: plan for name, plan in plans().items() if name != "dense"}
-    references = {}
-    for name, plan in chosen.items():
-        with masked(model, plan.mask):
-            references[name] = write_reference(model, tokenizer, tmp_path / f"{name}.json")
-    del model
-    reports = {"dense": ask("check", smollm2, dense)}
-    for name, plan in chosen.items():
-        export_nas(pruning(smollm2, plan), tmp_path / f"nas {name}")
+def pruned_models(dense: Path, folder: Path) -> dict[str, Pruning]:
+    """BlockPruner's models in benchmarks/methods.json at about 10 and 20 %, and the larger one compensated."""
+    result = {}
+    for record in read_json(FOUND)["methods"]["BlockPruner"]:
+        plan = plan_of(dense, record["what"]["removed"])
+        result[f"{plan.ratio:.2%}"] = pruning(dense, plan)
+    name, plain = max(result.items(), key=lambda item: item[1].plan.ratio)
+    plan, wanted = replace(plain.plan, compensate="refit"), Compensate(method="refit", num_rows=64)
+    rows = compensation_rows(read_texts(TEXT), load_tokenizer(dense), wanted, (), wanted.seq_len)
+    write_compensated(folder, replace(plain, plan=plan), rows, wanted, SOMEONE, SilentObserver())
+    healed = find_healed([folder], plain.identity)
+    assert healed is not None, (folder / "compensate.json").read_text()
+    return result | {f"{name} + refit": replace(plain, plan=plan, healed=healed)}
+
+
+def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2):
+    """At two ratios, and with other weights than the dense model's; what vLLM measures on the way is printed."""
+    tokenizer, chosen = load_tokenizer(smollm2), pruned_models(smollm2, tmp_path / "healed")
+    references = {"dense": write_reference(load_model(smollm2, "float32", "cpu"), tokenizer, tmp_path / "dense.json")}
+    reports = {"dense": ask("check", smollm2, references["dense"])}
+    for name, made in chosen.items():
+        references[name] = write_reference(made.prune_(made.load()), tokenizer, tmp_path / f"{name}.json")
+        export_nas(made, tmp_path / f"nas {name}")
         reports[name] = ask("check", tmp_path / f"nas {name}", references[name])
     for name, report in reports.items():
         print(name, json.dumps(report))
         assert report["max_logprob_difference"] <= 1e-3
         assert report["greedy_tokens_equal"]
     tokens = {name: report["kv_cache_tokens"] for name, report in reports.items()}
-    for name, plan in chosen.items():
-        assert tokens[name] / tokens["dense"] == pytest.approx(30 / (30 - plan.blocks["mha"]), rel=0.02)
+    for name, made in chosen.items():
+        assert tokens[name] / tokens["dense"] == pytest.approx(30 / (30 - made.plan.blocks["mha"]), rel=0.02)
 
-    name = min(chosen)
-    assert ask("check", tmp_path / f"nas {name}", dense)["max_logprob_difference"] > 0.1  # the check sees a difference
+    plain, name = sorted(chosen)[-2:]  # the check sees a difference: of a block, and of weights
+    for path, other in ((tmp_path / f"nas {plain}", "dense"), (tmp_path / f"nas {name}", plain)):
+        assert ask("check", path, references[other])["max_logprob_difference"] > 0.1
     answer = ask("serve", tmp_path / f"nas {name}", references[name])
     row = json.loads(references[name].read_text())[0]
     print(answer)

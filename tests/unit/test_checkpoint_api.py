@@ -151,7 +151,8 @@ def test_prune_in_memory_equals_brute_force():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     reference = copy.deepcopy(model)
     ratio = 0.3
-    pruned = blockpruner.prune(model, tokenizer, TEXTS, ratio=ratio, seq_len=32)
+    pruned = blockpruner.prune(model, tokenizer, TEXTS, ratio=ratio, seq_len=32, method="blockpruner")
+    assert pruned.plan.method == "greedy" and not pruned.compensation
     rows = pack_rows(TEXTS, tokenizer, 32, "joined").rows
     removed = frozenset()
     for unit, firm in zip(pruned.plan.order, pruned.stability, strict=False):
@@ -185,7 +186,8 @@ def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
         counted = []
         forward = model.lm_head.register_forward_hook(lambda *_: counted.append(1))
         try:
-            plan = blockpruner.prune(model, tiny_tokenizer(), TEXTS, ratio="2blocks", seq_len=32, **settings).plan
+            given = {"ratio": "2blocks", "seq_len": 32, "compensation": "none"} | settings
+            plan = blockpruner.prune(model, tiny_tokenizer(), TEXTS, **given).plan
         finally:
             forward.remove()
         return plan, len(counted)
@@ -221,6 +223,17 @@ def test_a_compensated_model_has_the_perplexity_that_it_reports(block, method):
     assert math.exp(nll) == pytest.approx(perplexity["after"])
 
 
+def test_who_names_a_ratio_alone_gets_what_is_recommended():
+    settings = {"method": "floating", "acceleration": "lazy+race", "compensation": "refit"}
+    found, same, plain = (
+        blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, "3blocks", seq_len=16, **given)
+        for given in ({}, settings, {"compensation": "none"})
+    )
+    assert found.plan == same.plan and found.compensation == same.compensation
+    assert found.plan.method == "floating" and found.compensation["method"] == "refit"
+    assert plain.plan.removed == found.plan.removed and not plain.compensation
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 22])
 def test_bad_ratio(ratio):
     with pytest.raises(InputError, match="between 0 and 1"):
@@ -252,6 +265,7 @@ def test_prune_to_another_budget(budget, mha, blocks):
             "by a metric's name, and a function may change",
         ),
         ({"texts": "one string"}, "texts is one string; give a list"),
+        ({"texts": TEXTS[:1]}, "there is one row of .*; give more texts or a smaller seq_len, or comp"),
     ],
 )
 def test_prune_says_what_it_cannot(changes, message):

@@ -1,0 +1,32 @@
+"""What one name stands for: the search, its acceleration and the compensation that go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Values of `score.method`, `score.acceleration` and `compensate.method` in a run file."""
+
+    method: str
+    acceleration: str = "none"
+    compensation: str = "none"
+
+
+RECOMMENDED = "recommended"
+RECIPES: Mapping[str, Recipe] = {
+    RECOMMENDED: Recipe("floating", "lazy+race", "refit"),  # measured: docs/experiments.md, "The default"
+    "blockpruner": Recipe("greedy"),  # exactly as published, arXiv 2406.10594
+}
+
+
+def recipe(name: str, acceleration: str | None = None, compensation: str | None = None) -> Recipe:
+    """Read a recipe's name, or that of a plain search, which is exact and not compensated.
+
+    Args:
+        acceleration, compensation: in place of the recipe's own.
+    """
+    found = RECIPES.get(name, Recipe(name))
+    return Recipe(found.method, acceleration or found.acceleration, compensation or found.compensation)
