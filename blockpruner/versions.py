@@ -50,5 +50,5 @@ EVAL_VERSION = 3
 STUDY_VERSION = 3
 """Which searches a study makes, and what it asks of each model."""
 
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 """Tables, figures and pages made from results."""

@@ -29,7 +29,7 @@ def test_a_metric():
     logits, targets = torch.tensor([[0.0, 1.0], [2.0, 1.0]]), torch.tensor([1, 1])
     assert names["wrong"](logits, targets, None).tolist() == [0.0, 1.0]
     plan = names["pruned"].plan
-    assert len(plan.order) == 2 and plan.metric == "wrong_tokens"
+    assert len(plan.removed) == 2 and plan.metric == "wrong_tokens"
     bare = blockpruner.prune(
         tiny_model(layers=3), tiny_tokenizer(), TEXTS, "2blocks", seq_len=32, metric=names["wrong"]
     )

@@ -24,7 +24,7 @@ from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, Variant, cures, 
 from blockpruner.paper.healing import healed_of
 from blockpruner.paper.published import MODELS
 from blockpruner.paper.studies import DENSE, SearchRecord, load_plans, model_name
-from blockpruner.reporting.findings import Finding, recommended, stop, warnings
+from blockpruner.reporting.findings import Finding, is_broken, recommended, stop, warnings
 from blockpruner.reporting.formats import percent
 from blockpruner.reporting.results import TIMED, Model, Option, Race, RunLabels, read_items
 from blockpruner.store.files import read_json
@@ -109,20 +109,28 @@ class Evidence:
         """List those with nothing else varied that were timed in a setting, by method and ratio."""
         return tuple(e for method in self.methods for e in self.of(method) if setting in e.races)
 
+    def models(self, setting: str) -> tuple[Entry, ...]:
+        """List by ratio those that were timed in a setting, plain and healed, which have the plain one's shape and so
+        its times."""
+        healed = (entry for entry in self.healed if setting in entry.races)
+        return tuple(sorted((*self.timed(setting), *healed), key=lambda entry: entry.ratio))
+
+    @property
+    def candidates(self) -> tuple[Entry, ...]:
+        """List by ratio all that were timed at all budgets, plain and healed."""
+        return self.models(TIMED)
+
     @property
     def best(self) -> Option | None:
-        """The budget of BlockPruner to stop at, if there is one."""
-        return recommended(self._ours)
+        """The model to stop at, if there is one."""
+        return recommended(self.candidates)
 
     @cached_property
     def findings(self) -> list[Finding]:
         """Where to stop, and the signs of failed pruning of every method timed at all budgets."""
-        timed = self.timed(TIMED)
-        return [stop(self._ours), *warnings(timed, list({entry.method: entry for entry in timed}.values()))]
-
-    @property
-    def _ours(self) -> list[Entry]:
-        return [entry for entry in self.timed(TIMED) if entry.variant.method == BLOCKPRUNER]
+        timed, healed = self.timed(TIMED), (entry for entry in self.candidates if is_broken(entry))
+        traces = {entry.method: entry for entry in timed}.values()
+        return [stop(self.candidates), *warnings((*timed, *healed), list(traces))]
 
     def prefix(self, variant: str, budget: float) -> tuple[str, ...] | None:
         """Find the units that a search had removed when it came nearest to a share of the parameters; of two equally
@@ -206,7 +214,8 @@ def _read_evidence(name: str, subject: str, run: Run, folder: Path) -> Evidence:
             raise InputError(
                 f"{folder / 'results'} has no model {key} ({cure.slug}); run `dvc repro runs/dvc.yaml:evaluate@{name}`"
             )
-        healed.append(replace(base, plan=cure.of(base.plan), model=models[key], races=base.races))
+        made = replace(base, plan=cure.of(base.plan), model=models[key])
+        healed.append(replace(made, name=" + ".join((base.name, *made.healing))))
     return Evidence(dense, tuple(entries), tuple(run.evaluate.zero_shot.tasks), study, refused, tuple(healed))
 
 

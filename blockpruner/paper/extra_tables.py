@@ -5,6 +5,7 @@ Decides which of a study's numbers each shows. All numbers in them are measured 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -105,62 +106,76 @@ def stopping(found: Found) -> Grid:
         Field[Option]("speedup", "generation, × [95 %]", partial(_gain, "generation", TIMED)), MEMORY,
         CALIBRATION, HELDOUT, AVERAGE, P_GOLD, Field[Option]("warnings", "warnings", remarks),
     )  # fmt: skip
-    rows = [option for evidence in found for option in (*_dense(evidence), *evidence.timed(TIMED))]
+    rows = [option for evidence in found for option in (*_dense(evidence), *evidence.candidates)]
     note = (
-        "Stressed: the recommended stopping point of BlockPruner: the knee of held-out loss against speed-up among the "
-        "budgets that are faster than dense beyond noise and before a jump or a mismatch; none: keep the dense model."
+        "Stressed: the recommended stopping point, the knee of held-out loss against speed-up among models that are "
+        "faster than dense beyond noise, below 1.5 times its held-out perplexity, and before a jump or a mismatch (or "
+        "healed); none: keep the dense model. A healed model has the plain one's shape, so its times are those."
     )
     notes = (SPEEDUP_NOTE, *_settings(found, TIMED), note)
     title = "Quality against speed and memory, every budget"
     return grid_of("budgets", title, fields, rows, notes, lambda option: option in best)
 
 
-def _by_seed(evidence: Evidence, method: str) -> dict[str, Entry]:
-    varied = {entry.variant.level: entry for entry in evidence.varied(method, "seed")}
-    base = {str(entry.variant.calibration.seed): entry for entry in evidence.main(method)}
+def _by_seed(entries: Sequence[Entry], method: str) -> dict[str, Entry]:
+    own = [entry for entry in entries if entry.variant.method == method]
+    varied = {entry.variant.level: entry for entry in own if entry.variant.factor == "seed"}
+    base = {str(e.variant.calibration.seed): e for e in own if not e.variant.factor and e.budget == e.variant.main}
     return base | varied if varied else {}
 
 
+def _healed_alike(evidence: Evidence) -> list[list[Entry]]:
+    groups = dict[tuple[str, ...], list[Entry]]()
+    for entry in (*evidence.entries, *evidence.healed):
+        groups.setdefault(entry.healing, []).append(entry)
+    return list(groups.values())
+
+
 def seeds(found: Found) -> Grid:
-    """Show calibration seeds as a factor, with paired t tests of BlockPruner against the others over the same seeds."""
+    """Show calibration seeds as a factor, with paired t tests against BlockPruner, healed alike, over all seeds."""
     groups = [
         (method, base, own)
         for evidence in found
-        if (base := _by_seed(evidence, BLOCKPRUNER))
+        for entries in _healed_alike(evidence)
+        if (base := _by_seed(entries, BLOCKPRUNER))
         for method in evidence.methods
-        if (own := _by_seed(evidence, method)).keys() == base.keys()
+        if (own := _by_seed(entries, method)).keys() == base.keys()
     ]
 
     def averages(entries: dict[str, Entry]) -> list[float]:
         return [entry.model.average.value for entry in entries.values()]
 
-    tests = {
-        i: statistics.paired_t(averages(base), averages(own))
-        for i, (method, base, own) in enumerate(groups)
-        if method != BLOCKPRUNER
-    }
-    corrected = dict(zip(tests, statistics.holm([test.p for test in tests.values()]), strict=True))
+    def losses(entries: dict[str, Entry]) -> list[float]:
+        return [math.log(entry.model.perplexity) for entry in entries.values()]
+
+    others = [i for i, (method, _, _) in enumerate(groups) if method != BLOCKPRUNER]
+    by_accuracy = [statistics.paired_t(averages(groups[i][1]), averages(groups[i][2])) for i in others]
+    by_loss = [statistics.perplexity_ratio(losses(groups[i][1]), losses(groups[i][2])) for i in others]
+    tested: dict[int, tuple[Cell, ...]] = {}
+    corrected = (statistics.holm([test.p for test in tests]) for tests in (by_accuracy, by_loss))
+    for i, gain, ratio, p_gain, p_ratio in zip(others, by_accuracy, by_loss, *corrected, strict=True):
+        tested[i] = (points(gain), p_value(p_gain), factor(ratio), p_value(p_ratio))
     rows: list[tuple[Cell, ...]] = []
     for i, (_, _, own) in enumerate(groups):
         first = next(iter(own.values()))
         measures = [(100 * entry.model.average.value, entry.model.perplexity) for entry in own.values()]
         (average, perplexity), (spread, sd) = np.mean(measures, 0).tolist(), np.std(measures, 0, ddof=1).tolist()
-        tested = (points(tests[i]), p_value(tests[i].p), p_value(corrected[i])) if i in tests else (None,) * 3
         rows.append(
             (
-                first.subject, first.method, ", ".join(own), Number(average, 2), Number(spread, 2),
-                Number(perplexity), Number(sd), *tested,
+                first.subject, first.recipe, ", ".join(own), Number(average, 2), Number(spread, 2),
+                Number(perplexity), Number(sd), *tested.get(i, (None,) * 4),
             )
         )  # fmt: skip
     columns = columns_of(
         model="model", method="method", seeds="seeds", avg_mean="average, %: mean", avg_sd="sd",
-        ppl_mean="held-out PPL: mean", ppl_sd="sd", difference="against BlockPruner, points [95 %]", p="paired t, p",
-        p_holm="p, Holm",
+        ppl_mean="held-out PPL: mean", ppl_sd="sd", difference="average, points [95 %]", p_holm="p, Holm",
+        ppl_ratio="held-out PPL, × [95 %]", ppl_p_holm="p, Holm",
     )  # fmt: skip
     note = (
-        "At the budget of Table 1, one search a calibration seed. Paired t test over seeds, method minus BlockPruner; "
-        "Holm: over this table. Few seeds: a wide t interval. What varies is the calibration sample alone; items and "
-        "held-out text are the same, so an sd of 0 means that every seed led to the same model."
+        "At the budget of Table 1, one search a calibration seed. Paired t tests over seeds, method minus BlockPruner "
+        "healed alike, or their quotient; Holm: over this table. Few seeds: a wide t interval. What varies is the "
+        "calibration sample alone; items and held-out text are the same, so an sd of 0 means that every seed led to "
+        "the same model."
     )
     return Grid("seeds", "Calibration seeds", columns, tuple(rows), (note,))
 
@@ -243,15 +258,15 @@ def balance(found: Found) -> Grid:
     """Find for each speed-up that is reached the timed model of the lowest held-out perplexity, by part of the work."""
     rows: list[tuple[Cell, ...]] = []
     for evidence in found:
-        timed = sorted(evidence.timed(TIMED), key=lambda entry: entry.model.perplexity)
+        timed = sorted(evidence.candidates, key=lambda entry: entry.model.perplexity)
         for part, wanted in product(reversed(PARTS), THRESHOLDS):
             fast = [e for e in timed if e.race.speedup(part) >= wanted and e.race.speedups[part].interval.low > 1]
             for best in fast[:1]:
                 other = next((entry for entry in fast if entry.method != best.method), None)
-                words = f"{other.method}, {percent(other.ratio)}: PPL {number(other.model.perplexity)}" if other else ""
+                words = f"{other.recipe}, {percent(other.ratio)}: PPL {number(other.model.perplexity)}" if other else ""
                 sizes, gain = (field.of(best) for field in (RATIO, MHA, MLP)), factor(best.race.speedups[part])
                 quality = HELDOUT.of(best), AVERAGE.of(best), words or BLANK
-                rows.append((best.subject, part, Number(wanted, 2), best.method, *sizes, gain, *quality))
+                rows.append((best.subject, part, Number(wanted, 2), best.recipe, *sizes, gain, *quality))
     columns = columns_of(
         model="model", part="faster in", at_least="at least, ×", method="take", ratio_pct="removed, %", mha="MHA",
         mlp="MLP", speedup="× [95 %]", heldout_ppl="held-out PPL", avg="average, %",

@@ -172,17 +172,22 @@ def _levels(is_accuracy: bool, axes: Axes, evidence: Evidence) -> None:
 
 
 def _scatter(of: Callable[[Timings], float], title: str, setting: str, axes: Axes, evidence: Evidence) -> None:
-    """Draw held-out perplexity against what a model costs to run; a marker is a method, a number its ratio."""
+    """Draw held-out perplexity against what a model costs to run; a marker is a method, hollow where its models are
+    healed, too, and these are filled; a number is a ratio."""
     plots.star_(axes, of(evidence.dense.races[setting].dense), evidence.dense.model.perplexity, "dense")
-    by_method: dict[str, list[Entry]] = {}
-    for entry in evidence.timed(setting):
-        by_method.setdefault(entry.method, []).append(entry)
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in evidence.models(setting):
+        groups.setdefault((entry.method, entry.recipe), []).append(entry)
+    methods, healed = list(dict.fromkeys(method for method, _ in groups)), {entry.method for entry in evidence.healed}
     shown = [evidence.dense.model.perplexity]
-    for (method, entries), (colour, shape) in zip(by_method.items(), MANY_MARKS, strict=False):
+    for (method, recipe), entries in groups.items():
+        colour, shape = MANY_MARKS[methods.index(method) % len(MANY_MARKS)]
         places = [(of(entry.races[setting].pruned), entry.model.perplexity) for entry in entries]
         x, y = zip(*places, strict=True)
-        line = "-" if len(entries) > 1 else "none"
-        axes.plot(x, y, line, color=colour, marker=shape, markersize=6.5, linewidth=0.7, label=method)
+        line, face = "-" if len(entries) > 1 else "none", "none" if recipe == method and method in healed else colour
+        axes.plot(
+            x, y, line, color=colour, marker=shape, markersize=6.5, linewidth=0.7, markerfacecolor=face, label=recipe
+        )
         for entry, at in zip(entries, places, strict=True) if len(entries) > 1 else ():
             axes.annotate(f"{100 * entry.ratio:.0f}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
         shown += y

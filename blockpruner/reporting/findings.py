@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 from statistics import mean, median
 
 from blockpruner.core.blocks import BlockKind, parse_mask
@@ -175,12 +175,14 @@ def recommended(options: Sequence[Option]) -> Option | None:
     """Find the model to stop at, the knee among the safe ones, or None: keep the dense model.
 
     Safe is faster than dense beyond noise, below 1.5 times its held-out perplexity (COLLAPSE_NATS), and less pruned
-    than the first with a jump or a mismatch; or healed and not broken. `options`: by ratio.
+    than its method's first with a jump or a mismatch; or healed and not broken. `options`: by ratio.
     """
-    plain = [option for option in options if not option.healing]
-    before = takewhile(lambda option: not has_jump(option) and not is_mismatch(option), plain)
+    plain = dict[str, list[Option]]()
+    for option in options:
+        plain.setdefault(option.method, []).extend([] if option.healing else [option])
+    before = [takewhile(lambda option: not has_jump(option) and not is_mismatch(option), own) for own in plain.values()]
     healed = [option for option in options if option.healing and not is_broken(option)]
-    whole = (option for option in (*before, *healed) if option.heldout_rise < COLLAPSE_NATS)
+    whole = [option for option in (*chain(*before), *healed) if option.heldout_rise < COLLAPSE_NATS]
     safe = [option for option in whole if option.race.is_faster]
     return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
 

@@ -186,7 +186,7 @@ def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
         counted = []
         forward = model.lm_head.register_forward_hook(lambda *_: counted.append(1))
         try:
-            given = {"ratio": "2blocks", "seq_len": 32, "compensation": "none"} | settings
+            given = {"ratio": "2blocks", "seq_len": 32, "method": "greedy"} | settings
             plan = blockpruner.prune(model, tiny_tokenizer(), TEXTS, **given).plan
         finally:
             forward.remove()

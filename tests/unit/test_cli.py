@@ -68,8 +68,8 @@ def say(capsys):
     return run
 
 
-def prune(model, *more, ratio=0.3):
-    return ("prune", model, "--ratio", ratio, "--texts", "texts.txt", "--seq-len", 32, *more)
+def prune(model, *more, ratio=0.3, method="blockpruner"):
+    return ("prune", model, "--ratio", ratio, "--texts", "texts.txt", "--seq-len", 32, "--method", method, *more)
 
 
 def done(result):
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_and_transformers_loads_the_result(model, place, sa
         done(say(*prune(model, "--out", "out", "--json"))),
         done(say(*prune(model, "--out", "whole", "--trials", "elsewhere", "--json"))),
     )
-    assert found["plan"] == whole["plan"] | {"target": "out"}
+    assert found["plan"] == whole["plan"] | {"target": "out"} and found["plan"]["method"] == "greedy"
     assert found["search"]["units_reused"] >= 12 > whole["search"]["units_reused"]
     assert found["search"]["units_computed"] <= whole["search"]["units_computed"] - 12
     assert [each["verified"] for each in found["written"]] == [True]
@@ -137,8 +137,9 @@ def test_apply_makes_the_same_checkpoint_from_the_same_base_alone(model, place, 
 
 @pytest.mark.usefixtures("in_process")
 def test_compensated_weights_are_kept_and_no_plan_promises_them(model, place, say):
-    args = prune(model, "--seq-len", 16, "--compensate", "refit", "--out", "out", "--json", ratio="1blocks")
-    assert done(say(*args))["plan"]["compensate"] == "refit"
+    args = prune(model, "--seq-len", 16, "--out", "out", "--json", ratio="1blocks", method="recommended")
+    made = done(say(*args))["plan"]
+    assert (made["method"], made["compensate"]) == ("floating", "refit")
     (report,) = (place / "cache/blockpruner/compensated").glob("*/compensate.json")
     before = report.stat().st_mtime_ns
     assert json.loads(report.read_text())["method"] == "refit"
