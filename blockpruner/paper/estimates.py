@@ -1,4 +1,4 @@
-"""What the searches of a study take, before anything is computed: trials, FLOPs and GPU hours, from its run file.
+"""What a study's searches and trainings take, before anything is computed, from its run file: trials, FLOPs, GPU hours.
 
 Decides what is counted and what is assumed. A greedy search asks for a fixed number of masks. Its trials and FLOPs are
 exact for a given number of removals, which depends on the kinds of the removed blocks; MHA_SHARE is assumed. Tokens of
@@ -17,9 +17,9 @@ from blockpruner.core.budgets import Budget, is_settled, parse_budget, require_r
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, count_parameters
 from blockpruner.core.options import read_options
-from blockpruner.core.settings import Calibration, Run
+from blockpruner.core.settings import Calibration, Recover, Run
 from blockpruner.methods.registry import check_score, require_budgets
-from blockpruner.paper.experiments import Variant, variants
+from blockpruner.paper.experiments import Cure, Variant, cures, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import find_config
 from blockpruner.scoring.metrics import METRICS, NLL
@@ -73,13 +73,27 @@ class SearchCost:
 
 
 @dataclass(frozen=True)
+class TrainingCost:
+    """What the training of one pruned model computes, validation apart."""
+
+    name: str
+    budget: str
+    rows: int
+    """Over all epochs."""
+    length: int
+    flops: int
+    expected: float = 1.0
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """All searches of a run's study."""
+    """All searches of a run's study, and what is trained after them."""
 
     run: str
     dtype: str
     parameters: int
     searches: tuple[SearchCost, ...]
+    trainings: tuple[TrainingCost, ...] = ()
 
     @property
     def trials(self) -> int:
@@ -87,10 +101,10 @@ class Estimate:
 
     def hours(self, gpu: str) -> float:
         """Expected on one GPU, a key of GPUS."""
-        return sum(gpu_hours(cost, gpu, self.dtype) for cost in self.searches)
+        return sum(gpu_hours(cost, gpu, self.dtype) for cost in (*self.searches, *self.trainings))
 
 
-def gpu_hours(cost: SearchCost, gpu: str, dtype: str) -> float:
+def gpu_hours(cost: SearchCost | TrainingCost, gpu: str, dtype: str) -> float:
     _, half, single = GPUS[gpu]
     return cost.flops * cost.expected / (UTILISATION * (half if dtype in ("bfloat16", "float16") else single)) / 3600
 
@@ -114,7 +128,18 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
             searches.append(_uncounted(variant, f"cannot be had: {error}"))
         except InputError as error:
             raise InputError(f"runs/{run}.yaml, {variant.name}: {error}") from error
-    return Estimate(run, settings.model.dtype, count_parameters(config).total, tuple(searches))
+    trainings = (training_cost(cure, settings.recover, config) for cure in cures(settings) if cure.recover)
+    return Estimate(run, settings.model.dtype, count_parameters(config).total, tuple(searches), tuple(trainings))
+
+
+def training_cost(cure: Cure, recipe: Recover, config: Config) -> TrainingCost:
+    """What the training of a model takes, of which the blocks that `removals` assumes are gone."""
+    units = removable_units(int(config["num_hidden_layers"]), cure.variant.score.unit, cure.variant.score.candidates)
+    rows, length = recipe.num_rows, recipe.seq_len
+    if rows is None:
+        rows, length = recipe.num_samples, round(min(SAMPLE_TOKENS, recipe.seq_len))
+    flops = Flops.of(config, rows, length).training(removals(units, (cure.budget,), config)[-1], recipe)
+    return TrainingCost(cure.variant.name, cure.budget, rows * recipe.epochs, length, flops * recipe.epochs)
 
 
 def calibration_rows(calibration: Calibration) -> tuple[int, int]:
@@ -252,10 +277,15 @@ def describe(name: str, estimates: Sequence[Estimate], gpu: str | None = None) -
         lines += ["", f"## {found.run}: {found.parameters / 1e9:.2f} B parameters, {found.dtype}", ""]
         lines += ["| search | to | removals | rows x tokens | trials | PFLOP | GPU hours |", "|---|---|" + "---:|" * 5]
         own = [(cost.trials, cost.flops, gpu_hours(cost, gpu, found.dtype)) for cost in found.searches]
+        trained = [(0, cost.flops, gpu_hours(cost, gpu, found.dtype)) for cost in found.trainings]
         for cost, amounts in zip(found.searches, own, strict=True):
             budgets, rows = ", ".join(cost.variant.budgets), f"{cost.rows} x {cost.length}"
             numbers = (cost.remark, "", "") if cost.remark else _sums([amounts])
             lines.append(_row(cost.variant.name, budgets, cost.removals or "–", rows, *numbers))
+        for training, amounts in zip(found.trainings, trained, strict=True):
+            rows = f"{training.rows:,} x {training.length}"
+            lines.append(_row(f"training of {training.name}", training.budget, "–", rows, *_sums([amounts])))
+        own += trained
         lines.append(_row("together", "", "", "", *_sums(own)))
         totals.append(_row(found.run, *_sums(own)))
         everything += own
@@ -269,7 +299,8 @@ def describe(name: str, estimates: Sequence[Estimate], gpu: str | None = None) -
         "",
         f"GPU hours are one calculation, nothing measured: PFLOP on one {title} at {UTILISATION:.0%} of its peak "
         f"({peak / 1e12:.0f} TFLOP/s in 16 bits), an assumption, and the share of an accelerated search that SmolLM2's "
-        "needed (docs/performance.md). Fetching, loading, evaluation and timing are not counted.",
+        "needed (docs/performance.md). Fetching, loading, compensation, validation, evaluation and timing are not "
+        "counted.",
     ]
     if any(cost.remark for found in estimates for cost in found.searches):
         lines += ["", "Searches that are not counted, or cannot be had, are in no total."]

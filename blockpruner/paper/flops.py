@@ -12,6 +12,7 @@ from itertools import accumulate
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.core.families import Config, count_products
+from blockpruner.core.settings import Recover
 from blockpruner.scoring.walk import runs, steps_of
 
 
@@ -48,6 +49,17 @@ class Flops:
     def full(self, mask: Mask) -> int:
         """One pass for one mask, with logits where they predict a token."""
         return self.blocks_of(mask) + self.head
+
+    def training(self, mask: Mask, recipe: Recover) -> int:
+        """Forward and backward of one mask's model, and forward of the dense one where the recipe compares with it.
+
+        Backward costs a block twice its forward; with adapters about once, since its weights have no gradient. The head
+        is not trained, so its backward costs one forward. Adapters themselves are left out.
+        """
+        passes = (3 if recipe.weights == "all" else 2) + recipe.checkpointing
+        taught = recipe.distill or recipe.hidden
+        heads = 2 * self.head + (self.head if recipe.distill else 0)
+        return passes * self.blocks_of(mask) + heads + (self.blocks_of(DENSE) if taught else 0)
 
     def naive(self, masks: Sequence[Mask]) -> int:
         """One full forward pass for each mask, with logits of every token."""

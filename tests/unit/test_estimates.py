@@ -8,7 +8,7 @@ import pytest
 
 from blockpruner.core.blocks import DENSE, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Calibration, HubModel, Run, Score
+from blockpruner.core.settings import Calibration, HubModel, Run, Score, Study
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.paper.check import CHECKS, searches
 from blockpruner.paper.estimates import SAMPLE_TOKENS, calibration_rows, describe, estimate, search_cost
@@ -164,6 +164,21 @@ def test_a_study_is_the_sum_of_its_searches():
     assert [cost.variant.name for cost in found.searches] == [one.name for one in variants(run)]
     longer = estimate("llama2-7b", studied(seeds=[43]))
     assert found.trials - longer.trials == sum(c.trials for c in found.searches if c.variant.level == "44")
+
+
+def test_training_is_counted_with_its_epochs():
+    recipe = {"num_rows": 100, "seq_len": 512, "weights": "all", "distill": 1.0, "epochs": 2}
+    heal = [{"methods": ["blockpruner"], "budgets": ["0.20"], "recover": True}]
+    run = Run.model_validate(studied().model_dump() | {"recover": recipe})
+    run = run.model_copy(update={"study": Study.model_validate(run.study.model_dump() | {"heal": heal})})
+    found = estimate("llama2-7b", run)
+    (cost,) = found.trainings
+    assert (cost.rows, cost.length) == (200, 512) and found.hours("h100") > estimate("llama2-7b", studied()).hours(
+        "h100"
+    )
+    tokens, blocks, head = 200 * 512, 6.48e9, 131e6  # three passes of a model at 20 %, one of the dense one
+    assert cost.flops == pytest.approx(2 * tokens * (blocks * (3 * 0.8 + 1) + 3 * head), rel=0.05)
+    assert "| training of BlockPruner | 0.20 | – | 200 x 512 | 0 |" in describe("llama2-7b", [found])
 
 
 def test_what_is_printed():

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from benchmarks.shapes import random_rows
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.model.models import masked
+from blockpruner.core.settings import Recover
+from blockpruner.model.models import decoder_layers, masked
 from blockpruner.paper.flops import Flops
+from blockpruner.recovery.loss import TrainingLoss
+from blockpruner.recovery.weights import checkpointed, trained_weights_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from tests.tiny import VARIANTS, tiny_model
@@ -23,6 +27,18 @@ def counted(work):
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
+
+
+class Counter(TorchDispatchMode):
+    """torch's formulas without its hooks on modules, which do not bear a loss that is differentiated in pieces."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def tiny(family):
@@ -96,3 +112,21 @@ def test_a_sweep_is_n_plus_half_n_squared():
 def test_blocks_side_by_side_are_refused():
     with pytest.raises(InputError, match="use_parallel_residual: false"):
         Flops.of(tiny("gpt_neox")[0].config.to_dict(), ROWS, LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error"),
+    [({"weights": "all", "distill": 0.5}, 0.03), ({"weights": "all", "checkpointing": True}, 0.05), ({}, 0.1)],
+)
+def test_training_is_about_torchs_count(recipe, error):
+    """Adapters are left out; the last product of a checkpointed layer is not computed again."""
+    model, rows = tiny("llama")
+    wanted = Recover(**{"rank": 1, **recipe})
+    expected = Flops.of(model.config.to_dict(), ROWS, LENGTH).training(DENSE, wanted)
+    teacher, _ = tiny("llama") if wanted.distill else (None, None)
+    weights = trained_weights_(model, wanted)
+    objective = TrainingLoss(model, teacher, wanted)
+    with checkpointed(decoder_layers(model), wanted.checkpointing), Counter() as counter:
+        objective.accumulate_(rows, 1.0)
+    weights.end_()
+    assert counter.total - (1 + bool(wanted.distill)) * tables(model) == pytest.approx(expected, rel=error)
