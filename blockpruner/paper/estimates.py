@@ -101,7 +101,8 @@ class Estimate:
 
     def hours(self, gpu: str) -> float:
         """Expected on one GPU, a key of GPUS."""
-        return sum(gpu_hours(cost, gpu, self.dtype) for cost in (*self.searches, *self.trainings))
+        costs: tuple[SearchCost | TrainingCost, ...] = (*self.searches, *self.trainings)
+        return sum(gpu_hours(cost, gpu, self.dtype) for cost in costs)
 
 
 def gpu_hours(cost: SearchCost | TrainingCost, gpu: str, dtype: str) -> float:
@@ -128,7 +129,8 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
             searches.append(_uncounted(variant, f"cannot be had: {error}"))
         except InputError as error:
             raise InputError(f"runs/{run}.yaml, {variant.name}: {error}") from error
-    trainings = (training_cost(cure, settings.recover, config) for cure in cures(settings) if cure.recover)
+    trained = [cure for cure in cures(settings) if cure.recover]  # none without its settings
+    trainings = [training_cost(cure, recipe, config) for recipe in (settings.recover,) if recipe for cure in trained]
     return Estimate(run, settings.model.dtype, count_parameters(config).total, tuple(searches), tuple(trainings))
 
 
