@@ -38,6 +38,7 @@ class Batch:
     input_ids: Tensor  # [B, T] int64
     is_real: Tensor  # [B, T] bool
     is_target: Tensor  # [B, T-1] bool: position t predicts a real token t+1 that is scored
+    packed: Tensor | None  # [N] int64: where the N real tokens lie among all B * T; None if there is no pad
 
 
 LayerKwargs = tuple[dict[str, Any], ...]
@@ -145,27 +146,34 @@ class Engine:
         if task.metric.influence:
             yield from self._influences(task, embedded, batch, layer_kwargs)
             return
-        for masks, hidden in walk(self._steps, task.masks, embedded, partial(self._forward, layer_kwargs)):
+        for masks, hidden in walk(self._steps, task.masks, embedded, partial(self._forward, batch, layer_kwargs)):
             yield from self._scored(masks, hidden, batch, task, rows)
 
-    def _forward(self, layer_kwargs: LayerKwargs, kept: Step, hidden: Tensor, added: dict[BlockId, Tensor]) -> Tensor:
+    def _forward(
+        self, batch: Batch, layer_kwargs: LayerKwargs, kept: Step, hidden: Tensor, added: dict[BlockId, Tensor]
+    ) -> Tensor:
         """The residual stream after a step with only the `kept` blocks; `added` is what blocks add to `hidden`."""
         result = hidden
         for block in kept:
             if block not in added:
-                added[block] = self._block(block, hidden, layer_kwargs)
+                added[block] = self._block(block, hidden, layer_kwargs, batch.packed)
             result = result.to(added[block].device) + added[block]
         return result
 
-    def _block(self, block: BlockId, hidden: Tensor, layer_kwargs: LayerKwargs) -> Tensor:
+    def _block(self, block: BlockId, hidden: Tensor, layer_kwargs: LayerKwargs, packed: Tensor | None = None) -> Tensor:
+        """What a block adds to the stream; an MLP, which sees each token alone, computes no pads if they are known."""
         layer, branch = self._layers[block.layer], self._family.branch(block.kind)
         module, states = getattr(layer, branch.module), hidden.to(self._device(block.layer))
         if branch.norm is not None:
             states = getattr(layer, branch.norm)(states)
         if block.kind is BlockKind.MHA:
             states = module(hidden_states=states, **layer_kwargs[block.layer])[0]
-        else:
+        elif packed is None:
             states = module(states)
+        else:
+            flat, places = states.flatten(0, 1), packed.to(states.device)
+            real = module(flat[places][None])[0]
+            states = real.new_zeros(len(flat), real.shape[-1]).index_copy(0, places, real).view(*states.shape[:2], -1)
         return states if branch.post is None else getattr(layer, branch.post)(states)  # type: ignore[no-any-return]
 
     def _device(self, layer: int) -> torch.device:
@@ -211,7 +219,7 @@ class Engine:
             for step in self._steps[layer * per_layer : (layer + 1) * per_layer]:
                 kept = tuple(block for block in step if block not in task.base)
                 reads |= dict.fromkeys(kept, hidden)
-                hidden = self._forward(layer_kwargs, kept, hidden, adds)
+                hidden = self._forward(batch, layer_kwargs, kept, hidden, adds)
             for mask in [mask for mask, unit in units.items() if unit[-1].layer == layer]:
                 first, *others = units.pop(mask)
                 f = adds[first].to(wide)
@@ -234,7 +242,7 @@ class Engine:
             batch = self._batch([rows[row]])
             hidden, layer_kwargs = self._prepare(batch.input_ids)
             for step in kept:
-                hidden = self._forward(layer_kwargs, step, hidden, {})
+                hidden = self._forward(batch, layer_kwargs, step, hidden, {})
             logits = self._logits(self._final_states(hidden, batch))
             loss = token_nll(logits, batch.input_ids[:, 1:][batch.is_target]).mean()
             found = torch.autograd.grad(loss, weights, allow_unused=True)  # an expert may see no token
@@ -298,7 +306,8 @@ class Engine:
         is_real = torch.arange(longest)[None, :] < lengths[:, None]
         is_target = (is_real & (ids >= 0))[:, 1:]
         ids = torch.where(ids < 0, ~ids, ids)
-        return Batch(ids.to(self._home), is_real.to(self._home), is_target.to(self._home))
+        packed = None if is_real.all() else is_real.flatten().nonzero()[:, 0].to(self._home)
+        return Batch(ids.to(self._home), is_real.to(self._home), is_target.to(self._home), packed)
 
     def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The states that the head reads where it predicts a target, row by row: [N, H] for N targets of the batch."""

@@ -285,7 +285,7 @@ class StreamingEngine(Engine):
             slots = [slot, *fresh] if unchanged else [*fresh, slot]
             if fresh or not unchanged:
                 hidden = tiles.get(slot, work.shape)
-                results = walk(steps, masks, hidden, partial(self._forward, work.layer_kwargs))
+                results = walk(steps, masks, hidden, partial(self._forward, work.batch, work.layer_kwargs))
                 for target, (_, result) in zip(slots, results, strict=True):
                     if result is not hidden:
                         tiles.put(target, result)
