@@ -254,7 +254,7 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
     reported = unknown(NLL.key, [mask for mask in [DENSE, *steps] if mask not in scored], kept=False)
     return SearchCost(
         variant, len(steps), rows, length, trials + len(reported), work + sum(map(flops.full, reported)),
-        EXPECTED[score.acceleration],
+        EXPECTED[score.acceleration] * SEARCHES[name].work,
     )  # fmt: skip
 
 
@@ -297,7 +297,8 @@ def describe(name: str, estimates: Sequence[Estimate], gpu: str | None = None) -
         "",
         "Trials and PFLOP of searches are exact for a given number of removals and rows, and an upper bound for an "
         f"accelerated search. Assumed: {MHA_SHARE:.0%} of removed blocks are MHA, and a sample has {SAMPLE_TOKENS:.0f} "
-        "tokens. A trial that several searches ask for is counted once where that is sure.",
+        "tokens. A trial that several searches ask for is counted once where that is sure. Floating search is counted "
+        f"as greedy steps; {SEARCHES['floating'].work:g} times their hours are expected.",
         "",
         f"GPU hours are one calculation, nothing measured: PFLOP on one {title} at {UTILISATION:.0%} of its peak "
         f"({peak / 1e12:.0f} TFLOP/s in 16 bits), an assumption, and the share of an accelerated search that SmolLM2's "

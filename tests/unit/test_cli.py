@@ -158,6 +158,11 @@ def test_a_dry_run_counts_the_trials_and_leaves_nothing(model, place, say):
     assert [path.name for path in place.iterdir()] == ["texts.txt"]
     assert forecast["parameters"] == sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
     assert "blocks: 4 MHA + 4 MLP" in say(*prune(model, "--dry-run"))[1]
+    exact, faster = (
+        done(say(*prune(model, "--dry-run", "--json", method=method)))["hours_h100"]
+        for method in ("floating", "recommended")
+    )
+    assert exact > faster > 0
     found = done(say(*prune(model, "--json")))
     assert found["written"][0]["path"] == str(place / "tiny-0.3")
     if len(found["plan"]["order"]) == forecast["removals"]:  # which it assumes
