@@ -16,7 +16,7 @@ from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.paper.contrasts import detectable, effect_cell, pairs_of
 from blockpruner.paper.evidence import MAIN, Entry, Evidence
 from blockpruner.paper.experiments import BLOCKPRUNER
-from blockpruner.paper.tables import METHOD, MODEL, RATIO, task_cell
+from blockpruner.paper.tables import MODEL, RATIO, task_cell
 from blockpruner.reporting import statistics
 from blockpruner.reporting.findings import signs
 from blockpruner.reporting.formats import number, percent
@@ -35,7 +35,7 @@ from blockpruner.reporting.grids import (
     share,
 )
 from blockpruner.reporting.results import PARTS, TIMED, Option
-from blockpruner.reporting.tables import AVERAGE, CALIBRATION, HELDOUT, P_GOLD
+from blockpruner.reporting.tables import AVERAGE, CALIBRATION, HELDOUT, METHOD, P_GOLD
 
 THRESHOLDS = (1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0)
 """Speed-ups for which the best balance of MHA and MLP is named."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,6 +26,9 @@ from blockpruner.reporting.results import TIMED, Timings
 from blockpruner.reporting.statistics import Mean
 
 Draw = Callable[[Axes, Evidence], None]
+FILLS: tuple[Literal["none", "bottom", "full"], ...] = ("none", "bottom", "full")
+"""Of markers: as pruned, compensated, trained after that."""
+
 ACCURACY, PERPLEXITY = "average accuracy, %", "held-out perplexity"
 
 
@@ -103,7 +107,7 @@ def _curves(methods: Mapping[str, str]) -> tuple[tuple[str, Draw], ...]:
 
 
 def _healing(is_confidence: bool, axes: Axes, evidence: Evidence) -> None:
-    """Draw the models of healed searches: hollow as pruned, filled as healed, perplexities from the dense model on."""
+    """Draw the models of healed searches, filled by what was done after them, perplexities from the dense model on."""
     own = {entry.variant.method: METHODS[entry.variant.method].title for entry in evidence.healed}
     plain = [entry for entry in evidence.entries if not entry.variant.factor]
     shown: list[float] = []
@@ -122,7 +126,7 @@ def _healing(is_confidence: bool, axes: Axes, evidence: Evidence) -> None:
                 y, error, line = [100 * each.value for each in known], [100 * each.stderr for each in known], "none"
             axes.errorbar(
                 [100 * option.ratio for option in options], y, error, linestyle=line, color=colour, marker=shape,
-                markersize=6, linewidth=1.3, capsize=2, markerfacecolor=colour if healing else "none",
+                markersize=6, linewidth=1.3, capsize=2, fillstyle=FILLS[len(healing)], markerfacecoloralt="none",
                 label=" + ".join((title, *healing)),
             )  # fmt: skip
             shown += y
@@ -172,8 +176,8 @@ def _levels(is_accuracy: bool, axes: Axes, evidence: Evidence) -> None:
 
 
 def _scatter(of: Callable[[Timings], float], title: str, setting: str, axes: Axes, evidence: Evidence) -> None:
-    """Draw held-out perplexity against what a model costs to run; a marker is a method, hollow where its models are
-    healed, too, and these are filled; a number is a ratio."""
+    """Draw held-out perplexity against what a model costs to run; a marker is a method, filled by what was done after
+    it, where its models are healed at all; a number is a ratio."""
     plots.star_(axes, of(evidence.dense.races[setting].dense), evidence.dense.model.perplexity, "dense")
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in evidence.models(setting):
@@ -184,10 +188,11 @@ def _scatter(of: Callable[[Timings], float], title: str, setting: str, axes: Axe
         colour, shape = MANY_MARKS[methods.index(method) % len(MANY_MARKS)]
         places = [(of(entry.races[setting].pruned), entry.model.perplexity) for entry in entries]
         x, y = zip(*places, strict=True)
-        line, face = "-" if len(entries) > 1 else "none", "none" if recipe == method and method in healed else colour
+        line, fill = "-" if len(entries) > 1 else "none", FILLS[len(entries[0].healing) if method in healed else -1]
         axes.plot(
-            x, y, line, color=colour, marker=shape, markersize=6.5, linewidth=0.7, markerfacecolor=face, label=recipe
-        )
+            x, y, line, color=colour, marker=shape, markersize=6.5, linewidth=0.7, fillstyle=fill,
+            markerfacecoloralt="none", label=recipe,
+        )  # fmt: skip
         for entry, at in zip(entries, places, strict=True) if len(entries) > 1 else ():
             axes.annotate(f"{100 * entry.ratio:.0f}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
         shown += y
@@ -251,7 +256,7 @@ HEALING = PaperFigure(
     "healing",
     "Search and healing",
     "Held-out perplexity and p of the right answer (± 1 standard error) where blocks or layers are removed by several "
-    "searches: as pruned (hollow) and with the weights that are left healed (filled).",
+    "searches: as pruned (hollow), compensated (half filled), and trained after that (filled).",
     (("", partial(_healing, False)), ("", partial(_healing, True))),
     lambda evidence: bool(evidence.healed),
     "the study heals no model",

@@ -19,13 +19,12 @@ from blockpruner.paper.studies import DENSE
 from blockpruner.reporting.comparison import BAND
 from blockpruner.reporting.grids import Cell, Column, Field, Grid, Number, factor, score, share
 from blockpruner.reporting.results import Option
-from blockpruner.reporting.tables import P_GOLD
+from blockpruner.reporting.tables import METHOD, P_GOLD
 
 HERE, PAPER, DIFFERENCE = "here", "paper", "here − paper"
 NOT_COMPUTED = "not computed here"
 ALL_PAPER = "All of these rows are the paper’s (arXiv 2406.10594), for orientation: other models, so no differences."
 MODEL = Field[Option]("model", "model", lambda option: option.subject)
-METHOD = Field[Option]("method", "method", lambda option: option.method)
 
 Rows = list[tuple[Cell, ...]]
 

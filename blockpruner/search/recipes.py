@@ -17,7 +17,7 @@ class Recipe:
 
 RECOMMENDED = "recommended"
 RECIPES: Mapping[str, Recipe] = {
-    RECOMMENDED: Recipe("floating", "lazy+race", "refit"),  # measured: docs/experiments.md, "The default"
+    RECOMMENDED: Recipe("floating", "lazy+race", "refit"),  # measured: docs/experiments.md, "Search and healing"
     "blockpruner": Recipe("greedy"),  # exactly as published, arXiv 2406.10594
 }
 
