@@ -23,6 +23,7 @@ import torch
 from benchmarks.scoring import setting
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verify_llama_cpp import Server
+from blockpruner.core.plan import Plan
 from blockpruner.evaluation.speed import generate, random_prompt
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
@@ -48,6 +49,13 @@ class Run:
     kv_bytes: int
 
 
+def nothing_removed(plan: Plan) -> Plan:
+    """The plan of the dense model, from one of a pruned model."""
+    counts = dict.fromkeys(plan.parameters, plan.parameters["dense"])
+    none = replace(plan, removed=(), order=(), ratios=(), ratio=0.0, blocks={"mha": 0, "mlp": 0}, compensate="none")
+    return replace(none, parameters=counts)
+
+
 def prunings() -> dict[str, Pruning]:
     """The dense model, as one of which nothing is removed, and the pruned ones by their ratios."""
     run, result = load_run(STUDY.name), dict[str, Pruning]()
@@ -58,9 +66,7 @@ def prunings() -> dict[str, Pruning]:
         rows = CalibrationSet.load(STUDY / "plans" / cure.variant.slug / "rows.parquet")
         pruned = Pruning(STUDY / "model", plan, rows, run.model.dtype, "cpu")
         if not result:
-            counts = dict.fromkeys(plan.parameters, plan.parameters["dense"])
-            none = replace(plan, removed=(), order=(), ratios=(), ratio=0.0, blocks={"mha": 0, "mlp": 0})
-            result["dense"] = replace(pruned, plan=replace(none, parameters=counts, compensate="none"))
+            result["dense"] = replace(pruned, plan=nothing_removed(plan))
         healed = find_healed([STUDY / "healed" / cure.slug], pruned.identity)
         result[f"{plan.ratio:.2%}"] = replace(pruned, healed=healed)
     return dict(sorted(result.items(), key=lambda item: item[1].plan.ratio))

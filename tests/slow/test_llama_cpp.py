@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serving import plans
 from blockpruner.checkpoints.gguf import export_gguf, facts
 from blockpruner.checkpoints.verification import reference_outputs
 from blockpruner.checkpoints.verify_llama_cpp import ask
@@ -35,11 +34,11 @@ def library(tmp_path_factory):
     return next(folder.rglob("libllama.*")).parent
 
 
-def test_quantized_by_llama_cpp(tmp_path, smollm2, library):
+def test_quantized_by_llama_cpp(tmp_path, smollm2, plans, library):
     """A pruned model loses no more by it than the dense one, half more allowed; sizes and errors are printed."""
     model, tokenizer = load_model(smollm2, "float32", "cpu"), load_tokenizer(smollm2)
     beside, errors = facts(tokenizer, model.config.to_dict()), {}
-    for name, plan in plans().items():
+    for name, plan in plans.items():
         with masked(model, plan.mask):
             reference = reference_outputs(model, plan) | beside
         export_gguf(pruning(smollm2, plan), tmp_path / name)

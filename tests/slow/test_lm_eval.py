@@ -2,7 +2,6 @@
 
 import pytest
 
-from benchmarks.serving import plans
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.evaluation.tasks import fetch_tasks
 from blockpruner.evaluation.zero_shot import evaluate
@@ -27,11 +26,11 @@ def task_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["dense", "pruned"])
-def test_the_command_line_gives_the_same_items(name, smollm2, task_dir, tmp_path):
+def test_the_command_line_gives_the_same_items(name, smollm2, plans, task_dir, tmp_path):
     checkpoint = smollm2
     if name == "pruned":
         checkpoint = tmp_path / "hf"
-        EXPORTS["hf"].write(pruning(smollm2, list(plans().values())[1]), checkpoint)
+        EXPORTS["hf"].write(pruning(smollm2, list(plans.values())[1]), checkpoint)
     results, samples = command_line(checkpoint, task_dir, TASKS, tmp_path / "out", "--limit", str(ITEMS))
     model = load_model(checkpoint, "float32", "cpu", trust_remote_code=True)
     for task in TASKS:

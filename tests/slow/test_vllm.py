@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.methods import FOUND
 from benchmarks.scoring import TEXT
 from blockpruner.checkpoints.nas import export_nas
 from blockpruner.compensation.compensate import write_compensated
 from blockpruner.compensation.rows import compensation_rows
+from blockpruner.core.plan import Plan
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Compensate
 from blockpruner.inputs.texts import read_texts
@@ -21,8 +21,7 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import find_healed
 from blockpruner.model.models import load_model
-from blockpruner.store.files import read_json
-from tests.plans import SOMEONE, plan_of, pruning
+from tests.plans import SOMEONE, pruning
 
 PROMPTS = ["The capital of France is", "Once upon a time, a little fox", "def fibonacci(n):\n"]
 NEW_TOKENS = 24
@@ -61,12 +60,9 @@ def write_reference(model, tokenizer, path: Path) -> Path:
     return path
 
 
-def pruned_models(dense: Path, folder: Path) -> dict[str, Pruning]:
-    """BlockPruner's models in benchmarks/methods.json at about 10 and 20 %, and the larger one compensated."""
-    result = {}
-    for record in read_json(FOUND)["methods"]["BlockPruner"]:
-        plan = plan_of(dense, record["what"]["removed"])
-        result[f"{plan.ratio:.2%}"] = pruning(dense, plan)
+def pruned_models(dense: Path, plans: dict[str, Plan], folder: Path) -> dict[str, Pruning]:
+    """The pruned ones of `plans`, and the smallest of them compensated."""
+    result = {name: pruning(dense, plan) for name, plan in plans.items() if plan.removed}
     name, plain = max(result.items(), key=lambda item: item[1].plan.ratio)
     plan, wanted = replace(plain.plan, compensate="refit"), Compensate(method="refit", num_rows=64)
     rows = compensation_rows(read_texts(TEXT), load_tokenizer(dense), wanted, (), wanted.seq_len)
@@ -76,9 +72,9 @@ def pruned_models(dense: Path, folder: Path) -> dict[str, Pruning]:
     return result | {f"{name} + refit": replace(plain, plan=plan, healed=healed)}
 
 
-def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2):
+def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2, plans):
     """At two ratios, and with other weights than the dense model's; what vLLM measures on the way is printed."""
-    tokenizer, chosen = load_tokenizer(smollm2), pruned_models(smollm2, tmp_path / "healed")
+    tokenizer, chosen = load_tokenizer(smollm2), pruned_models(smollm2, plans, tmp_path / "healed")
     references = {"dense": write_reference(load_model(smollm2, "float32", "cpu"), tokenizer, tmp_path / "dense.json")}
     reports = {"dense": ask("check", smollm2, references["dense"])}
     for name, made in chosen.items():
