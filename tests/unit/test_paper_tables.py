@@ -513,9 +513,14 @@ def test_the_best_balance_has_the_lowest_perplexity_of_those_fast_enough(subject
 
 
 def test_seeds_are_summed_up_and_tested_in_pairs(folder, subject):
+    def found_of(slug: str) -> list[tuple[str, dict[str, Any], dict[str, list[float]]]]:
+        return [raw(folder, name, "0.20") for name in (slug, f"{slug}-seed-43", f"{slug}-seed-44")]
+
     def averages(slug: str) -> list[float]:
-        names = [slug, f"{slug}-seed-43", f"{slug}-seed-44"]
-        return [float(np.mean([np.mean(v) for v in raw(folder, n, "0.20")[2].values()])) for n in names]
+        return [float(np.mean([np.mean(v) for v in scores.values()])) for _, _, scores in found_of(slug)]
+
+    def losses(slug: str) -> list[float]:
+        return [math.log(facts["perplexity"]["heldout"]["perplexity"]) for _, facts, _ in found_of(slug)]
 
     found = row(grids(subject)["seeds"], method="ShortGPT")
     ours, base = averages("shortgpt"), averages("blockpruner")
@@ -523,6 +528,8 @@ def test_seeds_are_summed_up_and_tested_in_pairs(folder, subject):
     assert float(found["avg_mean"]) == pytest.approx(100 * np.mean(ours))
     assert float(found["avg_sd"]) == pytest.approx(100 * np.std(ours, ddof=1), abs=1e-9)
     assert float(found["difference"]) == pytest.approx(100 * (np.mean(ours) - np.mean(base)))
+    ratio = math.exp(np.mean(losses("shortgpt")) - np.mean(losses("blockpruner")))
+    assert float(found["ppl_ratio"]) == pytest.approx(ratio)
 
 
 def test_agreement_of_sequences(folder, subject):
