@@ -25,7 +25,7 @@ DEPTH, VALUES = 32, 100_000
 """How deep a file of settings nests at most, and how many values it holds."""
 
 SOURCES = "sources.yaml"
-KINDS = ("pypi", "hub", "path", "tasks", "mix")
+KINDS = ("pypi", "pypi-parts", "hub", "path", "tasks", "mix")
 """Kinds of source: what `source` may be beside a name in runs/sources.yaml."""
 
 

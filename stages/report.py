@@ -16,6 +16,8 @@ def origin(source: Any) -> str:
     """One line on where a source's bytes are from."""
     if source.source == "pypi":
         return " of ".join(part for part in (getattr(source, "file", ""), source.package) if part)
+    if source.source == "pypi-parts":
+        return f"{source.parts[0].file} and {len(source.parts) - 1} more parts, of {source.title}"
     if source.source == "path":
         return str(source.path)
     if source.source == "mix":

@@ -17,7 +17,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import PypiModel, Run, Runtime, TaskAnswers, read_settings
+from blockpruner.core.settings import HubModel, LocalModel, Run, Runtime, TaskAnswers, read_settings
 from blockpruner.inputs.calibration import CalibrationSet, check_context, draw_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint, fetch_config
 from blockpruner.inputs.texts import load_texts
@@ -153,7 +153,7 @@ class Place:
         return self.root / "pins.json"
 
     def _config(self, run: Run) -> Config:
-        assert not isinstance(run.model, PypiModel)
+        assert isinstance(run.model, HubModel | LocalModel)
         return fetch_config(run.model, self._pins)
 
     def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Any:

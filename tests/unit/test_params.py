@@ -212,7 +212,7 @@ def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
     [
         (lambda v: v["calibration"].update(nsamples=1), ["calibration.nsamples", "num_samples", "seq_len"]),
         (lambda v: v["model"].update(pakage="x"), ["model.pypi.pakage", "package", "sha256"]),
-        (lambda v: v["model"].update(source="web"), ["'web'", "pypi, hub, path"]),
+        (lambda v: v["model"].update(source="web"), ["'web'", "pypi, pypi-parts, hub, path"]),
         (lambda v: v["model"].update(sha256="abc"), ["sha256", "'abc'"]),
         (lambda v: v["calibration"].update(packing="padded"), ["packing", "'joined'", "'per_sample'", "'padded'"]),
         (answers(tasks=[]), ["calibration.data.tasks.tasks", "at least 1"]),

