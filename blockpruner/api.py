@@ -22,13 +22,13 @@ from blockpruner.inputs.calibration import CalibrationSet, pack_rows
 from blockpruner.inputs.checkpoints import drop_code_
 from blockpruner.methods.blocks.kind import choose
 from blockpruner.methods.kind import fields_of, open_stores
+from blockpruner.methods.recipes import RECOMMENDED, Recipe, recipe
 from blockpruner.methods.registry import kind_of_method
 from blockpruner.model.models import prune_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.stability import Stability
 from blockpruner.search.iteration import Iteration, removals, stabilities
-from blockpruner.search.recipes import RECOMMENDED, Recipe, recipe
 from blockpruner.search.registry import Request, Search, request
 from blockpruner.search.run import search
 from blockpruner.search.trace import Current
@@ -109,7 +109,10 @@ def prune(
     Raises:
         InputError: unsupported family, no calibration row, a ratio that cannot be met, settings that do not fit.
     """
-    chosen = recipe(method if isinstance(method, str) else method.name, acceleration, compensation)
+    if isinstance(method, str):
+        chosen = recipe(method, acceleration, compensation)
+    else:
+        chosen = Recipe(method.name, acceleration or "none", compensation or "none")
     if isinstance(method, str) and not kind_of_method(chosen.method).removes_blocks:
         raise InputError(f"method {method!r} changes weights, which prune does not; use a run file and the stages")
     if isinstance(texts, str):

@@ -21,7 +21,7 @@ from typer import Argument, Option
 from blockpruner import __version__
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
-from blockpruner.search.recipes import RECOMMENDED, recipe
+from blockpruner.methods.recipes import RECOMMENDED, recipe
 
 KEY = re.compile(
     r"\b(?:(?:model|calibration|score|runtime)\.(?:\w+\.)?"

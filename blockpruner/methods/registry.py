@@ -26,8 +26,11 @@ def kind_of_method(method: str) -> Kind:
         return BLOCKS
     if method in KINDS and method != BLOCKS.name:
         return KINDS[method]
-    valid = sorted({*SEARCHES, *KINDS} - {BLOCKS.name})
-    raise InputError(f"score.method {method!r} is unknown; valid: {', '.join(valid)}")
+    raise InputError(f"score.method {method!r} is unknown; valid: {', '.join(method_names())}")
+
+
+def method_names() -> list[str]:
+    return sorted({*SEARCHES, *KINDS} - {BLOCKS.name})
 
 
 def check_score(score: Score) -> Kind:

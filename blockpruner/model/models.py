@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from blockpruner.core.allocator import keep_freed_memory
 from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.families import FAMILIES, Family
@@ -77,6 +78,7 @@ def load_model(
             not installed.
     """
     place = resolve_device(device)
+    keep_freed_memory(False)
     options = kernel_options(attention, dtype, place)
     mismatch = f"the weights in {directory} do not match its config.json "
     repair = "fetch the checkpoint again, or repair its config"
@@ -113,6 +115,7 @@ def load_model(
         raise InputError(f"{mismatch}({'; '.join(problems)}); {repair}")
     if device == "split" and {"cpu", "disk"} & {str(part) for part in model.hf_device_map.values()}:
         raise _too_large(directory, device)
+    keep_freed_memory(place.type == "cpu")
     return result.eval().requires_grad_(False)
 
 

@@ -185,7 +185,7 @@ def test_a_model_of_the_hub_is_asked_for_its_shape_alone_before_it_is_fetched(mo
     [
         (["--ratio", "1.5"], "budget '1.5' .* between 0 and 1"),
         (["--unit", "head"], "--unit: .*'block' or 'layer' .*'head'"),
-        (["--method", "magic"], "--method 'magic' is unknown; valid: .*greedy"),
+        (["--method", "magic"], "method 'magic' is unknown; valid: recommended, blockpruner, .*greedy"),
         (["--metric", "magic"], "--metric 'magic' is unknown; valid: .*perplexity"),
         (["--compensate", "magic"], "--compensate: .*'refit' .*'magic'"),
         (["--dtype", "int3"], "--dtype: .*'bfloat16'.*'int3'"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from blockpruner.core.errors import InputError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -23,10 +25,18 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def recipe(name: str, acceleration: str | None = None, compensation: str | None = None) -> Recipe:
-    """Read a recipe's name, or that of a plain search, which is exact and not compensated.
+    """Read a recipe's name, or that of a plain method, which is exact and not compensated.
 
     Args:
         acceleration, compensation: in place of the recipe's own.
+
+    Raises:
+        InputError: there is neither a recipe nor a method of this name; names those that there are.
     """
+    from blockpruner.methods.registry import method_names  # takes a second, which `blockpruner --help` does without
+
+    names = [*RECIPES, *method_names()]
+    if name not in names:
+        raise InputError(f"method {name!r} is unknown; valid: {', '.join(names)}")
     found = RECIPES.get(name, Recipe(name))
     return Recipe(found.method, acceleration or found.acceleration, compensation or found.compensation)
