@@ -63,7 +63,8 @@ def _scale_(streams: Streams, mask: Mask) -> Iterator[Mended]:
         for block in stop.kept:
             gain = streams.gain(block)
             for weight in streams.outputs(block):
-                streams.change_(weight, weight + (weight if gain is None else gain) * (1 / factor - 1))
+                size = weight if gain is None else gain.to(weight.device)
+                streams.change_(weight, weight + size * (1 / factor - 1))
         if not stop.hole:
             continue
         ratios = []

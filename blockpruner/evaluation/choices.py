@@ -157,7 +157,7 @@ def _score(model: PreTrainedModel, rests: Sequence[Rest], before: Before | None 
         of = torch.tensor([rest.group for rest in rests])
         own = copy.copy(cache)
         own.layers = [copy.copy(layer) for layer in cache.layers]  # selecting gives them other tensors
-        own.batch_select_indices(of.to(model.device))
+        own.batch_select_indices(of)  # of the CPU: layers may lie on several devices
         places += is_common[of].sum(-1, keepdim=True)
         is_real = torch.cat([is_common[of], is_real], dim=-1)
         kwargs = {"use_cache": True, "cache": own}

@@ -22,7 +22,8 @@ from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Latency, Model, Runtime
 from blockpruner.evaluation.speed import generate, random_prompt, turns
 from blockpruner.inputs.checkpoints import checkpoint_identity
-from blockpruner.model.models import decoder_layers, device_name, load_model, masked, set_threads
+from blockpruner.model import accelerator
+from blockpruner.model.models import decoder_layers, load_model, masked, set_threads
 from blockpruner.store.files import read_kept_json, set_aside, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import LATENCY_VERSION
@@ -71,8 +72,7 @@ def kept_latency(
     loaded = load_model(checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention)
     found = measure_latency(loaded, timed, observer.advance)
     del loaded
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    accelerator.empty_cache()
     for place in (shared, folder):
         write_sealed_json(place / name, found)
     observer.end(_words(found))
@@ -137,7 +137,7 @@ def measure_latency(
         "scale": scale,
         "seconds": medians,
         **_fields(timed),
-        "device": device_name(model.device),
+        "device": accelerator.name(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -146,7 +146,8 @@ def measure_perplexity(
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]  # [T-1, H]
         total = 0.0
         for part, targets in zip(torch.split(states, chunk), torch.split(ids[0, 1:], chunk), strict=True):
-            total += token_nll(head(part), targets).double().sum().item()
+            logits = head(part)  # perhaps on another device than the ids
+            total += token_nll(logits, targets.to(logits.device)).double().sum().item()
         if not math.isfinite(total):
             raise NonFiniteLossError(
                 f"held-out perplexity: the loss of row {number} is {total}; try a wider dtype (model.dtype: float32)"

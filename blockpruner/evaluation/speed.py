@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from blockpruner.core.settings import Speed
-from blockpruner.model.models import device_name
+from blockpruner.model import accelerator
 
 PROMPT_SEED = 0
 
@@ -153,7 +153,7 @@ def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tok
         batch=batch,
         repeats=len(runs),
         threads=torch.get_num_threads(),
-        device=device_name(model.device),
+        device=accelerator.name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
@@ -171,8 +171,7 @@ def _next_token(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Ten
 
 
 def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    accelerator.synchronize(model.device)
     return time.perf_counter()
 
 

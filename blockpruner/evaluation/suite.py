@@ -30,8 +30,9 @@ from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.checkpoints import GENERATION_FILE, TOKENIZER_FILES
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_export_tokenizer, load_tokenizer
+from blockpruner.model import accelerator
 from blockpruner.model.classes import has_our_code
-from blockpruner.model.models import device_name, load_model, placement, resolve_device, set_threads
+from blockpruner.model.models import load_model, placement, resolve_device, set_threads
 from blockpruner.store.files import read_json, replace_directory, write_json, write_sealed_json, write_table
 from blockpruner.store.manifest import content_sha256, manifest, model_identity, require_verified
 from blockpruner.store.provenance import fingerprint, machine, made
@@ -306,7 +307,7 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
         "dense": dense.key["model"],
         "settings": {key: getattr(settings, key) for key in ("prompt_tokens", "new_tokens", "repeats", "batch")},
         "machine": machine(),
-        "device": device_name(resolve_device(dense.device)),
+        "device": accelerator.name(resolve_device(dense.device)),
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
     }

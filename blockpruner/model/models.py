@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -23,6 +24,7 @@ from blockpruner.core.allocator import keep_freed_memory
 from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.families import FAMILIES, Family
+from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.classes import config_class, model_class
 
@@ -32,30 +34,38 @@ AutoModelForCausalLM.register(blockpruned.BaichuanConfig, blockpruned.BaichuanFo
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of `runtime.device`; "auto" is the first CUDA device or the CPU, "split" starts at the first one."""
-    if device == "split":
-        if not torch.cuda.is_available():
-            raise InputError("runtime.device 'split' needs CUDA devices, and there is none here; use auto")
-        return torch.device("cuda:0")
+    """The device of `runtime.device`, which this process holds from now on.
+
+    "auto" is one that no other process of ours holds (`accelerator.own`), or the CPU; "split" begins at the first one.
+    """
+    here = accelerator.devices()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return accelerator.own() if here else torch.device("cpu")
+    if device == "split":
+        if not here:
+            raise InputError("runtime.device 'split' needs CUDA devices, and there is none here; use auto")
+        for each in here:
+            accelerator.claim(each)
+        return here[0]
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>, split") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"runtime.device {device!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto")
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda", accelerator.kind()):
+        raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>, split")
+    if found.type == "cpu":
+        return found
+    found = torch.device(found.type, found.index or 0)
+    if found not in here:
+        raise InputError(f"runtime.device {device!r} is not here: {len(here)} CUDA devices; use auto")
+    accelerator.claim(found)
     return found
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def placement(model: PreTrainedModel) -> dict[str, str]:
     """Where a model computes and by which attention kernel, for `provenance.environment`."""
     kernel = model.config._attn_implementation or "eager"
-    return {"device": model.device.type, "device_name": device_name(model.device), "attention": kernel}
+    return {"device": model.device.type, "device_name": accelerator.name(model.device), "attention": kernel}
 
 
 def set_threads(threads: int | str) -> None:
@@ -69,25 +79,33 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a checkpoint directory for inference.
 
+    Weights go to their device as they are read, if accelerate is installed; else by way of the host's memory.
+
     Args:
         device: as in `resolve_device`; "split" spreads the layers over all CUDA devices (accelerate's device map).
         attention: transformers' attention implementation; "auto" leaves the choice to transformers.
 
     Raises:
-        InputError: unsupported family, weights that are damaged or do not match the config, or an attention that is
-            not installed.
+        InputError: unsupported family, weights that are damaged or do not match the config, an attention that is not
+            installed, or "split" without accelerate.
+        DeviceMemoryError: the model does not fit; of a split, known before a weight is read.
     """
     place = resolve_device(device)
     keep_freed_memory(False)
     options = kernel_options(attention, dtype, place)
     mismatch = f"the weights in {directory} do not match its config.json "
     repair = "fetch the checkpoint again, or repair its config"
+    places: dict[str, torch.device] | None = None
+    if device == "split":
+        places = _spread(directory, dtype, trust_remote_code)
+    elif place.type != "cpu" and find_spec("accelerate"):
+        places = {"": place}
     try:
         with usable(attention):
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=getattr(torch, dtype),
-                device_map="balanced" if device == "split" else None,
+                device_map=places,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
@@ -95,15 +113,15 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 **options,
             )
-        result: PreTrainedModel = model if device == "split" else model.to(place)
-    except torch.OutOfMemoryError as error:
-        raise _too_large(directory, device) from error
+        result: PreTrainedModel = model if places else model.to(place)
     except SafetensorError as error:
         raise InputError(
             f"weights in {directory} are truncated or damaged ({error}); fetch the checkpoint again"
         ) from error
-    except RuntimeError as error:  # parts of a weight that do not add up to it
-        if "conversion" not in str(error):
+    except RuntimeError as error:
+        if accelerator.is_out_of_memory(error):
+            raise _too_large(directory, device) from error
+        if "conversion" not in str(error):  # parts of a weight that do not add up to it
             raise
         raise InputError(f"{mismatch}(experts that are missing or of other shapes); {repair}") from error
     problems = [
@@ -113,8 +131,6 @@ def load_model(
     ]
     if problems:
         raise InputError(f"{mismatch}({'; '.join(problems)}); {repair}")
-    if device == "split" and {"cpu", "disk"} & {str(part) for part in model.hf_device_map.values()}:
-        raise _too_large(directory, device)
     keep_freed_memory(place.type == "cpu")
     return result.eval().requires_grad_(False)
 
@@ -146,6 +162,28 @@ def usable(attention: str) -> Iterator[None]:
             raise
         reason = str(error).partition(". ")[0]
         raise InputError(f"runtime.attention {attention!r} cannot be used here: {reason}; use auto") from error
+
+
+def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, torch.device]:
+    """Which device each part of a model goes to, if all devices share it; a tenth of each stays free."""
+    try:
+        from accelerate import infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+    except ImportError as error:
+        raise InputError(
+            "runtime.device 'split' needs the package accelerate; pip install 'blockpruner[dag]', or use one device"
+        ) from error
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+    devices, whole = accelerator.devices(), model._no_split_modules
+    room = {number: accelerator.free_memory(device) * 9 // 10 for number, device in enumerate(devices)}
+    numbers = infer_auto_device_map(model, get_balanced_memory(model, room, whole), whole)
+    if not set(numbers.values()) <= room.keys():  # the rest would go to the disk
+        raise _too_large(directory, "split")
+    return {name: devices[number] for name, number in numbers.items()}
 
 
 def _too_large(directory: Path, device: str) -> DeviceMemoryError:

@@ -36,7 +36,8 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import pruned_copy
 from blockpruner.methods.healed import load_healed_
 from blockpruner.methods.registry import KINDS
-from blockpruner.model.models import device_name, resolve_device
+from blockpruner.model import accelerator
+from blockpruner.model.models import resolve_device
 from blockpruner.paper.studies import DENSE, candidate_facts, model_name
 from blockpruner.store.files import replace_directory, write_sealed_json, write_table
 from blockpruner.store.provenance import machine
@@ -92,7 +93,7 @@ class CandidateModel:
 
     def making(self, identity: Mapping[str, Any]) -> Evaluation:
         """How long it takes to make the model: of merging and slicing, a part of the method's time."""
-        where = {"machine": machine(), "device": device_name(resolve_device(self.dense.device))}
+        where = {"machine": machine(), "device": accelerator.name(resolve_device(self.dense.device))}
         return Evaluation(
             "making",
             self,

@@ -53,11 +53,13 @@ class TrainingLoss:
         return sum(losses), sum(nlls)
 
     def _run(self, rows: Sequence[Sequence[int]], share: float, train: bool) -> tuple[float, float]:
-        device, lengths = self.model.device, torch.tensor([len(row) - 1 for row in rows])
+        device = self.model.get_output_embeddings().weight.device  # layers may lie on several
+        lengths = torch.tensor([len(row) - 1 for row in rows])
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # [B, T]; no token sees a pad
         predicts = torch.arange(ids.shape[1] - 1) < lengths[:, None]  # [B, T - 1]
         weight = (share / lengths.double())[:, None].expand(predicts.shape)[predicts].to(device)  # [N]
-        targets, ids, predicts = ids[:, 1:][predicts].to(device), ids.to(device), predicts.to(device)
+        targets, predicts = ids[:, 1:][predicts].to(device), predicts.to(device)
+        ids = ids.to(self.model.device)
         with torch.set_grad_enabled(train):
             states, inner = _states(self.model, ids, predicts, range(len(self.depths)))
         with torch.no_grad():
@@ -90,7 +92,7 @@ class TrainingLoss:
         if self.teacher is None or not share:
             return (1 - share) * nll, nll
         with torch.no_grad():
-            p = _wide(head_of(self.teacher)(dense))
+            p = _wide(head_of(self.teacher)(dense)).to(logits.device)
         if self.recipe.top_k is not None:
             p, logits = _lump(p / T, logits / T, self.recipe.top_k)
         else:
@@ -109,12 +111,16 @@ def _states(model: PreTrainedModel, ids: Tensor, chosen: Tensor, layers: Sequenc
             )
             stack.callback(hook.remove)
         last = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    return last[:, :-1][chosen], [inner[number][:, :-1][chosen] for number in layers]
+    home = model.get_output_embeddings().weight.device
+    states, *others = (
+        state[:, :-1].to(home)[chosen.to(home)] for state in (last, *(inner[number] for number in layers))
+    )
+    return states, others
 
 
 def _distances(states: Tensor, dense: Tensor) -> Tensor:
     """||s - d||^2 / ||d||^2 of each token, [N]."""
-    s, d = _wide(states), _wide(dense)
+    s, d = _wide(states), _wide(dense.to(states.device))
     return (s - d).square().sum(dim=-1) / d.square().sum(dim=-1)
 
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, sorted_blocks
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
-from blockpruner.model.models import decoder_layers, device_name, model_family, placement
+from blockpruner.model import accelerator
+from blockpruner.model.models import decoder_layers, model_family, placement
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import Step, steps_of, walk
@@ -84,7 +85,7 @@ class Engine:
         return batches
 
     def placement(self) -> dict[str, str]:
-        here = {"device": self._home.type, "device_name": device_name(self._home)}
+        here = {"device": self._home.type, "device_name": accelerator.name(self._home)}
         return placement(self._model) | here | {"batch": f"{self._batch_tokens} tokens to a batch"}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
@@ -106,7 +107,7 @@ class Engine:
                     done.add(scored.mask)
                     yield scored
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not accelerator.is_out_of_memory(error):
                     raise
                 reason = str(error).partition(". ")[0]
             else:
@@ -133,7 +134,7 @@ class Engine:
                 f"lower calibration.seq_len, {streaming}or use a larger device. Trials finished before are kept"
             )
         gc.collect()
-        torch.cuda.empty_cache()
+        accelerator.empty_cache()
         self._batch_tokens = min(self._batch_tokens, longest * (len(span) // 2))
         middle = (span.start + span.stop) // 2
         return [replace(task, span=part) for part in (range(span.start, middle), range(middle, span.stop))]
@@ -342,20 +343,14 @@ class Engine:
         What is free at the moment has no part in it: in 16 bits the batch shape moves a loss, so the same model on the
         same kind of device always gets the same batches. Where others use the device, batches are halved (`run`).
         """
-        if self._home.type != "cuda":
+        if self._home.type == "cpu":
             return 1024
-        _, total = torch.cuda.mem_get_info(self._home)
+        total = accelerator.total_memory(self._home)
         weights = sum(weight.nbytes for weight in self._model.parameters() if weight.device == self._home)
         config = self._model.config
         numbers = live_numbers(config.hidden_size, config.intermediate_size)
         fitting = (total * 9 // 10 - weights - held - 4 * LOGITS_BYTES) // (numbers * self._head.weight.element_size())
         return int(max(2048, min(65536, fitting)))
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory is used up: torch's own error, or that of a library without room for its workspace."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

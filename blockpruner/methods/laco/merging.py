@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.methods.laco.walk import Merge, Merges, layers_after
+from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.models import decoder_layers, model_family, renumber_, restored
-from blockpruner.scoring.engine import Engine, is_out_of_memory
+from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
 from blockpruner.store.trials import require_rows
 
@@ -130,7 +131,7 @@ class Similarity:
             try:
                 value = self._measure(merges)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not accelerator.is_out_of_memory(error):
                     raise
                 raise DeviceMemoryError(
                     f"rows of {max(len(row) for row in self._rows)} tokens and the layers merged by "

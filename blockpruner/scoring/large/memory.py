@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 
 def available_memory() -> int:
     """Free bytes of main memory, in the system and within each memory cgroup of this process."""
@@ -61,12 +59,6 @@ def is_in_memory(place: str) -> bool:
     number = Path(place).stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
     return any(mount[0] == device and mount[3] in ("tmpfs", "ramfs") for mount in _mounts())
-
-
-def free_on(device: torch.device) -> int:
-    """Free bytes of the device's memory, with those that torch holds in reserve."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def resident_memory() -> int:

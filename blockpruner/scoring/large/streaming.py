@@ -29,9 +29,10 @@ from torch import Tensor
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.core.errors import DeviceMemoryError, InputError, StorageError
+from blockpruner.model import accelerator
 from blockpruner.model.models import resolve_device
-from blockpruner.scoring.engine import Batch, Engine, LayerKwargs, is_out_of_memory, map_tensors
-from blockpruner.scoring.large.memory import available_memory, free_on, is_in_memory, resident_memory
+from blockpruner.scoring.engine import Batch, Engine, LayerKwargs, map_tensors
+from blockpruner.scoring.large.memory import available_memory, is_in_memory, resident_memory
 from blockpruner.scoring.large.weights import Weights, aligned, memory_of, read_into, skeleton
 from blockpruner.scoring.walk import runs, walk
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task
@@ -231,7 +232,7 @@ class StreamingEngine(Engine):
         try:
             yield from self._pass(tasks, rows, tiles)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not accelerator.is_out_of_memory(error):
                 raise
             raise DeviceMemoryError(
                 f"a streamed pass ran out of the device's memory ({str(error).partition('. ')[0]}); lower "
@@ -337,7 +338,7 @@ class StreamingEngine(Engine):
             need + min(ram_tiles, resting) * tile for need, (_, _, resting) in zip(on_host, phases, strict=True)
         )
         place = tempfile.gettempdir()
-        cuda = self._place.type == "cuda"
+        has_own = self._place.type != "cpu"
         return PassPlan(
             weights_read=self._weights.stored_bytes([*self._before, *self._kept, *self._after, *chain(*layers)]),
             weights_held=size(self._kept) + max(weights for weights, _, _ in phases),
@@ -348,8 +349,8 @@ class StreamingEngine(Engine):
             resident=resident_memory(),
             needed=needed,
             available=available,
-            device_needed=max(on_device) if cuda else 0,
-            device_available=free_on(self._place) if cuda else 0,
+            device_needed=max(on_device) if has_own else 0,
+            device_available=accelerator.free_memory(self._place) if has_own else 0,
             spill_place=place,
             spill_free=0 if is_in_memory(place) else shutil.disk_usage(place).free,
             batch_tokens=self._batch_tokens,

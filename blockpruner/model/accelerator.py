@@ -1,0 +1,126 @@
+"""The devices beside the CPU, of whatever kind torch finds (CUDA, ROCm, XPU): which are here, whose, and their memory.
+
+Decides which device a process takes by itself. What runs there is decided elsewhere. Apple's GPUs are left out: they
+know no float64, in which losses are summed.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockpruner.core.errors import StorageError
+from blockpruner.core.progress import stderr_observer
+from blockpruner.store.locks import hold, this_process
+
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+"""What libraries say that find no memory for their own workspace; the last one is a handle that could not be made."""
+
+
+def kind() -> str | None:
+    """The type of device that torch computes on here, for instance "cuda"; None if there is only the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if found is None or found.type == "mps" else found.type
+
+
+def count() -> int:
+    return 0 if kind() is None else torch.accelerator.device_count()
+
+
+def devices() -> list[torch.device]:
+    return [torch.device(str(kind()), index) for index in range(count())]
+
+
+def name(device: torch.device) -> str:
+    """The product's name; "cpu" for the CPU."""
+    return str(_module(device).get_device_name(device)) if device.type == kind() else device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all that was asked of a device is done; at once on a CPU."""
+    _module(device).synchronize(device)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes."""
+    return int(_module(device).mem_get_info(device)[1])
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes, with those that torch holds in reserve."""
+    module = _module(device)
+    free, _ = module.mem_get_info(device)
+    return int(free + module.memory_reserved(device) - module.memory_allocated(device))
+
+
+def reset_peak(device: torch.device) -> None:
+    _module(device).reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that this process's tensors took on the device at once since `reset_peak`."""
+    return int(_module(device).max_memory_allocated(device))
+
+
+def empty_cache() -> None:
+    """Give what torch holds in reserve back to the devices."""
+    if found := kind():
+        _module(torch.device(found)).empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory is used up: torch's own error, or that of a library without room for its workspace."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+@cache
+def own() -> torch.device:
+    """The device that this process takes until it ends: the first one that no other process of this user holds, or else
+    the first one. Says which one it is where there is a choice, and whether it is shared.
+
+    Free memory decides nothing: to ask a device for it takes half a gigabyte of it there.
+    """
+    first, *others = devices()
+    chosen = next((device for device in (first, *others) if claim(device) is None), first)
+    if others or claim(chosen):
+        shared = f", shared with {claim(chosen)}" if claim(chosen) else ""
+        stderr_observer().note(f"runtime.device auto: {chosen} ({name(chosen)}){shared}")
+    return chosen
+
+
+@cache
+def claim(device: torch.device) -> str | None:
+    """Hold a device's lock until this process ends: other processes, whose runtime.device is auto, keep away from it.
+
+    Returns:
+        The holder, if another process has it.
+    """
+    card = _module(device).get_device_properties(device).uuid  # CUDA_VISIBLE_DEVICES changes numbers
+    try:
+        _CLAIMS.enter_context(hold(_locks() / f"{card}.lock", this_process(), _refuse))
+    except BlockingIOError as error:
+        return str(error)
+    except StorageError:  # no place for locks: devices are taken without
+        return None
+    return None
+
+
+_CLAIMS = ExitStack()
+"""Never closed: the kernel frees the locks."""
+
+
+def _locks() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockpruner" / "devices"
+
+
+def _refuse(holder: str) -> None:
+    raise BlockingIOError(holder)
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)
