@@ -64,7 +64,7 @@ def main() -> None:
         draft.generation_config.assistant_confidence_threshold = 0.0
         yields, costs, ratios = [], [], []
         for row in rows:
-            ids = torch.tensor([row])
+            ids = torch.tensor([row], device=dense.device)
             alone, plain, _ = timed(dense, ids)
             small, _, _ = timed(draft, ids)
             both, assisted, calls = timed(dense, ids, assistant_model=draft)

@@ -24,6 +24,7 @@ from blockpruner.core.families import Config
 from blockpruner.core.progress import ConsoleObserver
 from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model import accelerator
 from blockpruner.model.models import resolve_device
 from blockpruner.paper.flops import Flops
 from blockpruner.scoring.engine import Engine
@@ -51,8 +52,7 @@ def matrix_rate(device: torch.device, tokens: int, width: int) -> float:
     for _ in range(20):
         started = time.perf_counter()
         left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        accelerator.synchronize(device)
         best = max(best, 2 * tokens * width * width / (time.perf_counter() - started))
     return best
 
@@ -70,14 +70,14 @@ def main(shape: str, place: str, removals: int, rows: int, length: int) -> int:
     trace = search(asked, data, stores, Engine(model), resources, [budget], ConsoleObserver()).of(budget)
     seconds = time.perf_counter() - started
     flops, naive, evaluations = spent(config.to_dict(), [step.removed for step in trace], rows, length)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
+    card = machine() if device.type == "cpu" else accelerator.name(device)
     print("\n| model | evaluations | minutes | the paper's, two RTX 4090 | PFLOP | TFLOP/s | of one product's rate |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     print(
         f"| {shape}, random weights, bfloat16 | {evaluations} | {seconds / 60:.1f} | {paper_minutes(shape)} | "
         f"{flops / 1e15:.2f} | {flops / seconds / 1e12:.1f} | {flops / seconds / rate:.0%} |"
     )
-    peak = f"; peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    peak = "" if device.type == "cpu" else f"; peak {accelerator.peak(device) / 2**30:.1f} GiB"
     print(
         f"\n{card}, torch {versions(('torch',))['torch']}; {rows} rows of {length} tokens; full forward passes would "
         f"take {naive / flops:.2f}x the FLOPs{peak}"
@@ -100,7 +100,7 @@ if __name__ == "__main__":
     if given and given[0] not in MODELS:
         sys.exit(f"shape {given[0]!r} is unknown; valid: {', '.join(MODELS)}")
     shape = given[0] if given else "llama2-7b"
-    if len(given) < 2 and not torch.cuda.is_available():
+    if len(given) < 2 and not accelerator.count():
         sys.exit("no CUDA device was seen; name another device to run there: python -m benchmarks.gpu tiny cpu")
     numbers = [int(n) for n in given[2:]] + [REMOVALS[shape], 15, 2048][len(given[2:]) :]
     sys.exit(main(shape, given[1] if len(given) > 1 else "cuda", *numbers))

@@ -32,7 +32,7 @@ def oracle(model: PreTrainedModel, mask: Mask, rows: Sequence[Sequence[int]]) ->
 
     The softmax is in float64: the comparison is about the engine, not about the rounding of a sum over the vocabulary.
     """
-    ids = torch.tensor([list(row) for row in rows])
+    ids = torch.tensor([list(row) for row in rows], device=model.device)
     with masked(model, mask):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(dim=1).neg().tolist()

@@ -32,6 +32,7 @@ from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model import accelerator
 from blockpruner.model.models import load_model, masked
 from blockpruner.paper.flops import Flops
 from blockpruner.scoring.accelerate import accelerate, settings_of
@@ -74,20 +75,25 @@ def matrix_rate(model: PreTrainedModel, tokens: int) -> float:
     chunk = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
     linears = [(m, tokens) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     linears += [(head, min(chunk, tokens - start)) for start in range(0, tokens, chunk)]
-    inputs = {(m.in_features, n): torch.randn(n, m.in_features, dtype=m.weight.dtype) for m, n in linears}
+    sizes = {(m.in_features, n) for m, n in linears}
+    inputs = {(width, n): torch.randn(n, width, dtype=head.weight.dtype).to(model.device) for width, n in sizes}
     seconds = []
+    accelerator.synchronize(model.device)
     for _ in range(5):
         started = time.perf_counter()
         for linear, n in linears:
             linear(inputs[linear.in_features, n])
+        accelerator.synchronize(model.device)
         seconds.append(time.perf_counter() - started)
     return sum(2 * n * m.weight.numel() for m, n in linears) / statistics.median(seconds)
 
 
 class Meter:
-    """Measures seconds and peak resident memory of pieces of work that take turns in one process."""
+    """Measures seconds and peak resident memory of pieces of work that take turns in one process; a piece ends when the
+    device is done with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.seconds: dict[str, float] = {}
         self.peak: dict[str, int] = {}
 
@@ -95,6 +101,7 @@ class Meter:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         started = time.perf_counter()
         result = work()
+        accelerator.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         status = Path("/proc/self/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -110,9 +117,10 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
         changes = {} if layers is None else {"num_hidden_layers": layers}
         model = random_model(shape, torch.float32, **changes)
         rows = CalibrationSet(tuple(map(tuple, random_rows(model.config.vocab_size, ROWS, LENGTH))))
-    ids, depth = torch.tensor(rows.rows), model.config.num_hidden_layers
+    ids, depth = torch.tensor(rows.rows, device=model.device), model.config.num_hidden_layers
     masks = [DENSE, *(frozenset({block}) for block in all_blocks(depth))]
-    engine, flops, meter = Engine(model, ROWS * LENGTH), Flops.of(model.config.to_dict(), ROWS, LENGTH), Meter()
+    engine, flops = Engine(model, ROWS * LENGTH), Flops.of(model.config.to_dict(), ROWS, LENGTH)
+    meter = Meter(model.device)
     rate = matrix_rate(model, ROWS * LENGTH)
     full_forward(model, DENSE, ids)
     walk = engine.run([Task(range(ROWS), tuple(masks))], rows.rows)
@@ -122,7 +130,7 @@ def iteration(shape: str, layers: int | None) -> dict[str, Any]:
         _, logits = meter("naive", lambda unit=unit: full_forward(model, unit.mask, ids))
         reference = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(dim=1).neg()
         del logits
-        worst = max(worst, (reference - torch.tensor(unit.loss, dtype=torch.float64)).abs().max().item())
+        worst = max(worst, (reference.cpu() - torch.tensor(unit.loss, dtype=torch.float64)).abs().max().item())
         if done % 10 == 0:
             print(f"  {done + 1}/{len(masks)} masks", file=sys.stderr, flush=True)
     rate = (rate + matrix_rate(model, ROWS * LENGTH)) / 2

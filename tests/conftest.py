@@ -34,5 +34,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "subprocess", InProcess)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """No test sees a GPU, nor do its child processes, unless asked by `-m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_MODULES_CACHE"])

@@ -83,7 +83,7 @@ def export_gguf(pruning: Pruning, out: Path) -> None:
     tokenizer = load_tokenizer(dense, trusted)
     words, more = vocabulary(tokenizer, config), facts(tokenizer, config)
     # in float32: a pass in bfloat16 errs as much as 8 bits do, and would hide a fault of a file
-    model = pruning.load().float()
+    model = pruning.load_for_export().float()
 
     def write_all(directory: Path, reference: Path) -> float:
         pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan) | more, reference))

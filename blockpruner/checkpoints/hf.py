@@ -30,10 +30,10 @@ def export_hf(pruning: Pruning, out: Path) -> None:
     Raises:
         InputError: the fresh process does not reproduce the model in memory; nothing is left at `out`.
     """
-    model, plan = pruning.load(), pruning.plan
+    model, plan = pruning.load_for_export(), pruning.plan
 
     def write(directory: Path, reference: Path) -> float:
-        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan), reference))
+        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced.cpu(), plan), reference))
         card = model_card(plan, pruning.dense, code_file(pruned), pruning.healed)
         save_checkpoint(pruned, plan, pruning.dense, directory, card)
         return tolerance_of(model)

@@ -61,7 +61,7 @@ def export_nas(pruning: Pruning, out: Path) -> None:
     config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=pruning.trust_remote_code)
     _require_fit(config.to_dict(), plan, pruning.dtype)
     # in float32: two engines may round differently in 16 bits, by more than a fault would change
-    model, narrow = pruning.load().float(), getattr(torch, pruning.dtype)
+    model, narrow = pruning.load_for_export().float(), getattr(torch, pruning.dtype)
 
     def write(directory: Path, reference: Path) -> float:
         pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan), reference))

@@ -40,7 +40,7 @@ def export_zeroed(pruning: Pruning, out: Path) -> None:
             f"export zeroed silences removed blocks, and method {plan.method!r} of run {plan.run!r} removes none; "
             "leave zeroed out of that run's export"
         )
-    model = pruning.load()
+    model = pruning.load_for_export()
 
     def write(directory: Path, reference: Path) -> float:
         pruning.heal_(model)

@@ -52,8 +52,9 @@ class MeasuredSpeed:
     """Of all parameters; shared ones count once."""
     peak_memory_bytes: int
     peak_memory: str
-    """What the peak is. "allocated": the largest sum of tensors on the CUDA device while this model generated, without
-    those of the other models. "weights + KV cache": their sum, on a CPU, where only the process's memory is known."""
+    """What the peak is. "allocated": the largest sum of tensors on the model's (first) device while it generated,
+    without weights that only other models have. "weights + KV cache": their sum, on a CPU, where only the process's
+    memory is known."""
     prompt_tokens: int
     new_tokens: int
     batch: int
@@ -123,14 +124,16 @@ def measure_speed(
 
 
 def _run(models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_tokens: int) -> tuple[Generation, int]:
-    """One generation, and this model's peak of CUDA memory (0 on a CPU)."""
+    """One generation, and this model's peak of its device's memory (0 on a CPU); models may share weights."""
     model = models[name]
-    if model.device.type != "cuda":
+    if model.device.type == "cpu":
         return generate(model, prompt, new_tokens), 0
-    torch.cuda.reset_peak_memory_stats(model.device)
+    accelerator.reset_peak(model.device)
     result = generate(model, prompt, new_tokens)
-    others = sum(weight_bytes(other) for key, other in models.items() if key != name)
-    return result, torch.cuda.max_memory_allocated(model.device) - others
+    own = {id(weight) for weight in model.parameters()}
+    others = {id(weight): weight for other in models.values() for weight in other.parameters() if id(weight) not in own}
+    here = sum(weight.nbytes for weight in others.values() if weight.device == model.device)
+    return result, accelerator.peak(model.device) - here
 
 
 def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tokens: int) -> MeasuredSpeed:

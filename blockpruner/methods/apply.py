@@ -47,6 +47,12 @@ class Pruning:
         """The dense model."""
         return load_model(self.dense, self.dtype, self.device, self.trust_remote_code)
 
+    def load_for_export(self) -> PreTrainedModel:
+        """The dense model where an export is made of it: on the CPU, as in the process that verifies the export. A kind
+        that computes weights takes its device for that."""
+        device = "cpu" if KINDS[self.plan.kind].lend else self.device
+        return load_model(self.dense, self.dtype, device, self.trust_remote_code)
+
     def prune_(
         self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
     ) -> PreTrainedModel:

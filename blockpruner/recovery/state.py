@@ -1,7 +1,9 @@
 """The state of training on disk: one sealed file of tensors, from which a killed run goes on to the same weights.
 
-It holds the masters and, until training ends, the optimizer's moments and the best weights so far. Its facts are the
-losses and the validations.
+They are the same to the bit on a CPU. On a GPU the backward pass adds in an order of its own.
+
+The file holds the masters and, until training ends, the optimizer's moments and the best weights so far. Its facts are
+the losses and the validations.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLoss
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers
 from blockpruner.recovery.loss import TrainingLoss
 from blockpruner.recovery.state import Progress, Validation, resume_, save
@@ -88,8 +89,8 @@ def recover_(
             `hidden`.
         validation: rows that are not trained on. The state that is best on them is kept, be it the one before training.
         adapters: folder of the training states, one file for each (identity, dtype, rows, recipe). A state is written
-            every `save_every` steps; a killed run goes on from it to the same weights. The last state is kept, and the
-            model is not trained again.
+            every `save_every` steps. A killed run goes on from it to the same weights, to the bit on a CPU. The last
+            state is kept, and the model is not trained again.
         identity: of the weights of `model`, and of what else the result depends on, such as another teacher.
         depths: for each layer of `model`, the layer of `teacher` with the same depth; used if the recipe has `hidden`.
 
@@ -208,7 +209,9 @@ def _accumulate_(objective: TrainingLoss, weights: TrainedWeights, rows: Sequenc
         part = rows[start : start + batch]
         try:
             total += objective.accumulate_(part, 1 / len(rows))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not accelerator.is_out_of_memory(error):
+                raise
             raise DeviceMemoryError(
                 f"training on {len(part)} rows of up to {max(map(len, part))} tokens does not fit into the memory of "
                 f"{objective.model.device}; lower recover.batch (and raise recover.accumulation), set "

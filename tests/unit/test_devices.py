@@ -6,36 +6,54 @@ moved where can make a difference.
 """
 
 import copy
+import gc
+import os
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
+from benchmarks import parity
+from benchmarks.scoring import Meter, full_forward, matrix_rate
+from blockpruner.checkpoints.hf import export_hf
+from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.compensation.compensate import compensate
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
-from blockpruner.core.errors import InputError
+from blockpruner.core.budgets import parse_budget
+from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import HubTexts, Latency, Recover
+from blockpruner.core.settings import HubTexts, Latency, Recover, Speed
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
-from blockpruner.evaluation.speed import generate, random_prompt
+from blockpruner.evaluation.speed import generate, measure_speed, random_prompt
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.laco.merging import ModelBench
 from blockpruner.methods.laco.walk import Merge
+from blockpruner.methods.slicegpt.kind import SLICEGPT, plan_width
 from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.methods.slicegpt.widths import SLICEABLE
-from blockpruner.model import accelerator
-from blockpruner.model.models import load_model, prune_
+from blockpruner.model import accelerator, models
+from blockpruner.model.models import load_model, prune_, resolve_device, shared_copy
 from blockpruner.recovery.loss import TrainingLoss
 from blockpruner.recovery.training import recover_
+from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.work import Task
-from tests.fake_devices import fake_devices
-from tests.plans import plan_of
-from tests.tiny import VARIANTS, tiny_model, tolerance
+from blockpruner.scoring.work import Task, live_numbers
+from blockpruner.store.files import read_json
+from blockpruner.store.locks import this_process
+from tests.fake_devices import MODULE, fake_devices
+from tests.golden import unverified
+from tests.plans import fetch_tiny, plan_of, pruning
+from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tolerance
 
 ROWS = [tuple(range(1, 10)), tuple(range(3, 12)), (5, 6, 7), (9, 8, 7, 100, 4)]
 LONG = CalibrationSet(tuple(tuple((7 * r + 3 * k) % 250 + 1 for k in range(16)) for r in range(6)))
@@ -193,3 +211,262 @@ def test_streaming_runs_on_a_device(variant, checkpoints):
         found = list(StreamingEngine(checkpoints(variant), "float64").run(tasks, ROWS))
     assert [unit.mask for unit in found] == [unit.mask for unit in expected]
     assert flat([unit.loss for unit in found]) == pytest.approx(flat([unit.loss for unit in expected]), rel=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["cuda", "split"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_numbers_on_a_real_device(variant, place, checkpoints):
+    for name, work in WORK.items():
+        try:
+            expected = work(load_model(checkpoints(variant), "float64", "cpu"))
+        except InputError:
+            continue
+        found = work(load_model(checkpoints(variant), "float64", place))
+        assert flat(found) == pytest.approx(flat(expected), rel=1e-5, abs=1e-5), name
+
+
+def test_these_tests_see_no_real_device():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_devices_are_named_by_the_settings():
+    with fake_devices():
+        assert resolve_device("cpu") == torch.device("cpu")
+        assert resolve_device("split") == resolve_device("gpu") == torch.device("gpu:0")
+        assert resolve_device("gpu:1") == torch.device("gpu:1")
+        assert accelerator.name(torch.device("gpu:1")) == "Made-up Card"
+        assert accelerator.name(torch.device("cpu")) == "cpu"
+        with pytest.raises(InputError, match=r"'gpu:2' is not here: 2 CUDA devices; use auto$"):
+            resolve_device("gpu:2")
+    assert resolve_device("auto") == torch.device("cpu") and accelerator.devices() == []
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(InputError, match="is not here: 0 CUDA devices"):
+            resolve_device(device)
+    for device in ("tpu", "meta", "mps", "gpu"):
+        with pytest.raises(InputError, match="is unknown; valid: auto, cpu, cuda, cuda:<n>, split$"):
+            resolve_device(device)
+    with pytest.raises(InputError, match="needs CUDA devices, and there is none here"):
+        resolve_device("split")
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from blockpruner.store.locks import hold
+with hold(Path(sys.argv[1]), "process 1 on node7", print):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_holds(*cards):
+    """Within, other processes hold the locks of these cards."""
+    with ExitStack() as stack:
+        for card in cards:
+            command = [sys.executable, "-c", HOLDER, str(accelerator._locks() / f"made-up-{card}.lock")]
+            process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            assert process.stdout.readline() == b"held\n"
+        yield
+
+
+@pytest.mark.parametrize(
+    ("held", "chosen", "said"),
+    [
+        ((), 0, "gpu:0 (Made-up Card)"),
+        ((0,), 1, "gpu:1 (Made-up Card)"),
+        ((0, 1), 0, "gpu:0 (Made-up Card), shared with process 1 on node7"),
+    ],
+)
+def test_auto_takes_a_device_that_no_other_process_holds_and_says_which(held, chosen, said, capsys):
+    with fake_devices(), another_holds(*held):
+        assert resolve_device("auto") == resolve_device("auto") == torch.device("gpu", chosen)
+        assert capsys.readouterr().err == f"runtime.device auto: {said}\n"
+        mine = [path.name for path in accelerator._locks().iterdir() if path.read_text() == f"{this_process()}\n"]
+        assert mine == ([] if chosen in held else [f"made-up-{chosen}.lock"])
+
+
+def test_an_only_device_is_taken_without_words(capsys):
+    with fake_devices(1):
+        assert resolve_device("auto") == torch.device("gpu:0")
+    assert capsys.readouterr().err == ""
+
+
+def test_devices_are_taken_without_locks_where_there_is_no_place_for_them(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with fake_devices():
+        assert resolve_device("auto") == torch.device("gpu:0")
+
+
+def test_a_split_that_cannot_fit_is_refused_before_a_weight_is_read(checkpoints):
+    weights = sum(weight.nbytes for weight in tiny_model("llama", 2).parameters())
+    with fake_devices() as cards:
+        for card in cards:
+            card.limit = card.live + weights // 3
+        with pytest.raises(DeviceMemoryError, match="does not fit into the memory of runtime.device 'split'"):
+            load_model(checkpoints("llama"), "float64", "split")
+        assert [card.peak - card.live for card in cards] == [0, 0]
+
+
+def test_a_split_needs_accelerate_and_says_so(checkpoints, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with (
+        fake_devices(),
+        pytest.raises(InputError, match="needs the package accelerate; pip install 'blockp"),
+    ):
+        load_model(checkpoints("llama"), "float64", "split")
+
+
+def test_a_model_that_does_not_fit_is_one_line(checkpoints):
+    with fake_devices() as cards:
+        cards[0].limit = cards[0].live + 1000
+        with pytest.raises(DeviceMemoryError, match="does not fit into the memory of runtime.device 'auto'"):
+            load_model(checkpoints("llama"), "float64")
+
+
+@pytest.mark.parametrize("has_accelerate", [True, False])
+def test_weights_go_straight_to_their_device(has_accelerate, checkpoints, monkeypatch):
+    moved, move = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *to, **how: moved.append(to) or move(self, *to, **how))
+    monkeypatch.setattr(models, "find_spec", lambda name: has_accelerate or None)
+    with fake_devices(1):
+        model = load_model(checkpoints("llama"), "float64")
+        assert {weight.device for weight in model.parameters()} == {torch.device("gpu:0")}
+    assert bool(moved) is not has_accelerate
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), False),
+    ],
+)
+def test_what_is_out_of_memory(error, is_one):
+    assert accelerator.is_out_of_memory(error) is is_one
+
+
+def test_peak_memory_is_a_models_own_though_two_share_weights(checkpoints):
+    asked, alone = Speed(prompt_tokens=8, new_tokens=4, repeats=1, batch=2), {}
+    for name in ("dense", "pruned"):
+        gc.collect()
+        with fake_devices(1) as (card,):
+            before, model = card.live, load_model(checkpoints("llama"), "float64")
+            model = prune_(model, MASK) if name == "pruned" else model
+            gc.collect()
+            alone[name] = measure_speed({name: model}, asked)[name].peak_memory_bytes - before
+            del model
+    gc.collect()
+    with fake_devices(1) as (card,):
+        before, dense = card.live, load_model(checkpoints("llama"), "float64")
+        found = measure_speed({"pruned": prune_(shared_copy(dense), MASK), "dense": dense}, asked)
+    prompt = 2 * 8 * 8  # the other model's
+    for name, speed in found.items():
+        assert speed.peak_memory == "allocated"
+        assert speed.peak_memory_bytes - before - prompt == alone[name]
+        assert alone[name] > speed.weight_bytes + speed.kv_cache_bytes
+
+
+EQUAL = [tuple((7 * r + 3 * k) % 250 + 1 for k in range(32)) for r in range(8)]
+
+
+def sweep(model, batch_tokens):
+    engine = Engine(model, batch_tokens)
+    tasks = [
+        Task(span, (DENSE, *(frozenset({b}) for b in all_blocks(2)))) for span in engine.row_batches(EQUAL, range(8))
+    ]
+    return engine, engine.run(tasks, EQUAL)
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_batch_takes_no_more_memory_than_the_model_of_it_says(rows, monkeypatch):
+    """In bfloat16, with widths in Llama's proportions; at tiny widths what is not a state counts for more."""
+    monkeypatch.setattr(engine_module, "LOGITS_BYTES", 16 * VOCABULARY * 4)
+    gc.collect()
+    with fake_devices(1) as (card,):
+        model = tiny_model("llama", 2, torch.bfloat16, hidden_size=256, intermediate_size=688).to("gpu:0")
+        MODULE.reset_peak_memory_stats(0)
+        before = card.live
+        list(sweep(model, rows * 32)[1])
+    said = live_numbers(256, 688) * rows * 32 * 2
+    assert said / 3 < card.peak - before <= said + 4 * 16 * VOCABULARY * 4
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
+def test_where_memory_ends_batches_are_halved_and_finished_masks_kept(variant, checkpoints):
+    expected = {(unit.mask, unit.start + i): loss
+                for unit in sweep(load_model(checkpoints(variant), "float64", "cpu"), 256)[1]
+                for i, loss in enumerate(unit.loss)}  # fmt: skip
+    with fake_devices(1) as (card,):
+        model, peaks = load_model(checkpoints(variant), "float64"), {}
+        for tokens in (64, 256):
+            gc.collect()
+            MODULE.reset_peak_memory_stats(0)
+            list(sweep(model, tokens)[1])
+            peaks[tokens] = card.peak
+        for share in (0.2, 0.6, 0.95):  # of the way from what two rows need to what eight need
+            gc.collect()
+            card.limit = int(peaks[64] + share * (peaks[256] - peaks[64]))
+            MODULE.reset_peak_memory_stats(0)
+            engine, units = sweep(model, 256)
+            found = [((unit.mask, unit.start + i), loss) for unit in units for i, loss in enumerate(unit.loss)]
+            assert len(found) == len(dict(found)) and dict(found) == pytest.approx(expected, rel=1e-9)
+            assert card.peak <= card.limit and max(map(len, engine.row_batches(EQUAL, range(8)))) < 8
+        card.limit = card.live + 1000
+        with pytest.raises(DeviceMemoryError, match=r"^one row of 32 tokens does not fit .*\(CUDA out of memory\)"):
+            list(sweep(model, 256)[1])
+
+
+def test_training_that_does_not_fit_is_one_line(checkpoints, tmp_path):
+    with fake_devices(1) as (card,):
+        student, rows = prune_(load_model(checkpoints("llama"), "float64"), MASK), CalibrationSet(tuple(EQUAL))
+        card.limit = card.live + 40_000
+        with pytest.raises(DeviceMemoryError, match=r"training on 2 rows of up to 32 tokens .* lower recover.batch"):
+            recover_(student, rows, recipe(distill=0.0, hidden=0.0), teacher=None, validation=None, adapters=tmp_path,
+                     identity="x", observer=SilentObserver())  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["hf", "nas", "gguf", "zeroed"])
+def test_an_export_takes_no_memory_of_a_device(form, tmp_path, in_process):
+    """And it holds the weights that it holds without a device."""
+    dense, files = fetch_tiny(tmp_path, layers=3), {}
+    plan = plan_of(dense, ["mha.1", "mlp.2"])
+    for device in ("cpu", "auto"):
+        with fake_devices() as cards, unverified():
+            before = [card.live for card in cards]
+            EXPORTS[form].write(replace(pruning(dense, plan), device=device), tmp_path / device)
+            assert [card.peak for card in cards] == before
+        files[device] = {path.name: path.read_bytes() for path in (tmp_path / device).iterdir()
+                         if path.suffix in (".safetensors", ".gguf")}  # fmt: skip
+    assert files["cpu"] == files["auto"] != {}
+
+
+def test_slices_are_computed_on_the_device_and_exported_from_the_cpu(tmp_path):
+    dense = fetch_tiny(tmp_path, layers=2, dtype="float32")
+    job = SimpleNamespace(material=SimpleNamespace(config=read_json(dense / "config.json")))
+    details = plan_width(parse_budget("0.2", 1), SLICEGPT.options(), job)
+    plan = replace(plan_of(dense, ["mha.0"]), kind="slicegpt", method="slicegpt", details=details)
+    with fake_devices(1) as (card,), unverified():
+        export_hf(replace(pruning(dense, plan, rows=EQUAL), device="auto"), tmp_path / "out")
+        assert card.peak > 0
+    assert load_model(tmp_path / "out", "float32", "cpu", True).config.sliced_width == details["width"]
+
+
+def test_benchmarks_run_on_a_device(checkpoints):
+    model = load_model(checkpoints("llama"), "float64", "cpu")
+    expected = parity.oracle(model, MASK, EQUAL)
+    with fake_devices(1):
+        model = load_model(checkpoints("llama"), "float64")
+        assert parity.oracle(model, MASK, EQUAL) == pytest.approx(expected, rel=1e-9)
+        ids, meter = torch.tensor(EQUAL, device=model.device), Meter(model.device)
+        waits = MODULE.synchronized
+        losses, _ = meter("full", lambda: full_forward(model, MASK, ids))
+        assert losses.tolist() == pytest.approx(expected, rel=1e-9)
+        assert MODULE.synchronized == waits + 1, "the clock stopped before the device did"
+        assert matrix_rate(model, 64) > 0
