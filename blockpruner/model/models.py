@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from blockpruner.core.allocator import keep_freed_memory
 from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.families import FAMILIES, Family
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
+from blockpruner.model.allocator import keep_freed_memory
 from blockpruner.model.classes import config_class, model_class
 
 # transformers has no class of its own for Baichuan 13B; the one for checkpoints is used in memory too

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from blockpruner.core.allocator import keep_freed_memory
+from blockpruner.model.allocator import keep_freed_memory
 keep_freed_memory(True)
 keep_freed_memory(sys.argv[1] == "kept")
 def faults():
