@@ -4,6 +4,7 @@
     python -m benchmarks.scoring search [removals] [seed ...]               greedy on SmolLM2, exact and lazy+race
     python -m benchmarks.scoring growth                                     cost against layers, rows, vocabulary
     python -m benchmarks.scoring workers [n ...]                            Ray workers of one thread each
+    python -m benchmarks.scoring small [layers]                             few short rows: several masks at once or one
 
 Each prints Markdown and keeps its figures in data/benchmarks/ for `python -m benchmarks.plots`. `search` goes on where
 it was stopped. SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2`).
@@ -359,6 +360,42 @@ def show_workers(found: dict[str, Any]) -> None:
         print(f"| {p['workers'] or 'none: this process'} | {p['seconds']:.2f} | {speedup:.2f}x |")
 
 
+def small(layers: int) -> dict[str, Any]:
+    """An iteration of a random model of SmolLM2's widths, several masks at once and one by one in turns."""
+    model = random_model("tiny", torch.float32, **SMALL | {"num_hidden_layers": layers, "vocab_size": 49152})
+    masks = (DENSE, *(frozenset({block}) for block in all_blocks(layers)))
+    together, alone, points = Engine(model), Engine(model), []
+    alone._width = lambda *batch: 1  # type: ignore[method-assign]
+    for rows, length in ((1, 32), (1, 64), (2, 64), (2, 128)):
+        data, seconds = random_rows(49152, rows, length), []
+        tasks, found = [Task(range(rows), masks)], {}
+        for turn in range(7):
+            for engine in (together, alone)[:: 1 if turn % 2 else -1]:
+                started = time.perf_counter()
+                found[engine] = list(engine.run(tasks, data))
+                seconds.append((engine, time.perf_counter() - started))
+        taken = {engine: [s for e, s in seconds if e is engine][1:] for engine in (together, alone)}  # one to warm up
+        pairs = zip(taken[alone], taken[together], strict=True)
+        points.append({
+            "rows": rows, "length": length, "masks_at_once": together._width(rows * length),
+            "alone": statistics.median(taken[alone]), "together": statistics.median(taken[together]),
+            "gain": statistics.median(a / t for a, t in pairs), "same_bits": found[together] == found[alone],
+        })  # fmt: skip
+        print(f"  {points[-1]}", file=sys.stderr, flush=True)
+    return {"layers": layers, "points": points, **setting()}
+
+
+def show_small(found: dict[str, Any]) -> None:
+    print(f"\n{found['layers']} layers of SmolLM2's widths, first iteration, float32")
+    print("\n| rows | tokens | masks at once | s, one by one | s, at once | gain | bits |")
+    print("|---:|---:|---:|---:|---:|---:|---|")
+    for p in found["points"]:
+        print(
+            f"| {p['rows']} | {p['length']} | {p['masks_at_once']} | {p['alone']:.2f} | {p['together']:.2f} | "
+            f"{p['gain']:.2f}x | {'the same' if p['same_bits'] else 'others'} |"
+        )
+
+
 def main(arguments: Sequence[str]) -> int:
     command, *rest = arguments or ["help"]
     if command == "iteration":
@@ -377,6 +414,8 @@ def main(arguments: Sequence[str]) -> int:
         found = workers([int(count) for count in rest] or [1, 2])
         write_json(RESULTS / "workers.json", found)
         show_workers(found)
+    elif command == "small":
+        show_small(small(int(rest[0]) if rest else 8))
     else:
         print(__doc__)
         return 2

@@ -2,51 +2,71 @@
 
 Decides the arithmetic. The decoder is walked once for all masks (`walk`), with a hidden state as the state. Each mask
 sees the same operations as in a full forward pass, so its loss is equal to rounding; a branch takes one extra hidden
-state of memory. Which masks are scored, and what is done with the values, is decided by the caller.
+state of memory. Where rows are few and short, several masks go along at once. Which masks are scored, and what is done
+with the values, is decided by the caller.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, sorted_blocks
+from blockpruner.core.blocks import DENSE, BlockId, Mask, format_mask, sorted_blocks
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model import accelerator
-from blockpruner.model.models import decoder_layers, model_family, placement
+from blockpruner.model.models import placement
+from blockpruner.scoring.batches import Batch, row_batches
+from blockpruner.scoring.forward import Forward, LayerKwargs, joined
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import Metric
-from blockpruner.scoring.walk import Step, steps_of, walk
+from blockpruner.scoring.walk import walk
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task, live_numbers, over_all_rows
 
 REFERENCE = Metric("reference", "", title="", units_text="", formula="")
 """In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
 
+DENSE_SHARE = 16
+"""The states of a reference stay on the device up to this part of its memory, in addition to the weights."""
+
+WIDE_TOKENS = 512
+"""On a CPU, masks are taken along at once up to so many tokens. Beyond, a wider call gains nothing: see
+docs/performance.md."""
+
+WHOLE_TILES = 32
+"""Tokens that are whole tiles of a CPU's matrix kernels, of 16 rows or fewer."""
+
+WIDE_NUMBERS = 2**22
+"""On CUDA, masks are taken along at once up to so many numbers of their states. A kernel over these takes longer than
+its launch (calculated, not measured)."""
+
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows padded on the right; pads follow every real token, so causal attention never sees them."""
+class Unread:
+    """Losses that a device may still be computing."""
 
-    input_ids: Tensor  # [B, T] int64
-    is_real: Tensor  # [B, T] bool
-    is_target: Tensor  # [B, T-1] bool: position t predicts a real token t+1 that is scored
-    packed: Tensor | None  # [N] int64: where the N real tokens lie among all B * T; None if there is no pad
+    masks: Sequence[Mask]
+    sums: Tensor
+    """[B] float64 on the CPU: of each row, over its targets."""
+    counts: Tensor
+    """[B]: the targets."""
+    ready: torch.Event | None
+    """When the sums have arrived; None on a CPU."""
+
+    def means(self) -> list[float]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        means: list[float] = (self.sums / self.counts).tolist()
+        return means
 
 
-LayerKwargs = tuple[dict[str, Any], ...]
-"""For each layer, the arguments that the family's own decoder passes to it with the hidden state."""
-
-
-class Engine:
+class Engine(Forward):
     """Scores masks of one model, exactly.
 
     Args:
@@ -56,33 +76,14 @@ class Engine:
     """
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
-        family, config = model_family(model), model.config.to_dict()
-        self._model, self._family = model, family
-        self._decoder: nn.Module = attrgetter(family.decoder)(model)
-        self._layers = decoder_layers(model)
-        self._norm: nn.Module = attrgetter(family.final_norm)(model)
-        self._head: nn.Linear = attrgetter(family.head)(model)
-        self._cap: float | None = config[family.logit_cap] if family.logit_cap else None
-        self._steps = steps_of(len(self._layers), family.is_parallel(config))
-        self._batch_tokens = self._auto_batch_tokens() if batch_tokens == "auto" else int(batch_tokens)
+        super().__init__(model)
+        self._set_batch_tokens(batch_tokens)
         # the dense model's final states by row, from which its logits are made: H numbers a token, not V
         self._dense: dict[tuple[int, ...], Tensor] = {}
 
-    @property
-    def layers(self) -> int:
-        return len(self._layers)
-
     def row_batches(self, rows: Rows, span: range) -> list[range]:
         """Consecutive rows grouped so that the padded tokens of a group stay within the batch budget."""
-        batches: list[range] = []
-        start, longest = span.start, 0
-        for index in span:
-            longest = max(longest, len(rows[index]))
-            if index > start and longest * (index - start + 1) > self._batch_tokens:
-                batches.append(range(start, index))
-                start, longest = index, len(rows[index])
-        batches.append(range(start, span.stop))
-        return batches
+        return row_batches(rows, span, self._batch_tokens, self._growth)
 
     def placement(self) -> dict[str, str]:
         here = {"device": self._home.type, "device_name": accelerator.name(self._home)}
@@ -127,12 +128,16 @@ class Engine:
 
     def _halved(self, task: Task, rows: Rows, reason: str) -> list[Task]:
         span, longest = task.span, max(len(rows[i]) for i in task.span)
+        if self._width(len(span) * longest) > 1:  # first one mask at a time
+            self._batch_tokens = len(span) * longest
+            return [task]
         if len(span) == 1 or task.metric.gradient:  # which is taken row by row, and not streamed
             streaming = "" if task.metric.influence else "set runtime.streaming: true, "
             raise DeviceMemoryError(
                 f"one row of {longest} tokens does not fit into the device's memory beside the model ({reason}); "
                 f"lower calibration.seq_len, {streaming}or use a larger device. Trials finished before are kept"
             )
+        self._dense = {row: states.cpu() for row, states in self._dense.items()}
         gc.collect()
         accelerator.empty_cache()
         self._batch_tokens = min(self._batch_tokens, longest * (len(span) // 2))
@@ -147,58 +152,62 @@ class Engine:
         if task.metric.influence:
             yield from self._influences(task, embedded, batch, layer_kwargs)
             return
-        for masks, hidden in walk(self._steps, task.masks, embedded, partial(self._forward, batch, layer_kwargs)):
-            yield from self._scored(masks, hidden, batch, task, rows)
+        width = self._width(batch.input_ids.numel(), batch.packed is not None)
+        run = partial(self._added, batch, layer_kwargs, width)
+        leaves = walk(self._steps, task.masks, embedded, run, joined, width)
+        yield from self._values((self._launched(masks, hidden, batch, task, rows) for masks, hidden in leaves), task)
 
-    def _forward(
-        self, batch: Batch, layer_kwargs: LayerKwargs, kept: Step, hidden: Tensor, added: dict[BlockId, Tensor]
-    ) -> Tensor:
-        """The residual stream after a step with only the `kept` blocks; `added` is what blocks add to `hidden`."""
-        result = hidden
-        for block in kept:
-            if block not in added:
-                added[block] = self._block(block, hidden, layer_kwargs, batch.packed)
-            result = result.to(added[block].device) + added[block]
-        return result
+    def _width(self, tokens: int, padded: bool = False) -> int:
+        """How many masks go along at once with a batch of so many padded tokens.
 
-    def _block(self, block: BlockId, hidden: Tensor, layer_kwargs: LayerKwargs, packed: Tensor | None = None) -> Tensor:
-        """What a block adds to the stream; an MLP, which sees each token alone, computes no pads if they are known."""
-        layer, branch = self._layers[block.layer], self._family.branch(block.kind)
-        module, states = getattr(layer, branch.module), hidden.to(self._device(block.layer))
-        if branch.norm is not None:
-            states = getattr(layer, branch.norm)(states)
-        if block.kind is BlockKind.MHA:
-            states = module(hidden_states=states, **layer_kwargs[block.layer])[0]
-        elif packed is None:
-            states = module(states)
-        else:
-            flat, places = states.flatten(0, 1), packed.to(states.device)
-            real = module(flat[places][None])[0]
-            states = real.new_zeros(len(flat), real.shape[-1]).index_copy(0, places, real).view(*states.shape[:2], -1)
-        return states if branch.post is None else getattr(layer, branch.post)(states)  # type: ignore[no-any-return]
+        On a CPU only where the bits stay those of one mask at a time: its matrix kernels treat a remainder of rows
+        otherwise than full tiles.
+        """
+        if not self._on_cuda and (padded or tokens % WHOLE_TILES):
+            return 1
+        most = WIDE_NUMBERS // self._model.config.hidden_size if self._on_cuda else WIDE_TOKENS
+        return max(1, min(most, self._batch_tokens) // tokens)
 
-    def _device(self, layer: int) -> torch.device:
-        return next(self._layers[layer].parameters()).device
+    def _added(
+        self, batch: Batch, layer_kwargs: LayerKwargs, width: int, block: BlockId, states: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """What a block adds to each of some states of the batch, in one call.
 
-    @property
-    def _home(self) -> torch.device:
-        """The device of token ids and head."""
-        return self._head.weight.device
+        On CUDA a call always has `width` states, the last one again and again where there are fewer: the bits may
+        depend on their number.
+        """
+        calls = [*states, *[states[-1]] * (width - len(states))] if self._on_cuda else states
+        if len(calls) == 1:
+            return [self._block(block, calls[0], layer_kwargs, batch.packed)]
+        together = torch.cat([state.to(self._device(block.layer)) for state in calls])
+        adds = self._block(block, together, layer_kwargs, batch.repeated(len(calls)))
+        return torch.split(adds, len(batch.input_ids))[: len(states)]
 
-    def _scored(
-        self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows
-    ) -> Iterator[ScoredRows]:
-        """The values of masks at the end of their walk; the reference is kept and yields none."""
+    def _launched(self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows) -> Unread:
+        """The losses of masks at the end of their walk; of the reference, which is kept, there are none."""
         keys = [tuple(rows[i]) for i in task.span]
         states = self._final_states(hidden, batch)
         if task.metric == REFERENCE:
-            parts = torch.split(states.cpu(), batch.is_target.sum(dim=1).tolist())
+            held = sum(kept.nbytes for kept in self._dense.values() if kept.device == self._home)
+            stays = self._room is not None and held + states.nbytes <= self._room // DENSE_SHARE
+            parts = torch.split(states if stays else states.cpu(), batch.counts.tolist())
             self._dense.update(zip(keys, parts, strict=True))
-            return
-        dense = torch.cat([self._dense[key] for key in keys]) if task.metric.reference else states[:0]
-        values = self._losses(states, dense, batch, task.metric)
-        for mask in masks:
-            yield self._finite(mask, values, task)
+            return Unread((), torch.zeros(len(keys)), batch.counts, None)
+        dense = None
+        if task.metric.reference:
+            place = self._dense[keys[0]].device
+            dense = torch.cat([self._dense[key].to(place) for key in keys])
+        sums = self._losses(states, dense, batch, task.metric)
+        here = sums.to("cpu", non_blocking=True)
+        ready = torch.accelerator.current_stream(sums.device).record_event() if self._on_cuda else None
+        return Unread(masks, here, batch.counts, ready)
+
+    def _values(self, launched: Iterable[Unread], task: Task) -> Iterator[ScoredRows]:
+        """The values. A CPU computes nothing meanwhile, so there they are read at once: a kill loses what is not."""
+        for unread in one_late(launched) if self._on_cuda else launched:
+            values = unread.means()
+            for mask in unread.masks:
+                yield self._finite(mask, values, task)
 
     def _finite(self, mask: Mask, values: Sequence[float], task: Task) -> ScoredRows:
         for offset, value in enumerate(values):
@@ -220,7 +229,8 @@ class Engine:
             for step in self._steps[layer * per_layer : (layer + 1) * per_layer]:
                 kept = tuple(block for block in step if block not in task.base)
                 reads |= dict.fromkeys(kept, hidden)
-                hidden = self._forward(batch, layer_kwargs, kept, hidden, adds)
+                adds |= {block: self._block(block, hidden, layer_kwargs, batch.packed) for block in kept}
+                hidden = joined(hidden, [adds[block] for block in kept])
             for mask in [mask for mask, unit in units.items() if unit[-1].layer == layer]:
                 first, *others = units.pop(mask)
                 f = adds[first].to(wide)
@@ -243,9 +253,9 @@ class Engine:
             batch = self._batch([rows[row]])
             hidden, layer_kwargs = self._prepare(batch.input_ids)
             for step in kept:
-                hidden = self._forward(batch, layer_kwargs, step, hidden, {})
-            logits = self._logits(self._final_states(hidden, batch))
-            loss = token_nll(logits, batch.input_ids[:, 1:][batch.is_target]).mean()
+                hidden = joined(hidden, [self._block(block, hidden, layer_kwargs, batch.packed) for block in step])
+            logits = self._capped(self._head(self._final_states(hidden, batch)))
+            loss = token_nll(logits, batch.targets).mean()
             found = torch.autograd.grad(loss, weights, allow_unused=True)  # an expert may see no token
             return {weight: part for weight, part in zip(weights, found, strict=True) if part is not None}
 
@@ -270,93 +280,67 @@ class Engine:
         named = (pair for part in parts for pair in part.named_parameters())
         return [parameter for name, parameter in named if not name.endswith("bias")]
 
-    def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
-        """Embedded rows [B, T, H], and the arguments of each layer.
-
-        Runs the family's own decoder with a recorder in place of every layer. All that the decoder does before and
-        between its layers (embedding scale, rotary tables, masks of a layer) is thus its own, not rewritten here.
-        """
-        recorded: list[tuple[Tensor, dict[str, Any]]] = []
-
-        def record(hidden: Tensor, **kwargs: Any) -> Tensor:
-            recorded.append((hidden, kwargs))
-            return hidden
-
-        hooks = [layer.__dict__.get("forward") for layer in self._layers]  # accelerate's, where a device map is used
-        for layer in self._layers:
-            layer.forward = record  # an instance attribute: shadows the class's method until deleted
-        try:
-            self._decoder(input_ids=input_ids, use_cache=False)
-        finally:
-            for layer, hook in zip(self._layers, hooks, strict=True):
-                del layer.forward
-                if hook is not None:
-                    layer.forward = hook
-        layer_kwargs = tuple(
-            map_tensors(kwargs, partial(Tensor.to, device=self._device(layer)))
-            for layer, (_, kwargs) in enumerate(recorded)
-        )
-        return recorded[0][0], layer_kwargs
-
     def _batch(self, rows: Rows) -> Batch:
-        longest = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        lengths = torch.tensor([len(row) for row in rows])
-        is_real = torch.arange(longest)[None, :] < lengths[:, None]
-        is_target = (is_real & (ids >= 0))[:, 1:]
-        ids = torch.where(ids < 0, ~ids, ids)
-        packed = None if is_real.all() else is_real.flatten().nonzero()[:, 0].to(self._home)
-        return Batch(ids.to(self._home), is_real.to(self._home), is_target.to(self._home), packed)
+        return Batch.of(rows, self._home)
 
-    def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The states that the head reads where it predicts a target, row by row: [N, H] for N targets of the batch."""
-        normed: Tensor = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
-        return normed.to(self._home)[batch.is_target]
-
-    def _losses(self, states: Tensor, dense: Tensor, batch: Batch, metric: Metric) -> list[float]:
-        """Mean over each row's targets, summed in float64; logits in chunks of tokens.
+    def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
+        """Of each row, the sum of the losses over its targets, [B] float64; logits in chunks of tokens.
 
         Args:
-            states, dense: final states of the masked and of the dense model, [N, H]; dense may be empty if not needed.
+            states, dense: final states of the masked and of the dense model, [N, H]; dense only where it is needed.
         """
-        token_loss, chunk = metric.compute, max(1, LOGITS_BYTES // (self._head.weight.shape[0] * 4))
-        targets = batch.input_ids[:, 1:][batch.is_target]  # [N]
+        token_loss, chunk = metric.compute, max(1, self._logits_bytes // (self._head.weight.shape[0] * 4))
         losses = []
         for start in range(0, len(states), chunk):
             part = slice(start, start + chunk)
-            reference = self._logits(dense[part].to(self._home))
-            losses.append(token_loss(self._logits(states[part]), targets[part], reference))
-        total = torch.zeros(batch.is_target.shape, dtype=torch.float64, device=states.device)
-        total[batch.is_target] = torch.cat(losses).double()
-        means: list[float] = (total.sum(dim=1) / batch.is_target.sum(dim=1)).tolist()
-        return means
+            logits = self._logits(states[part])
+            reference = logits[:0] if dense is None else self._logits(dense[part].to(self._home))
+            losses.append(token_loss(logits, batch.targets[part], reference))
+        rows, length = batch.input_ids.shape
+        total = torch.zeros(rows * (length - 1), dtype=torch.float64, device=states.device)
+        total[batch.places] = torch.cat(losses).double()
+        return total.view(rows, length - 1).sum(dim=1)
 
-    def _logits(self, states: Tensor) -> Tensor:
-        logits: Tensor = self._head(states)
-        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+    @property
+    def _logits_bytes(self) -> int:
+        """As `LOGITS_BYTES`. On CUDA more: the head's weights are read anew for each chunk."""
+        return LOGITS_BYTES if self._room is None else max(LOGITS_BYTES, min(2**30, self._room // 8))
 
-    def _auto_batch_tokens(self, held: int = 0) -> int:
-        """As many tokens as nine tenths of the device hold beside the weights, and beside `held` bytes to come.
+    def _set_batch_tokens(self, batch_tokens: int | str, held: int = 0) -> None:
+        """Set the padded tokens to a batch; "auto" is as many as the device holds.
 
         What is free at the moment has no part in it: in 16 bits the batch shape moves a loss, so the same model on the
         same kind of device always gets the same batches. Where others use the device, batches are halved (`run`).
+
+        Args:
+            held: bytes to come beside those of the weights that are on the device.
         """
-        if self._home.type == "cpu":
-            return 1024
-        total = accelerator.total_memory(self._home)
-        weights = sum(weight.nbytes for weight in self._model.parameters() if weight.device == self._home)
-        config = self._model.config
-        numbers = live_numbers(config.hidden_size, config.intermediate_size)
-        fitting = (total * 9 // 10 - weights - held - 4 * LOGITS_BYTES) // (numbers * self._head.weight.element_size())
-        return int(max(2048, min(65536, fitting)))
+        config, item = self._model.config, self._head.weight.element_size()
+        self._room, self._growth = None, 0.0
+        if self._on_cuda:
+            total = accelerator.total_memory(self._home)
+            weights = sum(weight.nbytes for weight in self._model.parameters() if weight.device == self._home)
+            self._room = max(0, total * 9 // 10 - weights - held)
+        if batch_tokens != "auto":
+            self._batch_tokens = int(batch_tokens)
+        elif self._room is None:
+            self._batch_tokens = 1024
+        else:
+            bytes_of_token = live_numbers(config.hidden_size, config.intermediate_size) * item
+            room = self._room - self._room // DENSE_SHARE - 4 * self._logits_bytes
+            self._batch_tokens = int(max(2048, min(65536, room // bytes_of_token)))
+            if config._attn_implementation == "eager":  # every head's map, twice, and its softmax in float32
+                self._growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor within nested dicts and tuples changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
-    return tuple(map_tensors(item, change) for item in value) if isinstance(value, tuple) else value
+def one_late(launched: Iterable[Unread]) -> Iterator[Unread]:
+    """Each item once the next one is launched, or could not be: a device then never waits for what is done with it."""
+    held: list[Unread] = []
+    try:
+        for item in launched:
+            yield from held
+            held = [item]
+    except RuntimeError:
+        yield from held
+        raise
+    yield from held

@@ -7,13 +7,20 @@ Masks that agree on all steps so far share one state. Where they part, the walk 
         the others                   -> walk(j + 1, h + block_j(h))
 
 A greedy iteration over n live blocks then takes n + n(n-1)/2 runs of a block instead of n(n-1).
+
+A walk of `width` w takes the next w masks along at once: a block runs over all their states in one call. The masks
+behind them wait with the state that they share. So at most w states are under way, and one more waits for each branch
+that leads to them; with w = 1 the walk is depth first.
+
 What a state is, the caller decides: the engine walks with hidden states, counting walks with none. No torch here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby, islice
+from typing import Generic, TypeVar
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask
 
@@ -29,43 +36,92 @@ def steps_of(layers: int, parallel: bool) -> list[Step]:
     return pairs if parallel else [(block,) for pair in pairs for block in pair]
 
 
-def parts(step: Step, masks: Sequence[Mask]) -> list[tuple[Step, list[Mask]]]:
-    """The masks by the blocks that they keep of a step, fewest blocks first."""
-    found: dict[Step, list[Mask]] = {}
-    for mask in masks:
-        found.setdefault(tuple(block for block in step if block not in mask), []).append(mask)
-    return sorted(found.items(), key=lambda part: len(part[0]))
+@dataclass
+class _Node(Generic[State]):
+    """Masks that agree on all steps before one, and their state there."""
+
+    masks: Sequence[Mask]
+    """In the order of the walk."""
+    state: State
+    added: dict[BlockId, State] = field(default_factory=dict)
+    """What blocks of this step add to the state, as far as it is known."""
 
 
 def walk(
     steps: Sequence[Step],
     masks: Sequence[Mask],
     state: State,
-    forward: Callable[[Step, State, dict[BlockId, State]], State],
+    run: Callable[[BlockId, Sequence[State]], Sequence[State]],
+    join: Callable[[State, Sequence[State]], State],
+    width: int = 1,
 ) -> Iterator[tuple[Sequence[Mask], State]]:
     """Yield the masks that agree on all steps, with their state after them, group by group.
 
+    Masks that keep fewer blocks of a step come first.
+
     Args:
-        forward: gives the state after a step, from the blocks that are kept of it, the state before it, and what
-            blocks of this step have added to that state already. It enters there what it computes.
+        run: gives what a block adds to each of some states.
+        join: gives the state after a step, from the state before it and what its kept blocks add.
+        width: how many masks go along at once.
     """
-    for position, step in enumerate(steps, 1):
-        *branches, (kept, masks) = parts(step, masks)
-        added: dict[BlockId, State] = {}
-        for fewer, part in branches:
-            yield from walk(steps[position:], part, forward(fewer, state, added), forward)
-        state = forward(kept, state, added)
-    yield masks, state
+    ordered = sorted(masks, key=lambda mask: [_place(step, mask) for step in steps])
+    waiting = [(0, _Node(ordered, state))]
+    while waiting:
+        start, node = waiting.pop()
+        front = [node]
+        del node  # it would keep its state
+        for position in range(start, len(steps)):
+            front = [piece for node in front for piece in _parts(steps[position], node)]
+            along = _along(front, width)
+            while len(front) > along:
+                waiting.append((position, front.pop()))
+            front = _behind(steps[position], front, run, join)
+        yield from ((node.masks, node.state) for node in front)
+
+
+def _place(step: Step, mask: Mask) -> tuple[int, list[bool]]:
+    """Where a mask comes among those that agree on all steps before: the fewest blocks first."""
+    removed = [block in mask for block in step]
+    return -sum(removed), removed
+
+
+def _parts(step: Step, node: _Node[State]) -> list[_Node[State]]:
+    """The masks of a node by what they keep of its step; they share its state."""
+    parts = (list(part) for _, part in groupby(node.masks, lambda mask: _place(step, mask)))
+    return [_Node(part, node.state, node.added) for part in parts]
+
+
+def _along(pieces: Sequence[_Node[State]], width: int) -> int:
+    """How many of the pieces go along: those that hold one of the first `width` masks."""
+    before = accumulate((len(piece.masks) for piece in pieces), initial=0)
+    return sum(count < width for count in islice(before, len(pieces)))
+
+
+def _behind(
+    step: Step,
+    pieces: Sequence[_Node[State]],
+    run: Callable[[BlockId, Sequence[State]], Sequence[State]],
+    join: Callable[[State, Sequence[State]], State],
+) -> list[_Node[State]]:
+    """The pieces after their step."""
+    kept = [[block for block in step if block not in piece.masks[0]] for piece in pieces]
+    for block in step:
+        asking = {id(p.added): p for p, own in zip(pieces, kept, strict=True) if block in own and block not in p.added}
+        if asking:
+            found = run(block, [piece.state for piece in asking.values()])
+            for piece, adds in zip(asking.values(), found, strict=True):
+                piece.added[block] = adds
+    return [_Node(p.masks, join(p.state, [p.added[b] for b in own])) for p, own in zip(pieces, kept, strict=True)]
 
 
 def runs(steps: Sequence[Step], masks: Sequence[Mask]) -> Iterator[tuple[Sequence[Mask], list[BlockId]]]:
     """The groups of a walk, each with the blocks that the walk runs after the group before; nothing is computed."""
     ran: list[BlockId] = []
 
-    def forward(kept: Step, state: None, added: dict[BlockId, None]) -> None:
-        ran.extend(block for block in kept if block not in added)
-        added.update(dict.fromkeys(kept))
+    def run(block: BlockId, states: Sequence[None]) -> Sequence[None]:
+        ran.append(block)
+        return states
 
-    for group, _ in walk(steps, masks, None, forward):
+    for group, _ in walk(steps, masks, None, run, lambda state, added: None):
         yield group, ran.copy()
         ran.clear()

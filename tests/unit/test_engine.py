@@ -1,13 +1,18 @@
 """The engine against full forward passes of the masked model, one row and one mask at a time."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.errors import NonFiniteLossError
 from blockpruner.model.models import masked
+from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.work import Task
+from blockpruner.scoring.metrics import METRICS
+from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
 from tests.tiny import full_nll, tiny_model, tolerance
 
 
@@ -83,3 +88,127 @@ def test_lower_precision_stays_near(dtype):
     found = score_all(Engine(model), sweep(), rows)
     tolerance = 1e-4 if dtype is torch.float32 else 0.35
     assert found == pytest.approx(exact, abs=tolerance)
+
+
+# --- what only CUDA does, on a CPU ----------------------------------------------------------------------------------
+
+
+def test_16_bit_products_are_added_up_in_32_bits():
+    kinds = torch.backends.cuda.matmul
+    kinds.allow_bf16_reduced_precision_reduction = kinds.allow_fp16_reduced_precision_reduction = True
+    Engine(tiny_model())
+    assert not (kinds.allow_bf16_reduced_precision_reduction or kinds.allow_fp16_reduced_precision_reduction)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logits_of_16_bit_models_are_not_rounded(monkeypatch, family):
+    """The product that only CUDA has is taken in float64 here. A bfloat16 of 8 bits is off by up to 1/512 of itself."""
+    model = tiny_model(family, dtype=torch.bfloat16)
+    states = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = states.double() @ model.lm_head.weight.T.double()
+    if family == "gemma2":
+        exact = 20 * torch.tanh(exact / 20)
+    engine = Engine(model)
+    rounded = engine._logits(states)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype))
+    engine._on_cuda = True
+    found = engine._logits(states)
+    assert rounded.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert (rounded - exact).abs().max() > 1e-3 and (found - exact).abs().max() < 1e-5
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made within and are alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._known = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        if storage not in self._known:
+            self._known[storage] = True
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._forget, storage.nbytes())
+
+    def _forget(self, size):
+        self.now -= size
+
+
+def on_card(monkeypatch, model, total, batch_tokens="auto"):
+    """An engine that takes the CPU for a card of so many bytes."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total))
+    engine = Engine(model)
+    engine._on_cuda = True
+    engine._set_batch_tokens(batch_tokens)
+    return engine
+
+
+def test_batches_and_logits_fill_a_card(monkeypatch):
+    """What is free at the moment (nothing) has no part in it."""
+    model = tiny_model()
+    weights = sum(weight.nbytes for weight in model.parameters())
+    card = 600 * 2**20
+    engine = on_card(monkeypatch, model, card)
+    token = live_numbers(32, 48) * 8
+    assert engine._logits_bytes == (card * 9 // 10 - weights) // 8
+    assert 2048 < engine._batch_tokens < 65536
+    fixed = weights + (card * 9 // 10 - weights) // engine_module.DENSE_SHARE + 4 * engine._logits_bytes
+    assert fixed + engine._batch_tokens * token <= card * 9 // 10 < fixed + (engine._batch_tokens + 2) * token
+    large = on_card(monkeypatch, model, 80 * 2**30)
+    assert (large._batch_tokens, large._logits_bytes) == (65536, 2**30)
+    small = on_card(monkeypatch, model, 2**20)
+    assert (small._batch_tokens, small._logits_bytes) == (2048, LOGITS_BYTES)
+    given = on_card(monkeypatch, model, 80 * 2**30, 100)
+    assert (given._batch_tokens, given._logits_bytes) == (100, 2**30)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_memory_of_a_walk_is_foreseen(monkeypatch, attention):
+    """Eager attention keeps every head's map. A batch as large as allowed stays within what all its tokens may take,
+    beside the logits; and one of the other attention's size would not."""
+    model = tiny_model(dtype=torch.bfloat16, attn_implementation=attention)
+    engine, token = on_card(monkeypatch, model, 2**30), live_numbers(32, 48) * 2
+    engine._batch_tokens, engine._on_cuda = 1200, False
+    rows = make_rows([120] * 10)
+    (first, *_) = engine.row_batches(rows, range(10))
+    assert len(first) == (10 if attention == "sdpa" else 2)
+    monkeypatch.setattr("blockpruner.scoring.engine.LOGITS_BYTES", 260 * 4)
+    engine._room = None
+
+    def most(span):
+        with LiveBytes() as live:
+            list(engine.run([Task(span, (DENSE, *sweep()[-2:]))], rows))
+        return live.most
+
+    assert most(first) <= 1200 * token
+    assert attention == "sdpa" or most(range(10)) > 1200 * token
+
+
+def test_layers_on_one_device_share_their_masks(monkeypatch):
+    """The arguments go to another device once, not once for each layer."""
+    engine = Engine(tiny_model("mistral", attn_implementation="eager"))
+    monkeypatch.setattr(engine, "_device", lambda layer: torch.device("meta"))
+    _, layer_kwargs = engine._prepare(torch.ones(3, 9, dtype=torch.int64))
+    masks = [kwargs["attention_mask"] for kwargs in layer_kwargs]
+    assert masks[0].is_meta and all(mask is masks[0] for mask in masks)
+
+
+@pytest.mark.parametrize(("room", "moves"), [(0, 4), (10**6, 0), (16 * 32 * 8 * 30, 2)])
+def test_the_reference_stays_on_the_device_while_it_fits(monkeypatch, room, moves):
+    """Four rows of 15 targets, of 32 numbers of float64; the last case has room for two of them."""
+    engine, moved, to_cpu = Engine(tiny_model(), 16), [], torch.Tensor.cpu
+    engine._room = room
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(tensor.shape) or to_cpu(tensor))
+    rows = make_rows([16] * 4)
+    tasks = [Task(range(i, i + 1), (DENSE,), METRICS["kl"]) for i in range(4)]
+    assert [unit.loss for unit in engine.run(tasks, rows)] == [(pytest.approx(0, abs=1e-12),)] * 4
+    assert moved == [(15, 32)] * moves

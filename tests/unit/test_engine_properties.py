@@ -7,8 +7,10 @@ they are the same in all examples of a variant and a depth.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -111,9 +113,30 @@ def least_work(case: Case, task: Task) -> int:
     return len({(before(block, mask), block) for mask, block in kept})
 
 
+class Stream:
+    """A stream of a device: the log has when losses were launched (>) and when they were waited for (<)."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, int]] = []
+
+    def record_event(self) -> SimpleNamespace:
+        number = sum(kind == ">" for kind, _ in self.log)
+        self.log.append((">", number))
+        return SimpleNamespace(synchronize=lambda: self.log.append(("<", number)))
+
+
+@contextmanager
+def as_on_cuda(engine: Engine) -> Iterator[Stream]:
+    """The engine takes the ways that it takes on CUDA; its tensors are on the CPU."""
+    engine._on_cuda, stream = True, Stream()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_stream", lambda device: stream)
+        yield stream
+
+
 @settings(max_examples=150)
-@given(case=cases(), logit_tokens=st.integers(0, 40))
-def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, logit_tokens: int):
+@given(case=cases(), logit_tokens=st.integers(0, 40), wide=st.integers(0, 100))
+def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, logit_tokens: int, wide: int):
     engine = Engine(model_of(case.variant, case.layers), case.batch_tokens)
     tasks, calls, forward = case.tasks(engine), [], engine._block
     assert [row for task in tasks for row in task.span] == list(case.span)
@@ -122,15 +145,40 @@ def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, log
         assert len(task.span) == 1 or padded <= case.batch_tokens
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "LOGITS_BYTES", logit_tokens * VOCABULARY * 4)
-        patch.setattr(engine, "_block", lambda *args: calls.append(args) or forward(*args))
+        patch.setattr(engine_module, "WIDE_TOKENS", wide)
+        patch.setattr(engine_module, "WHOLE_TILES", 1)
+        patch.setattr(engine, "_block", lambda *args: calls.append(len(args[1])) or forward(*args))
         units = list(engine.run(tasks, case.rows))
     assert_once_and_exact(case, units, tasks)
-    assert len(calls) == sum(least_work(case, task) for task in tasks)
+    assert sum(calls) == sum(least_work(case, task) * len(task.span) for task in tasks)
+
+
+@settings(max_examples=75)
+@given(case=cases(), wide=st.integers(0, 100))
+def test_the_ways_of_cuda_give_the_same_values(case: Case, wide: int):
+    """All calls of a block have one shape. Losses are waited for once the next ones are launched."""
+    engine, shapes = Engine(model_of(case.variant, case.layers), case.batch_tokens), {}
+    tasks, forward = case.tasks(engine), engine._block
+    with as_on_cuda(engine) as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "WIDE_NUMBERS", wide * 32)
+        for task in tasks:
+            shapes[task] = set()
+            patch.setattr(engine, "_block", lambda *args, to=shapes[task]: to.add(args[1].shape) or forward(*args))
+            stream.log.clear()
+            units = list(engine.run([task], case.rows))
+            assert_once_and_exact(case, units, [task])
+            count = len(units)
+            late = [entry for n in range(count) for entry in ((">", n), ("<", n - 1))] + [("<", count - 1)]
+            assert stream.log == [entry for entry in late if entry[1] >= 0]
+    for task, found in shapes.items():
+        longest = max(len(case.rows[row]) for row in task.span)
+        width = max(1, min(wide, case.batch_tokens) // (len(task.span) * longest))
+        assert found <= {(width * len(task.span), longest, 32)}
 
 
 class CrampedEngine(Engine):
     """Runs out of memory where a batch has more than `rows` rows or `tokens` tokens to a row, but for those times
-    that `luck` says (True: it fits); keeps the walks, with those masks that each of them finished.
+    that `luck` says (True: it fits); keeps the walks, with those masks that each of them finished. Masks go one by one.
 
     Garbage is not collected: it takes 50 ms where torch is loaded, at each of hundreds of failures.
     """
@@ -140,6 +188,9 @@ class CrampedEngine(Engine):
         self.rows, self.tokens, self.luck = rows, tokens, iter(luck)
         self.walks: list[tuple[Task, list[Mask]]] = []
         self.losses = 0
+
+    def _width(self, tokens: int, padded: bool = False) -> int:
+        return 1
 
     def _halved(self, *args) -> list[Task]:
         with pytest.MonkeyPatch.context() as patch:
@@ -172,13 +223,22 @@ class CrampedEngine(Engine):
 
 
 @settings(max_examples=75)
-@given(case=cases(fewest=3, batch_tokens=40), fitting=st.integers(1, 2), lucky_calls=st.lists(st.integers(0, 20)))
-def test_out_of_memory_anywhere_halves_the_batch_and_loses_nothing(case: Case, fitting: int, lucky_calls: list[int]):
-    """Of the calls with too large a batch, `lucky_calls` pass before each failure; after those, none does."""
+@given(
+    case=cases(fewest=3, batch_tokens=40),
+    fitting=st.integers(1, 2),
+    lucky_calls=st.lists(st.integers(0, 20)),
+    late=st.booleans(),
+)
+def test_out_of_memory_anywhere_halves_the_batch_and_loses_nothing(
+    case: Case, fitting: int, lucky_calls: list[int], late: bool
+):
+    """Of the calls with too large a batch, `lucky_calls` pass before each failure; after those, none does. What was
+    launched before a failure is read after it."""
     luck = [passes for calls in lucky_calls for passes in [True] * calls + [False]]
     engine = CrampedEngine(model_of(case.variant, case.layers), case.batch_tokens, rows=fitting, luck=luck)
     tasks = case.tasks(engine)
-    units = list(engine.run(tasks, case.rows))
+    with as_on_cuda(engine) if late else nullcontext():
+        units = list(engine.run(tasks, case.rows))
     assert_once_and_exact(case, units, tasks)
     assert engine.losses == len(units), "a finished loss was thrown away"
 
@@ -205,6 +265,19 @@ def test_one_row_that_does_not_fit_is_named_and_all_before_it_are_finished(case:
     with pytest.raises(DeviceMemoryError, match=rf"^one row of {17 + giant} tokens .*\(CUDA out of memory\)"):
         units.extend(engine.run(tasks, case.rows))
     assert_once_and_exact(case, units, [Task(range(case.span.start, at), tuple(case.masks))])
+
+
+def test_masks_go_one_by_one_before_a_batch_is_halved():
+    class Narrow(CrampedEngine):
+        _width = Engine._width
+
+    rows = [(1, 2, 3, 4) * 8]
+    engine = Narrow(model_of("llama", 2), 100, rows=1)
+    case = Case("llama", 2, rows, range(1), [frozenset({block}) for block in all_blocks(2)], 100)
+    tasks = case.tasks(engine)
+    assert engine._width(32) == 3
+    assert_once_and_exact(case, list(engine.run(tasks, rows)), tasks)
+    assert [task.span for task, _ in engine.walks] == [range(1)] * 2 and engine._width(32) == 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -18,7 +18,7 @@ from blockpruner.model.models import masked
 from blockpruner.scoring.large.ray import connect, resources
 from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
 from blockpruner.scoring.scorers import make_scorer
-from blockpruner.scoring.walk import runs, steps_of
+from blockpruner.scoring.walk import runs, steps_of, walk
 from blockpruner.scoring.work import ScoredRows, Task
 from tests.tiny import full_nll, save_tiny, tiny_model
 
@@ -98,6 +98,42 @@ def test_a_walk_runs_each_block_once_for_each_state(parallel, seed):
             before = frozenset(block for block in mask if WALK.index(block) < WALK.index(step[0]))
             states |= {(before, block) for block in step if block not in mask}
     assert sum(len(ran) for _, ran in groups) == len(states)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 50])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_wide_walk_ends_in_the_same_states_with_no_more_work(parallel, seed, width):
+    """A state is what was kept so far, in the order of a forward pass; blocks of one step read the same state."""
+    masks, calls = list(dict.fromkeys(pool(9, seed))), []
+    steps = steps_of(4, parallel)
+
+    def run(block, states):
+        calls.append(states)
+        return [(state, block) for state in states]
+
+    def join(state, adds):
+        assert all(read == state for read, _ in adds)
+        return (*state, *(block for _, block in adds))
+
+    found = list(walk(steps, masks, (), run, join, width))
+    assert [group for group, _ in found] == [group for group, _ in runs(steps, masks)]
+    for group, state in found:
+        assert [state] * len(group) == [tuple(b for step in steps for b in step if b not in mask) for mask in group]
+    assert max(map(len, calls)) <= width
+    assert sum(map(len, calls)) == sum(len(ran) for _, ran in runs(steps, masks))
+
+
+def test_a_wide_sweep_takes_fewer_calls():
+    """Of n blocks, three masks at once: the next three start before the block that the last one lacks."""
+    calls = []
+    sweep = [frozenset({block}) for block in WALK]
+    list(walk(steps_of(4, False), sweep, 0, lambda block, states: calls.append(block) or states, max_of, 3))
+    assert len(calls) == 8 + 6 + 3
+
+
+def max_of(state, adds):
+    return max([state, *adds])
 
 
 def test_a_sweep_is_balanced_and_its_prefixes_stay_together():

@@ -130,14 +130,15 @@ def test_streamed_passes_share_one_reference(tmp_path):
 
 def spy_on_references(engine):
     """Receives each row whose reference is kept."""
-    rows_done, scored = [], engine._scored
+    rows_done, launched = [], engine._launched
 
     def spy(masks, hidden, batch, task, rows):
-        yield from scored(masks, hidden, batch, task, rows)
+        result = launched(masks, hidden, batch, task, rows)
         if task.metric == REFERENCE:
             rows_done.extend(task.span)
+        return result
 
-    engine._scored = spy
+    engine._launched = spy
     return rows_done
 
 

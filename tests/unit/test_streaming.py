@@ -6,13 +6,11 @@ import random
 import shutil
 import subprocess
 import sys
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLossError
@@ -25,7 +23,7 @@ from blockpruner.scoring.large.memory import is_in_memory
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
 from tests.tiny import VARIANTS, full_nll, tiny_model, tolerance
-from tests.unit.test_engine import make_rows, score_all, sweep
+from tests.unit.test_engine import LiveBytes, make_rows, score_all, sweep
 
 
 @pytest.fixture
@@ -218,32 +216,6 @@ def test_bytes_read_as_the_system_counts_them(tmp_path):
         assert 0.95 * size <= read - spilled <= 1.1 * size
         assert 0.95 * size <= weights <= size
     assert [spilled > 0 for _, spilled, _ in results] == [False, True, False, True]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made within and are alive, and the most there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self._known = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage):
-        if storage not in self._known:
-            self._known[storage] = True
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._forget, storage.nbytes())
-
-    def _forget(self, size):
-        self.now -= size
 
 
 @pytest.mark.parametrize("family", VARIANTS)

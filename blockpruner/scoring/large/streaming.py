@@ -31,11 +31,13 @@ from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.core.errors import DeviceMemoryError, InputError, StorageError
 from blockpruner.model import accelerator
 from blockpruner.model.models import resolve_device
-from blockpruner.scoring.engine import Batch, Engine, LayerKwargs, map_tensors
+from blockpruner.scoring.batches import Batch
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.forward import LayerKwargs, joined, map_tensors
 from blockpruner.scoring.large.memory import available_memory, is_in_memory, resident_memory
 from blockpruner.scoring.large.weights import Weights, aligned, memory_of, read_into, skeleton
 from blockpruner.scoring.walk import runs, walk
-from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task
+from blockpruner.scoring.work import Rows, ScoredRows, Task
 
 SCRATCH_BYTES = 48 * 2**20
 """Allowance for memory outside tensors: code of the kernels, paged in at their first use, their packing buffers, and
@@ -186,7 +188,7 @@ class StreamingEngine(Engine):
         held = weights.bytes(self._kept) + max(
             map(weights.bytes, (self._before, self._after, *self._layer_names(DENSE)))
         )
-        self._batch_tokens = self._auto_batch_tokens(held) if batch_tokens == "auto" else int(batch_tokens)
+        self._set_batch_tokens(batch_tokens, held)
         self.plan: PassPlan | None = None
         self.spill_bytes_read = self.spill_bytes_written = 0
 
@@ -257,8 +259,9 @@ class StreamingEngine(Engine):
         del slab
         self._weights.load(self._after)
         for work in works:
-            for masks, slot in work.states:
-                yield from self._scored(masks, tiles.get(slot, work.shape), work.batch, work.task, rows)
+            states = ((masks, tiles.get(slot, work.shape)) for masks, slot in work.states)
+            launched = (self._launched(masks, state, work.batch, work.task, rows) for masks, state in states)
+            yield from self._values(launched, work.task)
 
     def _embedded(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> list[_Work]:
         self._weights.load(self._kept)
@@ -286,7 +289,7 @@ class StreamingEngine(Engine):
             slots = [slot, *fresh] if unchanged else [*fresh, slot]
             if fresh or not unchanged:
                 hidden = tiles.get(slot, work.shape)
-                results = walk(steps, masks, hidden, partial(self._forward, work.batch, work.layer_kwargs))
+                results = walk(steps, masks, hidden, partial(self._added, work.batch, work.layer_kwargs, 1), joined)
                 for target, (_, result) in zip(slots, results, strict=True):
                     if result is not hidden:
                         tiles.put(target, result)
@@ -384,7 +387,7 @@ class StreamingEngine(Engine):
 
     def _loss_bytes(self, shape: Shape, compared: bool) -> int:
         vocabulary, item = self._head.weight.shape[0], self._head.weight.element_size()
-        tokens = min(shape[0] * shape[1], max(1, LOGITS_BYTES // (vocabulary * 4)))
+        tokens = min(shape[0] * shape[1], max(1, self._logits_bytes // (vocabulary * 4)))
         wide = 7 if compared else 2  # log-probabilities of both and of their mean, and what sums are made of
         logits = wide * max(item, 4) + (item if item < 4 else 0) * (1 + compared)  # and as the head gave them
         return 2 * self._norm_bytes(shape) + tokens * vocabulary * logits
