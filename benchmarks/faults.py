@@ -291,7 +291,7 @@ def restored(project: Path, stage: str) -> Path:
 
 def in_process(stage: str) -> Callable[[], object]:
     """A stage as a function for a fork; what it loads is loaded here. `promised` beside the project counts the log
-    lines that have been promised to be on disk."""
+    lines that a sync has put on disk."""
     os.environ.update(with_hook(-1) | {"HF_MODULES_CACHE": str(WORK / "modules"), "TOKENIZERS_PARALLELISM": "false"})
     for loaded in LOADED:
         import_module(loaded)
@@ -304,9 +304,11 @@ def in_process(stage: str) -> Callable[[], object]:
 
         def promised(journal: Journal, entry: Mapping[str, Any]) -> None:
             nonlocal count
+            synced = journal._synced
             append(journal, entry)
             count += 1
-            Path("../promised").write_text(str(count))
+            if journal._synced != synced:
+                Path("../promised").write_text(str(count))
 
         Path("../promised").write_text("0")
         Journal.append = promised  # type: ignore[method-assign]

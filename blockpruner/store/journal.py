@@ -6,7 +6,9 @@ Decides how a line is written and when it is trusted. What an entry means is dec
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,17 +19,20 @@ from blockpruner.store.files import make_folder, set_aside, storage_error, sync
 
 
 class Journal:
-    """One log on disk. An entry is there when `append` returns, and a kill loses at most the line being written."""
+    """One log on disk. A kill loses at most the line being written; a cut of power also what was not synced."""
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any], seconds: float = 0.0) -> None:
         """Write nothing yet; the file is made by the first entry.
 
         Args:
             header: the first line; a file with another one is not this log.
+            seconds: the log is synced by the first entry that comes so long after the last sync, and when it is closed.
         """
         self.path = path
         self._header = dict(header)
+        self._seconds = seconds
         self._stream: TextIO | None = None
+        self._synced = -math.inf
 
     def first(self) -> dict[str, Any] | None:
         """The first line as it stands on disk; None if there is no whole one."""
@@ -68,7 +73,7 @@ class Journal:
         return entries
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Write one entry and sync it.
+        """Give one entry to the system, and sync the log where it is time.
 
         Raises:
             StorageError: it cannot be written.
@@ -78,18 +83,33 @@ class Journal:
             stream = self._open()
             stream.write(checksummed(entry))
             stream.flush()
-            os.fsync(stream.fileno())
+            if is_new or time.monotonic() - self._synced >= self._seconds:
+                os.fsync(stream.fileno())
+                self._synced = time.monotonic()
             if is_new:
                 sync(self.path.parent)
         except OSError as error:
+            broken, self._stream = self._stream, None
             with suppress(OSError):  # closing writes the rest of the line again, which fails again
-                self.close()
+                if broken is not None:
+                    broken.close()
             raise storage_error(self.path, error) from error
 
     def close(self) -> None:
+        """Sync what is not yet, and close the file.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
         stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.close()
+        if stream is None:
+            return
+        try:
+            with stream:
+                if self._seconds:
+                    os.fsync(stream.fileno())
+        except OSError as error:
+            raise storage_error(self.path, error) from error
 
     def _open(self) -> TextIO:
         if self._stream is None:

@@ -29,6 +29,9 @@ from blockpruner.versions import SCORE_VERSION
 TRIALS_VARIABLE = "BLOCKPRUNER_TRIALS"
 """Environment variable: the absolute path of a trial store that several workspaces share."""
 
+SYNC_SECONDS = 1.0
+"""A cut of power loses the trials of at most this time."""
+
 SIXTEEN_BITS = ("bfloat16", "float16")
 
 
@@ -139,7 +142,7 @@ class TrialStore:
         return self._origin
 
     def put(self, key: str, start: int, loss: Iterable[float]) -> None:
-        """Record rows [start, start + len(loss)) of a trial; on return they are on disk."""
+        """Record rows [start, start + len(loss)) of a trial; a kill after the return does not lose them."""
         values = [float(v) for v in loss]
         self._remember(key, self.rows[start : start + len(values)], values, self._origin)
         if self.root is None:
@@ -148,7 +151,7 @@ class TrialStore:
             header: dict[str, Any] = {"fingerprint": self.fingerprint, "rows": list(self.rows)}
             if self._placement:
                 header["environment"] = self._environment
-            self._log = Journal(self._directory / f"{writer()}-{time.time_ns()}.jsonl", header)
+            self._log = Journal(self._directory / f"{writer()}-{time.time_ns()}.jsonl", header, SYNC_SECONDS)
         self._log.append({"trial": key, "start": start, "loss": values})
 
     def close(self) -> None:

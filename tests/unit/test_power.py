@@ -33,6 +33,8 @@ def work(done: Path) -> None:
     for number in range(2):
         store.put(f"mha.{number}", 0, [1.0, 2.0])
         returned(f"mha.{number}")
+    store.close()
+    returned("closed")
     for number in range(2):
         write_sealed_json(Path("new/plan.json"), {"number": number, "text": "x" * 50})
         returned(f"plan {number}")
@@ -40,10 +42,12 @@ def work(done: Path) -> None:
         returned(f"model {number}")
 
 
-def check(folder: Path, done: set[str]) -> None:
+def check(folder: Path, done: set[str], mode: str = "killed") -> None:
+    """A cut of power may lose trials of the last second: all but the first one until the store is closed."""
     store = TrialStore({"model": "m"}, ROWS, folder / "new/trials")
     for number in range(2):
-        assert store.get(f"mha.{number}") == [1.0, 2.0] or f"mha.{number}" not in done
+        is_promised = f"mha.{number}" in done and (mode == "killed" or number == 0 or "closed" in done)
+        assert store.get(f"mha.{number}") in ([[1.0, 2.0]] if is_promised else [[1.0, 2.0], None])
     assert store.problems == [], "a cut leaves no log that has to be set aside"
     plan, model = folder / "new/plan.json", folder / "model"
     if plan.exists():
@@ -67,10 +71,10 @@ def test_what_had_returned_is_on_disk(mode: str, tmp_path: Path) -> None:
         folder.mkdir()
         assert forked(folder, partial(work, done), tmp_path / "log", cut, mode) == (-signal.SIGKILL, cut)
         finished = set(done.read_text().splitlines()) if done.exists() else set()
-        check(folder, finished)
+        check(folder, finished, mode)
         if cut % 4 == 1:  # and what is left is no obstacle
             assert forked(folder, partial(work, done), tmp_path / "log")[0] == 0, (tmp_path / "log").read_text()
-            check(folder, {"mha.0", "mha.1", "plan 0", "plan 1", "model 0", "model 1"})
+            check(folder, {"mha.0", "mha.1", "closed", "plan 0", "plan 1", "model 0", "model 1"})
 
 
 def careless(is_synced: bool) -> None:

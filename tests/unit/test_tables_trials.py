@@ -179,6 +179,21 @@ def log(tmp_path):
     return path
 
 
+def test_syncs_are_grouped_by_time(tmp_path, monkeypatch):
+    """The first entry is synced, then the first one after each second, and the rest when the log is closed."""
+    now, synced = [0.0], []
+    path = tmp_path / "log.jsonl"
+    monkeypatch.setattr("blockpruner.store.journal.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(path.read_text().count('"n"')))
+    journal = Journal(path, {"of": "tests"}, 1.0)
+    for n, now[0] in enumerate((0.0, 0.4, 0.9, 1.0, 1.5, 2.5, 2.6), 1):
+        journal.append({"n": n})
+        assert entries_of(path)[0] == [*range(1, n + 1)], "what a kill leaves"
+    assert synced == [1, 1, 4, 6], "the second one is of the folder"
+    journal.close()
+    assert synced[4:] == [7]
+
+
 def test_a_torn_last_line_loses_that_entry_only(log):
     log.write_bytes(log.read_bytes()[:-5])
     assert entries_of(log) == ([1, 2], [])
