@@ -40,7 +40,7 @@ from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.scorers import make_scorer
-from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem
 from blockpruner.store.files import write_json
@@ -157,12 +157,12 @@ class Counted:
         self._config = config
         self.flops = 0
 
-    def row_batches(self, rows: Rows, span: range) -> list[range]:
+    def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         for task in tasks:
-            self.flops += Flops.of(self._config, len(task.span), len(rows[task.span.start])).exact(task.masks)
+            self.flops += Flops.of(self._config, len(task.span), len(rows[task.span[0]])).exact(task.masks)
         yield from self._scorer.run(tasks, rows)
 
     def placement(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Material
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Task
+from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Span, Task
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import request
 from blockpruner.search.run import Traces, search
@@ -59,15 +59,15 @@ class FakeScorer:
         self._loss, self._one_row = loss, one_row
         self.asked: list[tuple[str, Mask, Mask, int]] = []
 
-    def row_batches(self, rows: Rows, span: range) -> list[range]:
-        return [range(row, row + 1) for row in span] if self._one_row else [span]
+    def row_batches(self, rows: Rows, span: Span) -> list[Span]:
+        return [(row,) for row in span] if self._one_row else [span]
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         for task in tasks:
             for mask in task.masks:
                 asked = [(task.metric.key, task.base, mask, row) for row in task.span]
                 self.asked += asked
-                yield ScoredRows(mask, task.span.start, tuple(self._loss(*question) for question in asked))
+                yield ScoredRows(mask, task.span, tuple(self._loss(*question) for question in asked))
 
     def placement(self) -> Mapping[str, str]:
         return {"device": "none"}

@@ -56,7 +56,7 @@ class Streams(Engine):
         super().__init__(model, batch_tokens)
         parts = (range(fitted), range(fitted, len(rows)))
         spans = [span for part in parts if part for span in self.row_batches(rows, part)]
-        self.is_fitted = [span.stop <= fitted for span in spans]
+        self.is_fitted = [span[-1] < fitted for span in spans]
         batches = [self._batch([rows[i] for i in span]) for span in spans]
         self.real = [batch.is_real.cpu() for batch in batches]
         prepared = [self._prepare(batch.input_ids) for batch in batches]

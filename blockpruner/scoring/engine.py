@@ -27,7 +27,7 @@ from blockpruner.scoring.forward import Forward, LayerKwargs, joined
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import walk
-from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Task, live_numbers, over_all_rows
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task, live_numbers, over_all_rows
 
 REFERENCE = Metric("reference", "", title="", units_text="", formula="")
 """In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
@@ -81,8 +81,8 @@ class Engine(Forward):
         # the dense model's final states by row, from which its logits are made: H numbers a token, not V
         self._dense: dict[tuple[int, ...], Tensor] = {}
 
-    def row_batches(self, rows: Rows, span: range) -> list[range]:
-        """Consecutive rows grouped so that the padded tokens of a group stay within the batch budget."""
+    def row_batches(self, rows: Rows, span: Span) -> list[Span]:
+        """Neighbouring rows grouped so that the padded tokens of a group stay within the batch budget."""
         return row_batches(rows, span, self._batch_tokens, self._growth)
 
     def placement(self) -> dict[str, str]:
@@ -141,8 +141,8 @@ class Engine(Forward):
         gc.collect()
         accelerator.empty_cache()
         self._batch_tokens = min(self._batch_tokens, longest * (len(span) // 2))
-        middle = (span.start + span.stop) // 2
-        return [replace(task, span=part) for part in (range(span.start, middle), range(middle, span.stop))]
+        middle = len(span) // 2
+        return [replace(task, span=part) for part in (span[:middle], span[middle:])]
 
     @torch.inference_mode()
     def score(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
@@ -213,11 +213,11 @@ class Engine(Forward):
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss of row {task.span.start + offset} is {value} with mask "
+                    f"the loss of row {task.span[offset]} is {value} with mask "
                     f"{format_mask(mask) or '(dense)'}; try a wider dtype (model.dtype: float32), or leave the row "
                     "out of the calibration set. Trials finished before are kept"
                 )
-        return ScoredRows(mask, task.span.start, tuple(values))
+        return ScoredRows(mask, task.span, tuple(values))
 
     def _influences(self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> Iterator[ScoredRows]:
         """One pass without `task.base`; a unit is yielded after its last layer."""

@@ -15,7 +15,7 @@ from blockpruner.core.blocks import DENSE, Mask, format_mask
 from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.metrics import NLL, Metric
-from blockpruner.scoring.work import Scorer, Task
+from blockpruner.scoring.work import Scorer, Span, Task
 from blockpruner.store.trials import TrialStore, trial_key
 
 
@@ -131,16 +131,19 @@ class Objective:
             self._compute(missing, base)
         return [self._score(mask, keys.get(mask), wanted) for mask in masks]
 
-    def _missing(self, keys: Mapping[Mask, str], rows: Sequence[int]) -> dict[range, list[Mask]]:
-        missing: dict[range, list[Mask]] = {}
+    def _missing(self, keys: Mapping[Mask, str], rows: Sequence[int]) -> dict[Span, list[Mask]]:
+        """The masks by the rows that are to be computed, shorter rows first, so that batches need few pads."""
+        missing: dict[Span, list[Mask]] = {}
+        by_length = sorted(rows, key=lambda row: (len(self._calibration.rows[row]), row))
         for mask, key in keys.items():
-            for span in spans(row for row in rows if not self._store.known(key, row, row + 1)):
-                missing.setdefault(span, []).append(mask)
+            lacking = [row for row in by_length if not self._store.known(key, row, row + 1)]
+            if lacking:
+                missing.setdefault(span_of(lacking), []).append(mask)
         return missing
 
     def _require_one_origin(self, keys: Iterable[str], origins: Iterable[str]) -> None:
         """Forget what another environment computed where it would be compared with what this one computes."""
-        here = self._store.computed_by(self._scorer.placement())
+        here = self._store.computed_by(self._placement())
         forgotten = self._store.keep_only(keys, here)
         if forgotten:
             places = "; ".join(place for place in origins if place != here)
@@ -148,6 +151,13 @@ class Objective:
                 f"{forgotten} losses in 16 bits were computed elsewhere ({places}) and are not mixed with those of "
                 f"here ({here}): they are computed again"
             )
+
+    def _placement(self) -> dict[str, str]:
+        """Where it is computed, and in which batches: rows of different lengths are batched by length."""
+        here = dict(self._scorer.placement())
+        if "batch" in here and len({len(row) for row in self._calibration.rows}) > 1:
+            here["batch"] += ", by length"
+        return here
 
     def _key(self, mask: Mask, base: Mask) -> str:
         return trial_key(mask - base, base) if self.metric.influence else trial_key(mask)
@@ -158,9 +168,9 @@ class Objective:
         assert not any(map(math.isnan, loss))
         return MaskScore(mask, loss, self.rows, None if list(rows) == list(range(len(rows))) else tuple(rows))
 
-    def _compute(self, missing: dict[range, list[Mask]], base: Mask) -> None:
+    def _compute(self, missing: dict[Span, list[Mask]], base: Mask) -> None:
         rows = self._calibration.rows
-        batches: dict[range, list[Mask]] = {}
+        batches: dict[Span, list[Mask]] = {}
         for span, masks in missing.items():
             for batch in self._scorer.row_batches(rows, span):
                 batches.setdefault(batch, []).extend(masks)
@@ -169,28 +179,23 @@ class Objective:
         done, total = 0, sum(len(task.masks) * len(task.span) for task in tasks)
         common = frozenset.intersection(*(mask for task in tasks for mask in task.masks))
         last_done = time.monotonic()
-        self._store.computed_by(self._scorer.placement())
+        self._store.computed_by(self._placement())
         for scored in self._scorer.run(tasks, rows):
             key, count = self._key(scored.mask, base), len(scored.loss)
-            self._store.put(key, scored.start, scored.loss)
+            self._store.put(key, scored.span, scored.loss)
             now = time.monotonic()
             done += count
             self.counts.units_computed += 1
             self.counts.rows_computed += count
             self.counts.trials_computed += self._store.known(key, 0, self.rows)
-            self.counts.tokens += sum(len(row) for row in rows[scored.start : scored.start + count])
+            self.counts.tokens += sum(len(rows[row]) for row in scored.span)
             self.counts.seconds += now - last_done
             last_done = now
             candidate = format_mask(scored.mask - common or scored.mask) or "dense"
             self._observer.advance(done, total, f"candidate {candidate}")
 
 
-def spans(rows: Iterable[int]) -> list[range]:
-    """The runs of consecutive rows, in order."""
-    found: list[range] = []
-    for row in rows:
-        if found and found[-1].stop == row:
-            found[-1] = range(found[-1].start, row + 1)
-        else:
-            found.append(range(row, row + 1))
-    return found
+def span_of(rows: Sequence[int]) -> Span:
+    """A range where the rows follow each other."""
+    run = range(rows[0], rows[0] + len(rows))
+    return run if list(rows) == list(run) else tuple(rows)

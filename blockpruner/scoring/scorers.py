@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
-from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Task
+from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Span, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ class LazyScorer:
         self._make = make
         self._made: Scorer | None = None
 
-    def row_batches(self, rows: Rows, span: range) -> list[range]:
+    def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:

@@ -17,6 +17,9 @@ Rows = Sequence[Sequence[int]]
 """Token rows. Rows of different lengths are padded on the right within a batch. A negative number is a token that is
 given but not scored: the bitwise complement of its id."""
 
+Span = range | tuple[int, ...]
+"""Rows by their numbers: a range where they follow each other, else in any order."""
+
 LOGITS_BYTES = 64 * 2**20
 """Upper bound of the logits held at once; the head runs over as many tokens as fit."""
 
@@ -30,8 +33,8 @@ def live_numbers(hidden: int, inner: int) -> int:
 class Task:
     """Masks that are scored on the same batch of rows."""
 
-    span: range
-    """The rows, by number."""
+    span: Span
+    """The rows."""
     masks: tuple[Mask, ...]
     metric: Metric = NLL
     base: Mask = DENSE
@@ -49,11 +52,11 @@ def over_all_rows(tasks: Sequence[Task], rows: Rows) -> list[Task]:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """Values of one mask on consecutive rows."""
+    """Values of one mask on some rows."""
 
     mask: Mask
-    start: int
-    """The first row."""
+    span: Span
+    """The rows."""
     loss: tuple[float, ...]
     """Of each row, a mean over its tokens."""
 
@@ -61,8 +64,8 @@ class ScoredRows:
 class Scorer(Protocol):
     """Computes tasks, in any order and anywhere; the values are the same to rounding."""
 
-    def row_batches(self, rows: Rows, span: range) -> list[range]:
-        """The rows of `span` grouped into batches."""
+    def row_batches(self, rows: Rows, span: Span) -> list[Span]:
+        """The rows of `span` grouped into batches, in their order."""
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of the tasks as soon as they are known; those of a mask may come in several parts."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Score
-from blockpruner.scoring.objectives import MaskScore, spans
+from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.store.files import read_json, read_table, set_aside, write_sealed_json, write_table
 from blockpruner.store.provenance import environment, fingerprint
@@ -180,8 +180,8 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
 
 def _seed(store: TrialStore, key: str, score: MaskScore) -> None:
     at = dict(zip(score.drawn or range(score.rows_used), score.row_loss, strict=True))
-    for span in spans(row for row in at if not store.known(key, row, row + 1)):
-        store.put(key, span.start, [at[row] for row in span])
+    if missing := [row for row in at if not store.known(key, row, row + 1)]:
+        store.put(key, missing, [at[row] for row in missing])
 
 
 @dataclass(frozen=True)

@@ -141,10 +141,10 @@ class TrialStore:
             self._origin = self._origin_of(self._environment)
         return self._origin
 
-    def put(self, key: str, start: int, loss: Iterable[float]) -> None:
-        """Record rows [start, start + len(loss)) of a trial; a kill after the return does not lose them."""
+    def put(self, key: str, rows: Sequence[int], loss: Iterable[float]) -> None:
+        """Record some rows of a trial; a kill after the return does not lose them."""
         values = [float(v) for v in loss]
-        self._remember(key, self.rows[start : start + len(values)], values, self._origin)
+        self._remember(key, [self.rows[row] for row in rows], values, self._origin)
         if self.root is None:
             return
         if self._log is None:
@@ -152,7 +152,8 @@ class TrialStore:
             if self._placement:
                 header["environment"] = self._environment
             self._log = Journal(self._directory / f"{writer()}-{time.time_ns()}.jsonl", header, SYNC_SECONDS)
-        self._log.append({"trial": key, "start": start, "loss": values})
+        where = {"start": rows[0]} if list(rows) == list(range(rows[0], rows[0] + len(rows))) else {"rows": list(rows)}
+        self._log.append({"trial": key, **where, "loss": values})
 
     def close(self) -> None:
         if self._log is not None:
@@ -171,8 +172,7 @@ class TrialStore:
                 continue
             place = self._origin_of(header.get("environment", {}))
             for unit in journal.read(partial(_is_unit, rows=len(rows)), self.problems):
-                start, loss = unit["start"], unit["loss"]
-                self._remember(unit["trial"], rows[start : start + len(loss)], loss, place)
+                self._remember(unit["trial"], [rows[row] for row in _rows_of(unit)], unit["loss"], place)
 
     def _remember(self, key: str, rows: Sequence[str], values: Sequence[float], place: str) -> None:
         """Keep the values of rows by their keys; a row that stands twice in the set is known at both places."""
@@ -191,15 +191,25 @@ def _started(path: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
+def _rows_of(entry: Mapping[str, Any]) -> Sequence[int]:
+    """The numbers of a line's rows in its log: from a first one on, or one by one."""
+    if "rows" in entry:
+        return entry["rows"]  # type: ignore[no-any-return]
+    return range(entry["start"], entry["start"] + len(entry["loss"]))
+
+
 def _is_unit(entry: Mapping[str, Any], rows: int) -> bool:
     """Whether a line is losses of some of a log's rows."""
     trial, start, loss = (entry.get(key) for key in ("trial", "start", "loss"))
+    numbers = entry.get("rows", [start])
     return (
         isinstance(trial, str)
-        and isinstance(start, int)
         and isinstance(loss, list)
         and all(isinstance(value, float) for value in loss)
-        and 0 <= start <= rows - len(loss)
+        and isinstance(numbers, list)
+        and all(isinstance(number, int) for number in numbers)
+        and len(_rows_of(entry)) == len(loss)
+        and all(0 <= row < rows for row in _rows_of(entry))
     )
 
 

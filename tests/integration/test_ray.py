@@ -98,7 +98,7 @@ class Logged(Replica):
         for unit in super().run(tasks, rows):
             if isinstance(unit, ScoredRows):
                 with open(log, "a") as stream:
-                    stream.write(f"{os.getpid()} {sorted(map(str, unit.mask))} {unit.start}\n")
+                    stream.write(f"{os.getpid()} {sorted(map(str, unit.mask))} {unit.span[0]}\n")
             yield unit
             time.sleep(0.05)
 
@@ -121,9 +121,9 @@ class Fake(Logged):
             for mask in task.masks:
                 time.sleep(self.seconds)
                 with open(log, "a") as stream:
-                    stream.write(f"{sorted(map(str, mask))} {task.span.start}\n")
+                    stream.write(f"{sorted(map(str, mask))} {task.span[0]}\n")
                 yield "a note"
-                yield ScoredRows(mask, task.span.start, tuple(value(mask, row) for row in task.span))
+                yield ScoredRows(mask, task.span, tuple(value(mask, row) for row in task.span))
 
 
 class Slow(Fake):
@@ -241,9 +241,7 @@ def test_a_loss_that_is_not_finite_arrives_as_itself(checkpoint, tmp_path):
 
 
 def run(scorer, tasks):
-    found = [
-        (unit.mask, unit.start + i, nll) for unit in scorer.run(tasks, ROWS.rows) for i, nll in enumerate(unit.loss)
-    ]
+    found = [(unit.mask, unit.span[i], nll) for unit in scorer.run(tasks, ROWS.rows) for i, nll in enumerate(unit.loss)]
     assert sorted((mask_row[:2] for mask_row in found), key=repr) == sorted(
         ((mask, row) for task in tasks for mask in task.masks for row in task.span), key=repr
     )

@@ -89,7 +89,7 @@ def score(mode, checkpoint):
         engine = StreamingEngine(checkpoint, "float32", device="cpu", note=notes.append, advance=look, tile_memory=MIB)
     else:
         engine = Engine(load_model(checkpoint, "float32", "cpu"))
-    table = [[unit.start, format_mask(unit.mask), unit.loss] for unit in engine.run(tasks, rows)]
+    table = [[unit.span[0], format_mask(unit.mask), unit.loss] for unit in engine.run(tasks, rows)]
     if mode == "streamed":
         found = {
             "read": figure("io", "rchar") - before,

@@ -391,7 +391,7 @@ def test_a_damaged_log_gives_no_other_loss(changes, keep, entry, tmp_path):
         path.unlink()
     store = TrialStore({"model": "m"}, "ab", tmp_path)
     for key, loss in put.items():
-        store.put(key, 0, loss)
+        store.put(key, [0, 1], loss)
     store.close()
     (log,) = tmp_path.glob("*/*.jsonl")
     content = log.read_bytes()

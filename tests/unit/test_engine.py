@@ -8,11 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.errors import NonFiniteLossError
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS
+from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
+from blockpruner.store.trials import TrialStore, store_fields
 from tests.tiny import full_nll, tiny_model, tolerance
 
 
@@ -30,7 +33,7 @@ def score_all(engine, masks, rows):
     tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))]
     for unit in engine.run(tasks, rows):
         for offset, value in enumerate(unit.loss):
-            key = (unit.mask, unit.start + offset)
+            key = (unit.mask, unit.span[offset])
             assert key not in found, "a (mask, row) was scored twice"
             found[key] = value
     assert len(found) == len(set(masks)) * len(rows)
@@ -68,6 +71,47 @@ def test_row_batches_keep_to_the_token_budget():
     for batch in batches:
         assert len(batch) == 1 or max(len(rows[i]) for i in batch) * len(batch) <= 20
     assert batches == [range(0, 2), range(2, 4), range(4, 5), range(5, 6)]
+
+
+def test_batches_of_sorted_rows_hold_few_pads():
+    """256 rows as of samples, 29,779 tokens, of which the longest row has 622. One batch of all would be five times as
+    large."""
+    drawn = torch.exp(4.5 + 0.7 * torch.randn(256, generator=torch.Generator().manual_seed(2)))
+    lengths = sorted(map(int, drawn))
+    rows, engine = [[1] * length for length in lengths], Engine(tiny_model(), batch_tokens=65536)
+    batches = engine.row_batches(rows, range(256))
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    assert [row for batch in batches for row in batch] == list(range(256)) and len(batches) <= 12
+    assert 256 * lengths[-1] > 5 * sum(lengths) and padded < 1.15 * sum(lengths)
+
+
+def test_a_searchs_rows_are_batched_by_length(tmp_path):
+    """Each row has the value of its own forward pass, in this process and in the next one, which computes nothing."""
+    model, rows = tiny_model(), make_rows([16, 3, 9, 12, 2, 7, 3, 16])
+    calibration, mask = CalibrationSet(tuple(map(tuple, rows))), parse_mask("mha.1")
+    fields = store_fields(calibration.digest, "m", "float64", "perplexity")
+    batches, expected = [], [pytest.approx(full_nll(model, row), abs=1e-10) for row in rows]
+    with masked(model, mask):
+        lower = [pytest.approx(full_nll(model, row), abs=1e-10) for row in rows]
+
+    first = [(4, 1), (7,)]
+    expected_batches = [*first, (4, 1, 6), (5, 2), (3,), (0,), (7,), (6, 5), (2,)]
+
+    class Spied(Engine):
+        def score(self, task, rows):
+            batches.append(task.span)
+            return super().score(task, rows)
+
+    for fresh in (True, False):
+        batches.clear()
+        store = TrialStore(fields, calibration.row_keys, tmp_path)
+        objective = Objective(calibration, store, Spied(model, 20))
+        some = objective([mask], rows=[1, 4, 7])
+        assert list(some[0].row_loss) == [lower[row] for row in (1, 4, 7)]
+        assert [list(score.row_loss) for score in objective([DENSE, mask])] == [expected, lower]
+        assert store.problems == []
+        store.close()
+        assert batches == (expected_batches if fresh else [])
 
 
 def test_nan_names_mask_and_row():

@@ -89,7 +89,7 @@ def brute_force(variant: str, layers: int, mask: Mask, row: Row) -> float:
 
 
 def assert_once_and_exact(case: Case, units: list[ScoredRows], tasks: list[Task]) -> None:
-    found = [((unit.mask, unit.start + offset), value) for unit in units for offset, value in enumerate(unit.loss)]
+    found = [((unit.mask, unit.span[offset]), value) for unit in units for offset, value in enumerate(unit.loss)]
     keys = [key for key, _ in found]
     assert len(keys) == len(set(keys)), "a (mask, row) was scored twice"
     assert set(keys) == {(mask, row) for task in tasks for mask in task.masks for row in task.span}

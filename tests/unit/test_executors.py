@@ -162,14 +162,14 @@ def test_unfinished_is_the_rest(seed):
     tasks, generator = tasks_of(seed), random.Random(seed)
     everything = {(mask, row) for task in tasks for mask in task.masks for row in task.span}
     units = [
-        ScoredRows(mask, row, (0.0,))
+        ScoredRows(mask, (row,), (0.0,))
         for mask, row in generator.sample(sorted(everything, key=repr), len(everything) // 2)
     ]
     left = [(mask, row) for task in unfinished(tasks, units) for mask in task.masks for row in task.span]
     assert len(left) == len(set(left))
-    assert set(left) == everything - {(unit.mask, unit.start) for unit in units}
+    assert set(left) == everything - {(unit.mask, unit.span[0]) for unit in units}
     assert unfinished(tasks, []) == tasks
-    assert unfinished(tasks, [ScoredRows(m, t.span.start, (0.0,) * len(t.span)) for t in tasks for m in t.masks]) == []
+    assert unfinished(tasks, [ScoredRows(m, t.span, (0.0,) * len(t.span)) for t in tasks for m in t.masks]) == []
 
 
 def score(checkpoint, **runtime):
@@ -178,7 +178,7 @@ def score(checkpoint, **runtime):
     masks = (DENSE, *(frozenset({block}) for block in all_blocks(2)))
     scorer = make_scorer(checkpoint, "float64", Runtime(**RUNTIME | runtime))
     tasks = [Task(span, masks) for span in scorer.row_batches(rows, range(5))]
-    found = {(u.mask, u.start + i): nll for u in scorer.run(tasks, rows) for i, nll in enumerate(u.loss)}
+    found = {(u.mask, u.span[i]): nll for u in scorer.run(tasks, rows) for i, nll in enumerate(u.loss)}
     scorer.close()
     return rows, found
 

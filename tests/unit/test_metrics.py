@@ -86,7 +86,7 @@ def values_of(engine, rows, metric, masks=MASKS, base=DENSE):
     metric = METRICS[metric] if isinstance(metric, str) else metric
     tasks = [Task(span, tuple(masks), metric, base) for span in engine.row_batches(rows, range(len(rows)))]
     units = list(engine.run(tasks, rows))
-    found = {(unit.mask, unit.start + i): value for unit in units for i, value in enumerate(unit.loss)}
+    found = {(unit.mask, unit.span[i]): value for unit in units for i, value in enumerate(unit.loss)}
     assert len(found) == sum(len(unit.loss) for unit in units) == len(masks) * len(rows)
     return found
 

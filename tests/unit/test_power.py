@@ -31,7 +31,7 @@ def work(done: Path) -> None:
     with hold(Path("new/trials/a.lock"), "a stage", print):  # makes the folder
         store = TrialStore({"model": "m"}, ROWS, Path("new/trials"))
     for number in range(2):
-        store.put(f"mha.{number}", 0, [1.0, 2.0])
+        store.put(f"mha.{number}", [0, 1], [1.0, 2.0])
         returned(f"mha.{number}")
     store.close()
     returned("closed")

@@ -83,8 +83,8 @@ def test_tasks_with_masks_of_their_own(tmp_path):
     streamed = StreamingEngine(save(tmp_path), "float64", device="cpu")
     in_memory = Engine(load_model(tmp_path, "float64", "cpu"))
     units = list(streamed.run(tasks, rows))
-    assert {(unit.mask, unit.start): unit.loss for unit in units} == {
-        (unit.mask, unit.start): unit.loss for unit in in_memory.run(tasks, rows)
+    assert {(unit.mask, unit.span): unit.loss for unit in units} == {
+        (unit.mask, unit.span): unit.loss for unit in in_memory.run(tasks, rows)
     }
     assert len(units) == sum(len(task.masks) for task in tasks)
 

@@ -51,11 +51,11 @@ def store(root, rows="abcd", **changes):
 
 def test_facts_survive_the_process(tmp_path):
     first, also = store(tmp_path), store(tmp_path)
-    first.put(KEY, 1, [0.1, 1 / 3])
+    first.put(KEY, [1, 2], [0.1, 1 / 3])
     assert not first.known(KEY, 0, 4)
-    also.put(KEY, 0, [2.5])
-    first.put("mlp.2", 0, [0.0] * 4)
-    also.put(KEY, 3, [math.pi])
+    also.put(KEY, [0], [2.5])
+    first.put("mlp.2", range(4), [0.0] * 4)
+    also.put(KEY, [3], [math.pi])
     second = store(tmp_path)
     assert second.get(KEY) == [2.5, 0.1, 1 / 3, math.pi] and second.units(KEY) == 3
     assert second.known(KEY, 0, 4) and second.problems == []
@@ -64,7 +64,7 @@ def test_facts_survive_the_process(tmp_path):
 def test_every_field_of_the_fingerprint_separates_stores_and_there_is_no_other(tmp_path):
     fields = store_fields(**FIELDS)
     assert set(fields) == {"calibration", "model", "dtype", "metric", "score_version"}
-    store(tmp_path).put(KEY, 0, [1.0] * 4)
+    store(tmp_path).put(KEY, range(4), [1.0] * 4)
     for field in fields:
         found = TrialStore(fields | {field: "other"}, "abcd", tmp_path).get(KEY)
         assert found is None if field != "calibration" else found == [1.0] * 4, "rows are known by content"
@@ -91,23 +91,23 @@ def test_a_store_is_named_by_the_identity_of_now_and_reads_the_one_of_before(tmp
         'c5552f15 {"fingerprint":"548f58d1c36c715b","rows":2}\n9a9bbf27 {"trial":"mha.1","start":0,"loss":[0.1,'
         "0.3333333333333333]}\n"
     )
-    TrialStore({"model": "m"}, "ab", tmp_path).put("mha.2", 0, [2.0, 3.0])
+    TrialStore({"model": "m"}, "ab", tmp_path).put("mha.2", [0, 1], [2.0, 3.0])
     here, there = (TrialStore({"model": before}, "ab", tmp_path, "now") for before in "mn")
     assert here.get("mha.1") == [0.1, 1 / 3] and here.get("mha.2") == [2.0, 3.0]
     assert there.get("mha.1") is None and here.fingerprint == there.fingerprint
-    here.put("mha.3", 0, [4.0, 5.0])
+    here.put("mha.3", [0, 1], [4.0, 5.0])
     assert TrialStore({"model": "n"}, "ab", tmp_path, "now").get("mha.3") == [4.0, 5.0]
     assert TrialStore({"model": "m"}, "ab", tmp_path, "another").get("mha.3") is None
 
 
 def test_rows_are_known_by_content_across_calibration_sets(tmp_path):
     small = store(tmp_path, "ab", calibration="small")
-    small.put(KEY, 0, [1.0, 2.0])
+    small.put(KEY, [0, 1], [1.0, 2.0])
     large = store(tmp_path, "bcab", calibration="large")
     assert large.fingerprint == small.fingerprint
     assert [large.known(KEY, row, row + 1) for row in range(4)] == [True, False, True, True]
     assert not large.known(KEY, 0, 4) and large.get(KEY)[2:] == [1.0, 2.0] and large.get(KEY)[0] == 2.0
-    large.put(KEY, 1, [3.0])
+    large.put(KEY, [1], [3.0])
     assert store(tmp_path, "cb", calibration="other").get(KEY) == [3.0, 2.0]
     assert store(tmp_path, "xy", calibration="foreign").get(KEY) is None
 

@@ -191,7 +191,7 @@ class ModelBench:
         with merged(self.model, merges, variant) as model:
             engine = Engine(model)
             tasks = [Task(span, (DENSE,)) for span in engine.row_batches(self.rows, range(len(self.rows)))]
-            found = sorted(engine.run(tasks, self.rows), key=lambda scored: scored.start)
+            found = sorted(engine.run(tasks, self.rows), key=lambda scored: scored.span[0])
         return [value for scored in found for value in scored.loss]
 
 

@@ -25,7 +25,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
 from blockpruner.scoring.scorers import local_scorer
-from blockpruner.scoring.work import Rows, ScoredRows, Task, over_all_rows
+from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, over_all_rows
 from blockpruner.store.files import read_json
 
 PIECES = 3
@@ -70,7 +70,7 @@ class Replica:
         self._scorer = local_scorer(*self._arguments, lambda line: None, memory=self._memory)
         return socket.gethostname(), os.getpid(), self._scorer.placement()
 
-    def row_batches(self, rows: Rows, span: range) -> list[range]:
+    def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows | str]:
@@ -129,9 +129,9 @@ class RayScorer:
         each = ", ".join(f"{count} {kind}" for kind, count in needs.items())
         note(f"ray: {runtime.workers} workers with {each} each")
 
-    def row_batches(self, rows: Rows, span: range) -> list[range]:
+    def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         """The finest grouping among the workers' engines: one that ran out of memory speaks for all."""
-        answers: list[list[range]] = []
+        answers: list[list[Span]] = []
         while not answers:
             for worker in [worker for worker in self._workers if worker.job is None]:
                 with self._watch(worker):

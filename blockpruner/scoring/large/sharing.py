@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.core.families import FAMILIES, Config, count_parameters
@@ -87,14 +86,12 @@ def _fill(leaves: Sequence[_Leaf], limit: int) -> list[list[_Leaf]]:
 
 def unfinished(tasks: Sequence[Task], known: Iterable[ScoredRows]) -> list[Task]:
     """What is left of tasks once some values are known; those may cover parts of a task's rows."""
-    done = {(scored.mask, scored.start + offset) for scored in known for offset in range(len(scored.loss))}
+    done = {(scored.mask, row) for scored in known for row in scored.span}
     left: dict[Task, list[Mask]] = {}
     for task in tasks:
         for mask in task.masks:
-            missing = [row for row in task.span if (mask, row) not in done]
-            edges = [0, *(i for i, (a, b) in enumerate(pairwise(missing), 1) if b != a + 1), len(missing)]
-            for start, stop in pairwise(edges):
-                if start < stop:
-                    rest = range(missing[start], missing[stop - 1] + 1)
-                    left.setdefault(replace(task, span=rest, masks=()), []).append(mask)
+            missing = tuple(row for row in task.span if (mask, row) not in done)
+            if missing:
+                rest = task.span if len(missing) == len(task.span) else missing
+                left.setdefault(replace(task, span=rest, masks=()), []).append(mask)
     return [replace(task, masks=tuple(masks)) for task, masks in left.items()]
