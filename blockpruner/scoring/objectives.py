@@ -127,8 +127,12 @@ class Objective:
         if len(origins) > 1 or (origins and missing):  # these facts are compared with each other
             self._require_one_origin(keys.values(), origins)
             missing = self._missing(keys, wanted)
-        if missing:
+        while missing:
             self._compute(missing, base)
+            missing = {}
+            if len(origins := self._store.origins(keys.values(), end)) > 1:  # a batch was halved on the way
+                self._require_one_origin(keys.values(), origins)
+                missing = self._missing(keys, wanted)
         return [self._score(mask, keys.get(mask), wanted) for mask in masks]
 
     def _missing(self, keys: Mapping[Mask, str], rows: Sequence[int]) -> dict[Span, list[Mask]]:
@@ -179,8 +183,8 @@ class Objective:
         done, total = 0, sum(len(task.masks) * len(task.span) for task in tasks)
         common = frozenset.intersection(*(mask for task in tasks for mask in task.masks))
         last_done = time.monotonic()
-        self._store.computed_by(self._placement())
         for scored in self._scorer.run(tasks, rows):
+            self._store.computed_by(self._placement())  # batches are smaller once the device's memory ran out
             key, count = self._key(scored.mask, base), len(scored.loss)
             self._store.put(key, scored.span, scored.loss)
             now = time.monotonic()

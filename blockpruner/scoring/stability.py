@@ -43,6 +43,8 @@ class Stability:
     """How many candidates beside the chosen one were scored on all of these rows."""
     rivals: tuple[Mask, ...]
     """Those of them that cannot be told from the chosen one: 0 is in the 95 % interval of the paired t test."""
+    margin: float
+    """How much more the mean loss of the next candidate is, in the loss's units."""
     kept: float
     """In which share of resampled row sets, of as many rows, the chosen candidate has the lowest loss again."""
     dropped: int
@@ -77,6 +79,7 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
         rows=rows,
         compared=len(shared) - 1,
         rivals=tuple(mask for mask, is_close in zip(shared, close, strict=True) if is_close and mask != chosen),
+        margin=float(np.delete(means, shared.index(chosen)).min()),
         kept=float(np.mean((resampled(d)).argmin(axis=1) == shared.index(chosen))),
         dropped=len(losses) - len(shared),
     )

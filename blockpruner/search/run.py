@@ -235,9 +235,8 @@ class _Run:
             tokens = sum(sum(self._row_tokens[: score.rows_used]) for score in iteration.scores)
             considered += f"; {tokens:,} tokens"
         if firm is not None:
-            considered += (
-                f"; on {firm.rows} rows resampling chooses the same in {firm.kept:.0%}, rivals: {len(firm.rivals)}"
-            )
+            considered += f"; next by {firm.margin:.2g}; on {firm.rows} rows resampling chooses the same in "
+            considered += f"{firm.kept:.0%}, rivals: {len(firm.rivals)}"
         self._observer.end(
             f"{what}, {self._loss_words(best)}perplexity {iteration.perplexity:.4f}, "
             f"ratio {self._resources['parameters'].ratio(iteration.removed):.4f}{considered}",

@@ -35,6 +35,8 @@ def test_rivals_and_share_are_those_of_scipy_and_of_all_resamples(seed):
     p = [stats.ttest_rel(row, rows[chosen]).pvalue if i != chosen else 0 for i, row in enumerate(rows)]
     assert found.rivals == tuple(unit for unit, value in zip(units, p, strict=True) if value > 0.05)
     assert (found.rows, found.compared, found.dropped) == (5, len(units) - 1, 0)
+    lowest, second, *_ = sorted(sum(row) / 5 for row in rows)
+    assert found.margin == pytest.approx(second - lowest)
     assert found.kept == pytest.approx(shares(rows, chosen), abs=0.04)  # 3.5 standard errors of 2,000 resamples
 
 

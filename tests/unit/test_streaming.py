@@ -289,6 +289,20 @@ def test_tiles_go_to_disk_when_memory_is_short(tmp_path, monkeypatch, disk):
     assert engine.plan.ram_tiles == 2 and engine.plan.needed <= engine.plan.available
 
 
+@pytest.mark.parametrize(
+    ("memory", "share", "forgets"),
+    [(2**30, None, False), (2**30, 2**27, False), (80 * 2**20, None, True), (8 * 56 * 2**20, 56 * 2**20, True)],
+)
+def test_the_page_cache_is_kept_where_it_holds_the_weights(tmp_path, monkeypatch, memory, share, forgets):
+    """Workers of one machine, each with an equal share of its memory, read the same file: what is left beside all of
+    them counts. A pass of this model takes some 50 MiB, and more than the rest of the last two memories."""
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", memory=share)
+    monkeypatch.setattr(streaming, "available_memory", lambda: memory)
+    monkeypatch.setattr(engine._weights, "stored_bytes", lambda names: 2**26)
+    score_all(engine, [DENSE], make_rows([16]))
+    assert engine._weights.forget is forgets and engine.plan.needed < 56 * 2**20
+
+
 def test_too_little_disk_is_refused_before_reading(tmp_path, monkeypatch):
     engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))

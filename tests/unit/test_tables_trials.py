@@ -160,6 +160,33 @@ def test_16_bit_facts_of_another_environment_are_said_and_not_mixed(tmp_path, dt
     assert ask(2, [first, second], **other) == ([2, 2], 3), "the stored ones disagree, so one is computed again"
 
 
+class Shrinking(Elsewhere):
+    """Its device's memory runs out at the third mask. From then on its batches are smaller and its losses others."""
+
+    def run(self, tasks, rows):
+        for scored in super().run(tasks, rows):
+            if len(self.asked) == 3 * len(rows):
+                self.facts["batch"] = "4 tokens"
+            small = self.facts["batch"] == "4 tokens"
+            yield replace(scored, loss=tuple(loss + small / 1000 for loss in scored.loss))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batch_that_is_halved_has_16_bit_candidates_scored_again(tmp_path, dtype):
+    """All masks that are compared were computed in batches of one size; those of 32 bits are facts either way."""
+    rows, notes = short_rows(3), []
+    observer = SimpleNamespace(note=notes.append, advance=lambda *step: None)
+    masks = [parse_mask(f"mha.{n}") for n in range(4)]
+    kept = TrialStore(store_fields(rows.digest, "m", dtype, "perplexity"), rows.row_keys, tmp_path)
+    scorer = Shrinking(0)
+    found = [round(1000 * (s.row_loss[0] - 1)) for s in Objective(rows, kept, scorer, observer)(masks)]
+    kept.close()
+    if dtype == "float32":
+        assert found == [0, 0, 1, 1] and len(scorer.asked) == 12 and not notes
+    else:
+        assert found == [1, 1, 1, 1] and len(scorer.asked) == 18 and "6 losses in 16 bits" in notes[0]
+
+
 # --- the journal --------------------------------------------------------------------------------------------------
 
 

@@ -230,7 +230,9 @@ class StreamingEngine(Engine):
             self._note(line)
         plan.check()
         tiles = _Tiles(plan, self._head.weight.dtype, self._place)
-        self._weights.forget = plan.weights_read > plan.available
+        free = available_memory()
+        workers = 1 if self._memory is None else max(1, free // self._memory)  # of equal shares, with one page cache
+        self._weights.forget = plan.weights_read > free - workers * plan.needed
         try:
             yield from self._pass(tasks, rows, tiles)
         except RuntimeError as error:
