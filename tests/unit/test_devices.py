@@ -98,7 +98,7 @@ def scored(metric):
 
     def losses(model):
         units = Engine(model, 20).run([Task(range(4), tuple(masks), metric)], ROWS)
-        return sorted((str(sorted(map(str, unit.mask))), unit.start, unit.loss) for unit in units)
+        return sorted((str(sorted(map(str, unit.mask))), list(unit.span), unit.loss) for unit in units)
 
     return losses
 

@@ -189,7 +189,7 @@ class LiveBytes(TorchDispatchMode):
 
 def on_card(monkeypatch, model, total, batch_tokens="auto"):
     """An engine that takes the CPU for a card of so many bytes."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total))
+    monkeypatch.setattr(engine_module.accelerator, "total_memory", lambda device: total)
     engine = Engine(model)
     engine._on_cuda = True
     engine._set_batch_tokens(batch_tokens)
