@@ -19,6 +19,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.fake_devices import start_gradients
+
 torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
@@ -38,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """No test sees a GPU, nor do its child processes, unless asked by `-m gpu`."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        start_gradients()
 
 
 def pytest_unconfigure() -> None:

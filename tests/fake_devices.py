@@ -209,6 +209,13 @@ def _register() -> None:
     _setup_privateuseone_for_python_backend("gpu", backend_module=MODULE)
 
 
+def start_gradients() -> None:
+    """Have torch start its gradients' threads while the devices are there: it does so once, at the first backward pass
+    of a process, and for devices that come later there is none."""
+    with fake_devices():
+        torch.ones(1, requires_grad=True).backward()
+
+
 @contextmanager
 def fake_devices(count: int = 2) -> Iterator[tuple[Card, ...]]:
     """Within, torch has so many made-up devices."""

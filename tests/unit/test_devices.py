@@ -400,9 +400,9 @@ def test_a_batch_takes_no_more_memory_than_the_model_of_it_says(rows, monkeypatc
 
 @pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
 def test_where_memory_ends_batches_are_halved_and_finished_masks_kept(variant, checkpoints):
-    expected = {(unit.mask, unit.start + i): loss
+    expected = {(unit.mask, row): loss
                 for unit in sweep(load_model(checkpoints(variant), "float64", "cpu"), 256)[1]
-                for i, loss in enumerate(unit.loss)}  # fmt: skip
+                for row, loss in zip(unit.span, unit.loss, strict=True)}  # fmt: skip
     with fake_devices(1) as (card,):
         model, peaks = load_model(checkpoints(variant), "float64"), {}
         for tokens in (64, 256):
@@ -415,7 +415,7 @@ def test_where_memory_ends_batches_are_halved_and_finished_masks_kept(variant, c
             card.limit = int(peaks[64] + share * (peaks[256] - peaks[64]))
             MODULE.reset_peak_memory_stats(0)
             engine, units = sweep(model, 256)
-            found = [((unit.mask, unit.start + i), loss) for unit in units for i, loss in enumerate(unit.loss)]
+            found = [((u.mask, row), loss) for u in units for row, loss in zip(u.span, u.loss, strict=True)]
             assert len(found) == len(dict(found)) and dict(found) == pytest.approx(expected, rel=1e-9)
             assert card.peak <= card.limit and max(map(len, engine.row_batches(EQUAL, range(8)))) < 8
         card.limit = card.live + 1000
