@@ -19,7 +19,7 @@ class Recipe:
 
 RECOMMENDED = "recommended"
 RECIPES: Mapping[str, Recipe] = {
-    RECOMMENDED: Recipe("floating", "lazy+race", "refit"),  # measured: docs/experiments.md, "Search and healing"
+    RECOMMENDED: Recipe("floating", "lazy+race", "refit"),  # measured: docs/experiments.md, "Three calibration draws"
     "blockpruner": Recipe("greedy"),  # exactly as published, arXiv 2406.10594
 }
 
