@@ -415,7 +415,8 @@ def main(arguments: Sequence[str]) -> int:
         write_json(RESULTS / "workers.json", found)
         show_workers(found)
     elif command == "small":
-        show_small(small(int(rest[0]) if rest else 8))
+        found = small(int(rest[0]) if rest else 8)
+        show_small(found)
     else:
         print(__doc__)
         return 2

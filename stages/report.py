@@ -17,7 +17,7 @@ def origin(source: Any) -> str:
     if source.source == "pypi":
         return " of ".join(part for part in (getattr(source, "file", ""), source.package) if part)
     if source.source == "pypi-parts":
-        return f"{source.parts[0].file} and {len(source.parts) - 1} more parts, of {source.title}"
+        return f"{source.parts[0].file} ({len(source.parts)} parts) of {source.title}"
     if source.source == "path":
         return str(source.path)
     if source.source == "mix":

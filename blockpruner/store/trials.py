@@ -194,7 +194,8 @@ def _started(path: Path) -> int:
 def _rows_of(entry: Mapping[str, Any]) -> Sequence[int]:
     """The numbers of a line's rows in its log: from a first one on, or one by one."""
     if "rows" in entry:
-        return entry["rows"]  # type: ignore[no-any-return]
+        rows: Sequence[int] = entry["rows"]
+        return rows
     return range(entry["start"], entry["start"] + len(entry["loss"]))
 
 

@@ -43,11 +43,13 @@ def score_all(engine, masks, rows):
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("lengths", [[16] * 5, [16, 3, 9, 12, 2, 7]], ids=["even", "padded"])
 @pytest.mark.parametrize("base", ["", "mha.1,mlp.3"])
-def test_equals_full_forwards(family, lengths, base):
+@pytest.mark.parametrize("width", [1, 3])
+def test_equals_full_forwards(family, lengths, base, width, monkeypatch):
     """Of all variants: test_engine_properties.py, and test_streaming.py for whole sweeps."""
     model, rows = tiny_model(family), make_rows(lengths)
-    masks = sweep(parse_mask(base))
-    found = score_all(Engine(model, batch_tokens=40), masks, rows)
+    masks, engine = sweep(parse_mask(base)), Engine(model, batch_tokens=40)
+    monkeypatch.setattr(engine, "_width", lambda *batch: width)
+    found = score_all(engine, masks, rows)
     for mask in masks:
         with masked(model, mask):
             for index, row in enumerate(rows):

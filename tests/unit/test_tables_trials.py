@@ -51,7 +51,7 @@ def store(root, rows="abcd", **changes):
 
 def test_facts_survive_the_process(tmp_path):
     first, also = store(tmp_path), store(tmp_path)
-    first.put(KEY, [1, 2], [0.1, 1 / 3])
+    first.put(KEY, [2, 1], [1 / 3, 0.1])  # as rows are batched: by length
     assert not first.known(KEY, 0, 4)
     also.put(KEY, [0], [2.5])
     first.put("mlp.2", range(4), [0.0] * 4)
