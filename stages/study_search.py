@@ -10,7 +10,7 @@ from blockpruner.core.progress import observer
 from blockpruner.core.settings import Run, Texts
 from blockpruner.inputs.texts import read_texts
 from blockpruner.methods.score import open_material
-from blockpruner.paper.experiments import variants
+from blockpruner.paper.experiments import study_of, variants
 from blockpruner.paper.studies import Setting, StudyTexts, search_all
 from blockpruner.params import load_params, load_run
 from blockpruner.store.provenance import fingerprint
@@ -34,8 +34,10 @@ def texts_of(name: str, settings: Run) -> StudyTexts:
     def evaluated() -> Sequence[str]:
         from blockpruner.evaluation.perplexity import held_out  # loads torch
 
-        texts = read_texts(folder / "sources" / "perplexity.parquet")
-        return held_out(tokenizer(), texts, settings.evaluate.perplexity).documents
+        found = {"perplexity": settings.evaluate.perplexity, "wikitext": study_of(settings).wikitext}
+        paths = {folder / "sources" / f"{role}.parquet": wanted for role, wanted in found.items() if wanted}
+        held = (held_out(tokenizer(), read_texts(path), wanted) for path, wanted in paths.items() if path.exists())
+        return [text for each in held for text in each.documents]
 
     return StudyTexts(tokenizer, samples, evaluated)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.fake_devices import start_gradients
+from tests.fake_devices import SETUP, start_gradients
 
 torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
@@ -40,7 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """No test sees a GPU, nor do its child processes, unless asked by `-m gpu`."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        start_gradients()
+        if SETUP is not None:
+            start_gradients()
 
 
 def pytest_unconfigure() -> None:

@@ -1,11 +1,14 @@
 """The shape of the project: stages depend on data, settings and versions, and are small."""
 
 import re
+import tomllib
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from blockpruner import versions
 
@@ -44,6 +47,22 @@ def test_stages_depend_on_their_inputs_only():
     """Nothing but commit may depend on the score tables: their hash depends on history."""
     users = [name for name, s in STAGES.items() if any("/scores" in d for d in s.get("deps", []))]
     assert users == ["commit"]
+
+
+def test_constraints_pin_all_that_setup_installs():
+    """torch alone is pinned by the Makefile. `make constraints` renews what is stale."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = (project["optional-dependencies"][extra] for extra in ("dag", "dev", "ray"))
+    wanted = [Requirement(text) for group in (project["dependencies"], *extras) for text in group]
+    text = "".join((ROOT / name).read_text() for name in ("constraints.txt", "Makefile"))
+    pins = re.findall(r"^(?:TORCH := )?([\w.-]+)==([\w.]+)", text, re.MULTILINE)
+    assert not [
+        str(each)
+        for each in wanted
+        if not any(
+            canonicalize_name(name) == canonicalize_name(each.name) and pin in each.specifier for name, pin in pins
+        )
+    ]
 
 
 def test_no_class_name_is_used_twice():

@@ -24,7 +24,7 @@ from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import save_healed
 from blockpruner.model.models import prune_, shared_copy
 from blockpruner.scoring.work import Task
-from blockpruner.store.files import replace_directory, write_json
+from blockpruner.store.files import replace_directory, write_sealed_json
 
 SHARES = (1.0, 0.75, 0.5)
 """How much of a change is tried; the best one on the held-out rows is kept, or none."""
@@ -112,7 +112,7 @@ def write_compensated(
     found = compensate(pruning.load(), pruning.plan, rows, held_out, method, show)
 
     def build(directory: Path) -> None:
-        write_json(directory / "compensate.json", {"enabled": True, **found.report})
+        write_sealed_json(directory / "compensate.json", {"enabled": True, **found.report})
         if found.weights:
             words = f"compensated without training ({method}, {rows.tokens:,} tokens of `{data.title}`)"
             save_healed(directory, found.weights, pruning.identity, words, data)

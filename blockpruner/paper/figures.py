@@ -307,14 +307,6 @@ FIGURES: tuple[PaperFigure, ...] = (
         "the study varies no calibration",
     ),
     PaperFigure(
-        "figure8",
-        "Figure 8. Recovery by LoRA",
-        "",
-        (),
-        lambda e: False,
-        "the study trains no model (study.heal with recover: true)",
-    ),
-    PaperFigure(
         "figure10",
         "Figure 10. Methods over ratios",
         "Average accuracy (± 1 standard error) and held-out perplexity of each method at its budgets.",

@@ -28,7 +28,7 @@ from blockpruner.paper.experiments import Cure, cures
 from blockpruner.paper.studies import StudyTexts, load_plans
 from blockpruner.recovery.recover import recover
 from blockpruner.recovery.rows import training_rows
-from blockpruner.store.files import read_json, replace_directory, write_json
+from blockpruner.store.files import read_json, replace_directory, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 
 FACTS = "heal.json"
@@ -124,7 +124,7 @@ class Healer:
             if weights:
                 save_healed(folder, weights, pruning.identity, words, data, before)
                 healed = find_healed([folder], pruning.identity)
-            write_json(folder / FACTS, {"key": key, "digest": healed.digest if healed else None, **facts})
+            write_sealed_json(folder / FACTS, {"key": key, "digest": healed.digest if healed else None, **facts})
 
         replace_directory(self.out / cure.slug, build)
 

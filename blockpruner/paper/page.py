@@ -27,7 +27,8 @@ INTRO = (
 
 NOT_MADE = (
     "Table 3 and Figure 9: this project holds neither their numbers nor their curves (data/paper), so nothing could be "
-    "compared. Figures 2 and 3 explain the method and show no measurement. Figure 8 is recovery by LoRA: see there."
+    "compared. Figures 2 and 3 explain the method and show no measurement. Figure 8, recovery by LoRA: what "
+    "training brings here stands under Search and healing, if the study trains a model."
 )
 
 

@@ -28,8 +28,8 @@ from blockpruner.inputs.calibration import pack_rows
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
 from blockpruner.store.plans import load_plan, save_plan
-from tests.plans import InProcess, fetch_tiny, plan_of, pruning
-from tests.tiny import full_nll, tiny_model, tiny_tokenizer
+from tests.plans import InProcess, fetch, fetch_tiny, plan_of, pruning
+from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]
@@ -37,7 +37,9 @@ TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return fetch_tiny(tmp_path_factory.mktemp("dense"))
+    folder = tmp_path_factory.mktemp("dense")
+    (save_tiny(folder / "mine") / "NOTICE.txt").write_text("terms")
+    return fetch(folder / "mine", folder / "model", dtype="float32")
 
 
 def export(dense, plan, out, write=export_hf, dtype="float32"):
@@ -52,9 +54,9 @@ def test_export_is_complete_and_verified(tmp_path, dense):
     assert report["ok"] and report["cache_layers"] == 3
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"README.md", "config.json", "generation_config.json", "model.safetensors", "verification.json",
-                     "modeling_blockpruned.py", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+                     "modeling_blockpruned.py", "NOTICE.txt", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
     card = (tmp_path / "out/README.md").read_text()
-    assert "| 3 | mlp.0 |" in card
+    assert "| 3 | mlp.0 |" in card and "license_link: NOTICE.txt" in card
     assert f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.num_parameters() == plan.parameters["pruned"]

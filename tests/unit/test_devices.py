@@ -50,10 +50,12 @@ from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import Task, live_numbers
 from blockpruner.store.files import read_json
 from blockpruner.store.locks import this_process
-from tests.fake_devices import MODULE, fake_devices
+from tests.fake_devices import MODULE, SETUP, fake_devices
 from tests.golden import unverified
 from tests.plans import fetch_tiny, plan_of, pruning
 from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tolerance
+
+pytestmark = pytest.mark.skipif(SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python")
 
 ROWS = [tuple(range(1, 10)), tuple(range(3, 12)), (5, 6, 7), (9, 8, 7, 100, 4)]
 LONG = CalibrationSet(tuple(tuple((7 * r + 3 * k) % 250 + 1 for k in range(16)) for r in range(6)))

@@ -260,6 +260,7 @@ def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     model_of("llama").save_pretrained(folder / "mine")
     plain().save_pretrained(folder / "mine")
+    (folder / "mine/LICENSE").write_text("terms")
     return fetch(folder / "mine", folder / "model", dtype="float32")
 
 
@@ -274,7 +275,7 @@ def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
         monkeypatch.setattr(verification, "subprocess", InProcess)
     export(dense, tmp_path / "out", dtype=dtype)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "README.md", "blockpruner_plan.json", "model-F16.gguf", "model-Q8_0.gguf", "verification.json",
+        "LICENSE", "README.md", "blockpruner_plan.json", "model-F16.gguf", "model-Q8_0.gguf", "verification.json",
     }  # fmt: skip
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["cache_layers_expected"] == 5

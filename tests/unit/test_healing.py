@@ -19,7 +19,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.healed import save_healed
 from blockpruner.params import load_run
-from blockpruner.store.files import write_json
+from blockpruner.store.files import read_json, write_json
 from blockpruner.store.plans import save_plan
 from stages import compensate, materialize, recover
 from tests.golden import unverified
@@ -78,7 +78,7 @@ def refitted():
     """The report of a plan that refitting helps; of a random model not every one is worse than the dense model."""
     save_plan(plan_of(DENSE, ["mlp.2"], run="tiny", compensate="refit"), Path("data/plans/t/plan.json"))
     compensate.main("t")
-    return json.loads(Path("data/compensated/t/compensate.json").read_text())
+    return read_json(Path("data/compensated/t/compensate.json"))
 
 
 def test_stage_compensates_and_the_export_has_the_weights(project):

@@ -452,7 +452,7 @@ def test_a_run_that_is_not_computed_shows_the_papers_rows(absent, subject):
         (subject.model, "here"), ("Llama2-13B", "here"), ("Llama2-13B", "paper"),
     }  # fmt: skip
     page = build_set("x", [absent], PUBLISHED)
-    assert not page.plots and "No figure: the study trains no model" in to_markdown(page)
+    assert not page.plots and "No figure: the study has no curves" in to_markdown(page)
 
 
 def test_tests_are_paired_and_corrected_over_the_rows(folder, subject):
@@ -606,7 +606,8 @@ def test_the_report_has_all_files_and_loads_nothing(written, subject, page):
         "quality-speed",
         "quality-memory",
     } == {path.stem for path in (written / "plots").glob("*.svg")}
-    assert "No figure: the study trains no model" in html
+    assert "Figure 8, recovery by LoRA: what training brings here stands under Search and healing" in html
+    assert "Search and healing" in [section.title for section in page.sections] and "trains no model" not in html
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from blockpruner.compensation.compensate import compensate
 from blockpruner.core.blocks import parse_mask
+from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Run, Runtime, Score, Speed, Study
 from blockpruner.evaluation import suite
@@ -26,13 +27,14 @@ from blockpruner.model.models import load_model, masked
 from blockpruner.paper.check import Check, hold_against
 from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
 from blockpruner.paper.experiments import Variant, cures
-from blockpruner.paper.healing import Healer, healed_of
+from blockpruner.paper.healing import FACTS, Healer, healed_of
 from blockpruner.paper.studies import SearchRecord, Setting, StudyTexts, load_plans, model_name, search_all
 from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.manifest import SOURCE_FILE
 from blockpruner.store.tensors import read_tensors
 from blockpruner.versions import LACO_VERSION, SLICEGPT_VERSION
+from stages import study_search
 from tests.builders import small_config
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
@@ -103,6 +105,21 @@ def test_a_method_that_cannot_be_had_is_left_out_with_its_reason_and_the_others_
     reason = SearchRecord.load(world.root / "plans" / coarse.slug).refused
     assert reason.startswith("budget '1layers': LaCo with C = 3") and "the nearest that it removes: 2" in reason
     assert load_plans(world.root / "plans", coarse) == {} and load_plans(world.root / "plans", VARIANTS[-1])
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_what_a_study_evaluates_is_not_drawn(tmp_path, monkeypatch, fetched):
+    """Its held-out text, and WikiText-2 where that was fetched: as far as the rows that are measured go."""
+    monkeypatch.setattr(study_search, "STUDIES", tmp_path)
+    study = {"main": MAIN, "wikitext": {"seq_len": 16, "max_rows": 2}}
+    run = Run(model=MODEL, evaluate={"perplexity": {"data": DATA, "seq_len": 16, "max_rows": 3}}, study=study)
+    save_tiny(tmp_path / "tiny" / "model")
+    texts = {"perplexity": "held out", **({"wikitext": "of an encyclopaedia"} if fetched else {})}
+    for role, words in texts.items():
+        write_texts(tmp_path / "tiny/sources" / f"{role}.parquet", [f"{n}: {words}" for n in range(9)])
+    held_out, wikitext = [f"{n}: held out" for n in range(4)], [f"{n}: of an encyclopaedia" for n in range(2)]
+    # a token is a character: three rows of 16 end in the fourth text, two in the second
+    assert study_search.texts_of("tiny", run).evaluated() == held_out + wikitext * fetched
 
 
 def test_a_second_time_computes_nothing_and_writes_the_same(world):
@@ -333,3 +350,7 @@ def test_models_of_a_study_are_healed_once_and_measured_as_they_would_be_alone(w
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("healed/*/*")}
     Healer(run, world.setting.texts, folder, tmp_path / "states", "cpu", SilentObserver()).heal_all()
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("healed/*/*")} == kept
+    (path,) = folder.glob(f"healed/{trained.slug}/{FACTS}")
+    path.write_text(path.read_text().replace('"digest": "', '"digest": "0'))
+    with pytest.raises(InputError, match=f"{FACTS} is damaged"):
+        healed_of(folder / "healed", trained)
