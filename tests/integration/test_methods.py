@@ -92,14 +92,14 @@ def test_all_methods_are_here():
 
 def test_metrics_are_the_same_whether_scores_are_computed_or_known(project):
     section, path = (
-        {"method": "greedy", "metric": "top1", "acceleration": "race"},
+        {"method": "greedy", "metric": "kl", "acceleration": "race"},
         project / "data/metrics/tiny/score.json",
     )
     first = scored(project, section)
     before = json.loads(path.read_text())
     again = scored(project, section)
     assert first["trials_computed"] > again["trials_computed"] == 0
-    assert json.loads(path.read_text()) == before and before.keys() == {"iterations", "trials", "rivals", "kept"}
+    assert json.loads(path.read_text()) == before and before.keys() - {"rivals", "kept"} == {"iterations", "trials"}
 
 
 @pytest.mark.parametrize("method", METHODS)
