@@ -1,5 +1,6 @@
 """The sdist and the wheel build, hold the library alone, and run without the repository."""
 
+import json
 import os
 import re
 import runpy
@@ -137,9 +138,8 @@ def test_the_command_prunes_and_transformers_alone_loads_the_result(run, tmp_pat
     assert "4 MHA + 4 MLP" in run("blockpruner", "prune", "model", *options, "--dry-run")
     run("blockpruner", "prune", "model", *options, "--out", "pruned")
     parameters, rows = map(int, run("python", "-c", LOAD).split())
-    assert rows and parameters == int(
-        re.search(r"([\d,]+) of", (tmp_path / "pruned/README.md").read_text())[1].replace(",", "")
-    )
+    plan = json.loads((tmp_path / "pruned/blockpruner_plan.json").read_text())
+    assert rows and parameters == plan["parameters"]["pruned"] < plan["parameters"]["dense"]
 
 
 def test_the_readmes_example_runs(run, environment, tmp_path):
