@@ -1,4 +1,5 @@
-# `make demo`: set up, then run the whole pipeline on a real model. `make test`: set up, then all checks and tests.
+# `make demo`: set up, then run the whole pipeline on a real model. `make test`: set up with the tools of development, then
+# all checks and tests.
 # `make serve`: the Prefect UI, to start and watch all of it. `make test-ui`: the same, driven by a browser.
 # `make constraints`: renew the pins that setup installs. `make test-floors`, `make test-newest`: other versions.
 # `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB).
@@ -16,9 +17,10 @@ export DVC_NO_ANALYTICS := 1
 
 .PHONY: setup constraints demo serve check test test-floors test-newest test-slow test-ui schema golden clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready-dev
 
-# constraints.txt pins every package by SHA-256, and pip takes nothing else. torch is pinned by version only: its CPU and
+# constraints.txt pins every package of the DAG by SHA-256, constraints-dev.txt what checks and tests need beside them, and
+# pip takes nothing else. torch is pinned by version only: its CPU and
 # its CUDA build have one version and other hashes, and the index decides which one it is. The CUDA build brings libraries
 # of NVIDIA, which it pins itself. Our own package is built by the pinned setuptools.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -30,14 +32,22 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip check --disable-pip-version-check
 	touch $@
 
-# Renew constraints.txt: the newest versions that pyproject.toml allows, for every system and Python from 3.11 on. Say
+$(VENV)/.ready-dev: $(VENV)/.ready constraints-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement constraints-dev.txt
+	$(BIN)/python -m pip check --disable-pip-version-check
+	touch $@
+
+# Renew both files: the newest versions that pyproject.toml allows, for every system and Python from 3.11 on. Say
 # TORCH=torch==X.Y.Z here and above for another torch. UPGRADE= (empty) keeps what still fits and adds what is missing.
 UPGRADE ?= --upgrade
+COMPILE = printf 'sympy\nsetuptools>=77\n' | $(LOCK)/bin/uv pip compile pyproject.toml - --extra dag --universal \
+	--python-version 3.11 --generate-hashes --no-annotate --override $(LOCK)/without-torch.txt --no-emit-package torch \
+	--custom-compile-command "make constraints" $(UPGRADE) --quiet
 constraints: $(LOCK)/bin/uv
 	echo "torch ; sys_platform == 'never'" > $(LOCK)/without-torch.txt
-	echo sympy | $(LOCK)/bin/uv pip compile pyproject.toml - --extra dag --extra dev --extra ray --universal \
-		--python-version 3.11 --generate-hashes --no-annotate --override $(LOCK)/without-torch.txt \
-		--no-emit-package torch --custom-compile-command "make constraints" $(UPGRADE) --quiet --output-file constraints.txt
+	$(COMPILE) --output-file constraints.txt
+	$(COMPILE) --extra dev --extra ray --constraint constraints.txt --output-file constraints-dev.txt \
+		$$(sed -n 's/^\([^ #=]*\)==.*/--no-emit-package \1/p' constraints.txt)
 
 $(LOCK)/bin/uv:
 	$(PYTHON) -m venv $(LOCK)
@@ -55,13 +65,13 @@ test-floors test-newest: test-%: $(LOCK)/bin/uv
 	$(LOCK)/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) --editable '.[dag,dev,ray]'
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(CORE)
 
-demo: setup
+demo: $(VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
 	@echo "The report: data/report/index.html"
 
 # The Prefect UI at http://127.0.0.1:4200; docs/operations.md.
 serve: export PREFECT_HOME ?= $(CURDIR)/.prefect
-serve: setup
+serve: $(VENV)/.ready
 	$(BIN)/python -m flows.serve
 
 check: setup

@@ -5,6 +5,9 @@ Prefect's 20 s for the server that Prefect starts for it; on a busy machine thos
 """
 
 import os
+from importlib.util import find_spec
+
+from blockpruner.core.errors import missing
 
 for _name, _value in {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -13,3 +16,6 @@ for _name, _value in {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }.items():
     os.environ.setdefault(_name, _value)
+for _name in ("dvc", "prefect", "ruamel"):
+    if find_spec(_name) is None:
+        raise missing(_name, "dag")

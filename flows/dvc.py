@@ -25,7 +25,7 @@ from dvc.lock import Lock, LockError
 from dvc.rwlock import RWLockFileCorruptedError, rwlock
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import set_aside, write_text
+from blockpruner.store.files import WINDOWS, set_aside, write_text
 from blockpruner.store.locks import WORKSPACE, hold
 
 GRACE = 10.0
@@ -59,11 +59,18 @@ def workspace(holder: str) -> Iterator[int]:
     """Lock the workspace in the current folder for one flow; gives the lock's file descriptor.
 
     Raises:
-        InputError: another flow holds it, or somebody's dvc works in it; names the process.
+        InputError: another flow holds it, or somebody's dvc works in it; names the process. Or this is Windows.
     """
+    require_posix()
     with hold(WORKSPACE, holder, _refuse) as lock:
         _require_no_dvc()
         yield lock
+
+
+def require_posix() -> None:
+    """Refuse Windows, which has no process groups and no files that a child inherits; raises InputError."""
+    if WINDOWS:
+        raise InputError("flows need Linux or macOS; here run the same stages with `dvc repro`")
 
 
 def _refuse(holder: str) -> None:

@@ -42,7 +42,7 @@ from flows.selection import Chosen, ChosenSet, Selection, choose
 from flows.server import require_access
 
 T = TypeVar("T", Chosen, ChosenSet)
-METRICS, REPORT = Path("data/metrics"), Path("data/report")
+METRICS, RESULTS, REPORT = Path("data/metrics"), Path("data/results"), Path("data/report")
 PAGES_VARIABLE = "BLOCKPRUNER_REPORT_PAGES"
 """Environment variable, set by flows.serve: the URL at which a browser finds the reports below data/. A page of the UI
 may not link to a file."""
@@ -166,12 +166,20 @@ def publish(chosen: Chosen) -> None:
     """Show the results as artifacts of the flow run: dense against pruned for each run, the report, its page."""
     for run in chosen.runs:
         models = (f"{run}-dense", *chosen.targets_of(run))
-        columns = {name: read_json(path) for name in models if (path := METRICS / f"{name}.json").exists()}
+        columns = {name: figures(name) for name in models if (METRICS / f"{name}.json").exists()}
         keys = dict.fromkeys(key for values in columns.values() for key in values)
         if keys:
             table = [{"metric": key} | {name: values.get(key) for name, values in columns.items()} for key in keys]
             create_table_artifact(table, phases.artifact_key(f"results-{run}"), f"{run}: dense against pruned")
     publish_report(REPORT, "report", "report-page", "Open the report")
+
+
+def figures(name: str) -> dict[str, Any]:
+    """The metrics of a model, and its speed-ups, which are no metrics: git keeps no timings."""
+    results = RESULTS / name / "results.json"
+    speed = read_json(results)["speed"] if results.exists() else {}
+    speedups = {key: round(value, 4) for key, value in speed.items() if key.startswith("speedup")}
+    return {**read_json(METRICS / f"{name}.json"), **speedups}
 
 
 def publish_report(folder: Path, key: str, page_key: str, words: str) -> None:

@@ -38,7 +38,7 @@ from prefect.types.entrypoint import EntrypointType
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_sets
 from flows import server
-from flows.dvc import end_with
+from flows.dvc import end_with, require_posix
 from flows.paper import paper
 from flows.phases import OPEN, open_task_runs
 from flows.prune import PAGES_VARIABLE, prune
@@ -214,6 +214,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # also where `nohup` or `&` had it ignored
         signal.signal(number, signal.default_int_handler)
     try:
+        require_posix()
         load_sets()  # the library that makes a form's schema would swallow the error
         with ExitStack() as stack:
             url, running = find_server()

@@ -18,7 +18,7 @@ from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import read_json
-from flows.prune import AS_RETURNED, METRICS, begin, outcome, publish, restored, run_stages
+from flows.prune import AS_RETURNED, begin, figures, outcome, publish, restored, run_stages
 from flows.selection import Chosen, RunGrid, Selection, choose
 
 PLANS = Path("data/plans")
@@ -80,7 +80,7 @@ def _row(run: str, target: str, state: State[Any], seconds: float) -> dict[str, 
     """One line of the table: what was removed, and each metric of the pruned and of the dense model."""
     values: dict[str, Any] = {"run": run, "target": target, "state": state.name}
     if state.is_completed():
-        pruned, dense = (read_json(METRICS / f"{name}.json") for name in (target, f"{run}-dense"))
+        pruned, dense = map(figures, (target, f"{run}-dense"))
         values["removed, %"] = round(100 * read_json(PLANS / target / "plan.json")["ratio"], 2)
         for key, name in COMPARED.items():
             values |= {name: pruned[key]} | ({f"{name}, dense": dense[key]} if key in dense else {})

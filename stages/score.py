@@ -1,4 +1,7 @@
-"""score <run>: search far enough for every target of the run; tables at data/scores/<run>, trials in data/trials."""
+"""score <run>: search far enough for every target of the run; tables at data/scores/<run>, trials in data/trials.
+
+What was computed, and how long it took, is at data/results/<run>-search.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 from blockpruner.core.progress import observer
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.score import open_material, score_run
+from blockpruner.methods.score import headline, open_material, score_run
 from blockpruner.params import load_params, load_run
 from blockpruner.store.files import write_json
 from blockpruner.store.trials import trials_root
@@ -27,7 +30,8 @@ def main(name: str) -> None:
 
     with open_material(checkpoint, settings.model, params.runtime, trials_root(), watch) as material:
         counts = score_run(material, calibration, settings.score, params.budgets_of(name), folder, latency)
-    write_json(DATA / "metrics" / name / "score.json", counts)
+    write_json(DATA / "results" / f"{name}-search" / "counts.json", counts)
+    write_json(DATA / "metrics" / name / "score.json", headline(counts))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.packing import PackedModel, pack_model
 from blockpruner.checkpoints.verification import reference_outputs, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, extra
 from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import LICENCE_FILES, copy_files
 from blockpruner.inputs.tokenizers import load_tokenizer
@@ -134,7 +134,8 @@ def facts(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:
 def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path: Path) -> None:
     """Write a pruned model as one file. Norms and biases stay in 32 bits; a matrix whose rows are no multiple of the
     quantization's block stays in 16."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+    with extra("gguf"):
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
     parts = pack_model(model)
     architecture = WHOLE[model_family(model).model_type] if parts.is_whole else "deci"
@@ -163,7 +164,8 @@ def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path
 
 def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture: str) -> dict[str, Any]:
     """By the name of the `GGUFWriter.add_*` that takes each. `deci` has numbers of heads and widths for each layer."""
-    from gguf import RopeScalingType
+    with extra("gguf"):
+        from gguf import RopeScalingType
 
     heads, head, rope = config["num_attention_heads"], _head(config), config["rope_parameters"]
     counts: dict[str, Any] = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, missing
 from blockpruner.core.registry import Registry
 from blockpruner.methods.kind import Kind
 
@@ -36,6 +37,8 @@ class Export:
     """The values of `model.dtype` that it can hold; None: all."""
     of_masks_only: bool = False
     """It can only hold models that lost blocks, not models with other weights."""
+    package: str = ""
+    """What its writer imports and only an extra installs, which has the same name; "" for nothing."""
 
     @property
     def write(self) -> Writer:
@@ -60,6 +63,13 @@ def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
             )
 
 
+def require_packages(names: Sequence[str]) -> None:
+    """Raise MissingPackageError for a format that cannot be written here, before a search takes hours."""
+    for package in filter(None, (EXPORTS[name].package for name in names)):
+        if find_spec(package) is None:
+            raise missing(package, package)
+
+
 def _holds(row: Export, kind: Kind) -> bool:
     if row.of_masks_only and not kind.removes_blocks:
         return False
@@ -74,7 +84,7 @@ EXPORTS: Registry[Export] = Registry(
     [
         Export("hf", "transformers checkpoint", ("transformers",), HERE + "hf:export_hf"),
         Export("nas", "DeciLM checkpoint", ("vLLM", "mlx-lm"), HERE + "nas:export_nas", NARROW),
-        Export("gguf", "GGUF files in 16 and 8 bits", ("llama.cpp",), HERE + "gguf:export_gguf"),
+        Export("gguf", "GGUF files in 16 and 8 bits", ("llama.cpp",), HERE + "gguf:export_gguf", package="gguf"),
         Export(
             "zeroed",
             "dense checkpoint, blocks zeroed",

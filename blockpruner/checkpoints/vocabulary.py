@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, extra
 
 WORDS = "|".join((r"[^\r\n\p{L}\p{N}]?\p{L}+", "%s", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"))
 CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDS
@@ -117,7 +117,8 @@ def _ranks(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _type(index: int, token: str | None, tokenizer: Any, is_bytes: bool) -> int:
-    from gguf import TokenType
+    with extra("gguf"):
+        from gguf import TokenType
 
     added = tokenizer.added_tokens_decoder.get(index)
     if token is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blockpruner.checkpoints.registry import EXPORTS, Writer
+from blockpruner.checkpoints.registry import EXPORTS, Writer, require_packages
 from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, count_parameters
@@ -52,6 +52,7 @@ class Place:
         given = {**source, "trust_remote_code": trusted} | ({} if dtype == "auto" else {"dtype": dtype})
         formats = ["hf", *(name for name in export.split(",") if name not in ("", "hf"))]
         run = read_settings(Run, {"model": given, "export": formats, **sections})
+        require_packages(run.export)
         config, rows = self._config(run), run.calibration
         if "seq_len" in rows.model_fields_set:
             check_context(rows.seq_len, dict(config), "calibration.seq_len")

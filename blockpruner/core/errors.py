@@ -5,6 +5,9 @@ Everything that a user can correct is an InputError. Our own invariants use `ass
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """A value, file or environment that the user can correct; stages print it without a traceback."""
@@ -24,3 +27,25 @@ class StorageError(InputError):
 
 class DeviceMemoryError(InputError):
     """A model, or one row of tokens beside it, does not fit into the memory that there is; names the figures."""
+
+
+class MissingPackageError(InputError, ImportError):
+    """A package that only some uses need is not installed; names the extra that installs it."""
+
+
+def missing(package: str, extra: str) -> MissingPackageError:
+    words = f"this needs the package {package}, which is not installed"
+    return MissingPackageError(f"{words}: pip install 'blockpruner[{extra}]'")
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Within, packages are imported that an extra of pyproject.toml installs.
+
+    Raises:
+        MissingPackageError: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing(error.name or name, name) from error

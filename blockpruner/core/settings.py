@@ -724,7 +724,7 @@ class Params(Frozen):
                 raise ValueError(
                     f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {', '.join(self.runs)}"
                 )
-            if name in {f"{run}-dense" for run in self.runs} or name in self.runs:
+            if name in {f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search")}:
                 raise ValueError(f"target name {name!r} is taken by a run or its dense baseline; choose another")
             meaning = (target.run, read_budget(target.budget), target.compensate, target.recover)
             if meaning in meanings:

@@ -203,10 +203,9 @@ def benchmark(
 
 
 def headline(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """The main figures of results.json: tasks, their average, perplexity, speed-ups."""
+    """The main figures of results.json that are not timed: tasks, their average, perplexity."""
     figures = {task: scores["value"] for task, scores in results["tasks"].items()}
     figures |= {"average": results["average"]["value"], "perplexity": results["perplexity"]["perplexity"]}
-    figures |= {key: value for key, value in results["speed"].items() if key.startswith("speedup")}
     return {key: None if value is None else round(value, 4) for key, value in figures.items()}
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, missing
 from blockpruner.core.settings import LocalTasks, PypiTasks, ZeroShot
 from blockpruner.evaluation.benchmarks import BENCHMARKS, EVALUATION_SPLITS, Split
 from blockpruner.inputs.hub import pinned_revision
@@ -294,7 +294,7 @@ def _stock_config(name: str) -> tuple[dict[str, Any], list[Path]]:
     """The stock YAML with its includes merged in, and the Python files that it names."""
     package = importlib.util.find_spec("lm_eval")
     if package is None or package.origin is None:
-        raise InputError("lm_eval is not installed, and benchmarks need its task files; run `pip install lm-eval`")
+        raise missing("lm_eval", "eval")
     return _flatten(Path(package.origin).parent / "tasks" / BENCHMARKS[name].stock)
 
 

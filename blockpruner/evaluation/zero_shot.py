@@ -27,19 +27,21 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from lm_eval.api.metrics import perplexity
-from lm_eval.evaluator import evaluate as harness_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, extra
 from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, Benchmark, unscored_items
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.tasks import require_stock
 from blockpruner.inputs.calibration import Answer
+
+with extra("eval"):
+    from lm_eval.api.metrics import perplexity
+    from lm_eval.evaluator import evaluate as harness_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable
 
 BATCH_SIZE = 8
 """Answers that are generated at once."""

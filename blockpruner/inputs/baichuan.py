@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, missing
 from blockpruner.store.files import let_others_read, read_json, write_json
 
 SHARD_BYTES = 2 * 2**30
@@ -158,7 +158,7 @@ def _convert_tokenizer(directory: Path) -> None:
     if not (directory / "tokenizer.model").exists():
         return
     if find_spec("sentencepiece") is None:  # transformers would ask for tiktoken
-        raise InputError("tokenizer.model of Baichuan is read with sentencepiece: pip install 'blockpruner[dag]'")
+        raise missing("sentencepiece", "sentencepiece")
     from transformers import PreTrainedTokenizerFast
 
     path = directory / "tokenizer_config.json"

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, extra
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel, PypiPartsModel
 from blockpruner.inputs.hub import hub_error, pinned_revision
@@ -267,8 +267,10 @@ def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]
         InputError: the content is no GGUF file, or one that transformers cannot read.
     """
     import torch
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with extra("gguf"):
+        from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         path = Path(folder) / "model.gguf"

@@ -93,6 +93,13 @@ def score_run(
     return {**counts, **_selection(folder, current), "wall_seconds": round(time.monotonic() - started, 2)}
 
 
+def headline(counts: Mapping[str, Any]) -> dict[str, float]:
+    """What neither the machine nor the stores decide of a result of `score_run`: iterations, masks scored on all rows,
+    and the mean stability."""
+    figures = {"iterations": counts["iterations"], "trials": counts["trials_computed"] + counts["trials_reused"]}
+    return figures | {name: round(counts[name], 4) for name in ("rivals", "kept") if name in counts}
+
+
 def _selection(folder: Path, current: Current) -> dict[str, float]:
     """How firmly the calibration rows decide a nested search's removals, on average; nothing where that is unknown."""
     trace = read_trace(trace_directory(folder, current, ""), current.search) if current.nested else []

@@ -171,7 +171,7 @@ def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, t
         from accelerate.utils import get_balanced_memory
     except ImportError as error:
         raise InputError(
-            "runtime.device 'split' needs the package accelerate; pip install 'blockpruner[dag]', or use one device"
+            "runtime.device 'split' needs the package accelerate; pip install 'blockpruner[split]', or use one device"
         ) from error
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     with torch.device("meta"):

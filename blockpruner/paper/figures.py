@@ -12,11 +12,9 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from blockpruner.core.blocks import BlockKind, parse_mask
+from blockpruner.core.errors import extra
 from blockpruner.paper.evidence import MAIN, Entry, Evidence
 from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS, METHODS
 from blockpruner.paper.extra_tables import BALANCE
@@ -24,6 +22,11 @@ from blockpruner.reporting import plots
 from blockpruner.reporting.plots import BLUE, GREY, MARKS, ORANGE, REMOVED, Plot
 from blockpruner.reporting.results import TIMED, Timings
 from blockpruner.reporting.statistics import Mean
+
+with extra("report"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 Draw = Callable[[Axes, Evidence], None]
 FILLS: tuple[Literal["none", "bottom", "full"], ...] = ("none", "bottom", "full")

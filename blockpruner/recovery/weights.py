@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from blockpruner.core.errors import extra
 from blockpruner.core.settings import Recover
 
 
@@ -63,6 +63,8 @@ def trained_weights_(model: PreTrainedModel, recipe: Recover) -> TrainedWeights:
     weights but embeddings and head.
     """
     if recipe.weights == "lora":
+        with extra("train"):
+            from peft import LoraConfig, get_peft_model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", bias="none")

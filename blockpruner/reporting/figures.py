@@ -7,15 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
-from matplotlib.colors import LogNorm, to_rgba
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from blockpruner.core.blocks import BlockKind, Mask, sorted_blocks
+from blockpruner.core.errors import extra
 from blockpruner.reporting import plots
 from blockpruner.reporting.comparison import GAINS, SPEED, Comparison, Gain
 from blockpruner.reporting.findings import jump_at, recommended
@@ -23,6 +17,15 @@ from blockpruner.reporting.inputs import PrunedOption, ReportedRun
 from blockpruner.reporting.plots import BLUE, COLOURS, GREY, MARKS, ORANGE, REMOVED, Plot
 from blockpruner.reporting.results import Option
 from blockpruner.scoring.metrics import METRICS
+
+with extra("report"):
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.colors import LogNorm, to_rgba
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.ticker import MaxNLocator
 
 CLIP = (2.0, 98.0)
 """Percentiles at which the heat map's colours end: block 0 alone may cost a thousand times the median."""

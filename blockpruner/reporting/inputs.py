@@ -181,7 +181,7 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
         )  # fmt: skip
     chance = {task: value for task, value in facts[f"{run}-dense"]["chance"].items() if value is not None}
     searched = any(target.considered for target in found)
-    counts = read_json(data / "metrics" / run / "score.json") if searched else {}
+    counts = read_json(data / "results" / f"{run}-search" / "counts.json") if searched else {}
     return ReportedRun(run, labels, dense, tuple(found), chance, counts)
 
 

@@ -11,16 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask
+from blockpruner.core.errors import extra
 from blockpruner.reporting.statistics import Mean
+
+with extra("report"):
+    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, PAPER = "#010203", "#fefdfc"
 BLUE, ORANGE, GREY = "#2a86c8", "#d9662b", "#8a8f98"

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -25,6 +26,9 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from blockpruner.core.errors import InputError, StorageError
+
+WINDOWS = sys.platform == "win32"
+"""Windows syncs no folder, and a file only for who may write it. To ask there whether a process runs may end it."""
 
 HOST = socket.gethostname().replace(".", "_")
 
@@ -94,7 +98,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def sync(path: Path) -> None:
     """Have a file's content, or the names in a folder, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -269,7 +275,7 @@ def is_orphan(path: Path) -> bool:
     name = TEMPORARY.fullmatch(path.name)
     if name is None:
         return False
-    if name[1] == MACHINE:
+    if name[1] == MACHINE and not WINDOWS:
         return int(name[2]) == os.getpid() or not _is_running(int(name[2]))
     if HOST not in (name[1], name[1].rpartition("-")[0]):
         return False

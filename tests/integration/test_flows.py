@@ -326,8 +326,9 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, m
     shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
     targets = ["smollm2-0.1", "smollm2-0.2", "other-0.1", "other-0.2"]
     for name, perplexity in {"smollm2-dense": 20.0, "other-dense": 30.0, **dict.fromkeys(targets, 40.0)}.items():
-        values = {"perplexity": perplexity, "average": 0.5} | ({"speedup_generation": 1.1} if name in targets else {})
-        write_json(**{f"metrics/{name}.json": values, f"plans/{name}/plan.json": {"ratio": 0.123}})
+        speed = {"speedup_generation": 1.1} if name in targets else {}
+        write_json(**{f"metrics/{name}.json": {"perplexity": perplexity, "average": 0.5}})
+        write_json(**{f"results/{name}/results.json": {"speed": speed}, f"plans/{name}/plan.json": {"ratio": 0.123}})
     monkeypatch.setenv("STUB_FAILS", "commit smollm2-0.1")
     monkeypatch.setenv("STUB_SAYS", "error in stage commit smollm2-0.1: budget '0.1' is not in this sequence")
     with temporary_settings({PREFECT_API_URL: server}):

@@ -64,7 +64,7 @@ def choose(project, section, budget):
 def scored(project, section, budget="0.2"):
     choose(project, section, budget)
     score.main("tiny")
-    return json.loads((project / "data/metrics/tiny/score.json").read_text())
+    return json.loads((project / "data/results/tiny-search/counts.json").read_text())
 
 
 def materialized(project, section, budget="0.2", process=InProcess):
@@ -90,11 +90,23 @@ def test_all_methods_are_here():
     assert METHODS.keys() == SEARCHES.keys() | KINDS.keys() - {"mask"}
 
 
+def test_metrics_are_the_same_whether_scores_are_computed_or_known(project):
+    section, path = (
+        {"method": "greedy", "metric": "kl", "acceleration": "race"},
+        project / "data/metrics/tiny/score.json",
+    )
+    first = scored(project, section)
+    before = json.loads(path.read_text())
+    again = scored(project, section)
+    assert first["trials_computed"] > again["trials_computed"] == 0
+    assert json.loads(path.read_text()) == before and before.keys() - {"rivals", "kept"} == {"iterations", "trials"}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_from_run_file_to_checkpoint(project, method):
     is_first = method in ("greedy", "laco", "slicegpt")  # of its kind of plan: a fresh process verifies it
     plan, out = materialized(project, METHODS[method], process=subprocess if is_first else InProcess)
-    counts = json.loads((project / "data/metrics/tiny/score.json").read_text())
+    counts = json.loads((project / "data/results/tiny-search/counts.json").read_text())
     assert counts["iterations"] >= (method in SEARCHES)
     assert json.loads((out / "verification.json").read_text())["ok"]
     assert plan.ratio == pytest.approx(0.2, abs=0.06)

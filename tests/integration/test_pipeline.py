@@ -138,6 +138,7 @@ def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
 def test_dvc_reads_metrics_and_plots(project, first):
     shown = json.loads(dvc(project, "metrics", "show", "--json"))
     assert "data/metrics/small.2.json" in json.dumps(shown)
+    assert not [word for word in ("speed", "seconds", "computed") if word in json.dumps(shown)]
     assert "index.html" in dvc(project, "plots", "show")
 
 

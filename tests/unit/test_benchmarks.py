@@ -250,7 +250,7 @@ def test_items_from_the_hub(monkeypatch):
 
 def test_without_lm_eval_the_fix_is_named(monkeypatch):
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install lm-eval"):
+    with pytest.raises(InputError, match=r"pip install 'blockpruner\[eval\]'"):
         hub_repository("piqa")
 
 

@@ -28,7 +28,7 @@ KEPT = {
     **{f"{kind}/{name}": False for kind in ("models", "sources", "calibration", "scores") for name in ("old", "small")},
     **{f"{kind}/{name}": True for kind in (*OF_TARGETS, "results") for name in TARGETS},
     **{f"{kind}/{name}": False for kind in OF_TARGETS for name in ("old.bad", "tiny")},
-    "results/tiny-dense": True, "results/old-dense": False, "results/tiny": False,
+    "results/tiny-dense": True, "results/tiny-search": True, "results/old-dense": False, "results/tiny": False,
     "studies/study": True, "studies/of-a-set": True, "studies/old": False, "tables/ours": True, "tables/others": False,
 }  # fmt: skip
 """Folders of outputs: whether params.yaml names them."""

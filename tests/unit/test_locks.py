@@ -12,6 +12,7 @@ from threading import Event
 import pytest
 
 from blockpruner.core.errors import StorageError
+from blockpruner.store import locks
 from blockpruner.store.locks import hold
 
 
@@ -19,7 +20,10 @@ def refuse(holder):
     raise BlockingIOError(f"held by {holder}")
 
 
-def test_the_second_is_told_the_holder_and_waits_or_is_refused(tmp_path):
+@pytest.mark.parametrize("system", ["POSIX", "Windows"])
+def test_the_second_is_told_the_holder_and_waits_or_is_refused(tmp_path, system, monkeypatch):
+    if system == "Windows":
+        monkeypatch.setattr(locks, "fcntl", None)
     path, told, let_go = tmp_path / "a.lock", [], Event()
 
     def second():
@@ -35,6 +39,29 @@ def test_the_second_is_told_the_holder_and_waits_or_is_refused(tmp_path):
         assert waiting.result() == "second\n" and told == ["the first, with a longer name"]
     with hold(path, "third", refuse):
         assert path.read_text() == "third\n"
+        with open(path) as file:
+            if system == "Windows":
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nothing of POSIX was used
+            else:
+                with pytest.raises(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_on_windows_a_killed_holder_leaves_no_lock(tmp_path, monkeypatch):
+    script = (
+        "import sys, time; from pathlib import Path; from blockpruner.store import locks; locks.fcntl = None\n"
+        "with locks.hold(Path(sys.argv[1]), 'another process', print): print('mine', flush=True); time.sleep(600)"
+    )
+    path = tmp_path / "a.lock"
+    command, environment = [sys.executable, "-c", script, path], {"PYTHONPATH": str(Path(__file__).parents[2])}
+    monkeypatch.setattr(locks, "fcntl", None)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(BlockingIOError, match="held by another process$"), hold(path, "me", refuse):
+            pass
+        other.kill()
+    with hold(path, "me", refuse):
+        assert path.read_text() == "me\n"
 
 
 @pytest.mark.parametrize(

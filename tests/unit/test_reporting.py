@@ -136,7 +136,7 @@ def build(data: Path, world: World = World()) -> Path:
         results(data / "results" / target, world, position + 1, heldout, (world.speedups[position], plan))
     counts = {"trials_computed": 123, "trials_reused": 45, "seconds": 67.0, "units_computed": 123, "iterations": 6}
     if searched:
-        write_json(data / "metrics" / world.run / "score.json", counts)
+        write_json(data / "results" / f"{world.run}-search" / "counts.json", counts)
     return data
 
 

@@ -22,6 +22,7 @@ from blockpruner.inputs.texts import TEXTS
 from blockpruner.scoring.objectives import MaskScore, Objective
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
+from blockpruner.store import files
 from blockpruner.store.files import (
     ABANDONED,
     HOST,
@@ -30,6 +31,7 @@ from blockpruner.store.files import (
     read_table,
     replace_directory,
     write_atomic,
+    write_json,
     write_sealed_json,
     write_table,
     write_text,
@@ -382,6 +384,26 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path)
     for name in living:
         os.utime(tmp_path / name, (0, time.time() - ABANDONED - 9))
     assert [name for name in living if is_orphan(tmp_path / name)] == elsewhere
+
+
+def test_on_windows_no_folder_is_opened_and_no_process_is_signalled(tmp_path, monkeypatch):
+    """There os.kill(id, 0) sends Ctrl-C, a folder cannot be opened, and a file is synced by who may write it."""
+
+    def open_file(path, flags, *args):
+        assert not Path(path).is_dir() and flags & os.O_RDWR
+        return real(path, flags, *args)
+
+    real = os.open
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "kill", None)
+    old, new = (tmp_path / f".d.{MACHINE}-{number}.tmp" for number in (999999999, 999999998))
+    old.mkdir()
+    new.mkdir()
+    os.utime(old, (0, time.time() - ABANDONED - 9))
+    replace_directory(tmp_path / "d", lambda directory: (directory / "x").write_text("1"))
+    write_json(tmp_path / "a/b.json", {})
+    assert names_in(tmp_path) == [new.name, "a", "a/b.json", "d", "d/x"]
 
 
 def test_a_plan_of_another_version_is_named(tmp_path):

@@ -1,0 +1,198 @@
+"""What is installed by which name: the library without extras, each extra, the DAG; and what is imported of it.
+
+The oracle is the metadata of the installed packages: what a package requires, and which modules it brings.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+DAG_ALONE = {"prefect", "dvc", "ruamel-yaml"}
+ENGINES = {"verify_mlx.py", "verify_llama_cpp.py"}
+"""Scripts that are started only where their engine is installed."""
+NO_MODULES = {"__init__.py", "__main__.py", *ENGINES}
+"""What is not imported by its name."""
+
+NOT_WINDOWS = ["fork", "killpg", "getuid", "getpgid", "setsid", "preadv", "posix_fadvise", "posix_fallocate", "statvfs"]
+IMPORT_ALL = """
+import builtins, sys, types
+from blockpruner.core.errors import MissingPackageError
+hidden, absent, modules = map(str.split, sys.argv[1:])
+sys.modules.update(dict.fromkeys(hidden))
+ours, load = ("blockpruner", "stages", "flows"), builtins.__import__
+def load_as_on_windows(name, globals=None, *args, **kwargs):
+    if (globals or {}).get("__name__", "").partition(".")[0] in ours:
+        if name in ("fcntl", "resource"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name == "os":
+            found = types.ModuleType("os")
+            found.__dict__.update({key: value for key, value in vars(load("os")).items() if key not in absent})
+            return found
+    return load(name, globals, *args, **kwargs)
+builtins.__import__ = load_as_on_windows if absent else load
+for name in modules:
+    try:
+        load(name)
+    except MissingPackageError as error:
+        print(name, error, sep=": ")
+"""
+
+
+def closure(requirements):
+    """Names of all distributions that these requirements install here, their extras included."""
+    found, seen, queue = set(), set(), [Requirement(text) for text in requirements]
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+                continue
+            seen.add((name, extra))
+            found.add(name)
+            if name == "blockpruner":
+                queue += map(Requirement, EXTRAS[extra] if extra else [])
+                continue
+            try:
+                needs = [Requirement(text) for text in metadata.requires(name) or ()]
+            except metadata.PackageNotFoundError:
+                continue
+            for need in needs:
+                if need.marker is None or need.marker.evaluate({"extra": extra}):
+                    queue.append(Requirement(f"{need.name}[{','.join(need.extras)}]" if need.extras else need.name))
+    return found - {"blockpruner"}
+
+
+BASE = closure(PROJECT["dependencies"])
+DAG = BASE | closure(EXTRAS["dag"])
+MODULES = {
+    module: {canonicalize_name(name) for name in names} for module, names in metadata.packages_distributions().items()
+}
+
+
+def outside(installed):
+    """The modules of this environment that those packages do not bring."""
+    ours = {"blockpruner", "stages", "flows", "tests", "benchmarks"}
+    return sorted(module for module, names in MODULES.items() if not names & installed and module not in ours)
+
+
+def import_all(installed, roots, absent=()):
+    """What modules of these folders say when they are imported and nothing else is installed."""
+    paths = sorted(path.relative_to(ROOT) for root in roots for path in (ROOT / root).rglob("*.py"))
+    modules = [".".join(path.with_suffix("").parts) for path in paths if path.name not in NO_MODULES]
+    assert len(modules) > 100
+    arguments = map(" ".join, (outside(installed), absent, modules))
+    command = [sys.executable, "-c", IMPORT_ALL, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_the_library_is_small():
+    assert not BASE & (DAG_ALONE | {"ray", "matplotlib", "lm-eval", "peft", "accelerate", "gguf", "pytest"})
+    assert DAG >= DAG_ALONE and not DAG & {"pytest", "ruff", "mypy", "ray", "mlx-lm", "xllamacpp"}
+    assert set(closure(["blockpruner[serve]"])) == closure(["blockpruner[gguf]"]) | closure(["blockpruner[mlx]"])
+
+
+def test_the_demo_is_pinned_apart_from_the_tools_of_development():
+    demo, more = (pinned(ROOT / name) for name in ("constraints.txt", "constraints-dev.txt"))
+    needed = closure([*EXTRAS["dev"], *EXTRAS["ray"]])
+    assert not demo & more and demo & (needed - DAG) <= {"setuptools"}  # which builds our own package
+    from_torch = ("torch", "nvidia", "cuda", "triton")  # which pins what its build needs
+    assert not [name for name in DAG - demo if not name.startswith(from_torch)]
+    assert not [name for name in needed - demo - more if not name.startswith(from_torch)]
+
+
+def pinned(path):
+    return set(re.findall(r"^([a-z0-9-]+)==\S+ ", path.read_text(), re.MULTILINE))
+
+
+def test_committed_metrics_hold_no_timings_and_nothing_of_what_was_known_before():
+    for path in (ROOT / "data/metrics").rglob("*.json"):
+        keys = json.loads(path.read_text()).keys()
+        assert keys and not [key for key in keys if re.search("second|speed|per_|computed|reused|tokens", key)], path
+
+
+def test_every_module_is_imported_without_extras_or_names_one():
+    said = import_all(BASE, ["blockpruner"])
+    names = {line.partition(":")[0] for line in said}
+    assert {"blockpruner.reporting.plots", "blockpruner.evaluation.zero_shot"} <= names
+    assert not names & {"blockpruner.api", "blockpruner.cli.pruning", "blockpruner.recovery.training"}
+    for line in said:
+        package, extra = re.search(
+            r"needs the package (\S+), which .* pip install 'blockpruner\[(\w+)\]'$", line
+        ).groups()
+        assert MODULES[package.partition(".")[0]] & closure(EXTRAS[extra])
+
+
+def test_the_demo_needs_no_more_than_its_extra_and_nothing_that_windows_lacks():
+    assert not import_all(DAG, ["blockpruner", "stages", "flows"], NOT_WINDOWS)
+
+
+def optional_imports():
+    """(file, line, module, the names of extras around) of every import of what the library alone does not install."""
+    for path in (ROOT / "blockpruner").rglob("*.py"):
+        if path.name not in ENGINES:
+            yield from _optional(path.relative_to(ROOT).as_posix(), ast.parse(path.read_text()), ())
+
+
+def _optional(name, node, around):
+    if isinstance(node, ast.With) and isinstance(call := node.items[0].context_expr, ast.Call):
+        around = (*around, *(a.value for a in call.args)) if ast.unparse(call.func) == "extra" else around
+    if isinstance(node, ast.Try):
+        around = (*around, *re.findall(r"blockpruner\[(\w+)\]", " ".join(map(ast.unparse, node.handlers))))
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    for module in _imported(node):
+        names = MODULES.get(module.partition(".")[0])
+        if names and not names & BASE and module.partition(".")[0] not in ("blockpruner", "setuptools"):
+            yield name, node.lineno, module, around
+    for child in ast.iter_child_nodes(node):
+        yield from _optional(name, child, around)
+
+
+def _imported(node):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+
+
+def test_every_optional_import_names_the_extra_that_installs_it():
+    found = list(optional_imports())
+    assert {module.partition(".")[0] for _, _, module, _ in found} >= {"gguf", "lm_eval", "matplotlib", "peft", "ray"}
+    for name, line, module, extras in found:
+        brought = MODULES[module.partition(".")[0]]
+        assert any(brought & closure(EXTRAS[extra]) for extra in extras), f"{name}:{line} imports {module}"
+
+
+def test_a_format_whose_package_is_missing_is_refused_before_the_search(tmp_path):
+    code = "import sys; sys.modules['gguf'] = None; from blockpruner.cli.main import main; main(sys.argv[1:])"
+    command = ["prune", "./absent", "--ratio", "0.2", "--export", "gguf"]
+    result = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr == (
+        "error: this needs the package gguf, which is not installed: pip install 'blockpruner[gguf]'\n"
+    )
+
+
+def test_what_is_not_for_windows_says_so(monkeypatch, capsys):
+    from blockpruner.store import files
+    from flows import dvc, prune, serve
+
+    monkeypatch.setattr(dvc, "WINDOWS", True)
+    for main in (lambda: prune.main([]), serve.main):
+        assert main() == 2
+        assert capsys.readouterr().err == "flows need Linux or macOS; here run the same stages with `dvc repro`\n"
+    with pytest.raises(files.InputError, match="need Linux"), dvc.workspace("me"):
+        pass
