@@ -94,7 +94,7 @@ class Worker:
                 message = json.loads(line)
             elif left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
                 message = {"ended": f"deadline: not done in {part.seconds:g} s"}
-            elif more := os.read(self._process.stdout.fileno(), 2**16):
+            elif more := os.read(self._process.stdout.fileno(), 2**12):
                 self._held += more
                 continue
             else:

@@ -148,6 +148,7 @@ def test_a_deadline_is_kept_and_what_was_found_stays(tmp_path, stand_in):
         "die": "lost: the worker ended by itself (exit status 3)", "fail": "failed: of itself", "last": "whole",
     }  # fmt: skip
     assert {name: record["found"]["first"] for name, record in found.items()} == {name: name for name in found}
+    assert all(1 <= found[name]["seconds"] < 15 for name in ("hang", "chatter")), "they would go on for a minute"
     workers = [record["found"]["worker"] for record in found.values()]
     assert workers[0] == workers[1] and len(set(workers)) == 5
     await_end(*workers, found["hang"]["found"]["child"])
