@@ -70,8 +70,9 @@ class Worker:
     """A process that computes parts, and its children. It ends when this process does."""
 
     def __init__(self, command: Sequence[str]) -> None:
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT, env=offline
         )
         self._held = b""
 
@@ -290,8 +291,9 @@ def require_packages() -> None:
     """
     from packaging.requirements import Requirement
 
-    short = []
-    for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] + ["peft>=0.18,<1"]:
+    short, project = [], tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    training = [line for line in project["optional-dependencies"]["dag"] if line.startswith("peft")]
+    for line in [*project["dependencies"], *training]:
         needed = Requirement(line)
         try:
             there = version(needed.name)
