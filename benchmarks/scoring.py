@@ -77,7 +77,7 @@ def matrix_rate(model: PreTrainedModel, tokens: int) -> float:
     linears = [(m, tokens) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     linears += [(head, min(chunk, tokens - start)) for start in range(0, tokens, chunk)]
     sizes = {(m.in_features, n) for m, n in linears}
-    inputs = {(width, n): torch.randn(n, width, dtype=head.weight.dtype).to(model.device) for width, n in sizes}
+    inputs = {(width, n): torch.randn(n, width, dtype=head.weight.dtype, device=model.device) for width, n in sizes}
     seconds = []
     accelerator.synchronize(model.device)
     for _ in range(5):
