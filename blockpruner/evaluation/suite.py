@@ -61,11 +61,14 @@ class Checkpoint:
     """Whether the run file trusts the code of the dense model's repository."""
     dense: Path | None = None
     """The dense model's directory, for an export. Of its code, only ours is run."""
+    beside: Checkpoint | None = None
+    """Another one, of whose model it takes the tensors that are equal to its own (`load_model`)."""
 
     @cached_property
     def model(self) -> PreTrainedModel:
         trusted = self.trust_remote_code if self.dense is None else has_our_code(self.directory)
-        return load_model(self.directory, self.dtype, self.device, trusted)
+        beside = None if self.beside is None else self.beside.model
+        return load_model(self.directory, self.dtype, self.device, trusted, beside=beside)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -174,11 +177,12 @@ def benchmark(
     set_threads(runtime.threads)
     dense_model = Checkpoint(dense, dtype, runtime.device, trust_remote_code)
     model = dense_model if checkpoint == dense else replace(dense_model, directory=checkpoint, dense=dense)
+    whole = dense_model if model is dense_model else replace(dense_model, beside=model)
     text_key = model.key | {"tokenizer": tokenizer_digest(checkpoint)}
     evaluations = [
         perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text_key),
         *(task_of(model, task, sources / "tasks", settings.zero_shot, text_key) for task in tasks),
-        speed_of(model, dense_model, settings.speed, model.key),
+        speed_of(model, whole, settings.speed, model.key),
     ]
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}

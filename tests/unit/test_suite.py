@@ -156,6 +156,15 @@ def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch
     assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == before
 
 
+def test_models_are_timed_over_shared_tensors(place, monkeypatch):
+    measured, measure = [], suite.measure_speed
+    monkeypatch.setattr(suite, "measure_speed", lambda models, *rest: measured.append(models) or measure(models, *rest))
+    evaluate(place, Recorder(), speed={"prompt_tokens": 5})
+    (models,) = measured
+    dense, pruned = ({id(weight) for weight in models[name].parameters()} for name in ("dense", "pruned"))
+    assert pruned < dense
+
+
 def test_the_dense_model_alone(place):
     results = evaluate(place, Recorder(), checkpoint="dense", zero_shot={"tasks": ["piqa"], "limit": 2})
     assert list(results["speed"]) == ["dense"]
