@@ -10,7 +10,7 @@ import gc
 import os
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,8 +21,10 @@ from transformers.utils import logging
 
 from benchmarks import parity
 from benchmarks.scoring import Meter, full_forward, matrix_rate
+from blockpruner.checkpoints import gguf, nas, packing
 from blockpruner.checkpoints.hf import export_hf, save_pruned
 from blockpruner.checkpoints.registry import EXPORTS
+from blockpruner.checkpoints.verification import in_float32, reference_outputs
 from blockpruner.compensation.compensate import compensate
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.budgets import parse_budget
@@ -34,6 +36,7 @@ from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.speed import generate, measure_speed, random_prompt
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests
 from blockpruner.methods.laco.merging import ModelBench
 from blockpruner.methods.laco.walk import Merge
@@ -510,6 +513,44 @@ def test_an_export_takes_no_memory_of_a_device(form, tmp_path, in_process):
         files[device] = {path.name: path.read_bytes() for path in (tmp_path / device).iterdir()
                          if path.suffix in (".safetensors", ".gguf")}  # fmt: skip
     assert files["cpu"] == files["auto"] != {}
+
+
+@pytest.mark.parametrize("form", ["nas", "gguf"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_export_says_what_the_whole_model_in_float32_would(form, dtype, tmp_path, monkeypatch):
+    """To the byte: files, and what they are verified by. The first MLP is folded into the embedding."""
+    dense = fetch_tiny(tmp_path, layers=3, dtype=dtype, tie_word_embeddings=True)
+    job, module = pruning(dense, plan_of(dense, ["mha.0", "mlp.2"]), dtype), {"nas": nas, "gguf": gguf}[form]
+    references, refer, load, found = [], module.reference_outputs, Pruning.load_for_export, []
+
+    def outputs(model, plan):
+        references.append((refer(model, plan), {weight.dtype for weight in model.parameters()}))
+        return references[-1][0]
+
+    monkeypatch.setattr(module, "reference_outputs", outputs)
+    for name in ("narrow", "wide"):
+        with unverified():
+            EXPORTS[form].write(job, tmp_path / name)
+        found.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+        monkeypatch.setattr(Pruning, "load_for_export", lambda pruning: load(pruning).float())
+        for each in (module, packing):
+            monkeypatch.setattr(each, "in_float32", lambda *models: nullcontext())
+    (narrow, narrow_dtypes), (wide, wide_dtypes) = references
+    assert found[0] == found[1] and narrow_dtypes == {getattr(torch, dtype)} != wide_dtypes == {torch.float32}
+    assert narrow.keys() == wide.keys() and all(torch.equal(narrow[name], wide[name]) for name in wide)
+    assert narrow["logits"].dtype is torch.float32
+
+
+def test_a_reference_in_float32_takes_a_weight_at_a_time():
+    with fake_devices(1) as (card,):
+        model = tiny_model("llama", 4, torch.bfloat16, hidden_size=256, intermediate_size=688).to("gpu:0")
+        before, weights = [card.live, dict(model.named_parameters())], sum(w.nbytes for w in model.parameters())
+        MODULE.reset_peak_memory_stats(0)
+        with in_float32(model):
+            reference_outputs(model, plan_of(model.config.to_dict(), ["mlp.0"]))
+        assert card.peak - before[0] < weights / 2
+        assert all(weight is before[1][name] for name, weight in model.named_parameters())
+        assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_slices_are_computed_on_the_device_and_exported_from_the_cpu(tmp_path):
