@@ -164,7 +164,8 @@ def benchmark(
         average: mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is one.
         chance: the accuracy of guessing, by task; null for a perplexity.
         made: where and when each of these was computed, as from `provenance.made`.
-        speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds.
+        speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds;
+            null where `settings` want none.
 
     Raises:
         InputError: a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
@@ -182,7 +183,7 @@ def benchmark(
     evaluations = [
         perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text_key),
         *(task_of(model, task, sources / "tasks", settings.zero_shot, text_key) for task in tasks),
-        speed_of(model, whole, settings.speed, model.key),
+        *(() if settings.speed is None else (speed_of(model, whole, settings.speed, model.key),)),
     ]
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}
@@ -193,7 +194,7 @@ def benchmark(
         "tasks": scores,
         "average": _average([scores[task] for task in tasks if rows[task].is_accuracy]),
         "chance": {task: rows[task].chance(found[task].items) for task in tasks},
-        "speed": found["speed"].value,
+        "speed": found["speed"].value if "speed" in found else None,
         "made": {name: stored.made for name, stored in found.items()},
     }
 
@@ -210,7 +211,7 @@ def headline(results: Mapping[str, Any]) -> dict[str, float | None]:
     """The main figures of results.json: tasks, their average, perplexity, speed-ups."""
     figures = {task: scores["value"] for task, scores in results["tasks"].items()}
     figures |= {"average": results["average"]["value"], "perplexity": results["perplexity"]["perplexity"]}
-    figures |= {key: value for key, value in results["speed"].items() if key.startswith("speedup")}
+    figures |= {key: value for key, value in (results["speed"] or {}).items() if key.startswith("speedup")}
     return {key: None if value is None else round(value, 4) for key, value in figures.items()}
 
 
