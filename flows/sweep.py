@@ -83,5 +83,5 @@ def _row(run: str, target: str, state: State[Any], seconds: float) -> dict[str, 
         pruned, dense = map(figures, (target, f"{run}-dense"))
         values["removed, %"] = round(100 * read_json(PLANS / target / "plan.json")["ratio"], 2)
         for key, name in COMPARED.items():
-            values |= {name: pruned[key]} | ({f"{name}, dense": dense[key]} if key in dense else {})
+            values |= {name: pruned.get(key, "not timed")} | ({f"{name}, dense": dense[key]} if key in dense else {})
     return values | {"minutes": round(seconds / 60, 1), "why": "" if state.is_completed() else state.message}

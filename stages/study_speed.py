@@ -12,12 +12,13 @@ from stages.study_evaluate import CURVES, MAIN, candidates, dense
 
 def main(name: str) -> None:
     settings = load_run(name)
+    asked = {MAIN: settings.evaluate.speed, CURVES: study_of(settings).speed}
     time_study(
         dense(name, settings),
         candidates(name, settings),
         STUDIES / name / "speed",
         DATA / "evaluations",
-        settings={MAIN: settings.evaluate.speed, CURVES: study_of(settings).speed},
+        settings={name: speed for name, speed in asked.items() if speed is not None},
         observer=observer(),
     )
 

@@ -8,6 +8,7 @@ the family's own; else it is `deci`, whose layers may lack an attention. A layer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.packing import PackedModel, pack_model
-from blockpruner.checkpoints.verification import reference_outputs, write_verified
+from blockpruner.checkpoints.verification import in_float32, reference_outputs, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError, extra
 from blockpruner.core.plan import Plan
@@ -82,11 +83,14 @@ def export_gguf(pruning: Pruning, out: Path) -> None:
     check(config, plan)
     tokenizer = load_tokenizer(dense, trusted)
     words, more = vocabulary(tokenizer, config), facts(tokenizer, config)
-    # in float32: a pass in bfloat16 errs as much as 8 bits do, and would hide a fault of a file
-    model = pruning.load_for_export().float()
+    model = pruning.load_for_export()
+
+    def note(reduced: PreTrainedModel, reference: Path) -> None:
+        with in_float32(reduced):  # a pass in bfloat16 errs as much as 8 bits do, and would hide a fault of a file
+            save_file(reference_outputs(reduced, plan) | more, reference)
 
     def write_all(directory: Path, reference: Path) -> float:
-        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan) | more, reference))
+        pruned = pruning.prune_(model, partial(note, reference=reference))
         for precision in verify_llama_cpp.PRECISIONS:
             write(pruned, words, precision, directory / f"model-{precision}.gguf")
         card = model_card(plan, dense, healed=pruning.healed, library="gguf", loading=LOADING)

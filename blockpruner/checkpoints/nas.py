@@ -7,6 +7,7 @@ hf export, and `verification.json` from mlx-lm in a fresh process. A directory t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model
-from blockpruner.checkpoints.verification import reference_outputs, write_verified
+from blockpruner.checkpoints.verification import in_float32, reference_outputs, write_verified
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import Pruning
@@ -37,7 +38,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = ("float32", "float16", "bfloat16")
 TOLERANCE, TOLERANCE_ROUNDED = 5e-4, 0.15
 """Largest logit difference between mlx-lm and the masked model, both in float32, relative to the largest logit; the
-second is for files with rounded weights (an embedding folded in 16 bits, LaCo's sums). Seen on SmolLM2-135M: at most
+second is for files with rounded weights (an embedding folded in 16 bits). Seen on SmolLM2-135M: at most
 1.2e-4, and medians of 0.01 to 0.04 if rounded."""
 
 MULTIPLE = 256
@@ -60,11 +61,14 @@ def export_nas(pruning: Pruning, out: Path) -> None:
     plan, dense = pruning.plan, pruning.dense
     config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=pruning.trust_remote_code)
     _require_fit(config.to_dict(), plan, pruning.dtype)
-    # in float32: two engines may round differently in 16 bits, by more than a fault would change
-    model, narrow = pruning.load_for_export().float(), getattr(torch, pruning.dtype)
+    model, narrow = pruning.load_for_export(), getattr(torch, pruning.dtype)
+
+    def note(reduced: PreTrainedModel, reference: Path) -> None:
+        with in_float32(reduced):  # two engines may round differently in 16 bits, by more than a fault would change
+            save_file(reference_outputs(reduced, plan), reference)
 
     def write(directory: Path, reference: Path) -> float:
-        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan), reference))
+        pruned = pruning.prune_(model, partial(note, reference=reference))
         blocks = pack_model(pruned)
         wide = nas_weights(pruned, blocks)
         weights = {name: weight.to(narrow) for name, weight in wide.items()}

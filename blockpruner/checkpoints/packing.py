@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blockpruner.checkpoints.verification import in_float32
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, pack_layers
 from blockpruner.model.modeling_blockpruned import NoMHA, NoMLP
 from blockpruner.model.models import decoder_layers, model_family
@@ -41,7 +42,7 @@ def pack_model(model: PreTrainedModel) -> PackedModel:
     """The blocks of a pruned model (`models.prune_`) in as few layers as their order allows.
 
     vLLM and llama.cpp need an MHA in their first layer. MLPs before the first MHA see a token's embedding alone, and
-    are folded into it: E' = E + MLP(norm(E)). The head is untied then.
+    are folded into it, in float32: E' = E + MLP(norm(E)). The head is untied then.
     """
     family, layers = model_family(model), decoder_layers(model)
     holes: Mask = frozenset(
@@ -61,5 +62,6 @@ def pack_model(model: PreTrainedModel) -> PackedModel:
         assert layer is not None and family.mlp.norm is not None and family.mlp.post is None
         norm, mlp = getattr(layer, family.mlp.norm), getattr(layer, family.mlp.module)
         head = embedding if head is None else head
-        embedding = torch.cat([part + mlp(norm(part)) for part in embedding.split(FOLD_ROWS)])
+        with in_float32(norm, mlp):
+            embedding = torch.cat([part + mlp(norm(part)) for part in map(Tensor.float, embedding.split(FOLD_ROWS))])
     return PackedModel(tuple(result), embedding, head)

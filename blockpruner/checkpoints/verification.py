@@ -12,13 +12,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints import verify
@@ -32,6 +35,30 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 """By dtype of the weights: the largest logit difference from the masked model, relative to the largest logit."""
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
+
+
+@contextmanager
+def in_float32(*models: nn.Module) -> Iterator[None]:
+    """Within, these compute in float32 on inputs of float32. Weights keep their dtype: each module has its own as
+    float32 while it runs, and a whole model never lies in memory so wide."""
+
+    def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
+        own = dict(module._parameters)
+        wide = {name: weight if weight is None else nn.Parameter(weight.float(), False) for name, weight in own.items()}
+        module._parameters.update(wide)
+        try:
+            return type(module).forward(module, *inputs, **named)
+        finally:
+            module._parameters.update(own)
+
+    chosen = [module for model in models for module in model.modules() if module._parameters]
+    for module in chosen:
+        module.forward = partial(run, module)
+    try:
+        yield
+    finally:
+        for module in chosen:
+            del module.forward
 
 
 @torch.inference_mode()

@@ -366,7 +366,8 @@ class Evaluate(Frozen):
 
     perplexity: Perplexity = Perplexity()
     zero_shot: ZeroShot = ZeroShot()
-    speed: Speed = Speed()
+    speed: Speed | None = Speed()
+    """null: generation is not timed, which takes both models in memory."""
 
 
 CompensationMethod = Literal["none", "scale", "bias", "map", "refit"]
@@ -537,8 +538,8 @@ class Study(Frozen):
     tasks_limit: int | None = Field(default=None, ge=1)
     """How many items of each of these tasks are scored, null for all."""
     wikitext: WikiText | None = None
-    speed: Speed = Speed(prompt_tokens=512)
-    """Of the curves; Table 6 is `evaluate.speed`."""
+    speed: Speed | None = Speed(prompt_tokens=512)
+    """Of the curves; Table 6 is `evaluate.speed`. null: not timed."""
 
     @field_validator("metric", "js", "curve", "partial")
     @classmethod

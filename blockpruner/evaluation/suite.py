@@ -61,11 +61,14 @@ class Checkpoint:
     """Whether the run file trusts the code of the dense model's repository."""
     dense: Path | None = None
     """The dense model's directory, for an export. Of its code, only ours is run."""
+    beside: Checkpoint | None = None
+    """Another one, of whose model it takes the tensors that are equal to its own (`load_model`)."""
 
     @cached_property
     def model(self) -> PreTrainedModel:
         trusted = self.trust_remote_code if self.dense is None else has_our_code(self.directory)
-        return load_model(self.directory, self.dtype, self.device, trusted)
+        beside = None if self.beside is None else self.beside.model
+        return load_model(self.directory, self.dtype, self.device, trusted, beside=beside)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -161,7 +164,8 @@ def benchmark(
         average: mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is one.
         chance: the accuracy of guessing, by task; null for a perplexity.
         made: where and when each of these was computed, as from `provenance.made`.
-        speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds.
+        speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds;
+            null where `settings` want none.
 
     Raises:
         InputError: a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
@@ -174,11 +178,12 @@ def benchmark(
     set_threads(runtime.threads)
     dense_model = Checkpoint(dense, dtype, runtime.device, trust_remote_code)
     model = dense_model if checkpoint == dense else replace(dense_model, directory=checkpoint, dense=dense)
+    whole = dense_model if model is dense_model else replace(dense_model, beside=model)
     text_key = model.key | {"tokenizer": tokenizer_digest(checkpoint)}
     evaluations = [
         perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text_key),
         *(task_of(model, task, sources / "tasks", settings.zero_shot, text_key) for task in tasks),
-        speed_of(model, dense_model, settings.speed, model.key),
+        *(() if settings.speed is None else (speed_of(model, whole, settings.speed, model.key),)),
     ]
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}
@@ -189,7 +194,7 @@ def benchmark(
         "tasks": scores,
         "average": _average([scores[task] for task in tasks if rows[task].is_accuracy]),
         "chance": {task: rows[task].chance(found[task].items) for task in tasks},
-        "speed": found["speed"].value,
+        "speed": found["speed"].value if "speed" in found else None,
         "made": {name: stored.made for name, stored in found.items()},
     }
 

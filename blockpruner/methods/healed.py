@@ -13,13 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Hub, MixedTexts, TaskAnswers, Texts
 from blockpruner.methods.registry import KINDS
+from blockpruner.model.models import replace_parameters_
 from blockpruner.store.files import DIGEST
 from blockpruner.store.tensors import REMEDY, read_facts, read_tensors, tensor_bytes, write_tensors
 
@@ -77,28 +78,39 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
     return Healed(path, of, facts["words"], tuple(json.loads(facts["datasets"])), facts[DIGEST])
 
 
-def load_healed_(model: PreTrainedModel, path: Path) -> None:
-    """Copy a file of healed weights into the tensors of a pruned model.
+def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> None:
+    """Put a file of healed weights into a pruned model.
+
+    Args:
+        shared: the model's tensors belong to another one, too: they are replaced and not written to.
 
     Raises:
         InputError: the file is damaged, or has a weight that the model has not.
     """
     weights, _ = read_tensors(path)
     try:
-        set_weights_(model, weights)
+        set_weights_(model, weights, shared)
     except InputError as error:
         raise InputError(f"{path}: {error}; {REMEDY}") from error
 
 
 @torch.no_grad()
-def set_weights_(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into the parameters of these names, in the model's dtype; raises InputError if one does not fit."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+def set_weights_(model: PreTrainedModel, weights: Mapping[str, Tensor], shared: bool = False) -> None:
+    """Give the parameters of these names these values, in the model's dtype; raises InputError if one does not fit.
+
+    `shared` is as in `load_healed_`.
+    """
+    parameters, new = dict(model.named_parameters(remove_duplicate=False)), {}
     for name, weight in weights.items():
         own = list(parameters[name].shape) if name in parameters else None
         if own != list(weight.shape):
             raise InputError(f"{name} is {list(weight.shape)} here and {own or 'absent'} in the pruned model")
-        parameters[name].copy_(weight)
+        old = parameters[name]
+        if shared:
+            new[old] = nn.Parameter(weight.to(old), requires_grad=False)
+        else:
+            old.copy_(weight)
+    replace_parameters_(model, new)
 
 
 def parameter_digests(model: PreTrainedModel) -> dict[str, str]:

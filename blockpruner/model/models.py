@@ -7,7 +7,7 @@ Decides how a removed block is expressed in a live transformers model. The code 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
@@ -75,7 +75,12 @@ def set_threads(threads: int | str) -> None:
 
 
 def load_model(
-    directory: Path, dtype: str, device: str = "auto", trust_remote_code: bool = False, attention: str = "auto"
+    directory: Path,
+    dtype: str,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    attention: str = "auto",
+    beside: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint directory for inference.
 
@@ -84,6 +89,7 @@ def load_model(
     Args:
         device: as in `resolve_device`; "split" spreads the layers over all CUDA devices (accelerate's device map).
         attention: transformers' attention implementation; "auto" leaves the choice to transformers.
+        beside: a model on that device, whose tensors the new one takes where its own are equal. A split shares none.
 
     Raises:
         InputError: unsupported family, weights that are damaged or do not match the config, an attention that is not
@@ -98,7 +104,7 @@ def load_model(
     places: dict[str, torch.device] | None = None
     if device == "split":
         places = _spread(directory, dtype, trust_remote_code)
-    elif place.type != "cpu" and find_spec("accelerate"):
+    elif beside is None and place.type != "cpu" and find_spec("accelerate"):
         places = {"": place}
     try:
         with usable(attention):
@@ -113,6 +119,8 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 **options,
             )
+        if beside is not None and device != "split":
+            _share_(model, beside)
         result: PreTrainedModel = model if places else model.to(place)
     except SafetensorError as error:
         raise InputError(
@@ -133,6 +141,31 @@ def load_model(
         raise InputError(f"{mismatch}({'; '.join(problems)}); {repair}")
     keep_freed_memory(place.type == "cpu")
     return result.eval().requires_grad_(False)
+
+
+def _share_(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Replace each parameter of a model by an equal one of another model, or else by one on the device of that."""
+    known: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for weight in other.parameters():
+        known.setdefault(_beginning(weight), []).append(weight)
+    new = {}
+    for own in list(model.parameters()):
+        moved = own.to(other.device)
+        equal = (weight for weight in known.get(_beginning(own), ()) if torch.equal(weight, moved))
+        new[own] = next(equal, nn.Parameter(moved, requires_grad=False))
+    replace_parameters_(model, new)
+
+
+def _beginning(weight: Tensor) -> tuple[Any, ...]:
+    """What is alike in equal weights, and in few others."""
+    return weight.shape, weight.dtype, *weight.flatten()[:16].tolist()
+
+
+def replace_parameters_(model: PreTrainedModel, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Replace parameters of a model wherever they stand in it; the old ones may belong to another model, too."""
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            module._parameters[name] = None if old is None else new.get(old, old)
 
 
 def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:

@@ -6,7 +6,6 @@ one model, it is measured once. Every result is stored when it is known.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -83,8 +82,7 @@ class CandidateModel:
         started, candidate = time.monotonic(), self.candidate
         model = pruned_copy(self.dense.model, candidate.plan, candidate.rows.rows)
         if candidate.weights is not None:
-            model = copy.deepcopy(model)  # it shares its tensors with the dense one
-            load_healed_(model, candidate.weights)
+            load_healed_(model, candidate.weights, shared=True)
         return model, time.monotonic() - started
 
     @property

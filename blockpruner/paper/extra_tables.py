@@ -82,12 +82,13 @@ MEMORY = Field[Option]("memory_mib", "memory, MiB", lambda option: _mib(option.r
 
 
 def _settings(found: Found, *settings: str) -> list[str]:
-    return [
+    texts = [
         f"{evidence.dense.subject}: {evidence.dense.races[setting].dense.setting}."
         for setting in settings
         for evidence in found
         if setting in evidence.dense.races
     ]
+    return texts or ["Not timed."]
 
 
 def _dense(evidence: Evidence) -> list[Option]:

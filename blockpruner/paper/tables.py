@@ -225,8 +225,9 @@ def _speedup(option: Option) -> Cell:
 
 def _table6_notes(found: Sequence[Evidence]) -> list[str]:
     settings = dict.fromkeys(e.dense.races[MAIN].dense.setting for e in found if MAIN in e.dense.races)
+    timed = f"median time of {'; '.join(settings)}" if settings else "not timed"
     return [
-        f"Here: median time of {'; '.join(settings) or 'nothing'}. Speed-up: quotient of the medians of dense and "
+        f"Here: {timed}. Speed-up: quotient of the medians of dense and "
         "pruned timed in turns, with the 95 % interval of a paired bootstrap over repeats; the dense row is timed "
         "alone, so it is not the denominator. The paper: mean of 20 runs on a GPU of 24 GB, into which its dense "
         "13B does not fit."

@@ -12,7 +12,7 @@ from torch import Tensor
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet, check_context
-from blockpruner.methods.apply import Pruning
+from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests
 from blockpruner.model.models import depths_after
 from blockpruner.recovery.training import recover_
@@ -34,15 +34,20 @@ def recover(
         adapters: folder of the states of training, from which a killed one goes on.
     """
     check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "recover.seq_len")
-    of, healed = pruning.identity, pruning.healed
-    model = replace(pruning, healed=None).prune_(pruning.load())
+    of, healed, plan = pruning.identity, pruning.healed, pruning.plan
+    teacher = pruning.load() if wanted.distill or wanted.hidden else None
+    # adapters leave the model's own tensors alone until the end; float16 is trained as float32
+    shared = teacher is not None and wanted.weights == "lora" and pruning.dtype != "float16"
+    if teacher is not None and shared:
+        model = pruned_copy(teacher, plan, pruning.rows.rows)
+    else:
+        model = replace(pruning, healed=None).prune_(pruning.load())
     before = parameter_digests(model)
     if healed is not None:
-        load_healed_(model, healed.path)
-    teacher = pruning.load() if wanted.distill or wanted.hidden else None
-    depths = depths_after(teacher, pruning.plan.mask) if teacher and wanted.hidden else ()
+        load_healed_(model, healed.path, shared)
+    depths = depths_after(teacher, plan.mask) if teacher and wanted.hidden else ()
     recovered = recover_(
         model, rows, wanted, teacher=teacher, validation=validation, depths=depths, adapters=adapters,
         identity=f"{of} {healed.digest}" if healed else of, observer=observer,
     )  # fmt: skip
-    return changed_weights(recovered.model, before, pruning.plan), recovered.facts
+    return changed_weights(recovered.model, before, plan), recovered.facts

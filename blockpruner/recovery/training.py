@@ -85,8 +85,8 @@ def recover_(
     step depends only on the steps before it.
 
     Args:
-        teacher: the dense model, which has no tensor in common with `model`; used if the recipe has `distill` or
-            `hidden`.
+        teacher: the dense model, used if the recipe has `distill` or `hidden`. Where adapters are trained, it may share
+            tensors with `model`; in the end, when it has done its work, the adapters are merged into these.
         validation: rows that are not trained on. The state that is best on them is kept, be it the one before training.
         adapters: folder of the training states, one file for each (identity, dtype, rows, recipe). A state is written
             every `save_every` steps. A killed run goes on from it to the same weights, to the bit on a CPU. The last

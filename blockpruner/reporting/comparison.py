@@ -45,6 +45,11 @@ class Comparison:
         """List the dense model, then all targets by run."""
         return (self.studies[0].dense, *(target for study in self.studies for target in study.targets))
 
+    @property
+    def gains(self) -> tuple[Gain, ...]:
+        """What is known of all options, the most important first."""
+        return GAINS if self.studies[0].dense.is_timed else (SIZE,)
+
     def front(self, gain: Gain) -> list[Option]:
         """Find the options that no other betters in held-out perplexity and `gain` together, the least gain first."""
         options = self.options
@@ -67,9 +72,10 @@ def comparisons(studies: Sequence[ReportedRun]) -> list[Comparison]:
     groups: dict[object, list[ReportedRun]] = {}
     for study in studies:
         dense, labels = study.dense.model, study.labels
+        setting = study.dense.race.dense.setting if study.dense.is_timed else None
         text = (labels.heldout, dense.heldout.rows, dense.heldout.tokens)
         items = tuple((task, *numbers.tolist()) for task, numbers in sorted(dense.items.items()))
-        key = (labels.model, dense.parameters, text, labels.tasks, items, study.dense.race.dense.setting)
+        key = (labels.model, dense.parameters, text, labels.tasks, items, setting)
         groups.setdefault(key, []).append(study)
     return [Comparison(tuple(group)) for group in groups.values()]
 

@@ -11,7 +11,7 @@ import numpy as np
 from blockpruner.core.blocks import BlockKind, Mask, sorted_blocks
 from blockpruner.core.errors import extra
 from blockpruner.reporting import plots
-from blockpruner.reporting.comparison import GAINS, SPEED, Comparison, Gain
+from blockpruner.reporting.comparison import Comparison, Gain
 from blockpruner.reporting.findings import jump_at, recommended
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun
 from blockpruner.reporting.plots import BLUE, COLOURS, GREY, MARKS, ORANGE, REMOVED, Plot
@@ -77,6 +77,7 @@ def figures(study: ReportedRun) -> list[Plot]:
             ("speed", SPEED_CAPTION, small, _speed),
             ("tasks", TASKS_CAPTION, (10.5, 2.5 * rows), _tasks),
         )
+        if study.dense.is_timed or draw is not _speed
     ]
     drawn += [_map(target) for target in study.traces]
     drawn += [_map(target) for target in study.targets if target.considered and not target.removals]
@@ -95,8 +96,9 @@ def pareto_plot(comparison: Comparison) -> Plot:
     marks = dict(zip(methods, MARKS * len(methods), strict=False))
 
     def draw(figure: Figure) -> None:
-        panels = list(figure.subplots(1, len(GAINS), sharey=True))
-        for axes, gain in zip(panels, GAINS, strict=True):
+        gains = comparison.gains
+        panels = list(figure.subplots(1, len(gains), sharey=True, squeeze=False).flat)
+        for axes, gain in zip(panels, gains, strict=True):
             plots.label_(axes, gain.title)
             _front(axes, comparison, gain)
             for option in targets:
@@ -123,7 +125,7 @@ def _front(axes: Axes, comparison: Comparison, gain: Gain) -> None:
     front = comparison.front(gain)
     x, y = [gain.of(option) for option in front], [option.model.perplexity for option in front]
     axes.plot(x, y, color=GREY, linewidth=1.2, zorder=1)
-    if gain is SPEED:  # below and right of a member is free: what lay there would be better
+    if gain is comparison.gains[0]:  # below and right of a member is free: what lay there would be better
         for number, place in enumerate(zip(x, y, strict=True), 1):
             axes.annotate(str(number), place, xytext=(5, -11), textcoords="offset points", fontsize=8.5)
 

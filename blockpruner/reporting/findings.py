@@ -154,12 +154,14 @@ def is_mismatch(option: Option) -> bool:
 
 def is_slow(option: Option) -> bool:
     """Tell whether a high ratio brought little speed-up in generation (HIGH_RATIO, LOW_GAIN)."""
-    return option.ratio >= HIGH_RATIO and option.speedup - 1 < LOW_GAIN * (1 / (1 - option.ratio) - 1)
+    return (
+        option.is_timed and option.ratio >= HIGH_RATIO and option.speedup - 1 < LOW_GAIN * (1 / (1 - option.ratio) - 1)
+    )
 
 
 def is_spread(option: Option) -> bool:
     """Tell whether the timings of a model, or of the dense one beside it, vary too much to be believed (SPREAD)."""
-    return option.race.spread > SPREAD
+    return option.is_timed and option.race.spread > SPREAD
 
 
 def signs(option: Option) -> list[str]:
@@ -183,7 +185,7 @@ def recommended(options: Sequence[Option]) -> Option | None:
     before = [takewhile(lambda option: not has_jump(option) and not is_mismatch(option), own) for own in plain.values()]
     healed = [option for option in options if option.healing and not is_broken(option)]
     whole = [option for option in (*chain(*before), *healed) if option.heldout_rise < COLLAPSE_NATS]
-    safe = [option for option in whole if option.race.is_faster]
+    safe = [option for option in whole if option.is_timed and option.race.is_faster]
     return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
 
 
@@ -237,11 +239,17 @@ def _outcome(target: PrunedOption) -> Finding:
         + (f", then healed by {' and '.join(target.healing)}" if target.healing else ""),
         f"Held-out perplexity {number(dense.perplexity)} → {number(model.perplexity)}. Average accuracy "
         f"{percent(dense.average.value)} → {percent(model.average.value)}, a paired difference of {difference(gap)} "
-        f"points{noise}. {confidence}Generation {times(target.speedup)} as fast"
-        + (", within noise (its 95 % interval holds 1)" if target.race.is_noise else "")
+        f"points{noise}. {confidence}Generation {_pace(target)}"
         + ("" if timed is None else f"; by the times of its blocks, {times(speedup(timed))}")
         + ".",
     )
+
+
+def _pace(target: PrunedOption) -> str:
+    if not target.is_timed:
+        return "not timed"
+    noise = ", within noise (its 95 % interval holds 1)" if target.race.is_noise else ""
+    return f"{times(target.speedup)} as fast{noise}"
 
 
 def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
@@ -337,6 +345,9 @@ def _spread(found: Sequence[Option]) -> Finding:
 
 def stop(options: Sequence[Option]) -> Finding:
     """Advise where to stop among pruned models, which come the least pruned first."""
+    if not any(option.is_timed for option in options):
+        text = "Nothing is timed (evaluate.speed or study.speed: null), and a stopping point weighs loss against speed."
+        return Finding(Level.NOTE, "stop", "No stopping point without times", text)
     best = recommended(options)
     if best is None:
         text = (

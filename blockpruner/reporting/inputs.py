@@ -159,7 +159,8 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
     folders = {name: data / "results" / name for name in (f"{run}-dense", *names)}
     facts = {name: read_json(folder / "results.json") for name, folder in folders.items()}
     models = _read_models(folders, facts)
-    races = {name: {TIMED: Race.of(fields["speed"])} for name, fields in facts.items()}
+    timed = all(fields["speed"] for fields in facts.values())
+    races = {name: {TIMED: Race.of(fields["speed"])} if timed else {} for name, fields in facts.items()}
     calibrations = [plan.calibration for plan in plans.values()]
     known = [found["dense_perplexity"] for found in calibrations if found["perplexity"] is not None]
     dense = Option(

@@ -17,7 +17,16 @@ from blockpruner.reporting.formats import listed, number, percent
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_studies
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, made_line, write_page
 from blockpruner.reporting.results import RunLabels
-from blockpruner.reporting.tables import choices, compared, curve_csv, headline, iterations_csv, pareto_csv, sequence
+from blockpruner.reporting.tables import (
+    NOT_TIMED,
+    choices,
+    compared,
+    curve_csv,
+    headline,
+    iterations_csv,
+    pareto_csv,
+    sequence,
+)
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.registry import SEARCHES
 
@@ -85,7 +94,7 @@ def _facts(study: ReportedRun) -> tuple[tuple[str, str], ...]:
         ("Tasks", f"{labels.tasks}: {tasks}"),
         *([("Compensation", f"{labels.compensation}; {'; '.join(mended)}")] if mended else []),
         *([("Recovery", f"{labels.recovery}: {listed(trained)}")] if trained else []),
-        ("Speed", study.targets[0].race.pruned.setting),
+        ("Speed", study.targets[0].race.pruned.setting if study.dense.is_timed else NOT_TIMED),
         *_metric(study),
         _made(study),
     )

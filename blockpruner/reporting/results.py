@@ -241,7 +241,7 @@ class Option:
     model: Model
     dense: Model
     races: Mapping[str, Race]
-    """By setting."""
+    """By setting; none where it was not timed."""
     order: tuple[str, ...]
     """All units that the search removed one after the other, beyond the plan's too."""
     curve: tuple[float, ...]
@@ -276,7 +276,12 @@ class Option:
         return self.plan.blocks if self.plan else dict.fromkeys(BlockKind, 0)
 
     @property
+    def is_timed(self) -> bool:
+        return TIMED in self.races
+
+    @property
     def race(self) -> Race:
+        """Of an option that is timed."""
         return self.races[TIMED]
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from blockpruner.core.blocks import Mask, format_mask
-from blockpruner.reporting.comparison import BAND, GAINS, SPEED, Comparison
+from blockpruner.reporting.comparison import BAND, GAINS, Comparison
 from blockpruner.reporting.findings import jump_at, paired, paired_confidence
 from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.grids import (
@@ -39,12 +39,20 @@ LEGEND = (
     "character where the accuracy is by character) the share that the right one has; finer than right and wrong."
 )
 COMPARISON_LEGEND = (
-    "Upper table: the models that no other betters in speed of generation and held-out perplexity together (the Pareto "
-    "front), the slowest first: take the first that is fast enough. Lower table: all targets, by parameters removed; "
-    "those of the front are stressed. Against ref: difference of the averages to the first target of the same size "
-    f"(within {100 * BAND:.1f} % of the parameters), ± 1 standard error of the paired items; {WORSE} {BETTER}: beyond "
-    f"2, as at p of the right answer. {IN_NOISE}: the 95 % interval of the speed-up holds 1."
+    "Upper table: the models that no other betters in speed of generation (in parameters, where nothing is timed) and "
+    "held-out perplexity together (the Pareto front), the slowest first: take the first that is fast enough. Lower "
+    "table: all targets, by parameters removed; those of the front are stressed. Against ref: difference of the "
+    f"averages to the first target of the same size (within {100 * BAND:.1f} % of the parameters), ± 1 standard error "
+    f"of the paired items; {WORSE} {BETTER}: beyond 2, as at p of the right answer. {IN_NOISE}: the 95 % interval of "
+    "the speed-up holds 1."
 )
+
+
+NOT_TIMED = "not timed"
+
+
+def _timed(of: Callable[[Option], Cell]) -> Callable[[Option], Cell]:
+    return lambda option: of(option) if option.is_timed else NOT_TIMED
 
 
 def _calibration(option: Option) -> Cell:
@@ -72,7 +80,7 @@ METHOD = Field[Option]("method", "method", lambda option: option.recipe)
 REMOVED = Field[Option]("removed", "removed", lambda option: percentage(option.ratio))
 CALIBRATION = Field[Option]("calibration_ppl", "calibration PPL", _calibration)
 HELDOUT = Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity))
-GENERATION = Field[Option]("generation", "generation", _speedup)
+GENERATION = Field[Option]("generation", "generation", _timed(_speedup))
 AVERAGE = Field[Option]("avg", "average, %", lambda option: score(option.model.average))
 
 
@@ -122,11 +130,11 @@ def headline(study: ReportedRun) -> Grid:
     if known := study.dense.model.p_gold:
         chance = mean(study.chance[task] for task in known)
         add(P_TITLE, lambda o: _confidence(o, o.dense if o.plan else None), chance)
-    add("Prefill, tokens/s", _rate("prefill"))
-    add("Decode, tokens/s", _rate("decode"))
-    add("Generation speed-up", _speedup)
-    add("Peak memory", lambda o: Number(o.race.pruned.memory_bytes, write=size))
-    add("KV cache", lambda o: Number(o.race.pruned.cache_bytes, write=size))
+    add("Prefill, tokens/s", _timed(_rate("prefill")))
+    add("Decode, tokens/s", _timed(_rate("decode")))
+    add("Generation speed-up", GENERATION.of)
+    add("Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)))
+    add("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
     add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
     strong = frozenset(i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %"))
     columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in study.options))
@@ -138,8 +146,9 @@ def _saved(option: Option) -> str:
 
 
 def choices(comparison: Comparison, title: str) -> Grid:
-    """List the models on the front of speed, the slowest first: what to take for a wanted speed."""
-    front = comparison.front(SPEED)
+    """List the models on the front of speed (of size, where nothing is timed), the slowest first: what to take for a
+    wanted speed."""
+    front = comparison.front(comparison.gains[0])
 
     def cache(option: Option) -> Cell:
         mark = f"({_saved(option)})" if option.cache_saved else ""
@@ -153,15 +162,15 @@ def choices(comparison: Comparison, title: str) -> Grid:
         HELDOUT,
         AVERAGE,
         P_GOLD,
-        Field("kv_cache", "KV cache", cache),
+        Field("kv_cache", "KV cache", _timed(cache)),
         REMOVED,
     )
     return grid_of("choices", title, fields, front)
 
 
 def compared(comparison: Comparison) -> Grid:
-    """List all targets of one dense model by size; those on the front of speed are stressed."""
-    best = comparison.front(SPEED)
+    """List all targets of one dense model by size; those of `choices` are stressed."""
+    best = comparison.front(comparison.gains[0])
     leaders = {id(option): band[0] for band in comparison.bands() for option in band}
 
     def against(option: Option) -> Cell:
@@ -182,7 +191,7 @@ def compared(comparison: Comparison) -> Grid:
         CALIBRATION,
         HELDOUT,
         GENERATION,
-        Field("kv_cache", "KV cache", _saved),
+        Field("kv_cache", "KV cache", _timed(_saved)),
         AVERAGE,
         Field("against_ref", "against ref", against),
         Field("p_gold", P_TITLE, confidence),
@@ -244,6 +253,11 @@ MEASURES: Mapping[str, Callable[[Option], object]] = {
     "p_gold_stderr": lambda o: o.model.confidence and o.model.confidence.stderr,
 }
 
+SPEED_MEASURES: Mapping[str, Callable[[Option], object]] = {
+    "speedup_generation": lambda o: o.speedup if o.is_timed else None,
+    "kv_cache_bytes": lambda o: o.race.pruned.cache_bytes if o.is_timed else None,
+}
+
 CURVE: Mapping[str, Callable[[Option], object]] = {
     "method": lambda o: o.method,
     "ratio": lambda o: o.ratio,
@@ -251,10 +265,9 @@ CURVE: Mapping[str, Callable[[Option], object]] = {
     "parameters": lambda o: o.model.parameters,
     "perplexity_calibration": lambda o: o.calibration_perplexity,
     **MEASURES,
-    "speedup_prefill": lambda o: o.race.speedup("prefill"),
-    "speedup_decode": lambda o: o.race.speedup("decode"),
-    "speedup_generation": lambda o: o.speedup,
-    "kv_cache_bytes": lambda o: o.race.pruned.cache_bytes,
+    "speedup_prefill": lambda o: o.race.speedup("prefill") if o.is_timed else None,
+    "speedup_decode": lambda o: o.race.speedup("decode") if o.is_timed else None,
+    **SPEED_MEASURES,
     "weight_bytes": lambda o: o.model.weight_bytes,
 }
 """Columns of curve.csv behind the run and the target: one row a model, the dense one included."""
@@ -268,8 +281,7 @@ PARETO: Mapping[str, Callable[[Option], object]] = {
     "mha_removed": lambda o: o.blocks["mha"],
     "mlp_removed": lambda o: o.blocks["mlp"],
     **MEASURES,
-    "speedup_generation": lambda o: o.speedup,
-    "kv_cache_bytes": lambda o: o.race.pruned.cache_bytes,
+    **SPEED_MEASURES,
 }
 """Columns of pareto.csv behind the model and the run."""
 
@@ -286,13 +298,13 @@ def curve_csv(studies: Sequence[ReportedRun]) -> str:
 
 def pareto_csv(found: Sequence[Comparison]) -> str:
     """Write one row an option of each dense model, the slowest first. front_<gain> is 1 where no other is better in
-    held-out perplexity and in that gain together."""
+    held-out perplexity and in that gain together, and blank where the gain is not known."""
     rows: list[Sequence[object]] = [("model", "run", *PARETO, *(f"front_{gain.name}" for gain in GAINS))]
     for comparison in found:
-        fronts = [comparison.front(gain) for gain in GAINS]
+        fronts = [comparison.front(gain) if gain in comparison.gains else None for gain in GAINS]
         runs = {id(option): study.run for study in reversed(comparison.studies) for option in study.options}
-        for option in sorted(comparison.options, key=SPEED.of):
-            on_front = (int(option in front) for front in fronts)
+        for option in sorted(comparison.options, key=comparison.gains[0].of):
+            on_front = (None if front is None else int(option in front) for front in fronts)
             rows.append((option.subject, runs[id(option)], *(of(option) for of in PARETO.values()), *on_front))
     return csv_text(rows)
 

@@ -10,7 +10,7 @@ import gc
 import os
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,8 +21,10 @@ from transformers.utils import logging
 
 from benchmarks import parity
 from benchmarks.scoring import Meter, full_forward, matrix_rate
-from blockpruner.checkpoints.hf import export_hf
+from blockpruner.checkpoints import gguf, nas, packing
+from blockpruner.checkpoints.hf import export_hf, save_pruned
 from blockpruner.checkpoints.registry import EXPORTS
+from blockpruner.checkpoints.verification import in_float32, reference_outputs
 from blockpruner.compensation.compensate import compensate
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.budgets import parse_budget
@@ -34,13 +36,16 @@ from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.speed import generate, measure_speed, random_prompt
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.apply import Pruning
+from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests
 from blockpruner.methods.laco.merging import ModelBench
 from blockpruner.methods.laco.walk import Merge
 from blockpruner.methods.slicegpt.kind import SLICEGPT, plan_width
 from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.methods.slicegpt.widths import SLICEABLE
 from blockpruner.model import accelerator, models
-from blockpruner.model.models import load_model, prune_, resolve_device, shared_copy
+from blockpruner.model.models import depths_after, load_model, prune_, resolve_device, shared_copy
+from blockpruner.recovery import recover as recover_module
 from blockpruner.recovery.loss import TrainingLoss
 from blockpruner.recovery.training import recover_
 from blockpruner.scoring import engine as engine_module
@@ -52,7 +57,7 @@ from blockpruner.store.files import read_json
 from blockpruner.store.locks import this_process
 from tests.fake_devices import MODULE, SETUP, fake_devices
 from tests.golden import unverified
-from tests.plans import fetch_tiny, plan_of, pruning
+from tests.plans import fetch_tiny, healed_of, plan_of, pruning
 from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tolerance
 
 pytestmark = pytest.mark.skipif(SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python")
@@ -89,7 +94,8 @@ def checkpoints(tmp_path_factory):
     def directory(variant):
         found = folder / variant
         if not found.exists():
-            tiny_model(variant, 2).save_pretrained(found)
+            tied = {"tie_word_embeddings": True} if variant == "tied" else {}
+            tiny_model("llama" if tied else variant, 2, **tied).save_pretrained(found)
         return found
 
     return directory
@@ -203,6 +209,40 @@ def test_training_runs_on_a_device(variant, changes, checkpoints, tmp_path):
     expected = train("cpu")
     with fake_devices(1):
         assert flat(train("auto")) == pytest.approx(flat(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("lora", "float32"), ("lora", "float16"), ("all", "float32")])
+def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights, dtype, tmp_path, monkeypatch):
+    """The oracle: the same training of two models that have nothing in common."""
+    dense, rows = fetch_tiny(tmp_path, layers=3), CalibrationSet(tuple(ROWS))
+    plan, wanted, met = plan_of(dense, ["mlp.1"]), recipe(weights=weights, learning_rate=0.01, seq_len=16), []
+    more = {"validation": None, "observer": SilentObserver()}
+    start = healed_of(dense, plan, tmp_path / "healed", {"model.norm.weight": torch.full((32,), 1.5)})
+    student = prune_(load_model(dense, dtype, "cpu"), plan.mask)
+    load_healed_(student, start.path)
+    before = parameter_digests(prune_(load_model(dense, dtype, "cpu"), plan.mask))
+    teacher = load_model(dense, dtype, "cpu")
+    by_hand = recover_(
+        student, rows, wanted, teacher=teacher, depths=depths_after(teacher, plan.mask), adapters=tmp_path / "by hand",
+        identity="x", **more,
+    )  # fmt: skip
+    expected = changed_weights(by_hand.model, before, plan)
+
+    def seen(model, *rest, teacher, **others):
+        own = {id(weight) for weight in teacher.parameters()}
+        met.append({name for name, weight in model.named_parameters() if id(weight) in own})
+        return recover_(model, *rest, teacher=teacher, **others)
+
+    monkeypatch.setattr(recover_module, "recover_", seen)
+    job = replace(
+        pruning(dense, plan, dtype), device="auto", healed=replace(start, of=pruning(dense, plan, dtype).identity)
+    )
+    with fake_devices(1):
+        found, _ = recover_module.recover(job, wanted, rows, adapters=tmp_path / "states", **more)
+        found = {name: weight.cpu() for name, weight in found.items()}
+    shares = weights == "lora" and dtype != "float16"
+    assert met == [before.keys() - {"model.norm.weight"} if shares else set()]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -339,6 +379,34 @@ def test_weights_go_straight_to_their_device(has_accelerate, checkpoints, monkey
     assert bool(moved) is not has_accelerate
 
 
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "mixtral", "tied"])
+def test_a_model_beside_another_takes_memory_for_what_differs_alone(variant, checkpoints, tmp_path):
+    folder = checkpoints(variant)
+    dense = load_model(folder, "float64", "cpu")
+    pruned, counted = prune_(load_model(folder, "float64", "cpu"), MASK), dense.num_parameters()
+    with torch.no_grad():
+        changed = next(w for name, w in pruned.named_parameters() if w.dim() == 2 and "layers.1." in name)
+        changed[-1, -1] += 1
+    save_pruned(pruned, tmp_path / "pruned")
+    more = 8 * (counted - pruned.num_parameters() + changed.numel()) + sum(b.nbytes for b in dense.buffers())
+    for first, second, expected in (("pruned", "dense", dense), ("dense", "pruned", pruned)):
+        places = {"pruned": tmp_path / "pruned", "dense": folder}
+        with fake_devices(1) as (card,):
+            one = load_model(places[first], "float64", trust_remote_code=first == "pruned")
+            gc.collect()
+            before = card.live
+            other = load_model(places[second], "float64", "auto", second == "pruned", beside=one)
+            gc.collect()
+            wanted = more if second == "dense" else 8 * changed.numel() + sum(b.nbytes for b in pruned.buffers())
+            assert card.live - before == wanted
+            assert {weight.device for weight in (*other.parameters(), *other.buffers())} == {torch.device("gpu:0")}
+            found = {name: weight.cpu() for name, weight in other.state_dict().items()}
+            assert other(input_ids=torch.tensor([ROWS[0]], device="gpu:0")).logits.isfinite().all()
+            del one, other
+        assert found.keys() == expected.state_dict().keys()
+        assert all(torch.equal(found[name], weight) for name, weight in expected.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("error", "is_one"),
     [
@@ -447,6 +515,44 @@ def test_an_export_takes_no_memory_of_a_device(form, tmp_path, in_process):
         files[device] = {path.name: path.read_bytes() for path in (tmp_path / device).iterdir()
                          if path.suffix in (".safetensors", ".gguf")}  # fmt: skip
     assert files["cpu"] == files["auto"] != {}
+
+
+@pytest.mark.parametrize("form", ["nas", "gguf"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_export_says_what_the_whole_model_in_float32_would(form, dtype, tmp_path, monkeypatch):
+    """To the byte: files, and what they are verified by. The first MLP is folded into the embedding."""
+    dense = fetch_tiny(tmp_path, layers=3, dtype=dtype, tie_word_embeddings=True)
+    job, module = pruning(dense, plan_of(dense, ["mha.0", "mlp.2"]), dtype), {"nas": nas, "gguf": gguf}[form]
+    references, refer, load, found = [], module.reference_outputs, Pruning.load_for_export, []
+
+    def outputs(model, plan):
+        references.append((refer(model, plan), {weight.dtype for weight in model.parameters()}))
+        return references[-1][0]
+
+    monkeypatch.setattr(module, "reference_outputs", outputs)
+    for name in ("narrow", "wide"):
+        with unverified():
+            EXPORTS[form].write(job, tmp_path / name)
+        found.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+        monkeypatch.setattr(Pruning, "load_for_export", lambda pruning: load(pruning).float())
+        for each in (module, packing):
+            monkeypatch.setattr(each, "in_float32", lambda *models: nullcontext())
+    (narrow, narrow_dtypes), (wide, wide_dtypes) = references
+    assert found[0] == found[1] and narrow_dtypes == {getattr(torch, dtype)} != wide_dtypes == {torch.float32}
+    assert narrow.keys() == wide.keys() and all(torch.equal(narrow[name], wide[name]) for name in wide)
+    assert narrow["logits"].dtype is torch.float32
+
+
+def test_a_reference_in_float32_takes_a_weight_at_a_time():
+    with fake_devices(1) as (card,):
+        model = tiny_model("llama", 4, torch.bfloat16, hidden_size=256, intermediate_size=688).to("gpu:0")
+        before, weights = [card.live, dict(model.named_parameters())], sum(w.nbytes for w in model.parameters())
+        MODULE.reset_peak_memory_stats(0)
+        with in_float32(model):
+            reference_outputs(model, plan_of(model.config.to_dict(), ["mlp.0"]))
+        assert card.peak - before[0] < weights / 2
+        assert all(weight is before[1][name] for name, weight in model.named_parameters())
+        assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_slices_are_computed_on_the_device_and_exported_from_the_cpu(tmp_path):

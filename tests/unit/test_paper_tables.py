@@ -610,6 +610,27 @@ def test_the_report_has_all_files_and_loads_nothing(written, subject, page):
     assert "Search and healing" in [section.title for section in page.sections] and "trains no model" not in html
 
 
+@pytest.mark.parametrize("kept", [set(), {"main"}, {"timed"}])
+def test_a_study_that_is_not_timed_has_all_other_tables(kept, folder, run, page, tmp_path):
+    shutil.copytree(folder, tmp_path / "study")
+    speeds = read_json(folder / "speed" / "speed.json")
+    less = {
+        model: {key: times for key, times in by_setting.items() if key in kept} for model, by_setting in speeds.items()
+    }
+    write_json(tmp_path / "study" / "speed" / "speed.json", less)
+    found = build_set("test", [read_subject("smollm2-paper", run, LABELS, tmp_path / "study")], PUBLISHED)
+    text, timed = to_markdown(found), {"table6": "main", "budgets": "timed", "mha-mlp": "timed"}
+    assert {grid.name for grid in found.grids} == {grid.name for grid in page.grids}
+    for grid in found.grids:
+        ours = [r for r in rows(grid) if r.get("source", "here") == "here"]
+        if grid.name in timed:
+            assert bool(ours) == (timed[grid.name] in kept), grid.name
+            assert ("ot timed." in " ".join(grid.notes)) != (timed[grid.name] in kept)
+    assert ("No stopping point without times" in text) == ("timed" not in kept)
+    table1 = [next(to_csv(g) for g in p.grids if g.name == "table1") for p in (found, page)]
+    assert table1[0] == table1[1]
+
+
 @pytest.mark.parametrize(
     ("path", "damage", "message"),
     [

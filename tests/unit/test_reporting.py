@@ -471,6 +471,26 @@ def test_mismatch_needs_a_factor_and_a_distance(tmp_path: Path, factor: float, n
         assert f"{math.exp(0.285 * factor):.2f}× against 1.33× at tiny-b" in text
 
 
+@pytest.mark.parametrize("untimed", [("tiny-dense", "tiny-a", "tiny-b"), ("tiny-a",)])
+def test_what_is_not_timed_is_said_to_be(tmp_path: Path, untimed: tuple[str, ...]) -> None:
+    """Be it the whole run or a part that was computed with other settings: nothing is held against a time."""
+    data, names = build(tmp_path), ["tiny-a", "tiny-b"]
+    for name in untimed:
+        path = data / "results" / name / "results.json"
+        write_json(path, _json(path) | {"speed": None})
+    write_report(data / "report", "A title", names, LABELS, data, True)
+    markdown = (data / "report" / "report.md").read_text()
+    for measure in ("Prefill, tokens/s", "Decode, tokens/s", "Generation speed-up", "Peak memory", "KV cache"):
+        assert f"| {measure} | – | not timed | not timed | not timed |" in markdown
+    assert "Generation not timed." in markdown and "No stopping point without times" in markdown
+    assert "Keep the dense model" not in markdown and "| Weights | – | 228.9 MiB |" in markdown
+    assert not list((data / "report" / "plots").glob("*speed*"))
+    curve, pareto = (_csv(data / "report" / f"{name}.csv") for name in ("curve", "pareto"))
+    assert {row["speedup_generation"] for row in curve} == {row["front_speed"] for row in pareto} == {""}
+    assert [row["target"] for row in pareto] == ["dense", *names]  # by size
+    assert [row["front_parameters"] for row in pareto] == ["1", "1", "1"]
+
+
 def test_little_speed_up_names_the_mlp(tmp_path: Path) -> None:
     """Six MLP blocks are 27 % of the parameters; half of the ideal gain of 37 % is 18.5 %."""
     mostly_mlp = replace(World(), candidates="mlp", speedups=(1.09, 1.18))

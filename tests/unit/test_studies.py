@@ -346,6 +346,10 @@ def test_models_of_a_study_are_healed_once_and_measured_as_they_would_be_alone(w
 
     before = full_nll(dense.model, healer.fit.rows[0])
     assert nll(trained) != nll(fitted)
+    path = folder / "healed" / fitted.slug / FILE
+    healed = CandidateModel(dense, Candidate(fitted.of(plan), rows, healed="digest", weights=path)).model
+    own = {id(weight) for weight in dense.model.parameters()}
+    assert {name for name, weight in healed.named_parameters() if id(weight) not in own} == weights.keys()
     assert full_nll(dense.model, healer.fit.rows[0]) == before  # the dense model keeps its weights
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("healed/*/*")}
     Healer(run, world.setting.texts, folder, tmp_path / "states", "cpu", SilentObserver()).heal_all()

@@ -83,7 +83,8 @@ def evaluate(root, observer, checkpoint="pruned", **changes):
         "zero_shot": {"tasks": TASKS, "limit": 3, "data": {"source": "hub"}},
         "speed": {"prompt_tokens": 6, "new_tokens": 4, "repeats": 2, "batch": 1},
     }
-    settings = Evaluate(**{name: section | changes.get(name, {}) for name, section in sections.items()})
+    changed = {name: section | (changes.get(name) or {}) for name, section in sections.items()}
+    settings = Evaluate(**changed | {name: None for name, change in changes.items() if change is None})
     places = [root / name for name in (checkpoint, "dense", "sources", "out", "store")]
     more = {"dtype": changes.get("dtype", "float32"), "trust_remote_code": False, "runtime": Runtime(device="cpu")}
     return suite.benchmark(*places, settings=settings, observer=observer, **more)
@@ -154,6 +155,28 @@ def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch
     assert evaluate(place, observer) == world.results
     assert (observer.computed, observer.cached) == ([], PHASES)
     assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == before
+
+
+def test_models_are_timed_over_shared_tensors(place, monkeypatch):
+    measured, measure = [], suite.measure_speed
+    monkeypatch.setattr(suite, "measure_speed", lambda models, *rest: measured.append(models) or measure(models, *rest))
+    evaluate(place, Recorder(), speed={"prompt_tokens": 5})
+    (models,) = measured
+    dense, pruned = ({id(weight) for weight in models[name].parameters()} for name in ("dense", "pruned"))
+    assert pruned < dense
+
+
+def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
+    monkeypatch.setattr(suite, "measure_speed", no_model)
+    monkeypatch.setattr(suite, "load_model", no_model)  # all else is stored
+    observer = Recorder()
+    results = evaluate(place, observer, speed=None)
+    assert observer.cached == PHASES[:-1] and observer.overall == [i / 4 for i in range(4)]
+    assert results == world.results | {
+        "speed": None,
+        "made": {name: world.results["made"][name] for name in PHASES[:-1]},
+    }
+    assert suite.headline(results).keys() == {*TASKS, "average", "perplexity"}
 
 
 def test_the_dense_model_alone(place):
