@@ -97,7 +97,7 @@ $(SLOW_VENV)/.ready: pyproject.toml blockpruner/model/vllm_plugin.py
 # It fails at a dead link or anchor. Zensical reads mkdocs.yml, and the pages from a folder of their own.
 docs: $(DOCS_VENV)/.ready
 	rm -rf build/pages && mkdir -p build/pages
-	cp -r README.md CONTRIBUTING.md LICENSE CITATION.cff pyproject.toml docs plans build/pages
+	cp -r *.md LICENSE CITATION.cff pyproject.toml docs plans build/pages
 	$(DOCS_VENV)/bin/zensical build --strict --clean
 	@echo "The site: build/site/index.html"
 
