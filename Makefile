@@ -3,19 +3,22 @@
 # `make serve`: the Prefect UI, to start and watch all of it. `make test-ui`: the same, driven by a browser.
 # `make constraints`: renew the pins that setup installs. `make test-floors`, `make test-newest`: other versions.
 # `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB).
+# `make docs`: the documentation as a site, build/site/index.html.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SLOW_VENV := .venv-slow
+DOCS_VENV := .venv-docs
 LOCK := .venv-lock
 TORCH := torch==2.13.0
 UV := uv==0.13.9
+SITE := zensical==0.0.73 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
 # Quiet and offline: nothing here reports home or asks a hub unless a run file names one.
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup constraints demo serve check test test-floors test-newest test-slow test-ui schema golden clean
+.PHONY: setup constraints demo serve check test test-floors test-newest test-slow test-ui docs schema golden clean
 
 setup: $(VENV)/.ready-dev
 
@@ -102,6 +105,18 @@ $(SLOW_VENV)/.ready: pyproject.toml blockpruner/model/vllm_plugin.py
 	$(SLOW_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
 	touch $@
 
+# It fails at a dead link or anchor. Zensical reads mkdocs.yml, and the pages from a folder of their own.
+docs: $(DOCS_VENV)/.ready
+	rm -rf build/pages && mkdir -p build/pages
+	cp -r *.md LICENSE CITATION.cff pyproject.toml docs plans build/pages
+	$(DOCS_VENV)/bin/zensical build --strict --clean
+	@echo "The site: build/site/index.html"
+
+$(DOCS_VENV)/.ready: Makefile
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(SITE)
+	touch $@
+
 # runs/schema.json, by which editors complete and check run files.
 schema: setup
 	$(BIN)/python -m blockpruner.params
@@ -111,4 +126,4 @@ golden: setup
 	$(BIN)/python -m tests.golden --write
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(LOCK) $(SLOW_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(LOCK) $(SLOW_VENV) $(DOCS_VENV) build dist *.egg-info

@@ -3,7 +3,8 @@
     python -m benchmarks.parity [data/models/smollm2 data/sources/smollm2] [removals] [rows] [row length]
 
 The oracle runs transformers' own forward pass, once for each mask, with full logits, as the public code of
-arXiv 2406.10594 does. Writes nothing; prints a Markdown table for docs/quality.md. Needs `dvc repro fetch@smollm2`.
+arXiv 2406.10594 does. Writes nothing; prints a Markdown table, which docs/quality.md sums up. Needs
+`dvc repro fetch@smollm2`.
 """
 
 from __future__ import annotations

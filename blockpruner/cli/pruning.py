@@ -123,13 +123,29 @@ class Place:
                 f"{file} is of a model with other weights (method: {plan.method}, compensate: {plan.compensate}), "
                 "which a plan does not hold; run prune again: scores are kept"
             )
+        run, dense = self._base(run, plan, file)
+        return self._export(run, dense, replace(plan, target=out.name), CalibrationSet(()), out)
+
+    def _base(self, run: Run, plan: Plan, file: Path) -> tuple[Run, Path]:
+        """The dense model that a plan was made for, as fetched; raises InputError for another one."""
+        repo, at, commit = (plan.base or "").partition("@")
+        if at and isinstance(run.model, HubModel) and run.model.repo == repo:
+            run = run.model_copy(update={"model": run.model.model_copy(update={"revision": commit})})
         dense = self.fetch(run)
-        if plan.base != (base := checkpoint_identity(dense).before):
+        base = checkpoint_identity(dense).before
+        if at:
+            config = read_json(dense / "config.json")
+            base = f"{count_parameters(config).total:,} parameters in {config['num_hidden_layers']} layers"
+            if base == f"{plan.parameters['dense']:,} parameters in {plan.layers} layers":
+                if not (isinstance(run.model, HubModel) and run.model.repo == repo):
+                    self.observer.note(f"{file} is for {repo}; of {run.model.title} only the shape was compared")
+                return run, dense
+        if plan.base != base:
             raise InputError(
                 f"{file} is of another model: its base is {plan.base}, and {run.model.title} is {base}; give the model "
                 "that the plan was made for"
             )
-        return self._export(run, dense, replace(plan, target=out.name), CalibrationSet(()), out)
+        return run, dense
 
     def fetch(self, run: Run) -> Path:
         """The folder of the run's dense model, as fetched."""
