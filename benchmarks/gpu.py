@@ -1,6 +1,6 @@
 """What a GPU shows, in nine parts and half an hour: right numbers first, then speed, each beside its baseline.
 
-    python -m benchmarks.gpu [--shape llama2-7b] [--out data/benchmarks/gpu.json] [part ...]
+    python -m benchmarks.gpu [--shape llama2-7b] [--out data/benchmarks/gpu.json] [--patience 1] [part ...]
 
 Needs no network and no checkpoint: models have the widths of the shape and random, seeded weights. Without an
 accelerator it says so and rehearses all parts at tiny shapes.
@@ -67,9 +67,14 @@ PARTS = (
 
 
 class Worker:
-    """A process that computes parts, and its children. It ends when this process does."""
+    """A process that computes parts, and its children. It ends when this process does.
 
-    def __init__(self, command: Sequence[str]) -> None:
+    Args:
+        patience: multiplies deadlines.
+    """
+
+    def __init__(self, command: Sequence[str], patience: float) -> None:
+        self._patience = patience
         offline = os.environ | {"HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT, env=offline
@@ -78,7 +83,8 @@ class Worker:
 
     def ask(self, part: Part) -> Iterator[dict[str, Any]]:
         """What the worker says of a part, until the message that tells how it "ended", which is ours if need be."""
-        deadline = time.monotonic() + part.seconds
+        seconds = part.seconds * self._patience
+        deadline = time.monotonic() + seconds
         assert self._process.stdin and self._process.stdout
         if part is not START:
             try:
@@ -94,7 +100,7 @@ class Worker:
                 self._held = rest
                 message = json.loads(line)
             elif left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                message = {"ended": f"deadline: not done in {part.seconds:g} s"}
+                message = {"ended": f"deadline: not done in {seconds:g} s"}
             elif more := os.read(self._process.stdout.fileno(), 2**12):
                 self._held += more
                 continue
@@ -133,7 +139,9 @@ def lines_in(stream: TextIO) -> Iterator[str]:
         yield found.get()
 
 
-def run(path: Path, names: Sequence[str], command: Sequence[str], parts: Sequence[Part] = PARTS) -> bool:
+def run(
+    path: Path, names: Sequence[str], command: Sequence[str], parts: Sequence[Part] = PARTS, patience: float = 1.0
+) -> bool:
     """Compute the parts that are not whole yet, or those named; whether all are whole and everything holds."""
     kept = read_kept_json(path, lambda line: print(line, file=sys.stderr)) or {"where": None, "records": []}
     records: list[dict[str, Any]] = kept["records"]
@@ -148,7 +156,7 @@ def run(path: Path, names: Sequence[str], command: Sequence[str], parts: Sequenc
     try:
         for number, part in enumerate(wanted, 1):
             if worker is None:
-                worker = Worker(command)
+                worker = Worker(command, patience)
                 kept["where"] = placed(worker, path, kept["where"])
             record = {"part": part.name, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit()}
             record |= {"ended": "killed", "seconds": 0.0, "found": {}}
@@ -313,13 +321,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"compute anew: {valid}")
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--out", type=Path, default=Path("data/benchmarks/gpu.json"))
+    parser.add_argument("--patience", type=float, default=1.0, help="multiplies all deadlines, for a slow machine")
     given = parser.parse_args(arguments)
     unknown = set(given.parts) - {part.name for part in PARTS}
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {valid}")
     try:
         require_packages()
-        return int(not run(given.out, given.parts, [*WORKER, given.shape]))
+        return int(not run(given.out, given.parts, [*WORKER, given.shape], patience=given.patience))
     except InputError as error:
         print(error, file=sys.stderr)
         return 1

@@ -88,7 +88,8 @@ def await_end(*processes):
 
 def test_the_rehearsal_answers_every_part(tmp_path):
     path = tmp_path / "gpu.json"
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--out", str(path)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(path), "--patience", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT)
     assert done.returncode == 0, done.stderr
     assert gpu_parts.NO_DEVICE in done.stderr
     found = read_json(path)
@@ -140,15 +141,15 @@ def test_parts_and_deadlines_fit():
 
 def test_a_deadline_is_kept_and_what_was_found_stays(tmp_path, stand_in):
     path, parts = tmp_path / "gpu.json", parts_of("good", "hang", "chatter", "die", "fail", "last")
-    parts[1:3] = parts_of("hang", "chatter", seconds=1.0)
+    parts[1:3] = parts_of("hang", "chatter", seconds=3.0)
     assert not gpu.run(path, (), stand_in, parts)
     found = records_in(path)
     assert {name: record["ended"] for name, record in found.items()} == {
-        "good": "whole", "hang": "deadline: not done in 1 s", "chatter": "deadline: not done in 1 s",
+        "good": "whole", "hang": "deadline: not done in 3 s", "chatter": "deadline: not done in 3 s",
         "die": "lost: the worker ended by itself (exit status 3)", "fail": "failed: of itself", "last": "whole",
     }  # fmt: skip
     assert {name: record["found"]["first"] for name, record in found.items()} == {name: name for name in found}
-    assert all(1 <= found[name]["seconds"] < 15 for name in ("hang", "chatter")), "they would go on for a minute"
+    assert all(3 <= found[name]["seconds"] < 50 for name in ("hang", "chatter")), "they would go on for a minute"
     workers = [record["found"]["worker"] for record in found.values()]
     assert workers[0] == workers[1] and len(set(workers)) == 5
     await_end(*workers, found["hang"]["found"]["child"])
