@@ -303,8 +303,9 @@ class Engine(Forward):
 
     @property
     def _logits_bytes(self) -> int:
-        """As `LOGITS_BYTES`. On CUDA more: the head's weights are read anew for each chunk."""
-        return LOGITS_BYTES if self._room is None else max(LOGITS_BYTES, min(2**30, self._room // 8))
+        """As `LOGITS_BYTES`. On CUDA more: the head's weights are read anew for each chunk. JS divergence holds eight
+        tensors of this size at once."""
+        return LOGITS_BYTES if self._room is None else max(LOGITS_BYTES, min(2**30, self._room // 16))
 
     def _set_batch_tokens(self, batch_tokens: int | str, held: int = 0) -> None:
         """Set the padded tokens to a batch; "auto" is as many as the device holds.

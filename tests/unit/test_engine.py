@@ -200,12 +200,12 @@ def on_card(monkeypatch, model, total, batch_tokens="auto"):
 
 def test_batches_and_logits_fill_a_card(monkeypatch):
     """What is free at the moment (nothing) has no part in it."""
-    model = tiny_model()
+    model = tiny_model(intermediate_size=400)
     weights = sum(weight.nbytes for weight in model.parameters())
-    card = 600 * 2**20
+    card = 1200 * 2**20
     engine = on_card(monkeypatch, model, card)
-    token = live_numbers(32, 48) * 8
-    assert engine._logits_bytes == (card * 9 // 10 - weights) // 8
+    token = live_numbers(32, 400) * 8
+    assert engine._logits_bytes == (card * 9 // 10 - weights) // 16
     assert 2048 < engine._batch_tokens < 65536
     fixed = weights + (card * 9 // 10 - weights) // engine_module.DENSE_SHARE + 4 * engine._logits_bytes
     assert fixed + engine._batch_tokens * token <= card * 9 // 10 < fixed + (engine._batch_tokens + 2) * token
