@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockpruner.api import Pruned, prune
+    from blockpruner.api import Pruned, evaluate, prune
 
-__all__ = ["Pruned", "prune"]
+__all__ = ["Pruned", "evaluate", "prune"]
 __version__ = "0.1.0"
 
 

@@ -7,7 +7,7 @@ Only stages and flows read these files. Everything else gets the values of `core
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,19 @@ def load_run(name: str, directory: Path = Path("runs")) -> Run:
     if not path.exists():
         known = ", ".join(run_names(directory)) or "none"
         raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
-    sources = directory / SOURCES
-    named = _read(sources) if sources.exists() else {}
-    run = read_settings(Run, _with_sources(_read(path), named, path), f"{path}: ")
+    run = read_settings(Run, _with_sources(_read(path), named_sources(directory), path), f"{path}: ")
     try:
         check_run(run)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return run
+
+
+def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
+    """The keys of each source in runs/sources.yaml by its name; none without that file."""
+    path = directory / SOURCES
+    found: Mapping[str, Any] = _read(path) if path.exists() else {}
+    return found
 
 
 SETS = Path("runs/sets.yaml")
@@ -163,7 +168,7 @@ def _with_sources(values: Any, named: Mapping[str, Any], path: Path) -> Any:
     return {**named[source], **{key: value for key, value in found.items() if key != "source"}}
 
 
-def run_schema(named: Iterable[str]) -> dict[str, Any]:
+def run_schema(named: Collection[str]) -> dict[str, Any]:
     """The JSON schema of a run file, in which a source may also be one of the names."""
     found = Run.model_json_schema()
     found["$defs"]["Named"] = {
@@ -175,13 +180,13 @@ def run_schema(named: Iterable[str]) -> dict[str, Any]:
     parts = [*found["$defs"].values(), found]
     for field in (field for part in parts for field in part.get("properties", {}).values()):
         field = field.get("items", field)
-        if field.pop("discriminator", None):
+        if field.pop("discriminator", None) and named:
             field["oneOf"].append({"$ref": "#/$defs/Named"})
     return found
 
 
 def main(directory: Path = Path("runs")) -> None:
-    schema = run_schema(_read(directory / SOURCES))
+    schema = run_schema(named_sources(directory))
     write_text(directory / "schema.json", json.dumps(schema, indent=1, sort_keys=True) + "\n")
 
 

@@ -16,7 +16,7 @@ def main(name: str) -> None:
         raise InputError(f"target {name!r} has no push section; add push: {{repo: <user>/<name>}} to it in params.yaml")
     folder = DATA / "checkpoints" / name / target.push.format
     licence = licence_of(DATA / "models" / target.run)
-    observer().note(f"{name}: {push(folder, target.push.repo, target.push.private, licence)}")
+    observer().note(f"{name}: {push(folder, target.push.repo, target.push.private, licence, name)}")
 
 
 if __name__ == "__main__":

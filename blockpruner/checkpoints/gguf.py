@@ -1,4 +1,4 @@
-"""The `gguf` export: files for llama.cpp, in 16 and in 8 bits.
+"""The `gguf` export: files for llama.cpp, in 16 and in 8 bits, and quantized further by llama.cpp itself.
 
 Decides architecture, names and order of the tensors, and what is refused. If every layer is whole, the architecture is
 the family's own; else it is `deci`, whose layers may lack an attention. A layer without MLP gets one of zeros: where
@@ -7,7 +7,9 @@ the family's own; else it is `deci`, whose layers may lack an attention. A layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,9 +72,16 @@ smaller ones.
 """
 
 
-def export_gguf(pruning: Pruning, out: Path) -> None:
+QUANTIZER = "llama-quantize"
+"""llama.cpp's program, which no Python package brings along."""
+
+
+def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:
     """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed
     (`xllamacpp`).
+
+    Args:
+        quantizations: more files, by llama.cpp's names, for instance Q4_K_M; `require_quantizations` knows them.
 
     Raises:
         InputError: the files cannot express the model, its tokenizer or the plan, or llama.cpp does not reproduce the
@@ -93,6 +102,8 @@ def export_gguf(pruning: Pruning, out: Path) -> None:
         pruned = pruning.prune_(model, partial(note, reference=reference))
         for precision in verify_llama_cpp.PRECISIONS:
             write(pruned, words, precision, directory / f"model-{precision}.gguf")
+        for name in quantizations:
+            _quantize(directory / "model-F16.gguf", directory / f"model-{name}.gguf", name)
         card = model_card(plan, dense, healed=pruning.healed, library="gguf", loading=LOADING)
         write_text(directory / "README.md", card)
         write_json(directory / PLAN_FILE, plan_fields(plan))
@@ -100,6 +111,29 @@ def export_gguf(pruning: Pruning, out: Path) -> None:
         return TOLERANCE
 
     write_verified(out, write_all, verify_llama_cpp)
+
+
+def require_quantizations(names: Sequence[str]) -> None:
+    """Raise InputError for a quantization that llama.cpp does not have, or if its program is not here."""
+    from gguf import LlamaFileType
+
+    valid = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
+    for name in names:
+        if name not in valid:
+            raise InputError(f"export gguf:{name}: the quantization is unknown; valid: {', '.join(valid)}")
+        if shutil.which(QUANTIZER) is None:
+            raise InputError(
+                f"export gguf:{name} needs llama.cpp's program {QUANTIZER}, which is not on PATH; install llama.cpp "
+                "(https://github.com/ggml-org/llama.cpp), or export gguf, whose model-F16.gguf it reads later"
+            )
+
+
+def _quantize(source: Path, target: Path, name: str) -> None:
+    command = [QUANTIZER, str(source), str(target), name]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # it prints tokens
+    if result.returncode or not target.is_file():
+        said = result.stderr.strip().rpartition("\n")[2] or f"exit code {result.returncode}"
+        raise InputError(f"export gguf:{name}: {QUANTIZER} failed: {said}. Choose another quantization, or export gguf")
 
 
 def check(config: Mapping[str, Any], plan: Plan) -> None:

@@ -16,39 +16,58 @@ from blockpruner.store.files import read_json
 from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, require_verified
 
 
-def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any]) -> str:
+def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
+    """The files of a checkpoint directory that may be uploaded, sorted.
+
+    Args:
+        licence: of the base model, as from `inputs.checkpoints.licence_of`.
+
+    Raises:
+        InputError: there is no such checkpoint, it was not verified or changed since, or its card names no licence
+            though the base does.
+    """
+    from huggingface_hub import ModelCard
+
+    report = checkpoint / REPORT_FILE
+    if not report.exists():
+        raise InputError(
+            f"{checkpoint} is not a verified checkpoint; give a folder that `blockpruner prune`, or the stage "
+            "materialize, has written"
+        )
+    found = read_json(report)
+    if found["ok"] is not True:
+        raise InputError(
+            f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')}); install the engine and "
+            "export it again"
+        )
+    files = require_verified(checkpoint)
+    card = ModelCard.load(checkpoint / CARD_FILE)
+    if licence and not card.data.license:
+        raise InputError(
+            f"{checkpoint / CARD_FILE} has no license, and the base model's is {licence['license']}: add it to the "
+            "card, or export again"
+        )
+    return sorted([*files, REPORT_FILE, CARD_FILE])
+
+
+def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any], name: str) -> str:
     """Upload a checkpoint directory in one commit; returns its address.
 
     Args:
         repo: "<user or organization>/<name>"; it is made if it does not exist.
         private: whether the repository is private.
-        licence: of the base model, as from `inputs.checkpoints.licence_of`.
+        licence: as for `files_to_push`.
+        name: of the model, for the commit's message.
 
     Raises:
-        InputError: there is no such checkpoint, it was not verified or changed since, its card names no licence though
-            the base does, the repository is there and not as private as was asked, or the hub refuses.
+        InputError: `files_to_push` raises it, the repository is there and not as private as was asked, or the hub
+            refuses.
     """
     from huggingface_hub import HfApi, ModelCard
 
-    report = checkpoint / REPORT_FILE
-    if not report.exists():
-        raise InputError(f"{checkpoint} is not a verified checkpoint; run its materialize stage first")
-    found = read_json(report)
-    if found["ok"] is not True:
-        raise InputError(
-            f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')}); install the engine and "
-            "run the materialize stage again"
-        )
-    files = require_verified(checkpoint)
-    api = HfApi()
+    files, api = files_to_push(checkpoint, licence), HfApi()
     try:
-        card = ModelCard.load(checkpoint / CARD_FILE)
-        if licence and not card.data.license:
-            raise InputError(
-                f"{checkpoint / CARD_FILE} has no license, and the base model's is {licence['license']}: add it to the "
-                "card, or export again"
-            )
-        card.validate()
+        ModelCard.load(checkpoint / CARD_FILE).validate()
         api.create_repo(repo, private=private, exist_ok=True)
         if api.model_info(repo).private is not private:
             raise InputError(
@@ -56,8 +75,8 @@ def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any])
                 f"{str(private).lower()}; nothing was uploaded: change one of them, or push to another repository"
             )
         commit = api.upload_folder(
-            repo_id=repo, folder_path=checkpoint, allow_patterns=[*files, REPORT_FILE, CARD_FILE],
-            commit_message=f"{checkpoint.parent.name}: pruned with blockpruner",
+            repo_id=repo, folder_path=checkpoint, allow_patterns=files,
+            commit_message=f"{name}: pruned with blockpruner",
         )  # fmt: skip
     except InputError:
         raise

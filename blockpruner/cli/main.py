@@ -1,7 +1,8 @@
 """The command's options, and how it ends.
 
-Results go to standard output, progress and errors to standard error. Exit codes: 0, done; 2, a value that the user can
-correct, named with the fix; 130, interrupted. The modules that do the work are imported when needed.
+Results go to standard output, progress and errors to standard error. Exit codes: 0, done; 1, failed, or something that
+is needed is missing; 2, a value that the user can correct, named with the fix; 130, interrupted. The modules that do
+the work are imported when needed.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -24,8 +27,9 @@ from blockpruner.core.progress import stderr_observer
 from blockpruner.methods.recipes import RECOMMENDED, recipe
 
 KEY = re.compile(
-    r"\b(?:(?:model|calibration|score|runtime)\.(?:\w+\.)?"
-    r"(num_samples|seq_len|method|unit|metric|acceleration|dtype|device|trust_remote_code)|(compensate)\.method)\b"
+    r"\b(?:(?:model|calibration|score|runtime|evaluate)\.(?:\w+\.)?"
+    r"(num_samples|seq_len|max_rows|method|unit|metric|acceleration|dtype|device|trust_remote_code)"
+    r"|(compensate)\.method|push\.(private))\b"
 )
 """Keys of a run file in messages, which are options here."""
 
@@ -35,20 +39,31 @@ def cache_folder() -> Path:
 
 
 Dense = Annotated[str, Argument(metavar="MODEL", help="A folder, or a name on the Hugging Face hub.")]
-Export = Annotated[str, Option(help="More formats, at OUT-FORMAT: nas (vLLM, mlx-lm), gguf (llama.cpp), zeroed.")]
-Dtype = Annotated[str, Option(help="float32, bfloat16, float16, float64; auto is the model's own.")]
-Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
+Export = Annotated[
+    str,
+    Option(
+        metavar="NAMES",
+        help="More formats, at OUT-FORMAT, separated by commas: nas (or vllm, mlx-lm), gguf (or llama.cpp), "
+        "gguf:Q4_K_M, zeroed.",
+    ),
+]
+Dtype = Annotated[str, Option(metavar="NAME", help="float32, bfloat16, float16, float64; auto is the model's own.")]
+Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run code that lies beside the model.")]
 TRIALS = Option(
+    metavar="DIR",
     default_factory=cache_folder,
     show_default="~/.cache/blockpruner",
     help="Folder that keeps all scores and a copy of the model. A killed run goes on from it; it is safe to delete.",
 )
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place of text.")]
-Spoken = Annotated[str, Argument(help="A checkpoint's folder, or a dense model's name on the hub.")]
-Limit = Annotated[int, Option(min=1, help="The most tokens of an answer.")]
+Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
+Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+CALIBRATION, METHOD = "Calibration", "Method"
+"""Panels of the help."""
+
+app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:
@@ -67,32 +82,73 @@ def common(
 @app.command()
 def prune(
     model: Dense,
-    ratio: Annotated[str, Option(help="Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x.")],
+    ratio: Annotated[
+        str, Option(metavar="SHARE", help="Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x.")
+    ],
     trials: Annotated[Path, TRIALS],
-    out: Annotated[Path | None, Option(help="The checkpoint's folder.", show_default="NAME-RATIO")] = None,
+    out: Annotated[
+        Path | None, Option(metavar="DIR", help="The checkpoint's folder.", show_default="NAME-RATIO")
+    ] = None,
     texts: Annotated[
         Path | None,
         Option(
+            metavar="FILE",
+            rich_help_panel=CALIBRATION,
             help="Calibration texts: .jsonl, .json or .parquet records with a text, or a .txt file.",
             show_default="Alpaca from the hub",
         ),
     ] = None,
     num_samples: Annotated[
-        int | None, Option(min=1, help="Texts that are drawn.", show_default="256; of --texts what fills 16 rows")
+        int | None,
+        Option(
+            metavar="N",
+            rich_help_panel=CALIBRATION,
+            min=1,
+            help="Texts that are drawn.",
+            show_default="256; of --texts what fills 16 rows",
+        ),
     ] = None,
-    seq_len: Annotated[int | None, Option(min=2, help="Tokens in a row.", show_default="2048, or the context")] = None,
+    seq_len: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            rich_help_panel=CALIBRATION,
+            min=2,
+            help="Tokens in a row.",
+            show_default="2048, or the context",
+        ),
+    ] = None,
     method: Annotated[
-        str, Option(help="recommended; blockpruner, exactly as published; or a plain search (docs/methods.md).")
+        str,
+        Option(
+            metavar="NAME",
+            rich_help_panel=METHOD,
+            help="recommended; blockpruner, exactly as published; or a plain search (docs/methods.md).",
+        ),
     ] = RECOMMENDED,
-    unit: Annotated[str, Option(help="What a step removes: block or layer.")] = "block",
-    metric: Annotated[str, Option(help="What a step keeps low (docs/methods.md).")] = "perplexity",
+    unit: Annotated[
+        str, Option(metavar="NAME", rich_help_panel=METHOD, help="What a step removes: block or layer.")
+    ] = "block",
+    metric: Annotated[
+        str, Option(metavar="NAME", rich_help_panel=METHOD, help="What a step keeps low (docs/methods.md).")
+    ] = "perplexity",
     acceleration: Annotated[
         str | None,
-        Option(help="none is exact; lazy, race, lazy+race are faster.", show_default="lazy+race if recommended"),
+        Option(
+            metavar="NAME",
+            rich_help_panel=METHOD,
+            help="none is exact; lazy, race, lazy+race are faster.",
+            show_default="lazy+race if recommended",
+        ),
     ] = None,
     compensate: Annotated[
         str | None,
-        Option(help="Fit the weights that stay: refit, map, bias, scale, none.", show_default="refit if recommended"),
+        Option(
+            metavar="NAME",
+            rich_help_panel=METHOD,
+            help="Fit the weights that stay: refit, map, bias, scale, none.",
+            show_default="refit if recommended",
+        ),
     ] = None,
     export: Export = "",
     dtype: Dtype = "auto",
@@ -112,8 +168,8 @@ def prune(
     chosen = recipe(method, acceleration, compensate)
     score = {"method": chosen.method, "unit": unit, "metric": metric, "acceleration": chosen.acceleration}
     sections = {"calibration": calibration, "score": score, "compensate": {"method": chosen.compensation}}
-    place = work.Place(trials.expanduser().absolute(), device, stderr_observer())
-    run = place.read_run(model, dtype, trust_remote_code, export, sections)
+    place = work.Place(trials.expanduser().absolute(), device, stderr_observer(), export)
+    run = place.read_run(model, dtype, trust_remote_code, sections)
     if dry_run:
         found = place.forecast(run, ratio)
         _tell(found, "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.items()), as_json)
@@ -126,8 +182,8 @@ def prune(
 @app.command()
 def apply(
     model: Dense,
-    plan: Annotated[Path, Argument(help="The file of a plan, or a checkpoint's folder that holds one.")],
-    out: Annotated[Path, Option(help="The checkpoint's folder.")],
+    plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
+    out: Annotated[Path, Option(metavar="DIR", help="The checkpoint's folder.")],
     trials: Annotated[Path, TRIALS],
     export: Export = "",
     dtype: Dtype = "auto",
@@ -138,16 +194,74 @@ def apply(
     """Write the checkpoint of a plan from the dense model that it was made for."""
     from blockpruner.cli import pruning as work
 
-    place = work.Place(trials.expanduser().absolute(), device, stderr_observer())
-    run = place.read_run(model, dtype, trust_remote_code, export, {})
+    place = work.Place(trials.expanduser().absolute(), device, stderr_observer(), export)
+    run = place.read_run(model, dtype, trust_remote_code, {})
     found = place.apply(run, plan, out.expanduser().absolute())
     _tell(found, work.words(found), as_json)
 
 
 @app.command()
+def curve(
+    model: Dense,
+    plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
+    trials: Annotated[Path, TRIALS],
+    texts: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="Texts that prune has not seen: .jsonl, .json or .parquet records with a text, or a .txt file.",
+            show_default="WikiText-2 from the hub",
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None, Option(metavar="N", min=2, help="Tokens in a row.", show_default="2048, or the context")
+    ] = None,
+    max_rows: Annotated[int, Option(metavar="N", min=2, help="The most rows of the texts that are used.")] = 32,
+    points: Annotated[
+        int | None, Option(metavar="N", min=1, help="The most points, evenly spaced.", show_default="every step")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="A picture (.svg, .png; needs matplotlib) or the numbers (.csv, .json).",
+            show_default="PLAN-curve.svg; .csv without matplotlib",
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show held-out perplexity against the pruning ratio, to choose a ratio.
+
+    Each point is a step of the plan's search, without compensation, and no checkpoint is written for it. After a kill,
+    say the same again to go on.
+    """
+    from blockpruner.cli import curve as work
+    from blockpruner.cli.pruning import Place, read_plan
+
+    place = Place(trials.expanduser().absolute(), device, stderr_observer())
+    source = {} if texts is None else {"data": {"source": "path", "path": str(texts)}}
+    lengths = {} if seq_len is None else {"seq_len": seq_len}
+    heldout = {"perplexity": {**source, **lengths, "max_rows": max_rows}}
+    run = place.read_run(model, dtype, trust_remote_code, {"evaluate": heldout})
+    stem = (plan if plan.is_dir() else plan.with_suffix("")).expanduser().absolute()
+    file = out or stem.with_name(f"{stem.name}-curve.{'svg' if find_spec('matplotlib') else 'csv'}")
+    work.require_known(file)
+    found = work.measure(place, run, plan.expanduser(), points)
+    work.write(found, file)
+    if as_json:
+        _tell({**found, "file": str(file)}, "", True)
+    else:
+        Console().print(work.words(found, read_plan(plan.expanduser())[1]))
+        print(f"the plan's point is bold; wrote {file}")
+
+
+@app.command()
 def chat(
     model: Spoken,
-    prompt: Annotated[str | None, Option(help="Answer this, and end.")] = None,
+    prompt: Annotated[str | None, Option(metavar="TEXT", help="Answer this, and end.")] = None,
     max_new_tokens: Limit = 256,
     device: Device = "auto",
 ) -> None:
@@ -161,14 +275,110 @@ def chat(
 def compare(
     a: Spoken,
     b: Spoken,
-    prompt: Annotated[str, Option(help="What both answer.")],
+    prompt: Annotated[str, Option(metavar="TEXT", help="What both answer.")],
     max_new_tokens: Limit = 64,
     device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Show the answers of two checkpoints beside each other, with tokens per second."""
-    from blockpruner.cli.talking import side_by_side
+    from blockpruner.cli.talking import answers, side_by_side
 
-    Console().print(side_by_side([_folder(a), _folder(b)], prompt, max_new_tokens, device))
+    found = answers([_folder(a), _folder(b)], prompt, max_new_tokens, device)
+    if as_json:
+        print(json.dumps([vars(answer) for answer in found]))
+    else:
+        Console().print(side_by_side(found))
+
+
+@app.command()
+def report(
+    checkpoint: Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")],
+    trials: Annotated[Path, TRIALS],
+    out: Annotated[
+        Path | None, Option(metavar="FILE", help="The page, one file.", show_default="DIR-report.html")
+    ] = None,
+) -> None:
+    """Write a page on a checkpoint: what is gone, what that cost, and its curve if there is one."""
+    from blockpruner.cli.page import write_page_of
+
+    folder = checkpoint.expanduser().absolute()
+    file = out or folder.with_name(f"{folder.name}-report.html")
+    write_page_of(folder, trials.expanduser().absolute(), file)
+    print(file)
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")],
+    repo: Annotated[str, Argument(metavar="REPO", help="USER/NAME on the Hugging Face hub; made if it is not there.")],
+    trials: Annotated[Path, TRIALS],
+    private: Annotated[bool, Option("--private/--public", help="Who may see the repository.")] = True,
+    yes: Annotated[bool, Option("--yes", help="Do not ask first.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be uploaded; contact nobody.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint to the Hugging Face hub, after a look that it is what was verified."""
+    from blockpruner.cli.pushing import Upload
+
+    upload = Upload.of(checkpoint.expanduser().absolute(), repo, private, trials.expanduser().absolute())
+    if dry_run:
+        _tell(upload.fields, upload.words, as_json)
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InputError(f"nothing was uploaded to {repo!r}: there is no terminal to ask on; say --yes")
+        print(upload.words, file=sys.stderr)
+        typer.confirm("Upload this?", abort=True, err=True)
+    address = upload.run()
+    _tell({**upload.fields, "commit": address}, address, as_json)
+
+
+@app.command()
+def doctor(
+    trials: Annotated[Path, TRIALS],
+    online: Annotated[bool, Option("--online", help="Ask the hub for an answer, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what this machine has, and what mends what is missing. Exit code 1 if something needed is missing."""
+    from blockpruner.cli import doctor as work
+
+    checks = work.look(trials.expanduser().absolute(), online)
+    if as_json:
+        print(json.dumps([{**vars(check), "verdict": check.verdict} for check in checks]))
+    else:
+        Console().print(work.words(checks))
+    if any(check.verdict == "missing" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of run files, for editors and checkers."""
+    from blockpruner.params import named_sources, run_schema
+
+    print(json.dumps(run_schema(named_sources()), indent=1, sort_keys=True))
+
+
+IN_A_CLONE = {
+    "run": ("flows.prune", "Bring runs and targets up to date: the DAG as a flow."),
+    "paper": ("flows.paper", "Make the paper's tables for a set of runs."),
+    "serve": ("flows.serve", "Start and watch runs in a browser."),
+    "clean": ("stages.clean", "List what no run or target needs; `clean delete` deletes it."),
+}
+"""Commands that are modules of the repository, which a wheel does not have. They take the modules' own options."""
+
+
+def _add(name: str, module: str, words: str) -> None:
+    passed = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+    @app.command(name, help=words, context_settings=passed, rich_help_panel="Commands of this clone")
+    def call(context: typer.Context) -> None:
+        raise typer.Exit(subprocess.run([sys.executable, "-m", module, *context.args], check=False).returncode)
+
+
+if Path("flows/prune.py").is_file():
+    for _name, (_module, _words) in IN_A_CLONE.items():
+        _add(_name, _module, _words)
 
 
 def _folder(model: str) -> Path:
@@ -177,7 +387,7 @@ def _folder(model: str) -> Path:
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     place = Place(cache_folder(), "auto", stderr_observer())
-    return place.fetch(place.read_run(model, "auto", False, "", {}))
+    return place.fetch(place.read_run(model, "auto", False, {}))
 
 
 def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
@@ -185,7 +395,7 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    named = KEY.sub(lambda match: f"--{match[1] or match[2]}".replace("_", "-"), message)
+    named = KEY.sub(lambda match: f"--{match[1] or match[2] or match[3]}".replace("_", "-"), message)
     named = named.replace("another source (pypi, path)", "a folder, or --texts FILE, of this machine")
     print(f"error: {named}", file=sys.stderr)
     sys.exit(2)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blockpruner.checkpoints.registry import EXPORTS, Writer, require_packages
 from blockpruner.checks import check_run
@@ -17,7 +18,16 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import HubModel, LocalModel, Run, Runtime, TaskAnswers, read_settings
+from blockpruner.core.settings import (
+    Calibration,
+    HubModel,
+    LocalModel,
+    Perplexity,
+    Run,
+    Runtime,
+    TaskAnswers,
+    read_settings,
+)
 from blockpruner.inputs.calibration import CalibrationSet, check_context, draw_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint, fetch_config
 from blockpruner.inputs.texts import load_texts
@@ -43,23 +53,44 @@ class Place:
     """The folder of all trial stores. Models as fetched, traces, plans and compensated weights lie there, too."""
     device: str
     observer: Observer
+    export: str = ""
+    """Formats beside `hf`, as in `--export`."""
 
-    def read_run(self, model: str, dtype: str, trusted: bool, export: str, sections: Mapping[str, Any]) -> Run:
+    @property
+    def _asked(self) -> dict[str, tuple[str, ...]]:
+        """The formats, each with what its files are quantized to. A format may be named by an engine that loads it."""
+        engines = {engine.lower(): row.name for row in EXPORTS.values() for engine in row.engines}
+        found: dict[str, tuple[str, ...]] = {"hf": ()}
+        for form, _, quantization in (part.strip().partition(":") for part in self.export.split(",") if part.strip()):
+            name = engines.get(form.lower(), form)
+            if quantization and name != "gguf":
+                raise InputError(f"export {form}:{quantization}: only gguf has quantizations, as in gguf:Q4_K_M")
+            found[name] = (*found.get(name, ()), *([quantization.upper()] if quantization else []))
+        return found
+
+    def read_run(self, model: str, dtype: str, trusted: bool, sections: Mapping[str, Any]) -> Run:
         """The settings of a run file; raises InputError for a model, name or value that is not valid."""
         is_folder = Path(model).expanduser().is_dir() or model.startswith((".", "/", "~"))
         path = str(Path(model).expanduser().absolute())
         source = {"source": "path", "path": path} if is_folder else {"source": "hub", "repo": model}
         given = {**source, "trust_remote_code": trusted} | ({} if dtype == "auto" else {"dtype": dtype})
-        formats = ["hf", *(name for name in export.split(",") if name not in ("", "hf"))]
-        run = read_settings(Run, {"model": given, "export": formats, **sections})
+        run = read_settings(Run, {"model": given, "export": list(self._asked), **sections})
         require_packages(run.export)
-        config, rows = self._config(run), run.calibration
-        if "seq_len" in rows.model_fields_set:
-            check_context(rows.seq_len, dict(config), "calibration.seq_len")
-        length = min(rows.seq_len, config.get("max_position_embeddings") or rows.seq_len)
+        config = self._config(run)
         own = run.model.model_copy(update={"dtype": own_dtype(config)} if dtype == "auto" else {})
-        run = run.model_copy(update={"model": own, "calibration": rows.model_copy(update={"seq_len": length})})
+        heldout = _fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
+        run = run.model_copy(
+            update={
+                "model": own,
+                "calibration": _fitted(run.calibration, config, "calibration.seq_len"),
+                "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),
+            }
+        )
         check_run(run)
+        if quantizations := self._asked.get("gguf"):
+            from blockpruner.checkpoints.gguf import require_quantizations
+
+            require_quantizations(quantizations)
         return run
 
     def forecast(self, run: Run, budget: str) -> dict[str, Any]:
@@ -88,7 +119,7 @@ class Place:
         """Search, commit, compensate and export, as far as that was not done before."""
         require_budgets(run.score, self._config(run), (budget,))
         assert not isinstance(run.calibration.data, TaskAnswers)
-        texts, dense = load_texts(run.calibration.data, self.root / "cache", self._pins), self.fetch(run)
+        texts, dense = load_texts(run.calibration.data, self.root / "cache", self.pins), self.fetch(run)
         tokenizer, config = load_tokenizer(dense, run.model.trust_remote_code), read_json(dense / "config.json")
         wanted, base = run.calibration, checkpoint_identity(dense).before
         rows = draw_rows(texts, tokenizer, wanted, (), self.observer.note, at_most=True)
@@ -114,21 +145,27 @@ class Place:
 
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
         """Export the model of a plan's file."""
-        file = path / PLAN_FILE if path.is_dir() else path
-        if not file.is_file():
-            raise InputError(f"plan {str(path)!r} does not exist; give a {PLAN_FILE}, or the checkpoint's folder")
-        plan = load_plan(file)
+        file, plan = read_plan(path)
         if plan.kind != "mask" or plan.compensate != "none" or plan.recover:
             raise InputError(
                 f"{file} is of a model with other weights (method: {plan.method}, compensate: {plan.compensate}), "
                 "which a plan does not hold; run prune again: scores are kept"
             )
-        run, dense = self._base(run, plan, file)
+        run, dense = self.fetch_base(run, file, plan)
         return self._export(run, dense, replace(plan, target=out.name), CalibrationSet(()), out)
 
-    def _base(self, run: Run, plan: Plan, file: Path) -> tuple[Run, Path]:
-        """The dense model that a plan was made for, as fetched; raises InputError for another one."""
-        repo, at, commit = (plan.base or "").partition("@")
+    def fetch(self, run: Run) -> Path:
+        """The folder of the run's dense model, as fetched."""
+        dense = self.root / "models" / fingerprint(run.model.model_dump(exclude={"dtype"}))
+        fetch_checkpoint(run.model, dense, self.root / "cache", self.pins)
+        return dense
+
+    def fetch_base(self, run: Run, file: Path, plan: Plan) -> tuple[Run, Path]:
+        """The dense model that a plan's file is of, as fetched, and the run with its revision; raises InputError for
+        another model."""
+        if plan.base is None:
+            raise InputError(f"{file} does not name its base model; give a plan that `blockpruner prune` has written")
+        repo, at, commit = plan.base.partition("@")
         if at and isinstance(run.model, HubModel) and run.model.repo == repo:
             run = run.model_copy(update={"model": run.model.model_copy(update={"revision": commit})})
         dense = self.fetch(run)
@@ -147,12 +184,6 @@ class Place:
             )
         return run, dense
 
-    def fetch(self, run: Run) -> Path:
-        """The folder of the run's dense model, as fetched."""
-        dense = self.root / "models" / fingerprint(run.model.model_dump(exclude={"dtype"}))
-        fetch_checkpoint(run.model, dense, self.root / "cache", self._pins)
-        return dense
-
     def _score(self, run: Run, dense: Path, rows: CalibrationSet, budget: str, traces: Path) -> dict[str, Any]:
         """On return the model is out of memory: the export loads it again."""
         runtime = read_settings(Runtime, {"device": self.device})
@@ -166,12 +197,12 @@ class Place:
             return score_run(material, rows, run.score, [budget], traces, latency)
 
     @property
-    def _pins(self) -> Path:
+    def pins(self) -> Path:
         return self.root / "pins.json"
 
     def _config(self, run: Run) -> Config:
         assert isinstance(run.model, HubModel | LocalModel)
-        return fetch_config(run.model, self._pins)
+        return fetch_config(run.model, self.pins)
 
     def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Any:
         from blockpruner.methods.apply import Pruning
@@ -185,8 +216,14 @@ class Place:
             InputError: a folder holds something else.
         """
         places = {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
-        there = {form: _is_there(place, plan) for form, place in places.items()}
-        return [(form, place, None if there[form] else EXPORTS[form].write) for form, place in places.items()]
+        found: list[tuple[str, Path, Writer | None]] = []
+        for form, place in places.items():
+            more = self._asked[form]
+            files = [place / f"model-{name}.gguf" for name in more]
+            writer: Any = EXPORTS[form].write
+            write = partial(writer, quantizations=more) if more else writer
+            found.append((form, place, None if _is_there(place, plan) and all(map(Path.exists, files)) else write))
+        return found
 
     def _export(
         self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, out: Path, healed: Path | None = None
@@ -203,6 +240,25 @@ class Place:
             verified = read_json(place / REPORT_FILE)["ok"]
             written.append({"format": form, "path": str(place), "for": EXPORTS[form].engines, "verified": verified})
         return {"plan": plan_fields(plan), "written": written}
+
+
+T = TypeVar("T", Calibration, Perplexity)
+
+
+def _fitted(given: T, config: Config, key: str) -> T:
+    """The same, its rows as long as the model's context at most; raises InputError if longer ones were asked for."""
+    if "seq_len" in given.model_fields_set:
+        check_context(given.seq_len, dict(config), key)
+    length = min(given.seq_len, config.get("max_position_embeddings") or given.seq_len)
+    return given.model_copy(update={"seq_len": length})
+
+
+def read_plan(path: Path) -> tuple[Path, Plan]:
+    """A plan's file, and the plan; raises InputError if there is none at the path or in its folder."""
+    file = path / PLAN_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"plan {str(path)!r} does not exist; give a {PLAN_FILE}, or the checkpoint's folder")
+    return file, load_plan(file)
 
 
 def own_dtype(config: Config) -> str:

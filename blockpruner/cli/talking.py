@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -60,16 +61,35 @@ def typed() -> Iterator[str]:
             return
 
 
-def side_by_side(folders: Sequence[Path], prompt: str, limit: int, device: str) -> Table:
-    """The answers of checkpoints, a column each. One model at a time is in memory."""
-    table, answers = Table(expand=True), []
+@dataclass(frozen=True)
+class Answer:
+    """What a checkpoint answers."""
+
+    model: str
+    """Its folder."""
+    parameters: int
+    tokens_per_second: float
+    answer: str
+
+
+def answers(folders: Sequence[Path], prompt: str, limit: int, device: str) -> list[Answer]:
+    """The answers of checkpoints. One model at a time is in memory."""
+    found = []
     for folder in folders:
         talker = Talker(folder, device)
         talker.answer([prompt], 1)  # the first call of a process is slower
         started = time.perf_counter()
         text, tokens = talker.answer([prompt], limit)
         speed = tokens / (time.perf_counter() - started)
-        table.add_column(f"{folder}\n{talker.model.num_parameters() / 1e6:,.1f} M, {speed:.1f} tokens/s", ratio=1)
-        answers.append(Text(text.strip()))
-    table.add_row(*answers)
+        found.append(Answer(str(folder), talker.model.num_parameters(), round(speed, 1), text.strip()))
+    return found
+
+
+def side_by_side(found: Sequence[Answer]) -> Table:
+    """Answers, a column each."""
+    table = Table(expand=True)
+    for one in found:
+        title = f"{one.model}\n{one.parameters / 1e6:,.1f} M, {one.tokens_per_second:.1f} tokens/s"
+        table.add_column(title, ratio=1)
+    table.add_row(*(Text(one.answer) for one in found))
     return table

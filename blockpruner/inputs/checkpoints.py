@@ -176,7 +176,7 @@ def _content(model: Model) -> dict[str, Any]:
         return model.model_dump(include=KEY_FIELDS[model.source])
     folder = _folder(model)
     files = {path.name: content_sha256(path) for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE}
-    return {"files": files, "licence": _licence(folder), "trust_remote_code": model.trust_remote_code}
+    return {"files": files, "licence": licence_beside(folder), "trust_remote_code": model.trust_remote_code}
 
 
 def _folder(model: LocalModel) -> Path:
@@ -214,7 +214,7 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
         )
     if not (directory / "config.json").exists():
         raise InputError(f"the model holds no config.json (found {found}); choose a model in transformers' layout")
-    licence = licence or _licence(directory)
+    licence = licence or licence_beside(directory)
     (directory / CARD_FILE).unlink(missing_ok=True)
     if read_json(directory / "config.json")["model_type"] == "baichuan":
         from blockpruner.inputs.baichuan import convert_
@@ -231,7 +231,7 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
     write_sealed_json(directory / SOURCE_FILE, facts)
 
 
-def _licence(directory: Path) -> dict[str, Any]:
+def licence_beside(directory: Path) -> dict[str, Any]:
     """What the card in a directory says, else that a file there is the licence, else nothing."""
     import yaml
     from huggingface_hub import metadata_load

@@ -10,6 +10,7 @@ import numpy as np
 
 from blockpruner.core.blocks import BlockKind, Mask, sorted_blocks
 from blockpruner.core.errors import extra
+from blockpruner.core.plan import Plan
 from blockpruner.reporting import plots
 from blockpruner.reporting.comparison import Comparison, Gain
 from blockpruner.reporting.findings import jump_at, recommended
@@ -202,13 +203,16 @@ def _speed(figure: Figure, study: ReportedRun) -> None:
     axes.margins(x=0.14, y=0.16)
 
 
-def _map(target: PrunedOption) -> Plot:
-    layers, order = target.plan.layers, [removal.added for removal in target.removals]
-    caption = (ORDER_CAPTION if order else MAP_CAPTION).format(target.name)
-    size = (max(10.2, 0.29 * layers + 1.5), 1.75)
+def removed_map(name: str, plan: Plan, order: Sequence[Mask]) -> Plot:
+    """Draw which blocks a plan removes, with the removals in order where they have one."""
+    caption, size = (ORDER_CAPTION if order else MAP_CAPTION).format(name), (max(10.2, 0.29 * plan.layers + 1.5), 1.75)
     return plots.render(
-        f"{target.name}-map", caption, size, lambda figure: plots.block_map(figure, layers, target.plan.mask, order)
+        f"{name}-map", caption, size, lambda figure: plots.block_map(figure, plan.layers, plan.mask, order)
     )
+
+
+def _map(target: PrunedOption) -> Plot:
+    return removed_map(target.name, target.plan, [removal.added for removal in target.removals])
 
 
 def _stability(trace: PrunedOption) -> Plot:

@@ -1,6 +1,6 @@
-"""Quantize a GGUF file by llama.cpp's own `llama_model_quantize`, which its tool `llama-quantize` is a command for.
+"""Stands in for llama.cpp's `llama-quantize`, which is a command for `llama_model_quantize` of its library.
 
-python quantize.py <folder of libllama> <input> <output> <llama_ftype>
+python quantize.py <folder of libllama> <input> <output> <quantization>
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+
+from gguf import LlamaFileType
 
 
 class Parameters(ctypes.Structure):
@@ -28,7 +30,7 @@ def main(folder: str, source: str, target: str, ftype: str) -> int:
     library = loaded["libllama."]
     library.llama_model_quantize_default_params.restype = Parameters
     parameters = library.llama_model_quantize_default_params()
-    parameters.ftype = int(ftype)
+    parameters.ftype = LlamaFileType[f"MOSTLY_{ftype}"]
     library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Parameters)]
     result: int = library.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
     return result

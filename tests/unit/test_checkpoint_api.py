@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
@@ -16,20 +17,23 @@ from scipy.stats import ttest_rel
 from transformers import AutoModelForCausalLM
 
 import blockpruner
+from blockpruner import api
 from blockpruner.checkpoints import hf, verification
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.checkpoints.zeroed import export_zeroed
-from blockpruner.core.blocks import all_blocks
+from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.inputs.calibration import pack_rows
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
+from blockpruner.search.iteration import Iteration
 from blockpruner.store.plans import load_plan, save_plan
 from tests.plans import InProcess, fetch, fetch_tiny, plan_of, pruning
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
+from tests.unit.test_hub import Hub
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]
@@ -273,3 +277,94 @@ def test_prune_to_another_budget(budget, mha, blocks):
 def test_prune_says_what_it_cannot(changes, message):
     with pytest.raises(InputError, match=message):
         blockpruner.prune(tiny_model(), tiny_tokenizer(), **{"texts": TEXTS, "ratio": 0.2, "seq_len": 32} | changes)
+
+
+def best_pair(problem, options):
+    """The best of all pairs, by the search of a user: a plain function."""
+    pairs = [first | second for first, second in combinations(problem.units, 2)]
+    scores = tuple(problem.ask([DENSE, *pairs]))
+    yield Iteration(0, scores, (None,) * len(scores), min(range(1, len(scores)), key=lambda i: scores[i].loss))
+
+
+def test_a_function_may_search_and_progress_shows_by_itself(capsys):
+    reference = tiny_model()
+    pruned = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, "2blocks", seq_len=32, method=best_pair)
+    assert "best so far" in capsys.readouterr().err
+    rows = pack_rows(TEXTS, tiny_tokenizer(), 32, "joined").rows
+
+    def loss(pair):
+        with masked(reference, frozenset(pair)):
+            return sum(full_nll(reference, row) for row in rows)
+
+    assert pruned.plan.mask == frozenset(min(combinations(all_blocks(4), 2), key=loss))
+    assert pruned.plan.method == "best_pair"
+
+
+def test_the_model_goes_to_the_device_that_is_there(monkeypatch):
+    asked = []
+    monkeypatch.setattr(api, "resolve_device", lambda device: asked.append(device) or torch.device("cpu"))
+    blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, "1blocks", seq_len=32, method="greedy")
+    blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, "1blocks", seq_len=32, method="greedy", device="cuda:1")
+    assert asked == ["auto", "cuda:1"]
+
+
+def test_evaluate_is_the_perplexity_of_joined_rows():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    ids = tokenizer("\n\n".join(TEXTS)).input_ids
+    rows = [ids[i : i + 32] for i in range(0, 96, 32)]
+    dense = blockpruner.evaluate(model, tokenizer, TEXTS, seq_len=32, max_rows=3)
+    assert dense.perplexity == pytest.approx(math.exp(mean(full_nll(model, row) for row in rows)))
+    pruned = blockpruner.prune(model, tokenizer, TEXTS, "2blocks", seq_len=32, method="greedy")
+    found = pruned.evaluate(TEXTS, seq_len=32, max_rows=3)
+    assert found.row_nll == pytest.approx([full_nll(pruned.model, row) for row in rows]) and found != dense
+    with pytest.raises(InputError, match="texts is one string"):
+        pruned.evaluate("a few words")
+    with pytest.raises(InputError, match="held-out perplexity has no row"):
+        pruned.evaluate(["a"])
+
+
+@pytest.fixture
+def compensated(tmp_path):
+    """Pruned and compensated in memory, from a folder with a licence."""
+    folder = save_tiny(tmp_path / "mine")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.2"]}, "compensation": "refit"}
+    pruned = blockpruner.prune(model, tiny_tokenizer(), TEXTS, "1blocks", **settings)
+    assert pruned.compensation["share"]
+    return pruned
+
+
+@pytest.mark.usefixtures("in_process")
+def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compensated):
+    before = {name: tensor.clone() for name, tensor in compensated.model.state_dict().items()}
+    places = compensated.export(tmp_path / "out", ["hf", "nas"])
+    assert places == {"hf": tmp_path / "out", "nas": tmp_path / "out-nas"}
+    for place in places.values():
+        assert json.loads((place / "verification.json").read_text())["ok"]
+    for name, tensor in compensated.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) and tensor.dtype is torch.float32
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    ids = torch.arange(1, 20)[None]
+    assert torch.equal(loaded(ids).logits, compensated.model(ids).logits)
+    card, plan = (tmp_path / "out/README.md").read_text(), load_plan(tmp_path / "out/blockpruner_plan.json")
+    assert "license: mit" in card and "compensated without training (refit" in card and "# out\n" in card
+    assert (plan.compensate, plan.removed) == ("refit", ("mlp.2",))
+    with pytest.raises(InputError, match="out is not empty; choose another directory"):
+        compensated.export(tmp_path / "out")
+    with pytest.raises(InputError, match="'zeroed' needs the dense model's weights, .*valid: hf, nas, gguf"):
+        compensated.export(tmp_path / "new", ["zeroed"])
+    with pytest.raises(InputError, match="export 'onnx' is unknown"):
+        compensated.export(tmp_path / "new", ["hf", "onnx"])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_is_pushed_is_private_verified_and_licensed(compensated, monkeypatch):
+    hub = Hub(monkeypatch)
+    assert compensated.push_to_hub("me/small") == "https://hub.invalid/me/small/commit/1"
+    (_, card), (_, repo, made), (_, sent) = hub.calls
+    assert repo == "me/small" and made["private"] is True and card["license"] == "mit"
+    assert {"model.safetensors", "verification.json", "blockpruner_plan.json"} <= set(sent["allow_patterns"])
+    with pytest.raises(InputError, match="'me/small' is there and private"):
+        compensated.push_to_hub("me/small", private=False)

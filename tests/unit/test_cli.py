@@ -1,20 +1,33 @@
 """The command `blockpruner`, on tiny models."""
 
+import csv
 import json
+import math
+import os
 import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
+from scipy.stats import ttest_rel
+from typer import Abort
 
+from blockpruner.cli import doctor
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import parse_mask
-from blockpruner.model.models import load_model, masked
-from tests.tiny import save_tiny, tiny_tokenizer
+from blockpruner.core.progress import SilentObserver
+from blockpruner.model.models import load_model, masked, prune_
+from blockpruner.store.plans import load_plan
+from tests.tiny import full_nll, save_tiny, tiny_tokenizer
+from tests.unit.test_hub import Hub as FakeHub
 from tests.unit.test_sources import Hub
 
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(40))
@@ -120,6 +133,11 @@ def test_a_folder_is_kept_and_never_replaced_by_another_plan(model, place, say):
     ]
 
 
+def test_formats_go_by_the_names_of_engines_too(place):
+    given = Place(place, "cpu", SilentObserver(), "vLLM,llama.cpp:q4_k_m, gguf:Q5_0,zeroed")
+    assert given._asked == {"hf": (), "nas": (), "gguf": ("Q4_K_M", "Q5_0"), "zeroed": ()}
+
+
 @pytest.mark.usefixtures("in_process")
 def test_apply_makes_the_same_checkpoint_from_the_same_base_alone(model, place, say):
     done(say(*prune(model, "--out", "out", "--export", "zeroed", "--json")))
@@ -180,6 +198,81 @@ def test_a_model_of_the_hub_is_asked_for_its_shape_alone_before_it_is_fetched(mo
     assert hub.asked == [("a/tiny", None)]
 
 
+def curve(model, plan, *more):
+    return ("curve", model, plan, "--texts", "heldout.txt", "--seq-len", 16, *more)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("method", ["blockpruner", "floating"])
+def test_a_curve_is_the_perplexity_of_each_pruned_model(model, place, say, method):
+    """Of models that are pruned one by one. The trial folder knows more of the search than the plan does."""
+    (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
+    for ratio in (0.5, 0.3):
+        done(say(*prune(model, "--out", f"out{ratio}", "--json", ratio=ratio, method=method)))
+    found = done(say(*curve(model, "out0.3", "--json")))
+    plan, tokenizer = load_plan(place / "out0.3/blockpruner_plan.json"), tiny_tokenizer()
+    ids = tokenizer((place / "heldout.txt").read_text()).input_ids
+    rows = [ids[i : i + 16] for i in range(0, len(ids) - 15, 16)]
+    assert found["rows"] == len(rows) and len(found["points"]) > len(plan.removed)
+    assert [len(point["removed"]) for point in found["points"]] == [*range(1, len(found["points"]) + 1)]
+    assert list(plan.removed) in [point["removed"] for point in found["points"]]
+    dense = [full_nll(load_model(model, "float32"), row) for row in rows]
+    assert found["dense_perplexity"] == pytest.approx(math.exp(mean(dense)), rel=1e-5)
+    for point in found["points"]:
+        pruned = prune_(load_model(model, "float32"), parse_mask(",".join(point["removed"])))
+        nll = [full_nll(pruned, row) for row in rows]
+        assert point["perplexity"] == pytest.approx(math.exp(mean(nll)), rel=1e-5)
+        low, high = ttest_rel(nll, dense).confidence_interval(0.95)
+        assert point["interval"] == pytest.approx([math.exp(low), math.exp(high)], rel=1e-4)
+    if method == "blockpruner":
+        order = list(plan.order)
+        assert [point["added"] for point in found["points"]][: len(order)] == order
+        alone = done(say(*curve(model, "out0.3", "--json", "--trials", "elsewhere")))["points"]
+        assert [point["removed"] for point in alone] == [point["removed"] for point in found["points"]][: len(order)]
+    few = done(say(*curve(model, "out0.3", "--points", 2, "--json", "--out", "few.csv")))
+    assert few["trials_computed"] == 0 and len(few["points"]) == 2
+    assert few["points"][-1]["removed"] == found["points"][-1]["removed"]
+    lines = [*csv.DictReader((place / "few.csv").read_text().splitlines())]
+    assert len(lines) == 2 and float(lines[-1]["perplexity"]) == few["points"][-1]["perplexity"]
+    assert float(lines[-1]["relative_low"]) == few["points"][-1]["interval"][0]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_curve_goes_on_after_a_kill_and_draws_itself(model, place, say, monkeypatch):
+    (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
+    done(say(*prune(model, "--out", "out", "--json")))
+    killed = fresh(KILLED.replace("12", "3"), *curve(model, "out"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = say(*curve(model, "out", "--trials", "elsewhere", "--out", "whole.png"))
+    assert code == 0 and (place / "whole.png").read_bytes()[:4] == b"\x89PNG", err
+    assert max(map(len, out.splitlines())) <= 80 and out.count("●") == len(
+        load_plan(place / "out/blockpruner_plan.json").order
+    )
+    whole, found = (
+        done(say(*curve(model, "out", "--trials", "elsewhere", "--json"))),
+        done(say(*curve(model, "out", "--json"))),
+    )
+    points = len(found["points"]) + 1
+    assert 0 < found["trials_computed"] < points and whole["trials_computed"] == 0
+    assert found["points"] == whole["points"]
+    assert "<svg" in (place / "out-curve.svg").read_text()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_is_no_curve_is_said_before_a_model_is_loaded(model, place, say):
+    (place / "heldout.txt").write_text("a few words of which there is one row")
+    done(say(*prune(model, "--out", "out", "--json")))
+    for more, message in (
+        (["--out", "curve.gif"], "--out 'curve.gif' has no known ending; valid: .svg, .png, .csv, .json"),
+        ([], "the held-out texts are .* rows? of 16|needs at least 2; give a smaller --seq-len"),
+        (["--seq-len", "400"], "--seq-len 400 is longer than the model's context of 128"),
+        (["--seq-len", "100"], "held-out perplexity has no row: .*--seq-len 100"),
+    ):
+        code, out, err = say(*curve(model, "out", *([] if more else ["--seq-len", 32]), *more))
+        assert code == 2 and not out and re.search(message, err.splitlines()[-1]), err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -191,6 +284,8 @@ def test_a_model_of_the_hub_is_asked_for_its_shape_alone_before_it_is_fetched(mo
         (["--dtype", "int3"], "--dtype: .*'bfloat16'.*'int3'"),
         (["--device", "abacus"], "--device 'abacus' is unknown; valid: auto, cpu"),
         (["--export", "onnx"], "export 'onnx' is unknown; valid: hf, nas, gguf"),
+        (["--export", "vllm:Q4_K_M"], "export vllm:Q4_K_M: only gguf has quantizations, as in gguf:Q4_K_M"),
+        (["--export", "gguf:Q9"], "export gguf:Q9: the quantization is unknown; valid: F16, .*Q4_K_M"),
         (["--texts", "absent.txt"], "'absent.txt' does not exist; give a .parquet, .json, .jsonl or .txt file"),
         (["--seq-len", "4096"], "--seq-len 4096 is longer than the model's context of 128"),
     ],
@@ -221,7 +316,7 @@ def test_help_loads_no_torch_and_every_command_explains_itself(say):
     code = "import sys; from blockpruner.cli.main import app; app(['--help'], standalone_mode=False)"
     result = fresh(f"{code}; assert not {{'torch', 'transformers'}} & set(sys.modules)")
     assert result.returncode == 0 and "compare" in result.stdout, result.stderr
-    for name in ("prune", "apply", "chat", "compare"):
+    for name in ("prune", "apply", "curve", "chat", "compare", "report", "push", "doctor", "schema"):
         code, out, err = say(name, "--help")
         assert code == 0 and "Usage" in out and "Traceback" not in out + err
     assert say("--version")[1].strip() == command.__version__
@@ -243,5 +338,110 @@ def test_chat_and_compare(model, place, say, monkeypatch):
     assert say("chat", model, "--max-new-tokens", 5)[:2] == (0, out)
     code, out, _ = say("compare", model, model, "--prompt", "a few words", "--max-new-tokens", 5)
     assert code == 0 and out.count("tokens/s") == 2
+    both = done(say("compare", model, model, "--prompt", "a few words", "--max-new-tokens", 5, "--json"))
+    assert [one["answer"] for one in both] == [text.strip()] * 2
+    assert both[0]["parameters"] == dense.num_parameters() and both[0]["tokens_per_second"] > 0
     code, _, err = say("chat", place)
     assert code == 2 and "has no config.json; give a checkpoint's folder" in err
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_report_is_one_file_that_tells_what_the_plan_and_the_curve_hold(model, place, say):
+    (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
+    done(say(*prune(model, "--out", "out", "--json")))
+    code, out, err = say("report", "out")
+    assert code == 0, err
+    page = Path(out.strip()).read_text()
+    plan = load_plan(place / "out/blockpruner_plan.json")
+    assert page.count("<svg") == 1 and "blockpruner curve does that" in page and "Verified by transformers" in page
+    assert f"{plan.ratio:.1%}".replace("%", " %") in page and f"{plan.calibration['perplexity']:.2f}"[:5] in page
+    point = done(say(*curve(model, "out", "--json")))["points"][len(plan.order) - 1]
+    assert say("report", "out", "--out", "page.html")[0] == 0
+    page = (place / "page.html").read_text()
+    assert page.count("<svg") == 2 and f"[{point['interval'][0]:.2f}, {point['interval'][1]:.2f}]" in page
+    assert not re.search(r'(src|href)="http', page)
+    (place / "out/config.json").write_text("{}")
+    code, _, err = say("report", "out")
+    assert code == 2 and "is not what was verified: config.json changed" in err
+    assert say("report", "absent")[2].startswith("error: plan 'absent' does not exist")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monkeypatch):
+    done(say(*prune(model, "--out", "out", "--json")))
+    hub = FakeHub(monkeypatch)
+    found = done(say("push", "out", "me/small", "--dry-run", "--json"))
+    assert found["private"] is True and found["repo"] == "me/small"
+    assert set(found["files"]) == {path.name for path in (place / "out").iterdir()} - {".cache"}
+    assert found["files"]["model.safetensors"] == (place / "out/model.safetensors").stat().st_size
+    code, out, err = say("push", "out", "me/small")
+    assert code == 2 and not out and "there is no terminal to ask on; say --yes" in err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: (_ for _ in ()).throw(Abort))
+    code, _, err = say("push", "out", "me/small")
+    assert code == 1 and "to the private repository me/small" in err and "model.safetensors" in err
+    assert hub.calls == []
+    assert done(say("push", "out", "me/small", "--yes", "--json"))["commit"] == "https://hub.invalid/me/small/commit/1"
+    (_, _), (_, repo, made), (_, sent) = hub.calls
+    assert repo == "me/small" and made["private"] is True and sorted(sent["allow_patterns"]) == sorted(found["files"])
+    code, _, err = say("push", "out", "me/small", "--public", "--yes")
+    assert code == 2 and "is there and private, and --private is false; nothing was uploaded" in err
+    (place / "out/notes").write_text("mine")
+    code, _, err = say("push", "out", "me/small", "--yes")
+    assert code == 2 and "is not what was verified: notes changed, or came or went" in err
+
+
+def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch):
+    def dead(request, timeout):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(doctor, "urlopen", dead)
+    checks = {check["name"]: check for check in done(say("doctor", "--json"))}
+    assert checks["torch"]["verdict"] == "ok" and checks["torch"]["found"] == torch.__version__
+    assert checks["cache"]["found"].startswith(str(place / "cache/blockpruner"))
+    assert checks["hub"]["lacks"] == "HF_HUB_OFFLINE is set" and checks["hub"]["verdict"] == "optional"
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    for more, found, lacks in (((), "not contacted", ""), (["--online"], "", "no route to host")):
+        hub = done(say("doctor", "--json", *more))[-1]
+        assert hub["found"].startswith(found) and bool(hub["found"]) is bool(found) and lacks in hub["lacks"]
+    known = doctor.version
+    absent = {"ray": "", "typer": "0.1"}
+
+    def version(name):
+        if absent.get(name) == "":
+            raise PackageNotFoundError
+        return absent.get(name) or known(name)
+
+    monkeypatch.setattr(doctor, "version", version)
+    code, out, _ = say("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)}
+    assert code == 1 and checks["typer"]["verdict"] == "missing" and checks["ray"]["verdict"] == "optional"
+    assert checks["typer"]["fix"] == "pip install 'typer>=0.15'" and checks["typer"]["lacks"] == "0.1 is not >=0.15"
+    code, out, _ = say("doctor", "--trials", "texts.txt/inner")
+    assert code == 1 and "choose another folder: --trials DIR" in " ".join(out.split())
+
+
+def test_schema_is_that_of_run_files(place, say):
+    code, out, _ = say("schema")
+    schema = json.loads(out)
+    check = Draft202012Validator(schema)
+    check.check_schema(schema)
+    run = {"model": {"source": "hub", "repo": "a/b"}, "calibration": {"seq_len": 64}}
+    assert code == 0 and check.is_valid(run)
+    for wrong in ({"model": {"source": "hub"}}, {**run, "calibration": {"seq_len": 1}}, {**run, "scores": {}}):
+        assert not check.is_valid(wrong)
+
+
+def test_completion_and_the_commands_of_a_clone(place):
+    def run(*args, **environment):
+        command = [sys.executable, "-m", "blockpruner", *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+    completed = run(_BLOCKPRUNER_COMPLETE="complete_bash", COMP_WORDS="blockpruner pr", COMP_CWORD="1")
+    assert completed.stdout.split() == ["prune"]
+    assert run("clean").returncode == 2
+    (place / "flows").mkdir()
+    (place / "flows/prune.py").write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
+    assert "Commands of this clone" in run("--help").stdout
+    found = run("run", "--run", "mine", "--help")
+    assert (found.returncode, found.stdout.strip()) == (1, "['--run', 'mine', '--help']")

@@ -352,6 +352,37 @@ def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fau
     assert written == ["F16", "Q8_0"] and list(tmp_path.iterdir()) == []
 
 
+@engine
+@pytest.mark.usefixtures("in_process")
+def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypatch):
+    """By a program that writes another file of ours, to which no quantization is equal."""
+    tool = tmp_path / "bin/llama-quantize"
+    tool.parent.mkdir()
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+
+    def quantized(script, out):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        gguf.require_quantizations(["Q4_K_M"])
+        export_gguf(pruning(dense, plan_of(dense, ["mha.0", "mlp.3"])), tmp_path / out, ["Q4_K_M"])
+
+    quantized('[ "$3" = Q4_K_M ] && cp "$(dirname "$1")/model-Q8_0.gguf" "$2"', "out")
+    report = json.loads((tmp_path / "out/verification.json").read_text())
+    assert report["ok"] and report["files"]["Q4_K_M"] == report["files"]["Q8_0"]
+    assert "model-Q4_K_M.gguf" in report["manifest"]
+    export(dense, tmp_path / "other", order=["mlp.3"])
+    with pytest.raises(InputError, match="does not reproduce the model in memory"):
+        quantized(f'cp {tmp_path}/other/model-Q8_0.gguf "$2"', "wrong")  # with an attention more
+    with pytest.raises(InputError, match="gguf:Q4_K_M: llama-quantize failed: no such type. Choose another"):
+        quantized("echo no such type >&2; exit 1", "failed")
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "out", "other"}
+    with pytest.raises(InputError, match="gguf:Q4: the quantization is unknown; valid: .*Q4_K_M"):
+        gguf.require_quantizations(["Q4"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="llama-quantize, which is not on PATH; install llama.cpp"):
+        gguf.require_quantizations(["Q4_K_M"])
+
+
 @pytest.mark.parametrize(
     ("config", "plan", "message"),
     [

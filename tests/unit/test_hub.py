@@ -50,7 +50,7 @@ class Hub:
 
 def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatch):
     hub = Hub(monkeypatch)
-    assert push(checkpoint, "me/small", True, LICENCE) == "https://hub.invalid/me/small/commit/1"
+    assert push(checkpoint, "me/small", True, LICENCE, "mine-0.2") == "https://hub.invalid/me/small/commit/1"
     (_, card), (_, repo, made), (_, sent) = hub.calls
     assert card["base_model"] == "meta-llama/Llama-2-7b-hf" and repo == "me/small"
     assert made == {"private": True, "exist_ok": True}
@@ -61,7 +61,7 @@ def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatc
 def test_a_repository_of_another_visibility_gets_nothing(checkpoint, monkeypatch):
     hub = Hub(monkeypatch, private=False)
     with pytest.raises(InputError, match="'me/small' is there and public, and push.private is true; nothing was up"):
-        push(checkpoint, "me/small", True, LICENCE)
+        push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert [name for name, *_ in hub.calls] == ["validate", "create_repo"]
 
 
@@ -71,7 +71,7 @@ def test_what_was_changed_or_added_since_stays_here(checkpoint, monkeypatch, nam
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_text('{"other": 1}')
     with pytest.raises(InputError, match=f"hf is not what was verified: {name} changed, or came or went"):
-        push(checkpoint, "me/small", True, LICENCE)
+        push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []
 
 
@@ -80,9 +80,9 @@ def test_a_card_without_the_bases_licence_stays_here(checkpoint, monkeypatch):
     card = checkpoint / "README.md"
     card.write_text(card.read_text().replace("license: llama2\n", ""))  # a card may be edited
     with pytest.raises(InputError, match=r"README\.md has no license, and the base model's is llama2: add it"):
-        push(checkpoint, "me/small", True, LICENCE)
+        push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []
-    assert push(checkpoint, "me/small", True, {})
+    assert push(checkpoint, "me/small", True, {}, "mine-0.2")
 
 
 def test_the_cards_metadata_is_what_the_hub_knows(checkpoint):
@@ -96,7 +96,7 @@ def test_the_cards_metadata_is_what_the_hub_knows(checkpoint):
 @pytest.mark.parametrize(
     ("report", "words"),
     [
-        (None, "is not a verified checkpoint; run its materialize stage"),
+        (None, "is not a verified checkpoint; give a folder that"),
         ('{"ok": null, "unchecked": "xllamacpp is not installed"}', "was not verified .xllamacpp is not installed."),
         ('{"ok": true}', r"verification\.json lists no files: it is of an older version; export it again"),
     ],
@@ -107,14 +107,14 @@ def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words)
     if report:
         (checkpoint / "verification.json").write_text(report)
     with pytest.raises(InputError, match=words):
-        push(checkpoint, "me/small", True, LICENCE)
+        push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []
 
 
 def test_a_hub_that_refuses_is_one_clear_line(checkpoint, monkeypatch):
     Hub(monkeypatch, OSError("403 Forbidden: you lack write access\nand a long story"))
     with pytest.raises(InputError, match=r"'me/small' cannot be used: 403 Forbidden.*token may write there") as error:
-        push(checkpoint, "me/small", False, LICENCE)
+        push(checkpoint, "me/small", False, LICENCE, "mine-0.2")
     assert "story" not in str(error.value)
 
 
@@ -125,7 +125,7 @@ def test_no_hub_at_all_is_one_clear_line(checkpoint, monkeypatch):
     real = huggingface_hub.HfApi
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: real(endpoint="http://127.0.0.1:9"))
     with pytest.raises(InputError, match=r"'me/small' cannot be used: .*token may write there"):
-        push(checkpoint, "me/small", True, LICENCE)
+        push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
 
 
 def test_a_target_names_repository_format_and_privacy():

@@ -1,0 +1,217 @@
+"""`blockpruner curve`: held-out perplexity of every step of a search, to choose a ratio by.
+
+Decides which masks are points, and how the points are shown. They are scored as a search scores masks, over the dense
+model's weights, into the same trial stores: a killed run goes on, and a longer curve reuses a shorter one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from blockpruner.cli.pruning import Place, read_plan
+from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
+from blockpruner.core.budgets import resources_of
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.core.settings import Run, Runtime, read_settings
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.texts import load_texts
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.methods.kind import open_stores
+from blockpruner.methods.score import open_material
+from blockpruner.reporting.formats import number
+from blockpruner.reporting.grids import Field, Grid, Number, grid_of, percentage, to_csv
+from blockpruner.reporting.statistics import perplexity_ratio
+from blockpruner.scoring.metrics import NLL
+from blockpruner.scoring.objectives import Objective
+from blockpruner.search.trace import read_trace, table_path
+from blockpruner.store.files import write_atomic, write_sealed_json
+from blockpruner.store.provenance import fingerprint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from blockpruner.reporting.plots import Plot
+
+CAPTION = (
+    "Held-out perplexity relative to the dense model against the share of parameters removed, with 95 % intervals over "
+    "paired rows. Each dot is a step of the search as pruned: no weights are compensated or trained."
+)
+
+
+def measure(place: Place, run: Run, path: Path, points: int | None) -> dict[str, Any]:
+    """Score the dense model and what a plan's search removed, step by step, on the run's held-out text.
+
+    Args:
+        path: a plan's file, or a checkpoint's folder that holds one.
+        points: at most so many masks, evenly spaced over the steps; None takes all.
+
+    Raises:
+        InputError: the plan removes no blocks or is of another model, or the text is too short.
+    """
+    from blockpruner.evaluation.perplexity import held_out
+
+    file, plan = read_plan(path)
+    if plan.kind != "mask":
+        raise InputError(f"{file} is of method {plan.method}, which has no steps; give a plan that removes blocks")
+    run, dense = place.fetch_base(run, file, plan)
+    wanted = run.evaluate.perplexity
+    tokenizer = load_tokenizer(dense, run.model.trust_remote_code)
+    rows = CalibrationSet(held_out(tokenizer, load_texts(wanted.data, place.root / "cache", place.pins), wanted).rows)
+    if len(rows.rows) < 2:
+        raise InputError(
+            f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at least 2; give a "
+            "smaller --seq-len, a larger --max-rows or longer --texts"
+        )
+    masks, runtime = steps(place.root, plan), read_settings(Runtime, {"device": place.device})
+    if points is not None and points < len(masks):
+        masks = [masks[math.ceil((i + 1) * len(masks) / points) - 1] for i in range(points)]
+    with open_material(dense, run.model, runtime, place.root, place.observer) as given:
+        with open_stores([NLL.key], rows, given.identity, given.dtype, place.root, place.observer) as stores:
+            objective = Objective(rows, stores[NLL.key], given.scorer, place.observer)
+            place.observer.begin("curve")
+            base, *scores = objective([DENSE, *masks])
+            work = f"{len(masks)} pruned models on {len(rows.rows)} rows of {wanted.seq_len} tokens"
+            place.observer.end(work, cached=not objective.counts.units_computed)
+        parameters = resources_of(given.config)["parameters"]
+    found = []
+    for before, mask, score in zip([DENSE, *masks], masks, scores, strict=False):
+        effect = perplexity_ratio(base.row_loss, score.row_loss)
+        found.append(
+            {
+                "ratio": parameters.ratio(mask),
+                "added": format_mask(mask - before) if before < mask else None,
+                "removed": [str(block) for block in sorted_blocks(mask)],
+                "perplexity": score.perplexity,
+                "relative": effect.value,
+                "interval": [effect.interval.low, effect.interval.high],
+            }
+        )
+    result = {
+        "model": run.model.title, "text": wanted.data.title, "rows": len(rows.rows), "tokens": rows.tokens,
+        "dense_perplexity": base.perplexity, "points": found,
+    }  # fmt: skip
+    write_sealed_json(kept(place.root, plan), result)
+    return result | {"trials_computed": objective.counts.trials_computed}
+
+
+def kept(trials: Path, plan: Plan) -> Path:
+    """Where the latest curve of a plan's search is kept."""
+    return trials / "curves" / f"{fingerprint({'base': plan.base, 'search': plan.search})}.json"
+
+
+def steps(trials: Path, plan: Plan) -> list[Mask]:
+    """What a plan's search removed, step by step, the least first: every prefix of its sequence, also beyond the plan.
+
+    A search that goes back on removals has no sequence. Then each point is the best that its steps chose with so many
+    blocks removed. Where the trial folder does not hold the search, the plan alone tells.
+    """
+    best: dict[int, tuple[float, Mask]] = {}
+    for first in sorted(trials.glob(f"searches/*/{plan.search}/**/{table_path(Path(), 0).name}")):
+        for iteration in read_trace(first.parent, plan.search):
+            choice = iteration.scores[iteration.chosen]
+            if choice.mask and not choice.loss >= best.get(len(choice.mask), (math.inf, DENSE))[0]:
+                best[len(choice.mask)] = (choice.loss, choice.mask)
+    known, mask = {size: mask for size, (_, mask) in best.items()}, DENSE
+    for unit in plan.order:
+        mask |= parse_mask(unit)
+        known[len(mask)] = mask
+    return [known[size] for size in sorted(known)]
+
+
+def _step(point: Mapping[str, Any]) -> str:
+    """What a step removed, or where it took something back, how much is gone."""
+    kinds = (f"{sum(name.startswith(kind) for name in point['removed'])} {kind.upper()}" for kind in BlockKind)
+    return point["added"] or " + ".join(kinds)
+
+
+FIELDS: tuple[Field[Mapping[str, Any]], ...] = (
+    Field("ratio", "removed", lambda point: percentage(point["ratio"])),
+    Field("step", "step", _step),
+    Field("perplexity", "perplexity", lambda point: Number(point["perplexity"])),
+    Field(
+        "relative",
+        "times dense [95 %]",
+        lambda point: Number(point["relative"], 2, low=point["interval"][0], high=point["interval"][1]),
+    ),
+)
+REMOVED: Field[Mapping[str, Any]] = Field("removed", "removed blocks", lambda point: " ".join(point["removed"]))
+
+
+def table(found: Mapping[str, Any], plan: Plan | None = None, fields: Sequence[Field[Any]] = FIELDS) -> Grid:
+    """The points of a curve; that of a plan is stressed."""
+    title = f"{found['model']}: perplexity of {found['text']}, dense {number(found['dense_perplexity'])}"
+    chosen = list(plan.removed) if plan else []
+    return grid_of("curve", title, fields, found["points"], strong=lambda point: point["removed"] == chosen)
+
+
+def words(found: Mapping[str, Any], plan: Plan) -> Table:
+    """The curve for a terminal: a line for each point, its place on a logarithmic scale to the right."""
+    ends = [1.0, *(end for point in found["points"] for end in point["interval"])]
+    low, high, grid = min(ends), max(ends), table(found, plan)
+    shown = Table(title=grid.title, title_justify="left", box=None, pad_edge=False)
+    for title, is_number in zip(grid.head, grid.numeric, strict=True):
+        shown.add_column(title, justify="right" if is_number else "left", no_wrap=is_number)
+    scale = f"{high:.2f}"
+    shown.add_column(f"{low:.2f}{scale:>{WIDTH - len(f'{low:.2f}')}}", no_wrap=True)
+    for index, (texts, point) in enumerate(zip(grid.texts, found["points"], strict=True)):
+        shown.add_row(
+            *texts, _bar(point["relative"], point["interval"], low, high), style="bold" if index in grid.strong else ""
+        )
+    return shown
+
+
+WIDTH = 24
+"""Characters of an interval's scale, which fits into 80 columns."""
+
+
+def _bar(value: float, interval: Sequence[float], low: float, high: float) -> str:
+    span = math.log(high / low) or 1.0
+    start, dot, end = (round(math.log(place / low) / span * (WIDTH - 1)) for place in (interval[0], value, interval[1]))
+    cells = ["─" if start <= i <= end else " " for i in range(WIDTH)]
+    cells[dot] = "●"
+    return "".join(cells)
+
+
+def plot(found: Mapping[str, Any]) -> Plot:
+    """The curve as a figure."""
+    from blockpruner.reporting import plots
+
+    def draw(figure: Figure) -> None:
+        axes, points = figure.subplots(), found["points"]
+        y = [point["relative"] for point in points]
+        sides = [[abs(point["interval"][i] - value) for point, value in zip(points, y, strict=True)] for i in (0, 1)]
+        axes.errorbar([100 * point["ratio"] for point in points], y, sides, color=plots.BLUE, marker="o", markersize=4,
+                      linewidth=1, capsize=2.5)  # fmt: skip
+        plots.star_(axes, 0, 1)
+        plots.label_(axes, plots.REMOVED, "perplexity, times that of the dense model")
+        plots.scale_(axes, [1, *(end for point in points for end in point["interval"])])
+
+    text = f"{CAPTION} {found['model']}, dense {number(found['dense_perplexity'])} on {found['text']}."
+    return plots.render("curve", text, (4.3, 3.3), draw, wide=False)
+
+
+def require_known(file: Path) -> None:
+    """Raise InputError if a file's name says no known kind."""
+    if file.suffix not in FORMS:
+        raise InputError(f"--out {str(file)!r} has no known ending; valid: {', '.join(FORMS)}")
+
+
+def write(found: Mapping[str, Any], file: Path) -> None:
+    """Write the curve: a picture or its numbers, as the file's ending says."""
+    content = FORMS[file.suffix](found)
+    write_atomic(file, lambda temporary: temporary.write_bytes(content))
+
+
+FORMS: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = {
+    ".svg": lambda found: plot(found).svg.encode(),
+    ".png": lambda found: plot(found).png,
+    ".csv": lambda found: to_csv(table(found, fields=(*FIELDS, REMOVED))).encode(),
+    ".json": lambda found: json.dumps(found, indent=2).encode(),
+}

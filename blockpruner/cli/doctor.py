@@ -1,0 +1,158 @@
+"""`blockpruner doctor`: what this machine has for the command, and what mends what is missing.
+
+Decides what is looked at. Nothing is downloaded, and no host is contacted unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import torch
+from packaging.requirements import Requirement
+from rich.table import Table
+
+from blockpruner.model import accelerator
+from blockpruner.reporting.formats import size
+from blockpruner.store.provenance import machine
+
+OPTIONAL = {
+    "accelerate": "one model over several GPUs",
+    "datasets": "texts from the hub",
+    "matplotlib": "pictures of curves, reports",
+    "gguf": "--export gguf",
+    "xllamacpp": "verifies --export gguf",
+    "mlx-lm": "verifies --export nas",
+    "lm-eval": "zero-shot tasks",
+    "peft": "training after pruning (LoRA)",
+    "ray": "several devices and machines",
+}
+"""Packages that some work needs."""
+
+FREE = 2 * 2**30
+"""The least room of the cache folder, which gets a copy of the model."""
+
+SIDE, REPEATS = 768, 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    found: str
+    """What is there; empty if it is missing or does not do."""
+    lacks: str = ""
+    """What is wrong, where something is."""
+    fix: str = ""
+    """The command that mends it."""
+    needed: bool = True
+    """Whether nothing works without it."""
+
+    @property
+    def verdict(self) -> str:
+        return "ok" if self.found else "missing" if self.needed else "optional"
+
+
+def look(cache: Path, online: bool) -> list[Check]:
+    """Look at this machine.
+
+    Args:
+        cache: the folder of `--trials`.
+        online: whether the hub is asked for an answer.
+    """
+    return [*_packages(), *_devices(), _bfloat16(), _cache(cache), _quantizer(), _hub(online)]
+
+
+def _packages() -> Iterator[Check]:
+    yield Check("Python", platform.python_version())  # an older one does not install this package
+    rows = {row.name: row for row in map(Requirement, reversed(requires("blockpruner") or ()))}
+    for name, row in sorted(rows.items()):
+        needed = row.marker is None
+        if not needed and name not in OPTIONAL:
+            continue
+        try:
+            here = version(name)
+        except PackageNotFoundError:
+            here = ""
+        fits = bool(here) and row.specifier.contains(here, prereleases=True)
+        purpose = "" if needed else OPTIONAL[name]
+        lacks = f"{here} is not {row.specifier}" if here else f"for {purpose}" if purpose else "not installed"
+        yield Check(name, here if fits else "", lacks, f"pip install '{name}{row.specifier}'", needed)
+
+
+def _devices() -> Iterator[Check]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield Check("CPU", f"{machine()}, {size(memory)} of memory, {torch.get_num_threads()} threads")
+    for device in accelerator.devices():
+        free, whole = accelerator.free_memory(device), accelerator.total_memory(device)
+        yield Check(str(device), f"{accelerator.name(device)}, {size(free)} of {size(whole)} free")
+    if not accelerator.devices():
+        fix = "if there is one: https://pytorch.org/get-started/locally"
+        yield Check("GPU", "", f"torch {torch.__version__} finds none; the CPU is used", fix, needed=False)
+
+
+def _bfloat16() -> Check:
+    """Half the memory of float32, and on a processor without instructions for it much slower."""
+    where = accelerator.devices()[0] if accelerator.devices() else torch.device("cpu")
+    ratio = _seconds(torch.float32, where) / _seconds(torch.bfloat16, where)
+    hint = "" if ratio > 0.8 else "; faster, in twice the memory: --dtype float32"
+    return Check("bfloat16", f"{ratio:.1f} times as fast as float32 on {where}{hint}")
+
+
+def _seconds(dtype: torch.dtype, where: torch.device) -> float:
+    """The least time of a few matrix products."""
+    matrix = torch.ones(SIDE, SIDE, dtype=dtype, device=where)
+    times = []
+    for _ in range(REPEATS + 1):  # the first one is slower
+        started = time.perf_counter()
+        matrix @ matrix
+        accelerator.synchronize(where)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _cache(folder: Path) -> Check:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free, fix = shutil.disk_usage(there).free, "choose another folder: --trials DIR"
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        return Check("cache", "", f"{folder} cannot be written", fix)
+    return Check("cache", f"{folder}, {size(free)} free" if free >= FREE else "", f"{size(free)} free at {folder}", fix)
+
+
+def _quantizer() -> Check:
+    """It comes with llama.cpp and not with a Python package."""
+    found = shutil.which("llama-quantize") or ""
+    fix = "install llama.cpp, and have llama-quantize on PATH"
+    return Check("llama-quantize", found, "for --export gguf:Q4_K_M", fix, needed=False)
+
+
+def _hub(online: bool) -> Check:
+    from huggingface_hub import constants, get_token
+
+    account = "a token is there" if get_token() else "no token: gated and private models want `hf auth login`"
+    if constants.is_offline_mode():
+        return Check("hub", "", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE", needed=False)
+    if not online:
+        return Check("hub", f"not contacted (--online does); {account}")
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+    except OSError as error:
+        fix = "check the network, or give models and texts as folders and files"
+        return Check("hub", "", f"{constants.ENDPOINT} does not answer ({error})", fix, needed=False)
+    return Check("hub", f"{constants.ENDPOINT} answers; {account}")
+
+
+def words(checks: list[Check]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for check in checks:
+        style = {"ok": "green", "missing": "bold red", "optional": "yellow"}[check.verdict]
+        table.add_row(check.name, f"[{style}]{check.verdict}[/]", check.found or f"{check.lacks}: {check.fix}")
+    return table

@@ -1,0 +1,101 @@
+"""`blockpruner report`: one self-contained page on a checkpoint, of the parts that reports are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blockpruner.cli import curve
+from blockpruner.cli.pruning import read_plan
+from blockpruner.core.blocks import parse_mask
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.methods.registry import KINDS
+from blockpruner.reporting.figures import removed_map
+from blockpruner.reporting.findings import Finding, Level
+from blockpruner.reporting.formats import number, parameters, percent, size, times
+from blockpruner.reporting.pages import Facts, Findings, Page, Section, to_html
+from blockpruner.reporting.report import INTRO
+from blockpruner.store.files import read_json, write_text
+from blockpruner.store.manifest import REPORT_FILE, require_verified
+
+
+def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
+    """Write the page.
+
+    Args:
+        trials: the folder that keeps the curve, if one was made.
+
+    Raises:
+        InputError: there is no checkpoint with a plan, or it is not what was verified.
+    """
+    _, plan = read_plan(checkpoint)
+    if not (checkpoint / REPORT_FILE).is_file():
+        raise InputError(f"{checkpoint} has no {REPORT_FILE}; give a folder that prune or apply has written")
+    files = require_verified(checkpoint)
+    weights = sum((checkpoint / name).stat().st_size for name in files if name.endswith((".safetensors", ".gguf")))
+    found = read_json(kept) if (kept := curve.kept(trials, plan)).is_file() else None
+    sections = [
+        Section("Verdict", (Findings(tuple(_findings(plan, read_json(checkpoint / REPORT_FILE), found))),)),
+        Section("Removed blocks", tuple(_removed(plan))),
+    ]
+    if found is not None:
+        sections.append(Section("Choosing a ratio", (curve.plot(found), curve.table(found, plan))))
+    facts = {
+        "Folder": str(checkpoint),
+        "Weights": size(weights),
+        "Method": f"{plan.method}, by {plan.metric}, budget {plan.budget}",
+        "Calibration": f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens",
+        "Try it": f"blockpruner chat {checkpoint}",
+    }
+    sections.append(Section("Model", (Facts("Model, data and use", tuple(facts.items())),)))
+    write_text(out, to_html(Page(plan.target, INTRO, tuple(sections))))
+
+
+def _removed(plan: Plan) -> Iterator[Any]:
+    if plan.removed:
+        yield removed_map(plan.target, plan, [parse_mask(unit) for unit in plan.order] if plan.nested else [])
+    else:
+        yield KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
+
+
+def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None) -> Iterator[Finding]:
+    before, after = plan.calibration["dense_perplexity"], plan.calibration["perplexity"]
+    dense, pruned = (parameters(plan.parameters[name]) for name in ("dense", "pruned"))
+    yield Finding(
+        Level.RESULT,
+        "outcome",
+        f"{percent(plan.ratio)} of the parameters removed ({KINDS[plan.kind].taken_out(plan)}): {dense} → {pruned}",
+        f"Perplexity of the calibration texts {number(before)} → {number(after)}, {times(after / before)} the dense "
+        "model's. The blocks were chosen on these texts; others tell more."
+        if after
+        else "The perplexity of the pruned model was not measured.",
+    )
+    if found is not None:
+        for point in (point for point in found["points"] if point["removed"] == list(plan.removed)):
+            low, high = (f"{end:.2f}" for end in point["interval"])
+            yield Finding(
+                Level.RESULT,
+                "heldout",
+                f"Held-out perplexity {times(point['relative'])} the dense model's [{low}, {high}]",
+                f"On {found['rows']} rows of {found['text']}: {number(found['dense_perplexity'])} → "
+                f"{number(point['perplexity'])}, as pruned.",
+            )
+    else:
+        yield Finding(
+            Level.ADVICE, "curve", "Measure it on texts that the search has not seen", "blockpruner curve does that."
+        )
+    if plan.compensate != "none":
+        yield Finding(
+            Level.NOTE,
+            "compensated",
+            f"The weights that stay were fitted anew ({plan.compensate}) where that helped",
+            "The perplexities here are from before that.",
+        )
+    yield Finding(
+        Level.RESULT if verified["ok"] else Level.WARNING,
+        "verified",
+        f"{'Verified' if verified['ok'] else 'Not verified'} by {verified['engine']}",
+        verified.get("unchecked", "A fresh process computes what the masked dense model computes."),
+    )
