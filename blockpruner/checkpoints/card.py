@@ -76,7 +76,7 @@ tokenizer = AutoTokenizer.from_pretrained("<this directory>"{no})
 """
     if code:
         text += f"""
-`trust_remote_code` runs the file `{code}` beside this card and no other; it needs transformers 5.24 or newer and
+`trust_remote_code` runs the file `{code}` beside this card and no other; it needs transformers 5.15 or newer and
 nothing else. The tokenizer needs no code: `False` keeps transformers from asking.
 """
     return text

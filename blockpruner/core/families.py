@@ -2,8 +2,8 @@
 
 Decides everything that depends on the architecture. A new family is a row at the end of this file. `model.classes`
 writes the classes of its pruned models from the row, where `modeling_blockpruned.py` does not hold them; transformers
-must then export <prefix>Config and <prefix>ForCausalLM. The contract tests run over every family. Parameters are
-counted from the config alone, without torch.
+must then export <prefix>Config, and `AutoModelForCausalLM` build a model from it. The contract tests run over every
+family. Parameters are counted from the config alone, without torch.
 """
 
 from __future__ import annotations

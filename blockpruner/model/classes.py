@@ -1,7 +1,7 @@
 """The block-pruned classes of a family: transformers' own classes with holes in them; and whose code a checkpoint has.
 
-`modeling_blockpruned.py` holds the pair of every family of ours and ships inside checkpoints. A family that another
-package adds needs no code of its own: its pair is written behind a copy of that file, from the family's row.
+`modeling_blockpruned.py` makes the classes of every family of ours and ships inside checkpoints. A family that another
+package adds needs no code of its own: the line that adds it is written behind a copy of that file, from its row.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Branch, Family
 from blockpruner.model import modeling_blockpruned, modeling_slicegpt
 from blockpruner.store.files import read_json
+from blockpruner.store.provenance import file_sha256
 
 OUR_MODULES = ("modeling_blockpruned", "modeling_slicegpt")
 """The modules that ship inside checkpoints."""
 
-PAIR = """
+EARLIER = ("636a3e71548bf5cb11e0e7454a73ce795645f1d4ba790c57df6332b1c4897476",)
+"""SHA-256 of the files of ours that exports of before hold, and that still run."""
 
-from transformers import {config}, {model}  # noqa: E402
+ENTRIES = ("AutoConfig", *(auto.__name__ for auto in modeling_blockpruned.AUTO_CLASSES))
+"""The keys of `auto_map` in our checkpoints."""
 
+ADDED = """
 
-class {prefix}BlockPrunedConfig(BlockPrunedConfigMixin, {config}):
-    model_type = "{model_type}_blockpruned"
+from transformers import {prefix}Config  # noqa: E402
 
-
-class {prefix}BlockPrunedForCausalLM(BlockPrunedMixin, {model}):
-    config_class = {prefix}BlockPrunedConfig
-    decoder_layers = "{layers}"
-    layer_branches = ({mha!r}, {mlp!r})
+add_family({prefix}Config, "{prefix}", ({mha!r}, {mlp!r}), "{layers}")
 """
 
 
@@ -55,7 +54,7 @@ def has_our_code(directory: Path) -> bool:
     """Whether an export needs code to be loaded. That is then ours, byte for byte, and nothing else would run.
 
     Raises:
-        InputError: the export holds or names other code than the one file of the installed package.
+        InputError: the export holds or names other code than one file of the installed package or of an earlier one.
     """
     path = directory / "config.json"
     config = read_json(path) if path.exists() else {}
@@ -68,10 +67,10 @@ def has_our_code(directory: Path) -> bool:
         ours.append(Path(str(_module(family).__file__)))
     for file in ours:
         names_it = isinstance(asked, dict) and all(
-            str(text).rpartition(".")[0] == file.stem and entry in ("AutoConfig", "AutoModelForCausalLM")
-            for entry, text in asked.items()
+            str(text).rpartition(".")[0] == file.stem and entry in ENTRIES for entry, text in asked.items()
         )
-        if found == [Path(file.name)] and names_it and (directory / file.name).read_bytes() == file.read_bytes():
+        is_it = found == [Path(file.name)] and file_sha256(directory / file.name) in (file_sha256(file), *EARLIER)
+        if names_it and is_it:
             return True
     raise InputError(
         f"{directory} holds or names code that is not the installed blockpruner's ({asked or found[0]}), and it is not "
@@ -81,14 +80,14 @@ def has_our_code(directory: Path) -> bool:
 
 @cache
 def _module(model_type: str) -> Any:
-    """The module that holds a family's pair."""
+    """The module that holds a family's classes."""
     family = FAMILIES[model_type]
     if hasattr(modeling_blockpruned, f"{family.prefix}BlockPrunedConfig"):
         return modeling_blockpruned
     folder = Path(tempfile.mkdtemp(prefix="blockpruner-family-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "modeling_blockpruned.py"
-    path.write_text(Path(modeling_blockpruned.__file__).read_text(encoding="utf-8") + _pair(family), encoding="utf-8")
+    path.write_text(Path(modeling_blockpruned.__file__).read_text(encoding="utf-8") + _added(family), encoding="utf-8")
     name = f"{__name__}.{model_type}.modeling_blockpruned"  # its last part names the file in a checkpoint
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -97,16 +96,8 @@ def _module(model_type: str) -> Any:
     return module
 
 
-def _pair(family: Family) -> str:
+def _added(family: Family) -> str:
     def names(branch: Branch) -> tuple[str, ...]:
         return (branch.module, *branch.norms)
 
-    return PAIR.format(
-        prefix=family.prefix,
-        config=f"{family.prefix}Config",
-        model=f"{family.prefix}ForCausalLM",
-        model_type=family.model_type,
-        layers=family.layers,
-        mha=names(family.mha),
-        mlp=names(family.mlp),
-    )
+    return ADDED.format(prefix=family.prefix, layers=family.layers, mha=names(family.mha), mlp=names(family.mlp))

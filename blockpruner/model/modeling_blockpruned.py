@@ -6,45 +6,68 @@ kernels, generation and caches are the family's.
 
 Config fields beside the base family's (layers are those kept, numbered from 0):
     layers_without_mha, layers_without_mlp: indices of layers whose branch was removed;
-    source_layers: the layer of the dense model that each kept layer was; None: no layer was dropped.
+    source_layers: the layer of the dense model that each kept layer was; None: no layer was dropped;
+    per_layer_config: the same holes in transformers' own words; it reads them, and no released model class uses them.
+
+Of a model's outputs, `hidden_states` has the embedding and then each kept layer's output. `attentions` and the cache
+have an entry for each attention that is left, in order: entry k belongs to the k-th layer not in `layers_without_mha`.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from torch import nn
+
+if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 15):
+    raise ImportError(f"this checkpoint needs transformers 5.15 or newer, and this is {transformers.__version__}")
+
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
     Olmo2Config,
-    Olmo2ForCausalLM,
     Phi3Config,
-    Phi3ForCausalLM,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 
+AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+)
+"""What loads a block-pruned checkpoint, where the base family has the head."""
+
 Branches = tuple[tuple[str, ...], tuple[str, ...]]
 """Attributes of the MHA and of the MLP branch in a decoder layer: module, then its norms."""
+
+BEFORE = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
+AFTER = (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
+AROUND = (
+    ("self_attn", "input_layernorm", "post_attention_layernorm"),
+    ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+"""Where a family has its norms."""
 
 
 class NoMHA(nn.Module):
@@ -97,14 +120,21 @@ class BlockPrunedConfigMixin:
     source_layers: list[int] | None = None
 
     def cache_config(self):
-        """This config as a cache must see it: one layer for each attention."""
+        """This config as a cache must see it: one layer for each attention. What is written to it is written here."""
         removed = set(self.layers_without_mha)
         config = copy.deepcopy(self)
-        config.layers_without_mha = []
+        config.per_layer_config = None
+        config.layers_without_mha = config.layers_without_mlp = []
         config.num_hidden_layers = self.num_hidden_layers - len(removed)
         if getattr(self, "layer_types", None) is not None:
             config.layer_types = [t for i, t in enumerate(self.layer_types) if i not in removed]
+        config.__dict__["_whole"] = self
         return config
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if (whole := self.__dict__.get("_whole")) is not None:
+            setattr(whole, name, value)
 
     def get_text_config(self, decoder=None, encoder=None):
         """Caches ask for the decoder's config, and only they pass `decoder` for a text model."""
@@ -112,16 +142,33 @@ class BlockPrunedConfigMixin:
             return self.cache_config()
         return self
 
+    def to_dict(self):
+        self._tell_peft()
+        holes = {"attention": self.layers_without_mha, "mlp": self.layers_without_mlp}
+        skipped = {i: [name for name, layers in holes.items() if i in layers] for i in range(self.num_hidden_layers)}
+        fields = super().to_dict() | {"auto_map": dict(type(self).auto_map)}
+        fields["per_layer_config"] = {str(i): {"skip": names} for i, names in skipped.items() if names}
+        fields.pop("_whole", None)
+        return fields
+
+    def _tell_peft(self):
+        """Give PEFT's tables of default targets the base family's also for this model type. PEFT takes a config's
+        fields as a dict and then looks up the model type, so that this is the moment."""
+        base = self.model_type.removesuffix("_blockpruned")
+        for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
+            if name.startswith("TRANSFORMERS_MODELS_TO_") and base in table:
+                table.setdefault(self.model_type, table[base])
+
 
 class BlockPrunedMixin:
-    """A base-family causal LM with holes; where its layers are, and the branches within one."""
+    """A base-family model with holes; where its layers are in the causal LM, and the branches within one."""
 
-    decoder_layers = "model.layers"
-    layer_branches: Branches = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
+    decoder_layers: str
+    layer_branches: Branches
 
     def __init__(self, config):
         super().__init__(config)
-        layers = self.get_submodule(self.decoder_layers)
+        layers = self.base_model.get_submodule(self.decoder_layers.partition(".")[2])
         remove_blocks_(layers, set(config.layers_without_mha), set(config.layers_without_mlp), self.layer_branches)
         number_attentions_(layers, module=self.layer_branches[0][0])
 
@@ -130,6 +177,34 @@ class BlockPrunedMixin:
         """As the base family: transformers looks for an answer in the file of the class, and this is another one."""
         family = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
         return family._can_set_experts_implementation()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """The manager sizes its paged cache by `config`, layer by layer, and attentions have numbers of their own: it
+        is made while `config` is the cache's.
+
+        Raises:
+            ValueError: there is nothing to cache.
+        """
+        if len(self.config.layers_without_mha) == self.config.num_hidden_layers:
+            raise ValueError("continuous batching caches attentions, and this model has none left; use generate")
+        with self._config_of_cache():
+            manager = super().init_continuous_batching(*args, **kwargs)
+        create = manager._create_batch_processor
+
+        def create_for_attentions():
+            with self._config_of_cache():
+                return create()
+
+        manager._create_batch_processor = create_for_attentions
+        return manager
+
+    @contextmanager
+    def _config_of_cache(self):
+        whole, self.config = self.config, self.config.cache_config()
+        try:
+            yield
+        finally:
+            self.config = whole
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -164,13 +239,14 @@ class BaichuanModel(LlamaModel):
         super().__init__(config)
         self.rotary_emb = NoRotation()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # before transformers 5.20 the latter
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids, allow_is_causal_skip=False)
         if attention_mask is None and position_ids is None:
             mask = mask[:1]  # all rows see alike; a bias for each would be large
         mask = self.with_alibi(mask, 0 if cache is None else cache.get_seq_length(), x.dtype)
-        return super().forward(attention_mask=mask, position_ids=position_ids, cache=cache, inputs_embeds=x, **kwargs)
+        return super().forward(attention_mask=mask, position_ids=position_ids, inputs_embeds=x, **kwargs)
 
     def with_alibi(self, mask: torch.Tensor, past, dtype: torch.dtype) -> torch.Tensor:
         """A mask [B, 1, Q, K], of booleans or added to scores, as one [B, H, Q, K] that is added to scores.
@@ -196,108 +272,44 @@ class BaichuanForCausalLM(LlamaForCausalLM):
         self.post_init()
 
 
-class LlamaBlockPrunedConfig(BlockPrunedConfigMixin, LlamaConfig):
-    model_type = "llama_blockpruned"
+def add_family(config, prefix, branches: Branches = BEFORE, layers="model.layers", models=None):
+    """Define a family's block-pruned classes in this module, and let the Auto classes build them from their config.
+
+    Args:
+        config: the base family's config class.
+        prefix: of the classes' names, as in <prefix>BlockPrunedForCausalLM.
+        layers: the path of the decoder's layers in the causal LM.
+        models: the base family's model class for each Auto class; None: as transformers has them.
+    """
+    models = models or {auto: auto._model_mapping[config] for auto in AUTO_CLASSES if config in auto._model_mapping}
+    names = {auto: f"{prefix}BlockPruned{auto.__name__.removeprefix('AutoModel') or 'Model'}" for auto in models}
+    config_name, module = f"{prefix}BlockPrunedConfig", __name__.rpartition(".")[2]
+    entries = {"AutoConfig": config_name} | {auto.__name__: name for auto, name in names.items()}
+    described = {
+        "model_type": f"{config.model_type}_blockpruned",
+        "auto_map": {entry: f"{module}.{name}" for entry, name in entries.items()},
+        "_auto_class": "AutoConfig",  # whoever saves a config or a model saves this file too
+    }
+    pruned = type(config_name, (BlockPrunedConfigMixin, config), {"__module__": __name__} | described)
+    placed = {"__module__": __name__, "config_class": pruned, "decoder_layers": layers, "layer_branches": branches}
+    globals()[config_name] = pruned
+    for auto, model in models.items():
+        found = type(names[auto], (BlockPrunedMixin, model), placed | {"_auto_class": auto.__name__})
+        globals()[names[auto]] = found
+        auto.register(pruned, found)
 
 
-class LlamaBlockPrunedForCausalLM(BlockPrunedMixin, LlamaForCausalLM):
-    config_class = LlamaBlockPrunedConfig
-
-
-class BaichuanBlockPrunedConfig(BlockPrunedConfigMixin, BaichuanConfig):
-    model_type = "baichuan_blockpruned"
-
-
-class BaichuanBlockPrunedForCausalLM(BlockPrunedMixin, BaichuanForCausalLM):
-    config_class = BaichuanBlockPrunedConfig
-
-
-class MistralBlockPrunedConfig(BlockPrunedConfigMixin, MistralConfig):
-    model_type = "mistral_blockpruned"
-
-
-class MistralBlockPrunedForCausalLM(BlockPrunedMixin, MistralForCausalLM):
-    config_class = MistralBlockPrunedConfig
-
-
-class Qwen2BlockPrunedConfig(BlockPrunedConfigMixin, Qwen2Config):
-    model_type = "qwen2_blockpruned"
-
-
-class Qwen2BlockPrunedForCausalLM(BlockPrunedMixin, Qwen2ForCausalLM):
-    config_class = Qwen2BlockPrunedConfig
-
-
-class Qwen3BlockPrunedConfig(BlockPrunedConfigMixin, Qwen3Config):
-    model_type = "qwen3_blockpruned"
-
-
-class Qwen3BlockPrunedForCausalLM(BlockPrunedMixin, Qwen3ForCausalLM):
-    config_class = Qwen3BlockPrunedConfig
-
-
-class Phi3BlockPrunedConfig(BlockPrunedConfigMixin, Phi3Config):
-    model_type = "phi3_blockpruned"
-
-
-class Phi3BlockPrunedForCausalLM(BlockPrunedMixin, Phi3ForCausalLM):
-    config_class = Phi3BlockPrunedConfig
-
-
-class Gemma2BlockPrunedConfig(BlockPrunedConfigMixin, Gemma2Config):
-    model_type = "gemma2_blockpruned"
-
-
-class Gemma2BlockPrunedForCausalLM(BlockPrunedMixin, Gemma2ForCausalLM):
-    config_class = Gemma2BlockPrunedConfig
-    layer_branches = (
-        ("self_attn", "input_layernorm", "post_attention_layernorm"),
-        ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    )
-
-
-class Gemma3BlockPrunedConfig(BlockPrunedConfigMixin, Gemma3TextConfig):
-    model_type = "gemma3_text_blockpruned"
-
-
-class Gemma3BlockPrunedForCausalLM(BlockPrunedMixin, Gemma3ForCausalLM):
-    config_class = Gemma3BlockPrunedConfig
-    layer_branches = (
-        ("self_attn", "input_layernorm", "post_attention_layernorm"),
-        ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    )
-
-
-class Olmo2BlockPrunedConfig(BlockPrunedConfigMixin, Olmo2Config):
-    model_type = "olmo2_blockpruned"
-
-
-class Olmo2BlockPrunedForCausalLM(BlockPrunedMixin, Olmo2ForCausalLM):
-    config_class = Olmo2BlockPrunedConfig
-    layer_branches = (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
-
-
-class MixtralBlockPrunedConfig(BlockPrunedConfigMixin, MixtralConfig):
-    model_type = "mixtral_blockpruned"
-
-
-class MixtralBlockPrunedForCausalLM(BlockPrunedMixin, MixtralForCausalLM):
-    config_class = MixtralBlockPrunedConfig
-
-
-class Qwen3MoeBlockPrunedConfig(BlockPrunedConfigMixin, Qwen3MoeConfig):
-    model_type = "qwen3_moe_blockpruned"
-
-
-class Qwen3MoeBlockPrunedForCausalLM(BlockPrunedMixin, Qwen3MoeForCausalLM):
-    config_class = Qwen3MoeBlockPrunedConfig
-
-
-class GPTNeoXBlockPrunedConfig(BlockPrunedConfigMixin, GPTNeoXConfig):
-    model_type = "gpt_neox_blockpruned"
-
-
-class GPTNeoXBlockPrunedForCausalLM(BlockPrunedMixin, GPTNeoXForCausalLM):
-    config_class = GPTNeoXBlockPrunedConfig
-    decoder_layers = "gpt_neox.layers"
-    layer_branches = (("attention", "input_layernorm"), ("mlp", "post_attention_layernorm"))
+add_family(LlamaConfig, "Llama")
+add_family(BaichuanConfig, "Baichuan", models={AutoModel: BaichuanModel, AutoModelForCausalLM: BaichuanForCausalLM})
+add_family(MistralConfig, "Mistral")
+add_family(Qwen2Config, "Qwen2")
+add_family(Qwen3Config, "Qwen3")
+add_family(Phi3Config, "Phi3")
+add_family(Gemma2Config, "Gemma2", AROUND)
+add_family(Gemma3TextConfig, "Gemma3", AROUND)
+add_family(Olmo2Config, "Olmo2", AFTER)
+add_family(MixtralConfig, "Mixtral")
+add_family(Qwen3MoeConfig, "Qwen3Moe")
+add_family(
+    GPTNeoXConfig, "GPTNeoX", (("attention", "input_layernorm"), ("mlp", "post_attention_layernorm")), "gpt_neox.layers"
+)

@@ -11,7 +11,9 @@ from blockpruner.checkpoints.verification import verify_checkpoint
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.model.classes import has_our_code
+from blockpruner.model import classes
+from blockpruner.model.classes import ENTRIES, has_our_code
+from blockpruner.store.provenance import file_sha256
 from tests.plans import InProcess, fetch, plan_of, pruning
 from tests.tiny import VARIANTS, save_tiny
 
@@ -61,7 +63,7 @@ def test_no_code_of_strangers_runs(tmp_path, in_process, family, auto_map):
         modelling = f"{ours[0].removesuffix('.py')}." if ours else None
         assert ours in ([], ["modeling_blockpruned.py"])
         assert all(text.startswith(modelling) for entry in asks_for(out) for text in entry.values())
-        assert {key for entry in asks_for(out) for key in entry} <= {"AutoConfig", "AutoModelForCausalLM"}
+        assert {key for entry in asks_for(out) for key in entry} <= {*ENTRIES}
         assert has_our_code(out) is bool(ours)
         export = Checkpoint(out, "float32", "cpu", trust_remote_code=False, dense=dense)
         assert export.key and export.model.num_parameters() and export.tokenizer("a")["input_ids"]
@@ -102,6 +104,14 @@ def test_an_export_is_trusted_only_with_our_file_as_it_is_installed(tmp_path, ex
         with pytest.raises(InputError, match="copy holds or names code that is not the installed blockpruner's"):
             step(folder)
     assert not marker.exists()
+
+
+def test_an_export_with_a_file_of_an_earlier_version_is_trusted(tmp_path, export, monkeypatch):
+    folder = shutil.copytree(export, tmp_path / "copy")
+    path = folder / "modeling_blockpruned.py"
+    path.write_text(path.read_text() + "\n# as it was\n")
+    monkeypatch.setattr(classes, "EARLIER", (file_sha256(path),))
+    assert has_our_code(folder)
 
 
 def test_a_tokenizer_never_asks_for_trust(export):

@@ -1,0 +1,182 @@
+"""In transformers a pruned model is a model like any other: it saves itself, batches continuously, has other heads."""
+
+import copy
+import runpy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from blockpruner.core.blocks import parse_mask
+from blockpruner.model import modeling_blockpruned
+from blockpruner.model.models import decoder_layers, masked, model_family, prune_
+from tests.tiny import VARIANTS, tiny_model
+
+MASK = parse_mask("mha.0,mha.2,mlp.0,mlp.3")
+"""Of four layers the first one is dropped, and two have a hole."""
+IDS = torch.randint(1, 257, (2, 14), generator=torch.Generator().manual_seed(1))
+PROMPTS = [list(range(5, 17)), list(range(40, 43)), list(range(60, 90))]
+"""One within the sliding windows of 6 tokens, two beyond."""
+
+families = pytest.mark.parametrize("family", VARIANTS)
+
+
+def pruned(family, mask=MASK, **config):
+    return prune_(tiny_model(family, dtype=torch.float32, **config), mask)
+
+
+def batched(model, new=6):
+    """What continuous batching generates for each prompt, or its error."""
+    options = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    found = model.generate_batch(PROMPTS, generation_config=options, continuous_batching_config=sizes)
+    answers = {tuple(output.prompt_ids): output.error or output.generated_tokens for output in found.values()}
+    return [answers[tuple(prompt)] for prompt in PROMPTS]
+
+
+def one_by_one(model, new=6):
+    """The same by plain forward passes."""
+    answers = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(new):
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+        answers.append(tokens[len(prompt) :])
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("family", "mask"),
+    [
+        ("llama", "mha.0,mha.2,mlp.3"),
+        ("mistral", "mha.1,mlp.3"),
+        ("qwen2", "mha.0,mlp.1"),
+        ("gemma3_text", "mha.0,mha.3,mlp.1"),
+        ("gemma3_text", "mha.1,mha.3,mlp.1"),  # all with full attention
+        ("gemma3_text", "mha.0,mha.2,mlp.1"),  # all with a window
+    ],
+)
+def test_continuous_batching(family, mask):
+    """It generates what forward passes of the masked model do, and caches the attentions that are left."""
+    model, removed = tiny_model(family, dtype=torch.float32), parse_mask(mask)
+    with masked(model, removed):
+        expected = one_by_one(model)
+    prune_(model, removed)
+    config = model.config
+    manager = model.init_continuous_batching(
+        GenerationConfig(eos_token_id=-1), ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    )
+    cache = manager._create_batch_processor().cache
+    left = [i for i in range(4) if f"mha.{i}" not in mask]
+    assert sorted(cache.layer_to_allocator) == list(range(len(left)))
+    types = getattr(config, "layer_types", None) or ["same"] * 4
+    groups = [cache.layer_to_allocator[k] for k in range(len(left))]
+    assert [[a is b for a in groups] for b in groups] == [[types[i] == types[j] for i in left] for j in left]
+    assert batched(model) == expected
+    assert model.config is config
+
+
+def test_continuous_batching_without_attentions_is_refused():
+    with pytest.raises(ValueError, match="caches attentions, and this model has none left; use generate"):
+        batched(pruned("llama", parse_mask("mha.0,mha.1,mha.2,mha.3")))
+
+
+@families
+def test_a_model_pruned_in_memory_saves_itself(tmp_path, family):
+    """Its holes reach transformers' own field, too."""
+    model = pruned(family)
+    model.save_pretrained(tmp_path / "itself")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "itself", trust_remote_code=True)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert [layer.skip for layer in loaded.config.per_layer_config] == [[], ["attention"], ["mlp"]]
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_trainer_saves_a_model_pruned_in_memory(tmp_path):
+    model = pruned("llama").requires_grad_(True)
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    arguments = TrainingArguments(tmp_path, max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    Trainer(model, arguments, train_dataset=rows).train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", trust_remote_code=True)
+    assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
+
+
+@families
+def test_other_classes_load_a_checkpoint(tmp_path, family):
+    """The decoder alone and below a head computes what it does in the causal LM."""
+    model = pruned(family)
+    model.save_pretrained(tmp_path)
+    states = model.base_model(IDS).last_hidden_state
+    decoder, report = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, output_loading_info=True)
+    assert not report["missing_keys"] and torch.equal(decoder(IDS).last_hidden_state, states)
+    if family == "baichuan":  # transformers has no head for it
+        return
+    classifier, report = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, trust_remote_code=True, num_labels=3, output_loading_info=True
+    )
+    assert {*report["missing_keys"]} == {"score.weight"}
+    assert torch.equal(classifier.base_model(IDS).last_hidden_state, states)
+    assert classifier(IDS).logits.shape == (2, 3)
+    classifier.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(IDS).logits, classifier(IDS).logits)
+
+
+def test_what_is_written_to_a_caches_config_is_kept():
+    config = pruned("llama").config
+    cache = config.get_text_config(decoder=True)
+    assert (cache.num_hidden_layers, config.num_hidden_layers) == (2, 3)
+    cache.tie_word_embeddings = True
+    assert config.tie_word_embeddings and config.num_hidden_layers == 3
+    other = copy.deepcopy(cache)
+    other.tie_word_embeddings = False
+    assert config.tie_word_embeddings
+    assert type(config).from_dict(cache.to_dict()).num_hidden_layers == 2
+
+
+@families
+def test_attentions_and_hidden_states(family):
+    """hidden_states has every layer, attentions those that are left, in order."""
+    model = pruned(family, parse_mask("mha.0,mlp.1,mha.2"), attn_implementation="eager")
+    seen = []
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    module = model_family(model).mha.module
+    left = [i for i in range(4) if i not in model.config.layers_without_mha]
+    outputs = model(IDS, output_attentions=True, output_hidden_states=True)
+    assert left == [1, 3] and len(outputs.attentions) == 2 and len(outputs.hidden_states) == 5
+    for number, (index, found) in enumerate(zip(left, outputs.attentions, strict=True)):
+        layer = decoder_layers(model)[index]
+        assert getattr(layer, module).layer_idx == number
+        assert found.shape[1:] == (4, 14, 14)
+    states = [state[0] if isinstance(state, tuple) else state for state in seen]
+    assert all(torch.equal(a, b) for a, b in zip(outputs.hidden_states[1:4], states[:3], strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "mixtral"])
+def test_lora_has_the_targets_of_the_base_family(family):
+    def targets(model):
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).peft_config["default"].target_modules
+
+    assert targets(pruned(family)) == targets(tiny_model(family)) != set()
+
+
+def test_an_older_transformers_is_told_what_is_needed(monkeypatch):
+    monkeypatch.setitem(runpy.sys.modules, "transformers", SimpleNamespace(__version__="5.14.1"))
+    with pytest.raises(ImportError, match=r"needs transformers 5\.15 or newer, and this is 5\.14\.1"):
+        runpy.run_path(modeling_blockpruned.__file__)
+    assert transformers.__version__ != "5.14.1"
