@@ -121,7 +121,7 @@ class Setting:
 def setting_of(shape: str, device: torch.device) -> Setting:
     """The shape's own, or without an accelerator the tiny one."""
     if device.type == "cpu" or shape == "tiny":
-        return Setting("tiny", device, 2, 32, 3, 3, (64, 32), 3, ("gemma2", "mixtral"), ("bfloat16",), 4)
+        return Setting("tiny", device, 2, 32, 3, 3, (64, 32), 3, ("gemma2",), ("bfloat16",), 4)
     removals = {"llama2-7b": 17, "llama2-13b": 24}[shape]  # 952 and 1,644 evaluations: Table 7 of the paper
     batches = (30720, 16384, 8192, 4096)
     return Setting(shape, device, 15, 2048, removals, 8, batches, 16, VARIANTS, ("float16", "bfloat16"), 64)
