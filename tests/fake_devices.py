@@ -3,16 +3,20 @@
 A tensor there wraps one of the CPU, which computes. Unlike that one it has a device of its own: an operation over two
 devices raises, as CUDA's do. And it takes memory there: a device counts the bytes of storages that live and the most
 that ever lived, and raises torch's own error when an operation would go beyond its limit.
+
+Where they are hollow, tensors there have shapes and bytes but no values, as in torch's FakeTensorMode: a model of any
+size takes no memory. A number that is read is then 0, and a mask that picks is taken to pick everything.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -61,6 +65,7 @@ class Module:
     """What `torch.cuda` is for CUDA. There are no devices unless `fake_devices` says so."""
 
     here = 0
+    hollow = False
     synchronized = 0
 
     def is_initialized(self) -> bool:
@@ -134,13 +139,34 @@ class Wrapped(torch.Tensor):
         return run(func, args, kwargs or {})
 
     def tolist(self) -> Any:
-        return self.held.tolist()
+        return _onto_cpu(self.held).tolist()
 
     def numpy(self, **kwargs: Any) -> Any:
         raise TypeError("can't convert a made-up device's tensor to numpy; copy it to the CPU first")
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"Wrapped({self.held!r}, {self.device})"
+
+
+def _onto_cpu(held: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(held.shape, dtype=held.dtype) if held.is_meta else held
+
+
+def _picked(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Indices without values in place of masks without values, which pick everything."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype is torch.bool
+        found += [torch.empty(index.numel(), dtype=torch.long, device="meta")] * index.dim() if is_mask else [index]
+    return found
+
+
+def attention_without_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+    """What is held by a fused kernel, which has no scores: the output and, for a gradient, the inputs too."""
+    if not (torch.is_grad_enabled() and q.requires_grad):
+        return torch.empty_like(q)
+    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+    return torch.addcmul(q * k, q, v).sigmoid()
 
 
 COPIES = {
@@ -168,9 +194,15 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
             names = " and ".join(sorted(map(str, devices)))
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {names} in {func}")
     inner = [leaf.held if isinstance(leaf, Wrapped) else leaf for leaf in leaves]
+    if MODULE.hollow:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _onto_cpu(inner[0]).item()
+        inner = [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in inner]
     inner_args, inner_kwargs = tree_unflatten(inner, spec)
+    if MODULE.hollow and func is torch.ops.aten.index.Tensor:
+        inner_args = (inner_args[0], _picked(inner_args[1]))
     if "device" in inner_kwargs and asked is not None:
-        inner_kwargs = {**inner_kwargs, "device": torch.device("cpu")}
+        inner_kwargs = {**inner_kwargs, "device": torch.device("meta" if MODULE.hollow else "cpu")}
     place = asked if asked is not None else wrapped[0].device
     if place.type == "gpu" and place.index is None:
         place = torch.device("gpu", 0)
@@ -178,7 +210,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     if func is torch.ops.aten._to_copy.default and found is inner_args[0]:
         found = found.clone()
     if place.type == "cpu":
-        return found
+        return tree_map_only(torch.Tensor, _onto_cpu, found)
 
     def wrap(tensor: torch.Tensor) -> Wrapped:
         same = next((leaf for leaf in wrapped if leaf.held is tensor), None)
@@ -221,14 +253,20 @@ def start_gradients() -> None:
 
 
 @contextmanager
-def fake_devices(count: int = 2) -> Iterator[tuple[Card, ...]]:
+def fake_devices(count: int = 2, hollow: bool = False) -> Iterator[tuple[Card, ...]]:
     """Within, torch has so many made-up devices."""
     _register()
-    MODULE.here = count
+    MODULE.here, MODULE.hollow = count, hollow
     for card in CARDS:
         card.limit, card.peak = TOTAL, card.live
     try:
-        with _Functions(), _Mode():
+        with ExitStack() as stack:
+            if hollow:  # for all threads, unlike a mode
+                stack.enter_context(
+                    patch.object(torch.nn.functional, "scaled_dot_product_attention", attention_without_scores)
+                )
+            stack.enter_context(_Functions())
+            stack.enter_context(_Mode())
             yield CARDS[:count]
     finally:
-        MODULE.here = 0
+        MODULE.here, MODULE.hollow = 0, False

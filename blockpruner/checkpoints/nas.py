@@ -149,9 +149,9 @@ def _missing(config: Mapping[str, Any]) -> int:
 
 
 def _padded(key: str, weight: Tensor, missing: int) -> Tensor:
-    if key == "down_proj.weight":
+    if missing and key == "down_proj.weight":
         return pad(weight, (0, missing))
-    if key.startswith(("gate_proj", "up_proj")):
+    if missing and key.startswith(("gate_proj", "up_proj")):
         return pad(weight, (*[0, 0] * (weight.dim() - 1), 0, missing))
     return weight
 

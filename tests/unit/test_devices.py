@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from benchmarks import parity
+from benchmarks import memory, parity
 from benchmarks.scoring import Meter, full_forward, matrix_rate
 from blockpruner.checkpoints import gguf, nas, packing
 from blockpruner.checkpoints.hf import export_hf, save_pruned
@@ -55,7 +55,7 @@ from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import Task, live_numbers
 from blockpruner.store.files import read_json
 from blockpruner.store.locks import this_process
-from tests.fake_devices import MODULE, SETUP, fake_devices
+from tests.fake_devices import MODULE, SETUP, attention_without_scores, fake_devices
 from tests.golden import unverified
 from tests.plans import fetch_tiny, healed_of, plan_of, pruning
 from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tolerance
@@ -493,6 +493,44 @@ def test_where_memory_ends_batches_are_halved_and_finished_masks_kept(variant, c
             list(sweep(model, 256)[1])
 
 
+@pytest.mark.parametrize("what", ["score", "perplexity", "train"])
+def test_memory_is_the_same_where_tensors_have_no_values(what, tmp_path, monkeypatch):
+    """By which the memory of models is known that are in no memory (`benchmarks.memory`)."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention_without_scores)
+    peaks = []
+    for hollow in (False, True):
+        with fake_devices(1, hollow) as (card,):
+            model = tiny_model("llama", 2, torch.bfloat16).to("gpu:0")
+            gc.collect()
+            MODULE.reset_peak_memory_stats(0)
+            before = card.live
+            if what == "score":
+                list(sweep(model, 64)[1])
+            elif what == "perplexity":
+                measure_perplexity(model, EQUAL)
+            else:
+                rows = CalibrationSet(tuple(EQUAL[:2]))
+                recover_(model, rows, recipe(distill=0.0, hidden=0.0, checkpointing=True), teacher=None,
+                         validation=None, adapters=tmp_path / str(hollow), identity="x",
+                         observer=SilentObserver())  # fmt: skip
+            peaks.append(card.peak - before)
+            del model
+        gc.collect()
+    assert peaks[0] == peaks[1] > 0
+
+
+def test_the_memory_of_every_part_of_the_work_is_found():
+    """Each holds a model at least."""
+    config = memory.MODELS["tiny"]
+    rows = memory.random_rows(config["vocab_size"], 4, 32)
+    with fake_devices(1, hollow=True) as (card,):
+        size = memory.peak(card, lambda: memory.random_model("tiny", torch.bfloat16, "gpu:0"))
+        found = {title: memory.peak(card, work) for title, work in memory.parts("tiny", rows).items()}
+    assert min(found.values()) >= size > 0
+    assert found["recover: LoRA, distilled"] > found["recover: LoRA, distilled, checkpointing"]
+    assert found["benchmark: speed"] < found["benchmark: speed, refitted"] < found["benchmark: speed, trained"]
+
+
 def test_training_that_does_not_fit_is_one_line(checkpoints, tmp_path):
     with fake_devices(1) as (card,):
         student, rows = prune_(load_model(checkpoints("llama"), "float64"), MASK), CalibrationSet(tuple(EQUAL))
@@ -546,12 +584,12 @@ def test_an_export_says_what_the_whole_model_in_float32_would(form, dtype, tmp_p
 def test_a_reference_in_float32_takes_a_weight_at_a_time():
     with fake_devices(1) as (card,):
         model = tiny_model("llama", 4, torch.bfloat16, hidden_size=256, intermediate_size=688).to("gpu:0")
-        before, weights = [card.live, dict(model.named_parameters())], sum(w.nbytes for w in model.parameters())
+        own, size, before = dict(model.named_parameters()), sum(w.nbytes for w in model.parameters()), card.live
         MODULE.reset_peak_memory_stats(0)
         with in_float32(model):
             reference_outputs(model, plan_of(model.config.to_dict(), ["mlp.0"]))
-        assert card.peak - before[0] < weights / 2
-        assert all(weight is before[1][name] for name, weight in model.named_parameters())
+        assert card.peak - before < size / 2
+        assert all(weight is own[name] for name, weight in model.named_parameters())
         assert not any("forward" in vars(module) for module in model.modules())
 
 
