@@ -34,10 +34,12 @@ def texts_of(name: str, settings: Run) -> StudyTexts:
     def evaluated() -> Sequence[str]:
         from blockpruner.evaluation.perplexity import held_out  # loads torch
 
-        found = {"perplexity": settings.evaluate.perplexity, "wikitext": study_of(settings).wikitext}
-        paths = {folder / "sources" / f"{role}.parquet": wanted for role, wanted in found.items() if wanted}
-        held = (held_out(tokenizer(), read_texts(path), wanted) for path, wanted in paths.items() if path.exists())
-        return [text for each in held for text in each.documents]
+        texts = read_texts(folder / "sources" / "perplexity.parquet")
+        found = list(held_out(tokenizer(), texts, settings.evaluate.perplexity).documents)
+        wikitext, path = study_of(settings).wikitext, folder / "sources" / "wikitext.parquet"
+        if wikitext is not None and path.exists():
+            found += held_out(tokenizer(), read_texts(path), wikitext).documents
+        return found
 
     return StudyTexts(tokenizer, samples, evaluated)
 
