@@ -23,6 +23,7 @@ from blockpruner.cli import doctor
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import parse_mask
+from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.plans import load_plan
@@ -214,7 +215,10 @@ def test_a_curve_is_the_perplexity_of_each_pruned_model(model, place, say, metho
     ids = tokenizer((place / "heldout.txt").read_text()).input_ids
     rows = [ids[i : i + 16] for i in range(0, len(ids) - 15, 16)]
     assert found["rows"] == len(rows) and len(found["points"]) > len(plan.removed)
-    assert [len(point["removed"]) for point in found["points"]] == [*range(1, len(found["points"]) + 1)]
+    assert sorted(len(point["removed"]) for point in found["points"]) == [*range(1, len(found["points"]) + 1)]
+    ratios = [point["ratio"] for point in found["points"]]
+    counts = count_parameters(json.loads((model / "config.json").read_text()))
+    assert ratios == sorted(counts.ratio(parse_mask(",".join(point["removed"]))) for point in found["points"])
     assert list(plan.removed) in [point["removed"] for point in found["points"]]
     dense = [full_nll(load_model(model, "float32"), row) for row in rows]
     assert found["dense_perplexity"] == pytest.approx(math.exp(mean(dense)), rel=1e-5)
