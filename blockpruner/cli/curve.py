@@ -31,7 +31,7 @@ from blockpruner.reporting.statistics import perplexity_ratio
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Objective
 from blockpruner.search.trace import read_trace, table_path
-from blockpruner.store.files import write_atomic, write_sealed_json
+from blockpruner.store.files import read_json, write_atomic, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 
 if TYPE_CHECKING:
@@ -69,17 +69,20 @@ def measure(place: Place, run: Run, path: Path, points: int | None) -> dict[str,
             f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at least 2; give a "
             "smaller --seq-len, a larger --max-rows or longer --texts"
         )
-    masks, runtime = steps(place.root, plan), read_settings(Runtime, {"device": place.device})
+    parameters = resources_of(read_json(dense / "config.json"))["parameters"]
+    masks = sorted(steps(place.root, plan), key=parameters.ratio)
+    runtime = read_settings(Runtime, {"device": place.device})
     if points is not None and points < len(masks):
         masks = [masks[math.ceil((i + 1) * len(masks) / points) - 1] for i in range(points)]
-    with open_material(dense, run.model, runtime, place.root, place.observer) as given:
-        with open_stores([NLL.key], rows, given.identity, given.dtype, place.root, place.observer) as stores:
-            objective = Objective(rows, stores[NLL.key], given.scorer, place.observer)
-            place.observer.begin("curve")
-            base, *scores = objective([DENSE, *masks])
-            work = f"{len(masks)} pruned models on {len(rows.rows)} rows of {wanted.seq_len} tokens"
-            place.observer.end(work, cached=not objective.counts.units_computed)
-        parameters = resources_of(given.config)["parameters"]
+    with (
+        open_material(dense, run.model, runtime, place.root, place.observer) as given,
+        open_stores([NLL.key], rows, given.identity, given.dtype, place.root, place.observer) as stores,
+    ):
+        objective = Objective(rows, stores[NLL.key], given.scorer, place.observer)
+        place.observer.begin("curve")
+        base, *scores = objective([DENSE, *masks])
+        work = f"{len(masks)} pruned models on {len(rows.rows)} rows of {wanted.seq_len} tokens"
+        place.observer.end(work, cached=not objective.counts.units_computed)
     found = []
     for before, mask, score in zip([DENSE, *masks], masks, scores, strict=False):
         effect = perplexity_ratio(base.row_loss, score.row_loss)
@@ -107,7 +110,7 @@ def kept(trials: Path, plan: Plan) -> Path:
 
 
 def steps(trials: Path, plan: Plan) -> list[Mask]:
-    """What a plan's search removed, step by step, the least first: every prefix of its sequence, also beyond the plan.
+    """What a plan's search removed, step by step: every prefix of its sequence, also beyond the plan.
 
     A search that goes back on removals has no sequence. Then each point is the best that its steps chose with so many
     blocks removed. Where the trial folder does not hold the search, the plan alone tells.
