@@ -215,7 +215,9 @@ def prune(
             Methods that change weights need the stages.
         metric: a name as in a run file's `score` section, a row of your own, or a function of (logits, targets, the
             dense model's logits). Speed-ups and answers to items need the stages.
-        unit, candidates, options: as in a run file's `score` section.
+        unit: as in a run file's `score` section.
+        candidates: the same.
+        options: the same.
         acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk), in
             place of the method's own.
         compensation: "none", or a method of `compensate.method` (docs/methods.md), in place of the method's own:
