@@ -47,8 +47,11 @@ RECOVERY_VERSION = 3
 EVAL_VERSION = 3
 """Perplexities, task scores and timings. Part of the key of every stored result."""
 
+SAMPLES_VERSION = 1
+"""Sample texts, and what else stands in results.json beside the stored results. Part of the key of the texts."""
+
 STUDY_VERSION = 3
 """Which searches a study makes, and what it asks of each model."""
 
-REPORT_VERSION = 5
+REPORT_VERSION = 6
 """Tables, figures and pages made from results."""

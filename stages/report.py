@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from blockpruner.core.progress import observer
@@ -27,11 +29,18 @@ def origin(source: Any) -> str:
     return str(getattr(source, "repo", "the tasks' own hub data sets"))
 
 
+def name_of(source: Any) -> str:
+    """What people call a model, from its repository, folder or file."""
+    place = str(getattr(source, "repo", None) or getattr(source, "path", None) or origin(source).partition(" ")[0])
+    return re.sub(r"([.-](gguf|q\d\w*))+$", "", Path(place).name, flags=re.IGNORECASE)
+
+
 def labels(settings: Run) -> RunLabels:
     calibration, evaluate, recover = settings.calibration, settings.evaluate, settings.recover
     compensate = settings.compensate
     up_to = "up to " if calibration.num_samples == "auto" else ""
     return RunLabels(
+        name=name_of(settings.model),
         model=f"{origin(settings.model)}, {settings.model.dtype}",
         calibration=f"{origin(calibration.data)}; "
         + (f"{calibration.num_rows} rows" if calibration.num_rows else f"{up_to}{calibration.samples} samples")

@@ -533,9 +533,16 @@ def evaluated(world: World, what: str) -> Any:
     for item in items:
         line = [item["loglikelihoods"], *(item.get(key) for key in ("acc", "acc_norm", "exact_match", "response"))]
         lines.setdefault(item["task"], []).append(line)
+    del found["perplexity"]["row_nll"]
     return {key: found[key] for key in ("parameters", "weight_bytes", "perplexity", "tasks", "average", "chance")} | {
         "items": lines
     }
+
+
+def said(world: World) -> Any:
+    """The sample texts of a target, and its formats."""
+    found = read(Path("data/results") / f"{world.evaluated}-t0" / "results.json")
+    return {key: found[key] for key in ("samples", "formats")}
 
 
 def reported(world: World) -> Any:
@@ -716,6 +723,7 @@ ENTRIES: dict[str, Entry] = {
         f"evaluation of {what}": Entry("EVAL_VERSION", partial(evaluated, what=what), 1e-6)
         for what in ("dense", "t0", "t1")
     },
+    "samples": Entry("SAMPLES_VERSION", said),
     "report": Entry("REPORT_VERSION", reported, 1e-6),
     "tables of a study": Entry("REPORT_VERSION", tabulated, 1e-6),
 }

@@ -37,6 +37,8 @@ class Export:
     """The values of `model.dtype` that it can hold; None: all."""
     of_masks_only: bool = False
     """It can only hold models that lost blocks, not models with other weights."""
+    commands: tuple[str, ...] = ()
+    """How to start its engines, in their order; {path} is the checkpoint's folder."""
     package: str = ""
     """What its writer imports and only an extra installs, which has the same name; "" for nothing."""
 
@@ -82,9 +84,32 @@ EXPORTS: Registry[Export] = Registry(
     "export",
     Export,
     [
-        Export("hf", "transformers checkpoint", ("transformers",), HERE + "hf:export_hf"),
-        Export("nas", "DeciLM checkpoint", ("vLLM", "mlx-lm"), HERE + "nas:export_nas", NARROW),
-        Export("gguf", "GGUF files in 16 and 8 bits", ("llama.cpp",), HERE + "gguf:export_gguf", package="gguf"),
+        Export(
+            "hf",
+            "transformers checkpoint",
+            ("transformers",),
+            HERE + "hf:export_hf",
+            commands=("blockpruner chat {path}",),
+        ),
+        Export(
+            "nas",
+            "DeciLM checkpoint",
+            ("vLLM", "mlx-lm"),
+            HERE + "nas:export_nas",
+            NARROW,
+            commands=(
+                "python -m vllm.entrypoints.openai.api_server --model {path} --host 127.0.0.1 --port 8000",
+                "mlx_lm.server --model {path} --host 127.0.0.1 --port 8080",
+            ),
+        ),
+        Export(
+            "gguf",
+            "GGUF files in 16 and 8 bits",
+            ("llama.cpp",),
+            HERE + "gguf:export_gguf",
+            commands=("llama-server -m {path}/model-Q8_0.gguf --port 8080",),
+            package="gguf",
+        ),
         Export(
             "zeroed",
             "dense checkpoint, blocks zeroed",

@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from blockpruner.cli.pruning import own_dtype
 from blockpruner.core.errors import InputError
+from blockpruner.evaluation.samples import answer
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
@@ -30,20 +31,9 @@ class Talker:
         self._tokenizer = load_tokenizer(folder)
 
     def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> tuple[str, int]:
-        """The answer to the last turn, and its tokens. Turns are the user's and the model's, one after the other."""
-        tokenizer = self._tokenizer
-        told = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
-        if has_template := bool(tokenizer.chat_template):
-            text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
-        else:
-            text = turns[-1]
-        ids = tokenizer(text, add_special_tokens=not has_template, return_tensors="pt").input_ids.to(self.model.device)
-        out = self.model.generate(
-            ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=limit, do_sample=False, pad_token_id=0,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None,
-        )  # fmt: skip
-        new = out[0, ids.shape[1] :]
-        return tokenizer.decode(new, skip_special_tokens=True), len(new)
+        """As `samples.answer`; `show` prints the text as it comes."""
+        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+        return answer(self.model, self._tokenizer, turns, limit, streamer)
 
     def chat(self, prompts: Iterable[str] | None, limit: int) -> None:
         """Answer these prompts, or those that are typed, on standard output."""

@@ -23,6 +23,7 @@ from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, WikiText, ZeroShot
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
+from blockpruner.evaluation.samples import NEW_TOKENS, PROMPTS, answer
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
 from blockpruner.evaluation.tasks import task_digest
@@ -34,9 +35,9 @@ from blockpruner.model import accelerator
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model, placement, resolve_device, set_threads
 from blockpruner.store.files import read_json, replace_directory, write_json, write_sealed_json, write_table
-from blockpruner.store.manifest import content_sha256, manifest, model_identity, require_verified
+from blockpruner.store.manifest import REPORT_FILE, content_sha256, manifest, model_identity, require_verified
 from blockpruner.store.provenance import fingerprint, machine, made
-from blockpruner.versions import EVAL_VERSION
+from blockpruner.versions import EVAL_VERSION, SAMPLES_VERSION
 
 Advance = Callable[[int, int], None]
 
@@ -158,12 +159,14 @@ def benchmark(
     Returns:
         results.json, by key:
         parameters, weight_bytes.
-        perplexity: without the NLL of each row.
+        perplexity: with the NLL of each row.
         tasks: the scores of each task; value and stderr are those of its main metric; p_gold and margin are means over
             items (`benchmarks.Benchmark.confidence`).
         average: mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is one.
         chance: the accuracy of guessing, by task; null for a perplexity.
         made: where and when each of these was computed, as from `provenance.made`.
+        samples: answers to `samples.PROMPTS`.
+        formats: the folders of verified exports beside `checkpoint`, its own among them.
         speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds;
             null where `settings` want none.
 
@@ -183,6 +186,7 @@ def benchmark(
     evaluations = [
         perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text_key),
         *(task_of(model, task, sources / "tasks", settings.zero_shot, text_key) for task in tasks),
+        samples_of(model, text_key),
         *(() if settings.speed is None else (speed_of(model, whole, settings.speed, model.key),)),
     ]
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
@@ -190,10 +194,12 @@ def benchmark(
     scores = {task: found[task].value["scores"] for task in tasks}
     results = {
         **evaluator.size(model, model.key),
-        "perplexity": {k: v for k, v in found["perplexity"].value.items() if k != "row_nll"},
+        "perplexity": found["perplexity"].value | {"row_nll": list(found["perplexity"].value["row_nll"])},
         "tasks": scores,
         "average": _average([scores[task] for task in tasks if rows[task].is_accuracy]),
         "chance": {task: rows[task].chance(found[task].items) for task in tasks},
+        "samples": found["samples"].value["samples"],
+        "formats": sorted(path.parent.name for path in checkpoint.parent.glob(f"*/{REPORT_FILE}")),
         "speed": found["speed"].value if "speed" in found else None,
         "made": {name: stored.made for name, stored in found.items()},
     }
@@ -290,6 +296,20 @@ def _with_confidence(stored: Stored, task: str, task_dir: Path) -> Stored:
             error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
             scores |= {name: float(values.mean()), f"{name}_stderr": error}
     return replace(stored, value=stored.value | {"scores": scores}, items=items)
+
+
+def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
+    def compute(advance: Advance) -> Stored:
+        samples = []
+        for prompt in PROMPTS:
+            samples.append({"prompt": prompt, "text": answer(model.model, model.tokenizer, [prompt])[0].strip()})
+            advance(len(samples), len(PROMPTS))
+        return Stored({"samples": samples})
+
+    key = {"kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS, "samples_version": SAMPLES_VERSION}
+    return Evaluation(
+        "samples", model, {**identity, **key}, "texts", compute, lambda value: f"{len(value['samples'])} texts"
+    )
 
 
 def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Mapping[str, Any]) -> Evaluation:

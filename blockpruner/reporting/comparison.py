@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from blockpruner.reporting.inputs import ReportedRun
+from blockpruner.reporting.inputs import PrunedOption, ReportedRun
 from blockpruner.reporting.results import Option
 
 BAND = 0.015
@@ -50,21 +50,26 @@ class Comparison:
         """What is known of all options, the most important first."""
         return GAINS if self.studies[0].dense.is_timed else (SIZE,)
 
+    @property
+    def targets(self) -> list[PrunedOption]:
+        """List them by size, the least pruned first."""
+        found = (target for study in self.studies for target in study.targets)
+        return sorted(found, key=lambda option: option.ratio)
+
     def front(self, gain: Gain) -> list[Option]:
         """Find the options that no other betters in held-out perplexity and `gain` together, the least gain first."""
         options = self.options
         members = front([(-gain.of(option), option.model.perplexity) for option in options])
         return sorted((options[i] for i in members), key=gain.of)
 
-    def bands(self) -> list[list[Option]]:
+    def bands(self) -> list[list[PrunedOption]]:
         """Group targets of one size (BAND), the least pruned first. A band is in the order of runs."""
-        targets = self.options[1:]
-        found: list[list[Option]] = []
-        for option in sorted(targets, key=lambda option: option.ratio):
+        found: list[list[PrunedOption]] = []
+        for option in self.targets:
             if not found or option.ratio - found[-1][0].ratio > BAND:
                 found.append([])
             found[-1].append(option)
-        return [sorted(band, key=targets.index) for band in found]
+        return [sorted(band, key=self.options.index) for band in found]
 
 
 def comparisons(studies: Sequence[ReportedRun]) -> list[Comparison]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, pairwise, takewhile
 from statistics import mean, median
+from typing import TypeVar
 
 from blockpruner.core.blocks import BlockKind, parse_mask
-from blockpruner.core.budgets import speedup
 from blockpruner.reporting.formats import listed, number, percent, times
 from blockpruner.reporting.grids import difference
-from blockpruner.reporting.inputs import PrunedOption, ReportedRun
+from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import Model, Option
 from blockpruner.reporting.statistics import Mean, average, differences
 from blockpruner.scoring.metrics import METRICS
@@ -65,6 +65,9 @@ KNEE_MARGIN = 0.05
 the spread of timings."""
 
 
+AnyOption = TypeVar("AnyOption", bound=Option)
+
+
 class Level(StrEnum):
     RESULT = "result"
     NOTE = "note"
@@ -81,16 +84,6 @@ class Finding:
     """Its short name, stable for tests and machines."""
     title: str
     text: str
-
-
-def findings(study: ReportedRun) -> list[Finding]:
-    """Collect all findings on one run."""
-    return [
-        *(_outcome(target) for target in study.targets),
-        *warnings(study.targets, study.traces),
-        stop(study.targets),
-        _noise(study),
-    ]
 
 
 def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Finding]:
@@ -173,13 +166,13 @@ def signs(option: Option) -> list[str]:
     return [name for name, shows in rules.items() if shows(option)]
 
 
-def recommended(options: Sequence[Option]) -> Option | None:
+def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
     """Find the model to stop at, the knee among the safe ones, or None: keep the dense model.
 
     Safe is faster than dense beyond noise, below 1.5 times its held-out perplexity (COLLAPSE_NATS), and less pruned
     than its method's first with a jump or a mismatch; or healed and not broken. `options`: by ratio.
     """
-    plain = dict[str, list[Option]]()
+    plain = dict[str, list[AnyOption]]()
     for option in options:
         plain.setdefault(option.method, []).extend([] if option.healing else [option])
     before = [takewhile(lambda option: not has_jump(option) and not is_mismatch(option), own) for own in plain.values()]
@@ -218,38 +211,6 @@ def paired(base: Model, other: Model, task: str | None = None) -> Mean:
     names = base.scores if task is None else (task,)
     scores = ({name: model.scores[name] for name in names} for model in (base, other))
     return average(differences(*scores))
-
-
-def _outcome(target: PrunedOption) -> Finding:
-    plan, dense, model = target.plan, target.dense, target.model
-    gap = paired(dense, model)
-    noise = "" if gap.differs_from(0) else ", within noise (less than 2 standard errors)"
-    confidence = ""
-    if dense.confidence is not None and model.confidence is not None:
-        change = paired_confidence(dense, model)
-        confidence = (
-            f"p of the right answer {percent(dense.confidence.value)} → {percent(model.confidence.value)}, "
-            f"{difference(change)} points{'' if change.differs_from(0) else ', within noise'}. "
-        )
-    timed = plan.removes.get("latency")
-    return Finding(
-        Level.RESULT,
-        "outcome",
-        f"{target.name}: {percent(plan.ratio)} of the parameters removed ({target.taken_out}; {target.method})"
-        + (f", then healed by {' and '.join(target.healing)}" if target.healing else ""),
-        f"Held-out perplexity {number(dense.perplexity)} → {number(model.perplexity)}. Average accuracy "
-        f"{percent(dense.average.value)} → {percent(model.average.value)}, a paired difference of {difference(gap)} "
-        f"points{noise}. {confidence}Generation {_pace(target)}"
-        + ("" if timed is None else f"; by the times of its blocks, {times(speedup(timed))}")
-        + ".",
-    )
-
-
-def _pace(target: PrunedOption) -> str:
-    if not target.is_timed:
-        return "not timed"
-    noise = ", within noise (its 95 % interval holds 1)" if target.race.is_noise else ""
-    return f"{times(target.speedup)} as fast{noise}"
 
 
 def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
@@ -367,7 +328,7 @@ def stop(options: Sequence[Option]) -> Finding:
     return Finding(
         Level.ADVICE,
         "stop",
-        f"Recommended stopping point: {best.name}",
+        f"Take {best.name}",
         f"{percent(best.ratio)} of the parameters removed ({best.taken_out}): {100 * (best.speedup - 1):+.1f} % "
         f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. "
         + (
@@ -380,7 +341,8 @@ def stop(options: Sequence[Option]) -> Finding:
     )
 
 
-def _noise(study: ReportedRun) -> Finding:
+def noise(study: ReportedRun) -> Finding:
+    """Tell how much the scores of a run can tell."""
     counts = sorted({score.items for score in study.scores.values()})
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     error = mean(score.stderr for score in study.scores.values())

@@ -73,9 +73,10 @@ def score(found: Mean, digits: int = 1, mark: str = "") -> Number:
     return Number(100 * found.value, digits, 100 * found.stderr, mark=mark)
 
 
-def difference(found: Mean, mark: str = "") -> Number:
-    """Show a difference of accuracies in points, ± 1 standard error."""
-    return Number(100 * found.value, 1, 100 * found.stderr, signed=True, mark=mark)
+def difference(found: Mean) -> Number:
+    """Show a difference of accuracies in points, with its interval."""
+    low, high = 100 * found.interval.low, 100 * found.interval.high
+    return Number(100 * found.value, 1, low=low, high=high, signed=True)
 
 
 def points(found: Effect) -> Number:

@@ -90,6 +90,8 @@ class PrunedOption(Option):
     """None where no masks were compared."""
     compensation: Mapping[str, Any]
     """The report of its compensation; empty where the plan asks for none."""
+    checkpoints: tuple[Path, ...]
+    """A folder for each format."""
 
     @property
     def helped(self) -> bool:
@@ -178,6 +180,7 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
                 name=name, subject=labels.model, method=words, plan=plan, model=models[name], dense=dense.model,
                 races=races[name], order=plan.order, curve=curve, removals=removed, considered=looked,
                 compensation={} if plan.compensate == "none" else read_json(report),
+                checkpoints=tuple(data / "checkpoints" / name / form for form in facts[name].get("formats", ())),
             )
         )  # fmt: skip
     chance = {task: value for task, value in facts[f"{run}-dense"]["chance"].items() if value is not None}

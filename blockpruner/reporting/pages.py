@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Literal
 
 from blockpruner.reporting.findings import Finding, Level
 from blockpruner.reporting.formats import listed
@@ -35,9 +36,32 @@ class Facts:
 
     title: str
     of: tuple[tuple[str, str], ...]
+    is_code: bool = False
+    """Whether the texts are paths and commands, to be copied."""
+    folded: bool = False
+    """Whether a page shows them only on request."""
 
 
-Block = Findings | Grid | Plot | Facts | str
+@dataclass(frozen=True)
+class Tile:
+    """One large number."""
+
+    title: str
+    value: str
+    interval: str = ""
+    detail: str = ""
+    tone: Literal["", "good", "bad"] = ""
+    """What the number is beyond noise."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A row of large numbers."""
+
+    of: tuple[Tile, ...]
+
+
+Block = Findings | Grid | Plot | Facts | Tiles | str
 """A part of a section; a str is a sentence on what is not there."""
 
 
@@ -72,7 +96,11 @@ class Page:
 
 def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:
     """Write report.md, index.html, plots/ and more files of text in the place of `out`: all of them, or nothing."""
-    texts = {"report.md": to_markdown(page), "index.html": to_html(page), **files}
+    texts = {
+        "report.md": to_markdown(page),
+        "index.html": to_html(page, [name for name in files if "/" not in name]),
+        **files,
+    }
     texts |= {f"plots/{plot.name}.svg": plot.svg for plot in page.plots}
 
     def build(directory: Path) -> None:
@@ -106,9 +134,10 @@ LONG = 24
 """A table's texts beyond this many characters may take several lines."""
 
 
-def to_html(page: Page) -> str:
+def to_html(page: Page, files: Sequence[str] = ()) -> str:
+    """Fill in page.html. `files` lie beside the page and are linked at its end."""
     links = "\n".join(
-        f'<li><a href="#part-{i}">{escape(part.title)}</a></li>' for i, part in enumerate(page.sections, 1)
+        f'<a href="#part-{i}">{escape(part.title)}</a>' for i, part in enumerate(page.sections, 1) if page.sections[1:]
     )
     sections = "\n".join(
         f'<section id="part-{i}">\n<h2>{escape(section.title)}</h2>\n'
@@ -117,6 +146,8 @@ def to_html(page: Page) -> str:
         for i, section in enumerate(page.sections, 1)
     )
     title, intro, made = map(escape, (page.title, page.intro, page.made))
+    if files:
+        made += " All numbers: " + ", ".join(f'<a href="{escape(name)}">{escape(name)}</a>' for name in files) + "."
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(title=title, intro=intro, links=links, sections=sections, made=made)
 
@@ -128,19 +159,31 @@ def _html(block: Block, section: str) -> str:
             return '<ul class="findings">\n' + "\n".join(items) + "\n</ul>"
         case Grid():
             table = _html_table(block) + "".join(f'\n<p class="legend">{escape(note)}</p>' for note in block.notes)
-            if block.folded:
-                return f"<details><summary>{escape(block.title)}</summary>\n{table}\n</details>"
-            return table if block.title == section else f"<h3>{escape(block.title)}</h3>\n{table}"
+            return table if block.title == section else _titled(block.title, table, block.folded)
         case Plot():
             svg, kind = inline_svg(block), "wide" if block.wide else "small"
             if block.wide:
                 svg = f'<div class="scroll"><div style="min-width:{int(block.width * 72)}px">{svg}</div></div>'
             return f'<figure class="{kind}">\n{svg}\n<figcaption>{escape(block.caption)}</figcaption>\n</figure>'
         case Facts():
-            items = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in block.of)
-            return f"<h3>{escape(block.title)}</h3>\n<dl>\n" + "\n".join(items) + "\n</dl>"
+            before, after = ("<pre>", "</pre>") if block.is_code else ("", "")
+            items = (f"<dt>{escape(name)}</dt><dd>{before}{escape(text)}{after}</dd>" for name, text in block.of)
+            return _titled(block.title, "<dl>\n" + "\n".join(items) + "\n</dl>", block.folded)
+        case Tiles():
+            return '<dl class="tiles">\n' + "\n".join(map(_html_tile, block.of)) + "\n</dl>"
         case str():
             return f'<p class="legend">{escape(block)}</p>'
+
+
+def _titled(title: str, content: str, folded: bool) -> str:
+    if folded:
+        return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
+    return f"<h3>{escape(title)}</h3>\n{content}"
+
+
+def _html_tile(tile: Tile) -> str:
+    small = "".join(f"<small>{escape(text)}</small>" for text in (tile.interval, tile.detail) if text)
+    return f'<div class="{tile.tone}"><dt>{escape(tile.title)}</dt><dd><b>{escape(tile.value)}</b>{small}</dd></div>'
 
 
 def _html_table(grid: Grid) -> str:
@@ -165,7 +208,7 @@ def inline_svg(plot: Plot) -> str:
     """Make a plot's SVG part of a page: no XML prolog, ids of its own, lines and text in the page's colour."""
     svg = plot.svg[plot.svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{plot.name}-", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(plot.caption)}" ', 1)
+    return svg.replace("<svg ", '<svg role="img" ', 1)
 
 
 MARKS = {Level.RESULT: "", Level.NOTE: "", Level.WARNING: "⚠ ", Level.ADVICE: "➜ "}
@@ -193,14 +236,21 @@ def _markdown(block: Block, section: str) -> Sequence[str]:
             return [*title, _markdown_table(block), *map(plain, block.notes)]
         case Plot():
             return [f"![{block.name}](plots/{block.name}.png)", plain(block.caption)]
+        case Facts(of=of, is_code=True):
+            return [f"### {plain(block.title)}", *(f"{plain(name)}:\n\n    {text}" for name, text in of)]
         case Facts():
             return ["\n".join(f"- **{plain(name)}:** {plain(text)}" for name, text in block.of)]
+        case Tiles():
+            facts = (
+                (t.title, " ".join(filter(None, (t.value, t.interval, t.detail and f"({t.detail})")))) for t in block.of
+            )
+            return ["\n".join(f"- **{plain(name)}:** {plain(text)}" for name, text in facts)]
         case str():
             return [plain(block)]
 
 
 def _markdown_table(grid: Grid) -> str:
-    rows = [[plain(title) for title in grid.head], ["---", *["---:"] * (len(grid.head) - 1)]]
+    rows = [[plain(title) for title in grid.head], ["---:" if is_number else "---" for is_number in grid.numeric]]
     for i, row in enumerate(grid.texts):
         stress = "**" if i in grid.strong else ""
         rows.append([f"{stress}{plain(cell)}{stress}" if cell else "" for cell in row])

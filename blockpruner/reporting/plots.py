@@ -7,21 +7,25 @@ two colours that occur nowhere else: a page can put the reader's own colours in 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask
 from blockpruner.core.errors import extra
-from blockpruner.reporting.statistics import Mean
+from blockpruner.reporting.formats import number
+from blockpruner.reporting.statistics import Interval, Mean
 
 with extra("report"):
     import matplotlib
-    from matplotlib import colormaps
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -38,7 +42,15 @@ MARKS = (
 COLOURS = "cividis"
 """Perceptually even, and the same to colour-blind eyes; dark is low."""
 
+KIND_COLOURS = {BlockKind.MHA: BLUE, BlockKind.MLP: ORANGE}
+
 REMOVED = "parameters removed, %"
+
+TIP = "tip: "
+"""An artist's id that begins with this becomes what a pointer over it shows."""
+
+TOLD = 40
+"""How many of these texts a figure's description holds."""
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "blockpruner",
@@ -71,6 +83,7 @@ class Plot:
     """Of its files."""
     caption: str
     svg: str
+    """Its first child is <title>, then comes <desc>."""
     png: bytes
     width: float
     """Inches."""
@@ -89,7 +102,36 @@ def render(
         figure.savefig(svg, format="svg", metadata=bare)
         figure.savefig(png, format="png", dpi=180, metadata={"Software": None})
     text = "\n".join(line.rstrip() for line in svg.getvalue().splitlines()) + "\n"
+    tips = re.findall(f'<g id="{TIP}([^"]*)"', text)
+    told = "; ".join(tips[:TOLD]) + (f"; and {len(tips) - TOLD} more" if len(tips) > TOLD else "")
+    text = re.sub(f'<g id="{TIP}([^"]*)"([^>]*)>', r"<g\2><title>\1</title>", text)
+    head = f"<title>{escape(caption.partition('. ')[0])}</title><desc>{told}</desc>"
+    text = re.sub(r"(<svg [^>]*>)", lambda found: found[1] + head, text, count=1)
     return Plot(name, caption, text, png.getvalue(), size[0], wide)
+
+
+def tip_(artist: Artist, text: str) -> None:
+    """Let a pointer over an artist show this text, which also enters the figure's description."""
+    artist.set_gid(TIP + text)
+
+
+def dot_(
+    axes: Axes, x: float, y: float, colour: str, shape: str, tip: str, across: Interval | None = None,
+    up: Interval | None = None, *, size: float = 6.5, fill: str | None = None,
+) -> None:  # fmt: skip
+    """Draw one measured value with its intervals, where they are finite."""
+    for interval, others in ((across, (y, y)), (up, (x, x))):
+        if interval and np.isfinite(interval.high):
+            ends = (interval.low, interval.high)
+            axes.plot(*((ends, others) if interval is across else (others, ends)), color=colour, linewidth=1.3)
+            tip += f" [{number(interval.low)}, {number(interval.high)}]"
+    (mark,) = axes.plot(x, y, shape, color=colour, markersize=size, markerfacecolor=fill or colour)
+    tip_(mark, tip)
+
+
+def key(label: str, colour: str, shape: str, fill: str | None = None) -> Line2D:
+    """Make an entry of a legend."""
+    return Line2D([], [], linestyle="none", marker=shape, color=colour, markerfacecolor=fill or colour, label=label)
 
 
 def label_(axes: Axes, x: str, y: str = "") -> None:
@@ -141,18 +183,16 @@ def grid_(axes: Axes) -> None:
 def block_map(figure: Figure, layers: int, mask: Mask, removals: Sequence[Mask]) -> None:
     """Draw which blocks are gone, with the number of the removal that took each where they have an order."""
     axes, kinds = figure.subplots(), list(BlockKind)
-    number = {block: i for i, removal in enumerate(removals, 1) for block in removal}
-    colour = colormaps[COLOURS]
+    places = {block: i for i, removal in enumerate(removals, 1) for block in removal}
     for block in (BlockId(kind, layer) for kind in kinds for layer in range(layers)):
         corner = (block.layer - 0.46, kinds.index(block.kind) - 0.44)
-        if block not in mask:
-            axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor="none", edgecolor=GREY, linewidth=0.6))
-            continue
-        share = (number.get(block, 1) - 1) / max(len(removals) - 1, 1)
-        axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor=colour(share), edgecolor="none"))
-        if removals:
-            place, ink = (block.layer, kinds.index(block.kind)), "black" if share > 0.5 else "white"
-            axes.text(*place, str(number[block]), color=ink, ha="center", va="center", fontsize=8.5)
+        gone = block in mask
+        colour, width = (KIND_COLOURS[block.kind], 0.0) if gone else ("none", 0.6)
+        box = axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor=colour, edgecolor=GREY, linewidth=width))
+        if gone:
+            at = str(places.get(block, ""))
+            tip_(box, f"{block} is gone" + (f", removal {at}" if at else ""))
+            axes.text(block.layer, kinds.index(block.kind), at, color="white", ha="center", va="center", fontsize=8.5)
     axes.set_xlim(-0.6, layers - 0.4)
     axes.set_ylim(len(kinds) - 0.4, -0.6)
     axes.set_yticks(range(len(kinds)), [kind.upper() for kind in kinds])

@@ -1,6 +1,7 @@
 """The report of targets: what it says, in which order, and its files.
 
-What can stand in for each dense model comes first, then one section a run.
+For each dense model: the verdict and its numbers, what the search saw, how to use the result. Then the evidence of each
+run.
 """
 
 from __future__ import annotations
@@ -8,24 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.core.blocks import DENSE, format_mask
+from blockpruner.evaluation.samples import PROMPTS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import Comparison, comparisons
-from blockpruner.reporting.figures import figures, pareto_plot
-from blockpruner.reporting.findings import findings
+from blockpruner.reporting.figures import figures, of_search, trade_off
+from blockpruner.reporting.findings import noise, recommended, stop, warnings
 from blockpruner.reporting.formats import listed, number, percent
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_studies
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, made_line, write_page
-from blockpruner.reporting.results import RunLabels
+from blockpruner.reporting.results import Option, RunLabels
 from blockpruner.reporting.tables import (
     NOT_TIMED,
-    choices,
     compared,
     curve_csv,
     headline,
     iterations_csv,
     pareto_csv,
+    samples,
     sequence,
+    tiles,
 )
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.registry import SEARCHES
@@ -58,24 +62,55 @@ def write_report(
 
 
 def build_page(title: str, studies: Sequence[ReportedRun], draw: bool) -> Page:
-    overviews = [_overview(found, draw) for found in comparisons(studies) if len(found.options) > 2]
+    sections = [section for found in comparisons(studies) for section in _sections(found, draw)]
     made = made_line(made for study in studies for option in study.options for made in option.model.made)
-    return Page(title, INTRO, (*overviews, *(_section(study, draw) for study in studies)), made)
+    return Page(title, INTRO, tuple(sections), made)
 
 
-def _overview(comparison: Comparison, draw: bool) -> Section:
-    title = f"What to take for {comparison.studies[0].labels.model}"
-    drawn = [pareto_plot(comparison)] if draw else []
-    return Section(title, (choices(comparison, title), *drawn, compared(comparison)))
-
-
-def _section(study: ReportedRun, draw: bool) -> Section:
-    return Section(
-        study.run,
+def _sections(comparison: Comparison, draw: bool) -> list[Section]:
+    """Give the verdict on one dense model, then the evidence of each run."""
+    studies, targets = comparison.studies, comparison.targets
+    shown = recommended(targets) or targets[0]
+    signs = [finding for study in studies for finding in warnings(study.targets, study.traces)]
+    verdict = Section(
+        studies[0].labels.name,
         (
-            Findings(tuple(findings(study))),
+            Findings((stop(targets),)),
+            tiles(shown),
+            *([Findings(tuple(signs))] if signs else []),
+            *(of_search(shown) if draw else []),
+            *([compared(comparison)] if len(targets) > 1 else []),
+            *([trade_off(comparison)] if draw and len(targets) > 1 else []),
+            *samples([comparison.options[0], *targets]),
+            *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
+        ),
+    )
+    return [verdict, *(_evidence(study, shown, draw) for study in studies)]
+
+
+def _use(target: PrunedOption, folded: bool) -> Facts:
+    """Tell where a target's checkpoints are, and how to start engines on them."""
+    lines, places = [], {place.name: place for place in target.checkpoints}
+    for form in (form for form in EXPORTS if form in places):
+        export, place = EXPORTS[form], places[form]
+        lines.append((export.title, str(place)))
+        lines += [(name, text.format(path=place)) for name, text in zip(export.engines, export.commands, strict=False)]
+        if form == "hf":
+            dense = place.parents[2] / "models" / target.plan.run
+            lines.append(("beside dense", f'blockpruner compare {dense} {place} --prompt "{PROMPTS[-1]}"'))
+    return Facts(f"Use {target.name}", tuple(lines), is_code=True, folded=folded)
+
+
+def _evidence(study: ReportedRun, shown: Option, draw: bool) -> Section:
+    """Show all that was measured of a run. The search of the option `shown` is drawn already."""
+    searches = [*study.traces, *(target for target in study.targets if not target.removals)]
+    drawn = [plot for target in searches if target is not shown for plot in of_search(target)]
+    return Section(
+        f"Evidence: {study.run}",
+        (
             headline(study),
-            *(figures(study) if draw else ()),
+            Findings((noise(study),)),
+            *((*figures(study), *drawn) if draw else ()),
             *map(sequence, study.traces),
             Facts("Model, data and work", _facts(study)),
         ),

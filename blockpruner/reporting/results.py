@@ -35,9 +35,12 @@ TIMED = "timed"
 
 @dataclass(frozen=True)
 class RunLabels:
-    """One line each for people: which model, and which data it was calibrated and evaluated on."""
+    """For people: which model, and which data it was calibrated and evaluated on."""
 
+    name: str
+    """What the model is called."""
     model: str
+    """Where it is from, on one line, as all that follows."""
     calibration: str
     heldout: str
     tasks: str
@@ -149,17 +152,16 @@ class Race:
     @property
     def is_faster(self) -> bool:
         """Tell whether generation is faster than dense beyond noise: the interval lies above 1."""
-        return self._generation.low > 1
+        return self.interval("generation").low > 1
 
     @property
     def is_noise(self) -> bool:
         """Tell whether the interval of the speed-up of generation holds 1. It does where nothing was timed twice."""
-        return self._generation.low <= 1 <= self._generation.high
+        return self.interval("generation").holds(1)
 
-    @property
-    def _generation(self) -> Interval:
-        once = len(self.dense.seconds["generation"]) == 1
-        return Interval(0, math.inf) if once else self.speedups["generation"].interval
+    def interval(self, part: str) -> Interval:
+        """Of a speed-up; infinite where nothing was timed twice."""
+        return Interval(0, math.inf) if len(self.dense.seconds[part]) == 1 else self.speedups[part].interval
 
     @property
     def spread(self) -> float:
@@ -185,6 +187,8 @@ class Model:
     """One score for each of these items."""
     p_gold: Mapping[str, Floats]
     """p of each item's right answer, by those of these tasks that have it."""
+    samples: tuple[tuple[str, str], ...] = ()
+    """Prompts with the model's answers; empty where none were made."""
     made: tuple[Mapping[str, str], ...] = ()
     """Where and when each of this was computed; empty where it was not recorded."""
 
@@ -207,6 +211,7 @@ class Model:
             items={task: numbers for task, (numbers, _, _) in items.items()},
             scores=scores,
             p_gold={task: p for task, (_, _, p) in items.items() if not np.isnan(p).any()},
+            samples=tuple((sample["prompt"], sample["text"]) for sample in fields.get("samples", ())),
             made=tuple(fields.get("made", {}).values()),
         )
 
@@ -312,6 +317,13 @@ class Option:
     def heldout_rise(self) -> float:
         """ln(PPL / dense PPL) on the held-out text, nats per token."""
         return math.log(self.model.perplexity / self.dense.perplexity)
+
+    @cached_property
+    def heldout_interval(self) -> Interval:
+        """Of PPL / dense PPL on the held-out text, from paired rows; infinite where there are fewer than two."""
+        dense, own = self.dense.heldout.row_nll, self.model.heldout.row_nll
+        few = min(len(dense), len(own)) < 2
+        return Interval(0, math.inf) if few else statistics.perplexity_ratio(dense, own).interval
 
 
 Items = dict[str, tuple[NDArray[Any], Floats, Floats]]

@@ -41,14 +41,22 @@ class Mean:
     stderr: float
 
     def differs_from(self, value: float) -> bool:
-        """Tell whether `value` is more than 2 standard errors away (about 95 % for a normal error)."""
-        return abs(self.value - value) > 2 * self.stderr
+        """Tell whether `value` is outside the interval."""
+        return not self.interval.holds(value)
+
+    @property
+    def interval(self) -> Interval:
+        """2 standard errors to each side, about 95 % for a normal error."""
+        return Interval(self.value - 2 * self.stderr, self.value + 2 * self.stderr)
 
 
 @dataclass(frozen=True)
 class Interval:
     low: float
     high: float
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,17 @@ Decides which numbers are shown, and in which order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import mean
+from typing import Literal
 
 from blockpruner.core.blocks import Mask, format_mask
+from blockpruner.core.budgets import speedup
 from blockpruner.reporting.comparison import BAND, GAINS, Comparison
-from blockpruner.reporting.findings import jump_at, paired, paired_confidence
-from blockpruner.reporting.formats import parameters, percent, size, times
+from blockpruner.reporting.findings import jump_at, paired, paired_confidence, recommended
+from blockpruner.reporting.formats import number, parameters, percent, size, times
 from blockpruner.reporting.grids import (
     Cell,
     Column,
@@ -25,26 +29,28 @@ from blockpruner.reporting.grids import (
     score,
 )
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun
-from blockpruner.reporting.results import Model, Option
-from blockpruner.reporting.statistics import Mean
+from blockpruner.reporting.pages import Tile, Tiles
+from blockpruner.reporting.results import PARTS, Option
+from blockpruner.reporting.statistics import Interval, Mean
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.stability import RESAMPLES, Stability
 
-AT_CHANCE, IN_NOISE, BETTER, WORSE = "†", "≈", "↑", "↓"
+AT_CHANCE, BETTER, WORSE = "†", "↑", "↓"
 LEGEND = (
     f"Scores in % ± 1 standard error. {WORSE} {BETTER}: differs from the dense model by more than 2 standard errors of "
-    f"the paired items; unmarked: within noise. {AT_CHANCE}: within 2 standard errors of chance. Speed-ups (×) are "
-    "measured with dense and pruned in turns, so they need not equal the quotient of two columns; "
-    f"{IN_NOISE}: the 95 % interval of a speed-up holds 1. p of the right answer: of all choices' likelihoods (per "
-    "character where the accuracy is by character) the share that the right one has; finer than right and wrong."
+    f"the paired items; unmarked: within noise. {AT_CHANCE}: within 2 standard errors of chance. Brackets: 95 % "
+    "intervals. Speed-ups (×) are measured with dense and pruned in turns, so they need not equal the quotient of two "
+    "columns. p of the right answer: of all choices' likelihoods (per character where the accuracy is by character) "
+    "the share that the right one has; finer than right and wrong."
 )
 COMPARISON_LEGEND = (
-    "Upper table: the models that no other betters in speed of generation (in parameters, where nothing is timed) and "
-    "held-out perplexity together (the Pareto front), the slowest first: take the first that is fast enough. Lower "
-    "table: all targets, by parameters removed; those of the front are stressed. Against ref: difference of the "
-    f"averages to the first target of the same size (within {100 * BAND:.1f} % of the parameters), ± 1 standard error "
-    f"of the paired items; {WORSE} {BETTER}: beyond 2, as at p of the right answer. {IN_NOISE}: the 95 % interval of "
-    "the speed-up holds 1."
+    "By parameters removed. × dense and − dense (points): against the dense model, with 95 % intervals of the paired "
+    "repeats of a generation, rows of text or items. Stressed: the recommended one. ●: no other betters it in both "
+    "speed (parameters, where nothing is timed) and held-out perplexity (the Pareto front)."
+)
+REFERENCE_LEGEND = (
+    "Against ref: the average minus that of the first target of the same size (within "
+    f"{100 * BAND:.1f} % of the parameters)."
 )
 
 
@@ -60,27 +66,31 @@ def _calibration(option: Option) -> Cell:
     return None if value is None else Number(value)
 
 
-def _speedup(option: Option) -> Cell:
-    return Number(option.speedup, write=times, mark=IN_NOISE if option.plan and option.race.is_noise else "")
+def _rate(option: Option, part: str) -> Cell:
+    return Number(option.race.pruned.rate(part))
+
+
+def _heldout(option: Option) -> Number:
+    return _against(option.model.perplexity / option.dense.perplexity, option.heldout_interval)
+
+
+def _against(ratio: float, interval: Interval) -> Number:
+    """Show a multiple of what the dense model has."""
+    return Number(ratio, low=interval.low, high=interval.high)
 
 
 def _perplexity(task: str) -> Callable[[Option], Cell]:
     return lambda option: Number(option.model.tasks[task].value)
 
 
-def _rate(part: str) -> Callable[[Option], Cell]:
-    def cell(option: Option) -> Cell:
-        speedup = f"({times(option.race.speedup(part))})" if option.plan else ""
-        return Number(option.race.pruned.rate(part), mark=speedup)
-
-    return cell
+def _speedup(option: Option, part: str = "generation") -> Number:
+    return _against(option.race.speedup(part), option.race.interval(part)) if option.plan else Number(1)
 
 
 METHOD = Field[Option]("method", "method", lambda option: option.recipe)
 REMOVED = Field[Option]("removed", "removed", lambda option: percentage(option.ratio))
 CALIBRATION = Field[Option]("calibration_ppl", "calibration PPL", _calibration)
 HELDOUT = Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity))
-GENERATION = Field[Option]("generation", "generation", _timed(_speedup))
 AVERAGE = Field[Option]("avg", "average, %", lambda option: score(option.model.average))
 
 
@@ -88,12 +98,10 @@ P_TITLE = "p of the right answer, %"
 P_GOLD = Field[Option]("p_gold", P_TITLE, lambda o: score(o.model.confidence) if o.model.confidence else None)
 
 
-def _confidence(option: Option, base: Model | None) -> Cell:
-    """Show p of the right answer, marked where it differs from that of the base."""
+def _confidence(option: Option) -> Cell:
+    """Show p of the right answer, marked where it differs from the dense model's."""
     found = option.model.confidence
-    if found is None:
-        return None
-    return score(found, mark="" if base is None else _change(paired_confidence(base, option.model)))
+    return score(found, mark=_change(paired_confidence(option.dense, option.model))) if found else None
 
 
 def _change(found: Mean) -> str:
@@ -121,6 +129,7 @@ def headline(study: ReportedRun) -> Grid:
     if any(target.healing for target in study.targets):
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
     add("Held-out perplexity", HELDOUT.of)
+    add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
     for task, found in study.dense.model.tasks.items():
         if not found.is_accuracy:
             add(f"{task}, {found.metric.replace('_', ' ')}", _perplexity(task))
@@ -129,10 +138,10 @@ def headline(study: ReportedRun) -> Grid:
     add("Average, %", accuracy(None, study.average_chance), study.average_chance)
     if known := study.dense.model.p_gold:
         chance = mean(study.chance[task] for task in known)
-        add(P_TITLE, lambda o: _confidence(o, o.dense if o.plan else None), chance)
-    add("Prefill, tokens/s", _timed(_rate("prefill")))
-    add("Decode, tokens/s", _timed(_rate("decode")))
-    add("Generation speed-up", GENERATION.of)
+        add(P_TITLE, _confidence, chance)
+    for part in PARTS:
+        add(f"{part.capitalize()}, tokens/s", _timed(partial(_rate, part=part)))
+        add(f"{part.capitalize()}, × dense", _timed(partial(_speedup, part=part)))
     add("Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)))
     add("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
     add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
@@ -145,59 +154,95 @@ def _saved(option: Option) -> str:
     return f"−{percent(option.cache_saved, 0)}" if option.cache_saved else percent(0, 0)
 
 
-def choices(comparison: Comparison, title: str) -> Grid:
-    """List the models on the front of speed (of size, where nothing is timed), the slowest first: what to take for a
-    wanted speed."""
-    front = comparison.front(comparison.gains[0])
-
-    def cache(option: Option) -> Cell:
-        mark = f"({_saved(option)})" if option.cache_saved else ""
-        return Number(option.race.pruned.cache_bytes, write=size, mark=mark)
-
-    fields: tuple[Field[Option], ...] = (
-        Field("place", "#", lambda o: Number(front.index(o) + 1, 0)),
-        GENERATION,
-        Field("take", "take", lambda o: o.name),
-        METHOD,
-        HELDOUT,
-        AVERAGE,
-        P_GOLD,
-        Field("kv_cache", "KV cache", _timed(cache)),
-        REMOVED,
+def tiles(option: Option) -> Tiles:
+    """Show what a pruned model is beside the dense one."""
+    dense, model, accuracy = option.dense, option.model, paired(option.dense, option.model)
+    title, before, after, gap, more = "Average accuracy", dense.average, model.average, accuracy, ""
+    if dense.confidence and model.confidence:
+        title, before, after = "P of the right answer", dense.confidence, model.confidence
+        gap, more = paired_confidence(dense, model), f"; accuracy {difference(accuracy)}"
+    ratio = times(model.perplexity / dense.perplexity)
+    counts = _change_of(parameters, dense.parameters, model.parameters)
+    sizes = _change_of(size, dense.weight_bytes, model.weight_bytes)
+    texts = _change_of(number, dense.perplexity, model.perplexity)
+    scores = _change_of(percent, before.value, after.value) + more
+    return Tiles(
+        (
+            Tile("Size", f"−{percent(option.ratio)}", sizes, f"{counts} parameters"),
+            _tile("Perplexity against dense", ratio, _heldout(option), f"{texts}, held-out", 1, "bad"),
+            _tile(title, f"{Number(100 * gap.value, 1, signed=True)} points", difference(gap), scores, 0, "good"),
+            *_speed_tiles(option),
+        )
     )
-    return grid_of("choices", title, fields, front)
+
+
+def _speed_tiles(option: Option) -> list[Tile]:
+    title, known = "Speed against dense", option.plan.removes if option.plan else {}
+    told = [f"by the times of its blocks {times(speedup(known['latency']))}"] if "latency" in known else []
+    if not option.is_timed:
+        return [Tile(title, NOT_TIMED, detail="".join(told))]
+    race = option.race
+    rates = _change_of(number, *(side.rate("generation") for side in (race.dense, race.pruned)))
+    detail = "; ".join([f"{rates} tokens/s", *told])
+    return [
+        _tile(title, times(option.speedup), _speedup(option), detail, 1, "good"),
+        Tile("KV cache", _saved(option), _change_of(size, race.dense.cache_bytes, race.pruned.cache_bytes)),
+    ]
+
+
+def _change_of(write: Callable[[float], str], before: float, after: float) -> str:
+    return f"{write(before)} → {write(after)}"
+
+
+def _tile(title: str, value: str, cell: Number, detail: str, equal: float, more_is: Literal["good", "bad"]) -> Tile:
+    """Show a measured number with its interval; `equal` is the value of what is as the dense model."""
+    if cell.low is None or cell.high is None or not math.isfinite(cell.high - cell.low):
+        return Tile(title, value, "no interval: measured once", detail)
+    told = f"95 %: {str(cell).partition('[')[2].rstrip(']').replace(', ', ' to ')}"
+    if cell.low <= equal <= cell.high:
+        return Tile(title, value, f"{told}, within noise", detail)
+    return Tile(title, value, told, detail, more_is if cell.low > equal else "bad" if more_is == "good" else "good")
 
 
 def compared(comparison: Comparison) -> Grid:
-    """List all targets of one dense model by size; those of `choices` are stressed."""
-    best = comparison.front(comparison.gains[0])
+    """List all targets of one dense model by size; the recommended one is stressed."""
+    front, best = comparison.front(comparison.gains[0]), recommended(comparison.targets)
     leaders = {id(option): band[0] for band in comparison.bands() for option in band}
 
     def against(option: Option) -> Cell:
-        if option is leaders[id(option)]:
-            return "ref"
-        found = paired(leaders[id(option)].model, option.model)
-        return difference(found, _change(found))
+        leader = leaders[id(option)]
+        return "ref" if option is leader else difference(paired(leader.model, option.model))
 
     def confidence(option: Option) -> Cell:
-        leader = leaders[id(option)]
-        return _confidence(option, None if option is leader else leader.model)
+        return difference(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
 
+    several = len(comparison.bands()) < len(comparison.targets)
     fields: tuple[Field[Option], ...] = (
         Field("target", "target", lambda o: o.name),
-        METHOD,
         REMOVED,
         Field("taken_out", "taken out", lambda o: o.taken_out),
-        CALIBRATION,
-        HELDOUT,
-        GENERATION,
+        Field("heldout_ppl", "held-out PPL, × dense", _heldout),
+        Field("p_gold", "p of the right answer − dense", confidence),
+        Field("avg", "average − dense", lambda o: difference(paired(o.dense, o.model))),
+        Field("generation", "speed, × dense", _timed(_speedup)),
         Field("kv_cache", "KV cache", _timed(_saved)),
-        AVERAGE,
-        Field("against_ref", "against ref", against),
-        Field("p_gold", P_TITLE, confidence),
+        Field("front", "front", lambda o: "●" if o in front else ""),
+        METHOD,
+        *([Field[Option]("against_ref", "against ref", against)] if several else []),
     )
     rows = [option for band in comparison.bands() for option in band]
-    return grid_of("targets", "All targets", fields, rows, (COMPARISON_LEGEND,), lambda option: option in best)
+    notes = (COMPARISON_LEGEND, *([REFERENCE_LEGEND] if several else []))
+    return grid_of("targets", "All targets", fields, rows, notes, lambda option: option is best)
+
+
+def samples(options: Sequence[Option]) -> list[Grid]:
+    """Show what models answer, a column each prompt; nothing where no answers were kept."""
+    prompts = tuple(prompt for prompt, _ in options[0].model.samples)
+    kept = [option for option in options if tuple(prompt for prompt, _ in option.model.samples) == prompts]
+    columns = (Column("model", ""), *(Column(f"prompt_{i}", prompt) for i, prompt in enumerate(prompts, 1)))
+    rows = tuple((option.name, *(text or "(nothing)" for _, text in option.model.samples)) for option in kept)
+    title = "What the models answer (greedy, cut off after 48 tokens)"
+    return [Grid("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
 
 
 STABILITY_LEGEND = (

@@ -132,7 +132,7 @@ def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
     assert before["parameters"] == after["parameters"]
     assert after["perplexity"]["perplexity"] < before["perplexity"]["perplexity"]
     report = (project / "data/report/report.md").read_text()
-    assert "then healed by" in report and "lora.2: refit, " in report
+    assert " + refit + training |" in report and "lora.2: refit, " in report
 
 
 def test_dvc_reads_metrics_and_plots(project, first):

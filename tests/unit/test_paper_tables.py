@@ -52,7 +52,7 @@ PUBLISHED = ROOT / "data" / "paper"
 LAYERS, MHA, MLP, TOTAL = 30, 900_000, 2_700_000, 135_000_000
 TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 ITEMS, ROWS = 20, 6
-LABELS = RunLabels("a <tiny> model", "instructions", "an encyclopaedia", "stock tasks")
+LABELS = RunLabels("tiny", "a <tiny> model", "instructions", "an encyclopaedia", "stock tasks")
 
 
 def seeded(*parts: object) -> np.random.Generator:

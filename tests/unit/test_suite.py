@@ -31,7 +31,7 @@ MASK = parse_mask("mha.0,mlp.2,mha.3,mlp.3")
 TEXT = "The quick brown fox jumps over the lazy dog. " * 6
 TASKS = ("piqa", "winogrande", "arc_easy")
 NOWHERE = {"source": "path", "path": "nowhere"}
-PHASES = ["perplexity", *TASKS, "speed"]
+PHASES = ["perplexity", *TASKS, "samples", "speed"]
 
 
 class Recorder(SilentObserver):
@@ -99,10 +99,21 @@ def no_model(*args, **kwargs):
     raise AssertionError("a model was loaded although everything is stored")
 
 
+def greedy_text(model, prompt):
+    """48 tokens by whole forward passes."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    while len(ids) < start + 48 and ids[-1] != tokenizer.eos_token_id:
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
 def test_results(world):
     results = world.results
     assert world.observer.computed == PHASES
-    assert world.observer.overall == [i / 5 for i in range(5)]
+    assert world.observer.overall == [i / 6 for i in range(6)]
     assert [step for step in world.observer.steps if step[0] == "perplexity"] == [
         ("perplexity", i, 3, "rows") for i in (1, 2, 3)
     ]
@@ -110,10 +121,13 @@ def test_results(world):
     ids = tiny_tokenizer()(f"{TEXT}\n\n{TEXT}")["input_ids"]
     dense = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     with masked(dense, MASK) as model:
-        nll = sum(full_nll(model, ids[i : i + 40]) for i in (0, 40, 80)) / 3
-    found = results["perplexity"]
+        nlls = [full_nll(model, ids[i : i + 40]) for i in (0, 40, 80)]
+        said = [greedy_text(model, sample["prompt"]) for sample in results["samples"]]
+    assert [sample["text"] for sample in results["samples"]] == said and len({*said}) == len(said) == 3
+    assert results["formats"] == ["pruned"]
+    nll, found = mean(nlls), results["perplexity"]
     assert found == {"perplexity": pytest.approx(math.exp(nll), rel=1e-4), "nll": pytest.approx(nll, rel=1e-5),
-                     "rows": 3, "tokens": 120, "seq_len": 40}  # fmt: skip
+                     "row_nll": pytest.approx(nlls, rel=1e-5), "rows": 3, "tokens": 120, "seq_len": 40}  # fmt: skip
     parameters = 2 * 260 * 32 + 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 32) + 2 * (3 * 32 * 48 + 32)
     assert (results["parameters"], results["weight_bytes"]) == (parameters, 4 * parameters)
     scores = results["tasks"]
@@ -276,9 +290,9 @@ def change_layout(root):
         (change_item, {}, ["piqa"]),
         (change_prompt, {}, ["winogrande"]),
         (None, {"zero_shot": {"limit": 2}}, list(TASKS)),
-        (change_tokenizer, {}, ["perplexity", *TASKS]),
-        (change_generation, {}, ["perplexity", *TASKS]),
-        (change_template, {}, ["perplexity", *TASKS]),
+        (change_tokenizer, {}, ["perplexity", *TASKS, "samples"]),
+        (change_generation, {}, ["perplexity", *TASKS, "samples"]),
+        (change_template, {}, ["perplexity", *TASKS, "samples"]),
         (change_layout, {}, []),
         (change_weights, {}, PHASES),
         (None, {"dtype": "float64"}, PHASES),

@@ -1,0 +1,41 @@
+"""What a model answers: greedy texts for people to read, a pruned model's beside the dense one's.
+
+Decides the prompts, and how a turn of a conversation is put to a model. No number is made of the texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in one sentence why the sky is blue.",
+    "Write two sentences about a fox who wants to learn to swim.",
+)
+
+NEW_TOKENS = 48
+"""The most in a sample: about two sentences."""
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: Any, turns: Sequence[str], limit: int = NEW_TOKENS, streamer: Any = None
+) -> tuple[str, int]:
+    """Answer the last turn, greedily; return the text and its number of tokens.
+
+    Turns are the user's and the model's, one after the other. A model without a chat template continues the last one.
+    """
+    told = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    if has_template := bool(tokenizer.chat_template):
+        text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+    else:
+        text = turns[-1]
+    ids = tokenizer(text, add_special_tokens=not has_template, return_tensors="pt").input_ids.to(model.device)
+    mask = ids.new_ones(ids.shape)
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=0, streamer=streamer
+    )
+    new = out[0, ids.shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)
