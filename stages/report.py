@@ -32,7 +32,7 @@ def origin(source: Any) -> str:
 def name_of(source: Any) -> str:
     """What people call a model, from its repository, folder or file."""
     place = str(getattr(source, "repo", None) or getattr(source, "path", None) or origin(source).partition(" ")[0])
-    return re.sub(r"([.-](gguf|q\d\w*))+$", "", Path(place).name, flags=re.IGNORECASE)
+    return re.sub(r"([.-](gguf|part\d+|q\d\w*(-k)?(-[sml])?))+$", "", Path(place).name, flags=re.IGNORECASE)
 
 
 def labels(settings: Run) -> RunLabels:

@@ -197,7 +197,7 @@ def _change_of(write: Callable[[float], str], before: float, after: float) -> st
 def _tile(title: str, value: str, cell: Number, detail: str, equal: float, more_is: Literal["good", "bad"]) -> Tile:
     """Show a measured number with its interval; `equal` is the value of what is as the dense model."""
     if cell.low is None or cell.high is None or not math.isfinite(cell.high - cell.low):
-        return Tile(title, value, "no interval: measured once", detail)
+        return Tile(title, value, "its interval is not known", detail)
     told = f"95 %: {str(cell).partition('[')[2].rstrip(']').replace(', ', ' to ')}"
     if cell.low <= equal <= cell.high:
         return Tile(title, value, f"{told}, within noise", detail)
