@@ -64,6 +64,7 @@ CARDS = (Card(), Card())
 class Module:
     """What `torch.cuda` is for CUDA. There are no devices unless `fake_devices` says so."""
 
+    __name__ = "torch.made_up"
     here = 0
     hollow = False
     synchronized = 0
