@@ -165,7 +165,7 @@ def _picked(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
 def attention_without_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
     """What is held by a fused kernel, which has no scores: the output and, for a gradient, the inputs too."""
     if not (torch.is_grad_enabled() and q.requires_grad):
-        return torch.empty_like(q)
+        return torch.zeros_like(q)
     k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
     return torch.addcmul(q * k, q, v).sigmoid()
 

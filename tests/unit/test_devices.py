@@ -516,7 +516,7 @@ def test_memory_is_the_same_where_tensors_have_no_values(what, tmp_path, monkeyp
             peaks.append(card.peak - before)
             del model
         gc.collect()
-    assert peaks[0] == peaks[1] > 0
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02) and peaks[0] > 0
 
 
 def test_the_memory_of_every_part_of_the_work_is_found():
