@@ -112,6 +112,7 @@ CHAINS = (
         "EXPORT_VERSION",
         "CONVERT_VERSION",
         "EVAL_VERSION",
+        "SAMPLES_VERSION",
         "REPORT_VERSION",
     ),
     ("SETTINGS_VERSION", "STUDY_VERSION"),
