@@ -285,7 +285,7 @@ def text(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(map(text, value))
     if value is None or isinstance(value, bool):
-        return {None: "–", True: "yes", False: "**no**"}[value]
+        return {None: "–", True: "yes", False: "no"}[value]
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|").replace("\n", " ")
