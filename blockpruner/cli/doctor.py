@@ -43,7 +43,7 @@ SIDE, REPEATS = 768, 3
 
 
 @dataclass(frozen=True)
-class Check:
+class Checkup:
     """One thing that was looked at."""
 
     name: str
@@ -61,7 +61,7 @@ class Check:
         return "ok" if self.found else "missing" if self.needed else "optional"
 
 
-def look(cache: Path, online: bool) -> list[Check]:
+def look(cache: Path, online: bool) -> list[Checkup]:
     """Look at this machine.
 
     Args:
@@ -71,8 +71,8 @@ def look(cache: Path, online: bool) -> list[Check]:
     return [*_packages(), *_devices(), _bfloat16(), _cache(cache), _quantizer(), _hub(online)]
 
 
-def _packages() -> Iterator[Check]:
-    yield Check("Python", platform.python_version())  # an older one does not install this package
+def _packages() -> Iterator[Checkup]:
+    yield Checkup("Python", platform.python_version())  # an older one does not install this package
     rows = {row.name: row for row in map(Requirement, reversed(requires("blockpruner") or ()))}
     for name, row in sorted(rows.items()):
         needed = row.marker is None
@@ -85,26 +85,26 @@ def _packages() -> Iterator[Check]:
         fits = bool(here) and row.specifier.contains(here, prereleases=True)
         purpose = "" if needed else OPTIONAL[name]
         lacks = f"{here} is not {row.specifier}" if here else f"for {purpose}" if purpose else "not installed"
-        yield Check(name, here if fits else "", lacks, f"pip install '{name}{row.specifier}'", needed)
+        yield Checkup(name, here if fits else "", lacks, f"pip install '{name}{row.specifier}'", needed)
 
 
-def _devices() -> Iterator[Check]:
+def _devices() -> Iterator[Checkup]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Check("CPU", f"{machine()}, {size(memory)} of memory, {torch.get_num_threads()} threads")
+    yield Checkup("CPU", f"{machine()}, {size(memory)} of memory, {torch.get_num_threads()} threads")
     for device in accelerator.devices():
         free, whole = accelerator.free_memory(device), accelerator.total_memory(device)
-        yield Check(str(device), f"{accelerator.name(device)}, {size(free)} of {size(whole)} free")
+        yield Checkup(str(device), f"{accelerator.name(device)}, {size(free)} of {size(whole)} free")
     if not accelerator.devices():
         fix = "if there is one: https://pytorch.org/get-started/locally"
-        yield Check("GPU", "", f"torch {torch.__version__} finds none; the CPU is used", fix, needed=False)
+        yield Checkup("GPU", "", f"torch {torch.__version__} finds none; the CPU is used", fix, needed=False)
 
 
-def _bfloat16() -> Check:
+def _bfloat16() -> Checkup:
     """Half the memory of float32, and on a processor without instructions for it much slower."""
     where = accelerator.devices()[0] if accelerator.devices() else torch.device("cpu")
     ratio = _seconds(torch.float32, where) / _seconds(torch.bfloat16, where)
     hint = "" if ratio > 0.8 else "; faster, in twice the memory: --dtype float32"
-    return Check("bfloat16", f"{ratio:.1f} times as fast as float32 on {where}{hint}")
+    return Checkup("bfloat16", f"{ratio:.1f} times as fast as float32 on {where}{hint}")
 
 
 def _seconds(dtype: torch.dtype, where: torch.device) -> float:
@@ -119,38 +119,40 @@ def _seconds(dtype: torch.dtype, where: torch.device) -> float:
     return min(times)
 
 
-def _cache(folder: Path) -> Check:
+def _cache(folder: Path) -> Checkup:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free, fix = shutil.disk_usage(there).free, "choose another folder: --trials DIR"
     if not os.access(there, os.W_OK) or not there.is_dir():
-        return Check("cache", "", f"{folder} cannot be written", fix)
-    return Check("cache", f"{folder}, {size(free)} free" if free >= FREE else "", f"{size(free)} free at {folder}", fix)
+        return Checkup("cache", "", f"{folder} cannot be written", fix)
+    return Checkup(
+        "cache", f"{folder}, {size(free)} free" if free >= FREE else "", f"{size(free)} free at {folder}", fix
+    )
 
 
-def _quantizer() -> Check:
+def _quantizer() -> Checkup:
     """It comes with llama.cpp and not with a Python package."""
     found = shutil.which("llama-quantize") or ""
     fix = "install llama.cpp, and have llama-quantize on PATH"
-    return Check("llama-quantize", found, "for --export gguf:Q4_K_M", fix, needed=False)
+    return Checkup("llama-quantize", found, "for --export gguf:Q4_K_M", fix, needed=False)
 
 
-def _hub(online: bool) -> Check:
+def _hub(online: bool) -> Checkup:
     from huggingface_hub import constants, get_token
 
     account = "a token is there" if get_token() else "no token: gated and private models want `hf auth login`"
     if constants.is_offline_mode():
-        return Check("hub", "", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE", needed=False)
+        return Checkup("hub", "", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE", needed=False)
     if not online:
-        return Check("hub", f"not contacted (--online does); {account}")
+        return Checkup("hub", f"not contacted (--online does); {account}")
     try:
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
     except OSError as error:
         fix = "check the network, or give models and texts as folders and files"
-        return Check("hub", "", f"{constants.ENDPOINT} does not answer ({error})", fix, needed=False)
-    return Check("hub", f"{constants.ENDPOINT} answers; {account}")
+        return Checkup("hub", "", f"{constants.ENDPOINT} does not answer ({error})", fix, needed=False)
+    return Checkup("hub", f"{constants.ENDPOINT} answers; {account}")
 
 
-def words(checks: list[Check]) -> Table:
+def words(checks: list[Checkup]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for check in checks:
         style = {"ok": "green", "missing": "bold red", "optional": "yellow"}[check.verdict]

@@ -359,7 +359,7 @@ def test_the_report_is_one_file_that_tells_what_the_plan_and_the_curve_hold(mode
     plan = load_plan(place / "out/blockpruner_plan.json")
     assert page.count("<svg") == 1 and "blockpruner curve does that" in page and "Verified by transformers" in page
     assert f"{100 * plan.ratio:.1f} % of the parameters removed" in page
-    assert f"{plan.calibration['perplexity']:.1f}" in page
+    assert f"{plan.calibration['perplexity']:,.0f}" in page
     point = done(say(*curve(model, "out", "--json")))["points"][len(plan.order) - 1]
     assert say("report", "out", "--out", "page.html")[0] == 0
     page = (place / "page.html").read_text()

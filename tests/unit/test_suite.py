@@ -185,7 +185,7 @@ def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
     monkeypatch.setattr(suite, "load_model", no_model)  # all else is stored
     observer = Recorder()
     results = evaluate(place, observer, speed=None)
-    assert observer.cached == PHASES[:-1] and observer.overall == [i / 4 for i in range(4)]
+    assert observer.cached == PHASES[:-1] and observer.overall == [i / 5 for i in range(5)]
     assert results == world.results | {
         "speed": None,
         "made": {name: world.results["made"][name] for name in PHASES[:-1]},
