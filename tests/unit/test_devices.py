@@ -242,7 +242,10 @@ def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights
         found = {name: weight.cpu() for name, weight in found.items()}
     shares = weights == "lora" and dtype != "float16"
     assert met == [before.keys() - {"model.norm.weight"} if shares else set()]
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found.keys() == expected.keys()
+    limit = 2e-3 if dtype == "float16" else 1e-5  # an optimizer may take other kernels on another device
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
