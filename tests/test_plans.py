@@ -36,7 +36,7 @@ def place(tmp_path):
 
 
 def read(place, model):
-    return place.read_run(str(model), "auto", False, "", {})
+    return place.read_run(str(model), "auto", False, {})
 
 
 def tiny_of(plan, folder):

@@ -115,7 +115,8 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
 
 def require_quantizations(names: Sequence[str]) -> None:
     """Raise InputError for a quantization that llama.cpp does not have, or if its program is not here."""
-    from gguf import LlamaFileType
+    with extra("gguf"):
+        from gguf import LlamaFileType
 
     valid = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
     for name in names:

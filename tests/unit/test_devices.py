@@ -243,9 +243,11 @@ def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights
     shares = weights == "lora" and dtype != "float16"
     assert met == [before.keys() - {"model.norm.weight"} if shares else set()]
     assert found.keys() == expected.keys()
-    limit = 2e-3 if dtype == "float16" else 1e-5  # an optimizer may take other kernels on another device
+    untrained = dict(prune_(load_model(dense, dtype, "cpu"), plan.mask).named_parameters())
+    limit = 0.2 if dtype == "float16" else 0.02  # Adam lifts the rounding of gradients near 0
     for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=limit, atol=limit)
+        moved = torch.linalg.norm((weight - untrained[name]).double())
+        assert torch.linalg.norm((found[name] - weight).double()) <= limit * moved, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
