@@ -125,14 +125,21 @@ def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
     facts = read_json(project / "data/recovered/lora.2/recover.json")
     assert facts["rows"] == 12 and len(facts["losses"]) == 6
     assert read_json(project / "data/checkpoints/lora.2/hf/verification.json")["ok"]
-    assert read_json(project / "data/compensated/lora.2/compensate.json")["method"] == "refit"
+    healed = read_json(project / "data/compensated/lora.2/compensate.json")
+    assert healed["method"] == "refit"
     for file in ("compensated/small.2/compensate.json", "recovered/small.2/recover.json"):
         assert read_json(project / "data" / file) == {"enabled": False}
     before, after = (read_json(project / f"data/results/{name}/results.json") for name in ("small.2", "lora.2"))
     assert before["parameters"] == after["parameters"]
     assert after["perplexity"]["perplexity"] < before["perplexity"]["perplexity"]
     report = (project / "data/report/report.md").read_text()
-    assert " + refit + training |" in report and "lora.2: refit, " in report
+    # A refit towards a random model helps or does not, by rounding; the report says which.
+    ways, words = (
+        (" + refit + training |", "lora.2: refit, ")
+        if healed["share"]
+        else (" + training |", "refit, no help, left out")
+    )
+    assert ways in report and words in report and (" + refit" in report) == bool(healed["share"])
 
 
 def test_dvc_reads_metrics_and_plots(project, first):
