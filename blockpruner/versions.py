@@ -14,7 +14,7 @@ FETCH_VERSION = 1
 CONVERT_VERSION = 3
 """The content of a checkpoint that is fetched: what is kept, converted and recorded. Part of its key in the cache."""
 
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 """Calibration rows: which samples are drawn, how they are packed, which tokens are scored."""
 
 SCORE_VERSION = 2
@@ -35,13 +35,13 @@ LATENCY_VERSION = 1
 PLAN_VERSION = 2
 """Which prefix of a search meets a budget, and what a plan holds."""
 
-COMPENSATION_VERSION = 1
+COMPENSATION_VERSION = 2
 """The weights that make up for what is gone, without training."""
 
 EXPORT_VERSION = 3
 """The content of exported checkpoints, in every format."""
 
-RECOVERY_VERSION = 3
+RECOVERY_VERSION = 4
 """The weights that come out of training. Part of the key of its states."""
 
 EVAL_VERSION = 3

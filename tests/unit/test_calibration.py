@@ -1,12 +1,14 @@
 import random
+from copy import deepcopy
 
 import datasets
 import pytest
+from tokenizers import processors
 
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Calibration
-from blockpruner.inputs.calibration import CalibrationSet, check_context, draw, draw_rows, pack_rows
+from blockpruner.inputs.calibration import CalibrationSet, beginning, check_context, draw, draw_rows, pack_rows
 from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
@@ -99,6 +101,30 @@ def test_joined_is_one_tokenization_cut_with_the_tail_dropped():
     rows = pack_rows(TEXTS[:3], tokenizer, 20, "joined").rows
     assert len(rows) == len(ids) // 20
     assert [token for row in rows for token in row] == ids[: 20 * len(rows)]
+
+
+@pytest.mark.parametrize("score", ["all", "response"])
+def test_joined_rows_begin_as_the_tokenizer_begins_a_text(score):
+    """Llama and Gemma put a BOS before it; the paper's code has it before the first row alone."""
+    tokenizer = deepcopy(tiny_tokenizer())
+    around = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 257), ("</s>", 258)])
+    plain = tokenizer("\n\n".join(TEXTS[:3]))["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = around
+    assert beginning(tokenizer) == [257] and beginning(tiny_tokenizer()) == []
+    rows = pack_rows(TEXTS[:3], tokenizer, 20, "joined", score).rows
+    assert {max(row[0], ~row[0]) for row in rows} == {257} and {len(row) for row in rows} == {20}
+    kept = [max(token, ~token) for row in rows for token in row[1:]]
+    assert kept == [*plain, 258][: 19 * len(rows)], "and no token is lost"
+    wanted = Calibration(data=DATA, num_samples=5, seq_len=20, split="paper", score="all")
+    said: list[str] = []
+    (first, *others) = draw_rows(TEXTS, tokenizer, wanted, (), said.append).rows
+    assert first[0] == 257 and 257 not in {row[0] for row in others} and "cannot read the others" in said[-1]
+    (*_, last) = draw_rows(TEXTS, tokenizer, wanted.model_copy(update={"split": "all"}), (), said.append).rows
+    assert last[0] == 257 and len(said) == 1
+    twice = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.backend_tokenizer.post_processor = twice
+    with pytest.raises(InputError, match="seq_len 2 leaves no token to predict; give at least 3"):
+        pack_rows(TEXTS, tokenizer, 2, "joined")
 
 
 def test_no_row_says_how_many_samples_would_do():
