@@ -56,8 +56,12 @@ def run_names(directory: Path = Path("runs")) -> list[str]:
     return sorted({path.stem for path in directory.glob("*.yaml")} - NO_RUNS)
 
 
-def load_run(name: str, directory: Path = Path("runs")) -> Run:
-    """Read runs/<name>.yaml."""
+def load_run(name: str, directory: Path = Path("runs"), text: str | None = None) -> Run:
+    """Read runs/<name>.yaml, or check what it is going to hold.
+
+    Args:
+        text: what the file is going to hold; None: it is there.
+    """
     if name in NO_RUNS:
         raise InputError(f"run name {name!r} is taken: runs/{name}.yaml is no run")
     if not NAME.fullmatch(name):
@@ -65,10 +69,10 @@ def load_run(name: str, directory: Path = Path("runs")) -> Run:
             f"run name {shorten(name)!r} is not valid: at most 100 letters, digits, '.', '_' and '-', no path"
         )
     path = directory / f"{name}.yaml"
-    if not path.exists():
+    if text is None and not path.exists():
         known = ", ".join(run_names(directory)) or "none"
         raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
-    run = read_settings(Run, _with_sources(_read(path), named_sources(directory), path), f"{path}: ")
+    run = read_settings(Run, _with_sources(_read(path, text), named_sources(directory), path), f"{path}: ")
     try:
         check_run(run)
     except InputError as error:
@@ -120,9 +124,9 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, text: str | None = None) -> Any:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        values = yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=_UniqueKeys)
         _count(values, {})
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; run in the project folder") from None

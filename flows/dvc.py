@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
+from dvc.config import Config
 from dvc.fs import localfs
 from dvc.lock import Lock, LockError
 from dvc.rwlock import RWLockFileCorruptedError, rwlock
@@ -115,12 +116,62 @@ def repro(
     Raises:
         StageError: the stage failed; `show` has all its output.
     """
-    _mend(show)
     force = ["--force"] if again else []
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     ran, reason = False, ""
+
+    def read(line: str) -> None:
+        nonlocal ran, reason
+        ran = ran or line.startswith(f"Running stage '{stage}'")
+        if found := REASON.match(line):
+            reason = found[1]
+        show(line)
+
+    code = _follow(["repro", "--single-item", *force, stage], lock, read, environment)
+    if code != 0:
+        why = f": {reason}" if reason else f" (dvc ended with {code}); its output names the reason"
+        raise StageError(f"stage {stage} failed{why}", reason)
+    return ran
+
+
+def require_remote(name: str) -> None:
+    """Refuse a remote that DVC's config does not have; raises InputError with those that it has."""
+    known = Config.from_cwd()["remote"]
+    if name not in known:
+        raise InputError(
+            f"push: DVC has no remote {name!r}; valid: {', '.join(known) or 'none'} (one more: `dvc remote add`)"
+        )
+
+
+def push(remote: str, stages: Sequence[str], lock: int, show: Callable[[str], object]) -> None:
+    """Run `dvc push` of what the stages have made; arguments as those of `repro`.
+
+    Raises:
+        StageError: it failed; names what DVC said, and how to go on.
+    """
+    said: list[str] = []
+
+    def read(line: str) -> None:
+        said.append(line)
+        show(line)
+
+    code = _follow(["push", "--remote", remote, *stages], lock, read)
+    if code != 0:
+        errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")] or said[-1:]
+        why = "; ".join(errors) or f"dvc ended with {code}"
+        raise StageError(f"push to the remote {remote!r} failed: {why}; `dvc push -r {remote}` tries it again")
+
+
+def _follow(
+    arguments: Sequence[str],
+    lock: int,
+    show: Callable[[str], object],
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """The exit status of a dvc command, which is stopped when this process is interrupted."""
+    _mend(show)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.dvc", "repro", "--single-item", *force, stage],
+        [sys.executable, "-m", "flows.dvc", *arguments],
         env={
             **os.environ,
             **(environment or {}),
@@ -139,19 +190,12 @@ def repro(
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            ran = ran or line.startswith(f"Running stage '{stage}'")
-            if found := REASON.match(line):
-                reason = found[1]
             if line.strip():
                 show(line.rstrip())
-        code = process.wait()
+        return process.wait()
     except BaseException:  # a cancelled flow or Ctrl-C: only this process got the signal
         _stop(process)
         raise
-    if code != 0:
-        why = f": {reason}" if reason else f" (dvc ended with {code}); its output names the reason"
-        raise StageError(f"stage {stage} failed{why}", reason)
-    return ran
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -1,8 +1,9 @@
-"""`python -m flows.prune [--run NAME ...] [--budget B ... [--compensate METHOD] [--recover]]`: the pipeline as a flow.
+"""`python -m flows.prune [--run NAME ...] [--budget B ... [--compensate METHOD] [--recover]] [--push REMOTE]`.
 
-Without options everything in params.yaml is brought up to date. `--run` takes only that run (added to
-params.yaml if missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which
-`--compensate` and `--recover` heal (added as `<run>-<budget>-<method>-trained`).
+The pipeline as a flow. Without options everything in params.yaml is brought up to date. `--run` takes only that run
+(added to params.yaml if missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which
+`--compensate` and `--recover` heal (added as `<run>-<budget>-<method>-trained`). `--push` sends what was made to a DVC
+remote.
 
 Decides what Prefect sees: one task for each DVC stage, the state Cached for what had not changed, and the results as
 artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Works with the
@@ -93,17 +94,36 @@ def run_stage(stage: str, lock: int, start: bool, again: bool) -> State[None]:
     return Completed() if ran else cached
 
 
+@task(name="push", task_run_name="push to {remote}", **AS_RETURNED)
+def push_outputs(remote: str, stages: Sequence[str], lock: int) -> State[None]:
+    """What the stages have made, sent to a remote of DVC."""
+    try:
+        dvc.push(remote, stages, lock, get_run_logger().info)
+    except dvc.StageError as error:
+        return Failed(message=str(error))
+    return Completed()
+
+
 EVERYTHING = Selection()
 
 
 @flow(name="prune")
 def prune(selection: Selection = EVERYTHING) -> State[None]:
     """Bring the chosen runs and targets up to date, stage by stage, then the report."""
+    return build(lambda: choose(selection), selection.push)
+
+
+def build(check: Callable[[], Chosen], push: str | None) -> State[None]:
+    """Make what `check` chooses, show it, and push it to a remote of DVC; None: to none."""
     try:
-        with begin(lambda: choose(selection)) as (chosen, lock):
-            state = outcome(run_stages(chosen.stages(), lock))
+        with begin(check) as (chosen, lock):
+            states = run_stages(chosen.stages(), lock)
+            state = outcome(states)
             if state.is_completed():
                 publish(chosen)
+                if push is not None:
+                    pushed = push_outputs(push, chosen.stages(), lock, return_state=True)
+                    return state if pushed.is_completed() else outcome([*states, pushed])
             elif state.name == "Refused":
                 return Failed(name="Refused", message=f"{state.message}{restored(chosen, [])}")
             return state
@@ -231,9 +251,15 @@ def main(argv: list[str] | None = None) -> int:
     methods = get_args(CompensationMethod)
     parser.add_argument("--compensate", choices=methods, help="of the targets of --budget; else as their run says")
     parser.add_argument("--recover", action="store_true", help="train the targets of --budget")
+    parser.add_argument("--push", metavar="REMOTE", help="a remote of DVC, which gets what was made")
     options = parser.parse_args(argv)
-    runs, budgets = tuple(options.run), tuple(options.budget)
-    selection = Selection(runs=runs, budgets=budgets, compensate=options.compensate, recover=options.recover)
+    selection = Selection(
+        runs=tuple(options.run),
+        budgets=tuple(options.budget),
+        compensate=options.compensate,
+        recover=options.recover,
+        push=options.push,
+    )
     return run_here(lambda: choose(selection), lambda: prune(selection, return_state=True))
 
 

@@ -28,6 +28,7 @@ from blockpruner.methods.registry import require_budgets
 from blockpruner.params import load_params, load_run, load_set, load_sets, run_names
 from blockpruner.store.files import read_json, write_text
 from blockpruner.store.manifest import SOURCE_FILE
+from flows.dvc import require_remote
 
 PARAMS, PIPELINE, STUDIES = Path("params.yaml"), Path("dvc.yaml"), Path("runs/dvc.yaml")
 MODELS = Path("data/models")
@@ -76,6 +77,10 @@ class Selection(Frozen):
     )
     recover: bool = Field(
         default=False, description="Whether these targets are trained, by the recover section of their run's file."
+    )
+    push: str | None = Field(
+        default=None,
+        description="A remote of DVC (`dvc remote list`), which gets what was made when all is done. None: no push.",
     )
 
     @property
@@ -178,11 +183,13 @@ def choose(selection: Selection) -> Chosen:
     """Check a selection against the files of the current folder; changes none of them.
 
     Raises:
-        InputError: an unknown run, a bad budget, one that the run's fetched model cannot reach, or files that are
-            wrong already.
+        InputError: an unknown run or remote, a bad budget, one that the run's fetched model cannot reach, or files that
+            are wrong already.
     """
     params = load_params(PARAMS)
     runs = {run: load_run(run) for run in selection.runs or params.runs}
+    if selection.push is not None:
+        require_remote(selection.push)
     healing = selection.healing
     if healing and not selection.budgets:
         raise InputError(f"{' and '.join(healing)}: for targets by budget only; name a budget, or edit {PARAMS}")

@@ -39,12 +39,13 @@ from blockpruner.core.errors import InputError
 from blockpruner.params import load_sets
 from flows import server
 from flows.dvc import end_with, require_posix
+from flows.new_model import new_model
 from flows.paper import paper
 from flows.phases import OPEN, open_task_runs
 from flows.prune import PAGES_VARIABLE, prune
 from flows.sweep import sweep
 
-FLOWS = (prune, sweep, paper)
+FLOWS = (prune, new_model, sweep, paper)
 
 POLL = 2.0
 """Seconds between two looks of the runner for what to start, and for what to cancel if the server's events are lost."""

@@ -95,25 +95,9 @@ class Place:
 
     def forecast(self, run: Run, budget: str) -> dict[str, Any]:
         """What a search would take, from the model's config alone."""
-        from blockpruner.paper.estimates import GPUS, MHA_SHARE, UTILISATION, gpu_hours, search_cost
-        from blockpruner.paper.experiments import Variant
+        from blockpruner.paper.estimates import forecast
 
-        config, dtype = self._config(run), run.model.dtype
-        require_budgets(run.score, config, (budget,))
-        cost = search_cost(Variant("", "", "block", run.score, run.calibration, (budget,)), config, set())
-        layers = config["num_hidden_layers"]
-        return {
-            "model": f"{run.model.title}, {config['model_type']}, {dtype}",
-            "parameters": count_parameters(config).total,
-            "blocks": f"{layers} MHA + {layers} MLP",
-            "removals": cost.removals,
-            "calibration": f"about {cost.rows} rows of {cost.length} tokens",
-            "trials": cost.trials,
-            "teraflop": float(f"{cost.flops * cost.expected / 1e12:.3g}"),
-            **{f"hours_{gpu}": float(f"{gpu_hours(cost, gpu, dtype):.2g}") for gpu in GPUS},
-            "remark": cost.remark
-            or f"nothing was computed; assumed: {MHA_SHARE:.0%} of what goes is MHA, {UTILISATION:.0%} of a GPU's peak",
-        }
+        return forecast(run, self._config(run), (budget,))
 
     def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
         """Search, commit, compensate and export, as far as that was not done before."""

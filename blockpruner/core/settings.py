@@ -61,9 +61,9 @@ class Hub(Frozen):
     """A repository of the Hugging Face hub."""
 
     source: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    repo: str = Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")  # no "..": datasets would take it for a folder
     revision: str | None = None
-    """A commit; or a branch, a tag or refs/pr/<number>, null: main, resolved once and kept in runs/pins.json."""
+    """A commit; or a branch, a tag or `refs/pr/<number>`, null: main, resolved once and kept in runs/pins.json."""
 
     @property
     def title(self) -> str:

@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, removable_units
-from blockpruner.core.budgets import Budget, is_settled, parse_budget, require_reachable, resources_of
+from blockpruner.core.budgets import Budget, is_settled, parse_budget, read_budget, require_reachable, resources_of
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, count_parameters
 from blockpruner.core.options import read_options
@@ -132,6 +133,35 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
     trained = [cure for cure in cures(settings) if cure.recover]  # none without its settings
     trainings = [training_cost(cure, recipe, config) for recipe in (settings.recover,) if recipe for cure in trained]
     return Estimate(run, settings.model.dtype, count_parameters(config).total, tuple(searches), tuple(trainings))
+
+
+def forecast(run: Run, config: Config, budgets: tuple[str, ...]) -> dict[str, Any]:
+    """What the search of a run takes, by name, from its model's config alone.
+
+    Raises:
+        InputError: a budget that cannot be reached, or a calibration set without a row.
+    """
+    require_budgets(run.score, config, budgets)
+    variant = Variant("", "", "block", run.score, run.calibration, budgets)
+    timed = [budget for budget in budgets if read_budget(budget)[1] == "x"]
+    cost = (
+        _uncounted(variant, f"not counted: {timed[0]!r} is a speed-up, so how far it goes is known when it is measured")
+        if timed
+        else search_cost(variant, config, set())
+    )
+    layers, dtype = config["num_hidden_layers"], run.model.dtype
+    return {
+        "model": f"{run.model.title}, {config['model_type']}, {dtype}",
+        "parameters": count_parameters(config).total,
+        "blocks": f"{layers} MHA + {layers} MLP",
+        "removals": cost.removals,
+        "calibration": f"about {cost.rows} rows of {cost.length} tokens",
+        "trials": cost.trials,
+        "teraflop": float(f"{cost.flops * cost.expected / 1e12:.3g}"),
+        **{f"hours_{gpu}": float(f"{gpu_hours(cost, gpu, dtype):.2g}") for gpu in GPUS},
+        "remark": cost.remark
+        or f"nothing was computed; assumed: {MHA_SHARE:.0%} of what goes is MHA, {UTILISATION:.0%} of a GPU's peak",
+    }
 
 
 def training_cost(cure: Cure, recipe: Recover, config: Config) -> TrainingCost:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask, removable_units
 from blockpruner.core.budgets import (
@@ -169,7 +170,7 @@ class _Run:
         while not all(is_settled(budget, prefixes, self._costs(budget), remaining) for budget in budgets):
             mask = prefixes[-1] if prefixes else DENSE
             done = min((self._done(budget, mask) for budget in budgets), default=0.0)
-            self._observer.begin(f"iteration {len(prefixes)}", min(1.0, done))
+            self._observer.begin(f"removal {len(prefixes) + 1}", min(1.0, done))
             found = next(search, None)
             if found is None:
                 raise self._out_of_removals(budgets, prefixes, remaining)
@@ -199,11 +200,12 @@ class _Run:
         costs = self._costs(budget)
         units = self._units if budget.ratio is None else that_cost(self._units, costs)
         search = self._search(goal_of(budget, units, costs), units)
-        while True:
-            self._observer.begin(f"budget {budget.text}, step")
+        for number in count(1):
+            self._observer.begin(f"budget {budget.text}, step {number}")
             try:
                 iteration = next(search)
             except StopIteration:
+                self._observer.end("the search ends here", cached=True)
                 return
             yield self._reported(iteration)
 

@@ -21,18 +21,23 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import yaml
 from dvc.lock import Lock
 from prefect import Task
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, Running
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools import validate
 
 from blockpruner.core.errors import InputError
 from blockpruner.paper.experiments import DATA_VARIABLE
-from blockpruner.params import load_params
+from blockpruner.params import load_params, run_names
 from blockpruner.store.locks import WORKSPACE
 from flows import dvc, serve
+from flows import new_model as form_module
 from flows import prune as prune_module
+from flows.new_model import NewModel, add, check, estimate, new_model, offer_run
 from flows.paper import lacking_data, paper
 from flows.paper import main as paper_main
 from flows.prune import main, prune
@@ -405,6 +410,111 @@ def test_a_failed_stage_is_told_once_in_its_log(project, server):
     assert output.count("Finished in state Failed(") == 2, output  # the task, the flow
 
 
+CONFIG = {
+    "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000, "tie_word_embeddings": True,
+}  # fmt: skip
+"""Of a model of whose parameters seven tenths are in blocks."""
+
+
+def new(**changes):
+    """What a form sends of a new model, which lies in the workspace."""
+    write_json(**{"../models/mine/config.json": CONFIG})
+    given = {"name": "mine", "model": {"path": "models/mine"}, "budgets": ["2blocks"], "wait": False}
+    drawn = {"texts": {"path": "texts.txt"}, "num_samples": 40, "seq_len": 64}
+    return NewModel.model_validate(given | drawn | changes)
+
+
+def flow_of_form(server, form):
+    before = len(ran())
+    with temporary_settings({PREFECT_API_URL: server}):
+        state = new_model(form, return_state=True)
+    return state, ran(before)
+
+
+def test_a_new_model_is_estimated_written_made_and_pushed(project, server, tmp_path):
+    with_dvc = partial(subprocess.run, check=True)
+    with_dvc([sys.executable, "-m", "dvc", "remote", "add", "-q", "team", str(tmp_path / "remote")])
+    more = {"score": {"unit": "layer"}, "evaluate": {"zero_shot": {"limit": 7}}}
+    form = new(tasks="benchmarks", recover=True, export=["hf", "nas"], more=more, push="team")
+    state, started = flow_of_form(server, form)
+    assert state.is_completed(), state.message
+    made = ["fetch@mine", "score@mine", "commit@mine-2blocks-trained", "report"]
+    assert started == [*(stage.replace("@", " ") for stage in made[:3]), "report all"]
+    text = Path("runs/mine.yaml").read_text()
+    assert yaml.safe_load(text) == {
+        "model": {"source": "path", "path": "models/mine", "dtype": "float32", "trust_remote_code": False},
+        "calibration": {
+            "data": {"source": "path", "path": "texts.txt", "format": "text"},
+            "split": "all", "num_samples": 40, "seq_len": 64,
+        },
+        "score": {"method": "floating", "acceleration": "lazy+race", "unit": "layer"},
+        "compensate": {"method": "refit"},
+        "evaluate": {"zero_shot": {"data": {"source": "benchmarks"}, "limit": 7}},
+        "recover": {"data": {"source": "path", "path": "texts.txt", "format": "text"}},
+        "export": ["hf", "nas"],
+    }  # fmt: skip
+    assert load_params().runs == ("smollm2", "mine") and "mine" in run_names()
+    (table,) = (json.loads(a["data"]) for a in ask(server, "artifacts") if a["key"] == "estimate-mine")
+    rows = {row["of the search"]: row["estimate"] for row in table}
+    assert rows["model"] == "mine, llama, float32" and rows["blocks"] == "4 MHA + 4 MLP" and rows["removals"] == 1
+    assert rows["parameters"] == 4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 1000 * 64 and rows["trials"] > 4
+    task_runs(server, lambda _, states: "push to team: Completed" in states)
+    for name in (".dvc/cache", "data/report"):
+        shutil.rmtree(name)
+    for path in Path("data").rglob("mine*.txt"):
+        path.unlink()
+    with_dvc([sys.executable, "-m", "dvc", "pull", "-q", "-r", "team", *made])
+    assert Path("data/scores/mine.txt").read_text() == "# score mine" and Path("data/report/report.md").exists()
+
+    before = Path("runs/mine.yaml").stat().st_mtime_ns
+    state, started = flow_of_form(server, form)  # the same again
+    assert state.is_completed() and not started and Path("runs/mine.yaml").stat().st_mtime_ns == before
+    state, started = flow_of_form(server, form.model_copy(update={"seq_len": 128}))
+    assert state.name == "Refused" and state.message.startswith("runs/mine.yaml is there and has other settings")
+    assert not started and Path("runs/mine.yaml").read_text() == text
+
+
+def test_a_push_that_fails_loses_nothing_and_is_tried_again(project, server, tmp_path):
+    Path(tmp_path / "file").touch()
+    command = [sys.executable, "-m", "dvc", "remote"]
+    subprocess.run([*command, "add", "-q", "team", str(tmp_path / "file" / "remote")], check=True)
+    with temporary_settings({PREFECT_API_URL: server}):
+        state = prune(Selection(push="team"), return_state=True)
+        assert state.is_failed() and state.message.startswith("push to the remote 'team' failed: ")
+        assert "`dvc push -r team` tries it again. Finished stages are kept: run again" in state.message
+        assert Path("data/report/report.md").exists() and "report" in {a["key"] for a in ask(server, "artifacts")}
+        subprocess.run([*command, "modify", "team", "url", str(tmp_path / "remote")], check=True)
+        before = len(ran())
+        state = prune(Selection(push="team"), return_state=True)
+    assert state.is_completed() and not ran(before) and any((tmp_path / "remote").rglob("*"))
+    with pytest.raises(InputError, match="push: DVC has no remote 'teem'; valid: team "):
+        choose(Selection(push="teem"))
+
+
+def test_a_new_model_waits_with_its_estimate_until_its_file_is_there(project, server, monkeypatch):
+    asked = []
+    suspend = lambda key: asked.append((key, Path("runs/mine.yaml").exists()))  # noqa: E731
+    monkeypatch.setattr(form_module, "suspend_flow_run", suspend)
+    state, started = flow_of_form(server, new(wait=True))
+    assert state.is_completed() and len(started) == 4 and asked == [("estimate", False)]
+    flow_of_form(server, new(wait=True))
+    assert len(asked) == 1
+
+
+def test_served_forms_offer_a_new_run_at_once(project, server, monkeypatch):
+    monkeypatch.setattr(form_module, "get_run_logger", lambda: SimpleNamespace(info=print))
+    monkeypatch.setattr(form_module, "deployment", SimpleNamespace(id="some"))
+    with temporary_settings({PREFECT_API_URL: server}), get_client(sync_client=True) as client:
+        served = serve.deployments()[0].apply()
+        shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
+        offer_run("other")
+        schema = client.read_deployment(served).parameter_openapi_schema
+        for each in client.read_deployments():
+            client.delete_deployment(each.id)
+    assert "other" in schema["definitions"]["Selection"]["properties"]["runs"]["items"]["enum"]
+
+
 def test_tables_of_a_set_start_only_what_is_stale(project, server, monkeypatch):
     flow = start("--set", "one", flow="paper", PREFECT_API_URL=server)
     output, _ = flow.communicate()
@@ -670,12 +780,70 @@ def test_bad_selection_is_refused_without_traceback(project, capsys, options, me
     assert Path("params.yaml").read_text() == PARAMS
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"path": "../elsewhere"}}, r"path '../elsewhere' leads out of the workspace; put a copy inside"),
+        ({"model": {"path": "~"}}, "path '~' leads out"),
+        ({"texts": {"path": "link/texts.txt"}}, "path 'link/texts.txt' leads out"),
+        ({"more": {"evaluate": {"zero_shot": {"data": {"source": "path", "path": "/tmp"}}}}}, "path '/tmp' leads out"),
+        ({"more": {"calibration": {"data": {"source": "mix", "of": [{"path": "/tmp"}]}}}}, "path '/tmp' leads out"),
+        ({"more": {"model": {"trust_remote_code": True}}}, "trust_remote_code: a form cannot allow it"),
+        ({"more": {"model": {"trust_remote_code": "yes"}}}, "trust_remote_code: a form cannot allow it"),
+        ({"more": {"score": {"units": "layer"}}}, r"runs/mine.yaml: unknown key 'score.units'; valid keys there: acc"),
+        ({"more": {"model": {"source": "hub", "repo": "../m", "revision": 40 * "a"}}}, "model.hub.repo: String should"),
+        ({"export": ["nas"]}, r"runs/mine.yaml: export: .*\['nas'\] lacks hf"),
+        ({"method": "best"}, "method 'best' is unknown; valid: recommended, blockpruner, "),
+        ({"name": "sets"}, "run name 'sets' is taken"),
+        ({"name": "smollm2"}, "runs/smollm2.yaml is there and has other settings; choose another name"),
+        ({"budgets": ["9blocks"]}, "budget '9blocks' .*the largest (reachable )?is 8blocks"),
+        ({"num_samples": 1, "seq_len": 2048}, "1 samples, joined, are about 113 tokens"),
+        ({"model": {"path": "models/none"}}, "'models/none'|models/none/config.json"),
+        ({"push": "team"}, "push: DVC has no remote 'team'; valid: none"),
+    ],
+)
+def test_what_a_form_may_not_ask_for_is_refused_and_nothing_written(project, changes, message):
+    Path("link").symlink_to("/tmp")
+    files = sorted(Path("runs").iterdir())
+    with pytest.raises(InputError, match=message):
+        estimate(form := new(**changes), check(form, form.text()))
+    assert sorted(Path("runs").iterdir()) == files and Path("params.yaml").read_text() == PARAMS and not ran()
+
+
+def test_a_run_file_whose_targets_are_refused_is_taken_back(project):
+    text = PARAMS.replace("smollm2-0.05:", "mine-2blocks:")
+    Path("params.yaml").write_text(text)
+    form = new()
+    with pytest.raises(InputError, match="target 'mine-2blocks' exists with budget '0.05' of run 'smollm2'"):
+        add(form, form.text())
+    assert not Path("runs/mine.yaml").exists() and Path("params.yaml").read_text() == text
+    form = new(budgets=["1blocks"])
+    assert add(form, form.text()).additions == ("run mine", "target mine-1blocks")
+
+
+def test_the_form_is_made_of_the_settings(project):
+    parts = (schema := parameter_schema(new_model).model_dump_for_openapi())["definitions"]
+    assert {"recommended", "blockpruner", "floating"} <= {*parts["NewModel"]["properties"]["method"]["enum"]}
+    assert parts["NamedModel"]["properties"]["source"]["enum"] == ["gemma3-270m", "smollm2-135m"]
+    assert parts["NamedTexts"]["properties"]["source"]["enum"] == ["encyclopaedia", "instructions", "wikitext-2"]
+    assert parts["NewModel"]["properties"]["tasks"]["enum"] == ["hub", "benchmarks"]
+    assert parts["NewModel"]["properties"]["seq_len"] == {**parts["NewModel"]["properties"]["seq_len"], "minimum": 2}
+    order = [part.get("$ref", "").rpartition("/")[2] for part in parts["NewModel"]["properties"]["texts"]["anyOf"]]
+    assert order[:3] == ["NamedTexts", "TextFile", "HubDataSet"], "Prefect would not let a user choose some of them"
+    shown = {*parts["HubRepository"]["properties"], *parts["Folder"]["properties"]}
+    assert shown == {"repo", "revision", "path", "dtype"}
+    given = {"form": {"name": "mine", "model": {"repo": "a/b"}, "budgets": ["0.1"]}}
+    assert not validate(given, schema, raise_on_error=False)
+    for change in (
+        {"name": "../mine"}, {"budgets": []}, {"budgets": ["1.5"]}, {"seq_len": 1}, {"method": "best"},
+        {"model": {"repo": "a/b", "trust_remote_code": True}}, {"model": {"path": "m", "trust_remote_code": True}},
+    ):  # fmt: skip
+        assert validate({"form": given["form"] | change}, schema, raise_on_error=False), change
+
+
 def fetch_as(run, repo, layers):
-    """What the stage fetch leaves of a model, of whose parameters seven tenths are in blocks."""
-    config = {
-        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 128,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000, "tie_word_embeddings": True,
-    }  # fmt: skip
+    """What the stage fetch leaves of a model."""
+    config = CONFIG | {"num_hidden_layers": layers}
     model = {"source": "hub", "repo": repo, "revision": "abc", "dtype": "bfloat16", "trust_remote_code": False}
     source = {"identity": "", "source": model}
     write_json(**{f"models/{run}/config.json": config, f"models/{run}/blockpruner_source.json": source})

@@ -4,6 +4,7 @@ BLOCKPRUNER_CHROMIUM names another browser; BLOCKPRUNER_SCREENSHOTS a folder tha
 """
 
 import io
+import json
 import os
 import re
 import shutil
@@ -47,14 +48,18 @@ COMPLETED = (33, 157, 75)
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """Two runs of a model with 12 layers: `tiny` is scored in seconds, `slow` takes long enough to be cancelled."""
+    """Two runs of a model with 12 layers: `tiny` is scored in seconds, `slow` takes long enough to be cancelled. The
+    folder `mine` has a model without a run file, and `remote` is a DVC remote."""
     folder = tmp_path_factory.mktemp("ui")
     project = make_project(folder.resolve(), {"tiny-0.1": "0.1"})
     save_tiny(folder / "inputs/model", layers=12, tie_word_embeddings=True)
+    shutil.copytree(folder / "inputs", project / "mine")
+    with open(project / ".dvc/config", "a") as config:
+        config.write(f"['remote \"team\"']\n    url = {folder / 'remote'}\n")
     texts = folder / "inputs/many.parquet"
     pq.write_table(pa.table({"text": [sentence(i) for i in range(4000)]}), texts)
     run = yaml.safe_load((project / "runs/tiny.yaml").read_text())
-    run["calibration"]["num_samples"] = 1000
+    run["calibration"]["num_samples"] = 500
     run["calibration"]["data"]["path"] = str(texts)
     (project / "runs/slow.yaml").write_text(yaml.safe_dump(run))
     return project
@@ -75,7 +80,7 @@ def served(project):
         assert process.poll() is None, (project / "serve.log").read_text()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PREFECT_API_AUTH_STRING", (project / ".prefect/password").read_text().strip())
-            wait_until(lambda: len(ask(url, "deployments/filter")) == 3)
+            wait_until(lambda: len(ask(url, "deployments/filter")) == 4)
             yield url
     finally:
         process.send_signal(signal.SIGINT)
@@ -134,18 +139,36 @@ def shoot(page, name):
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
-def fill_form(page, url, run, budget, name):
+def open_form(page, url, flow, name):
+    """The form of a flow, with this name for its run."""
     page.goto(f"{url}/deployments")
-    page.get_by_role("link", name="prune", exact=True).first.click()
+    page.get_by_role("link", name=flow, exact=True).first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").first.click()
+    page.locator(".schema-form-property-array").first.wait_for()
+    page.locator("input").first.fill(name)
+
+
+def field(page, name):
+    """One parameter of a form."""
+    return page.locator(".schema-form-property").filter(has=page.get_by_text(name, exact=True)).last
+
+
+def write_field(page, name, text, part=None):
+    """Fill in a parameter of a form; `part` is that of a union."""
+    if part is not None:
+        field(page, name).get_by_role("button", name=part, exact=True).click()
+    field(page, name).locator("textarea, input").last.fill(text)
+
+
+def fill_form(page, url, run, budget, name):
+    open_form(page, url, "prune", name)
     runs = page.locator(".schema-form-property-array .p-select-button__control")
     runs.press("ArrowDown")
     page.locator(".p-select-option", has_text=run).click()
     runs.press("Tab")
     page.get_by_role("button", name="Add item").click()
     page.locator("textarea").last.fill(budget)
-    page.locator("input").first.fill(name)
 
 
 def submit(page):
@@ -179,7 +202,7 @@ def test_trigger_watch_cancel_and_retry(page, served, project):
     shoot(page, "ui-form")
     submit(page)
     page.get_by_role("link", name="first").first.wait_for()
-    fill_form(page, served, "slow", "0.15", "second")
+    fill_form(page, served, "slow", "0.08", "second")
     submit(page)
     page.get_by_role("link", name="second").first.wait_for()
     wait_until(lambda: flow_run(served, "first")["state_type"] not in ("SCHEDULED", "PENDING"))
@@ -188,15 +211,15 @@ def test_trigger_watch_cancel_and_retry(page, served, project):
     wait_until(lambda: flow_run(served, "first")["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"))
     assert flow_run(served, "first")["state_name"] == "Completed", (project / "serve.log").read_text()
     found = tasks(served, "first")
-    assert ("iteration 0", "Completed", "score@tiny") in found and ("score@tiny", "Completed") in found
+    assert ("removal 1", "Completed", "score@tiny") in found and ("score@tiny", "Completed") in found
     open_run(page, served, "first")
     wait_until(lambda: len(bars(page)) == len([name for name, _, *parent in found if not parent]))  # one a stage
     (left, top), (end, _) = bars(page)[2:4]  # score, behind fetch and calibrate, and baseline
     page.locator("canvas").first.click(position={"x": left + 16, "y": top + 16})  # its arrow
     wait_until(lambda: any(left < x < end and y > top + 24 for x, y in bars(page)))
     page.get_by_text("Task Runs", exact=True).click()
-    page.get_by_placeholder("Search by run name").fill("iteration")
-    page.get_by_text("iteration 1", exact=True).first.wait_for()
+    page.get_by_placeholder("Search by run name").fill("removal")
+    page.get_by_text("removal 2", exact=True).first.wait_for()
     shoot(page, "ui-run")
     page.get_by_text("Artifacts", exact=True).click()
     for key in ("report", "report-page", "results-tiny", "score-tiny-table", "score-tiny-pictures"):
@@ -209,7 +232,7 @@ def test_trigger_watch_cancel_and_retry(page, served, project):
     link = page.get_by_role("link", name="Open the report").get_attribute("href")
     assert "<title>Tiny</title>" in httpx.get(link).text
 
-    wait_until(lambda: any(name == "iteration 1" for name, *_ in tasks(served, "second")))
+    wait_until(lambda: any(name == "removal 2" for name, *_ in tasks(served, "second")))
     open_run(page, served, "second")
     page.get_by_role("button", name="Cancel").click()
     assert flow_run(served, "second")["state_type"] == "RUNNING"
@@ -229,4 +252,60 @@ def test_trigger_watch_cancel_and_retry(page, served, project):
     assert flow_run(served, "second")["state_name"] == "Completed", (project / "serve.log").read_text()
     again = tasks(served, "second")[len(before) :]
     assert ("fetch@slow", "Cached") in again and ("score@slow", "Completed") in again
-    assert ("iteration 0", "Cached", "score@slow") in again and (before[-1][0], "Completed", "score@slow") in again
+    assert ("removal 1", "Cached", "score@slow") in again and (before[-1][0], "Completed", "score@slow") in again
+
+
+def test_a_new_model_by_form_estimate_run_report_and_push(page, served, project):
+    open_form(page, served, "new-model", "third")
+    write_field(page, "Name", "mine")
+    write_field(page, "Model", "../inputs/model", "Folder")
+    field(page, "Budgets").get_by_role("button", name="Add item").click()
+    write_field(page, "Budgets", "0.1")
+    for texts in ("Texts (Optional)", "Heldout (Optional)"):
+        write_field(page, texts, "mine/texts.parquet", "File")
+    write_field(page, "Num Samples (Optional)", "10")
+    write_field(page, "Seq Len (Optional)", "24")
+    write_field(page, "Push (Optional)", "team", "str")
+    more = {
+        "evaluate": {
+            "perplexity": {"seq_len": 64, "max_rows": 2},
+            "zero_shot": {"data": {"source": "path", "path": "mine"}, "tasks": ["piqa"], "limit": 6},
+            "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
+        },
+        "compensate": {"num_rows": 24, "seq_len": 32},
+    }
+    write_field(page, "More (Optional)", json.dumps(more))
+    submit(page)
+    page.get_by_role("link", name="third").first.wait_for()
+    wait_until(lambda: flow_run(served, "third")["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"))
+    state = flow_run(served, "third")["state"]
+    assert state["name"] == "Refused" and state["message"].startswith("path '../inputs/model' leads out of"), state
+
+    page.goto(f"{served}/runs/flow-run/{flow_run(served, 'third')['id']}")
+    page.get_by_role("button", name="Run menu").or_(page.locator(".flow-run-menu button")).first.click()
+    page.get_by_text("Copy to new run").first.click()
+    page.locator(".schema-form-property-array").first.wait_for()
+    page.locator("input").first.fill("fourth")
+    write_field(page, "Model", "mine/model")
+    shoot(page, "ui-new-model")
+    submit(page)
+    page.get_by_role("link", name="fourth").first.wait_for()
+    wait_until(lambda: flow_run(served, "fourth")["state_name"] == "Suspended")
+    assert not (project / "runs/mine.yaml").exists() and tasks(served, "fourth") == []
+    open_artifact(page, served, "estimate-mine")
+    page.get_by_text("12 MHA + 12 MLP").first.wait_for()
+    shoot(page, "ui-estimate")
+    open_run(page, served, "fourth")
+    page.get_by_role("button", name="Resume").first.click()
+    page.get_by_role("dialog").get_by_role("button", name="Resume").click()
+    wait_until(lambda: flow_run(served, "fourth")["state_type"] in ("COMPLETED", "FAILED", "CRASHED"))
+    assert flow_run(served, "fourth")["state_name"] == "Completed", (project / "serve.log").read_text()
+    found = tasks(served, "fourth")
+    assert {state for _, state, *_ in found} <= {"Completed", "Cached"}, found
+    assert ("budget 0.1, step 1", "Completed", "score@mine") in found and found[-1][0] == "push to team"
+    assert any((project.parent / "remote").rglob("*"))
+    assert (project / "data/checkpoints/mine-0.1/hf/model.safetensors").exists()
+    open_artifact(page, served, "report-page")
+    report = httpx.get(page.get_by_role("link", name="Open the report").get_attribute("href")).text
+    assert "mine-0.1" in report
+    fill_form(page, served, "mine", "0.2", "fifth")  # the form of the other flow has it

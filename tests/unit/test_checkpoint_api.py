@@ -185,7 +185,7 @@ def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
 
     class Killed(SilentObserver):
         def begin(self, phase, overall=None):
-            if phase == "iteration 1":
+            if phase == "removal 2":
                 raise KeyboardInterrupt
 
     def prune(model, **settings):
