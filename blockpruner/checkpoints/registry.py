@@ -87,20 +87,20 @@ EXPORTS: Registry[Export] = Registry(
         Export(
             "hf",
             "transformers checkpoint",
-            ("transformers",),
+            ("transformers", "vLLM"),
             HERE + "hf:export_hf",
-            commands=("blockpruner chat {path}",),
+            commands=(
+                "blockpruner chat {path}",
+                "python -m vllm.entrypoints.openai.api_server --model {path} --host 127.0.0.1 --port 8000",
+            ),
         ),
         Export(
             "nas",
             "DeciLM checkpoint",
-            ("vLLM", "mlx-lm"),
+            ("mlx-lm",),
             HERE + "nas:export_nas",
             NARROW,
-            commands=(
-                "python -m vllm.entrypoints.openai.api_server --model {path} --host 127.0.0.1 --port 8000",
-                "mlx_lm.server --model {path} --host 127.0.0.1 --port 8080",
-            ),
+            commands=("mlx_lm.server --model {path} --host 127.0.0.1 --port 8080",),
         ),
         Export(
             "gguf",

@@ -43,8 +43,8 @@ Export = Annotated[
     str,
     Option(
         metavar="NAMES",
-        help="More formats, at OUT-FORMAT, separated by commas: nas (or vllm, mlx-lm), gguf (or llama.cpp), "
-        "gguf:Q4_K_M, zeroed.",
+        help="More formats, at OUT-FORMAT, separated by commas: nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M, "
+        "zeroed. vllm means OUT itself, which vLLM serves.",
     ),
 ]
 Dtype = Annotated[str, Option(metavar="NAME", help="float32, bfloat16, float16, float64; auto is the model's own.")]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from blockpruner.checkpoints.registry import EXPORTS, Writer, require_packages
 from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import Config, count_parameters
+from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import (
@@ -77,6 +77,8 @@ class Place:
         run = read_settings(Run, {"model": given, "export": list(self._asked), **sections})
         require_packages(run.export)
         config = self._config(run)
+        if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
+            raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
         own = run.model.model_copy(update={"dtype": own_dtype(config)} if dtype == "auto" else {})
         heldout = _fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
         run = run.model_copy(

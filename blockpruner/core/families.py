@@ -61,6 +61,8 @@ class Family:
     """The config field of c, where the logits are c tanh(head / c)."""
     alibi: bool = False
     """Attention masks hold a bias for each head."""
+    in_vllm: bool = True
+    """vLLM has a model of the family."""
     renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: _types(config, layers)
     """The config fields that describe single layers, for new layers: (layer of its MHA, layer of its MLP) of each."""
     defaults: Config = field(default_factory=dict)
@@ -244,7 +246,7 @@ FAMILIES: Registry[Family] = Registry(
     Family,
     [
         Family("llama", "Llama", optional_bias, gated_mlp),
-        Family("baichuan", "Baichuan", no_bias, gated_mlp, alibi=True),
+        Family("baichuan", "Baichuan", no_bias, gated_mlp, alibi=True, in_vllm=False),
         Family("mistral", "Mistral", no_bias, gated_mlp),
         Family("qwen2", "Qwen2", lambda c, layer: _attention(c, qkv_bias=True), gated_mlp),
         Family("qwen3", "Qwen3", head_norms, gated_mlp),

@@ -94,7 +94,10 @@ def _use(target: PrunedOption, folded: bool) -> Facts:
     for form in (form for form in EXPORTS if form in places):
         export, place = EXPORTS[form], places[form]
         lines.append((export.title, str(place)))
-        lines += [(name, text.format(path=place)) for name, text in zip(export.engines, export.commands, strict=False)]
+        engines = [*zip(export.engines, export.commands, strict=False)]
+        if KINDS[target.plan.kind].exports == {"hf"}:  # a model class of ours, which only transformers loads
+            engines = engines[:1]
+        lines += [(name, text.format(path=place)) for name, text in engines]
         if form == "hf":
             dense = place.parents[2] / "models" / target.plan.run
             lines.append(("beside dense", f'blockpruner compare {dense} {place} --prompt "{PROMPTS[-1]}"'))

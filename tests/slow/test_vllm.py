@@ -1,18 +1,21 @@
-"""Pruned SmolLM2 in vLLM: `make test-slow`, with an environment of vLLM's own."""
+"""Pruned SmolLM2 and tiny models of every family in vLLM: `make test-slow`, with an environment of vLLM's own."""
 
 import json
 import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.scoring import TEXT
+from blockpruner.checkpoints.hf import export_hf, save_pruned
 from blockpruner.checkpoints.nas import export_nas
 from blockpruner.compensation.compensate import write_compensated
 from blockpruner.compensation.rows import compensation_rows
+from blockpruner.core.families import FAMILIES
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Compensate
@@ -21,7 +24,8 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import find_healed
 from blockpruner.model.models import load_model
-from tests.plans import SOMEONE, pruning
+from tests.plans import SOMEONE, fetch_tiny, plan_of, pruning
+from tests.tiny import VARIANTS, tiny_tokenizer
 
 PROMPTS = ["The capital of France is", "Once upon a time, a little fox", "def fibonacci(n):\n"]
 NEW_TOKENS = 24
@@ -77,22 +81,78 @@ def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2, plans):
     tokenizer, chosen = load_tokenizer(smollm2), pruned_models(smollm2, plans, tmp_path / "healed")
     references = {"dense": write_reference(load_model(smollm2, "float32", "cpu"), tokenizer, tmp_path / "dense.json")}
     reports = {"dense": ask("check", smollm2, references["dense"])}
-    for name, made in chosen.items():
-        references[name] = write_reference(made.prune_(made.load()), tokenizer, tmp_path / f"{name}.json")
-        export_nas(made, tmp_path / f"nas {name}")
-        reports[name] = ask("check", tmp_path / f"nas {name}", references[name])
-    for name, report in reports.items():
-        print(name, json.dumps(report))
+    plain, name = sorted(chosen)[-2:]
+    for each, made in chosen.items():
+        references[each] = write_reference(made.prune_(made.load()), tokenizer, tmp_path / f"{each}.json")
+        for form, export in (("hf", export_hf), *([("nas", export_nas)] if each == plain else [])):
+            export(made, tmp_path / f"{form} {each}")
+            reports[f"{form} {each}"] = ask("check", tmp_path / f"{form} {each}", references[each])
+    for form, report in reports.items():
+        print(form, json.dumps(report))
         assert report["max_logprob_difference"] <= 1e-3
         assert report["greedy_tokens_equal"]
-    tokens = {name: report["kv_cache_tokens"] for name, report in reports.items()}
-    for name, made in chosen.items():
-        assert tokens[name] / tokens["dense"] == pytest.approx(30 / (30 - made.plan.blocks["mha"]), rel=0.02)
+    for form in reports.keys() - {"dense"}:
+        left = 30 - chosen[form.partition(" ")[2]].plan.blocks["mha"]
+        assert reports[form]["kv_cache_tokens"] / reports["dense"]["kv_cache_tokens"] == pytest.approx(
+            30 / left, rel=0.02
+        )
 
-    plain, name = sorted(chosen)[-2:]  # the check sees a difference: of a block, and of weights
-    for path, other in ((tmp_path / f"nas {plain}", "dense"), (tmp_path / f"nas {name}", plain)):
-        assert ask("check", path, references[other])["max_logprob_difference"] > 0.1
-    answer = ask("serve", tmp_path / f"nas {name}", references[name])
+    for path, other in ((f"hf {plain}", "dense"), (f"hf {name}", plain)):  # it sees a difference: a block, or weights
+        assert ask("check", tmp_path / path, references[other])["max_logprob_difference"] > 0.1
+    answer = ask("serve", tmp_path / f"hf {name}", references[name])
     row = json.loads(references[name].read_text())[0]
     print(answer)
     assert answer["completion"] == tokenizer.decode(row["tokens"][len(row["prompt"]) :])
+
+
+HOLES = ["mha.0", "mlp.1", "mha.3", "mlp.3", "mlp.4", "mha.5"]
+"""Of six layers: the first has no MHA, and the fourth is gone."""
+
+TAKEN: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 32, "tie_word_embeddings": True},
+}
+"""What vLLM takes of a family, dense or not. Its attention on a CPU needs heads that are a multiple of 32 wide."""
+
+
+def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
+    """Tiny random models; one is also compared with a model that has another hole, which shows."""
+    made, references, configs = tmp_path / "made", tmp_path / "references", {}
+    references.mkdir()
+    variants = [variant for variant in VARIANTS if FAMILIES[variant.split()[0]].in_vllm]
+    for name in [*variants, "llama wrong"]:
+        variant = name.removesuffix(" wrong")
+        dense = fetch_tiny(tmp_path / name, variant, 6, hidden_size=128, **TAKEN.get(variant, {}))
+        asked = pruning(dense, plan_of(dense, HOLES))
+        pruned = asked.prune_(asked.load())
+        save_pruned(pruned, made / name)
+        tiny_tokenizer().save_pretrained(made / name)
+        configs[name] = pruned.config
+        if name != variant:
+            asked = pruning(dense, plan_of(dense, ["mlp.2" if block == "mlp.1" else block for block in HOLES]))
+            pruned = asked.prune_(asked.load())
+        write_reference(pruned, tiny_tokenizer(), references / f"{name}.json")
+    reports = ask("families", made, references)
+    assert reports.keys() == configs.keys()
+    for name, report in reports.items():
+        print(name, report["max_logprob_difference"])
+        layers, without = (
+            range(5),
+            {"self_attn": [0, 4], "attention": [0, 4], "mlp": [1, 3], "block_sparse_moe": [1, 3]},
+        )
+        assert (configs[name].layers_without_mha, configs[name].layers_without_mlp) == ([0, 4], [1, 3])
+        assert report["cached"] == [layer for layer in layers if layer not in without["self_attn"]]
+        held = {
+            tuple(parts[i : i + 2])
+            for parts in (n.split(".") for n in report["parameters"])
+            for i in range(len(parts) - 1)
+        }
+        for module, removed in without.items():
+            there = [layer for layer in layers if (str(layer), module) in held]
+            assert there in ([], [layer for layer in layers if layer not in removed])
+        if name.endswith("wrong"):
+            assert report["max_logprob_difference"] > 0.1 and not report["greedy_tokens_equal"]
+        else:
+            assert report["max_logprob_difference"] <= 1e-3 and report["greedy_tokens_equal"], name

@@ -137,7 +137,7 @@ def test_a_folder_is_kept_and_never_replaced_by_another_plan(model, place, say):
 
 def test_formats_go_by_the_names_of_engines_too(place):
     given = Place(place, "cpu", SilentObserver(), "vLLM,llama.cpp:q4_k_m, gguf:Q5_0,zeroed")
-    assert given._asked == {"hf": (), "nas": (), "gguf": ("Q4_K_M", "Q5_0"), "zeroed": ()}
+    assert given._asked == {"hf": (), "gguf": ("Q4_K_M", "Q5_0"), "zeroed": ()}
 
 
 @pytest.mark.usefixtures("in_process")

@@ -263,7 +263,9 @@ def test_what_cannot_be_said_is_refused(tmp_path, family, changes, message):
 
 PLUGIN = """
 import importlib, os, sys
+from types import SimpleNamespace
 from transformers import AutoConfig, LlamaConfig
+sys.modules["vllm"] = SimpleNamespace(ModelRegistry=SimpleNamespace(get_supported_archs=dict))
 module, function = sys.argv[1].split(":")
 register = getattr(importlib.import_module(module), function)
 

@@ -398,7 +398,11 @@ def test_the_page_has_samples_and_commands_of_every_target(report: Path) -> None
     assert [f">answer {i}</td>" in text for i in range(4)] == [True, True, True, False]
     for name in ("tiny-a", "tiny-b"):
         folder = report.parent / "checkpoints" / name
-        for command in (f"blockpruner chat {folder}/hf", f"llama-server -m {folder}/gguf/model-Q8_0.gguf --port 8080"):
+        for command in (
+            f"blockpruner chat {folder}/hf",
+            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf --host 127.0.0.1 --port 8000",
+            f"llama-server -m {folder}/gguf/model-Q8_0.gguf --port 8080",
+        ):
             assert f"<pre>{command}</pre>" in text
     assert "tiny-b/nas" not in text and text.index("Use tiny-b") < text.index("Use tiny-a")
 
