@@ -231,6 +231,8 @@ class Place:
         written = []
         for form, place, write in self._formats(run, out, plan):
             if write is not None:
+                if self._asked[form] and not rows.rows:
+                    self.observer.note("apply has no calibration rows: no importance matrix of quantizations")
                 pruning = self._pruning(run, dense, plan, rows)
                 if healed is not None:
                     from blockpruner.methods.healed import find_healed
