@@ -350,6 +350,22 @@ def test_chat_and_compare(model, place, say, monkeypatch):
     assert code == 2 and "has no config.json; give a checkpoint's folder" in err
 
 
+def test_code_of_others_is_not_run_and_not_needed_for_a_known_family(place, say):
+    """As in Phi-3's folders, whose config names a class of its own."""
+    save_tiny(place / "phi", "phi3", pad_token_id=0)
+    plain = say("chat", "phi", "--prompt", "a few words", "--max-new-tokens", 3)
+    config = json.loads((place / "phi/config.json").read_text())
+    code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (place / "phi/theirs.py").write_text("open('ran', 'w')\n")
+    (place / "phi/config.json").write_text(json.dumps(config | {"auto_map": code}))
+    assert plain[0] == 0 and say("chat", "phi", "--prompt", "a few words", "--max-new-tokens", 3)[:2] == plain[:2]
+    for other in ("rnn", "phi3_blockpruned"):
+        (place / "phi/config.json").write_text(json.dumps(config | {"auto_map": code, "model_type": other}))
+        end, _, err = say("chat", "phi", "--prompt", "a", "--max-new-tokens", 1)
+        assert end == 2 and "code that is not the installed blockpruner's" in err and "it is not run" in err
+    assert not (place / "ran").exists()
+
+
 @pytest.mark.usefixtures("in_process")
 def test_the_report_is_one_file_that_tells_what_the_plan_and_the_curve_hold(model, place, say):
     (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
