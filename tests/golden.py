@@ -474,13 +474,13 @@ def checkpoint(world: World, form: str, section: Mapping[str, Any], variant: str
     with unverified():
         materialize.main("export-t0")
     folder = Path("data/checkpoints/export-t0") / form
-    if form == "gguf":
-        return {path.name: gguf_content(path) for path in sorted(folder.glob("*.gguf"))}
+    files = sorted(path.name for path in folder.iterdir())
+    if form == "gguf":  # the importance matrix is of sums that another processor rounds otherwise
+        return {"files": files} | {path.name: gguf_content(path) for path in sorted(folder.glob("model-*.gguf"))}
     config = read(folder / "config.json")
     if form != "nas":  # which is all ours; others have what transformers of the day writes
         config = {key: config[key] for key in sorted(config.keys() & OUR_KEYS)}
     code = {path.name: digest(path.read_bytes()) for path in sorted(folder.glob("*.py"))}
-    files = sorted(path.name for path in folder.iterdir())
     return {"files": files, "config": config, "code": code, "tensors": tensors_of(folder)}
 
 

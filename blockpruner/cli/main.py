@@ -183,8 +183,12 @@ def prune(
 def apply(
     model: Dense,
     plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
-    out: Annotated[Path, Option(metavar="DIR", help="The checkpoint's folder.")],
     trials: Annotated[Path, TRIALS],
+    out: Annotated[Path | None, Option(metavar="DIR", help="The checkpoint's folder.")] = None,
+    mergekit: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Write a configuration of mergekit in place of a checkpoint: for whole layers."),
+    ] = None,
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -194,10 +198,16 @@ def apply(
     """Write the checkpoint of a plan from the dense model that it was made for."""
     from blockpruner.cli import pruning as work
 
+    if (out is None) is (mergekit is None):
+        raise InputError("apply writes a checkpoint or a configuration of mergekit; give --out DIR or --mergekit FILE")
     place = work.Place(trials.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, {})
-    found = place.apply(run, plan, out.expanduser().absolute())
-    _tell(found, work.words(found), as_json)
+    if mergekit is not None:
+        file = str(place.mergekit(run, plan, mergekit.expanduser()))
+        _tell({"file": file}, file, as_json)
+    elif out is not None:
+        found = place.apply(run, plan, out.expanduser().absolute())
+        _tell(found, work.words(found), as_json)
 
 
 @app.command()

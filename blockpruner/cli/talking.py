@@ -1,4 +1,7 @@
-"""`blockpruner chat` and `compare`: greedy answers of checkpoints, dense or pruned. Of their code only ours is run."""
+"""`blockpruner chat` and `compare`: greedy answers of checkpoints, dense or pruned.
+
+Of their code only ours is run. A dense model of a known family needs none, whatever lies beside it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from transformers import TextStreamer
 
 from blockpruner.cli.pruning import own_dtype
 from blockpruner.core.errors import InputError
+from blockpruner.core.families import FAMILIES
 from blockpruner.evaluation.samples import answer
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.classes import has_our_code
@@ -26,8 +30,9 @@ class Talker:
     def __init__(self, folder: Path, device: str) -> None:
         if not (folder / "config.json").is_file():
             raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint's folder, as prune writes it")
-        dtype = own_dtype(read_json(folder / "config.json"))
-        self.model = load_model(folder, dtype, device, has_our_code(folder))
+        config = read_json(folder / "config.json")
+        has_code = config.get("model_type") not in FAMILIES and has_our_code(folder)
+        self.model = load_model(folder, own_dtype(config), device, has_code)
         self._tokenizer = load_tokenizer(folder)
 
     def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> tuple[str, int]:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -15,6 +16,7 @@ from statistics import mean
 
 import pytest
 import torch
+import yaml
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
@@ -27,7 +29,7 @@ from blockpruner.core.blocks import parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.model.models import load_model, masked, prune_
-from blockpruner.store.plans import load_plan
+from blockpruner.store.plans import load_plan, save_plan
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 from tests.unit.test_hub import Hub as FakeHub
 from tests.unit.test_sources import Hub
@@ -153,6 +155,47 @@ def test_apply_makes_the_same_checkpoint_from_the_same_base_alone(model, place, 
     assert code == 2 and "is of another model: its base is" in err and not (place / "third").exists()
     code, _, err = say("apply", model, "absent", "--out", "third")
     assert code == 2 and err.startswith("error: plan 'absent' does not exist")
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("ratio", ["2layers", "3layers"])
+def test_mergekits_slices_are_the_layers_of_the_checkpoint(model, place, say, ratio):
+    """By a reader of ours, which joins slices of the dense weights as mergekit's passthrough does."""
+    made = done(say(*prune(model, "--unit", "layer", "--out", "out", "--json", ratio=ratio)))["plan"]
+    assert say("apply", model, "out", "--mergekit", "merge.yaml") == (0, "merge.yaml\n", "")
+    config = yaml.safe_load((place / "merge.yaml").read_text())
+    assert (config["merge_method"], config["dtype"]) == ("passthrough", "float32")
+    dense, pruned = load_file(model / "model.safetensors"), load_file("out/model.safetensors")
+    kept = []
+    for (source,) in (piece["sources"] for piece in config["slices"]):
+        assert source["model"] == str(model) and len(source) == 2
+        kept += range(*source["layer_range"])
+    assert len(kept) == 4 - int(ratio[0]) and not {f"mha.{layer}" for layer in kept} & set(made["removed"])
+    names = {f"model.layers.{new}.": f"model.layers.{old}." for new, old in enumerate(kept)}
+    for name, tensor in pruned.items():
+        head = re.match(r"model\.layers\.\d+\.|", name)[0]
+        assert torch.equal(tensor, dense[names.get(head, head) + name.removeprefix(head)])
+    assert all("layers" not in name or int(name.split(".")[2]) < len(kept) for name in pruned)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_mergekit_cannot_say_is_refused(model, place, say):
+    done(say(*prune(model, "--out", "out", "--json", ratio="1blocks")))
+    plan = place / "out/blockpruner_plan.json"
+    code, _, err = say("apply", model, plan, "--mergekit", "merge.yaml")
+    assert code == 2 and re.search(
+        r"leaves one block of 1 of them \(layer \d is the first\); give .* --unit layer", err
+    )
+    save_plan(replace(load_plan(plan), compensate="refit"), place / "refitted.json")
+    code, _, err = say("apply", model, "refitted.json", "--mergekit", "merge.yaml")
+    assert code == 2 and "is of other weights (method: greedy, compensate: refit)" in err
+    save_tiny(place / "other", layers=5)
+    code, _, err = say("apply", "other", plan, "--mergekit", "merge.yaml")
+    assert code == 2 and "is of another model than" in err
+    for more in ((), ("--out", "a", "--mergekit", "b")):
+        code, _, err = say("apply", model, plan, *more)
+        assert code == 2 and "give --out DIR or --mergekit FILE" in err
+    assert not (place / "merge.yaml").exists()
 
 
 @pytest.mark.usefixtures("in_process")
@@ -348,6 +391,22 @@ def test_chat_and_compare(model, place, say, monkeypatch):
     assert both[0]["parameters"] == dense.num_parameters() and both[0]["tokens_per_second"] > 0
     code, _, err = say("chat", place)
     assert code == 2 and "has no config.json; give a checkpoint's folder" in err
+
+
+def test_code_of_others_is_not_run_and_not_needed_for_a_known_family(place, say):
+    """As in Phi-3's folders, whose config names a class of its own."""
+    save_tiny(place / "phi", "phi3", pad_token_id=0)
+    plain = say("chat", "phi", "--prompt", "a few words", "--max-new-tokens", 3)
+    config = json.loads((place / "phi/config.json").read_text())
+    code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (place / "phi/theirs.py").write_text("open('ran', 'w')\n")
+    (place / "phi/config.json").write_text(json.dumps(config | {"auto_map": code}))
+    assert plain[0] == 0 and say("chat", "phi", "--prompt", "a few words", "--max-new-tokens", 3)[:2] == plain[:2]
+    for other in ("rnn", "phi3_blockpruned"):
+        (place / "phi/config.json").write_text(json.dumps(config | {"auto_map": code, "model_type": other}))
+        end, _, err = say("chat", "phi", "--prompt", "a", "--max-new-tokens", 1)
+        assert end == 2 and "code that is not the installed blockpruner's" in err and "it is not run" in err
+    assert not (place / "ran").exists()
 
 
 @pytest.mark.usefixtures("in_process")
