@@ -291,6 +291,7 @@ def _document(text: str) -> tuple[YAML, CommentedMap]:
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 4096
+    editor.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     return editor, editor.load(text)
 
 
