@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from blockpruner.methods.apply import Pruning
 from blockpruner.methods.blocks.kind import choose
 from blockpruner.methods.healed import Healed
 from blockpruner.methods.kind import fields_of, open_stores
-from blockpruner.methods.recipes import RECOMMENDED, Recipe, recipe
+from blockpruner.methods.recipes import RECOMMENDED, Recipe, recipe, rival, settled
 from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.model.models import prune_, resolve_device
 from blockpruner.scoring.engine import Engine
@@ -209,7 +210,8 @@ def prune(
         texts: calibration samples; the paper uses 256 Alpaca samples.
         ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken. Or a budget as in
             params.yaml ("17blocks", "0.30kv").
-        method: "recommended" (floating search, lazy + race, and refit); "blockpruner", exactly as in arXiv 2406.10594;
+        method: "recommended" (floating search, lazy + race, and refit; for a ratio the better of this and of greedy
+            layers, by the held-out rows of the refit); "blockpruner", exactly as in arXiv 2406.10594;
             a plain search by its name in a run file's `score` section (docs/methods.md); or a row of your own
             (docs/extend.md), or a function of (problem, options) that yields iterations, whose last choice is taken.
             Methods that change weights need the stages.
@@ -267,17 +269,27 @@ def prune(
     identity = _identity(model) if trials is not None else Identity(IN_MEMORY, IN_MEMORY)
     folder = None if trials is None else Path(trials)
     engine = Engine(model, batch_tokens)
+
+    def made(one: Request) -> tuple[float, Plan, list[Iteration], tuple[Stability | None, ...], Compensated]:
+        trace = search(one, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
+        order, perplexities = removals(trace, one.search.nested)
+        current = _current(one, fields_of(one.metric.key, calibration, identity, dtype), calibration)
+        plan, healed = choose(order, perplexities, config, budget, current), Compensated()
+        if mend != "none":
+            healed = compensate(model, plan, calibration, max(1, len(calibration.rows) // 4), mend, observer)
+        after = healed.report["perplexity"]["after"] if healed.report else math.inf
+        return after, plan, trace, stabilities(trace, one.options.price), healed
+
     with open_stores(asked.losses, calibration, identity, dtype, folder, observer) as stores:
-        trace = search(asked, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
-    order, perplexities = removals(trace, asked.search.nested)
-    current = _current(asked, fields_of(asked.metric.key, calibration, identity, dtype), calibration)
-    plan = choose(order, perplexities, config, budget, current)
-    firm, rows, found = stabilities(trace, asked.options.price), len(calibration.rows), Compensated()
-    if mend != "none":
-        found = compensate(model, plan, calibration, max(1, rows // 4), mend, observer)
+        found = [made(asked)]
+        layers = rival(method, asked.score, config, budget, mend) if isinstance(method, str) else None
+        if layers is not None:
+            found.append(made(request(layers, None, asked.metric)))
+            observer.note(settled([asked.score, layers], [each[0] for each in found]))
+    _, plan, trace, firm, healed = min(found, key=lambda each: each[0])
     pruned = prune_(model, plan.mask)
-    pruned.load_state_dict(found.weights, strict=False)
-    return Pruned(pruned, tokenizer, plan, tuple(trace), firm, found.report, base)
+    pruned.load_state_dict(healed.weights, strict=False)
+    return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.report, base)
 
 
 def evaluate(

@@ -143,7 +143,8 @@ class NewModel(Frozen):
     seq_len: int = as_in(Calibration, "seq_len")
     method: str = Field(
         default=RECOMMENDED,
-        description=f"{RECOMMENDED} did best here; blockpruner is the paper's (docs/methods.md).",
+        description=f"{RECOMMENDED} is floating search, lazy + race, with refit; blockpruner is the paper's "
+        "(docs/methods.md).",
         json_schema_extra=offer(lambda: [*RECIPES, *method_names()]),
     )
     compensate: CompensationMethod | None = Field(

@@ -171,11 +171,11 @@ def prune(
     place = work.Place(trials.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, sections)
     if dry_run:
-        found = place.forecast(run, ratio)
+        found = place.forecast(run, ratio, method)
         _tell(found, "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.items()), as_json)
     else:
         named = out or Path(f"{run.model.title.rpartition('/')[2]}-{ratio}")
-        found = place.prune(run, ratio, named.expanduser().absolute())
+        found = place.prune(run, ratio, named.expanduser().absolute(), method)
         _tell(found, work.words(found), as_json)
 
 

@@ -6,7 +6,8 @@ something must be computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 from blockpruner.checkpoints.registry import EXPORTS, Writer, require_packages
 from blockpruner.checks import check_run
+from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
@@ -33,6 +35,7 @@ from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.commit import commit_run
+from blockpruner.methods.recipes import rival, settled
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material, score_run
 from blockpruner.store.files import read_json, write_text
@@ -95,39 +98,66 @@ class Place:
             require_quantizations(quantizations)
         return run
 
-    def forecast(self, run: Run, budget: str) -> dict[str, Any]:
-        """What a search would take, from the model's config alone."""
+    def forecast(self, run: Run, budget: str, recipe: str) -> dict[str, Any]:
+        """What the searches of a recipe would take, from the model's config alone."""
         from blockpruner.paper.estimates import forecast
 
-        return forecast(run, self._config(run), (budget,))
+        config = self._config(run)
+        found = forecast(run, config, (budget,))
+        layers = rival(recipe, run.score, config, budget, run.compensate.method)
+        if layers is not None:
+            more = forecast(run.model_copy(update={"score": layers}), config, (budget,))
+            found |= {key: found[key] + more[key] for key in found if key.startswith(("trials", "teraflop", "hours"))}
+        return found
 
-    def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
-        """Search, commit, compensate and export, as far as that was not done before."""
-        require_budgets(run.score, self._config(run), (budget,))
+    def prune(self, run: Run, budget: str, out: Path, recipe: str) -> dict[str, Any]:
+        """Search, commit, compensate and export, as far as that was not done before.
+
+        Of the recommended search and its rival the model is exported that has the lower perplexity on the held-out rows
+        of the compensation.
+        """
+        config = self._config(run)
+        require_budgets(run.score, config, (budget,))
+        layers = rival(recipe, run.score, config, budget, run.compensate.method)
+        runs = [run, *([] if layers is None else [run.model_copy(update={"score": layers})])]
         assert not isinstance(run.calibration.data, TaskAnswers)
         texts, dense = load_texts(run.calibration.data, self.root / "cache", self.pins), self.fetch(run)
-        tokenizer, config = load_tokenizer(dense, run.model.trust_remote_code), read_json(dense / "config.json")
-        wanted, base = run.calibration, checkpoint_identity(dense).before
-        rows = draw_rows(texts, tokenizer, wanted, (), self.observer.note, at_most=True)
-        facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
-        key = fingerprint({**facts, "base": base, "rows": rows.digest, "budget": budget, "v": COMPENSATION_VERSION})
-        kept, traces, healed = self.root / "plans" / key, self.root / "searches" / key, None
-        self._formats(run, out, load_plan(kept) if kept.exists() else None)  # refuses before hours of work
-        counts = self._score(run, dense, rows, budget, traces)
-        plan, _ = commit_run(traces, config, budget, "", run.model.title)
-        save_plan(replace(plan, base=base, compensate=run.compensate.method), kept)
-        plan = replace(load_plan(kept), target=out.name)
-        if plan.compensate != "none":
-            from blockpruner.compensation.compensate import write_compensated
-            from blockpruner.compensation.rows import compensation_rows
-
-            pruning = self._pruning(run, dense, plan, rows)
-            healed = self.root / "compensated" / f"{key}-{pruning.identity}"
-            if not healed.exists():
-                context = config.get("max_position_embeddings", wanted.seq_len)
-                fitted = compensation_rows(texts, tokenizer, run.compensate, (), context)
-                write_compensated(healed, pruning, fitted, run.compensate, wanted.data, self.observer)
+        tokenizer = load_tokenizer(dense, run.model.trust_remote_code)
+        rows = draw_rows(texts, tokenizer, run.calibration, (), self.observer.note, at_most=True)
+        context = config.get("max_position_embeddings", run.calibration.seq_len)
+        fit = partial(compensation_rows, texts, tokenizer, run.compensate, (), context)
+        base = checkpoint_identity(dense).before
+        keys = [self._key(one, base, rows, budget) for one in runs]
+        plans = [self.root / "plans" / key for key in keys]
+        self._formats(run, out, [load_plan(kept) for kept in plans if kept.exists()])  # refuses before hours of work
+        found = []
+        for one, key, kept in zip(runs, keys, plans, strict=True):
+            counts = self._score(one, dense, rows, budget, self.root / "searches" / key)
+            plan, _ = commit_run(self.root / "searches" / key, config, budget, "", run.model.title)
+            save_plan(replace(plan, base=base, compensate=run.compensate.method), kept)
+            plan = replace(load_plan(kept), target=out.name)
+            healed = None if plan.compensate == "none" else self._compensated(one, dense, plan, rows, key, fit)
+            found.append((plan, healed, counts))
+        if len(found) > 1:
+            self.observer.note(settled([one.score for one in runs], [_after(each[1]) for each in found]))
+        plan, healed, counts = min(found, key=lambda each: _after(each[1]))
         return self._export(run, dense, plan, rows, out, healed) | {"search": counts}
+
+    def _key(self, run: Run, base: str, rows: CalibrationSet, budget: str) -> str:
+        facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
+        return fingerprint({**facts, "base": base, "rows": rows.digest, "budget": budget, "v": COMPENSATION_VERSION})
+
+    def _compensated(
+        self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, key: str, fit: Callable[[], CalibrationSet]
+    ) -> Path:
+        from blockpruner.compensation.compensate import write_compensated
+
+        assert not isinstance(run.calibration.data, TaskAnswers)
+        pruning = self._pruning(run, dense, plan, rows)
+        healed = self.root / "compensated" / f"{key}-{pruning.identity}"
+        if not healed.exists():
+            write_compensated(healed, pruning, fit(), run.compensate, run.calibration.data, self.observer)
+        return healed
 
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
         """Export the model of a plan's file."""
@@ -207,8 +237,8 @@ class Place:
 
         return Pruning(dense, plan, rows, run.model.dtype, self.device, run.model.trust_remote_code)
 
-    def _formats(self, run: Run, out: Path, plan: Plan | None) -> list[tuple[str, Path, Writer | None]]:
-        """Each format, its folder, and what writes it; None where the plan's checkpoint is there.
+    def _formats(self, run: Run, out: Path, plans: Sequence[Plan]) -> list[tuple[str, Path, Writer | None]]:
+        """Each format, its folder, and what writes it; None where the checkpoint of one of the plans is there.
 
         Raises:
             InputError: a folder holds something else.
@@ -220,14 +250,14 @@ class Place:
             files = [place / f"model-{name}.gguf" for name in more]
             writer: Any = EXPORTS[form].write
             write = partial(writer, quantizations=more) if more else writer
-            found.append((form, place, None if _is_there(place, plan) and all(map(Path.exists, files)) else write))
+            found.append((form, place, None if _is_there(place, plans) and all(map(Path.exists, files)) else write))
         return found
 
     def _export(
         self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, out: Path, healed: Path | None = None
     ) -> dict[str, Any]:
         written = []
-        for form, place, write in self._formats(run, out, plan):
+        for form, place, write in self._formats(run, out, [plan]):
             if write is not None:
                 if self._asked[form] and not rows.rows:
                     self.observer.note("apply has no calibration rows: no importance matrix of quantizations")
@@ -240,6 +270,10 @@ class Place:
             verified = read_json(place / REPORT_FILE)["ok"]
             written.append({"format": form, "path": str(place), "for": EXPORTS[form].engines, "verified": verified})
         return {"plan": plan_fields(plan), "written": written}
+
+
+def _after(healed: Path | None) -> float:
+    return math.inf if healed is None else float(read_json(healed / "compensate.json")["perplexity"]["after"])
 
 
 T = TypeVar("T", Calibration, Perplexity)
@@ -267,12 +301,13 @@ def own_dtype(config: Config) -> str:
     return found if found in ("bfloat16", "float16", "float64") else "float32"
 
 
-def _is_there(place: Path, plan: Plan | None) -> bool:
-    """Whether a folder holds the whole checkpoint of a plan; raises InputError if it holds anything else."""
+def _is_there(place: Path, plans: Sequence[Plan]) -> bool:
+    """Whether a folder holds the whole checkpoint of one of the plans; raises InputError if it holds anything else."""
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return False
     file = place / PLAN_FILE
-    if plan is None or not file.is_file() or replace(load_plan(file), target=plan.target) != plan:
+    held = load_plan(file) if file.is_file() else None
+    if held is None or all(replace(held, target=plan.target) != plan for plan in plans):
         raise InputError(f"--out {place} is not empty and holds something else; choose another folder, or remove it")
     require_verified(place)
     return True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config
+from blockpruner.core.settings import Score
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,28 @@ def recipe(name: str, acceleration: str | None = None, compensation: str | None 
         raise InputError(f"method {name!r} is unknown; valid: {', '.join(names)}")
     found = RECIPES.get(name, Recipe(name))
     return Recipe(found.method, acceleration or found.acceleration, compensation or found.compensation)
+
+
+def rival(name: str, score: Score, config: Config, budget: str, compensation: str) -> Score | None:
+    """The search of whole layers that the recommended one is held against, after both are compensated.
+
+    Whole layers leave fewer and wider holes, which a refit mends better: they were first on Gemma 3 and at 30 % of
+    SmolLM2 (docs/experiments.md). None for other recipes, and where layers cannot meet the budget.
+    """
+    from blockpruner.methods.registry import require_budgets
+
+    free = (score.unit, score.candidates, dict(score.options)) == ("block", "all", {}) and compensation != "none"
+    if name != RECOMMENDED or not free or read_budget(budget)[1] != "":
+        return None
+    layers = score.model_copy(update={"method": "greedy", "unit": "layer"})
+    try:
+        require_budgets(layers, config, (budget,))
+    except InputError:
+        return None
+    return layers
+
+
+def settled(scores: Sequence[Score], perplexities: Sequence[float]) -> str:
+    """Which of several searches is taken, by the perplexity on the compensation's held-out rows, in words."""
+    words = (f"{score.method} of {score.unit}s {value:.2f}" for score, value in zip(scores, perplexities, strict=True))
+    return f"held-out perplexity, compensated: {', '.join(words)}; the lowest is taken"

@@ -240,6 +240,32 @@ def test_who_names_a_ratio_alone_gets_what_is_recommended():
     assert plain.plan.removed == found.plan.removed and not plain.compensation
 
 
+def test_of_the_recommended_search_and_greedy_layers_the_better_refit_is_taken():
+    """Held against each of them alone; which one wins depends on the model."""
+    taken = set()
+    for seed in (4, 5):
+        model = AutoModelForCausalLM.from_config(tiny_model().config).eval()
+        torch.manual_seed(seed)
+        for weight in model.parameters():
+            weight.data.normal_(1.0 * (weight.ndim == 1), 0.3)
+
+        def pruned(ratio=0.3, model=model, **given):
+            return blockpruner.prune(copy.deepcopy(model), tiny_tokenizer(), TEXTS, ratio, seq_len=16, **given)
+
+        alone = [
+            pruned(method=method, unit=unit, acceleration="lazy+race", compensation="refit")
+            for method, unit in (("floating", "block"), ("greedy", "layer"))
+        ]
+        best = min(alone, key=lambda each: each.compensation["perplexity"]["after"])
+        found = pruned()
+        assert (found.plan, found.compensation) == (best.plan, best.compensation)
+        assert dict(found.model.state_dict()).keys() == dict(best.model.state_dict()).keys()
+        taken.add(found.plan.method)
+    assert taken == {"floating", "greedy"}
+    assert pruned(ratio=0.05).plan.method == "floating", "no layer is that small"
+    assert pruned(0.1, candidates="mha").plan.method == pruned("2layers").plan.method == "floating"
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 22])
 def test_bad_ratio(ratio):
     with pytest.raises(InputError, match="between 0 and 1"):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 from typer import Abort
 
-from blockpruner.cli import doctor
+from blockpruner.cli import doctor, pruning
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import parse_mask
@@ -213,6 +213,24 @@ def test_compensated_weights_are_kept_and_no_plan_promises_them(model, place, sa
     assert report.stat().st_mtime_ns == before
     code, _, err = say("apply", model, "out", "--out", "again")
     assert code == 2 and "compensate: refit), which a plan does not hold" in err
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_ratio_alone_tries_blocks_and_layers_and_exports_the_better_one(model, place, say, monkeypatch):
+    args = prune(model, "--seq-len", 16, "--out", "out", "--json", method="recommended")
+    code, out, err = say(*args)
+    made, found = json.loads(out)["plan"], {}
+    for report in (place / "cache/blockpruner/compensated").glob("*/compensate.json"):
+        plan = load_plan(place / "cache/blockpruner/plans" / report.parent.name.partition("-")[0])
+        found[plan.method] = json.loads(report.read_text())["perplexity"]["after"]
+    assert code == 0 and set(found) == {"floating", "greedy"} and made["method"] == min(found, key=found.__getitem__)
+    words = f"floating of blocks {found['floating']:.2f}, greedy of layers {found['greedy']:.2f}; the lowest is taken"
+    assert words in " ".join(err.split())
+    assert done(say(*args))["plan"] == made, "and the second time nothing is written"
+    after = pruning._after
+    monkeypatch.setattr(pruning, "_after", lambda healed: -after(healed))
+    worse = done(say(*(("other" if word == "out" else word) for word in args)))["plan"]["method"]
+    assert worse == max(found, key=found.__getitem__)
 
 
 @pytest.mark.usefixtures("in_process")
