@@ -122,7 +122,7 @@ def build(check: Callable[[], Chosen], push: str | None) -> State[None]:
             if state.is_completed():
                 publish(chosen)
                 if push is not None:
-                    pushed = push_outputs(push, chosen.stages(), lock, return_state=True)
+                    pushed: State[Any] = push_outputs(push, chosen.stages(), lock, return_state=True)
                     return state if pushed.is_completed() else outcome([*states, pushed])
             elif state.name == "Refused":
                 return Failed(name="Refused", message=f"{state.message}{restored(chosen, [])}")
