@@ -469,6 +469,13 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     assert repo == "me/small" and made["private"] is True and sorted(sent["allow_patterns"]) == sorted(found["files"])
     code, _, err = say("push", "out", "me/small", "--public", "--yes")
     assert code == 2 and "is there and private, and --private is false; nothing was uploaded" in err
+    (source,) = (place / "cache/blockpruner/models").glob("*/blockpruner_source.json")
+    facts = json.loads(source.read_text()) | {"licence": {"license": "llama2"}}
+    source.write_text(json.dumps(facts))
+    code, _, err = say("push", "out", "me/small", "--dry-run")
+    assert code == 2 and "README.md has no license, and the base model's is llama2" in err
+    source.write_text(json.dumps(facts | {"identity": facts["identity"] | {"before": "another model's"}}))
+    assert say("push", "out", "me/small", "--dry-run")[0] == 0
     (place / "out/notes").write_text("mine")
     code, _, err = say("push", "out", "me/small", "--yes")
     assert code == 2 and "is not what was verified: notes changed, or came or went" in err
