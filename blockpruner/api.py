@@ -270,14 +270,14 @@ def prune(
     folder = None if trials is None else Path(trials)
     engine = Engine(model, batch_tokens)
 
-    def made(one: Request) -> tuple[float, Plan, list[Iteration], tuple[Stability | None, ...], Compensated]:
+    def made(one: Request) -> tuple[float, Plan, Sequence[Iteration], tuple[Stability | None, ...], Compensated]:
         trace = search(one, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
         order, perplexities = removals(trace, one.search.nested)
         current = _current(one, fields_of(one.metric.key, calibration, identity, dtype), calibration)
         plan, healed = choose(order, perplexities, config, budget, current), Compensated()
         if mend != "none":
             healed = compensate(model, plan, calibration, max(1, len(calibration.rows) // 4), mend, observer)
-        after = healed.report["perplexity"]["after"] if healed.report else math.inf
+        after = float(healed.report["perplexity"]["after"]) if healed.report else math.inf
         return after, plan, trace, stabilities(trace, one.options.price), healed
 
     with open_stores(asked.losses, calibration, identity, dtype, folder, observer) as stores:

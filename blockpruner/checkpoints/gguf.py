@@ -281,7 +281,7 @@ def matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
         for source, branch in zip(layer, (family.mha, family.mlp), strict=True):
             block = nn.Module() if source is None else getattr(source, branch.module)
             for name, module in block.named_children():
-                if name in NAMES:
+                if name in NAMES and isinstance(module, nn.Linear):
                     yield f"blk.{n}.{NAMES[name]}.weight", module
 
 

@@ -95,7 +95,7 @@ def _use(target: PrunedOption, folded: bool) -> Facts:
         export, place = EXPORTS[form], places[form]
         lines.append((export.title, str(place)))
         engines = [*zip(export.engines, export.commands, strict=False)]
-        if KINDS[target.plan.kind].exports == {"hf"}:  # a model class of ours, which only transformers loads
+        if KINDS[target.plan.kind].exports == frozenset({"hf"}):  # a model class of ours, which only transformers loads
             engines = engines[:1]
         lines += [(name, text.format(path=place)) for name, text in engines]
         if form == "hf":
