@@ -417,6 +417,8 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
         quantized(f'cp {tmp_path}/other/model-Q8_0.gguf "$2"', "wrong")  # with an attention more
     with pytest.raises(InputError, match="gguf:Q4_K_M: llama-quantize failed: no such type. Choose another"):
         quantized("echo no such type >&2; exit 1", "failed")
+    with pytest.raises(InputError, match="gguf:Q4_K_M: llama-quantize failed: exit code 0"):
+        quantized("exit 0", "silent")
     assert {path.name for path in tmp_path.iterdir()} == {"bin", "out", "other", "weighed"}
     with pytest.raises(InputError, match="gguf:Q4: the quantization is unknown; valid: .*Q4_K_M"):
         gguf.require_quantizations(["Q4"])
