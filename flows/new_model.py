@@ -132,7 +132,7 @@ class NewModel(Frozen):
 
     # Prefect's form takes the first part of a union that has most of a value's keys: those with fewer keys come first.
     name: str = Field(pattern=f"^{NAME.pattern}$", description="The run file becomes `runs/<name>.yaml`.")
-    model: NamedModel | Folder | HubRepository
+    model: NamedModel | Folder | HubRepository = Field(description="The dense model.")
     budgets: tuple[str, ...] = Field(
         min_length=1, description=f"How far to prune: {BUDGETS}.", json_schema_extra=check_budgets
     )

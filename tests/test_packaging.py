@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DAG_ALONE = {"prefect", "dvc", "ruamel-yaml"}
-ENGINES = {"verify_mlx.py", "verify_llama_cpp.py"}
-"""Scripts that are started only where their engine is installed."""
+ENGINES = {"verify_mlx.py", "verify_llama_cpp.py", "vllm_models.py"}
+"""What only an engine, or a script where it is installed, imports."""
 NO_MODULES = {"__init__.py", "__main__.py", *ENGINES}
 """What is not imported by its name."""
 

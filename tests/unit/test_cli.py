@@ -29,6 +29,7 @@ from blockpruner.core.blocks import parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.model.models import load_model, masked, prune_
+from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan, save_plan
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 from tests.unit.test_hub import Hub as FakeHub
@@ -470,11 +471,11 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     code, _, err = say("push", "out", "me/small", "--public", "--yes")
     assert code == 2 and "is there and private, and --private is false; nothing was uploaded" in err
     (source,) = (place / "cache/blockpruner/models").glob("*/blockpruner_source.json")
-    facts = json.loads(source.read_text()) | {"licence": {"license": "llama2"}}
-    source.write_text(json.dumps(facts))
+    facts = read_json(source) | {"licence": {"license": "llama2"}}
+    write_sealed_json(source, facts)
     code, _, err = say("push", "out", "me/small", "--dry-run")
     assert code == 2 and "README.md has no license, and the base model's is llama2" in err
-    source.write_text(json.dumps(facts | {"identity": facts["identity"] | {"before": "another model's"}}))
+    write_sealed_json(source, facts | {"identity": facts["identity"] | {"before": "another model's"}})
     assert say("push", "out", "me/small", "--dry-run")[0] == 0
     (place / "out/notes").write_text("mine")
     code, _, err = say("push", "out", "me/small", "--yes")
