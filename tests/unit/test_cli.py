@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 from typer import Abort
 
+from blockpruner.checkpoints.mergekit import mergekit_config
 from blockpruner.cli import doctor
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
@@ -30,6 +31,7 @@ from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.plans import load_plan, save_plan
+from tests.plans import plan_of
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 from tests.unit.test_hub import Hub as FakeHub
 from tests.unit.test_sources import Hub
@@ -176,6 +178,17 @@ def test_mergekits_slices_are_the_layers_of_the_checkpoint(model, place, say, ra
         head = re.match(r"model\.layers\.\d+\.|", name)[0]
         assert torch.equal(tensor, dense[names.get(head, head) + name.removeprefix(head)])
     assert all("layers" not in name or int(name.split(".")[2]) < len(kept) for name in pruned)
+
+
+def test_mergekits_slices_are_runs_of_neighbours(model):
+    def ranges(*gone, layers=7):
+        config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": layers}
+        plan = plan_of(config, [f"mha.{layer},mlp.{layer}" for layer in gone])
+        found = yaml.safe_load(mergekit_config(plan, "a/b", "bfloat16"))["slices"]
+        return [source["layer_range"] for piece in found for source in piece["sources"]]
+
+    assert ranges(4, 1) == [[0, 1], [2, 4], [5, 7]]
+    assert ranges(0, 6, 3, 2) == [[1, 2], [4, 6]]
 
 
 @pytest.mark.usefixtures("in_process")
