@@ -110,8 +110,8 @@ def stopping(found: Found) -> Grid:
     rows = [option for evidence in found for option in (*_dense(evidence), *evidence.candidates)]
     note = (
         "Stressed: the recommended stopping point, the knee of held-out loss against speed-up among models that are "
-        "faster than dense beyond noise, below 1.5 times its held-out perplexity, and before a jump or a mismatch (or "
-        "healed); none: keep the dense model. A healed model has the plain one's shape, so its times are those."
+        "faster than dense beyond noise, hold up in held-out perplexity and tasks, and lie before a jump or a mismatch "
+        "(or are healed); none: keep the dense model. A healed model has the plain one's shape, so its times are those."
     )
     notes = (SPEEDUP_NOTE, *_settings(found, TIMED), note)
     title = "Quality against speed and memory, every budget"

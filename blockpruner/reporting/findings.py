@@ -36,8 +36,8 @@ jump as well, although no median precedes them. A healed model whose held-out pe
 one's is broken alike."""
 
 TASK_LOSS = 0.1
-"""A healed model is broken, too, if accuracy or p of the right answer falls by more than a tenth of the dense model's,
-and beyond noise. Noise alone would be the wrong bound: with enough items every loss exceeds it."""
+"""No model is safe, and a healed one is broken, too, if accuracy or p of the right answer falls by more than a tenth of
+the dense model's, and beyond noise. Noise alone would be the wrong bound: with enough items every loss exceeds it."""
 
 MISMATCH_FACTOR = 1.5
 """Held-out and calibration text differ, so their perplexities rise at different rates. If the held-out rise (in nats)
@@ -121,14 +121,17 @@ def is_broken(option: Option) -> bool:
     The search knows calibration perplexity before healing, that is, of other weights. So a healed model is judged by
     what was measured of itself: held-out text and tasks.
     """
-    if not option.healing:
-        return False
+    return bool(option.healing) and not holds_up(option)
+
+
+def holds_up(option: Option) -> bool:
+    """Tell whether held-out perplexity and tasks are near the dense model's (COLLAPSE_NATS, TASK_LOSS)."""
     dense, model = option.dense, option.model
     losses = [(dense.average, paired(dense, model))]
     if dense.confidence is not None and model.confidence is not None:
         losses.append((dense.confidence, paired_confidence(dense, model)))
     fails = any(change.differs_from(0) and change.value < -TASK_LOSS * before.value for before, change in losses)
-    return fails or option.heldout_rise >= COLLAPSE_NATS
+    return not fails and option.heldout_rise < COLLAPSE_NATS
 
 
 def is_mismatch(option: Option) -> bool:
@@ -169,15 +172,15 @@ def signs(option: Option) -> list[str]:
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
     """Find the model to stop at, the knee among the safe ones, or None: keep the dense model.
 
-    Safe is faster than dense beyond noise, below 1.5 times its held-out perplexity (COLLAPSE_NATS), and less pruned
-    than its method's first with a jump or a mismatch; or healed and not broken. `options`: by ratio.
+    Safe is faster than dense beyond noise, near it in held-out perplexity and tasks (`holds_up`), and healed or less
+    pruned than its method's first with a jump or a mismatch. `options`: by ratio.
     """
     plain = dict[str, list[AnyOption]]()
     for option in options:
         plain.setdefault(option.method, []).extend([] if option.healing else [option])
     before = [takewhile(lambda option: not has_jump(option) and not is_mismatch(option), own) for own in plain.values()]
-    healed = [option for option in options if option.healing and not is_broken(option)]
-    whole = [option for option in (*chain(*before), *healed) if option.heldout_rise < COLLAPSE_NATS]
+    healed = [option for option in options if option.healing]
+    whole = [option for option in (*chain(*before), *healed) if holds_up(option)]
     safe = [option for option in whole if option.is_timed and option.race.is_faster]
     return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
 
@@ -313,8 +316,8 @@ def stop(options: Sequence[Option]) -> Finding:
     if best is None:
         text = (
             "No pruned model is faster beyond noise (the 95 % interval of its speed-up lies above 1), below 1.5 times "
-            "the dense model's held-out perplexity, and less pruned than the first with a jump or a mismatch, or "
-            "healed and not broken."
+            "the dense model's held-out perplexity, with no tasks down by more than a tenth beyond noise, and healed "
+            "or less pruned than the first with a jump or a mismatch."
         )
         if options:
             first = options[0]
@@ -332,8 +335,9 @@ def stop(options: Sequence[Option]) -> Finding:
         f"{percent(best.ratio)} of the parameters removed ({best.taken_out}): {100 * (best.speedup - 1):+.1f} % "
         f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. "
         + (
-            "It is the knee of held-out loss against speed-up among those that are faster than dense beyond noise and "
-            "less pruned than the first with a jump or a mismatch, or healed and not broken."
+            "It is the knee of held-out loss against speed-up among those that are faster than dense beyond noise, "
+            "hold up in held-out perplexity and tasks, and are healed or less pruned than the first with a jump or a "
+            "mismatch."
             if len(options) > 1
             else f"{'Its healed weights are not broken' if best.healing else 'There is no jump in perplexity'}. One "
             "model makes no curve yet; add targets to compare."

@@ -601,6 +601,8 @@ def test_little_speed_up_names_the_mlp(tmp_path: Path) -> None:
         ({"costs": (0.9, 0.03, 0.03, 0.03, 0.03, 0.03)}, None),
         ({"heldout_factor": -0.5}, "tiny-b"),
         ({"heldout_factor": 2.0}, "tiny-a"),  # tiny-b has a mismatch
+        ({"accuracy_loss": 0.25}, None),  # without a jump, below 1.5 times the dense perplexity
+        ({"accuracy_loss": 0.04}, "tiny-b"),
         ({"drift": (1.1, 0.9, 1.2, 1.0, 1.05)}, None),  # the medians are 1.00 and 1.07 times as fast: noise
         ({"drift": (1.1, 0.9, 1.2, 1.0, 1.05), "speedups": (1.05, 1.4)}, "tiny-b"),
     ],
