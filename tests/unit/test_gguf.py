@@ -260,7 +260,9 @@ def test_a_file_becomes_the_same_checkpoint_with_a_hub_and_without(tmp_path, mon
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     model_of("llama").save_pretrained(folder / "mine")
-    plain().save_pretrained(folder / "mine")
+    tokenizer = copy.deepcopy(plain())
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "mine")
     (folder / "mine/LICENSE").write_text("terms")
     return fetch(folder / "mine", folder / "model", dtype="float32")
 
@@ -279,6 +281,8 @@ def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
         "LICENSE", "Modelfile", "README.md", "blockpruner_plan.json", "model-F16.gguf", "model-Q8_0.gguf",
         "verification.json",
     }  # fmt: skip
+    lines = (tmp_path / "out/Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./model-Q8_0.gguf" and lines[1].startswith('TEMPLATE """{{ range .Messages }}')
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["cache_layers_expected"] == 5
     assert report["files"]["F16"]["rms_logprob_difference"] < report["files"]["Q8_0"]["rms_logprob_difference"] / 5
@@ -408,6 +412,7 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
     assert not (tmp_path / "out/imatrix.gguf").exists() and "imatrix" not in (tmp_path / "out/README.md").read_text()
     command = "--imatrix imatrix.gguf model-F16.gguf model-Q4_K_M.gguf Q4_K_M"
     quantized(f'[ "$*" = "{command}" ] && [ -s "$2" ] && cp model-Q8_0.gguf "$4"', "weighed", [range(1, 20)])
+    assert (tmp_path / "weighed/Modelfile").read_text().startswith("FROM ./model-Q4_K_M.gguf\n")
     assert f"llama-quantize {command}`" in (tmp_path / "weighed/README.md").read_text().replace("\n", " ")
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["files"]["Q4_K_M"] == report["files"]["Q8_0"]
