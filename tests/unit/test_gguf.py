@@ -261,7 +261,10 @@ def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     model_of("llama").save_pretrained(folder / "mine")
     tokenizer = copy.deepcopy(plain())
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     tokenizer.save_pretrained(folder / "mine")
     (folder / "mine/LICENSE").write_text("terms")
     return fetch(folder / "mine", folder / "model", dtype="float32")
