@@ -107,7 +107,8 @@ class Place:
         layers = rival(recipe, run.score, config, budget, run.compensate.method)
         if layers is not None:
             more = forecast(run.model_copy(update={"score": layers}), config, (budget,))
-            found |= {key: found[key] + more[key] for key in found if key.startswith(("trials", "teraflop", "hours"))}
+            summed = {key: found[key] + more[key] for key in found if key.startswith(("trials", "teraflop", "hours"))}
+            found |= {key: value if key == "trials" else float(f"{value:.3g}") for key, value in summed.items()}
         return found
 
     def prune(self, run: Run, budget: str, out: Path, recipe: str) -> dict[str, Any]:
