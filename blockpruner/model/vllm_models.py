@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from vllm import ModelRegistry
-from vllm.model_executor.models.transformers.fusers import AttentionFuser
 
 ATTRIBUTES = {"self_attn": "mha", "attention": "mha", "mlp": "mlp", "block_sparse_moe": "mlp"}
 """Of a decoder layer: its blocks, in vLLM's models and in those that it takes from transformers."""
@@ -76,7 +75,9 @@ def holes(config: Any, compilation: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-    if missed := {(kind, number) for kind, layers in wanted.items() for number in layers} - made.keys():
+    built = set(numbers.values())  # in a pipeline, not all of the model's
+    missed = {(kind, number) for kind, layers in wanted.items() for number in layers & built} - made.keys()
+    if missed or not built:
         raise ValueError(f"vLLM's layers are not as blockpruner knows them: no hole could be made at {sorted(missed)}")
     for (kind, _), layer in made.items():
         for name in norms(layer, kind):
@@ -119,6 +120,8 @@ def pruned_class(base: type[Any], name: str) -> type[Any]:
 
         def _create_attention_instances(self, prefix: str = "") -> None:
             """Of models that vLLM takes from transformers: it wants an attention in each layer, and gets it."""
+            from vllm.model_executor.models.transformers.fusers import AttentionFuser
+
             removed = {name: m for name, m in self.named_modules() if isinstance(m, NoBlock) and m.number is not None}
             self.attention_fusers |= {hole.number: (name, AttentionFuser("none")) for name, hole in removed.items()}
             super()._create_attention_instances(prefix)

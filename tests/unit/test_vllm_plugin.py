@@ -38,10 +38,9 @@ class Registry:
 @pytest.fixture
 def registry(monkeypatch):
     """vLLM's, after it called the plugin twice. transformers forgets the configs after the test."""
-    vllm, fusers = ModuleType("vllm"), "vllm.model_executor.models.transformers.fusers"
+    vllm = ModuleType("vllm")
     vllm.ModelRegistry = Registry()
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setitem(sys.modules, fusers, SimpleNamespace(AttentionFuser=None))
     monkeypatch.delitem(sys.modules, vllm_plugin.MODELS, raising=False)
     monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
     vllm_plugin.register()
@@ -157,6 +156,10 @@ def asked(mha, mlp):
     return SimpleNamespace(model_config=SimpleNamespace(hf_config=config), compilation_config=compilation)
 
 
+def of(vllm_config):
+    return vllm_config.model_config.hf_config, vllm_config.compilation_config
+
+
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize("mlp", ["mlp", "block_sparse_moe"])
 def test_removed_blocks_add_nothing_and_are_nowhere(registry, around, mlp):
@@ -192,7 +195,9 @@ def test_layers_of_other_names_are_refused_and_later_models_are_whole(registry):
     registry.models["LlamaForCausalLM"] = SimpleNamespace(load_model_cls=lambda: base)
     models = importlib.import_module(vllm_plugin.MODELS)
     with pytest.raises(ValueError, match=r"no hole could be made at \[\('mlp', 1\)\]"):
-        models.LlamaBlockPrunedForCausalLM(vllm_config=asked([0], [1]))
+        models.LlamaBlockPrunedForCausalLM(vllm_config=asked([0], [1, 9]))
+    with pytest.raises(ValueError, match="not as blockpruner knows them"), models.holes(*of(asked([0], []))):
+        nn.Sequential(nn.Linear(2, 2))
     assert "layers.0.self_attn.weight" in dict(Decoder(vllm_config=asked([], [])).named_parameters())
     with pytest.raises(AttributeError, match="has no attribute 'LlamaForCausalLM'"):
         getattr(models, "LlamaForCausalLM")  # noqa: B009
