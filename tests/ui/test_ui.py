@@ -302,7 +302,7 @@ def test_a_new_model_by_form_estimate_run_report_and_push(page, served, project)
     assert flow_run(served, "fourth")["state_name"] == "Completed", (project / "serve.log").read_text()
     found = tasks(served, "fourth")
     assert {state for _, state, *_ in found} <= {"Completed", "Cached"}, found
-    steps = {(name, stage) for name, _, stage in found}  # in any state: the trials of this model may be known
+    steps = {(name, *stage) for name, _, *stage in found}  # in any state: the trials of this model may be known
     assert ("budget 0.1, step 1", "score@mine") in steps and found[-1][0] == "push to team"
     assert any((project.parent / "remote").rglob("*"))
     assert (project / "data/checkpoints/mine-0.1/hf/model.safetensors").exists()
