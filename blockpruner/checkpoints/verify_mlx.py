@@ -23,12 +23,14 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
     """Compare with the reference: logits of prompt and greedy continuation in one pass, the same fed token by token
     through the KV cache, greedy tokens, and the attentions that hold a cache.
 
-    Both sides are in float32. No logit may differ by more than the tolerance. Where the file holds rounded weights, the
-    tolerance is wide and half the positions may exceed it: SmolLM2-135M without its first attention, rounded to
-    bfloat16, differs from itself by more than its largest logit at single positions. Tokens are reported but not
-    required: a near-tie may fall the other way.
+    Both sides are in float32. What the embedding gives is made as wide, and mlx then computes each product in the wider
+    dtype: never more than a matrix is held so. No logit may differ by more than the tolerance. Where the file holds
+    rounded weights, the tolerance is wide and half the positions may exceed it: SmolLM2-135M without its first
+    attention, rounded to bfloat16, differs from itself by more than its largest logit at single positions. Tokens are
+    reported but not required: a near-tie may fall the other way.
     """
     import mlx.core as mx  # here: ENGINE is read where mlx is not installed
+    import mlx.nn as nn
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
@@ -36,13 +38,17 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
     reference = mx.load(reference_file, format="safetensors")
     tokens, expected = reference["tokens"], np.array(reference["logits"].astype(mx.float32))
     model, _ = load_model(Path(checkpoint))
-    model.set_dtype(mx.float32)
+    widened = {"__call__": lambda self, ids: nn.Embedding.__call__(self, ids).astype(mx.float32)}
+    model.model.embed_tokens.__class__ = type("Embedding", (nn.Embedding,), widened)
     prompt, length = int(reference["prompt"]), tokens.shape[1]
 
     whole = model(tokens)
+    mx.eval(whole)
     cache = make_prompt_cache(model)
     stepped = [model(tokens[:, :prompt], cache=cache)]
-    stepped += [model(tokens[:, i : i + 1], cache=cache) for i in range(prompt, length)]
+    for i in range(prompt, length):
+        mx.eval(stepped)
+        stepped.append(model(tokens[:, i : i + 1], cache=cache))
 
     greedy, fresh = tokens[:, :prompt], make_prompt_cache(model)
     logits = model(greedy, cache=fresh)
@@ -50,6 +56,7 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
         new = mx.argmax(logits[:, -1:], axis=-1).astype(greedy.dtype)
         greedy = mx.concatenate([greedy, new], axis=1)
         logits = model(new, cache=fresh)
+        mx.eval(logits)
 
     pairs = ((whole, expected), (mx.concatenate(stepped[1:], axis=1), expected[:, prompt:]))
     differences = [np.abs(np.array(found.astype(mx.float32)) - wanted).max(axis=-1) for found, wanted in pairs]
