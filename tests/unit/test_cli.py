@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 from typer import Abort
 
+from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.mergekit import mergekit_config
+from blockpruner.cli import curve as work
 from blockpruner.cli import doctor, pruning
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
-from blockpruner.core.blocks import parse_mask
+from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.model.models import load_model, masked, prune_
@@ -143,6 +145,25 @@ def test_a_folder_is_kept_and_never_replaced_by_another_plan(model, place, say):
 def test_formats_go_by_the_names_of_engines_too(place):
     given = Place(place, "cpu", SilentObserver(), "vLLM,llama.cpp:q4_k_m, gguf:Q5_0,zeroed")
     assert given._asked == {"hf": (), "gguf": ("Q4_K_M", "Q5_0"), "zeroed": ()}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_quantization_may_be_asked_for_later(model, place, say, monkeypatch):
+    """By calibration rows, which apply has not."""
+    monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
+    tool = place / "bin/llama-quantize"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\nfor name; do last=$name; done\ncp model-Q8_0.gguf "model-$last.gguf"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    out, again = place / "out-gguf", place / "again-gguf"
+    done(say(*prune(model, "--out", "out", "--export", "gguf", "--json", ratio="1blocks")))
+    assert (out / "imatrix.gguf").exists() and not (out / "model-Q4_K_M.gguf").exists()
+    code, _, err = say(*prune(model, "--out", "out", "--export", "gguf:Q4_K_M", ratio="1blocks"))
+    assert code == 0 and (out / "model-Q4_K_M.gguf").exists() and "no importance matrix" not in err
+    code, _, err = say("apply", model, "out", "--out", "again", "--export", "gguf:Q4_K_M")
+    assert code == 0 and "apply has no calibration rows: no importance matrix of quantizations" in err
+    assert (again / "model-Q4_K_M.gguf").exists() and not (again / "imatrix.gguf").exists()
 
 
 @pytest.mark.usefixtures("in_process")
@@ -295,7 +316,13 @@ def test_a_curve_is_the_perplexity_of_each_pruned_model(model, place, say, metho
     ratios = [point["ratio"] for point in found["points"]]
     counts = count_parameters(json.loads((model / "config.json").read_text()))
     assert ratios == sorted(counts.ratio(parse_mask(",".join(point["removed"]))) for point in found["points"])
-    assert list(plan.removed) in [point["removed"] for point in found["points"]]
+    shown = [point["removed"] for point in found["points"]]
+    assert work.table(found, plan).strong == {shown.index(list(plan.removed))}
+    for before, point in zip([[], *shown], found["points"], strict=False):
+        more = {*point["removed"]} - {*before}
+        assert parse_mask(point["added"] or "") == (
+            parse_mask(",".join(more)) if {*before} < {*point["removed"]} else DENSE
+        )
     dense = [full_nll(load_model(model, "float32"), row) for row in rows]
     assert found["dense_perplexity"] == pytest.approx(math.exp(mean(dense)), rel=1e-5)
     for point in found["points"]:
