@@ -494,7 +494,10 @@ def test_a_push_that_fails_loses_nothing_and_is_tried_again(project, server, tmp
 
 def test_a_new_model_waits_with_its_estimate_until_its_file_is_there(project, server, monkeypatch):
     asked = []
-    suspend = lambda key: asked.append((key, Path("runs/mine.yaml").exists()))  # noqa: E731
+
+    def suspend(key):
+        asked.append((key, Path("runs/mine.yaml").exists()))
+
     monkeypatch.setattr(form_module, "suspend_flow_run", suspend)
     state, started = flow_of_form(server, new(wait=True))
     assert state.is_completed() and len(started) == 4 and asked == [("estimate", False)]

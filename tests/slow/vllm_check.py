@@ -64,16 +64,16 @@ def run(llm: Any, rows: list[list[int]], **options: Any) -> list[Any]:
 
 
 def compare(llm: Any, reference_file: str) -> dict[str, Any]:
-    reference, difference = json.loads(Path(reference_file).read_text()), 0.0
+    reference, differences = json.loads(Path(reference_file).read_text()), []
     asked = run(llm, [row["tokens"] for row in reference], max_tokens=1, prompt_logprobs=0)
     for row, output in zip(reference, asked, strict=True):
         steps = zip(row["tokens"][1:], output.prompt_logprobs[1:], row["logprobs"], strict=True)
-        difference = max(difference, *(abs(step[token].logprob - wanted) for token, step, wanted in steps))
+        differences += [abs(step[token].logprob - wanted) for token, step, wanted in steps]
     new = len(reference[0]["tokens"]) - len(reference[0]["prompt"])
     greedy = run(llm, [row["prompt"] for row in reference], max_tokens=new)
     tokens = [row["prompt"] + list(output.outputs[0].token_ids) for row, output in zip(reference, greedy, strict=True)]
     return {
-        "max_logprob_difference": difference,
+        "max_logprob_difference": math.inf if any(map(math.isnan, differences)) else max(differences),
         "greedy_tokens_equal": tokens == [row["tokens"] for row in reference],
     }
 
