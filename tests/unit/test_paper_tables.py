@@ -606,6 +606,7 @@ def test_the_report_has_all_files_and_loads_nothing(written, subject, page):
         "quality-speed",
         "quality-memory",
     } == {path.stem for path in (written / "plots").glob("*.svg")}
+    assert "Table 3 and Figure 9: this project holds neither" in html and "Figures 2 and 3 explain the method" in html
     assert "Figure 8, recovery by LoRA: what training brings here stands under Search and healing" in html
     assert "Search and healing" in [section.title for section in page.sections] and "trains no model" not in html
 

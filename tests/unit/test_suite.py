@@ -290,6 +290,7 @@ def change_layout(root):
         (change_item, {}, ["piqa"]),
         (change_prompt, {}, ["winogrande"]),
         (None, {"zero_shot": {"limit": 2}}, list(TASKS)),
+        (None, {"zero_shot": {"bos": False}}, list(TASKS)),
         (change_tokenizer, {}, ["perplexity", *TASKS, "samples"]),
         (change_generation, {}, ["perplexity", *TASKS, "samples"]),
         (change_template, {}, ["perplexity", *TASKS, "samples"]),
