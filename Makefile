@@ -25,18 +25,21 @@ setup: $(VENV)/.ready-dev
 # constraints.txt pins every package of the DAG by SHA-256, constraints-dev.txt what checks and tests need beside them, and
 # pip takes nothing else. torch is pinned by version only: its CPU and
 # its CUDA build have one version and other hashes, and the index decides which one it is. The CUDA build brings libraries
-# of NVIDIA, which it pins itself. Our own package is built by the pinned setuptools.
+# of NVIDIA, which it pins itself. What has no wheel is built by the pinned setuptools, which is installed first, and so is
+# our own package: without --no-build-isolation pip would fetch a backend that nobody pinned.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	sed -n '/^setuptools==/,/[^\\]$$/p' constraints.txt | $(INSTALL) --require-hashes --requirement /dev/stdin
+	$(INSTALL) --require-hashes --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: $(TORCH)
+	$(INSTALL) --editable .
 	$(BIN)/python -m pip check --disable-pip-version-check
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready constraints-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement constraints-dev.txt
+	$(INSTALL) --require-hashes --requirement constraints-dev.txt
 	$(BIN)/python -m pip check --disable-pip-version-check
 	touch $@
 

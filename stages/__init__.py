@@ -2,7 +2,8 @@
 
 Decides the places of files (see dvc.yaml) and how a stage begins and ends. A user's error ends in one line without a
 traceback. DVC hashes settings when a stage ends, so a stage whose settings or modules changed while it ran refuses to
-finish. A stage that finishes leaves a record in data/provenance/, on which no stage depends.
+finish. A stage that finishes leaves a record in data/provenance/, of the commit and the files that it began with; no
+stage depends on it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import yaml
 from blockpruner import versions
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_params
-from blockpruner.store.provenance import file_sha256, record
+from blockpruner.store import provenance
+from blockpruner.store.provenance import file_sha256
 
 DATA = Path("data")
 CACHE = DATA / "cache"
@@ -38,12 +40,14 @@ def run(stage: str, main: Callable[[str], object]) -> None:
     try:
         modules = _hashes(path for folder in CODE for path in folder.rglob("*.py"))
         settings = _settings(stage, item)
+        files = [Path("params.yaml"), *sorted(Path("runs").glob("*.yaml"))]
+        digests = {str(path): digest for path, digest in _hashes(files).items()}
+        inputs, commit = {"stage": stage, "item": item, "sha256": digests}, provenance.commit()
         main(item)
         _require_same(settings, _settings(stage, item))
         _require_same(modules, _hashes(_loaded()))
-        files = [Path("params.yaml"), *sorted(Path("runs").glob("*.yaml"))]
-        inputs = {"stage": stage, "item": item, "sha256": {str(path): file_sha256(path) for path in files}}
-        record(DATA / "provenance" / f"{stage}{'@' if item else ''}{item}.json", inputs, time.monotonic() - started)
+        path = DATA / "provenance" / f"{stage}{'@' if item else ''}{item}.json"
+        provenance.record(path, inputs, commit, time.monotonic() - started)
     except InputError as error:
         print(f"error in stage {name}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -60,6 +60,7 @@ def labels(settings: Run) -> RunLabels:
         search={"none": "exact", "lazy+race": "lazy + race"}.get(
             settings.score.acceleration, settings.score.acceleration
         ),
+        dtype=settings.model.dtype,
     )
 
 

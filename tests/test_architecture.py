@@ -1,6 +1,7 @@
 """The shape of the project: stages depend on data, settings and versions, and are small."""
 
 import re
+import subprocess
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_constraints_pin_all_that_setup_installs():
             canonicalize_name(name) == canonicalize_name(each.name) and pin in each.specifier for name, pin in pins
         )
     ]
+
+
+def test_setup_installs_by_digest_and_builds_with_nothing_that_is_not_pinned():
+    """Some packages have no wheel. For these pip would fetch a build backend, which no hash of theirs covers."""
+    commands = subprocess.run(["make", "-Bn", "setup"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    installs = [line for line in commands.splitlines() if "pip install" in line]
+    assert len(installs) == 5 and installs[0].startswith("sed -n '/^setuptools==/,")
+    for line in installs:
+        assert "--no-build-isolation" in line or "--only-binary :all:" in line
+        assert "--require-hashes" in line or line.endswith("--editable .") or re.search(r" torch==[\d.]+$", line)
+    for name in ("constraints.txt", "constraints-dev.txt"):
+        text = re.sub(r" \\\n +", " ", (ROOT / name).read_text())
+        pins = [line for line in text.splitlines() if not line.startswith("#")]
+        assert pins and all(re.match(r"[\w.-]+==[^#]* --hash=sha256:[0-9a-f]{64}( |$)", line) for line in pins)
 
 
 def test_no_class_name_is_used_twice():

@@ -1,8 +1,11 @@
-"""The examples of docs/extend.md run, and do what the page claims."""
+"""The examples of docs/extend.md and docs/notebook.ipynb run, and do what the pages claim."""
 
+import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
@@ -10,7 +13,8 @@ import blockpruner
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.plan import Plan
-from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from blockpruner.store.files import write_table
+from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
 EXAMPLES = dict(re.findall(r"\n## (.*?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL))
@@ -70,3 +74,23 @@ def test_a_method_that_changes_weights():
     torch.testing.assert_close(dense.model.layers[1].mlp.down_proj.weight, before[:, kept])
     assert sum(p.numel() for p in dense.parameters()) == names["left"](details, config).pruned
     assert dense(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_the_notebook(tmp_path, monkeypatch, capsys):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    data = tmp_path / "data"
+    save_tiny(data / "models/smollm2", layers=6)
+    for name in ("calibration", "perplexity"):
+        write_table(data / f"sources/smollm2/{name}.parquet", pa.table({"text": TEXTS * 40}))
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "docs")
+    names = {}
+    for cell in json.loads(PAGE.with_name("notebook.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    said = capsys.readouterr().out
+    assert f"{names['pruned'].plan.ratio:.2%} removed" in said and "95 % interval" in said and "rivals" in said
+    assert said.endswith("True True\n")
+    drawn = [dot for line in names["axes"].get_lines() for dot in line.get_xdata()]
+    assert sorted(drawn) == sorted([*range(6)] * 2)

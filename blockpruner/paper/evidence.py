@@ -164,10 +164,8 @@ def read_subject(name: str, run: Run, labels: RunLabels, folder: Path) -> Subjec
     Raises:
         InputError: a part of it is missing or disagrees with another part; names the command that makes it.
     """
-    source: Any = run.model
-    path = Path(getattr(source, "repo", None) or getattr(source, "file", None) or str(source.path))
-    paper = MODELS.get(getattr(source, "repo", ""))
-    title = paper or (path.stem if path.name.endswith((".gguf", ".safetensors")) else path.name)
+    paper = MODELS.get(getattr(run.model, "repo", ""))
+    title = paper or labels.name
     evidence = _read_evidence(name, title, run, folder) if (folder / "plans").exists() else None
     return Subject(name, title, paper, labels, evidence)
 

@@ -32,15 +32,19 @@ NOT_MADE = (
 )
 
 
+def _brief(subject: Subject) -> str:
+    labels = subject.labels
+    return f"Holds for {subject.model}, {labels.dtype}, search: {labels.search}; calibration: see Conditions."
+
+
 def _stated(findings: Sequence[Finding], subject: Subject) -> tuple[Finding, ...]:
     """Let every finding tell what it holds for."""
-    return tuple(replace(each, text=f"{each.text} {subject.labels.conditions}".lstrip()) for each in findings)
+    return tuple(replace(each, text=f"{each.text} {_brief(subject)}".lstrip()) for each in findings)
 
 
 def _under(grid: Grid, subjects: Sequence[Subject]) -> Grid:
     """Add to a table of our numbers what they hold for."""
-    ours = [f"{s.model}: {s.labels.conditions}" for s in subjects if s.evidence is not None]
-    return replace(grid, notes=(*grid.notes, *ours))
+    return replace(grid, notes=(*grid.notes, *(_brief(each) for each in subjects if each.evidence is not None)))
 
 
 def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
@@ -54,6 +58,8 @@ def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
         sections.append(
             Section("Quality against speed and memory", (advice, *scatters, _under(stopping(found), subjects)))
         )
+        ours = (f"{s.model}: {s.labels.conditions}." for s in subjects if s.evidence is not None)
+        sections.append(Section("Conditions", tuple(ours)))
     if healed := healing_grids(found):
         tables = (_under(grid, subjects) for grid in healed)
         sections.append(Section(TITLE, (draw(HEALING, found), *tables)))

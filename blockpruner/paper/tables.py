@@ -89,15 +89,11 @@ def _known(columns: Sequence[Column], rows: Rows) -> tuple[tuple[Column, ...], t
 def _whose(subjects: Sequence[Subject]) -> str:
     """Tell which rows are ours, and on what they were measured."""
     ours = [s for s in subjects if s.evidence is not None]
-    models = "; ".join(
-        f"{s.model} ({s.labels.model}; search: {s.labels.search}; calibration: {s.labels.calibration}; held-out text: "
-        f"{s.labels.heldout}; items: {s.labels.tasks})"
-        for s in ours
-    )
+    models = "; ".join(f"{s.model} ({s.labels.dtype}, search: {s.labels.search})" for s in ours)
     absent = ", ".join(subject.model for subject in subjects if subject.evidence is None)
     return (
         f"Rows “{HERE}” are measured by this project"
-        + (f" on {models}. " if models else ". ")
+        + (f" on {models}; see Conditions. " if models else ". ")
         + "Ratios are achieved ones. ± 1 standard error over items."
         + (f" {NOT_COMPUTED.capitalize()}: {absent}; models of this size need a GPU." if absent else "")
     )

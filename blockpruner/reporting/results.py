@@ -50,11 +50,15 @@ class RunLabels:
     """Texts and settings of the training of recovered targets."""
     search: str = "exact"
     """Which candidates the search leaves out, as `score.acceleration`."""
+    dtype: str = "float32"
 
     @property
     def conditions(self) -> str:
         """What a statement about the results holds for."""
-        return f"Holds for {self.model}; search: {self.search}; calibration: {self.calibration}."
+        return (
+            f"{self.model}; search: {self.search}; calibration: {self.calibration}; held-out text: {self.heldout}; "
+            f"items: {self.tasks}"
+        )
 
 
 @dataclass(frozen=True)

@@ -90,15 +90,15 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def record(path: Path, inputs: Mapping[str, Any], seconds: float) -> None:
-    """Write the record of one stage's run."""
+def record(path: Path, inputs: Mapping[str, Any], at: str | None, seconds: float) -> None:
+    """Write the record of one stage's run; `at` is the `commit` when it began."""
     write_json(
         path,
         {
             "finished": _now(),
             "seconds": round(seconds, 3),
             "argv": sys.argv,
-            "commit": commit(),
+            "commit": at,
             "versions": versions(),
             "machine": machine(),
             "inputs": dict(inputs),

@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from blockpruner.evaluation import latency, speed
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import KINDS
 from blockpruner.search.registry import SEARCHES
+from blockpruner.search.trace import Current, trace_directory
 from blockpruner.store.plans import load_plan
 from stages import calibrate, commit, fetch, materialize, score
 from stages.benchmark import evaluate
@@ -223,6 +225,29 @@ def test_a_damaged_measurement_is_set_aside(project, monkeypatch):
             scored(project, {"method": "greedy"}, "1.3x")
         assert path.read_text() == shared.read_text() == whole
         assert all(file.with_name(file.name + ".bad").read_text() == "{}" for file in damaged)
+
+
+def test_a_changed_decision_is_not_taken(project):
+    """What a stage left for others holds the digest of its content; valid JSON is not enough."""
+    scored(project, METHODS["laco"])
+    commit.main("t")
+    scores = Path("data/scores/tiny")
+    details = trace_directory(scores, Current.load(scores), "0.2") / "details.json"
+    for path, step in {
+        scores / "current.json": lambda: commit.main("t"),
+        details: lambda: commit.main("t"),
+        Path("data/plans/t/plan.json"): lambda: materialize.main("t"),
+        Path("data/models/tiny/blockpruner_source.json"): lambda: score.main("tiny"),
+    }.items():
+        text = path.read_text()
+        path.write_text(json.dumps(json.loads(text) | {"more": 1}))
+        with pytest.raises(InputError, match=f"{path.name} is damaged: its content is not what was written"):
+            step()
+        path.write_text(text)
+    text = details.read_text()
+    details.write_text(json.dumps(json.loads(text) | {"more": 1}))
+    score.main("tiny")
+    assert details.read_text() == text and details.with_name("details.json.bad").exists()
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,12 @@ class Refuses(Fake):
         raise InputError("runtime.attention 'x' cannot be used here")
 
 
+class OfAnotherCard(Fake):
+    def load(self):
+        host, pid, placement = super().load()
+        return host, pid, {**placement, "device_name": f"card {pid}"}
+
+
 def value(mask, row):
     return sum(block.layer + 1 for block in mask) + row / 8
 
@@ -283,6 +289,18 @@ def test_what_a_worker_refuses_arrives_as_itself(checkpoint, replica):
     scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME))
     with pytest.raises(InputError, match=r"^runtime\.attention 'x' cannot be used here$"):
         sweep(scorer)
+    scorer.close()
+
+
+def test_unlike_devices_are_not_mixed_in_16_bits(checkpoint, replica):
+    replica(OfAnotherCard)
+    scorer = make_scorer(checkpoint, "bfloat16", Runtime(**RUNTIME, workers=2))
+    with pytest.raises(InputError, match=r"worker .* with card \d+, worker .* with card \d+: in bfloat16 .*float32$"):
+        run(scorer, sweep(scorer))
+    scorer.close()
+    scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=2))
+    run(scorer, sweep(scorer))
+    assert re.fullmatch(r"card \d+ and card \d+", scorer.placement()["device_name"])
     scorer.close()
 
 

@@ -1,5 +1,6 @@
 """A colleague clones, pulls and asks for one target more; an experiment in a folder of its own; the stores cleaned."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.integration.project import ROOT, counts, dvc, environment, make_project, set_targets, stage, tables
+from tests.integration.project import ROOT, counts, dvc, environment, make_project, module, set_targets, stage, tables
 
 
 def git(folder, *arguments):
@@ -41,6 +42,25 @@ def test_a_clone_computes_only_what_is_new(project, tmp_path):
     assert counts(clone)["trials_computed"] == 6 + 5
     assert {name: table for name, table in tables(clone).items() if name in tables(project)} == tables(project)
     assert len(tables(clone)) == 4
+
+
+def test_a_changed_file_of_a_remote_is_refused(project, tmp_path):
+    """By the setting that docs/operations.md asks for: DVC by itself looks at no content."""
+    remote, plan = shutil.copytree(project.parent / "remote", tmp_path / "remote"), "data/plans/small/plan.json"
+    md5 = hashlib.md5((project / plan).read_bytes()).hexdigest()
+    (stored,) = remote.rglob(md5[2:])
+    stored.chmod(0o644)
+    stored.write_text("{}")
+    line = "dvc remote modify shared verify true"
+    assert line in (ROOT / "docs/operations.md").read_text()
+    for setting in ([], line.split()[1:]):
+        clone = tmp_path / f"clone{len(setting)}"
+        git(tmp_path, "clone", "-q", str(project), str(clone))
+        dvc(clone, "remote", "modify", "shared", "url", str(remote))
+        if setting:
+            dvc(clone, *setting)
+        assert (module(clone, "dvc", "pull", "commit@small").returncode != 0) == bool(setting)
+        assert (clone / plan).exists() != bool(setting)
 
 
 def test_clean_deletes_only_what_no_run_names_and_stores_may_go_as_a_whole(project, tmp_path):

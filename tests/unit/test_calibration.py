@@ -72,6 +72,15 @@ def test_a_template_is_warned_of_and_evaluated_texts_are_not_drawn():
     assert rows == pack_rows(draw(samples, 8, "all", 42), tiny_tokenizer(), 60, "per_sample")
 
 
+@pytest.mark.parametrize(("same", "is_warned_of"), [(20, False), (21, True)])
+def test_more_than_a_fifth_of_repeated_tokens_is_warned_of(same, is_warned_of):
+    """Rows of 100 scored characters, of which the first ones are the same and the others at no place."""
+    texts, notes = ["_" * (1 + same) + letter * (100 - same) for letter in "abcdefgh"], []
+    wanted = Calibration(data=DATA, num_samples=8, seq_len=128, split="all", packing="per_sample", score="all")
+    assert draw_rows(texts, tiny_tokenizer(), wanted, (), notes.append).repeated == same / 100
+    assert [f"warning: {same}% of the scored tokens" in note for note in notes] == [True] * is_warned_of
+
+
 @pytest.mark.parametrize(("given", "score"), [
     ({}, "all"), ({"split": "all"}, "response"), ({"split": "all", "score": "all"}, "all"),
     ({"split": "all", "data": {"source": "path", "path": "x.txt"}}, "all"),

@@ -6,11 +6,13 @@ import pytest
 import yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Run, read_settings
+from blockpruner.core.settings import Run, Study, read_settings
+from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.methods.registry import check_score
 from blockpruner.paper.estimates import calibration_rows
 from blockpruner.paper.experiments import METHODS, variants
 from blockpruner.params import load_run, load_set
+from stages.report import labels
 
 ROOT = Path(__file__).parents[2]
 SETS = yaml.safe_load((ROOT / "runs" / "sets.yaml").read_text())
@@ -155,4 +157,14 @@ def test_a_run_without_a_study_is_refused(tmp_path):
 
 def test_items_of_the_papers_models_have_no_bos():
     """lm-eval 0.4.0, by which the paper measured, added none; lm-eval's default today is the tokenizer's own."""
-    assert not any(run.evaluate.zero_shot.bos for name in ("paper", "large") for run in load_set(name).values())
+    runs = [run for name in ("paper", "large") for run in load_set(name).values()]
+    assert not any(run.evaluate.zero_shot.bos for run in runs)
+    assert all(labels(run).tasks.endswith(", without BOS") for run in runs), "the notes of tables tell"
+    assert labels(run_with({})).tasks.endswith(", with the BOS that the tokenizer adds")
+
+
+def test_a_report_shows_what_choices_hide():
+    """By default LAMBADA and answers that are generated, which the sets of the paper's models keep."""
+    tasks = Study(main={"block": "0.2", "layer": "0.2"}).tasks
+    assert "lambada_openai" in tasks and "generate_until" in {BENCHMARKS[task].kind for task in tasks}
+    assert all(run.study.tasks == tasks for name in ("paper", "large") for run in load_set(name).values())

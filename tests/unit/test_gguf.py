@@ -239,13 +239,15 @@ def test_without_stubs_llama_cpp_is_wrong(tmp_path, monkeypatch):
 def test_a_file_becomes_the_same_checkpoint_with_a_hub_and_without(tmp_path, monkeypatch):
     """De-quantized are the file's F16 weights; with any other bytes DVC would see another model."""
     model = model_of("llama")
-    gguf.write(model, vocabulary(plain(), model.config.to_dict()), "F16", tmp_path / "model.gguf")
+    words = {**vocabulary(plain(), model.config.to_dict()), "license": "llama2"}
+    gguf.write(model, words, "F16", tmp_path / "model.gguf")
     contents = []
     for offline in (True, False):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
         checkpoint = tmp_path / f"offline {offline}"
         checkpoint.mkdir()
-        _convert_gguf((tmp_path / "model.gguf").read_bytes(), "float32", checkpoint)
+        licence = _convert_gguf((tmp_path / "model.gguf").read_bytes(), "float32", checkpoint)
+        assert licence == {"license": "llama2"}
         contents.append({path.name: path.read_bytes() for path in checkpoint.iterdir()})
     assert contents[0] == contents[1]
     assert len({path.stat().st_mode for path in checkpoint.iterdir()}) == 1

@@ -21,7 +21,7 @@ from blockpruner.methods.healed import save_healed
 from blockpruner.params import load_run
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.plans import save_plan
-from stages import compensate, materialize, recover
+from stages import calibrate, compensate, materialize, recover
 from tests.golden import unverified
 from tests.integration.project import sentence
 from tests.plans import SOMEONE, fetch_tiny, plan_of, pruning
@@ -92,6 +92,17 @@ def test_stage_compensates_and_the_export_has_the_weights(project):
     assert {name for name in before if not torch.equal(before[name], zeroed[name])} == weights.keys() | gone
     assert all(torch.equal(zeroed[name], weight) for name, weight in weights.items())
     assert re.search(r"workflow and compensated without training \(refit, [\d,]+ tokens of `.+`\)", card)
+
+
+def test_calibration_sees_nothing_that_is_evaluated(project, capfd):
+    """The last five of its texts are the first five of the held-out ones."""
+    run = read_json(Path("runs/tiny.yaml"))
+    run["calibration"] |= {"num_samples": 55, "packing": "per_sample", "score": "all"}
+    write_json(Path("runs/tiny.yaml"), run)
+    calibrate.main("tiny")
+    rows = CalibrationSet.load(Path("data/calibration/tiny/rows.parquet")).rows
+    assert sorted(map(tiny_tokenizer().decode, rows)) == sorted(map(text_of, range(55)))
+    assert "5 of 60 calibration texts are evaluated too: they are not drawn" in "".join(capfd.readouterr())
 
 
 def test_compensation_sees_nothing_that_is_evaluated(project):

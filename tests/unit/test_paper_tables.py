@@ -591,7 +591,7 @@ def test_the_report_has_all_files_and_loads_nothing(written, subject, page):
         assert (written / "tables" / f"{name}.csv").read_text() == to_csv(grid)
     for grid in page.grids:
         assert (written / "tables" / f"{grid.name}.tex").read_text() == to_latex(grid)
-    assert "| SmolLM2-135M-Instruct.Q4_1 | dense |" in (written / "report.md").read_text()
+    assert "| tiny | dense |" in (written / "report.md").read_text()
     html = (written / "index.html").read_text()
     assert "a &lt;tiny&gt; model" in html and "<tiny>" not in html
     assert not re.search(r"""(src|href)=["'](?!#)""", html) and "default-src 'none'" in html
@@ -606,6 +606,7 @@ def test_the_report_has_all_files_and_loads_nothing(written, subject, page):
         "quality-speed",
         "quality-memory",
     } == {path.stem for path in (written / "plots").glob("*.svg")}
+    assert "Table 3 and Figure 9: this project holds neither" in html and "Figures 2 and 3 explain the method" in html
     assert "Figure 8, recovery by LoRA: what training brings here stands under Search and healing" in html
     assert "Search and healing" in [section.title for section in page.sections] and "trains no model" not in html
 
@@ -657,10 +658,12 @@ def test_files_that_are_missing_or_disagree_are_refused(path, damage, message, f
 def test_every_verdict_and_table_of_ours_tells_what_it_holds_for(page):
     blocks = [block for section in page.sections for block in section.blocks]
     stated = [finding for block in blocks if isinstance(block, Findings) for finding in block.of]
-    words = "Holds for a <tiny> model; search: exact; calibration: instructions."
+    words = "Holds for tiny, float32, search: exact; calibration: see Conditions."
     assert len(stated) > 5 and all(finding.text.endswith(words) for finding in stated)
     ours = [grid for grid in page.grids if not grid.name.endswith(("-paper", "-tests"))]
     assert all("search: exact" in " ".join(grid.notes) for grid in ours)
+    (said,) = next(section for section in page.sections if section.title == "Conditions").blocks
+    assert said.startswith("tiny: a <tiny> model; search: exact; calibration: instructions; held-out text: an encyc")
 
 
 def test_healed_models_stand_beside_plain_ones_and_are_held_against_those_healed_alike(subject, folder):

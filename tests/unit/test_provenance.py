@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
+import stages
 from blockpruner.model.models import placement
-from blockpruner.store.provenance import commit, environment
+from blockpruner.store import provenance
+from blockpruner.store.files import read_json
+from blockpruner.store.provenance import commit, environment, file_sha256
 from tests.tiny import tiny_model
 
 
@@ -45,3 +49,18 @@ def test_only_code_and_settings_make_a_clone_dirty(tmp_path: Path, monkeypatch: 
         (tmp_path / name).write_text("changed")
         assert commit() == f"{head}+"
         git("stash", "--quiet", "--include-untracked")
+
+
+def test_a_record_is_of_the_commit_and_the_files_that_a_stage_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the stage does not depend on may change while it runs, and is committed then."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report"])
+    commits, params = ["before"], Path("params.yaml")
+    monkeypatch.setattr(provenance, "commit", lambda: commits[-1])
+    params.write_text("before")
+    digest = file_sha256(params)
+    stages.run("report", lambda item: (params.write_text("after"), commits.append("after")))
+    found = read_json(Path("data/provenance/report.json"))
+    assert (found["commit"], found["inputs"]["sha256"]) == ("before", {"params.yaml": digest})

@@ -22,7 +22,7 @@ from blockpruner.evaluation.store import ITEMS
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_
 from blockpruner.store.files import read_json, write_json, write_table
-from blockpruner.store.manifest import manifest
+from blockpruner.store.manifest import manifest, model_identity
 from blockpruner.store.provenance import file_sha256
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
@@ -290,6 +290,7 @@ def change_layout(root):
         (change_item, {}, ["piqa"]),
         (change_prompt, {}, ["winogrande"]),
         (None, {"zero_shot": {"limit": 2}}, list(TASKS)),
+        (None, {"zero_shot": {"bos": False}}, list(TASKS)),
         (change_tokenizer, {}, ["perplexity", *TASKS, "samples"]),
         (change_generation, {}, ["perplexity", *TASKS, "samples"]),
         (change_template, {}, ["perplexity", *TASKS, "samples"]),
@@ -308,6 +309,20 @@ def test_only_what_a_change_touches_is_computed_again(place, monkeypatch, change
     observer = Recorder()
     evaluate(place, observer, **settings)
     assert observer.computed == again
+
+
+def test_files_that_few_models_have_are_in_the_keys_too(tmp_path):
+    folder = save_tiny(tmp_path / "mine")
+
+    def keys():
+        return model_identity(manifest(folder)), suite.tokenizer_digest(folder)
+
+    before = keys()
+    (folder / "qwen.tiktoken").write_text("IQ== 0")
+    model, tokenizer = keys()
+    assert model == before[0] and tokenizer != before[1]
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert keys()[0] != model and keys()[1] == tokenizer
 
 
 @pytest.mark.parametrize("name", ["EVAL_VERSION", "machine", "harness"])

@@ -27,6 +27,8 @@ from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
 from blockpruner.scoring.scorers import local_scorer
 from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, over_all_rows
 from blockpruner.store.files import read_json
+from blockpruner.store.provenance import environment
+from blockpruner.store.trials import SIXTEEN_BITS, origin
 
 PIECES = 3
 """Pieces of work per worker: more pieces balance better, but each walks its shared prefix anew."""
@@ -66,9 +68,9 @@ class Replica:
         self._runtime, self._memory = runtime, memory
 
     def load(self) -> tuple[str, int, Mapping[str, str]]:
-        """Load the model; return host, process, placement. Errors of a constructor would not arrive as themselves."""
+        """Load the model; return host, process, environment. Errors of a constructor would not arrive as themselves."""
         self._scorer = local_scorer(*self._arguments, lambda line: None, memory=self._memory)
-        return socket.gethostname(), os.getpid(), self._scorer.placement()
+        return socket.gethostname(), os.getpid(), environment(**self._scorer.placement())
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
@@ -89,6 +91,7 @@ class _Worker:
     host: str = ""
     pid: int = 0
     placement: Mapping[str, str] = field(default_factory=dict)
+    """Its environment; empty until it is loaded."""
     piece: list[Task] = field(default_factory=list)
     answers: list[ScoredRows] = field(default_factory=list)
 
@@ -240,6 +243,7 @@ class RayScorer:
             if not worker.pid:
                 worker.host, worker.pid, worker.placement = self._ray.get(worker.job)
                 worker.job = None
+                self._require_alike(worker)
                 return
             try:
                 result = self._ray.get(next(worker.job))
@@ -251,6 +255,21 @@ class RayScorer:
             worker.answers.append(result)
             self._losses = 0
             yield result
+
+    def _require_alike(self, worker: _Worker) -> None:
+        """In 16 bits, candidates that are compared come from one kind of device, attention kernel and version."""
+        if self._arguments[1] not in SIXTEEN_BITS:
+            return
+        for other in filter(lambda each: each.placement, self._workers):
+            one, two = (
+                origin({key: fact for key, fact in each.placement.items() if key != "batch"})  # it may be halved later
+                for each in (worker, other)
+            )
+            if one != two:
+                raise InputError(
+                    f"Ray's {worker} computes with {one}, {other} with {two}: in {self._arguments[1]} their losses "
+                    "may differ by more than candidates do; use nodes that are alike, or model.dtype: float32"
+                )
 
     @contextmanager
     def _watch(self, worker: _Worker) -> Iterator[None]:
