@@ -1,4 +1,8 @@
-"""Tensors in a file with facts about them, sealed: safetensors whose metadata has the digest of all of it."""
+"""Tensors in a file with facts about them, sealed: safetensors whose metadata has the digest of all of it.
+
+The metadata is one entry of JSON: safetensors writes several in an order of its own, another in each process, and a
+file of the same content would have other bytes.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,16 @@ from torch import Tensor
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import DIGEST, let_others_read, write_atomic
 
+FACTS = "facts"
+"""The entry of the metadata; older files have one for each fact."""
+
 REMEDY = "delete it and run `dvc repro`"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    sealed = {**facts, DIGEST: _digest(held, facts)}
-    write_atomic(path, lambda temporary: save_file(held, temporary, sealed))
+    sealed = json.dumps({**facts, DIGEST: _digest(held, facts)}, sort_keys=True)
+    write_atomic(path, lambda temporary: save_file(held, temporary, {FACTS: sealed}))
     let_others_read(path.parent)
 
 
@@ -46,12 +53,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            facts = dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
+            facts = json.loads(metadata[FACTS]) if FACTS in metadata else metadata
             names = file.keys() if tensors else ()
             found = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} is truncated or damaged ({error}); {REMEDY}") from error
-    if DIGEST not in facts:
+    if not isinstance(facts, dict) or DIGEST not in facts:
         raise InputError(f"{path} has no digest, so it was not written here; {REMEDY}")
     return found, facts
 
