@@ -71,8 +71,8 @@ def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
     sections += [Section(table.title, tuple(paper_grids(table, subjects, published))) for table in TABLES]
     sections += [Section(figure.title, (draw(figure, found),)) for figure in FIGURES]
     sections.append(Section("Not made", (NOT_MADE,)))
-    beyond = [_under(make(found), subjects) for make in GRIDS] if found else []
-    sections += [Section(grid.title, (grid,)) for grid in beyond]
+    beyond = [grid for grid in (make(found) for make in GRIDS) if grid.rows] if found else []
+    sections += [Section(grid.title, (_under(grid, subjects),)) for grid in beyond]
     models = {id(o.model): o.model for evidence in found for o in (evidence.dense, *evidence.entries)}.values()
     made = made_line(made for model in models for made in model.made)
     return Page(f"BlockPruner’s tables and figures: {name}", INTRO, tuple(sections), made)

@@ -666,6 +666,13 @@ def test_every_verdict_and_table_of_ours_tells_what_it_holds_for(page):
     assert said.startswith("tiny: a <tiny> model; search: exact; calibration: instructions; held-out text: an encyc")
 
 
+def test_a_table_without_rows_is_left_out(subject, monkeypatch):
+    filled, empty = (lambda found, rows=rows: replace(stopping(found), title=f"{rows} rows") for rows in ("all", "no"))
+    monkeypatch.setattr("blockpruner.paper.page.GRIDS", (filled, lambda found: replace(empty(found), rows=())))
+    titles = [section.title for section in build_set("test", [subject], PUBLISHED).sections]
+    assert "all rows" in titles and "no rows" not in titles
+
+
 def test_healed_models_stand_beside_plain_ones_and_are_held_against_those_healed_alike(subject, folder):
     """The oracle: perplexities of the files, and their quotients by hand."""
     table, tests = healing_grids([subject.evidence])
