@@ -114,7 +114,8 @@ def _healing(is_confidence: bool, axes: Axes, evidence: Evidence) -> None:
     own = {entry.variant.method: METHODS[entry.variant.method].title for entry in evidence.healed}
     plain = [entry for entry in evidence.entries if not entry.variant.factor]
     shown: list[float] = []
-    for (method, title), (colour, shape) in zip(own.items(), MARKS, strict=False):
+    for number, ((method, title), (colour, shape)) in enumerate(zip(own.items(), MARKS, strict=False)):
+        aside = 0.25 * (number - len(own) / 2) if is_confidence else 0.0
         groups: dict[tuple[str, ...], list[Entry]] = {}
         for entry in sorted((*plain, *evidence.healed), key=lambda entry: entry.ratio):
             if entry.variant.method == method:
@@ -128,9 +129,9 @@ def _healing(is_confidence: bool, axes: Axes, evidence: Evidence) -> None:
                 known = [option.model.confidence or Mean(np.nan, np.nan) for option in options]
                 y, error, line = [100 * each.value for each in known], [100 * each.stderr for each in known], "none"
             axes.errorbar(
-                [100 * option.ratio for option in options], y, error, linestyle=line, color=colour, marker=shape,
+                [100 * option.ratio + aside for option in options], y, error, linestyle=line, color=colour, marker=shape,
                 markersize=6, linewidth=1.3, capsize=2, fillstyle=FILLS[len(healing)], markerfacecoloralt="none",
-                label=" + ".join((title, *healing)),
+                label="_" if is_confidence else " + ".join((title, *healing)),
             )  # fmt: skip
             shown += y
     if is_confidence:
@@ -259,7 +260,8 @@ HEALING = PaperFigure(
     "healing",
     "Search and healing",
     "Held-out perplexity and p of the right answer (± 1 standard error) where blocks or layers are removed by several "
-    "searches: as pruned (hollow), compensated (half filled), and trained after that (filled).",
+    "searches: as pruned (hollow), compensated (half filled), and trained after that (filled). Marks and colours are the same on "
+    "both sides; on the right they are moved sideways, so that they do not cover each other.",
     (("", partial(_healing, False)), ("", partial(_healing, True))),
     lambda evidence: bool(evidence.healed),
     "the study heals no model",
