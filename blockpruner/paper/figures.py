@@ -130,8 +130,8 @@ def _healing(is_confidence: bool, axes: Axes, evidence: Evidence) -> None:
                 y, error, line = [100 * each.value for each in known], [100 * each.stderr for each in known], "none"
             axes.errorbar(
                 [100 * option.ratio + aside for option in options], y, error, linestyle=line, color=colour,
-                marker=shape, markersize=6, linewidth=1.3, capsize=2, fillstyle=FILLS[len(healing)], markerfacecoloralt="none",
-                label="_" if is_confidence else " + ".join((title, *healing)),
+                marker=shape, markersize=6, linewidth=1.3, capsize=2, fillstyle=FILLS[len(healing)],
+                markerfacecoloralt="none", label="_" if is_confidence else " + ".join((title, *healing)),
             )  # fmt: skip
             shown += y
     if is_confidence:
@@ -260,8 +260,8 @@ HEALING = PaperFigure(
     "healing",
     "Search and healing",
     "Held-out perplexity and p of the right answer (± 1 standard error) where blocks or layers are removed by several "
-    "searches: as pruned (hollow), compensated (half filled), and trained after that (filled). Marks and colours are the "
-    "same on both sides; on the right they are moved sideways, so that they do not cover each other.",
+    "searches: as pruned (hollow), compensated (half filled), and trained after that (filled). Marks and colours are "
+    "the same on both sides; on the right they are moved sideways, so that they do not cover each other.",
     (("", partial(_healing, False)), ("", partial(_healing, True))),
     lambda evidence: bool(evidence.healed),
     "the study heals no model",
