@@ -205,8 +205,8 @@ def test_attention_changes_no_score(checkpoint, attention):
 def test_compiling_changes_no_score_however_many_layers(tmp_path, monkeypatch):
     """More layers than torch compiles variants of one function, beyond which it would run the rest uncompiled."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # else another processor's may be used
-    layers = torch._dynamo.config.recompile_limit + 2
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    layers = 5
+    with torch._dynamo.config.patch(recompile_limit=layers - 2, fail_on_recompile_limit_hit=True):
         rows, found = score(save_tiny(tmp_path / "model", layers=layers), batch_tokens="auto", compile=True)
     agrees(rows, found, tiny_model("llama", layers, torch.float32).double())
 
