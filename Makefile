@@ -69,7 +69,7 @@ test-newest: RESOLUTION := highest
 test-floors test-newest: test-%: $(LOCK)/bin/uv
 	$(LOCK)/bin/uv venv --quiet --clear --python $(PYTHON) $(VENV)-$*
 	$(LOCK)/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) --editable '.[dag,dev,ray]'
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(CORE)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(CORE)
 
 demo: $(VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
@@ -86,8 +86,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One thread for each of the workers and of the processes that they start.
 test: check
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup $(SLOW_VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2
