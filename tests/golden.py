@@ -637,7 +637,7 @@ def defaults(_: World) -> Any:
             for key, field in model.model_fields.items()
         }
         for model in models
-        if model.model_fields and model.__module__ == settings.__name__
+        if model.model_fields and model.__module__ == settings.__name__ and "[" not in model.__name__  # a generic's
     }
 
 

@@ -138,7 +138,7 @@ def test_a_pruned_model_can_be_exported_by_torch(family):
     inputs = {"input_ids": IDS, "use_cache": False}
     with torch.no_grad():
         exported = torch.export.export(pruned, args=(), kwargs=inputs).module()
-        assert (exported(**inputs).logits - pruned(**inputs).logits).abs().max() <= 1e-5
+        assert (exported(**inputs).logits - pruned(**inputs).logits).abs().max() <= 1e-4
 
 
 @families
