@@ -155,18 +155,9 @@ def run(project: Path, stage: str, at: int = -1) -> str:
 
 
 def content(project: Path, stage: str) -> dict[str, Any]:
-    """A stage's outputs by file; JSON without times."""
+    """A stage's outputs by file."""
     files = (path for out in STAGES[stage] for path in sorted((project / "data" / out).rglob("*")) if path.is_file())
-    return {
-        str(path.relative_to(project)): timeless(read_json(path)) if path.suffix == ".json" else path.read_bytes()
-        for path in files
-    }
-
-
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: timeless(each) for key, each in value.items() if key not in ("speed", "date", "made")}
-    return value
+    return {str(path.relative_to(project)): path.read_bytes() for path in files}
 
 
 def units(project: Path, stage: str) -> dict[str, Any]:

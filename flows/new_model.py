@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from prefect import flow, get_run_logger
+from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.flow_runs import suspend_flow_run
-from prefect.runtime import deployment
 from prefect.states import Failed
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
@@ -273,16 +272,6 @@ def add(form: NewModel, text: str) -> Chosen:
         raise
 
 
-def offer_run(name: str) -> None:
-    """Have the forms of the other flows name a new run, if they are served."""
-    if deployment.id:
-        from flows.serve import deployments  # it serves this flow
-
-        for served in deployments():
-            served.apply()
-        get_run_logger().info(f"the forms offer run {name}")
-
-
 @flow(name="new-model")
 def new_model(form: NewModel) -> State[None]:
     """Show what a new model's search takes, write its run file, and make it as the flow `prune` does."""
@@ -294,10 +283,4 @@ def new_model(form: NewModel) -> State[None]:
         return Failed(name="Refused", message=str(error))
     if form.wait and not file_of(form).exists():  # Retry does not ask again
         suspend_flow_run(key="estimate")
-
-    def begin() -> Chosen:
-        chosen = add(form, text)
-        offer_run(form.name)
-        return chosen
-
-    return build(begin, form.push)
+    return build(lambda: add(form, text), form.push)

@@ -35,15 +35,14 @@ from prefect.states import Completed, Failed
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import OBSERVER_VARIABLE
 from blockpruner.core.settings import CompensationMethod
-from blockpruner.store.files import read_json
 from blockpruner.store.locks import this_process
-from flows import dvc, phases
+from flows import dvc, phases, tracking
 from flows.observer import TASK_VARIABLE
 from flows.selection import Chosen, ChosenSet, Selection, choose
 from flows.server import require_access
 
 T = TypeVar("T", Chosen, ChosenSet)
-METRICS, RESULTS, REPORT = Path("data/metrics"), Path("data/results"), Path("data/report")
+REPORT = Path("data/report")
 PAGES_VARIABLE = "BLOCKPRUNER_REPORT_PAGES"
 """Environment variable, set by flows.serve: the URL at which a browser finds the reports below data/. A page of the UI
 may not link to a file."""
@@ -104,6 +103,16 @@ def push_outputs(remote: str, stages: Sequence[str], lock: int) -> State[None]:
     return Completed()
 
 
+@task(name="track", **AS_RETURNED)
+def track_targets(targets: Sequence[str]) -> State[None]:
+    """What was built, recorded by a tracker, which may be elsewhere."""
+    try:
+        tracking.track(tracking.project(), targets)
+    except Exception as error:  # whatever a network does
+        return Failed(message=f"the tracker failed: {error}")
+    return Completed()
+
+
 EVERYTHING = Selection()
 
 
@@ -121,9 +130,12 @@ def build(check: Callable[[], Chosen], push: str | None) -> State[None]:
             state = outcome(states)
             if state.is_completed():
                 publish(chosen)
+                after: list[State[Any]] = []
+                if tracking.project():
+                    after.append(track_targets(list(chosen.targets), return_state=True))
                 if push is not None:
-                    pushed: State[Any] = push_outputs(push, chosen.stages(), lock, return_state=True)
-                    return state if pushed.is_completed() else outcome([*states, pushed])
+                    after.append(push_outputs(push, chosen.stages(), lock, return_state=True))
+                return next((outcome([*states, each]) for each in after if not each.is_completed()), state)
             elif state.name == "Refused":
                 return Failed(name="Refused", message=f"{state.message}{restored(chosen, [])}")
             return state
@@ -135,6 +147,7 @@ def build(check: Callable[[], Chosen], push: str | None) -> State[None]:
 def begin(check: Callable[[], T]) -> Iterator[tuple[T, int]]:
     """What `check` has chosen, written to params.yaml, in a locked workspace."""
     with dvc.workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
+        tracking.project()  # refused before hours of work
         chosen = check()
         chosen.write()
         if chosen.additions:
@@ -186,20 +199,12 @@ def publish(chosen: Chosen) -> None:
     """Show the results as artifacts of the flow run: dense against pruned for each run, the report, its page."""
     for run in chosen.runs:
         models = (f"{run}-dense", *chosen.targets_of(run))
-        columns = {name: figures(name) for name in models if (METRICS / f"{name}.json").exists()}
+        columns = {name: tracking.figures(name) for name in models if (tracking.METRICS / f"{name}.json").exists()}
         keys = dict.fromkeys(key for values in columns.values() for key in values)
         if keys:
             table = [{"metric": key} | {name: values.get(key) for name, values in columns.items()} for key in keys]
             create_table_artifact(table, phases.artifact_key(f"results-{run}"), f"{run}: dense against pruned")
     publish_report(REPORT, "report", "report-page", "Open the report")
-
-
-def figures(name: str) -> dict[str, Any]:
-    """The metrics of a model, and its speed-ups, which are no metrics: git keeps no timings."""
-    results = RESULTS / name / "results.json"
-    speed = read_json(results)["speed"] if results.exists() else {}
-    speedups = {key: round(value, 4) for key, value in speed.items() if key.startswith("speedup")}
-    return {**read_json(METRICS / f"{name}.json"), **speedups}
 
 
 def publish_report(folder: Path, key: str, page_key: str, words: str) -> None:

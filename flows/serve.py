@@ -27,6 +27,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
+import httpx
 from prefect import serve
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
@@ -63,6 +64,33 @@ PAGES = ("report", "tables")
 def deployments() -> list[RunnerDeployment]:
     """One for each of FLOWS, under the flow's name; their forms name the run files that exist now."""
     return [RunnerDeployment.from_flow(flow, flow.name, entrypoint_type=EntrypointType.MODULE_PATH) for flow in FLOWS]
+
+
+def run_files() -> dict[str, int]:
+    """When each file in runs/ was written."""
+    found = {}
+    for path in Path("runs").glob("*.yaml"):
+        with suppress(FileNotFoundError):  # it went in between
+            found[path.name] = path.stat().st_mtime_ns
+    return found
+
+
+def follow_runs(url: str, known: dict[str, int]) -> dict[str, int]:
+    """Have the forms name the run files that are there now, if these are not the `known` ones; returns what is known
+    then."""
+    found = run_files()
+    if found == known:
+        return known
+    try:
+        load_sets()  # as in `main`
+        with temporary_settings({PREFECT_API_URL: url}):
+            for deployment in deployments():
+                deployment.apply()
+    except InputError as error:
+        print(f"the forms are as before: {error}", file=sys.stderr)
+    except httpx.HTTPError:  # try again, unless the server has ended
+        return known
+    return found
 
 
 def run_deployments() -> None:
@@ -230,6 +258,7 @@ def main() -> int:
             elif password != server.kept_password():
                 hint = "the password of PREFECT_SERVER_API_AUTH_STRING"
             stack.enter_context(temporary_settings({PREFECT_API_AUTH_STRING: password}))
+            known = run_files()
             processes = [] if running else [stack.enter_context(prefect_server(url, password))]
             end_lost_runs(url)
             script = [sys.executable, "-c", "from flows.serve import run_deployments; run_deployments()"]
@@ -241,6 +270,7 @@ def main() -> int:
             print(f"The report, once there is one: {pages}/report/index.html\nCtrl-C ends all.", flush=True)
             while all(process.poll() is None for process in processes):
                 time.sleep(0.5)
+                known = follow_runs(url, known)
             print("the Prefect server (see server.log in PREFECT_HOME) or the runner has ended", file=sys.stderr)
             return 1
     except InputError as error:

@@ -18,8 +18,9 @@ from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import read_json
-from flows.prune import AS_RETURNED, begin, figures, outcome, publish, restored, run_stages
+from flows.prune import AS_RETURNED, begin, outcome, publish, restored, run_stages, track_targets
 from flows.selection import Chosen, RunGrid, Selection, choose
+from flows.tracking import figures, project
 
 PLANS = Path("data/plans")
 COMPARED = {"perplexity": "perplexity", "average": "accuracy", "speedup_generation": "speed-up"}
@@ -53,6 +54,8 @@ def sweep(grid: RunGrid) -> State[None]:
             if built:
                 states["report"] = outcome(run_stages(chosen.stages_of(""), lock))
                 publish(chosen)
+                if project():
+                    states["tracker"] = track_targets(built, return_state=True)
     except InputError as error:
         return Failed(name="Refused", message=str(error))
     failed = [item for item, state in states.items() if not state.is_completed()]

@@ -21,11 +21,16 @@ from blockpruner import versions
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_params
 from blockpruner.store import provenance
+from blockpruner.store.files import remove
 from blockpruner.store.provenance import file_sha256
 
 DATA = Path("data")
 CACHE = DATA / "cache"
 STUDIES = DATA / "studies"
+TIMINGS = DATA / "timings"
+"""What no two runs agree on: speeds, dates, what a search had to compute. DVC and git have none of it, so that outputs
+are functions of their inputs."""
+
 PINS = Path("runs/pins.json")
 
 CODE = (Path(__file__).parent, Path(versions.__file__).parent)
@@ -54,6 +59,11 @@ def run(stage: str, main: Callable[[str], object]) -> None:
     except KeyboardInterrupt:
         print(f"stage {name} interrupted; what is finished is kept: run again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def renew_report() -> None:
+    """Have DVC make the report anew, which shows timings: DVC does not see that they changed."""
+    remove(DATA / "report" / "iterations.csv")
 
 
 def _settings(stage: str, item: str) -> dict[Path, Any]:

@@ -1,4 +1,7 @@
-"""benchmark <target>: perplexity, zero-shot tasks and speed of a pruned checkpoint, at data/results/<target>."""
+"""benchmark <target>: perplexity, zero-shot tasks and speed of a pruned checkpoint, at data/results/<target>.
+
+When, where and how fast is at data/timings, by the content of these results.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from blockpruner.evaluation.suite import benchmark, headline
 from blockpruner.params import load_params, load_run
 from blockpruner.store.files import write_json
 from blockpruner.store.plans import load_plan
-from stages import DATA, run
+from stages import DATA, TIMINGS, renew_report, run
 
 
 def evaluate(name: str, run_name: str, checkpoint: Path) -> None:
@@ -20,6 +23,7 @@ def evaluate(name: str, run_name: str, checkpoint: Path) -> None:
         DATA / "sources" / run_name,
         DATA / "results" / name,
         DATA / "evaluations",
+        TIMINGS,
         settings=settings.evaluate,
         dtype=settings.model.dtype,
         trust_remote_code=settings.model.trust_remote_code,
@@ -27,6 +31,7 @@ def evaluate(name: str, run_name: str, checkpoint: Path) -> None:
         observer=observer(),
     )
     write_json(DATA / "metrics" / f"{name}.json", headline(results))
+    renew_report()
 
 
 def main(name: str) -> None:

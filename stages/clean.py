@@ -6,7 +6,7 @@
 Not part of the DAG: run it by hand. An output is in use if the DAG writes it for a name in params.yaml. Files that were
 set aside (`.bad`), and temporary files of killed processes, are never in use. Of the stores clean knows nothing:
 data/trials, data/evaluations, data/cache and data/adapters are safe to delete as a whole, and cost only the time to
-compute or download again. DVC's own cache is cleaned by `dvc gc`.
+compute or download again. data/timings has the speeds that a report shows. DVC's own cache is cleaned by `dvc gc`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """score <run>: search far enough for every target of the run; tables at data/scores/<run>, trials in data/trials.
 
-What was computed, and how long it took, is at data/results/<run>-search.
+What was computed, and how long it took, is at data/timings/<run>-search.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from blockpruner.methods.score import headline, open_material, score_run
 from blockpruner.params import load_params, load_run
 from blockpruner.store.files import write_json
 from blockpruner.store.trials import trials_root
-from stages import DATA, run
+from stages import DATA, TIMINGS, renew_report, run
 
 
 def main(name: str) -> None:
@@ -30,8 +30,9 @@ def main(name: str) -> None:
 
     with open_material(checkpoint, settings.model, params.runtime, trials_root(), watch) as material:
         counts = score_run(material, calibration, settings.score, params.budgets_of(name), folder, latency)
-    write_json(DATA / "results" / f"{name}-search" / "counts.json", counts)
+    write_json(TIMINGS / f"{name}-search.json", counts)
     write_json(DATA / "metrics" / name / "score.json", headline(counts))
+    renew_report()
 
 
 if __name__ == "__main__":

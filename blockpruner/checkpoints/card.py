@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from blockpruner.core.families import FAMILIES
 from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import licence_of
 from blockpruner.methods.healed import Healed
@@ -36,7 +37,7 @@ def model_card(
         healed: what was done after pruning.
         note: a remark about the format.
         library: what loads the checkpoint.
-        loading: how to load it; None: with transformers.
+        loading: how to load it; None: with transformers, and vLLM if it has models of the family.
     """
     source: dict[str, Any] = read_json(dense / SOURCE_FILE)["source"]
     base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
@@ -53,7 +54,7 @@ def model_card(
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
 {_perplexity(plan)}{note}
-{_loading(code) if loading is None else loading}{_steps(plan)}"""
+{_loading(code) + _serving(dense, code) if loading is None else loading}{_steps(plan)}"""
 
 
 def _perplexity(plan: Plan) -> str:
@@ -80,6 +81,20 @@ tokenizer = AutoTokenizer.from_pretrained("<this directory>"{no})
 nothing else. The tokenizer needs no code: `False` keeps transformers from asking.
 """
     return text
+
+
+def _serving(dense: Path, code: str | None) -> str:
+    if code == "modeling_slicegpt.py" or not FAMILIES[read_json(dense / "config.json")["model_type"]].in_vllm:
+        return ""
+    plugin = " with the plugin in `blockpruner`, and runs no code of this directory" if code else ""
+    install = "pip install --no-deps blockpruner   # beside vLLM; or the path of a clone\n" if code else ""
+    return f"""
+vLLM serves it{plugin}:
+
+```console
+{install}vllm serve <this directory>
+```
+"""
 
 
 def _steps(plan: Plan) -> str:

@@ -3,6 +3,9 @@
 Decides what an entry is: <fingerprint of its key>.json with key and value. A task has also <fingerprint>.parquet with
 its items; the JSON holds its digest and is written last. All runs share the store, and it is safe to delete. What goes
 into a key is decided in `suite`.
+
+Also where one model's results lie: results.json has what its inputs decide. No two runs agree on when, where and how
+fast, so that lies apart, by the content of results.json.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import read_json, set_aside, write_json, write_table
+from blockpruner.store.files import read_json, set_aside, write_json, write_sealed_json, write_table
 from blockpruner.store.provenance import file_sha256, fingerprint
 
 ITEMS = pa.schema(
@@ -111,3 +114,25 @@ def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
 def completed(items: pa.Table) -> pa.Table:
     """Items in all columns of ITEMS; columns younger than the table are null."""
     return pa.concat_tables([ITEMS.empty_table(), items], promote_options="default").cast(ITEMS)
+
+
+def write_timings(timings: Path, results: Mapping[str, Any], apart: Mapping[str, Any]) -> None:
+    """Keep what no two runs agree on of a model, beside its `results`."""
+    write_sealed_json(_timings_of(timings, results), apart)
+
+
+def read_results(folder: Path, timings: Path) -> dict[str, Any]:
+    """results.json of a folder with its timings; where they are not here, "speed" is None and "made" empty.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    results = read_json(folder / "results.json")
+    path = _timings_of(timings, results)
+    # results.json has held its timings itself
+    found: dict[str, Any] = {"speed": None, "made": {}} | results
+    return found | (read_json(path) if path.exists() else {})
+
+
+def _timings_of(timings: Path, results: Mapping[str, Any]) -> Path:
+    return timings / f"{fingerprint(results)}.json"

@@ -25,7 +25,7 @@ from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.samples import NEW_TOKENS, PROMPTS, answer
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
-from blockpruner.evaluation.store import ResultsStore, Stored
+from blockpruner.evaluation.store import ResultsStore, Stored, write_timings
 from blockpruner.evaluation.tasks import task_digest
 from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.checkpoints import GENERATION_FILE, TOKENIZER_FILES
@@ -141,6 +141,7 @@ def benchmark(
     sources: Path,
     out: Path,
     store: Path,
+    timings: Path,
     *,
     settings: Evaluate,
     dtype: str,
@@ -154,21 +155,23 @@ def benchmark(
         checkpoint: the dense model itself, or one of our own verified exports.
         sources: holds perplexity.parquet and tasks/, as the fetch stage wrote them.
         store: the folder of the results store.
+        timings: the folder for speed and made, as `store.read_results` reads them.
         trust_remote_code: whether the dense model's own code may run.
 
     Returns:
-        results.json, by key:
+        By key:
         parameters, weight_bytes.
         perplexity: with the NLL of each row.
         tasks: the scores of each task; value and stderr are those of its main metric; p_gold and margin are means over
             items (`benchmarks.Benchmark.confidence`).
         average: mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is one.
         chance: the accuracy of guessing, by task; null for a perplexity.
-        made: where and when each of these was computed, as from `provenance.made`.
         samples: answers to `samples.PROMPTS`.
         formats: the folders of verified exports beside `checkpoint`, its own among them.
+        timing: the settings of speed; null where it is not wanted.
         speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds;
-            null where `settings` want none.
+            null where it is not wanted.
+        made: where and when each of these was computed, as from `provenance.made`.
 
     Raises:
         InputError: a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
@@ -200,6 +203,9 @@ def benchmark(
         "chance": {task: rows[task].chance(found[task].items) for task in tasks},
         "samples": found["samples"].value["samples"],
         "formats": sorted(path.parent.name for path in checkpoint.parent.glob(f"*/{REPORT_FILE}")),
+        "timing": settings.speed and settings.speed.model_dump(),
+    }
+    apart = {
         "speed": found["speed"].value if "speed" in found else None,
         "made": {name: stored.made for name, stored in found.items()},
     }
@@ -209,12 +215,13 @@ def benchmark(
         write_table(directory / "items.parquet", pa.concat_tables([found[task].items for task in tasks]))
         write_json(directory / "lm_eval.json", _merge(found[task].value["harness"] for task in tasks))
 
+    write_timings(timings, results, apart)
     replace_directory(out, build)
-    return results
+    return results | apart
 
 
 def headline(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """The main figures of results.json that are not timed: tasks, their average, perplexity."""
+    """The main figures of results.json: tasks, their average, perplexity."""
     figures = {task: scores["value"] for task, scores in results["tasks"].items()}
     figures |= {"average": results["average"]["value"], "perplexity": results["perplexity"]["perplexity"]}
     return {key: None if value is None else round(value, 4) for key, value in figures.items()}

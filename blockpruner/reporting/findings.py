@@ -310,7 +310,10 @@ def _spread(found: Sequence[Option]) -> Finding:
 def stop(options: Sequence[Option]) -> Finding:
     """Advise where to stop among pruned models, which come the least pruned first."""
     if not any(option.is_timed for option in options):
-        text = "Nothing is timed (evaluate.speed or study.speed: null), and a stopping point weighs loss against speed."
+        text = (
+            "A stopping point weighs loss against speed, and not all is timed. Either evaluate.speed or study.speed is "
+            "null, or models were timed on another machine, whose data/timings is not here."
+        )
         return Finding(Level.NOTE, "stop", "No stopping point without times", text)
     best = recommended(options)
     if best is None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.evaluation.store import ITEMS
+from blockpruner.evaluation.store import ITEMS, read_results
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.results import (
     TIMED,
@@ -118,7 +118,7 @@ class ReportedRun:
     chance: Mapping[str, float]
     """What guessing scores, by task of the average."""
     counts: Mapping[str, Any]
-    """Of the run's `score` stage; empty where its searches compare no masks."""
+    """Of the run's `score` stage; empty where its searches compare no masks, or it did not run here."""
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -159,7 +159,7 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
     names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].recover, plans[name].compensate, name))
     searches = {name: _read_search(plans[name], data / "plans" / name / "iterations.parquet") for name in names}
     folders = {name: data / "results" / name for name in (f"{run}-dense", *names)}
-    facts = {name: read_json(folder / "results.json") for name, folder in folders.items()}
+    facts = {name: read_results(folder, data / "timings") for name, folder in folders.items()}
     models = _read_models(folders, facts)
     timed = all(fields["speed"] for fields in facts.values())
     races = {name: {TIMED: Race.of(fields["speed"])} if timed else {} for name, fields in facts.items()}
@@ -184,8 +184,8 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
             )
         )  # fmt: skip
     chance = {task: value for task, value in facts[f"{run}-dense"]["chance"].items() if value is not None}
-    searched = any(target.considered for target in found)
-    counts = read_json(data / "results" / f"{run}-search" / "counts.json") if searched else {}
+    counted = data / "timings" / f"{run}-search.json"
+    counts = read_json(counted) if any(target.considered for target in found) and counted.exists() else {}
     return ReportedRun(run, labels, dense, tuple(found), chance, counts)
 
 

@@ -49,7 +49,7 @@ def write_report(
         out: folder of the report; replaced as a whole, or left as it is on failure.
         targets: names of folders in data/plans and data/results.
         labels: by run, what its model and data are.
-        data: folder of plans/, results/ and metrics/.
+        data: folder of plans/, results/ and timings/.
         plots: whether to draw; the CSV files are written in any case.
     """
     studies = read_studies(targets, labels, data)
@@ -155,12 +155,12 @@ def _metric(study: ReportedRun) -> tuple[tuple[str, str], ...]:
 def _made(study: ReportedRun) -> tuple[str, str]:
     """Tell how the plans of a run came about: the method in words, and its work or its steps."""
     counts, words = study.counts, listed(list(dict.fromkeys(target.method for target in study.targets)))
-    if counts:
-        return "Search", (
-            f"{words}: {_nested(study) if study.traces else _budget_by_budget(study)}; the last run of its stage "
-            f"computed {counts['trials_computed']:,} trials and reused {counts['trials_reused']:,}, in "
-            f"{counts['seconds']:,.0f} s of scoring"
+    if any(target.considered for target in study.targets):
+        work = counts and (
+            f"; the last run of its stage computed {counts['trials_computed']:,} trials and reused "
+            f"{counts['trials_reused']:,}, in {counts['seconds']:,.0f} s of scoring"
         )
+        return "Search", f"{words}: {_nested(study) if study.traces else _budget_by_budget(study)}{work or ''}"
     steps = [
         f"{target.name}: {text}" for target in study.targets if (text := KINDS[target.plan.kind].steps(target.plan))
     ]

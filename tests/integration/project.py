@@ -125,7 +125,7 @@ def stage(project: Path, name: str, item: str = "tiny") -> subprocess.CompletedP
 
 
 def counts(project: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((project / "data/results/tiny-search/counts.json").read_text())
+    result: dict[str, Any] = json.loads((project / "data/timings/tiny-search.json").read_text())
     return result
 
 

@@ -107,7 +107,7 @@ def project(tmp_path_factory):
 def test_search_and_metric(project):
     plan = json.loads((project / "data/plans/toy-3/plan.json").read_text())
     assert plan["order"] == ["mha.3", "mha.2", "mha.1"] and plan["metric"] == "bits"
-    counts = json.loads((project / "data/results/toy-search/counts.json").read_text())
+    counts = json.loads((project / "data/timings/toy-search.json").read_text())
     assert counts["trials_computed"] == 4 + 4  # bits, and the perplexity of the same masks
 
 

@@ -31,13 +31,14 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validate
 
 from blockpruner.core.errors import InputError
+from blockpruner.evaluation.store import write_timings
 from blockpruner.paper.experiments import DATA_VARIABLE
 from blockpruner.params import load_params, run_names
 from blockpruner.store.locks import WORKSPACE
 from flows import dvc, serve
 from flows import new_model as form_module
 from flows import prune as prune_module
-from flows.new_model import NewModel, add, check, estimate, new_model, offer_run
+from flows.new_model import NewModel, add, check, estimate, new_model
 from flows.paper import lacking_data, paper
 from flows.paper import main as paper_main
 from flows.prune import main, prune
@@ -333,7 +334,8 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, m
     for name, perplexity in {"smollm2-dense": 20.0, "other-dense": 30.0, **dict.fromkeys(targets, 40.0)}.items():
         speed = {"speedup_generation": 1.1} if name in targets else {}
         write_json(**{f"metrics/{name}.json": {"perplexity": perplexity, "average": 0.5}})
-        write_json(**{f"results/{name}/results.json": {"speed": speed}, f"plans/{name}/plan.json": {"ratio": 0.123}})
+        write_json(**{f"results/{name}/results.json": {"of": name}, f"plans/{name}/plan.json": {"ratio": 0.123}})
+        write_timings(Path("data/timings"), {"of": name}, {"speed": speed})
     monkeypatch.setenv("STUB_FAILS", "commit smollm2-0.1")
     monkeypatch.setenv("STUB_SAYS", "error in stage commit smollm2-0.1: budget '0.1' is not in this sequence")
     with temporary_settings({PREFECT_API_URL: server}):
@@ -505,17 +507,32 @@ def test_a_new_model_waits_with_its_estimate_until_its_file_is_there(project, se
     assert len(asked) == 1
 
 
-def test_served_forms_offer_a_new_run_at_once(project, server, monkeypatch):
-    monkeypatch.setattr(form_module, "get_run_logger", lambda: SimpleNamespace(info=print))
-    monkeypatch.setattr(form_module, "deployment", SimpleNamespace(id="some"))
+def test_forms_follow_the_run_files(project, server, capsys):
+    """Whoever writes them; files that are wrong leave the forms as they were."""
     with temporary_settings({PREFECT_API_URL: server}), get_client(sync_client=True) as client:
         served = serve.deployments()[0].apply()
+
+        def offered():
+            schema = client.read_deployment(served).parameter_openapi_schema
+            return schema["definitions"]["Selection"]["properties"]["runs"]["items"]["enum"]
+
+        known = serve.run_files()
+        before = offered()
         shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
-        offer_run("other")
-        schema = client.read_deployment(served).parameter_openapi_schema
+        assert serve.follow_runs("http://127.0.0.1:9/api", known) is known and offered() == before
+        known = serve.follow_runs(server, known)
+        assert offered() == sorted([*before, "other"]) and "other.yaml" in known
+        assert serve.follow_runs("http://127.0.0.1:9/api", known) is known  # nobody is asked
+        sets = Path("runs/sets.yaml").read_text()
+        Path("runs/sets.yaml").write_text("[")
+        Path("runs/other.yaml").unlink()
+        known = serve.follow_runs(server, known)
+        assert "the forms are as before: runs/sets.yaml" in capsys.readouterr().err and "other" in offered()
+        Path("runs/sets.yaml").write_text(sets + " ")
+        serve.follow_runs(server, known)
+        assert offered() == before
         for each in client.read_deployments():
             client.delete_deployment(each.id)
-    assert "other" in schema["definitions"]["Selection"]["properties"]["runs"]["items"]["enum"]
 
 
 def test_tables_of_a_set_start_only_what_is_stale(project, server, monkeypatch):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from blockpruner.checkpoints import verification
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation import latency, speed
+from blockpruner.evaluation.store import read_results
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import KINDS
 from blockpruner.search.registry import SEARCHES
@@ -66,7 +67,7 @@ def choose(project, section, budget):
 def scored(project, section, budget="0.2"):
     choose(project, section, budget)
     score.main("tiny")
-    return json.loads((project / "data/results/tiny-search/counts.json").read_text())
+    return json.loads((project / "data/timings/tiny-search.json").read_text())
 
 
 def materialized(project, section, budget="0.2", process=InProcess):
@@ -108,7 +109,7 @@ def test_metrics_are_the_same_whether_scores_are_computed_or_known(project):
 def test_from_run_file_to_checkpoint(project, method):
     is_first = method in ("greedy", "laco", "slicegpt")  # of its kind of plan: a fresh process verifies it
     plan, out = materialized(project, METHODS[method], process=subprocess if is_first else InProcess)
-    counts = json.loads((project / "data/results/tiny-search/counts.json").read_text())
+    counts = json.loads((project / "data/timings/tiny-search.json").read_text())
     assert counts["iterations"] >= (method in SEARCHES)
     assert json.loads((out / "verification.json").read_text())["ok"]
     assert plan.ratio == pytest.approx(0.2, abs=0.06)
@@ -132,7 +133,7 @@ def test_a_plain_model_needs_no_code_of_ours(project):
 def test_a_sliced_model_is_benchmarked_as_any_other(project):
     plan, out = materialized(project, METHODS["slicegpt"])
     evaluate("t", "tiny", out)
-    found = json.loads((project / "data/results/t/results.json").read_text())
+    found = read_results(project / "data/results/t", project / "data/timings")
     assert found["parameters"] == plan.parameters["pruned"]
     assert found["speed"]["pruned"]["kv_cache_bytes"] == found["speed"]["dense"]["kv_cache_bytes"]
 

@@ -62,6 +62,7 @@ def test_export_is_complete_and_verified(tmp_path, dense):
     card = (tmp_path / "out/README.md").read_text()
     assert "| 3 | mlp.0 |" in card and "license_link: NOTICE.txt" in card
     assert f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters" in card
+    assert "\npip install --no-deps blockpruner " in card and "\nvllm serve <this directory>\n" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.num_parameters() == plan.parameters["pruned"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -72,7 +73,8 @@ def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
     plan = plan_of(dense, ["mlp.1", "mha.2"])
     assert export(dense, plan, tmp_path / "out")["class"] == "LlamaForCausalLM"
     assert not list((tmp_path / "out").glob("*.py"))
-    assert "trust_remote_code" not in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "trust_remote_code" not in card and "pip install" not in card and "\nvllm serve <this directory>\n" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.num_hidden_layers == 3 and loaded.num_parameters() == plan.parameters["pruned"]
 

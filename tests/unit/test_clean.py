@@ -28,7 +28,7 @@ KEPT = {
     **{f"{kind}/{name}": False for kind in ("models", "sources", "calibration", "scores") for name in ("old", "small")},
     **{f"{kind}/{name}": True for kind in (*OF_TARGETS, "results") for name in TARGETS},
     **{f"{kind}/{name}": False for kind in OF_TARGETS for name in ("old.bad", "tiny")},
-    "results/tiny-dense": True, "results/tiny-search": True, "results/old-dense": False, "results/tiny": False,
+    "results/tiny-dense": True, "results/tiny-search": False, "results/old-dense": False, "results/tiny": False,
     "studies/study": True, "studies/of-a-set": True, "studies/old": False, "tables/ours": True, "tables/others": False,
 }  # fmt: skip
 """Folders of outputs: whether params.yaml names them."""
@@ -44,6 +44,7 @@ OTHERS = (
     "scores/tiny/s/a.bad.txt", "scores/tiny/s/a.badly", "scores/tiny/s/a.bad.x", "scores/.tiny.another-999999999.tmp/x",
     f"scores/.tiny.{MACHINE}-1.tmp/x", "metrics/old.json", "report/index.html", "trials/run/host-1-2.jsonl",
     "evaluations/1.json", "adapters/1.safetensors", "cache/packages/1/a.whl", "provenance/score@old.json",
+    "timings/1.json",
 )  # fmt: skip
 """The stores, outputs without a name, and files of processes that run or may run."""
 

@@ -24,6 +24,7 @@ def checkpoint(tmp_path):
     dense.mkdir()
     source = {"source": {"repo": "meta-llama/Llama-2-7b-hf"}, "licence": LICENCE}
     (dense / "blockpruner_source.json").write_text(json.dumps(source))
+    (dense / "config.json").write_text('{"model_type": "llama"}')
     plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
     (folder / "README.md").write_text(model_card(plan, dense, "modeling_blockpruned.py"))
     (folder / "config.json").write_text("{}")

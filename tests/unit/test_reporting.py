@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -25,7 +26,7 @@ from scipy import stats
 from blockpruner.core.blocks import BlockId, Mask, format_mask, parse_mask, removable_units
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.evaluation.store import ITEMS
+from blockpruner.evaluation.store import ITEMS, write_timings
 from blockpruner.methods.commit import commit_run, save_iterations
 from blockpruner.reporting.comparison import front
 from blockpruner.reporting.figures import figures, of_search
@@ -143,7 +144,7 @@ def build(data: Path, world: World = World()) -> Path:
         results(data / "results" / target, world, position + 1, heldout, (world.speedups[position], plan))
     counts = {"trials_computed": 123, "trials_reused": 45, "seconds": 67.0, "units_computed": 123, "iterations": 6}
     if searched:
-        write_json(data / "results" / f"{world.run}-search" / "counts.json", counts)
+        write_json(data / "timings" / f"{world.run}-search.json", counts)
     return data
 
 
@@ -556,6 +557,29 @@ def test_mismatch_needs_a_factor_and_a_distance(tmp_path: Path, factor: float, n
         text = finding(found, "mismatch")
         assert re.findall(r"tiny-\w", text) == names
         assert f"{math.exp(0.285 * factor):.2f}× against 1.33× at tiny-b" in text
+
+
+def test_timings_lie_apart_and_a_report_does_without_them(tmp_path: Path) -> None:
+    """The page is the one of results that hold their timings, as those of before do."""
+    data, names = build(tmp_path), ["tiny-a", "tiny-b"]
+
+    def page() -> str:
+        write_report(data / "report", "A title", names, LABELS, data, False)
+        return (data / "report" / "report.md").read_text()
+
+    before = page()
+    assert "s of scoring" in before and "Results were computed:" in before
+    for path in sorted((data / "results").glob("*/results.json")):
+        fields = _json(path)
+        apart = {key: fields.pop(key) for key in ("speed", "made")}
+        write_json(path, fields)
+        write_timings(data / "timings", fields, apart)
+    assert page() == before
+    shutil.rmtree(data / "timings")
+    after = page()
+    assert "not timed" in after and "s of scoring" not in after and "Results were computed:" not in after
+    rows = [line for line in before.splitlines() if line.startswith("| Held-out perplexity")]
+    assert rows and all(row in after for row in rows)
 
 
 @pytest.mark.parametrize("untimed", [("tiny-dense", "tiny-a", "tiny-b"), ("tiny-a",)])

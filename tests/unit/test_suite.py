@@ -19,10 +19,10 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Evaluate, Runtime
 from blockpruner.evaluation import suite, zero_shot
-from blockpruner.evaluation.store import ITEMS
+from blockpruner.evaluation.store import ITEMS, read_results
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_
-from blockpruner.store.files import read_json, write_json, write_table
+from blockpruner.store.files import write_json, write_table
 from blockpruner.store.manifest import manifest, model_identity
 from blockpruner.store.provenance import file_sha256
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
@@ -86,7 +86,7 @@ def evaluate(root, observer, checkpoint="pruned", **changes):
     }
     changed = {name: section | (changes.get(name) or {}) for name, section in sections.items()}
     settings = Evaluate(**changed | {name: None for name, change in changes.items() if change is None})
-    places = [root / name for name in (checkpoint, "dense", "sources", "out", "store")]
+    places = [root / name for name in (checkpoint, "dense", "sources", "out", "store", "timings")]
     more = {"dtype": changes.get("dtype", "float32"), "trust_remote_code": False, "runtime": Runtime(device="cpu")}
     return suite.benchmark(*places, settings=settings, observer=observer, **more)
 
@@ -118,7 +118,7 @@ def test_results(world):
     assert [step for step in world.observer.steps if step[0] == "perplexity"] == [
         ("perplexity", i, 3, "rows") for i in (1, 2, 3)
     ]
-    assert read_json(world.root / "out" / "results.json") == json.loads(json.dumps(results))
+    assert read_results(world.root / "out", world.root / "timings") == json.loads(json.dumps(results))
     ids = tiny_tokenizer()(f"{TEXT}\n\n{TEXT}")["input_ids"]
     dense = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     with masked(dense, MASK) as model:
@@ -188,6 +188,7 @@ def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
     results = evaluate(place, observer, speed=None)
     assert observer.cached == PHASES[:-1] and observer.overall == [i / 5 for i in range(5)]
     assert results == world.results | {
+        "timing": None,
         "speed": None,
         "made": {name: world.results["made"][name] for name in PHASES[:-1]},
     }
