@@ -197,8 +197,8 @@ def publish(chosen: Chosen) -> None:
 def figures(name: str) -> dict[str, Any]:
     """The metrics of a model, and its speed-ups, which are no metrics: git keeps no timings."""
     results = RESULTS / name / "results.json"
-    speed = read_json(results)["speed"] if results.exists() else {}
-    speedups = {key: round(value, 4) for key, value in speed.items() if key.startswith("speedup")}
+    speed = read_json(results)["speed"] if results.exists() else None
+    speedups = {key: round(value, 4) for key, value in (speed or {}).items() if key.startswith("speedup")}
     return {**read_json(METRICS / f"{name}.json"), **speedups}
 
 

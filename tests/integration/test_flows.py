@@ -550,6 +550,17 @@ def test_tables_of_a_set_start_only_what_is_stale(project, server, monkeypatch):
 # --- without a server, or with one that has gone ------------------------------------------------------------------
 
 
+def test_a_model_that_is_not_timed_has_its_other_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(prune_module, "METRICS", tmp_path)
+    (tmp_path / "results" / "a").mkdir(parents=True)
+    (tmp_path / "a.json").write_text('{"perplexity": 9.5}')
+    assert prune_module.figures("a") == {"perplexity": 9.5}
+    for speed, more in ((None, {}), ({"dense": {}, "speedup_decode": 1.23456}, {"speedup_decode": 1.2346})):
+        (tmp_path / "results" / "a" / "results.json").write_text(json.dumps({"speed": speed}))
+        assert prune_module.figures("a") == {"perplexity": 9.5} | more
+
+
 def test_flow_without_a_server_runs_only_what_changed(project):
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
     before = len(ran())
