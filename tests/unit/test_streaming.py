@@ -328,18 +328,42 @@ def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch, sl
 
     def computing(which, *rest):
         following = begun[which.layer + 2]  # before a layer there are the embedding's weights
-        log.append(following.wait(60) if slabs == 2 else following.is_set())
+        assert following.wait(60) if slabs == 2 else not following.is_set()
+        log.append(which)
         return block(which, *rest)
 
     monkeypatch.setattr(engine._weights, "_read", reading)
     monkeypatch.setattr(engine, "_block", computing)
     monkeypatch.setattr(os, "preadv", slow)
     assert score_all(engine, sweep(), make_rows([16])) == expected
-    assert len(log) >= 8 and set(log) == {slabs == 2}
+    assert set(log) == set(all_blocks(4))
+
+
+def test_a_tile_is_read_while_the_one_before_is_in_use(tmp_path, monkeypatch, disk):
+    """Before a state is handed out the next one is being read."""
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
+    expected = score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), make_rows([16]))
+    states, get, seen = streaming._Tiles.in_turn, streaming._Tiles._get, []
+
+    def watched(tiles, slots, shape):
+        tiles.begun = [threading.Event() for _ in slots]
+        for number, state in enumerate(states(tiles, slots, shape)):
+            assert number + 1 == len(slots) or tiles.begun[number + 1].wait(60)
+            seen.append(number)
+            yield state
+
+    def begun(tiles, shape, slot, arrival):
+        next(event for event in tiles.begun if not event.is_set()).set()
+        return get(tiles, shape, slot, arrival)
+
+    monkeypatch.setattr(streaming._Tiles, "in_turn", watched)
+    monkeypatch.setattr(streaming._Tiles, "_get", begun)
+    assert score_all(engine, sweep(), make_rows([16])) == expected
+    assert max(seen) > 5 and engine.spill_bytes_read > 0
 
 
 def readers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_a_file_that_is_cut_meanwhile_is_named(tmp_path):

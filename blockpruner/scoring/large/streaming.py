@@ -7,10 +7,10 @@ is the same to the bit. Only the order differs, breadth first instead of depth f
     for each layer: read its weights; advance every distinct state (masks that agree so far share one); drop them
     for every state: norm, head, loss
 
-The next weights are read meanwhile, if there is room for them. A state at rest is a tile [B, T, H]. Tiles stay on the
-device while there is room, then in RAM; the others go to an unlinked file in TMPDIR. Weights are read with `preadv`
-into the memory they are used from, never mapped; those of blocks that every mask removes are not read. The pass is
-planned in bytes before the first weight is read, and refused if it cannot fit.
+The next weights, if there is room for them, and the next state are fetched meanwhile (`ahead`). A state at rest is a
+tile [B, T, H]. Tiles stay on the device while there is room, then in RAM; the others go to an unlinked file in TMPDIR.
+Weights are read with `preadv` into the memory they are used from, never mapped; those of blocks that every mask removes
+are not read. The pass is planned in bytes before the first weight is read, and refused if it cannot fit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +36,7 @@ from blockpruner.model.models import resolve_device
 from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.forward import LayerKwargs, joined, map_tensors
+from blockpruner.scoring.large.ahead import in_turn
 from blockpruner.scoring.large.memory import available_memory, is_in_memory, resident_memory
 from blockpruner.scoring.large.weights import Weights, aligned, memory_of, read_into, skeleton
 from blockpruner.scoring.walk import runs, walk
@@ -271,9 +272,13 @@ class StreamingEngine(Engine):
                 self._advance(layer + 1, self.layers, f"layer {layer}")
             next(weights)
             for work in works:
-                states = ((masks, tiles.get(slot, work.shape)) for masks, slot in work.states)
-                launched = (self._launched(masks, state, work.batch, work.task, rows) for masks, state in states)
-                yield from self._values(launched, work.task)
+                all_masks, slots = zip(*work.states, strict=True)
+                with closing(tiles.in_turn(slots, work.shape)) as states:
+                    launched = (
+                        self._launched(masks, state, work.batch, work.task, rows)
+                        for masks, state in zip(all_masks, states, strict=True)
+                    )
+                    yield from self._values(launched, work.task)
 
     def _embedded(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> list[_Work]:
         works, distinct = [], _Distinct()
@@ -290,19 +295,21 @@ class StreamingEngine(Engine):
         """The states of a task after a layer. Among those that come from one state, one takes over its slot."""
         per_layer = len(self._steps) // self.layers
         steps = self._steps[layer * per_layer : (layer + 1) * per_layer]
-        for masks, slot in work.states:
-            groups, ran = zip(*runs(steps, masks), strict=True)
-            unchanged = not ran[0]  # the first group keeps the fewest blocks, perhaps none
-            fresh = [tiles.new() for _ in groups[1:]]
-            # only the last result goes over the old state, when nothing more is computed from it
-            slots = [slot, *fresh] if unchanged else [*fresh, slot]
-            if fresh or not unchanged:
-                hidden = tiles.get(slot, work.shape)
-                results = walk(steps, masks, hidden, partial(self._added, work.batch, work.layer_kwargs, 1), joined)
-                for target, (_, result) in zip(slots, results, strict=True):
-                    if result is not hidden:
-                        tiles.put(target, result)
-            yield from zip(groups, slots, strict=True)
+        # of each state the groups of masks that leave it; the first one keeps the fewest blocks, perhaps none
+        branches = [(masks, slot, list(runs(steps, masks))) for masks, slot in work.states]
+        used = [slot for _, slot, ((_, ran), *others) in branches if ran or others]
+        with closing(tiles.in_turn(used, work.shape)) as states:
+            for masks, slot, groups in branches:
+                fresh = [tiles.new() for _ in groups[1:]]
+                # only the last result goes over the old state, when nothing more is computed from it
+                slots = [*fresh, slot] if groups[0][1] else [slot, *fresh]
+                if slot in used:
+                    hidden = next(states)
+                    results = walk(steps, masks, hidden, partial(self._added, work.batch, work.layer_kwargs, 1), joined)
+                    for target, (_, result) in zip(slots, results, strict=True):
+                        if result is not hidden:
+                            tiles.put(target, result)
+                yield from ((group, target) for (group, _), target in zip(groups, slots, strict=True))
 
     def _groups(self, removed: Mask) -> list[list[str]]:
         """The names of the weights that are in memory in turn: for the embedding, for each layer without those that
@@ -448,7 +455,10 @@ class _Tiles:
         own = [torch.empty(plan.tile, dtype=torch.uint8, device=device) for _ in range(plan.device_tiles)]
         self._ram = torch.empty(plan.ram_tiles, plan.tile, dtype=torch.uint8)
         self._held = [*own, *self._ram]
-        self._arrival = torch.empty(plan.tile if plan.spill else 0, dtype=torch.uint8)
+        self._at_home = len(own) if device.type != "cpu" else plan.ram_tiles
+        away = plan.tile if self._at_home < plan.tiles else 0
+        self._arrivals = [torch.empty(away, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._from_disk = torch.empty(plan.tile if plan.spill and device.type != "cpu" else 0, dtype=torch.uint8)
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self.bytes_read = self.bytes_written = 0
         try:
@@ -476,14 +486,21 @@ class _Tiles:
             written = os.pwrite(self._file.fileno(), data, offset)
             data, offset = data[written:], offset + written
 
-    def get(self, slot: int, shape: torch.Size) -> Tensor:
-        """The state on the device. The next `put` to the slot may overwrite it, and on a CPU the next `get`, too."""
+    def in_turn(self, slots: Sequence[int], shape: torch.Size) -> Generator[Tensor]:
+        """The states of slots on the device, one after another; the next one is on its way while one is in use. A `put`
+        to its own slot may overwrite a state."""
+        return in_turn(self._device, slots, self._arrivals, partial(self._get, shape))
+
+    def _get(self, shape: torch.Size, slot: int, arrival: Tensor) -> Tensor:
+        if slot < self._at_home:
+            return self._tensor(self._held[slot], shape)
+        target = self._tensor(arrival, shape)
         if slot < len(self._held):
-            return self._tensor(self._held[slot], shape).to(self._device, non_blocking=True)
-        found = self._tensor(self._arrival, shape)
+            return target.copy_(self._tensor(self._held[slot], shape), non_blocking=True)
+        found = target if self._device.type == "cpu" else self._tensor(self._from_disk, shape)
         read_into(self._file.fileno(), found, self._offset(slot), "the file of tiles")
         self.bytes_read += found.nbytes
-        return found.to(self._device)
+        return target if found is target else target.copy_(found)
 
     def close(self) -> None:
         accelerator.unpin(self._ram, self._device)

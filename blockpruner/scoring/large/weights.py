@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from blockpruner.core.errors import InputError
 from blockpruner.model import accelerator
 from blockpruner.model.models import kernel_options, usable
+from blockpruner.scoring.large.ahead import in_turn
 
 PIECE_BYTES = 4 * 2**20
 """So much of a weight is read at once, through one of two buffers if it needs another dtype or device."""
@@ -42,17 +41,6 @@ OTHERS = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Weights in memory."""
-
-    tensors: dict[str, Tensor]
-    slab: Tensor
-    """Where they are."""
-    arrived: Any
-    """The event, on a device."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +90,7 @@ class Weights:
 
     def load(self, names: Sequence[str]) -> None:
         """Read these weights into new memory, which is freed once all of them are dropped."""
-        self._use(self._read(names, self._slab(self.bytes(names)), None))
+        self._use(self._read(names, self._slab(self.bytes(names))))
 
     def in_turn(self, groups: Sequence[Sequence[str]], slabs: int) -> Generator[None]:
         """Have one group of weights after another in memory: each from when it is yielded until the next one is asked
@@ -111,32 +99,24 @@ class Weights:
         Args:
             slabs: pieces of memory, each as large as the largest group.
         """
-        size, to_read, reading = max(map(self.bytes, groups)), deque(groups), deque[Future[_Held]]()
-        free = deque((self._slab(size), accelerator.mark(self._device)) for _ in range(slabs))
-        pool = ThreadPoolExecutor(1, "weights", accelerator.begin_stream, (self._device,))
+        memory = [self._slab(max(map(self.bytes, groups))) for _ in range(slabs)]
         try:
-            for names in groups:
-                while free and to_read:
-                    reading.append(pool.submit(self._read, to_read.popleft(), *free.popleft()))
-                found = reading.popleft().result()
-                accelerator.follow(self._device, found.arrived)
-                self._use(found)
-                yield
-                self.drop(names)
-                free.append((found.slab, accelerator.mark(self._device)))
+            with closing(in_turn(self._device, groups, memory, self._read, self._stop)) as read:
+                for names, tensors in zip(groups, read, strict=True):
+                    self._use(tensors)
+                    yield
+                    self.drop(names)
         finally:
-            self._stops = True  # what is being read ends with its piece
-            pool.shutdown(cancel_futures=True)
             self._stops = False
-            accelerator.synchronize(self._device)
+
+    def _stop(self) -> None:
+        """What is being read ends with its piece."""
+        self._stops = True
 
     def _slab(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
-    @torch.inference_mode()
-    def _read(self, names: Sequence[str], slab: Tensor, free: Any) -> _Held:
-        """Read these weights into `slab` once it is free, which an event says."""
-        accelerator.follow(self._device, free)
+    def _read(self, names: Sequence[str], slab: Tensor) -> dict[str, Tensor]:
         start, tensors = 0, {}
         for name in sorted(names, key=lambda name: (self._stored[name][0].file, self._stored[name][0].offset)):
             empty, (stored, *others) = self._empty[name], self._stored[name]
@@ -148,10 +128,10 @@ class Weights:
             self._fill(target.view(-1), name)
             start += aligned(empty.nbytes + VECTOR)
             tensors[name] = target
-        return _Held(tensors, slab, accelerator.mark(self._device))
+        return tensors
 
-    def _use(self, held: _Held) -> None:
-        for name, tensor in held.tensors.items():
+    def _use(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
             for use in self.names[name]:
                 self._set(use, nn.Parameter(tensor, requires_grad=False))
 
