@@ -5,6 +5,7 @@
     python -m benchmarks.scoring growth                                     cost against layers, rows, vocabulary
     python -m benchmarks.scoring workers [n ...]                            Ray workers of one thread each
     python -m benchmarks.scoring small [layers]                             few short rows: several masks at once or one
+    python -m benchmarks.scoring streaming [layers] [shape]                 layers from disk: read ahead, or not
 
 Each prints Markdown and keeps its figures in data/benchmarks/ for `python -m benchmarks.plots`. `search` goes on where
 it was stopped. SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2`).
@@ -13,6 +14,7 @@ it was stopped. SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -38,6 +40,7 @@ from blockpruner.model.models import load_model, masked
 from blockpruner.paper.flops import Flops
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task
@@ -396,6 +399,55 @@ def show_small(found: dict[str, Any]) -> None:
         )
 
 
+def streaming(layers: int, shape: str) -> dict[str, Any]:
+    """Passes over a checkpoint that the system does not cache, with weights read ahead and without, in turns.
+
+    A pass scores the dense model and every layer's MLP removed over 2 rows of 128 tokens. A pass over one row of two
+    tokens shows what reading alone takes.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_model(shape, torch.float32, num_hidden_layers=layers).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        rows = random_rows(config["vocab_size"], 2, LENGTH)
+        masks = (DENSE, *(mask for mask in removable_units(layers, "block", "mlp")))
+        work = {"a pass": ([Task(range(2), masks)], rows), "reading alone": ([Task(range(1), (DENSE,))], [rows[0][:2]])}
+        engines = {slabs: StreamingEngine(folder, "float32", slabs=slabs) for slabs in (2, 1)}
+        seconds: dict[tuple[str, int], list[float]] = {(of, slabs): [] for of in work for slabs in engines}
+        found: dict[tuple[str, int], list[ScoredRows]] = {}
+        for turn in range(4):
+            for of, slabs in list(seconds)[:: 1 if turn % 2 else -1]:
+                for path in folder.glob("*.safetensors"):
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                started = time.perf_counter()
+                found[of, slabs] = list(engines[slabs].run(*work[of]))
+                seconds[of, slabs].append(time.perf_counter() - started)
+        plans = {slabs: engine.plan for slabs, engine in engines.items()}
+        points = [
+            {"of": of, "ahead": statistics.median(seconds[of, 2][1:]), "not": statistics.median(seconds[of, 1][1:]),
+             "gain": statistics.median(b / a for a, b in zip(seconds[of, 2][1:], seconds[of, 1][1:], strict=True)),
+             "same_bits": found[of, 2] == found[of, 1]}
+            for of in work
+        ]  # fmt: skip
+        read = {slabs: plan.slabs for slabs, plan in plans.items() if plan}
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"shape": shape, "layers": layers, "masks": len(masks), "bytes": size, "slabs": read, "points": points,
+            **setting()}  # fmt: skip
+
+
+def show_streaming(found: dict[str, Any]) -> None:
+    print(f"\n{found['layers']} layers of {found['shape']}, {found['bytes'] / 2**30:.2f} GiB in float32, "
+          f"{found['masks']} masks")  # fmt: skip
+    print("\n| | s, read ahead | s, not | gain | bits |\n|---|---:|---:|---:|---|")
+    for p in found["points"]:
+        same = "the same" if p["same_bits"] else "others"
+        print(f"| {p['of']} | {p['ahead']:.2f} | {p['not']:.2f} | {p['gain']:.3f}x | {same} |")
+    if found["slabs"] != {2: 2, 1: 1}:
+        print("\nThere was no memory to read ahead.")
+
+
 def main(arguments: Sequence[str]) -> int:
     command, *rest = arguments or ["help"]
     if command == "iteration":
@@ -417,6 +469,10 @@ def main(arguments: Sequence[str]) -> int:
     elif command == "small":
         found = small(int(rest[0]) if rest else 8)
         show_small(found)
+    elif command == "streaming":
+        found = streaming(int(rest[0]) if rest else 6, rest[1] if len(rest) > 1 else "llama2-7b")
+        write_json(RESULTS / "streaming.json", found)
+        show_streaming(found)
     else:
         print(__doc__)
         return 2

@@ -4,16 +4,22 @@ A tensor there wraps one of the CPU, which computes. Unlike that one it has a de
 devices raises, as CUDA's do. And it takes memory there: a device counts the bytes of storages that live and the most
 that ever lived, and raises torch's own error when an operation would go beyond its limit.
 
+A stream of its own (`Stream`) is as late as a device may be: a copy that need not block is made when an event behind it
+is waited for, from what its source holds then.
+
 Where they are hollow, tensors there have shapes and bytes but no values, as in torch's FakeTensorMode: a model of any
 size takes no memory. A number that is read is then 0, and a mask that picks is taken to pick everything.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -61,6 +67,44 @@ class Card:
 CARDS = (Card(), Card())
 
 
+class Stream:
+    """What a thread asks of a device. That of the main thread is done at once."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.late: deque[Callable[[], object]] = deque()
+        self.asked = 0
+        self.waited: list[Event] = []
+        """Events that came before what was asked next."""
+        self._lock = threading.Lock()
+
+    def ask(self, copy: Callable[[], object]) -> None:
+        self.late.append(copy)
+        self.asked += 1
+
+    def record_event(self) -> Event:
+        return Event(self, self.asked)
+
+    def wait_event(self, event: Event) -> None:
+        self.waited.append(event)
+        event.synchronize()
+
+    def do(self, number: int) -> None:
+        """All that was asked up to a number."""
+        with self._lock, torch.inference_mode():
+            while self.asked - len(self.late) < number:
+                self.late[0]()
+                self.late.popleft()
+
+
+@dataclass(frozen=True)
+class Event:
+    stream: Stream
+    number: int
+
+    def synchronize(self) -> None:
+        self.stream.do(self.number)
+
+
 class Module:
     """What `torch.cuda` is for CUDA. There are no devices unless `fake_devices` says so."""
 
@@ -68,6 +112,16 @@ class Module:
     here = 0
     hollow = False
     synchronized = 0
+    Stream = Stream
+
+    def __init__(self) -> None:
+        self.main, self.streams = Stream(), threading.local()
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return getattr(self.streams, "own", self.main)
+
+    def set_stream(self, stream: Stream) -> None:
+        self.streams.own = stream
 
     def is_initialized(self) -> bool:
         return True
@@ -207,6 +261,10 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     place = asked if asked is not None else wrapped[0].device
     if place.type == "gpu" and place.index is None:
         place = torch.device("gpu", 0)
+    stream = MODULE.current_stream()
+    if func is torch.ops.aten.copy_.default and stream is not MODULE.main and (*args, False)[2]:
+        stream.ask(partial(func, *inner_args))
+        return args[0]
     found = func(*inner_args, **inner_kwargs)
     if func is torch.ops.aten._to_copy.default and found is inner_args[0]:
         found = found.clone()

@@ -7,12 +7,13 @@ know no float64, in which losses are summed.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blockpruner.core.errors import StorageError
 from blockpruner.core.progress import stderr_observer
@@ -56,6 +57,49 @@ def free_memory(device: torch.device) -> int:
     module = _module(device)
     free, _ = module.mem_get_info(device)
     return int(free + module.memory_reserved(device) - module.memory_allocated(device))
+
+
+def begin_stream(device: torch.device) -> None:
+    """Have what this thread asks of a device run beside what other threads ask of it; nothing on a CPU."""
+    if device.type != "cpu":
+        module = _module(device)
+        module.set_stream(module.Stream(device))
+
+
+def mark(device: torch.device) -> Any:
+    """An event: all that this thread has asked of a device is done. None on a CPU, where it is done at once."""
+    return None if device.type == "cpu" else _module(device).current_stream(device).record_event()
+
+
+def follow(device: torch.device, event: Any) -> None:
+    """Have what this thread asks of a device from now on begin after an event; the thread does not wait."""
+    if event is not None:
+        _module(device).current_stream(device).wait_event(event)
+
+
+def pin(tensor: Tensor, device: torch.device) -> None:
+    """Let CUDA read and write a tensor of main memory by itself from now on, until `unpin`.
+
+    torch's own pinned memory takes a power of two of bytes, up to twice what is asked for, and torch keeps it. Where
+    memory cannot be pinned, copies are slower.
+    """
+    if device.type == "cuda" and tensor.numel():
+        try:
+            torch.cuda.check_error(_cuda().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+        except RuntimeError:
+            with suppress(RuntimeError):  # CUDA reports an error once more, at the next kernel
+                torch.zeros(1, device=device)
+
+
+def unpin(tensor: Tensor, device: torch.device) -> None:
+    """Wait for the device, and undo `pin`."""
+    if device.type == "cuda" and tensor.numel():
+        synchronize(device)
+        _cuda().cudaHostUnregister(tensor.data_ptr())
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def reset_peak(device: torch.device) -> None:

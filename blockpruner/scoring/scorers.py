@@ -102,12 +102,12 @@ def local_scorer(
 
     model = load_model(checkpoint, dtype, runtime.device, trust_remote_code, runtime.attention)
     if runtime.compile:
-        _compile_(model)
+        _compile_(model, is_split=runtime.device == "split")
     return Engine(model, runtime.batch_tokens)
 
 
-def _compile_(model: PreTrainedModel) -> None:
-    """Compile each block's norm and module in place.
+def _compile_(model: PreTrainedModel, is_split: bool = False) -> None:
+    """Compile each block's norm and module in place, for the engine, which moves states between devices itself.
 
     Layers share their graphs, since weights are inputs of a graph: 30 layers take 6 graphs, two for each kind of
     module, and torch's limit is 8 recompilations. Shapes are dynamic from the start: with torch's default the kernel,
@@ -116,6 +116,11 @@ def _compile_(model: PreTrainedModel) -> None:
     from blockpruner.model.models import decoder_layers, model_family
 
     family, layers = model_family(model), decoder_layers(model)
+    if is_split:
+        from accelerate.hooks import remove_hook_from_module
+
+        for layer in layers:  # a hook of accelerate, at every linear map, would break the graph
+            remove_hook_from_module(layer, recurse=True)
     for layer in layers:
         for branch in map(family.branch, BlockKind):
             for name in (*branch.norms, branch.module):

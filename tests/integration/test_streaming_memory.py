@@ -18,7 +18,7 @@ import pytest
 import torch
 
 MIB = 2**20
-ROOM = 140 * MIB  # of the limit, beside what importing takes; the plan asks for 109 MiB of it, one layer is 58
+ROOM = 200 * MIB  # of the limit, beside what importing takes; the plan asks for 167 MiB of it, two layers are 116
 HIDDEN, INNER, VOCABULARY, TOKENS = 1024, 3584, 512, 16
 LAYER_BYTES = 4 * HIDDEN * (4 * HIDDEN + 3 * INNER)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
@@ -184,7 +184,7 @@ def test_three_times_the_memory(tmp_path):
     kind = subprocess.run(["stat", "-f", "-c", "%T", gettempdir()], capture_output=True, text=True, check=True).stdout
     if kind.strip() in ("tmpfs", "ramfs"):
         pytest.skip(f"{gettempdir()} is in memory, so nothing can be spilled to it; set TMPDIR to a folder on a disk")
-    limit = imports() + ROOM  # 287 MiB with a torch for the CPU; it differs by machine and by release
+    limit = imports() + ROOM  # some 350 MiB with a torch for the CPU; it differs by machine and by release
     layers = 3 * limit // LAYER_BYTES + 1
     with memory_cgroup(limit) as group, TemporaryDirectory(dir=tmp_path) as name:  # too large for pytest to keep
         checkpoint = Path(name)
@@ -199,7 +199,7 @@ def test_three_times_the_memory(tmp_path):
     assert streamed["table"] == expected["table"]
     assert len(streamed["table"]) == (1 + 2 * layers) + len(range(0, 1 + 2 * layers, 9))
     assert not streamed["mapped"]
-    assert streamed["spill_read"] > 0
+    assert streamed["spill_read"] > 0 and "the next layer is read ahead" in streamed["notes"][0]
     assert 0.95 * size <= streamed["read"] - streamed["spill_read"] <= 1.1 * size
     assert streamed["available"] < limit
     assert streamed["measured"] <= streamed["predicted"] <= streamed["measured"] + 64 * MIB

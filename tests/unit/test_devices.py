@@ -30,7 +30,7 @@ from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.budgets import parse_budget
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import HubTexts, Latency, Recover, Speed
+from blockpruner.core.settings import HubTexts, Latency, Recover, Runtime, Speed
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
@@ -50,11 +50,14 @@ from blockpruner.recovery.loss import TrainingLoss
 from blockpruner.recovery.training import recover_
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.large import streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
+from blockpruner.scoring.scorers import local_scorer
 from blockpruner.scoring.work import Task, live_numbers
 from blockpruner.store.files import read_json
 from blockpruner.store.locks import this_process
+from tests import fake_devices as made_up
 from tests.fake_devices import MODULE, SETUP, attention_without_scores, fake_devices
 from tests.golden import unverified
 from tests.plans import fetch_tiny, healed_of, plan_of, pruning
@@ -255,6 +258,96 @@ def test_streaming_runs_on_a_device(variant, checkpoints):
         found = list(StreamingEngine(checkpoints(variant), "float64").run(tasks, ROWS))
     assert [unit.mask for unit in found] == [unit.mask for unit in expected]
     assert flat([unit.loss for unit in found]) == pytest.approx(flat([unit.loss for unit in expected]), rel=1e-9)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_compiled_split_has_no_hooks_in_its_layers(variant, checkpoints, monkeypatch):
+    """Each would break a graph. What they do, the engine does."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
+    tasks, hooks = [Task(range(4), (DENSE, MASK), METRICS["js"])], []
+    expected = [unit.loss for unit in Engine(load_model(checkpoints(variant), "float64", "cpu"), 40).run(tasks, ROWS)]
+    with fake_devices():
+        for compiled in (False, True):
+            runtime = Runtime(device="split", batch_tokens=40, compile=compiled)
+            engine = local_scorer(checkpoints(variant), "float64", runtime, False, print)
+            hooks.append(sum("_hf_hook" in vars(part) for layer in engine._layers for part in layer.modules()))
+        found = [unit.loss for unit in engine.run(tasks, ROWS)]
+    assert hooks[0] > hooks[1] == 0
+    assert flat(found) == pytest.approx(flat(expected), rel=tolerance(variant), abs=tolerance(variant))
+
+
+ASKS = {
+    torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "js"])
+def test_candidates_ask_a_device_for_no_number(metric, checkpoints, monkeypatch):
+    """It would have to be done before the answer comes. Rows are of different lengths; the first task is dense."""
+    asked, run = [], made_up.run
+
+    def watched(func, args, kwargs):
+        indices = args[1] if func.__name__.startswith("index") and isinstance(args[1], list | tuple) else ()
+        if func in ASKS or any(index is not None and index.dtype is torch.bool for index in indices):
+            asked.append(func)
+        return run(func, args, kwargs)
+
+    with fake_devices(1):
+        engine = Engine(load_model(checkpoints("llama"), "float64"), 40)
+        prepare = engine._prepare
+        monkeypatch.setattr(engine, "_prepare", lambda ids: (prepare(ids), asked.clear())[0])
+        monkeypatch.setattr(made_up, "run", watched)
+        units = list(engine.run([Task(range(4), (DENSE, MASK), METRICS[metric])], ROWS))
+        assert len(units) == 2 and not asked
+        (torch.ones(2, device="gpu:0") > 0).nonzero()
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize("slabs", [1, 2])
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
+def test_streamed_weights_arrive_before_they_are_used_and_after_others_are_done(variant, slabs, tmp_path, monkeypatch):
+    """Copies are as late as they may be, and pass through the two buffers many times."""
+    monkeypatch.setattr(weights, "PIECE_BYTES", 1000)
+    tiny_model(variant, 4, torch.bfloat16).save_pretrained(tmp_path)
+    tasks = [Task(range(4), (DENSE, MASK, parse_mask("mha.1")))]
+    with fake_devices(1):
+        expected = list(Engine(load_model(tmp_path, "float32"), 40).run(tasks, ROWS))
+        engine, streams = StreamingEngine(tmp_path, "float32", slabs=slabs), []
+        monkeypatch.setattr(MODULE, "set_stream", lambda s: streams.append(s) or setattr(MODULE.streams, "own", s))
+        found = list(engine.run(tasks, ROWS))
+    assert sorted(map(str, found)) == sorted(map(str, expected))
+    stream, *of_tiles = streams
+    assert not any(each.late for each in of_tiles)
+    # a group waits until that which was in its slab is dropped
+    assert len(stream.waited) == len(engine._groups(DENSE)) and not stream.late
+    assert all(event.stream is MODULE.main for event in stream.waited)
+
+
+@pytest.mark.parametrize(("room", "places"), [(10**9, (9, 0, 0)), (0.5, (4, 5, 0)), (0.5, (4, 2, 3)), (0, (0, 2, 7))])
+def test_tiles_lie_on_the_device_first_and_within_the_plan(room, places, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "is_in_memory", lambda place: False)
+    tiny_model("llama", 4).save_pretrained(tmp_path)
+    rows, masks = [tuple(range(r, r + 32)) for r in range(4)], (DENSE, *(frozenset({block}) for block in all_blocks(4)))
+    tasks = [Task(range(4), masks)]
+    expected = {unit.mask: unit.loss for unit in Engine(load_model(tmp_path, "float64", "cpu"), 128).run(tasks, rows)}
+    with fake_devices(1) as (card,):
+        tile = 4 * 32 * 32 * 8
+        ram = None if places[2] == 0 else places[1] * tile
+        slabs = 1 if places[2] else 2  # no weights are read ahead where that sends tiles to the disk
+        engine = StreamingEngine(tmp_path, "float64", batch_tokens=128, tile_memory=ram, slabs=slabs)
+        plan = engine.plan_of(tasks, rows)
+        least = plan.device_needed - plan.device_tiles * tile
+        gc.collect()
+        card.limit = int(card.live + least + room * 9 * tile / streaming.TILE_SHARE)
+        MODULE.reset_peak_memory_stats(0)
+        before = card.live
+        found = {unit.mask: unit.loss for unit in engine.run(tasks, rows)}
+        plan = engine.plan
+    assert found.keys() == expected.keys()
+    assert [found[mask] for mask in masks] == [pytest.approx(expected[mask], rel=1e-9) for mask in masks]
+    assert (plan.device_tiles, plan.ram_tiles, plan.tiles - plan.device_tiles - plan.ram_tiles) == places
+    assert plan.device_needed / 3 <= card.peak - before <= plan.device_needed
+    assert f"{places[0]} on the device, {places[1]} in memory and {places[2]} on" in next(plan.lines())
 
 
 @pytest.mark.gpu

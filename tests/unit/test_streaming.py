@@ -6,6 +6,8 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -280,13 +282,129 @@ def test_too_little_memory_is_refused_before_reading(tmp_path, monkeypatch):
 
 
 def test_tiles_go_to_disk_when_memory_is_short(tmp_path, monkeypatch, disk):
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu")
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", slabs=1)
     rows = make_rows([16])
     expected = score_all(engine, sweep(), rows)
     least = engine.plan.needed - engine.plan.tiles * engine.plan.tile
     monkeypatch.setattr(streaming, "available_memory", lambda: least + 5 * engine.plan.tile // 2)
     assert score_all(engine, sweep(), rows) == expected
     assert engine.plan.ram_tiles == 2 and engine.plan.needed <= engine.plan.available
+
+
+@pytest.mark.parametrize(("spare", "slabs", "on_disk"), [(100, 2, 0), (-100, 1, 0), (-(10**5), 1, 9)])
+def test_weights_are_read_ahead_where_there_is_room(tmp_path, monkeypatch, disk, spare, slabs, on_disk):
+    """A second layer's weights send no tile to the disk. Those of a layer are larger than all tiles."""
+    engine, rows = StreamingEngine(save(tmp_path, intermediate_size=400), "float64", device="cpu"), make_rows([16])
+    expected = score_all(engine, sweep(), rows)
+    plan = engine.plan
+    tiles, one = plan.tiles * plan.tile, StreamingEngine(tmp_path, "float64", device="cpu", slabs=1)
+    score_all(one, sweep(), rows)
+    assert plan.needed - one.plan.needed == engine._weights.bytes(engine._groups(DENSE)[1]) > 10 * tiles / 9
+    enough = plan.needed - tiles + int(tiles / 0.9)
+    enough = one.plan.needed - tiles if spare == -(10**5) else enough + spare
+    monkeypatch.setattr(streaming, "available_memory", lambda: enough)
+    assert score_all(engine, sweep(), rows) == expected
+    assert (engine.plan.slabs, engine.plan.spill) == (slabs, on_disk * plan.tile)
+    assert engine.plan.needed <= enough
+
+
+@pytest.mark.parametrize("slabs", [1, 2])
+def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch, slabs):
+    """With two slabs a layer's last block waits until the next weights are being read, from a slow file."""
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", slabs=slabs)
+    expected = score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), make_rows([16]))
+    groups, log, read = engine._groups(DENSE), [], os.preadv
+    begun = [threading.Event() for _ in groups]
+    read_group, block = engine._weights._read, engine._block
+
+    def reading(names, *rest):
+        if names in groups:
+            begun[groups.index(names)].set()
+        return read_group(names, *rest)
+
+    def slow(*arguments):
+        time.sleep(0.002)
+        return read(*arguments)
+
+    def computing(which, *rest):
+        following = begun[which.layer + 2]  # before a layer there are the embedding's weights
+        assert following.wait(60) if slabs == 2 else not following.is_set()
+        log.append(which)
+        return block(which, *rest)
+
+    monkeypatch.setattr(engine._weights, "_read", reading)
+    monkeypatch.setattr(engine, "_block", computing)
+    monkeypatch.setattr(os, "preadv", slow)
+    assert score_all(engine, sweep(), make_rows([16])) == expected
+    assert set(log) == set(all_blocks(4))
+
+
+def test_a_tile_is_read_while_the_one_before_is_in_use(tmp_path, monkeypatch, disk):
+    """Before a state is handed out the next one is being read."""
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
+    expected = score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), make_rows([16]))
+    states, get, seen = streaming._Tiles.in_turn, streaming._Tiles._get, []
+
+    def watched(tiles, slots, shape):
+        tiles.begun = [threading.Event() for _ in slots]
+        for number, state in enumerate(states(tiles, slots, shape)):
+            assert number + 1 == len(slots) or tiles.begun[number + 1].wait(60)
+            seen.append(number)
+            yield state
+
+    def begun(tiles, shape, slot, arrival):
+        next(event for event in tiles.begun if not event.is_set()).set()
+        return get(tiles, shape, slot, arrival)
+
+    monkeypatch.setattr(streaming._Tiles, "in_turn", watched)
+    monkeypatch.setattr(streaming._Tiles, "_get", begun)
+    assert score_all(engine, sweep(), make_rows([16])) == expected
+    assert max(seen) > 5 and engine.spill_bytes_read > 0
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_a_file_that_is_cut_meanwhile_is_named(tmp_path):
+    engine = StreamingEngine(save(tmp_path, shard="60KB"), "float64", device="cpu")
+    places = json.loads((tmp_path / "model.safetensors.index.json").read_bytes())["weight_map"]
+    file = tmp_path / places["model.layers.2.mlp.up_proj.weight"]
+    os.truncate(file, 4000)
+    with pytest.raises(InputError, match=rf"^{file} ends at byte 4000, before its last tensor does; fetch"):
+        score_all(engine, sweep(), make_rows([16]))
+    assert not readers() and all(parameter.is_meta for parameter in engine._model.parameters())
+
+
+def test_a_pass_that_is_left_ends_with_the_piece_that_is_read(tmp_path, monkeypatch):
+    """The second layer's first piece; the next pass reads all anew."""
+    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)
+    engine, rows, late = StreamingEngine(save(tmp_path), "float64", device="cpu"), make_rows([16]), []
+    weights, block, read = engine._weights, engine._block, os.preadv
+    before = weights.stored_bytes([*engine._kept, *engine._groups(DENSE)[0], *engine._groups(DENSE)[1]])
+    begun = threading.Event()
+
+    def fail(*arguments):
+        begun.wait(60)
+        raise KeyboardInterrupt
+
+    def held(*arguments):
+        if weights.bytes_read >= before:
+            begun.set()
+            late.append(arguments)
+            for _ in range(6000):
+                if not weights._stops:
+                    time.sleep(0.01)
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_block", fail)
+        patch.setattr(os, "preadv", held)
+        with pytest.raises(KeyboardInterrupt):
+            score_all(engine, sweep(), rows)
+    assert len(late) == 1 and not readers()
+    assert block == engine._block
+    assert score_all(engine, sweep(), rows) == score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), rows)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ is the same to the bit. Only the order differs, breadth first instead of depth f
     for each layer: read its weights; advance every distinct state (masks that agree so far share one); drop them
     for every state: norm, head, loss
 
-A state at rest is a tile [B, T, H]. Tiles stay in RAM while there is room; the others go to an unlinked file in
-TMPDIR. Weights are read with `preadv` into the memory they are used from, never mapped; those of blocks that every
-mask removes are not read. The pass is planned in bytes before the first weight is read, and refused if it cannot fit.
+The next weights, if there is room for them, and the next state are fetched meanwhile (`ahead`). A state at rest is a
+tile [B, T, H]. Tiles stay on the device while there is room, then in RAM; the others go to an unlinked file in TMPDIR.
+Weights are read with `preadv` into the memory they are used from, never mapped; those of blocks that every mask removes
+are not read. The pass is planned in bytes before the first weight is read, and refused if it cannot fit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -34,6 +36,7 @@ from blockpruner.model.models import resolve_device
 from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.forward import LayerKwargs, joined, map_tensors
+from blockpruner.scoring.large.ahead import in_turn
 from blockpruner.scoring.large.memory import available_memory, is_in_memory, resident_memory
 from blockpruner.scoring.large.weights import Weights, aligned, memory_of, read_into, skeleton
 from blockpruner.scoring.walk import runs, walk
@@ -57,14 +60,18 @@ class PassPlan:
     weights_read: int
     weights_held: int
     """At most at once, in the dtype of scoring."""
+    slabs: int
+    """How many layers' weights are held: of two, one is being read while the other computes."""
     working: int
     """For one state, in addition to weights and tiles."""
     tile: int
     """One state at rest."""
     tiles: int
     """The largest number of states at rest."""
+    device_tiles: int
+    """How many of them are in the device's own memory; 0 on a CPU."""
     ram_tiles: int
-    """How many of them are in RAM."""
+    """How many are in RAM."""
     resident: int
     """What the process holds already."""
     needed: int
@@ -81,7 +88,7 @@ class PassPlan:
     @property
     def spill(self) -> int:
         """Bytes of tiles on disk."""
-        return (self.tiles - self.ram_tiles) * self.tile
+        return (self.tiles - self.device_tiles - self.ram_tiles) * self.tile
 
     @property
     def peak(self) -> int:
@@ -89,10 +96,12 @@ class PassPlan:
         return self.resident + self.needed
 
     def lines(self) -> Iterator[str]:
+        held = f"{_size(self.weights_held)} held at once{' (the next layer is read ahead)' if self.slabs > 1 else ''}"
+        on_device = f"{self.device_tiles} on the device, " if self.device_needed else ""
         yield (
-            f"streaming: {_size(self.weights_read)} of weights read in one pass, {_size(self.weights_held)} held at "
-            f"once, {_size(self.working)} to work in; {self.tiles} states of {_size(self.tile)}, {self.ram_tiles} in "
-            f"memory and {self.tiles - self.ram_tiles} on disk"
+            f"streaming: {_size(self.weights_read)} of weights read in one pass, {held}, {_size(self.working)} to work "
+            f"in; {self.tiles} states of {_size(self.tile)}, {on_device}{self.ram_tiles} in memory and "
+            f"{self.tiles - self.device_tiles - self.ram_tiles} on disk"
         )
         device = f", device {_size(self.device_needed)} of {_size(self.device_available)}" if self.device_needed else ""
         yield (
@@ -101,9 +110,10 @@ class PassPlan:
             f"{_size(self.spill_free)} free in {self.spill_place}"
         )
 
-    def check(self) -> None:
-        """Raise DeviceMemoryError if the pass cannot fit."""
-        short = [
+    @property
+    def short(self) -> list[str]:
+        """What the pass cannot have."""
+        return [
             f"{_size(needed)} of {what}, and {_size(there)} are free"
             for what, needed, there in (
                 ("memory", self.needed, self.available),
@@ -112,11 +122,14 @@ class PassPlan:
             )
             if needed > there
         ]
-        if short:
+
+    def check(self) -> None:
+        """Raise DeviceMemoryError if the pass cannot fit."""
+        if self.short:
             raise DeviceMemoryError(
-                f"a streamed pass needs {'; '.join(short)} (weights at once {_size(self.weights_held)}, working set "
-                f"{_size(self.working)}, {self.tiles} states of {_size(self.tile)}, {self.ram_tiles} in memory). Lower "
-                f"runtime.batch_tokens (now {self.batch_tokens}), calibration.num_samples or calibration.seq_len, set "
+                f"a streamed pass needs {'; '.join(self.short)} (weights at once {_size(self.weights_held)}, working "
+                f"set {_size(self.working)}, {self.tiles} states of {_size(self.tile)}). Lower runtime.batch_tokens "
+                f"(now {self.batch_tokens}), calibration.num_samples or calibration.seq_len, set "
                 "TMPDIR to a directory on a larger disk, or choose another runtime.device. Nothing was read"
             )
 
@@ -144,6 +157,7 @@ class StreamingEngine(Engine):
         advance: receives the layers done, their number, and the last one's name.
         tile_memory: most bytes of RAM for tiles; None allows nine tenths of what is left.
         memory: bytes of main memory that a pass may take; None allows all that is free.
+        slabs: how many layers' weights are in memory at most; of two, one is read while the other computes.
 
     Attributes:
         plan: the plan of the last pass.
@@ -166,10 +180,11 @@ class StreamingEngine(Engine):
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         tile_memory: int | None = None,
         memory: int | None = None,
+        slabs: int = 2,
     ) -> None:
         if sys.platform != "linux":
             raise InputError("runtime.streaming: true needs Linux, where the free memory can be known; set it to false")
-        self._memory = memory
+        self._memory, self._slabs = memory, slabs
         self._place = resolve_device(device)
         model = skeleton(checkpoint, dtype, self._place, attention, trust_remote_code)
         super().__init__(model, 1)
@@ -185,10 +200,7 @@ class StreamingEngine(Engine):
             if name not in self._after and any(use.startswith((norm, head)) for use in weights.names[name])
         ]
         self._before = [name for name in outer if name not in self._after and name not in self._kept]
-        held = weights.bytes(self._kept) + max(
-            map(weights.bytes, (self._before, self._after, *self._layer_names(DENSE)))
-        )
-        self._set_batch_tokens(batch_tokens, held)
+        self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE), slabs))
         self.plan: PassPlan | None = None
         self.spill_bytes_read = self.spill_bytes_written = 0
 
@@ -229,12 +241,14 @@ class StreamingEngine(Engine):
         for line in plan.lines():
             self._note(line)
         plan.check()
-        tiles = _Tiles(plan, self._head.weight.dtype, self._place)
         free = available_memory()
         workers = 1 if self._memory is None else max(1, free // self._memory)  # of equal shares, with one page cache
         self._weights.forget = plan.weights_read > free - workers * plan.needed
         try:
-            yield from self._pass(tasks, rows, tiles)
+            with closing(_Tiles(plan, self._head.weight.dtype, self._place)) as tiles:
+                yield from self._pass(tasks, rows, tiles)
+                self.spill_bytes_read += tiles.bytes_read
+                self.spill_bytes_written += tiles.bytes_written
         except RuntimeError as error:
             if not accelerator.is_out_of_memory(error):
                 raise
@@ -244,30 +258,29 @@ class StreamingEngine(Engine):
             ) from None
         finally:
             self._weights.drop(self._weights.names)
-            self.spill_bytes_read += tiles.bytes_read
-            self.spill_bytes_written += tiles.bytes_written
-            tiles.close()
 
     def _pass(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> Iterator[ScoredRows]:
-        works = self._embedded(tasks, rows, tiles)
-        layers = self._layer_names(_removed(tasks))
-        slab = self._weights.slab(max(map(self._weights.bytes, layers)))
-        for layer, names in enumerate(layers):
-            self._weights.load(names, slab)
+        assert self.plan is not None
+        self._weights.load(self._kept)
+        with closing(self._weights.in_turn(self._groups(_removed(tasks)), self.plan.slabs)) as weights:
+            next(weights)
+            works = self._embedded(tasks, rows, tiles)
+            for layer in range(self.layers):
+                next(weights)
+                for work in works:
+                    work.states = list(self._advanced(layer, work, tiles))
+                self._advance(layer + 1, self.layers, f"layer {layer}")
+            next(weights)
             for work in works:
-                work.states = list(self._advanced(layer, work, tiles))
-            self._weights.drop(names)
-            self._advance(layer + 1, self.layers, f"layer {layer}")
-        del slab
-        self._weights.load(self._after)
-        for work in works:
-            states = ((masks, tiles.get(slot, work.shape)) for masks, slot in work.states)
-            launched = (self._launched(masks, state, work.batch, work.task, rows) for masks, state in states)
-            yield from self._values(launched, work.task)
+                all_masks, slots = zip(*work.states, strict=True)
+                with closing(tiles.in_turn(slots, work.shape)) as states:
+                    launched = (
+                        self._launched(masks, state, work.batch, work.task, rows)
+                        for masks, state in zip(all_masks, states, strict=True)
+                    )
+                    yield from self._values(launched, work.task)
 
     def _embedded(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> list[_Work]:
-        self._weights.load(self._kept)
-        self._weights.load(self._before)
         works, distinct = [], _Distinct()
         for task in tasks:
             batch = self._batch([rows[i] for i in task.span])
@@ -276,30 +289,32 @@ class StreamingEngine(Engine):
             tiles.put(slot, hidden)
             layer_kwargs = tuple(map_tensors(kwargs, distinct) for kwargs in layer_kwargs)
             works.append(_Work(task, batch, hidden.shape, layer_kwargs, [(task.masks, slot)]))
-        self._weights.drop(self._before)
         return works
 
     def _advanced(self, layer: int, work: _Work, tiles: _Tiles) -> Iterator[tuple[Sequence[Mask], int]]:
         """The states of a task after a layer. Among those that come from one state, one takes over its slot."""
         per_layer = len(self._steps) // self.layers
         steps = self._steps[layer * per_layer : (layer + 1) * per_layer]
-        for masks, slot in work.states:
-            groups, ran = zip(*runs(steps, masks), strict=True)
-            unchanged = not ran[0]  # the first group keeps the fewest blocks, perhaps none
-            fresh = [tiles.new() for _ in groups[1:]]
-            # only the last result goes over the old state, when nothing more is computed from it
-            slots = [slot, *fresh] if unchanged else [*fresh, slot]
-            if fresh or not unchanged:
-                hidden = tiles.get(slot, work.shape)
-                results = walk(steps, masks, hidden, partial(self._added, work.batch, work.layer_kwargs, 1), joined)
-                for target, (_, result) in zip(slots, results, strict=True):
-                    if result is not hidden:
-                        tiles.put(target, result)
-            yield from zip(groups, slots, strict=True)
+        # of each state the groups of masks that leave it; the first one keeps the fewest blocks, perhaps none
+        branches = [(masks, slot, list(runs(steps, masks))) for masks, slot in work.states]
+        used = [slot for _, slot, ((_, ran), *others) in branches if ran or others]
+        with closing(tiles.in_turn(used, work.shape)) as states:
+            for masks, slot, groups in branches:
+                fresh = [tiles.new() for _ in groups[1:]]
+                # only the last result goes over the old state, when nothing more is computed from it
+                slots = [*fresh, slot] if groups[0][1] else [slot, *fresh]
+                if slot in used:
+                    hidden = next(states)
+                    results = walk(steps, masks, hidden, partial(self._added, work.batch, work.layer_kwargs, 1), joined)
+                    for target, (_, result) in zip(slots, results, strict=True):
+                        if result is not hidden:
+                            tiles.put(target, result)
+                yield from ((group, target) for (group, _), target in zip(groups, slots, strict=True))
 
-    def _layer_names(self, removed: Mask) -> list[list[str]]:
-        """For each layer the names of its weights, without those that only blocks of `removed` use."""
-        result = []
+    def _groups(self, removed: Mask) -> list[list[str]]:
+        """The names of the weights that are in memory in turn: for the embedding, for each layer without those that
+        only blocks of `removed` use, and for the head."""
+        result = [self._before]
         for layer in range(self.layers):
             prefix = f"{self._family.layers}.{layer}."
             gone, used = set[str](), set[str]()
@@ -308,54 +323,66 @@ class StreamingEngine(Engine):
             unread = tuple(gone - used)
             names = self._weights.names
             result.append([name for name in names if name.startswith(prefix) and not name.startswith(unread)])
-        return result
+        return [*result, self._after]
+
+    def _held(self, groups: Sequence[Sequence[str]], slabs: int) -> int:
+        """Bytes of weights at once."""
+        return self._weights.bytes(self._kept) + slabs * max(map(self._weights.bytes, groups))
 
     def _modules(self, layer: int, kind: BlockKind) -> list[str]:
         branch = self._family.branch(kind)
         return [f"{self._family.layers}.{layer}.{name}." for name in (branch.module, *branch.norms)]
 
     def plan_of(self, tasks: Sequence[Task], rows: Rows) -> PassPlan:
-        """Plan a pass over these tasks; nothing is read."""
+        """Plan a pass over these tasks; nothing is read.
+
+        Weights are read ahead where that sends no tile to the disk.
+        """
+        *ahead, least = (self._plan(tasks, rows, slabs) for slabs in range(self._slabs, 0, -1))
+        return next((plan for plan in ahead if not plan.short and plan.spill <= least.spill), least)
+
+    def _plan(self, tasks: Sequence[Task], rows: Rows, slabs: int) -> PassPlan:
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
         compared = any(task.metric.reference for task in tasks)
         tokens = sum(len(rows[i]) for i in {i for task in tasks for i in task.span}) if compared else 0
         tile = aligned(max(batch * length for batch, length in shapes) * hidden * item)
         tiles = sum(len(set(task.masks)) for task in tasks)
-        layers, size = self._layer_names(_removed(tasks)), self._weights.bytes
-        carried = size(self._kept) + self._argument_bytes(set(shapes))
+        groups, has_own = self._groups(_removed(tasks)), self._place.type != "cpu"
+        working = max(
+            max(self._embedding_bytes(shape), self._layer_bytes(shape), self._loss_bytes(shape, compared))
+            for shape in shapes
+        )
         spare = 2 * tile  # a tile on its way from or to another place
-        phases = (  # weights, working memory, tiles at rest
-            (size(self._before), max(map(self._embedding_bytes, shapes)), len(tasks)),
-            (max(map(size, layers)), max(map(self._layer_bytes, shapes)), tiles),
-            (size(self._after), max(self._loss_bytes(shape, compared) for shape in shapes), tiles),
-        )
-        on_device = [carried + weights + working + spare for weights, working, _ in phases]
+        weights_held = self._held(groups, slabs)
+        at_once = weights_held + self._argument_bytes(set(shapes)) + working + spare
         fixed = SCRATCH_BYTES + self._weights.staging.nbytes + spare + tokens * hidden * item  # those kept of the dense
-        on_host = [fixed + (need if self._place.type == "cpu" else 0) for need in on_device]
-        available = available_memory()
+        on_device, on_host = (at_once, fixed) if has_own else (0, fixed + at_once)
+        device_available, available = accelerator.free_memory(self._place) if has_own else 0, available_memory()
         available = available if self._memory is None else min(available, self._memory)
-        ram_tiles = tiles if self._tile_memory is None else min(tiles, self._tile_memory // tile)
-        for need, (_, _, resting) in zip(on_host, phases, strict=True):
-            room = int(TILE_SHARE * max(0, available - need)) // tile
-            ram_tiles = min(ram_tiles, room) if room < resting else ram_tiles
-        needed = max(
-            need + min(ram_tiles, resting) * tile for need, (_, _, resting) in zip(on_host, phases, strict=True)
-        )
+
+        def fitting(left: int, room: int) -> int:
+            return min(left, int(TILE_SHARE * max(0, room)) // tile)
+
+        device_tiles = fitting(tiles, device_available - on_device)
+        ram_tiles = fitting(tiles - device_tiles, available - on_host)
+        if self._tile_memory is not None:
+            ram_tiles = min(ram_tiles, self._tile_memory // tile)
         place = tempfile.gettempdir()
-        has_own = self._place.type != "cpu"
         return PassPlan(
-            weights_read=self._weights.stored_bytes([*self._before, *self._kept, *self._after, *chain(*layers)]),
-            weights_held=size(self._kept) + max(weights for weights, _, _ in phases),
-            working=max(working for _, working, _ in phases),
+            weights_read=self._weights.stored_bytes([*self._kept, *chain(*groups)]),
+            weights_held=weights_held,
+            slabs=slabs,
+            working=working,
             tile=tile,
             tiles=tiles,
+            device_tiles=device_tiles,
             ram_tiles=ram_tiles,
             resident=resident_memory(),
-            needed=needed,
+            needed=on_host + ram_tiles * tile,
             available=available,
-            device_needed=max(on_device) if has_own else 0,
-            device_available=accelerator.free_memory(self._place) if has_own else 0,
+            device_needed=on_device + device_tiles * tile,
+            device_available=device_available,
             spill_place=place,
             spill_free=0 if is_in_memory(place) else shutil.disk_usage(place).free,
             batch_tokens=self._batch_tokens,
@@ -421,12 +448,17 @@ class _Distinct:
 
 
 class _Tiles:
-    """States at rest, in slots: the first `plan.ram_tiles` in RAM, the others in an unlinked file."""
+    """States at rest, in slots: the first ones on the device, the next in RAM, the others in an unlinked file."""
 
     def __init__(self, plan: PassPlan, dtype: torch.dtype, device: torch.device) -> None:
         self._size, self._dtype, self._device, self._used = plan.tile, dtype, device, 0
+        own = [torch.empty(plan.tile, dtype=torch.uint8, device=device) for _ in range(plan.device_tiles)]
         self._ram = torch.empty(plan.ram_tiles, plan.tile, dtype=torch.uint8)
-        self._arrival = torch.empty(plan.tile if plan.spill else 0, dtype=torch.uint8)
+        self._held = [*own, *self._ram]
+        self._at_home = len(own) if device.type != "cpu" else plan.ram_tiles
+        away = plan.tile if self._at_home < plan.tiles else 0
+        self._arrivals = [torch.empty(away, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._from_disk = torch.empty(plan.tile if plan.spill and device.type != "cpu" else 0, dtype=torch.uint8)
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self.bytes_read = self.bytes_written = 0
         try:
@@ -437,14 +469,15 @@ class _Tiles:
                 f"no {_size(plan.spill)} for tiles in {plan.spill_place}: {error.strerror}; free space there, or set "
                 "TMPDIR to a directory on a larger disk"
             ) from error
+        accelerator.pin(self._ram, device)
 
     def new(self) -> int:
         self._used += 1
         return self._used - 1
 
     def put(self, slot: int, hidden: Tensor) -> None:
-        if slot < len(self._ram):
-            self._tensor(self._ram[slot], hidden.shape).copy_(hidden)
+        if slot < len(self._held):
+            self._tensor(self._held[slot], hidden.shape).copy_(hidden, non_blocking=True)
             return
         data = memory_of(hidden.cpu().contiguous())
         self.bytes_written += len(data)
@@ -453,20 +486,28 @@ class _Tiles:
             written = os.pwrite(self._file.fileno(), data, offset)
             data, offset = data[written:], offset + written
 
-    def get(self, slot: int, shape: torch.Size) -> Tensor:
-        """The state on the device; on a CPU the next `put` to the slot, or the next `get`, may overwrite it."""
-        if slot < len(self._ram):
-            return self._tensor(self._ram[slot], shape).to(self._device)
-        found = self._tensor(self._arrival, shape)
+    def in_turn(self, slots: Sequence[int], shape: torch.Size) -> Generator[Tensor]:
+        """The states of slots on the device, one after another; the next one is on its way while one is in use. A `put`
+        to its own slot may overwrite a state."""
+        return in_turn(self._device, slots, self._arrivals, partial(self._get, shape))
+
+    def _get(self, shape: torch.Size, slot: int, arrival: Tensor) -> Tensor:
+        if slot < self._at_home:
+            return self._tensor(self._held[slot], shape)
+        target = self._tensor(arrival, shape)
+        if slot < len(self._held):
+            return target.copy_(self._tensor(self._held[slot], shape), non_blocking=True)
+        found = target if self._device.type == "cpu" else self._tensor(self._from_disk, shape)
         read_into(self._file.fileno(), found, self._offset(slot), "the file of tiles")
         self.bytes_read += found.nbytes
-        return found.to(self._device)
+        return target if found is target else target.copy_(found)
 
     def close(self) -> None:
+        accelerator.unpin(self._ram, self._device)
         self._file.close()
 
     def _offset(self, slot: int) -> int:
-        return (slot - len(self._ram)) * self._size
+        return (slot - len(self._held)) * self._size
 
     def _tensor(self, memory: Tensor, shape: torch.Size) -> Tensor:
         return memory[: shape.numel() * self._dtype.itemsize].view(self._dtype).view(shape)

@@ -1,7 +1,8 @@
 """The weights of a checkpoint, read from its safetensors with `preadv` into a model's parameters, and taken out again.
 
 Decides how a tensor gets from disk to where it is used: never mapped, in pieces, in the dtype and on the device of
-scoring, under the model's own names. `streaming` decides which weights are in memory at what time.
+scoring, under the model's own names, and while others are computed with. `streaming` decides which weights are in
+memory at what time.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +23,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from blockpruner.core.errors import InputError
+from blockpruner.model import accelerator
 from blockpruner.model.models import kernel_options, usable
+from blockpruner.scoring.large.ahead import in_turn
 
 PIECE_BYTES = 4 * 2**20
-"""So much of a weight is read at once, through a buffer if it needs another dtype or device."""
+"""So much of a weight is read at once, through one of two buffers if it needs another dtype or device."""
 
 ALIGNMENT = 512
 """Bytes; the alignment of CUDA's allocator, and a multiple of torch's on a CPU."""
@@ -68,8 +72,12 @@ class Weights:
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._stored, self.names = _matched(model, checkpoint, self._empty)
         direct = all(self._is_used_as_stored(name, part) for name in self.names for part in self._stored[name])
-        self.staging = torch.empty(0 if direct else PIECE_BYTES, dtype=torch.uint8)
+        is_pinned = device.type == "cuda"
+        self.staging = torch.empty(2, 0 if direct else PIECE_BYTES, dtype=torch.uint8, pin_memory=is_pinned)
+        self._staged: list[Any] = [None, None]
+        """Of each buffer, the event that it has been copied."""
         self._files: dict[Path, int] = {}
+        self._stops = False
         self.bytes_read = 0
         self.forget = False
 
@@ -80,13 +88,36 @@ class Weights:
     def stored_bytes(self, names: Iterable[str]) -> int:
         return sum(part.nbytes for name in names for part in self._stored[name])
 
-    def slab(self, size: int) -> Tensor:
+    def load(self, names: Sequence[str]) -> None:
+        """Read these weights into new memory, which is freed once all of them are dropped."""
+        self._use(self._read(names, self._slab(self.bytes(names))))
+
+    def in_turn(self, groups: Sequence[Sequence[str]], slabs: int) -> Generator[None]:
+        """Have one group of weights after another in memory: each from when it is yielded until the next one is asked
+        for. With more than one slab the next groups are read meanwhile, by a thread.
+
+        Args:
+            slabs: pieces of memory, each as large as the largest group.
+        """
+        memory = [self._slab(max(map(self.bytes, groups))) for _ in range(slabs)]
+        try:
+            with closing(in_turn(self._device, groups, memory, self._read, self._stop)) as read:
+                for names, tensors in zip(groups, read, strict=True):
+                    self._use(tensors)
+                    yield
+                    self.drop(names)
+        finally:
+            self._stops = False
+
+    def _stop(self) -> None:
+        """What is being read ends with its piece."""
+        self._stops = True
+
+    def _slab(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
-    def load(self, names: Sequence[str], slab: Tensor | None = None) -> None:
-        """Read these weights into `slab`, or into new memory, which is freed once all of them are dropped."""
-        slab = self.slab(self.bytes(names)) if slab is None else slab
-        start = 0
+    def _read(self, names: Sequence[str], slab: Tensor) -> dict[str, Tensor]:
+        start, tensors = 0, {}
         for name in sorted(names, key=lambda name: (self._stored[name][0].file, self._stored[name][0].offset)):
             empty, (stored, *others) = self._empty[name], self._stored[name]
             # a model in memory uses tensors where safetensors maps them, aligned as in the file; it uses a copy of a
@@ -96,8 +127,13 @@ class Weights:
             target = slab[first : first + empty.nbytes].view(empty.dtype).view(empty.shape)
             self._fill(target.view(-1), name)
             start += aligned(empty.nbytes + VECTOR)
+            tensors[name] = target
+        return tensors
+
+    def _use(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
             for use in self.names[name]:
-                self._set(use, nn.Parameter(target, requires_grad=False))
+                self._set(use, nn.Parameter(tensor, requires_grad=False))
 
     def drop(self, names: Iterable[str]) -> None:
         for name in names:
@@ -119,20 +155,25 @@ class Weights:
     def _fill(self, target: Tensor, name: str) -> None:
         for part in self._stored[name]:
             size = part.shape.numel()
-            self._read(target[:size], part, self._is_used_as_stored(name, part))
+            self._read_part(target[:size], part, self._is_used_as_stored(name, part))
             target = target[size:]
 
-    def _read(self, target: Tensor, stored: _Stored, direct: bool) -> None:
+    def _read_part(self, target: Tensor, stored: _Stored, direct: bool) -> None:
         if stored.file not in self._files:
             self._files[stored.file] = os.open(stored.file, os.O_RDONLY)
         file, item = self._files[stored.file], stored.dtype.itemsize
-        for start in range(0, len(target), PIECE_BYTES // item):
-            part = target[start : start + PIECE_BYTES // item]
-            piece = part if direct else self.staging[: part.numel() * item].view(stored.dtype)
+        for number, start in enumerate(range(0, len(target), PIECE_BYTES // item)):
+            if self._stops:
+                return
+            part, turn = target[start : start + PIECE_BYTES // item], number % 2
+            if self._staged[turn] is not None:
+                self._staged[turn].synchronize()
+            piece = part if direct else self.staging[turn, : part.numel() * item].view(stored.dtype)
             read_into(file, piece, stored.offset + start * item, str(stored.file))
             self.bytes_read += piece.nbytes
             if not direct:
-                part.copy_(piece)
+                part.copy_(piece, non_blocking=True)
+                self._staged[turn] = accelerator.mark(self._device)
             if self.forget:  # from the file's start: pages that cross a tensor's start go only as a whole
                 os.posix_fadvise(file, 0, stored.offset + start * item + piece.nbytes, os.POSIX_FADV_DONTNEED)
 
