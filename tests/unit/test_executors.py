@@ -374,9 +374,7 @@ def test_too_few_resources_are_refused_with_the_figures(runtime, nodes, message)
         resources(ray_runtime(**runtime), ray_nodes(nodes))
 
 
-@pytest.mark.parametrize(
-    ("workers", "share"), [(1, 100), (4, 100), (8, 50), (64, 50)], ids="on one node; nodes of 4 and 8 at most".format
-)
+@pytest.mark.parametrize(("workers", "share"), [(1, 400), (4, 100), (8, 50), (64, 50)])
 def test_memory_is_shared_by_the_workers_of_a_node(workers, share):
     """Whichever nodes get them: a lost worker may start on another one. A node without a GPU gets none."""
     small, large = ({"CPU": 64, "GPU": count, "memory": 100 * count} for count in (4, 8))
