@@ -160,6 +160,9 @@ class Counted:
         self._config = config
         self.flops = 0
 
+    def limit_batches(self, rows: Rows, most: int | None) -> None:
+        self._scorer.limit_batches(rows, most)
+
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
 
@@ -332,35 +335,47 @@ def show_growth(found: dict[str, Any]) -> None:
         print(f"| {p['size']} | {p['value']} | {p['flops'] / 1e9:.0f} | {p['seconds']:.2f} | {rate:.0f} |")
 
 
-def workers(counts: Sequence[int]) -> dict[str, Any]:
-    """Seconds of one exact iteration of a small random model on so many Ray workers of one thread each, and locally."""
-    model = random_model("tiny", torch.float32, **SMALL | {"num_hidden_layers": 12, "vocab_size": 16000})
+def workers(counts: Sequence[int], layers: int = 12, turns: int = 5) -> dict[str, Any]:
+    """Seconds of one exact iteration of a small random model, on so many Ray workers of one thread each and in this
+    process (0). All take turns, each turn with workers started anew, and no batch is larger than lets all share."""
+    model = random_model("tiny", torch.float32, **SMALL | {"num_hidden_layers": layers, "vocab_size": 16000})
     data = random_rows(16000, ROWS, LENGTH)
-    masks = [DENSE, *(frozenset({block}) for block in all_blocks(12))]
-    points = []
+    masks = (DENSE, *(frozenset({block}) for block in all_blocks(layers)))
+    seconds: dict[int, list[float]] = {count: [] for count in (0, *counts)}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        for count in (0, *counts):
-            ray = {"executor": "ray", "workers": count} if count else {}
-            scorer = make_scorer(Path(folder), "float32", Runtime(threads=1, device="cpu", **ray))
-            tasks = [Task(span, tuple(masks)) for span in scorer.row_batches(data, range(ROWS))]
-            list(scorer.run([Task(task.span, (DENSE,)) for task in tasks], data))
-            seconds = []
-            for _ in range(3):
+        for turn in range(turns):
+            for count in list(seconds)[:: -1 if turn % 2 else 1]:
+                ray = {"executor": "ray", "workers": count} if count else {}
+                scorer = make_scorer(Path(folder), "float32", Runtime(threads=1, device="cpu", **ray))
+                scorer.limit_batches(data, None)
+                tasks = [Task(span, masks) for span in scorer.row_batches(data, range(ROWS))]
+                list(scorer.run([Task(task.span, masks[:3]) for task in tasks], data))  # to warm up
                 started = time.perf_counter()
                 list(scorer.run(tasks, data))
-                seconds.append(time.perf_counter() - started)
-            scorer.close()
-            points.append({"workers": count, "seconds": statistics.median(seconds)})
-            print(f"  {points[-1]}", file=sys.stderr, flush=True)
-    return {"points": points, **setting()}
+                seconds[count].append(time.perf_counter() - started)
+                scorer.close()
+                print(
+                    f"  {count} workers, {len(tasks)} batches: {seconds[count][-1]:.2f} s", file=sys.stderr, flush=True
+                )
+    return {"layers": layers, "points": [{"workers": count, "seconds": taken} for count, taken in seconds.items()],
+            **setting()}  # fmt: skip
 
 
 def show_workers(found: dict[str, Any]) -> None:
-    print("\n| workers of one thread | seconds | against one process |\n|---|---:|---:|")
-    for p in found["points"]:
-        speedup = found["points"][0]["seconds"] / p["seconds"]
-        print(f"| {p['workers'] or 'none: this process'} | {p['seconds']:.2f} | {speedup:.2f}x |")
+    """Medians; a ratio is the median of those of each turn."""
+    base = {p["workers"]: p["seconds"] for p in found["points"]}
+    names = {0: "this process", 1: "one worker"}
+    print(f"\n| workers of one thread | seconds |{''.join(f' against {names[b]} |' for b in names if b in base)}")
+    print("|---|---:|" + "---:|" * sum(b in base for b in names))
+    for count, seconds in base.items():
+        ratios = [
+            statistics.median(a / b for a, b in zip(base[one], seconds, strict=True)) for one in names if one in base
+        ]
+        print(
+            f"| {count or 'none: this process'} | {statistics.median(seconds):.2f} |"
+            + "".join(f" {ratio:.2f}x |" for ratio in ratios)
+        )
 
 
 def small(layers: int) -> dict[str, Any]:

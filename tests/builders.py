@@ -59,6 +59,9 @@ class FakeScorer:
         self._loss, self._one_row = loss, one_row
         self.asked: list[tuple[str, Mask, Mask, int]] = []
 
+    def limit_batches(self, rows: Rows, most: int | None) -> None:
+        self.most = most
+
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return [(row,) for row in span] if self._one_row else [span]
 

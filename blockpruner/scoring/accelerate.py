@@ -99,9 +99,14 @@ def price(rise: float, share: float) -> float:
     return rise / share if rise > 0 else rise * share
 
 
-def worth(score: MaskScore, base: MaskScore, costs: Costs | None) -> float:
-    """What orders the candidates of a step: their loss, or the price of its rise over the base."""
-    return score.loss if costs is None else price(score.loss - base.loss, costs.ratio(score.mask - base.mask))
+def worth(score: MaskScore, base: MaskScore, costs: Costs | None, less: float = 0.0) -> float:
+    """What orders the candidates of a step: their loss, or the price of its rise over the base.
+
+    Args:
+        less: taken off the loss.
+    """
+    loss = score.loss - less
+    return loss if costs is None else price(loss - base.loss, costs.ratio(score.mask - base.mask))
 
 
 @dataclass(frozen=True)

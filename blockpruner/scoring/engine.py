@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,6 +29,7 @@ from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import walk
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task, live_numbers, over_all_rows
+from blockpruner.store.trials import batch_words
 
 REFERENCE = Metric("reference", "", title="", units_text="", formula="")
 """In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
@@ -73,21 +75,36 @@ class Engine(Forward):
         model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
         batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on CUDA what the device's
             memory holds, at most 65,536.
+
+    Attributes:
+        limit: no batch has more tokens than this; None: the memory alone decides.
     """
+
+    limit: int | None
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
         super().__init__(model)
         self._set_batch_tokens(batch_tokens)
-        # the dense model's final states by row, from which its logits are made: H numbers a token, not V
+        # the dense model's final states by row, from which its logits are made: H numbers a token, not V; a key says
+        # first whether they are wide
         self._dense: dict[tuple[int, ...], Tensor] = {}
+
+    def limit_batches(self, rows: Rows, most: int | None) -> None:
+        """Take no more padded tokens to a batch, if their number is the engine's to choose."""
+        if self._is_auto:
+            self.limit = most
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         """Neighbouring rows grouped so that the padded tokens of a group stay within the batch budget."""
-        return row_batches(rows, span, self._batch_tokens, self._growth)
+        return row_batches(rows, span, self._tokens, self._growth)
+
+    @property
+    def _tokens(self) -> int:
+        return min(self._batch_tokens, self.limit or self._batch_tokens)
 
     def placement(self) -> dict[str, str]:
         here = {"device": self._home.type, "device_name": accelerator.name(self._home)}
-        return placement(self._model) | here | {"batch": f"{self._batch_tokens} tokens to a batch"}
+        return placement(self._model) | here | {"batch": batch_words(self._tokens)}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of each task, in the order in which the walk reaches them.
@@ -116,19 +133,25 @@ class Engine(Forward):
             # after the handler: its traceback keeps the tensors of the failed walk alive
             left = tuple(mask for mask in task.masks if mask not in done)
             waiting.extend(reversed(self._halved(replace(task, masks=left), rows, reason)))
+            waiting = [part for task in waiting for part in reversed(self._in_batches(task, rows))]
 
     def referenced(self, tasks: Sequence[Task], rows: Rows) -> list[Task]:
         """The tasks, after those that make known what their losses compare with."""
-        spans = dict.fromkeys(task.span for task in tasks if task.metric.reference)
-        missing = [span for span in spans if any(tuple(rows[i]) not in self._dense for i in span)]
-        return [*(Task(span, (DENSE,), REFERENCE) for span in missing), *tasks]
+        spans = dict.fromkeys((task.span, task.wide) for task in tasks if task.metric.reference)
+        missing = [(s, wide) for s, wide in spans if any((wide, *rows[i]) not in self._dense for i in s)]
+        return [*(Task(span, (DENSE,), REFERENCE, wide=wide) for span, wide in missing), *tasks]
 
     def close(self) -> None:
         """Nothing to give back."""
 
+    def _in_batches(self, task: Task, rows: Rows) -> list[Task]:
+        if task.metric.gradient:
+            return [task]
+        return [replace(task, span=span) for span in self.row_batches(rows, task.span)]
+
     def _halved(self, task: Task, rows: Rows, reason: str) -> list[Task]:
         span, longest = task.span, max(len(rows[i]) for i in task.span)
-        if self._width(len(span) * longest) > 1:  # first one mask at a time
+        if not task.wide and self._width(len(span) * longest) > 1:  # first one mask at a time
             self._batch_tokens = len(span) * longest
             return [task]
         if len(span) == 1 or task.metric.gradient:  # which is taken row by row, and not streamed
@@ -148,14 +171,30 @@ class Engine(Forward):
     def score(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
         """One walk: the values of a task, with its rows as one batch."""
         batch = self._batch([rows[i] for i in task.span])
-        embedded, layer_kwargs = self._prepare(batch.input_ids)
-        if task.metric.influence:
-            yield from self._influences(task, embedded, batch, layer_kwargs)
+        with self._kernel(task.wide):
+            embedded, layer_kwargs = self._prepare(batch.input_ids, task.wide and self._is_narrow)
+            if task.metric.influence:
+                yield from self._influences(task, embedded, batch, layer_kwargs)
+                return
+            width = 1 if task.wide else self._width(batch.input_ids.numel(), batch.packed is not None)
+            run = partial(self._added, batch, layer_kwargs, width)
+            leaves = walk(self._steps, task.masks, embedded, run, joined, width)
+            launched = (self._launched(masks, hidden, batch, task, rows) for masks, hidden in leaves)
+            yield from self._values(launched, task)
+
+    @contextmanager
+    def _kernel(self, wide: bool) -> Iterator[None]:
+        """Flash attention takes 16 bits alone; in float32 it is torch's own attention."""
+        config = self._model.config
+        kernel = config._attn_implementation
+        if not wide or not str(kernel).startswith("flash"):
+            yield
             return
-        width = self._width(batch.input_ids.numel(), batch.packed is not None)
-        run = partial(self._added, batch, layer_kwargs, width)
-        leaves = walk(self._steps, task.masks, embedded, run, joined, width)
-        yield from self._values((self._launched(masks, hidden, batch, task, rows) for masks, hidden in leaves), task)
+        config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            config._attn_implementation = kernel
 
     def _width(self, tokens: int, padded: bool = False) -> int:
         """How many masks go along at once with a batch of so many padded tokens.
@@ -166,7 +205,7 @@ class Engine(Forward):
         if not self._on_cuda and (padded or tokens % WHOLE_TILES):
             return 1
         most = WIDE_NUMBERS // self._model.config.hidden_size if self._on_cuda else WIDE_TOKENS
-        return max(1, min(most, self._batch_tokens) // tokens)
+        return max(1, min(most, self._tokens) // tokens)
 
     def _added(
         self, batch: Batch, layer_kwargs: LayerKwargs, width: int, block: BlockId, states: Sequence[Tensor]
@@ -185,7 +224,7 @@ class Engine(Forward):
 
     def _launched(self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows) -> Unread:
         """The losses of masks at the end of their walk; of the reference, which is kept, there are none."""
-        keys = [tuple(rows[i]) for i in task.span]
+        keys = [(task.wide, *rows[i]) for i in task.span]
         states = self._final_states(hidden, batch)
         if task.metric == REFERENCE:
             held = sum(kept.nbytes for kept in self._dense.values() if kept.device == self._home)
@@ -317,7 +356,8 @@ class Engine(Forward):
             held: bytes to come beside those of the weights that are on the device.
         """
         config, item = self._model.config, self._head.weight.element_size()
-        self._room, self._growth = None, 0.0
+        self._room, self._growth, self.limit = None, 0.0, None
+        self._is_auto = batch_tokens == "auto"
         if self._on_cuda:
             total = accelerator.total_memory(self._home)
             weights = sum(weight.nbytes for weight in self._model.parameters() if weight.device == self._home)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, BlockKind
@@ -55,14 +56,17 @@ class Forward:
         """The device of token ids and head."""
         return self._head.weight.device
 
-    def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
+    def _prepare(self, input_ids: Tensor, wide: bool = False) -> tuple[Tensor, LayerKwargs]:
         """Embedded rows [B, T, H], and the arguments of each layer.
 
         Runs the family's own decoder with a recorder in place of every layer. All that the decoder does before and
         between its layers (embedding scale, rotary tables, masks of a layer) is thus its own, not rewritten here.
         Nothing in the arguments depends on a row's tokens, so those of one row serve any number of rows.
+
+        Args:
+            wide: in float32, where the weights have 16 bits. All that follows is then computed so.
         """
-        recorded = self._recorded(input_ids[:1])
+        recorded = self._recorded(input_ids[:1], wide)
         moved: dict[tuple[int, torch.device], Tensor] = {}  # layers share masks, which may be large
 
         def move(tensor: Tensor, device: torch.device) -> Tensor:
@@ -71,10 +75,10 @@ class Forward:
         layer_kwargs = tuple(
             map_tensors(kwargs, partial(move, device=self._device(layer))) for layer, (_, kwargs) in enumerate(recorded)
         )
-        hidden = recorded[0][0] if len(input_ids) == 1 else self._recorded(input_ids)[0][0]
+        hidden = recorded[0][0] if len(input_ids) == 1 else self._recorded(input_ids, wide)[0][0]
         return hidden, layer_kwargs
 
-    def _recorded(self, input_ids: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _recorded(self, input_ids: Tensor, wide: bool) -> list[tuple[Tensor, dict[str, Any]]]:
         """What the decoder passes to each of its layers."""
         recorded: list[tuple[Tensor, dict[str, Any]]] = []
 
@@ -86,7 +90,11 @@ class Forward:
         for layer in self._layers:
             layer.forward = record  # an instance attribute: shadows the class's method until deleted
         try:
-            self._decoder(input_ids=input_ids, use_cache=False)
+            if wide:
+                embedded = _widened(self._model.get_input_embeddings(), torch.float32, input_ids)
+                self._decoder(inputs_embeds=embedded, use_cache=False)
+            else:
+                self._decoder(input_ids=input_ids, use_cache=False)
         finally:
             for layer, hook in zip(self._layers, hooks, strict=True):
                 del layer.forward
@@ -99,30 +107,38 @@ class Forward:
         layer, branch = self._layers[block.layer], self._family.branch(block.kind)
         module, states = getattr(layer, branch.module), hidden.to(self._device(block.layer))
         if branch.norm is not None:
-            states = getattr(layer, branch.norm)(states)
+            states = self._run(getattr(layer, branch.norm), states)
         if block.kind is BlockKind.MHA:
-            states = module(hidden_states=states, **layer_kwargs[block.layer])[0]
+            states = self._run(module, hidden_states=states, **layer_kwargs[block.layer])[0]
         elif packed is None:
-            states = module(states)
+            states = self._run(module, states)
         else:
             flat, places = states.flatten(0, 1), packed.to(states.device)
-            real = module(flat[places][None])[0]
+            real = self._run(module, flat[places][None])[0]
             states = real.new_zeros(len(flat), real.shape[-1]).index_copy(0, places, real).view(*states.shape[:2], -1)
-        return states if branch.post is None else getattr(layer, branch.post)(states)  # type: ignore[no-any-return]
+        added: Tensor = states if branch.post is None else self._run(getattr(layer, branch.post), states)
+        return added
+
+    def _run(self, module: nn.Module, *states: Tensor, **named: Any) -> Any:
+        """The module's output; where states are in float32 and its weights in 16 bits, with these widened meanwhile."""
+        given = states[0] if states else named["hidden_states"]
+        if self._is_narrow and given.dtype.itemsize > 2:
+            return _widened(module, given.dtype, *states, **named)
+        return module(*states, **named)
 
     def _device(self, layer: int) -> torch.device:
         return next(self._layers[layer].parameters()).device
 
     def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The states that the head reads where it predicts a target, row by row: [N, H] for N targets of the batch."""
-        normed: Tensor = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
+        normed: Tensor = self._run(self._norm, hidden[:, :-1].to(next(self._norm.parameters()).device))
         return normed.to(self._home).flatten(0, 1)[batch.places]
 
     def _logits(self, states: Tensor) -> Tensor:
         """[N, V]; on CUDA in float32 at least: the product adds up in float32, and is not rounded to 16 bits."""
-        if self._widens:
+        if self._widens and states.dtype == self._head.weight.dtype:
             return self._capped(torch.mm(states, self._head.weight.T, out_dtype=torch.float32))
-        return self._capped(self._head(states))
+        return self._capped(self._run(self._head, states))
 
     def _capped(self, logits: Tensor) -> Tensor:
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
@@ -130,9 +146,18 @@ class Forward:
     @property
     def _widens(self) -> bool:
         """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on."""
-        is_narrow = self._head.weight.dtype.itemsize == 2 and self._head.bias is None
         kinds: list[str] = torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
-        return self._on_cuda and is_narrow and "dtype" in kinds
+        return self._on_cuda and self._is_narrow and self._head.bias is None and "dtype" in kinds
+
+    @property
+    def _is_narrow(self) -> bool:
+        return self._head.weight.dtype.itemsize == 2
+
+
+def _widened(module: nn.Module, dtype: torch.dtype, *given: Tensor, **named: Any) -> Any:
+    """The output of a module whose weights of 16 bits are widened for this call: one module's at a time."""
+    weights = {name: weight.to(dtype) for name, weight in module.named_parameters() if weight.dtype.itemsize == 2}
+    return functional_call(module, weights, given, named)
 
 
 def joined(hidden: Tensor, adds: Sequence[Tensor]) -> Tensor:

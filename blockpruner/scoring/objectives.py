@@ -16,7 +16,7 @@ from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.metrics import NLL, Metric
 from blockpruner.scoring.work import Scorer, Span, Task
-from blockpruner.store.trials import TrialStore, trial_key
+from blockpruner.store.trials import SIXTEEN_BITS, TrialStore, trial_key
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class Objective:
         store: holds this metric's trials.
         scorer: asked only for what the store does not know; its owner closes it.
         metric: a loss scores a mask; an influence scores what a mask removes beyond a base.
+        wide: a model in 16 bits is computed in float32, row by row. Then no environment moves a loss by more than
+            rounding.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class Objective:
         scorer: Scorer,
         observer: Observer | None = None,
         metric: Metric = NLL,
+        wide: bool = False,
     ) -> None:
         self.metric = metric
+        self._wide = wide
         self._calibration = calibration
         self._store = store
         self._scorer = scorer
@@ -105,6 +109,11 @@ class Objective:
     @property
     def rows(self) -> int:
         return len(self._calibration.rows)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the model is computed in 16 bits."""
+        return self._store.fields.get("dtype") in SIXTEEN_BITS
 
     def __call__(
         self, masks: Sequence[Mask], rows: int | Sequence[int] | None = None, base: Mask = DENSE
@@ -123,14 +132,18 @@ class Objective:
                 self._asked.add(key)
                 self.counts.units_reused += self._store.units(key)
                 self.counts.trials_reused += self._store.known(key, 0, self.rows)
-        missing, origins = self._missing(keys, wanted), self._store.origins(keys.values(), end)
+        compared = () if self._wide else keys.values()
+        missing, origins = self._missing(keys, wanted), self._store.origins(compared, end)
+        if missing or len(origins) > 1:
+            before = self._store.batches_on(str(self._scorer.placement().get("device")))
+            self._scorer.limit_batches(self._calibration.rows, before)
         if len(origins) > 1 or (origins and missing):  # these facts are compared with each other
             self._require_one_origin(keys.values(), origins)
             missing = self._missing(keys, wanted)
         while missing:
             self._compute(missing, base)
             missing = {}
-            if len(origins := self._store.origins(keys.values(), end)) > 1:  # a batch was halved on the way
+            if len(origins := self._store.origins(compared, end)) > 1:  # a batch was halved on the way
                 self._require_one_origin(keys.values(), origins)
                 missing = self._missing(keys, wanted)
         return [self._score(mask, keys.get(mask), wanted) for mask in masks]
@@ -164,7 +177,7 @@ class Objective:
         return here
 
     def _key(self, mask: Mask, base: Mask) -> str:
-        return trial_key(mask - base, base) if self.metric.influence else trial_key(mask)
+        return trial_key(mask - base, base) if self.metric.influence else trial_key(mask, wide=self._wide)
 
     def _score(self, mask: Mask, key: str | None, rows: Sequence[int]) -> MaskScore:
         values = None if key is None else self._store.get(key)
@@ -176,10 +189,11 @@ class Objective:
         rows = self._calibration.rows
         batches: dict[Span, list[Mask]] = {}
         for span, masks in missing.items():
-            for batch in self._scorer.row_batches(rows, span):
+            alone = (span[i : i + 1] for i in range(len(span)))  # a state takes twice the memory, and ties are few
+            for batch in alone if self._wide else self._scorer.row_batches(rows, span):
                 batches.setdefault(batch, []).extend(masks)
         given = base if self.metric.influence else DENSE
-        tasks = [Task(batch, tuple(masks), self.metric, given) for batch, masks in batches.items()]
+        tasks = [Task(batch, tuple(masks), self.metric, given, self._wide) for batch, masks in batches.items()]
         done, total = 0, sum(len(task.masks) * len(task.span) for task in tasks)
         common = frozenset.intersection(*(mask for task in tasks for mask in task.masks))
         last_done = time.monotonic()

@@ -26,6 +26,9 @@ class LazyScorer:
         self._make = make
         self._made: Scorer | None = None
 
+    def limit_batches(self, rows: Rows, most: int | None) -> None:
+        self._scorer.limit_batches(rows, most)
+
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
 

@@ -39,6 +39,8 @@ class Task:
     metric: Metric = NLL
     base: Mask = DENSE
     """What is removed already; an influence is that of the unit mask - base."""
+    wide: bool = False
+    """Computed in float32, with the weights of a model in 16 bits; where the model is wider, nothing changes."""
 
 
 def over_all_rows(tasks: Sequence[Task], rows: Rows) -> list[Task]:
@@ -63,6 +65,12 @@ class ScoredRows:
 
 class Scorer(Protocol):
     """Computes tasks, in any order and anywhere; the values are the same to rounding."""
+
+    def limit_batches(self, rows: Rows, most: int | None) -> None:
+        """What is asked from now on has these rows; take no more padded tokens to a batch than `most`.
+
+        A number that the user has set (`runtime.batch_tokens`) stands.
+        """
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         """The rows of `span` grouped into batches, in their order."""

@@ -74,8 +74,27 @@ def forward(
     before = base or scores[0]
     complete = [i for i, s in enumerate(scores) if s.is_complete and s.mask != removed]
     best = min(complete, key=lambda i: worth(scores[i], before, costs))
+    best, wide = _rechecked(problem, scores, complete, best, before, costs)
     added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
-    return Iteration(step, scores, added, best, selection.lazy_choice)
+    note = f"{len(wide)} near ties are decided in float32" if wide else ""
+    return Iteration(step, scores, added, best, selection.lazy_choice, note, wide=wide)
+
+
+def _rechecked(
+    problem: Problem, scores: Sequence[MaskScore], complete: Sequence[int], best: int, before: MaskScore,
+    costs: Costs | None,
+) -> tuple[int, tuple[MaskScore, ...]]:  # fmt: skip
+    """The best candidate, and the scores that decided between it and those that were nearly as good, if any."""
+    if problem.recheck is None:
+        return best, ()
+    least, within = worth(scores[best], before, costs), problem.recheck.within
+    near = [i for i in complete if worth(scores[i], before, costs, less=within) <= least]
+    if len(near) == 1:
+        return best, ()
+    wide = problem.recheck.ask([scores[i].mask for i in near])
+    base = wide[0] if costs is None else problem.recheck.ask([before.mask])[0]  # only prices are over a base
+    places = range(len(near))
+    return near[min(places, key=lambda place: worth(wide[place], base, costs))], tuple(wide)
 
 
 def greedy_to_goal(problem: Problem) -> Generator[Iteration, None, list[Mask]]:

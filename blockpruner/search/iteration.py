@@ -27,6 +27,8 @@ class Iteration:
     nll: tuple[MaskScore | None, ...] = ()
     """What perplexity is made of. It is known for the chosen mask and the dense model, and for others where it is the
     metric; empty until the run of the search fills it in."""
+    wide: tuple[MaskScore, ...] = ()
+    """In float32, of the candidates between which the 16-bit scores did not decide; these decided."""
 
     @property
     def losses(self) -> dict[Mask, tuple[float, ...]]:

@@ -31,7 +31,7 @@ from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, MaskScore, Objective
 from blockpruner.scoring.work import Scorer
 from blockpruner.search.iteration import Iteration, stabilities
-from blockpruner.search.problem import Problem
+from blockpruner.search.problem import Problem, Recheck
 from blockpruner.search.registry import Request
 from blockpruner.store.trials import TrialStore
 
@@ -80,14 +80,18 @@ def search(
     nll = own
     if request.metric.key != NLL.key:
         nll = Objective(calibration, stores[NLL.key], scorer, observer)
+    wide = None
+    if request.score.near_ties is not None and own.is_narrow:
+        wide = Objective(calibration, stores[request.metric.key], scorer, observer, request.metric, wide=True)
     found: dict[str, list[Iteration]] = {}
-    run = _Run(request, own, nll, resources, observer, calibration)
+    run = _Run(request, own, nll, resources, observer, calibration, wide)
     for budget, iterations in run.traces(budgets).items():
         found[budget] = []
         for iteration in iterations:
             on_iteration(budget, iteration)
             found[budget].append(iteration)
     counts = own.counts if nll is own else _sum(own.counts, nll.counts)
+    counts = counts if wide is None else _sum(counts, wide.counts)
     counts.iterations = sum(map(len, found.values()))
     return Traces(request.search.nested, found, counts)
 
@@ -129,6 +133,7 @@ class _Run:
     Args:
         objective: of the metric that the search minimises.
         nll: of perplexity, in which every choice is reported. It is the same objective where that is the metric.
+        wide: of the metric in float32, where it is to decide between near ties.
     """
 
     def __init__(
@@ -139,8 +144,10 @@ class _Run:
         resources: Resources,
         observer: Observer,
         calibration: CalibrationSet,
+        wide: Objective | None,
     ) -> None:
         self._request = request
+        self._recheck = None if wide is None else Recheck(wide, request.score.near_ties or 0.0)
         self._objective = objective
         self._nll = nll
         self._resources = resources
@@ -213,7 +220,9 @@ class _Run:
         # what it has learned belongs to one search alone
         costs = self._resources.get(self._request.options.price)
         select = accelerate(self._objective, self._request.score, self._adaptive, costs)
-        problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens)
+        problem = Problem(
+            units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens, self._recheck
+        )
         return self._request.search.run(problem, self._request.options)
 
     def _reported(self, iteration: Iteration, candidates: int | None = None) -> Iteration:

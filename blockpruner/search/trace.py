@@ -50,6 +50,8 @@ ITERATION = pa.schema(
 - row_loss, row_nll: the losses of single rows, from the first one on, from which trial stores are seeded. In a search
   that draws rows, row_loss is null at the rows in between that were not drawn.
 - lazy_choice: in an audited iteration, whether this mask had been chosen before all candidates entered; else null.
+
+Near ties that were decided in float32 stand in the file's metadata under `float32`: masks and their losses by row.
 """
 
 
@@ -86,6 +88,8 @@ def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
     )
     path = table_path(directory, iteration.index)
     facts = {"search": search, "iteration": str(iteration.index), "complete": "true", "note": iteration.note}
+    if iteration.wide:
+        facts["float32"] = json.dumps([[format_mask(score.mask), score.row_loss] for score in iteration.wide])
     write_table(path, table, facts | {"environment": json.dumps(environment())})
 
 
@@ -117,6 +121,10 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
         lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
         note=facts.get("note", ""),
         nll=nll,
+        wide=tuple(
+            MaskScore(parse_mask(mask), tuple(losses), rows[0]["rows_total"])
+            for mask, losses in json.loads(facts.get("float32", "[]"))
+        ),
     )
 
 
@@ -175,6 +183,8 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
             _seed(store, trial_key(added or DENSE, base) if influence else trial_key(score.mask), score)
             if plain is not None:
                 _seed(nll, trial_key(plain.mask), plain)
+        for score in iteration.wide:
+            _seed(store, trial_key(score.mask, wide=True), score)
     return problems
 
 

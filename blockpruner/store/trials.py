@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,14 +47,31 @@ def store_fields(calibration: str, model: str, dtype: str, metric: str) -> dict[
     }
 
 
-def trial_key(mask: Mask, base: Mask | None = None) -> str:
-    """What a trial is of: a mask, or a unit within what a base leaves ("mha.3,mlp.1|mha.7")."""
+def trial_key(mask: Mask, base: Mask | None = None, wide: bool = False) -> str:
+    """What a trial is of: a mask, or a unit within what a base leaves ("mha.3,mlp.1|mha.7").
+
+    Args:
+        wide: computed in float32 with the weights of a model in 16 bits ("float32 mha.3,mlp.1").
+    """
+    if wide:
+        return f"float32 {format_mask(mask)}"
     return format_mask(mask) if base is None else f"{format_mask(base)}|{format_mask(mask)}"
 
 
 def trials_root() -> Path:
     """The folder of all stores: data/trials, or where BLOCKPRUNER_TRIALS points."""
     return Path(os.environ.get(TRIALS_VARIABLE) or "data/trials")
+
+
+def batch_words(tokens: int) -> str:
+    """How an environment names its batches."""
+    return f"{tokens} tokens to a batch"
+
+
+def batch_tokens(facts: Mapping[str, Any]) -> int | None:
+    """The number in an environment's `batch_words`."""
+    found = re.match(r"\d+(?= tokens)", str(facts.get("batch", "")))
+    return int(found[0]) if found else None
 
 
 def origin(facts: Mapping[str, Any]) -> str:
@@ -81,6 +99,7 @@ class TrialStore:
     _facts: dict[str, list[float]] = field(default_factory=dict)
     _origins: dict[str, list[str | None]] = field(default_factory=dict)
     _units: Counter[str] = field(default_factory=Counter)
+    _batches: dict[str, int | None] = field(default_factory=dict)
     _placement: Mapping[str, str] = field(default_factory=dict)
     _origin: str = ""
     _log: Journal | None = None
@@ -139,7 +158,15 @@ class TrialStore:
             self._log, self._placement = None, dict(placement)
             self._environment = environment(**placement)
             self._origin = self._origin_of(self._environment)
+            self._batches[str(placement.get("device"))] = batch_tokens(placement)
         return self._origin
+
+    def batches_on(self, device: str) -> int | None:
+        """The tokens to a batch in which this kind of device last computed 16-bit facts; a resumed run takes no more.
+
+        They are those of the latest log, whatever the size of the card: in 16 bits, a batch's shape moves a loss.
+        """
+        return self._batches.get(device) if self.fields.get("dtype") in SIXTEEN_BITS else None
 
     def put(self, key: str, rows: Sequence[int], loss: Iterable[float]) -> None:
         """Record some rows of a trial; a kill after the return does not lose them."""
@@ -167,10 +194,12 @@ class TrialStore:
         for path in sorted(directory.glob("*.jsonl"), key=lambda path: (_started(path), path.name)):
             journal = Journal(path, {"fingerprint": directory.name} | ({"rows": len(self.rows)} if by_number else {}))
             header = journal.first() or {}
+            facts = header.get("environment", {})
+            self._batches[str(facts.get("device"))] = batch_tokens(facts)
             rows: Sequence[str] = self.rows if by_number else header.get("rows", ())
             if not by_number and header.get("fingerprint") == directory.name and self._places.keys().isdisjoint(rows):
                 continue
-            place = self._origin_of(header.get("environment", {}))
+            place = self._origin_of(facts)
             for unit in journal.read(partial(_is_unit, rows=len(rows)), self.problems):
                 self._remember(unit["trial"], [rows[row] for row in _rows_of(unit)], unit["loss"], place)
 

@@ -16,10 +16,13 @@ from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.settings import Runtime
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.large import ray as executors
+from blockpruner.scoring.large import sharing
 from blockpruner.scoring.large.ray import Replica, WorkerLostError
+from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.scoring.work import ScoredRows, Task
 from blockpruner.store.files import read_json
+from blockpruner.store.trials import TrialStore, trial_key
 from tests.builders import scored
 
 pytestmark = pytest.mark.skipif(
@@ -93,9 +96,9 @@ print(len(token), ray.get(ray.remote(lambda: "computed").remote()))
 class Logged(Replica):
     """Writes down each unit as it is computed, beside the checkpoint; slow enough to be killed in between."""
 
-    def run(self, tasks, rows):
+    def run(self, tasks, rows, limit):
         log = self._arguments[0].parent / "computed"
-        for unit in super().run(tasks, rows):
+        for unit in super().run(tasks, rows, limit):
             if isinstance(unit, ScoredRows):
                 with open(log, "a") as stream:
                     stream.write(f"{os.getpid()} {sorted(map(str, unit.mask))} {unit.span[0]}\n")
@@ -112,10 +115,10 @@ class Fake(Logged):
         self._scorer = self
         return "here", os.getpid(), {"device": "none"}
 
-    def row_batches(self, rows, span):
+    def row_batches(self, rows, span, limit=None):
         return [range(row, row + 1) for row in span]
 
-    def run(self, tasks, rows):
+    def run(self, tasks, rows, limit):
         log = self._arguments[0].parent / "computed"
         for task in tasks:
             for mask in task.masks:
@@ -131,7 +134,7 @@ class Slow(Fake):
 
 
 class DiesInRun(Fake):
-    def run(self, tasks, rows):
+    def run(self, tasks, rows, limit):
         os._exit(3)
         yield
 
@@ -139,6 +142,61 @@ class DiesInRun(Fake):
 class DiesInLoad(Fake):
     def load(self):
         os._exit(3)
+
+
+def is_first(path):
+    """Whether no process was here before."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+class FailingDevice(Fake):
+    """The device of one worker fails after each unit, in whatever process. The other worker is loaded before."""
+
+    def load(self):
+        self._folder = self._arguments[0].parent
+        self._is_bad = (self._folder / "failed").exists()  # it replaces the one that failed
+        (self._folder / f"loaded-{os.getpid()}").touch()
+        return super().load()
+
+    def run(self, tasks, rows, limit):
+        while len(list(self._folder.glob("loaded-*"))) < 2:
+            time.sleep(0.05)
+        for unit in super().run(tasks, rows, limit):
+            yield unit
+            if isinstance(unit, ScoredRows) and (self._is_bad or is_first(self._folder / "failed")):
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+
+class OtherError(Fake):
+    def run(self, tasks, rows, limit):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        yield
+
+
+class Shrinks(Fake):
+    """Its batches have 36 tokens, three rows; in one process memory runs out, and then it is one row."""
+
+    def load(self):
+        host, pid, placement = super().load()
+        return host, pid, {**placement, "batch": "36 tokens to a batch"}
+
+    def row_batches(self, rows, span, limit=None):
+        count = min(limit or 36, 36) // 12
+        return [span[start : start + count] for start in range(0, len(span), count)]
+
+    def run(self, tasks, rows, limit):
+        folder = self._arguments[0].parent
+        with open(folder / "limits", "a") as log:
+            log.write(f"{limit} {[len(task.span) for task in tasks]}\n")
+        if is_first(folder / "shrunk"):
+            while len((folder / "limits").read_text().splitlines()) < 2:  # until the other worker has its piece
+                time.sleep(0.05)
+            yield 12
+        yield from super().run(tasks, rows, limit)
 
 
 class Refuses(Fake):
@@ -179,7 +237,7 @@ def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda li
         def __init__(self):
             self.inner = make_scorer(checkpoint, "float32", Runtime(**RUNTIME | runtime), note=note)
             self.row_batches, self.placement = self.inner.row_batches, self.inner.placement
-            self.close, self.units = self.inner.close, 0
+            self.close, self.limit_batches, self.units = self.inner.close, self.inner.limit_batches, 0
 
         def run(self, tasks, rows):
             for unit in self.inner.run(tasks, rows):
@@ -271,6 +329,66 @@ def test_a_run_that_is_left_early_stops_its_workers(checkpoint, tmp_path, replic
     scorer.close()
     assert len(computed(tmp_path)) <= 1 + len(tasks[0].masks) + 2 * 2
     assert "a note" in notes[1] and notes[1].startswith("worker ")
+
+
+def test_a_device_that_fails_again_is_left_out(checkpoint, replica):
+    """An error of a device ends its process; the next one may fare better, but not for ever."""
+    replica(FailingDevice)
+    notes = []
+    scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=2), note=notes.append)
+    run(scorer, sweep(scorer))
+    lost = [line for line in notes if "was lost" in line]
+    assert len(lost) == 2 and all("uncorrectable ECC error" in line for line in lost)
+    assert "was lost and is replaced" in lost[0] and "is not replaced: its device failed 2 times" in lost[1]
+    run(scorer, sweep(scorer))
+    assert len(scorer._workers) == 1
+    scorer.close()
+
+
+def test_an_error_that_is_no_devices_ends_the_run(checkpoint, replica):
+    replica(OtherError)
+    scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(scorer, sweep(scorer))
+    scorer.close()
+
+
+def test_memory_that_runs_out_in_one_worker_makes_all_batches_smaller(checkpoint, tmp_path, replica):
+    """What each answer was computed in is known, so that 16-bit losses of two shapes are not compared."""
+    replica(Shrinks)
+    runtime = Runtime(**RUNTIME | {"batch_tokens": "auto"}, workers=2)
+    scorer = make_scorer(checkpoint, "bfloat16", runtime, note=lambda line: None)
+    objective = Objective(ROWS, TrialStore({"dtype": "bfloat16"}, ROWS.row_keys), scorer)
+    masks = [frozenset({block}) for block in all_blocks(LAYERS)]
+    found = objective(masks)
+    assert [score.row_loss for score in found] == [tuple(value(mask, row) for row in range(5)) for mask in masks]
+    assert objective.counts.rows_computed > 5 * len(masks), "some were computed in larger batches, and again"
+    assert scorer.placement()["batch"] == "12 tokens to a batch"
+    assert objective._store.origins([trial_key(mask) for mask in masks], 5).keys() == {
+        objective._store.computed_by(objective._placement())
+    }
+    scorer.limit_batches(ROWS.rows, 24)
+    assert scorer.row_batches(ROWS.rows, range(5)) == [range(n, n + 1) for n in range(5)]
+    scorer.close()
+    limits = (tmp_path / "limits").read_text().splitlines()
+    assert limits[-1].startswith("12 [1")
+
+
+def test_workers_share_rows_with_the_values_of_one_process(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharing, "LEAST_TOKENS", {"CPU": 12})
+    masks = (DENSE, *(frozenset({block}) for block in all_blocks(LAYERS)))
+    found = {}
+    for workers in ({"executor": "local"}, {"workers": 2}):
+        scorer = make_scorer(checkpoint, "float64", Runtime(**RUNTIME | {"batch_tokens": "auto"} | workers))
+        scorer.limit_batches(ROWS.rows, None)
+        batches = scorer.row_batches(ROWS.rows, range(5))
+        assert len(batches) == (1 if workers == {"executor": "local"} else 5)
+        units = scorer.run([Task(batch, masks) for batch in batches], ROWS.rows)
+        found[len(batches)] = {
+            (unit.mask, row): loss for unit in units for row, loss in zip(unit.span, unit.loss, strict=True)
+        }
+        scorer.close()
+    assert len(found[5]) == 5 * len(masks) and found[5] == pytest.approx(found[1], abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", [DiesInRun, DiesInLoad])

@@ -1,6 +1,7 @@
 """The engine against full forward passes of the masked model, one row and one mask at a time."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
 from blockpruner.store.trials import TrialStore, store_fields
-from tests.tiny import full_nll, tiny_model, tolerance
+from tests.tiny import VARIANTS, full_nll, tiny_model, tolerance
 
 
 def make_rows(lengths, seed=3):
@@ -259,3 +260,61 @@ def test_the_reference_stays_on_the_device_while_it_fits(monkeypatch, room, move
     tasks = [Task(range(i, i + 1), (DENSE,), METRICS["kl"]) for i in range(4)]
     assert [unit.loss for unit in engine.run(tasks, rows)] == [(pytest.approx(0, abs=1e-12),)] * 4
     assert moved == [(15, 32)] * moves
+
+
+def test_once_memory_has_run_out_later_batches_are_cut_before_they_fail():
+    class Small(Engine):
+        failed = 0
+
+        def score(self, task, rows):
+            if len(task.span) > 2:
+                self.failed += 1
+                raise torch.OutOfMemoryError("out of memory")
+            yield from super().score(task, rows)
+
+    model, rows = tiny_model(layers=2), make_rows([40] * 12)
+    engine, masks = Small(model, 160), sweep(layers=2)
+    tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(12))]
+    pairs = ((unit.mask, zip(unit.span, unit.loss, strict=True)) for unit in engine.run(tasks, rows))
+    found = {(mask, row): loss for mask, values in pairs for row, loss in values}
+    assert (len(tasks), engine.failed) == (3, 1)
+    assert found == pytest.approx(score_all(Engine(model, 40), masks, rows), abs=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("metric", ["perplexity", "js"])
+@pytest.mark.parametrize("family", VARIANTS)
+def test_a_16_bit_model_in_float32(family, metric, dtype):
+    """As the same weights in float64, in full forward passes; its own weights stay as they are."""
+    model, rows, metric = tiny_model(family, dtype=dtype), make_rows([9, 4]), METRICS[metric]
+    exact = tiny_model(family)
+    exact.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
+    before = {name: (weight, weight.clone()) for name, weight in model.state_dict(keep_vars=True).items()}
+    masks = sweep()[:4]
+    tasks = [Task((row,), tuple(masks), metric, wide=True) for row in range(2)]
+    found = {(unit.mask, unit.span[0]): unit.loss[0] for unit in Engine(model, 8).run(tasks, rows)}
+    if metric.is_nll:
+        expected = {}
+        for mask in masks:
+            with masked(exact, mask):
+                expected |= {(mask, row): full_nll(exact, rows[row]) for row in range(2)}
+    else:
+        tasks = [replace(task, wide=False) for task in tasks]
+        expected = {(unit.mask, unit.span[0]): unit.loss[0] for unit in Engine(exact, 8).run(tasks, rows)}
+    assert found == pytest.approx(expected, abs=2e-4)
+    narrow = [Task((row,), tuple(masks), metric) for row in range(2)]
+    rounded = {(unit.mask, unit.span[0]): unit.loss[0] for unit in Engine(model, 8).run(narrow, rows)}
+    assert max(abs(rounded[key] - value) for key, value in expected.items()) > 1e-3
+    for name, weight in model.state_dict(keep_vars=True).items():
+        assert weight is before[name][0] or torch.equal(weight, before[name][1])
+
+
+def test_flash_attention_gives_way_in_float32():
+    model = tiny_model(layers=1, dtype=torch.bfloat16)
+    engine, config = Engine(model, 8), model.config
+    config._attn_implementation = "flash_attention_2"
+    with engine._kernel(wide=True):
+        assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "flash_attention_2"
+    with engine._kernel(wide=False):
+        assert config._attn_implementation == "flash_attention_2"

@@ -15,8 +15,18 @@ from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.model.models import masked
-from blockpruner.scoring.large.ray import connect, resources
-from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
+from blockpruner.paper.flops import Flops
+from blockpruner.paper.shapes import SHAPES
+from blockpruner.scoring.batches import row_batches
+from blockpruner.scoring.large.ray import DEVICE_ERROR, connect, memory_of_a_worker, resources
+from blockpruner.scoring.large.sharing import (
+    WalkCosts,
+    cost_of,
+    share_among,
+    share_out,
+    tokens_of_a_share,
+    unfinished,
+)
 from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.walk import runs, steps_of, walk
 from blockpruner.scoring.work import ScoredRows, Task
@@ -143,6 +153,31 @@ def test_a_sweep_is_balanced_and_its_prefixes_stay_together():
     assert len(shared) == 3
     assert max(map(cost, shared)) < 0.5 * whole
     assert sum(map(cost, shared)) < 1.25 * whole
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "rows", "length", "times"),
+    [(8, "GPU", 15, 2048, 7.5), (8, "GPU", 14, 2048, 7.5), (2, "GPU", 15, 2048, 1.95), (2, "CPU", 8, 128, 1.95)],
+)
+def test_workers_share_rows_so_that_no_prefix_is_walked_twice(workers, device, rows, length, times):
+    """A first iteration of Llama2-7B, counted in FLOPs of every product, with attention. Free workers take the next
+    piece. With all rows in one batch, eight do it 7.0 times as fast as one."""
+    config = SHAPES["meta-llama/Llama-2-7b-hf"]
+    masks = (DENSE, *(frozenset({block}) for block in all_blocks(32)))
+    tokens = [[1] * length] * rows
+    batches = row_batches(tokens, range(rows), min(65536, tokens_of_a_share(tokens, workers, device)))
+    tasks = [Task(span, masks) for span in batches]
+    busy = [0] * workers
+    for piece in share_among(tasks, tokens, workers, WalkCosts.of(config)):
+        busy[busy.index(min(busy))] += sum(Flops.of(config, len(t.span), length).exact(t.masks) for t in piece)
+    assert Flops.of(config, rows, length).exact(masks) / max(busy) >= times
+
+
+def test_more_workers_than_rows_cut_prefixes():
+    costs, masks = WalkCosts.of(SHAPES["meta-llama/Llama-2-7b-hf"]), (DENSE, *(frozenset({b}) for b in all_blocks(32)))
+    pieces = share_among([Task(range(1), masks)], [[1] * 2048], 4, costs)
+    whole = cost_of([Task(range(1), masks)], [[1] * 2048], costs)
+    assert len(pieces) >= 4 and max(cost_of(piece, [[1] * 2048], costs) for piece in pieces) < whole / 3.5
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -339,7 +374,32 @@ def test_too_few_resources_are_refused_with_the_figures(runtime, nodes, message)
         resources(ray_runtime(**runtime), ray_nodes(nodes))
 
 
+@pytest.mark.parametrize(("workers", "share"), [(1, 400), (4, 100), (8, 50), (64, 50)])
+def test_memory_is_shared_by_the_workers_of_a_node(workers, share):
+    """Whichever nodes get them: a lost worker may start on another one. A node without a GPU gets none."""
+    small, large = ({"CPU": 64, "GPU": count, "memory": 100 * count} for count in (4, 8))
+    nodes = [small | {"memory": 400}, large | {"memory": 400}, {"CPU": 8, "memory": 5}]
+    assert memory_of_a_worker(workers, {"CPU": 1, "GPU": 1}, nodes) == share
+
+
 def test_an_address_of_a_ray_client_is_refused():
     pytest.importorskip("ray", reason="ray is not installed: pip install 'blockpruner[ray]'")
     with pytest.raises(InputError, match=r"'ray://head:10001' is of a Ray client.*<host>:<port>"):
         connect("ray://head:10001")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        ("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...", True),
+        ("CUDA error: uncorrectable ECC error encountered", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", True),
+        ("HIP error: unspecified launch failure", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
+        ("Torch not compiled with CUDA enabled", False),
+    ],
+)
+def test_errors_that_a_process_does_not_outlive(error, is_one):
+    assert bool(DEVICE_ERROR.search(error)) == is_one

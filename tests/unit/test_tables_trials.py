@@ -13,12 +13,15 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.checkpoints.verification import write_verified
-from blockpruner.core.blocks import parse_mask
+from blockpruner.core.blocks import all_blocks, parse_mask
 from blockpruner.core.errors import InputError, StorageError
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import TEXTS
+from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import MaskScore, Objective
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
@@ -187,6 +190,52 @@ def test_a_batch_that_is_halved_has_16_bit_candidates_scored_again(tmp_path, dty
         assert found == [0, 0, 1, 1] and len(scorer.asked) == 12 and not notes
     else:
         assert found == [1, 1, 1, 1] and len(scorer.asked) == 18 and "6 losses in 16 bits" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "most"), [("bfloat16", "cpu", 4), ("bfloat16", "cuda", None), ("float32", "cpu", None)]
+)
+def test_a_resumed_run_is_told_the_batches_of_before(tmp_path, dtype, device, most):
+    """Those after memory ran out; another kind of device chooses its own. Logs that tell nothing limit nothing."""
+    rows, observer = short_rows(3), SimpleNamespace(note=lambda line: None, advance=lambda *step: None)
+
+    def ask(scorer, count):
+        kept = TrialStore(store_fields(rows.digest, "m", dtype, "perplexity"), rows.row_keys, tmp_path)
+        Objective(rows, kept, scorer, observer)([parse_mask(f"mha.{n}") for n in range(count)])
+        kept.close()
+        return scorer.most
+
+    kept = TrialStore(store_fields(rows.digest, "m", dtype, "perplexity"), rows.row_keys, tmp_path)
+    kept.put("mha.9", [0, 1, 2], [1.0, 2.0, 3.0])
+    kept.close()
+    assert ask(Shrinking(0), 4) is None
+    assert ask(Elsewhere(0, device=device), 5) == most
+
+
+@pytest.mark.parametrize("batch_tokens", ["auto", 1024])
+def test_a_resumed_run_takes_the_batches_of_before(tmp_path, batch_tokens):
+    """In bfloat16 a search that goes on computes what is left, and no candidate anew; a number that is set stands."""
+    model, rows = tiny_model(layers=2, dtype=torch.bfloat16), CalibrationSet(tuple((n, 5, n + 7, 9) for n in range(8)))
+    masks = [frozenset({block}) for block in all_blocks(2)]
+
+    def ask(engine, count):
+        kept = TrialStore(store_fields(rows.digest, "m", "bfloat16", "perplexity"), rows.row_keys, tmp_path)
+        objective = Objective(rows, kept, engine)
+        found = objective(masks[:count])
+        kept.close()
+        return objective.counts.rows_computed, found
+
+    small = Engine(model)
+    small._batch_tokens = 8  # its memory had run out
+    ask(small, 3)
+    again = Engine(model, batch_tokens)
+    computed, found = ask(again, 4)
+    is_auto = batch_tokens == "auto"
+    assert computed == 8 * (1 if is_auto else 4)
+    assert again.placement()["batch"] == f"{8 if is_auto else 1024} tokens to a batch"
+    if is_auto:
+        undisturbed = Objective(rows, TrialStore({"dtype": "bfloat16"}, rows.row_keys), small)(masks)
+        assert [score.row_loss for score in found] == [score.row_loss for score in undisturbed]
 
 
 # --- the journal --------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Scoring on Ray workers that each hold a replica of the model.
 
-A lost worker costs the one answer that it was computing. A piece of work never splits a row range, so a batch has the
-same shapes, and its losses the same bits, on any number of workers.
+A lost worker costs the one answer that it was computing. A piece of work never splits a batch, so losses have the same
+bits on however many of the workers. With `batch_tokens: auto`, batches are cut until `workers` can share them out; with
+a number they are those of any other number of workers, too.
 
 Workers import this package. A Ray that is started here has it; the nodes of a shared cluster must have the same
 version of blockpruner, and the checkpoint at the same path.
@@ -10,6 +11,7 @@ version of blockpruner, and the checkpoint at the same path.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import sys
@@ -17,24 +19,27 @@ import textwrap
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
-from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
+from blockpruner.scoring.large.sharing import WalkCosts, share_among, share_out, tokens_of_a_share, unfinished
 from blockpruner.scoring.scorers import local_scorer
 from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, over_all_rows
 from blockpruner.store.files import read_json
 from blockpruner.store.provenance import environment
-from blockpruner.store.trials import SIXTEEN_BITS, origin
-
-PIECES = 3
-"""Pieces of work per worker: more pieces balance better, but each walks its shared prefix anew."""
+from blockpruner.store.trials import SIXTEEN_BITS, batch_tokens, batch_words, origin
 
 LOSSES = 3
 """How often, on average, each worker may die before scoring stops, without one answer in between."""
+
+FAULTS = 2
+"""After so many errors of one device its worker is not replaced any more, as long as there are others."""
+
+DEVICE_ERROR = re.compile(r"\b(CUDA|HIP|XPU) error\b|\b(CUBLAS|CUDNN|CUSOLVER|HIPBLAS)_STATUS_")
+"""How torch words an error after which a process can use its device no more. Memory that runs out is none."""
 
 SILENCE_SECONDS = 600
 """After this time without an answer a note is shown: the work may be long, or a lost worker not replaceable."""
@@ -69,17 +74,27 @@ class Replica:
 
     def load(self) -> tuple[str, int, Mapping[str, str]]:
         """Load the model; return host, process, environment. Errors of a constructor would not arrive as themselves."""
-        self._scorer = local_scorer(*self._arguments, lambda line: None, memory=self._memory)
+        self._scorer: Any = local_scorer(*self._arguments, lambda line: None, memory=self._memory)
         return socket.gethostname(), os.getpid(), environment(**self._scorer.placement())
 
-    def row_batches(self, rows: Rows, span: Span) -> list[Span]:
-        return self._scorer.row_batches(rows, span)
+    def row_batches(self, rows: Rows, span: Span, limit: int | None) -> list[Span]:
+        self._scorer.limit = limit
+        found: list[Span] = self._scorer.row_batches(rows, span)
+        return found
 
-    def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows | str]:
-        """Yield values; before those of a streamed pass, the lines of its plan."""
+    def run(self, tasks: Sequence[Task], rows: Rows, limit: int | None) -> Iterator[ScoredRows | str | int]:
+        """Yield values; before those of a streamed pass, the lines of its plan; where memory runs out, the tokens to
+        each later batch."""
+        self._scorer.limit = limit
+        tasks = [replace(task, span=part) for task in tasks for part in self._scorer.row_batches(rows, task.span)]
         if self._runtime.streaming:
-            yield from self._scorer.plan_of(tasks, rows).lines()  # type: ignore[attr-defined]
-        yield from self._scorer.run(tasks, rows)
+            yield from self._scorer.plan_of(tasks, rows).lines()
+        tokens = batch_tokens(self._scorer.placement())
+        for scored in self._scorer.run(tasks, rows):
+            before, tokens = tokens, batch_tokens(self._scorer.placement())
+            if tokens is not None and tokens != before:
+                yield tokens
+            yield scored
 
 
 @dataclass(eq=False)
@@ -92,6 +107,10 @@ class _Worker:
     pid: int = 0
     placement: Mapping[str, str] = field(default_factory=dict)
     """Its environment; empty until it is loaded."""
+    tokens: int | None = None
+    """To a batch at most, as its memory has it."""
+    limit: int | None = None
+    """The same, as its piece was given to it."""
     piece: list[Task] = field(default_factory=list)
     answers: list[ScoredRows] = field(default_factory=list)
 
@@ -111,19 +130,23 @@ class RayScorer:
     ) -> None:
         self._runtime, self._note = runtime, note
         self._costs = WalkCosts.of(read_json(checkpoint / "config.json"))
-        self._pieces = runtime.workers * (1 if runtime.streaming or runtime.workers == 1 else PIECES)
         self._workers: list[_Worker] = []
         self._waiting: deque[list[Task]] = deque()
         self._losses = 0
+        self._faults = Counter[int]()
         self._rows: Rows | None = None
         self._reference: Any = None
+        self._most: int | None = None
+        self._halved: int | None = None
+        self._answered: _Worker | None = None
         self._group: Any = None
         self._ray, self._connected = connect(runtime.ray_address, runtime.streaming)
         try:
             needs = resources(runtime, [node["Resources"] for node in self._ray.nodes() if node["Alive"]])
+            self._device = "GPU" if "GPU" in needs else "CPU"
             self._group = self._reserve(needs)
             self._actor = self._ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(Replica)
-            memory = self._memory_of_a_worker() if runtime.streaming else None
+            memory = self._memory_of_a_worker(needs) if runtime.streaming else None
             self._arguments = (checkpoint.resolve(), dtype, runtime, trust_remote_code, memory)
             self._workers = [self._start(number) for number in range(runtime.workers)]
         except BaseException:
@@ -132,23 +155,44 @@ class RayScorer:
         each = ", ".join(f"{count} {kind}" for kind, count in needs.items())
         note(f"ray: {runtime.workers} workers with {each} each")
 
+    def limit_batches(self, rows: Rows, most: int | None) -> None:
+        """Take no more tokens to a batch, and no more than lets all workers share out these rows."""
+        if self._runtime.batch_tokens == "auto":
+            share = None
+            if self._runtime.workers > 1:
+                share = tokens_of_a_share(rows, self._runtime.workers, self._device)
+            self._most = _least(share, most)
+
+    @property
+    def _limit(self) -> int | None:
+        """Of all batches: a worker that ran out of memory speaks for all."""
+        return _least(self._most, self._halved, *(worker.tokens for worker in self._workers if worker.placement))
+
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
-        """The finest grouping among the workers' engines: one that ran out of memory speaks for all."""
+        """The finest grouping among the workers' engines, which hold the same model."""
         answers: list[list[Span]] = []
         while not answers:
             for worker in [worker for worker in self._workers if worker.job is None]:
                 with self._watch(worker):
-                    answers.append(self._ray.get(worker.actor.row_batches.remote(self._shared(rows), span)))
+                    answers.append(
+                        self._ray.get(worker.actor.row_batches.remote(self._shared(rows), span, self._limit))
+                    )
             if not answers:
                 list(self._receive(self._next()))  # between runs a worker can only report that it is loaded
         return max(answers, key=len)
 
     def placement(self) -> dict[str, str]:
-        """That of the workers that are loaded; where they differ, all of their devices and kernels."""
+        """That of the workers that are loaded; where they differ, all of their devices and kernels.
+
+        The batches are those of the last answer; between runs, those to come.
+        """
         while not any(worker.placement for worker in self._workers):
             list(self._receive(self._next()))
         found = [worker.placement for worker in self._workers if worker.placement]
-        return {key: " and ".join(sorted({each[key] for each in found})) for key in found[0]}
+        facts = {key: " and ".join(sorted({each[key] for each in found})) for key in found[0]}
+        last = self._answered
+        tokens = self._limit if last is None else _least(last.tokens, last.limit)
+        return facts if tokens is None else facts | {"batch": batch_words(tokens)}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield values as workers report them.
@@ -157,15 +201,19 @@ class RayScorer:
             InputError: what a worker's engine raised, as itself; values yielded before are good.
             WorkerLostError: workers died `LOSSES` times each, without one answer.
         """
-        self._waiting = deque(share_out(over_all_rows(tasks, rows), rows, self._pieces, self._costs))
+        # each streamed piece reads all weights
+        share = share_out if self._runtime.streaming or self._runtime.workers == 1 else share_among
+        self._waiting = deque(share(over_all_rows(tasks, rows), rows, self._runtime.workers, self._costs))
         try:
             while self._waiting or any(worker.piece for worker in self._workers):
                 for worker in self._workers:
                     if worker.job is None and self._waiting:
                         worker.piece, worker.answers = self._waiting.popleft(), []
-                        worker.job = worker.actor.run.remote(worker.piece, self._shared(rows))
+                        worker.limit = self._limit
+                        worker.job = worker.actor.run.remote(worker.piece, self._shared(rows), worker.limit)
                 yield from self._receive(self._next())
         finally:
+            self._answered = None
             for worker in self._workers:
                 if worker.piece:  # it stops after the answer that it is computing
                     self._ray.cancel(worker.job)
@@ -183,16 +231,14 @@ class RayScorer:
             self._ray.shutdown()
             self._connected = False
 
-    def _memory_of_a_worker(self) -> int:
-        """Bytes that each streamed worker may take, also one that replaces another.
-
-        All workers may be on one node: on this machine, or on the smallest of a cluster.
-        """
+    def _memory_of_a_worker(self, needs: Mapping[str, int]) -> int:
+        """Bytes that each streamed worker may take, also one that replaces another on any node."""
         from blockpruner.scoring.large.memory import available_memory
 
-        nodes = [int(node["Resources"].get("memory", 0)) for node in self._ray.nodes() if node["Alive"]]
-        free = available_memory() if self._runtime.ray_address is None else min(nodes)
-        return free // self._runtime.workers
+        if self._runtime.ray_address is None:
+            return available_memory() // self._runtime.workers
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return memory_of_a_worker(self._runtime.workers, needs, nodes)
 
     def _reserve(self, needs: Mapping[str, int]) -> Any:
         """Take all workers' resources at once: no worker shall wait for another run's."""
@@ -242,7 +288,7 @@ class RayScorer:
         with self._watch(worker):
             if not worker.pid:
                 worker.host, worker.pid, worker.placement = self._ray.get(worker.job)
-                worker.job = None
+                worker.job, worker.tokens = None, batch_tokens(worker.placement)
                 self._require_alike(worker)
                 return
             try:
@@ -251,8 +297,12 @@ class RayScorer:
                 worker.job, worker.piece = None, []
         if isinstance(result, str):
             self._note(f"{worker}: {result}")
+        elif isinstance(result, int):
+            worker.tokens, self._halved = result, _least(self._halved, result)
+            self._note(f"{worker} ran out of memory; its batches have {result} tokens at most from now on")
         elif result is not None:
             worker.answers.append(result)
+            self._answered = worker
             self._losses = 0
             yield result
 
@@ -279,7 +329,10 @@ class RayScorer:
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, InputError):
                 raise error.cause from None
-            raise
+            if not DEVICE_ERROR.search(str(error.cause)):
+                raise
+            self._faults[worker.number] += 1  # a new process may use the device, if it is no broken one
+            self._replace(worker, error)
         except self._ray.exceptions.RayError as error:
             self._replace(worker, error)
 
@@ -287,7 +340,7 @@ class RayScorer:
         lines = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
         reason = textwrap.shorten(" ".join(lines), 300)
         self._losses += 1
-        if self._losses == LOSSES * len(self._workers):
+        if self._losses >= LOSSES * len(self._workers):
             raise WorkerLostError(
                 f"{self._losses} Ray workers in a row died before they finished a unit; the last was {lost}: {reason} "
                 "Where memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true; "
@@ -301,9 +354,19 @@ class RayScorer:
             if lost.piece
             else "It was loading the model"
         )
-        self._note(f"{lost} was lost and is replaced. {work}. Ray says: {reason}")
         self._ray.kill(lost.actor)
-        self._workers[lost.number] = self._start(lost.number)
+        place = self._workers.index(lost)
+        if self._faults[lost.number] >= FAULTS and len(self._workers) > 1:
+            del self._workers[place]
+            what = f"is not replaced: its device failed {self._faults[lost.number]} times"
+        else:
+            self._workers[place] = self._start(lost.number)
+            what = "is replaced"
+        self._note(f"{lost} was lost and {what}. {work}. Ray says: {reason}")
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
@@ -382,6 +445,16 @@ def resources(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> dict[st
     elif threads == "auto" and not on_gpu:
         needs["CPU"] = _largest("CPU", needs, workers, nodes)
     return needs
+
+
+def memory_of_a_worker(workers: int, needs: Mapping[str, int], nodes: Sequence[Mapping[str, float]]) -> int:
+    """The share of a node's memory that each worker finds, however many of them the node gets.
+
+    Args:
+        nodes: as in `resources`.
+    """
+    held = [(int(node.get("memory", 0)), min(workers, _places(needs, [node]))) for node in nodes]
+    return min(memory // count for memory, count in held if count)
 
 
 def _places(needs: Mapping[str, int], nodes: Sequence[Mapping[str, float]]) -> int:

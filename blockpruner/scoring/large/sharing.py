@@ -10,6 +10,15 @@ from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.scoring.walk import Step, runs, steps_of
 from blockpruner.scoring.work import Rows, ScoredRows, Task
 
+PIECES = 3
+"""The most pieces of work per worker: more pieces balance better, but each walks its shared prefix anew."""
+
+UNEVEN = 0.1
+"""By how much one worker may be slower than another: then the last piece is waited for as much longer."""
+
+LEAST_TOKENS = {"CPU": 256, "GPU": 4096}
+"""Batches are not cut below this for the sake of workers: a device would not be busy (on a GPU not measured)."""
+
 
 @dataclass(frozen=True)
 class WalkCosts:
@@ -46,6 +55,34 @@ class _Leaf:
     """Cost of what the walk to the leaf before does not share."""
 
 
+def tokens_of_a_share(rows: Rows, workers: int, device: str) -> int:
+    """Padded tokens to a batch at most, so that so many workers, each of one `device`, can share the rows out.
+
+    Rows share nothing, and masks do: where work is cut by rows, no prefix is walked twice. The number depends on the
+    workers that are asked for, not on those that are there.
+    """
+    return max(LEAST_TOKENS[device], -(-sum(map(len, rows)) // (workers * PIECES)))
+
+
+def share_among(tasks: Sequence[Task], rows: Rows, workers: int, costs: WalkCosts) -> list[list[Task]]:
+    """Split tasks into one to `PIECES` equal pieces of work for each of equal workers, in the least time.
+
+    The time of all pieces is their cost, and a part `UNEVEN` of a worker's last piece.
+    """
+    found = [share_out(tasks, rows, workers * each, costs) for each in range(1, PIECES + 1)]
+    times = [sum(cost_of(piece, rows, costs) for piece in found[n]) * (1 + UNEVEN / (n + 1)) for n in range(PIECES)]
+    return found[times.index(min(times))]
+
+
+def cost_of(piece: Iterable[Task], rows: Rows, costs: WalkCosts) -> int:
+    """What the walks of some tasks multiply."""
+    return sum(_tokens(task, rows) * sum(after for *_, after in costs.leaves(task.masks)) for task in piece)
+
+
+def _tokens(task: Task, rows: Rows) -> int:
+    return len(task.span) * max(len(rows[i]) for i in task.span)
+
+
 def share_out(tasks: Sequence[Task], rows: Rows, pieces: int, costs: WalkCosts) -> list[list[Task]]:
     """Split tasks into at most `pieces` pieces of work; the costliest piece costs as little as it can.
 
@@ -55,7 +92,7 @@ def share_out(tasks: Sequence[Task], rows: Rows, pieces: int, costs: WalkCosts) 
     walks = {masks: costs.leaves(masks) for masks in {task.masks for task in tasks}}
     leaves: list[_Leaf] = []
     for number, task in enumerate(tasks):
-        tokens = len(task.span) * max(len(rows[i]) for i in task.span)
+        tokens = _tokens(task, rows)
         leaves += [_Leaf(number, mask, tokens * alone, tokens * after) for mask, alone, after in walks[task.masks]]
     low, high = max(leaf.alone for leaf in leaves), sum(leaf.after for leaf in leaves)
     while low < high:

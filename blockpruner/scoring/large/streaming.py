@@ -236,6 +236,11 @@ class StreamingEngine(Engine):
                 f"score.metric {influence} is taken from the model in memory, it is not streamed; set "
                 "runtime.streaming: false"
             )
+        if any(task.wide for task in tasks):
+            raise InputError(
+                "score.near_ties is for a model in memory, it is not streamed; leave it out, or set "
+                "runtime.streaming: false"
+            )
         tasks = self.referenced(tasks, rows)
         plan = self.plan = self.plan_of(tasks, rows)
         for line in plan.lines():
