@@ -25,10 +25,10 @@ ENGINE = "xllamacpp"
 PRECISIONS = ("F16", "Q8_0")
 
 RATIO = (2.0, 200.0)
-"""Limits of the error in 8 bits, divided by the error in 16 bits. The two differ by rounding; a file that is wrong in both
-has 1, and one that is wrong in 8 bits alone, by a nat or more, far more than 200. Measured: 12 to 33 for SmolLM2-135M and
-random models, 3 for a chaotic one, 45 for SmolLM2 in bfloat16, whose weights 16 bits hold exactly; 1 without the stub of
-an MLP, unpermuted, or with another rotation."""
+"""Limits of the error in 8 bits, divided by the error in 16 bits. The two differ by rounding. A file that is wrong in
+both has 1, and one that is wrong in 8 bits alone, by a nat or more, far more than 200. Measured: 12 to 33 for
+SmolLM2-135M and random models, 3 for a chaotic one, 45 for SmolLM2 in bfloat16, whose weights 16 bits hold exactly; 1
+without the stub of an MLP, unpermuted, or with another rotation."""
 
 TOP = 40
 """How many of the likeliest tokens are compared at each position."""
