@@ -101,8 +101,9 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
     model = pruning.load_for_export()
 
     def note(reduced: PreTrainedModel, reference: Path) -> None:
+        narrow = torch.tensor(reduced.dtype != torch.float32)
         with in_float32(reduced):  # a pass in bfloat16 errs as much as 8 bits do, and would hide a fault of a file
-            save_file(reference_outputs(reduced, plan) | more, reference)
+            save_file(reference_outputs(reduced, plan) | more | {"narrow": narrow}, reference)
 
     def write_all(directory: Path, reference: Path) -> float:
         pruned = pruning.prune_(model, partial(note, reference=reference))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockpruner.core.blocks import BlockKind
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, extra
 from blockpruner.core.settings import Runtime
 from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Span, Task
 
@@ -120,7 +120,8 @@ def _compile_(model: PreTrainedModel, is_split: bool = False) -> None:
 
     family, layers = model_family(model), decoder_layers(model)
     if is_split:
-        from accelerate.hooks import remove_hook_from_module
+        with extra("split"):
+            from accelerate.hooks import remove_hook_from_module
 
         for layer in layers:  # a hook of accelerate, at every linear map, would break the graph
             remove_hook_from_module(layer, recurse=True)
