@@ -605,17 +605,18 @@ def studies(_: World, name: str) -> Any:
     run, found = RUNS[name], {}
     for v in variants(run):
         pairs = [(sections(getattr(v, key)), sections(getattr(run, key))) for key in ("score", "calibration")]
-        change = {key: value for own, base in pairs for key, value in own.items() if value != base[key]}
+        change = {key: own.get(key) for own, base in pairs for key in own | base if own.get(key) != base.get(key)}
         found[v.name] = {"budgets": v.budgets, "main": v.main, "timed": v.timed, "raced": v.raced, **change}
     return found
 
 
 def sections(value: Any) -> Any:
-    """Settings with every default filled in, but options of a search as they are given."""
+    """Settings with every default filled in, but options of a search as they are given; what is null is left out, so
+    that a new setting of which null means the old way moves nothing."""
     if isinstance(value, settings.Score):
-        given = value.model_dump(mode="json", exclude_defaults=True).get("options", {})
-        return value.model_dump(mode="json", exclude={"options"}) | {"options": given}
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        given = value.model_dump(mode="json", exclude_defaults=True, exclude_none=True).get("options", {})
+        return value.model_dump(mode="json", exclude={"options"}, exclude_none=True) | {"options": given}
+    return value.model_dump(mode="json", exclude_none=True) if isinstance(value, BaseModel) else value
 
 
 def resolved(_: World, name: str) -> Any:
@@ -635,6 +636,7 @@ def defaults(_: World) -> Any:
         model.__name__: {
             key: "required" if field.is_required() else "computed" if field.default_factory else sections(field.default)
             for key, field in model.model_fields.items()
+            if field.default is not None
         }
         for model in models
         if model.model_fields and model.__module__ == settings.__name__ and "[" not in model.__name__  # a generic's
