@@ -154,7 +154,7 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would take; compute nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would take; prune nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned checkpoint that transformers loads. After a kill, say the same again to go on."""
@@ -172,7 +172,7 @@ def prune(
     run = place.read_run(model, dtype, trust_remote_code, sections)
     if dry_run:
         found = place.forecast(run, ratio, method)
-        _tell(found, "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.items()), as_json)
+        _tell(found, work.forecast_words(found), as_json)
     else:
         named = out or Path(f"{run.model.title.rpartition('/')[2]}-{ratio}")
         found = place.prune(run, ratio, named.expanduser().absolute(), method)

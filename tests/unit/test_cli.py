@@ -280,9 +280,34 @@ def test_a_dry_run_counts_the_trials_and_leaves_nothing(model, place, say):
     )
     assert exact > faster > 0
     found = done(say(*prune(model, "--json")))
+    seen = found["plan"]["calibration"]
+    assert forecast["calibration"].startswith(f"{seen['rows']} rows of 32 tokens, of texts.txt")
     assert found["written"][0]["path"] == str(place / "tiny-0.3")
     if len(found["plan"]["order"]) == forecast["removals"]:  # which it assumes
         assert found["search"]["trials_computed"] == forecast["trials"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_dry_run_measures_this_machine_and_reads_the_texts(model, place, say, monkeypatch):
+    """2 TFLOP/s in bfloat16 and 1 otherwise, as doctor measures them."""
+    monkeypatch.setattr(doctor, "product_flops", lambda dtype, where: 1e12 * (1 + (dtype == torch.bfloat16)))
+    found = done(say(*prune(model, "--dry-run", "--json", "--device", "cpu")))
+    assert found["hours_here"] == pytest.approx(found["teraflop"] / 3600, rel=0.05) and found["device"] == "cpu"
+    assert found["weights_bytes"] == sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
+    monkeypatch.setattr(doctor, "product_flops", lambda *_: found["teraflop"] * 1e12 / 200)
+    code, out, _ = say(*prune(model, "--dry-run", "--device", "cpu"))
+    assert "time: 3m20s here (cpu), by the speed of matrix products alone: the real run takes longer" in out
+    assert found["hint"] == "--dtype bfloat16 is 2.0 times as fast here" and "hint" not in out
+    assert "on others: h100 under 1s, h200 under 1s" in out
+    samples = "".join(json.dumps({"text": f"{i} words of number {i}"}) + "\n" for i in range(9))
+    (place / "few.jsonl").write_text(samples)
+    few = prune(model, "--json", "--texts", "few.jsonl", "--num-samples", 9, ratio="1blocks")
+    rows = done(say(*few))["plan"]["calibration"]["rows"]
+    assert done(say(*few, "--dry-run"))["calibration"] == f"{rows} rows of 32 tokens, of few.jsonl"
+    hub = ("prune", model, "--ratio", 0.3, "--dry-run", "--json")
+    assert done(say(*hub))["calibration"].endswith("tokens, of tatsu-lab/alpaca from the hub")
+    code, out, err = say(*prune(model, "--dry-run", "--texts", "absent.txt"))
+    assert code == 2 and not out and "'absent.txt' does not exist; give a .parquet" in err
 
 
 @pytest.mark.usefixtures("in_process")
