@@ -26,7 +26,7 @@ from blockpruner.store.provenance import machine
 OPTIONAL = {
     "accelerate": "one model over several GPUs",
     "datasets": "texts from the hub",
-    "matplotlib": "pictures of curves, reports",
+    "matplotlib": "report, and the pictures of curve",
     "gguf": "--export gguf",
     "xllamacpp": "verifies --export gguf",
     "mlx-lm": "verifies --export nas",

@@ -406,7 +406,10 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
 
 def _fail(message: str) -> NoReturn:
     named = KEY.sub(lambda match: f"--{match[1] or match[2] or match[3]}".replace("_", "-"), message)
-    named = named.replace("another source (pypi, path)", "a folder, or --texts FILE, of this machine")
+    from blockpruner.inputs.hub import ANOTHER
+
+    for kind, given in (("model", "a folder of this machine"), ("dataset", "--texts FILE")):
+        named = named.replace(ANOTHER[kind], given)
     print(f"error: {named}", file=sys.stderr)
     sys.exit(2)
 

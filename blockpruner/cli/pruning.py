@@ -7,6 +7,7 @@ something must be computed.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from blockpruner.checkpoints.registry import EXPORTS, Writer, require_packages
 from blockpruner.checks import check_run
 from blockpruner.compensation.rows import compensation_rows
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, MissingPackageError
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, duration
@@ -34,6 +35,7 @@ from blockpruner.core.settings import (
 )
 from blockpruner.inputs.calibration import CalibrationSet, check_context, draw_rows
 from blockpruner.inputs.checkpoints import TOKENIZER_FILES, checkpoint_identity, fetch_checkpoint, fetch_config
+from blockpruner.inputs.hub import HubError
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.commit import commit_run
@@ -80,12 +82,17 @@ class Place:
 
     def read_run(self, model: str, dtype: str, trusted: bool, sections: Mapping[str, Any]) -> Run:
         """The settings of a run file; raises InputError for a model, name or value that is not valid."""
+        if model.endswith(".gguf") or Path(model).expanduser().is_file():
+            raise InputError(
+                f"model {model!r}: GGUF files and other single files are not read; give a folder "
+                "with config.json, safetensors and the tokenizer, or a name on the hub"
+            )
         is_folder = Path(model).expanduser().is_dir() or model.startswith((".", "/", "~"))
         path = str(Path(model).expanduser().absolute())
         source = {"source": "path", "path": path} if is_folder else {"source": "hub", "repo": model}
         given = {**source, "trust_remote_code": trusted} | ({} if dtype == "auto" else {"dtype": dtype})
         run = read_settings(Run, {"model": given, "export": list(self._asked), **sections})
-        require_packages(run.export)
+        self._require_programs(run)
         config = self._config(run)
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
             raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
@@ -104,6 +111,17 @@ class Place:
 
             require_quantizations(quantizations)
         return run
+
+    def _require_programs(self, run: Run) -> None:
+        """Raise MissingPackageError for what the formats lack here, all at once."""
+        try:
+            require_packages(run.export)
+        except MissingPackageError as error:
+            if not self._asked.get("gguf") or shutil.which("llama-quantize"):
+                raise
+            raise MissingPackageError(
+                f"{error}; --export {self.export} needs llama.cpp's program llama-quantize, too, which is not on PATH"
+            ) from error
 
     def forecast(self, run: Run, budget: str, recipe: str) -> dict[str, Any]:
         """What the searches of a recipe would take, from the model's config, and the rows where they are at hand."""
@@ -271,7 +289,10 @@ class Place:
 
     def _config(self, run: Run) -> Config:
         assert isinstance(run.model, HubModel | LocalModel)
-        return fetch_config(run.model, self.pins)
+        try:
+            return fetch_config(run.model, self.pins)
+        except HubError as error:
+            raise InputError(f"there is no folder {run.model.title!r} here, and {error}") from error
 
     def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Any:
         from blockpruner.methods.apply import Pruning

@@ -432,7 +432,16 @@ def test_a_bad_value_is_named_in_one_line(model, place, say, more, message):
 def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch):
     code, _, err = say(*prune("./absent"))
     assert code == 2 and "absent' does not exist or has no config.json" in err
+    missing = "there is no folder 'modles/tiny' here, and hub repository 'modles/tiny' cannot be used: HF_HUB_OFFLINE"
+    for words in (prune("modles/tiny"), ("chat", "modles/tiny"), ("apply", "modles/tiny", "p", "--out", "o")):
+        code, _, err = say(*words)
+        assert code == 2 and missing in err and err.endswith("or use a folder of this machine\n")
+    for words in (prune("absent.gguf"), ("chat", "texts.txt")):
+        code, _, err = say(*words)
+        assert code == 2 and "single files are not read; give a folder with config.json, safetensors" in err
     save_tiny(place / "odd")
+    code, _, err = say("prune", "odd", "--ratio", 0.3)
+    assert code == 2 and "'tatsu-lab/alpaca' cannot be used" in err and err.endswith("or use --texts FILE\n")
     (place / "odd/config.json").write_text('{"model_type": "rnn"}')
     code, _, err = say(*prune("odd"))
     assert code == 2 and "'rnn' is unknown; valid: " in err
@@ -442,6 +451,19 @@ def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch)
     ):
         monkeypatch.setattr(Place, "read_run", lambda *args, raised=raised: (_ for _ in ()).throw(raised))
         assert (found := say(*prune("odd")))[0] == code and found[2].startswith(words)
+
+
+def test_all_that_is_missing_is_named_at_once_and_a_wrong_folder_before_a_package(model, place, say, monkeypatch):
+    monkeypatch.setattr("blockpruner.checkpoints.registry.find_spec", lambda name: None)
+    for path, more in (("", True), (place, False)):
+        monkeypatch.setenv("PATH", str(path))
+        code, _, err = say(*prune(model, "--export", "gguf:Q4_K_M", "--dry-run"))
+        assert code == 2 and "pip install 'blockpruner[gguf]'" in err and ("llama-quantize, too" in err) is more
+        tool = place / "llama-quantize"
+        tool.touch()
+        tool.chmod(0o755)
+    code = "import sys; sys.modules['matplotlib'] = None; from blockpruner.cli.main import main; main(sys.argv[1:])"
+    assert fresh(code, "report", place).stderr.startswith(f"error: plan '{place}' does not exist")
 
 
 def test_help_loads_no_torch_and_every_command_explains_itself(say):
