@@ -111,10 +111,15 @@ def test_a_killed_run_goes_on_and_transformers_loads_the_result(model, place, sa
     killed = fresh(KILLED, *prune(model, "--out", "out"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (place / "out").exists()
-    found, whole = (
-        done(say(*prune(model, "--out", "out", "--json"))),
-        done(say(*prune(model, "--out", "whole", "--trials", "elsewhere", "--json"))),
+    logs = [path.read_text().splitlines() for path in (place / "cache/blockpruner").glob("*/*.jsonl")]
+    kept = {line["trial"] for log in logs for line in map(json.loads, log) if "trial" in line}
+    resumed, undisturbed = (
+        say(*prune(model, "--out", "out", "--json")),
+        say(*prune(model, "--out", "whole", "--trials", "elsewhere", "--json")),
     )
+    found, whole = done(resumed), done(undisturbed)
+    assert f"found {len(kept)} scores of before in {place / 'cache/blockpruner'}" in resumed[2].splitlines()
+    assert kept and "scores of before" not in undisturbed[2]
     assert found["plan"] == whole["plan"] | {"target": "out"} and found["plan"]["method"] == "greedy"
     assert found["search"]["units_reused"] >= 12 > whole["search"]["units_reused"]
     assert found["search"]["units_computed"] <= whole["search"]["units_computed"] - 12
