@@ -309,9 +309,12 @@ def report(
     ] = None,
 ) -> None:
     """Write a page on a checkpoint: what is gone, what that cost, and its curve if there is one."""
-    from blockpruner.cli.page import write_page_of
+    from blockpruner.cli.pruning import read_plan
 
     folder = checkpoint.expanduser().absolute()
+    read_plan(folder)  # a mistake in the folder is named before a package that the page needs
+    from blockpruner.cli.page import write_page_of
+
     file = out or folder.with_name(f"{folder.name}-report.html")
     write_page_of(folder, trials.expanduser().absolute(), file)
     print(file)

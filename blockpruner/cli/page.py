@@ -12,9 +12,11 @@ from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.registry import KINDS
+from blockpruner.reporting.figures import removed_map
 from blockpruner.reporting.findings import Finding, Level
 from blockpruner.reporting.formats import number, parameters, percent, size, times
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, to_html
+from blockpruner.reporting.report import INTRO
 from blockpruner.store.files import read_json, write_text
 from blockpruner.store.manifest import REPORT_FILE, require_verified
 
@@ -29,8 +31,6 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
         InputError: there is no checkpoint with a plan, or it is not what was verified.
     """
     _, plan = read_plan(checkpoint)
-    from blockpruner.reporting.report import INTRO  # needs matplotlib, and a mistake in the folder is named before that
-
     if not (checkpoint / REPORT_FILE).is_file():
         raise InputError(f"{checkpoint} has no {REPORT_FILE}; give a folder that prune or apply has written")
     files = require_verified(checkpoint)
@@ -54,8 +54,6 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
 
 
 def _removed(plan: Plan) -> Iterator[Any]:
-    from blockpruner.reporting.figures import removed_map  # needs matplotlib
-
     if plan.removed:
         yield removed_map(plan.target, plan, [parse_mask(unit) for unit in plan.order] if plan.nested else [])
     else:

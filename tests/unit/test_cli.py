@@ -111,8 +111,8 @@ def test_a_killed_run_goes_on_and_transformers_loads_the_result(model, place, sa
     killed = fresh(KILLED, *prune(model, "--out", "out"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (place / "out").exists()
-    logs = [path.read_text().splitlines() for path in (place / "cache/blockpruner").glob("*/*.jsonl")]
-    kept = {line["trial"] for log in logs for line in map(json.loads, log) if "trial" in line}
+    logs = (path.read_text() for path in (place / "cache/blockpruner").glob("*/*.jsonl"))
+    kept = {trial for log in logs for trial in re.findall(r'"trial": ?"([^"]*)"', log)}
     resumed, undisturbed = (
         say(*prune(model, "--out", "out", "--json")),
         say(*prune(model, "--out", "whole", "--trials", "elsewhere", "--json")),
