@@ -46,7 +46,7 @@ class PrefectObserver(ConsoleObserver):
             atexit.register(self._flush, self._thread)
         self._send("begin", phase, overall)
 
-    def advance(self, done: int, total: int, detail: str) -> None:
+    def advance(self, done: int, total: int | None, detail: str) -> None:
         super().advance(done, total, detail)
         self._send("advance", done, total, detail)
 

@@ -76,14 +76,17 @@ class Phase:
         self._id = run.id
         client.set_task_run_state(run.id, Running())
 
-    def advance(self, done: int, total: int, detail: str) -> None:
+    def advance(self, done: int, total: int | None, detail: str) -> None:
         now = time.monotonic()
         if self._first is None:  # the pace does not count what came before, such as loading the model
             self._first = now, done
         since, steps = now - self._first[0], done - self._first[1]
         if now - self._shown >= INTERVAL:
-            rest = f", {duration(since / steps * (total - done))} left" if steps else ""
-            self._show(100.0 * done / total, f"{self._name}: {done} of {total} ({detail}){rest}{self._outlook}")
+            words, percent = detail, 0.0
+            if total is not None:
+                rest = f", {duration(since / steps * (total - done))} left" if steps else ""
+                words, percent = f"{done} of {total} ({detail}){rest}", 100.0 * done / total
+            self._show(percent, f"{self._name}: {words}{self._outlook}")
             self._shown = now
 
     def end(self, summary: str, table: Sequence[dict[str, Any]], cached: bool, pictures: Mapping[str, bytes]) -> None:

@@ -26,7 +26,7 @@ from blockpruner.store.provenance import machine
 OPTIONAL = {
     "accelerate": "one model over several GPUs",
     "datasets": "texts from the hub",
-    "matplotlib": "pictures of curves, reports",
+    "matplotlib": "report, and the pictures of curve",
     "gguf": "--export gguf",
     "xllamacpp": "verifies --export gguf",
     "mlx-lm": "verifies --export nas",
@@ -39,7 +39,8 @@ OPTIONAL = {
 FREE = 2 * 2**30
 """The least room of the cache folder, which gets a copy of the model."""
 
-SIDE, REPEATS = 768, 3
+SIDES, REPEATS = {"cpu": 768}, 3
+"""Of the matrices that are timed: a GPU is faster than its calls until they are large."""
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,22 @@ def _devices() -> Iterator[Checkup]:
 def _bfloat16() -> Checkup:
     """Half the memory of float32, and on a processor without instructions for it much slower."""
     where = accelerator.devices()[0] if accelerator.devices() else torch.device("cpu")
-    ratio = _seconds(torch.float32, where) / _seconds(torch.bfloat16, where)
+    ratio = product_flops(torch.bfloat16, where) / product_flops(torch.float32, where)
     hint = "" if ratio > 0.8 else "; faster, in twice the memory: --dtype float32"
     return Checkup("bfloat16", f"{ratio:.1f} times as fast as float32 on {where}{hint}")
 
 
-def _seconds(dtype: torch.dtype, where: torch.device) -> float:
-    """The least time of a few matrix products."""
-    matrix = torch.ones(SIDE, SIDE, dtype=dtype, device=where)
+def product_flops(dtype: torch.dtype, where: torch.device) -> float:
+    """FLOP/s of the fastest of a few matrix products."""
+    side = SIDES.get(where.type, 4096)
+    matrix = torch.ones(side, side, dtype=dtype, device=where)
     times = []
     for _ in range(REPEATS + 1):  # the first one is slower
         started = time.perf_counter()
         matrix @ matrix
         accelerator.synchronize(where)
         times.append(time.perf_counter() - started)
-    return min(times)
+    return 2 * side**3 / min(times)
 
 
 def _cache(folder: Path) -> Checkup:

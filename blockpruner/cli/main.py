@@ -154,7 +154,7 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would take; compute nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would take; prune nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned checkpoint that transformers loads. After a kill, say the same again to go on."""
@@ -172,7 +172,7 @@ def prune(
     run = place.read_run(model, dtype, trust_remote_code, sections)
     if dry_run:
         found = place.forecast(run, ratio, method)
-        _tell(found, "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.items()), as_json)
+        _tell(found, work.forecast_words(found), as_json)
     else:
         named = out or Path(f"{run.model.title.rpartition('/')[2]}-{ratio}")
         found = place.prune(run, ratio, named.expanduser().absolute(), method)
@@ -309,9 +309,12 @@ def report(
     ] = None,
 ) -> None:
     """Write a page on a checkpoint: what is gone, what that cost, and its curve if there is one."""
-    from blockpruner.cli.page import write_page_of
+    from blockpruner.cli.pruning import read_plan
 
     folder = checkpoint.expanduser().absolute()
+    read_plan(folder)  # a mistake in the folder is named before a package that the page needs
+    from blockpruner.cli.page import write_page_of
+
     file = out or folder.with_name(f"{folder.name}-report.html")
     write_page_of(folder, trials.expanduser().absolute(), file)
     print(file)
@@ -406,7 +409,10 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
 
 def _fail(message: str) -> NoReturn:
     named = KEY.sub(lambda match: f"--{match[1] or match[2] or match[3]}".replace("_", "-"), message)
-    named = named.replace("another source (pypi, path)", "a folder, or --texts FILE, of this machine")
+    from blockpruner.inputs.hub import ANOTHER
+
+    for kind, given in (("model", "a folder of this machine"), ("dataset", "--texts FILE")):
+        named = named.replace(ANOTHER[kind], given)
     print(f"error: {named}", file=sys.stderr)
     sys.exit(2)
 

@@ -29,8 +29,9 @@ class Observer(Protocol):
     def begin(self, phase: str, overall: float | None = None) -> None:
         """A phase starts; `overall` is the share of the whole stage that is done by now."""
 
-    def advance(self, done: int, total: int, detail: str) -> None:
-        """`done` of `total` steps of the running phase are finished; `detail` names the last one."""
+    def advance(self, done: int, total: int | None, detail: str) -> None:
+        """`done` of `total` steps of the running phase are finished; `detail` names the last one. No `total`: how many
+        follow is not known."""
 
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
         """The running phase is over; `table` holds its results, `cached` is True if nothing was computed."""
@@ -41,7 +42,7 @@ class SilentObserver:
 
     def note(self, message: str) -> None: ...
     def begin(self, phase: str, overall: float | None = None) -> None: ...
-    def advance(self, done: int, total: int, detail: str) -> None: ...
+    def advance(self, done: int, total: int | None, detail: str) -> None: ...
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None: ...
 
 
@@ -95,7 +96,6 @@ class ConsoleObserver:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
                 TextColumn("{task.fields[detail]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
@@ -104,17 +104,17 @@ class ConsoleObserver:
             self._bar.start()
             self._task = self._bar.add_task(phase + self._outlook, total=None, detail="")
 
-    def advance(self, done: int, total: int, detail: str) -> None:
+    def advance(self, done: int, total: int | None, detail: str) -> None:
         now = time.monotonic()
+        text, outlook = detail, f"{duration(now - self._started)} so far"
+        if total is not None:
+            text = f"{done}/{total} ({detail})"
+            outlook = f"{duration((now - self._started) / max(done, 1) * (total - done))} left"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, detail=detail)
+            self._bar.update(self._task, completed=done, total=total, detail=text)
         elif now - self._printed >= self._interval:
             self._printed = now
-            eta = (now - self._started) / max(done, 1) * (total - done)
-            self._console.print(
-                f"  {self._phase}: {done}/{total} ({detail}), {duration(eta)} left{self._outlook}",
-                markup=False,
-            )
+            self._console.print(f"  {self._phase}: {text}, {outlook}{self._outlook}", markup=False)
 
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
         if self._bar is not None:

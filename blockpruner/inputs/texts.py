@@ -69,7 +69,7 @@ def load_texts(data: Texts, cache: Path, pins: Path) -> list[str]:
     try:
         table = datasets.load_dataset(data.repo, data.config, split=data.split, revision=revision)
     except Exception as error:  # as in `hub`
-        raise hub_error(data.repo, error) from error
+        raise hub_error(data.repo, error, "dataset") from error
     return _texts_of_records(table.to_list(), data.repo, data.format)
 
 

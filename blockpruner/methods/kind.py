@@ -82,6 +82,8 @@ def open_stores(
                 stack.enter_context(hold(trials / f"{fingerprint(fields)}.lock", this_process(), busy))
             found[loss] = TrialStore(fields, rows.row_keys, trials, identity.now)
             stack.callback(found[loss].close)
+            if known := found[loss].trials:
+                observer.note(f"found {known:,} scores of before in {trials}")
         yield found
 
 

@@ -84,6 +84,7 @@ class Objective:
         store: holds this metric's trials.
         scorer: asked only for what the store does not know; its owner closes it.
         metric: a loss scores a mask; an influence scores what a mask removes beyond a base.
+        whole: whether a call is all that a step of a search asks for, so that its end is known.
         wide: a model in 16 bits is computed in float32, row by row. Then no environment moves a loss by more than
             rounding.
     """
@@ -95,9 +96,11 @@ class Objective:
         scorer: Scorer,
         observer: Observer | None = None,
         metric: Metric = NLL,
+        whole: bool = True,
         wide: bool = False,
     ) -> None:
         self.metric = metric
+        self._whole = whole
         self._wide = wide
         self._calibration = calibration
         self._store = store
@@ -210,7 +213,7 @@ class Objective:
             self.counts.seconds += now - last_done
             last_done = now
             candidate = format_mask(scored.mask - common or scored.mask) or "dense"
-            self._observer.advance(done, total, f"candidate {candidate}")
+            self._observer.advance(done, total if self._whole else None, f"candidate {candidate}")
 
 
 def span_of(rows: Sequence[int]) -> Span:

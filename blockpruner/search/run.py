@@ -76,7 +76,9 @@ def search(
             end before.
     """
     observer = observer or SilentObserver()
-    own = Objective(calibration, stores[request.metric.key], scorer, observer, request.metric)
+    exact = request.score.acceleration == "none" and not calibration.adaptive
+    whole = exact and request.search.nested
+    own = Objective(calibration, stores[request.metric.key], scorer, observer, request.metric, whole)
     nll = own
     if request.metric.key != NLL.key:
         nll = Objective(calibration, stores[NLL.key], scorer, observer)
@@ -207,14 +209,19 @@ class _Run:
         costs = self._costs(budget)
         units = self._units if budget.ratio is None else that_cost(self._units, costs)
         search = self._search(goal_of(budget, units, costs), units)
+        gone = ""
         for number in count(1):
-            self._observer.begin(f"budget {budget.text}, step {number}")
+            self._observer.begin(f"budget {budget.text}, step {number}{gone}")
             try:
                 iteration = next(search)
             except StopIteration:
                 self._observer.end("the search ends here", cached=True)
                 return
-            yield self._reported(iteration)
+            iteration = self._reported(iteration)
+            yield iteration
+            mask = iteration.removed
+            share = f"{100 * costs.ratio(mask):.1f} of {100 * (budget.ratio or 0):.3g} %"
+            gone = f", removed {share if budget.blocks is None else f'{len(mask)} of {budget.blocks} blocks'}"
 
     def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
         # what it has learned belongs to one search alone
@@ -246,8 +253,8 @@ class _Run:
             tokens = sum(sum(self._row_tokens[: score.rows_used]) for score in iteration.scores)
             considered += f"; {tokens:,} tokens"
         if firm is not None:
-            considered += f"; next by {firm.margin:.2g}; on {firm.rows} rows resampling chooses the same in "
-            considered += f"{firm.kept:.0%}, rivals: {len(firm.rivals)}"
+            considered += f"; stable in {firm.kept:.0%} of resamples of {firm.rows} rows"
+            considered += f"; {len(firm.rivals)} others cannot be told apart from it" if firm.rivals else ""
         self._observer.end(
             f"{what}, {self._loss_words(best)}perplexity {iteration.perplexity:.4f}, "
             f"ratio {self._resources['parameters'].ratio(iteration.removed):.4f}{considered}",

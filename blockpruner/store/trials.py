@@ -133,6 +133,11 @@ class TrialStore:
         values = self._facts.get(key, ())
         return start >= stop or (bool(values) and not any(map(math.isnan, values[start:stop])))
 
+    @property
+    def trials(self) -> int:
+        """How many trials are known, on all rows or on some."""
+        return len(self._facts)
+
     def units(self, key: str) -> int:
         """In how many units the rows of a trial were recorded."""
         return self._units[key]

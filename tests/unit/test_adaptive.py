@@ -145,7 +145,7 @@ def test_run(tmp_path):
     trace = read_trace(tmp_path / "scores" / found.current.search, found.current.search)
     assert all(seen(step) == ({8}, True) for step in trace)
     first = 2 * 64 * (1 + 1) + 2 * 8 * 11  # two tokens a row: dense and chosen on 64, the others on 8
-    assert f"{first:,} tokens" in lines.ends[0] and "on 8 rows resampling chooses the same in 100%" in lines.ends[0]
+    assert f"{first:,} tokens" in lines.ends[0] and "; stable in 100% of resamples of 8 rows" in lines.ends[0]
     fixed = scored(tmp_path, World(*EASY), config, ["2blocks"], ROWS)
     assert fixed.current.search != found.current.search
     once = [scored(tmp_path, World(*EASY), config, ["2blocks"], each, method="one_shot") for each in (rows, ROWS)]

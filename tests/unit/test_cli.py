@@ -111,10 +111,15 @@ def test_a_killed_run_goes_on_and_transformers_loads_the_result(model, place, sa
     killed = fresh(KILLED, *prune(model, "--out", "out"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (place / "out").exists()
-    found, whole = (
-        done(say(*prune(model, "--out", "out", "--json"))),
-        done(say(*prune(model, "--out", "whole", "--trials", "elsewhere", "--json"))),
+    logs = (path.read_text() for path in (place / "cache/blockpruner").glob("*/*.jsonl"))
+    kept = {trial for log in logs for trial in re.findall(r'"trial": ?"([^"]*)"', log)}
+    resumed, undisturbed = (
+        say(*prune(model, "--out", "out", "--json")),
+        say(*prune(model, "--out", "whole", "--trials", "elsewhere", "--json")),
     )
+    found, whole = done(resumed), done(undisturbed)
+    assert f"found {len(kept)} scores of before in {place / 'cache/blockpruner'}" in resumed[2].splitlines()
+    assert kept and "scores of before" not in undisturbed[2]
     assert found["plan"] == whole["plan"] | {"target": "out"} and found["plan"]["method"] == "greedy"
     assert found["search"]["units_reused"] >= 12 > whole["search"]["units_reused"]
     assert found["search"]["units_computed"] <= whole["search"]["units_computed"] - 12
@@ -280,9 +285,34 @@ def test_a_dry_run_counts_the_trials_and_leaves_nothing(model, place, say):
     )
     assert exact > faster > 0
     found = done(say(*prune(model, "--json")))
+    seen = found["plan"]["calibration"]
+    assert forecast["calibration"].startswith(f"{seen['rows']} rows of 32 tokens, of texts.txt")
     assert found["written"][0]["path"] == str(place / "tiny-0.3")
     if len(found["plan"]["order"]) == forecast["removals"]:  # which it assumes
         assert found["search"]["trials_computed"] == forecast["trials"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_dry_run_measures_this_machine_and_reads_the_texts(model, place, say, monkeypatch):
+    """2 TFLOP/s in bfloat16 and 1 otherwise, as doctor measures them."""
+    monkeypatch.setattr(doctor, "product_flops", lambda dtype, where: 1e12 * (1 + (dtype == torch.bfloat16)))
+    found = done(say(*prune(model, "--dry-run", "--json", "--device", "cpu")))
+    assert found["hours_here"] == pytest.approx(found["teraflop"] / 3600, rel=0.05) and found["device"] == "cpu"
+    assert found["weights_bytes"] == sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
+    monkeypatch.setattr(doctor, "product_flops", lambda *_: found["teraflop"] * 1e12 / 200)
+    code, out, _ = say(*prune(model, "--dry-run", "--device", "cpu"))
+    assert "time: 3m20s here (cpu), by the speed of matrix products alone: the real run takes longer" in out
+    assert found["hint"] == "--dtype bfloat16 is 2.0 times as fast here" and "hint" not in out
+    assert "on others: h100 under 1s, h200 under 1s" in out
+    samples = "".join(json.dumps({"text": f"{i} words of number {i}"}) + "\n" for i in range(9))
+    (place / "few.jsonl").write_text(samples)
+    few = prune(model, "--json", "--texts", "few.jsonl", "--num-samples", 9, ratio="1blocks")
+    rows = done(say(*few))["plan"]["calibration"]["rows"]
+    assert done(say(*few, "--dry-run"))["calibration"] == f"{rows} rows of 32 tokens, of few.jsonl"
+    hub = ("prune", model, "--ratio", 0.3, "--dry-run", "--json")
+    assert done(say(*hub))["calibration"].endswith("tokens, of tatsu-lab/alpaca from the hub")
+    code, out, err = say(*prune(model, "--dry-run", "--texts", "absent.txt"))
+    assert code == 2 and not out and "'absent.txt' does not exist; give a .parquet" in err
 
 
 @pytest.mark.usefixtures("in_process")
@@ -407,7 +437,16 @@ def test_a_bad_value_is_named_in_one_line(model, place, say, more, message):
 def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch):
     code, _, err = say(*prune("./absent"))
     assert code == 2 and "absent' does not exist or has no config.json" in err
+    missing = "there is no folder 'modles/tiny' here, and hub repository 'modles/tiny' cannot be used: HF_HUB_OFFLINE"
+    for words in (prune("modles/tiny"), ("chat", "modles/tiny"), ("apply", "modles/tiny", "p", "--out", "o")):
+        code, _, err = say(*words)
+        assert code == 2 and missing in err and err.endswith("or use a folder of this machine\n")
+    for words in (prune("absent.gguf"), ("chat", "texts.txt")):
+        code, _, err = say(*words)
+        assert code == 2 and "single files are not read; give a folder with config.json, safetensors" in err
     save_tiny(place / "odd")
+    code, _, err = say("prune", "odd", "--ratio", 0.3)
+    assert code == 2 and "'tatsu-lab/alpaca' cannot be used" in err and err.endswith("or use --texts FILE\n")
     (place / "odd/config.json").write_text('{"model_type": "rnn"}')
     code, _, err = say(*prune("odd"))
     assert code == 2 and "'rnn' is unknown; valid: " in err
@@ -417,6 +456,19 @@ def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch)
     ):
         monkeypatch.setattr(Place, "read_run", lambda *args, raised=raised: (_ for _ in ()).throw(raised))
         assert (found := say(*prune("odd")))[0] == code and found[2].startswith(words)
+
+
+def test_all_that_is_missing_is_named_at_once_and_a_wrong_folder_before_a_package(model, place, say, monkeypatch):
+    monkeypatch.setattr("blockpruner.checkpoints.registry.find_spec", lambda name: None)
+    for path, more in (("", True), (place, False)):
+        monkeypatch.setenv("PATH", str(path))
+        code, _, err = say(*prune(model, "--export", "gguf:Q4_K_M", "--dry-run"))
+        assert code == 2 and "pip install 'blockpruner[gguf]'" in err and ("llama-quantize, too" in err) is more
+        tool = place / "llama-quantize"
+        tool.touch()
+        tool.chmod(0o755)
+    code = "import sys; sys.modules['matplotlib'] = None; from blockpruner.cli.main import main; main(sys.argv[1:])"
+    assert fresh(code, "report", place).stderr.startswith(f"error: plan '{place}' does not exist")
 
 
 def test_help_loads_no_torch_and_every_command_explains_itself(say):

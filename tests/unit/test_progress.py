@@ -31,6 +31,16 @@ def test_phase_and_stage_eta_are_computed_from_computed_phases_only(monkeypatch)
     ]
 
 
+def test_where_more_may_follow_no_time_left_is_shown(monkeypatch):
+    clock, out = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    show = ConsoleObserver(Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0)
+    show.begin("budget 0.1, step 5, removed 4.1 of 10 %")
+    clock[0] += 65
+    show.advance(6, None, "candidate mha.1")
+    assert out.getvalue() == "  budget 0.1, step 5, removed 4.1 of 10 %: candidate mha.1, 1m05s so far\n"
+
+
 def test_outlook_counts_computed_phases_only():
     """Ten iterations, of which two were known and one took 100 s: seven tenths of the way are left."""
     pace = Pace()

@@ -10,6 +10,7 @@ import pytest
 
 from blockpruner.core.blocks import DENSE, format_mask
 from blockpruner.core.errors import InputError, UnreachableError
+from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
@@ -31,6 +32,31 @@ def run(folder, rows=ROWS, budgets=("2blocks",), **changes):
     found = scored(folder, scorer, CONFIG, budgets, rows, **changes)
     assert found.units_computed == len(scorer.asked) == len(set(scorer.asked))
     return found
+
+
+class Seen(SilentObserver):
+    def __init__(self):
+        self.phases, self.totals = [], set()
+
+    def begin(self, phase, overall=None):
+        self.phases.append(phase)
+
+    def advance(self, done, total, detail):
+        self.totals.add(total)
+
+
+def test_a_floating_search_tells_the_share_that_is_removed_and_no_end_of_a_step(tmp_path):
+    """Its steps ask as often as they like. A greedy one that is exact asks once: 5 masks of 2 rows, then 3."""
+    seen, exact, config = Seen(), Seen(), small_config(4)
+    scorer = FakeScorer(lambda loss, base, mask, row: sum(map(ord, format_mask(mask))) / 1000, one_row=True)
+    found = scored(tmp_path, scorer, config, ("0.3",), ROWS, method="floating", observer=seen)
+    steps = read_trace(trace_directory(tmp_path / "scores", found.current, "0.3"), found.current.search)
+    shares = [100 * count_parameters(config).ratio(step.removed) for step in steps]
+    told = ["", *(f", removed {share:.1f} of 30 %" for share in shares)]
+    assert seen.phases == [f"budget 0.3, step {number}{words}" for number, words in enumerate(told, 1)]
+    assert max(shares) > 0 and seen.totals == {None}
+    run(tmp_path / "exact", observer=exact)
+    assert exact.totals == {10, 6}
 
 
 def test_second_time_everything_is_reused(tmp_path):
