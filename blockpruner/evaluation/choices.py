@@ -31,9 +31,9 @@ for a vocabulary of 128,256 makes logits of 0.3 GB in float32."""
 
 DEVICE_TOKENS = 4096
 """A pass on another device has at most so many tokens, those in its cache with them. Calculated for Llama2-7B in
-bfloat16, with 0.5 MB of keys and values a token: beside 13.5 GB of weights, common tokens hold 2.1 GB and the rows that
-continue them 2.1 GB, with activations of 0.8 GB: 18.9 of 24 GB. It is 55 TFLOP, 0.14 s at 40 % of an H100's peak, where
-some 600 launches of 10 us take 0.006 s."""
+bfloat16 with 0.5 MB of keys and values a token: weights of 13.5 GB, common tokens and rows that continue them of 2.1 GB
+each, 17.8 GB at most (`benchmarks.memory`). It is 55 TFLOP, 0.14 s at 40 % of an H100's peak; 600 launches of 10 us
+take 0.006 s."""
 
 PADDED = 8
 """One token of so many may fill rows up."""

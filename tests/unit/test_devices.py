@@ -613,7 +613,7 @@ def test_a_device_answers_in_larger_passes_and_where_memory_ends_in_halves(check
         found, read, _ = answered(model)
         assert read == [24 * 23, 48 * 3, 8 * 4] and flat(found) == pytest.approx(flat(expected), rel=1e-9)
         needed = card.peak - before
-        for share in (0.9, 0.3, 0.1):
+        for share in (0.9, 0.3):
             gc.collect()
             card.limit = before + int(share * needed)
             MODULE.reset_peak_memory_stats(0)
@@ -665,7 +665,7 @@ def test_where_memory_ends_fewer_texts_are_generated_at_once(checkpoints):
 
     dense = load_model(checkpoints("llama"), "float64", "cpu")
     whole, _ = generated(dense, ["\0"])
-    until = [whole[0][2], whole[3][4]]  # letters at which some stop
+    until = [letter for letter in "".join(whole) if letter.isascii() and letter.isalnum()][:2]
     expected, done = generated(dense, until)
     assert done == [8] and len({len(text) for text in expected}) > 2
     with fake_devices(1) as (card,):
