@@ -46,9 +46,9 @@ def best_by_brute_force(seed):
 
 def run(folder, scorer, budget="1blocks", near_ties=None, options=None, **score):
     model = tiny_model(layers=4)
-    found = scored(
-        folder, scorer, model.config.to_dict(), [budget], ROWS, **{"dtype": "bfloat16", "candidates": "mlp"} | score
-    )
+    options = (options or {}) | ({} if near_ties is None else {"near_ties": near_ties})
+    given = {"dtype": "bfloat16", "candidates": "mlp", "options": options} | score
+    found = scored(folder, scorer, model.config.to_dict(), [budget], ROWS, **given)
     search = found.current.search
     return found, read_trace(folder / "scores" / search, search)
 
