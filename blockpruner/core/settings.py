@@ -297,9 +297,6 @@ class Score(Frozen):
     """Margin of the lazy rule, null for 2."""
     audit: int | None = Field(default=None, ge=0)
     """All candidates enter every n-th lazy step, null for every 6th, 0 for none."""
-    near_ties: float | None = Field(default=None, gt=0)
-    """Nats, for models in 16 bits: candidates of a greedy step whose losses are no further than this from the best are
-    scored again in float32, and this decides. null: the 16-bit losses decide."""
 
     @model_validator(mode="after")
     def _settings_do_something(self) -> Score:

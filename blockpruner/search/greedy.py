@@ -10,7 +10,9 @@ MLP blocks are weighed by what they cost.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
@@ -26,6 +28,15 @@ from blockpruner.search.space import goal_of_problem, is_settled
 class GreedyOptions(Options):
     per: Literal["none", "parameters", "kv", "latency"] = "none"
     """The resource whose share prices a removal. With "none" all removals cost the same."""
+    near_ties: float | None = Field(default=None, gt=0)
+    """Nats, for models in 16 bits: candidates whose losses are no further than this from the best are scored again in
+    float32, and this decides. null: the 16-bit losses decide."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `near_ties` where it does nothing: searches and plans are then those of before it was an option."""
+        found: dict[str, Any] = dump(self)
+        return {key: value for key, value in found.items() if key != "near_ties" or value is not None}
 
     @property
     def price(self) -> str:
@@ -43,7 +54,7 @@ def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
     remaining = list(problem.units)
     index = 0
     while remaining:
-        iteration = forward(problem, index, base, remaining, costs)
+        iteration = forward(problem, index, base, remaining, costs, options.near_ties)
         yield iteration
         base = iteration.scores[iteration.chosen]
         remaining = [unit for unit in remaining if not unit <= base.mask]
@@ -59,13 +70,19 @@ def costs_of(problem: Problem, options: GreedyOptions) -> Costs | None:
 
 
 def forward(
-    problem: Problem, step: int, base: MaskScore | None, units: Sequence[Mask], costs: Costs | None
+    problem: Problem,
+    step: int,
+    base: MaskScore | None,
+    units: Sequence[Mask],
+    costs: Costs | None,
+    near_ties: float | None = None,
 ) -> Iteration:
     """One step: the best unit to remove next.
 
     Args:
         base: what is removed before; None in the first step, which asks for the dense model, too.
         units: the candidates.
+        near_ties: as in `GreedyOptions`.
     """
     removed = DENSE if base is None else base.mask
     masks = [removed | unit for unit in units]
@@ -74,27 +91,17 @@ def forward(
     before = base or scores[0]
     complete = [i for i, s in enumerate(scores) if s.is_complete and s.mask != removed]
     best = min(complete, key=lambda i: worth(scores[i], before, costs))
-    best, wide = _rechecked(problem, scores, complete, best, before, costs)
+    wide: tuple[MaskScore, ...] = ()
+    if near_ties is not None and problem.ask_wide is not None:
+        least = worth(scores[best], before, costs)
+        near = [i for i in complete if worth(scores[i], before, costs, less=near_ties) <= least]
+        if len(near) > 1:
+            wide = tuple(problem.ask_wide([scores[i].mask for i in near]))
+            base_wide = wide[0] if costs is None else problem.ask_wide([removed])[0]  # only prices are over a base
+            best = min(zip(near, wide, strict=True), key=lambda pair: worth(pair[1], base_wide, costs))[0]
     added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
     note = f"{len(wide)} near ties are decided in float32" if wide else ""
     return Iteration(step, scores, added, best, selection.lazy_choice, note, wide=wide)
-
-
-def _rechecked(
-    problem: Problem, scores: Sequence[MaskScore], complete: Sequence[int], best: int, before: MaskScore,
-    costs: Costs | None,
-) -> tuple[int, tuple[MaskScore, ...]]:  # fmt: skip
-    """The best candidate, and the scores that decided between it and those that were nearly as good, if any."""
-    if problem.recheck is None:
-        return best, ()
-    least, within = worth(scores[best], before, costs), problem.recheck.within
-    near = [i for i in complete if worth(scores[i], before, costs, less=within) <= least]
-    if len(near) == 1:
-        return best, ()
-    wide = problem.recheck.ask([scores[i].mask for i in near])
-    base = wide[0] if costs is None else problem.recheck.ask([before.mask])[0]  # only prices are over a base
-    places = range(len(near))
-    return near[min(places, key=lambda place: worth(wide[place], base, costs))], tuple(wide)
 
 
 def greedy_to_goal(problem: Problem) -> Generator[Iteration, None, list[Mask]]:

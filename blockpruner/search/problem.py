@@ -25,16 +25,6 @@ class Ask(Protocol):
 
 
 @dataclass(frozen=True)
-class Recheck:
-    """How candidates that are nearly equal in 16 bits are told apart."""
-
-    ask: Ask
-    """Scores masks in float32."""
-    within: float
-    """Nats per token: the losses of such candidates are no further apart."""
-
-
-@dataclass(frozen=True)
 class Problem:
     """One search problem."""
 
@@ -52,5 +42,5 @@ class Problem:
     """What units cost of each resource that is known."""
     row_tokens: Sequence[int] = ()
     """How many tokens each row has, for a search that draws rows."""
-    recheck: Recheck | None = None
-    """For a search that tells near ties apart; None: scores decide as they are."""
+    ask_wide: Ask | None = None
+    """Scores masks of a model in 16 bits in float32; None: scores are at least that exact."""

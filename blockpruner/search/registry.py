@@ -80,7 +80,6 @@ class Request:
             "candidates": self.score.candidates,
             "metric": self.metric.name,
             **settings_of(self.score),
-            **({} if self.score.near_ties is None else {"near_ties": self.score.near_ties}),
             "options": self.options.model_dump(),
         }
 
@@ -113,10 +112,9 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
             "there is nothing to leave out; set acceleration: none"
         )
-    if score.near_ties is not None and (metric.influence or search.name != "greedy"):
+    if metric.influence and isinstance(found.options, GreedyOptions) and found.options.near_ties is not None:
         raise InputError(
-            f"score.near_ties does nothing with method: {search.name} and metric: {metric.name}; remove it, or set "
-            f"method: greedy and one of the metrics {losses}"
+            f"score.options.near_ties compares losses, not {metric.name}; remove it, or set metric to one of {losses}"
         )
     if found.options.price != "none" and metric.influence:
         raise InputError(

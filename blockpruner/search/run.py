@@ -31,7 +31,7 @@ from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, MaskScore, Objective
 from blockpruner.scoring.work import Scorer
 from blockpruner.search.iteration import Iteration, stabilities
-from blockpruner.search.problem import Problem, Recheck
+from blockpruner.search.problem import Problem
 from blockpruner.search.registry import Request
 from blockpruner.store.trials import TrialStore
 
@@ -83,7 +83,7 @@ def search(
     if request.metric.key != NLL.key:
         nll = Objective(calibration, stores[NLL.key], scorer, observer)
     wide = None
-    if request.score.near_ties is not None and own.is_narrow:
+    if own.is_narrow and not request.metric.influence:
         wide = Objective(calibration, stores[request.metric.key], scorer, observer, request.metric, wide=True)
     found: dict[str, list[Iteration]] = {}
     run = _Run(request, own, nll, resources, observer, calibration, wide)
@@ -135,7 +135,7 @@ class _Run:
     Args:
         objective: of the metric that the search minimises.
         nll: of perplexity, in which every choice is reported. It is the same objective where that is the metric.
-        wide: of the metric in float32, where it is to decide between near ties.
+        wide: of the metric in float32; None for a model that is not in 16 bits.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class _Run:
         wide: Objective | None,
     ) -> None:
         self._request = request
-        self._recheck = None if wide is None else Recheck(wide, request.score.near_ties or 0.0)
+        self._wide = wide
         self._objective = objective
         self._nll = nll
         self._resources = resources
@@ -228,7 +228,7 @@ class _Run:
         costs = self._resources.get(self._request.options.price)
         select = accelerate(self._objective, self._request.score, self._adaptive, costs)
         problem = Problem(
-            units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens, self._recheck
+            units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens, self._wide
         )
         return self._request.search.run(problem, self._request.options)
 

@@ -187,6 +187,7 @@ class CrampedEngine(Engine):
         super().__init__(*args)
         self.rows, self.tokens, self.luck = rows, tokens, iter(luck)
         self.walks: list[tuple[Task, list[Mask]]] = []
+        self.budgets: list[int] = []
         self.losses = 0
 
     def _width(self, tokens: int, padded: bool = False) -> int:
@@ -200,6 +201,7 @@ class CrampedEngine(Engine):
     def score(self, task: Task, rows) -> Iterator[ScoredRows]:
         done: list[Mask] = []
         self.walks.append((task, done))
+        self.budgets.append(self._batch_tokens)
         for unit in super().score(task, rows):
             done.append(unit.mask)
             yield unit
@@ -242,17 +244,17 @@ def test_out_of_memory_anywhere_halves_the_batch_and_loses_nothing(
     assert_once_and_exact(case, units, tasks)
     assert engine.losses == len(units), "a finished loss was thrown away"
 
-    walked = [task for task, _ in engine.walks]
-    failed = [(task, done) for task, done in engine.walks if set(done) != set(task.masks)]
-    for task, done in failed:
-        left = tuple(mask for mask in task.masks if mask not in done)
-        middle = task.span.start + len(task.span) // 2
-        assert Task(range(task.span.start, middle), left) in walked
-        assert Task(range(middle, task.span.stop), left) in walked
+    failures = [number for number, (task, done) in enumerate(engine.walks) if set(done) != set(task.masks)]
+    for number in failures:
+        task, done = engine.walks[number]
+        left = {mask for mask in task.masks if mask not in done}
+        later = [(again, budget) for (again, _), budget in zip(engine.walks, engine.budgets, strict=True)][number + 1 :]
+        assert {row for again, _ in later if left == set(again.masks) for row in again.span} >= set(task.span)
+        for again, budget in later:
+            assert len(again.span) == 1 or len(again.span) * max(len(case.rows[i]) for i in again.span) <= budget
         longest = max(len(case.rows[row]) for row in task.span)
         for batch in engine.row_batches([case.rows[0][:1] * longest] * 8, range(8)):
             assert len(batch) <= max(1, len(task.span) // 2), "batches asked for later are no smaller"
-    assert len(walked) == len(tasks) + 2 * len(failed)
 
 
 @settings(max_examples=75)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from blockpruner.model.models import masked
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import SHAPES
 from blockpruner.scoring.batches import row_batches
-from blockpruner.scoring.large.ray import DEVICE_ERROR, connect, memory_of_a_worker, resources
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.large.ray import DEVICE_ERROR, Replica, connect, memory_of_a_worker, resources
 from blockpruner.scoring.large.sharing import (
     WalkCosts,
     cost_of,
@@ -403,3 +405,20 @@ def test_an_address_of_a_ray_client_is_refused():
 )
 def test_errors_that_a_process_does_not_outlive(error, is_one):
     assert bool(DEVICE_ERROR.search(error)) == is_one
+
+
+def test_a_replica_says_that_its_memory_ran_out_before_it_gives_what_came_after():
+    """And cuts what it is given to the batches that others have come down to."""
+
+    class Small(Engine):
+        def score(self, task, rows):
+            if len(task.span) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            yield from super().score(task, rows)
+
+    rows, masks = [[1, 2, 3, 4]] * 4, tuple(frozenset({block}) for block in all_blocks(1))
+    replica = Replica(Path("model"), "float64", Runtime(), False, None)
+    replica._scorer = Small(tiny_model(layers=1), 16)
+    told = list(replica.run([Task(range(4), masks)], rows, None))
+    assert told[0] == 8 and [unit.span for unit in told[1:]] == [range(2)] * 2 + [range(2, 4)] * 2
+    assert [len(unit.span) for unit in replica.run([Task(range(2), masks)], rows, 4)] == [1] * 4

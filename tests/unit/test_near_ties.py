@@ -44,11 +44,11 @@ def best_by_brute_force(seed):
     return min(losses, key=losses.get)
 
 
-def run(folder, scorer, budget="1blocks", **score):
+def run(folder, scorer, budget="1blocks", near_ties=None, options=None, **score):
     model = tiny_model(layers=4)
-    found = scored(
-        folder, scorer, model.config.to_dict(), [budget], ROWS, **{"dtype": "bfloat16", "candidates": "mlp"} | score
-    )
+    options = (options or {}) | ({} if near_ties is None else {"near_ties": near_ties})
+    given = {"dtype": "bfloat16", "candidates": "mlp", "options": options} | score
+    found = scored(folder, scorer, model.config.to_dict(), [budget], ROWS, **given)
     search = found.current.search
     return found, read_trace(folder / "scores" / search, search)
 
@@ -131,10 +131,21 @@ def test_a_wider_model_has_no_such_ties(tmp_path):
     assert step.wide == ()
 
 
-@pytest.mark.parametrize("score", [{"method": "beam"}, {"metric": "block_influence"}])
-def test_where_it_does_nothing_it_is_refused(score):
-    with pytest.raises(InputError, match=r"near_ties does nothing with method: \w+ and metric: .*set method: greedy"):
-        request(Score(near_ties=0.1, **score))
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ({"metric": "block_influence"}, "near_ties compares losses, not block_influence; remove it"),
+        ({"method": "floating"}, "near_ties"),
+    ],
+)
+def test_where_it_does_nothing_it_is_refused(score, message):
+    with pytest.raises(InputError, match=message):
+        request(Score(options={"near_ties": 0.1}, **score))
+
+
+def test_searches_without_it_are_those_of_before():
+    assert request(Score()).fields["options"] == {"per": "none"}
+    assert request(Score(options={"near_ties": 0.1})).fields["options"] == {"per": "none", "near_ties": 0.1}
 
 
 def test_it_is_not_streamed(tmp_path):

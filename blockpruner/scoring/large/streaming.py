@@ -238,7 +238,7 @@ class StreamingEngine(Engine):
             )
         if any(task.wide for task in tasks):
             raise InputError(
-                "score.near_ties is for a model in memory, it is not streamed; leave it out, or set "
+                "score.options.near_ties is for a model in memory, it is not streamed; leave it out, or set "
                 "runtime.streaming: false"
             )
         tasks = self.referenced(tasks, rows)
