@@ -24,7 +24,7 @@ from pydantic import Field
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Goal
 from blockpruner.scoring.objectives import MaskScore
-from blockpruner.search.greedy import GreedyOptions, costs_of, forward
+from blockpruner.search.greedy import PricedOptions, costs_of, forward
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import Space, goal_of_problem, nearest, unit_order
@@ -38,7 +38,7 @@ POOL = 1000
 """How many swaps the surrogate ranks: those with the lowest sum of the effects of their single changes."""
 
 
-class FloatingOptions(GreedyOptions):
+class FloatingOptions(PricedOptions):
     per: Literal["none", "parameters", "kv", "latency"] = "parameters"
     """The resource whose share prices a removal in forward steps. With "none" all removals cost the same."""
     tries: int = Field(default=12, ge=1)

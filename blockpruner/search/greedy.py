@@ -25,9 +25,16 @@ from blockpruner.search.problem import Problem
 from blockpruner.search.space import goal_of_problem, is_settled
 
 
-class GreedyOptions(Options):
+class PricedOptions(Options):
     per: Literal["none", "parameters", "kv", "latency"] = "none"
     """The resource whose share prices a removal. With "none" all removals cost the same."""
+
+    @property
+    def price(self) -> str:
+        return self.per
+
+
+class GreedyOptions(PricedOptions):
     near_ties: float | None = Field(default=None, gt=0)
     """Nats, for models in 16 bits: candidates whose losses are no further than this from the best are scored again in
     float32, and this decides. null: the 16-bit losses decide."""
@@ -37,10 +44,6 @@ class GreedyOptions(Options):
         """Without `near_ties` where it does nothing: searches and plans are then those of before it was an option."""
         found: dict[str, Any] = dump(self)
         return {key: value for key, value in found.items() if key != "near_ties" or value is not None}
-
-    @property
-    def price(self) -> str:
-        return self.per
 
 
 def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
@@ -61,7 +64,7 @@ def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
         index += 1
 
 
-def costs_of(problem: Problem, options: GreedyOptions) -> Costs | None:
+def costs_of(problem: Problem, options: PricedOptions) -> Costs | None:
     """What prices a removal; None where all cost the same."""
     per = options.per
     if per != "none" and per not in problem.resources:

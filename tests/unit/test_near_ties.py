@@ -135,7 +135,7 @@ def test_a_wider_model_has_no_such_ties(tmp_path):
     ("score", "message"),
     [
         ({"metric": "block_influence"}, "near_ties compares losses, not block_influence; remove it"),
-        ({"method": "floating"}, "near_ties"),
+        ({"method": "floating"}, "near_ties is unknown to method: floating"),
     ],
 )
 def test_where_it_does_nothing_it_is_refused(score, message):
