@@ -161,6 +161,14 @@ def test_results(world):
     assert list(harness["results"]) == list(harness["versions"]) == list(TASKS)
 
 
+def test_results_do_not_say_where_a_function_was_in_memory():
+    parts = [
+        {"configs": {"a": {"doc_to_text": f"<function doc_to_text at {place}>", "x": 1.5}}} for place in ("0x7f", "0x8")
+    ]
+    assert suite._merge(parts[:1]) == suite._merge(parts[1:])
+    assert suite._merge(parts)["configs"]["a"] == {"doc_to_text": "<function doc_to_text>", "x": 1.5}
+
+
 def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch):
     monkeypatch.setattr(suite, "load_model", no_model)
     monkeypatch.setattr("blockpruner.store.provenance.version", lambda package: "of another machine")
