@@ -27,7 +27,7 @@ from blockpruner.core.blocks import DENSE, Mask, parse_mask
 from blockpruner.core.errors import DeviceMemoryError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import HubTexts, Recover, Speed
-from blockpruner.evaluation.choices import answers
+from blockpruner.evaluation.choices import DEVICE_TOKENS, answers
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.speed import measure_speed
 from blockpruner.inputs.calibration import CalibrationSet
@@ -61,8 +61,8 @@ def score(model: PreTrainedModel, mask: Mask, rows: list[list[int]]) -> None:
 
 def evaluate(model: PreTrainedModel, rows: list[list[int]]) -> None:
     measure_perplexity(model, rows[:1])
-    item = tuple(rows[0][:100])
-    answers(model, [(item, tuple(rows[1][k : k + 20])) for k in range(4)], LENGTH)
+    items = [(n, *rows[0][:99]) for n in range(DEVICE_TOKENS // 100)]  # which fill a pass
+    answers(model, [(item, tuple(rows[1][k : k + 20])) for item in items for k in range(4)], LENGTH)
 
 
 def time(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:

@@ -4,15 +4,16 @@ The choices of an item share their beginning: lm-eval's own model class runs the
 makes logits of all of its tokens. Here a group of requests is two passes: one over the common tokens, whose keys and
 values are kept, and one over the rest of each request; and only states that predict a scored token reach the head.
 
-Decides which requests form a group, and what goes through the model at once. What a request is, and what is made of its
-answer, is lm-eval's.
+Decides which requests form a group, and what goes through the model at once: on a device less and less, until it fits.
+What a request is, and what is made of its answer, is lm-eval's.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any, TypeVar
 
@@ -20,11 +21,22 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from blockpruner.model import accelerator
 from blockpruner.model.models import head_of
 from blockpruner.scoring.losses import token_nll
 
-TOKENS, PADDED = 512, 64
-"""A pass has at most TOKENS tokens (or one row), of which at most PADDED fill rows up."""
+TOKENS = 512
+"""A pass on a CPU has at most so many tokens (or one row). And the head reads so many states at once anywhere, which
+for a vocabulary of 128,256 makes logits of 0.3 GB in float32."""
+
+DEVICE_TOKENS = 4096
+"""A pass on another device has at most so many tokens, those in its cache with them. Calculated for Llama2-7B in
+bfloat16 with 0.5 MB of keys and values a token: weights of 13.5 GB, common tokens and rows that continue them of 2.1 GB
+each, 17.8 GB at most (`benchmarks.memory`). It is 55 TFLOP, 0.14 s at 40 % of an H100's peak; 600 launches of 10 us
+take 0.006 s."""
+
+PADDED = 8
+"""One token of so many may fill rows up."""
 
 WORTH = 8
 """Fewer common tokens than this are not worth a pass of their own."""
@@ -99,18 +111,33 @@ def answers(
     ]
     found: dict[int, Answer] = {}
     made = groups(cut)
-    shared = [group for group in made if group.common]
-    for batch in _passes(shared, lambda group: group.common):
-        rests = [Rest(one, group.common, number) for number, group in enumerate(batch) for one in group.requests]
-        before = _read(model, batch)
-        for rows in _passes(rests, lambda rest: len(rest.tokens)):
-            found |= _score(model, rows, before)
-            advance(len(found))
-    alone = [Rest(group.requests[0], 0, 0) for group in made if not group.common]
-    for rows in _passes(alone, lambda rest: len(rest.tokens)):
-        found |= _score(model, rows)
+    passes = _Passes(pass_tokens(model.device))
+
+    def score(rests: Sequence[Rest], before: Before | None = None) -> None:
+        found.update(_score(model, rests, before))
         advance(len(found))
+
+    def read(batch: Sequence[Group]) -> None:
+        rests = [
+            Rest(one, group.common, number)
+            for number, group in enumerate(batch)
+            for one in group.requests
+            if one.number not in found
+        ]
+        before = _read(model, batch)
+        held = 0 if model.device.type == "cpu" else before[1].shape[1]
+        passes.over(rests, lambda rest: len(rest.tokens), partial(score, before=before), held)
+
+    longest = max((len(request.tokens) for request in cut), default=0)
+    with accelerator.named_if_too_large(f"one request of up to {longest} tokens", "use a larger device"):
+        passes.over([group for group in made if group.common], lambda group: group.common, read)
+        alone = [Rest(group.requests[0], 0, 0) for group in made if not group.common]
+        passes.over(alone, lambda rest: len(rest.tokens), score)
     return [found[number] for number in range(len(requests))]
+
+
+def pass_tokens(device: torch.device) -> int:
+    return TOKENS if device.type == "cpu" else DEVICE_TOKENS
 
 
 def groups(requests: Sequence[Continuation]) -> list[Group]:
@@ -132,18 +159,44 @@ def _common(a: Continuation, b: Continuation) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _passes(rows: Sequence[Row], length: Callable[[Row], int]) -> Iterator[list[Row]]:
-    """Rows of like lengths, the longest first."""
-    held: list[Row] = []
-    real = 0
-    for row in sorted(rows, key=length, reverse=True):
-        padded, real = (len(held) + 1) * length(held[0] if held else row), real + length(row)
-        if held and (padded > TOKENS or padded - real > PADDED):
-            yield held
-            held, real = [], length(row)
-        held.append(row)
-    if held:
-        yield held
+@dataclass
+class _Passes:
+    """Work that is done pass by pass."""
+
+    tokens: int
+    """The most of a pass; halved where one does not fit into a device's memory."""
+
+    def over(
+        self,
+        rows: Sequence[Row],
+        length: Callable[[Row], int],
+        work: Callable[[Sequence[Row]], object],
+        held: int = 0,
+    ) -> None:
+        """Do the work over rows of like lengths, the longest first.
+
+        Args:
+            held: tokens of each row that are in a cache.
+        """
+        left = sorted(rows, key=length, reverse=True)
+        while left:
+            count = self._count(map(length, left), held)
+            if accelerator.fits(partial(work, left[:count]), is_least=count == 1):
+                del left[:count]
+            else:
+                self.tokens = count * (length(left[0]) + held) // 2
+
+    def _count(self, lengths: Iterable[int], held: int) -> int:
+        """How many of the first rows make a pass."""
+        count = longest = real = 0
+        for length in lengths:
+            longest, real = max(longest, length), real + length
+            padded = (count + 1) * longest
+            is_full = padded + (count + 1) * held > self.tokens
+            if count and (is_full or padded - real > self.tokens // PADDED):
+                break
+            count += 1
+        return count
 
 
 def _score(model: PreTrainedModel, rests: Sequence[Rest], before: Before | None = None) -> dict[int, Answer]:
@@ -166,13 +219,16 @@ def _score(model: PreTrainedModel, rests: Sequence[Rest], before: Before | None 
     first = [rest.request.given - rest.common for rest in rests]
     rows = [row for row, request in enumerate(requests) for _ in range(request.scored)]
     columns = [start + i for start, request in zip(first, requests, strict=True) for i in range(request.scored)]
-    logits = head_of(model)(states[torch.tensor(rows), torch.tensor(columns)])
-    wanted = torch.tensor([token for request in requests for token in request.tokens[-request.scored :]]).to(
-        logits.device
-    )
+    predicting = states[torch.tensor(rows), torch.tensor(columns)]
+    wanted = torch.tensor([token for request in requests for token in request.tokens[-request.scored :]])
+    nll, is_likeliest = [], []
+    for part, tokens in zip(torch.split(predicting, TOKENS), torch.split(wanted, TOKENS), strict=True):
+        logits = head_of(model)(part)
+        tokens = tokens.to(logits.device)
+        nll.append(token_nll(logits, tokens).double())
+        is_likeliest.append(logits.argmax(-1) == tokens)
     sizes = [request.scored for request in requests]
-    losses = torch.split(token_nll(logits, wanted).double().cpu(), sizes)
-    hits = torch.split((logits.argmax(-1) == wanted).cpu(), sizes)
+    losses, hits = (torch.split(torch.cat(parts).cpu(), sizes) for parts in (nll, is_likeliest))
     return {
         request.number: (-loss.sum().item(), bool(hit.all()))
         for request, loss, hit in zip(requests, losses, hits, strict=True)

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.settings import Perplexity, WikiText
 from blockpruner.inputs.calibration import cut
-from blockpruner.model.models import head_of
+from blockpruner.model import accelerator
+from blockpruner.model.models import head_of, room_beside
 from blockpruner.scoring.losses import token_nll
-from blockpruner.scoring.work import LOGITS_BYTES
+from blockpruner.scoring.work import logits_bytes
 
 SEED = 0
 """Of the order in which documents fill rows. It is no setting: one text has one set of rows."""
@@ -137,17 +138,22 @@ def measure_perplexity(
 
     Raises:
         NonFiniteLossError: the loss of a row is NaN or infinite; names the row.
+        DeviceMemoryError: a row does not fit.
     """
-    decoder, head = model.get_decoder(), head_of(model)
-    chunk = max(1, LOGITS_BYTES // (model.config.vocab_size * 4))
+    decoder, head, place = model.get_decoder(), head_of(model), model.get_output_embeddings().weight.device
+    room = None if place.type == "cpu" else room_beside(model, place)
+    chunk = max(1, logits_bytes(room) // (model.config.vocab_size * 4))
     means: list[float] = []
     for number, row in enumerate(rows):
-        ids = torch.tensor([row], device=model.device)  # [1, T]
-        states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]  # [T-1, H]
-        total = 0.0
-        for part, targets in zip(torch.split(states, chunk), torch.split(ids[0, 1:], chunk), strict=True):
-            logits = head(part)  # perhaps on another device than the ids
-            total += token_nll(logits, targets.to(logits.device)).double().sum().item()
+        with accelerator.named_if_too_large(
+            f"held-out perplexity: one row of {len(row)} tokens", "lower its seq_len, or use a larger device"
+        ):
+            ids = torch.tensor([row], device=model.device)  # [1, T]
+            states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]  # [T-1, H]
+            total = 0.0
+            for part, targets in zip(torch.split(states, chunk), torch.split(ids[0, 1:], chunk), strict=True):
+                logits = head(part)  # perhaps on another device than the ids
+                total += token_nll(logits, targets.to(logits.device)).double().sum().item()
         if not math.isfinite(total):
             raise NonFiniteLossError(
                 f"held-out perplexity: the loss of row {number} is {total}; try a wider dtype (model.dtype: float32)"

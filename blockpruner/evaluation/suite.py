@@ -118,7 +118,12 @@ class Evaluator:
         stored = self.store.load(evaluation.key)
         cached = stored is not None
         if stored is None:
-            found = evaluation.compute(lambda done, total: self.observer.advance(done, total, evaluation.steps))
+            with accelerator.named_if_too_large(
+                f"evaluation {evaluation.name}",
+                "use a larger device, or set runtime.device: split or cpu (for speed also evaluate.speed: null). "
+                "Results found before are kept",
+            ):
+                found = evaluation.compute(lambda done, total: self.observer.advance(done, total, evaluation.steps))
             stored = replace(found, made=made(**placement(evaluation.subject.model), **found.made))
             self.store.save(evaluation.key, stored)
         self.observer.end(evaluation.summary(stored.value), cached=cached)
@@ -264,7 +269,7 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
     limit, bos = settings.limit, settings.bos
 
     def compute(advance: Advance) -> Stored:
-        from blockpruner.evaluation.choices import TOKENS
+        from blockpruner.evaluation.choices import pass_tokens
         from blockpruner.evaluation.zero_shot import BATCH_SIZE, evaluate  # lm-eval takes seconds to import
 
         result = evaluate(model.model, model.tokenizer, task, task_dir, limit, advance=advance, bos=bos)
@@ -274,7 +279,7 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
         return Stored(
             {"scores": scores, "harness": result.harness},
             result.items,
-            {"batch": f"{TOKENS} tokens or {BATCH_SIZE} answers"},
+            {"batch": f"{pass_tokens(model.model.device)} tokens or {BATCH_SIZE} answers"},
         )
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit, "bos": bos}

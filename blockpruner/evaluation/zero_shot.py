@@ -27,6 +27,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError, extra
@@ -35,6 +36,7 @@ from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.tasks import require_stock
 from blockpruner.inputs.calibration import Answer
+from blockpruner.model import accelerator
 
 with extra("eval"):
     from lm_eval.api.metrics import perplexity
@@ -44,7 +46,7 @@ with extra("eval"):
     from lm_eval.utils import handle_non_serializable
 
 BATCH_SIZE = 8
-"""Answers that are generated at once."""
+"""Answers that are generated at once; half as many where a device's memory does not hold them."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class _Harness(HFLM):  # type: ignore[misc]
         super().__init__(**kwargs)
         self._advance = advance
         self._done = self._total = 0
+        self._rows = self.batch_size
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         lengths = [len(self.tok_encode(*request.args)) for request in requests]
@@ -195,10 +198,22 @@ class _Harness(HFLM):  # type: ignore[misc]
         self._step(len(inps))
         return logits
 
-    def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
-        tokens = super()._model_generate(context, max_length, stop, **kwargs)
-        self._step(len(context))
-        return tokens
+    def _model_generate(
+        self, context: Any, max_length: int, stop: list[str], *, attention_mask: Any, **kwargs: Any
+    ) -> Any:
+        rows: list[Any] = []
+        whole = super()._model_generate
+
+        def generate(part: slice) -> None:
+            rows.extend(whole(context[part], max_length, stop, attention_mask=attention_mask[part], **kwargs))
+
+        while len(rows) < len(context):
+            count = min(self._rows, len(context) - len(rows))
+            if accelerator.fits(partial(generate, slice(len(rows), len(rows) + count)), is_least=count == 1):
+                self._step(count)
+            else:
+                self._rows = count // 2
+        return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
     def _step(self, requests: int) -> None:
         self._done += requests

@@ -6,8 +6,10 @@ know no float64, in which losses are summed.
 
 from __future__ import annotations
 
+import gc
 import os
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockpruner.core.errors import StorageError
+from blockpruner.core.errors import DeviceMemoryError, StorageError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.store.locks import hold, this_process
 
@@ -120,6 +122,38 @@ def empty_cache() -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory is used up: torch's own error, or that of a library without room for its workspace."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def fits(work: Callable[[], object], is_least: bool) -> bool:
+    """Do work. False if a device's memory ended meanwhile, and what the work took there is free again.
+
+    Args:
+        is_least: less cannot be done at once; then the device's error is raised.
+    """
+    try:
+        work()
+        return True
+    except RuntimeError as error:
+        if is_least or not is_out_of_memory(error):
+            raise
+    # after the handler: its traceback keeps the tensors of the failed work alive
+    gc.collect()
+    empty_cache()
+    return False
+
+
+@contextmanager
+def named_if_too_large(what: str, fix: str) -> Iterator[None]:
+    """Within, a DeviceMemoryError with these words is raised where a device's memory ends."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition(". ")[0]
+        raise DeviceMemoryError(
+            f"{what} does not fit into the device's memory beside the model ({reason}); {fix}"
+        ) from error
 
 
 @cache

@@ -226,6 +226,12 @@ def _too_large(directory: Path, device: str) -> DeviceMemoryError:
     )
 
 
+def room_beside(model: PreTrainedModel, device: torch.device) -> int:
+    """Bytes: nine tenths of a device's memory, less the model's weights there."""
+    weights: int = sum(weight.nbytes for weight in model.parameters() if weight.device == device)
+    return accelerator.total_memory(device) * 9 // 10 - weights
+
+
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A model with its own modules and config over the same tensors; it can be pruned while the first stays whole."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}

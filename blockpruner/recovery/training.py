@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLossError
+from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet
@@ -207,16 +207,12 @@ def _accumulate_(objective: TrainingLoss, weights: TrainedWeights, rows: Sequenc
     total, batch = 0.0, objective.recipe.batch
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        try:
+        with accelerator.named_if_too_large(
+            f"training on {len(part)} rows of up to {max(map(len, part))} tokens",
+            "lower recover.batch (and raise recover.accumulation), set recover.checkpointing: true, or lower "
+            "recover.seq_len",
+        ):
             total += objective.accumulate_(part, 1 / len(rows))
-        except RuntimeError as error:
-            if not accelerator.is_out_of_memory(error):
-                raise
-            raise DeviceMemoryError(
-                f"training on {len(part)} rows of up to {max(map(len, part))} tokens does not fit into the memory of "
-                f"{objective.model.device}; lower recover.batch (and raise recover.accumulation), set "
-                "recover.checkpointing: true, or lower recover.seq_len"
-            ) from error
         weights.collect_()
     _check_finite(total, f"loss of step {step + 1}")
     return total

@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 from blockpruner.core.blocks import DENSE, BlockId, Mask, format_mask, sorted_blocks
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model import accelerator
-from blockpruner.model.models import placement
+from blockpruner.model.models import placement, room_beside
 from blockpruner.scoring.batches import Batch, row_batches
 from blockpruner.scoring.forward import Forward, LayerKwargs, joined
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import walk
-from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task, live_numbers, over_all_rows
+from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers, logits_bytes, over_all_rows
 
 REFERENCE = Metric("reference", "", title="", units_text="", formula="")
 """In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
@@ -303,9 +303,7 @@ class Engine(Forward):
 
     @property
     def _logits_bytes(self) -> int:
-        """As `LOGITS_BYTES`. On CUDA more: the head's weights are read anew for each chunk. JS divergence holds eight
-        tensors of this size at once."""
-        return LOGITS_BYTES if self._room is None else max(LOGITS_BYTES, min(2**30, self._room // 16))
+        return logits_bytes(self._room)
 
     def _set_batch_tokens(self, batch_tokens: int | str, held: int = 0) -> None:
         """Set the padded tokens to a batch; "auto" is as many as the device holds.
@@ -317,11 +315,8 @@ class Engine(Forward):
             held: bytes to come beside those of the weights that are on the device.
         """
         config, item = self._model.config, self._head.weight.element_size()
-        self._room, self._growth = None, 0.0
-        if self._on_cuda:
-            total = accelerator.total_memory(self._home)
-            weights = sum(weight.nbytes for weight in self._model.parameters() if weight.device == self._home)
-            self._room = max(0, total * 9 // 10 - weights - held)
+        self._room = max(0, room_beside(self._model, self._home) - held) if self._on_cuda else None
+        self._growth = 0.0
         if batch_tokens != "auto":
             self._batch_tokens = int(batch_tokens)
         elif self._room is None:

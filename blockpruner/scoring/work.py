@@ -24,6 +24,12 @@ LOGITS_BYTES = 64 * 2**20
 """Upper bound of the logits held at once; the head runs over as many tokens as fit."""
 
 
+def logits_bytes(room: int | None) -> int:
+    """`LOGITS_BYTES`, and on a device with so much room more: the head's weights are read anew for each chunk. JS
+    divergence holds eight tensors of this size at once."""
+    return LOGITS_BYTES if room is None else max(LOGITS_BYTES, min(2**30, room // 16))
+
+
 def live_numbers(hidden: int, inner: int) -> int:
     """How many numbers live at once for a token within a block, in a model of these widths."""
     return 12 * hidden + 4 * inner

@@ -62,6 +62,26 @@ def test_what_choices_have_in_common_is_read_once(monkeypatch):
     assert read == [39, 4 * 3]  # all but the last given token, which predicts; then it and two tokens of each choice
 
 
+def test_a_row_that_fits_beside_fewer_common_tokens_is_tried_beside_these_and_nothing_is_scored_twice(monkeypatch):
+    """As if after the first pass no row fitted beside the common tokens of two groups."""
+    model = tiny_model(dtype=torch.float64)
+    requests = requests_of(torch.Generator().manual_seed(1), model.config.vocab_size)
+    expected, score, scored, failed = answers(model, requests, 60), choices._score, [], []
+
+    def scarce(model, rests, before=None):
+        if scored and before is not None and len(before[1]) > 1:
+            failed.append(len(rests))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        scored.extend(rest.request.number for rest in rests)
+        return score(model, rests, before)
+
+    monkeypatch.setattr(choices, "_score", scarce)
+    found = answers(model, requests, 60)
+    assert sorted(scored) == list(range(len(requests))) and max(failed) > min(failed) == 1
+    assert [hit for _, hit in found] == [hit for _, hit in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-9)
+
+
 def test_groups_end_where_little_is_common():
     def request(number, *tokens):
         return choices.Continuation(number, tokens, 1)

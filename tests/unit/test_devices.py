@@ -31,6 +31,7 @@ from blockpruner.core.budgets import parse_budget
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import HubTexts, Latency, Recover, Runtime, Speed
+from blockpruner.evaluation import choices
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
@@ -48,7 +49,6 @@ from blockpruner.model.models import depths_after, load_model, prune_, resolve_d
 from blockpruner.recovery import recover as recover_module
 from blockpruner.recovery.loss import TrainingLoss
 from blockpruner.recovery.training import recover_
-from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large import streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
@@ -61,7 +61,7 @@ from tests import fake_devices as made_up
 from tests.fake_devices import MODULE, SETUP, attention_without_scores, fake_devices
 from tests.golden import unverified
 from tests.plans import fetch_tiny, healed_of, plan_of, pruning
-from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tolerance
+from tests.tiny import VARIANTS, VOCABULARY, tiny_model, tiny_tokenizer, tolerance
 
 pytestmark = pytest.mark.skipif(SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python")
 
@@ -552,7 +552,7 @@ def sweep(model, batch_tokens):
 @pytest.mark.parametrize("rows", [2, 8])
 def test_a_batch_takes_no_more_memory_than_the_model_of_it_says(rows, monkeypatch):
     """In bfloat16, with widths in Llama's proportions; at tiny widths what is not a state counts for more."""
-    monkeypatch.setattr(engine_module, "LOGITS_BYTES", 16 * VOCABULARY * 4)
+    monkeypatch.setattr("blockpruner.scoring.work.LOGITS_BYTES", 16 * VOCABULARY * 4)
     gc.collect()
     with fake_devices(1) as (card,):
         model = tiny_model("llama", 2, torch.bfloat16, hidden_size=256, intermediate_size=688).to("gpu:0")
@@ -586,6 +586,102 @@ def test_where_memory_ends_batches_are_halved_and_finished_masks_kept(variant, c
         card.limit = card.live + 1000
         with pytest.raises(DeviceMemoryError, match=r"^one row of 32 tokens does not fit .*\(CUDA out of memory\)"):
             list(sweep(model, 256)[1])
+
+
+REQUESTS = [((n, *range(1, 24)), (k + 5, n + 9, 7)) for n in range(24) for k in range(2)]
+REQUESTS += [((100 + n, 3, 4), (8, n + 1)) for n in range(8)]
+
+
+def answered(model, requests=REQUESTS):
+    """Answers, the tokens that each pass read, and how many requests were done after each."""
+    read, done = [], []
+    hook = model.get_decoder().register_forward_hook(
+        lambda module, args, kwargs, result: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with hook:
+        return answers(model, requests, 60, done.append), read, done
+
+
+def test_a_device_answers_in_larger_passes_and_where_memory_ends_in_halves(checkpoints, monkeypatch):
+    expected, read, _ = answered(load_model(checkpoints("llama"), "float64", "cpu"))
+    assert read == [22 * 23, 44 * 3, 2 * 23, 4 * 3, 8 * 4]
+    with fake_devices(1) as (card,):
+        model = load_model(checkpoints("llama"), "float64")
+        gc.collect()
+        MODULE.reset_peak_memory_stats(0)
+        before = card.live
+        found, read, _ = answered(model)
+        assert read == [24 * 23, 48 * 3, 8 * 4] and flat(found) == pytest.approx(flat(expected), rel=1e-9)
+        needed = card.peak - before
+        for share in (0.9, 0.3):
+            gc.collect()
+            card.limit = before + int(share * needed)
+            MODULE.reset_peak_memory_stats(0)
+            found, smaller, done = answered(model)
+            assert flat(found) == pytest.approx(flat(expected), rel=1e-9) and card.peak <= card.limit
+            assert len(smaller) > len(read) and done == sorted(set(done)), "an answer was computed twice"
+        monkeypatch.setattr(choices, "DEVICE_TOKENS", 26 * 20)  # a row has 23 common tokens in the cache and 3 more
+        card.limit = made_up.TOTAL
+        assert answered(model)[1][1] == 20 * 3
+        card.limit = card.live + 1000
+        with pytest.raises(DeviceMemoryError, match=r"^one request of up to 27 tokens .*\(CUDA out of memory\)"):
+            answered(model)
+
+
+def test_perplexity_has_larger_chunks_of_logits_on_a_device_and_a_row_that_does_not_fit_is_one_line(
+    checkpoints, monkeypatch
+):
+    monkeypatch.setattr("blockpruner.scoring.work.LOGITS_BYTES", 16 * VOCABULARY * 4)
+    for place, calls in (("cpu", 2), ("auto", 1)):
+        with fake_devices(1) as (card,):
+            model, heads = load_model(checkpoints("llama"), "float64", place), []
+            model.get_output_embeddings().register_forward_hook(lambda *call, heads=heads: heads.append(call))
+            measure_perplexity(model, EQUAL[:1])
+            assert len(heads) == calls
+            heads.clear()
+            gc.collect()
+            card.limit = card.live + 1000
+            if place == "auto":
+                with pytest.raises(DeviceMemoryError, match=r"one row of 32 tokens does not fit .*; lower its seq_len"):
+                    measure_perplexity(model, EQUAL)
+
+
+def test_where_memory_ends_fewer_texts_are_generated_at_once(checkpoints):
+    """Texts end at letters, each at its own place, and parts where the last of their texts does."""
+    from lm_eval.api.instance import Instance  # takes seconds
+
+    from blockpruner.evaluation import zero_shot
+
+    how = {"max_gen_toks": 12, "do_sample": False}
+
+    def generated(model, until, rows=8):
+        done = []
+        harness = zero_shot._Harness(
+            lambda *step: done.append(step), pretrained=model, tokenizer=tiny_tokenizer(), batch_size=rows,
+        )  # fmt: skip
+        arguments = [(f"{n}: {'ab' * n}", how | {"until": until}) for n in range(8)]
+        requests = [Instance("generate_until", {}, each, number) for number, each in enumerate(arguments)]
+        return harness.generate_until(requests), [step[0] for step in done]
+
+    dense = load_model(checkpoints("llama"), "float64", "cpu")
+    whole, _ = generated(dense, ["\0"])
+    until = [letter for letter in "".join(whole) if letter.isascii() and letter.isalnum()][:2]
+    expected, done = generated(dense, until)
+    assert done == [8] and len({len(text) for text in expected}) > 2
+    with fake_devices(1) as (card,):
+        model = load_model(checkpoints("llama"), "float64")
+        gc.collect()
+        MODULE.reset_peak_memory_stats(0)
+        before = card.live
+        assert generated(model, until) == (expected, [8])
+        needed = card.peak - before
+        for share, done in ((0.7, [4, 8]), (0.2, [1, 2, 3, 4, 5, 6, 7, 8])):
+            gc.collect()
+            card.limit = before + int(share * needed)
+            assert generated(model, until) == (expected, done)
+        card.limit = card.live + 1000
+        with pytest.raises(torch.OutOfMemoryError):  # which `suite` words
+            generated(model, until)
 
 
 @pytest.mark.parametrize("what", ["score", "perplexity", "train"])

@@ -228,7 +228,7 @@ def test_the_memory_of_a_walk_is_foreseen(monkeypatch, attention):
     rows = make_rows([120] * 10)
     (first, *_) = engine.row_batches(rows, range(10))
     assert len(first) == (10 if attention == "sdpa" else 2)
-    monkeypatch.setattr("blockpruner.scoring.engine.LOGITS_BYTES", 260 * 4)
+    monkeypatch.setattr("blockpruner.scoring.work.LOGITS_BYTES", 260 * 4)
     engine._room = None
 
     def most(span):

@@ -144,7 +144,7 @@ def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, log
         padded = len(task.span) * max(len(case.rows[row]) for row in task.span)
         assert len(task.span) == 1 or padded <= case.batch_tokens
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "LOGITS_BYTES", logit_tokens * VOCABULARY * 4)
+        patch.setattr("blockpruner.scoring.work.LOGITS_BYTES", logit_tokens * VOCABULARY * 4)
         patch.setattr(engine_module, "WIDE_TOKENS", wide)
         patch.setattr(engine_module, "WHOLE_TILES", 1)
         patch.setattr(engine, "_block", lambda *args: calls.append(len(args[1])) or forward(*args))

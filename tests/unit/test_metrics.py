@@ -13,7 +13,6 @@ import torch
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, all_blocks, format_mask, parse_mask, removable_units
 from blockpruner.core.errors import InputError
 from blockpruner.model.models import decoder_layers, masked, model_family
-from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import REFERENCE, Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.losses import token_js, token_kl
@@ -181,7 +180,7 @@ def test_a_reference_is_computed_once_and_for_its_own_rows_only():
 def test_losses_in_chunks(monkeypatch, loss, tokens):
     model = model_of("llama", LAYERS)
     whole = values_of(Engine(model), ROWS, loss)
-    monkeypatch.setattr(engine_module, "LOGITS_BYTES", tokens * VOCABULARY * 4)
+    monkeypatch.setattr("blockpruner.scoring.work.LOGITS_BYTES", tokens * VOCABULARY * 4)
     assert values_of(Engine(model), ROWS, loss) == pytest.approx(whole, rel=1e-13, abs=1e-13)
 
 

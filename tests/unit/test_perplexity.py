@@ -13,9 +13,9 @@ from tokenizers import processors
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.settings import Perplexity
-from blockpruner.evaluation import perplexity
 from blockpruner.evaluation.perplexity import SHORT, held_out, measure_perplexity
 from blockpruner.model.models import masked, prune_
+from blockpruner.scoring import work
 from tests.tiny import VARIANTS, full_nll, tiny_model, tiny_tokenizer, tolerance
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "Sphinx of quartz."]
@@ -87,7 +87,7 @@ def test_no_row_says_how_long_a_row_may_be():
 @pytest.mark.parametrize("family", VARIANTS)
 @pytest.mark.parametrize("state", ["dense", "masked", "pruned"])
 def test_equals_full_forwards(family, state, monkeypatch):
-    monkeypatch.setattr(perplexity, "LOGITS_BYTES", 7 * 260 * 4)  # chunks of 7 tokens: 19 targets are not whole chunks
+    monkeypatch.setattr(work, "LOGITS_BYTES", 7 * 260 * 4)  # chunks of 7 tokens: 19 targets are not whole chunks
     rows = held_out_rows(tiny_tokenizer(), TEXTS, 20)
     model = tiny_model(family)
     with masked(tiny_model(family), MASK if state != "dense" else frozenset()) as reference:

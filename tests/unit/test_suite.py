@@ -15,11 +15,11 @@ import torch
 
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Evaluate, Runtime
 from blockpruner.evaluation import suite, zero_shot
-from blockpruner.evaluation.store import ITEMS, read_results
+from blockpruner.evaluation.store import ITEMS, ResultsStore, read_results
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_
 from blockpruner.store.files import write_json, write_table
@@ -193,6 +193,17 @@ def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
         "made": {name: world.results["made"][name] for name in PHASES[:-1]},
     }
     assert suite.headline(results).keys() == {*TASKS, "average", "perplexity"}
+
+
+def test_what_does_not_fit_into_memory_is_one_line(tmp_path):
+    def full(advance):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    wanted = suite.Evaluation("gsm8k", SimpleNamespace(), {"kind": "task"}, "requests", full, str)
+    with pytest.raises(
+        DeviceMemoryError, match=r"^evaluation gsm8k does not fit .*\(CUDA out of memory\); use a larger"
+    ):
+        suite.Evaluator(ResultsStore(tmp_path, print), Recorder()).settle(wanted, 0.0)
 
 
 def test_the_dense_model_alone(place):
