@@ -63,15 +63,19 @@ def test_what_choices_have_in_common_is_read_once(monkeypatch):
 
 
 def test_a_row_that_fits_beside_fewer_common_tokens_is_tried_beside_these_and_nothing_is_scored_twice(monkeypatch):
-    """As if after the first pass no row fitted beside the common tokens of two groups."""
+    """As if after one pass no other row fitted beside the common tokens of two groups."""
     model = tiny_model(dtype=torch.float64)
-    requests = requests_of(torch.Generator().manual_seed(1), model.config.vocab_size)
-    expected, score, scored, failed = answers(model, requests, 60), choices._score, [], []
+    given = [(n, *range(3, 13)) for n in range(4)]
+    requests = [(tokens, (20 + n, *range(30, 49))) for tokens in given for n in range(7)]  # one pass does not hold 28
+    expected, score = answers(model, requests, 60), choices._score
+    beside_several, scored, failed = [], [], []
 
     def scarce(model, rests, before=None):
-        if scored and before is not None and len(before[1]) > 1:
-            failed.append(len(rests))
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if before is not None and len(before[1]) > 1:
+            if beside_several:
+                failed.append(len(rests))
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            beside_several.append(rests)
         scored.extend(rest.request.number for rest in rests)
         return score(model, rests, before)
 

@@ -647,17 +647,17 @@ def test_perplexity_has_larger_chunks_of_logits_on_a_device_and_a_row_that_does_
 
 
 def test_where_memory_ends_fewer_texts_are_generated_at_once(checkpoints):
-    """Texts end at letters, each at its own place, and parts where the last of their texts does."""
+    """Texts end at a letter or a token, each at its own place, and parts where the last of their texts does."""
     from lm_eval.api.instance import Instance  # takes seconds
 
     from blockpruner.evaluation import zero_shot
 
     how = {"max_gen_toks": 12, "do_sample": False}
 
-    def generated(model, until, rows=8):
-        done = []
+    def generated(model, until, end=None):
+        done, model.generation_config.eos_token_id = [], end
         harness = zero_shot._Harness(
-            lambda *step: done.append(step), pretrained=model, tokenizer=tiny_tokenizer(), batch_size=rows,
+            lambda *step: done.append(step), pretrained=model, tokenizer=tiny_tokenizer(), batch_size=8,
         )  # fmt: skip
         arguments = [(f"{n}: {'ab' * n}", how | {"until": until}) for n in range(8)]
         requests = [Instance("generate_until", {}, each, number) for number, each in enumerate(arguments)]
@@ -665,23 +665,24 @@ def test_where_memory_ends_fewer_texts_are_generated_at_once(checkpoints):
 
     dense = load_model(checkpoints("llama"), "float64", "cpu")
     whole, _ = generated(dense, ["\0"])
-    until = [letter for letter in "".join(whole) if letter.isascii() and letter.isalnum()][:2]
-    expected, done = generated(dense, until)
+    until, last = [letter for letter in "".join(whole) if letter.isascii() and letter.isalnum()][:2]
+    how_to_end = ([until], tiny_tokenizer()(last)["input_ids"][-1])
+    expected, done = generated(dense, *how_to_end)
     assert done == [8] and len({len(text) for text in expected}) > 2
+    assert any(text.endswith(last) for text in expected)
     with fake_devices(1) as (card,):
         model = load_model(checkpoints("llama"), "float64")
         gc.collect()
         MODULE.reset_peak_memory_stats(0)
         before = card.live
-        assert generated(model, until) == (expected, [8])
+        assert generated(model, *how_to_end) == (expected, [8])
         needed = card.peak - before
-        for share, done in ((0.7, [4, 8]), (0.2, [1, 2, 3, 4, 5, 6, 7, 8])):
-            gc.collect()
-            card.limit = before + int(share * needed)
-            assert generated(model, until) == (expected, done)
+        gc.collect()
+        card.limit = before + int(0.2 * needed)
+        assert generated(model, *how_to_end) == (expected, [1, 2, 3, 4, 5, 6, 7, 8])
         card.limit = card.live + 1000
         with pytest.raises(torch.OutOfMemoryError):  # which `suite` words
-            generated(model, until)
+            generated(model, *how_to_end)
 
 
 @pytest.mark.parametrize("what", ["score", "perplexity", "train"])
