@@ -7,6 +7,7 @@ masks, is decided by those who use it (`engine`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -24,6 +25,10 @@ from blockpruner.scoring.walk import steps_of
 LayerKwargs = tuple[dict[str, Any], ...]
 """For each layer, the arguments that the family's own decoder passes to it with the hidden state, for one row: they are
 those of every row."""
+
+
+class _RecordedError(Exception):
+    """Every layer has been reached."""
 
 
 class Forward:
@@ -84,6 +89,8 @@ class Forward:
 
         def record(hidden: Tensor, **kwargs: Any) -> Tensor:
             recorded.append((hidden, kwargs))
+            if wide and len(recorded) == len(self._layers):
+                raise _RecordedError  # the decoder's own norm has 16 bits, and a layer norm takes no other states
             return hidden
 
         hooks = [layer.__dict__.get("forward") for layer in self._layers]  # accelerate's, where a device map is used
@@ -92,7 +99,8 @@ class Forward:
         try:
             if wide:
                 embedded = _widened(self._model.get_input_embeddings(), torch.float32, input_ids)
-                self._decoder(inputs_embeds=embedded, use_cache=False)
+                with suppress(_RecordedError):
+                    self._decoder(inputs_embeds=embedded, use_cache=False)
             else:
                 self._decoder(input_ids=input_ids, use_cache=False)
         finally:

@@ -295,7 +295,7 @@ def test_candidates_ask_a_device_for_no_number(metric, checkpoints, monkeypatch)
     with fake_devices(1):
         engine = Engine(load_model(checkpoints("llama"), "float64"), 40)
         prepare = engine._prepare
-        monkeypatch.setattr(engine, "_prepare", lambda ids: (prepare(ids), asked.clear())[0])
+        monkeypatch.setattr(engine, "_prepare", lambda *given: (prepare(*given), asked.clear())[0])
         monkeypatch.setattr(made_up, "run", watched)
         units = list(engine.run([Task(range(4), (DENSE, MASK), METRICS[metric])], ROWS))
         assert len(units) == 2 and not asked

@@ -289,6 +289,8 @@ def test_a_16_bit_model_in_float32(family, metric, dtype):
     model, rows, metric = tiny_model(family, dtype=dtype), make_rows([9, 4]), METRICS[metric]
     exact = tiny_model(family)
     exact.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
+    for buffer, own in zip(exact.buffers(), model.buffers(), strict=True):  # Gemma's scale of embeddings
+        buffer.copy_(own)
     before = {name: (weight, weight.clone()) for name, weight in model.state_dict(keep_vars=True).items()}
     masks = sweep()[:4]
     tasks = [Task((row,), tuple(masks), metric, wide=True) for row in range(2)]
@@ -304,7 +306,8 @@ def test_a_16_bit_model_in_float32(family, metric, dtype):
     assert found == pytest.approx(expected, abs=2e-4)
     narrow = [Task((row,), tuple(masks), metric) for row in range(2)]
     rounded = {(unit.mask, unit.span[0]): unit.loss[0] for unit in Engine(model, 8).run(narrow, rows)}
-    assert max(abs(rounded[key] - value) for key, value in expected.items()) > 1e-3
+    error = max(abs(found[key] - value) for key, value in expected.items())
+    assert max(abs(rounded[key] - value) for key, value in expected.items()) > 5 * error
     for name, weight in model.state_dict(keep_vars=True).items():
         assert weight is before[name][0] or torch.equal(weight, before[name][1])
 
