@@ -2,7 +2,7 @@
 # all checks and tests.
 # `make serve`: the Prefect UI, to start and watch all of it. `make test-ui`: the same, driven by a browser.
 # `make constraints`: renew the pins that setup installs. `make test-floors`, `make test-newest`: other versions.
-# `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB).
+# `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB), and the longest tests.
 # `make docs`: the documentation as a site, build/site/index.html.
 PYTHON ?= python3
 VENV := .venv
@@ -92,7 +92,7 @@ test: check
 
 test-slow: setup $(SLOW_VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2
-	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" $(BIN)/python -m pytest -s -n 0 -m slow tests/slow
+	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" $(BIN)/python -m pytest -s -n 0 -m slow tests
 
 # Needs a browser (Debian: apt-get install chromium). SCREENSHOTS=docs renews those of docs/operations.md.
 test-ui: setup

@@ -87,6 +87,7 @@ def has_worker(node):
     return False
 
 
+@pytest.mark.slow
 def test_a_node_is_lost_and_another_takes_its_place(cluster, tmp_path, monkeypatch):
     address, nodes = cluster
     project = make_project(tmp_path, TARGETS, num_samples=60)

@@ -47,7 +47,7 @@ def former(project):
 
 
 @pytest.fixture(scope="module")
-def first(project, former):
+def first(project):
     return dvc(project, "repro")
 
 
@@ -84,6 +84,7 @@ def test_everything_runs_once_in_order(project, first):
         assert (project / "data" / output).exists(), output
 
 
+@pytest.mark.slow
 def test_two_runs_from_nothing_leave_the_same_lock(project, former, first):
     """Though they took other times: git has nothing to say after a run that found the same."""
     lock, timed = former
@@ -94,6 +95,7 @@ def test_two_runs_from_nothing_leave_the_same_lock(project, former, first):
     assert "repeats in turns with the dense model" in page and "s of scoring" in page and "not timed" not in page
 
 
+@pytest.mark.slow
 def test_a_clone_that_pulls_reports_without_timings(project, first, tmp_path):
     """They stay where they were taken. A copy of the folder brings them along."""
     clone = tmp_path / "clone"

@@ -374,6 +374,7 @@ def test_memory_that_runs_out_in_one_worker_makes_all_batches_smaller(checkpoint
     assert limits[-1].startswith("12 [1")
 
 
+@pytest.mark.slow
 def test_workers_share_rows_with_the_values_of_one_process(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(sharing, "LEAST_TOKENS", {"CPU": 12})
     masks = (DENSE, *(frozenset({block}) for block in all_blocks(LAYERS)))

@@ -180,6 +180,7 @@ def imports():
     return int(result.stdout)
 
 
+@pytest.mark.slow
 def test_three_times_the_memory(tmp_path):
     kind = subprocess.run(["stat", "-f", "-c", "%T", gettempdir()], capture_output=True, text=True, check=True).stdout
     if kind.strip() in ("tmpfs", "ramfs"):

@@ -145,6 +145,9 @@ def distance(model):
 
 WORK = {f"score {name}": scored(metric) for name, metric in METRICS.items()}
 WORK |= {f"compensate {method}": compensated(method) for method in ("scale", "map", "refit")}
+OFTEN = ("llama", "gemma2", "gpt_neox", "mixtral", "baichuan")
+"""Variants that differ most in what a device must be told; the others are tried by `make test-slow`."""
+
 WORK |= {
     "perplexity": lambda model: measure_perplexity(model, ROWS).row_nll,
     "decode": lambda model: generate(model, random_prompt(model, 2, 5), 6).tokens.tolist(),
@@ -158,7 +161,9 @@ WORK |= {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN)) for name in VARIANTS]
+)
 def test_numbers_are_those_of_the_cpu(variant, checkpoints):
     dense, limit, refused = checkpoints(variant), tolerance(variant), []
     for name, work in WORK.items():

@@ -238,6 +238,7 @@ def test_attention_changes_no_score(checkpoint, attention):
     agrees(*score(checkpoint, attention=attention), tiny_model("qwen2", 2, torch.float32).double())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++, which is not installed")
 def test_compiling_changes_no_score_however_many_layers(tmp_path, monkeypatch):
     """More layers than torch compiles variants of one function, beyond which it would run the rest uncompiled."""
