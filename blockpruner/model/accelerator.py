@@ -86,18 +86,23 @@ def pin(tensor: Tensor, device: torch.device) -> None:
     memory cannot be pinned, copies are slower.
     """
     if device.type == "cuda" and tensor.numel():
-        try:
-            torch.cuda.check_error(_cuda().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
-        except RuntimeError:
-            with suppress(RuntimeError):  # CUDA reports an error once more, at the next kernel
-                torch.zeros(1, device=device)
+        _passed_over(_cuda().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0), device)
 
 
 def unpin(tensor: Tensor, device: torch.device) -> None:
-    """Wait for the device, and undo `pin`."""
+    """Wait for the device, and undo `pin`, also where it could not."""
     if device.type == "cuda" and tensor.numel():
         synchronize(device)
-        _cuda().cudaHostUnregister(tensor.data_ptr())
+        _passed_over(_cuda().cudaHostUnregister(tensor.data_ptr()), device)
+
+
+def _passed_over(status: Any, device: torch.device) -> None:
+    """CUDA reports an error once more, at the next kernel: let that be one that does nothing."""
+    try:
+        torch.cuda.check_error(status)
+    except RuntimeError:
+        with suppress(RuntimeError):
+            torch.zeros(1, device=device)
 
 
 def _cuda() -> Any:
