@@ -114,11 +114,11 @@ def parts(shape: str, rows: list[list[int]]) -> Mapping[str, Callable[[], object
     def dense() -> PreTrainedModel:
         return random_model(shape, torch.bfloat16, "gpu:0")
 
-    def shared(changed: str = "") -> tuple[PreTrainedModel, PreTrainedModel]:
+    def shared(*changed: str) -> tuple[PreTrainedModel, PreTrainedModel]:
         """The dense model, and the pruned one with weights of its own where their names say so."""
         whole = dense()
         pruned = prune_(shared_copy(whole), mask)
-        own = {name: weight.clone() for name, weight in pruned.named_parameters() if changed and changed in name}
+        own = {name: weight.clone() for name, weight in pruned.named_parameters() if any(part in name for part in changed)}
         set_weights_(pruned, own, shared=True)
         return whole, pruned
 
@@ -133,7 +133,7 @@ def parts(shape: str, rows: list[list[int]]) -> Mapping[str, Callable[[], object
         "score": lambda: score(dense(), frozenset(), rows),
         "benchmark: perplexity and tasks": lambda: evaluate(dense(), rows),
         "benchmark: speed": lambda: time(*shared()),
-        "benchmark: speed, refitted": lambda: time(*shared("down_proj")),
+        "benchmark: speed, refitted": lambda: time(*shared("o_proj", "down_proj")),
         "benchmark: speed, trained": lambda: time(*shared("proj")),
         "recover: LoRA": lambda: alone(),
         "recover: LoRA, checkpointing": lambda: alone(checkpointing=True),

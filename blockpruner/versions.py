@@ -5,7 +5,7 @@ again, and DVC runs the stages that depend on the constant. tests/test_golden.py
 version, and names the constant to raise.
 """
 
-SETTINGS_VERSION = 5
+SETTINGS_VERSION = 6
 """Defaults of the settings, and what a value of a run file means."""
 
 FETCH_VERSION = 1
@@ -35,7 +35,7 @@ LATENCY_VERSION = 1
 PLAN_VERSION = 2
 """Which prefix of a search meets a budget, and what a plan holds."""
 
-COMPENSATION_VERSION = 2
+COMPENSATION_VERSION = 3
 """The weights that make up for what is gone, without training."""
 
 EXPORT_VERSION = 5

@@ -37,7 +37,7 @@ class Compensated:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """The changed weights by their names in the pruned model; empty where nothing helped."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """As JSON: method, tokens, held-out perplexities, and what was done at each hole."""
+    """As JSON: method, tokens, held-out perplexities, and what was done at each stop."""
 
 
 @torch.no_grad()
@@ -74,11 +74,11 @@ def compensate(
     best, before = 0.0, perplexity(plan.mask)
     found = {"dense": perplexity(DENSE), "before": before, "after": before}
     try:
-        holes = []
+        stops = []
         for mended in row.change_(streams, plan.mask):
-            holes.append(mended)
-            done = sum(len(hole["hole"]) for hole in holes)
-            observer.advance(done, len(plan.mask), f"hole {'+'.join(mended['hole'])}")
+            stops.append(mended)
+            reached = [*mended.get("writers", []), *mended["hole"]]
+            observer.advance(streams.blocks.index(reached[-1]) + 1, len(streams.blocks), "+".join(reached))
         new = {weight: weight.clone().cpu() for weight in streams.old}
         for share in SHARES if new else ():
             _set_(streams.old, new, share)
@@ -95,7 +95,7 @@ def compensate(
     observer.end(f"{row.title}: {words}, dense {found['dense']:.2f}")
     tokens = sum(map(len, rows.rows[: count - held_out]))
     return Compensated(
-        weights, {"method": method, "tokens": tokens, "share": best, "perplexity": found, "holes": holes}
+        weights, {"method": method, "tokens": tokens, "share": best, "perplexity": found, "stops": stops}
     )
 
 

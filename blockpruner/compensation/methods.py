@@ -8,10 +8,11 @@ through which blocks add to the stream. No weight is added, so every export and 
   Blocks read the stream through a norm, which does not see its size. So all later writers are divided by a instead.
 - bias: the mean of what is missing becomes part of the bias of the writer before the hole, in families that have one.
 - map (ReplaceMe, arXiv 2505.02819): the writer W before the hole becomes T W, with T by least squares.
-- refit: that writer itself by least squares.
+- refit: all writers from the one before the first hole on, each itself by least squares.
 
-The last three fit the stream behind a hole to the dense model's, with what the pruned model itself reads, from the
-first hole to the last: a fit mends what earlier ones have left, too. A token counts by its relative error,
+The last three fit the stream to the dense model's: behind the hole, and with refit behind every kept block that
+follows, too. They go from the first hole to the last with what the pruned model itself reads, so a fit mends what
+earlier ones have left. A token counts by its relative error,
 |dense - pruned|^2 / |dense|^2. The first token of a row, whose state is a thousand times as long in many models, would
 otherwise decide alone.
 """
@@ -36,7 +37,7 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Pulls to the old weights. Each fit takes the one that does best on the held-out rows."""
 
 Mended = dict[str, Any]
-"""What was done at a hole, for the report."""
+"""What was done at a stop, for the report: the blocks missing behind it (`hole`), and how they were made up for."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Compensation:
     """As in `compensate.method` of a run file."""
     title: str
     change_: Callable[[Streams, Mask], Iterator[Mended]]
-    """Changes weights of the streams' model in place, hole by hole. It moves the pruned stream on."""
+    """Changes weights of the streams' model in place, stop by stop. It moves the pruned stream on."""
 
 
 def _scale_(streams: Streams, mask: Mask) -> Iterator[Mended]:
@@ -87,6 +88,8 @@ class _Form:
     delta: Callable[[nn.Linear, Tensor], tuple[Tensor | float, Tensor | float]]
     """(writer, D [k, d]) -> what is added to W and b."""
     needs_bias: bool = False
+    everywhere: bool = False
+    """Writers behind the first hole are fitted although no hole follows them: they mend what is left of the errors."""
 
     def fits(self, writer: nn.Linear) -> bool:
         return writer.bias is not None or not self.needs_bias
@@ -104,6 +107,7 @@ MAP = _Form(
 REFIT = _Form(
     lambda writer, x, y: _with_one(writer, x),
     lambda writer, D: (D[: writer.in_features].T, D[-1]),
+    everywhere=True,
 )
 
 
@@ -114,10 +118,12 @@ def _fit_(form: _Form, streams: Streams, mask: Mask) -> Iterator[Mended]:
             if form.needs_bias
             else "compensate: no block of this model ends in a single matrix; choose scale"
         )
+    behind = False
     for stop in streams.stops(mask):
+        behind = behind or bool(stop.hole)
         writers = {block: streams.writer(block) for block in stop.kept}
         able = {block: writer for block, writer in writers.items() if writer is not None and form.fits(writer)}
-        if stop.hole and able:
+        if able and (stop.hole or (behind and form.everywhere)):
             yield {"hole": stop.missing, "writers": [str(block) for block in able]} | _fit_stop_(
                 form, streams, stop, able
             )
@@ -128,7 +134,7 @@ def _fit_(form: _Form, streams: Streams, mask: Mask) -> Iterator[Mended]:
 
 
 def _fit_stop_(form: _Form, streams: Streams, stop: Stop, writers: Mapping[BlockId, nn.Linear]) -> Mended:
-    """Fit the writers before a hole; two at once where both blocks of a layer read the same state."""
+    """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
     batches = range(len(streams.real))
     reads, gives = dict[BlockId, list[Tensor]](), dict[BlockId, list[Tensor]]()
     for block in stop.kept:

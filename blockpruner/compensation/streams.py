@@ -121,6 +121,11 @@ class Streams(Engine):
         return [self.writer(block) for step in self._steps for block in step]
 
     @property
+    def blocks(self) -> list[str]:
+        """The names of all blocks, as the stream passes them."""
+        return [str(block) for step in self._steps for block in step]
+
+    @property
     def reads_through_norms(self) -> bool:
         return self._family.mha.norm is not None and self._family.mlp.norm is not None
 

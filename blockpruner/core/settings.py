@@ -384,11 +384,11 @@ class Compensate(Frozen):
     method: CompensationMethod = "none"
     data: Texts | None = None
     """null: the run's calibration texts."""
-    num_rows: int = Field(default=96, ge=2)
+    num_rows: int = Field(default=192, ge=2)
     """The most that are used; joined rows of all texts."""
     seq_len: int = Field(default=256, ge=2)
     """Tokens in a row; the model's context, where that is shorter."""
-    validation: float = Field(default=0.25, gt=0, lt=1)
+    validation: float = Field(default=0.125, gt=0, lt=1)
     """The share of rows on which the strength is chosen; weights that do not help there are left as they were."""
     seed: int = 42
 

@@ -83,19 +83,27 @@ def seen_by(model, name, tokens):
     return taken[0]
 
 
-FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.2.self_attn.o_proj"
+FITS = {
+    "model.layers.0.mlp.down_proj": "model.layers.1.post_attention_layernorm",  # before the hole mha.1
+    "model.layers.1.mlp.down_proj": "model.layers.2.input_layernorm",
+    "model.layers.2.self_attn.o_proj": "model.layers.3.input_layernorm",  # before the hole mlp.2
+    "model.layers.3.self_attn.o_proj": "model.layers.3.post_attention_layernorm",
+    "model.layers.3.mlp.down_proj": "model.norm",
+}
+"""Without mha.1 and mlp.2: each writer from the one before the first hole on, and the norm that next reads the stream."""
 
 
 @pytest.mark.parametrize("method", ["refit", "map"])
 def test_fits_are_least_squares_of_writers_on_plain_forward_passes(monkeypatch, method):
-    """Holes mha.1 and mlp.2; what follows a hole reads the stream behind it: the norm of mlp.1, and layer 3."""
+    """A refit of all writers from the first hole on, and a map of the two before holes."""
     monkeypatch.setattr(methods, "STRENGTHS", (0.3,))
     model, tokens = tiny_model("llama").requires_grad_(False), ids()[:30]
-    behind = ("model.layers.1.post_attention_layernorm", "model.layers.3.input_layernorm")
-    dense = [seen_by(model, name, tokens) for name in behind]
+    before_holes = ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.o_proj")
+    fits = {writer: place for writer, place in FITS.items() if method == "refit" or writer in before_holes}
+    dense = {place: seen_by(model, place, tokens) for place in fits.values()}
     wanted = tiny_model("llama").requires_grad_(False)
-    for name, place, target in zip((FIRST, SECOND), behind, dense, strict=True):
-        writer = wanted.get_submodule(name)
+    for name, place in fits.items():
+        writer, target = wanted.get_submodule(name), dense[place]
         with masked(wanted, parse_mask("mha.1,mlp.2")):
             reads, stream = seen_by(wanted, name, tokens), seen_by(wanted, place, tokens)
         weight = 1 / target.norm(dim=-1, keepdim=True)
@@ -103,8 +111,12 @@ def test_fits_are_least_squares_of_writers_on_plain_forward_passes(monkeypatch, 
         change = ridge(*((part * weight).flatten(0, 1).numpy() for part in (x, target - stream)), 0.3)
         step = torch.tensor(change.T) if method == "refit" else torch.tensor(change.T) @ writer.weight
         writer.weight.add_(step)
-    holes = changed(model, "mha.1,mlp.2", method)
-    assert [hole["writers"] for hole in holes] == [["mlp.0"], ["mha.2"]] and all(hole["error"] < 1 for hole in holes)
+    stops = changed(model, "mha.1,mlp.2", method)
+    done = [("mha.1", "mlp.0"), ("", "mlp.1"), ("mlp.2", "mha.2"), ("", "mha.3"), ("", "mlp.3")]
+    assert [("+".join(stop["hole"]), "+".join(stop["writers"])) for stop in stops] == [
+        (hole, writer) for hole, writer in done if method == "refit" or hole
+    ]
+    assert all(stop["error"] < 1 for stop in stops)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, wanted.state_dict()[name], atol=1e-9, rtol=0)
 
@@ -124,10 +136,10 @@ def test_a_removed_linear_map_of_the_writer_before_is_recovered(monkeypatch, met
     matrix = torch.randn(32, 32, dtype=torch.float64, generator=GENERATOR) / 6
     rewire(model, 1, lambda given: given @ matrix)
     before = model(ids()).logits
-    (hole,) = changed(model, "mlp.1", method)
+    hole, *behind = changed(model, "mlp.1", method)
     with masked(model, parse_mask("mlp.1")) as pruned:
         torch.testing.assert_close(pruned(ids()).logits, before, atol=1e-5, rtol=0)
-    assert hole["error"] < 1e-9
+    assert hole["error"] < 1e-9 and len(behind) == (4 if method == "refit" else 0)
 
 
 def test_a_removed_constant_is_recovered_in_a_bias(monkeypatch):
@@ -175,7 +187,7 @@ def test_refit_comes_nearer_to_the_dense_states_in_every_family(variant):
 
 
 def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alone(monkeypatch):
-    """Layers 1 and 2 join to one; the refitted writer of layer 0 keeps its name, that of layer 3 becomes layer 2's."""
+    """Layers 1 and 2 join to one; the refitted writer of layer 0 keeps its name, those of layer 3 become layer 2's."""
     model = tiny_model("llama").requires_grad_(False)
     matrix = torch.randn(32, 32, dtype=torch.float64, generator=GENERATOR) / 6
     rewire(model, 2, lambda given: given @ matrix)
@@ -185,7 +197,8 @@ def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alon
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert found.report["perplexity"]["after"] < found.report["perplexity"]["before"]
     pruned = prune_(model, parse_mask(mask))
-    assert found.weights.keys() == {"model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"}
+    parts = ("layers.0.mlp.down_proj", "layers.1.self_attn.o_proj", "layers.2.self_attn.o_proj", "layers.2.mlp.down_proj")
+    assert found.weights.keys() == {f"model.{part}.weight" for part in parts}
     assert found.weights.keys() <= pruned.state_dict().keys()
     pruned.load_state_dict({**pruned.state_dict(), **found.weights})
     nll = np.mean([full_nll(pruned, row) for row in ROWS.rows[30:]])
