@@ -118,7 +118,9 @@ def parts(shape: str, rows: list[list[int]]) -> Mapping[str, Callable[[], object
         """The dense model, and the pruned one with weights of its own where their names say so."""
         whole = dense()
         pruned = prune_(shared_copy(whole), mask)
-        own = {name: weight.clone() for name, weight in pruned.named_parameters() if any(part in name for part in changed)}
+        own = {
+            name: weight.clone() for name, weight in pruned.named_parameters() if any(part in name for part in changed)
+        }
         set_weights_(pruned, own, shared=True)
         return whole, pruned
 

@@ -20,7 +20,7 @@ CALIBRATION_VERSION = 3
 SCORE_VERSION = 2
 """Losses of masks and influences of units. Part of the fingerprint of a trial store."""
 
-SEARCH_VERSION = 3
+SEARCH_VERSION = 4
 """What a search decides from the same trials. Part of the fingerprint of a search."""
 
 LACO_VERSION = 1

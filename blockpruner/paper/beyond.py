@@ -20,8 +20,8 @@ from blockpruner.reporting.tables import AVERAGE, METHOD, P_GOLD
 TITLE = "Search and healing"
 NOTE = (
     "× dense: quotient of the perplexities, and p − dense: difference of p of the right answer, each on the same rows "
-    "or items, with the interval of this one comparison. refit: the writers from the first hole on are fitted anew, without "
-    "training. Stressed: the lowest held-out perplexity at its budget among models that were healed alike."
+    "or items, with the interval of this one comparison. refit: the writers from the first hole on are fitted anew, "
+    "without training. Stressed: the lowest held-out perplexity at its budget among models that were healed alike."
 )
 
 

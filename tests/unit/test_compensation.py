@@ -90,7 +90,7 @@ FITS = {
     "model.layers.3.self_attn.o_proj": "model.layers.3.post_attention_layernorm",
     "model.layers.3.mlp.down_proj": "model.norm",
 }
-"""Without mha.1 and mlp.2: each writer from the one before the first hole on, and the norm that next reads the stream."""
+"""Without mha.1 and mlp.2: each writer from before the first hole on, and the norm that next reads the stream."""
 
 
 @pytest.mark.parametrize("method", ["refit", "map"])
@@ -197,7 +197,12 @@ def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alon
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert found.report["perplexity"]["after"] < found.report["perplexity"]["before"]
     pruned = prune_(model, parse_mask(mask))
-    parts = ("layers.0.mlp.down_proj", "layers.1.self_attn.o_proj", "layers.2.self_attn.o_proj", "layers.2.mlp.down_proj")
+    parts = (
+        "layers.0.mlp.down_proj",
+        "layers.1.self_attn.o_proj",
+        "layers.2.self_attn.o_proj",
+        "layers.2.mlp.down_proj",
+    )
     assert found.weights.keys() == {f"model.{part}.weight" for part in parts}
     assert found.weights.keys() <= pruned.state_dict().keys()
     pruned.load_state_dict({**pruned.state_dict(), **found.weights})
