@@ -20,8 +20,11 @@ CALIBRATION_VERSION = 3
 SCORE_VERSION = 2
 """Losses of masks and influences of units. Part of the fingerprint of a trial store."""
 
-SEARCH_VERSION = 4
+SEARCH_VERSION = 3
 """What a search decides from the same trials. Part of the fingerprint of a search."""
+
+FLOATING_VERSION = 1
+"""The same of floating search alone."""
 
 LACO_VERSION = 1
 """LaCo's merges and similarities. Part of the fingerprint of a similarity log, and of the key of a merged model."""
