@@ -23,9 +23,6 @@ SCORE_VERSION = 2
 SEARCH_VERSION = 3
 """What a search decides from the same trials. Part of the fingerprint of a search."""
 
-FLOATING_VERSION = 1
-"""The same of floating search alone."""
-
 LACO_VERSION = 1
 """LaCo's merges and similarities. Part of the fingerprint of a similarity log, and of the key of a merged model."""
 

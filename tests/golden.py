@@ -104,7 +104,6 @@ CHAINS = (
         "SCORE_VERSION",
         "LATENCY_VERSION",
         "SEARCH_VERSION",
-        "FLOATING_VERSION",
         "LACO_VERSION",
         "SLICEGPT_VERSION",
         "PLAN_VERSION",
@@ -707,10 +706,7 @@ ENTRIES: dict[str, Entry] = {
         for v in ("llama", "gemma2", "gpt_neox", "mixtral")
     },
     **{
-        f"search by {name}": Entry(
-            "FLOATING_VERSION" if "floating" in name else "SEARCH_VERSION",
-            partial(search, section={"method": "greedy"} | section),
-        )
+        f"search by {name}": Entry("SEARCH_VERSION", partial(search, section={"method": "greedy"} | section))
         for name, section in SEARCHES.items()
     },
     "laco": Entry("LACO_VERSION", partial(laco, count=2, variant="repo")),

@@ -1,10 +1,9 @@
 """Floating search: greedy that goes back. After each removal it takes swaps and restorations as long as they help.
 
-Sequential floating selection (Pudil et al., 1994) with prices. A forward step is greedy's. Where removals have a price,
-it may also remove two neighbouring units at once, of which one is worth little without the other. Then units are
-swapped while that lowers the loss, and the mask stays as near to the amount of the resource that the forward step
-reached as masks of one budget are. A unit is restored if the mask is then better than every known one that removes as
-much. Of every amount the best known mask is the one to go on from.
+Sequential floating selection (Pudil et al., 1994) with prices. A forward step is greedy's. Then units are swapped while
+that lowers the loss, and the mask stays as near to the amount of the resource that the forward step reached as masks of
+one budget are. A unit is restored if the mask is then better than every known one that removes as much. Of every amount
+the best known mask is the one to go on from.
 
 A surrogate of all losses that the search has asked for ranks swaps and restorations, and those compete that it does not
 call worse by much more than it is used to err. A walk depends on its budget in its last steps only, so several budgets
@@ -16,13 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from blockpruner.core.blocks import DENSE, BlockKind, Mask
+from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Goal
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.greedy import PricedOptions, costs_of, forward
@@ -53,7 +52,7 @@ def floating(problem: Problem, options: FloatingOptions) -> Iterator[Iteration]:
     Raises:
         InputError: the budget is nearest to removing nothing, or the price is a resource that was not measured.
     """
-    walk, costs = _Walk(problem, options), costs_of(problem, options)
+    walk, costs = _Walk(problem, options.tries), costs_of(problem, options)
     index = steps = 0
     base: MaskScore | None = None
     while fitting := walk.fitting(DENSE if base is None else base.mask):
@@ -75,26 +74,21 @@ def floating(problem: Problem, options: FloatingOptions) -> Iterator[Iteration]:
 class _Walk:
     """What a walk has seen."""
 
-    def __init__(self, problem: Problem, options: FloatingOptions) -> None:
-        self._problem, self._units, self._tries = problem, problem.units, options.tries
-        along = sorted(self._units, key=lambda unit: min((block.layer, block.kind is BlockKind.MLP) for block in unit))
-        self._pairs = [one | after for one, after in pairwise(along) if options.per != "none"]
+    def __init__(self, problem: Problem, tries: int) -> None:
+        self._problem, self._units, self._tries = problem, problem.units, tries
         self._order = unit_order(problem.units)
-        self._space = Space(problem.units, goal_of_problem(problem))
-        self.goal = self._space.goal
+        self.goal = Space(problem.units, goal_of_problem(problem)).goal
         self._scores: dict[Mask, MaskScore] = {}
         self._tried: set[Mask] = set()
         self._errors: list[float] = []
         """Of the surrogate's predictions of what a move changes."""
 
     def fitting(self, mask: Mask) -> list[Mask]:
-        """What may be removed next on the way to the goal: units, and two neighbours at once."""
-        return [one for one in (*self._units, *self._pairs) if not one & mask and self._fits(mask | one)]
+        """Units that may be removed next without removing more than the goal allows."""
+        return [unit for unit in self._units if not unit <= mask and self._fits(mask | unit)]
 
     def _fits(self, mask: Mask) -> bool:
-        """Whether a mask meets the goal, or one that removes more does."""
-        counts = [sum(unit <= mask for unit in kind) for kind in self._space.classes]
-        return any(all(map(int.__le__, counts, wanted)) for wanted in self._space.compositions)
+        return self.goal.share(mask) <= self.goal.wanted + self.goal.tolerance + 1e-12
 
     def taken(self, iteration: Iteration) -> MaskScore:
         """The best known mask that removes as much as a forward step's choice."""

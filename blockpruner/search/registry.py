@@ -24,7 +24,6 @@ from blockpruner.search.problem import Problem
 from blockpruner.search.quadratic import QuadraticOptions, quadratic
 from blockpruner.search.random_order import RandomOptions, random_order
 from blockpruner.search.swap import SwapOptions, swap
-from blockpruner.versions import FLOATING_VERSION
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,6 @@ class Search:
     finds."""
     work: float = 1.0
     """For forecasts: how many times as much it takes as these steps alone, where that was measured."""
-    version: int | None = None
-    """Of what this search alone decides from the same trials, where that has changed. Part of its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,6 @@ SEARCHES = Registry(
         Search(
             "floating", "floating greedy", floating, FloatingOptions, nested=False, accelerated=True,
             scored_steps=range, work=1.3,  # SmolLM2 to 20 %, lazy+race: 1,061 s, greedy 1,034 s, a first step was known
-            version=FLOATING_VERSION,
         ),
         Search("quadratic", "quadratic search", quadratic, QuadraticOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from blockpruner.core.blocks import DENSE, all_blocks, format_mask, parse_mask, removable_units
+from blockpruner.core.blocks import DENSE, all_blocks, format_mask, removable_units
 from blockpruner.core.budgets import goal_of, parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
@@ -284,15 +284,6 @@ def test_floating_goes_back():
     trace = table.search("floating", "3blocks", per="none", tries=1)
     path = [after for before, after in pairwise([DENSE, *(step.removed for step in trace)]) if before != after]
     assert path == [{c}, {a, c}, {a, b, c}, {a, b}, {a, b, dear}]
-
-
-def test_floating_removes_two_neighbours_at_once_where_that_is_cheaper_per_parameter():
-    table, pair = Table(0, interaction=0.0, noise=0.0), parse_mask("mha.2,mlp.1")
-    table.rows_of = lambda mask: [0.01 if mask == pair else table.draw(mask)[0] + 0.5 * bool(mask)] * ROWS
-    trace = table.search("floating", "0.5", tries=1)
-    assert trace[0].removed == pair == trace[0].added[trace[0].chosen]
-    trace = table.search("floating", "0.5", per="none", tries=1)
-    assert len(trace[0].removed) == 1 and all(added is None or len(added) == 1 for added in trace[0].added)
 
 
 class Polynomial(Table):

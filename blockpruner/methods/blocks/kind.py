@@ -41,8 +41,6 @@ def score(job: Job) -> tuple[Current, Counts]:
     special: dict[str, Any] = {"latency": job.latency} if asked.options.price == "latency" else {}
     if rows.adaptive and asked.leaves_out:
         special["rows"] = "auto"
-    if asked.search.version is not None:
-        special["version"] = asked.search.version
     loss = asked.metric.key
     fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **special})
     current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
