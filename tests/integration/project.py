@@ -54,7 +54,7 @@ def run_of(folder: Path, **calibration: Any) -> dict[str, Any]:
             "zero_shot": {"data": {"source": "path", "path": str(folder)}, "tasks": ["piqa"], "limit": 6},
             "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
         },
-        "compensate": {"num_rows": 24, "seq_len": 32},
+        "compensate": {"num_rows": 24, "seq_len": 32, "validation": 0.25},
         "recover": {"data": data, "num_samples": 12, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2},
     }  # fmt: skip
 

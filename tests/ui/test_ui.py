@@ -272,7 +272,7 @@ def test_a_new_model_by_form_estimate_run_report_and_push(page, served, project)
             "zero_shot": {"data": {"source": "path", "path": "mine"}, "tasks": ["piqa"], "limit": 6},
             "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
         },
-        "compensate": {"num_rows": 24, "seq_len": 32},
+        "compensate": {"num_rows": 24, "seq_len": 32, "validation": 0.25},
     }
     write_field(page, "More (Optional)", json.dumps(more))
     submit(page)

@@ -55,7 +55,7 @@ def project(tmp_path, monkeypatch):
     }
     run["export"] = ["hf", "zeroed"]
     run["evaluate"]["perplexity"] = {"data": run["recover"]["data"], "seq_len": 20}
-    run["compensate"] = {"num_rows": 24, "seq_len": 32}
+    run["compensate"] = {"num_rows": 24, "seq_len": 32, "validation": 0.25}
     write_json(Path("runs/tiny.yaml"), run)
     targets = {"t": {"run": "tiny", "budget": "4blocks", "recover": True}}
     write_json(Path("params.yaml"), {"runs": ["tiny"], "targets": targets, "runtime": {"device": "cpu"}})

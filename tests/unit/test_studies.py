@@ -311,7 +311,7 @@ def test_models_of_a_study_are_healed_once_and_measured_as_they_would_be_alone(w
     recipe = {"data": DATA, "num_rows": 4, "seq_len": 16, "validation": 0, "weights": "all", "distill": 1.0}
     run = Run(
         model=MODEL | {"dtype": "float32"}, calibration=VARIANTS[0].calibration, study=study, recover=recipe,
-        compensate={"num_rows": 8, "seq_len": 16},
+        compensate={"num_rows": 8, "seq_len": 16, "validation": 0.25},
     )  # fmt: skip
     folder = tmp_path / "study"
     folder.mkdir()
