@@ -223,8 +223,8 @@ def prune(
         acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk), in
             place of the method's own.
         compensation: "none", or a method of `compensate.method` (docs/methods.md), in place of the method's own:
-            weights before removed blocks change to make up for them. A quarter of the calibration rows is held out to
-            check that it helps. It wants tens of thousands of tokens.
+            weights that stay change to make up for what is gone. A quarter of the calibration rows is held out to check
+            that it helps. It wants tens of thousands of tokens.
         seq_len: tokens in a calibration row; shortened to the model's context.
         trials: a folder that keeps every score, so that a call that was killed goes on where it was.
         device: where the model is put before; "auto" is the GPU that is there for a model on the CPU, and else where

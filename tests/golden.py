@@ -502,7 +502,7 @@ def gguf_content(path: Path) -> Any:
 
 def compensated(world: World, method: str) -> Any:
     """Perplexities before and after, and norms of the weights that come out of it."""
-    removed = "mlp.1" if method == "scale" else "mlp.2"  # one whose absence the method makes good for
+    removed = "mlp.2" if method == "refit" else "mlp.1"  # one whose absence the method makes good for
     given = {"method": "given", "options": {"order": [removed]}}
     settings = {"method": method, "num_rows": 24, "seq_len": 32, "validation": 0.25}
     world.start("compensated", budgets=["1blocks"], score=given, compensate=settings)

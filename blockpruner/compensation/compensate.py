@@ -47,7 +47,7 @@ def compensate(
     """Find new weights for the pruned model of a plan. The dense model is as before at the end.
 
     Args:
-        dense: on one device; its memory also takes the sums of one fit (three float64 matrices of the MLP's width).
+        dense: on one device; its memory also takes the sums of one fit (four float64 matrices of the MLP's width).
         rows: of any lengths; all real tokens are fitted to.
         held_out: how many of the rows, the last ones, choose strengths and decide whether the change helps.
 
@@ -77,8 +77,10 @@ def compensate(
         stops = []
         for mended in row.change_(streams, plan.mask):
             stops.append(mended)
-            reached = [*mended.get("writers", []), *mended["hole"]]
-            observer.advance(streams.blocks.index(reached[-1]) + 1, len(streams.blocks), "+".join(reached))
+            changed, gone = mended.get("writers", []), mended["hole"]
+            done = 1 + max(map(streams.blocks.index, [*changed, *gone]))
+            hole = f" before hole {'+'.join(gone)}" if gone else ""
+            observer.advance(done, len(streams.blocks), f"{'+'.join(changed) or 'writers'}{hole}")
         new = {weight: weight.clone().cpu() for weight in streams.old}
         for share in SHARES if new else ():
             _set_(streams.old, new, share)
@@ -87,7 +89,7 @@ def compensate(
                 best, found["after"] = share, after
         _set_(streams.old, new, best)
         names = {id(weight): name for name, weight in prune_(shared_copy(dense), plan.mask).named_parameters()}
-        weights = {names[id(weight)]: weight.clone().cpu() for weight in new} if best else {}
+        weights = {names[id(weight)]: value.copy_(weight) for weight, value in new.items()} if best else {}
     finally:
         for weight, value in streams.old.items():
             weight.copy_(value)

@@ -41,8 +41,10 @@ class Moments:
 
     def solve(self, strength: float) -> Tensor:
         """The change D [p, q] of these tokens."""
-        weight = strength * self.gram.diagonal().mean()
-        factor = torch.linalg.cholesky(self.gram + weight * torch.eye(len(self.gram)).to(self.gram))
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(strength * self.gram.diagonal().mean())
+        factor = torch.linalg.cholesky(shifted)
+        del shifted
         return torch.cholesky_solve(self.cross, factor)
 
     def error(self, change: Tensor) -> float:
@@ -53,7 +55,11 @@ class Moments:
 
 def best_change(fitted: Moments, held_out: Moments, strengths: tuple[float, ...]) -> tuple[Tensor, float, float]:
     """The change that does best on tokens that it was not fitted to, its strength, and its error there."""
-    changes = {strength: fitted.solve(strength) for strength in strengths}
-    errors = {strength: held_out.error(change) for strength, change in changes.items()}
-    strength = min(errors, key=errors.__getitem__)
-    return changes[strength], strength, errors[strength]
+    best: tuple[Tensor, float, float] | None = None
+    for strength in strengths:
+        change = fitted.solve(strength)
+        error = held_out.error(change)
+        if best is None or error < best[2]:
+            best = change, strength, error
+    assert best is not None
+    return best

@@ -2,6 +2,7 @@
 must recover the dense model exactly."""
 
 from dataclasses import replace
+from itertools import dropwhile
 from typing import get_args
 
 import numpy as np
@@ -31,7 +32,7 @@ def mask_plan(model, mask):
 
 
 def changed(model, mask, method, fitted=30):
-    """What was done hole by hole; the model keeps its new weights."""
+    """What was done stop by stop; the model keeps its new weights."""
     with torch.no_grad():
         return list(methods.COMPENSATIONS[method].change_(Streams(model, ROWS.rows, fitted), parse_mask(mask)))
 
@@ -181,9 +182,30 @@ def test_refit_comes_nearer_to_the_dense_states_in_every_family(variant):
             states = pruned(ids()[:30], output_hidden_states=True).hidden_states[-1]
         return float((states - dense).square().mean())
 
-    before = distance()
-    holes = changed(model, "mlp.1,mha.2", "refit")
-    assert distance() < before and [hole["hole"] for hole in holes] != []
+    before, streams = distance(), Streams(model, ROWS.rows, 30)
+    behind = dropwhile(lambda stop: not stop.hole, stops_of(streams._steps, mask))
+    able = [str(block) for stop in behind for block in stop.kept if streams.writer(block) is not None]
+    stops = changed(model, "mlp.1,mha.2", "refit")
+    assert [block for stop in stops for block in stop["writers"]] == able and len(able) >= 2
+    assert [block for stop in stops for block in stop["hole"]] == ["mlp.1", "mha.2"]
+    assert distance() < before
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])  # one block after the other; both of a layer at once
+def test_a_hole_before_all_kept_blocks_and_progress_to_the_last_block(variant):
+    model, seen = tiny_model(variant).requires_grad_(False), []
+
+    class Observer(SilentObserver):
+        def advance(self, done, total, detail=""):
+            seen.append((done, total, detail))
+
+    gone = "mha.0,mlp.0"
+    found = compensate(model, mask_plan(model, gone), ROWS, 10, "refit", Observer())
+    assert found.report["stops"][0] == {"hole": ["mha.0", "mlp.0"], "writers": [], "error": 1.0}
+    blocks = [block for stop in found.report["stops"] for block in stop["writers"]]
+    assert blocks == [f"{kind}.{layer}" for layer in (1, 2, 3) for kind in ("mha", "mlp")]
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[0][2] == "writers before hole mha.0+mlp.0" and seen[-1][:2] == (8, 8)
 
 
 def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alone(monkeypatch):

@@ -82,7 +82,7 @@ def refitted():
 
 
 def test_stage_compensates_and_the_export_has_the_weights(project):
-    """Writers before the holes, in float32 to the bit; the rows share no text with what is evaluated."""
+    """Writers, in float32 to the bit; the rows share no text with what is evaluated."""
     facts, weights = refitted(), load_file("data/compensated/t/weights.safetensors")
     assert facts["enabled"] and facts["perplexity"]["after"] < facts["perplexity"]["before"]
     assert weights and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in weights)
