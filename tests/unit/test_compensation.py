@@ -55,6 +55,7 @@ def test_ridge_is_numpys_least_squares():
     np.testing.assert_allclose(change, wanted, atol=1e-12)
     assert moments.error(change) == pytest.approx(((x @ wanted - r) ** 2).sum() / (r**2).sum(), rel=1e-12)
     assert moments.error(torch.zeros(6, 3, dtype=torch.float64)) == 1.0
+    assert best_change(moments, moments, (1.0, 0.1, 10.0))[1:] == (0.1, moments.error(moments.solve(0.1)))
     noise = Moments.zero(6, 3, torch.device("cpu"))
     noise.add(torch.tensor(x), torch.tensor(-r))  # on which every change does harm: the smallest is the best one
     assert best_change(moments, noise, (0.1, 1.0, 10.0))[1:] == (10.0, noise.error(moments.solve(10.0)))
