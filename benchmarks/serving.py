@@ -3,13 +3,17 @@
     python -m benchmarks.serving [engine ...]     names of ENGINES; all, if none is named
 
 The pruned models are those of the floating search in the study smollm2-paper, compensated. It measures one sequence,
-with the prompt and new tokens of Table 6 of arXiv 2406.10594. An engine's models take turns within each repeat, and
-medians are shown. It prints Markdown for docs/serving.md, and needs `python -m flows.paper --set smollm2` and
-`pip install '.[serve]'`. `make test-slow` prints vLLM's figures, in vLLM's own environment.
+with the prompt and new tokens of Table 6 of arXiv 2406.10594. An engine's models take turns within each repeat. Medians
+are shown, and their ratios to dense with 95 % intervals. It prints Markdown for docs/serving.md. It needs `python -m
+flows.paper --set smollm2`, `pip install '.[serve]'`, and for vLLM BLOCKPRUNER_VLLM: the bin folder of the environment
+that `make test-slow` makes.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,12 +37,15 @@ from blockpruner.model.models import load_model
 from blockpruner.paper.experiments import FLOATING, cures
 from blockpruner.paper.studies import load_plans
 from blockpruner.params import load_run
+from blockpruner.reporting.statistics import ratio_of_medians
 from blockpruner.store.provenance import fingerprint
 from stages import STUDIES
 
 STUDY = STUDIES / "smollm2-paper"
 MODELS = Path("data/benchmarks/serving")
-PROMPT, NEW, REPEATS = 128, 128, 5
+PROMPT, NEW, REPEATS = 128, 128, 10
+VLLM = "BLOCKPRUNER_VLLM"
+VLLM_CACHE_GIB = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def transformers_(directory: Path) -> tuple[int, Callable[[], Run]]:
         found = generate(model, prompt, NEW)
         return Run(found.prefill_seconds, found.decode_seconds, found.kv_cache_bytes)
 
-    return (directory / "model.safetensors").stat().st_size, run
+    return weights_bytes(directory), run
 
 
 def llama_cpp(precision: str) -> Callable[[Path], tuple[int, Callable[[], Run]]]:
@@ -130,29 +137,76 @@ def mlx_lm(directory: Path) -> tuple[int, Callable[[], Run]]:
         held = sum(part[..., : layer.offset, :].nbytes for layer in cache for part in (layer.keys, layer.values))
         return Run(prefilled - start, ended - prefilled, held)
 
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors")), run
+    return weights_bytes(directory), run
+
+
+def vllm(directory: Path) -> tuple[int, Callable[[], Run]]:
+    """In a process that ends with this one, since its standard input does."""
+    if VLLM not in os.environ:
+        sys.exit(f"vLLM has an environment of its own: set {VLLM} to its bin folder (`make test-slow` makes one)")
+    reading, writing = os.pipe()
+    command = [Path(os.environ[VLLM]) / "python", "-I", Path(__file__).with_name("serving_vllm.py").absolute()]
+    command += [directory.absolute(), load_run(STUDY.name).model.dtype, str(PROMPT), str(NEW), str(writing)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = MODELS / f"vllm-{directory.parent.name}.log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment, pass_fds=(writing,)
+        )
+    os.close(writing)
+    lines = os.fdopen(reading)
+    assert process.stdin is not None
+    asked = process.stdin
+
+    def answer() -> Mapping[str, float]:
+        line = lines.readline()
+        if not line:
+            sys.exit(f"vLLM ended; its log is {log}")
+        found: Mapping[str, float] = json.loads(line)
+        return found
+
+    bytes_a_token = VLLM_CACHE_GIB * 2**30 / answer()["kv_cache_tokens"]
+
+    def run() -> Run:
+        asked.write(b"\n")
+        asked.flush()
+        return Run(**answer(), kv_bytes=round(bytes_a_token * (PROMPT + NEW)))
+
+    return weights_bytes(directory), run
+
+
+def weights_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 ENGINES: dict[str, tuple[str, Callable[[Path], tuple[int, Callable[[], Run]]]]] = {
     "transformers": ("hf", transformers_),
     "llama.cpp, F16": ("gguf", llama_cpp("F16")),
     "llama.cpp, Q8_0": ("gguf", llama_cpp("Q8_0")),
+    "vLLM": ("hf", vllm),
     "mlx-lm on a CPU": ("nas", mlx_lm),
 }
 
 
-def measure(models: Mapping[str, Callable[[], Run]]) -> dict[str, Run]:
-    """Medians over the repeats; one generation each before that, to warm up."""
+def measure(models: Mapping[str, Callable[[], Run]]) -> dict[str, list[Run]]:
+    """The repeats of each; one generation each before that, to warm up."""
     runs: dict[str, list[Run]] = {name: [] for name in models}
     for repeat in range(REPEATS + 1):
         for name in list(models)[:: 1 if repeat % 2 else -1]:
             found = models[name]()
             if repeat:
                 runs[name].append(found)
-    return {
-        name: Run(median(r.prefill for r in all_), median(r.decode for r in all_), all_[0].kv_bytes)
-        for name, all_ in runs.items()
-    }
+    return runs
+
+
+def speed(tokens: int, dense: list[float], seconds: list[float]) -> str:
+    """Tokens per second, and the ratio to dense unless it is dense itself."""
+    shown = f"{tokens / median(seconds):.1f}"
+    if dense is seconds:
+        return shown
+    ratio = ratio_of_medians(dense, seconds)
+    return f"{shown} ({ratio.value:.2f}x [{ratio.interval.low:.2f}, {ratio.interval.high:.2f}])"
 
 
 def main() -> None:
@@ -167,12 +221,12 @@ def main() -> None:
         form, opened = ENGINES[engine]
         found = {name: opened(exported(pruning, form)) for name, pruning in prunings().items()}
         runs = measure({name: run for name, (_, run) in found.items()})
-        first = runs["dense"]
-        for name, run in runs.items():
+        prefill = {name: [run.prefill for run in each] for name, each in runs.items()}
+        decode = {name: [run.decode for run in each] for name, each in runs.items()}
+        for name, each in runs.items():
             print(
-                f"| {engine} | {name} | {found[name][0] / 1e6:.1f} | {run.kv_bytes / 1e6:.2f} | "
-                f"{PROMPT / run.prefill:.0f} ({first.prefill / run.prefill:.2f}x) | "
-                f"{NEW / run.decode:.1f} ({first.decode / run.decode:.2f}x) |",
+                f"| {engine} | {name} | {found[name][0] / 1e6:.1f} | {each[0].kv_bytes / 1e6:.2f} | "
+                f"{speed(PROMPT, prefill['dense'], prefill[name])} | {speed(NEW, decode['dense'], decode[name])} |",
                 flush=True,
             )
     facts = setting()

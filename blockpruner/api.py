@@ -18,11 +18,12 @@ from blockpruner.checkpoints.hf import code_file, save_pruned
 from blockpruner.checkpoints.hub import push
 from blockpruner.checkpoints.registry import EXPORTS, require_exports
 from blockpruner.compensation.compensate import Compensated, compensate
+from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, stderr_observer
-from blockpruner.core.settings import Perplexity, Score, read_settings
+from blockpruner.core.settings import Compensate, Perplexity, Score, read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.inputs.calibration import CalibrationSet, pack_rows
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, drop_code_, licence_beside
@@ -223,8 +224,8 @@ def prune(
         acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk), in
             place of the method's own.
         compensation: "none", or a method of `compensate.method` (docs/methods.md), in place of the method's own:
-            weights that stay change to make up for what is gone. A quarter of the calibration rows is held out to check
-            that it helps. It wants tens of thousands of tokens.
+            weights that stay change to make up for what is gone. It is fitted to at most 192 joined rows of 256 tokens
+            of `texts` (or of `seq_len`, if that is less), of which an eighth is held out to check that it helps.
         seq_len: tokens in a calibration row; shortened to the model's context.
         trials: a folder that keeps every score, so that a call that was killed goes on where it was.
         device: where the model is put before; "auto" is the GPU that is there for a model on the CPU, and else where
@@ -256,11 +257,13 @@ def prune(
     config, base = model.config.to_dict(), _Base(model.config.to_json_string(use_diff=False), model.name_or_path)
     budget = ratio if isinstance(ratio, str) else f"{ratio:.12f}".rstrip("0")
     seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
-    calibration, mend = pack_rows(texts, tokenizer, seq_len, packing), chosen.compensation
-    if mend != "none" and len(calibration.rows) < 2:
+    calibration = pack_rows(texts, tokenizer, seq_len, packing)
+    mend = read_settings(Compensate, {"method": chosen.compensation}, "compensation: ")
+    fit = compensation_rows(texts, tokenizer, mend, (), seq_len) if mend.method != "none" else None
+    if fit is not None and len(fit.rows) < 2:
         raise InputError(
-            f"compensation {mend} is fitted to calibration rows and checked on others, and there is one row of "
-            f"{calibration.tokens} tokens; give more texts or a smaller seq_len, or compensation='none'"
+            f"compensation {mend.method} is fitted to rows of {min(mend.seq_len, seq_len)} tokens and checked on "
+            f"others, and the texts fill {len(fit.rows)}; give more texts or a smaller seq_len, or compensation='none'"
         )
     model.eval()
     if device != "auto" or model.device.type == "cpu":
@@ -275,14 +278,14 @@ def prune(
         order, perplexities = removals(trace, one.search.nested)
         current = _current(one, fields_of(one.metric.key, calibration, identity, dtype), calibration)
         plan, healed = choose(order, perplexities, config, budget, current), Compensated()
-        if mend != "none":
-            healed = compensate(model, plan, calibration, max(1, len(calibration.rows) // 4), mend, observer)
+        if fit is not None:
+            healed = compensate(model, plan, fit, mend.held_out(len(fit.rows)), mend.method, observer)
         after = float(healed.report["perplexity"]["after"]) if healed.report else math.inf
         return after, plan, trace, stabilities(trace, one.options.price), healed
 
     with open_stores(asked.losses, calibration, identity, dtype, folder, observer) as stores:
         found = [made(asked)]
-        layers = rival(method, asked.score, config, budget, mend) if isinstance(method, str) else None
+        layers = rival(method, asked.score, config, budget, mend.method) if isinstance(method, str) else None
         if layers is not None:
             found.append(made(request(layers, None, asked.metric)))
             observer.note(settled([asked.score, layers], [each[0] for each in found]))

@@ -109,7 +109,7 @@ def write_compensated(
     Args:
         data: the source of the rows.
     """
-    method, held_out = pruning.plan.compensate, max(1, round(wanted.validation * len(rows.rows)))
+    method, held_out = pruning.plan.compensate, wanted.held_out(len(rows.rows))
     show.note(f"{pruning.plan.target}: {method} on {len(rows.rows)} rows, of which {held_out} are held out")
     found = compensate(pruning.load(), pruning.plan, rows, held_out, method, show)
 

@@ -392,6 +392,10 @@ class Compensate(Frozen):
     """The share of rows on which the strength is chosen; weights that do not help there are left as they were."""
     seed: int = 42
 
+    def held_out(self, rows: int) -> int:
+        """How many of so many rows these are."""
+        return max(1, round(self.validation * rows))
+
 
 class Recover(Frozen):
     """Training after pruning, for targets with `recover: true`. The defaults are the paper's LoRA, validated; what the

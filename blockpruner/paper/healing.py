@@ -115,7 +115,7 @@ class Healer:
         else:
             rows, data = self.fit, self._data(self.run.compensate.data)
             words = f"compensated without training ({cure.compensate}, {rows.tokens:,} tokens)"
-            held_out = max(1, round(self.run.compensate.validation * len(rows.rows)))
+            held_out = self.run.compensate.held_out(len(rows.rows))
             found = compensate(pruning.load(), pruning.plan, rows, held_out, cure.compensate, self.observer)
             weights, facts = found.weights, found.report
 

@@ -108,6 +108,7 @@ class TrialStore:
         before = {**self.fields, "calibration": "by row"}
         facts = before | ({} if self.model is None else {"model": self.model})
         self.fingerprint = fingerprint(facts)
+        self._origin = self._origin_of({})
         self._places: dict[str, list[int]] = {}
         for place, row in enumerate(self.rows):
             self._places.setdefault(row, []).append(place)

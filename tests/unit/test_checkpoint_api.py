@@ -22,10 +22,12 @@ from blockpruner.checkpoints import hf, verification
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.checkpoints.zeroed import export_zeroed
+from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import Compensate
 from blockpruner.inputs.calibration import pack_rows
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
@@ -224,10 +226,10 @@ def test_a_compensated_model_has_the_perplexity_that_it_reports(block, method):
     """On blocks where it happens to help a random model."""
     settings = {"seq_len": 16, "method": "given", "options": {"order": [block]}, "compensation": method}
     pruned = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, ratio="1blocks", **settings)
-    rows = pack_rows(TEXTS, tiny_tokenizer(), 16, "joined").rows
+    rows = compensation_rows(TEXTS, tiny_tokenizer(), Compensate(), (), 16).rows
     perplexity = pruned.compensation["perplexity"]
     assert perplexity["after"] < perplexity["before"]
-    nll = mean(full_nll(pruned.model, row) for row in rows[-(len(rows) // 4) :])
+    nll = mean(full_nll(pruned.model, row) for row in rows[-round(len(rows) / 8) :])
     assert math.exp(nll) == pytest.approx(perplexity["after"])
 
 
@@ -299,7 +301,7 @@ def test_prune_to_another_budget(budget, mha, blocks):
             "by a metric's name, and a function may change",
         ),
         ({"texts": "one string"}, "texts is one string; give a list"),
-        ({"texts": TEXTS[:1]}, "there is one row of .*; give more texts or a smaller seq_len, or comp"),
+        ({"texts": TEXTS[:1]}, "fitted to rows of 32 tokens .* the texts fill 1; give more texts or a smaller seq_len, or comp"),
     ],
 )
 def test_prune_says_what_it_cannot(changes, message):
@@ -357,7 +359,7 @@ def compensated(tmp_path):
     folder = save_tiny(tmp_path / "mine")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.2"]}, "compensation": "refit"}
+    settings = {"seq_len": 16, "method": "given", "options": {"order": ["mha.2"]}, "compensation": "refit"}
     pruned = blockpruner.prune(model, tiny_tokenizer(), TEXTS, "1blocks", **settings)
     assert pruned.compensation["share"]
     return pruned
@@ -377,7 +379,7 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     assert torch.equal(loaded(ids).logits, compensated.model(ids).logits)
     card, plan = (tmp_path / "out/README.md").read_text(), load_plan(tmp_path / "out/blockpruner_plan.json")
     assert "license: mit" in card and "compensated without training (refit" in card and "# out\n" in card
-    assert (plan.compensate, plan.removed) == ("refit", ("mlp.2",))
+    assert (plan.compensate, plan.removed) == ("refit", ("mha.2",))
     with pytest.raises(InputError, match="out is not empty; choose another directory"):
         compensated.export(tmp_path / "out")
     with pytest.raises(InputError, match="'zeroed' needs the dense model's weights, .*valid: hf, nas, gguf"):

@@ -66,6 +66,15 @@ def test_facts_survive_the_process(tmp_path):
     assert second.known(KEY, 0, 4) and second.problems == []
 
 
+@pytest.mark.parametrize(("dtype", "place"), [("float32", ""), ("bfloat16", "an unknown environment")])
+def test_facts_of_tables_have_one_origin_before_and_after_a_restart(tmp_path, dtype, place):
+    """They are put before the scorer has said where it computes."""
+    first = store(tmp_path, dtype=dtype)
+    first.put(KEY, range(4), [1.0] * 4)
+    for found in (first, store(tmp_path, dtype=dtype)):
+        assert found.origins([KEY], 4) == {place: 4}
+
+
 def test_every_field_of_the_fingerprint_separates_stores_and_there_is_no_other(tmp_path):
     fields = store_fields(**FIELDS)
     assert set(fields) == {"calibration", "model", "dtype", "metric", "score_version"}
