@@ -680,7 +680,7 @@ class Runtime(Frozen):
     """Padded tokens in a batch of rows."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Of torch, in each process."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     """auto is the model's own choice."""
     compile: bool = False
     """Whether torch compiles the blocks, which pays off in long searches."""

@@ -176,9 +176,9 @@ def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str
     Raises:
         InputError: flash attention has no kernel for this dtype or device.
     """
-    if attention == "flash_attention_2" and (device.type != "cuda" or dtype not in ("bfloat16", "float16")):
+    if attention.startswith("flash") and (device.type != "cuda" or dtype not in ("bfloat16", "float16")):
         raise InputError(
-            f"runtime.attention flash_attention_2 has no kernel for {dtype} on {device.type}: it needs a CUDA device "
+            f"runtime.attention {attention} has no kernel for {dtype} on {device.type}: it needs a CUDA device "
             "and model.dtype bfloat16 or float16; use auto or sdpa"
         )
     options = {} if attention == "auto" else {"attn_implementation": attention}

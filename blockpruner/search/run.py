@@ -253,7 +253,7 @@ class _Run:
             tokens = sum(sum(self._row_tokens[: score.rows_used]) for score in iteration.scores)
             considered += f"; {tokens:,} tokens"
         if firm is not None:
-            considered += f"; stable in {firm.kept:.0%} of resamples of {firm.rows} rows"
+            considered += f"; next by {firm.margin:.2g}; stable in {firm.kept:.0%} of resamples of {firm.rows} rows"
             considered += f"; {len(firm.rivals)} others cannot be told apart from it" if firm.rivals else ""
         self._observer.end(
             f"{what}, {self._loss_words(best)}perplexity {iteration.perplexity:.4f}, "

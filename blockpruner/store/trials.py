@@ -79,6 +79,8 @@ def origin(facts: Mapping[str, Any]) -> str:
     if not facts:
         return "an unknown environment"
     versions = [f"{name} {'.'.join(facts[name].split('.')[:2])}" for name in ("torch", "transformers") if name in facts]
+    if facts.get("device") == "cpu" and "processor" in facts:
+        facts = {**facts, "device_name": re.sub(r"^\d+ x ", "", facts["processor"])}
     return ", ".join([*versions, *(str(facts[key]) for key in ("device_name", "attention", "batch") if key in facts)])
 
 

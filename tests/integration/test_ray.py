@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from blockpruner import __version__
 from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.settings import Runtime
@@ -113,7 +114,7 @@ class Fake(Logged):
 
     def load(self):
         self._scorer = self
-        return "here", os.getpid(), {"device": "none"}
+        return "here", os.getpid(), {"device": "none", "blockpruner": __version__}
 
     def row_batches(self, rows, span, limit=None):
         return [range(row, row + 1) for row in span]
@@ -202,6 +203,12 @@ class Shrinks(Fake):
 class Refuses(Fake):
     def load(self):
         raise InputError("runtime.attention 'x' cannot be used here")
+
+
+class OfAnotherVersion(Fake):
+    def load(self):
+        host, pid, placement = super().load()
+        return host, pid, {**placement, "blockpruner": "0.0.9"}
 
 
 class OfAnotherCard(Fake):
@@ -420,6 +427,14 @@ def test_unlike_devices_are_not_mixed_in_16_bits(checkpoint, replica):
     scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=2))
     run(scorer, sweep(scorer))
     assert re.fullmatch(r"card \d+ and card \d+", scorer.placement()["device_name"])
+    scorer.close()
+
+
+def test_a_node_with_another_version_of_ours_is_refused(checkpoint, replica):
+    replica(OfAnotherVersion)
+    scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME))
+    with pytest.raises(InputError, match=rf"worker .* has blockpruner 0\.0\.9, and this process {__version__}; ins"):
+        run(scorer, sweep(scorer))
     scorer.close()
 
 

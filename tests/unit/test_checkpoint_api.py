@@ -301,7 +301,10 @@ def test_prune_to_another_budget(budget, mha, blocks):
             "by a metric's name, and a function may change",
         ),
         ({"texts": "one string"}, "texts is one string; give a list"),
-        ({"texts": TEXTS[:1]}, "fitted to rows of 32 tokens .* the texts fill 1; give more texts or a smaller seq_len, or comp"),
+        (
+            {"texts": TEXTS[:1]},
+            "fitted to rows of 32 tokens .* the texts fill 1; give more texts or a smaller seq_len, or comp",
+        ),
     ],
 )
 def test_prune_says_what_it_cannot(changes, message):

@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
-from blockpruner.core.errors import NonFiniteLossError
+from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.model.models import masked
+from blockpruner.model.models import kernel_options, masked
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS
@@ -321,3 +321,13 @@ def test_flash_attention_gives_way_in_float32():
     assert config._attn_implementation == "flash_attention_2"
     with engine._kernel(wide=False):
         assert config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_is_for_16_bits_on_cuda(attention):
+    assert kernel_options(attention, "bfloat16", torch.device("cuda")) == {"attn_implementation": attention}
+    for dtype, device in (("float32", "cuda"), ("bfloat16", "cpu")):
+        with pytest.raises(
+            InputError, match=f"{attention} has no kernel for {dtype} on {device}: it needs a CUDA device"
+        ):
+            kernel_options(attention, dtype, torch.device(device))

@@ -147,7 +147,16 @@ class Elsewhere(FakeScorer):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("other", [{"attention": "eager"}, {"batch": "16 tokens"}, {"device_name": "H100"}, {}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"attention": "eager"},
+        {"batch": "16 tokens"},
+        {"device": "cuda", "device_name": "H100"},
+        {"processor": "2 x B"},
+        {},
+    ],
+)
 def test_16_bit_facts_of_another_environment_are_said_and_not_mixed(tmp_path, dtype, other, monkeypatch):
     rows, notes = short_rows(3), []
     observer = SimpleNamespace(note=notes.append, advance=lambda *step: None)

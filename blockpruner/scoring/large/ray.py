@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from blockpruner import __version__
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.scoring.large.sharing import WalkCosts, share_among, share_out, tokens_of_a_share, unfinished
@@ -75,7 +76,8 @@ class Replica:
     def load(self) -> tuple[str, int, Mapping[str, str]]:
         """Load the model; return host, process, environment. Errors of a constructor would not arrive as themselves."""
         self._scorer: Any = local_scorer(*self._arguments, lambda line: None, memory=self._memory)
-        return socket.gethostname(), os.getpid(), environment(**self._scorer.placement())
+        here = environment(**self._scorer.placement(), blockpruner=__version__)
+        return socket.gethostname(), os.getpid(), here
 
     def row_batches(self, rows: Rows, span: Span, limit: int | None) -> list[Span]:
         self._scorer.limit = limit
@@ -307,7 +309,13 @@ class RayScorer:
             yield result
 
     def _require_alike(self, worker: _Worker) -> None:
-        """In 16 bits, candidates that are compared come from one kind of device, attention kernel and version."""
+        """All workers have our version. In 16 bits, what is compared comes from one kind of device, attention kernel,
+        torch and transformers."""
+        found = worker.placement["blockpruner"]
+        if found != __version__:
+            raise InputError(
+                f"Ray's {worker} has blockpruner {found}, and this process {__version__}; install one of them"
+            )
         if self._arguments[1] not in SIXTEEN_BITS:
             return
         for other in filter(lambda each: each.placement, self._workers):
