@@ -162,6 +162,24 @@ def read_trace(directory: Path, search: str) -> list[Iteration]:
     return trace
 
 
+def drop_strays(directory: Path, trace: Sequence[Iteration], nested: bool, search: str) -> None:
+    """Delete the tables behind a search's last iteration that do not continue it.
+
+    They are of an earlier search that went another way from some step on: in 16 bits another kind of device or batch
+    may decide a near tie. What they knew is in the trial store (`seed_stores`). A nested trace is longer where a larger
+    budget was asked for before; that part stays.
+    """
+    index, last = len(trace), trace[-1]
+    while nested and table_path(directory, index).exists():
+        found = read_iteration(directory, index, search)
+        if found.removed - (found.added[found.chosen] or DENSE) != last.removed:
+            break
+        index, last = index + 1, found
+    while table_path(directory, index).exists():
+        table_path(directory, index).unlink()
+        index += 1
+
+
 def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore, influence: bool) -> list[str]:
     """Put the trials of the tables present into the stores of the metric and of the NLL (which may be one), setting
     aside tables that cannot be trusted.

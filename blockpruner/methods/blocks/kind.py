@@ -21,6 +21,7 @@ from blockpruner.search.registry import SEARCHES, request
 from blockpruner.search.run import search, units_of
 from blockpruner.search.trace import (
     Current,
+    drop_strays,
     read_trace,
     search_fingerprint,
     seed_stores,
@@ -63,6 +64,8 @@ def score(job: Job) -> tuple[Current, Counts]:
                 trace_directory(job.folder, current, budget), iteration, fingerprint
             ),
         )
+    for budget, trace in found.traces.items():
+        drop_strays(trace_directory(job.folder, current, budget), trace, found.nested, fingerprint)
     return current, found.counts
 
 
