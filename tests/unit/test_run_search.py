@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Job
 from blockpruner.methods.registry import require_budgets
 from blockpruner.paper.shapes import SHAPES
-from blockpruner.search.trace import Current, read_trace, trace_directory
+from blockpruner.search.trace import Current, read_trace, trace_directory, write_iteration
 from blockpruner.store.files import write_json
 from tests.builders import FakeScorer, material_of, scored, short_rows, small_config
 from tests.tiny import tiny_model
@@ -57,6 +58,27 @@ def test_a_floating_search_tells_the_share_that_is_removed_and_no_end_of_a_step(
     assert max(shares) > 0 and seen.totals == {None}
     run(tmp_path / "exact", observer=exact)
     assert exact.totals == {10, 6}
+
+
+def test_tables_of_a_search_that_went_another_way_are_dropped(tmp_path):
+    """As after a search in 16 bits on another device: what does not continue a trace is no part of it."""
+
+    def traced(budget, **score):
+        scorer = FakeScorer(lambda loss, base, mask, row: sum(map(ord, format_mask(mask))) / 1000)
+        found = scored(tmp_path, scorer, small_config(4), [budget], ROWS, **score)
+        directory = trace_directory(tmp_path / "scores", found.current, budget)
+        return directory, found.current.search, read_trace(directory, found.current.search)
+
+    directory, search, trace = traced("4blocks")
+    assert len(trace) == 4 and traced("2blocks")[2] == trace, "a longer trace serves a smaller budget"
+    write_iteration(directory, replace(trace[3], index=4), search)
+    assert traced("2blocks")[2] == trace
+    write_iteration(directory, replace(trace[3], index=2), search)
+    assert traced("2blocks")[2] == trace[:2] and traced("4blocks")[2] == trace
+
+    directory, search, trace = traced("4blocks", method="floating")
+    write_iteration(directory, replace(trace[-1], index=len(trace)), search)
+    assert traced("4blocks", method="floating")[2] == trace
 
 
 def test_second_time_everything_is_reused(tmp_path):
