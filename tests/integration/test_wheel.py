@@ -88,7 +88,8 @@ def run(environment, tmp_path):
         return result.stdout
 
     save_tiny(tmp_path / "model")
-    (tmp_path / "calibration.txt").write_text("\n".join(f"{i} little words and {i * i} more" for i in range(60)))
+    for name in ("calibration.txt", "heldout.txt"):
+        (tmp_path / name).write_text("\n".join(f"{i} little words and {i * i} more" for i in range(60)))
     return run
 
 
@@ -145,5 +146,5 @@ def test_the_command_prunes_and_transformers_alone_loads_the_result(run, tmp_pat
 def test_the_readmes_example_runs(run, environment, tmp_path):
     (block,) = re.findall(r"```python\n(.*?blockpruner\.prune.*?)```", README, re.DOTALL)
     said = run("python", "-c", block.replace("seq_len=2048", "seq_len=32") + "\nprint(blockpruner.__file__)")
-    assert str(environment) in said and "removed" in said
+    assert str(environment) in said and "removed" in said and re.search(r"perplexity \d+\.\d+", said)
     assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "pruned").iterdir()}
