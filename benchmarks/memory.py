@@ -52,10 +52,8 @@ def removed(layers: int) -> Mask:
 def score(model: PreTrainedModel, mask: Mask, rows: list[list[int]]) -> None:
     """One batch of a sweep, by perplexity and by JS divergence, in the batches that a CUDA device gets."""
     engine, masks = Engine(model), (DENSE, *(mask | parse_mask(block) for block in ("mlp.0", "mha.1", "mlp.1")))
-    engine._on_cuda = True
-    engine._set_batch_tokens("auto")
     batch = engine.row_batches(rows, range(len(rows)))[0]
-    with patch.object(torch.accelerator, "current_stream"):
+    with patch.object(Engine, "_widens", True):
         list(engine.run([Task(batch, masks), Task(batch, masks, METRICS["js"])], rows))
 
 

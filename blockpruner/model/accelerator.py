@@ -183,9 +183,20 @@ def claim(device: torch.device) -> str | None:
     Returns:
         The holder, if another process has it.
     """
+    return _held(device, _CLAIMS)
+
+
+def is_held(device: torch.device) -> bool:
+    """Whether this process or another one of this user has claimed a device."""
+    with ExitStack() as at_once:
+        return _held(device, at_once) is not None
+
+
+def _held(device: torch.device, locks: ExitStack) -> str | None:
+    """The holder of a device's lock, or None: then `locks` has it now."""
     card = _module(device).get_device_properties(device).uuid  # CUDA_VISIBLE_DEVICES changes numbers
     try:
-        _CLAIMS.enter_context(hold(_locks() / f"{card}.lock", this_process(), _refuse))
+        locks.enter_context(hold(_locks() / f"{card}.lock", this_process(), _refuse))
     except BlockingIOError as error:
         return str(error)
     except StorageError:  # no place for locks: devices are taken without

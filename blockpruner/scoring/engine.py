@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockId, Mask, format_mask, sorted_blocks
+from blockpruner.core.blocks import DENSE, BlockId, Mask, all_blocks, format_mask, sorted_blocks
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model import accelerator
 from blockpruner.model.models import placement, room_beside
@@ -42,10 +42,10 @@ WIDE_TOKENS = 512
 docs/performance.md."""
 
 WHOLE_TILES = 32
-"""Tokens that are whole tiles of a CPU's matrix kernels, of 16 rows or fewer."""
+"""A CPU's matrix kernels work on tiles of 16 rows or fewer. Other numbers of tokens are not tried."""
 
 WIDE_NUMBERS = 2**22
-"""On CUDA, masks are taken along at once up to so many numbers of their states. A kernel over these takes longer than
+"""On a GPU, masks are taken along at once up to so many numbers of their states. A kernel over these takes longer than
 its launch (calculated, not measured)."""
 
 
@@ -73,7 +73,7 @@ class Engine(Forward):
 
     Args:
         model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
-        batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on CUDA what the device's
+        batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on a GPU what the device's
             memory holds, at most 65,536.
 
     Attributes:
@@ -88,6 +88,7 @@ class Engine(Forward):
         # the dense model's final states by row, from which its logits are made: H numbers a token, not V; a key says
         # first whether they are wide
         self._dense: dict[tuple[int, ...], Tensor] = {}
+        self._exact: dict[torch.Size, int] = {}
 
     def limit_batches(self, rows: Rows, most: int | None) -> None:
         """Take no more padded tokens to a batch, if their number is the engine's to choose."""
@@ -177,6 +178,8 @@ class Engine(Forward):
                 yield from self._influences(task, embedded, batch, layer_kwargs)
                 return
             width = 1 if task.wide else self._width(batch.input_ids.numel(), batch.packed is not None)
+            if width > 1 and not self._on_gpu:
+                width = min(width, self._exact_width(embedded, batch, layer_kwargs))
             run = partial(self._added, batch, layer_kwargs, width)
             leaves = walk(self._steps, task.masks, embedded, run, joined, width)
             launched = (self._launched(masks, hidden, batch, task, rows) for masks, hidden in leaves)
@@ -197,25 +200,49 @@ class Engine(Forward):
             config._attn_implementation = kernel
 
     def _width(self, tokens: int, padded: bool = False) -> int:
-        """How many masks go along at once with a batch of so many padded tokens.
-
-        On a CPU only where the bits stay those of one mask at a time: its matrix kernels treat a remainder of rows
-        otherwise than full tiles.
-        """
-        if not self._on_cuda and (padded or tokens % WHOLE_TILES):
+        """How many masks may go along at once with a batch of so many padded tokens."""
+        if not self._on_gpu and (padded or tokens % WHOLE_TILES):
             return 1
-        most = WIDE_NUMBERS // self._model.config.hidden_size if self._on_cuda else WIDE_TOKENS
+        most = WIDE_NUMBERS // self._model.config.hidden_size if self._on_gpu else WIDE_TOKENS
         return max(1, min(most, self._tokens) // tokens)
+
+    def _exact_width(self, embedded: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> int:
+        """How many masks a CPU takes along at once such that each one's bits are those that it has alone.
+
+        Whether they are depends on the processor, its matrix kernels and the threads. So it is tried: with all numbers
+        of masks, on random states and the blocks of the first and the last layer.
+        """
+        if (known := self._exact.get(embedded.shape)) is not None:
+            return known
+        random = torch.Generator().manual_seed(0)
+        most = WIDE_TOKENS // batch.input_ids.numel()
+        states = [torch.randn(embedded.shape, generator=random, dtype=embedded.dtype) for _ in range(most)]
+        added = partial(self._added, batch, layer_kwargs)
+        alone = {
+            block: [added(1, block, [state])[0] for state in states]
+            for block in all_blocks(self.layers)
+            if block.layer in (0, self.layers - 1)
+        }
+
+        def is_exact(width: int) -> bool:
+            return all(
+                torch.equal(torch.cat([*added(width, block, states[:width])]), torch.cat(found[:width]))
+                for block, found in alone.items()
+            )
+
+        found = next((width for width in range(1, most) if not is_exact(width + 1)), most)
+        self._exact[embedded.shape] = found
+        return found
 
     def _added(
         self, batch: Batch, layer_kwargs: LayerKwargs, width: int, block: BlockId, states: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         """What a block adds to each of some states of the batch, in one call.
 
-        On CUDA a call always has `width` states, the last one again and again where there are fewer: the bits may
+        On a GPU a call always has `width` states, the last one again and again where there are fewer: the bits may
         depend on their number.
         """
-        calls = [*states, *[states[-1]] * (width - len(states))] if self._on_cuda else states
+        calls = [*states, *[states[-1]] * (width - len(states))] if self._on_gpu else states
         if len(calls) == 1:
             return [self._block(block, calls[0], layer_kwargs, batch.packed)]
         together = torch.cat([state.to(self._device(block.layer)) for state in calls])
@@ -238,12 +265,11 @@ class Engine(Forward):
             dense = torch.cat([self._dense[key].to(place) for key in keys])
         sums = self._losses(states, dense, batch, task.metric)
         here = sums.to("cpu", non_blocking=True)
-        ready = torch.accelerator.current_stream(sums.device).record_event() if self._on_cuda else None
-        return Unread(masks, here, batch.counts, ready)
+        return Unread(masks, here, batch.counts, accelerator.mark(sums.device))
 
     def _values(self, launched: Iterable[Unread], task: Task) -> Iterator[ScoredRows]:
         """The values. A CPU computes nothing meanwhile, so there they are read at once: a kill loses what is not."""
-        for unread in one_late(launched) if self._on_cuda else launched:
+        for unread in one_late(launched) if self._on_gpu else launched:
             values = unread.means()
             for mask in unread.masks:
                 yield self._finite(mask, values, task)
@@ -354,7 +380,7 @@ class Engine(Forward):
             held: bytes to come beside those of the weights that are on the device.
         """
         config, item = self._model.config, self._head.weight.element_size()
-        self._room = max(0, room_beside(self._model, self._home) - held) if self._on_cuda else None
+        self._room = max(0, room_beside(self._model, self._home) - held) if self._on_gpu else None
         self._growth, self.limit = 0.0, None
         self._is_auto = batch_tokens == "auto"
         if batch_tokens != "auto":

@@ -47,7 +47,7 @@ class Forward:
         self._head: nn.Linear = attrgetter(family.head)(model)
         self._cap: float | None = config[family.logit_cap] if family.logit_cap else None
         self._steps = steps_of(len(self._layers), family.is_parallel(config))
-        self._on_cuda = self._home.type == "cuda"
+        self._on_gpu = self._home.type != "cpu"
         # cuBLAS may else add up parts of a 16-bit product in 16 bits; when it does depends on the shape
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -155,7 +155,7 @@ class Forward:
     def _widens(self) -> bool:
         """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on."""
         kinds: list[str] = torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
-        return self._on_cuda and self._is_narrow and self._head.bias is None and "dtype" in kinds
+        return self._home.type == "cuda" and self._is_narrow and self._head.bias is None and "dtype" in kinds
 
     @property
     def _is_narrow(self) -> bool:

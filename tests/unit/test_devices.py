@@ -50,7 +50,7 @@ from blockpruner.recovery import recover as recover_module
 from blockpruner.recovery.loss import TrainingLoss
 from blockpruner.recovery.training import recover_
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large import streaming, weights
+from blockpruner.scoring.large import ray, streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.scorers import local_scorer
@@ -427,6 +427,32 @@ def test_auto_takes_a_device_that_no_other_process_holds_and_says_which(held, ch
         assert capsys.readouterr().err == f"runtime.device auto: {said}\n"
         mine = [path.name for path in accelerator._locks().iterdir() if path.read_text() == f"{this_process()}\n"]
         assert mine == ([] if chosen in held else [f"made-up-{chosen}.lock"])
+
+
+@pytest.mark.parametrize(
+    ("held", "before", "within"),
+    [((0,), None, "1"), ((0,), "GPU-a,GPU-b", "GPU-b"), ((), None, None), ((0, 1), "3,5", "3,5")],
+)
+def test_a_private_ray_sees_the_devices_that_no_other_process_holds(held, before, within, monkeypatch):
+    monkeypatch.setattr(accelerator, "devices", lambda: [torch.device("gpu", 0), torch.device("gpu", 1)])
+    monkeypatch.setattr(accelerator, "kind", lambda: "cuda")
+    if before is None:
+        monkeypatch.delenv(ray.VISIBLE, raising=False)
+    else:
+        monkeypatch.setenv(ray.VISIBLE, before)
+    seen = []
+    monkeypatch.setitem(
+        sys.modules, "ray", SimpleNamespace(
+            is_initialized=lambda: False, init=lambda *args, **kwargs: seen.append(os.environ.get(ray.VISIBLE)),
+            util=SimpleNamespace(),
+        ),
+    )  # fmt: skip
+    for name in ("ray.util", "ray.util.scheduling_strategies"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    with fake_devices(), another_holds(*held):
+        ray.connect(None)
+        assert resolve_device("auto") == torch.device("gpu", 1 if held == (0,) else 0), "nothing is held by the look"
+    assert seen == [within] and os.environ.get(ray.VISIBLE) == before
 
 
 def test_an_only_device_is_taken_without_words(capsys):

@@ -159,10 +159,49 @@ def test_logits_of_16_bit_models_are_not_rounded(monkeypatch, family):
     engine = Engine(model)
     rounded = engine._logits(states)
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype))
-    engine._on_cuda = True
+    monkeypatch.setattr(Engine, "_widens", True)
     found = engine._logits(states)
     assert rounded.dtype == torch.bfloat16 and found.dtype == torch.float32
     assert (rounded - exact).abs().max() > 1e-3 and (found - exact).abs().max() < 1e-5
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_has_the_bits_that_it_has_alone(dtype):
+    """With two threads, some processors add up these sizes in another order when there are more rows."""
+    model = tiny_model(hidden_size=128, intermediate_size=1536, dtype=dtype)
+    rows, masks = make_rows([64, 64]), (DENSE, *(frozenset({block}) for block in all_blocks(4)))
+    together, alone = Engine(model), Engine(model)
+    alone._width = lambda *batch: 1
+    for span in (range(1), range(2)):
+        task = [Task(span, masks)]
+        assert list(together.run(task, rows)) == list(alone.run(task, rows))
+
+
+@pytest.mark.parametrize("exact", [1, 2, 3])
+def test_no_more_masks_go_along_than_keep_their_bits(monkeypatch, exact):
+    engine = Engine(tiny_model())
+    rows, masks, block = make_rows([32, 32]), tuple(frozenset({block}) for block in all_blocks(4)), engine._block
+    seen = []
+
+    def inexact(block_id, states, *rest):
+        seen.append(len(states) // 2)
+        return block(block_id, states, *rest) * (1 + 1e-7 * (len(states) > 2 * exact))
+
+    monkeypatch.setattr(engine, "_block", inexact)
+    list(engine.run([Task(range(2), masks)], rows))
+    assert max(seen) == exact + 1
+    seen.clear()
+    list(engine.run([Task(range(2), masks)], rows))
+    assert max(seen) == exact, "it is tried once"
 
 
 class LiveBytes(TorchDispatchMode):
@@ -195,7 +234,7 @@ def on_card(monkeypatch, model, total, batch_tokens="auto"):
     """An engine that takes the CPU for a card of so many bytes."""
     monkeypatch.setattr(engine_module.accelerator, "total_memory", lambda device: total)
     engine = Engine(model)
-    engine._on_cuda = True
+    engine._on_gpu = True
     engine._set_batch_tokens(batch_tokens)
     return engine
 
@@ -225,7 +264,7 @@ def test_the_memory_of_a_walk_is_foreseen(monkeypatch, attention):
     beside the logits; and one of the other attention's size would not."""
     model = tiny_model(dtype=torch.bfloat16, attn_implementation=attention)
     engine, token = on_card(monkeypatch, model, 2**30), live_numbers(32, 48) * 2
-    engine._batch_tokens, engine._on_cuda = 1200, False
+    engine._batch_tokens, engine._on_gpu = 1200, False
     rows = make_rows([120] * 10)
     (first, *_) = engine.row_batches(rows, range(10))
     assert len(first) == (10 if attention == "sdpa" else 2)
@@ -324,7 +363,7 @@ def test_flash_attention_gives_way_in_float32():
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
-def test_flash_attention_is_for_16_bits_on_cuda(attention):
+def test_flash_attention_is_for_16_bits_on_gpu(attention):
     assert kernel_options(attention, "bfloat16", torch.device("cuda")) == {"attn_implementation": attention}
     for dtype, device in (("float32", "cuda"), ("bfloat16", "cpu")):
         with pytest.raises(

@@ -126,11 +126,11 @@ class Stream:
 
 
 @contextmanager
-def as_on_cuda(engine: Engine) -> Iterator[Stream]:
-    """The engine takes the ways that it takes on CUDA; its tensors are on the CPU."""
-    engine._on_cuda, stream = True, Stream()
+def as_on_a_gpu(engine: Engine) -> Iterator[Stream]:
+    """The engine takes the ways that it takes on a GPU; its tensors are on the CPU."""
+    engine._on_gpu, stream = True, Stream()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.accelerator, "current_stream", lambda device: stream)
+        patch.setattr(engine_module.accelerator, "mark", lambda device: stream.record_event())
         yield stream
 
 
@@ -147,6 +147,7 @@ def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, log
         patch.setattr("blockpruner.scoring.work.LOGITS_BYTES", logit_tokens * VOCABULARY * 4)
         patch.setattr(engine_module, "WIDE_TOKENS", wide)
         patch.setattr(engine_module, "WHOLE_TILES", 1)
+        patch.setattr(engine, "_exact_width", lambda embedded, *rest: wide)
         patch.setattr(engine, "_block", lambda *args: calls.append(len(args[1])) or forward(*args))
         units = list(engine.run(tasks, case.rows))
     assert_once_and_exact(case, units, tasks)
@@ -155,11 +156,11 @@ def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, log
 
 @settings(max_examples=75)
 @given(case=cases(), wide=st.integers(0, 100))
-def test_the_ways_of_cuda_give_the_same_values(case: Case, wide: int):
+def test_the_ways_of_a_gpu_give_the_same_values(case: Case, wide: int):
     """All calls of a block have one shape. Losses are waited for once the next ones are launched."""
     engine, shapes = Engine(model_of(case.variant, case.layers), case.batch_tokens), {}
     tasks, forward = case.tasks(engine), engine._block
-    with as_on_cuda(engine) as stream, pytest.MonkeyPatch.context() as patch:
+    with as_on_a_gpu(engine) as stream, pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "WIDE_NUMBERS", wide * 32)
         for task in tasks:
             shapes[task] = set()
@@ -239,7 +240,7 @@ def test_out_of_memory_anywhere_halves_the_batch_and_loses_nothing(
     luck = [passes for calls in lucky_calls for passes in [True] * calls + [False]]
     engine = CrampedEngine(model_of(case.variant, case.layers), case.batch_tokens, rows=fitting, luck=luck)
     tasks = case.tasks(engine)
-    with as_on_cuda(engine) if late else nullcontext():
+    with as_on_a_gpu(engine) if late else nullcontext():
         units = list(engine.run(tasks, case.rows))
     assert_once_and_exact(case, units, tasks)
     assert engine.losses == len(units), "a finished loss was thrown away"

@@ -60,6 +60,10 @@ PRIVATE = {
 """Environment of a private Ray: it reports nothing, and listens on this machine only."""
 
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""Numbers or names of the GPUs that a process sees."""
+
+
 class WorkerLostError(InputError):
     """Workers die as fast as they are replaced."""
 
@@ -403,7 +407,8 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
         return ray, False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        with _free_devices():
+            ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         return ray, True
     if address.startswith("ray://"):
         raise InputError(
@@ -419,6 +424,29 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
             "RAY_AUTH_MODE=token and that token here, too"
         ) from error
     return ray, True
+
+
+@contextmanager
+def _free_devices() -> Iterator[None]:
+    """Within, processes that are started see those GPUs alone that nobody has claimed. Where that is none, they see
+    all and share them."""
+    from blockpruner.model import accelerator
+
+    here = accelerator.devices()
+    free = [device.index for device in here if not accelerator.is_held(device)]
+    if accelerator.kind() != "cuda" or len(free) in (0, len(here)):
+        yield
+        return
+    before = os.environ.get(VISIBLE)
+    names = before.split(",") if before else list(map(str, range(len(here))))
+    os.environ[VISIBLE] = ",".join(names[index] for index in free)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VISIBLE]
+        else:
+            os.environ[VISIBLE] = before
 
 
 def resources(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
