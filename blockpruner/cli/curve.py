@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from blockpruner.cli.pruning import Place, read_plan
+from blockpruner.cli.pruning import Place, read_plan, several
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
@@ -63,12 +63,8 @@ def measure(place: Place, run: Run, path: Path, points: int | None) -> dict[str,
     run, dense = place.fetch_base(run, file, plan)
     wanted = run.evaluate.perplexity
     tokenizer = load_tokenizer(dense, run.model.trust_remote_code)
-    rows = CalibrationSet(held_out(tokenizer, load_texts(wanted.data, place.root / "cache", place.pins), wanted).rows)
-    if len(rows.rows) < 2:
-        raise InputError(
-            f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at least 2; give a "
-            "smaller --seq-len, a larger --max-rows or longer --texts"
-        )
+    texts = load_texts(wanted.data, place.root / "cache", place.pins)
+    rows = CalibrationSet(several(held_out(tokenizer, texts, wanted).rows, wanted.seq_len))
     parameters = resources_of(read_json(dense / "config.json"))["parameters"]
     masks = sorted(steps(place.root, plan), key=parameters.ratio)
     runtime = read_settings(Runtime, {"device": place.device})

@@ -24,6 +24,7 @@ from typer import Argument, Option
 from blockpruner import __version__
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
+from blockpruner.core.settings import Perplexity, read_settings
 from blockpruner.methods.recipes import RECOMMENDED, recipe
 
 KEY = re.compile(
@@ -57,6 +58,10 @@ TRIALS = Option(
     help="Folder that keeps all scores and a copy of the model. A killed run goes on from it; it is safe to delete.",
 )
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place of text.")]
+RowLength = Annotated[
+    int | None, Option(metavar="N", min=2, help="Tokens in a row.", show_default="2048, or the context")
+]
+MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of the texts that are used.")]
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
@@ -210,6 +215,12 @@ def apply(
         _tell(found, work.words(found), as_json)
 
 
+def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
+    """Of a run file, what perplexity is measured on."""
+    source = {} if texts is None else {"data": {"source": "path", "path": str(texts)}}
+    return source | ({} if seq_len is None else {"seq_len": seq_len}) | {"max_rows": max_rows}
+
+
 @app.command()
 def curve(
     model: Dense,
@@ -223,10 +234,8 @@ def curve(
             show_default="WikiText-2 from the hub",
         ),
     ] = None,
-    seq_len: Annotated[
-        int | None, Option(metavar="N", min=2, help="Tokens in a row.", show_default="2048, or the context")
-    ] = None,
-    max_rows: Annotated[int, Option(metavar="N", min=2, help="The most rows of the texts that are used.")] = 32,
+    seq_len: RowLength = None,
+    max_rows: MostRows = 32,
     points: Annotated[
         int | None, Option(metavar="N", min=1, help="The most points, evenly spaced.", show_default="every step")
     ] = None,
@@ -252,10 +261,8 @@ def curve(
     from blockpruner.cli.pruning import Place, read_plan
 
     place = Place(trials.expanduser().absolute(), device, stderr_observer())
-    source = {} if texts is None else {"data": {"source": "path", "path": str(texts)}}
-    lengths = {} if seq_len is None else {"seq_len": seq_len}
-    heldout = {"perplexity": {**source, **lengths, "max_rows": max_rows}}
-    run = place.read_run(model, dtype, trust_remote_code, {"evaluate": heldout})
+    heldout = _heldout(texts, seq_len, max_rows)
+    run = place.read_run(model, dtype, trust_remote_code, {"evaluate": {"perplexity": heldout}})
     stem = (plan if plan.is_dir() else plan.with_suffix("")).expanduser().absolute()
     file = out or stem.with_name(f"{stem.name}-curve.{'svg' if find_spec('matplotlib') else 'csv'}")
     work.require_known(file)
@@ -285,17 +292,30 @@ def chat(
 def compare(
     a: Spoken,
     b: Spoken,
-    prompt: Annotated[str, Option(metavar="TEXT", help="What both answer.")],
+    prompt: Annotated[str | None, Option(metavar="TEXT", help="What both answer.")] = None,
     max_new_tokens: Limit = 64,
+    texts: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="Texts that prune has not seen, to measure perplexity on: .jsonl, .json or .parquet records with a "
+            "text, or a .txt file.",
+        ),
+    ] = None,
+    seq_len: RowLength = None,
+    max_rows: MostRows = 32,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Show the answers of two checkpoints beside each other, with tokens per second."""
-    from blockpruner.cli.talking import answers, side_by_side
+    """Show two checkpoints beside each other: their answers, tokens per second and held-out perplexity."""
+    if prompt is None and texts is None:
+        raise InputError("compare has nothing to compare by; give --prompt TEXT, --texts FILE, or both")
+    from blockpruner.cli.talking import compared, side_by_side
 
-    found = answers([_folder(a), _folder(b)], prompt, max_new_tokens, device)
+    heldout = None if texts is None else read_settings(Perplexity, _heldout(texts, seq_len, max_rows))
+    found = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
     if as_json:
-        print(json.dumps([vars(answer) for answer in found]))
+        print(json.dumps([vars(one) for one in found]))
     else:
         Console().print(side_by_side(found))
 

@@ -97,11 +97,11 @@ class Place:
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
             raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
         own = run.model.model_copy(update={"dtype": own_dtype(config)} if dtype == "auto" else {})
-        heldout = _fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
+        heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
         run = run.model_copy(
             update={
                 "model": own,
-                "calibration": _fitted(run.calibration, config, "calibration.seq_len"),
+                "calibration": fitted(run.calibration, config, "calibration.seq_len"),
                 "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),
             }
         )
@@ -341,12 +341,22 @@ def _after(healed: Path | None) -> float:
 T = TypeVar("T", Calibration, Perplexity)
 
 
-def _fitted(given: T, config: Config, key: str) -> T:
+def fitted(given: T, config: Config, key: str) -> T:
     """The same, its rows as long as the model's context at most; raises InputError if longer ones were asked for."""
     if "seq_len" in given.model_fields_set:
         check_context(given.seq_len, dict(config), key)
     length = min(given.seq_len, config.get("max_position_embeddings") or given.seq_len)
     return given.model_copy(update={"seq_len": length})
+
+
+def several(rows: tuple[tuple[int, ...], ...], seq_len: int) -> tuple[tuple[int, ...], ...]:
+    """The same held-out rows; raises InputError if there is one alone."""
+    if len(rows) < 2:
+        raise InputError(
+            f"the held-out texts are 1 row of {seq_len} tokens, and an interval needs at least 2; give a smaller "
+            "--seq-len, a larger --max-rows or longer --texts"
+        )
+    return rows
 
 
 def read_plan(path: Path) -> tuple[Path, Plan]:

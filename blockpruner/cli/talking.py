@@ -1,4 +1,4 @@
-"""`blockpruner chat` and `compare`: greedy answers of checkpoints, dense or pruned.
+"""`blockpruner chat` and `compare`: greedy answers and held-out perplexity of checkpoints, dense or pruned.
 
 Of their code only ours is run. A dense model of a known family needs none, whatever lies beside it.
 """
@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from blockpruner.cli.pruning import own_dtype
+from blockpruner.cli.pruning import fitted, own_dtype, several
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES
+from blockpruner.core.progress import stderr_observer
+from blockpruner.core.settings import Perplexity
+from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.evaluation.samples import answer
+from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
+from blockpruner.reporting.formats import number
+from blockpruner.reporting.grids import Number
+from blockpruner.reporting.statistics import perplexity_ratio
 from blockpruner.store.files import read_json
 
 
@@ -40,6 +47,19 @@ class Talker:
         streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         return answer(self.model, self._tokenizer, turns, limit, streamer)
 
+    def rows(self, wanted: Perplexity) -> tuple[tuple[int, ...], ...]:
+        """Held-out rows; of no more tokens than the model's context."""
+        wanted = fitted(wanted, self.model.config.to_dict(), "evaluate.perplexity.seq_len")
+        texts = load_texts(wanted.data, Path(), Path())
+        return several(held_out(self._tokenizer, texts, wanted).rows, wanted.seq_len)
+
+    def perplexity(self, rows: Sequence[Sequence[int]]) -> HeldOutPerplexity:
+        observer = stderr_observer()
+        observer.begin("perplexity")
+        found = measure_perplexity(self.model, rows, lambda done, total: observer.advance(done, total, ""))
+        observer.end(f"{len(rows)} rows")
+        return found
+
     def chat(self, prompts: Iterable[str] | None, limit: int) -> None:
         """Answer these prompts, or those that are typed, on standard output."""
         turns: list[str] = []
@@ -57,34 +77,74 @@ def typed() -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a checkpoint answers."""
+class Compared:
+    """A checkpoint beside others; None is what was not asked for."""
 
     model: str
     """Its folder."""
     parameters: int
-    tokens_per_second: float
-    answer: str
+    tokens_per_second: float | None = None
+    answer: str | None = None
+    perplexity: float | None = None
+    """Of the held-out rows."""
+    relative: float | None = None
+    """The perplexity, times that of the first checkpoint; as is the next, None for that one itself."""
+    interval: tuple[float, float] | None = None
+    """The 95 % interval of `relative`, over paired rows."""
 
 
-def answers(folders: Sequence[Path], prompt: str, limit: int, device: str) -> list[Answer]:
-    """The answers of checkpoints. One model at a time is in memory."""
-    found = []
+def compared(
+    folders: Sequence[Path], prompt: str | None, limit: int, heldout: Perplexity | None, device: str
+) -> list[Compared]:
+    """Checkpoints compared. One model at a time is in memory.
+
+    Args:
+        heldout: texts whose perplexity is measured.
+
+    Raises:
+        InputError: the texts are fewer than two rows, or tokenizers make different rows of them.
+    """
+    found: list[Compared] = []
+    rows: tuple[tuple[int, ...], ...] = ()
+    first: Sequence[float] = ()
     for folder in folders:
         talker = Talker(folder, device)
-        talker.answer([prompt], 1)  # the first call of a process is slower
-        started = time.perf_counter()
-        text, tokens = talker.answer([prompt], limit)
-        speed = tokens / (time.perf_counter() - started)
-        found.append(Answer(str(folder), talker.model.num_parameters(), round(speed, 1), text.strip()))
+        one = Compared(str(folder), talker.model.num_parameters())
+        if prompt is not None:
+            talker.answer([prompt], 1)  # the first call of a process is slower
+            started = time.perf_counter()
+            text, tokens = talker.answer([prompt], limit)
+            speed = tokens / (time.perf_counter() - started)
+            one = replace(one, answer=text.strip(), tokens_per_second=round(speed, 1))
+        if heldout is not None:
+            own = talker.rows(heldout)
+            if rows and own != rows:
+                raise InputError(
+                    f"{one.model} has another tokenizer than {found[0].model}: perplexities of different tokens cannot "
+                    "be compared; leave out --texts, or compare models of one tokenizer"
+                )
+            rows, measured = own, talker.perplexity(own)
+            one = replace(one, perplexity=measured.perplexity)
+            if first:
+                effect = perplexity_ratio(first, measured.row_nll)
+                one = replace(one, relative=effect.value, interval=(effect.interval.low, effect.interval.high))
+            first = first or measured.row_nll
+        found.append(one)
     return found
 
 
-def side_by_side(found: Sequence[Answer]) -> Table:
-    """Answers, a column each."""
+def side_by_side(found: Sequence[Compared]) -> Table:
+    """Checkpoints, a column each."""
     table = Table(expand=True)
     for one in found:
-        title = f"{one.model}\n{one.parameters / 1e6:,.1f} M, {one.tokens_per_second:.1f} tokens/s"
-        table.add_column(title, ratio=1)
-    table.add_row(*(Text(one.answer) for one in found))
+        lines = [one.model, f"{one.parameters / 1e6:,.1f} M parameters"]
+        if one.tokens_per_second is not None:
+            lines.append(f"{one.tokens_per_second:.1f} tokens/s")
+        if one.perplexity is not None:
+            lines.append(f"held-out perplexity {number(one.perplexity)}")
+        if one.relative is not None and one.interval is not None:
+            lines.append(str(Number(one.relative, 2, low=one.interval[0], high=one.interval[1])) + " of the first")
+        table.add_column("\n".join(lines), ratio=1)
+    if found[0].answer is not None:
+        table.add_row(*(Text(one.answer or "") for one in found))
     return table

@@ -28,6 +28,7 @@ from blockpruner.cli import curve as work
 from blockpruner.cli import doctor, pruning
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
+from blockpruner.cli.talking import Talker
 from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
@@ -500,8 +501,39 @@ def test_chat_and_compare(model, place, say, monkeypatch):
     both = done(say("compare", model, model, "--prompt", "a few words", "--max-new-tokens", 5, "--json"))
     assert [one["answer"] for one in both] == [text.strip()] * 2
     assert both[0]["parameters"] == dense.num_parameters() and both[0]["tokens_per_second"] > 0
+    code, _, err = say("compare", model, model)
+    assert code == 2 and "give --prompt TEXT, --texts FILE, or both" in err
     code, _, err = say("chat", place)
     assert code == 2 and "has no config.json; give a checkpoint's folder" in err
+
+
+def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeypatch):
+    """The oracle is a full forward pass of each model."""
+    (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
+    done(say(*prune(model, "--out", "pruned", "--json")))
+    given = ("compare", model, "pruned", "--texts", "heldout.txt", "--max-rows", 3)
+    first, second = done(say(*given, "--seq-len", 16, "--json"))
+    ids = tiny_tokenizer()((place / "heldout.txt").read_text()).input_ids
+    rows = [ids[i : i + 16] for i in (0, 16, 32)]
+    dense = load_model(model, "float32")
+    pruned = prune_(load_model(model, "float32"), load_plan(place / "pruned/blockpruner_plan.json").mask)
+    a, b = ([full_nll(each, row) for row in rows] for each in (dense, pruned))
+    assert [first["perplexity"], second["perplexity"]] == pytest.approx(
+        [math.exp(mean(a)), math.exp(mean(b))], rel=1e-5
+    )
+    low, high = ttest_rel(b, a).confidence_interval(0.95)
+    assert second["interval"] == pytest.approx([math.exp(low), math.exp(high)], rel=1e-4)
+    assert second["relative"] == pytest.approx(second["perplexity"] / first["perplexity"])
+    assert first["relative"] is first["answer"] is first["tokens_per_second"] is None
+    code, out, _ = say(*given, "--seq-len", 16)
+    assert code == 0 and out.count("held-out perplexity") == 2 and "of the first" in out and "tokens/s" not in out
+    (place / "few.txt").write_text("other words")
+    code, _, err = say("compare", model, "pruned", "--texts", "few.txt", "--seq-len", 8)
+    assert code == 2 and "are 1 row of 8 tokens" in err
+    turns = iter([rows, rows[:2]])
+    monkeypatch.setattr(Talker, "rows", lambda self, wanted: next(turns))
+    code, _, err = say(*given)
+    assert code == 2 and "pruned has another tokenizer than" in err
 
 
 def test_code_of_others_is_not_run_and_not_needed_for_a_known_family(place, say):
