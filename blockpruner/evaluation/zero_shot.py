@@ -128,7 +128,7 @@ def with_confidence(items: pa.Table, task: str, task_dir: Path) -> pa.Table:
 def _confident(row: Benchmark, definition: Any, items: pa.Table) -> pa.Table:
     if not row.has_confidence:
         return items
-    docs, found = list(definition.eval_docs), items.to_pylist()
+    docs, found = definition.eval_docs, items.to_pylist()  # thousands of rows, each read when it is asked for
     for item in found:
         choices = definition.doc_to_choice(docs[item["item"]]) if row.has_choices else ()
         item["p_gold"], item["margin"] = row.confidence(item["loglikelihoods"], item["gold"], choices)

@@ -20,8 +20,8 @@ from blockpruner.paper.experiments import BLOCKPRUNER, GREEDY_LAYERS, METHODS
 from blockpruner.paper.extra_tables import BALANCE
 from blockpruner.reporting import plots
 from blockpruner.reporting.plots import BLUE, GREY, MARKS, ORANGE, REMOVED, Plot
-from blockpruner.reporting.results import TIMED, Timings
-from blockpruner.reporting.statistics import Mean
+from blockpruner.reporting.results import TIMED, Race
+from blockpruner.reporting.statistics import Interval, Mean
 
 with extra("report"):
     from matplotlib.axes import Axes
@@ -179,10 +179,14 @@ def _levels(is_accuracy: bool, axes: Axes, evidence: Evidence) -> None:
     plots.label_(axes, ACCURACY if is_accuracy else PERPLEXITY)
 
 
-def _scatter(of: Callable[[Timings], float], title: str, setting: str, axes: Axes, evidence: Evidence) -> None:
+Cost = Callable[[Race], tuple[float, Interval | None]]
+"""What a model costs to run, and the 95 % interval of that where it is measured in turns with the dense model."""
+
+
+def _scatter(of: Cost, title: str, setting: str, axes: Axes, evidence: Evidence) -> None:
     """Draw held-out perplexity against what a model costs to run; a marker is a method, filled by what was done after
     it, where its models are healed at all; a number is a ratio."""
-    plots.star_(axes, of(evidence.dense.races[setting].dense), evidence.dense.model.perplexity, "dense")
+    plots.star_(axes, of(evidence.dense.races[setting])[0], evidence.dense.model.perplexity, "dense")
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in evidence.models(setting):
         groups.setdefault((entry.method, entry.recipe), []).append(entry)
@@ -190,26 +194,28 @@ def _scatter(of: Callable[[Timings], float], title: str, setting: str, axes: Axe
     shown = [evidence.dense.model.perplexity]
     for (method, recipe), entries in groups.items():
         colour, shape = MANY_MARKS[methods.index(method) % len(MANY_MARKS)]
-        places = [(of(entry.races[setting].pruned), entry.model.perplexity) for entry in entries]
-        x, y = zip(*places, strict=True)
-        line, fill = "-" if len(entries) > 1 else "none", FILLS[len(entries[0].healing) if method in healed else -1]
-        axes.plot(
-            x, y, line, color=colour, marker=shape, markersize=6.5, linewidth=0.7, fillstyle=fill,
-            markerfacecoloralt="none", label=recipe,
-        )  # fmt: skip
-        for entry, at in zip(entries, places, strict=True) if len(entries) > 1 else ():
-            axes.annotate(f"{100 * entry.ratio:.0f}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
-        shown += y
+        fill = FILLS[len(entries[0].healing) if method in healed else -1]
+        for entry in entries:
+            (x, interval), y = of(entry.races[setting]), entry.model.perplexity
+            axes.plot(
+                x, y, shape, color=colour, markersize=6.5, fillstyle=fill, markerfacecoloralt="none",
+                label=recipe if entry is entries[0] else None,
+            )  # fmt: skip
+            if interval and np.isfinite(interval.high):
+                axes.plot((interval.low, interval.high), (y, y), color=colour, linewidth=0.7)
+            if len(entries) > 1:
+                axes.annotate(f"{100 * entry.ratio:.0f}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            shown.append(y)
     best = evidence.best
     if best is not None and setting in best.races:
-        plots.ring_(axes, of(best.races[setting].pruned), best.model.perplexity)
+        plots.ring_(axes, of(best.races[setting])[0], best.model.perplexity)
     plots.scale_(axes, shown)
     axes.margins(x=0.08, y=0.12)
     plots.label_(axes, title, PERPLEXITY)
-    axes.legend(fontsize=7.5)
+    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
-def _scatters(of: Callable[[Timings], float], title: str) -> tuple[tuple[str, Draw], ...]:
+def _scatters(of: Cost, title: str) -> tuple[tuple[str, Draw], ...]:
     return ("every budget", partial(_scatter, of, title, TIMED)), ("all methods", partial(_scatter, of, title, MAIN))
 
 
@@ -232,26 +238,25 @@ def _measured(*methods: str) -> Callable[[Evidence], bool]:
 SCATTERS: tuple[PaperFigure, ...] = (
     PaperFigure(
         "quality-speed",
-        "Quality against tokens per second",
-        "Held-out perplexity against decoding speed, lower and further right is better; numbers at the dots: % of the "
-        "parameters removed. Left: every budget of the methods timed at all budgets; right: all methods at the budget "
-        "of Table 1, in Table 6’s setting. The star is the dense model, the ring the recommended stopping point. "
-        "Tokens/s of models timed minutes apart drift with the machine; the speed-ups in the table are measured in "
-        "turns.",
-        _scatters(lambda pace: pace.rate("decode"), "decode, tokens/s"),
+        "Quality against speed",
+        "Held-out perplexity against the speed of generation, lower and further right is better; numbers at the marks: "
+        "% of the parameters removed; lines: 95 % intervals of speed. Left: every budget of the methods timed at all "
+        "budgets; right: all methods at the budget of Table 1, in Table 6’s setting. The star is the dense model, the "
+        "ring the recommended stopping point.",
+        _scatters(lambda race: (race.speedup("generation"), race.interval("generation")), "generation, × dense"),
         _timed,
         "no model is timed",
-        4.4,
+        5.6,
     ),
     PaperFigure(
         "quality-memory",
         "Quality against memory",
         "The same against the memory of weights and KV cache (on a GPU: the allocated peak), lower and further left is "
         "better.",
-        _scatters(lambda pace: pace.memory_bytes / 2**20, "memory, MiB"),
+        _scatters(lambda race: (race.pruned.memory_bytes / 2**20, None), "memory, MiB"),
         _timed,
         "no model is timed",
-        4.4,
+        5.6,
     ),
 )
 

@@ -246,9 +246,10 @@ def samples(options: Sequence[Option]) -> list[Grid]:
 
 
 STABILITY_LEGEND = (
-    "Rivals: candidates that the calibration rows cannot tell from the one removed (paired t test, 95 %), of those "
-    "compared, on the same rows. What a race dropped earlier or a lazy step left out is not compared. Same choice: the "
-    f"share of {RESAMPLES:,} resampled row sets in which the same candidate is the best. Blank: the rows do not tell."
+    "Next by: how much more the next candidate costs. Rivals: candidates that the calibration rows cannot tell from "
+    "the one removed (paired t test, 95 %), of those compared, on the same rows. What a race dropped earlier or a lazy "
+    f"step left out is not compared. Same choice: the share of {RESAMPLES:,} resampled row sets in which the same "
+    "candidate is the best. Blank: the rows do not tell."
 )
 
 
@@ -266,9 +267,10 @@ def sequence(target: PrunedOption) -> Grid:
         columns.append(Column("cost", f"{metric.cost_title}, {metric.units_text}"))
     firm = any(r.stability for r in target.removals)
     if firm:
-        columns += [Column("rivals", "rivals"), Column("kept", "same choice")]
+        units = metric.units_text if by else "nats/token"
+        columns += [Column("margin", f"next by, {units}"), Column("rivals", "rivals"), Column("kept", "same choice")]
     dense: tuple[Cell, ...] = (Number(0, 0), "(dense)", percentage(0, 2), Number(target.curve[0]), "")
-    rows = [dense + ("",) * (by + 2 * firm)]
+    rows = [dense + ("",) * (by + 3 * firm)]
     scored: Mapping[Mask, float] = {}
     for i, r in enumerate(target.removals, 1):
         scored = r.costs or scored  # one-shot: the scores of the first iteration rank all removals
@@ -286,8 +288,9 @@ def sequence(target: PrunedOption) -> Grid:
 
 def _firm(found: Stability | None) -> tuple[Cell, ...]:
     if found is None:
-        return "", ""
-    return Number(len(found.rivals), 0, mark=f"of {found.compared}"), percentage(found.kept, 0)
+        return "", "", ""
+    margin = Number(found.margin, write=lambda value: f"{value:.2g}")
+    return margin, Number(len(found.rivals), 0, mark=f"of {found.compared}"), percentage(found.kept, 0)
 
 
 MEASURES: Mapping[str, Callable[[Option], object]] = {
@@ -358,14 +361,14 @@ def iterations_csv(studies: Sequence[ReportedRun]) -> str:
     """Write one row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
     rows: list[Sequence[object]] = [
         ("run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "units_scored", "rows_compared",
-         "units_compared", "rivals", "kept")
+         "units_compared", "margin", "rivals", "kept")
     ]  # fmt: skip
     for study, t in ((one, target) for one in studies for target in one.traces):
-        rows.append((study.run, t.name, 0, "", 0.0, t.curve[0], 0.0, 0, *[None] * 4))
+        rows.append((study.run, t.name, 0, "", 0.0, t.curve[0], 0.0, 0, *[None] * 5))
         rows += [
             (study.run, t.name, i, format_mask(r.added), r.ratio, r.perplexity, r.rise, len(r.costs), *firm)
             for i, r in enumerate(t.removals, 1)
             for s in [r.stability]
-            for firm in [(s.rows, s.compared, len(s.rivals), s.kept) if s else (None,) * 4]
+            for firm in [(s.rows, s.compared, s.margin, len(s.rivals), s.kept) if s else (None,) * 5]
         ]
     return csv_text(rows)

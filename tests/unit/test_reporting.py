@@ -475,6 +475,10 @@ def test_csv_files_hold_full_precision(report: Path) -> None:
     assert [int(row["units_scored"]) for row in steps] == [0, 24, 23, 22, 21, 20, 19]
     told = [tuple(row[key] for key in ("rows_compared", "units_compared", "rivals", "kept")) for row in steps]
     assert told == [("",) * 4, *(("4", str(units), "0", "1.0") for units in (23, 22, 21, 20, 19, 18))]
+    (study,) = read_studies(["tiny-a", "tiny-b"], LABELS, report.parent)
+    costs = [sorted(removal.costs.values()) for removal in study.traces[0].removals]
+    margins = [second - first for first, second, *_ in costs]
+    assert steps[0]["margin"] == "" and [float(row["margin"]) for row in steps[1:]] == pytest.approx(margins)
 
 
 class _Page(HTMLParser):
@@ -872,7 +876,7 @@ def test_costs_are_in_the_metric_and_rises_in_nats(
 ) -> None:
     """A KL divergence counts from that of the mask before; an influence is of the unit itself."""
     (nll,) = study(tmp_path / "0").traces
-    assert sequence(nll).head[4:] == ("NLL rise, nats/token", "rivals", "same choice")
+    assert sequence(nll).head[4:] == ("NLL rise, nats/token", "next by, nats/token", "rivals", "same choice")
     found = study(tmp_path / "1", others("run", "greedy", metric=metric))
     (trace,) = found.traces
     for left, right in zip(nll.removals, trace.removals, strict=True):
