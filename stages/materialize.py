@@ -12,6 +12,8 @@ from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import find_healed
 from blockpruner.model.models import set_threads
 from blockpruner.params import load_params, load_run
+from blockpruner.store.files import read_json
+from blockpruner.store.manifest import REPORT_FILE
 from blockpruner.store.plans import load_plan
 from stages import DATA, run
 
@@ -29,10 +31,11 @@ def main(name: str) -> None:
     healed = find_healed((DATA / stage / name for stage in ("recovered", "compensated")), pruning.identity)
     for form in load_run(pruning.plan.run).export:
         export = EXPORTS[form]
-        export.write(replace(pruning, healed=healed), DATA / "checkpoints" / name / form)
-        observer().note(
-            f"{name}: {export.title} for {', '.join(export.engines)} written and verified in a fresh process"
-        )
+        place = DATA / "checkpoints" / name / form
+        export.write(replace(pruning, healed=healed), place)
+        seen = read_json(place / REPORT_FILE)
+        checked = f"{'checked' if seen['ok'] else 'unchecked'} by {seen['engine']}"
+        observer().note(f"{name}: {export.title} for {', '.join(export.engines)}, {checked}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from blockpruner.core.progress import observer
 from blockpruner.core.settings import Run
@@ -38,26 +37,15 @@ def main(name: str) -> None:
     if not plan.recover:
         replace_directory(out, lambda directory: write_json(directory / "recover.json", {"enabled": False}))
         return
-    from blockpruner.methods.healed import find_healed, save_healed
-    from blockpruner.recovery.recover import recover
+    from blockpruner.methods.healed import find_healed
+    from blockpruner.recovery.recover import write_recovered
     from stages.materialize import pruning_of
 
     settings, pruning = load_run(plan.run), pruning_of(plan)
-    wanted, of = settings.recover, pruning.identity
-    assert wanted is not None
-    compensated = find_healed([DATA / "compensated" / name], of)
+    assert settings.recover is not None
+    pruning = replace(pruning, healed=find_healed([DATA / "compensated" / name], pruning.identity))
     rows, validation = draw(plan.run, settings)
-    weights, facts = recover(
-        replace(pruning, healed=compensated), wanted, rows, validation, DATA / "adapters", observer()
-    )
-
-    def build(directory: Path) -> None:
-        words = f"then trained ({wanted.title}) on {len(rows.rows):,} rows of `{wanted.data.title}`"
-        save_healed(directory, weights, of, f"{words}, {rows.tokens:,} tokens", wanted.data, compensated)
-        drawn = {"enabled": True, **wanted.model_dump(), "rows": len(rows.rows), "tokens": rows.tokens}
-        write_json(directory / "recover.json", drawn | facts)
-
-    replace_directory(out, build)
+    write_recovered(out, pruning, settings.recover, rows, validation, DATA / "adapters", observer())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from blockpruner.checkpoints.registry import require_families
 from blockpruner.core.progress import observer
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.score import headline, open_material, score_run
 from blockpruner.params import load_params, load_run
-from blockpruner.store.files import write_json
+from blockpruner.store.files import read_json, write_json
 from blockpruner.store.trials import trials_root
 from stages import DATA, TIMINGS, renew_report, run
 
@@ -20,6 +21,7 @@ from stages import DATA, TIMINGS, renew_report, run
 def main(name: str) -> None:
     params, settings, watch = load_params(), load_run(name), observer()
     checkpoint, folder = DATA / "models" / name, DATA / "scores" / name
+    require_families(settings.export, read_json(checkpoint / "config.json")["model_type"])
     calibration = CalibrationSet.load(DATA / "calibration" / name / "rows.parquet")
 
     def latency() -> Mapping[str, Any]:

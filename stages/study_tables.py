@@ -5,7 +5,7 @@ from __future__ import annotations
 from blockpruner.core.progress import observer
 from blockpruner.paper.evidence import read_subject
 from blockpruner.paper.page import write_set
-from blockpruner.params import load_set
+from blockpruner.params import load_set, load_sets
 from stages import DATA, STUDIES, run
 from stages.report import labels
 
@@ -14,7 +14,7 @@ def main(name: str) -> None:
     runs = load_set(name)
     subjects = [read_subject(run, settings, labels(settings), STUDIES / run) for run, settings in runs.items()]
     out = DATA / "tables" / name
-    write_set(out, name, subjects, DATA / "paper")
+    write_set(out, name, subjects, DATA / "paper", load_sets()[name].goals)
     observer().note(f"tables: {out / 'index.html'}")
 
 

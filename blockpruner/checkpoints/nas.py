@@ -22,15 +22,13 @@ from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model
+from blockpruner.checkpoints.registry import READABLE
 from blockpruner.checkpoints.verification import in_float32, reference_outputs, write_verified
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.models import model_family
 from blockpruner.store.files import let_others_read, write_json
-
-READABLE = ("llama", "mistral", "qwen2")
-"""Families that the format's readers know."""
 
 ROPE_TYPES = ("default", "linear", "llama3")
 """The kinds that transformers, vLLM and mlx-lm compute alike."""

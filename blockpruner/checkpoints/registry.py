@@ -35,6 +35,8 @@ class Export:
     """Text, "module:function", is imported when it is first used."""
     dtypes: tuple[str, ...] | None = None
     """The values of `model.dtype` that it can hold; None: all."""
+    families: tuple[str, ...] | None = None
+    """The values of `model_type` that it can hold; None: all."""
     of_masks_only: bool = False
     """It can only hold models that lost blocks, not models with other weights."""
     commands: tuple[str, ...] = ()
@@ -65,6 +67,16 @@ def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
             )
 
 
+def require_families(names: Sequence[str], model_type: str) -> None:
+    """Raise InputError for a format that cannot hold models of a family, before anything is computed."""
+    for row in map(EXPORTS.__getitem__, names):
+        if row.families is not None and model_type not in row.families:
+            raise InputError(
+                f"export: {row.name} ({', '.join(row.engines)}) has no {model_type} models that lack blocks; it has "
+                f"{', '.join(row.families)}; leave it out (docs/serving.md says what other engines load)"
+            )
+
+
 def require_packages(names: Sequence[str]) -> None:
     """Raise MissingPackageError for a format that cannot be written here, before a search takes hours."""
     for package in filter(None, (EXPORTS[name].package for name in names)):
@@ -79,6 +91,8 @@ def _holds(row: Export, kind: Kind) -> bool:
 
 
 HERE, NARROW = "blockpruner.checkpoints.", ("float32", "float16", "bfloat16")
+READABLE = ("llama", "mistral", "qwen2")
+"""Families that readers of DeciLM know, in which a layer may lack blocks: mlx-lm and llama.cpp."""
 
 EXPORTS: Registry[Export] = Registry(
     "export",
@@ -100,6 +114,7 @@ EXPORTS: Registry[Export] = Registry(
             ("mlx-lm",),
             HERE + "nas:export_nas",
             NARROW,
+            READABLE,
             commands=("mlx_lm.server --model {path} --host 127.0.0.1 --port 8080",),
         ),
         Export(
@@ -107,6 +122,7 @@ EXPORTS: Registry[Export] = Registry(
             "GGUF files in 16 and 8 bits",
             ("llama.cpp",),
             HERE + "gguf:export_gguf",
+            families=READABLE,
             commands=("llama-server -m {path}/model-Q8_0.gguf --port 8080",),
             package="gguf",
         ),

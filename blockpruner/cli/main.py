@@ -25,7 +25,7 @@ from blockpruner import __version__
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import Perplexity, read_settings
-from blockpruner.methods.recipes import RECOMMENDED, recipe
+from blockpruner.methods.recipes import RECOMMENDED, healing, recipe
 
 KEY = re.compile(
     r"\b(?:(?:model|calibration|score|runtime|evaluate)\.(?:\w+\.)?"
@@ -155,6 +155,16 @@ def prune(
             show_default="refit if recommended",
         ),
     ] = None,
+    heal: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            rich_help_panel=METHOD,
+            help="Train the result towards the dense model's predictions, on the texts: all (weights), or lora "
+            "(adapters, for less memory).",
+            show_default="no training",
+        ),
+    ] = None,
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -172,7 +182,11 @@ def prune(
         calibration |= {"num_rows": work.ROWS} if num_samples is None else {}
     chosen = recipe(method, acceleration, compensate)
     score = {"method": chosen.method, "unit": unit, "metric": metric, "acceleration": chosen.acceleration}
-    sections = {"calibration": calibration, "score": score, "compensate": {"method": chosen.compensation}}
+    sections: dict[str, Any] = {
+        "calibration": calibration, "score": score, "compensate": {"method": chosen.compensation}
+    }  # fmt: skip
+    if heal is not None:
+        sections["recover"] = healing(heal) | ({"data": calibration["data"]} if texts is not None else {})
     place = work.Place(trials.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, sections)
     if dry_run:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blockpruner.checkpoints.registry import EXPORTS, Writer, require_packages
+from blockpruner.checkpoints.registry import EXPORTS, Writer, require_families, require_packages
 from blockpruner.checks import check_run
 from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.errors import InputError, MissingPackageError
@@ -48,7 +48,7 @@ from blockpruner.store.manifest import REPORT_FILE, require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, save_plan
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import require_rows
-from blockpruner.versions import COMPENSATION_VERSION
+from blockpruner.versions import COMPENSATION_VERSION, RECOVERY_VERSION
 
 ROWS = 16
 """Calibration rows from a file of one's own: about as many as the paper's 256 samples fill."""
@@ -96,10 +96,15 @@ class Place:
         config = self._config(run)
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
             raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
+        require_families(run.export, str(config["model_type"]))
         own = run.model.model_copy(update={"dtype": own_dtype(config)} if dtype == "auto" else {})
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
+        context, recover = config.get("max_position_embeddings"), run.recover
+        if recover is not None and context:
+            recover = recover.model_copy(update={"seq_len": min(recover.seq_len, context)})
         run = run.model_copy(
             update={
+                "recover": recover,
                 "model": own,
                 "calibration": fitted(run.calibration, config, "calibration.seq_len"),
                 "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),
@@ -137,7 +142,7 @@ class Place:
         found = forecast(run, config, (budget,))
         layers = rival(recipe, run.score, config, budget, run.compensate.method)
         if layers is not None:
-            more = forecast(run.model_copy(update={"score": layers}), config, (budget,))
+            more = forecast(run.model_copy(update={"score": layers, "recover": None}), config, (budget,))
             summed = {key: found[key] + more[key] for key in found if key.startswith(("trials", "teraflop", "hours"))}
             found |= {key: value if key == "trials" else float(f"{value:.3g}") for key, value in summed.items()}
         rows = found["calibration"] if counted is None else found["calibration"].removeprefix("about ")
@@ -170,7 +175,7 @@ class Place:
         return run.model_copy(update={"calibration": run.calibration.model_copy(update=mean)})
 
     def prune(self, run: Run, budget: str, out: Path, recipe: str) -> dict[str, Any]:
-        """Search, commit, compensate and export, as far as that was not done before.
+        """Search, commit, compensate, train and export, as far as that was not done before.
 
         Of the recommended search and its rival the model is exported that has the lower perplexity on the held-out rows
         of the compensation.
@@ -188,7 +193,8 @@ class Place:
         base = checkpoint_identity(dense).before
         keys = [self._key(one, base, rows, budget) for one in runs]
         plans = [self.root / "plans" / key for key in keys]
-        self._formats(run, out, [load_plan(kept) for kept in plans if kept.exists()])  # refuses before hours of work
+        known = [load_plan(kept) for kept in plans if kept.exists()]
+        self._formats(run, out, [replace(plan, recover=run.recover is not None) for plan in known])  # refuses early
         found = []
         for one, key, kept in zip(runs, keys, plans, strict=True):
             counts = self._score(one, dense, rows, budget, self.root / "searches" / key)
@@ -200,7 +206,14 @@ class Place:
         if len(found) > 1:
             self.observer.note(settled([one.score for one in runs], [_after(each[1]) for each in found]))
         plan, healed, counts = min(found, key=lambda each: _after(each[1]))
-        return self._export(run, dense, plan, rows, out, healed) | {"search": counts}
+        told = {} if healed is None else {"compensated": read_json(healed / "compensate.json")["perplexity"]}
+        if run.recover is not None:
+            plan = replace(plan, recover=True)
+            healed = self._trained(run, dense, plan, rows, healed, texts, tokenizer)
+            facts = read_json(healed / "recover.json")
+            by_step = {each["step"]: math.exp(each["nll"]) for each in facts["validations"]}
+            told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
+        return self._export(run, dense, plan, rows, out, healed) | {"search": counts, "perplexity": told}
 
     def _key(self, run: Run, base: str, rows: CalibrationSet, budget: str) -> str:
         facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
@@ -218,14 +231,43 @@ class Place:
             write_compensated(healed, pruning, fit(), run.compensate, run.calibration.data, self.observer)
         return healed
 
+    def _trained(
+        self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, healed: Path | None, texts: Sequence[str],
+        tokenizer: Any,
+    ) -> Path:  # fmt: skip
+        """Train on the calibration's texts, from compensated weights on; a killed training goes on."""
+        from blockpruner.methods.healed import find_healed
+        from blockpruner.recovery.recover import write_recovered
+        from blockpruner.recovery.rows import training_rows
+
+        assert run.recover is not None
+        pruning = self._pruning(run, dense, plan, rows)
+        pruning = replace(pruning, healed=None if healed is None else find_healed([healed], pruning.identity))
+        training, validation = training_rows(texts, tokenizer, run.recover, (), self.observer.note, at_most=True)
+        facts = {
+            "of": pruning.identity, "since": pruning.healed and pruning.healed.digest, "rows": training.digest,
+            "recipe": run.recover.model_dump(mode="json"), "v": RECOVERY_VERSION,
+        }  # fmt: skip
+        folder = self.root / "trained" / fingerprint(facts)
+        if not folder.exists():
+            states = self.root / "training"
+            write_recovered(folder, pruning, run.recover, training, validation, states, self.observer)
+        return folder
+
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
         """Export the model of a plan's file."""
         file, plan = read_plan(path)
-        if plan.kind != "mask" or plan.compensate != "none" or plan.recover:
+        if plan.kind != "mask":
             raise InputError(
-                f"{file} is of a model with other weights (method: {plan.method}, compensate: {plan.compensate}), "
-                "which a plan does not hold; run prune again: scores are kept"
+                f"{file} is of a model with other weights (method: {plan.method}), which a plan does not hold; run "
+                "prune again: scores are kept"
             )
+        if plan.compensate != "none" or plan.recover:
+            self.observer.note(
+                f"a plan holds no weights: this model loses the same blocks, but is not healed ({plan.compensate}"
+                f"{', trained' if plan.recover else ''})"
+            )
+            plan = replace(plan, compensate="none", recover=False)
         run, dense = self.fetch_base(run, file, plan)
         return self._export(run, dense, replace(plan, target=out.name), CalibrationSet(()), out)
 
@@ -329,8 +371,9 @@ class Place:
 
                     pruning = replace(pruning, healed=find_healed([healed], pruning.identity))
                 write(pruning, place)
-            verified = read_json(place / REPORT_FILE)["ok"]
-            written.append({"format": form, "path": str(place), "for": EXPORTS[form].engines, "verified": verified})
+            seen, row = read_json(place / REPORT_FILE), EXPORTS[form]
+            facts = {"format": form, "path": str(place), "for": row.engines}
+            written.append(facts | {"verified": seen["ok"], "verified_by": seen["engine"]})
         return {"plan": plan_fields(plan), "written": written}
 
 
@@ -412,7 +455,11 @@ def words(found: Mapping[str, Any]) -> str:
     lines = [f"removed {plan['ratio']:.1%} of the parameters: {', '.join(plan['order']) or plan['method']}"]
     if seen.get("perplexity"):
         lines.append(f"perplexity of the calibration texts: {seen['dense_perplexity']:.2f} -> {seen['perplexity']:.2f}")
+    for name, told in found.get("perplexity", {}).items():
+        dense = f", dense {told['dense']:.2f}" if "dense" in told else ""
+        lines.append(f"{name}: held-out perplexity of the texts {told['before']:.2f} -> {told['after']:.2f}{dense}")
     for each in found["written"]:
-        checked = "checked in a fresh process" if each["verified"] else "unchecked: the engine is not installed here"
+        engine = each["verified_by"]
+        checked = f"checked in a fresh process of {engine}" if each["verified"] else f"unchecked: {engine} is not here"
         lines.append(f"{each['path']}: for {', '.join(each['for'])}, {checked}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
@@ -25,6 +26,25 @@ RECIPES: Mapping[str, Recipe] = {
     RECOMMENDED: Recipe("floating", "lazy+race", "refit"),  # measured: docs/experiments.md, "Three calibration draws"
     "blockpruner": Recipe("greedy"),  # exactly as published, arXiv 2406.10594
 }
+
+
+HEALING: Mapping[str, Mapping[str, Any]] = {
+    "all": {"weights": "all", "learning_rate": 3e-4},  # measured: docs/experiments.md, "Search and healing"
+    "lora": {"weights": "lora", "learning_rate": 2e-4},
+}
+"""Recipes of training by the weights that are trained: values of `recover` in a run file, with those below."""
+
+DISTILLATION: Mapping[str, Any] = {
+    "distill": 1.0, "num_rows": 450, "seq_len": 512, "batch": 2, "accumulation": 1, "schedule": "cosine",
+    "warmup": 0.05, "validation": 8,
+}  # fmt: skip
+
+
+def healing(name: str) -> dict[str, Any]:
+    """Values of `recover` for a recipe of training; raises InputError for a name that is none."""
+    if name not in HEALING:
+        raise InputError(f"--heal {name!r} is unknown; valid: {', '.join(HEALING)}")
+    return {**DISTILLATION, **HEALING[name]}
 
 
 def recipe(name: str, acceleration: str | None = None, compensation: str | None = None) -> Recipe:

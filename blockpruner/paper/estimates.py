@@ -136,7 +136,7 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
 
 
 def forecast(run: Run, config: Config, budgets: tuple[str, ...]) -> dict[str, Any]:
-    """What the search of a run takes, by name, from its model's config alone.
+    """What the search of a run takes, and training if the run has one, by name, from its model's config alone.
 
     Raises:
         InputError: a budget that cannot be reached, or a calibration set without a row.
@@ -150,6 +150,10 @@ def forecast(run: Run, config: Config, budgets: tuple[str, ...]) -> dict[str, An
         else search_cost(variant, config, set())
     )
     layers, dtype = config["num_hidden_layers"], run.model.dtype
+    costs: list[SearchCost | TrainingCost] = [cost]
+    if run.recover is not None and not timed:
+        costs.append(training_cost(Cure(variant, budgets[-1], "none", True), run.recover, config))
+    hours = {gpu: sum(gpu_hours(each, gpu, dtype) for each in costs) for gpu in GPUS}
     return {
         "model": f"{run.model.title}, {config['model_type']}, {dtype}",
         "parameters": count_parameters(config).total,
@@ -157,8 +161,8 @@ def forecast(run: Run, config: Config, budgets: tuple[str, ...]) -> dict[str, An
         "removals": cost.removals,
         "calibration": f"about {cost.rows} rows of {cost.length} tokens",
         "trials": cost.trials,
-        "teraflop": float(f"{cost.flops * cost.expected / 1e12:.3g}"),
-        **{f"hours_{gpu}": float(f"{gpu_hours(cost, gpu, dtype):.2g}") for gpu in GPUS},
+        "teraflop": float(f"{sum(each.flops * each.expected for each in costs) / 1e12:.3g}"),
+        **{f"hours_{gpu}": float(f"{value:.2g}") for gpu, value in hours.items()},
         "remark": cost.remark
         or f"nothing was computed; assumed: {MHA_SHARE:.0%} of what goes is MHA, {UTILISATION:.0%} of a GPU's peak",
     }

@@ -13,10 +13,32 @@ from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
-from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests
+from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests, save_healed
 from blockpruner.model.models import depths_after
 from blockpruner.recovery.training import recover_
-from blockpruner.store.files import read_json
+from blockpruner.store.files import read_json, replace_directory, write_json
+
+
+def write_recovered(
+    folder: Path,
+    pruning: Pruning,
+    wanted: Recover,
+    rows: CalibrationSet,
+    validation: CalibrationSet | None,
+    adapters: Path,
+    observer: Observer,
+) -> None:
+    """Train the model of a plan, as `recover` does: its weights and facts at `folder`."""
+    weights, facts = recover(pruning, wanted, rows, validation, adapters, observer)
+
+    def build(directory: Path) -> None:
+        words = f"then trained ({wanted.title}) on {len(rows.rows):,} rows of `{wanted.data.title}`"
+        words = f"{words}, {rows.tokens:,} tokens"
+        save_healed(directory, weights, pruning.identity, words, wanted.data, pruning.healed)
+        drawn = {"enabled": True, **wanted.model_dump(), "rows": len(rows.rows), "tokens": rows.tokens}
+        write_json(directory / "recover.json", drawn | facts)
+
+    replace_directory(folder, build)
 
 
 def recover(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Calibration, Recover
 from blockpruner.inputs.calibration import CalibrationSet, draw, fill_rows, pack_rows, without_evaluated
 
@@ -18,6 +19,7 @@ def training_rows(
     wanted: Recover,
     evaluated: Iterable[str] = (),
     note: Callable[[str], object] = lambda message: None,
+    at_most: bool = False,
 ) -> tuple[CalibrationSet, CalibrationSet | None]:
     """Draw the rows of training and, from what is left, `wanted.validation` rows that are not trained on.
 
@@ -26,9 +28,10 @@ def training_rows(
 
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
+        at_most: fewer than `num_rows` will do, where the texts fill no more.
 
     Raises:
-        InputError: there are fewer texts, or rows, than are asked for.
+        InputError: there are fewer texts, or rows, than are asked for, or none to train on.
     """
     pool = without_evaluated(texts, evaluated)
     if len(pool) < len(texts):
@@ -36,8 +39,13 @@ def training_rows(
     held = wanted.validation
     if wanted.num_rows is not None:
         joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
-        rows = fill_rows(pool, tokenizer, joined, wanted.num_rows + held, "recover.num_rows + validation").rows
-        parts = [CalibrationSet(rows[: wanted.num_rows]), CalibrationSet(rows[wanted.num_rows :])]
+        rows = fill_rows(pool, tokenizer, joined, wanted.num_rows + held, "recover.num_rows + validation", at_most).rows
+        if len(rows) <= held:
+            raise InputError(
+                f"the texts fill {len(rows)} rows of {wanted.seq_len} tokens, and {held} are held out of the training; "
+                "give longer texts"
+            )
+        parts = [CalibrationSet(rows[: len(rows) - held]), CalibrationSet(rows[len(rows) - held :])]
     else:
         key = "recover.num_samples + validation"
         drawn = draw(pool, wanted.num_samples + held, "all", wanted.seed, key=key)

@@ -20,6 +20,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
+from transformers import AutoModelForCausalLM
 from typer import Abort
 
 from blockpruner.checkpoints import verify_llama_cpp
@@ -33,6 +34,7 @@ from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.model.models import load_model, masked, prune_
+from blockpruner.recovery import training
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan, save_plan
 from tests.plans import plan_of
@@ -253,7 +255,54 @@ def test_compensated_weights_are_kept_and_no_plan_promises_them(model, place, sa
     done(say(*args))
     assert report.stat().st_mtime_ns == before
     code, _, err = say("apply", model, "out", "--out", "again")
-    assert code == 2 and "compensate: refit), which a plan does not hold" in err
+    assert code == 0 and "loses the same blocks, but is not healed (refit)" in err
+    plain = load_plan(place / "again/blockpruner_plan.json")
+    assert plain.compensate == "none" and list(plain.removed) == made["removed"]
+    assert "compensated" not in (place / "again/README.md").read_text()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say, monkeypatch):
+    (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(300)))
+    heal = ("--seq-len", 16, "--heal", "all", "--out", "out", "--json")
+    args = prune(model, *heal, method="recommended", ratio=0.2)
+    refit = done(say(*prune(model, "--seq-len", 16, "--out", "refit", "--json", method="recommended", ratio=0.2)))
+    validate = training._validate_
+
+    def die(*given):
+        validate(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_validate_", die)
+        assert say(*args)[0] == 130 and not (place / "out").exists()
+    made = done(say(*args))
+    assert made["plan"]["removed"] == refit["plan"]["removed"] and made["plan"]["recover"]
+    assert made["perplexity"]["compensated"] == refit["perplexity"]["compensated"]
+    told = made["perplexity"]["trained"]
+    assert told["after"] < told["before"]
+    (file,) = (place / "cache/blockpruner/trained").glob("*/weights.safetensors")
+    trained, before = load_file(file), file.stat().st_mtime_ns
+    models = [AutoModelForCausalLM.from_pretrained(place / name, trust_remote_code=True) for name in ("refit", "out")]
+    first, last = (dict(each.named_parameters()) for each in models)
+    changed = {name for name, weight in first.items() if not torch.equal(weight, last[name])}
+    assert changed and len(changed) == len(trained)
+    assert "then trained (all weights, distilled" in (place / "out/README.md").read_text()
+    done(say(*args))
+    assert file.stat().st_mtime_ns == before
+    code, out, _ = say(*args[:-1])
+    assert code == 0 and "trained: held-out perplexity of the texts" in out and "fresh process of transformers" in out
+    code, _, err = say(*prune(model, "--out", "other", "--heal", "some"))
+    assert code == 2 and "--heal 'some' is unknown; valid: all, lora" in err
+    plain, healed = (done(say(*prune(model, "--dry-run", "--json", *more))) for more in ((), ("--heal", "lora")))
+    assert healed["teraflop"] > plain["teraflop"] and healed["trials"] == plain["trials"]
+
+
+def test_a_format_that_cannot_hold_the_family_is_refused_before_a_search(place, say):
+    other = save_tiny(place / "qwen3", "qwen3")
+    for form in ("gguf", "mlx-lm"):
+        code, _, err = say(*prune(other, "--out", "out", "--export", form))
+        assert code == 2 and "has no qwen3 models that lack blocks" in err and not (place / "cache").exists()
 
 
 @pytest.mark.usefixtures("in_process")
