@@ -39,7 +39,7 @@ class Stock(zero_shot._Harness):
 def flops_ratio(config: Config, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
     """FLOPs of lm-eval's passes over ours, without padding and attention scores, for (given, continuation) pairs."""
     head = config["vocab_size"] * config["hidden_size"]
-    body = count_parameters(config).dense - head  # the embedding is tied to the head
+    body = count_parameters(config).total - head  # the embedding is tied to the head
     given = [
         choices.Continuation(number, (*before, *after), len(after)) for number, (before, after) in enumerate(requests)
     ]

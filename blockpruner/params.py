@@ -15,7 +15,8 @@ import yaml
 
 from blockpruner.checks import check_compensation, check_run
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import NAME, Params, Run, Sets, T, read_settings, shorten
+from blockpruner.core.sets import Sets, StudySet
+from blockpruner.core.settings import NAME, Params, Run, T, read_settings, shorten
 from blockpruner.store.files import write_text
 
 NO_RUNS = frozenset({"dvc", "sets", "sources"})
@@ -90,8 +91,8 @@ def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
 SETS = Path("runs/sets.yaml")
 
 
-def load_sets(path: Path = SETS) -> dict[str, tuple[str, ...]]:
-    """Runs by set, from runs/sets.yaml."""
+def load_sets(path: Path = SETS) -> dict[str, StudySet]:
+    """The sets by name, from runs/sets.yaml."""
     return _load(path, Sets).root
 
 
@@ -100,7 +101,7 @@ def load_set(name: str, path: Path = SETS) -> dict[str, Run]:
     sets = load_sets(path)
     if name not in sets:
         raise InputError(f"set {name!r} is unknown; valid: {', '.join(sets)} (one more is a line in {path})")
-    runs = {run: load_run(run, path.parent) for run in sets[name]}
+    runs = {run: load_run(run, path.parent) for run in sets[name].runs}
     for run, settings in runs.items():
         if settings.study is None:
             raise InputError(f"{path}: set {name!r} names {run!r}, and runs/{run}.yaml has no study section; add one")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
@@ -647,12 +647,6 @@ class Target(Frozen):
         text = str(value)
         read_budget(text)
         return text
-
-
-class Sets(RootModel[dict[str, tuple[str, ...]]]):
-    """runs/sets.yaml: the runs of each set."""
-
-    model_config = ConfigDict(frozen=True)
 
 
 class Paper(Frozen):

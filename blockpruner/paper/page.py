@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from blockpruner.core.sets import SetGoal
 from blockpruner.paper.beyond import TITLE, healing_grids
 from blockpruner.paper.contrasts import claims
 from blockpruner.paper.evidence import Subject
 from blockpruner.paper.extra_tables import GRIDS, stopping
 from blockpruner.paper.figures import FIGURES, HEALING, SCATTERS, draw
+from blockpruner.paper.goals import TITLE as GOALS
+from blockpruner.paper.goals import goals_grid
 from blockpruner.paper.tables import TABLES, paper_grids
 from blockpruner.reporting.findings import Finding
 from blockpruner.reporting.grids import Grid, to_csv, to_latex
@@ -47,7 +50,7 @@ def _under(grid: Grid, subjects: Sequence[Subject]) -> Grid:
     return replace(grid, notes=(*grid.notes, *(_brief(each) for each in subjects if each.evidence is not None)))
 
 
-def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
+def build_set(name: str, subjects: Sequence[Subject], published: Path, goals: Sequence[SetGoal] = ()) -> Page:
     """Build a set's report. The paper's numbers lie in the folder `published`."""
     found = [subject.evidence for subject in subjects if subject.evidence is not None]
     sections = []
@@ -63,6 +66,8 @@ def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
     if healed := healing_grids(found):
         tables = (_under(grid, subjects) for grid in healed)
         sections.append(Section(TITLE, (draw(HEALING, found), *tables)))
+    if goals and found:
+        sections.append(Section(GOALS, (_under(goals_grid(goals, found), subjects),)))
     for subject in subjects:
         if subject.evidence is not None:
             findings, grid = claims(subject.evidence)
@@ -78,9 +83,11 @@ def build_set(name: str, subjects: Sequence[Subject], published: Path) -> Page:
     return Page(f"BlockPruner’s tables and figures: {name}", INTRO, tuple(sections), made)
 
 
-def write_set(out: Path, name: str, subjects: Sequence[Subject], published: Path) -> None:
+def write_set(
+    out: Path, name: str, subjects: Sequence[Subject], published: Path, goals: Sequence[SetGoal] = ()
+) -> None:
     """Write the report of a set in the place of `out`, as a whole or not at all."""
-    page = build_set(name, subjects, published)
+    page = build_set(name, subjects, published, goals)
     csv = {f"tables/{grid.name}.csv": to_csv(grid) for grid in page.grids}
     tex = {f"tables/{grid.name}.tex": to_latex(grid) for grid in page.grids}
     write_page(out, page, csv | tex)

@@ -25,6 +25,7 @@ from statsmodels.stats.multitest import multipletests
 from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sorted_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.core.sets import SetGoal
 from blockpruner.core.settings import Run
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.paper.beyond import compared, healing_grids
@@ -34,6 +35,7 @@ from blockpruner.paper.evidence import Subject, read_subject
 from blockpruner.paper.experiments import METHODS, Variant, cures, variants
 from blockpruner.paper.extra_tables import GRIDS, stopping
 from blockpruner.paper.figures import FIGURES, draw
+from blockpruner.paper.goals import goals_grid
 from blockpruner.paper.healing import FACTS
 from blockpruner.paper.page import build_set, write_set
 from blockpruner.paper.studies import SearchRecord, model_name
@@ -701,3 +703,38 @@ def test_healed_models_stand_beside_plain_ones_and_are_held_against_those_healed
         pair = dict(zip([column.key for column in tests.columns], row, strict=True))
         assert pair["method"].startswith("floating search")
         assert pair["method"].endswith(" + refit") == pair["against"].endswith(" + refit")
+
+
+def test_goals_stand_beside_what_was_measured(subject):
+    """Each ratio is computed anew from the rows' losses."""
+    evidence = subject.evidence
+    plain, healed = evidence.of("floating-search")[0], next(e for e in evidence.healed if not e.plan.recover)
+
+    def ppl(entry, text="heldout"):
+        return math.exp(np.mean(entry.model.texts[text].row_nll))
+
+    def dense(text="heldout"):
+        return math.exp(np.mean(evidence.dense.model.texts[text].row_nll))
+
+    def goal(entry, **more):
+        given = {"method": entry.variant.method, "budget": entry.budget, "at_most": 1e9}
+        return SetGoal(**given | {"compensate": entry.plan.compensate, "recover": entry.plan.recover} | more)
+
+    others = [e for group in compared(evidence) if healed in group for e in group if e is not healed]
+    ratio = ppl(plain) / dense()
+    expected = {
+        goal(plain): ratio,
+        goal(plain, at_most=ratio + 1e-9): ratio,
+        goal(plain, at_most=ratio / 2): ratio,
+        goal(healed, measure="wikitext2"): ppl(healed, "wikitext2") / dense("wikitext2") / (ppl(healed) / dense()),
+        goal(healed, measure="peers"): ppl(healed) / min(map(ppl, others)),
+    }  # fmt: skip
+    found = goals_grid(tuple(expected), [evidence])
+    measured = [row[5] for row in found.rows]
+    assert [cell.value for cell in measured] == pytest.approx(list(expected.values()))
+    assert all(cell.low < cell.value < cell.high for cell in measured)
+    assert [row[6] for row in found.rows] == ["yes", "by the point", "no", "yes", "yes"]
+    (absent,) = goals_grid([goal(plain, budget="0.9")], [evidence]).rows
+    assert absent[5:7] == ("not measured", "")
+    page = build_set("test", [subject], PUBLISHED, (goal(plain),))
+    assert "Goals" in [section.title for section in page.sections]
