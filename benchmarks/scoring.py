@@ -14,12 +14,14 @@ it was stopped. SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -335,9 +337,25 @@ def show_growth(found: dict[str, Any]) -> None:
         print(f"| {p['size']} | {p['value']} | {p['flops'] / 1e9:.0f} | {p['seconds']:.2f} | {rate:.0f} |")
 
 
+def alone(folder: str, layers: int) -> float:
+    """Seconds of an iteration of `workers` in a process of its own, without Ray; median of 3."""
+    scorer = make_scorer(Path(folder), "float32", Runtime(threads=1, device="cpu"))
+    masks = (DENSE, *(frozenset({block}) for block in all_blocks(layers)))
+    data, seconds = random_rows(16000, ROWS, LENGTH), []
+    for _ in range(4):
+        started = time.perf_counter()
+        list(scorer.run([Task(span, masks) for span in scorer.row_batches(data, range(ROWS))], data))
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])  # one to warm up
+
+
 def workers(counts: Sequence[int], layers: int = 12, turns: int = 5) -> dict[str, Any]:
     """Seconds of one exact iteration of a small random model, on so many Ray workers of one thread each and in this
-    process (0). All take turns, each turn with workers started anew, and no batch is larger than lets all share."""
+    process (0). All take turns, each turn with workers started anew, and no batch is larger than lets all share.
+
+    What the machine allows is measured by as many processes that do the whole iteration at the same time, on their own:
+    cores share memory, caches and power.
+    """
     model = random_model("tiny", torch.float32, **SMALL | {"num_hidden_layers": layers, "vocab_size": 16000})
     data = random_rows(16000, ROWS, LENGTH)
     masks = (DENSE, *(frozenset({block}) for block in all_blocks(layers)))
@@ -358,16 +376,22 @@ def workers(counts: Sequence[int], layers: int = 12, turns: int = 5) -> dict[str
                 print(
                     f"  {count} workers, {len(tasks)} batches: {seconds[count][-1]:.2f} s", file=sys.stderr, flush=True
                 )
-    return {"layers": layers, "points": [{"workers": count, "seconds": taken} for count, taken in seconds.items()],
-            **setting()}  # fmt: skip
+        at_once = {}
+        for count in sorted({1, *counts}):
+            with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+                at_once[count] = max(pool.map(alone, [folder] * count, [layers] * count))
+    bounds = {count: count * at_once[1] / taken for count, taken in at_once.items()}
+    return {"layers": layers, "points": [{"workers": count, "seconds": taken, "bound": bounds.get(count)}
+                                         for count, taken in seconds.items()], **setting()}  # fmt: skip
 
 
 def show_workers(found: dict[str, Any]) -> None:
     """Medians; a ratio is the median of those of each turn."""
-    base = {p["workers"]: p["seconds"] for p in found["points"]}
+    base, bounds = ({p["workers"]: p[key] for p in found["points"]} for key in ("seconds", "bound"))
     names = {0: "this process", 1: "one worker"}
-    print(f"\n| workers of one thread | seconds |{''.join(f' against {names[b]} |' for b in names if b in base)}")
-    print("|---|---:|" + "---:|" * sum(b in base for b in names))
+    print(f"\n| workers of one thread | seconds |{''.join(f' against {names[b]} |' for b in names if b in base)}"
+          " processes without Ray |")  # fmt: skip
+    print("|---|---:|" + "---:|" * (1 + sum(b in base for b in names)))
     for count, seconds in base.items():
         ratios = [
             statistics.median(a / b for a, b in zip(base[one], seconds, strict=True)) for one in names if one in base
@@ -375,6 +399,7 @@ def show_workers(found: dict[str, Any]) -> None:
         print(
             f"| {count or 'none: this process'} | {statistics.median(seconds):.2f} |"
             + "".join(f" {ratio:.2f}x |" for ratio in ratios)
+            + (f" {bounds[count]:.2f}x |" if bounds[count] else " |")
         )
 
 

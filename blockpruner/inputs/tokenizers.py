@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a checkpoint directory; raises InputError that names the directory and the reason."""
     from transformers import AutoTokenizer
 
+    logger = logging.getLogger("transformers.configuration_utils")  # warns that it does not know a pruned model's type
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file raises a bare Exception in tokenizers, or anything in transformers
@@ -22,6 +26,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
             f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {reason}); its files are missing, "
             "truncated or damaged, or need what the reason names: fetch the checkpoint again, or install that"
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def load_export_tokenizer(checkpoint: Path, dense: Path, trust_remote_code: bool) -> Any:

@@ -3,28 +3,18 @@
 import json
 import os
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.scoring import TEXT
 from blockpruner.checkpoints.hf import export_hf, save_pruned
 from blockpruner.checkpoints.nas import export_nas
-from blockpruner.compensation.compensate import write_compensated
-from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.families import FAMILIES
-from blockpruner.core.plan import Plan
-from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Compensate
-from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.methods.apply import Pruning
-from blockpruner.methods.healed import find_healed
 from blockpruner.model.models import load_model
-from tests.plans import SOMEONE, fetch_tiny, plan_of, pruning
+from tests.plans import fetch_tiny, plan_of, pruning
 from tests.tiny import VARIANTS, tiny_tokenizer
 
 PROMPTS = ["The capital of France is", "Once upon a time, a little fox", "def fibonacci(n):\n"]
@@ -64,24 +54,13 @@ def write_reference(model, tokenizer, path: Path) -> Path:
     return path
 
 
-def pruned_models(dense: Path, plans: dict[str, Plan], folder: Path) -> dict[str, Pruning]:
-    """The pruned ones of `plans`, and the smallest of them compensated."""
-    result = {name: pruning(dense, plan) for name, plan in plans.items() if plan.removed}
-    name, plain = max(result.items(), key=lambda item: item[1].plan.ratio)
-    plan, wanted = replace(plain.plan, compensate="refit"), Compensate(method="refit", num_rows=64)
-    rows = compensation_rows(read_texts(TEXT), load_tokenizer(dense), wanted, (), wanted.seq_len)
-    write_compensated(folder, replace(plain, plan=plan), rows, wanted, SOMEONE, SilentObserver())
-    healed = find_healed([folder], plain.identity)
-    assert healed is not None, (folder / "compensate.json").read_text()
-    return result | {f"{name} + refit": replace(plain, plan=plan, healed=healed)}
-
-
-def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2, plans):
+def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2, plans, healed):
     """At two ratios, and with other weights than the dense model's; what vLLM measures on the way is printed."""
-    tokenizer, chosen = load_tokenizer(smollm2), pruned_models(smollm2, plans, tmp_path / "healed")
+    tokenizer = load_tokenizer(smollm2)
+    chosen = {name: pruning(smollm2, plan) for name, plan in plans.items() if plan.removed} | healed
     references = {"dense": write_reference(load_model(smollm2, "float32", "cpu"), tokenizer, tmp_path / "dense.json")}
     reports = {"dense": ask("check", smollm2, references["dense"])}
-    plain, name = sorted(chosen)[-2:]
+    plain, name, _ = sorted(chosen)[-3:]
     for each, made in chosen.items():
         references[each] = write_reference(made.prune_(made.load()), tokenizer, tmp_path / f"{each}.json")
         for form, export in (("hf", export_hf), *([("nas", export_nas)] if each == plain else [])):
