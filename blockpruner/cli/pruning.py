@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockpruner.checkpoints.registry import EXPORTS, Writer, require_families, require_packages
 from blockpruner.checks import check_run
 from blockpruner.compensation.rows import compensation_rows
-from blockpruner.core.errors import InputError, MissingPackageError
+from blockpruner.core.errors import InputError, MissingPackageError, missing
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, duration
@@ -28,6 +29,7 @@ from blockpruner.core.settings import (
     LocalModel,
     LocalTexts,
     Perplexity,
+    Recover,
     Run,
     Runtime,
     TaskAnswers,
@@ -49,6 +51,13 @@ from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, save_plan
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import require_rows
 from blockpruner.versions import COMPENSATION_VERSION, RECOVERY_VERSION
+
+if TYPE_CHECKING:
+    from blockpruner.methods.apply import Pruning
+    from blockpruner.methods.healed import Healed
+
+TrainingRows = tuple[CalibrationSet, CalibrationSet | None]
+"""Rows of training, and rows that are held out of it."""
 
 ROWS = 16
 """Calibration rows from a file of one's own: about as many as the paper's 256 samples fill."""
@@ -100,6 +109,8 @@ class Place:
         own = run.model.model_copy(update={"dtype": own_dtype(config)} if dtype == "auto" else {})
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
         context, recover = config.get("max_position_embeddings"), run.recover
+        if recover is not None and recover.weights == "lora" and find_spec("peft") is None:
+            raise missing("peft", "train")
         if recover is not None and context:
             recover = recover.model_copy(update={"seq_len": min(recover.seq_len, context)})
         run = run.model_copy(
@@ -190,6 +201,7 @@ class Place:
         rows = draw_rows(texts, tokenizer, run.calibration, (), self.observer.note, at_most=True)
         context = config.get("max_position_embeddings", run.calibration.seq_len)
         fit = partial(compensation_rows, texts, tokenizer, run.compensate, (), context)
+        training = None if run.recover is None else self._training_rows(run.recover, texts, tokenizer)
         base = checkpoint_identity(dense).before
         keys = [self._key(one, base, rows, budget) for one in runs]
         plans = [self.root / "plans" / key for key in keys]
@@ -207,9 +219,9 @@ class Place:
             self.observer.note(settled([one.score for one in runs], [_after(each[1]) for each in found]))
         plan, healed, counts = min(found, key=lambda each: _after(each[1]))
         told = {} if healed is None else {"compensated": read_json(healed / "compensate.json")["perplexity"]}
-        if run.recover is not None:
+        if run.recover is not None and training is not None:
             plan = replace(plan, recover=True)
-            healed = self._trained(run, dense, plan, rows, healed, texts, tokenizer)
+            healed = self._trained(run.recover, self._pruning(run, dense, plan, rows), healed, training)
             facts = read_json(healed / "recover.json")
             by_step = {each["step"]: math.exp(each["nll"]) for each in facts["validations"]}
             told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
@@ -231,27 +243,28 @@ class Place:
             write_compensated(healed, pruning, fit(), run.compensate, run.calibration.data, self.observer)
         return healed
 
-    def _trained(
-        self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, healed: Path | None, texts: Sequence[str],
-        tokenizer: Any,
-    ) -> Path:  # fmt: skip
+    def _training_rows(self, wanted: Recover, texts: Sequence[str], tokenizer: Any) -> TrainingRows:
+        """Drawn before the search: too few texts are found out at once."""
+        from blockpruner.recovery.rows import training_rows
+
+        rows, validation = training_rows(texts, tokenizer, wanted, (), self.observer.note, at_most=True)
+        asked = f" of the {wanted.num_rows} wanted" if len(rows.rows) < (wanted.num_rows or 0) else ""
+        self.observer.note(f"training: {len(rows.rows)}{asked} rows of {wanted.seq_len} tokens")
+        return rows, validation
+
+    def _trained(self, wanted: Recover, pruning: Pruning, healed: Path | None, drawn: TrainingRows) -> Path:
         """Train on the calibration's texts, from compensated weights on; a killed training goes on."""
         from blockpruner.methods.healed import find_healed
         from blockpruner.recovery.recover import write_recovered
-        from blockpruner.recovery.rows import training_rows
 
-        assert run.recover is not None
-        pruning = self._pruning(run, dense, plan, rows)
         pruning = replace(pruning, healed=None if healed is None else find_healed([healed], pruning.identity))
-        training, validation = training_rows(texts, tokenizer, run.recover, (), self.observer.note, at_most=True)
         facts = {
-            "of": pruning.identity, "since": pruning.healed and pruning.healed.digest, "rows": training.digest,
-            "recipe": run.recover.model_dump(mode="json"), "v": RECOVERY_VERSION,
+            "of": pruning.identity, "since": pruning.healed and pruning.healed.digest, "rows": drawn[0].digest,
+            "recipe": wanted.model_dump(mode="json"), "v": RECOVERY_VERSION,
         }  # fmt: skip
         folder = self.root / "trained" / fingerprint(facts)
         if not folder.exists():
-            states = self.root / "training"
-            write_recovered(folder, pruning, run.recover, training, validation, states, self.observer)
+            write_recovered(folder, pruning, wanted, *drawn, self.root / "training", self.observer)
         return folder
 
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
@@ -264,8 +277,8 @@ class Place:
             )
         if plan.compensate != "none" or plan.recover:
             self.observer.note(
-                f"a plan holds no weights: this model loses the same blocks, but is not healed ({plan.compensate}"
-                f"{', trained' if plan.recover else ''})"
+                "a plan holds no weights: this model loses the same blocks, but is not healed "
+                f"({plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.recover})"
             )
             plan = replace(plan, compensate="none", recover=False)
         run, dense = self.fetch_base(run, file, plan)
@@ -336,17 +349,21 @@ class Place:
         except HubError as error:
             raise InputError(f"there is no folder {run.model.title!r} here, and {error}") from error
 
-    def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Any:
+    def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Pruning:
         from blockpruner.methods.apply import Pruning
 
         return Pruning(dense, plan, rows, run.model.dtype, self.device, run.model.trust_remote_code)
 
-    def _formats(self, run: Run, out: Path, plans: Sequence[Plan]) -> list[tuple[str, Path, Writer | None]]:
-        """Each format, its folder, and what writes it; None where the checkpoint of one of the plans is there.
+    def _formats(
+        self, run: Run, out: Path, plans: Sequence[Plan], healed: Healed | None = None
+    ) -> list[tuple[str, Path, Writer | None]]:
+        """Each format, its folder, and what writes it; None where the checkpoint of one of the plans is there, healed
+        as wanted if that is known.
 
         Raises:
             InputError: a folder holds something else.
         """
+        words = healed and healed.words
         places = {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
         found: list[tuple[str, Path, Writer | None]] = []
         for form, place in places.items():
@@ -354,22 +371,22 @@ class Place:
             files = [place / f"model-{name}.gguf" for name in more]
             writer: Any = EXPORTS[form].write
             write = partial(writer, quantizations=more) if more else writer
-            found.append((form, place, None if _is_there(place, plans) and all(map(Path.exists, files)) else write))
+            is_there = _is_there(place, plans, words) and all(map(Path.exists, files))
+            found.append((form, place, None if is_there else write))
         return found
 
     def _export(
         self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, out: Path, healed: Path | None = None
     ) -> dict[str, Any]:
-        written = []
-        for form, place, write in self._formats(run, out, [plan]):
+        written, pruning = [], self._pruning(run, dense, plan, rows)
+        if healed is not None:
+            from blockpruner.methods.healed import find_healed
+
+            pruning = replace(pruning, healed=find_healed([healed], pruning.identity))
+        for form, place, write in self._formats(run, out, [plan], pruning.healed):
             if write is not None:
                 if self._asked[form] and not rows.rows:
                     self.observer.note("apply has no calibration rows: no importance matrix of quantizations")
-                pruning = self._pruning(run, dense, plan, rows)
-                if healed is not None:
-                    from blockpruner.methods.healed import find_healed
-
-                    pruning = replace(pruning, healed=find_healed([healed], pruning.identity))
                 write(pruning, place)
             seen, row = read_json(place / REPORT_FILE), EXPORTS[form]
             facts = {"format": form, "path": str(place), "for": row.engines}
@@ -416,13 +433,19 @@ def own_dtype(config: Config) -> str:
     return found if found in ("bfloat16", "float16", "float64") else "float32"
 
 
-def _is_there(place: Path, plans: Sequence[Plan]) -> bool:
-    """Whether a folder holds the whole checkpoint of one of the plans; raises InputError if it holds anything else."""
+def _is_there(place: Path, plans: Sequence[Plan], words: str | None = None) -> bool:
+    """Whether a folder holds the whole checkpoint of one of the plans; raises InputError if it holds anything else.
+
+    Args:
+        words: of `Healed`, which the model card tells; None: they are not compared.
+    """
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return False
     file = place / PLAN_FILE
     held = load_plan(file) if file.is_file() else None
-    if held is None or all(replace(held, target=plan.target) != plan for plan in plans):
+    card = place / "README.md"
+    other = words is not None and card.exists() and words not in card.read_text()
+    if held is None or other or all(replace(held, target=plan.target) != plan for plan in plans):
         raise InputError(f"--out {place} is not empty and holds something else; choose another folder, or remove it")
     require_verified(place)
     return True
@@ -457,9 +480,13 @@ def words(found: Mapping[str, Any]) -> str:
         lines.append(f"perplexity of the calibration texts: {seen['dense_perplexity']:.2f} -> {seen['perplexity']:.2f}")
     for name, told in found.get("perplexity", {}).items():
         dense = f", dense {told['dense']:.2f}" if "dense" in told else ""
-        lines.append(f"{name}: held-out perplexity of the texts {told['before']:.2f} -> {told['after']:.2f}{dense}")
+        lines.append(f"{name}: perplexity of rows held out for it {told['before']:.2f} -> {told['after']:.2f}{dense}")
     for each in found["written"]:
         engine = each["verified_by"]
-        checked = f"checked in a fresh process of {engine}" if each["verified"] else f"unchecked: {engine} is not here"
+        checked = (
+            f"checked in a fresh process of {engine}"
+            if each["verified"]
+            else f"unchecked: {engine} is not installed here"
+        )
         lines.append(f"{each['path']}: for {', '.join(each['for'])}, {checked}")
     return "\n".join(lines)

@@ -47,12 +47,6 @@ class Talker:
         streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         return answer(self.model, self._tokenizer, turns, limit, streamer)
 
-    def rows(self, wanted: Perplexity) -> tuple[tuple[int, ...], ...]:
-        """Held-out rows; of no more tokens than the model's context."""
-        wanted = fitted(wanted, self.model.config.to_dict(), "evaluate.perplexity.seq_len")
-        texts = load_texts(wanted.data, Path(), Path())
-        return several(held_out(self._tokenizer, texts, wanted).rows, wanted.seq_len)
-
     def perplexity(self, rows: Sequence[Sequence[int]]) -> HeldOutPerplexity:
         observer = stderr_observer()
         observer.begin("perplexity")
@@ -93,6 +87,25 @@ class Compared:
     """The 95 % interval of `relative`, over paired rows."""
 
 
+def rows_of(folders: Sequence[Path], wanted: Perplexity) -> tuple[tuple[int, ...], ...]:
+    """Held-out rows that fit into the shortest context of some checkpoints.
+
+    Raises:
+        InputError: the texts are fewer than two rows, or the tokenizers make different rows of them.
+    """
+    texts, found = load_texts(wanted.data, Path(), Path()), list[tuple[tuple[int, ...], ...]]()
+    for folder in folders:
+        wanted = fitted(wanted, read_json(folder / "config.json"), "evaluate.perplexity.seq_len")
+    for folder in folders:
+        found.append(several(held_out(load_tokenizer(folder), texts, wanted).rows, wanted.seq_len))
+        if found[-1] != found[0]:
+            raise InputError(
+                f"{folder} has another tokenizer than {folders[0]}: perplexities of different tokens cannot be "
+                "compared; leave out --texts, or compare models of one tokenizer"
+            )
+    return found[0]
+
+
 def compared(
     folders: Sequence[Path], prompt: str | None, limit: int, heldout: Perplexity | None, device: str
 ) -> list[Compared]:
@@ -104,8 +117,8 @@ def compared(
     Raises:
         InputError: the texts are fewer than two rows, or tokenizers make different rows of them.
     """
+    rows = None if heldout is None else rows_of(folders, heldout)
     found: list[Compared] = []
-    rows: tuple[tuple[int, ...], ...] = ()
     first: Sequence[float] = ()
     for folder in folders:
         talker = Talker(folder, device)
@@ -116,14 +129,8 @@ def compared(
             text, tokens = talker.answer([prompt], limit)
             speed = tokens / (time.perf_counter() - started)
             one = replace(one, answer=text.strip(), tokens_per_second=round(speed, 1))
-        if heldout is not None:
-            own = talker.rows(heldout)
-            if rows and own != rows:
-                raise InputError(
-                    f"{one.model} has another tokenizer than {found[0].model}: perplexities of different tokens cannot "
-                    "be compared; leave out --texts, or compare models of one tokenizer"
-                )
-            rows, measured = own, talker.perplexity(own)
+        if rows is not None:
+            measured = talker.perplexity(rows)
             one = replace(one, perplexity=measured.perplexity)
             if first:
                 effect = perplexity_ratio(first, measured.row_nll)

@@ -183,11 +183,16 @@ def claim(device: torch.device) -> str | None:
     Returns:
         The holder, if another process has it.
     """
-    return _held(device, _CLAIMS)
+    holder = _held(device, _CLAIMS)
+    if holder is None:
+        _MINE.add(device)
+    return holder
 
 
 def is_held(device: torch.device) -> bool:
-    """Whether this process or another one of this user has claimed a device."""
+    """Whether another process of this user has claimed a device."""
+    if device in _MINE:
+        return False
     with ExitStack() as at_once:
         return _held(device, at_once) is not None
 
@@ -204,6 +209,7 @@ def _held(device: torch.device, locks: ExitStack) -> str | None:
     return None
 
 
+_MINE: set[torch.device] = set()
 _CLAIMS = ExitStack()
 """Never closed: the kernel frees the locks."""
 

@@ -37,7 +37,7 @@ tokenizer of SmolLM2 (49,152 entries). A smaller tokenizer, as Llama 2's, makes 
 EXPECTED = {"none": 1.0, "lazy": 1.0, "race": 0.44, "lazy+race": 0.23}
 """By `score.acceleration`: the share of the exact search's work that remains. Measured on SmolLM2, 8 rows
 (docs/performance.md): lazy+race 1/6.99, 1/6.31 and 1/7.31 of full forward passes, against 1/1.59 exact; race 4.61 of
-10.47 TFLOP in a first iteration. `lazy` alone was not measured; nothing is taken off."""
+10.47 TFLOP in a first iteration, of another draw 5.68. `lazy` alone was not measured; nothing is taken off."""
 
 UTILISATION = 0.4
 """Share of a GPU's peak that scoring reaches: an assumption."""

@@ -15,40 +15,55 @@ from blockpruner.reporting.statistics import Effect, Interval
 
 TITLE = "Goals"
 NOTE = (
-    "What this set was meant to show, set before it was measured. × dense: quotient of the perplexities on the same "
-    "rows. Reached: yes, if the whole 95 % interval is; by the point, if the measured value alone is. One calibration "
-    "draw, of the seed given: intervals are over held-out rows and items, not over draws."
+    "What this set was meant to show. × dense: quotient of the perplexities on the same rows. Reached: yes, if the "
+    "whole 95 % interval is; by the point, if the measured value alone is; where no interval is shown, by the value. "
+    "One calibration draw, of the seed given: intervals are over held-out rows and items, not over draws."
 )
 
 Z = 1.96
 """Half a 95 % interval of a mean over many items, in standard errors."""
 
-
-def _heldout(entry: Entry, evidence: Evidence, text: str = "heldout") -> Effect:
-    return statistics.perplexity_ratio(entry.dense.texts[text].row_nll, entry.model.texts[text].row_nll)
+Measured = tuple[float, Interval | None]
 
 
-def _wikitext2(entry: Entry, evidence: Evidence) -> Effect:
+def _ratio(entry: Entry, text: str = "heldout") -> Effect | None:
+    dense, own = entry.dense.texts.get(text), entry.model.texts.get(text)
+    return None if dense is None or own is None else statistics.perplexity_ratio(dense.row_nll, own.row_nll)
+
+
+def _heldout(entry: Entry, evidence: Evidence) -> Measured | None:
+    found = _ratio(entry)
+    return found and (found.value, found.interval)
+
+
+def _wikitext2(entry: Entry, evidence: Evidence) -> Measured | None:
     """Quotient of two quotients that are measured on different texts: their logarithms' errors add up in squares."""
-    there, here = _heldout(entry, evidence, "wikitext2"), _heldout(entry, evidence)
+    there, here = _ratio(entry, "wikitext2"), _ratio(entry)
+    if there is None or here is None:
+        return None
     nats = math.log(there.value / here.value)
     half = math.hypot(*(math.log(each.interval.high / each.interval.low) / 2 for each in (there, here)))
-    return Effect(math.exp(nats), Interval(math.exp(nats - half), math.exp(nats + half)), math.nan)
+    return math.exp(nats), Interval(math.exp(nats - half), math.exp(nats + half))
 
 
-def _peers(entry: Entry, evidence: Evidence) -> Effect:
-    (group,) = (group for group in compared(evidence) if entry in group)
-    best = min((other for other in group if other is not entry), key=lambda other: other.model.perplexity)
-    return statistics.perplexity_ratio(best.model.texts["heldout"].row_nll, entry.model.texts["heldout"].row_nll)
+def _peers(entry: Entry, evidence: Evidence) -> Measured | None:
+    others = [other for group in compared(evidence) if entry in group for other in group if other is not entry]
+    if not others:
+        return None
+    best = min(others, key=lambda other: other.model.perplexity)
+    found = statistics.perplexity_ratio(best.model.texts["heldout"].row_nll, entry.model.texts["heldout"].row_nll)
+    return found.value, found.interval
 
 
-def _confidence(entry: Entry, evidence: Evidence) -> Effect:
+def _confidence(entry: Entry, evidence: Evidence) -> Measured | None:
+    if not (entry.dense.p_gold and entry.model.p_gold):
+        return None
     found = statistics.stratified_t(entry.dense.p_gold, entry.model.p_gold)
-    error = (found.interval.high - found.interval.low) / (2 * Z)
-    return Effect(abs(found.value) / error, Interval(0, math.inf), found.p)
+    half = (found.interval.high - found.interval.low) / 2
+    return (abs(found.value) * Z / half if half else 0.0 if not found.value else math.inf), None
 
 
-MEASURES: Mapping[str, tuple[str, Callable[[Entry, Evidence], Effect]]] = {
+MEASURES: Mapping[str, tuple[str, Callable[[Entry, Evidence], Measured | None]]] = {
     "heldout": ("held-out perplexity, × dense", _heldout),
     "wikitext2": ("WikiText-2’s × dense over that of the held-out text", _wikitext2),
     "peers": ("held-out perplexity, × the best other method healed alike", _peers),
@@ -65,20 +80,23 @@ def goals_grid(goals: Sequence[SetGoal], found: Sequence[Evidence]) -> Grid:
     )  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     for goal in goals:
-        words, measure = MEASURES[goal.measure]
+        what, measure = MEASURES[goal.measure]
+        asked = " + ".join(part for part in (goal.compensate, "training" * goal.recover) if part not in ("none", ""))
+        name = f"{goal.method} at {goal.budget}" + (f" + {asked}" if asked else "")
         for evidence in found:
             entry = _model(goal, evidence)
-            if entry is None:
-                rows.append(("", goal.method, "", words, Number(goal.at_most), "not measured", "", ""))
+            known = entry and measure(entry, evidence)
+            if entry is None or known is None:
+                rows.append(("", name, "", what, Number(goal.at_most, 3), "not measured", "", ""))
                 continue
-            effect = measure(entry, evidence)
-            low, high = effect.interval.low, effect.interval.high
+            value, ends = known
             reached = "no"
-            if effect.value <= goal.at_most:
-                reached = "yes" if high <= goal.at_most or math.isinf(high) else "by the point"
+            if value <= goal.at_most:
+                reached = "yes" if ends is None or ends.high <= goal.at_most else "by the point"
+            measured = Number(value, 3) if ends is None else Number(value, 3, low=ends.low, high=ends.high)
             rows.append((
-                entry.subject, entry.title, percent(entry.ratio, 2), words, Number(goal.at_most),
-                Number(effect.value, 3, low=low, high=high), reached, Number(entry.variant.calibration.seed, 0),
+                entry.subject, entry.title, percent(entry.ratio, 2), what, Number(goal.at_most, 3), measured, reached,
+                Number(entry.variant.calibration.seed, 0),
             ))  # fmt: skip
     return Grid("goals", TITLE, columns, tuple(rows), (NOTE,))
 

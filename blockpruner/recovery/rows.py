@@ -42,8 +42,8 @@ def training_rows(
         rows = fill_rows(pool, tokenizer, joined, wanted.num_rows + held, "recover.num_rows + validation", at_most).rows
         if len(rows) <= held:
             raise InputError(
-                f"the texts fill {len(rows)} rows of {wanted.seq_len} tokens, and {held} are held out of the training; "
-                "give longer texts"
+                f"the training's texts fill {len(rows)} rows of {wanted.seq_len} tokens, of which {held} are held out; "
+                "give more texts"
             )
         parts = [CalibrationSet(rows[: len(rows) - held]), CalibrationSet(rows[len(rows) - held :])]
     else:

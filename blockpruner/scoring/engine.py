@@ -179,7 +179,7 @@ class Engine(Forward):
                 return
             width = 1 if task.wide else self._width(batch.input_ids.numel(), batch.packed is not None)
             if width > 1 and not self._on_gpu:
-                width = min(width, self._exact_width(embedded, batch, layer_kwargs))
+                width = 1 if len(task.masks) == 1 else min(width, self._exact_width(embedded, batch, layer_kwargs))
             run = partial(self._added, batch, layer_kwargs, width)
             leaves = walk(self._steps, task.masks, embedded, run, joined, width)
             launched = (self._launched(masks, hidden, batch, task, rows) for masks, hidden in leaves)
@@ -209,30 +209,37 @@ class Engine(Forward):
     def _exact_width(self, embedded: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> int:
         """How many masks a CPU takes along at once such that each one's bits are those that it has alone.
 
-        Whether they are depends on the processor, its matrix kernels and the threads. So it is tried: with all numbers
-        of masks, on random states and the blocks of the first and the last layer.
+        Whether they are depends on the processor, its matrix kernels and the threads. So it is tried: with two masks,
+        then three and so on, on random states and the blocks of one layer of each kind. Experts get other numbers of
+        rows with every batch, so models that have any take one mask at a time.
         """
         if (known := self._exact.get(embedded.shape)) is not None:
             return known
         random = torch.Generator().manual_seed(0)
-        most = WIDE_TOKENS // batch.input_ids.numel()
-        states = [torch.randn(embedded.shape, generator=random, dtype=embedded.dtype) for _ in range(most)]
-        added = partial(self._added, batch, layer_kwargs)
-        alone = {
-            block: [added(1, block, [state])[0] for state in states]
-            for block in all_blocks(self.layers)
-            if block.layer in (0, self.layers - 1)
-        }
-
-        def is_exact(width: int) -> bool:
-            return all(
-                torch.equal(torch.cat([*added(width, block, states[:width])]), torch.cat(found[:width]))
+        states: list[Tensor] = []
+        alone: dict[BlockId, list[Tensor]] = {block: [] for block in self._kinds_of_blocks()}
+        added, width = partial(self._added, batch, layer_kwargs), 0
+        while alone and width < WIDE_TOKENS // batch.input_ids.numel():
+            states.append(torch.randn(embedded.shape, generator=random, dtype=embedded.dtype))
+            for block, found in alone.items():
+                found += added(1, block, states[-1:])
+            if any(
+                not torch.equal(torch.cat([*added(len(states), block, states)]), torch.cat(found))
                 for block, found in alone.items()
-            )
+            ):
+                break
+            width = len(states)
+        self._exact[embedded.shape] = max(1, width)
+        return self._exact[embedded.shape]
 
-        found = next((width for width in range(1, most) if not is_exact(width + 1)), most)
-        self._exact[embedded.shape] = found
-        return found
+    def _kinds_of_blocks(self) -> list[BlockId]:
+        """The blocks of the first layer of each kind; none of a model with experts."""
+        if any(weight.dim() > 2 for layer in self._layers for weight in layer.parameters()):
+            return []
+        types = self._model.config.to_dict().get("layer_types") or [None] * self.layers
+        shapes = [tuple(weight.shape for weight in layer.parameters()) for layer in self._layers]
+        first = {kind: layer for layer, kind in reversed(list(enumerate(zip(types, shapes, strict=True))))}
+        return [block for block in all_blocks(self.layers) if block.layer in first.values()]
 
     def _added(
         self, batch: Batch, layer_kwargs: LayerKwargs, width: int, block: BlockId, states: Sequence[Tensor]

@@ -26,10 +26,9 @@ from typer import Abort
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.mergekit import mergekit_config
 from blockpruner.cli import curve as work
-from blockpruner.cli import doctor, pruning
+from blockpruner.cli import doctor, pruning, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
-from blockpruner.cli.talking import Talker
 from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
@@ -267,16 +266,20 @@ def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say
     heal = ("--seq-len", 16, "--heal", "all", "--out", "out", "--json")
     args = prune(model, *heal, method="recommended", ratio=0.2)
     refit = done(say(*prune(model, "--seq-len", 16, "--out", "refit", "--json", method="recommended", ratio=0.2)))
-    validate = training._validate_
+    validate, seen = training._validate_, []
 
     def die(*given):
         validate(*given)
-        raise KeyboardInterrupt
+        seen.append(given)
+        if len(seen) == 2:  # in the end: states were saved
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "_validate_", die)
         assert say(*args)[0] == 130 and not (place / "out").exists()
-    made = done(say(*args))
+    result = say(*args)
+    made = done(result)
+    assert "recovery goes on after step" in result[2]
     assert made["plan"]["removed"] == refit["plan"]["removed"] and made["plan"]["recover"]
     assert made["perplexity"]["compensated"] == refit["perplexity"]["compensated"]
     told = made["perplexity"]["trained"]
@@ -291,7 +294,12 @@ def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say
     done(say(*args))
     assert file.stat().st_mtime_ns == before
     code, out, _ = say(*args[:-1])
-    assert code == 0 and "trained: held-out perplexity of the texts" in out and "fresh process of transformers" in out
+    assert code == 0 and "trained: perplexity of rows held out for it" in out and "fresh process of transformers" in out
+    code, _, err = say(*("lora" if arg == "all" else arg for arg in args))
+    assert code == 2 and "is not empty and holds something else" in err
+    (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(20)))
+    code, _, err = say(*prune(model, "--out", "other", "--seq-len", 16, "--heal", "all"))
+    assert code == 2 and "of which 8 are held out; give more texts" in err and "removal" not in err
     code, _, err = say(*prune(model, "--out", "other", "--heal", "some"))
     assert code == 2 and "--heal 'some' is unknown; valid: all, lora" in err
     plain, healed = (done(say(*prune(model, "--dry-run", "--json", *more))) for more in ((), ("--heal", "lora")))
@@ -579,8 +587,8 @@ def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeyp
     (place / "few.txt").write_text("other words")
     code, _, err = say("compare", model, "pruned", "--texts", "few.txt", "--seq-len", 8)
     assert code == 2 and "are 1 row of 8 tokens" in err
-    turns = iter([rows, rows[:2]])
-    monkeypatch.setattr(Talker, "rows", lambda self, wanted: next(turns))
+    others = iter([tiny_tokenizer(), lambda text, **_: {"input_ids": ids[::-1]}])
+    monkeypatch.setattr(talking, "load_tokenizer", lambda folder: next(others))
     code, _, err = say(*given)
     assert code == 2 and "pruned has another tokenizer than" in err
 

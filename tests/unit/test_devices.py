@@ -85,6 +85,7 @@ def alone(tmp_path, monkeypatch):
 def release():
     """As if this process ended."""
     accelerator._CLAIMS.close()
+    accelerator._MINE.clear()
     for kept in (accelerator.own, accelerator.claim):
         kept.cache_clear()
 
@@ -430,10 +431,13 @@ def test_auto_takes_a_device_that_no_other_process_holds_and_says_which(held, ch
 
 
 @pytest.mark.parametrize(
-    ("held", "before", "within"),
-    [((0,), None, "1"), ((0,), "GPU-a,GPU-b", "GPU-b"), ((), None, None), ((0, 1), "3,5", "3,5")],
-)
-def test_a_private_ray_sees_the_devices_that_no_other_process_holds(held, before, within, monkeypatch):
+    ("held", "before", "workers", "within"),
+    [
+        ((0,), None, 1, "1"), ((0,), "GPU-a,GPU-b", 1, "GPU-b"), ((), None, 2, None), ((0, 1), "3,5", 1, "3,5"),
+        ((0,), None, 2, None),
+    ],
+)  # fmt: skip
+def test_a_private_ray_sees_the_devices_that_no_other_process_holds(held, before, workers, within, monkeypatch):
     monkeypatch.setattr(accelerator, "devices", lambda: [torch.device("gpu", 0), torch.device("gpu", 1)])
     monkeypatch.setattr(accelerator, "kind", lambda: "cuda")
     if before is None:
@@ -450,9 +454,10 @@ def test_a_private_ray_sees_the_devices_that_no_other_process_holds(held, before
     for name in ("ray.util", "ray.util.scheduling_strategies"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     with fake_devices(), another_holds(*held):
-        ray.connect(None)
+        ray.connect(None, workers=workers)
         assert resolve_device("auto") == torch.device("gpu", 1 if held == (0,) else 0), "nothing is held by the look"
-    assert seen == [within] and os.environ.get(ray.VISIBLE) == before
+        ray.connect(None, workers=workers)  # what this process itself holds is free for its workers
+    assert seen == [within, within] and os.environ.get(ray.VISIBLE) == before
 
 
 def test_an_only_device_is_taken_without_words(capsys):

@@ -45,6 +45,7 @@ from blockpruner.reporting.findings import recommended, signs
 from blockpruner.reporting.grids import Column, Grid, Number, escape_latex, to_csv, to_latex
 from blockpruner.reporting.pages import Findings, Page, to_markdown
 from blockpruner.reporting.results import RunLabels
+from blockpruner.reporting.statistics import stratified_t
 from blockpruner.store.files import read_json, write_json, write_table
 from blockpruner.store.plans import load_plan, save_plan
 from tests.builders import speed_facts
@@ -734,6 +735,13 @@ def test_goals_stand_beside_what_was_measured(subject):
     assert [cell.value for cell in measured] == pytest.approx(list(expected.values()))
     assert all(cell.low < cell.value < cell.high for cell in measured)
     assert [row[6] for row in found.rows] == ["yes", "by the point", "no", "yes", "yes"]
+    (confident,) = goals_grid([goal(healed, measure="p", at_most=2)], [evidence]).rows
+    found = stratified_t(healed.dense.p_gold, healed.model.p_gold)
+    errors = abs(found.value) / ((found.interval.high - found.value) / 1.96)
+    assert confident[5].value == pytest.approx(errors) and confident[6] == ("yes" if errors <= 2 else "no")
+    bare = replace(healed, model=replace(healed.model, texts={"heldout": healed.model.texts["heldout"]}))
+    (unknown,) = goals_grid([goal(healed, measure="wikitext2")], [replace(evidence, entries=(), healed=(bare,))]).rows
+    assert unknown[5] == "not measured" and healed.budget in unknown[1]
     (absent,) = goals_grid([goal(plain, budget="0.9")], [evidence]).rows
     assert absent[5:7] == ("not measured", "")
     page = build_set("test", [subject], PUBLISHED, (goal(plain),))

@@ -500,3 +500,7 @@ def test_joined_rows_are_full_and_validation_rows_are_others():
     assert (len(samples.rows), len(others.rows)) == (20, 10) and not set(samples.rows) & set(others.rows)
     with pytest.raises(InputError, match=r"recover.num_rows \+ validation 903 is more than the \d+ rows of 32 tokens"):
         training_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}))
+    few, last = training_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}), at_most=True)
+    assert len(few.rows) > 5 and len(last.rows) == 3 and not set(few.rows) & set(last.rows)
+    with pytest.raises(InputError, match="fill 3 rows of 32 tokens, of which 3 are held out; give more texts"):
+        training_rows(texts[:2], tiny_tokenizer(), wanted, at_most=True)

@@ -146,7 +146,7 @@ class RayScorer:
         self._halved: int | None = None
         self._answered: _Worker | None = None
         self._group: Any = None
-        self._ray, self._connected = connect(runtime.ray_address, runtime.streaming)
+        self._ray, self._connected = connect(runtime.ray_address, runtime.streaming, runtime.workers)
         try:
             needs = resources(runtime, [node["Resources"] for node in self._ray.nodes() if node["Alive"]])
             self._device = "GPU" if "GPU" in needs else "CPU"
@@ -381,11 +381,12 @@ def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
+def connect(address: str | None, streaming: bool = False, workers: int = 1) -> tuple[Any, bool]:
     """Ray, and whether this call connected this process to it.
 
     Args:
         streaming: workers plan their own memory, and a private Ray shall not kill one that uses it.
+        workers: how many will ask for a GPU each, if there are any.
 
     Raises:
         InputError: ray is not installed, or nothing answers at the address.
@@ -407,7 +408,7 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
         return ray, False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        with _free_devices():
+        with _free_devices(workers):
             ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         return ray, True
     if address.startswith("ray://"):
@@ -427,14 +428,14 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
 
 
 @contextmanager
-def _free_devices() -> Iterator[None]:
-    """Within, processes that are started see those GPUs alone that nobody has claimed. Where that is none, they see
-    all and share them."""
+def _free_devices(workers: int) -> Iterator[None]:
+    """Within, processes that are started see those GPUs alone that no other process has claimed. Where these are fewer
+    than the workers, they see all and share them."""
     from blockpruner.model import accelerator
 
     here = accelerator.devices()
     free = [device.index for device in here if not accelerator.is_held(device)]
-    if accelerator.kind() != "cuda" or len(free) in (0, len(here)):
+    if accelerator.kind() != "cuda" or len(free) < workers or len(free) == len(here):
         yield
         return
     before = os.environ.get(VISIBLE)
