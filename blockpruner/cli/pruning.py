@@ -363,7 +363,7 @@ class Place:
         Raises:
             InputError: a folder holds something else.
         """
-        words = healed and healed.words
+        words = None if healed is None else healed.words
         places = {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
         found: list[tuple[str, Path, Writer | None]] = []
         for form, place in places.items():

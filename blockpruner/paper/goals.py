@@ -33,7 +33,7 @@ def _ratio(entry: Entry, text: str = "heldout") -> Effect | None:
 
 def _heldout(entry: Entry, evidence: Evidence) -> Measured | None:
     found = _ratio(entry)
-    return found and (found.value, found.interval)
+    return None if found is None else (found.value, found.interval)
 
 
 def _wikitext2(entry: Entry, evidence: Evidence) -> Measured | None:
@@ -85,7 +85,7 @@ def goals_grid(goals: Sequence[SetGoal], found: Sequence[Evidence]) -> Grid:
         name = f"{goal.method} at {goal.budget}" + (f" + {asked}" if asked else "")
         for evidence in found:
             entry = _model(goal, evidence)
-            known = entry and measure(entry, evidence)
+            known = None if entry is None else measure(entry, evidence)
             if entry is None or known is None:
                 rows.append(("", name, "", what, Number(goal.at_most, 3), "not measured", "", ""))
                 continue
