@@ -33,8 +33,9 @@ def main(name: str) -> None:
         export = EXPORTS[form]
         place = DATA / "checkpoints" / name / form
         export.write(replace(pruning, healed=healed), place)
-        seen = read_json(place / REPORT_FILE)
-        checked = f"{'checked' if seen['ok'] else 'unchecked'} by {seen['engine']}"
+        report = place / REPORT_FILE  # a format of another package may have none
+        seen = read_json(report) if report.exists() else {}
+        checked = f"checked by {seen['engine']}" if seen.get("ok") else "unchecked"
         observer().note(f"{name}: {export.title} for {', '.join(export.engines)}, {checked}")
 
 

@@ -107,7 +107,11 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
     chosen = [i for i, row in enumerate(rows) if row["chosen"]]
     if len(chosen) != 1:
         raise InputError(f"{path} has {len(chosen)} chosen rows; exactly one is valid")
-    masks = [parse_mask(",".join(row["removed"])) for row in rows]
+    try:
+        masks = [parse_mask(",".join(row["removed"])) for row in rows]
+        added = tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     scores = tuple(_score(mask, row["row_loss"], row["rows_total"]) for mask, row in zip(masks, rows, strict=True))
     nll = tuple(
         None if row["row_nll"] is None else MaskScore(mask, tuple(row["row_nll"]), row["rows_total"])
@@ -116,7 +120,7 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
     return Iteration(
         index=index,
         scores=scores,
-        added=tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows),
+        added=added,
         chosen=chosen[0],
         lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
         note=facts.get("note", ""),

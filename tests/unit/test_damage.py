@@ -307,7 +307,14 @@ rows = st.fixed_dictionaries(
 )
 
 
+NO_BLOCK = {
+    "removed": [], "added": "mha.-1", "loss": None, "perplexity": None, "rows_used": 0, "rows_total": 0, "chosen": True,
+    "row_loss": [], "row_nll": None, "lazy_choice": None,
+}  # fmt: skip
+
+
 @given(content=st.lists(rows, max_size=3))
+@example(content=[NO_BLOCK])
 @many
 def test_a_table_of_nonsense_seeds_no_trial(content, tmp_path):
     """What is accepted has a finite loss for each row that it claims to have used."""

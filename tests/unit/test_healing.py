@@ -97,7 +97,7 @@ def test_stage_compensates_and_the_export_has_the_weights(project):
 def test_calibration_sees_nothing_that_is_evaluated(project, capfd):
     """The last five of its texts are the first five of the held-out ones."""
     run = read_json(Path("runs/tiny.yaml"))
-    run["calibration"] |= {"num_samples": 55, "packing": "per_sample", "score": "all"}
+    run["calibration"] |= {"num_samples": 55, "num_rows": None, "packing": "per_sample", "score": "all"}
     write_json(Path("runs/tiny.yaml"), run)
     calibrate.main("tiny")
     rows = CalibrationSet.load(Path("data/calibration/tiny/rows.parquet")).rows

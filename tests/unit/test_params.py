@@ -48,6 +48,7 @@ def answers(limit=50, packing="per_sample", split="all", num_samples=10, metric=
     def edit(values):
         tasks = {"source": "tasks", "tasks": ["piqa", "arc_easy"], "skip": 50} | data
         values["calibration"].update(data=tasks, packing=packing, split=split, num_samples=num_samples, score="all")
+        values["calibration"].pop("num_rows", None)
         values["score"]["metric"] = metric
         values["evaluate"]["zero_shot"]["limit"] = limit
 
