@@ -5,6 +5,7 @@ Of their code only ours is run. A dense model of a known family needs none, what
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from transformers import TextStreamer
 
 from blockpruner.cli.pruning import fitted, own_dtype, several
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import FAMILIES
+from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import Perplexity
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
@@ -31,13 +32,19 @@ from blockpruner.reporting.statistics import perplexity_ratio
 from blockpruner.store.files import read_json
 
 
+def config_of(folder: Path) -> Config:
+    """A checkpoint's config; raises InputError if the folder holds none."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint's folder, as prune writes it")
+    config: Config = read_json(folder / "config.json")
+    return config
+
+
 class Talker:
     """A model that answers."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint's folder, as prune writes it")
-        config = read_json(folder / "config.json")
+        config = config_of(folder)
         has_code = config.get("model_type") not in FAMILIES and has_our_code(folder)
         self.model = load_model(folder, own_dtype(config), device, has_code)
         self._tokenizer = load_tokenizer(folder)
@@ -94,8 +101,8 @@ def rows_of(folders: Sequence[Path], wanted: Perplexity) -> tuple[tuple[int, ...
         InputError: the texts are fewer than two rows, or the tokenizers make different rows of them.
     """
     texts, found = load_texts(wanted.data, Path(), Path()), list[tuple[tuple[int, ...], ...]]()
-    for folder in folders:
-        wanted = fitted(wanted, read_json(folder / "config.json"), "evaluate.perplexity.seq_len")
+    shortest = min(map(config_of, folders), key=lambda config: config.get("max_position_embeddings") or math.inf)
+    wanted = fitted(wanted, shortest, "evaluate.perplexity.seq_len")
     for folder in folders:
         found.append(several(held_out(load_tokenizer(folder), texts, wanted).rows, wanted.seq_len))
         if found[-1] != found[0]:

@@ -587,6 +587,12 @@ def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeyp
     (place / "few.txt").write_text("other words")
     code, _, err = say("compare", model, "pruned", "--texts", "few.txt", "--seq-len", 8)
     assert code == 2 and "are 1 row of 8 tokens" in err
+    short = save_tiny(place / "short", max_position_embeddings=64)
+    both = done(say("compare", model, short, "--texts", "heldout.txt", "--json"))
+    long = [full_nll(dense, ids[i : i + 64]) for i in range(0, len(ids) - 63, 64)]
+    assert both[0]["perplexity"] == pytest.approx(math.exp(mean(long)), rel=1e-5), "rows fit into both contexts"
+    code, _, err = say("compare", model, place, "--texts", "heldout.txt")
+    assert code == 2 and "give a checkpoint's folder" in err
     others = iter([tiny_tokenizer(), lambda text, **_: {"input_ids": ids[::-1]}])
     monkeypatch.setattr(talking, "load_tokenizer", lambda folder: next(others))
     code, _, err = say(*given)
