@@ -87,7 +87,7 @@ check: setup
 	$(BIN)/lint-imports
 
 # One thread for each of the workers and of the processes that they start.
-test: check
+test: check docs
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup $(SLOW_VENV)/.ready

@@ -6,6 +6,8 @@ a target needs is decided by flows.selection, how a stage is run by flows.prune.
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import read_json
-from flows.prune import AS_RETURNED, begin, outcome, publish, restored, run_stages, track_targets
+from flows.prune import AS_RETURNED, begin, outcome, publish, restored, run_here, run_stages, track_targets
 from flows.selection import Chosen, RunGrid, Selection, choose
 from flows.tracking import figures, project
 
@@ -88,3 +90,22 @@ def _row(run: str, target: str, state: State[Any], seconds: float) -> dict[str, 
         for key, name in COMPARED.items():
             values |= {name: pruned.get(key, "not timed")} | ({f"{name}, dense": dense[key]} if key in dense else {})
     return values | {"minutes": round(seconds / 60, 1), "why": "" if state.is_completed() else state.message}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: all made; 1: something is missing; 2: refused, params.yaml is as it was; 130: interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--run", action="append", required=True, metavar="NAME", help="a run: runs/NAME.yaml")
+    parser.add_argument(
+        "--budget", action="append", default=[], metavar="B", help="as of flows.prune; default: 0.05 to 0.25"
+    )
+    parser.add_argument("--stop-on-failure", action="store_true", help="leave out what comes after the first failure")
+    options = parser.parse_args(argv)
+    budgets = {"budgets": tuple(options.budget)} if options.budget else {}
+    grid = RunGrid(runs=tuple(options.run), stop_on_failure=options.stop_on_failure, **budgets)
+    wanted = Selection(runs=grid.runs, budgets=grid.budgets)
+    return run_here(lambda: choose(wanted), lambda: sweep(grid, return_state=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -90,8 +90,10 @@ def _packages() -> Iterator[Checkup]:
 
 
 def _devices() -> Iterator[Checkup]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Checkup("CPU", f"{machine()}, {size(memory)} of memory, {torch.get_num_threads()} threads")
+    memory = ""
+    if hasattr(os, "sysconf"):  # Windows has none
+        memory = f", {size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} of memory"
+    yield Checkup("CPU", f"{machine()}{memory}, {torch.get_num_threads()} threads")
     for device in accelerator.devices():
         free, whole = accelerator.free_memory(device), accelerator.total_memory(device)
         yield Checkup(str(device), f"{accelerator.name(device)}, {size(free)} of {size(whole)} free")

@@ -43,7 +43,8 @@ from flows.paper import lacking_data, paper
 from flows.paper import main as paper_main
 from flows.prune import main, prune
 from flows.selection import RunGrid, Selection, Tables, choose, choose_set
-from flows.sweep import left_out, sweep
+from flows.sweep import left_out
+from flows.sweep import main as sweep_main
 from tests.integration.project import post
 from tests.ports import free_port
 from tests.processes import alive, wait_until
@@ -328,7 +329,7 @@ def test_flow_shows_stages_iterations_and_artifacts(project, server):
     assert all(a["data"] == 100.0 for a in artifacts if a["type"] == "progress")
 
 
-def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, monkeypatch):
+def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, monkeypatch, capsys):
     shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
     targets = ["smollm2-0.1", "smollm2-0.2", "other-0.1", "other-0.2"]
     for name, perplexity in {"smollm2-dense": 20.0, "other-dense": 30.0, **dict.fromkeys(targets, 40.0)}.items():
@@ -339,9 +340,10 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, m
     monkeypatch.setenv("STUB_FAILS", "commit smollm2-0.1")
     monkeypatch.setenv("STUB_SAYS", "error in stage commit smollm2-0.1: budget '0.1' is not in this sequence")
     with temporary_settings({PREFECT_API_URL: server}):
-        state = sweep(RunGrid(runs=("smollm2", "other"), budgets=("0.1", "0.2")), return_state=True)
-    assert state.is_failed() and "not complete: smollm2-0.1. Finished" in state.message
-    assert state.message.endswith("params.yaml is as before, with smollm2-0.2, other-0.1, other-0.2")
+        assert sweep_main(["--run", "smollm2", "--run", "other", "--budget", "0.1", "--budget", "0.2"]) == 1
+    message = capsys.readouterr().err.strip()
+    assert "not complete: smollm2-0.1. Finished" in message
+    assert message.endswith("params.yaml is as before, with smollm2-0.2, other-0.1, other-0.2")
     assert set(load_params().targets) == {"smollm2-0.02", "smollm2-0.05", *targets[1:]}
     assert ran() == [
         *("fetch smollm2", "score smollm2", "commit smollm2-0.1", "commit smollm2-0.2"),

@@ -29,6 +29,7 @@ from blockpruner.cli import curve as work
 from blockpruner.cli import doctor, pruning, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
+from blockpruner.compensation import compensate as compensation
 from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
@@ -311,6 +312,26 @@ def test_a_format_that_cannot_hold_the_family_is_refused_before_a_search(place, 
     for form in ("gguf", "mlx-lm"):
         code, _, err = say(*prune(other, "--out", "out", "--export", form))
         assert code == 2 and "has no qwen3 models that lack blocks" in err and not (place / "cache").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_training_begins_at_the_compensated_weights(model, place, say, monkeypatch):
+    (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(300)))
+    args = prune(model, "--seq-len", 16, "--heal", "all", "--json", method="recommended", ratio=0.2)
+    fit = compensation.compensate
+
+    def another(model, *given):
+        """Other weights than the pruned model's, whether or not they help this one."""
+        return replace(fit(model, *given), weights={"model.norm.weight": 3 * model.model.norm.weight.detach()})
+
+    before = []
+    for wanted in (fit, another):
+        monkeypatch.setattr(compensation, "compensate", wanted)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(place / wanted.__name__))
+        before.append(done(say(*args, "--out", f"out-{wanted.__name__}"))["perplexity"]["trained"]["before"])
+    assert before[0] != pytest.approx(before[1], rel=1e-3)
+    card = (place / "out-another/README.md").read_text()
+    assert card.index("compensated without training") < card.index("then trained")
 
 
 @pytest.mark.usefixtures("in_process")

@@ -13,9 +13,10 @@ import torch
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, all_blocks, format_mask, parse_mask, removable_units
 from blockpruner.core.errors import InputError
 from blockpruner.model.models import decoder_layers, masked, model_family
+from blockpruner.scoring import losses
 from blockpruner.scoring.engine import REFERENCE, Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
-from blockpruner.scoring.losses import token_js, token_kl
+from blockpruner.scoring.losses import token_js, token_kl, token_nll
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.work import Task, over_all_rows
 from tests.tiny import VARIANTS, VOCABULARY, full_nll, tiny_model, tolerance
@@ -219,6 +220,25 @@ def test_divergences_of_distributions():
     for loss in (token_kl, token_js):
         assert loss(one, targets, one).abs().max() < 1e-14
         assert loss(one.bfloat16(), targets, two.bfloat16()).dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [token_nll, token_kl, token_js])
+@pytest.mark.parametrize("tokens", [1, 5, 33, 65])
+def test_pieces_of_logits_keep_the_bits(loss, dtype, tokens, monkeypatch):
+    """A CPU takes pieces of a few tokens, and never one token alone; a gradient takes all at once."""
+    generator = torch.Generator().manual_seed(2)
+    logits, dense = (torch.randn(tokens, 4096, generator=generator).to(dtype) for _ in range(2))
+    targets = torch.randint(4096, (tokens,), generator=generator)
+    monkeypatch.setattr(losses, "CACHED", 1)
+    sizes, wide = [], losses._wide
+    monkeypatch.setattr(losses, "_wide", lambda given: sizes.append(len(given)) or wide(given))
+    found = loss(logits, targets, dense)
+    assert max(sizes) <= losses.FEWEST and (min(sizes) > 1 or tokens == 1)
+    assert torch.equal(found, loss.__wrapped__(logits, targets, dense))
+    sizes.clear()
+    loss(logits.requires_grad_(), targets, dense)
+    assert set(sizes) == {tokens}
 
 
 # --- influences ------------------------------------------------------------------------------------------------------
