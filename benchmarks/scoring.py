@@ -5,6 +5,7 @@
     python -m benchmarks.scoring growth                                     cost against layers, rows, vocabulary
     python -m benchmarks.scoring workers [n ...]                            Ray workers of one thread each
     python -m benchmarks.scoring small [layers]                             few short rows: several masks at once or one
+    python -m benchmarks.scoring losses                                     a loss of many logits, in pieces or whole
     python -m benchmarks.scoring streaming [layers] [shape]                 layers from disk: read ahead, or not
 
 Each prints Markdown and keeps its figures in data/benchmarks/ for `python -m benchmarks.plots`. `search` goes on where
@@ -43,6 +44,7 @@ from blockpruner.paper.flops import Flops
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
+from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task
@@ -440,6 +442,37 @@ def show_small(found: dict[str, Any]) -> None:
         )
 
 
+@torch.inference_mode()
+def losses() -> dict[str, Any]:
+    """The NLL of tokens from their logits in float32, in pieces that stay in a CPU's cache and whole, in turns."""
+    points = []
+    for tokens, vocabulary in ((126, 49152), (340, 49152), (110, 151936)):
+        logits, targets = torch.randn(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
+        seconds: dict[str, list[float]] = {"pieces": [], "whole": []}
+        ways = {"pieces": token_nll, "whole": token_nll.__wrapped__}  # type: ignore[attr-defined]
+        found = {}
+        for turn in range(30):
+            for name in list(ways)[:: 1 if turn % 2 else -1]:
+                started = time.perf_counter()
+                found[name] = ways[name](logits, targets)
+                seconds[name].append(time.perf_counter() - started)
+        points.append({
+            "tokens": tokens, "vocabulary": vocabulary, "same_bits": torch.equal(found["pieces"], found["whole"]),
+            **{name: statistics.median(taken[2:]) for name, taken in seconds.items()},
+            "gain": statistics.median(w / p for p, w in zip(seconds["pieces"], seconds["whole"], strict=True)),
+        })  # fmt: skip
+    return {"points": points, **setting()}
+
+
+def show_losses(found: dict[str, Any]) -> None:
+    print("\n| tokens | vocabulary | ms, in pieces | ms, whole | gain | bits |\n|---:|---:|---:|---:|---:|---|")
+    for p in found["points"]:
+        print(
+            f"| {p['tokens']} | {p['vocabulary']:,} | {1e3 * p['pieces']:.1f} | {1e3 * p['whole']:.1f} | "
+            f"{p['gain']:.2f}x | {'the same' if p['same_bits'] else 'others'} |"
+        )
+
+
 def streaming(layers: int, shape: str) -> dict[str, Any]:
     """Passes over a checkpoint that the system does not cache, with weights read ahead and without, in turns.
 
@@ -510,6 +543,9 @@ def main(arguments: Sequence[str]) -> int:
     elif command == "small":
         found = small(int(rest[0]) if rest else 8)
         show_small(found)
+    elif command == "losses":
+        found = losses()
+        show_losses(found)
     elif command == "streaming":
         found = streaming(int(rest[0]) if rest else 6, rest[1] if len(rest) > 1 else "llama2-7b")
         write_json(RESULTS / "streaming.json", found)
