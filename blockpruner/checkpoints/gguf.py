@@ -128,7 +128,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
 
 
 def require_quantizations(names: Sequence[str]) -> None:
-    """Raise InputError for a quantization that llama.cpp does not have, or if its program is not here."""
+    """Raise InputError for a quantization that llama.cpp does not have, or if its program is not here or not whole."""
     with extra("gguf"):
         from gguf import LlamaFileType
 
@@ -141,6 +141,9 @@ def require_quantizations(names: Sequence[str]) -> None:
                 f"export gguf:{name} needs llama.cpp's program {QUANTIZER}, which is not on PATH; install llama.cpp "
                 "(https://github.com/ggml-org/llama.cpp), or export gguf, whose model-F16.gguf it reads later"
             )
+        tried = subprocess.run([QUANTIZER, "--help"], capture_output=True, text=True, check=False)
+        if tried.returncode in (126, 127):  # the loader's: a library is missing
+            raise InputError(f"export gguf:{name}: {QUANTIZER} does not start: {tried.stderr.strip()}; mend it first")
 
 
 def _quantize(directory: Path, option: Sequence[str], name: str) -> None:
