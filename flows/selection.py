@@ -41,6 +41,9 @@ BUDGETS = (
 )
 
 
+SWEEP_BUDGETS = ("0.05", "0.1", "0.15", "0.2", "0.25")
+
+
 def offer_runs(schema: dict[str, Any]) -> None:
     """Name the run files that exist when the form is made; the flow checks which of them are good."""
     schema["items"]["enum"] = run_names()
@@ -99,7 +102,7 @@ class RunGrid(Frozen):
         json_schema_extra=offer_runs,
     )
     budgets: tuple[str, ...] = Field(
-        default=("0.05", "0.1", "0.15", "0.2", "0.25"),
+        default=SWEEP_BUDGETS,
         min_length=1,
         description=f"How far to prune each: {BUDGETS}. A greedy search is made once, as far as the largest needs.",
         json_schema_extra=check_budgets,

@@ -1,4 +1,6 @@
-"""Several runs with several budgets each, as a Prefect flow: every model of a study, and one table of all.
+"""`python -m flows.sweep --run NAME ... [--budget B ...] [--stop-on-failure]`: every run to every budget.
+
+As a Prefect flow, with one table of all models.
 
 Decides the order (run after run: the first is complete early), what a failure leaves out, and the table. What a run or
 a target needs is decided by flows.selection, how a stage is run by flows.prune.
@@ -21,7 +23,7 @@ from prefect.states import Completed, Failed
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import read_json
 from flows.prune import AS_RETURNED, begin, outcome, publish, restored, run_here, run_stages, track_targets
-from flows.selection import Chosen, RunGrid, Selection, choose
+from flows.selection import BUDGETS, SWEEP_BUDGETS, Chosen, RunGrid, Selection, choose
 from flows.tracking import figures, project
 
 PLANS = Path("data/plans")
@@ -94,15 +96,15 @@ def _row(run: str, target: str, state: State[Any], seconds: float) -> dict[str, 
 
 def main(argv: list[str] | None = None) -> int:
     """0: all made; 1: something is missing; 2: refused, params.yaml is as it was; 130: interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--run", action="append", required=True, metavar="NAME", help="a run: runs/NAME.yaml")
     parser.add_argument(
-        "--budget", action="append", default=[], metavar="B", help="as of flows.prune; default: 0.05 to 0.25"
+        "--budget", action="append", metavar="B", help=f"{BUDGETS}; default: {', '.join(SWEEP_BUDGETS)}"
     )
     parser.add_argument("--stop-on-failure", action="store_true", help="leave out what comes after the first failure")
     options = parser.parse_args(argv)
-    budgets = {"budgets": tuple(options.budget)} if options.budget else {}
-    grid = RunGrid(runs=tuple(options.run), stop_on_failure=options.stop_on_failure, **budgets)
+    budgets = tuple(options.budget or SWEEP_BUDGETS)
+    grid = RunGrid(runs=tuple(options.run), budgets=budgets, stop_on_failure=options.stop_on_failure)
     wanted = Selection(runs=grid.runs, budgets=grid.budgets)
     return run_here(lambda: choose(wanted), lambda: sweep(grid, return_state=True))
 

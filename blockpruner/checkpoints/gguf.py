@@ -79,6 +79,9 @@ MATRIX = f"""
 
 
 QUANTIZER = "llama-quantize"
+
+NOT_STARTED = (126, 127, 0xC0000135)
+"""Exit codes of a program that lacks a library: of Linux's loader, and of Windows'. On macOS a signal ends it."""
 """llama.cpp's program, which no Python package brings along."""
 
 
@@ -128,7 +131,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
 
 
 def require_quantizations(names: Sequence[str]) -> None:
-    """Raise InputError for a quantization that llama.cpp does not have, or if its program is not here or not whole."""
+    """Raise InputError for a quantization that llama.cpp has not, or if its program is not here or does not start."""
     with extra("gguf"):
         from gguf import LlamaFileType
 
@@ -141,9 +144,22 @@ def require_quantizations(names: Sequence[str]) -> None:
                 f"export gguf:{name} needs llama.cpp's program {QUANTIZER}, which is not on PATH; install llama.cpp "
                 "(https://github.com/ggml-org/llama.cpp), or export gguf, whose model-F16.gguf it reads later"
             )
-        tried = subprocess.run([QUANTIZER, "--help"], capture_output=True, text=True, check=False)
-        if tried.returncode in (126, 127):  # the loader's: a library is missing
-            raise InputError(f"export gguf:{name}: {QUANTIZER} does not start: {tried.stderr.strip()}; mend it first")
+    if names and (fault := quantizer_fault()):
+        raise InputError(
+            f"export gguf:{names[0]}: {QUANTIZER} does not start ({fault}); install llama.cpp anew, or export gguf"
+        )
+
+
+def quantizer_fault() -> str:
+    """Why llama.cpp's program, which is on PATH, does not start; "" if it does."""
+    options: dict[str, Any] = {"text": True, "errors": "replace", "stdin": subprocess.DEVNULL}
+    try:
+        tried = subprocess.run([QUANTIZER, "--help"], capture_output=True, check=False, **options)
+    except OSError as error:
+        return str(error)
+    if tried.returncode >= 0 and tried.returncode not in NOT_STARTED:
+        return ""
+    return tried.stderr.strip().rpartition("\n")[2] or f"exit code {tried.returncode}"
 
 
 def _quantize(directory: Path, option: Sequence[str], name: str) -> None:

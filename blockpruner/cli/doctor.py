@@ -19,8 +19,10 @@ import torch
 from packaging.requirements import Requirement
 from rich.table import Table
 
+from blockpruner.checkpoints.gguf import QUANTIZER, quantizer_fault
 from blockpruner.model import accelerator
 from blockpruner.reporting.formats import size
+from blockpruner.store.files import WINDOWS
 from blockpruner.store.provenance import machine
 
 OPTIONAL = {
@@ -91,7 +93,7 @@ def _packages() -> Iterator[Checkup]:
 
 def _devices() -> Iterator[Checkup]:
     memory = ""
-    if hasattr(os, "sysconf"):  # Windows has none
+    if not WINDOWS:
         memory = f", {size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} of memory"
     yield Checkup("CPU", f"{machine()}{memory}, {torch.get_num_threads()} threads")
     for device in accelerator.devices():
@@ -135,9 +137,10 @@ def _cache(folder: Path) -> Checkup:
 
 def _quantizer() -> Checkup:
     """It comes with llama.cpp and not with a Python package."""
-    found = shutil.which("llama-quantize") or ""
-    fix = "install llama.cpp, and have llama-quantize on PATH"
-    return Checkup("llama-quantize", found, "for --export gguf:Q4_K_M", fix, needed=False)
+    found = shutil.which(QUANTIZER) or ""
+    fault = f"{found} does not start: {quantizer_fault()}" if found and quantizer_fault() else ""
+    fix = f"install llama.cpp, and have {QUANTIZER} on PATH"
+    return Checkup(QUANTIZER, "" if fault else found, fault or "for --export gguf:Q4_K_M", fix, needed=False)
 
 
 def _hub(online: bool) -> Checkup:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,31 +16,35 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits [N, V], targets [N], logits of the dense model [N, V], or none where not needed) -> losses [N]."""
 
-CACHED = 2 * 2**20
-"""On a CPU, a loss takes so many bytes of logits at a time: it goes over them several times, and they stay in a core's
+PIECE_BYTES = 2 * 2**20
+"""On a CPU, a loss takes so many bytes of logits at a time: it goes over them several times, and so few stay in the
 cache meanwhile."""
 
-FEWEST = 4
-"""Tokens to a piece, or more. Pieces are of like size, so none has a single token, whose sum torch would divide among
-the threads and so round otherwise."""
+PIECE_TOKENS = 4
+"""A piece may have so many tokens, however large they are. Pieces are of like size, so each has at least two: torch
+divides a sum over a single token among its threads, and KL over 49,152 logits then has other bits."""
+
+LossFunction = TypeVar("LossFunction", bound=Callable[..., Tensor])
 
 
-def in_pieces(loss: Loss) -> Callable[..., Tensor]:
-    """A loss with the same bits, on a CPU computed for a few tokens at a time (`CACHED`).
+def in_pieces(loss: LossFunction) -> LossFunction:
+    """A loss with the same bits, on a CPU computed for a few tokens at a time.
 
     For a gradient it is taken whole: each piece would fill a gradient of all logits with zeros.
     """
 
     @wraps(loss)
-    def computed(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
-        given = (logits, targets, logits[:0] if dense is None else dense)
-        tokens = max(FEWEST, CACHED // (logits.shape[-1] * logits.element_size()))
-        if logits.device.type != "cpu" or logits.requires_grad or len(logits) <= tokens:
+    def computed(*given: Tensor) -> Tensor:
+        logits = given[0]
+        most = max(
+            PIECE_TOKENS, PIECE_BYTES // (logits.shape[-1] * max(4, logits.element_size()))
+        )  # in float32 at least
+        if logits.device.type != "cpu" or logits.requires_grad or len(logits) <= most:
             return loss(*given)
-        count = math.ceil(len(logits) / tokens)
+        count = math.ceil(len(logits) / most)
         return torch.cat([loss(*piece) for piece in zip(*(part.tensor_split(count) for part in given), strict=True)])
 
-    return computed
+    return cast(LossFunction, computed)
 
 
 @in_pieces

@@ -363,6 +363,16 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, m
     }  # fmt: skip
 
 
+def test_sweep_from_the_command_line(project, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("flows.sweep.sweep", lambda grid, return_state: asked.append(grid) or Completed(message="made"))
+    assert sweep_main(["--run", "smollm2"]) == sweep_main(["--run", "smollm2", "--stop-on-failure"]) == 0
+    plain = RunGrid(runs=("smollm2",))
+    assert asked == [plain, plain.model_copy(update={"stop_on_failure": True})]
+    assert sweep_main(["--run", "none"]) == 2 and "none" in capsys.readouterr().err
+    assert Path("params.yaml").read_text() == PARAMS
+
+
 @pytest.mark.parametrize(
     ("stop", "failed", "reason"),
     [(False, "a", "a has no scores"), (False, "a-0.1", ""), (True, "z", "z failed"), (False, "z", "")],

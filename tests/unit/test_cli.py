@@ -703,6 +703,11 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     for more, found, lacks in (((), "not contacted", ""), (["--online"], "", "no route to host")):
         hub = done(say("doctor", "--json", *more))[-1]
         assert hub["found"].startswith(found) and bool(hub["found"]) is bool(found) and lacks in hub["lacks"]
+    assert "of memory" in checks["CPU"]["found"]
+    monkeypatch.setattr(doctor, "WINDOWS", True)  # which cannot tell
+    (tool := place / "llama-quantize").write_text("#!/no/such/interpreter")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(place), prepend=":")
     known = doctor.version
     absent = {"ray": "", "typer": "0.1"}
 
@@ -714,6 +719,8 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     monkeypatch.setattr(doctor, "version", version)
     code, out, _ = say("doctor", "--json")
     checks = {check["name"]: check for check in json.loads(out)}
+    assert "of memory" not in checks["CPU"]["found"]
+    assert f"{tool} does not start: " in checks["llama-quantize"]["lacks"]
     assert code == 1 and checks["typer"]["verdict"] == "missing" and checks["ray"]["verdict"] == "optional"
     floor = next(line for line in metadata.requires("blockpruner") if line.startswith("typer"))
     assert checks["typer"]["fix"] == f"pip install '{floor}'" and checks["typer"]["lacks"] == f"0.1 is not {floor[5:]}"

@@ -446,8 +446,14 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
     with pytest.raises(InputError, match="gguf:Q4_K_M: llama-quantize failed: exit code 0"):
         quantized("exit 0", "silent")
     assert {path.name for path in tmp_path.iterdir()} == {"bin", "out", "other", "weighed"}
-    with pytest.raises(InputError, match="gguf:Q4_K_M: llama-quantize does not start: no library; mend it first"):
-        quantized("echo no library >&2; exit 127", "broken")  # before the search
+    for script, fault in (
+        ("#!/bin/sh\necho no library >&2; exit 127\n", "no library"),
+        ("#!/bin/sh\nkill -ABRT $$\n", "exit code -6"),
+        ("#!/no/such/interpreter\n", "No such file"),
+    ):
+        tool.write_text(script)
+        with pytest.raises(InputError, match=rf"gguf:Q4_K_M: llama-quantize does not start \(.*{fault}.*install"):
+            gguf.require_quantizations(["Q4_K_M"])
     with pytest.raises(InputError, match="gguf:Q4: the quantization is unknown; valid: .*Q4_K_M"):
         gguf.require_quantizations(["Q4"])
     monkeypatch.setenv("PATH", str(tmp_path))
