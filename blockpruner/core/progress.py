@@ -108,7 +108,7 @@ class ConsoleObserver:
         now = time.monotonic()
         text, outlook = detail, f"{duration(now - self._started)} so far"
         if total is not None:
-            text = f"{done}/{total} ({detail})"
+            text = f"{done}/{total} ({detail})" if detail else f"{done}/{total}"
             outlook = f"{duration((now - self._started) / max(done, 1) * (total - done))} left"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, detail=text)

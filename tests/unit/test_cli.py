@@ -380,7 +380,9 @@ def test_a_dry_run_measures_this_machine_and_reads_the_texts(model, place, say, 
     assert found["weights_bytes"] == sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
     monkeypatch.setattr(doctor, "product_flops", lambda *_: found["teraflop"] * 1e12 / 200)
     code, out, _ = say(*prune(model, "--dry-run", "--device", "cpu"))
-    assert "time: 3m20s here (cpu), by the speed of matrix products alone: the real run takes longer" in out
+    assert "time: at least 3m20s of search here (cpu), by the speed of matrix products; a small model on a CPU" in out
+    half = done(say(*prune(model, "--dry-run", "--json", "--device", "cpu", "--dtype", "bfloat16")))
+    assert half["copy_bytes"] == found["copy_bytes"] == 2 * half["weights_bytes"]
     assert found["hint"] == "--dtype bfloat16 is 2.0 times as fast here" and "hint" not in out
     assert "on others: h100 under 1s, h200 under 1s" in out
     samples = "".join(json.dumps({"text": f"{i} words of number {i}"}) + "\n" for i in range(9))
@@ -514,8 +516,9 @@ def test_a_bad_value_is_named_in_one_line(model, place, say, more, message):
 
 
 def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch):
-    code, _, err = say(*prune("./absent"))
-    assert code == 2 and "absent' does not exist or has no config.json" in err
+    for absent in ("./absent", "data/models/absent"):
+        code, _, err = say(*prune(absent))
+        assert code == 2 and "absent' does not exist or has no config.json" in err
     missing = "there is no folder 'modles/tiny' here, and hub repository 'modles/tiny' cannot be used: HF_HUB_OFFLINE"
     for words in (prune("modles/tiny"), ("chat", "modles/tiny"), ("apply", "modles/tiny", "p", "--out", "o")):
         code, _, err = say(*words)

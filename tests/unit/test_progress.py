@@ -38,7 +38,12 @@ def test_where_more_may_follow_no_time_left_is_shown(monkeypatch):
     show.begin("budget 0.1, step 5, removed 4.1 of 10 %")
     clock[0] += 65
     show.advance(6, None, "candidate mha.1")
-    assert out.getvalue() == "  budget 0.1, step 5, removed 4.1 of 10 %: candidate mha.1, 1m05s so far\n"
+    clock[0] += 65
+    show.advance(6, 12, "")
+    assert out.getvalue().splitlines() == [
+        "  budget 0.1, step 5, removed 4.1 of 10 %: candidate mha.1, 1m05s so far",
+        "  budget 0.1, step 5, removed 4.1 of 10 %: 6/12, 2m10s left",
+    ]
 
 
 def test_outlook_counts_computed_phases_only():
