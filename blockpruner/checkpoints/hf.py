@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.verification import reference_outputs, tolerance_of, write_verified
@@ -22,6 +22,11 @@ from blockpruner.methods.apply import Pruning
 from blockpruner.model.classes import OUR_MODULES
 from blockpruner.store.files import let_others_read, write_json, write_text
 from blockpruner.store.plans import PLAN_FILE, plan_fields
+
+COUNTED = """
+Its layers attend in more than one way, in another order than the base model's. transformers and vLLM read the order in
+`config.json` (`layer_types`). mlx-lm and llama.cpp count layers instead, and would compute another model.
+"""
 
 
 def export_hf(pruning: Pruning, out: Path) -> None:
@@ -34,11 +39,20 @@ def export_hf(pruning: Pruning, out: Path) -> None:
 
     def write(directory: Path, reference: Path) -> float:
         pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced.cpu(), plan), reference))
-        card = model_card(plan, pruning.dense, code_file(pruned), pruning.healed)
+        card = model_card(plan, pruning.dense, code_file(pruned), pruning.healed, _remark(pruned, pruning.dense))
         save_checkpoint(pruned, plan, pruning.dense, directory, card)
         return tolerance_of(model)
 
     write_verified(out, write)
+
+
+def _remark(pruned: PreTrainedModel, dense: Path) -> str:
+    """What a plain checkpoint's card must say of engines that know its family."""
+    if code_file(pruned) is not None:
+        return ""
+    configs = (pruned.config, AutoConfig.from_pretrained(dense, local_files_only=True))
+    left, before = (getattr(config, "layer_types", None) or [] for config in configs)
+    return "" if left == before[: len(left)] else COUNTED
 
 
 def save_checkpoint(model: PreTrainedModel, plan: Plan, dense: Path, directory: Path, card: str) -> None:

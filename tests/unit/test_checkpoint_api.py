@@ -71,6 +71,15 @@ def test_export_is_complete_and_verified(tmp_path, dense):
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(("layer", "said"), [(3, False), (2, True), (0, True)])
+def test_a_card_warns_of_engines_that_count_layers(tmp_path, layer, said):
+    """Where local and global layers are in another order than before."""
+    gemma = fetch_tiny(tmp_path, "gemma3_text")
+    export(gemma, plan_of(gemma, [f"mha.{layer}", f"mlp.{layer}"]), tmp_path / "out")
+    assert ("mlx-lm and llama.cpp count layers" in (tmp_path / "out/README.md").read_text()) is said
+
+
+@pytest.mark.usefixtures("in_process")
 def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
     plan = plan_of(dense, ["mlp.1", "mha.2"])
     assert export(dense, plan, tmp_path / "out")["class"] == "LlamaForCausalLM"
