@@ -14,6 +14,7 @@ it was stopped. SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2
 
 from __future__ import annotations
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -451,7 +452,7 @@ def losses() -> dict[str, Any]:
     for tokens, vocabulary in ((126, 49152), (340, 49152), (110, 151936)):
         logits, targets = torch.randn(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
         seconds: dict[str, list[float]] = {"pieces": [], "whole": []}
-        ways = {"pieces": token_nll, "whole": token_nll.__wrapped__}  # type: ignore[attr-defined]
+        ways = {"pieces": token_nll, "whole": inspect.unwrap(token_nll)}
         found = {}
         for turn in range(30):
             for name in list(ways)[:: 1 if turn % 2 else -1]:

@@ -40,7 +40,6 @@ BUDGETS = (
     "generation)"
 )
 
-
 SWEEP_BUDGETS = ("0.05", "0.1", "0.15", "0.2", "0.25")
 
 

@@ -7,6 +7,7 @@ others.
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -34,6 +35,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.plans import InProcess
 
     monkeypatch.setattr(verification, "subprocess", InProcess)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_configure(config: pytest.Config) -> None:

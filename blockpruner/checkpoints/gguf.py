@@ -79,10 +79,10 @@ MATRIX = f"""
 
 
 QUANTIZER = "llama-quantize"
+"""llama.cpp's program, which no Python package brings along."""
 
 NOT_STARTED = (126, 127, 0xC0000135)
 """Exit codes of a program that lacks a library: of Linux's loader, and of Windows'. On macOS a signal ends it."""
-"""llama.cpp's program, which no Python package brings along."""
 
 
 def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:

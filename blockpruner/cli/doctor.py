@@ -138,9 +138,10 @@ def _cache(folder: Path) -> Checkup:
 def _quantizer() -> Checkup:
     """It comes with llama.cpp and not with a Python package."""
     found = shutil.which(QUANTIZER) or ""
-    fault = f"{found} does not start: {quantizer_fault()}" if found and quantizer_fault() else ""
+    fault = quantizer_fault() if found else ""
+    lacks = f"{found} does not start: {fault}" if fault else "for --export gguf:Q4_K_M"
     fix = f"install llama.cpp, and have {QUANTIZER} on PATH"
-    return Checkup(QUANTIZER, "" if fault else found, fault or "for --export gguf:Q4_K_M", fix, needed=False)
+    return Checkup(QUANTIZER, "" if fault else found, lacks, fix, needed=False)
 
 
 def _hub(online: bool) -> Checkup:

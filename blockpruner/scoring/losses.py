@@ -36,9 +36,8 @@ def in_pieces(loss: LossFunction) -> LossFunction:
     @wraps(loss)
     def computed(*given: Tensor) -> Tensor:
         logits = given[0]
-        most = max(
-            PIECE_TOKENS, PIECE_BYTES // (logits.shape[-1] * max(4, logits.element_size()))
-        )  # in float32 at least
+        item = max(4, logits.element_size())  # sums run in float32 at least
+        most = max(PIECE_TOKENS, PIECE_BYTES // (logits.shape[-1] * item))
         if logits.device.type != "cpu" or logits.requires_grad or len(logits) <= most:
             return loss(*given)
         count = math.ceil(len(logits) / most)

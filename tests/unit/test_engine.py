@@ -165,14 +165,6 @@ def test_logits_of_16_bit_models_are_not_rounded(monkeypatch, family):
     assert (rounded - exact).abs().max() > 1e-3 and (found - exact).abs().max() < 1e-5
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mask_has_the_bits_that_it_has_alone(dtype):

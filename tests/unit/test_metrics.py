@@ -222,14 +222,6 @@ def test_divergences_of_distributions():
         assert loss(one.bfloat16(), targets, two.bfloat16()).dtype is torch.float32
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", [token_nll, token_kl, token_js])
