@@ -42,6 +42,9 @@ EXTRA: dict[str, dict[str, Any]] = {
 VARIANTS = sorted(EXTRA.keys() | FAMILIES)
 """Every family, a new row without extras too, and the variants."""
 
+VARIANTS_DAILY = ("llama", "gemma3_text", "qwen3_moe", "gpt_neox")
+"""One of each kind: plain; norms behind writers and sliding windows; experts; parallel residuals."""
+
 
 def tolerance(variant: str) -> float:
     """How far two computations of a float64 tiny model's logits or losses may be apart, in rows or batches of other
