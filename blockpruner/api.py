@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -14,35 +14,32 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from blockpruner import pipeline
 from blockpruner.checkpoints.hf import code_file, save_pruned
 from blockpruner.checkpoints.hub import push
 from blockpruner.checkpoints.registry import EXPORTS, require_exports
-from blockpruner.compensation.compensate import Compensated, compensate
-from blockpruner.compensation.rows import compensation_rows
-from blockpruner.core.budgets import resources_of
+from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, stderr_observer
-from blockpruner.core.settings import Compensate, Perplexity, Score, read_settings
+from blockpruner.core.settings import Perplexity, Run, read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
-from blockpruner.inputs.calibration import CalibrationSet, pack_rows
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, drop_code_, licence_beside
 from blockpruner.methods.apply import Pruning
-from blockpruner.methods.blocks.kind import choose
-from blockpruner.methods.healed import Healed
-from blockpruner.methods.kind import fields_of, open_stores
-from blockpruner.methods.recipes import RECOMMENDED, Recipe, recipe, rival, settled
+from blockpruner.methods.healed import Healed, set_weights_
+from blockpruner.methods.kind import Material
+from blockpruner.methods.recipes import OWN_ROWS, RECOMMENDED, compensation, searches, sections
 from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.model.models import prune_, resolve_device
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.stability import Stability
-from blockpruner.search.iteration import Iteration, removals, stabilities
-from blockpruner.search.registry import Request, Search, request
-from blockpruner.search.run import search
-from blockpruner.search.trace import Current
+from blockpruner.search.iteration import Iteration, stabilities
+from blockpruner.search.registry import SEARCHES, Search
+from blockpruner.search.trace import Current, read_trace, trace_directory
 from blockpruner.store.files import write_json, write_text
-from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE, Identity
+from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.tensors import tensor_bytes
 
@@ -88,16 +85,15 @@ class _Base:
         return bool(self.place) and Path(self.place).is_dir()
 
 
-class _InMemory(Pruning):
+@dataclass(frozen=True, kw_only=True)
+class _Made(Pruning):
     """A model that is pruned already: what is written of it is verified against itself."""
 
-    def __init__(self, dense: Path, plan: Plan, model: PreTrainedModel, dtype: str, healed: Healed | None) -> None:
-        super().__init__(dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed)
-        object.__setattr__(self, "_model", model)
+    model: PreTrainedModel
 
     def load_for_export(self) -> PreTrainedModel:
         """A copy on the CPU, which the export may change."""
-        return copy.deepcopy(vars(self)["_model"]).cpu()
+        return copy.deepcopy(self.model).cpu()
 
     def prune_(
         self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
@@ -115,10 +111,10 @@ class Pruned:
     tokenizer: Any
     plan: Plan
     """What was removed, in order."""
-    trials: tuple[Iteration, ...]
-    """The scores of every iteration."""
+    steps: tuple[Iteration, ...]
+    """The scores of every step of the search."""
     stability: tuple[Stability | None, ...]
-    """Of every iteration, which other candidates the texts cannot tell from the chosen one (`rivals`), and how often
+    """For every step, which other candidates the texts cannot tell from the chosen one (`rivals`), and how often
     resampled rows choose the same (`kept`). None where a step rests on no losses or on a price, or on a single row."""
     compensation: Mapping[str, Any]
     """What compensation did, and the perplexities on held-out rows before and after; empty without."""
@@ -153,8 +149,11 @@ class Pruned:
         with tempfile.TemporaryDirectory() as folder:
             self.base.write(Path(folder), self.tokenizer)
             for form, place in places.items():
-                plan = replace(self.plan, target=place.name, compensate=self.compensation.get("method", "none"))
-                EXPORTS[form].write(_InMemory(Path(folder), plan, self.model, dtype, self._healed), place)
+                plan = replace(self.plan, target=place.name)
+                made = _Made(
+                    Path(folder), plan, CalibrationSet(()), dtype, "cpu", healed=self._healed, model=self.model
+                )
+                pipeline.export(made, {form: place})
         return places
 
     def push_to_hub(self, repo: str, private: bool = True, format: str = "hf") -> str:
@@ -188,19 +187,19 @@ def prune(
     model: PreTrainedModel,
     tokenizer: Any,
     texts: Sequence[str],
-    ratio: float | str,
+    budget: float | str,
     *,
     seq_len: int = 2048,
-    packing: str = "joined",
+    num_rows: int = OWN_ROWS,
     method: str | Search | Callable[..., Any] = RECOMMENDED,
     unit: str = "block",
     candidates: str = "all",
     metric: str | Metric | Callable[..., Any] = "perplexity",
     options: Mapping[str, Any] | None = None,
     acceleration: str | None = None,
-    compensation: str | None = None,
+    compensate: str | None = None,
     batch_tokens: int | str = "auto",
-    trials: str | Path | None = None,
+    cache: str | Path | None = None,
     device: str = "auto",
     observer: Observer | None = None,
 ) -> Pruned:
@@ -208,91 +207,114 @@ def prune(
 
     Args:
         model: a transformers causal LM of a supported family. It is changed.
-        texts: calibration samples; the paper uses 256 Alpaca samples.
-        ratio: share of all parameters to remove, in (0, 1); the nearest reachable one is taken. Or a budget as in
+        texts: calibration texts, from which all rows are drawn.
+        budget: the share of all parameters to remove, in (0, 1); the nearest reachable one is taken. Or a budget as in
             params.yaml ("17blocks", "0.30kv").
-        method: "recommended" (floating search, lazy + race, and refit; for a ratio the better of this and of greedy
-            layers, by the held-out rows of the refit); "blockpruner", exactly as in arXiv 2406.10594;
-            a plain search by its name in a run file's `score` section (docs/methods.md); or a row of your own
-            (docs/extend.md), or a function of (problem, options) that yields iterations, whose last choice is taken.
-            Methods that change weights need the stages.
+        seq_len: tokens in a calibration row; shortened to the model's context.
+        num_rows: the most calibration rows. The default is about as many as the paper's 256 samples fill.
+        method: the name of a recipe (docs/methods.md): "recommended" makes two searches, compensates both results and
+            keeps the better one; "blockpruner" is exactly arXiv 2406.10594. Or the name of a plain search; a row of
+            your own (docs/extend.md); or a function of (problem, options) that yields iterations, whose last choice is
+            taken. Methods that change weights need a run file.
         metric: a name as in a run file's `score` section, a row of your own, or a function of (logits, targets, the
-            dense model's logits). Speed-ups and answers to items need the stages.
+            dense model's logits). Speed-ups and answers to items need a run file.
         unit: as in a run file's `score` section.
-        candidates: the same.
-        options: the same.
+        candidates: as in a run file's `score` section.
+        options: as in a run file's `score` section.
         acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk), in
             place of the method's own.
-        compensation: "none", or a method of `compensate.method` (docs/methods.md), in place of the method's own:
-            weights that stay change to make up for what is gone. It is fitted to at most 192 joined rows of 256 tokens
-            of `texts` (or of `seq_len`, if that is less), of which an eighth is held out to check that it helps.
-        seq_len: tokens in a calibration row; shortened to the model's context.
-        trials: a folder that keeps every score, so that a call that was killed goes on where it was.
-        device: where the model is put before; "auto" is the GPU that is there for a model on the CPU, and else where
-            it lies. Or cpu, cuda, cuda:N.
+        compensate: "none", or a method of `compensate.method` (docs/methods.md), in place of the method's own: weights
+            that stay change to make up for what is gone. It is fitted to at most 192 rows of 256 tokens of `texts`, of
+            which an eighth is held out to choose its strength.
+        cache: a folder that keeps every score, so that a call that was killed continues where it was.
+        device: where the model is put before; "auto" moves a model on the CPU to the GPU if there is one. Or cpu, cuda,
+            cuda:N.
         observer: shows progress; by default on standard error. `core.progress.SilentObserver()` shows nothing.
 
     Raises:
-        InputError: unsupported family, no calibration row, a ratio that cannot be met, settings that do not fit.
+        InputError: unsupported family, no calibration row, a budget that cannot be met, settings that do not fit.
     """
-    if callable(method):
-        method = Search(name := _name(method), name, method, nested=False)
-    if isinstance(method, str):
-        chosen = recipe(method, acceleration, compensation)
-    else:
-        chosen = Recipe(method.name, acceleration or "none", compensation or "none")
-    if isinstance(method, str) and not kind_of_method(chosen.method).removes_blocks:
-        raise InputError(f"method {method!r} changes weights, which prune does not; use a run file and the stages")
     if isinstance(texts, str):
-        raise InputError("texts is one string; give a list of calibration samples")
-    own = None if isinstance(method, str) else method
-    asked = _request(chosen, own, metric, unit, candidates, options or {})
-    if asked.metric.answers:
+        raise InputError("texts is one string; give a list of calibration samples", rule="texts-one-string")
+    search, measure = _search(method), _metric(metric)
+    if callable(metric) and cache is not None:
         raise InputError(
-            f"metric {asked.metric.name!r} is of items and their answers, which prune does not take; write a run file"
+            "cache keeps scores by a metric's name, and a function may change; give a row, or no cache",
+            rule="cache-of-function", key="cache",
+        )  # fmt: skip
+    with ExitStack() as stack:
+        if search is not None:
+            stack.enter_context(SEARCHES.added(search))
+        if not isinstance(metric, str):
+            stack.enter_context(METRICS.added(measure))
+        name = search.name if search else str(method)
+        changed = {"unit": unit, "candidates": candidates, "options": options or {}, "metric": measure.name}
+        changed |= {} if acceleration is None else {"acceleration": acceleration}
+        drawn = {"seq_len": min(seq_len, model.config.max_position_embeddings or seq_len), "num_rows": num_rows}
+        source = {"source": "path", "path": IN_MEMORY}
+        run = read_settings(
+            Run,
+            {"model": source}
+            | sections(name, data=source, calibration=drawn, score=changed, compensate=compensate),
         )
-    if callable(metric) and trials is not None:
-        raise InputError("trials keeps scores by a metric's name, and a function may change; give a row, or no trials")
-    observer = observer or stderr_observer()
-    config, base = model.config.to_dict(), _Base(model.config.to_json_string(use_diff=False), model.name_or_path)
-    budget = ratio if isinstance(ratio, str) else f"{ratio:.12f}".rstrip("0")
-    seq_len = min(seq_len, config.get("max_position_embeddings") or seq_len)
-    calibration = pack_rows(texts, tokenizer, seq_len, packing)
-    mend = read_settings(Compensate, {"method": chosen.compensation}, "compensation: ")
-    fit = compensation_rows(texts, tokenizer, mend, (), seq_len) if mend.method != "none" else None
-    if fit is not None and len(fit.rows) < 2:
+        check_run(run)
+        _require_masks(run, measure)
+        if device != "auto" or model.device.type == "cpu":
+            model.to(resolve_device(device))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        wanted = budget if isinstance(budget, str) else f"{budget:.12f}".rstrip("0")
+        return _prune(
+            model.eval(), tokenizer, texts, wanted, run, folder,
+            Path(cache) if cache is not None else None, batch_tokens, observer or stderr_observer(),
+        )  # fmt: skip
+
+
+def _prune(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    budget: str,
+    run: Run,
+    folder: Path,
+    cache: Path | None,
+    batch_tokens: int | str,
+    observer: Observer,
+) -> Pruned:
+    base, config = _Base(model.config.to_json_string(use_diff=False), model.name_or_path), model.config.to_dict()
+    method = compensation(run)
+    rows = pipeline.calibrate(run, pipeline.Pool(texts), tokenizer, config, observer.note, at_most=True)
+    if method != "none" and len(rows.fit.rows) < 2:
         raise InputError(
-            f"compensation {mend.method} is fitted to rows of {min(mend.seq_len, seq_len)} tokens and checked on "
-            f"others, and the texts fill {len(fit.rows)}; give more texts or a smaller seq_len, or compensation='none'"
-        )
-    model.eval()
-    if device != "auto" or model.device.type == "cpu":
-        model.to(resolve_device(device))
+            f"compensate {method} is fitted to rows of {run.compensate.seq_len} tokens and checked on others, and the "
+            f"texts fill {len(rows.fit.rows)}; give more texts, or compensate='none'",
+            rule="too-few-rows", key="texts",
+        )  # fmt: skip
+    identity = _identity(model) if cache is not None else IN_MEMORY
     dtype = str(model.dtype).removeprefix("torch.")
-    identity = _identity(model) if trials is not None else Identity(IN_MEMORY, IN_MEMORY)
-    folder = None if trials is None else Path(trials)
-    engine = Engine(model, batch_tokens)
+    material = Material(identity, dtype, config, cache, Engine(model, batch_tokens), lambda: model, observer)
+    pipeline.score(material, rows, run.score, [budget], folder)
+    found = pipeline.commit(folder, run.score, config, budget, rows, target="", run="", compensate=method)
+    healed = pipeline.heal(lambda: model, found, rows, run.compensate.held_out(len(rows.fit.rows)), observer)
+    current = Current.load(folder / healed.search)
+    trace = read_trace(trace_directory(folder / healed.search, current, budget), current.search)
+    firm = stabilities(trace, str(current.score.options.get("per", "none")))
+    pruned = prune_(model, healed.plan.mask)
+    set_weights_(pruned, healed.weights)
+    return Pruned(pruned, tokenizer, healed.plan, tuple(trace), firm, healed.report, base)
 
-    def made(one: Request) -> tuple[float, Plan, Sequence[Iteration], tuple[Stability | None, ...], Compensated]:
-        trace = search(one, calibration, stores, engine, resources_of(config), [budget], observer).of(budget)
-        order, perplexities = removals(trace, one.search.nested)
-        current = _current(one, fields_of(one.metric.key, calibration, identity, dtype), calibration)
-        plan, healed = choose(order, perplexities, config, budget, current), Compensated()
-        if fit is not None:
-            healed = compensate(model, plan, fit, mend.held_out(len(fit.rows)), mend.method, observer)
-        after = float(healed.report["perplexity"]["after"]) if healed.report else math.inf
-        return after, plan, trace, stabilities(trace, one.options.price), healed
 
-    with open_stores(asked.losses, calibration, identity, dtype, folder, observer) as stores:
-        found = [made(asked)]
-        layers = rival(method, asked.score, config, budget, mend.method) if isinstance(method, str) else None
-        if layers is not None:
-            found.append(made(request(layers, None, asked.metric)))
-            observer.note(settled([asked.score, layers], [each[0] for each in found]))
-    _, plan, trace, firm, healed = min(found, key=lambda each: each[0])
-    pruned = prune_(model, plan.mask)
-    pruned.load_state_dict(healed.weights, strict=False)
-    return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.report, base)
+def _require_masks(run: Run, metric: Metric) -> None:
+    """Refuse what needs a run file: methods that change weights, and metrics of items and their answers."""
+    if not all(kind_of_method(one.method).removes_blocks for one in searches(run.score).values()):
+        raise InputError(
+            f"method {run.score.method!r} changes weights, which prune does not; use a run file and the stages",
+            rule="method-of-weights", key="method", value=run.score.method,
+        )  # fmt: skip
+    if metric.answers:
+        raise InputError(
+            f"metric {metric.name!r} is of items and their answers, which prune does not take; write a run file",
+            rule="metric-of-answers", key="metric", value=metric.name,
+        )  # fmt: skip
 
 
 def evaluate(
@@ -320,49 +342,26 @@ def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _identity(model: PreTrainedModel) -> Identity:
-    """Of a model in memory: its config and the values of its weights."""
+def _identity(model: PreTrainedModel) -> str:
+    """The identity of a model in memory: its config and the values of its weights."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in NO_CONTENT}
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     weights = {name: sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
-    now = fingerprint({"config": config, "weights": weights})
-    return Identity(now, now)
+    return fingerprint({"config": config, "weights": weights})
 
 
-def _request(
-    chosen: Recipe,
-    own: Search | None,
-    metric: str | Metric | Callable[..., Any],
-    unit: str,
-    candidates: str,
-    options: Mapping[str, Any],
-) -> Request:
-    if callable(metric):
-        name = _name(metric)
-        metric = Metric(
-            name, metric, title=name, units_text="", formula=(metric.__doc__ or "").partition("\n")[0], reference=True
-        )
-    measure = METRICS[metric] if isinstance(metric, str) else metric
-    score = read_settings(
-        Score,
-        {
-            "method": chosen.method,
-            "metric": measure.name,
-            "unit": unit,
-            "candidates": candidates,
-            "options": options,
-            "acceleration": chosen.acceleration,
-        },
-    )
-    return request(score, own, measure)
+def _search(method: str | Search | Callable[..., Any]) -> Search | None:
+    """The row of a search that no registry has; None for a name."""
+    if isinstance(method, str | Search):
+        return None if isinstance(method, str) else method
+    return Search(name := _name(method), name, method, nested=False)
 
 
-def _current(asked: Request, store: Mapping[str, Any], calibration: CalibrationSet) -> Current:
-    return Current(
-        kind="mask",
-        search=IN_MEMORY,
-        nested=asked.search.nested,
-        score=asked.score,
-        store=store,
-        calibration={"rows": len(calibration.rows), "tokens": calibration.tokens},
-    )
+def _metric(metric: str | Metric | Callable[..., Any]) -> Metric:
+    if isinstance(metric, str):
+        return METRICS[metric]
+    if isinstance(metric, Metric):
+        return metric
+    formula = (metric.__doc__ or "").partition("\n")[0]
+    name = _name(metric)
+    return Metric(name, metric, title=name, units_text="", formula=formula, reference=True)

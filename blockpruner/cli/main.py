@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,14 +24,13 @@ from blockpruner import __version__
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import Perplexity, read_settings
-from blockpruner.methods.recipes import RECOMMENDED, healing, recipe
+from blockpruner.methods.recipes import RECOMMENDED, sections
 
-KEY = re.compile(
-    r"\b(?:(?:model|calibration|score|runtime|evaluate)\.(?:\w+\.)?"
-    r"(num_samples|seq_len|max_rows|method|unit|metric|acceleration|dtype|device|trust_remote_code)"
-    r"|(compensate)\.method|push\.(private))\b"
+OPTIONS = frozenset(
+    "num_samples seq_len max_rows method unit metric acceleration dtype device trust_remote_code compensate train "
+    "export out private".split()
 )
-"""Keys of a run file in messages, which are options here."""
+"""Last parts of settings keys that are options of the same name here."""
 
 
 def cache_folder() -> Path:
@@ -51,11 +49,11 @@ Export = Annotated[
 Dtype = Annotated[str, Option(metavar="NAME", help="float32, bfloat16, float16, float64; auto is the model's own.")]
 Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run code that lies beside the model.")]
-TRIALS = Option(
+CACHE = Option(
     metavar="DIR",
     default_factory=cache_folder,
     show_default="~/.cache/blockpruner",
-    help="Folder that keeps all scores and a copy of the model. A killed run goes on from it; it is safe to delete.",
+    help="Folder that keeps all scores and a copy of the model. A killed run continues from it; it is safe to delete.",
 )
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place of text.")]
 RowLength = Annotated[
@@ -87,12 +85,12 @@ def common(
 @app.command()
 def prune(
     model: Dense,
-    ratio: Annotated[
+    budget: Annotated[
         str, Option(metavar="SHARE", help="Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x.")
     ],
-    trials: Annotated[Path, TRIALS],
+    cache: Annotated[Path, CACHE],
     out: Annotated[
-        Path | None, Option(metavar="DIR", help="The checkpoint's folder.", show_default="NAME-RATIO")
+        Path | None, Option(metavar="DIR", help="The checkpoint's folder.", show_default="NAME-BUDGET")
     ] = None,
     texts: Annotated[
         Path | None,
@@ -128,7 +126,7 @@ def prune(
         Option(
             metavar="NAME",
             rich_help_panel=METHOD,
-            help="recommended; blockpruner, exactly as published; or a plain search (docs/methods.md).",
+            help="A recipe: recommended, or blockpruner, exactly as published; or a plain search (docs/methods.md).",
         ),
     ] = RECOMMENDED,
     unit: Annotated[
@@ -151,11 +149,11 @@ def prune(
         Option(
             metavar="NAME",
             rich_help_panel=METHOD,
-            help="Fit the weights that stay: refit, map, bias, scale, none.",
+            help="Fit the weights that stay: refit, map, none.",
             show_default="refit if recommended",
         ),
     ] = None,
-    heal: Annotated[
+    train: Annotated[
         str | None,
         Option(
             metavar="NAME",
@@ -169,32 +167,31 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would take; prune nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what it would take; prune nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a pruned checkpoint that transformers loads. After a kill, say the same again to go on."""
+    """Write a pruned checkpoint that transformers loads. If it is interrupted, run the same command again."""
     from blockpruner.cli import pruning as work
 
-    drawn = {"num_samples": num_samples, "seq_len": seq_len}
-    calibration: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
-    if texts is not None:
-        calibration |= {"data": {"source": "path", "path": str(texts)}, "split": "all"}
-        calibration |= {"num_rows": work.ROWS} if num_samples is None else {}
-    chosen = recipe(method, acceleration, compensate)
-    score = {"method": chosen.method, "unit": unit, "metric": metric, "acceleration": chosen.acceleration}
-    sections: dict[str, Any] = {
-        "calibration": calibration, "score": score, "compensate": {"method": chosen.compensation}
-    }  # fmt: skip
-    if heal is not None:
-        sections["recover"] = healing(heal) | ({"data": calibration["data"]} if texts is not None else {})
-    place = work.Place(trials.expanduser().absolute(), device, stderr_observer(), export)
-    run = place.read_run(model, dtype, trust_remote_code, sections)
+    def given(**options: Any) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if value is not None}
+
+    wanted = sections(
+        method,
+        data=None if texts is None else {"source": "path", "path": str(texts)},
+        calibration=given(num_samples=num_samples, seq_len=seq_len),
+        score={"unit": unit, "metric": metric, **given(acceleration=acceleration)},
+        compensate=compensate,
+        train=train,
+    )
+    place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
+    run = place.read_run(model, dtype, trust_remote_code, wanted)
     if dry_run:
-        found = place.forecast(run, ratio, method)
-        _tell(found, work.forecast_words(found), as_json)
+        found = place.dry_run(run, budget)
+        _tell(found, work.dry_words(found), as_json)
     else:
-        named = out or Path(f"{run.model.title.rpartition('/')[2]}-{ratio}")
-        found = place.prune(run, ratio, named.expanduser().absolute(), method)
+        named = out or Path(f"{run.model.title.rpartition('/')[2]}-{budget}")
+        found = place.prune(run, budget, named.expanduser().absolute())
         _tell(found, work.words(found), as_json)
 
 
@@ -202,7 +199,7 @@ def prune(
 def apply(
     model: Dense,
     plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
-    trials: Annotated[Path, TRIALS],
+    cache: Annotated[Path, CACHE],
     out: Annotated[Path | None, Option(metavar="DIR", help="The checkpoint's folder.")] = None,
     mergekit: Annotated[
         Path | None,
@@ -219,7 +216,7 @@ def apply(
 
     if (out is None) is (mergekit is None):
         raise InputError("apply writes a checkpoint or a configuration of mergekit; give --out DIR or --mergekit FILE")
-    place = work.Place(trials.expanduser().absolute(), device, stderr_observer(), export)
+    place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, {})
     if mergekit is not None:
         file = str(place.mergekit(run, plan, mergekit.expanduser()))
@@ -239,7 +236,7 @@ def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str
 def curve(
     model: Dense,
     plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
-    trials: Annotated[Path, TRIALS],
+    cache: Annotated[Path, CACHE],
     texts: Annotated[
         Path | None,
         Option(
@@ -266,15 +263,15 @@ def curve(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show held-out perplexity against the pruning ratio, to choose a ratio.
+    """Show held-out perplexity against the share removed, to choose a budget.
 
-    Each point is a step of the plan's search, without compensation, and no checkpoint is written for it. After a kill,
-    say the same again to go on.
+    Each point is a step of the plan's search, without compensation, and no checkpoint is written for it. If it is
+    interrupted, run the same command again.
     """
     from blockpruner.cli import curve as work
     from blockpruner.cli.pruning import Place, read_plan
 
-    place = Place(trials.expanduser().absolute(), device, stderr_observer())
+    place = Place(cache.expanduser().absolute(), device, stderr_observer())
     heldout = _heldout(texts, seq_len, max_rows)
     run = place.read_run(model, dtype, trust_remote_code, {"evaluate": {"perplexity": heldout}})
     stem = (plan if plan.is_dir() else plan.with_suffix("")).expanduser().absolute()
@@ -337,7 +334,7 @@ def compare(
 @app.command()
 def report(
     checkpoint: Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")],
-    trials: Annotated[Path, TRIALS],
+    cache: Annotated[Path, CACHE],
     out: Annotated[
         Path | None, Option(metavar="FILE", help="The page, one file.", show_default="DIR-report.html")
     ] = None,
@@ -350,7 +347,7 @@ def report(
     from blockpruner.cli.page import write_page_of
 
     file = out or folder.with_name(f"{folder.name}-report.html")
-    write_page_of(folder, trials.expanduser().absolute(), file)
+    write_page_of(folder, cache.expanduser().absolute(), file)
     print(file)
 
 
@@ -358,22 +355,22 @@ def report(
 def push(
     checkpoint: Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")],
     repo: Annotated[str, Argument(metavar="REPO", help="USER/NAME on the Hugging Face hub; made if it is not there.")],
-    trials: Annotated[Path, TRIALS],
+    cache: Annotated[Path, CACHE],
     private: Annotated[bool, Option("--private/--public", help="Who may see the repository.")] = True,
     yes: Annotated[bool, Option("--yes", help="Do not ask first.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be uploaded; contact nobody.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what would be uploaded; contact nobody.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hugging Face hub, after a look that it is what was verified."""
     from blockpruner.cli.pushing import Upload
 
-    upload = Upload.of(checkpoint.expanduser().absolute(), repo, private, trials.expanduser().absolute())
+    upload = Upload.of(checkpoint.expanduser().absolute(), repo, private, cache.expanduser().absolute())
     if dry_run:
         _tell(upload.fields, upload.words, as_json)
         return
     if not yes:
         if not sys.stdin.isatty():
-            raise InputError(f"nothing was uploaded to {repo!r}: there is no terminal to ask on; say --yes")
+            raise InputError(f"nothing was uploaded to {repo!r}: there is no terminal to ask on; give --yes")
         print(upload.words, file=sys.stderr)
         typer.confirm("Upload this?", abort=True, err=True)
     address = upload.run()
@@ -382,14 +379,14 @@ def push(
 
 @app.command()
 def doctor(
-    trials: Annotated[Path, TRIALS],
+    cache: Annotated[Path, CACHE],
     online: Annotated[bool, Option("--online", help="Ask the hub for an answer, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what this machine has, and what mends what is missing. Exit code 1 if something needed is missing."""
     from blockpruner.cli import doctor as work
 
-    checks = work.look(trials.expanduser().absolute(), online)
+    checks = work.look(cache.expanduser().absolute(), online)
     if as_json:
         print(json.dumps([{**vars(check), "verdict": check.verdict} for check in checks]))
     else:
@@ -442,8 +439,9 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
     print(json.dumps(found) if as_json else words)
 
 
-def _fail(message: str) -> NoReturn:
-    named = KEY.sub(lambda match: f"--{match[1] or match[2] or match[3]}".replace("_", "-"), message)
+def _fail(error: InputError) -> NoReturn:
+    option = error.key.rpartition(".")[2]
+    named = f"{error} (here: --{option.replace('_', '-')})" if option in OPTIONS else str(error)
     from blockpruner.inputs.hub import ANOTHER
 
     for kind, given in (("model", "a folder of this machine"), ("dataset", "--texts FILE")):
@@ -458,9 +456,9 @@ def main(args: Sequence[str] | None = None) -> None:
         app(args, prog_name="blockpruner")
     except SystemExit as end:
         if end.code == 130:
-            print("interrupted; scores are kept: say the same again to go on", file=sys.stderr)
+            print("interrupted; scores are kept: run the same command again", file=sys.stderr)
         raise
     except InputError as error:
-        _fail(str(error))
+        _fail(error)
     except ModuleNotFoundError as error:
-        _fail(f"this needs the package {error.name}, which is not installed: pip install {error.name}")
+        _fail(InputError(f"this needs the package {error.name}, which is not installed: pip install {error.name}"))

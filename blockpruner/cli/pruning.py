@@ -140,137 +140,75 @@ class Place:
                 f"{error}; --export {self.export} needs llama.cpp's program llama-quantize, too, which is not on PATH"
             ) from error
 
-    def forecast(self, run: Run, budget: str, recipe: str) -> dict[str, Any]:
-        """What the searches of a recipe would take, from the model's config, and the rows where they are at hand."""
-        import torch
-
-        from blockpruner.cli.doctor import product_flops
-        from blockpruner.model.models import resolve_device
-        from blockpruner.paper.estimates import forecast
-
-        config, data = self._config(run), run.calibration.data
-        counted = self._counted(run)
-        run = counted or run
-        found = forecast(run, config, (budget,))
-        layers = rival(recipe, run.score, config, budget, run.compensate.method)
-        if layers is not None:
-            more = forecast(run.model_copy(update={"score": layers, "recover": None}), config, (budget,))
-            summed = {key: found[key] + more[key] for key in found if key.startswith(("trials", "teraflop", "hours"))}
-            found |= {key: value if key == "trials" else float(f"{value:.3g}") for key, value in summed.items()}
-        rows = found["calibration"] if counted is None else found["calibration"].removeprefix("about ")
-        found["calibration"] = f"{rows}, of {data.title}{' from the hub' if isinstance(data, HubTexts) else ''}"
-        where, dtype = resolve_device(self.device), getattr(torch, run.model.dtype)
-        speed = product_flops(dtype, where)
-        faster = product_flops(torch.bfloat16, where) / speed if dtype == torch.float32 else 1.0
-        hint = {"hint": f"--dtype bfloat16 is {faster:.1f} times as fast here"} if faster > FASTER else {}
-        hours = float(f"{found['teraflop'] * 1e12 / speed / 3600:.3g}")
-        weights = found["parameters"] * dtype.itemsize
-        copy = found["parameters"] * getattr(torch, own_dtype(config)).itemsize
-        facts = {"hours_here": hours, "device": str(where), "weights_bytes": weights, "copy_bytes": copy}
-        return found | facts | hint
-
-    def _counted(self, run: Run) -> Run | None:
-        """The run with as many rows as its calibration has; None where they cannot be counted before it runs.
-
-        Raises:
-            InputError: the file of the texts is not there or cannot be read, or see `draw_rows`.
-        """
-        data = run.calibration.data
-        if not isinstance(data, LocalTexts):
-            return None
-        texts = load_texts(data, self.root / "cache", self.pins)
-        folder = Path(run.model.path) if isinstance(run.model, LocalModel) else None
-        if folder is None or not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
-            return None
-        tokenizer = load_tokenizer(folder, run.model.trust_remote_code)
-        rows = draw_rows(texts, tokenizer, run.calibration, (), self.observer.note, at_most=True)
-        require_rows(len(rows.rows))
-        mean = {"packing": "joined", "num_rows": len(rows.rows), "seq_len": round(rows.tokens / len(rows.rows))}
-        return run.model_copy(update={"calibration": run.calibration.model_copy(update=mean)})
-
-    def prune(self, run: Run, budget: str, out: Path, recipe: str) -> dict[str, Any]:
-        """Search, commit, compensate, train and export, as far as that was not done before.
-
-        Of the recommended search and its rival the model is exported that has the lower perplexity on the held-out rows
-        of the compensation.
-        """
-        config = self._config(run)
-        require_budgets(run.score, config, (budget,))
-        layers = rival(recipe, run.score, config, budget, run.compensate.method)
-        runs = [run, *([] if layers is None else [run.model_copy(update={"score": layers})])]
+    def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
+        """Every step of the pipeline, as far as it was not done before."""
+        config, method, note = self._config(run), compensation(run), self.observer.note
+        require_budgets(next(iter(searches(run.score).values())), config, (budget,))
         assert not isinstance(run.calibration.data, TaskAnswers)
         texts, dense = load_texts(run.calibration.data, self.root / "cache", self.pins), self.fetch(run)
+        pool = pipeline.Pool(texts, train=None if run.train is None else texts)
         tokenizer = load_tokenizer(dense, run.model.trust_remote_code)
-        rows = draw_rows(texts, tokenizer, run.calibration, (), self.observer.note, at_most=True)
-        context = config.get("max_position_embeddings", run.calibration.seq_len)
-        fit = partial(compensation_rows, texts, tokenizer, run.compensate, (), context)
-        training = None if run.recover is None else self._training_rows(run.recover, texts, tokenizer)
-        base = checkpoint_identity(dense).before
-        keys = [self._key(one, base, rows, budget) for one in runs]
-        plans = [self.root / "plans" / key for key in keys]
-        known = [load_plan(kept) for kept in plans if kept.exists()]
-        self._formats(run, out, [replace(plan, recover=run.recover is not None) for plan in known])  # refuses early
-        found = []
-        for number, (one, key, kept) in enumerate(zip(runs, keys, plans, strict=True), 1):
-            healing = "" if run.compensate.method == "none" else f", then {run.compensate.method}"
-            self.observer.note(f"search {number} of {len(runs)}: {one.score.method}, by {one.score.unit}{healing}")
-            counts = self._score(one, dense, rows, budget, self.root / "searches" / key)
-            plan, _ = commit_run(self.root / "searches" / key, config, budget, "", run.model.title)
-            save_plan(replace(plan, base=base, compensate=run.compensate.method), kept)
-            plan = replace(load_plan(kept), target=out.name)
-            healed = None if plan.compensate == "none" else self._compensated(one, dense, plan, rows, key, fit)
-            found.append((plan, healed, counts))
-        if len(found) > 1:
-            self.observer.note(settled([one.score for one in runs], [_after(each[1]) for each in found]))
-        plan, healed, counts = min(found, key=lambda each: _after(each[1]))
-        told = {} if healed is None else {"compensated": read_json(healed / "compensate.json")["perplexity"]}
-        if run.recover is not None and training is not None:
-            plan = replace(plan, recover=True)
-            healed = self._trained(run.recover, self._pruning(run, dense, plan, rows), healed, training)
-            facts = read_json(healed / "recover.json")
+        rows = pipeline.calibrate(run, pool, tokenizer, config, note, at_most=True)
+        key = self._key(run, rows, method, checkpoint_identity(dense), budget)
+        healed, traces = self.root / "compensated" / key, self.root / "searches" / key
+        if healed.exists():
+            self._require_free(run, out, load_plan(healed / choice.PLAN))
+        with open_material(dense, run.model, self._runtime, self.root, self.observer) as material:
+            counts = pipeline.score(material, rows, run.score, [budget], traces, self._latency(run, dense, traces))
+            if not healed.exists():
+                found = pipeline.commit(
+                    traces, run.score, config, budget, rows, target="", run=run.model.title, compensate=method
+                )
+                best = pipeline.heal(material.dense, found, rows, run.compensate, self.observer)
+                choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), run.calibration.data)
+        pruning = self._healed(run, dense, replace(load_plan(healed / choice.PLAN), target=out.name), rows, [healed])
+        facts = read_json(healed / choice.FACTS)
+        told = {"compensated": facts["perplexity"]} if "perplexity" in facts else {}
+        if run.train is not None:
+            pruning = replace(pruning, plan=replace(pruning.plan, train=True))
+            trained = self._train(run.train, pruning, rows)
+            pruning, facts = self._healed(run, dense, pruning.plan, rows, [trained]), read_json(trained / TRAIN_FACTS)
             by_step = {each["step"]: math.exp(each["nll"]) for each in facts["validations"]}
             told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
-        return self._export(run, dense, plan, rows, out, healed) | {"search": counts, "perplexity": told}
+        return self._export(run, pruning, out) | {"search": counts, "perplexity": told}
 
-    def _key(self, run: Run, base: str, rows: CalibrationSet, budget: str) -> str:
+    def _key(self, run: Run, rows: pipeline.Rows, method: str, base: str, budget: str) -> str:
+        """What decides the compensated model."""
         facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
-        return fingerprint({**facts, "base": base, "rows": rows.digest, "budget": budget, "v": COMPENSATION_VERSION})
+        digests = [part.digest for part in (rows.search, rows.fit, rows.judge)]
+        version = [SEARCH_VERSION, PLAN_VERSION, WEIGHTS_VERSION]
+        return fingerprint(
+            {**facts, "method": method, "base": base, "rows": digests, "budget": budget, "version": version}
+        )
 
-    def _compensated(
-        self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, key: str, fit: Callable[[], CalibrationSet]
-    ) -> Path:
-        from blockpruner.compensation.compensate import write_compensated
+    def _healed(self, run: Run, dense: Path, plan: Plan, rows: pipeline.Rows, folders: Sequence[Path]) -> Pruning:
+        pruning = self._pruning(run, dense, plan, rows.search)
+        return replace(pruning, healed=find_healed(folders, pruning.identity))
 
-        assert not isinstance(run.calibration.data, TaskAnswers)
-        pruning = self._pruning(run, dense, plan, rows)
-        healed = self.root / "compensated" / f"{key}-{pruning.identity}"
-        if not healed.exists():
-            write_compensated(healed, pruning, fit(), run.compensate, run.calibration.data, self.observer)
-        return healed
-
-    def _training_rows(self, wanted: Recover, texts: Sequence[str], tokenizer: Any) -> TrainingRows:
-        """Drawn before the search: too few texts are found out at once."""
-        from blockpruner.recovery.rows import training_rows
-
-        rows, validation = training_rows(texts, tokenizer, wanted, (), self.observer.note, at_most=True)
-        asked = f" of the {wanted.num_rows} wanted" if len(rows.rows) < (wanted.num_rows or 0) else ""
-        self.observer.note(f"training: {len(rows.rows)}{asked} rows of {wanted.seq_len} tokens")
-        return rows, validation
-
-    def _trained(self, wanted: Recover, pruning: Pruning, healed: Path | None, drawn: TrainingRows) -> Path:
-        """Train on the calibration's texts, from compensated weights on; a killed training goes on."""
-        from blockpruner.methods.healed import find_healed
-        from blockpruner.recovery.recover import write_recovered
-
-        pruning = replace(pruning, healed=None if healed is None else find_healed([healed], pruning.identity))
+    def _train(self, wanted: Train, pruning: Pruning, rows: pipeline.Rows) -> Path:
+        """The folder of trained weights; a killed training continues."""
         facts = {
-            "of": pruning.identity, "since": pruning.healed and pruning.healed.digest, "rows": drawn[0].digest,
-            "recipe": wanted.model_dump(mode="json"), "v": RECOVERY_VERSION,
+            "of": pruning.identity, "since": pruning.healed and pruning.healed.digest,
+            "rows": [rows.train.digest, rows.validation.digest], "recipe": wanted.model_dump(mode="json"),
+            "version": WEIGHTS_VERSION,
         }  # fmt: skip
         folder = self.root / "trained" / fingerprint(facts)
         if not folder.exists():
-            write_recovered(folder, pruning, wanted, *drawn, self.root / "training", self.observer)
+            pipeline.train(pruning, wanted, rows, self.root / "training", folder, self.observer)
         return folder
+
+    def _latency(self, run: Run, dense: Path, traces: Path) -> Callable[[], Mapping[str, Any]]:
+        def measured() -> Mapping[str, Any]:
+            from blockpruner.evaluation.latency import kept_latency
+
+            wanted = run.score.latency
+            return kept_latency(traces, self.root, dense, run.model, wanted, self._runtime, self.observer)
+
+        return measured
+
+    @property
+    def _runtime(self) -> Runtime:
+        return read_settings(Runtime, {"device": self.device})
 
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
         """Export the model of a plan's file."""
@@ -331,18 +269,6 @@ class Place:
             )
         return run, dense
 
-    def _score(self, run: Run, dense: Path, rows: CalibrationSet, budget: str, traces: Path) -> dict[str, Any]:
-        """On return the model is out of memory: the export loads it again."""
-        runtime = read_settings(Runtime, {"device": self.device})
-
-        def latency() -> Mapping[str, Any]:
-            from blockpruner.evaluation.latency import kept_latency
-
-            return kept_latency(traces, self.root, dense, run.model, run.score.latency, runtime, self.observer)
-
-        with open_material(dense, run.model, runtime, self.root, self.observer) as material:
-            return score_run(material, rows, run.score, [budget], traces, latency)
-
     @property
     def pins(self) -> Path:
         return self.root / "pins.json"
@@ -355,52 +281,26 @@ class Place:
             raise InputError(f"there is no folder {run.model.title!r} here, and {error}") from error
 
     def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Pruning:
-        from blockpruner.methods.apply import Pruning
-
         return Pruning(dense, plan, rows, run.model.dtype, self.device, run.model.trust_remote_code)
 
-    def _formats(
-        self, run: Run, out: Path, plans: Sequence[Plan], healed: Healed | None = None
-    ) -> list[tuple[str, Path, Writer | None]]:
-        """Each format, its folder, and what writes it; None where the checkpoint of one of the plans is there, healed
-        as wanted if that is known.
+    def _places(self, run: Run, out: Path) -> dict[str, Path]:
+        return {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
 
-        Raises:
-            InputError: a folder holds something else.
-        """
-        words = None if healed is None else healed.words
-        places = {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
-        found: list[tuple[str, Path, Writer | None]] = []
-        for form, place in places.items():
-            more = self._asked[form]
-            files = [place / f"model-{name}.gguf" for name in more]
-            writer: Any = EXPORTS[form].write
-            write = partial(writer, quantizations=more) if more else writer
-            is_there = _is_there(place, plans, words) and all(map(Path.exists, files))
-            found.append((form, place, None if is_there else write))
-        return found
+    def _require_free(self, run: Run, out: Path, plan: Plan) -> None:
+        """Refuse, before a search, a place that holds another model than this plan's."""
+        for place in self._places(run, out).values():
+            _is_there(place, replace(plan, train=run.train is not None))
 
-    def _export(
-        self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, out: Path, healed: Path | None = None
-    ) -> dict[str, Any]:
-        written, pruning = [], self._pruning(run, dense, plan, rows)
-        if healed is not None:
-            from blockpruner.methods.healed import find_healed
-
-            pruning = replace(pruning, healed=find_healed([healed], pruning.identity))
-        for form, place, write in self._formats(run, out, [plan], pruning.healed):
-            if write is not None:
-                if self._asked[form] and not rows.rows:
-                    self.observer.note("apply has no calibration rows: no importance matrix of quantizations")
-                write(pruning, place)
-            seen, row = read_json(place / REPORT_FILE), EXPORTS[form]
-            facts = {"format": form, "path": str(place), "for": row.engines}
-            written.append(facts | {"verified": seen["ok"], "verified_by": seen["engine"]})
-        return {"plan": plan_fields(plan), "written": written}
-
-
-def _after(healed: Path | None) -> float:
-    return math.inf if healed is None else float(read_json(healed / "compensate.json")["perplexity"]["after"])
+    def _export(self, run: Run, pruning: Pruning, out: Path) -> dict[str, Any]:
+        words, places = "" if pruning.healed is None else pruning.healed.words, self._places(run, out)
+        files = {form: [places[form] / f"model-{name}.gguf" for name in more] for form, more in self._asked.items()}
+        missing = {
+            form: place
+            for form, place in places.items()
+            if not (_is_there(place, pruning.plan, words) and all(map(Path.exists, files[form])))
+        }
+        pipeline.export(pruning, missing, self._asked)
+        return {"plan": plan_fields(pruning.plan), "written": [pipeline.exported(*each) for each in places.items()]}
 
 
 T = TypeVar("T", Calibration, Perplexity)
@@ -438,44 +338,25 @@ def own_dtype(config: Config) -> str:
     return found if found in ("bfloat16", "float16", "float64") else "float32"
 
 
-def _is_there(place: Path, plans: Sequence[Plan], words: str | None = None) -> bool:
-    """Whether a folder holds the whole checkpoint of one of the plans; raises InputError if it holds anything else.
+def _is_there(place: Path, plan: Plan, words: str | None = None) -> bool:
+    """Whether a folder holds the whole checkpoint of a plan; raises InputError if it holds anything else.
 
     Args:
-        words: of `Healed`, which the model card tells; None: they are not compared.
+        words: what the model card says of healing (`Healed.words`); None: they are not compared.
     """
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return False
     file = place / PLAN_FILE
     held = load_plan(file) if file.is_file() else None
     card = place / "README.md"
-    other = words is not None and card.exists() and words not in card.read_text()
-    if held is None or other or all(replace(held, target=plan.target) != plan for plan in plans):
-        raise InputError(f"--out {place} is not empty and holds something else; choose another folder, or remove it")
+    other = words is not None and card.exists() and words not in card.read_text(encoding="utf-8")
+    if held is None or other or replace(held, target=plan.target) != plan:
+        raise InputError(
+            f"--out {place} is not empty and holds something else; choose another folder, or remove it",
+            rule="place-not-empty", key="out", value=str(place),
+        )  # fmt: skip
     require_verified(place)
     return True
-
-
-def forecast_words(found: Mapping[str, Any]) -> str:
-    """What a run would take, for a reader."""
-    shown: dict[str, Any] = {name: f"{value:,}" if isinstance(value, int) else value for name, value in found.items()}
-    del shown["device"], shown["weights_bytes"], shown["copy_bytes"]
-    hours = {name.removeprefix("hours_"): shown.pop(name) for name in found if name.startswith("hours_")}
-    last = {name: shown.pop(name) for name in ("remark", "hint") if name in shown}
-    if found["trials"]:
-        here, others = hours.pop("here"), ", ".join(f"{name} {_time(value)}" for name, value in hours.items())
-        shown["time"] = (
-            f"at least {_time(here)} of search here ({found['device']}), by the speed of matrix products; a small "
-            "model on a CPU takes 5 to 10 times that. Refit, training and checks come on top"
-        )
-        shown["on others"] = others
-    shown["memory"] = f"{size(found['weights_bytes'])} of weights, and more for what is computed"
-    shown["disk"] = f"{size(found['copy_bytes'])} for the copy in --trials, and less for each checkpoint"
-    return "\n".join(f"{name}: {value}" for name, value in (shown | last).items())
-
-
-def _time(hours: float) -> str:
-    return duration(3600 * hours) if 3600 * hours >= 1 else "under 1s"
 
 
 def words(found: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from blockpruner.core.settings import Calibration, Compensate
@@ -10,14 +11,20 @@ from blockpruner.inputs.calibration import CalibrationSet, fill_rows, without_ev
 
 
 def compensation_rows(
-    texts: Sequence[str], tokenizer: Any, wanted: Compensate, evaluated: Iterable[str], context: int
+    texts: Sequence[str],
+    tokenizer: Any,
+    wanted: Compensate,
+    evaluated: Iterable[str],
+    context: int,
+    reserved: AbstractSet[str] = frozenset(),
 ) -> CalibrationSet:
     """Draw at most `wanted.num_rows` full rows, every token of which counts.
 
     Args:
         evaluated: texts on which models are evaluated; those that share a paragraph with one are not drawn.
         context: the longest row that the model takes.
+        reserved: texts that are passed over, as in `draw`.
     """
     joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
     pool = without_evaluated(texts, evaluated)
-    return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", at_most=True)
+    return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", at_most=True, reserved=reserved)

@@ -11,6 +11,7 @@ import random
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -102,6 +103,7 @@ def draw(
     seed: int,
     at_most: bool = False,
     key: str = "calibration.num_samples",
+    reserved: AbstractSet[str] = frozenset(),
 ) -> list[str]:
     """Draw samples without replacement.
 
@@ -111,6 +113,7 @@ def draw(
             half, both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         at_most: all samples will do where there are fewer.
         key: what asks for so many in the run file, for the message.
+        reserved: texts that are passed over. They are left out after the order is drawn, which stays the same.
 
     Raises:
         InputError: there are fewer texts than `num_samples`.
@@ -125,6 +128,10 @@ def draw(
         held_out = whole.train_test_split(test_size=0.2, seed=seed)["test"]
         half = held_out.train_test_split(test_size=0.5, seed=seed)["train"]
         pool = [pool[i] for i in half["index"]]
+    chance = random.Random(seed)
+    if split == "all":
+        chance.shuffle(pool)
+    pool = [text for text in pool if text not in reserved]
     if at_most:
         num_samples = min(num_samples, len(pool))
     if num_samples > len(pool):
@@ -132,10 +139,8 @@ def draw(
             f"{key} {num_samples} is more than the {len(pool)} texts that the source holds (split: "
             f"{split}); lower it to at most {len(pool)}"
         )
-    chance = random.Random(seed)
     if split == "paper":
         return [pool[i] for i in chance.sample(range(len(pool)), num_samples)]
-    chance.shuffle(pool)
     return pool[:num_samples]
 
 
@@ -144,8 +149,14 @@ def without_evaluated(texts: Sequence[str], evaluated: Iterable[str]) -> list[st
 
     A paragraph is a line of at least 50 characters. White space and upper case make no difference.
     """
-    known = {paragraph for text in evaluated for paragraph in _paragraphs(text)}
-    return [text for text in texts if known.isdisjoint(_paragraphs(text))]
+    known = sharing(texts, evaluated)
+    return [text for text in texts if text not in known]
+
+
+def sharing(texts: Iterable[str], others: Iterable[str]) -> set[str]:
+    """The texts that share a paragraph with one of the others."""
+    known = {paragraph for text in others for paragraph in _paragraphs(text)}
+    return {text for text in texts if not known.isdisjoint(_paragraphs(text))}
 
 
 def _paragraphs(text: str) -> set[str]:
@@ -244,6 +255,7 @@ def draw_rows(
     evaluated: Iterable[str],
     note: Callable[[str], object],
     at_most: bool = False,
+    reserved: AbstractSet[str] = frozenset(),
 ) -> CalibrationSet:
     """Draw the samples that a run file asks for, and pack them into rows.
 
@@ -251,6 +263,7 @@ def draw_rows(
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
         note: receives what was left out, and a warning where many scored tokens repeat.
         at_most: fewer than `wanted.num_rows` will do.
+        reserved: texts that are passed over, as in `draw`.
 
     Raises:
         InputError: no text has a response, of which the run file asks for; or see `pack_rows` and `fill_rows`.
@@ -264,10 +277,10 @@ def draw_rows(
             "has none; set calibration.score: all, or choose other data"
         )
     if wanted.num_rows is not None:
-        rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, at_most=at_most)
+        rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, at_most=at_most, reserved=reserved)
     else:
         adaptive = wanted.num_samples == "auto"
-        samples = draw(pool, wanted.samples, wanted.split, wanted.seed, at_most=adaptive)
+        samples = draw(pool, wanted.samples, wanted.split, wanted.seed, at_most=adaptive, reserved=reserved)
         bos = "first" if wanted.split == "paper" else "row"
         rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score, bos)
         rows = replace(rows, adaptive=adaptive)
@@ -293,17 +306,19 @@ def fill_rows(
     num_rows: int,
     key: str = "calibration.num_rows",
     at_most: bool = False,
+    reserved: AbstractSet[str] = frozenset(),
 ) -> CalibrationSet:
     """The first `num_rows` rows of all texts joined, in the order in which they are drawn.
 
     Args:
         key: what asks for so many in the run file, for the message.
         at_most: all rows will do where there are fewer.
+        reserved: texts that are passed over, as in `draw`.
 
     Raises:
         InputError: the texts are fewer rows.
     """
-    samples = draw(pool, len(pool), wanted.split, wanted.seed)
+    samples = draw(pool, len(pool), wanted.split, wanted.seed, at_most=True, reserved=reserved)
     enough = 8 * num_rows * wanted.seq_len  # characters; to tokenize all of a large pool takes minutes
     sizes = enumerate(accumulate(map(len, samples)), 1)
     taken = next((count for count, size in sizes if size >= enough), len(samples))

@@ -42,8 +42,8 @@ class Material:
     """Of the dense checkpoint."""
     dtype: str
     config: Config
-    trials: Path
-    """Folder of all trial stores."""
+    trials: Path | None
+    """Folder of all trial stores; None keeps trials in memory."""
     scorer: Scorer
     """Of the dense model; it is loaded when a score is asked for that no store knows."""
     dense: Callable[[], PreTrainedModel]

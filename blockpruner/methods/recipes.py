@@ -1,38 +1,117 @@
-"""What one name stands for: the search, its acceleration and the compensation that go together."""
+"""Recipes: what one name stands for, behind every door.
+
+A recipe is one search or several, and the compensation that belongs to them. Run files, targets, the command, the API
+and the form take the same names: that of a recipe, or that of a plain method, which is exact and not compensated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.settings import Score
+from blockpruner.core.settings import Run, Score
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Values of `score.method`, `score.acceleration` and `compensate.method` in a run file."""
+    """The searches whose results compete, and how they are compensated before the best one is kept."""
 
-    method: str
-    acceleration: str = "none"
-    compensation: str = "none"
+    searches: Mapping[str, Mapping[str, Any]]
+    """What each search sets in the `score` section, by the search's name."""
+    compensate: str = "none"
+    """The value of `compensate.method` where the user sets none."""
 
 
-RECOMMENDED = "recommended"
+RECOMMENDED, BLOCKPRUNER = "recommended", "blockpruner"
 RECIPES: Mapping[str, Recipe] = {
-    RECOMMENDED: Recipe("floating", "lazy+race", "refit"),  # measured: docs/experiments.md, "Three calibration draws"
-    "blockpruner": Recipe("greedy"),  # exactly as published, arXiv 2406.10594
+    # Whole layers leave fewer and wider holes, which a refit fills better: they came first on Gemma 3 and at 30 % of
+    # SmolLM2 (docs/experiments.md).
+    RECOMMENDED: Recipe(
+        {
+            "floating": {"method": "floating", "acceleration": "lazy+race"},
+            "greedy-layers": {"method": "greedy", "acceleration": "lazy+race", "unit": "layer"},
+        },
+        "refit",
+    ),
+    BLOCKPRUNER: Recipe({"greedy": {"method": "greedy"}}),  # exactly as published, arXiv 2406.10594
 }
 
 
-HEALING: Mapping[str, Mapping[str, Any]] = {
+def names() -> list[str]:
+    """Every name that a method may have: recipes first."""
+    from blockpruner.methods.registry import method_names  # takes a second, which `blockpruner --help` does without
+
+    return [*RECIPES, *(name for name in method_names() if name not in RECIPES)]
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of this name, or the one of a plain method.
+
+    Raises:
+        InputError: there is neither a recipe nor a method of this name.
+    """
+    if name not in names():
+        raise InputError(
+            f"method {name!r} is unknown; valid: {', '.join(names())}",
+            rule="unknown-method", key="score.method", value=name,
+        )  # fmt: skip
+    return RECIPES.get(name, Recipe({name: {"method": name}}))
+
+
+def searches(score: Score) -> dict[str, Score]:
+    """The searches of a `score` section, by name: one, or those of its recipe.
+
+    An acceleration that the section sets wins over the recipe's. A recipe's other searches also change what a step
+    removes, so they are there only if the section leaves unit, candidates and options as they are.
+    """
+    if score.method not in RECIPES:
+        return {score.method: score.model_copy(update={"acceleration": score.acceleration or "none"})}
+    (first, own), *others = RECIPES[score.method].searches.items()
+    is_free = (score.unit, score.candidates, dict(score.options)) == ("block", "all", {})
+    rows = {first: own, **(dict(others) if is_free else {})}
+    kept = {} if score.acceleration is None else {"acceleration": score.acceleration}
+    return {name: score.model_copy(update={"acceleration": "none", **row, **kept}) for name, row in rows.items()}
+
+
+def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
+    """The searches whose results compete for a budget.
+
+    A search that cannot meet the budget is left out; the first one is always there, to refuse it with words. A budget
+    that is not a share of all parameters is searched for by the first one alone.
+    """
+    from blockpruner.methods.registry import require_budgets
+
+    found = searches(score)
+    first, *others = found
+    if read_budget(budget)[1] != "":
+        return {first: found[first]}
+    kept = {first: found[first]}
+    for name in others:
+        try:
+            require_budgets(found[name], config, (budget,))
+        except InputError:
+            continue
+        kept[name] = found[name]
+    return kept
+
+
+def compensation(run: Run, method: str | None = None) -> str:
+    """How a model is compensated: as the run file says, else as the recipe does."""
+    return run.compensate.method or recipe(method or run.score.method).compensate
+
+
+OWN_ROWS = 16
+"""Calibration rows of texts of one's own: about as many as the paper's 256 samples fill."""
+
+TRAINING: Mapping[str, Mapping[str, Any]] = {
     "all": {"weights": "all", "learning_rate": 3e-4},  # measured: docs/experiments.md, "Search and healing"
     "lora": {"weights": "lora", "learning_rate": 2e-4},  # the paper's rate; not measured with this loss
 }
-"""Recipes of training by the weights that are trained: values of `recover` in a run file, with those below."""
+"""Recipes of training by the weights that are trained: values of `train` in a run file, with those below."""
 
 DISTILLATION: Mapping[str, Any] = {
     "distill": 1.0, "num_rows": 450, "seq_len": 512, "batch": 2, "accumulation": 1, "schedule": "cosine",
@@ -40,51 +119,40 @@ DISTILLATION: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def healing(name: str) -> dict[str, Any]:
-    """Values of `recover` for a recipe of training; raises InputError for a name that is none."""
-    if name not in HEALING:
-        raise InputError(f"--heal {name!r} is unknown; valid: {', '.join(HEALING)}")
-    return {**DISTILLATION, **HEALING[name]}
+def training(name: str) -> dict[str, Any]:
+    """Values of `train` for a recipe of training; raises InputError for a name that is none."""
+    if name not in TRAINING:
+        raise InputError(
+            f"train {name!r} is unknown; valid: {', '.join(TRAINING)}", rule="unknown-training", key="train", value=name
+        )
+    return {**DISTILLATION, **TRAINING[name]}
 
 
-def recipe(name: str, acceleration: str | None = None, compensation: str | None = None) -> Recipe:
-    """Read a recipe's name, or that of a plain method, which is exact and not compensated.
+def sections(
+    method: str,
+    *,
+    data: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any],
+    score: Mapping[str, Any],
+    compensate: str | None = None,
+    train: str | None = None,
+) -> dict[str, Any]:
+    """Sections of a run file in a few words, as the command, the API and the form ask for them.
 
     Args:
-        acceleration, compensation: in place of the recipe's own.
-
-    Raises:
-        InputError: there is neither a recipe nor a method of this name; names those that there are.
+        data: the source of texts of one's own; without, the paper's calibration set is drawn.
+        calibration: settings that differ from the defaults.
+        score: settings that differ from the recipe's.
+        compensate: a method in place of the recipe's own.
+        train: a recipe of training.
     """
-    from blockpruner.methods.registry import method_names  # takes a second, which `blockpruner --help` does without
-
-    names = [*RECIPES, *method_names()]
-    if name not in names:
-        raise InputError(f"method {name!r} is unknown; valid: {', '.join(names)}")
-    found = RECIPES.get(name, Recipe(name))
-    return Recipe(found.method, acceleration or found.acceleration, compensation or found.compensation)
-
-
-def rival(name: str, score: Score, config: Config, budget: str, compensation: str) -> Score | None:
-    """The search of whole layers that the recommended one is held against, after both are compensated.
-
-    Whole layers leave fewer and wider holes, which a refit mends better: they were first on Gemma 3 and at 30 % of
-    SmolLM2 (docs/experiments.md). None for other recipes, and where layers cannot meet the budget.
-    """
-    from blockpruner.methods.registry import require_budgets
-
-    free = (score.unit, score.candidates, dict(score.options)) == ("block", "all", {}) and compensation != "none"
-    if name != RECOMMENDED or not free or read_budget(budget)[1] != "":
-        return None
-    layers = score.model_copy(update={"method": "greedy", "unit": "layer"})
-    try:
-        require_budgets(layers, config, (budget,))
-    except InputError:
-        return None
-    return layers
-
-
-def settled(scores: Sequence[Score], perplexities: Sequence[float]) -> str:
-    """Which of several searches is taken, by the perplexity on the compensation's held-out rows, in words."""
-    words = (f"{score.method} of {score.unit}s {value:.2f}" for score, value in zip(scores, perplexities, strict=True))
-    return f"held-out perplexity, compensated: {', '.join(words)}; the lowest is taken"
+    own = {} if data is None else {"data": data}
+    drawn = dict(calibration)
+    if data is not None:
+        drawn = {**own, "split": "all", **({} if "num_samples" in drawn else {"num_rows": OWN_ROWS}), **drawn}
+    found: dict[str, Any] = {"calibration": drawn, "score": {"method": method, **score}}
+    if compensate is not None:
+        found["compensate"] = {"method": compensate}
+    if train is not None:
+        found["train"] = training(train) | own
+    return found

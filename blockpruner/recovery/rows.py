@@ -6,6 +6,7 @@ Decides which texts are drawn and which are held out. How texts are packed is de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from blockpruner.core.errors import InputError
@@ -20,6 +21,7 @@ def training_rows(
     evaluated: Iterable[str] = (),
     note: Callable[[str], object] = lambda message: None,
     at_most: bool = False,
+    reserved: AbstractSet[str] = frozenset(),
 ) -> tuple[CalibrationSet, CalibrationSet | None]:
     """Draw the rows of training and, from what is left, `wanted.validation` rows that are not trained on.
 
@@ -29,6 +31,7 @@ def training_rows(
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
         at_most: fewer than `num_rows` will do, where the texts fill no more.
+        reserved: texts that are passed over, as in `draw`.
 
     Raises:
         InputError: there are fewer texts, or rows, than are asked for, or none to train on.
@@ -39,7 +42,7 @@ def training_rows(
     held = wanted.validation
     if wanted.num_rows is not None:
         joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
-        rows = fill_rows(pool, tokenizer, joined, wanted.num_rows + held, "recover.num_rows + validation", at_most).rows
+        rows = fill_rows(pool, tokenizer, joined, wanted.num_rows + held, "recover.num_rows + validation", at_most, reserved).rows
         if len(rows) <= held:
             raise InputError(
                 f"the training's texts fill {len(rows)} rows of {wanted.seq_len} tokens, of which {held} are held out; "
@@ -48,7 +51,7 @@ def training_rows(
         parts = [CalibrationSet(rows[: len(rows) - held]), CalibrationSet(rows[len(rows) - held :])]
     else:
         key = "recover.num_samples + validation"
-        drawn = draw(pool, wanted.num_samples + held, "all", wanted.seed, key=key)
+        drawn = draw(pool, wanted.num_samples + held, "all", wanted.seed, key=key, reserved=reserved)
         samples = [text + (tokenizer.eos_token or "") for text in drawn]
         groups = [group for group in (samples[: wanted.num_samples], samples[wanted.num_samples :]) if group]
         parts = [pack_rows(group, tokenizer, wanted.seq_len, "per_sample") for group in groups]

@@ -1,0 +1,100 @@
+"""The choice among proposals: each is compensated, the best one by rows that nothing else has seen is kept.
+
+Decides what is kept of it (one folder: the plan, the facts, and the weights that changed). How weights are fitted is
+decided in `compensate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blockpruner.core.plan import Plan
+from blockpruner.core.progress import Observer
+from blockpruner.core.settings import TaskAnswers, Texts
+from blockpruner.evaluation.perplexity import measure_perplexity
+from blockpruner.healing.compensate import compensate
+from blockpruner.healing.healed import save_healed, set_weights_
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.apply import Pruning, pruned_copy
+from blockpruner.store.files import replace_directory, write_sealed_json
+from blockpruner.store.plans import save_plan
+
+PLAN, FACTS = "plan.json", "compensate.json"
+
+
+@dataclass(frozen=True)
+class Healing:
+    """The proposal that is kept, and its compensated weights."""
+
+    search: str
+    """The name of the search that proposed it."""
+    plan: Plan
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """The changed weights by their names in the pruned model; empty where nothing helped, or nothing was asked for."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What was done, as JSON: the compensation's facts, and under "judged" the perplexity of each proposal."""
+
+
+def choose(
+    dense: Callable[[], PreTrainedModel],
+    plans: Mapping[str, Plan],
+    fit: CalibrationSet,
+    held_out: int,
+    judge: CalibrationSet,
+    search: CalibrationSet,
+    observer: Observer,
+) -> Healing:
+    """Compensate each proposal as its plan says, and keep the one with the lowest perplexity on the rows that judge.
+
+    Args:
+        dense: loads the dense model, which is as before at the end; called if something must be computed.
+        plans: by the name of the search that proposes it; one alone is not judged.
+        held_out: how many rows of the fit, the last ones, choose the strength.
+        search: the calibration rows, of which some kinds of plans make weights.
+
+    Raises:
+        InputError: too few rows to fit to; or see `compensate`.
+    """
+    tried = []
+    for name, plan in plans.items():
+        if plan.compensate == "none":
+            tried.append(Healing(name, plan))
+            continue
+        done = compensate(dense(), plan, fit, held_out, plan.compensate, observer)
+        tried.append(Healing(name, plan, done.weights, done.report))
+    if len(tried) == 1:
+        return tried[0]
+    judged = {}
+    for one in tried:
+        model = pruned_copy(dense(), one.plan, search.rows)
+        set_weights_(model, one.weights, shared=True)
+        judged[one.search] = measure_perplexity(model, judge.rows).perplexity
+    best = min(tried, key=lambda one: judged[one.search])
+    words = ", ".join(f"{name} {value:.2f}" for name, value in judged.items())
+    observer.note(f"perplexity of the rows that judge: {words}; {best.search} is kept")
+    return replace(best, facts={**best.facts, "judged": judged})
+
+
+def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts | TaskAnswers) -> None:
+    """Write what was chosen, as a whole or not at all.
+
+    Args:
+        pruning: the model of the plan.
+        data: the source of the rows of the fit.
+    """
+
+    def build(directory: Path) -> None:
+        save_plan(found.plan, directory / PLAN)
+        write_sealed_json(directory / FACTS, {"search": found.search, **found.facts})
+        if found.weights:
+            tokens = found.facts["tokens"]
+            words = f"compensated without training ({found.plan.compensate}, {tokens:,} tokens of `{data.title}`)"
+            save_healed(directory, found.weights, pruning.identity, words, data)
+
+    replace_directory(folder, build)
