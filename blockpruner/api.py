@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from blockpruner.checkpoints.hf import code_file, save_pruned
 from blockpruner.checkpoints.hub import push
 from blockpruner.checkpoints.registry import EXPORTS, require_exports
-from blockpruner.compensation.compensate import Compensated, compensate
-from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, stderr_observer
 from blockpruner.core.settings import Compensate, Perplexity, Score, read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
+from blockpruner.healing.compensate import Compensated, compensate
+from blockpruner.healing.rows import compensation_rows
 from blockpruner.inputs.calibration import CalibrationSet, pack_rows
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, drop_code_, licence_beside
 from blockpruner.methods.apply import Pruning

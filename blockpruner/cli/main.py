@@ -155,7 +155,7 @@ def prune(
             show_default="refit if recommended",
         ),
     ] = None,
-    heal: Annotated[
+    train: Annotated[
         str | None,
         Option(
             metavar="NAME",
@@ -185,8 +185,8 @@ def prune(
     sections: dict[str, Any] = {
         "calibration": calibration, "score": score, "compensate": {"method": chosen.compensation}
     }  # fmt: skip
-    if heal is not None:
-        sections["recover"] = healing(heal) | ({"data": calibration["data"]} if texts is not None else {})
+    if train is not None:
+        sections["train"] = healing(train) | ({"data": calibration["data"]} if texts is not None else {})
     place = work.Place(trials.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, sections)
     if dry_run:

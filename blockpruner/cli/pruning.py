@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockpruner.checkpoints.registry import EXPORTS, Writer, require_families, require_packages
 from blockpruner.checks import check_run
-from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.errors import InputError, MissingPackageError, missing
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
@@ -29,12 +28,13 @@ from blockpruner.core.settings import (
     LocalModel,
     LocalTexts,
     Perplexity,
-    Recover,
     Run,
     Runtime,
     TaskAnswers,
+    Train,
     read_settings,
 )
+from blockpruner.healing.rows import compensation_rows
 from blockpruner.inputs.calibration import CalibrationSet, check_context, draw_rows
 from blockpruner.inputs.checkpoints import TOKENIZER_FILES, checkpoint_identity, fetch_checkpoint, fetch_config
 from blockpruner.inputs.hub import HubError
@@ -109,14 +109,14 @@ class Place:
         require_families(run.export, str(config["model_type"]))
         own = run.model.model_copy(update={"dtype": own_dtype(config)} if dtype == "auto" else {})
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
-        context, recover = config.get("max_position_embeddings"), run.recover
-        if recover is not None and recover.weights == "lora" and find_spec("peft") is None:
+        context, train = config.get("max_position_embeddings"), run.train
+        if train is not None and train.weights == "lora" and find_spec("peft") is None:
             raise missing("peft", "train")
-        if recover is not None and context:
-            recover = recover.model_copy(update={"seq_len": min(recover.seq_len, context)})
+        if train is not None and context:
+            train = train.model_copy(update={"seq_len": min(train.seq_len, context)})
         run = run.model_copy(
             update={
-                "recover": recover,
+                "train": train,
                 "model": own,
                 "calibration": fitted(run.calibration, config, "calibration.seq_len"),
                 "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),
@@ -154,7 +154,7 @@ class Place:
         found = forecast(run, config, (budget,))
         layers = rival(recipe, run.score, config, budget, run.compensate.method)
         if layers is not None:
-            more = forecast(run.model_copy(update={"score": layers, "recover": None}), config, (budget,))
+            more = forecast(run.model_copy(update={"score": layers, "train": None}), config, (budget,))
             summed = {key: found[key] + more[key] for key in found if key.startswith(("trials", "teraflop", "hours"))}
             found |= {key: value if key == "trials" else float(f"{value:.3g}") for key, value in summed.items()}
         rows = found["calibration"] if counted is None else found["calibration"].removeprefix("about ")
@@ -204,12 +204,12 @@ class Place:
         rows = draw_rows(texts, tokenizer, run.calibration, (), self.observer.note, at_most=True)
         context = config.get("max_position_embeddings", run.calibration.seq_len)
         fit = partial(compensation_rows, texts, tokenizer, run.compensate, (), context)
-        training = None if run.recover is None else self._training_rows(run.recover, texts, tokenizer)
+        training = None if run.train is None else self._training_rows(run.train, texts, tokenizer)
         base = checkpoint_identity(dense).before
         keys = [self._key(one, base, rows, budget) for one in runs]
         plans = [self.root / "plans" / key for key in keys]
         known = [load_plan(kept) for kept in plans if kept.exists()]
-        self._formats(run, out, [replace(plan, recover=run.recover is not None) for plan in known])  # refuses early
+        self._formats(run, out, [replace(plan, train=run.train is not None) for plan in known])  # refuses early
         found = []
         for number, (one, key, kept) in enumerate(zip(runs, keys, plans, strict=True), 1):
             healing = "" if run.compensate.method == "none" else f", then {run.compensate.method}"
@@ -224,10 +224,10 @@ class Place:
             self.observer.note(settled([one.score for one in runs], [_after(each[1]) for each in found]))
         plan, healed, counts = min(found, key=lambda each: _after(each[1]))
         told = {} if healed is None else {"compensated": read_json(healed / "compensate.json")["perplexity"]}
-        if run.recover is not None and training is not None:
-            plan = replace(plan, recover=True)
-            healed = self._trained(run.recover, self._pruning(run, dense, plan, rows), healed, training)
-            facts = read_json(healed / "recover.json")
+        if run.train is not None and training is not None:
+            plan = replace(plan, train=True)
+            healed = self._trained(run.train, self._pruning(run, dense, plan, rows), healed, training)
+            facts = read_json(healed / "train.json")
             by_step = {each["step"]: math.exp(each["nll"]) for each in facts["validations"]}
             told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
         return self._export(run, dense, plan, rows, out, healed) | {"search": counts, "perplexity": told}
@@ -239,7 +239,7 @@ class Place:
     def _compensated(
         self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, key: str, fit: Callable[[], CalibrationSet]
     ) -> Path:
-        from blockpruner.compensation.compensate import write_compensated
+        from blockpruner.healing.compensate import write_compensated
 
         assert not isinstance(run.calibration.data, TaskAnswers)
         pruning = self._pruning(run, dense, plan, rows)
@@ -248,19 +248,19 @@ class Place:
             write_compensated(healed, pruning, fit(), run.compensate, run.calibration.data, self.observer)
         return healed
 
-    def _training_rows(self, wanted: Recover, texts: Sequence[str], tokenizer: Any) -> TrainingRows:
+    def _training_rows(self, wanted: Train, texts: Sequence[str], tokenizer: Any) -> TrainingRows:
         """Drawn before the search: too few texts are found out at once."""
-        from blockpruner.recovery.rows import training_rows
+        from blockpruner.healing.rows import training_rows
 
         rows, validation = training_rows(texts, tokenizer, wanted, (), self.observer.note, at_most=True)
         asked = f" of the {wanted.num_rows} wanted" if len(rows.rows) < (wanted.num_rows or 0) else ""
         self.observer.note(f"training: {len(rows.rows)}{asked} rows of {wanted.seq_len} tokens")
         return rows, validation
 
-    def _trained(self, wanted: Recover, pruning: Pruning, healed: Path | None, drawn: TrainingRows) -> Path:
+    def _trained(self, wanted: Train, pruning: Pruning, healed: Path | None, drawn: TrainingRows) -> Path:
         """Train on the calibration's texts, from compensated weights on; a killed training goes on."""
+        from blockpruner.healing.train import write_trained
         from blockpruner.methods.healed import find_healed
-        from blockpruner.recovery.recover import write_recovered
 
         pruning = replace(pruning, healed=None if healed is None else find_healed([healed], pruning.identity))
         facts = {
@@ -269,7 +269,7 @@ class Place:
         }  # fmt: skip
         folder = self.root / "trained" / fingerprint(facts)
         if not folder.exists():
-            write_recovered(folder, pruning, wanted, *drawn, self.root / "training", self.observer)
+            write_trained(folder, pruning, wanted, *drawn, self.root / "training", self.observer)
         return folder
 
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
@@ -280,12 +280,12 @@ class Place:
                 f"{file} is of a model with other weights (method: {plan.method}), which a plan does not hold; run "
                 "prune again: scores are kept"
             )
-        if plan.compensate != "none" or plan.recover:
+        if plan.compensate != "none" or plan.train:
             self.observer.note(
                 "a plan holds no weights: this model loses the same blocks, but is not healed "
-                f"({plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.recover})"
+                f"({plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.train})"
             )
-            plan = replace(plan, compensate="none", recover=False)
+            plan = replace(plan, compensate="none", train=False)
         run, dense = self.fetch_base(run, file, plan)
         return self._export(run, dense, replace(plan, target=out.name), CalibrationSet(()), out)
 

@@ -32,7 +32,7 @@ HEALING: Mapping[str, Mapping[str, Any]] = {
     "all": {"weights": "all", "learning_rate": 3e-4},  # measured: docs/experiments.md, "Search and healing"
     "lora": {"weights": "lora", "learning_rate": 2e-4},  # the paper's rate; not measured with this loss
 }
-"""Recipes of training by the weights that are trained: values of `recover` in a run file, with those below."""
+"""Recipes of training by the weights that are trained: values of `train` in a run file, with those below."""
 
 DISTILLATION: Mapping[str, Any] = {
     "distill": 1.0, "num_rows": 450, "seq_len": 512, "batch": 2, "accumulation": 1, "schedule": "cosine",
@@ -41,9 +41,9 @@ DISTILLATION: Mapping[str, Any] = {
 
 
 def healing(name: str) -> dict[str, Any]:
-    """Values of `recover` for a recipe of training; raises InputError for a name that is none."""
+    """Values of `train` for a recipe of training; raises InputError for a name that is none."""
     if name not in HEALING:
-        raise InputError(f"--heal {name!r} is unknown; valid: {', '.join(HEALING)}")
+        raise InputError(f"--train {name!r} is unknown; valid: {', '.join(HEALING)}")
     return {**DISTILLATION, **HEALING[name]}
 
 
