@@ -62,7 +62,7 @@ $(LOCK)/bin/uv:
 # The lowest and the newest versions that pyproject.toml allows, each in an environment of its own, with a core of the
 # tests: numbers, families, scores, searches, stores, the command. UV_TORCH_BACKEND=cpu takes torch's CPU build.
 CORE := tests/test_golden.py tests/contract tests/unit/test_engine.py tests/unit/test_searches.py tests/unit/test_suite.py \
-	tests/unit/test_zero_shot.py tests/unit/test_recovery.py tests/unit/test_tables_trials.py tests/unit/test_damage.py \
+	tests/unit/test_zero_shot.py tests/unit/test_training.py tests/unit/test_tables_trials.py tests/unit/test_damage.py \
 	tests/unit/test_cli.py
 test-floors: RESOLUTION := lowest-direct
 test-newest: RESOLUTION := highest

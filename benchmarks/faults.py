@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults [word ...]     only the cells whose names hold all these words
 
-The pipeline of the integration tests (a tiny random model, one target that is recovered) is run once undisturbed and
+The pipeline of the integration tests (a tiny random model, one target that is trained) is run once undisturbed and
 kept as it was before each stage. A cell copies that, breaks one thing in the middle of the stage, lets everything end,
 runs the stage again as a flow does, and compares its outputs with the undisturbed ones. All of it is kept in
 data/benchmarks/faults/<digest of the code>, and a cell that was good is skipped. Prints a Markdown table; exits with 1
@@ -58,14 +58,14 @@ STAGES = {
     "baseline@tiny": ("results/tiny-dense",),
     "commit@lora.2": ("plans",),
     "compensate@lora.2": ("compensated",),
-    "recover@lora.2": ("recovered",),
+    "train@lora.2": ("trained",),
     "materialize@lora.2": ("checkpoints",),
     "benchmark@lora.2": ("results/lora.2",),
     "report": ("report",),
 }
 """The outputs of each stage, under data/."""
 
-STORES = {"score": "trials", "baseline": "evaluations", "benchmark": "evaluations", "recover": "adapters"}
+STORES = {"score": "trials", "baseline": "evaluations", "benchmark": "evaluations", "train": "adapters"}
 """Where a stage keeps its finished units; any other stage is one unit."""
 
 PAUSE = """

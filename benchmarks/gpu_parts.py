@@ -43,14 +43,14 @@ from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, all_blocks,
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver, stderr_observer
-from blockpruner.core.settings import HubTexts, Latency, Recover, Score, Speed
+from blockpruner.core.settings import HubTexts, Latency, Score, Speed, Train
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
+from blockpruner.healing.training import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, model_family, prune_, resolve_device, shared_copy
 from blockpruner.paper.flops import Flops
-from blockpruner.recovery.training import recover_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
@@ -735,7 +735,7 @@ def training(s: Setting, say: Say) -> dict[str, Any]:
     rows = CalibrationSet(tuple(row[:512] for row in s.data.rows[:4]))
     all_ids = [torch.tensor([row], device=s.device) for row in rows.rows]
     expected = statistics.fmean(nll_of(student(ids, use_cache=False).logits, ids)[0] for ids in all_ids)
-    recipe = Recover(
+    recipe = Train(
         data=HubTexts(source="hub", repo="random/rows"),
         rank=8,
         learning_rate=1e-3,
@@ -743,7 +743,7 @@ def training(s: Setting, say: Say) -> dict[str, Any]:
         epochs=10,
     )
     with tempfile.TemporaryDirectory() as folder:
-        train = partial(recover_, student, rows, recipe, teacher=None, validation=None, adapters=Path(folder))
+        train = partial(train_, student, rows, recipe, teacher=None, validation=None, adapters=Path(folder))
         taken, found = clocked(s.device, partial(train, identity="random", observer=SilentObserver()))
     first, last = found.losses[0], found.losses[-1]
     say.check("training: first loss to that of forward passes", abs(first - expected), 2e-2)

@@ -26,14 +26,14 @@ from blockpruner.checkpoints.verification import NEW_TOKENS, PROMPT_TOKENS, PROM
 from blockpruner.core.blocks import DENSE, Mask, parse_mask
 from blockpruner.core.errors import DeviceMemoryError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import HubTexts, Recover, Speed
+from blockpruner.core.settings import HubTexts, Speed, Train
 from blockpruner.evaluation.choices import DEVICE_TOKENS, answers
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.speed import measure_speed
+from blockpruner.healing import training
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.healed import set_weights_
 from blockpruner.model.models import depths_after, masked, prune_, shared_copy
-from blockpruner.recovery import training
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import Task
@@ -86,10 +86,10 @@ def train(
     model: PreTrainedModel, teacher: PreTrainedModel | None, mask: Mask, rows: list[list[int]], **how: object
 ) -> None:
     """A step of four rows."""
-    recipe = Recover(data=HubTexts(source="hub", repo="a/b"), distill=float(teacher is not None), **how)
+    recipe = Train(data=HubTexts(source="hub", repo="a/b"), distill=float(teacher is not None), **how)
     depths = depths_after(teacher, mask) if teacher is not None else ()
     with tempfile.TemporaryDirectory() as folder, patch.object(training, "save"):
-        training.recover_(
+        training.train_(
             model, CalibrationSet(tuple(map(tuple, rows[:4]))), recipe, teacher=teacher, validation=None, depths=depths,
             adapters=Path(folder), identity="", observer=SilentObserver(),
         )  # fmt: skip
@@ -135,11 +135,11 @@ def parts(shape: str, rows: list[list[int]]) -> Mapping[str, Callable[[], object
         "benchmark: speed": lambda: time(*shared()),
         "benchmark: speed, refitted": lambda: time(*shared("o_proj", "down_proj")),
         "benchmark: speed, trained": lambda: time(*shared("proj")),
-        "recover: LoRA": lambda: alone(),
-        "recover: LoRA, checkpointing": lambda: alone(checkpointing=True),
-        "recover: LoRA, distilled": lambda: student(True),
-        "recover: LoRA, distilled, checkpointing": lambda: student(True, checkpointing=True),
-        "recover: all weights, checkpointing": lambda: alone(weights="all", checkpointing=True),
+        "train: LoRA": lambda: alone(),
+        "train: LoRA, checkpointing": lambda: alone(checkpointing=True),
+        "train: LoRA, distilled": lambda: student(True),
+        "train: LoRA, distilled, checkpointing": lambda: student(True, checkpointing=True),
+        "train: all weights, checkpointing": lambda: alone(weights="all", checkpointing=True),
         "export: nas (main memory)": lambda: export(dense(), mask, "nas"),
         "export: gguf (main memory)": lambda: export(dense(), mask, "gguf"),
     }

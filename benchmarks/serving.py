@@ -67,7 +67,7 @@ def prunings() -> dict[str, Pruning]:
     """The dense model, as one of which nothing is removed, and the pruned ones by their ratios."""
     run, result = load_run(STUDY.name), dict[str, Pruning]()
     for cure in cures(run):
-        if cure.variant.method != FLOATING or cure.recover:
+        if cure.variant.method != FLOATING or cure.train:
             continue
         plan = cure.of(load_plans(STUDY / "plans", cure.variant)[cure.budget])
         rows = CalibrationSet.load(STUDY / "plans" / cure.variant.slug / "rows.parquet")

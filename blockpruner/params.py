@@ -34,10 +34,10 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read params.yaml; raises InputError that names file, key, value and the valid ones."""
     params = _load(path, Params)
     for name, target in params.targets.items():
-        if target.recover and load_run(target.run).recover is None:
+        if target.train and load_run(target.run).train is None:
             raise InputError(
-                f"{path}: target {name!r} has recover: true, but runs/{target.run}.yaml has no recover section; add "
-                "one (recover: {} is the paper's recipe), or set recover: false"
+                f"{path}: target {name!r} has train: true, but runs/{target.run}.yaml has no train section; add "
+                "one (train: {} is the paper's recipe), or set train: false"
             )
         if target.compensate not in (None, "none"):
             try:

@@ -151,7 +151,7 @@ class NewModel(Frozen):
         description="How the weights that are left make up for what is gone, without training. None: refit with the "
         f"method {RECOMMENDED}, else not at all.",
     )
-    recover: bool = Field(default=False, description="Whether the model is trained after that, on the texts above.")
+    train: bool = Field(default=False, description="Whether the model is trained after that, on the texts above.")
     heldout: NamedTexts | TextFile | HubDataSet | None = Field(
         default=None, description="What perplexity is measured on. None: WikiText-2 from the hub."
     )
@@ -188,7 +188,7 @@ class NewModel(Frozen):
                 **({} if self.heldout is None else {"perplexity": {"data": _source(self.heldout)}}),
                 "zero_shot": {"data": {"source": self.tasks}},
             },
-            **({"recover": {} if self.texts is None else {"data": _source(self.texts)}} if self.recover else {}),
+            **({"train": {} if self.texts is None else {"data": _source(self.texts)}} if self.train else {}),
             "export": list(self.export),
         }
         values = merged(values, self.more)
@@ -265,7 +265,7 @@ def add(form: NewModel, text: str) -> Chosen:
     if is_new:
         write_text(file, text)
     try:
-        return choose(Selection(runs=(form.name,), budgets=form.budgets, recover=form.recover, push=form.push))
+        return choose(Selection(runs=(form.name,), budgets=form.budgets, train=form.train, push=form.push))
     except InputError:
         if is_new:
             file.unlink()

@@ -1,8 +1,8 @@
-"""`python -m flows.prune [--run NAME ...] [--budget B ... [--compensate METHOD] [--recover]] [--push REMOTE]`.
+"""`python -m flows.prune [--run NAME ...] [--budget B ... [--compensate METHOD] [--train]] [--push REMOTE]`.
 
 The pipeline as a flow. Without options everything in params.yaml is brought up to date. `--run` takes only that run
 (added to params.yaml if missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which
-`--compensate` and `--recover` heal (added as `<run>-<budget>-<method>-trained`). `--push` sends what was made to a DVC
+`--compensate` and `--train` heal (added as `<run>-<budget>-<method>-trained`). `--push` sends what was made to a DVC
 remote.
 
 Decides what Prefect sees: one task for each DVC stage, the state Cached for what had not changed, and the results as
@@ -255,14 +255,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     methods = get_args(CompensationMethod)
     parser.add_argument("--compensate", choices=methods, help="of the targets of --budget; else as their run says")
-    parser.add_argument("--recover", action="store_true", help="train the targets of --budget")
+    parser.add_argument("--train", action="store_true", help="train the targets of --budget")
     parser.add_argument("--push", metavar="REMOTE", help="a remote of DVC, which gets what was made")
     options = parser.parse_args(argv)
     selection = Selection(
         runs=tuple(options.run),
         budgets=tuple(options.budget),
         compensate=options.compensate,
-        recover=options.recover,
+        train=options.train,
         push=options.push,
     )
     return run_here(lambda: choose(selection), lambda: prune(selection, return_state=True))

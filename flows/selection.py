@@ -77,8 +77,8 @@ class Selection(Frozen):
         description="How the weights of these targets make up for what is gone, without training. None: as their run's "
         "file says.",
     )
-    recover: bool = Field(
-        default=False, description="Whether these targets are trained, by the recover section of their run's file."
+    train: bool = Field(
+        default=False, description="Whether these targets are trained, by the train section of their run's file."
     )
     push: str | None = Field(
         default=None,
@@ -88,7 +88,7 @@ class Selection(Frozen):
     @property
     def healing(self) -> dict[str, Any]:
         """What a target of it has in params.yaml beside run and budget."""
-        return self.model_dump(include={"compensate", "recover"}, exclude_defaults=True)
+        return self.model_dump(include={"compensate", "train"}, exclude_defaults=True)
 
 
 class RunGrid(Frozen):
@@ -199,7 +199,7 @@ def choose(selection: Selection) -> Chosen:
     known = {
         (t.run, read_budget(t.budget)): name
         for name, t in params.targets.items()
-        if (t.compensate, t.recover) == (selection.compensate, selection.recover)
+        if (t.compensate, t.train) == (selection.compensate, selection.train)
     }
     targets = {} if selection.budgets else {name: t.run for name, t in params.targets.items() if t.run in runs}
     new_targets: dict[str, dict[str, Any]] = {}

@@ -44,7 +44,7 @@ def project() -> str:
 def facts_of(target: str) -> tuple[dict[str, Any], dict[str, float]]:
     """The settings of a target, and what was measured of it; the dense model's figures are `dense/<name>`."""
     plan = load_plan(PLANS / target / "plan.json")
-    made = {"target": target, "budget": plan.budget, "compensate": plan.compensate, "recover": plan.recover}
+    made = {"target": target, "budget": plan.budget, "compensate": plan.compensate, "train": plan.train}
     settings = load_run(plan.run).model_dump(mode="json", exclude_none=True)
     found = {f"dense/{key}": value for key, value in figures(f"{plan.run}-dense").items()} | figures(target)
     found["ratio"] = plan.ratio

@@ -18,7 +18,7 @@ def main(name: str) -> None:
     config = read_json(DATA / "models" / target.run / "config.json")
     plan, tables = commit_run(DATA / "scores" / target.run, config, target.budget, name, target.run)
     compensate = target.compensate or load_run(target.run).compensate.method
-    plan = replace(plan, compensate=compensate, recover=target.recover)
+    plan = replace(plan, compensate=compensate, train=target.train)
     if tables:
         save_iterations(tables, out / "iterations.parquet")
     save_plan(plan, out / "plan.json")

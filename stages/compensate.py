@@ -15,8 +15,8 @@ from stages import DATA, run
 def rows_of(name: str, settings: Run, calibration: CalibrationSet) -> CalibrationSet:
     """Rows of texts of which none is evaluated. Of a run that is calibrated on answers, those, with every token
     scored."""
-    from blockpruner.compensation.rows import compensation_rows
     from blockpruner.evaluation.perplexity import held_out
+    from blockpruner.healing.rows import compensation_rows
     from blockpruner.inputs.tokenizers import load_tokenizer
 
     wanted, sources = settings.compensate, DATA / "sources" / name
@@ -34,7 +34,7 @@ def main(name: str) -> None:
     if plan.compensate == "none":
         replace_directory(out, lambda directory: write_json(directory / "compensate.json", {"enabled": False}))
         return
-    from blockpruner.compensation.compensate import write_compensated
+    from blockpruner.healing.compensate import write_compensated
     from stages.materialize import pruning_of
 
     settings, pruning = load_run(plan.run), pruning_of(plan)

@@ -27,8 +27,8 @@ def main(name: str) -> None:
         texts["calibration"] = calibration
     if settings.compensate.data is not None:
         texts["compensate"] = settings.compensate.data
-    if settings.recover is not None:
-        texts["recover"] = settings.recover.data
+    if settings.train is not None:
+        texts["train"] = settings.train.data
 
     def build(directory: Path) -> None:
         for role, data in texts.items():

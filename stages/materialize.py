@@ -28,7 +28,7 @@ def pruning_of(plan: Plan) -> Pruning:
 
 def main(name: str) -> None:
     pruning = pruning_of(load_plan(DATA / "plans" / name / "plan.json"))
-    healed = find_healed((DATA / stage / name for stage in ("recovered", "compensated")), pruning.identity)
+    healed = find_healed((DATA / stage / name for stage in ("trained", "compensated")), pruning.identity)
     for form in load_run(pruning.plan.run).export:
         export = EXPORTS[form]
         place = DATA / "checkpoints" / name / form

@@ -36,7 +36,7 @@ def name_of(source: Any) -> str:
 
 
 def labels(settings: Run) -> RunLabels:
-    calibration, evaluate, recover = settings.calibration, settings.evaluate, settings.recover
+    calibration, evaluate, train = settings.calibration, settings.evaluate, settings.train
     compensate = settings.compensate
     up_to = "up to " if calibration.num_samples == "auto" else ""
     return RunLabels(
@@ -52,10 +52,10 @@ def labels(settings: Run) -> RunLabels:
         f"{'with the BOS that the tokenizer adds' if evaluate.zero_shot.bos else 'without BOS'}",
         compensation=f"{origin(compensate.data or calibration.data)}; up to {compensate.num_rows} rows of "
         f"{compensate.seq_len} tokens, perplexity on the {compensate.validation:.0%} held out",
-        recovery=f"{recover.title}; "
-        + (f"{recover.num_rows:,} rows" if recover.num_rows else f"{recover.num_samples:,} samples")
-        + f" of {origin(recover.data)}, learning rate {recover.learning_rate:g}, epochs {recover.epochs}"
-        if recover
+        training=f"{train.title}; "
+        + (f"{train.num_rows:,} rows" if train.num_rows else f"{train.num_samples:,} samples")
+        + f" of {origin(train.data)}, learning rate {train.learning_rate:g}, epochs {train.epochs}"
+        if train
         else "",
         search={"none": "exact", "lazy+race": "lazy + race"}.get(
             settings.score.acceleration, settings.score.acceleration

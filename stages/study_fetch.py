@@ -23,7 +23,7 @@ def main(name: str) -> None:
     zero_shot = zero_shot.model_copy(update={"tasks": tuple(dict.fromkeys([*zero_shot.tasks, *study.tasks]))})
     check_tasks(zero_shot)
     found = [variant.calibration.data for variant in variants(settings)]
-    found += [wanted.data for wanted in (settings.compensate, settings.recover) if wanted and wanted.data]
+    found += [wanted.data for wanted in (settings.compensate, settings.train) if wanted and wanted.data]
     calibrations = {fingerprint(data.model_dump()): data for data in found if not isinstance(data, TaskAnswers)}
 
     def build(directory: Path) -> None:

@@ -51,7 +51,6 @@ from stages import (
     compensate,
     fetch,
     materialize,
-    recover,
     report,
     score,
     study_evaluate,
@@ -59,6 +58,7 @@ from stages import (
     study_search,
     study_speed,
     study_tables,
+    train,
 )
 from tests.integration.project import sentence
 from tests.tiny import EXPERTS, EXTRA, VARIANTS, tiny_model, tiny_tokenizer, tolerance
@@ -175,11 +175,11 @@ class World:
         """Write a run file and params.yaml, then fetch and calibrate. Targets: t0, t1, ..., by budget."""
         sections = {
             "model": {"source": "path", "path": str(self.model(variant).relative_to(self.root)), "dtype": dtype},
-            "calibration": CALIBRATION, "score": {"method": "greedy"}, "evaluate": EVALUATE, "recover": None,
+            "calibration": CALIBRATION, "score": {"method": "greedy"}, "evaluate": EVALUATE, "train": None,
         } | own  # fmt: skip
         (self.root / "runs" / f"{name}.yaml").write_text(yaml.safe_dump(sections))
         targets = {
-            f"{name}-t{i}": {"run": name, "budget": budget, "recover": bool(sections["recover"])}
+            f"{name}-t{i}": {"run": name, "budget": budget, "train": bool(sections["train"])}
             for i, budget in enumerate(budgets)
         }
         params = {"runs": [name], "targets": targets, "runtime": {"device": "cpu", "threads": 1},
@@ -209,7 +209,7 @@ class World:
         for target in (f"{name}-t0", f"{name}-t1"):
             commit.main(target)
             compensate.main(target)
-            recover.main(target)
+            train.main(target)
             with unverified():
                 materialize.main(target)
             benchmark.main(target)
@@ -514,15 +514,15 @@ def compensated(world: World, method: str) -> Any:
     return {"report": read("data/compensated/compensated-t0/compensate.json"), "norms": norms}
 
 
-def recovered(world: World) -> Any:
+def trained(world: World) -> Any:
     """Losses of training, and norms of the weights that come out of it."""
     recipe = {"data": TEXTS, "num_samples": 8, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2}
-    world.start("recovered", recover=recipe)
-    score.main("recovered")
-    commit.main("recovered-t0")
-    recover.main("recovered-t0")
-    weights = load_file("data/recovered/recovered-t0/weights.safetensors")
-    found = read("data/recovered/recovered-t0/recover.json")
+    world.start("trained", train=recipe)
+    score.main("trained")
+    commit.main("trained-t0")
+    train.main("trained-t0")
+    weights = load_file("data/trained/trained-t0/weights.safetensors")
+    found = read("data/trained/trained-t0/train.json")
     norms = {name: weight.double().norm().item() for name, weight in weights.items()}
     return {"losses": found["losses"], "tokens": found["tokens"], "norms": norms}
 
@@ -725,7 +725,7 @@ ENTRIES: dict[str, Entry] = {
         f"compensation by {method}": Entry("COMPENSATION_VERSION", partial(compensated, method=method), 1e-6)
         for method in ("scale", "map", "refit")
     },
-    "recovery": Entry("RECOVERY_VERSION", recovered, 1e-6),
+    "training": Entry("RECOVERY_VERSION", trained, 1e-6),
     **{
         f"evaluation of {what}": Entry("EVAL_VERSION", partial(evaluated, what=what), 1e-6)
         for what in ("dense", "t0", "t1")

@@ -18,7 +18,7 @@ def mergekit_config(plan: Plan, model: str, dtype: str) -> str:
     Raises:
         InputError: the plan leaves a layer with one of its blocks, or no layer, or other weights than the dense ones.
     """
-    if plan.kind != "mask" or plan.compensate != "none" or plan.recover:
+    if plan.kind != "mask" or plan.compensate != "none" or plan.train:
         raise InputError(
             f"mergekit copies layers, and the plan is of other weights (method: {plan.method}, compensate: "
             f"{plan.compensate}); give a plan that only removes layers: prune with --unit layer --compensate none"

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockpruner.checkpoints.registry import EXPORTS, Writer, require_families, require_packages
 from blockpruner.checks import check_run
-from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.errors import InputError, MissingPackageError, missing
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
@@ -109,14 +108,14 @@ class Place:
         require_families(run.export, str(config["model_type"]))
         own = run.model.model_copy(update={"dtype": own_dtype(config)} if dtype == "auto" else {})
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
-        context, recover = config.get("max_position_embeddings"), run.recover
-        if recover is not None and recover.weights == "lora" and find_spec("peft") is None:
+        context, train = config.get("max_position_embeddings"), run.train
+        if train is not None and train.weights == "lora" and find_spec("peft") is None:
             raise missing("peft", "train")
-        if recover is not None and context:
-            recover = recover.model_copy(update={"seq_len": min(recover.seq_len, context)})
+        if train is not None and context:
+            train = train.model_copy(update={"seq_len": min(train.seq_len, context)})
         run = run.model_copy(
             update={
-                "recover": recover,
+                "train": train,
                 "model": own,
                 "calibration": fitted(run.calibration, config, "calibration.seq_len"),
                 "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),
@@ -218,12 +217,12 @@ class Place:
                 f"{file} is of a model with other weights (method: {plan.method}), which a plan does not hold; run "
                 "prune again: scores are kept"
             )
-        if plan.compensate != "none" or plan.recover:
+        if plan.compensate != "none" or plan.train:
             self.observer.note(
                 "a plan holds no weights: this model loses the same blocks, but is not healed "
-                f"({plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.recover})"
+                f"({plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.train})"
             )
-            plan = replace(plan, compensate="none", recover=False)
+            plan = replace(plan, compensate="none", train=False)
         run, dense = self.fetch_base(run, file, plan)
         return self._export(run, dense, replace(plan, target=out.name), CalibrationSet(()), out)
 

@@ -43,7 +43,7 @@ class Plan:
     """Rows, tokens, and the perplexity on them of the dense and the pruned model (null: known once it is made)."""
     compensate: str = "none"
     """How the weights of the pruned model are compensated for what is gone, without training."""
-    recover: bool = False
+    train: bool = False
     """Whether the pruned model is trained after that."""
     nested: bool = True
     """Whether the first steps of `order` meet smaller budgets."""

@@ -16,7 +16,7 @@ class SetGoal(Frozen):
     """As in a study's methods, with its budget and what is done after it."""
     budget: str
     compensate: str = "none"
-    recover: bool = False
+    train: bool = False
     measure: Literal["heldout", "wikitext2", "peers", "p"] = "heldout"
     """heldout: perplexity, × dense; wikitext2: its × dense over that; peers: perplexity over that of the best other
     method that is healed alike; p: standard errors by which p of the right answer differs from dense."""

@@ -397,9 +397,9 @@ class Compensate(Frozen):
         return max(1, round(self.validation * rows))
 
 
-class Recover(Frozen):
-    """Training after pruning, for targets with `recover: true`. The defaults are the paper's LoRA, validated; what the
-    paper leaves open is explained in `recovery`."""
+class Train(Frozen):
+    """Training after pruning, for targets with `train: true`. The defaults are the paper's LoRA, validated; what the
+    paper leaves open is explained in `healing`."""
 
     data: Texts = ALPACA
     num_samples: int = Field(default=8000, ge=1)
@@ -505,8 +505,8 @@ class Healing(Frozen):
     """Beside those that these methods search for anyway."""
     compensate: Literal["scale", "bias", "map", "refit"] = "refit"
     """The rest is the run's `compensate`."""
-    recover: bool = False
-    """Whether the model is trained after that, by the run's `recover`."""
+    train: bool = False
+    """Whether the model is trained after that, by the run's `train`."""
 
 
 class Study(Frozen):
@@ -574,8 +574,8 @@ class Run(Frozen):
     score: Score = Score()
     evaluate: Evaluate = Evaluate()
     compensate: Compensate = Compensate()
-    recover: Recover | None = None
-    """For targets with `recover: true`; `{}` is the paper's recipe."""
+    train: Train | None = None
+    """For targets with `train: true`; `{}` is the paper's recipe."""
     export: tuple[str, ...] = ("hf",)
     """Formats of the checkpoint: hf (transformers, vLLM), and nas (mlx-lm), gguf (llama.cpp), zeroed."""
     study: Study | None = None
@@ -637,8 +637,8 @@ class Target(Frozen):
     """How far to prune: a share of all parameters, "17blocks", "7layers", "0.3kv", "1.25x"."""
     compensate: CompensationMethod | None = None
     """In place of the run's `compensate.method`."""
-    recover: bool = False
-    """Whether the pruned model is trained, by the run's `recover`."""
+    train: bool = False
+    """Whether the pruned model is trained, by the run's `train`."""
     push: Push | None = None
 
     @field_validator("budget", mode="before")
@@ -730,7 +730,7 @@ class Params(Frozen):
                 )
             if name in {f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search")}:
                 raise ValueError(f"target name {name!r} is taken by a run or its dense baseline; choose another")
-            meaning = (target.run, read_budget(target.budget), target.compensate, target.recover)
+            meaning = (target.run, read_budget(target.budget), target.compensate, target.train)
             if meaning in meanings:
                 raise ValueError(
                     f"targets {meanings[meaning]!r} and {name!r} mean the same (run {target.run}, budget "

@@ -19,7 +19,7 @@ from blockpruner.core.progress import Observer
 from blockpruner.core.settings import TaskAnswers, Texts
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate
-from blockpruner.healing.healed import save_healed, set_weights_
+from blockpruner.methods.healed import save_healed, set_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.store.files import replace_directory, write_sealed_json

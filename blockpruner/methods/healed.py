@@ -1,7 +1,7 @@
 """Healed weights: the tensors of a pruned model that are not what its plan alone makes of the dense ones.
 
 Decides how they are kept (one file, under the names of the pruned model's parameters), which model they belong to, and
-how they get into it. How weights are healed is decided in `compensation` and `recovery`.
+how they get into it. How weights are healed is decided in `healing`.
 """
 
 from __future__ import annotations

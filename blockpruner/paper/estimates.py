@@ -18,7 +18,7 @@ from blockpruner.core.budgets import Budget, is_settled, parse_budget, read_budg
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, count_parameters
 from blockpruner.core.options import read_options
-from blockpruner.core.settings import Calibration, Recover, Run
+from blockpruner.core.settings import Calibration, Run, Train
 from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.paper.experiments import Cure, Variant, cures, variants
 from blockpruner.paper.flops import Flops
@@ -130,8 +130,8 @@ def estimate(run: str, settings: Run, studies: Path = Path("data/studies")) -> E
             searches.append(_uncounted(variant, f"cannot be had: {error}"))
         except InputError as error:
             raise InputError(f"runs/{run}.yaml, {variant.name}: {error}") from error
-    trained = [cure for cure in cures(settings) if cure.recover]  # none without its settings
-    trainings = [training_cost(cure, recipe, config) for recipe in (settings.recover,) if recipe for cure in trained]
+    trained = [cure for cure in cures(settings) if cure.train]  # none without its settings
+    trainings = [training_cost(cure, recipe, config) for recipe in (settings.train,) if recipe for cure in trained]
     return Estimate(run, settings.model.dtype, count_parameters(config).total, tuple(searches), tuple(trainings))
 
 
@@ -151,8 +151,8 @@ def forecast(run: Run, config: Config, budgets: tuple[str, ...]) -> dict[str, An
     )
     layers, dtype = config["num_hidden_layers"], run.model.dtype
     costs: list[SearchCost | TrainingCost] = [cost]
-    if run.recover is not None and not timed:
-        costs.append(training_cost(Cure(variant, budgets[-1], "none", True), run.recover, config))
+    if run.train is not None and not timed:
+        costs.append(training_cost(Cure(variant, budgets[-1], "none", True), run.train, config))
     hours = {gpu: sum(gpu_hours(each, gpu, dtype) for each in costs) for gpu in GPUS}
     return {
         "model": f"{run.model.title}, {config['model_type']}, {dtype}",
@@ -168,7 +168,7 @@ def forecast(run: Run, config: Config, budgets: tuple[str, ...]) -> dict[str, An
     }
 
 
-def training_cost(cure: Cure, recipe: Recover, config: Config) -> TrainingCost:
+def training_cost(cure: Cure, recipe: Train, config: Config) -> TrainingCost:
     """What the training of a model takes, of which the blocks that `removals` assumes are gone."""
     units = removable_units(int(config["num_hidden_layers"]), cure.variant.score.unit, cure.variant.score.candidates)
     rows, length = recipe.num_rows, recipe.seq_len

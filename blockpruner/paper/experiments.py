@@ -162,16 +162,16 @@ class Cure:
     variant: Variant
     budget: str
     compensate: str
-    recover: bool
+    train: bool
 
     def of(self, plan: Plan) -> Plan:
         """The plan of the healed model, from that of the plain one."""
-        return replace(plan, compensate=self.compensate, recover=self.recover)
+        return replace(plan, compensate=self.compensate, train=self.train)
 
     @property
     def slug(self) -> str:
         """Its folder's name."""
-        return slug(f"{self.variant.slug} {self.budget} {self.compensate}{' trained' * self.recover}")
+        return slug(f"{self.variant.slug} {self.budget} {self.compensate}{' trained' * self.train}")
 
 
 def cures(run: Run) -> tuple[Cure, ...]:
@@ -183,8 +183,8 @@ def cures(run: Run) -> tuple[Cure, ...]:
     study, found = study_of(run), {variant.slug: variant for variant in variants(run)}
     made = dict[str, Cure]()
     for wanted in study.heal:
-        if wanted.recover and run.recover is None:
-            raise InputError("study.heal trains models, and the run has no recover section; add one, or recover: false")
+        if wanted.train and run.train is None:
+            raise InputError("study.heal trains models, and the run has no train section; add one, or train: false")
         for method, budget in product(wanted.methods, wanted.budgets):
             variant = found.get(method)
             if variant is None or variant.score.method not in SEARCHES:
@@ -192,7 +192,7 @@ def cures(run: Run) -> tuple[Cure, ...]:
                 raise InputError(
                     f"study.heal names {method}, and the study has no such search of blocks; valid: {valid}"
                 )
-            for is_trained in (False, True)[: 1 + wanted.recover]:
+            for is_trained in (False, True)[: 1 + wanted.train]:
                 cure = Cure(variant, budget, wanted.compensate, is_trained)
                 made[cure.slug] = cure
     return tuple(made.values())

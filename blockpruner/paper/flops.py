@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.core.families import Config, count_products
-from blockpruner.core.settings import Recover
+from blockpruner.core.settings import Train
 from blockpruner.scoring.walk import runs, steps_of
 
 
@@ -50,7 +50,7 @@ class Flops:
         """One pass for one mask, with logits where they predict a token."""
         return self.blocks_of(mask) + self.head
 
-    def training(self, mask: Mask, recipe: Recover) -> int:
+    def training(self, mask: Mask, recipe: Train) -> int:
         """Forward and backward of one mask's model, and forward of the dense one where the recipe compares with it.
 
         Backward costs a block twice its forward; with adapters about once, since its weights have no gradient. The head

@@ -81,7 +81,7 @@ def goals_grid(goals: Sequence[SetGoal], found: Sequence[Evidence]) -> Grid:
     rows: list[tuple[Cell, ...]] = []
     for goal in goals:
         what, measure = MEASURES[goal.measure]
-        asked = " + ".join(part for part in (goal.compensate, "training" * goal.recover) if part not in ("none", ""))
+        asked = " + ".join(part for part in (goal.compensate, "training" * goal.train) if part not in ("none", ""))
         name = f"{goal.method} at {goal.budget}" + (f" + {asked}" if asked else "")
         for evidence in found:
             entry = _model(goal, evidence)
@@ -102,9 +102,9 @@ def goals_grid(goals: Sequence[SetGoal], found: Sequence[Evidence]) -> Grid:
 
 
 def _model(goal: SetGoal, evidence: Evidence) -> Entry | None:
-    wanted = (goal.method, goal.budget, goal.compensate, goal.recover)
+    wanted = (goal.method, goal.budget, goal.compensate, goal.train)
     for entry in (*evidence.entries, *evidence.healed):
         plan = entry.plan
-        if not entry.variant.factor and wanted == (entry.variant.method, entry.budget, plan.compensate, plan.recover):
+        if not entry.variant.factor and wanted == (entry.variant.method, entry.budget, plan.compensate, plan.train):
             return entry
     return None

@@ -1,7 +1,7 @@
 """The models of a study whose weights are healed: one folder each, with the weights and what was done.
 
-Decides which of them are known and which are made anew. How weights are healed is decided in `compensation` and
-`recovery`.
+Decides which of them are known and which are made anew. How weights are healed is decided in
+`healing`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from typing import Any
 from torch import Tensor
 
 from blockpruner import versions
-from blockpruner.compensation.compensate import compensate
-from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Recover, Run, TaskAnswers, Texts
+from blockpruner.core.settings import Run, TaskAnswers, Texts, Train
+from blockpruner.healing.compensate import compensate
+from blockpruner.healing.rows import compensation_rows, training_rows
+from blockpruner.healing.train import train
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import Healed, find_healed, save_healed
 from blockpruner.paper.experiments import Cure, cures
 from blockpruner.paper.studies import StudyTexts, load_plans
-from blockpruner.recovery.recover import recover
-from blockpruner.recovery.rows import training_rows
 from blockpruner.store.files import read_json, replace_directory, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 
@@ -74,9 +73,9 @@ class Healer:
         )
 
     @property
-    def recipe(self) -> Recover:
-        assert self.run.recover is not None  # `cures` has checked it
-        return self.run.recover
+    def recipe(self) -> Train:
+        assert self.run.train is not None  # `cures` has checked it
+        return self.run.train
 
     def _data(self, own: Texts | None) -> Texts:
         data = own or self.run.calibration.data
@@ -105,13 +104,13 @@ class Healer:
         before: Healed | None = None
         weights: Mapping[str, Tensor]
         facts: Mapping[str, Any]
-        if cure.recover:
+        if cure.train:
             recipe = self.recipe
-            before = find_healed([self.out / replace(cure, recover=False).slug], pruning.identity)
+            before = find_healed([self.out / replace(cure, train=False).slug], pruning.identity)
             (rows, validation), data = self.train, recipe.data
             words = f"then trained ({recipe.title}, {rows.tokens:,} tokens)"
             start = replace(pruning, healed=before)
-            weights, facts = recover(start, recipe, rows, validation, self.states, self.observer)
+            weights, facts = train(start, recipe, rows, validation, self.states, self.observer)
         else:
             rows, data = self.fit, self._data(self.run.compensate.data)
             words = f"compensated without training ({cure.compensate}, {rows.tokens:,} tokens)"
@@ -131,7 +130,7 @@ class Healer:
     def _key(self, cure: Cure, pruning: Pruning) -> str:
         """Of all that decides the weights."""
         recipe = [versions.COMPENSATION_VERSION, cure.compensate, self.run.compensate.validation, self.fit.digest]
-        if cure.recover:
+        if cure.train:
             rows = [part.digest for part in self.train if part is not None]
             recipe += [versions.RECOVERY_VERSION, self.recipe.model_dump(mode="json"), rows]
         return fingerprint({"of": pruning.identity, "recipe": recipe})

@@ -156,7 +156,7 @@ def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: 
 
 
 def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> ReportedRun:
-    names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].recover, plans[name].compensate, name))
+    names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].train, plans[name].compensate, name))
     searches = {name: _read_search(plans[name], data / "plans" / name / "iterations.parquet") for name in names}
     folders = {name: data / "results" / name for name in (f"{run}-dense", *names)}
     facts = {name: read_results(folder, data / "timings") for name, folder in folders.items()}

@@ -124,14 +124,14 @@ def _facts(study: ReportedRun) -> tuple[tuple[str, str], ...]:
     calibration, text, labels = study.targets[0].plan.calibration, study.dense.model.heldout, study.labels
     tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in study.scores.items())
     mended = [_mended(target) for target in study.targets if target.compensation]
-    trained = [target.name for target in study.targets if target.plan.recover]
+    trained = [target.name for target in study.targets if target.plan.train]
     return (
         ("Model", labels.model),
         ("Calibration", f"{labels.calibration}: {calibration['rows']:,} rows, {calibration['tokens']:,} tokens"),
         ("Held-out text", f"{labels.heldout}: {text.rows:,} rows, {text.tokens:,} tokens"),
         ("Tasks", f"{labels.tasks}: {tasks}"),
         *([("Compensation", f"{labels.compensation}; {'; '.join(mended)}")] if mended else []),
-        *([("Recovery", f"{labels.recovery}: {listed(trained)}")] if trained else []),
+        *([("Training", f"{labels.training}: {listed(trained)}")] if trained else []),
         ("Speed", study.targets[0].race.pruned.setting if study.dense.is_timed else NOT_TIMED),
         *_metric(study),
         _made(study),

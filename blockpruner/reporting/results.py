@@ -46,8 +46,8 @@ class RunLabels:
     tasks: str
     compensation: str = ""
     """Texts of the compensation."""
-    recovery: str = ""
-    """Texts and settings of the training of recovered targets."""
+    training: str = ""
+    """Texts and settings of the training of targets that are trained."""
     search: str = "exact"
     """Which candidates the search leaves out, as `score.acceleration`."""
     dtype: str = "float32"
@@ -267,7 +267,7 @@ class Option:
         if self.plan is None:
             return ()
         compensated = () if self.plan.compensate == "none" else (self.plan.compensate,)
-        return (*compensated, *(("training",) if self.plan.recover else ()))
+        return (*compensated, *(("training",) if self.plan.train else ()))
 
     @property
     def recipe(self) -> str:

@@ -324,7 +324,7 @@ PARETO: Mapping[str, Callable[[Option], object]] = {
     "target": lambda o: o.name,
     "method": lambda o: o.method,
     "compensated": lambda o: o.plan.compensate if o.plan else "none",
-    "recovered": lambda o: int(bool(o.plan and o.plan.recover)),
+    "trained": lambda o: int(bool(o.plan and o.plan.train)),
     "ratio": lambda o: o.ratio,
     "mha_removed": lambda o: o.blocks["mha"],
     "mlp_removed": lambda o: o.blocks["mlp"],

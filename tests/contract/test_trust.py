@@ -47,7 +47,7 @@ def asks_for(folder):
 
 @pytest.mark.parametrize(("family", "auto_map"), CASES)
 def test_no_code_of_strangers_runs(tmp_path, in_process, family, auto_map):
-    """Fetch, both kinds of export, verification, and what benchmark and recover load. A mark would be left by any step
+    """Fetch, both kinds of export, verification, and what benchmark and train load. A mark would be left by any step
     that runs the code; every folder asks for our own code at most."""
     marker = tmp_path / "marker"
     source = poison(save_tiny(tmp_path / "mine", family), auto_map, marker)

@@ -20,7 +20,7 @@ from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 WORDS = "the a cat dog runs sits on under red blue house tree was very small".split()  # noqa: SIM905
-HEALED = {"compensate": "refit", "recover": True}
+HEALED = {"compensate": "refit", "train": True}
 
 
 def sentence(number: int) -> str:
@@ -55,7 +55,7 @@ def run_of(folder: Path, **calibration: Any) -> dict[str, Any]:
             "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
         },
         "compensate": {"num_rows": 24, "seq_len": 32, "validation": 0.25},
-        "recover": {"data": data, "num_samples": 12, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2},
+        "train": {"data": data, "num_samples": 12, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2},
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from blockpruner.model.models import decoder_layers
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import SEARCHES, Search
-from stages import baseline, benchmark, calibrate, commit, compensate, fetch, materialize, recover, report, score
+from stages import baseline, benchmark, calibrate, commit, compensate, fetch, materialize, report, score, train
 from tests.integration.project import run_of, write_inputs
 from tests.plans import InProcess
 from tests.tiny import VOCABULARY, tiny_tokenizer
@@ -98,7 +98,7 @@ def project(tmp_path_factory):
             for stage in (fetch, calibrate, score, baseline):
                 stage.main(run)
         for target in targets:
-            for stage in (commit, compensate, recover, materialize, benchmark):
+            for stage in (commit, compensate, train, materialize, benchmark):
                 stage.main(target)
         report.main("")
         yield folder

@@ -450,7 +450,7 @@ def test_a_new_model_is_estimated_written_made_and_pushed(project, server, tmp_p
     with_dvc = partial(subprocess.run, check=True)
     with_dvc([sys.executable, "-m", "dvc", "remote", "add", "-q", "team", str(tmp_path / "remote")])
     more = {"score": {"unit": "layer"}, "evaluate": {"zero_shot": {"limit": 7}}}
-    form = new(tasks="benchmarks", recover=True, export=["hf", "nas"], more=more, push="team")
+    form = new(tasks="benchmarks", train=True, export=["hf", "nas"], more=more, push="team")
     state, started = flow_of_form(server, form)
     assert state.is_completed(), state.message
     made = ["fetch@mine", "score@mine", "commit@mine-2blocks-trained", "report"]
@@ -465,7 +465,7 @@ def test_a_new_model_is_estimated_written_made_and_pushed(project, server, tmp_p
         "score": {"method": "floating", "acceleration": "lazy+race", "unit": "layer"},
         "compensate": {"method": "refit"},
         "evaluate": {"zero_shot": {"data": {"source": "benchmarks"}, "limit": 7}},
-        "recover": {"data": {"source": "path", "path": "texts.txt", "format": "text"}},
+        "train": {"data": {"source": "path", "path": "texts.txt", "format": "text"}},
         "export": ["hf", "nas"],
     }  # fmt: skip
     assert load_params().runs == ("smollm2", "mine") and "mine" in run_names()
@@ -754,24 +754,24 @@ def test_only_what_is_built_is_kept_and_nothing_of_others_changed(project):
     assert chosen.keep([]) and Path("params.yaml").read_text() == PARAMS
 
 
-def test_a_budget_means_the_target_that_is_not_recovered(project):
+def test_a_budget_means_the_target_that_is_not_trained(project):
     run = Path("runs/smollm2.yaml")
     without = run.read_text()
-    run.write_text(f"{without}\nrecover: {{data: {{source: path, path: texts.parquet}}}}\n")
-    text = PARAMS.replace('budget: "0.05"}', 'budget: "0.05", recover: true}')
+    run.write_text(f"{without}\ntrain: {{data: {{source: path, path: texts.parquet}}}}\n")
+    text = PARAMS.replace('budget: "0.05"}', 'budget: "0.05", train: true}')
     Path("params.yaml").write_text(text.replace("smollm2-0.05", "smollm2-lora"))
     chosen = choose(Selection(budgets=("0.02", "0.05")))
     assert list(chosen.targets) == ["smollm2-0.02", "smollm2-0.05"]
     assert chosen.additions == ("target smollm2-0.05",)
     run.write_text(without)
-    with pytest.raises(InputError, match=r"'smollm2-lora' has recover: true, but runs/smollm2.yaml has no recover"):
+    with pytest.raises(InputError, match=r"'smollm2-lora' has train: true, but runs/smollm2.yaml has no train"):
         choose(Selection())
 
 
 def test_healed_targets_are_added_beside_the_plain_ones(project):
     run = Path("runs/smollm2.yaml")
-    run.write_text(f"{run.read_text()}\nrecover: {{data: {{source: path, path: texts.parquet}}}}\n")
-    options = [{}, {"compensate": "scale"}, {"recover": True}, {"compensate": "none", "recover": True}]
+    run.write_text(f"{run.read_text()}\ntrain: {{data: {{source: path, path: texts.parquet}}}}\n")
+    options = [{}, {"compensate": "scale"}, {"train": True}, {"compensate": "none", "train": True}]
     names = ["", "-scale", "-trained", "-none-trained"]
     for option, name in zip(options, names, strict=True):
         chosen = choose(Selection(budgets=("0.1",), **option))
@@ -798,10 +798,10 @@ def test_no_options_take_everything_and_write_nothing(project):
         (["--budget", "1.5"], "budget '1.5' is not valid; give a share of all parameters between 0 and 1"),
         (["--budget", "0", "--budget", "0.3"], "budget '0' is not valid"),
         (
-            ["--budget", "0.3", "--recover"],
-            "'smollm2-0.3-trained' has recover: true, but runs/smollm2.yaml has no recover",
+            ["--budget", "0.3", "--train"],
+            "'smollm2-0.3-trained' has train: true, but runs/smollm2.yaml has no train",
         ),
-        (["--compensate", "refit", "--recover"], "compensate and recover: for targets by budget only; name a budget"),
+        (["--compensate", "refit", "--train"], "compensate and train: for targets by budget only; name a budget"),
         (["--run", "../smollm2"], "run name '../smollm2' is not valid"),
         (["--run", "none"], "run 'none' is unknown: runs/none.yaml does not exist; existing runs: baichuan2-13b, "),
     ],

@@ -73,7 +73,7 @@ def brute_force(project, removals):
 
 
 def test_everything_runs_once_in_order(project, first):
-    steps = ("commit", "compensate", "recover", "materialize", "benchmark")
+    steps = ("commit", "compensate", "train", "materialize", "benchmark")
     own = {f"{stage}@{name}" for name in TARGETS for stage in steps}
     shared = {"fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "report"}
     assert sorted(ran(first)) == sorted(own | shared)
@@ -157,7 +157,7 @@ def test_budgets_up_down_and_back(project, first):
     set_targets(project, TARGETS | {"large.4": "4blocks"})
     output = dvc(project, "repro")
     assert sorted(ran(output)) == sorted(
-        ["score@tiny", "commit@small.2", "commit@lora.2", "commit@large.4", "compensate@large.4", "recover@large.4",
+        ["score@tiny", "commit@small.2", "commit@lora.2", "commit@large.4", "compensate@large.4", "train@large.4",
          "materialize@large.4", "benchmark@large.4", "report"]
     )  # fmt: skip
     after = counts(project)
@@ -174,12 +174,12 @@ def test_budgets_up_down_and_back(project, first):
 
 def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
     """Its benchmark is of the trained weights."""
-    facts = read_json(project / "data/recovered/lora.2/recover.json")
+    facts = read_json(project / "data/trained/lora.2/train.json")
     assert facts["rows"] == 12 and len(facts["losses"]) == 6
     assert read_json(project / "data/checkpoints/lora.2/hf/verification.json")["ok"]
     healed = read_json(project / "data/compensated/lora.2/compensate.json")
     assert healed["method"] == "refit"
-    for file in ("compensated/small.2/compensate.json", "recovered/small.2/recover.json"):
+    for file in ("compensated/small.2/compensate.json", "trained/small.2/train.json"):
         assert read_json(project / "data" / file) == {"enabled": False}
     before, after = (read_json(project / f"data/results/{name}/results.json") for name in ("small.2", "lora.2"))
     assert before["parameters"] == after["parameters"]

@@ -89,7 +89,7 @@ def test_an_experiment_shares_the_trials(project, how):
     """In a folder of its own, with the workspace as it was; its third removal's trials are in the shared store then."""
     store = str(project / "data/trials")
     shared = environment() | {"BLOCKPRUNER_TRIALS": store}
-    change = "+targets.more={run: tiny, budget: 3blocks, recover: false}"
+    change = "+targets.more={run: tiny, budget: 3blocks, train: false}"
 
     def exp(*arguments):
         command = [sys.executable, "-m", "dvc", "exp", *arguments]

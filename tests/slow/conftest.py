@@ -8,15 +8,14 @@ import pytest
 from benchmarks.methods import FOUND
 from benchmarks.scoring import TEXT
 from benchmarks.serving import nothing_removed
-from blockpruner.compensation.compensate import write_compensated
-from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Compensate, Recover
+from blockpruner.core.settings import Compensate, Train
+from blockpruner.healing.compensate import write_compensated
+from blockpruner.healing.rows import compensation_rows, training_rows
+from blockpruner.healing.train import write_trained
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.healed import find_healed
-from blockpruner.recovery.recover import write_recovered
-from blockpruner.recovery.rows import training_rows
 from blockpruner.store.files import read_json
 from tests.plans import SOMEONE, plan_of, pruning
 
@@ -48,13 +47,13 @@ def healed(smollm2, plans, tmp_path_factory):
     found = find_healed([folder / "refit"], refit.identity)
     assert found is not None, (folder / "refit/compensate.json").read_text()
     refit = replace(refit, healed=found)
-    recipe = Recover(
+    recipe = Train(
         data=SOMEONE, num_rows=40, seq_len=128, weights="all", distill=1, learning_rate=3e-4, batch=2, accumulation=1,
         validation=4,
     )  # fmt: skip
-    trained = replace(refit, plan=replace(refit.plan, recover=True))
+    trained = replace(refit, plan=replace(refit.plan, train=True))
     rows, validation = training_rows(texts, tokenizer, recipe)
-    write_recovered(folder / "trained", trained, recipe, rows, validation, folder / "states", SilentObserver())
+    write_trained(folder / "trained", trained, recipe, rows, validation, folder / "states", SilentObserver())
     found = find_healed([folder / "trained"], trained.identity)
-    assert found is not None and read_json(folder / "trained/recover.json")["step"] > 0
+    assert found is not None and read_json(folder / "trained/train.json")["step"] > 0
     return {f"{name} + refit": refit, f"{name} + refit + training": replace(trained, healed=found)}

@@ -22,12 +22,12 @@ from blockpruner.checkpoints import hf, verification
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.checkpoints.zeroed import export_zeroed
-from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Compensate
+from blockpruner.healing.rows import compensation_rows
 from blockpruner.inputs.calibration import pack_rows
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked

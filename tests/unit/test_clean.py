@@ -17,12 +17,12 @@ PARAMS = {
     "targets": {
         "small": {"run": "tiny", "budget": "2blocks"},
         "x.bad": {"run": "tiny", "budget": "3blocks"},
-        "lora.bad-lr": {"run": "tiny", "budget": "4blocks", "recover": True},
+        "lora.bad-lr": {"run": "tiny", "budget": "4blocks", "train": True},
     },
     "paper": {"studies": ["study"], "sets": ["ours"]},
 }
 TARGETS = ("small", "x.bad", "lora.bad-lr")
-OF_TARGETS = ("plans", "compensated", "recovered", "checkpoints")
+OF_TARGETS = ("plans", "compensated", "trained", "checkpoints")
 KEPT = {
     **{f"{kind}/tiny": True for kind in ("models", "sources", "calibration", "scores")},
     **{f"{kind}/{name}": False for kind in ("models", "sources", "calibration", "scores") for name in ("old", "small")},
@@ -61,7 +61,7 @@ def project(tmp_path, monkeypatch):
     write("params.yaml", yaml.safe_dump(PARAMS))
     for name in ("dvc.yaml", "runs/dvc.yaml"):
         write(name, (ROOT / name).read_text())
-    write("runs/tiny.yaml", (ROOT / "runs/smollm2.yaml").read_text() + "recover: {}\n")
+    write("runs/tiny.yaml", (ROOT / "runs/smollm2.yaml").read_text() + "train: {}\n")
     for name in ("study", "of-a-set"):
         write(f"runs/{name}.yaml", (ROOT / "runs/smollm2-paper.yaml").read_text())
     write("runs/sources.yaml", (ROOT / "runs/sources.yaml").read_text())

@@ -29,12 +29,12 @@ from blockpruner.cli import curve as work
 from blockpruner.cli import doctor, pruning, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
-from blockpruner.compensation import compensate as compensation
 from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
+from blockpruner.healing import compensate as compensation
+from blockpruner.healing import training
 from blockpruner.model.models import load_model, masked, prune_
-from blockpruner.recovery import training
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan, save_plan
 from tests.plans import plan_of
@@ -264,7 +264,7 @@ def test_compensated_weights_are_kept_and_no_plan_promises_them(model, place, sa
 @pytest.mark.usefixtures("in_process")
 def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say, monkeypatch):
     (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(300)))
-    heal = ("--seq-len", 16, "--heal", "all", "--out", "out", "--json")
+    heal = ("--seq-len", 16, "--train", "all", "--out", "out", "--json")
     args = prune(model, *heal, method="recommended", ratio=0.2)
     refit = done(say(*prune(model, "--seq-len", 16, "--out", "refit", "--json", method="recommended", ratio=0.2)))
     validate, seen = training._validate_, []
@@ -280,8 +280,8 @@ def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say
         assert say(*args)[0] == 130 and not (place / "out").exists()
     result = say(*args)
     made = done(result)
-    assert "recovery goes on after step" in result[2]
-    assert made["plan"]["removed"] == refit["plan"]["removed"] and made["plan"]["recover"]
+    assert "training goes on after step" in result[2]
+    assert made["plan"]["removed"] == refit["plan"]["removed"] and made["plan"]["train"]
     assert made["perplexity"]["compensated"] == refit["perplexity"]["compensated"]
     told = made["perplexity"]["trained"]
     assert told["after"] < told["before"]
@@ -299,11 +299,11 @@ def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say
     code, _, err = say(*("lora" if arg == "all" else arg for arg in args))
     assert code == 2 and "is not empty and holds something else" in err
     (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(20)))
-    code, _, err = say(*prune(model, "--out", "other", "--seq-len", 16, "--heal", "all"))
+    code, _, err = say(*prune(model, "--out", "other", "--seq-len", 16, "--train", "all"))
     assert code == 2 and "of which 8 are held out; give more texts" in err and "removal" not in err
-    code, _, err = say(*prune(model, "--out", "other", "--heal", "some"))
-    assert code == 2 and "--heal 'some' is unknown; valid: all, lora" in err
-    plain, healed = (done(say(*prune(model, "--dry-run", "--json", *more))) for more in ((), ("--heal", "lora")))
+    code, _, err = say(*prune(model, "--out", "other", "--train", "some"))
+    assert code == 2 and "--train 'some' is unknown; valid: all, lora" in err
+    plain, healed = (done(say(*prune(model, "--dry-run", "--json", *more))) for more in ((), ("--train", "lora")))
     assert healed["teraflop"] > plain["teraflop"] and healed["trials"] == plain["trials"]
 
 
@@ -317,7 +317,7 @@ def test_a_format_that_cannot_hold_the_family_is_refused_before_a_search(place, 
 @pytest.mark.usefixtures("in_process")
 def test_training_begins_at_the_compensated_weights(model, place, say, monkeypatch):
     (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(300)))
-    args = prune(model, "--seq-len", 16, "--heal", "all", "--json", method="recommended", ratio=0.2)
+    args = prune(model, "--seq-len", 16, "--train", "all", "--json", method="recommended", ratio=0.2)
     fit = compensation.compensate
 
     def another(model, *given):

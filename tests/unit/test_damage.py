@@ -21,10 +21,10 @@ from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import benchmarks
 from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
 from blockpruner.evaluation.tasks import tables_from_archive, tables_from_folder
+from blockpruner.healing.state import Progress, resume_, save
 from blockpruner.inputs import packages
 from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
 from blockpruner.inputs.texts import TEXTS, parse_texts
-from blockpruner.recovery.state import Progress, resume_, save
 from blockpruner.search.trace import ITERATION, read_iteration, table_path
 from blockpruner.store.files import read_json, read_kept_json, read_table, write_sealed_json, write_table
 from blockpruner.store.journal import checksummed

@@ -25,17 +25,20 @@ from blockpruner.checkpoints import gguf, nas, packing
 from blockpruner.checkpoints.hf import export_hf, save_pruned
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import in_float32, reference_outputs
-from blockpruner.compensation.compensate import compensate
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.budgets import parse_budget
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import HubTexts, Latency, Recover, Runtime, Speed
+from blockpruner.core.settings import HubTexts, Latency, Runtime, Speed, Train
 from blockpruner.evaluation import choices
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.speed import generate, measure_speed, random_prompt
+from blockpruner.healing import train as train_module
+from blockpruner.healing.compensate import compensate
+from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.training import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests
@@ -46,9 +49,6 @@ from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.methods.slicegpt.widths import SLICEABLE
 from blockpruner.model import accelerator, models
 from blockpruner.model.models import depths_after, load_model, prune_, resolve_device, shared_copy
-from blockpruner.recovery import recover as recover_module
-from blockpruner.recovery.loss import TrainingLoss
-from blockpruner.recovery.training import recover_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large import ray, streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
@@ -135,7 +135,7 @@ def merged(model):
 
 def recipe(**changes):
     given = {"rank": 2, "distill": 0.5, "hidden": 0.1, "learning_rate": 1e-3, "batch": 2, "accumulation": 1}
-    return Recover(data=HubTexts(source="hub", repo="a/b"), **given | changes)
+    return Train(data=HubTexts(source="hub", repo="a/b"), **given | changes)
 
 
 def distance(model):
@@ -205,7 +205,7 @@ def test_training_runs_on_a_device(variant, changes, checkpoints, tmp_path):
     def train(device):
         teacher = load_model(checkpoints(variant), "float64", device)
         student, rows = prune_(copy.deepcopy(teacher), MASK), CalibrationSet(tuple(ROWS))
-        found = recover_(
+        found = train_(
             student, rows, recipe(**changes), teacher=teacher, validation=rows, adapters=tmp_path / device,
             identity="x", observer=SilentObserver(), depths=range(2),
         )  # fmt: skip
@@ -232,19 +232,19 @@ def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights
     def seen(model, *rest, teacher, **others):
         own = {id(weight) for weight in teacher.parameters()}
         met.append({name for name, weight in model.named_parameters() if id(weight) in own})
-        return recover_(model, *rest, teacher=teacher, **others)
+        return train_(model, *rest, teacher=teacher, **others)
 
-    monkeypatch.setattr(recover_module, "recover_", seen)
+    monkeypatch.setattr(train_module, "train_", seen)
     job = replace(
         pruning(dense, plan, dtype), device="auto", healed=replace(start, of=pruning(dense, plan, dtype).identity)
     )
     with fake_devices(1):
-        found, _ = recover_module.recover(job, wanted, rows, adapters=tmp_path / "states", **more)
+        found, _ = train_module.train(job, wanted, rows, adapters=tmp_path / "states", **more)
         found = {name: weight.cpu() for name, weight in found.items()}
         student, teacher = prune_(load_model(dense, dtype, "auto"), plan.mask), load_model(dense, dtype, "auto")
         before = parameter_digests(student)
         load_healed_(student, start.path)
-        by_hand = recover_(
+        by_hand = train_(
             student, rows, wanted, teacher=teacher, depths=depths_after(teacher, plan.mask),
             adapters=tmp_path / "by hand", identity="x", **more,
         )  # fmt: skip
@@ -738,7 +738,7 @@ def test_memory_is_the_same_where_tensors_have_no_values(what, tmp_path, monkeyp
                 measure_perplexity(model, EQUAL)
             else:
                 rows = CalibrationSet(tuple(EQUAL[:2]))
-                recover_(model, rows, recipe(distill=0.0, hidden=0.0, checkpointing=True), teacher=None,
+                train_(model, rows, recipe(distill=0.0, hidden=0.0, checkpointing=True), teacher=None,
                          validation=None, adapters=tmp_path / str(hollow), identity="x",
                          observer=SilentObserver())  # fmt: skip
             peaks.append(card.peak - before)
@@ -755,7 +755,7 @@ def test_the_memory_of_every_part_of_the_work_is_found():
         size = memory.peak(card, lambda: memory.random_model("tiny", torch.bfloat16, "gpu:0"))
         found = {title: memory.peak(card, work) for title, work in memory.parts("tiny", rows).items()}
     assert min(found.values()) >= size > 0
-    assert found["recover: LoRA, distilled"] > found["recover: LoRA, distilled, checkpointing"]
+    assert found["train: LoRA, distilled"] > found["train: LoRA, distilled, checkpointing"]
     assert found["benchmark: speed"] < found["benchmark: speed, refitted"] < found["benchmark: speed, trained"]
 
 
@@ -763,8 +763,8 @@ def test_training_that_does_not_fit_is_one_line(checkpoints, tmp_path):
     with fake_devices(1) as (card,):
         student, rows = prune_(load_model(checkpoints("llama"), "float64"), MASK), CalibrationSet(tuple(EQUAL))
         card.limit = card.live + 40_000
-        with pytest.raises(DeviceMemoryError, match=r"training on 2 rows of up to 32 tokens .* lower recover.batch"):
-            recover_(student, rows, recipe(distill=0.0, hidden=0.0), teacher=None, validation=None, adapters=tmp_path,
+        with pytest.raises(DeviceMemoryError, match=r"training on 2 rows of up to 32 tokens .* lower train.batch"):
+            train_(student, rows, recipe(distill=0.0, hidden=0.0), teacher=None, validation=None, adapters=tmp_path,
                      identity="x", observer=SilentObserver())  # fmt: skip
 
 

@@ -168,8 +168,8 @@ def test_a_study_is_the_sum_of_its_searches():
 
 def test_training_is_counted_with_its_epochs():
     recipe = {"num_rows": 100, "seq_len": 512, "weights": "all", "distill": 1.0, "epochs": 2}
-    heal = [{"methods": ["blockpruner"], "budgets": ["0.20"], "recover": True}]
-    run = Run.model_validate(studied().model_dump() | {"recover": recipe})
+    heal = [{"methods": ["blockpruner"], "budgets": ["0.20"], "train": True}]
+    run = Run.model_validate(studied().model_dump() | {"train": recipe})
     run = run.model_copy(update={"study": Study.model_validate(run.study.model_dump() | {"heal": heal})})
     found = estimate("llama2-7b", run)
     (cost,) = found.trainings

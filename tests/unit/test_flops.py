@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from benchmarks.shapes import random_rows
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Recover
+from blockpruner.core.settings import Train
+from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.weights import checkpointed, trained_weights_
 from blockpruner.model.models import decoder_layers, masked
 from blockpruner.paper.flops import Flops
-from blockpruner.recovery.loss import TrainingLoss
-from blockpruner.recovery.weights import checkpointed, trained_weights_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from tests.tiny import VARIANTS, tiny_model
@@ -121,7 +121,7 @@ def test_blocks_side_by_side_are_refused():
 def test_training_is_about_torchs_count(recipe, error):
     """Adapters are left out; the last product of a checkpointed layer is not computed again."""
     model, rows = tiny("llama")
-    wanted = Recover(**{"rank": 1, **recipe})
+    wanted = Train(**{"rank": 1, **recipe})
     expected = Flops.of(model.config.to_dict(), ROWS, LENGTH).training(DENSE, wanted)
     teacher, _ = tiny("llama") if wanted.distill else (None, None)
     weights = trained_weights_(model, wanted)

@@ -12,16 +12,16 @@ import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
-from blockpruner.compensation.compensate import Compensated
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HubTexts, TaskAnswers
+from blockpruner.healing.compensate import Compensated
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.healed import save_healed
 from blockpruner.params import load_run
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.plans import save_plan
-from stages import calibrate, compensate, materialize, recover
+from stages import calibrate, compensate, materialize, train
 from tests.golden import unverified
 from tests.integration.project import sentence
 from tests.plans import SOMEONE, fetch_tiny, plan_of, pruning
@@ -43,7 +43,7 @@ def project(tmp_path, monkeypatch):
     fetch_tiny(tmp_path)
     Path("data/models").mkdir(parents=True)
     dense, run = Path("model").rename(DENSE), load_run("smollm2", ROOT / "runs").model_dump(mode="json")
-    run["recover"] = {
+    run["train"] = {
         "data": SOMEONE.model_dump(),
         "num_samples": 8,
         "seq_len": 20,
@@ -54,15 +54,15 @@ def project(tmp_path, monkeypatch):
         "hidden": 0.1,
     }
     run["export"] = ["hf", "zeroed"]
-    run["evaluate"]["perplexity"] = {"data": run["recover"]["data"], "seq_len": 20}
+    run["evaluate"]["perplexity"] = {"data": run["train"]["data"], "seq_len": 20}
     run["compensate"] = {"num_rows": 24, "seq_len": 32, "validation": 0.25}
     write_json(Path("runs/tiny.yaml"), run)
-    targets = {"t": {"run": "tiny", "budget": "4blocks", "recover": True}}
+    targets = {"t": {"run": "tiny", "budget": "4blocks", "train": True}}
     write_json(Path("params.yaml"), {"runs": ["tiny"], "targets": targets, "runtime": {"device": "cpu"}})
-    for role, first, last in (("recover", 0, 20), ("calibration", 0, 60), ("perplexity", 55, 70)):
+    for role, first, last in (("train", 0, 20), ("calibration", 0, 60), ("perplexity", 55, 70)):
         write_texts(Path(f"data/sources/tiny/{role}.parquet"), [text_of(i) for i in range(first, last)])
     ROWS.save(Path("data/calibration/tiny/rows.parquet"), "here")
-    plan = plan_of(dense, ["mha.0", "mlp.1", "mha.2,mlp.2"], run="tiny", recover=True)
+    plan = plan_of(dense, ["mha.0", "mlp.1", "mha.2,mlp.2"], run="tiny", train=True)
     save_plan(plan, Path("data/plans/t/plan.json"))
     return plan
 
@@ -126,7 +126,7 @@ def test_compensation_takes_the_texts_that_there_are(project):
 
 def test_compensation_that_does_not_help_changes_nothing(project, monkeypatch):
     found = Compensated(report={"perplexity": {"dense": 1.0, "before": 2.0, "after": 2.0}})
-    monkeypatch.setattr("blockpruner.compensation.compensate.compensate", lambda *given: found)
+    monkeypatch.setattr("blockpruner.healing.compensate.compensate", lambda *given: found)
     assert refitted() == {"enabled": True} | dict(found.report)
     assert [path.name for path in Path("data/compensated/t").iterdir()] == ["compensate.json"]
     before, (after, card) = load_file(DENSE / "model.safetensors"), exported("hf")
@@ -135,9 +135,9 @@ def test_compensation_that_does_not_help_changes_nothing(project, monkeypatch):
 
 def test_stage_trains_and_every_export_has_the_weights(project):
     before, _ = exported("hf")
-    recover.main("t")
-    out = Path("data/recovered/t")
-    facts, weights = json.loads((out / "recover.json").read_text()), load_file(out / "weights.safetensors")
+    train.main("t")
+    out = Path("data/trained/t")
+    facts, weights = json.loads((out / "train.json").read_text()), load_file(out / "weights.safetensors")
     assert facts["enabled"] and facts["rows"] == 8 and len(facts["losses"]) == 2
     assert [validation["step"] for validation in facts["validations"]] == [0, 2] and facts["step"] == 2
     linear = {name for name, weight in before.items() if weight.ndim == 2 and "_proj" in name}
@@ -156,13 +156,13 @@ def test_stage_trains_and_every_export_has_the_weights(project):
 
 def test_stage_trains_what_was_compensated(project):
     """From those weights on, with a state of its own; the file then holds the changes of both."""
-    recover.main("t")
-    plain = load_file("data/recovered/t/weights.safetensors")
+    train.main("t")
+    plain = load_file("data/trained/t/weights.safetensors")
     norm, of = "model.norm.weight", pruning(DENSE, project).identity
     norms = {norm: load_file(DENSE / "model.safetensors")[norm] * 2}
     save_healed(Path("data/compensated/t"), norms, of, "compensated by hand", HubTexts(source="hub", repo="some/one"))
-    recover.main("t")
-    weights = load_file("data/recovered/t/weights.safetensors")
+    train.main("t")
+    weights = load_file("data/trained/t/weights.safetensors")
     assert weights.keys() == {*plain, norm} and torch.equal(weights[norm], norms[norm])
     assert not torch.equal(weights[OUT], plain[OUT])
     assert len(list(Path("data/adapters").iterdir())) == 2
@@ -171,7 +171,7 @@ def test_stage_trains_what_was_compensated(project):
     assert metadata_load("data/checkpoints/t/hf/README.md")["datasets"] == ["some/one", "someone/texts"]
 
 
-@pytest.mark.parametrize("stage", [recover, materialize])
+@pytest.mark.parametrize("stage", [train, materialize])
 def test_weights_of_another_plan_are_refused(project, stage):
     of = pruning(DENSE, replace(project, removed=("mha.0",))).identity
     save_healed(Path("data/compensated/t"), {OUT: torch.zeros(32, 32)}, of, "", SOMEONE)
@@ -179,9 +179,9 @@ def test_weights_of_another_plan_are_refused(project, stage):
         stage.main("t")
 
 
-@pytest.mark.parametrize(("stage", "folder"), [("compensate", "compensated"), ("recover", "recovered")])
+@pytest.mark.parametrize(("stage", "folder"), [("compensate", "compensated"), ("train", "trained")])
 def test_a_stage_is_quick_when_off(project, stage, folder):
-    save_plan(replace(project, recover=False), Path("data/plans/t/plan.json"))
+    save_plan(replace(project, train=False), Path("data/plans/t/plan.json"))
     code = f"import sys; from stages.{stage} import main; main('t'); assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})
     (path,) = Path(f"data/{folder}/t").iterdir()

@@ -67,7 +67,7 @@ def plan_of(variant: Variant, budget: str, run: str) -> tuple[Plan, tuple[str, .
     score, share = variant.score, float(budget)
     facts: dict[str, Any] = {
         "target": variant.name, "run": run, "budget": budget, "method": score.method, "metric": score.metric,
-        "search": "f00d", "layers": LAYERS, "recover": False,
+        "search": "f00d", "layers": LAYERS, "train": False,
     }  # fmt: skip
     if variant.kind == "width":
         plan = Plan(kind="slicegpt", removed=(), order=(), ratio=share, ratios=(), blocks={"mha": 0, "mlp": 0},
@@ -709,7 +709,7 @@ def test_healed_models_stand_beside_plain_ones_and_are_held_against_those_healed
 def test_goals_stand_beside_what_was_measured(subject):
     """Each ratio is computed anew from the rows' losses."""
     evidence = subject.evidence
-    plain, healed = evidence.of("floating-search")[0], next(e for e in evidence.healed if not e.plan.recover)
+    plain, healed = evidence.of("floating-search")[0], next(e for e in evidence.healed if not e.plan.train)
 
     def ppl(entry, text="heldout"):
         return math.exp(np.mean(entry.model.texts[text].row_nll))
@@ -719,7 +719,7 @@ def test_goals_stand_beside_what_was_measured(subject):
 
     def goal(entry, **more):
         given = {"method": entry.variant.method, "budget": entry.budget, "at_most": 1e9}
-        return SetGoal(**given | {"compensate": entry.plan.compensate, "recover": entry.plan.recover} | more)
+        return SetGoal(**given | {"compensate": entry.plan.compensate, "train": entry.plan.train} | more)
 
     others = [e for group in compared(evidence) if healed in group for e in group if e is not healed]
     ratio = ppl(plain) / dense()

@@ -17,8 +17,8 @@ from blockpruner.core.settings import (
     LocalModel,
     LocalTexts,
     MixedTexts,
-    Recover,
     Score,
+    Train,
     ZeroShot,
 )
 from blockpruner.params import NO_RUNS, load_params, load_run, run_schema
@@ -91,7 +91,7 @@ def test_a_named_source_is_its_keys_and_those_beside_the_name(tmp_path):
     (tmp_path / "sources.yaml").write_text("mine: {source: path, path: here, format: alpaca}")
     mix = "{source: mix, of: [{source: mine}, {source: path, path: there}]}"
     (tmp_path / "r.yaml").write_text(
-        f"model: {{source: path, path: m}}\ncalibration: {{data: {mix}, split: all}}\nrecover: {{data: {mix}}}"
+        f"model: {{source: path, path: m}}\ncalibration: {{data: {mix}, split: all}}\ntrain: {{data: {mix}}}"
     )
     calibration = load_run("r", tmp_path).calibration
     one, other = LocalTexts(source="path", path="here", format="alpaca"), LocalTexts(source="path", path="there")
@@ -111,21 +111,21 @@ def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
     assert run.model.repo == "meta-llama/Llama-2-7b-hf" and run.score == Score()
     assert (run.calibration.num_samples, run.calibration.seq_len, run.calibration.seed) == (256, 2048, 42)
     assert (run.calibration.packing, run.calibration.split, run.model.dtype) == ("joined", "paper", "bfloat16")
-    recover = run.recover
-    assert (recover.num_samples, recover.rank, recover.alpha, recover.learning_rate) == (8000, 32, 10, 2e-4)
-    assert (recover.batch, recover.accumulation, recover.epochs) == (1, 4, 1)
+    train = run.train
+    assert (train.num_samples, train.rank, train.alpha, train.learning_rate) == (8000, 32, 10, 2e-4)
+    assert (train.batch, train.accumulation, train.epochs) == (1, 4, 1)
     evaluate = Evaluate(zero_shot=ZeroShot(bos=False))  # as its lm-eval
-    assert (run.calibration, run.evaluate, recover) == (Calibration(), evaluate, Recover())
+    assert (run.calibration, run.evaluate, train) == (Calibration(), evaluate, Train())
 
 
 def test_targets_may_differ_in_healing_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     target = {"run": "llama2-7b", "budget": "0.2"}
-    targets = {"before": target, "between": target | {"compensate": "refit"}, "after": target | {"recover": True}}
+    targets = {"before": target, "between": target | {"compensate": "refit"}, "after": target | {"train": True}}
     found = load_params(params(tmp_path, runs=["llama2-7b"], targets=targets))
-    assert found.target("after").recover and not found.target("before").recover
+    assert found.target("after").train and not found.target("before").train
     assert found.budgets_of("llama2-7b") == ("0.2",)
-    targets["again"] = target | {"recover": True, "budget": "0.20"}
+    targets["again"] = target | {"train": True, "budget": "0.20"}
     with pytest.raises(InputError, match="'after' and 'again' mean the same"):
         load_params(params(tmp_path, runs=["llama2-7b"], targets=targets))
 
@@ -162,7 +162,7 @@ def test_what_is_pushed_is_written(tmp_path, monkeypatch):
         ({"runtime": {"streaming": True, "compile": True}}, ["compile: true does not fit streaming"]),
         (
             {"targets": {"x": {"run": "a", "budget": "0.1", "rato": 1}}},
-            ["targets.x.rato", "budget, compensate, push, recover, run"],
+            ["targets.x.rato", "budget, compensate, push, run, train"],
         ),
         ({"targets": {"x": {"run": "b", "budget": "0.1"}}}, ["'x'", "'b'", "valid: a"]),
         ({"targets": {"x": {"run": "a", "budget": "1.5"}}}, ["'1.5'", "between 0 and 1", "17blocks"]),
@@ -189,13 +189,13 @@ def test_what_is_pushed_is_written(tmp_path, monkeypatch):
         (
             {
                 "runs": ["smollm2"],
-                "targets": {"x": {"run": "smollm2", "budget": "0.1", "recover": True}},
+                "targets": {"x": {"run": "smollm2", "budget": "0.1", "train": True}},
             },
             [
-                "'x' has recover: true",
-                "runs/smollm2.yaml has no recover section",
-                "recover: {} is",
-                "set recover: false",
+                "'x' has train: true",
+                "runs/smollm2.yaml has no train section",
+                "train: {} is",
+                "set train: false",
             ],
         ),
     ],
@@ -241,9 +241,9 @@ def test_bad_params_name_value_valid_ones_and_fix(tmp_path, changes, words):
         (lambda v: v["calibration"].update(num_samples=0), ["num_samples", "0"]),
         (lambda v: v.pop("model"), ["model", "required"]),
         (lambda v: v.update(study={}), ["study.main", "required"]),
-        (lambda v: v.update(recover={"r": 8}), ["recover.r", "accumulation, alpha, batch", "rank"]),
-        (lambda v: v.update(recover={"rank": 0}), ["recover.rank", "0"]),
-        (lambda v: v.update(recover={"learning_rate": -1}), ["recover.learning_rate", "-1"]),
+        (lambda v: v.update(train={"r": 8}), ["train.r", "accumulation, alpha, batch", "rank"]),
+        (lambda v: v.update(train={"rank": 0}), ["train.rank", "0"]),
+        (lambda v: v.update(train={"learning_rate": -1}), ["train.learning_rate", "-1"]),
     ],
 )
 def test_bad_runs(tmp_path, edit, words):

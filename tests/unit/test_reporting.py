@@ -654,7 +654,7 @@ def healed(tmp_path: Path, world: World, *targets: str) -> ReportedRun:
     """A run of which these targets are trained."""
     build(tmp_path, world)
     for path in (tmp_path / "plans" / target / "plan.json" for target in targets):
-        write_json(path, _json(path) | {"recover": True})
+        write_json(path, _json(path) | {"train": True})
     return read_studies([name for name, _ in world.removals], LABELS, tmp_path)[0]
 
 
@@ -765,20 +765,20 @@ def test_a_healed_target_says_so(tmp_path: Path) -> None:
     same = (("tiny-a", 3), ("tiny-b", 3), ("tiny-c", 3))
     build(tmp_path, replace(World(), removals=same, speedups=(1.1, 1.1, 1.1)))
     (plain,) = read_studies(["tiny-a"], LABELS, tmp_path)
-    assert not {"Recovery", "Compensation"} & facts(plain).keys()
+    assert not {"Training", "Compensation"} & facts(plain).keys()
     assert "Weights healed by" not in rows(headline(plain))
-    for name, after, changes in (("tiny-a", 20.5, {"recover": True}), ("tiny-b", 30.25, {})):
+    for name, after, changes in (("tiny-a", 20.5, {"train": True}), ("tiny-b", 30.25, {})):
         path = tmp_path / "plans" / name / "plan.json"
         write_json(path, _json(path) | {"compensate": "refit"} | changes)
         found = {"dense": 12.0, "before": 30.25, "after": after}
         write_json(tmp_path / "compensated" / name / "compensate.json", {"enabled": True, "perplexity": found})
-    labels = {"tiny": replace(LABEL, compensation="Wikipedia", recovery="LoRA on 8,000 samples")}
+    labels = {"tiny": replace(LABEL, compensation="Wikipedia", training="LoRA on 8,000 samples")}
     (found,) = read_studies(["tiny-a", "tiny-b", "tiny-c"], labels, tmp_path)
     assert headline(found).head == ("", "chance", "dense", "tiny-c", "tiny-b", "tiny-a")
     row = list(rows(headline(found))["Weights healed by"].values())
     assert row == ["Weights healed by", "–", "nothing", "nothing", "nothing", "refit + training"]
     told = facts(replace(found, targets=found.targets[1:]))
-    assert told["Recovery"] == "LoRA on 8,000 samples: tiny-a"
+    assert told["Training"] == "LoRA on 8,000 samples: tiny-a"
     assert told["Compensation"] == (
         "Wikipedia; tiny-b: refit, no help, left out; tiny-a: refit, 30.25 → 20.50 (dense 12.00)"
     )

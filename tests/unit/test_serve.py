@@ -63,7 +63,7 @@ def test_forms_describe_every_field_and_offer_the_run_files(forms):
     [
         ("prune", {}, None),
         ("prune", {"selection": {"runs": ["small"], "budgets": ["0.2", "17blocks"]}}, None),
-        ("prune", {"selection": {"budgets": ["0.2"], "compensate": "refit", "recover": True}}, None),
+        ("prune", {"selection": {"budgets": ["0.2"], "compensate": "refit", "train": True}}, None),
         ("prune", {"selection": {"budgets": ["0.2"], "compensate": "glue"}}, "glue"),
         ("prune", {"selection": {"runs": ["none"]}}, "none"),
         ("prune", {"selection": {"budgets": ["a lot"]}}, "a lot"),

@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from blockpruner.compensation.compensate import compensate
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
@@ -16,6 +15,7 @@ from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Run, Ru
 from blockpruner.evaluation import suite
 from blockpruner.evaluation.perplexity import held_out
 from blockpruner.evaluation.suite import Checkpoint
+from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods import score
@@ -306,11 +306,11 @@ def test_models_of_a_study_are_healed_once_and_measured_as_they_would_be_alone(w
         "main": MAIN,
         "curve": [],
         "partial": [],
-        "heal": [{"methods": ["blockpruner"], "budgets": ["2blocks"], "recover": True}],
+        "heal": [{"methods": ["blockpruner"], "budgets": ["2blocks"], "train": True}],
     }
     recipe = {"data": DATA, "num_rows": 4, "seq_len": 16, "validation": 0, "weights": "all", "distill": 1.0}
     run = Run(
-        model=MODEL | {"dtype": "float32"}, calibration=VARIANTS[0].calibration, study=study, recover=recipe,
+        model=MODEL | {"dtype": "float32"}, calibration=VARIANTS[0].calibration, study=study, train=recipe,
         compensate={"num_rows": 8, "seq_len": 16, "validation": 0.25},
     )  # fmt: skip
     folder = tmp_path / "study"
@@ -320,14 +320,14 @@ def test_models_of_a_study_are_healed_once_and_measured_as_they_would_be_alone(w
     healer = Healer(run, world.setting.texts, folder, tmp_path / "states", "cpu", SilentObserver())
     healer.heal_all()
     fitted, trained = cures(run)
-    assert (fitted.recover, trained.recover) == (False, True)
+    assert (fitted.train, trained.train) == (False, True)
     plan, rows = (
         load_plans(folder / "plans", VARIANTS[0])["2blocks"],
         CalibrationSet.load(world.root / "plans" / "blockpruner" / "rows.parquet"),
     )
     dense = Checkpoint(folder / "model", "float32", "cpu", False)
     own = compensate(load_model(folder / "model", "float32", "cpu"), plan, healer.fit, 2, "refit", SilentObserver())
-    found = {cure.recover: healed_of(folder / "healed", cure) for cure in (fitted, trained)}
+    found = {cure.train: healed_of(folder / "healed", cure) for cure in (fitted, trained)}
     assert own.weights and found[True]["digest"] not in (None, found[False]["digest"])
     weights, _ = read_tensors(folder / "healed" / fitted.slug / FILE)
     assert weights.keys() == own.weights.keys() and all(
@@ -339,7 +339,7 @@ def test_models_of_a_study_are_healed_once_and_measured_as_they_would_be_alone(w
             cure.of(plan),
             rows,
             True,
-            healed=found[cure.recover]["digest"],
+            healed=found[cure.train]["digest"],
             weights=folder / "healed" / cure.slug / FILE,
         )
         return full_nll(CandidateModel(dense, made).model, healer.fit.rows[0])

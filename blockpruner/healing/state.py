@@ -80,7 +80,7 @@ def resume_(
             if not progress.finished:
                 moments = {moment: tensors[f"{name}.{moment}"].to(master.device) for moment in MOMENTS}
                 optimizer.state[master] = {"step": torch.tensor(float(len(progress.losses))), **moments}
-    observer.note(f"recovery goes on after step {len(progress.losses)}, from {path}")
+    observer.note(f"training goes on after step {len(progress.losses)}, from {path}")
     return progress
 
 

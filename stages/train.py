@@ -1,4 +1,4 @@
-"""recover <target>: weights of the pruned model after training, if the target wants it, at data/recovered/<target>."""
+"""train <target>: weights of the pruned model after training, if the target wants it, at data/trained/<target>."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from stages import DATA, run
 def draw(name: str, settings: Run) -> tuple[CalibrationSet, CalibrationSet | None]:
     """The rows of training and of validation; none holds a text that is evaluated."""
     from blockpruner.evaluation.perplexity import held_out
+    from blockpruner.healing.rows import training_rows
     from blockpruner.inputs.tokenizers import load_tokenizer
-    from blockpruner.recovery.rows import training_rows
 
-    assert settings.recover is not None  # load_params has checked it
+    assert settings.train is not None  # load_params has checked it
     sources, tokenizer = (
         DATA / "sources" / name,
         load_tokenizer(DATA / "models" / name, settings.model.trust_remote_code),
     )
     evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
-    texts = read_texts(sources / "recover.parquet")
-    rows, validation = training_rows(texts, tokenizer, settings.recover, evaluated.documents, observer().note)
-    observer().note(f"{len(rows.rows)} rows, {rows.tokens} tokens, {settings.recover.epochs} epochs")
+    texts = read_texts(sources / "train.parquet")
+    rows, validation = training_rows(texts, tokenizer, settings.train, evaluated.documents, observer().note)
+    observer().note(f"{len(rows.rows)} rows, {rows.tokens} tokens, {settings.train.epochs} epochs")
     return rows, validation
 
 
 def main(name: str) -> None:
-    plan, out = load_plan(DATA / "plans" / name / "plan.json"), DATA / "recovered" / name
-    if not plan.recover:
-        replace_directory(out, lambda directory: write_json(directory / "recover.json", {"enabled": False}))
+    plan, out = load_plan(DATA / "plans" / name / "plan.json"), DATA / "trained" / name
+    if not plan.train:
+        replace_directory(out, lambda directory: write_json(directory / "train.json", {"enabled": False}))
         return
+    from blockpruner.healing.train import write_trained
     from blockpruner.methods.healed import find_healed
-    from blockpruner.recovery.recover import write_recovered
     from stages.materialize import pruning_of
 
     settings, pruning = load_run(plan.run), pruning_of(plan)
-    assert settings.recover is not None
+    assert settings.train is not None
     pruning = replace(pruning, healed=find_healed([DATA / "compensated" / name], pruning.identity))
     rows, validation = draw(plan.run, settings)
-    write_recovered(out, pruning, settings.recover, rows, validation, DATA / "adapters", observer())
+    write_trained(out, pruning, settings.train, rows, validation, DATA / "adapters", observer())
 
 
 if __name__ == "__main__":
-    run("recover", main)
+    run("train", main)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.compensation.methods import COMPENSATIONS
-from blockpruner.compensation.streams import Streams
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Compensate, TaskAnswers, Texts
+from blockpruner.healing.refit import COMPENSATIONS
+from blockpruner.healing.streams import Streams
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import save_healed

@@ -1,4 +1,4 @@
-"""Recovery against LoRA, AdamW and the loss written out here in plain torch, and against itself after a kill."""
+"""Training against LoRA, AdamW and the loss written out here in plain torch, and against itself after a kill."""
 
 import math
 from dataclasses import replace
@@ -12,12 +12,12 @@ from torch.func import functional_call
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Recover
+from blockpruner.core.settings import Train
+from blockpruner.healing import loss, training
+from blockpruner.healing.rows import training_rows
+from blockpruner.healing.training import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_
-from blockpruner.recovery import loss, training
-from blockpruner.recovery.rows import training_rows
-from blockpruner.recovery.training import recover_
 from blockpruner.store.files import DIGEST
 from blockpruner.store.tensors import read_facts, read_tensors, write_tensors
 from tests.tiny import VARIANTS, full_nll, tiny_model, tiny_tokenizer, tolerance
@@ -25,7 +25,7 @@ from tests.tiny import VARIANTS, full_nll, tiny_model, tiny_tokenizer, tolerance
 MASK = parse_mask("mha.0,mlp.1,mha.2,mlp.2")  # an MLP-only layer, an attention-only layer, a layer that is gone
 ROWS = CalibrationSet(tuple(tuple((7 * r + 3 * k + r * k) % 250 + 1 for k in range(9 + 4 * r)) for r in range(4)))
 DATA = {"source": "path", "path": "texts.parquet"}
-SMALL = Recover(data=DATA, rank=3, learning_rate=2e-3, epochs=3)
+SMALL = Train(data=DATA, rank=3, learning_rate=2e-3, epochs=3)
 
 
 def changed(**changes):
@@ -38,7 +38,7 @@ def pruned(family="llama", dtype=torch.float64, **config):
 
 def train(model, adapters, recipe=SMALL, rows=ROWS, **options):
     given = {"teacher": None, "validation": None, "identity": "m", "observer": SilentObserver()} | options
-    return recover_(model, rows, recipe, adapters=adapters, **given)
+    return train_(model, rows, recipe, adapters=adapters, **given)
 
 
 def weights_of(model):
@@ -197,7 +197,7 @@ def test_low_precision_models_train_in_float32(tmp_path, dtype):
 
 
 def test_divergence_says_what_to_lower(tmp_path):
-    with pytest.raises(NonFiniteLossError, match=r"loss of step \d is (nan|inf); lower recover.learning_rate"):
+    with pytest.raises(NonFiniteLossError, match=r"loss of step \d is (nan|inf); lower train.learning_rate"):
         train(pruned(dtype=torch.float32), tmp_path, changed(learning_rate=1e30))
 
 
@@ -277,7 +277,7 @@ def test_what_is_distilled_comes_closer_to_the_dense_model(tmp_path):
 
 
 def test_more_top_k_than_tokens_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"recover.top_k 260 is not less than the vocabulary of 260; lower it"):
+    with pytest.raises(InputError, match=r"train.top_k 260 is not less than the vocabulary of 260; lower it"):
         train(pruned(), tmp_path, changed(distill=1.0, top_k=260), teacher=tiny_model())
 
 
@@ -481,7 +481,7 @@ def test_samples_end_where_the_text_ends_or_at_seq_len():
     a, b, c, d = ids.values()
     assert sorted(rows) == sorted([(a, b, 258), (a, b, c, 258), (a, b, c, d)])
     assert sorted(rows_of(texts * 9, 27, 1)) == sorted(rows * 9)
-    with pytest.raises(InputError, match=r"recover.num_samples \+ validation 4 is more than the 3 texts.*at most 3"):
+    with pytest.raises(InputError, match=r"train.num_samples \+ validation 4 is more than the 3 texts.*at most 3"):
         rows_of(texts, 4, 0)
 
 
@@ -498,7 +498,7 @@ def test_joined_rows_are_full_and_validation_rows_are_others():
     assert not any(f"\n\n{number} " in text for number in range(4))
     samples, others = training_rows(texts, tiny_tokenizer(), changed(num_samples=20, validation=10, seq_len=99))
     assert (len(samples.rows), len(others.rows)) == (20, 10) and not set(samples.rows) & set(others.rows)
-    with pytest.raises(InputError, match=r"recover.num_rows \+ validation 903 is more than the \d+ rows of 32 tokens"):
+    with pytest.raises(InputError, match=r"train.num_rows \+ validation 903 is more than the \d+ rows of 32 tokens"):
         training_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}))
     few, last = training_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}), at_most=True)
     assert len(few.rows) > 5 and len(last.rows) == 3 and not set(few.rows) & set(last.rows)

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockpruner.compensation.ridge import Moments, best_change
-from blockpruner.compensation.streams import Stop, Streams
 from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.registry import Registry
+from blockpruner.healing.ridge import Moments, best_change
+from blockpruner.healing.streams import Stop, Streams
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Pulls to the old weights. Each fit takes the one that does best on the held-out rows."""

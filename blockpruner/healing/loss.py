@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from blockpruner.core.settings import Recover
+from blockpruner.core.settings import Train
 from blockpruner.model.models import decoder_layers, head_of
 from blockpruner.scoring.losses import token_kl
 from blockpruner.scoring.work import LOGITS_BYTES
@@ -39,7 +39,7 @@ class TrainingLoss:
     """The model that is trained."""
     teacher: PreTrainedModel | None
     """The dense model, if the recipe compares with it."""
-    recipe: Recover
+    recipe: Train
     depths: Sequence[int] = ()
     """For each layer of `model`, the layer of `teacher` after which states are compared; none if they are not."""
 

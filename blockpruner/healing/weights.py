@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
-from blockpruner.core.settings import Recover
+from blockpruner.core.settings import Train
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TrainedWeights:
         return ((live, master) for live, master in pairs if live is not master)
 
 
-def trained_weights_(model: PreTrainedModel, recipe: Recover) -> TrainedWeights:
+def trained_weights_(model: PreTrainedModel, recipe: Train) -> TrainedWeights:
     """Prepare a model for training.
 
     "lora": adapters on every linear layer but the head; the end merges them into the model's own weights. "all": all

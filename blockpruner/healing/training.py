@@ -28,13 +28,13 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Recover
+from blockpruner.core.settings import Train
+from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.state import Progress, Validation, resume_, save
+from blockpruner.healing.weights import TrainedWeights, checkpointed, trained_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers
-from blockpruner.recovery.loss import TrainingLoss
-from blockpruner.recovery.state import Progress, Validation, resume_, save
-from blockpruner.recovery.weights import TrainedWeights, checkpointed, trained_weights_
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import RECOVERY_VERSION
 
@@ -45,7 +45,7 @@ NOT_IN_KEY = {"data", "num_samples", "num_rows", "seq_len", "validation", "check
 
 
 @dataclass(frozen=True)
-class Recovered:
+class Trained:
     """A trained model."""
 
     model: PreTrainedModel
@@ -64,10 +64,10 @@ class Recovered:
         return {"losses": self.losses, "validations": validations, "step": self.step}
 
 
-def recover_(
+def train_(
     model: PreTrainedModel,
     rows: CalibrationSet,
-    recipe: Recover,
+    recipe: Train,
     *,
     teacher: PreTrainedModel | None,
     validation: CalibrationSet | None,
@@ -76,7 +76,7 @@ def recover_(
     observer: Observer,
     depths: Sequence[int] = (),
     save_every: int = 20,
-) -> Recovered:
+) -> Trained:
     """Train a pruned model on `rows`, in place. Its class and config stay as they are, and it is left without adapters.
 
     A step minimises the mean over its rows. `batch` therefore changes memory and speed, and `batch * accumulation` the
@@ -102,7 +102,7 @@ def recover_(
     dtype, vocabulary = model.dtype, model.config.vocab_size
     if recipe.top_k is not None and recipe.top_k >= vocabulary:
         raise InputError(
-            f"recover.top_k {recipe.top_k} is not less than the vocabulary of {vocabulary}; lower it, or leave it out"
+            f"train.top_k {recipe.top_k} is not less than the vocabulary of {vocabulary}; lower it, or leave it out"
         )
     key: dict[str, Any] = {"model": identity, "dtype": str(dtype), "version": RECOVERY_VERSION}
     key |= {"rows": rows.digest, "validation": validation and validation.digest}
@@ -117,7 +117,7 @@ def recover_(
     plan = list(_steps(len(rows.rows), recipe))
     progress = resume_(path, weights.masters, optimizer, observer)
     weights.show_()
-    observer.begin("recover")
+    observer.begin("train")
     cached, first, clock, tokens = progress.finished, len(progress.losses), time.monotonic(), 0
     if validation is not None and not progress.curve:
         _validate_(objective, validation, weights, progress)
@@ -153,7 +153,7 @@ def recover_(
         _cast_(model, dtype)
     observer.end(_summary(progress, len(rows.rows)), cached=cached)
     step = len(progress.losses) if kept is None else kept.step
-    return Recovered(model.requires_grad_(False), tuple(progress.losses), tuple(progress.curve), step)
+    return Trained(model.requires_grad_(False), tuple(progress.losses), tuple(progress.curve), step)
 
 
 def _validate_(objective: TrainingLoss, rows: CalibrationSet, weights: TrainedWeights, progress: Progress) -> None:
@@ -172,7 +172,7 @@ def _stalled(curve: Sequence[Validation], patience: int | None) -> bool:
     return patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
 
-def _rate(step: int, steps: int, recipe: Recover) -> float:
+def _rate(step: int, steps: int, recipe: Train) -> float:
     """The learning rate of a step as a share of its peak: a linear rise over the warm-up, then the schedule to 0."""
     warm = round(recipe.warmup * steps)
     if step < warm:
@@ -193,7 +193,7 @@ def _summary(progress: Progress, rows: int) -> str:
     return f"{text}; validation loss {curve[0].loss:.4f} -> {kept.loss:.4f} after step {kept.step}, which is kept"
 
 
-def _steps(count: int, recipe: Recover) -> Iterator[list[int]]:
+def _steps(count: int, recipe: Train) -> Iterator[list[int]]:
     """The rows of each step. Every epoch is a new permutation, cut into steps; its last step may be smaller."""
     generator = torch.Generator().manual_seed(recipe.seed)
     size = recipe.batch * recipe.accumulation
@@ -209,8 +209,7 @@ def _accumulate_(objective: TrainingLoss, weights: TrainedWeights, rows: Sequenc
         part = rows[start : start + batch]
         with accelerator.named_if_too_large(
             f"training on {len(part)} rows of up to {max(map(len, part))} tokens",
-            "lower recover.batch (and raise recover.accumulation), set recover.checkpointing: true, or lower "
-            "recover.seq_len",
+            "lower train.batch (and raise train.accumulation), set train.checkpointing: true, or lower train.seq_len",
         ):
             total += objective.accumulate_(part, 1 / len(rows))
         weights.collect_()
@@ -220,7 +219,7 @@ def _accumulate_(objective: TrainingLoss, weights: TrainedWeights, rows: Sequenc
 
 def _check_finite(loss: float, what: str) -> None:
     if not math.isfinite(loss):
-        raise NonFiniteLossError(f"recovery diverged: the {what} is {loss}; lower recover.learning_rate")
+        raise NonFiniteLossError(f"training diverged: the {what} is {loss}; lower train.learning_rate")
 
 
 def _cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The rows of training, and the rows on which it is validated.
+"""The rows that a compensation is fitted to and judged by, and those of training and of its validation.
 
 Decides which texts are drawn and which are held out. How texts are packed is decided in `inputs.calibration`.
 """
@@ -10,14 +10,14 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Calibration, Recover
+from blockpruner.core.settings import Calibration, Compensate, Train
 from blockpruner.inputs.calibration import CalibrationSet, draw, fill_rows, pack_rows, without_evaluated
 
 
 def training_rows(
     texts: Sequence[str],
     tokenizer: Any,
-    wanted: Recover,
+    wanted: Train,
     evaluated: Iterable[str] = (),
     note: Callable[[str], object] = lambda message: None,
     at_most: bool = False,
@@ -42,7 +42,7 @@ def training_rows(
     held = wanted.validation
     if wanted.num_rows is not None:
         joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
-        rows = fill_rows(pool, tokenizer, joined, wanted.num_rows + held, "recover.num_rows + validation", at_most, reserved).rows
+        rows = fill_rows(pool, tokenizer, joined, wanted.num_rows + held, "train.num_rows + validation", at_most, reserved).rows
         if len(rows) <= held:
             raise InputError(
                 f"the training's texts fill {len(rows)} rows of {wanted.seq_len} tokens, of which {held} are held out; "
@@ -50,9 +50,29 @@ def training_rows(
             )
         parts = [CalibrationSet(rows[: len(rows) - held]), CalibrationSet(rows[len(rows) - held :])]
     else:
-        key = "recover.num_samples + validation"
+        key = "train.num_samples + validation"
         drawn = draw(pool, wanted.num_samples + held, "all", wanted.seed, key=key, reserved=reserved)
         samples = [text + (tokenizer.eos_token or "") for text in drawn]
         groups = [group for group in (samples[: wanted.num_samples], samples[wanted.num_samples :]) if group]
         parts = [pack_rows(group, tokenizer, wanted.seq_len, "per_sample") for group in groups]
     return parts[0], parts[1] if held else None
+
+
+def compensation_rows(
+    texts: Sequence[str],
+    tokenizer: Any,
+    wanted: Compensate,
+    evaluated: Iterable[str],
+    context: int,
+    reserved: AbstractSet[str] = frozenset(),
+) -> CalibrationSet:
+    """Draw at most `wanted.num_rows` full rows, every token of which counts.
+
+    Args:
+        evaluated: texts on which models are evaluated; those that share a paragraph with one are not drawn.
+        context: the longest row that the model takes.
+        reserved: texts that are passed over, as in `draw`.
+    """
+    joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
+    pool = without_evaluated(texts, evaluated)
+    return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", at_most=True, reserved=reserved)
