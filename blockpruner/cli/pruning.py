@@ -1,4 +1,4 @@
-"""`blockpruner prune` and `apply`: what the stages do, for one model and one budget, in one process.
+"""`blockpruner prune` and `apply`: the pipeline for one model and one budget, in one process.
 
 Decides where things are kept, and that a folder which holds something else is never replaced. Torch is loaded only when
 something must be computed.
@@ -10,67 +10,51 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blockpruner.checkpoints.registry import EXPORTS, Writer, require_families, require_packages
+from blockpruner import pipeline
+from blockpruner.checkpoints.registry import EXPORTS, require_families, require_packages
 from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError, MissingPackageError, missing
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
-from blockpruner.core.progress import Observer, duration
+from blockpruner.core.progress import Observer
 from blockpruner.core.settings import (
     Calibration,
     HubModel,
-    HubTexts,
     LocalModel,
-    LocalTexts,
     Perplexity,
-    Recover,
     Run,
     Runtime,
     TaskAnswers,
+    Train,
     read_settings,
 )
-from blockpruner.inputs.calibration import CalibrationSet, check_context, draw_rows
-from blockpruner.inputs.checkpoints import TOKENIZER_FILES, checkpoint_identity, fetch_checkpoint, fetch_config
+from blockpruner.inputs.calibration import CalibrationSet, check_context
+from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint, fetch_config
 from blockpruner.inputs.hub import HubError
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.methods.commit import commit_run
-from blockpruner.methods.recipes import rival, settled
+from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
-from blockpruner.methods.score import open_material, score_run
-from blockpruner.reporting.formats import size
-from blockpruner.store.files import read_json, write_text
-from blockpruner.store.manifest import REPORT_FILE, require_verified
-from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, save_plan
+from blockpruner.methods.score import open_material
+from blockpruner.store.files import read_json
+from blockpruner.store.manifest import require_verified
+from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields
 from blockpruner.store.provenance import fingerprint
-from blockpruner.store.trials import require_rows
-from blockpruner.versions import COMPENSATION_VERSION, RECOVERY_VERSION
+from blockpruner.versions import PLAN_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
 
 if TYPE_CHECKING:
     from blockpruner.methods.apply import Pruning
-    from blockpruner.methods.healed import Healed
-
-TrainingRows = tuple[CalibrationSet, CalibrationSet | None]
-"""Rows of training, and rows that are held out of it."""
-
-ROWS = 16
-"""Calibration rows from a file of one's own: about as many as the paper's 256 samples fill."""
-
-FASTER = 1.2
-"""From so many times float32's speed on, bfloat16 is suggested."""
-
 
 @dataclass(frozen=True)
 class Place:
     """Where the command works."""
 
     root: Path
-    """The folder of all trial stores. Models as fetched, traces, plans and compensated weights lie there, too."""
+    """The folder of all trial stores, of models as fetched, traces, plans and healed weights."""
     device: str
     observer: Observer
     export: str = ""
@@ -141,6 +125,9 @@ class Place:
 
     def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
         """Every step of the pipeline, as far as it was not done before."""
+        from blockpruner.healing import choice
+        from blockpruner.healing.train import FACTS as TRAIN_FACTS
+
         config, method, note = self._config(run), compensation(run), self.observer.note
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
         assert not isinstance(run.calibration.data, TaskAnswers)
@@ -181,6 +168,8 @@ class Place:
         )
 
     def _healed(self, run: Run, dense: Path, plan: Plan, rows: pipeline.Rows, folders: Sequence[Path]) -> Pruning:
+        from blockpruner.healing.healed import find_healed
+
         pruning = self._pruning(run, dense, plan, rows.search)
         return replace(pruning, healed=find_healed(folders, pruning.identity))
 
@@ -224,19 +213,7 @@ class Place:
             )
             plan = replace(plan, compensate="none", train=False)
         run, dense = self.fetch_base(run, file, plan)
-        return self._export(run, dense, replace(plan, target=out.name), CalibrationSet(()), out)
-
-    def mergekit(self, run: Run, path: Path, out: Path) -> Path:
-        """Write a plan as a configuration of mergekit. No weights are read: of the model the shape is compared."""
-        from blockpruner.checkpoints.mergekit import mergekit_config
-
-        (file, plan), config = read_plan(path), self._config(run)
-        assert isinstance(run.model, HubModel | LocalModel)
-        if (count_parameters(config).total, config["num_hidden_layers"]) != (plan.parameters["dense"], plan.layers):
-            raise InputError(f"{file} is of another model than {run.model.title}; give the one that it was made for")
-        name = run.model.repo if isinstance(run.model, HubModel) else run.model.path
-        write_text(out, mergekit_config(plan, name, run.model.dtype))
-        return out
+        return self._export(run, self._pruning(run, dense, replace(plan, target=out.name), CalibrationSet(())), out)
 
     def fetch(self, run: Run) -> Path:
         """The folder of the run's dense model, as fetched."""
@@ -253,7 +230,7 @@ class Place:
         if at and isinstance(run.model, HubModel) and run.model.repo == repo:
             run = run.model_copy(update={"model": run.model.model_copy(update={"revision": commit})})
         dense = self.fetch(run)
-        base = checkpoint_identity(dense).before
+        base = checkpoint_identity(dense)
         if at:
             config = read_json(dense / "config.json")
             base = f"{count_parameters(config).total:,} parameters in {config['num_hidden_layers']} layers"

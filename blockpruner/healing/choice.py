@@ -6,7 +6,7 @@ decided in `compensate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from blockpruner.core.progress import Observer
 from blockpruner.core.settings import TaskAnswers, Texts
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate
-from blockpruner.methods.healed import save_healed, set_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning, pruned_copy
+from blockpruner.methods.healed import save_healed, set_weights_
 from blockpruner.store.files import replace_directory, write_sealed_json
 from blockpruner.store.plans import save_plan
 
