@@ -42,7 +42,7 @@ from blockpruner.search.registry import Request, Search, request
 from blockpruner.search.run import search
 from blockpruner.search.trace import Current
 from blockpruner.store.files import write_json, write_text
-from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE, Identity
+from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.tensors import tensor_bytes
 
@@ -269,7 +269,7 @@ def prune(
     if device != "auto" or model.device.type == "cpu":
         model.to(resolve_device(device))
     dtype = str(model.dtype).removeprefix("torch.")
-    identity = _identity(model) if trials is not None else Identity(IN_MEMORY, IN_MEMORY)
+    identity = _identity(model) if trials is not None else IN_MEMORY
     folder = None if trials is None else Path(trials)
     engine = Engine(model, batch_tokens)
 
@@ -320,13 +320,12 @@ def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _identity(model: PreTrainedModel) -> Identity:
+def _identity(model: PreTrainedModel) -> str:
     """Of a model in memory: its config and the values of its weights."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in NO_CONTENT}
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     weights = {name: sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
-    now = fingerprint({"config": config, "weights": weights})
-    return Identity(now, now)
+    return fingerprint({"config": config, "weights": weights})
 
 
 def _request(

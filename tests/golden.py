@@ -102,20 +102,13 @@ CHAINS = (
         "FETCH_VERSION",
         "CALIBRATION_VERSION",
         "SCORE_VERSION",
-        "LATENCY_VERSION",
         "SEARCH_VERSION",
-        "LACO_VERSION",
-        "SLICEGPT_VERSION",
         "PLAN_VERSION",
-        "COMPENSATION_VERSION",
-        "RECOVERY_VERSION",
+        "WEIGHTS_VERSION",
         "EXPORT_VERSION",
-        "CONVERT_VERSION",
         "EVAL_VERSION",
-        "SAMPLES_VERSION",
         "REPORT_VERSION",
     ),
-    ("SETTINGS_VERSION", "STUDY_VERSION"),
 )
 """Results in the order in which they are made of each other."""
 
@@ -687,11 +680,11 @@ EXPORTS: dict[str, tuple[Any, ...]] = {
     **{f"hf of {variant}": ("hf", BLOCKS, variant) for variant in VARIANTS if variant != "llama"},
 }
 ENTRIES: dict[str, Entry] = {
-    "settings": Entry("SETTINGS_VERSION", defaults),
-    **{f"settings of {name}": Entry("SETTINGS_VERSION", partial(resolved, name=name)) for name in RUNS},
-    **{f"study of {name}": Entry("STUDY_VERSION", partial(studies, name=name)) for name in RUNS if RUNS[name].study},
+    "settings": Entry("FETCH_VERSION", defaults),
+    **{f"settings of {name}": Entry("FETCH_VERSION", partial(resolved, name=name)) for name in RUNS},
+    **{f"study of {name}": Entry("REPORT_VERSION", partial(studies, name=name)) for name in RUNS if RUNS[name].study},
     "texts and items": Entry("FETCH_VERSION", fetched),
-    "converted checkpoints": Entry("CONVERT_VERSION", converted),
+    "converted checkpoints": Entry("FETCH_VERSION", converted),
     **{
         f"calibration rows, {packing}, split {split}": Entry(
             "CALIBRATION_VERSION", partial(rows, packing=packing, split=split, num_samples=6)
@@ -709,28 +702,28 @@ ENTRIES: dict[str, Entry] = {
         f"search by {name}": Entry("SEARCH_VERSION", partial(search, section={"method": "greedy"} | section))
         for name, section in SEARCHES.items()
     },
-    "laco": Entry("LACO_VERSION", partial(laco, count=2, variant="repo")),
-    "laco of the paper": Entry("LACO_VERSION", partial(laco, count=2, variant="paper")),
-    "latency": Entry("LATENCY_VERSION", times),
+    "laco": Entry("PLAN_VERSION", partial(laco, count=2, variant="repo")),
+    "laco of the paper": Entry("PLAN_VERSION", partial(laco, count=2, variant="paper")),
+    "latency": Entry("EVAL_VERSION", times),
     **{
         f"plans of {name}": Entry("PLAN_VERSION", partial(plans, section=section, budgets=budgets))
         for name, (section, budgets) in PLANS.items()
     },
-    "slicegpt": Entry("SLICEGPT_VERSION", slicegpt),
+    "slicegpt": Entry("PLAN_VERSION", slicegpt),
     **{
         f"export {name}": Entry("EXPORT_VERSION", lambda world, how=how: checkpoint(world, *how))
         for name, how in EXPORTS.items()
     },
     **{
-        f"compensation by {method}": Entry("COMPENSATION_VERSION", partial(compensated, method=method), 1e-6)
+        f"compensation by {method}": Entry("WEIGHTS_VERSION", partial(compensated, method=method), 1e-6)
         for method in ("scale", "map", "refit")
     },
-    "recovery": Entry("RECOVERY_VERSION", recovered, 1e-6),
+    "recovery": Entry("WEIGHTS_VERSION", recovered, 1e-6),
     **{
         f"evaluation of {what}": Entry("EVAL_VERSION", partial(evaluated, what=what), 1e-6)
         for what in ("dense", "t0", "t1")
     },
-    "samples": Entry("SAMPLES_VERSION", said),
+    "samples": Entry("EVAL_VERSION", said),
     "report": Entry("REPORT_VERSION", reported, 1e-6),
     "tables of a study": Entry("REPORT_VERSION", tabulated, 1e-6),
 }

@@ -50,7 +50,7 @@ from blockpruner.store.manifest import REPORT_FILE, require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, save_plan
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import require_rows
-from blockpruner.versions import COMPENSATION_VERSION, RECOVERY_VERSION
+from blockpruner.versions import WEIGHTS_VERSION
 
 if TYPE_CHECKING:
     from blockpruner.methods.apply import Pruning
@@ -205,7 +205,7 @@ class Place:
         context = config.get("max_position_embeddings", run.calibration.seq_len)
         fit = partial(compensation_rows, texts, tokenizer, run.compensate, (), context)
         training = None if run.recover is None else self._training_rows(run.recover, texts, tokenizer)
-        base = checkpoint_identity(dense).before
+        base = checkpoint_identity(dense)
         keys = [self._key(one, base, rows, budget) for one in runs]
         plans = [self.root / "plans" / key for key in keys]
         known = [load_plan(kept) for kept in plans if kept.exists()]
@@ -234,7 +234,7 @@ class Place:
 
     def _key(self, run: Run, base: str, rows: CalibrationSet, budget: str) -> str:
         facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
-        return fingerprint({**facts, "base": base, "rows": rows.digest, "budget": budget, "v": COMPENSATION_VERSION})
+        return fingerprint({**facts, "base": base, "rows": rows.digest, "budget": budget, "v": WEIGHTS_VERSION})
 
     def _compensated(
         self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet, key: str, fit: Callable[[], CalibrationSet]
@@ -265,7 +265,7 @@ class Place:
         pruning = replace(pruning, healed=None if healed is None else find_healed([healed], pruning.identity))
         facts = {
             "of": pruning.identity, "since": pruning.healed and pruning.healed.digest, "rows": drawn[0].digest,
-            "recipe": wanted.model_dump(mode="json"), "v": RECOVERY_VERSION,
+            "recipe": wanted.model_dump(mode="json"), "v": WEIGHTS_VERSION,
         }  # fmt: skip
         folder = self.root / "trained" / fingerprint(facts)
         if not folder.exists():
@@ -316,7 +316,7 @@ class Place:
         if at and isinstance(run.model, HubModel) and run.model.repo == repo:
             run = run.model_copy(update={"model": run.model.model_copy(update={"revision": commit})})
         dense = self.fetch(run)
-        base = checkpoint_identity(dense).before
+        base = checkpoint_identity(dense)
         if at:
             config = read_json(dense / "config.json")
             base = f"{count_parameters(config).total:,} parameters in {config['num_hidden_layers']} layers"

@@ -11,7 +11,7 @@ import random
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,6 @@ class CalibrationSet:
     question before an answer: they are stored as `~id`, a negative number. All other tokens are scored."""
     dropped: int = field(default=0, compare=False)
     """How many rows were left out, since too few of their tokens are scored."""
-    adaptive: bool = field(default=False, compare=False)
-    """Whether a search may decide a step on the first of these rows (`calibration.num_samples: auto`)."""
 
     @property
     def tokens(self) -> int:
@@ -82,14 +80,13 @@ class CalibrationSet:
         table = pa.table({"input_ids": [list(row) for row in self.rows]}, schema=CALIBRATION)
         counts = {"rows": len(self.rows), "tokens": self.tokens, "scored": self.scored, "dropped": self.dropped}
         facts = {"digest": self.digest, "source": source} | {name: str(count) for name, count in counts.items()}
-        facts |= {"adaptive": "true"} if self.adaptive else {}
         write_table(path, table, facts)
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
         table, facts = read_table(path, CALIBRATION)
         rows = tuple(map(tuple, table.column("input_ids").to_pylist()))
-        loaded = cls(rows, int(facts.get("dropped", 0)), "adaptive" in facts)
+        loaded = cls(rows, int(facts["dropped"]))
         if facts.get("digest") != loaded.digest:
             raise InputError(f"{path} does not match its own digest; delete it and run `dvc repro`")
         return loaded
@@ -100,7 +97,6 @@ def draw(
     num_samples: int,
     split: str,
     seed: int,
-    at_most: bool = False,
     key: str = "calibration.num_samples",
 ) -> list[str]:
     """Draw samples without replacement.
@@ -109,7 +105,6 @@ def draw(
         split: "all": the samples are the first ones of one permutation of everything, so a larger draw begins with the
             smaller one. "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in
             half, both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
-        at_most: all samples will do where there are fewer.
         key: what asks for so many in the run file, for the message.
 
     Raises:
@@ -125,8 +120,6 @@ def draw(
         held_out = whole.train_test_split(test_size=0.2, seed=seed)["test"]
         half = held_out.train_test_split(test_size=0.5, seed=seed)["train"]
         pool = [pool[i] for i in half["index"]]
-    if at_most:
-        num_samples = min(num_samples, len(pool))
     if num_samples > len(pool):
         raise InputError(
             f"{key} {num_samples} is more than the {len(pool)} texts that the source holds (split: "
@@ -266,11 +259,9 @@ def draw_rows(
     if wanted.num_rows is not None:
         rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, at_most=at_most)
     else:
-        adaptive = wanted.num_samples == "auto"
-        samples = draw(pool, wanted.samples, wanted.split, wanted.seed, at_most=adaptive)
+        samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed)
         bos = "first" if wanted.split == "paper" else "row"
         rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score, bos)
-        rows = replace(rows, adaptive=adaptive)
         if bos == "first" and wanted.packing == "joined" and beginning(tokenizer):
             note(
                 "warning: of these joined rows only the first begins with the tokenizer's BOS, as in the paper's code. "

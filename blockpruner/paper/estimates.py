@@ -8,7 +8,7 @@ texts, accelerated searches and hours are estimates. No model, no text and no to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, count_parameters
 from blockpruner.core.options import read_options
 from blockpruner.core.settings import Calibration, Recover, Run
+from blockpruner.methods.laco.kind import LacoOptions
 from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.paper.experiments import Cure, Variant, cures, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import find_config
 from blockpruner.scoring.metrics import METRICS, NLL
-from blockpruner.search.registry import SEARCHES
 
 MHA_SHARE = 0.7
 """Share of MHA among the blocks that BlockPruner removes: 12 of 17 for Llama2-7B at 22 %, 17 of 24 for its 13B at 25 %,
@@ -185,13 +185,13 @@ def calibration_rows(calibration: Calibration) -> tuple[int, int]:
         InputError: no whole row; names how many samples would do.
     """
     if calibration.packing == "per_sample":
-        return calibration.samples, round(min(SAMPLE_TOKENS, calibration.seq_len))
+        return calibration.num_samples, round(min(SAMPLE_TOKENS, calibration.seq_len))
     if calibration.num_rows is not None:
         return calibration.num_rows, calibration.seq_len
-    rows = int(calibration.samples * SAMPLE_TOKENS // calibration.seq_len)
+    rows = int(calibration.num_samples * SAMPLE_TOKENS // calibration.seq_len)
     if not rows:
         raise InputError(
-            f"{calibration.samples} samples, joined, are about {calibration.samples * SAMPLE_TOKENS:.0f} "
+            f"{calibration.num_samples} samples, joined, are about {calibration.num_samples * SAMPLE_TOKENS:.0f} "
             f"tokens, fewer than one row of calibration.seq_len {calibration.seq_len}; raise num_samples to about "
             f"{math.ceil(1.2 * calibration.seq_len / SAMPLE_TOKENS)}, or lower seq_len"
         )
@@ -235,6 +235,25 @@ def removals(units: Sequence[Mask], budgets: Sequence[str], config: Config) -> l
     return prefixes
 
 
+SCORED_STEPS: Mapping[str, Callable[[int], range]] = {
+    "greedy": range, "floating": range, "one_shot": lambda steps: range(1), "random": lambda steps: range(0),
+    "given": lambda steps: range(0),
+}  # fmt: skip
+"""Which of a number of removals a search scores every candidate before; others depend on what they find."""
+
+WORK = {"floating": 1.3}
+"""How many times as much as these steps alone a search takes: SmolLM2 to 20 %, lazy+race, 1,061 s, greedy 1,034 s."""
+
+
+def _merging(options: Any, depth: int, budgets: int) -> int:
+    """The passes of LaCo beyond one of the dense model: each similarity once, and one of each budget's merged model."""
+    if not isinstance(options, LacoOptions):
+        return 0
+    top = depth - 1 if options.highest is None else options.highest
+    visited = top - options.count - options.lowest + 1
+    return visited * (visited + 1) // 2 + budgets
+
+
 def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) -> SearchCost:
     """What one search asks for that is not `known`, by metric and calibration set; enters what it surely scores.
 
@@ -258,9 +277,9 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
     if not kind.removes_blocks:
         require_budgets(score, config, variant.budgets)
         dense = unknown(NLL.key, [DENSE], kept=True)
-        measured = kind.passes(read_options(name, kind.options, score.options), depth, len(variant.budgets))
+        measured = _merging(read_options(name, kind.options, score.options), depth, len(variant.budgets))
         return SearchCost(variant, 0, rows, length, len(dense), (len(dense) + measured) * flops.full(DENSE))
-    steps_scored = SEARCHES[name].scored_steps
+    steps_scored = SCORED_STEPS.get(name)
     if steps_scored is None:
         return _uncounted(variant, f"not counted: what method: {name} asks for depends on what it finds")
     units = removable_units(depth, score.unit, score.candidates)
@@ -288,7 +307,7 @@ def search_cost(variant: Variant, config: Config, known: set[tuple[str, Mask]]) 
     reported = unknown(NLL.key, [mask for mask in [DENSE, *steps] if mask not in scored], kept=False)
     return SearchCost(
         variant, len(steps), rows, length, trials + len(reported), work + sum(map(flops.full, reported)),
-        EXPECTED[score.acceleration] * SEARCHES[name].work,
+        EXPECTED[score.acceleration] * WORK.get(name, 1.0),
     )  # fmt: skip
 
 
@@ -332,7 +351,7 @@ def describe(name: str, estimates: Sequence[Estimate], gpu: str | None = None) -
         "Trials and PFLOP of searches are exact for a given number of removals and rows, and an upper bound for an "
         f"accelerated search. Assumed: {MHA_SHARE:.0%} of removed blocks are MHA, and a sample has {SAMPLE_TOKENS:.0f} "
         "tokens. A trial that several searches ask for is counted once where that is sure. Floating search is counted "
-        f"as greedy steps; {SEARCHES['floating'].work:g} times their hours are expected.",
+        f"as greedy steps; {WORK['floating']:g} times their hours are expected.",
         "",
         f"GPU hours are one calculation, nothing measured: PFLOP on one {title} at {UTILISATION:.0%} of its peak "
         f"({peak / 1e12:.0f} TFLOP/s in 16 bits), an assumption, and the share of an accelerated search that SmolLM2's "

@@ -130,8 +130,8 @@ class Healer:
 
     def _key(self, cure: Cure, pruning: Pruning) -> str:
         """Of all that decides the weights."""
-        recipe = [versions.COMPENSATION_VERSION, cure.compensate, self.run.compensate.validation, self.fit.digest]
+        recipe = [versions.WEIGHTS_VERSION, cure.compensate, self.run.compensate.validation, self.fit.digest]
         if cure.recover:
             rows = [part.digest for part in self.train if part is not None]
-            recipe += [versions.RECOVERY_VERSION, self.recipe.model_dump(mode="json"), rows]
+            recipe += [versions.WEIGHTS_VERSION, self.recipe.model_dump(mode="json"), rows]
         return fingerprint({"of": pruning.identity, "recipe": recipe})
