@@ -212,7 +212,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Greedy removals on SmolLM2, exact and lazy+race, each over trials of its own; resumed from their stores."""
     path = RESULTS / "search.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    model, identity = load_model(SMOLLM2, "float32"), checkpoint_identity(SMOLLM2).before
+    model, identity = load_model(SMOLLM2, "float32"), checkpoint_identity(SMOLLM2)
     units = removable_units(model.config.num_hidden_layers, "block", "all")
     fast = Score(acceleration="lazy+race")
     settings = settings_of(fast)

@@ -105,7 +105,7 @@ def calibrate(
     if len(searches(run.score)) > 1 if judged is None else judged:
         judge, reserved = _set_aside(run, fit_texts, tokenizer, context, pool.evaluated, note)
     if isinstance(pool.search, Mapping):
-        found = pack_answers(draw_in_turn(pool.search, wanted.samples, wanted.seed), tokenizer, wanted.seq_len)
+        found = pack_answers(draw_in_turn(pool.search, wanted.num_samples, wanted.seed), tokenizer, wanted.seq_len)
         fit = CalibrationSet(tuple(tuple(max(t, ~t) for t in row) for row in found.rows[: run.compensate.num_rows]))
     else:
         found = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
@@ -135,7 +135,7 @@ def _set_aside(
 
     wanted = run.compensate
     known = sharing(texts, evaluated)
-    order = [text for text in draw(texts, len(texts), "all", wanted.seed) if text not in known]
+    order = [text for text in draw(texts, None, "all", wanted.seed) if text not in known]
     last = order[len(order) - len(order) // JUDGING :]
     asked = Perplexity(
         seq_len=min(wanted.seq_len, context), max_rows=wanted.held_out(wanted.num_rows), packing="documents"

@@ -26,8 +26,10 @@ from dvc.lock import Lock, LockError
 from dvc.rwlock import RWLockFileCorruptedError, rwlock
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import WINDOWS, set_aside, write_text
+from blockpruner.store.files import set_aside, write_text
 from blockpruner.store.locks import WORKSPACE, hold
+
+WINDOWS = sys.platform == "win32"
 
 GRACE = 10.0
 """Seconds from SIGINT to SIGKILL. Prefect's runner may take 2 s to hear of a cancellation; a cancelled flow's work on

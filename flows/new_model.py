@@ -138,7 +138,7 @@ class NewModel(Frozen):
     texts: NamedTexts | TextFile | HubDataSet | None = Field(
         default=None, description="What the blocks are scored on. None: Alpaca from the hub."
     )
-    num_samples: int = Field(default=Calibration().samples, ge=1, description="How many of these texts are drawn.")
+    num_samples: int = Field(default=Calibration().num_samples, ge=1, description="How many of these texts are drawn.")
     seq_len: int = as_in(Calibration, "seq_len")
     method: str = Field(
         default=RECOMMENDED,

@@ -21,7 +21,7 @@ def main(name: str) -> None:
         from blockpruner.evaluation.zero_shot import gold_answers  # loads lm-eval
 
         tasks = {task: gold_answers(task, sources / "tasks", wanted.data.skip) for task in wanted.data.tasks}
-        rows = pack_answers(draw_in_turn(tasks, wanted.samples, wanted.seed), tokenizer, wanted.seq_len)
+        rows = pack_answers(draw_in_turn(tasks, wanted.num_samples, wanted.seed), tokenizer, wanted.seq_len)
     else:
         from blockpruner.evaluation.perplexity import held_out  # loads torch
 
@@ -30,7 +30,7 @@ def main(name: str) -> None:
         rows = draw_rows(texts, tokenizer, wanted, evaluated.documents, observer().note)
     rows.save(DATA / "calibration" / name / "rows.parquet", wanted.data.source)
     counts = f"{len(rows.rows)} rows, {rows.tokens} tokens, of which {rows.scored} are scored"
-    observer().note(f"{wanted.samples} samples{' at most' if rows.adaptive else ''} -> {counts} ({wanted.packing})")
+    observer().note(f"{wanted.num_samples} samples -> {counts} ({wanted.packing})")
 
 
 if __name__ == "__main__":

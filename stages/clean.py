@@ -4,7 +4,7 @@
     python -m stages.clean delete     deletes what is listed as unused
 
 Not part of the DAG: run it by hand. An output is in use if the DAG writes it for a name in params.yaml. Files that were
-set aside (`.bad`), and temporary files of killed processes, are never in use. Of the stores clean knows nothing:
+set aside (`.bad`), and temporary files older than a day, are never in use. Of the stores clean knows nothing:
 data/trials, data/evaluations, data/cache and data/adapters are safe to delete as a whole, and cost only the time to
 compute or download again. data/timings has the speeds that a report shows. DVC's own cache is cleaned by `dvc gc`.
 """
@@ -12,7 +12,9 @@ compute or download again. data/timings has the speeds that a report shows. DVC'
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -21,13 +23,16 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import observer
 from blockpruner.core.settings import Params
 from blockpruner.params import load_params, load_set
-from blockpruner.store.files import is_orphan, remove
+from blockpruner.store.files import TEMPORARY, remove
 from blockpruner.store.locks import WORKSPACE, hold, this_process
 from stages import DATA, run
 
 PIPELINES = (Path("dvc.yaml"), Path("runs/dvc.yaml"))
 NAME = re.compile(r"\$\{[^}]*\}")
 """Where an output's path in the DAG bears the name of a run, a target, a study or a set."""
+
+ABANDONED = 24 * 3600
+"""The age in seconds from which on a temporary file is what a killed process left."""
 
 SET_ASIDE = re.compile(r".+\.bad(\.\d+)?")
 """Names that `store.files.set_aside` gives."""
@@ -60,7 +65,11 @@ def outputs(params: Params) -> dict[Path, bool]:
 def left_over() -> Iterator[Path]:
     """Files that were set aside, and what killed writers left."""
     for path in sorted(DATA.rglob("*")):
-        if is_orphan(path) or (SET_ASIDE.fullmatch(path.name) and path.is_file()):
+        if TEMPORARY.fullmatch(path.name):
+            with suppress(FileNotFoundError):  # its writer has just finished
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    yield path
+        elif SET_ASIDE.fullmatch(path.name) and path.is_file():
             yield path
 
 

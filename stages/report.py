@@ -38,12 +38,11 @@ def name_of(source: Any) -> str:
 def labels(settings: Run) -> RunLabels:
     calibration, evaluate, train = settings.calibration, settings.evaluate, settings.train
     compensate = settings.compensate
-    up_to = "up to " if calibration.num_samples == "auto" else ""
     return RunLabels(
         name=name_of(settings.model),
         model=f"{origin(settings.model)}, {settings.model.dtype}",
         calibration=f"{origin(calibration.data)}; "
-        + (f"{calibration.num_rows} rows" if calibration.num_rows else f"{up_to}{calibration.samples} samples")
+        + (f"{calibration.num_rows} rows" if calibration.num_rows else f"{calibration.num_samples} samples")
         + f", {calibration.packing}, rows of up to {calibration.seq_len} tokens, scored: {calibration.score}, seed "
         f"{calibration.seed}",
         heldout=f"{origin(evaluate.perplexity.data)}, rows of {evaluate.perplexity.seq_len} tokens"

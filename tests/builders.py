@@ -26,8 +26,7 @@ from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import request
 from blockpruner.search.run import Traces, search
 from blockpruner.search.trace import Current
-from blockpruner.store.manifest import Identity
-from blockpruner.store.trials import TrialStore
+from blockpruner.store.trials import Origin, TrialStore
 
 
 def small_config(layers: int) -> Config:
@@ -59,9 +58,6 @@ class FakeScorer:
         self._loss, self._one_row = loss, one_row
         self.asked: list[tuple[str, Mask, Mask, int]] = []
 
-    def limit_batches(self, rows: Rows, most: int | None) -> None:
-        self.most = most
-
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return [(row,) for row in span] if self._one_row else [span]
 
@@ -72,8 +68,8 @@ class FakeScorer:
                 self.asked += asked
                 yield ScoredRows(mask, task.span, tuple(self._loss(*question) for question in asked))
 
-    def placement(self) -> Mapping[str, str]:
-        return {"device": "none"}
+    def origin(self) -> Origin:
+        return {"device": "none", "batch_tokens": 8}
 
     def close(self) -> None:
         pass
@@ -115,8 +111,7 @@ def material_of(
     dense: Callable[[], PreTrainedModel] | None = None,
     observer: Observer | None = None,
 ) -> Material:
-    both, observer = Identity(now=identity, before=identity), observer or SilentObserver()
-    return Material(both, dtype, config, folder / "trials", scorer, dense, observer)
+    return Material(identity, dtype, config, folder / "trials", scorer, dense, observer or SilentObserver())
 
 
 MATERIAL = ("identity", "dtype", "dense", "observer")

@@ -94,7 +94,7 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
     """
 
     def build(directory: Path) -> None:
-        # named like a directory of `replace_directory`: the next export removes what a killed one left
+        # named like a directory of `replace_directory`: `stages.clean` removes what a killed export left
         name, writer, end = directory.name.rsplit(".", 2)
         folder = directory.with_name(f"{name}.reference.{writer}.{end}")
         folder.mkdir()

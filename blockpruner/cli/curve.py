@@ -29,7 +29,7 @@ from blockpruner.reporting.formats import number
 from blockpruner.reporting.grids import Field, Grid, Number, grid_of, percentage, to_csv
 from blockpruner.reporting.statistics import perplexity_ratio
 from blockpruner.scoring.metrics import NLL
-from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.objectives import Counts, MaskScore, Objective, in_one_origin
 from blockpruner.search.trace import read_trace, table_path
 from blockpruner.store.files import read_json, write_atomic, write_sealed_json
 from blockpruner.store.provenance import fingerprint
@@ -74,11 +74,15 @@ def measure(place: Place, run: Run, path: Path, points: int | None) -> dict[str,
         open_material(dense, run.model, runtime, place.root, place.observer) as given,
         open_stores([NLL.key], rows, given.identity, given.dtype, place.root, place.observer) as stores,
     ):
-        objective = Objective(rows, stores[NLL.key], given.scorer, place.observer)
+
+        def scored() -> tuple[list[MaskScore], Counts]:
+            objective = Objective(rows, stores[NLL.key], given.scorer, place.observer)
+            return objective([DENSE, *masks]), objective.counts
+
         place.observer.begin("curve")
-        base, *scores = objective([DENSE, *masks])
+        (base, *scores), counts = in_one_origin(scored, place.observer)
         work = f"{len(masks)} pruned models on {len(rows.rows)} rows of {wanted.seq_len} tokens"
-        place.observer.end(work, cached=not objective.counts.units_computed)
+        place.observer.end(work, cached=not counts.units_computed)
     found = []
     for before, mask, score in zip([DENSE, *masks], masks, scores, strict=False):
         effect = perplexity_ratio(base.row_loss, score.row_loss)
@@ -97,7 +101,7 @@ def measure(place: Place, run: Run, path: Path, points: int | None) -> dict[str,
         "dense_perplexity": base.perplexity, "points": found,
     }  # fmt: skip
     write_sealed_json(kept(place.root, plan), result)
-    return result | {"trials_computed": objective.counts.trials_computed}
+    return result | {"trials_computed": counts.trials_computed}
 
 
 def kept(trials: Path, plan: Plan) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from rich.table import Table
 from blockpruner.checkpoints.gguf import QUANTIZER, quantizer_fault
 from blockpruner.model import accelerator
 from blockpruner.reporting.formats import size
-from blockpruner.store.files import WINDOWS
 from blockpruner.store.provenance import machine
+
+WINDOWS = sys.platform == "win32"
+"""Which does not tell its memory."""
 
 OPTIONAL = {
     "accelerate": "one model over several GPUs",

@@ -51,5 +51,5 @@ def _licence(checkpoint: Path, trials: Path) -> dict[str, Any]:
     """The licence of the checkpoint's base, if the trial folder still has that model."""
     plan = checkpoint / PLAN_FILE
     base = load_plan(plan).base if plan.is_file() else None
-    bases = (dense for dense in (trials / "models").glob("*/") if checkpoint_identity(dense).before == base)
+    bases = (dense for dense in (trials / "models").glob("*/") if checkpoint_identity(dense) == base)
     return next(map(licence_of, bases), {})

@@ -54,8 +54,8 @@ class Plan:
     details: Mapping[str, Any] = field(default_factory=dict)
     """What a method that changes weights will do; only its own kind reads them."""
     base: str | None = None
-    """The dense model, by content (`Identity.before`), or as <repository>@<commit> of the hub; None where a plan lies
-    beside its model."""
+    """The dense model, by content (`checkpoint_identity`), or as <repository>@<commit> of the hub; None for a plan in
+    the folder of its model."""
 
     @property
     def mask(self) -> Mask:

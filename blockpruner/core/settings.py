@@ -211,10 +211,7 @@ class Calibration(Frozen):
     data: Annotated[PypiTexts | HubTexts | LocalTexts | MixedTexts | TaskAnswers, Field(discriminator="source")] = (
         ALPACA
     )
-    num_samples: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
-    """auto draws `cap` samples, and a greedy step looks at as many of their rows as it needs."""
-    cap: int = Field(default=1024, ge=1)
-    """The most samples with num_samples: auto."""
+    num_samples: int = Field(default=256, ge=1)
     num_rows: int | None = Field(default=None, ge=1)
     """In place of num_samples: as many samples as fill this number of joined rows; with split: all."""
     seq_len: int = Field(default=2048, ge=2)
@@ -232,11 +229,6 @@ class Calibration(Frozen):
     for the Alpaca format, and all with split: paper, as the paper does."""
     seed: int = 42
 
-    @property
-    def samples(self) -> int:
-        """How many are drawn."""
-        return self.cap if self.num_samples == "auto" else self.num_samples
-
     @model_validator(mode="after")
     def _fits_the_data(self) -> Calibration:
         if self.num_rows is not None and (self.packing != "joined" or self.split != "all"):
@@ -245,8 +237,6 @@ class Calibration(Frozen):
             )
         if not isinstance(self.data, TaskAnswers):
             return self
-        if self.num_samples == "auto":
-            raise ValueError("num_samples: auto is for texts; with data.source: tasks give a number")
         if self.score == "response":
             raise ValueError("score: response is for texts; with data.source: tasks the answers are scored anyway")
         if self.packing != "per_sample":
@@ -589,14 +579,6 @@ class Run(Frozen):
         if len(set(value)) != len(value):
             raise ValueError(f"export: {list(value)} names the same format twice; keep one")
         return value
-
-    @model_validator(mode="after")
-    def _study_counts_samples(self) -> Run:
-        if self.study is not None and self.calibration.num_samples == "auto":
-            raise ValueError(
-                "calibration.num_samples: auto does not fit a study, which compares numbers; give a number"
-            )
-        return self
 
     @model_validator(mode="after")
     def _calibrates_on_nothing_that_is_evaluated(self) -> Run:

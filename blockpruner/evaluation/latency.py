@@ -26,7 +26,7 @@ from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, masked, set_threads
 from blockpruner.store.files import read_kept_json, set_aside, write_sealed_json
 from blockpruner.store.provenance import fingerprint
-from blockpruner.versions import LATENCY_VERSION
+from blockpruner.versions import EVAL_VERSION
 
 
 def kept_latency(
@@ -50,7 +50,7 @@ def kept_latency(
         InputError: the model is streamed, being larger than memory, or the workers of a cluster score it, whose devices
             are not this process's.
     """
-    facts = {"version": LATENCY_VERSION, "model": checkpoint_identity(checkpoint).before, "dtype": model.dtype}
+    facts = {"version": EVAL_VERSION, "model": checkpoint_identity(checkpoint), "dtype": model.dtype}
     name = f"latency-{fingerprint(facts | _fields(timed))}.json"
     for path in (folder / name, shared / name):
         found: dict[str, Any] = read_kept_json(path, observer.note) or {}

@@ -39,7 +39,7 @@ from blockpruner.model.models import load_model, placement, resolve_device, set_
 from blockpruner.store.files import read_json, replace_directory, write_json, write_sealed_json, write_table
 from blockpruner.store.manifest import REPORT_FILE, content_sha256, manifest, model_identity, require_verified
 from blockpruner.store.provenance import fingerprint, machine, made
-from blockpruner.versions import EVAL_VERSION, SAMPLES_VERSION
+from blockpruner.versions import EVAL_VERSION
 
 Advance = Callable[[int, int], None]
 
@@ -320,7 +320,7 @@ def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
             advance(len(samples), len(PROMPTS))
         return Stored({"samples": samples})
 
-    key = {"kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS, "samples_version": SAMPLES_VERSION}
+    key = {"kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS, "eval_version": EVAL_VERSION}
     return Evaluation(
         "samples", model, {**identity, **key}, "texts", compute, lambda value: f"{len(value['samples'])} texts"
     )

@@ -36,7 +36,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers
 from blockpruner.store.provenance import fingerprint
-from blockpruner.versions import RECOVERY_VERSION
+from blockpruner.versions import WEIGHTS_VERSION
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -104,7 +104,7 @@ def train_(
         raise InputError(
             f"train.top_k {recipe.top_k} is not less than the vocabulary of {vocabulary}; lower it, or leave it out"
         )
-    key: dict[str, Any] = {"model": identity, "dtype": str(dtype), "version": RECOVERY_VERSION}
+    key: dict[str, Any] = {"model": identity, "dtype": str(dtype), "version": WEIGHTS_VERSION}
     key |= {"rows": rows.digest, "validation": validation and validation.digest}
     key["recipe"] = recipe.model_dump(mode="json", exclude=NOT_IN_KEY)
     path = adapters / f"{fingerprint(key)}.safetensors"

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,6 @@ class CalibrationSet:
     question before an answer: they are stored as `~id`, a negative number. All other tokens are scored."""
     dropped: int = field(default=0, compare=False)
     """How many rows were left out, since too few of their tokens are scored."""
-    adaptive: bool = field(default=False, compare=False)
-    """Whether a search may decide a step on the first of these rows (`calibration.num_samples: auto`)."""
 
     @property
     def tokens(self) -> int:
@@ -83,14 +81,13 @@ class CalibrationSet:
         table = pa.table({"input_ids": [list(row) for row in self.rows]}, schema=CALIBRATION)
         counts = {"rows": len(self.rows), "tokens": self.tokens, "scored": self.scored, "dropped": self.dropped}
         facts = {"digest": self.digest, "source": source} | {name: str(count) for name, count in counts.items()}
-        facts |= {"adaptive": "true"} if self.adaptive else {}
         write_table(path, table, facts)
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
         table, facts = read_table(path, CALIBRATION)
         rows = tuple(map(tuple, table.column("input_ids").to_pylist()))
-        loaded = cls(rows, int(facts.get("dropped", 0)), "adaptive" in facts)
+        loaded = cls(rows, int(facts["dropped"]))
         if facts.get("digest") != loaded.digest:
             raise InputError(f"{path} does not match its own digest; delete it and run `dvc repro`")
         return loaded
@@ -98,20 +95,19 @@ class CalibrationSet:
 
 def draw(
     texts: Sequence[str],
-    num_samples: int,
+    num_samples: int | None,
     split: str,
     seed: int,
-    at_most: bool = False,
     key: str = "calibration.num_samples",
     reserved: AbstractSet[str] = frozenset(),
 ) -> list[str]:
     """Draw samples without replacement.
 
     Args:
+        num_samples: None draws all, in the order of the draw.
         split: "all": the samples are the first ones of one permutation of everything, so a larger draw begins with the
             smaller one. "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in
             half, both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
-        at_most: all samples will do where there are fewer.
         key: what asks for so many in the run file, for the message.
         reserved: texts that are passed over. They are left out after the order is drawn, which stays the same.
 
@@ -132,8 +128,8 @@ def draw(
     if split == "all":
         chance.shuffle(pool)
     pool = [text for text in pool if text not in reserved]
-    if at_most:
-        num_samples = min(num_samples, len(pool))
+    if num_samples is None:
+        num_samples = len(pool)
     if num_samples > len(pool):
         raise InputError(
             f"{key} {num_samples} is more than the {len(pool)} texts that the source holds (split: "
@@ -279,11 +275,9 @@ def draw_rows(
     if wanted.num_rows is not None:
         rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, at_most=at_most, reserved=reserved)
     else:
-        adaptive = wanted.num_samples == "auto"
-        samples = draw(pool, wanted.samples, wanted.split, wanted.seed, at_most=adaptive, reserved=reserved)
+        samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved)
         bos = "first" if wanted.split == "paper" else "row"
         rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score, bos)
-        rows = replace(rows, adaptive=adaptive)
         if bos == "first" and wanted.packing == "joined" and beginning(tokenizer):
             note(
                 "warning: of these joined rows only the first begins with the tokenizer's BOS, as in the paper's code. "
@@ -318,7 +312,7 @@ def fill_rows(
     Raises:
         InputError: the texts are fewer rows.
     """
-    samples = draw(pool, len(pool), wanted.split, wanted.seed, at_most=True, reserved=reserved)
+    samples = draw(pool, None, wanted.split, wanted.seed, reserved=reserved)
     enough = 8 * num_rows * wanted.seq_len  # characters; to tokenize all of a large pool takes minutes
     sizes = enumerate(accumulate(map(len, samples)), 1)
     taken = next((count for count, size in sizes if size >= enough), len(samples))

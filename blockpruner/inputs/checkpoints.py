@@ -36,14 +36,12 @@ from blockpruner.store.files import (
 from blockpruner.store.manifest import (
     CARD_FILE,
     SOURCE_FILE,
-    Identity,
     content_sha256,
-    identity_before,
     manifest,
     model_identity,
 )
-from blockpruner.store.provenance import file_sha256, fingerprint
-from blockpruner.versions import CONVERT_VERSION
+from blockpruner.store.provenance import fingerprint
+from blockpruner.versions import FETCH_VERSION
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -89,7 +87,7 @@ def fetch_checkpoint(model: Model, out: Path, cache: Path, pins: Path) -> None:
     if isinstance(model, HubModel):
         revision = pinned_revision(model.repo, "model", model.revision, pins)
         model = model.model_copy(update={"revision": revision})
-    kept = cache / "models" / fingerprint({"model": _content(model), "convert_version": CONVERT_VERSION})
+    kept = cache / "models" / fingerprint({"model": _content(model), "fetch_version": FETCH_VERSION})
     if not _is_whole(kept):
         replace_directory(kept, lambda directory: _build_checkpoint(model, directory, cache))
 
@@ -117,12 +115,10 @@ def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
     return config
 
 
-def checkpoint_identity(directory: Path) -> Identity:
+def checkpoint_identity(directory: Path) -> str:
     """The identity of a fetched checkpoint, as recorded when it was fetched."""
-    known = read_json(directory / SOURCE_FILE)["identity"]
-    if not isinstance(known, dict):
-        raise InputError(f"{directory} was fetched by an older version; run its stage fetch again: `dvc repro`")
-    return Identity(**known)
+    known: str = read_json(directory / SOURCE_FILE)["identity"]
+    return known
 
 
 def licence_of(directory: Path) -> dict[str, Any]:
@@ -221,13 +217,11 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
 
         convert_(directory)
     FAMILIES[read_json(directory / "config.json")["model_type"]]
-    config = file_sha256(directory / "config.json")
     if not model.trust_remote_code:
         drop_code_(directory)
     files = manifest(directory)
-    identity = Identity(now=model_identity(files), before=identity_before(config, files))
     source = model.model_dump(include=SOURCE_FIELDS[model.source])
-    facts = {"identity": vars(identity), "source": source, "licence": licence, "manifest": files}
+    facts = {"identity": model_identity(files), "source": source, "licence": licence, "manifest": files}
     write_sealed_json(directory / SOURCE_FILE, facts)
 
 

@@ -40,7 +40,7 @@ class Pruning:
     @property
     def identity(self) -> str:
         """Of the model before it is healed."""
-        facts = {"model": checkpoint_identity(self.dense).now, "dtype": self.dtype}
+        facts = {"model": checkpoint_identity(self.dense), "dtype": self.dtype}
         return fingerprint({**facts, **model_facts(self.plan, self.rows.digest)})
 
     def load(self) -> PreTrainedModel:

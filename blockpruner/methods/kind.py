@@ -26,7 +26,6 @@ from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current
 from blockpruner.store.locks import hold, this_process
-from blockpruner.store.manifest import Identity
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import TrialStore, store_fields
 
@@ -38,8 +37,8 @@ if TYPE_CHECKING:
 class Material:
     """The dense model, and the places and tools that a method may use to find out what to do with it."""
 
-    identity: Identity
-    """Of the dense checkpoint."""
+    identity: str
+    """The dense checkpoint's `checkpoint_identity`."""
     dtype: str
     config: Config
     trials: Path | None
@@ -51,16 +50,16 @@ class Material:
     observer: Observer
 
 
-def fields_of(loss: str, rows: CalibrationSet, identity: Identity, dtype: str) -> dict[str, Any]:
+def fields_of(loss: str, rows: CalibrationSet, identity: str, dtype: str) -> dict[str, Any]:
     """What identifies the trial store of a loss."""
-    return store_fields(rows.digest, identity.before, dtype, stored_under(loss, rows.digest))
+    return store_fields(rows.digest, identity, dtype, stored_under(loss, rows.digest))
 
 
 @contextmanager
 def open_stores(
     losses: Sequence[str],
     rows: CalibrationSet,
-    identity: Identity,
+    identity: str,
     dtype: str,
     trials: Path | None,
     observer: Observer,
@@ -80,7 +79,7 @@ def open_stores(
             fields = fields_of(loss, rows, identity, dtype)
             if trials is not None:
                 stack.enter_context(hold(trials / f"{fingerprint(fields)}.lock", this_process(), busy))
-            found[loss] = TrialStore(fields, rows.row_keys, trials, identity.now)
+            found[loss] = TrialStore(fields, rows.row_keys, trials)
             stack.callback(found[loss].close)
             if known := found[loss].trials:
                 observer.note(f"found {known:,} scores of before in {trials}")
@@ -149,9 +148,6 @@ class Kind:
     """What was done to the model, as a clause of its model card."""
     steps: Callable[[Plan], str] = lambda plan: ""
     """What the plan does, step by step, where the report has no table of it."""
-    passes: Callable[[Any, int, int], int] = lambda options, depth, budgets: 0
-    """How many forward passes it needs beyond one of the dense model: from its options, the model's layers and the
-    number of budgets. Only forecasts use it."""
     lend: Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None = None
     """The dense model changed for a while: another way to the same model, to verify the first one by. Where there is
     none, `apply_` writes to the tensors of the dense model."""

@@ -22,7 +22,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Score
 from blockpruner.methods.kind import Job, Kind, make_plan
 from blockpruner.scoring.metrics import NLL
-from blockpruner.scoring.objectives import Counts, Objective
+from blockpruner.scoring.objectives import Counts, Objective, in_one_origin
 from blockpruner.scoring.scorers import LazyScorer
 from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current, search_fingerprint, trace_directory
@@ -71,25 +71,18 @@ def weights_kind(
     score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
 
     def identity_of_version(plan: Plan, rows: str) -> dict[str, Any]:
-        return identity(plan, rows) | _since_two(version)
+        return {**identity(plan, rows), "version": version}
 
     return Kind(name, title, score, commit, apply_, identity_of_version, options=options, **others)
-
-
-def _since_two(version: int) -> dict[str, int]:
-    """What a version adds to a key; version 1 had no such field."""
-    return {"version": version} if version > 1 else {}
 
 
 def _score(name: str, options: type[Options], plan: Planner, version: int, job: Job) -> tuple[Current, Counts]:
     """Find the details for each budget, and the NLL of the dense model."""
     chosen = read_options(name, options, job.score.options)
     loss, observer = NLL.key, job.material.observer
-    fields: dict[str, Any] = {"method": name, "metric": job.score.metric, "options": chosen.model_dump()}
-    fields |= _since_two(version)
+    fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump(), "version": version}
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
     with job.stores([loss]) as stores, LazyScorer(lambda: _dense_scorer(job)) as scorer:
-        dense = Objective(job.calibration, stores[loss], scorer, observer)
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
             observer.begin(f"{name} for {text}")
@@ -99,15 +92,20 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
                 write_sealed_json(path, found)
             words = (f"{key} {value}" for key, value in found.items() if key != "nll")
             observer.end(", ".join(words), cached=known is not None)
-        nll = dense([DENSE])[0].loss
-    return replace(current, dense_nll=nll), dense.counts
+
+        def dense() -> tuple[float, Counts]:
+            objective = Objective(job.calibration, stores[loss], scorer, observer)
+            return objective([DENSE])[0].loss, objective.counts
+
+        nll, counts = in_one_origin(dense, observer)
+    return replace(current, dense_nll=nll), counts
 
 
 def _commit(
     left: Callable[[Details, Config], Left], scores: Path, config: Config, budget: str, current: Current
 ) -> tuple[Plan, Sequence[Path]]:
     """The plan for a budget from the details that were found for it."""
-    details = read_json(trace_directory(scores, current, budget) / "details.json")
+    details = read_json(trace_directory(scores, current, budget) / "details.json", sealed=True)
     found, nll = left(details, config), details.pop("nll", None)
     assert current.dense_nll is not None
     plan = make_plan(

@@ -24,9 +24,6 @@ from blockpruner.store.provenance import file_sha256
 OUR_MODULES = ("modeling_blockpruned", "modeling_slicegpt")
 """The modules that ship inside checkpoints."""
 
-EARLIER = ("636a3e71548bf5cb11e0e7454a73ce795645f1d4ba790c57df6332b1c4897476",)
-"""SHA-256 of the files of ours that exports of before hold, and that still run."""
-
 ENTRIES = ("AutoConfig", *(auto.__name__ for auto in modeling_blockpruned.AUTO_CLASSES))
 """The keys of `auto_map` in our checkpoints."""
 
@@ -54,7 +51,7 @@ def has_our_code(directory: Path) -> bool:
     """Whether an export needs code to be loaded. That is then ours, byte for byte, and nothing else would run.
 
     Raises:
-        InputError: the export holds or names other code than one file of the installed package or of an earlier one.
+        InputError: the export holds or names other code than one file of the installed package.
     """
     path = directory / "config.json"
     config = read_json(path) if path.exists() else {}
@@ -69,7 +66,7 @@ def has_our_code(directory: Path) -> bool:
         names_it = isinstance(asked, dict) and all(
             str(text).rpartition(".")[0] == file.stem and entry in ENTRIES for entry, text in asked.items()
         )
-        is_it = found == [Path(file.name)] and file_sha256(directory / file.name) in (file_sha256(file), *EARLIER)
+        is_it = found == [Path(file.name)] and file_sha256(directory / file.name) == file_sha256(file)
         if names_it and is_it:
             return True
     raise InputError(

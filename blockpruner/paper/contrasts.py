@@ -252,7 +252,7 @@ def _samples(evidence: Evidence) -> list[Finding]:
         return []
 
     def count(entry: Entry) -> int:
-        return entry.variant.calibration.samples
+        return entry.variant.calibration.num_samples
 
     def only_samples_differ(entry: Entry) -> bool:
         return entry.variant.calibration.model_copy(update={"num_samples": count(base)}) == base.variant.calibration

@@ -14,9 +14,6 @@ scored first. The others stay unscored if their rises, less a margin, are above 
 from how far rises have moved, and is wider for a candidate known on few rows. Rises are not monotone, hence audits: in
 every n-th step all candidates enter, and the choice without them is recorded.
 
-Adaptive (`calibration.num_samples: auto`): candidates are scored on 8 rows, then on twice as many, and so on, until the
-best one is good enough (`stability.is_decided`) or the rows end. Both of the others may join in.
-
 Where a resource prices removals, prices are compared in place of losses. With the leader, a race compares rises per
 share where the leader's is positive, and rises times share where it is not: `price` orders two candidates as one of
 these products does, whatever the sign of the other's rise.
@@ -36,7 +33,6 @@ from blockpruner.core.blocks import Mask
 from blockpruner.core.families import Costs
 from blockpruner.core.settings import Score
 from blockpruner.scoring.objectives import MaskScore, Objective
-from blockpruner.scoring.stability import differences, is_decided
 
 
 @dataclass(frozen=True)
@@ -82,16 +78,16 @@ def settings_of(score: Score) -> dict[str, Any]:
     return found
 
 
-def accelerate(objective: Objective, score: Score, adaptive: bool = False, costs: Costs | None = None) -> Select:
+def accelerate(objective: Objective, score: Score, costs: Costs | None = None) -> Select:
     """What selects and scores the candidates of a step.
 
     Args:
         costs: of the resource that prices a removal; None where all cost the same.
     """
-    if score.acceleration == "none" and not adaptive:
+    if score.acceleration == "none":
         return Exact(objective)
     settings = {key: value for key, value in settings_of(score).items() if key != "acceleration"}
-    return Accelerated(objective, **settings, adaptive=adaptive, costs=costs)
+    return Accelerated(objective, **settings, costs=costs)
 
 
 def price(rise: float, share: float) -> float:
@@ -99,14 +95,9 @@ def price(rise: float, share: float) -> float:
     return rise / share if rise > 0 else rise * share
 
 
-def worth(score: MaskScore, base: MaskScore, costs: Costs | None, less: float = 0.0) -> float:
-    """What orders the candidates of a step: their loss, or the price of its rise over the base.
-
-    Args:
-        less: taken off the loss.
-    """
-    loss = score.loss - less
-    return loss if costs is None else price(loss - base.loss, costs.ratio(score.mask - base.mask))
+def worth(score: MaskScore, base: MaskScore, costs: Costs | None) -> float:
+    """What orders the candidates of a step: their loss, or the price of its rise over the base."""
+    return score.loss if costs is None else price(score.loss - base.loss, costs.ratio(score.mask - base.mask))
 
 
 @dataclass(frozen=True)
@@ -131,7 +122,6 @@ class Accelerated:
         slack: margin of the lazy rule, as a multiple of sqrt(m^2 + e^2): m is the median of how far a rise had moved
             when it was taken again, e the standard error of the candidate's own rise.
         audit: all candidates enter every `audit`-th step; 0 is never.
-        adaptive: a step ends on the first rows that decide it.
         costs: of the resource that prices a removal.
     """
 
@@ -142,10 +132,9 @@ class Accelerated:
         floor: int | None = None,
         slack: float = 0.0,
         audit: int = 0,
-        adaptive: bool = False,
         costs: Costs | None = None,
     ) -> None:
-        self._objective, self._confidence, self._adaptive, self._costs = objective, confidence, adaptive, costs
+        self._objective, self._confidence, self._costs = objective, confidence, costs
         self._floor, self._slack, self._audit = floor, slack, audit
         self._rises: dict[Mask, np.ndarray] = {}
         self._drifts: list[float] = []
@@ -166,11 +155,9 @@ class Accelerated:
         return Considered(tuple(found[mask] for mask in masks if mask in found), lazy_choice)
 
     def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
-        if self._confidence is None and not self._adaptive:
+        if self._confidence is None:
             return self._objective(masks)
-        found = race(
-            self._objective, standing.mask, masks, self._confidence, standing=standing, adaptive=self._adaptive
-        )
+        found = race(self._objective, standing.mask, masks, self._confidence, standing=standing)
         return [found[mask] for mask in masks]
 
     def _most_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, MaskScore]:
@@ -205,10 +192,10 @@ class Accelerated:
         if not masks:
             return {}
         past = {mask: self._rises[mask - base] for mask in masks if mask - base in self._rises}
-        if self._confidence is None and not self._adaptive:
+        if self._confidence is None:
             found = dict(zip(masks, self._objective([base, *masks])[1:], strict=True))
         else:
-            found = race(self._objective, base, masks, self._confidence, past, standing, self._adaptive, self._share)
+            found = race(self._objective, base, masks, self._confidence, past, standing, self._share)
         before = np.array(self._objective([base])[0].row_loss)
         for mask, score in found.items():
             seen = np.array(score.row_loss) - before[: score.rows_used]
@@ -231,19 +218,6 @@ def slices(rows: int) -> Iterator[int]:
     while stop < rows:
         yield stop
         stop += max(1, stop // 2)
-    yield rows
-
-
-FIRST_ROWS = 8
-"""No adaptive step is decided on fewer."""
-
-
-def doubled(rows: int) -> Iterator[int]:
-    """After how many rows an adaptive step without a race may end: 8, 16, 32, ... and the last row."""
-    stop = FIRST_ROWS
-    while stop < rows:
-        yield stop
-        stop *= 2
     yield rows
 
 
@@ -311,28 +285,26 @@ def race(
     objective: Objective,
     base: Mask,
     masks: Sequence[Mask],
-    confidence: float | None,
+    confidence: float,
     past: Mapping[Mask, np.ndarray] | None = None,
     standing: MaskScore | None = None,
-    adaptive: bool = False,
     share: Callable[[Mask], float] = lambda unit: 1.0,
 ) -> dict[Mask, MaskScore]:
     """Score masks on more and more rows, and drop those that are worse than the leader. The leader sees all rows.
 
     Args:
-        confidence: of each comparison with the leader; None drops nobody.
+        confidence: of each comparison with the leader.
         base: scored on the same rows, outside the race.
         past: rises of masks in an earlier step, row by row from the first row on.
         standing: a mask with all rows, which the others run against and which cannot be dropped; without it, at least
             one of the others sees all rows.
-        adaptive: the race ends as soon as the leader is good enough.
         share: what a removed unit saves of the resource that prices it. Rises are compared as if all saved as much as
             the leader.
     """
     past = past or {}
     known: dict[Mask, MaskScore] = {}
     alive = list(masks)
-    for stop in slices(objective.rows) if confidence is not None else doubled(objective.rows):
+    for stop in slices(objective.rows):
         if len(alive) == 1 and standing is None:
             stop = objective.rows
         before, *scores = objective([base, *alive], stop)
@@ -352,12 +324,6 @@ def race(
             runner.times(saved[leader] / size if per_share else size / saved[leader])
             for runner, size in zip(runners, saved, strict=True)
         ]
-        if adaptive and stop >= FIRST_ROWS and is_decided(differences([runner.seen for runner in runners], leader)):
-            alive = [] if leader == len(alive) else [alive[leader]]
-            known |= {score.mask: score for score in objective(alive)}
-            break
-        if confidence is None:
-            continue
         others = [i for i in range(len(runners)) if i != leader]
         bounds = lower_bounds([runners[i] for i in others], runners[leader], objective.rows, confidence)
         kept = {leader, *(i for i, bound in zip(others, bounds, strict=True) if bound <= 0)}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,7 +28,8 @@ from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import walk
 from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers, logits_bytes, over_all_rows
-from blockpruner.store.trials import batch_words
+from blockpruner.store.provenance import computing, processor
+from blockpruner.store.trials import Origin
 
 REFERENCE = Metric("reference", "", title="", units_text="", formula="")
 """In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
@@ -81,19 +81,14 @@ class Engine(Forward):
     """
 
     limit: int | None
+    _streaming_fix = "set runtime.streaming: true, "
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
         super().__init__(model)
         self._set_batch_tokens(batch_tokens)
-        # the dense model's final states by row, from which its logits are made: H numbers a token, not V; a key says
-        # first whether they are wide
+        # the dense model's final states by row, from which its logits are made: H numbers a token, not V
         self._dense: dict[tuple[int, ...], Tensor] = {}
         self._exact: dict[torch.Size, int] = {}
-
-    def limit_batches(self, rows: Rows, most: int | None) -> None:
-        """Take no more padded tokens to a batch, if their number is the engine's to choose."""
-        if self._is_auto:
-            self.limit = most
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         """Neighbouring rows grouped so that the padded tokens of a group stay within the batch budget."""
@@ -103,9 +98,10 @@ class Engine(Forward):
     def _tokens(self) -> int:
         return min(self._batch_tokens, self.limit or self._batch_tokens)
 
-    def placement(self) -> dict[str, str]:
-        here = {"device": self._home.type, "device_name": accelerator.name(self._home)}
-        return placement(self._model) | here | {"batch": batch_words(self._tokens)}
+    def origin(self) -> Origin:
+        device = processor() if self._home.type == "cpu" else accelerator.name(self._home)
+        kernel = placement(self._model)["attention"]
+        return computing() | {"device": device, "attention": kernel, "batch_tokens": self._tokens}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of each task, in the order in which the walk reaches them.
@@ -138,9 +134,9 @@ class Engine(Forward):
 
     def referenced(self, tasks: Sequence[Task], rows: Rows) -> list[Task]:
         """The tasks, after those that make known what their losses compare with."""
-        spans = dict.fromkeys((task.span, task.wide) for task in tasks if task.metric.reference)
-        missing = [(s, wide) for s, wide in spans if any((wide, *rows[i]) not in self._dense for i in s)]
-        return [*(Task(span, (DENSE,), REFERENCE, wide=wide) for span, wide in missing), *tasks]
+        spans = dict.fromkeys(task.span for task in tasks if task.metric.reference)
+        missing = [span for span in spans if any(tuple(rows[i]) not in self._dense for i in span)]
+        return [*(Task(span, (DENSE,), REFERENCE) for span in missing), *tasks]
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -152,11 +148,11 @@ class Engine(Forward):
 
     def _halved(self, task: Task, rows: Rows, reason: str) -> list[Task]:
         span, longest = task.span, max(len(rows[i]) for i in task.span)
-        if not task.wide and self._width(len(span) * longest) > 1:  # first one mask at a time
+        if self._width(len(span) * longest) > 1:  # first one mask at a time
             self._batch_tokens = len(span) * longest
             return [task]
         if len(span) == 1 or task.metric.gradient:  # which is taken row by row, and not streamed
-            streaming = "" if task.metric.influence else "set runtime.streaming: true, "
+            streaming = "" if task.metric.influence else self._streaming_fix
             raise DeviceMemoryError(
                 f"one row of {longest} tokens does not fit into the device's memory beside the model ({reason}); "
                 f"lower calibration.seq_len, {streaming}or use a larger device. Trials finished before are kept"
@@ -172,32 +168,17 @@ class Engine(Forward):
     def score(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
         """One walk: the values of a task, with its rows as one batch."""
         batch = self._batch([rows[i] for i in task.span])
-        with self._kernel(task.wide):
-            embedded, layer_kwargs = self._prepare(batch.input_ids, task.wide and self._is_narrow)
-            if task.metric.influence:
-                yield from self._influences(task, embedded, batch, layer_kwargs)
-                return
-            width = 1 if task.wide else self._width(batch.input_ids.numel(), batch.packed is not None)
-            if width > 1 and not self._on_gpu:
-                width = 1 if len(task.masks) == 1 else min(width, self._exact_width(embedded, batch, layer_kwargs))
-            run = partial(self._added, batch, layer_kwargs, width)
-            leaves = walk(self._steps, task.masks, embedded, run, joined, width)
-            launched = (self._launched(masks, hidden, batch, task, rows) for masks, hidden in leaves)
-            yield from self._values(launched, task)
-
-    @contextmanager
-    def _kernel(self, wide: bool) -> Iterator[None]:
-        """Flash attention takes 16 bits alone; in float32 it is torch's own attention."""
-        config = self._model.config
-        kernel = config._attn_implementation
-        if not wide or not str(kernel).startswith("flash"):
-            yield
+        embedded, layer_kwargs = self._prepare(batch.input_ids)
+        if task.metric.influence:
+            yield from self._influences(task, embedded, batch, layer_kwargs)
             return
-        config._attn_implementation = "sdpa"
-        try:
-            yield
-        finally:
-            config._attn_implementation = kernel
+        width = self._width(batch.input_ids.numel(), batch.packed is not None)
+        if width > 1 and not self._on_gpu:
+            width = 1 if len(task.masks) == 1 else min(width, self._exact_width(embedded, batch, layer_kwargs))
+        run = partial(self._added, batch, layer_kwargs, width)
+        leaves = walk(self._steps, task.masks, embedded, run, joined, width)
+        launched = (self._launched(masks, hidden, batch, task, rows) for masks, hidden in leaves)
+        yield from self._values(launched, task)
 
     def _width(self, tokens: int, padded: bool = False) -> int:
         """How many masks may go along at once with a batch of so many padded tokens."""
@@ -258,7 +239,7 @@ class Engine(Forward):
 
     def _launched(self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows) -> Unread:
         """The losses of masks at the end of their walk; of the reference, which is kept, there are none."""
-        keys = [(task.wide, *rows[i]) for i in task.span]
+        keys = [tuple(rows[i]) for i in task.span]
         states = self._final_states(hidden, batch)
         if task.metric == REFERENCE:
             held = sum(kept.nbytes for kept in self._dense.values() if kept.device == self._home)
@@ -389,7 +370,6 @@ class Engine(Forward):
         config, item = self._model.config, self._head.weight.element_size()
         self._room = max(0, room_beside(self._model, self._home) - held) if self._on_gpu else None
         self._growth, self.limit = 0.0, None
-        self._is_auto = batch_tokens == "auto"
         if batch_tokens != "auto":
             self._batch_tokens = int(batch_tokens)
         elif self._room is None:

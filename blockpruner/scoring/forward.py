@@ -7,14 +7,12 @@ masks, is decided by those who use it (`engine`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, BlockKind
@@ -25,10 +23,6 @@ from blockpruner.scoring.walk import steps_of
 LayerKwargs = tuple[dict[str, Any], ...]
 """For each layer, the arguments that the family's own decoder passes to it with the hidden state, for one row: they are
 those of every row."""
-
-
-class _RecordedError(Exception):
-    """Every layer has been reached."""
 
 
 class Forward:
@@ -61,17 +55,14 @@ class Forward:
         """The device of token ids and head."""
         return self._head.weight.device
 
-    def _prepare(self, input_ids: Tensor, wide: bool = False) -> tuple[Tensor, LayerKwargs]:
+    def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
         """Embedded rows [B, T, H], and the arguments of each layer.
 
         Runs the family's own decoder with a recorder in place of every layer. All that the decoder does before and
         between its layers (embedding scale, rotary tables, masks of a layer) is thus its own, not rewritten here.
         Nothing in the arguments depends on a row's tokens, so those of one row serve any number of rows.
-
-        Args:
-            wide: in float32, where the weights have 16 bits. All that follows is then computed so.
         """
-        recorded = self._recorded(input_ids[:1], wide)
+        recorded = self._recorded(input_ids[:1])
         moved: dict[tuple[int, torch.device], Tensor] = {}  # layers share masks, which may be large
 
         def move(tensor: Tensor, device: torch.device) -> Tensor:
@@ -80,29 +71,22 @@ class Forward:
         layer_kwargs = tuple(
             map_tensors(kwargs, partial(move, device=self._device(layer))) for layer, (_, kwargs) in enumerate(recorded)
         )
-        hidden = recorded[0][0] if len(input_ids) == 1 else self._recorded(input_ids, wide)[0][0]
+        hidden = recorded[0][0] if len(input_ids) == 1 else self._recorded(input_ids)[0][0]
         return hidden, layer_kwargs
 
-    def _recorded(self, input_ids: Tensor, wide: bool) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _recorded(self, input_ids: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
         """What the decoder passes to each of its layers."""
         recorded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def record(hidden: Tensor, **kwargs: Any) -> Tensor:
             recorded.append((hidden, kwargs))
-            if wide and len(recorded) == len(self._layers):
-                raise _RecordedError  # the decoder's own norm has 16 bits, and a layer norm takes no other states
             return hidden
 
         hooks = [layer.__dict__.get("forward") for layer in self._layers]  # accelerate's, where a device map is used
         for layer in self._layers:
             layer.forward = record  # an instance attribute: shadows the class's method until deleted
         try:
-            if wide:
-                embedded = _widened(self._model.get_input_embeddings(), torch.float32, input_ids)
-                with suppress(_RecordedError):
-                    self._decoder(inputs_embeds=embedded, use_cache=False)
-            else:
-                self._decoder(input_ids=input_ids, use_cache=False)
+            self._decoder(input_ids=input_ids, use_cache=False)
         finally:
             for layer, hook in zip(self._layers, hooks, strict=True):
                 del layer.forward
@@ -115,38 +99,31 @@ class Forward:
         layer, branch = self._layers[block.layer], self._family.branch(block.kind)
         module, states = getattr(layer, branch.module), hidden.to(self._device(block.layer))
         if branch.norm is not None:
-            states = self._run(getattr(layer, branch.norm), states)
+            states = getattr(layer, branch.norm)(states)
         if block.kind is BlockKind.MHA:
-            states = self._run(module, hidden_states=states, **layer_kwargs[block.layer])[0]
+            states = module(hidden_states=states, **layer_kwargs[block.layer])[0]
         elif packed is None:
-            states = self._run(module, states)
+            states = module(states)
         else:
             flat, places = states.flatten(0, 1), packed.to(states.device)
-            real = self._run(module, flat[places][None])[0]
+            real = module(flat[places][None])[0]
             states = real.new_zeros(len(flat), real.shape[-1]).index_copy(0, places, real).view(*states.shape[:2], -1)
-        added: Tensor = states if branch.post is None else self._run(getattr(layer, branch.post), states)
+        added: Tensor = states if branch.post is None else getattr(layer, branch.post)(states)
         return added
-
-    def _run(self, module: nn.Module, *states: Tensor, **named: Any) -> Any:
-        """The module's output; where states are in float32 and its weights in 16 bits, with these widened meanwhile."""
-        given = states[0] if states else named["hidden_states"]
-        if self._is_narrow and given.dtype.itemsize > 2:
-            return _widened(module, given.dtype, *states, **named)
-        return module(*states, **named)
 
     def _device(self, layer: int) -> torch.device:
         return next(self._layers[layer].parameters()).device
 
     def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The states that the head reads where it predicts a target, row by row: [N, H] for N targets of the batch."""
-        normed: Tensor = self._run(self._norm, hidden[:, :-1].to(next(self._norm.parameters()).device))
+        normed: Tensor = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
         return normed.to(self._home).flatten(0, 1)[batch.places]
 
     def _logits(self, states: Tensor) -> Tensor:
         """[N, V]; on CUDA in float32 at least: the product adds up in float32, and is not rounded to 16 bits."""
-        if self._widens and states.dtype == self._head.weight.dtype:
+        if self._widens:
             return self._capped(torch.mm(states, self._head.weight.T, out_dtype=torch.float32))
-        return self._capped(self._run(self._head, states))
+        return self._capped(self._head(states))
 
     def _capped(self, logits: Tensor) -> Tensor:
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
@@ -155,17 +132,8 @@ class Forward:
     def _widens(self) -> bool:
         """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on."""
         kinds: list[str] = torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
-        return self._home.type == "cuda" and self._is_narrow and self._head.bias is None and "dtype" in kinds
-
-    @property
-    def _is_narrow(self) -> bool:
-        return self._head.weight.dtype.itemsize == 2
-
-
-def _widened(module: nn.Module, dtype: torch.dtype, *given: Tensor, **named: Any) -> Any:
-    """The output of a module whose weights of 16 bits are widened for this call: one module's at a time."""
-    weights = {name: weight.to(dtype) for name, weight in module.named_parameters() if weight.dtype.itemsize == 2}
-    return functional_call(module, weights, given, named)
+        is_narrow = self._head.weight.dtype.itemsize == 2
+        return self._home.type == "cuda" and is_narrow and self._head.bias is None and "dtype" in kinds
 
 
 def joined(hidden: Tensor, adds: Sequence[Tensor]) -> Tensor:

@@ -1,22 +1,26 @@
 """Objectives: the number that a search minimises, taken from the trial store, and from the model only where it must.
 
-Decides what a score is made of (a metric over the calibration rows) and which trials must be computed. A search calls
-an `Objective`; it knows neither store nor model.
+Decides what a score is made of (a metric over the calibration rows, of one origin) and which trials must be computed. A
+search calls an `Objective`; it knows neither store nor model.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask
 from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.metrics import NLL, Metric
 from blockpruner.scoring.work import Scorer, Span, Task
-from blockpruner.store.trials import SIXTEEN_BITS, TrialStore, trial_key
+from blockpruner.store.trials import Origin, TrialStore, trial_key
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,18 @@ class Counts:
     seconds: float = 0.0
 
 
+class OriginChangedError(Exception):
+    """In 16 bits, what is computed next comes from another origin than what it would be compared with."""
+
+
 class Objective:
-    """A metric of a masked model on the calibration set.
+    """A metric of a masked model on the calibration set, from losses of one origin.
 
     Args:
         store: holds this metric's trials.
         scorer: asked only for what the store does not know; its owner closes it.
         metric: a loss scores a mask; an influence scores what a mask removes beyond a base.
         whole: whether a call is all that a step of a search asks for, so that its end is known.
-        wide: a model in 16 bits is computed in float32, row by row. Then no environment moves a loss by more than
-            rounding.
     """
 
     def __init__(
@@ -97,13 +103,11 @@ class Objective:
         observer: Observer | None = None,
         metric: Metric = NLL,
         whole: bool = True,
-        wide: bool = False,
     ) -> None:
         self.metric = metric
         self._whole = whole
-        self._wide = wide
         self._calibration = calibration
-        self._store = store
+        self._stores = store
         self._scorer = scorer
         self._observer = observer or SilentObserver()
         self._asked: set[str] = set()
@@ -113,10 +117,18 @@ class Objective:
     def rows(self) -> int:
         return len(self._calibration.rows)
 
+    @cached_property
+    def _store(self) -> TrialStore:
+        """Of the origin in which the first loss is asked for."""
+        store = self._stores.of(self._scorer.origin()) if self._stores.is_narrow else self._stores
+        while store.problems:
+            self._observer.note(f"warning: {store.problems.pop(0)}")
+        return store
+
     @property
-    def is_narrow(self) -> bool:
-        """Whether the model is computed in 16 bits."""
-        return self._store.fields.get("dtype") in SIXTEEN_BITS
+    def origin(self) -> Origin:
+        """Where its losses come from."""
+        return self._store.origin
 
     def __call__(
         self, masks: Sequence[Mask], rows: int | Sequence[int] | None = None, base: Mask = DENSE
@@ -126,30 +138,24 @@ class Objective:
         Args:
             rows: how many of the first rows, or which ones, ascending; None is all.
             base: what is removed before an influence is taken; the base itself has no influence, so no rows.
+
+        Raises:
+            OriginChangedError: in 16 bits; see `in_one_origin`.
         """
         wanted = range(self.rows) if rows is None else range(rows) if isinstance(rows, int) else rows
-        end = wanted[-1] + 1 if wanted else 0
         keys = {mask: self._key(mask, base) for mask in masks if not self.metric.influence or mask != base}
-        for key in keys.values():
+        self._count(keys.values())
+        if missing := self._missing(keys, wanted):
+            self._compute(missing, base)
+        return [self._score(mask, keys.get(mask), wanted) for mask in masks]
+
+    def _count(self, keys: Iterable[str]) -> None:
+        """Count what is asked for the first time and known."""
+        for key in keys:
             if key not in self._asked:
                 self._asked.add(key)
                 self.counts.units_reused += self._store.units(key)
                 self.counts.trials_reused += self._store.known(key, 0, self.rows)
-        compared = () if self._wide else keys.values()
-        missing, origins = self._missing(keys, wanted), self._store.origins(compared, end)
-        if missing or len(origins) > 1:
-            before = self._store.batches_on(str(self._scorer.placement().get("device")))
-            self._scorer.limit_batches(self._calibration.rows, before)
-        if len(origins) > 1 or (origins and missing):  # these facts are compared with each other
-            self._require_one_origin(keys.values(), origins)
-            missing = self._missing(keys, wanted)
-        while missing:
-            self._compute(missing, base)
-            missing = {}
-            if len(origins := self._store.origins(compared, end)) > 1:  # a batch was halved on the way
-                self._require_one_origin(keys.values(), origins)
-                missing = self._missing(keys, wanted)
-        return [self._score(mask, keys.get(mask), wanted) for mask in masks]
 
     def _missing(self, keys: Mapping[Mask, str], rows: Sequence[int]) -> dict[Span, list[Mask]]:
         """The masks by the rows that are to be computed, shorter rows first, so that batches need few pads."""
@@ -161,26 +167,8 @@ class Objective:
                 missing.setdefault(span_of(lacking), []).append(mask)
         return missing
 
-    def _require_one_origin(self, keys: Iterable[str], origins: Iterable[str]) -> None:
-        """Forget what another environment computed where it would be compared with what this one computes."""
-        here = self._store.computed_by(self._placement())
-        forgotten = self._store.keep_only(keys, here)
-        if forgotten:
-            places = "; ".join(place for place in origins if place != here)
-            self._observer.note(
-                f"{forgotten} losses in 16 bits were computed elsewhere ({places}) and are not mixed with those of "
-                f"here ({here}): they are computed again"
-            )
-
-    def _placement(self) -> dict[str, str]:
-        """Where it is computed, and in which batches: rows of different lengths are batched by length."""
-        here = dict(self._scorer.placement())
-        if "batch" in here and len({len(row) for row in self._calibration.rows}) > 1:
-            here["batch"] += ", by length"
-        return here
-
     def _key(self, mask: Mask, base: Mask) -> str:
-        return trial_key(mask - base, base) if self.metric.influence else trial_key(mask, wide=self._wide)
+        return trial_key(mask - base, base) if self.metric.influence else trial_key(mask)
 
     def _score(self, mask: Mask, key: str | None, rows: Sequence[int]) -> MaskScore:
         values = None if key is None else self._store.get(key)
@@ -190,18 +178,18 @@ class Objective:
 
     def _compute(self, missing: dict[Span, list[Mask]], base: Mask) -> None:
         rows = self._calibration.rows
+        self._require_origin()
         batches: dict[Span, list[Mask]] = {}
         for span, masks in missing.items():
-            alone = (span[i : i + 1] for i in range(len(span)))  # a state takes twice the memory, and ties are few
-            for batch in alone if self._wide else self._scorer.row_batches(rows, span):
+            for batch in self._scorer.row_batches(rows, span):
                 batches.setdefault(batch, []).extend(masks)
         given = base if self.metric.influence else DENSE
-        tasks = [Task(batch, tuple(masks), self.metric, given, self._wide) for batch, masks in batches.items()]
+        tasks = [Task(batch, tuple(masks), self.metric, given) for batch, masks in batches.items()]
         done, total = 0, sum(len(task.masks) * len(task.span) for task in tasks)
         common = frozenset.intersection(*(mask for task in tasks for mask in task.masks))
         last_done = time.monotonic()
         for scored in self._scorer.run(tasks, rows):
-            self._store.computed_by(self._placement())  # batches are smaller once the device's memory ran out
+            self._require_origin()  # batches are smaller once the device's memory ran out
             key, count = self._key(scored.mask, base), len(scored.loss)
             self._store.put(key, scored.span, scored.loss)
             now = time.monotonic()
@@ -214,6 +202,24 @@ class Objective:
             last_done = now
             candidate = format_mask(scored.mask - common or scored.mask) or "dense"
             self._observer.advance(done, total if self._whole else None, f"candidate {candidate}")
+
+    def _require_origin(self) -> None:
+        before = self.origin
+        if before and (now := self._scorer.origin()) != before:
+            changes = (f"{name} {now[name]}, before {before[name]}" for name in before if now[name] != before[name])
+            raise OriginChangedError(
+                f"losses in 16 bits now come from another origin ({', '.join(changes)}), and are not mixed with those "
+                "before: the search begins again, over what is known of this origin"
+            )
+
+
+def in_one_origin(work: Callable[[], T], observer: Observer) -> T:
+    """What some work over new objectives finds; it begins again where the origin of 16-bit losses has changed."""
+    while True:
+        try:
+            return work()
+        except OriginChangedError as change:
+            observer.note(str(change))
 
 
 def span_of(rows: Sequence[int]) -> Span:

@@ -6,7 +6,7 @@ Decides when a model is loaded, and how a scorer is made from the `runtime` sett
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError, extra
 from blockpruner.core.settings import Runtime
 from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Span, Task
+from blockpruner.store.trials import Origin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,17 +27,14 @@ class LazyScorer:
         self._make = make
         self._made: Scorer | None = None
 
-    def limit_batches(self, rows: Rows, most: int | None) -> None:
-        self._scorer.limit_batches(rows, most)
-
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         return self._scorer.run(tasks, rows)
 
-    def placement(self) -> Mapping[str, str]:
-        return self._scorer.placement()
+    def origin(self) -> Origin:
+        return self._scorer.origin()
 
     def close(self) -> None:
         if self._made is not None:

@@ -20,12 +20,6 @@ from blockpruner.core.blocks import Mask
 LEVEL = 0.95
 """Of the interval by which two candidates are told apart."""
 
-REGRET = 0.01
-"""Nats per token. A choice is good if no candidate is better by more than this."""
-
-ENOUGH = 0.95
-"""With this probability the choice must be good before a step looks at no more rows."""
-
 RESAMPLES = 2000
 """The standard error of a share is then at most 1.1 points. The draws are the same in every step and every run."""
 
@@ -90,17 +84,6 @@ def differences(losses: ArrayLike, chosen: int) -> np.ndarray:
     found = np.array(losses)
     less: np.ndarray = found - found[chosen]
     return less
-
-
-def is_decided(d: np.ndarray) -> bool:
-    """Whether the chosen candidate is good (REGRET) with probability ENOUGH, d as from `differences`.
-
-    The probability is the share of resampled row sets in which it is good. Means over resampled rows spread a little
-    less than means over new rows do, by sqrt((n - 1) / n), which is undone.
-    """
-    rows, means = d.shape[1], d.mean(axis=1)
-    drawn = means + (resampled(d) - means) * math.sqrt(rows / (rows - 1))
-    return bool(np.mean(drawn.min(axis=1) >= -REGRET) >= ENOUGH)
 
 
 def resampled(d: np.ndarray) -> np.ndarray:

@@ -6,12 +6,13 @@ memory (`engine`), streamed from disk, or on many workers. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.scoring.metrics import NLL, Metric
+from blockpruner.store.trials import Origin
 
 Rows = Sequence[Sequence[int]]
 """Token rows. Rows of different lengths are padded on the right within a batch. A negative number is a token that is
@@ -45,8 +46,6 @@ class Task:
     metric: Metric = NLL
     base: Mask = DENSE
     """What is removed already; an influence is that of the unit mask - base."""
-    wide: bool = False
-    """Computed in float32, with the weights of a model in 16 bits; where the model is wider, nothing changes."""
 
 
 def over_all_rows(tasks: Sequence[Task], rows: Rows) -> list[Task]:
@@ -72,20 +71,14 @@ class ScoredRows:
 class Scorer(Protocol):
     """Computes tasks, in any order and anywhere; the values are the same to rounding."""
 
-    def limit_batches(self, rows: Rows, most: int | None) -> None:
-        """What is asked from now on has these rows; take no more padded tokens to a batch than `most`.
-
-        A number that the user has set (`runtime.batch_tokens`) stands.
-        """
-
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         """The rows of `span` grouped into batches, in their order."""
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of the tasks as soon as they are known; those of a mask may come in several parts."""
 
-    def placement(self) -> Mapping[str, str]:
-        """Where it computes, by which kernel and in which batches, for `provenance.environment`."""
+    def origin(self) -> Origin:
+        """Where the next values come from; another one once batches are halved for lack of memory."""
 
     def close(self) -> None:
         """Give back workers and files."""

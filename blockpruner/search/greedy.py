@@ -10,9 +10,7 @@ MLP blocks are weighed by what they cost.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Literal
-
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from typing import Literal
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
@@ -34,19 +32,7 @@ class PricedOptions(Options):
         return self.per
 
 
-class GreedyOptions(PricedOptions):
-    near_ties: float | None = Field(default=None, gt=0)
-    """Nats, for models in 16 bits: candidates whose losses are no further than this from the best are scored again in
-    float32, and this decides. null: the 16-bit losses decide."""
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `near_ties` where it does nothing: searches and plans are then those of before it was an option."""
-        found: dict[str, Any] = dump(self)
-        return {key: value for key, value in found.items() if key != "near_ties" or value is not None}
-
-
-def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
+def greedy(problem: Problem, options: PricedOptions) -> Iterator[Iteration]:
     """Yield iterations until nothing is left to remove.
 
     Raises:
@@ -57,7 +43,7 @@ def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
     remaining = list(problem.units)
     index = 0
     while remaining:
-        iteration = forward(problem, index, base, remaining, costs, options.near_ties)
+        iteration = forward(problem, index, base, remaining, costs)
         yield iteration
         base = iteration.scores[iteration.chosen]
         remaining = [unit for unit in remaining if not unit <= base.mask]
@@ -73,19 +59,13 @@ def costs_of(problem: Problem, options: PricedOptions) -> Costs | None:
 
 
 def forward(
-    problem: Problem,
-    step: int,
-    base: MaskScore | None,
-    units: Sequence[Mask],
-    costs: Costs | None,
-    near_ties: float | None = None,
+    problem: Problem, step: int, base: MaskScore | None, units: Sequence[Mask], costs: Costs | None
 ) -> Iteration:
     """One step: the best unit to remove next.
 
     Args:
         base: what is removed before; None in the first step, which asks for the dense model, too.
         units: the candidates.
-        near_ties: as in `GreedyOptions`.
     """
     removed = DENSE if base is None else base.mask
     masks = [removed | unit for unit in units]
@@ -94,17 +74,8 @@ def forward(
     before = base or scores[0]
     complete = [i for i, s in enumerate(scores) if s.is_complete and s.mask != removed]
     best = min(complete, key=lambda i: worth(scores[i], before, costs))
-    wide: tuple[MaskScore, ...] = ()
-    if near_ties is not None and problem.ask_wide is not None:
-        least = worth(scores[best], before, costs)
-        near = [i for i in complete if worth(scores[i], before, costs, less=near_ties) <= least]
-        if len(near) > 1:
-            wide = tuple(problem.ask_wide([scores[i].mask for i in near]))
-            base_wide = wide[0] if costs is None else problem.ask_wide([removed])[0]  # only prices are over a base
-            best = min(zip(near, wide, strict=True), key=lambda pair: worth(pair[1], base_wide, costs))[0]
     added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
-    note = f"{len(wide)} near ties are decided in float32" if wide else ""
-    return Iteration(step, scores, added, best, selection.lazy_choice, note, wide=wide)
+    return Iteration(step, scores, added, best, selection.lazy_choice)
 
 
 def greedy_to_goal(problem: Problem) -> Generator[Iteration, None, list[Mask]]:
@@ -115,7 +86,7 @@ def greedy_to_goal(problem: Problem) -> Generator[Iteration, None, list[Mask]]:
     """
     goal = goal_of_problem(problem)
     prefixes: list[Mask] = []
-    for iteration in greedy(problem, GreedyOptions()):
+    for iteration in greedy(problem, PricedOptions()):
         yield iteration
         prefixes.append(iteration.removed)
         if is_settled(goal, iteration.removed, problem.units):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.scoring.stability import Stability, stability
+from blockpruner.store.trials import Origin
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Iteration:
     nll: tuple[MaskScore | None, ...] = ()
     """What perplexity is made of. It is known for the chosen mask and the dense model, and for others where it is the
     metric; empty until the run of the search fills it in."""
-    wide: tuple[MaskScore, ...] = ()
-    """In float32, of the candidates between which the 16-bit scores did not decide; these decided."""
+    origin: Origin = field(default_factory=dict)
+    """Where the losses come from, in 16 bits."""
 
     @property
     def losses(self) -> dict[Mask, tuple[float, ...]]:

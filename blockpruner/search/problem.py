@@ -42,5 +42,3 @@ class Problem:
     """What units cost of each resource that is known."""
     row_tokens: Sequence[int] = ()
     """How many tokens each row has, for a search that draws rows."""
-    ask_wide: Ask | None = None
-    """Scores masks of a model in 16 bits in float32; None: scores are at least that exact."""

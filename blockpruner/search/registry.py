@@ -17,7 +17,7 @@ from blockpruner.search.contiguous import contiguous
 from blockpruner.search.evopress import EvoPressOptions, evopress
 from blockpruner.search.floating import FloatingOptions, floating
 from blockpruner.search.given import GivenOptions, given
-from blockpruner.search.greedy import GreedyOptions, greedy
+from blockpruner.search.greedy import PricedOptions, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.problem import Problem
@@ -44,11 +44,6 @@ class Search:
     """What it asks scores of. One that asks for single units, or runs of them, can use an influence as its metric."""
     accelerated: bool = False
     """It takes steps in which only the best candidate matters."""
-    scored_steps: Callable[[int], range] | None = None
-    """Which of a number of removals it scores every candidate before, for forecasts; None: that depends on what it
-    finds."""
-    work: float = 1.0
-    """For forecasts: how many times as much it takes as these steps alone, where that was measured."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +59,6 @@ class Request:
     def losses(self) -> tuple[str, ...]:
         """What is stored, each in a trial store of its own. Every choice is also reported in perplexity."""
         return tuple(sorted({self.metric.key, NLL.key}))
-
-    @property
-    def leaves_out(self) -> bool:
-        """Whether it takes greedy steps by a loss, which may leave out candidates or rows."""
-        greedy_steps = self.search.accelerated and self.options.has_greedy_steps
-        return greedy_steps and not self.metric.influence
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -112,10 +101,6 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
             "there is nothing to leave out; set acceleration: none"
         )
-    if metric.influence and isinstance(found.options, GreedyOptions) and found.options.near_ties is not None:
-        raise InputError(
-            f"score.options.near_ties compares losses, not {metric.name}; remove it, or set metric to one of {losses}"
-        )
     if found.options.price != "none" and metric.influence:
         raise InputError(
             f"score.options.per {found.options.price} prices the rise of a loss; set metric to one of {losses}"
@@ -127,20 +112,15 @@ SEARCHES = Registry(
     "score.method",
     Search,
     [
-        Search("greedy", "greedy", greedy, GreedyOptions, asks="units", accelerated=True, scored_steps=range),
-        Search("one_shot", "one-shot", one_shot, asks="units", scored_steps=lambda steps: range(1)),
+        Search("greedy", "greedy", greedy, PricedOptions, asks="units", accelerated=True),
+        Search("one_shot", "one-shot", one_shot, asks="units"),
         Search("beam", "beam search", beam, BeamOptions, nested=False),
-        Search("contiguous", "adjacent layers", contiguous, nested=False, asks="units"),
+        Search("contiguous", "contiguous layers", contiguous, nested=False, asks="units"),
         Search("evopress", "EvoPress", evopress, EvoPressOptions, nested=False),
-        Search(
-            "floating", "floating greedy", floating, FloatingOptions, nested=False, accelerated=True,
-            scored_steps=range, work=1.3,  # SmolLM2 to 20 %, lazy+race: 1,061 s, greedy 1,034 s, a first step was known
-        ),
+        Search("floating", "floating search", floating, FloatingOptions, nested=False, accelerated=True),
         Search("quadratic", "quadratic search", quadratic, QuadraticOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
-        Search(
-            "random", "random order", random_order, RandomOptions, asks="nothing", scored_steps=lambda steps: range(0)
-        ),
-        Search("given", "given order", given, GivenOptions, asks="nothing", scored_steps=lambda steps: range(0)),
+        Search("random", "random order", random_order, RandomOptions, asks="nothing"),
+        Search("given", "given order", given, GivenOptions, asks="nothing"),
     ],
-)  # fmt: skip
+)

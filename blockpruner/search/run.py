@@ -28,7 +28,7 @@ from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.accelerate import accelerate
 from blockpruner.scoring.metrics import NLL
-from blockpruner.scoring.objectives import Counts, MaskScore, Objective
+from blockpruner.scoring.objectives import Counts, MaskScore, Objective, in_one_origin
 from blockpruner.scoring.work import Scorer
 from blockpruner.search.iteration import Iteration, stabilities
 from blockpruner.search.problem import Problem
@@ -75,25 +75,35 @@ def search(
         InputError: a budget that cannot be reached, before anything is computed; or one that a search's removals
             end before.
     """
-    observer = observer or SilentObserver()
-    exact = request.score.acceleration == "none" and not calibration.adaptive
-    whole = exact and request.search.nested
+    seen = observer or SilentObserver()
+    return in_one_origin(
+        lambda: _searched(request, calibration, stores, scorer, resources, budgets, seen, on_iteration), seen
+    )
+
+
+def _searched(
+    request: Request,
+    calibration: CalibrationSet,
+    stores: Mapping[str, TrialStore],
+    scorer: Scorer,
+    resources: Resources,
+    budgets: Sequence[str],
+    observer: Observer,
+    on_iteration: OnIteration,
+) -> Traces:
+    whole = request.score.acceleration == "none" and request.search.nested
     own = Objective(calibration, stores[request.metric.key], scorer, observer, request.metric, whole)
     nll = own
     if request.metric.key != NLL.key:
         nll = Objective(calibration, stores[NLL.key], scorer, observer)
-    wide = None
-    if own.is_narrow and not request.metric.influence:
-        wide = Objective(calibration, stores[request.metric.key], scorer, observer, request.metric, wide=True)
     found: dict[str, list[Iteration]] = {}
-    run = _Run(request, own, nll, resources, observer, calibration, wide)
+    run = _Run(request, own, nll, resources, observer, [len(row) for row in calibration.rows])
     for budget, iterations in run.traces(budgets).items():
         found[budget] = []
         for iteration in iterations:
             on_iteration(budget, iteration)
             found[budget].append(iteration)
     counts = own.counts if nll is own else _sum(own.counts, nll.counts)
-    counts = counts if wide is None else _sum(counts, wide.counts)
     counts.iterations = sum(map(len, found.values()))
     return Traces(request.search.nested, found, counts)
 
@@ -135,7 +145,7 @@ class _Run:
     Args:
         objective: of the metric that the search minimises.
         nll: of perplexity, in which every choice is reported. It is the same objective where that is the metric.
-        wide: of the metric in float32; None for a model that is not in 16 bits.
+        row_tokens: how many tokens each calibration row has.
     """
 
     def __init__(
@@ -145,17 +155,14 @@ class _Run:
         nll: Objective,
         resources: Resources,
         observer: Observer,
-        calibration: CalibrationSet,
-        wide: Objective | None,
+        row_tokens: Sequence[int],
     ) -> None:
         self._request = request
-        self._wide = wide
         self._objective = objective
         self._nll = nll
         self._resources = resources
         self._observer = observer
-        self._row_tokens = [len(row) for row in calibration.rows]
-        self._adaptive = calibration.adaptive and request.leaves_out
+        self._row_tokens = row_tokens
         self._units = units_of(request, resources)
         self._known = 0
 
@@ -226,10 +233,8 @@ class _Run:
     def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
         # what it has learned belongs to one search alone
         costs = self._resources.get(self._request.options.price)
-        select = accelerate(self._objective, self._request.score, self._adaptive, costs)
-        problem = Problem(
-            units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens, self._wide
-        )
+        select = accelerate(self._objective, self._request.score, costs)
+        problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens)
         return self._request.search.run(problem, self._request.options)
 
     def _reported(self, iteration: Iteration, candidates: int | None = None) -> Iteration:
@@ -238,7 +243,7 @@ class _Run:
         Args:
             candidates: how many units could have been removed; None where that is not what a step is made of.
         """
-        iteration = replace(iteration, nll=self._nll_of(iteration))
+        iteration = replace(iteration, nll=self._nll_of(iteration), origin=self._objective.origin)
         asked = self._objective.counts.rows_computed
         computed, self._known = asked - self._known, asked
         best, added = iteration.scores[iteration.chosen], iteration.added[iteration.chosen]
@@ -248,10 +253,7 @@ class _Run:
         (firm,) = stabilities([iteration], self._request.options.price)
         considered = f"; {iteration.note}" if iteration.note else ""
         if candidates is not None:
-            considered += _considered(iteration, candidates, self._adaptive)
-        if self._adaptive:
-            tokens = sum(sum(self._row_tokens[: score.rows_used]) for score in iteration.scores)
-            considered += f"; {tokens:,} tokens"
+            considered += _considered(iteration, candidates)
         if firm is not None:
             considered += f"; next by {firm.margin:.2g}; stable in {firm.kept:.0%} of resamples of {firm.rows} rows"
             considered += f"; {len(firm.rivals)} others cannot be told apart from it" if firm.rivals else ""
@@ -289,7 +291,7 @@ class _Run:
         return tuple(found.get(score.mask) for score in iteration.scores)
 
 
-def _considered(iteration: Iteration, candidates: int, adaptive: bool) -> str:
+def _considered(iteration: Iteration, candidates: int) -> str:
     """What an iteration spent, and what an audit of it says."""
     scores = [score for score, added in zip(iteration.scores, iteration.added, strict=True) if added is not None]
     complete = sum(score.is_complete for score in scores)
@@ -297,7 +299,7 @@ def _considered(iteration: Iteration, candidates: int, adaptive: bool) -> str:
         return ""
     text = f"; {complete} of {candidates} candidates scored on all rows"
     if complete < len(scores):
-        text += f", {len(scores) - complete} {'on as many as it took' if adaptive else 'dropped by the race'}"
+        text += f", {len(scores) - complete} dropped by the race"
     if len(scores) < candidates:
         text += f", {candidates - len(scores)} not considered"
     if iteration.lazy_choice is not None:

@@ -51,7 +51,7 @@ ITERATION = pa.schema(
   that draws rows, row_loss is null at the rows in between that were not drawn.
 - lazy_choice: in an audited iteration, whether this mask had been chosen before all candidates entered; else null.
 
-Near ties that were decided in float32 stand in the file's metadata under `float32`: masks and their losses by row.
+In 16 bits the file's metadata have the origin of the losses, as names and numbers.
 """
 
 
@@ -88,9 +88,8 @@ def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
     )
     path = table_path(directory, iteration.index)
     facts = {"search": search, "iteration": str(iteration.index), "complete": "true", "note": iteration.note}
-    if iteration.wide:
-        facts["float32"] = json.dumps([[format_mask(score.mask), score.row_loss] for score in iteration.wide])
-    write_table(path, table, facts | {"environment": json.dumps(environment())})
+    facts |= {"origin": json.dumps(dict(iteration.origin)), "environment": json.dumps(environment())}
+    write_table(path, table, facts)
 
 
 def read_iteration(directory: Path, index: int, search: str) -> Iteration:
@@ -123,12 +122,9 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
         added=added,
         chosen=chosen[0],
         lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
-        note=facts.get("note", ""),
+        note=facts["note"],
         nll=nll,
-        wide=tuple(
-            MaskScore(parse_mask(mask), tuple(losses), rows[0]["rows_total"])
-            for mask, losses in json.loads(facts.get("float32", "[]"))
-        ),
+        origin=json.loads(facts["origin"]),
     )
 
 
@@ -185,8 +181,8 @@ def drop_strays(directory: Path, trace: Sequence[Iteration], nested: bool, searc
 
 
 def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore, influence: bool) -> list[str]:
-    """Put the trials of the tables present into the stores of the metric and of the NLL (which may be one), setting
-    aside tables that cannot be trusted.
+    """Put the trials of the tables present into the stores of the metric and of the NLL (which may be one), in 16 bits
+    into those of the tables' origins, setting aside tables that cannot be trusted.
 
     Returns one line for each table set aside.
     """
@@ -200,13 +196,12 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
         except InputError as error:
             problems.append(f"{error}; set aside as {set_aside(path).name}, its trials are computed again")
             continue
+        own, perplexity = (each.of(iteration.origin) for each in (store, nll))
         for score, added, plain in zip(iteration.scores, iteration.added, iteration.nll, strict=True):
             base = score.mask - (added or DENSE)
-            _seed(store, trial_key(added or DENSE, base) if influence else trial_key(score.mask), score)
+            _seed(own, trial_key(added or DENSE, base) if influence else trial_key(score.mask), score)
             if plain is not None:
-                _seed(nll, trial_key(plain.mask), plain)
-        for score in iteration.wide:
-            _seed(store, trial_key(score.mask, wide=True), score)
+                _seed(perplexity, trial_key(plain.mask), plain)
     return problems
 
 
@@ -242,7 +237,7 @@ class Current:
 
     @classmethod
     def load(cls, scores: Path) -> Current:
-        found = read_json(scores / "current.json")
+        found = read_json(scores / "current.json", sealed=True)
         return cls(**found | {"score": Score.model_validate(found["score"])})
 
 

@@ -12,10 +12,8 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
-import socket
-import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,29 +25,8 @@ from safetensors import SafetensorError
 
 from blockpruner.core.errors import InputError, StorageError
 
-WINDOWS = sys.platform == "win32"
-"""Windows syncs no folder, and a file only for who may write it. To ask there whether a process runs may end it."""
-
-HOST = socket.gethostname().replace(".", "_")
-
-
-def _scope() -> str:
-    """This boot and container, 8 hex digits. Containers may share a host's name, and each has its own process ids."""
-    try:
-        facts = f"{Path('/proc/sys/kernel/random/boot_id').read_text()}{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # not Linux
-        facts = ""
-    return hashlib.sha256(facts.encode()).hexdigest()[:8]
-
-
-MACHINE = f"{HOST}-{_scope()}"
-"""Where process ids are one set, in names of files: machines may share a store."""
-
-TEMPORARY = re.compile(r"\..+\.([^.]+)-(\d+)\.tmp")
-"""The name of a temporary file; groups: the machine, the process."""
-
-ABANDONED = 24 * 3600
-"""A temporary file of another boot or container of this host is an orphan after so many seconds without a change."""
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+"""The name of a temporary file or folder."""
 
 DIGEST = "sha256"
 """The key of a table's metadata, and of a sealed JSON object, that holds the digest of the content."""
@@ -71,9 +48,9 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")
 
 
-def writer() -> str:
-    """This process, in names of files."""
-    return f"{MACHINE}-{os.getpid()}"
+def temporary_beside(path: Path) -> Path:
+    """A name for a temporary file or folder in the same folder; `stages.clean` removes what a kill leaves there."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -81,10 +58,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
     On return content and name are on disk, and no cut of power takes them back.
     """
-    temporary = path.with_name(f".{path.name}.{writer()}.tmp")
+    temporary = temporary_beside(path)
     try:
         make_folder(path.parent)
-        _remove_orphans(path)
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
@@ -98,9 +74,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def sync(path: Path) -> None:
     """Have a file's content, or the names in a folder, on disk."""
-    if WINDOWS and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -132,8 +106,11 @@ def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**content, DIGEST: _json_digest(content)})
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of ours, without its digest if it has one.
+def read_json(path: Path, sealed: bool = False) -> Any:
+    """Read a JSON file. Where it has a digest, it is checked and left out.
+
+    Args:
+        sealed: there must be one.
 
     Raises:
         InputError: the file is missing, no JSON, or not what was written.
@@ -144,8 +121,9 @@ def read_json(path: Path) -> Any:
         raise _missing(path) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); delete it and run `dvc repro`") from error
-    if isinstance(value, dict) and value.pop(DIGEST, None) not in (None, _json_digest(value)):  # None: unsealed
-        raise InputError(f"{path} is damaged: its content is not what was written; delete it and run `dvc repro`")
+    digest = value.pop(DIGEST, None) if isinstance(value, dict) else None
+    if (sealed or digest is not None) and digest != _json_digest(value):
+        raise _damaged(path)
     return value
 
 
@@ -154,7 +132,7 @@ def read_kept_json(path: Path, note: Callable[[str], object]) -> Any:
     if not path.exists():
         return None
     try:
-        return read_json(path)
+        return read_json(path, sealed=True)
     except InputError as error:
         note(f"warning: {error}; set aside as {set_aside(path).name}")
         return None
@@ -166,6 +144,10 @@ def _json_digest(value: Mapping[str, Any]) -> str:
 
 def _missing(path: Path) -> InputError:
     return InputError(f"{path} does not exist; the stage before this one writes it: run `dvc repro`")
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is damaged: its content is not what was written; delete it and run `dvc repro`")
 
 
 def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
@@ -201,8 +183,8 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
     if empty:
         raise InputError(f"{path} has no value in some rows of {', '.join(empty)}; every row needs one")
     table = table.cast(schema).replace_schema_metadata(None)
-    if metadata.pop(DIGEST, None) not in (None, table_digest(table)):  # None: not written here
-        raise InputError(f"{path} is damaged: its content is not what was written; delete it and run `dvc repro`")
+    if metadata.pop(DIGEST, None) != table_digest(table):
+        raise _damaged(path)
     return table, metadata
 
 
@@ -229,26 +211,21 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
 
     On return all of it is on disk. A kill between the two renames leaves neither the old one nor the new one.
     """
-    temporary = path.with_name(f".{path.name}.{writer()}.tmp")
-    replaced = path.with_name(f".{path.name}-replaced.{writer()}.tmp")
+    temporary, replaced = temporary_beside(path), temporary_beside(path)
     try:
         make_folder(path.parent)
-        _remove_orphans(path)
         temporary.mkdir()
         build(temporary)
         for folder, _, names in os.walk(temporary, topdown=False):
             for name in [*names, "."]:
                 sync(Path(folder, name))
-        while temporary.exists():
-            with suppress(FileNotFoundError):
-                os.replace(path, replaced)
-            try:
-                os.replace(temporary, path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # the latter on XFS
-                    raise
-                # another process has put its own there in between; the last one stays
-                shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            os.replace(path, replaced)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
+                raise
         sync(path.parent)
     except SafetensorError as error:  # safetensors reports a failed write by this, with the cause as text
         if "os error" not in str(error):
@@ -270,41 +247,9 @@ def let_others_read(directory: Path) -> None:
         path.chmod(directory.stat().st_mode & 0o666)
 
 
-def is_orphan(path: Path) -> bool:
-    """Whether a killed process of this machine left this temporary file or directory."""
-    name = TEMPORARY.fullmatch(path.name)
-    if name is None:
-        return False
-    if name[1] == MACHINE and not WINDOWS:
-        return int(name[2]) == os.getpid() or not _is_running(int(name[2]))
-    if HOST not in (name[1], name[1].rpartition("-")[0]):
-        return False
-    with suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > ABANDONED
-    return False
-
-
 def remove(path: Path) -> None:
     """Remove a file or a directory, if it is there."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _remove_orphans(path: Path) -> None:
-    """Remove what killed writers of `path` left in its folder."""
-    for orphan in [*path.parent.glob(f".{path.name}.*.tmp"), *path.parent.glob(f".{path.name}-replaced.*.tmp")]:
-        if is_orphan(orphan):
-            with suppress(OSError):
-                remove(orphan)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # it is another user's, or no process id
-    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,29 +1,21 @@
-"""Lock files that name their holder.
+"""Locks that name their holder.
 
-The kernel frees a lock when the last process that has the file open ends: no lock is ever stale, and no lock file is
-deleted. The file names the current holder. After a handover it may name the holder before for a moment.
-
-Windows has no such locks. There filelock's holds a file beside the one with the name, and a child process cannot hold
-it, too.
+filelock holds a file beside the one with the name. The kernel frees it when the last process that has it open ends, so
+no lock is ever stale, and no lock file is deleted.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from blockpruner.store.files import make_folder, storage_error
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 WORKSPACE = Path(".dvc/tmp/flow.lock")
 """Held by a flow, which changes params.yaml, and by `stages.clean`, which deletes outputs."""
@@ -36,75 +28,45 @@ def this_process() -> str:
 
 @contextmanager
 def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int]:
-    """Hold a lock file under a name; gives its file descriptor, which a child process may hold, too.
+    """Hold a lock under a name; gives its file descriptor, which a child process may hold, too.
 
     Args:
+        path: the file with the holder's name.
         busy: called with the holder's name if the lock is held. If it returns, this call waits for the lock.
 
     Raises:
         StorageError: the file cannot be written or locked.
     """
+    lock = FileLock(path.with_name(f"{path.name}.held"))
     with _storage(path):
         make_folder(path.parent)
-        file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below, which then has nothing left to write)
-    with file, ExitStack() as held:
-        take = partial(_take, file) if fcntl else partial(_take_beside, held.enter_context(_beside(path)))
+        with suppress(Timeout):
+            lock.acquire(blocking=False)
+    if not lock.is_locked:
+        busy(_holder(path))
         with _storage(path):
-            is_mine = take(wait=False)
-        if not is_mine:
-            busy(_holder(path))
+            lock.acquire()
+    try:
         with _storage(path):
-            take(wait=True)
-            file.truncate(0)
-            file.write(f"{holder}\n".encode())
-            os.fsync(file.fileno())  # for readers on other machines
-        yield file.fileno()
-
-
-def _take(file: IO[bytes], wait: bool) -> bool:
-    """Whether the file is locked by this call or one before; it frees itself when the file is closed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Any]:
-    """filelock's lock of a file beside; at the end it is free, however often it was taken."""
-    from filelock import FileLock
-
-    lock = FileLock(path.with_name(f"{path.name}.held"))
-    try:
-        yield lock
+            path.write_text(f"{holder}\n", encoding="utf-8")
+        yield lock._context.lock_file_fd or -1
     finally:
-        lock.release(force=True)
-
-
-def _take_beside(lock: Any, wait: bool) -> bool:
-    from filelock import Timeout
-
-    try:
-        lock.acquire(blocking=wait)
-    except Timeout:
-        return False
-    return True
-
-
-def _holder(path: Path) -> str:
-    """The name in a lock file; a name without an end is being written."""
-    for _ in range(10):
-        name = path.read_text(encoding="utf-8")
-        if name.endswith("\n"):
-            return name.strip()
-        time.sleep(0.05)
-    return "another process"
+        lock.release()
 
 
 @contextmanager
 def _storage(path: Path) -> Iterator[None]:
     try:
         yield
+    except NotImplementedError as error:  # filelock's, on a file system without locks
+        raise storage_error(path, OSError(errno.ENOLCK, str(error))) from error
     except OSError as error:
         raise storage_error(path, error) from error
+
+
+def _holder(path: Path) -> str:
+    """The name in the file; whoever has just taken the lock may not have written it yet."""
+    try:
+        return path.read_text(encoding="utf-8").strip() or "another process"
+    except FileNotFoundError:
+        return "another process"

@@ -1,4 +1,4 @@
-"""Which files a checkpoint is: the manifest (name and SHA-256 of every file), and the identities that follow from it.
+"""Which files a checkpoint is: the manifest (name and SHA-256 of every file), and the identity that follows from it.
 
 Decides when two checkpoints are the same, and whether one still is what was written. The manifest is recorded when a
 model is fetched and when an export is verified. Layout and version of transformers in a config do not enter it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,6 @@ BESIDE = (SOURCE_FILE, REPORT_FILE, CARD_FILE)
 VERSION_FIELD = "transformers_version"
 
 Manifest = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Of the function that a checkpoint computes: config, weights and code."""
-
-    now: str
-    """From the manifest."""
-    before: str
-    """As it was before there were manifests, from the bytes of the config as fetched. Older stores are named by it."""
 
 
 def content_sha256(path: Path) -> str:
@@ -68,25 +57,14 @@ def manifest(directory: Path) -> dict[str, str]:
 def model_identity(files: Manifest) -> str:
     """SHA-256 over what a forward pass depends on: config, weights and code."""
     ends = (".safetensors", ".safetensors.index.json", ".py")
-    return _digest({name: files[name] for name in files if name == "config.json" or name.endswith(ends)})
-
-
-def identity_before(config_sha256: str, files: Manifest) -> str:
-    """`Identity.before`, from the digest of the config's bytes."""
-    others = {name: files[name] for name in files if name.endswith((".safetensors", ".py"))}
-    return _digest({"config.json": config_sha256, **others})
-
-
-def _digest(files: Manifest) -> str:
-    return hashlib.sha256("".join(f"{name}:{files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+    lines = [f"{name}:{files[name]}\n" for name in sorted(files) if name == "config.json" or name.endswith(ends)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def require_verified(directory: Path) -> dict[str, str]:
     """The manifest of an export; raises InputError unless its files are those that were verified."""
     files = manifest(directory)
-    known = read_json(directory / REPORT_FILE).get("manifest")
-    if known is None:
-        raise InputError(f"{directory}/{REPORT_FILE} lists no files: it is of an older version; export it again")
+    known = read_json(directory / REPORT_FILE, sealed=True)["manifest"]
     changed = sorted(name for name in known.keys() | files.keys() if known.get(name) != files.get(name))
     if changed:
         raise InputError(

@@ -25,7 +25,7 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 def load_plan(path: Path) -> Plan:
     """Read a plan; raises InputError that names the file."""
-    fields = read_json(path)
+    fields = read_json(path, sealed=True)
     try:
         return Plan(**fields | {name: tuple(fields[name]) for name in ("removed", "order", "ratios")})
     except (TypeError, KeyError, ValueError) as error:

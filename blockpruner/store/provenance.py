@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,27 @@ def commit() -> str | None:
         return None
 
 
+def computing() -> dict[str, str]:
+    """The versions of the packages that compute a loss, without their last part."""
+    return {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "transformers")}
+
+
 def machine() -> str:
     """Processor model and number of cores: the label of a measurement."""
-    name = platform.processor() or platform.machine()
+    return f"{len(_processors())} x {processor()}" if _processors() else processor()
+
+
+def processor() -> str:
+    """Processor model."""
+    return next(iter(_processors()), platform.processor() or platform.machine())
+
+
+@cache
+def _processors() -> tuple[str, ...]:
+    """The model of each core, where the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if lines:
-            name = f"{len(lines)} x {lines[0].partition(':')[2].strip()}"
-    return name
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return tuple(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
 
 
 def _now() -> str:

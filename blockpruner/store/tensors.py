@@ -21,7 +21,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.store.files import DIGEST, let_others_read, write_atomic
 
 FACTS = "facts"
-"""The entry of the metadata; older files have one for each fact."""
+"""The entry of the metadata."""
 
 REMEDY = "delete it and run `dvc repro`"
 
@@ -53,8 +53,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            facts = json.loads(metadata[FACTS]) if FACTS in metadata else metadata
+            facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
             names = file.keys() if tensors else ()
             found = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError) as error:

@@ -1,17 +1,16 @@
 """The trial store: exact facts (mask, row) -> loss, kept for ever and shared by every run, search and calibration set.
 
 Decides when a number may be reused. A store is of one model, dtype and metric and of one SCORE_VERSION; a row is known
-by its content, so a larger calibration set finds what a smaller one scored. On disk a store is a folder with one log
-(`store.journal`) for each writing process, which names its rows and its environment (versions, device, attention
-kernel, batch shape). In 16 bits these move a loss by as much as two candidates differ, so facts of different
-environments are never compared with each other. The store knows nothing of searches.
+by its content, so a larger calibration set finds what a smaller one scored. In 16 bits the place of the computation
+moves a loss by as much as two candidates differ, so there a store is of one `Origin`, too; in 32 and 64 bits never. On
+disk a store is a folder with one log (`store.journal`) for each writing process. The store knows nothing of searches.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
+import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +21,9 @@ from typing import Any
 
 from blockpruner.core.blocks import Mask, format_mask
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import write_json, writer
+from blockpruner.store.files import write_json
 from blockpruner.store.journal import Journal
-from blockpruner.store.provenance import environment, fingerprint
+from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import SCORE_VERSION
 
 TRIALS_VARIABLE = "BLOCKPRUNER_TRIALS"
@@ -35,9 +34,12 @@ SYNC_SECONDS = 1.0
 
 SIXTEEN_BITS = ("bfloat16", "float16")
 
+Origin = Mapping[str, str | int]
+"""Where losses are computed, as far as that moves one in 16 bits: versions, device, attention kernel, batch shape."""
+
 
 def store_fields(calibration: str, model: str, dtype: str, metric: str) -> dict[str, Any]:
-    """What the trials of a search depend on. All but the calibration names their store."""
+    """What the trials of a search depend on, apart from their origin. All but the calibration names their store."""
     return {
         "calibration": calibration,
         "model": model,
@@ -47,14 +49,8 @@ def store_fields(calibration: str, model: str, dtype: str, metric: str) -> dict[
     }
 
 
-def trial_key(mask: Mask, base: Mask | None = None, wide: bool = False) -> str:
-    """What a trial is of: a mask, or a unit within what a base leaves ("mha.3,mlp.1|mha.7").
-
-    Args:
-        wide: computed in float32 with the weights of a model in 16 bits ("float32 mha.3,mlp.1").
-    """
-    if wide:
-        return f"float32 {format_mask(mask)}"
+def trial_key(mask: Mask, base: Mask | None = None) -> str:
+    """What a trial is of: a mask, or a unit within what a base leaves ("mha.3,mlp.1|mha.7")."""
     return format_mask(mask) if base is None else f"{format_mask(base)}|{format_mask(mask)}"
 
 
@@ -63,69 +59,55 @@ def trials_root() -> Path:
     return Path(os.environ.get(TRIALS_VARIABLE) or "data/trials")
 
 
-def batch_words(tokens: int) -> str:
-    """How an environment names its batches."""
-    return f"{tokens} tokens to a batch"
-
-
-def batch_tokens(facts: Mapping[str, Any]) -> int | None:
-    """The number in an environment's `batch_words`."""
-    found = re.match(r"\d+(?= tokens)", str(facts.get("batch", "")))
-    return int(found[0]) if found else None
-
-
-def origin(facts: Mapping[str, Any]) -> str:
-    """The part of an environment that moves a loss in 16 bits, in words."""
-    if not facts:
-        return "an unknown environment"
-    versions = [f"{name} {'.'.join(facts[name].split('.')[:2])}" for name in ("torch", "transformers") if name in facts]
-    if facts.get("device") == "cpu" and "processor" in facts:
-        facts = {**facts, "device_name": re.sub(r"^\d+ x ", "", facts["processor"])}
-    return ", ".join([*versions, *(str(facts[key]) for key in ("device_name", "attention", "batch") if key in facts)])
-
-
 @dataclass
 class TrialStore:
     """The loss of every row (float64, of one metric) by `trial_key`."""
 
     fields: Mapping[str, Any]
-    """As from `store_fields`; the model is the `Identity.before`, as in older stores and in searches."""
+    """As from `store_fields`; in 16 bits with the "origin" (`of`)."""
     rows: Sequence[str]
     """The calibration set's `row_keys`, in order. Facts are asked for and recorded by position in it."""
     root: Path | None = None
     """The folder of all stores; None keeps the facts in memory only."""
-    model: str | None = None
-    """The model's `Identity.now`, which names the store; None: it is the one in `fields`."""
     problems: list[str] = field(default_factory=list)
     """One line for each file or line that was found and not trusted."""
     _facts: dict[str, list[float]] = field(default_factory=dict)
-    _origins: dict[str, list[str | None]] = field(default_factory=dict)
     _units: Counter[str] = field(default_factory=Counter)
-    _batches: dict[str, int | None] = field(default_factory=dict)
-    _placement: Mapping[str, str] = field(default_factory=dict)
-    _origin: str = ""
+    _of: dict[str, TrialStore] = field(default_factory=dict)
     _log: Journal | None = None
 
     def __post_init__(self) -> None:
-        before = {**self.fields, "calibration": "by row"}
-        facts = before | ({} if self.model is None else {"model": self.model})
-        self.fingerprint = fingerprint(facts)
-        self._origin = self._origin_of({})
+        self._named_by = {name: value for name, value in self.fields.items() if name != "calibration"}
+        self.fingerprint = fingerprint(self._named_by)
         self._places: dict[str, list[int]] = {}
         for place, row in enumerate(self.rows):
             self._places.setdefault(row, []).append(place)
-        if self.root is None:
-            return
-        if not (self._directory / "fingerprint.json").exists():
-            write_json(self._directory / "fingerprint.json", facts)
-        self._read(self.root / fingerprint(self.fields), by_number=True)  # as stores were before rows had keys
-        for name in dict.fromkeys((fingerprint(before), self.fingerprint)):
-            self._read(self.root / name, by_number=False)
+        for path in () if self.root is None else sorted(self._directory.glob("*.jsonl")):
+            self._read(path)
 
     @property
     def _directory(self) -> Path:
         assert self.root is not None
         return self.root / self.fingerprint
+
+    @property
+    def origin(self) -> Origin:
+        """Where these losses come from; in 32 and 64 bits it is not known, and does not matter."""
+        found: Origin = self.fields.get("origin", {})
+        return found
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether its losses are computed in 16 bits."""
+        return self.fields.get("dtype") in SIXTEEN_BITS
+
+    def of(self, origin: Origin) -> TrialStore:
+        """The store of the losses of one origin; in 32 and 64 bits it is this one."""
+        if not self.is_narrow or self.origin == origin:
+            return self
+        if (name := fingerprint(origin)) not in self._of:
+            self._of[name] = TrialStore({**self.fields, "origin": dict(origin)}, self.rows, self.root)
+        return self._of[name]
 
     def get(self, key: str) -> list[float] | None:
         """Loss of every row, NaN where unknown; None if nothing is known."""
@@ -145,87 +127,45 @@ class TrialStore:
         """In how many units the rows of a trial were recorded."""
         return self._units[key]
 
-    def origins(self, keys: Iterable[str], rows: int) -> Counter[str]:
-        """Where the known facts of the first `rows` rows were computed, with their numbers; one "" in 32 or 64 bits."""
-        return Counter(place for key in keys for place in self._origins.get(key, ())[:rows] if place is not None)
-
-    def keep_only(self, keys: Iterable[str], place: str) -> int:
-        """Forget the facts of these trials that were computed elsewhere; return how many. On disk they stay."""
-        forgotten = 0
-        for key in keys:
-            for row, found in enumerate(self._origins.get(key, ())):
-                if found is not None and found != place:
-                    self._facts[key][row], self._origins[key][row] = math.nan, None
-                    forgotten += 1
-        return forgotten
-
-    def computed_by(self, placement: Mapping[str, str]) -> str:
-        """Say where the facts to come are computed (`Scorer.placement`); return its `origin`."""
-        if placement != self._placement:
-            self.close()
-            self._log, self._placement = None, dict(placement)
-            self._environment = environment(**placement)
-            self._origin = self._origin_of(self._environment)
-            self._batches[str(placement.get("device"))] = batch_tokens(placement)
-        return self._origin
-
-    def batches_on(self, device: str) -> int | None:
-        """The tokens to a batch in which this kind of device last computed 16-bit facts; a resumed run takes no more.
-
-        They are those of the latest log, whatever the size of the card: in 16 bits, a batch's shape moves a loss.
-        """
-        return self._batches.get(device) if self.fields.get("dtype") in SIXTEEN_BITS else None
-
     def put(self, key: str, rows: Sequence[int], loss: Iterable[float]) -> None:
         """Record some rows of a trial; a kill after the return does not lose them."""
         values = [float(v) for v in loss]
-        self._remember(key, [self.rows[row] for row in rows], values, self._origin)
+        self._remember(key, [self.rows[row] for row in rows], values)
         if self.root is None:
             return
         if self._log is None:
-            header: dict[str, Any] = {"fingerprint": self.fingerprint, "rows": list(self.rows)}
-            if self._placement:
-                header["environment"] = self._environment
-            self._log = Journal(self._directory / f"{writer()}-{time.time_ns()}.jsonl", header, SYNC_SECONDS)
+            if not (self._directory / "fingerprint.json").exists():
+                write_json(self._directory / "fingerprint.json", self._named_by)
+            header = {"fingerprint": self.fingerprint, "rows": list(self.rows)}
+            name = f"{time.time_ns()}-{secrets.token_hex(4)}.jsonl"
+            self._log = Journal(self._directory / name, header, SYNC_SECONDS)
         where = {"start": rows[0]} if list(rows) == list(range(rows[0], rows[0] + len(rows))) else {"rows": list(rows)}
         self._log.append({"trial": key, **where, "loss": values})
 
     def close(self) -> None:
+        for store in self._of.values():
+            store.close()
         if self._log is not None:
             self._log.close()
 
-    def _origin_of(self, facts: Mapping[str, Any]) -> str:
-        return origin(facts) if self.fields.get("dtype") in SIXTEEN_BITS else ""
+    def _read(self, path: Path) -> None:
+        """Take over the facts of a log. Of two facts of the same row the later log's is kept."""
+        journal = Journal(path, {"fingerprint": self.fingerprint})
+        header = journal.first() or {}
+        rows: Sequence[str] = header.get("rows", ())
+        if header.get("fingerprint") == self.fingerprint and self._places.keys().isdisjoint(rows):
+            return
+        for unit in journal.read(partial(_is_unit, rows=len(rows)), self.problems):
+            self._remember(unit["trial"], [rows[row] for row in _rows_of(unit)], unit["loss"])
 
-    def _read(self, directory: Path, by_number: bool) -> None:
-        """Take over the facts of a folder's logs. Of two facts of the same row the later log's is kept."""
-        for path in sorted(directory.glob("*.jsonl"), key=lambda path: (_started(path), path.name)):
-            journal = Journal(path, {"fingerprint": directory.name} | ({"rows": len(self.rows)} if by_number else {}))
-            header = journal.first() or {}
-            facts = header.get("environment", {})
-            self._batches[str(facts.get("device"))] = batch_tokens(facts)
-            rows: Sequence[str] = self.rows if by_number else header.get("rows", ())
-            if not by_number and header.get("fingerprint") == directory.name and self._places.keys().isdisjoint(rows):
-                continue
-            place = self._origin_of(facts)
-            for unit in journal.read(partial(_is_unit, rows=len(rows)), self.problems):
-                self._remember(unit["trial"], [rows[row] for row in _rows_of(unit)], unit["loss"], place)
-
-    def _remember(self, key: str, rows: Sequence[str], values: Sequence[float], place: str) -> None:
+    def _remember(self, key: str, rows: Sequence[str], values: Sequence[float]) -> None:
         """Keep the values of rows by their keys; a row that stands twice in the set is known at both places."""
         known = [(at, value) for row, value in zip(rows, values, strict=True) for at in self._places.get(row, ())]
         if known:
             facts = self._facts.setdefault(key, [math.nan] * len(self.rows))
-            origins = self._origins.setdefault(key, [None] * len(self.rows))
             for at, value in known:
-                facts[at], origins[at] = value, place
+                facts[at] = value
             self._units[key] += 1
-
-
-def _started(path: Path) -> int:
-    """When a log was begun, in nanoseconds; 0 for a name that does not tell."""
-    number = path.stem.rpartition("-")[2]
-    return int(number) if number.isdecimal() else 0
 
 
 def _rows_of(entry: Mapping[str, Any]) -> Sequence[int]:

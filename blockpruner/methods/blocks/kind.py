@@ -40,8 +40,6 @@ def score(job: Job) -> tuple[Current, Counts]:
     asked, observer = request(job.score), job.material.observer
     rows = job.calibration
     special: dict[str, Any] = {"latency": job.latency} if asked.options.price == "latency" else {}
-    if rows.adaptive and asked.leaves_out:
-        special["rows"] = "auto"
     loss = asked.metric.key
     fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **special})
     current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
@@ -49,7 +47,7 @@ def score(job: Job) -> tuple[Current, Counts]:
         seeded = seed_stores(
             job.folder / fingerprint, fingerprint, stores[loss], stores[NLL.key], asked.metric.influence
         )
-        for problem in [*seeded, *(line for store in stores.values() for line in store.problems)]:
+        for problem in seeded:
             observer.note(f"warning: {problem}")
         observer.note(f"calibration: {len(rows.rows)} rows, {rows.tokens} tokens; search {fingerprint}")
         found = search(

@@ -29,7 +29,7 @@ from blockpruner.methods.laco.walk import (
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
-from blockpruner.versions import LACO_VERSION
+from blockpruner.versions import PLAN_VERSION, WEIGHTS_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
     """
     material, costs = job.material, job.resources[budget.resource]
     depth, wanted = len(costs.blocks) // 2, _wanted(budget, costs)
-    fields = similarity_fields(job.calibration.digest, material.identity.before, material.dtype, options.variant)
+    fields = similarity_fields(job.calibration.digest, material.identity, material.dtype, options.variant)
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
         for problem in log.problems:
             material.observer.note(f"warning: {problem}")
@@ -159,14 +159,6 @@ def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrain
     return merged(model, _merges(plan.details), plan.details["variant"])
 
 
-def _passes(options: LacoOptions, depth: int, budgets: int) -> int:
-    """LaCo measures each similarity once: at most v (v + 1) / 2 of them, since there are about v walks over v layers.
-    The merged model of each budget takes one pass more."""
-    top = depth - 1 if options.highest is None else options.highest
-    visited = top - options.count - options.lowest + 1
-    return visited * (visited + 1) // 2 + budgets
-
-
 def _card(plan: Plan) -> str:
     return (
         f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
@@ -188,14 +180,15 @@ LACO = weights_kind(
     left=_left,
     apply_=_apply,
     lend=_lend,
-    identity=lambda plan, rows: {"merges": plan.details["merges"], "variant": plan.details["variant"]},
+    identity=lambda plan, rows: (
+        {name: plan.details[name] for name in ("merges", "variant")} | {"weights": WEIGHTS_VERSION}
+    ),
     words=lambda plan, unit: f"LaCo ({plan.details['variant']}), layers merged, by cosine similarity",
     taken_out=lambda plan: f"{plan.blocks['mha']} layers by merging",
     card=_card,
     options=LacoOptions,
     require=require_merges,
     steps=_steps,
-    passes=_passes,
     exports=frozenset({"hf", "nas", "gguf"}),
-    version=LACO_VERSION,
+    version=PLAN_VERSION,
 )

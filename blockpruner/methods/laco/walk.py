@@ -25,7 +25,7 @@ from typing import Any
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import fingerprint
-from blockpruner.versions import LACO_VERSION
+from blockpruner.versions import PLAN_VERSION
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def similarity_fields(calibration: str, model: str, dtype: str, variant: str) ->
         "model": model,
         "dtype": dtype,
         "variant": variant,
-        "laco_version": LACO_VERSION,
+        "plan_version": PLAN_VERSION,
     }
 
 

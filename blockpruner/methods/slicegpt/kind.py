@@ -13,7 +13,7 @@ from blockpruner.methods.kind import Job
 from blockpruner.methods.slicegpt.widths import sliced_parameters, width_for_ratio
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
-from blockpruner.versions import SLICEGPT_VERSION
+from blockpruner.versions import PLAN_VERSION, WEIGHTS_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,11 +68,11 @@ SLICEGPT = weights_kind(
     plan=plan_width,
     left=_left,
     apply_=_apply,
-    identity=lambda plan, rows: {"width": plan.details["width"], "rows": rows},
+    identity=lambda plan, rows: {"width": plan.details["width"], "rows": rows, "weights": WEIGHTS_VERSION},
     words=lambda plan, unit: "SliceGPT, hidden width sliced",
     taken_out=lambda plan: f"width {plan.details['hidden']:,} → {plan.details['width']:,}",
     card=_card,
     require=require_width,
     exports=frozenset({"hf"}),
-    version=SLICEGPT_VERSION,
+    version=PLAN_VERSION,
 )

@@ -59,8 +59,3 @@ def is_in_memory(place: str) -> bool:
     number = Path(place).stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
     return any(mount[0] == device and mount[3] in ("tmpfs", "ramfs") for mount in _mounts())
-
-
-def resident_memory() -> int:
-    """Bytes of main memory that this process holds."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]

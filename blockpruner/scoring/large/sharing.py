@@ -16,9 +16,6 @@ PIECES = 3
 UNEVEN = 0.1
 """By how much one worker may be slower than another: then the last piece is waited for as much longer."""
 
-LEAST_TOKENS = {"CPU": 256, "GPU": 4096}
-"""Batches are not cut below this for the sake of workers: a device would not be busy (on a GPU not measured)."""
-
 
 @dataclass(frozen=True)
 class WalkCosts:
@@ -53,15 +50,6 @@ class _Leaf:
     """Cost of the whole walk to the loss."""
     after: int
     """Cost of what the walk to the leaf before does not share."""
-
-
-def tokens_of_a_share(rows: Rows, workers: int, device: str) -> int:
-    """Padded tokens to a batch at most, so that so many workers, each of one `device`, can share the rows out.
-
-    Rows share nothing, and masks do: where work is cut by rows, no prefix is walked twice. The number depends on the
-    workers that are asked for, not on those that are there.
-    """
-    return max(LEAST_TOKENS[device], -(-sum(map(len, rows)) // (workers * PIECES)))
 
 
 def share_among(tasks: Sequence[Task], rows: Rows, workers: int, costs: WalkCosts) -> list[list[Task]]:

@@ -10,7 +10,7 @@ is the same to the bit. Only the order differs, breadth first instead of depth f
 The next weights, if there is room for them, and the next state are fetched meanwhile (`ahead`). A state at rest is a
 tile [B, T, H]. Tiles stay on the device while there is room, then in RAM; the others go to an unlinked file in TMPDIR.
 Weights are read with `preadv` into the memory they are used from, never mapped; those of blocks that every mask removes
-are not read. The pass is planned in bytes before the first weight is read, and refused if it cannot fit.
+are not read. States take at most half of the free memory. Where a batch does not fit into the rest, it is halved.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -37,33 +37,25 @@ from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.forward import LayerKwargs, joined, map_tensors
 from blockpruner.scoring.large.ahead import in_turn
-from blockpruner.scoring.large.memory import available_memory, is_in_memory, resident_memory
+from blockpruner.scoring.large.memory import available_memory, is_in_memory
+from blockpruner.scoring.large.sharing import unfinished
 from blockpruner.scoring.large.weights import Weights, aligned, memory_of, read_into, skeleton
 from blockpruner.scoring.walk import runs, walk
 from blockpruner.scoring.work import Rows, ScoredRows, Task
 
-SCRATCH_BYTES = 48 * 2**20
-"""Allowance for memory outside tensors: code of the kernels, paged in at their first use, their packing buffers, and
-what the allocator cannot give back."""
-
-TILE_SHARE = 0.9
-"""Share of the memory left that tiles may take; other processes need some, and so do pages on their way to disk."""
-
-Shape = tuple[int, int]
-"""Rows and padded tokens of a batch, [B, T]."""
-
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What one pass needs, in bytes, and what there is; made before anything is read."""
+    """Where the states of one pass are kept, and what it reads; made before anything is read."""
 
     weights_read: int
+    """Bytes, as are the next ones."""
     weights_held: int
     """At most at once, in the dtype of scoring."""
+    weights_room: int
+    """What they may take: half of the free memory of the device that computes."""
     slabs: int
     """How many layers' weights are held: of two, one is being read while the other computes."""
-    working: int
-    """For one state, in addition to weights and tiles."""
     tile: int
     """One state at rest."""
     tiles: int
@@ -72,65 +64,36 @@ class PassPlan:
     """How many of them are in the device's own memory; 0 on a CPU."""
     ram_tiles: int
     """How many are in RAM."""
-    resident: int
-    """What the process holds already."""
-    needed: int
-    """Main memory in addition to `resident`; on a CPU all of the above."""
-    available: int
-    device_needed: int
-    """The device's own memory; 0 on a CPU."""
-    device_available: int
     spill_place: str
-    """Where the other tiles go."""
+    """The folder of the file that the other tiles go to."""
     spill_free: int
-    batch_tokens: int
 
     @property
     def spill(self) -> int:
         """Bytes of tiles on disk."""
         return (self.tiles - self.device_tiles - self.ram_tiles) * self.tile
 
-    @property
-    def peak(self) -> int:
-        """Upper bound of the process's resident memory during the pass."""
-        return self.resident + self.needed
-
-    def lines(self) -> Iterator[str]:
-        held = f"{_size(self.weights_held)} held at once{' (the next layer is read ahead)' if self.slabs > 1 else ''}"
-        on_device = f"{self.device_tiles} on the device, " if self.device_needed else ""
-        yield (
-            f"streaming: {_size(self.weights_read)} of weights read in one pass, {held}, {_size(self.working)} to work "
-            f"in; {self.tiles} states of {_size(self.tile)}, {on_device}{self.ram_tiles} in memory and "
-            f"{self.tiles - self.device_tiles - self.ram_tiles} on disk"
+    def __str__(self) -> str:
+        on_disk = self.tiles - self.device_tiles - self.ram_tiles
+        on_device = f"{self.device_tiles} on the device, " if self.device_tiles else ""
+        return (
+            f"streaming: {_size(self.weights_read)} of weights read in one pass, {_size(self.weights_held)} held at "
+            f"once; {self.tiles} states of {_size(self.tile)}, {on_device}{self.ram_tiles} in memory and {on_disk} on "
+            f"disk ({_size(self.spill)} of {_size(self.spill_free)} free in {self.spill_place})"
         )
-        device = f", device {_size(self.device_needed)} of {_size(self.device_available)}" if self.device_needed else ""
-        yield (
-            f"streaming: memory at most {_size(self.peak)}, {_size(self.resident)} of it in use already "
-            f"({_size(self.needed)} of {_size(self.available)} available){device}, disk {_size(self.spill)} of "
-            f"{_size(self.spill_free)} free in {self.spill_place}"
-        )
-
-    @property
-    def short(self) -> list[str]:
-        """What the pass cannot have."""
-        return [
-            f"{_size(needed)} of {what}, and {_size(there)} are free"
-            for what, needed, there in (
-                ("memory", self.needed, self.available),
-                ("the device's memory", self.device_needed, self.device_available),
-                (f"disk in {self.spill_place}", self.spill, self.spill_free),
-            )
-            if needed > there
-        ]
 
     def check(self) -> None:
-        """Raise DeviceMemoryError if the pass cannot fit."""
-        if self.short:
+        """Raise DeviceMemoryError if weights or states do not fit."""
+        if self.weights_held > self.weights_room:
             raise DeviceMemoryError(
-                f"a streamed pass needs {'; '.join(self.short)} (weights at once {_size(self.weights_held)}, working "
-                f"set {_size(self.working)}, {self.tiles} states of {_size(self.tile)}). Lower runtime.batch_tokens "
-                f"(now {self.batch_tokens}), calibration.num_samples or calibration.seq_len, set "
-                "TMPDIR to a directory on a larger disk, or choose another runtime.device. Nothing was read"
+                f"a layer's weights take {_size(self.weights_held)}, and half of the free memory is "
+                f"{_size(self.weights_room)}; free some, or choose another runtime.device. Nothing was read"
+            )
+        if self.spill > self.spill_free:
+            raise DeviceMemoryError(
+                f"a streamed pass needs {_size(self.spill)} of disk in {self.spill_place}, and "
+                f"{_size(self.spill_free)} are free: set TMPDIR to a directory on a larger disk, or lower "
+                "calibration.num_samples or calibration.seq_len. Nothing was read"
             )
 
 
@@ -153,14 +116,13 @@ class StreamingEngine(Engine):
         checkpoint: a directory with config.json and safetensors, whole or in shards.
         dtype, device, attention, trust_remote_code: as in `models.load_model`, on one device.
         batch_tokens: as in `Engine`; a pass reads the weights once for all batches.
-        note: receives the plan of each pass.
+        note: receives the plan of each pass, as a line.
         advance: receives the layers done, their number, and the last one's name.
-        tile_memory: most bytes of RAM for tiles; None allows nine tenths of what is left.
-        memory: bytes of main memory that a pass may take; None allows all that is free.
+        tile_memory: most bytes of RAM for tiles; None allows half of what is free.
+        memory: bytes of main memory that count as free, at most; None counts all that are.
         slabs: how many layers' weights are in memory at most; of two, one is read while the other computes.
 
     Attributes:
-        plan: the plan of the last pass.
         weight_bytes_read, spill_bytes_read, spill_bytes_written: sums over all passes.
 
     Raises:
@@ -200,9 +162,11 @@ class StreamingEngine(Engine):
             if name not in self._after and any(use.startswith((norm, head)) for use in weights.names[name])
         ]
         self._before = [name for name in outer if name not in self._after and name not in self._kept]
-        self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE), slabs))
-        self.plan: PassPlan | None = None
+        half = accelerator.total_memory(self._place) // 2 if self._on_gpu else 0  # for states
+        self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE), slabs) + half)
         self.spill_bytes_read = self.spill_bytes_written = 0
+
+    _streaming_fix = ""
 
     @property
     def weight_bytes_read(self) -> int:
@@ -222,52 +186,52 @@ class StreamingEngine(Engine):
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of each task, all at the end of one pass over the weights.
 
+        If a batch does not fit into the device's memory, what is left is done in another pass, in smaller batches.
+
         Raises:
             InputError: an influence, which is not streamed.
             NonFiniteLossError: a loss is NaN or infinite; names mask and row. Values yielded before are good.
-            DeviceMemoryError: the pass cannot fit into memory and disk; known before anything is read.
+            DeviceMemoryError: weights or states do not fit into memory and disk, or not even one row does.
             StorageError: the disk has no space for the tiles.
         """
-        if not tasks:
-            return
         influence = next((task.metric.name for task in tasks if task.metric.influence), None)
         if influence is not None:
             raise InputError(
                 f"score.metric {influence} is taken from the model in memory, it is not streamed; set "
                 "runtime.streaming: false"
             )
-        if any(task.wide for task in tasks):
-            raise InputError(
-                "score.options.near_ties is for a model in memory, it is not streamed; leave it out, or set "
-                "runtime.streaming: false"
-            )
-        tasks = self.referenced(tasks, rows)
-        plan = self.plan = self.plan_of(tasks, rows)
-        for line in plan.lines():
-            self._note(line)
-        plan.check()
-        free = available_memory()
-        workers = 1 if self._memory is None else max(1, free // self._memory)  # of equal shares, with one page cache
-        self._weights.forget = plan.weights_read > free - workers * plan.needed
-        try:
-            with closing(_Tiles(plan, self._head.weight.dtype, self._place)) as tiles:
-                yield from self._pass(tasks, rows, tiles)
-                self.spill_bytes_read += tiles.bytes_read
-                self.spill_bytes_written += tiles.bytes_written
-        except RuntimeError as error:
-            if not accelerator.is_out_of_memory(error):
-                raise
-            raise DeviceMemoryError(
-                f"a streamed pass ran out of the device's memory ({str(error).partition('. ')[0]}); lower "
-                f"runtime.batch_tokens, now {self._batch_tokens}. Trials finished before are kept"
-            ) from None
-        finally:
-            self._weights.drop(self._weights.names)
+        known: list[ScoredRows] = []
+        while tasks:
+            reason = ""
+            try:
+                with closing(self._pass(self.referenced(tasks, rows), rows)) as found:
+                    for scored in found:
+                        known.append(scored)
+                        yield scored
+            except RuntimeError as error:
+                if not accelerator.is_out_of_memory(error):
+                    raise
+                reason = str(error).partition(". ")[0]
+            finally:
+                self._weights.drop(self._weights.names)
+            tasks = unfinished(tasks, known) if reason else []
+            if reason:
+                self._halved(max(tasks, key=lambda task: len(task.span)), rows, reason)
+                tasks = [part for task in tasks for part in self._in_batches(task, rows)]
 
-    def _pass(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> Iterator[ScoredRows]:
-        assert self.plan is not None
+    def _pass(self, tasks: Sequence[Task], rows: Rows) -> Generator[ScoredRows]:
+        plan = self.plan_of(tasks, rows)
+        self._note(str(plan))
+        plan.check()
+        self._weights.forget = plan.weights_read > available_memory() // 2
+        with closing(_Tiles(plan, self._head.weight.dtype, self._place)) as tiles:
+            yield from self._streamed(tasks, rows, tiles, plan.slabs)
+            self.spill_bytes_read += tiles.bytes_read
+            self.spill_bytes_written += tiles.bytes_written
+
+    def _streamed(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles, slabs: int) -> Iterator[ScoredRows]:
         self._weights.load(self._kept)
-        with closing(self._weights.in_turn(self._groups(_removed(tasks)), self.plan.slabs)) as weights:
+        with closing(self._weights.in_turn(self._groups(_removed(tasks)), slabs)) as weights:
             next(weights)
             works = self._embedded(tasks, rows, tiles)
             for layer in range(self.layers):
@@ -341,99 +305,33 @@ class StreamingEngine(Engine):
     def plan_of(self, tasks: Sequence[Task], rows: Rows) -> PassPlan:
         """Plan a pass over these tasks; nothing is read.
 
-        Weights are read ahead where that sends no tile to the disk.
+        States may take half of what is free, of a device's memory and of RAM. The other half is for weights and for
+        what a batch works in. A second layer is read ahead where it fits into half of that.
         """
-        *ahead, least = (self._plan(tasks, rows, slabs) for slabs in range(self._slabs, 0, -1))
-        return next((plan for plan in ahead if not plan.short and plan.spill <= least.spill), least)
-
-    def _plan(self, tasks: Sequence[Task], rows: Rows, slabs: int) -> PassPlan:
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
-        compared = any(task.metric.reference for task in tasks)
-        tokens = sum(len(rows[i]) for i in {i for task in tasks for i in task.span}) if compared else 0
         tile = aligned(max(batch * length for batch, length in shapes) * hidden * item)
         tiles = sum(len(set(task.masks)) for task in tasks)
-        groups, has_own = self._groups(_removed(tasks)), self._place.type != "cpu"
-        working = max(
-            max(self._embedding_bytes(shape), self._layer_bytes(shape), self._loss_bytes(shape, compared))
-            for shape in shapes
-        )
-        spare = 2 * tile  # a tile on its way from or to another place
-        weights_held = self._held(groups, slabs)
-        at_once = weights_held + self._argument_bytes(set(shapes)) + working + spare
-        fixed = SCRATCH_BYTES + self._weights.staging.nbytes + spare + tokens * hidden * item  # those kept of the dense
-        on_device, on_host = (at_once, fixed) if has_own else (0, fixed + at_once)
-        device_available, available = accelerator.free_memory(self._place) if has_own else 0, available_memory()
-        available = available if self._memory is None else min(available, self._memory)
-
-        def fitting(left: int, room: int) -> int:
-            return min(left, int(TILE_SHARE * max(0, room)) // tile)
-
-        device_tiles = fitting(tiles, device_available - on_device)
-        ram_tiles = fitting(tiles - device_tiles, available - on_host)
+        host = available_memory() if self._memory is None else min(self._memory, available_memory())
+        own = accelerator.free_memory(self._place) if self._on_gpu else 0
+        device_tiles = min(tiles, own // 2 // tile)
+        ram_tiles = min(tiles - device_tiles, host // 2 // tile)
         if self._tile_memory is not None:
             ram_tiles = min(ram_tiles, self._tile_memory // tile)
+        groups, room = self._groups(_removed(tasks)), (own or host) // 2
+        slabs = self._slabs if self._held(groups, self._slabs) <= room // 2 else 1
         place = tempfile.gettempdir()
         return PassPlan(
             weights_read=self._weights.stored_bytes([*self._kept, *chain(*groups)]),
-            weights_held=weights_held,
+            weights_held=self._held(groups, slabs),
+            weights_room=room,
             slabs=slabs,
-            working=working,
             tile=tile,
             tiles=tiles,
             device_tiles=device_tiles,
             ram_tiles=ram_tiles,
-            resident=resident_memory(),
-            needed=on_host + ram_tiles * tile,
-            available=available,
-            device_needed=on_device + device_tiles * tile,
-            device_available=device_available,
             spill_place=place,
             spill_free=0 if is_in_memory(place) else shutil.disk_usage(place).free,
-            batch_tokens=self._batch_tokens,
-        )
-
-    # The next methods bound the bytes that live at once for a batch, in addition to weights and tiles at rest. Norms
-    # compute in float32 at least, with three copies. States within a block are as wide as its matrices; at most three
-    # such sets (MHA: with rotary halves and repeated heads) or two (MLP) exist.
-
-    def _norm_bytes(self, shape: Shape) -> int:
-        item = self._head.weight.element_size()
-        return int(shape[0] * shape[1] * self._model.config.hidden_size * (2 * item + 3 * max(item, 4)))
-
-    def _embedding_bytes(self, shape: Shape) -> int:
-        return 2 * self._norm_bytes(shape)
-
-    def _layer_bytes(self, shape: Shape) -> int:
-        (batch, length), config, item = shape, self._model.config, self._head.weight.element_size()
-        widths = (
-            max(
-                copies * sum(w.numel() for w in getattr(layer, self._family.branch(kind).module).parameters())
-                for layer in self._layers
-                for kind, copies in ((BlockKind.MHA, 3), (BlockKind.MLP, 2))
-            )
-            // config.hidden_size
-        )
-        states = 4 * config.hidden_size  # after the first step, what two blocks add, and the sum
-        eager = config._attn_implementation == "eager"  # has every head's map, else there is at most a mask to widen
-        scores = batch * length**2 * (config.num_attention_heads * 2 * (item + max(item, 4)) if eager else item)
-        return int(self._norm_bytes(shape) + batch * length * (widths + states) * item + scores)
-
-    def _loss_bytes(self, shape: Shape, compared: bool) -> int:
-        vocabulary, item = self._head.weight.shape[0], self._head.weight.element_size()
-        tokens = min(shape[0] * shape[1], max(1, self._logits_bytes // (vocabulary * 4)))
-        wide = 7 if compared else 2  # log-probabilities of both and of their mean, and what sums are made of
-        logits = wide * max(item, 4) + (item if item < 4 else 0) * (1 + compared)  # and as the head gave them
-        return 2 * self._norm_bytes(shape) + tokens * vocabulary * logits
-
-    def _argument_bytes(self, shapes: Iterable[Shape]) -> int:
-        """Arguments of the layers, for distinct shapes: a mask for each kind of attention, rotary tables."""
-        config, item = self._model.config, self._head.weight.element_size()
-        mask = item if config._attn_implementation == "eager" else 1
-        # a bias for each head is made in float32 at least, from distances in int64, then narrowed, then masked
-        biases = config.num_attention_heads * (item + max(item, 4)) + 8 if self._family.alibi else 0
-        return sum(
-            length**2 * (2 * batch * mask + biases) + 4 * length * config.hidden_size * item for batch, length in shapes
         )
 
 
