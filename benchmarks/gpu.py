@@ -1,337 +1,399 @@
-"""What a GPU shows, in nine parts and half an hour: right numbers first, then speed, each beside its baseline.
+"""What a GPU shows: right numbers first, then speed, each with its baseline from the same run.
 
-    python -m benchmarks.gpu [--shape llama2-7b] [--out data/benchmarks/gpu.json] [--patience 1] [part ...]
+    python -m benchmarks.gpu [--shape llama2-7b] [--out data/benchmarks/gpu.json] [part ...]
 
-Needs no network and no checkpoint: models have the widths of the shape and random, seeded weights. Without an
-accelerator it says so and rehearses all parts at tiny shapes.
+It needs no network and no checkpoint: models have the widths of the shape and random, seeded weights. Without an
+accelerator all parts are rehearsed at tiny shapes.
 
-A worker process (`gpu_parts`) computes the parts, each with a deadline. One that fails, hangs or dies takes no other
-with it: the next gets a new worker. What a part finds is in the file at once, whatever happens then, and a page beside
-it (gpu.md) is written from the file. The same command again goes on with the parts that are not whole; parts that are
-named are computed anew. Exits with 1 if a part is not whole or something does not hold.
+A part is a function of a setting and of `Found`, which keeps each fact in the file as soon as it is known. Keys are
+words with units, since they are printed as they are. A part that fails does not stop the others. Prints Markdown; exits
+with 1 if a part failed or a check does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import os
-import queue
-import select
-import signal
-import subprocess
+import gc
+import math
+import statistics
 import sys
-import threading
+import tempfile
 import time
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from blockpruner.core.errors import InputError
-from blockpruner.store.files import read_kept_json, write_sealed_json, write_text
-from blockpruner.store.provenance import commit
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
-PAPER = ROOT / "data" / "paper" / "table7_pruning_time.csv"
-SHAPES = ("llama2-7b", "llama2-13b", "tiny")
-WORKER = (sys.executable, "-m", "benchmarks.gpu_parts")
+from benchmarks.scoring import full_forward, matrix_rate
+from benchmarks.shapes import MODELS, random_model, random_rows
+from blockpruner.api import Pruned, prune
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, all_blocks
+from blockpruner.core.settings import Speed
+from blockpruner.evaluation.speed import measure_speed, weight_bytes
+from blockpruner.model import accelerator
+from blockpruner.model.models import decoder_layers, load_model, prune_, resolve_device, shared_copy
+from blockpruner.paper.flops import Flops
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.work import Rows, Task
+from blockpruner.store.files import read_json, write_json
+from blockpruner.store.provenance import commit, environment
+
+NO_DEVICE = "no accelerator: rehearsal at tiny shapes"
+GIB = 2**30
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox")
+
+APART = 0.25
+"""The largest distance of two computations of one loss, relative to what a mask moves it (`apart`)."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the nine."""
+class Setting:
+    """What the parts compute with."""
 
-    name: str
-    seconds: float
-    """Its deadline."""
-    question: str
+    shape: str
+    """A name of `shapes.MODELS`."""
+    device: torch.device
+    rows: int
+    """Calibration rows."""
+    length: int
+    """Tokens of a row."""
+    layers: int
+    """Layers of the smaller model, where depth decides nothing."""
+    sample: int
+    """Masks that are scored by full forward passes, too."""
+    families: Sequence[str]
+    """Model families whose numbers are compared."""
+    generated: int
+    """Tokens of a prompt, and new ones."""
+
+    @property
+    def is_real(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def vocabulary(self) -> int:
+        return int(MODELS[self.shape]["vocab_size"])
+
+    @property
+    def data(self) -> Rows:
+        return tuple(map(tuple, random_rows(self.vocabulary, self.rows, self.length)))
+
+    def model(self, layers: int | None = None) -> PreTrainedModel:
+        """A model in bfloat16; what is timed does not depend on the values of its weights."""
+        changes = {} if layers is None else {"num_hidden_layers": layers}
+        return random_model(self.shape, torch.bfloat16, str(self.device), **changes)
 
 
-START = Part("start", 120, "Is there a worker?")
-PARTS = (
-    Part("card", 60, "What do the card's copies reach, and the model's matrix products alone?"),
-    Part("numbers", 120, "Does it compute the right numbers, in every model family?"),
-    Part("iteration", 120, "How fast is an exact iteration, and how fast are full forward passes in the same run?"),
-    Part("search", 600, "How long is the whole search (Table 7 of the paper), exact and lazy+race?"),
-    Part("ways", 210, "What do batch size, attention kernel, logits at once and compilation gain or move?"),
-    Part("profile", 60, "Where does the time of a candidate go?"),
-    Part("memory", 90, "Does the memory model hold, and does work go on where memory ends?"),
-    Part("streaming", 120, "Is a model that is read layer by layer scored to the same bits, and how fast?"),
-    Part("around", 300, "Do generation, training and verified checkpoints work, and how fast?"),
-)
-"""In order: half an hour with `START`."""
+def setting_of(shape: str, device: torch.device) -> Setting:
+    """The shape's setting; without an accelerator the tiny one."""
+    if device.type == "cpu" or shape == "tiny":
+        return Setting("tiny", device, 2, 32, 3, 3, ("llama", "gemma2"), 4)
+    return Setting(shape, device, 15, 2048, 8, 16, FAMILIES, 64)
 
 
-class Worker:
-    """A process that computes parts, and its children. It ends when this process does.
+class Found:
+    """The facts and checks of one part; each is written to the file at once."""
 
-    Args:
-        patience: multiplies deadlines.
+    def __init__(self, write: Callable[[Mapping[str, Any]], object]) -> None:
+        self._write = write
+        self.record: dict[str, Any] = {"ended": "killed", "facts": {}, "checks": []}
+        write(self.record)
+
+    def add(self, **facts: Any) -> None:
+        self.record["facts"] |= {name.replace("_", " "): value for name, value in facts.items()}
+        self._write(self.record)
+
+    def check(self, what: str, value: float, limit: float) -> None:
+        """Record whether value <= limit; NaN is not."""
+        found = None if math.isnan(value) else value
+        self.record["checks"].append({"what": what, "found": found, "at most": limit, "holds": value <= limit})
+        self._write(self.record)
+
+    def end(self, how: str) -> None:
+        self.record["ended"] = how
+        self._write(self.record)
+
+
+def clean() -> None:
+    gc.collect()
+    accelerator.empty_cache()
+
+
+def clocked(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until the device is done with some work, and its result."""
+    accelerator.synchronize(device)
+    started = time.perf_counter()
+    result = work()
+    accelerator.synchronize(device)
+    return time.perf_counter() - started, result
+
+
+Losses = Mapping[Mask, Mapping[int, float]]
+"""The mean NLL of each row under each mask."""
+
+
+def losses_of(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> Losses:
+    found: dict[Mask, dict[int, float]] = {mask: {} for mask in masks}
+    tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))]
+    for unit in engine.run(tasks, rows):
+        found[unit.mask] |= dict(zip(unit.span, unit.loss, strict=True))
+    return found
+
+
+def apart(found: Losses, other: Losses) -> float:
+    """How far losses are apart, relative to how far those of masks are from the dense model's: means over rows and
+    masks. Rounding of random models is near 0, other masks or rows are near 1 or beyond. NaN, which no check lets pass,
+    if one has rows or masks less.
     """
-
-    def __init__(self, command: Sequence[str], patience: float) -> None:
-        self._patience = patience
-        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT, env=offline
-        )
-        self._held = b""
-
-    def ask(self, part: Part) -> Iterator[dict[str, Any]]:
-        """What the worker says of a part, until the message that tells how it "ended", which is ours if need be."""
-        seconds = part.seconds * self._patience
-        deadline = time.monotonic() + seconds
-        assert self._process.stdin and self._process.stdout
-        if part is not START:
-            try:
-                self._process.stdin.write(f"{part.name}\n".encode())
-                self._process.stdin.flush()
-            except BrokenPipeError:
-                pass  # read below: its output ends
-        ended = None
-        while ended is None:
-            left = deadline - time.monotonic()
-            line, newline, rest = self._held.partition(b"\n")
-            if newline:
-                self._held = rest
-                message = json.loads(line)
-            elif left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                message = {"ended": f"deadline: not done in {seconds:g} s"}
-            elif more := os.read(self._process.stdout.fileno(), 2**12):
-                self._held += more
-                continue
-            else:
-                message = {"ended": f"lost: the worker ended by itself ({self._status()})"}
-            ended = message.get("ended")
-            yield message
-
-    def stop(self) -> None:
-        """End it with all that it started."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._status()
-
-    def _status(self) -> str:
-        try:
-            return f"exit status {self._process.wait(30)}"
-        except subprocess.TimeoutExpired:
-            return "it does not let go"
+    if {m: sorted(rows) for m, rows in found.items()} != {m: sorted(rows) for m, rows in other.items()}:
+        return math.nan
+    pairs = [(loss, other[mask][row], other[DENSE][row]) for mask in found for row, loss in found[mask].items() if mask]
+    removed = sum(abs(there - dense) for _, there, dense in pairs)
+    return sum(abs(here - there) for here, there, _ in pairs) / removed if removed else math.nan
 
 
-def lines_in(stream: TextIO) -> Iterator[str]:
-    """For a worker: the lines of its standard input as they come. When that ends, who asks is gone, and then so is this
-    process with all that it started, whatever it is at."""
-    found: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        for line in stream:
-            found.put(line.strip())
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield found.get()
+def singles(layers: int) -> list[Mask]:
+    return [frozenset({block}) for block in all_blocks(layers)]
 
 
-def run(
-    path: Path, names: Sequence[str], command: Sequence[str], parts: Sequence[Part] = PARTS, patience: float = 1.0
-) -> bool:
-    """Compute the parts that are not whole yet, or those named; whether all are whole and everything holds."""
-    kept = read_kept_json(path, lambda line: print(line, file=sys.stderr)) or {"where": None, "records": []}
-    records: list[dict[str, Any]] = kept["records"]
-
-    def write() -> None:
-        write_sealed_json(path, kept)
-        write_text(path.with_suffix(".md"), page(kept, parts))
-
-    whole = {record["part"] for record in records if record["ended"] == "whole"}
-    wanted = [part for part in parts if (part.name in names if names else part.name not in whole)]
-    worker: Worker | None = None
-    try:
-        for number, part in enumerate(wanted, 1):
-            if worker is None:
-                worker = Worker(command, patience)
-                kept["where"] = placed(worker, path, kept["where"])
-            record = {"part": part.name, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit()}
-            record |= {"ended": "killed", "seconds": 0.0, "found": {}}
-            records.append(record)
-            write()  # a run that is killed leaves it so
-            started = time.monotonic()
-            for message in worker.ask(part):
-                record["found"] |= message.get("found", {})
-                record["ended"] = message.get("ended", "killed")
-                record["seconds"] = round(time.monotonic() - started, 2)
-                write()
-            print(f"{number}/{len(wanted)} {part.name}: {record['ended']}, {record['seconds']:.0f} s", file=sys.stderr)
-            for line in lines_of(record):
-                print(f"  {line}", file=sys.stderr, flush=True)
-            if record["ended"] != "whole":
-                worker.stop()
-                worker = None
-    finally:
-        if worker is not None:
-            worker.stop()
-    write()
-    print(f"{path.with_suffix('.md')}", file=sys.stderr)
-    last = latest(records)
-    ended = {last[part.name]["ended"] if part.name in last else "missing" for part in parts}
-    return ended == {"whole"} and not any(map(broken, last.values()))
+def nll_of(logits: Tensor, ids: Tensor) -> list[float]:
+    """The mean NLL of each row, from logits [B, T, V] in whatever dtype; row by row, in float32 at least."""
+    found = []
+    for row, targets in zip(logits, ids[:, 1:], strict=True):
+        wide = row[:-1].to(torch.promote_types(row.dtype, torch.float32))
+        found.append((wide.logsumexp(-1) - wide.gather(-1, targets[:, None])[:, 0]).double().mean().item())
+    return found
 
 
-def placed(worker: Worker, path: Path, known: Mapping[str, str] | None) -> Mapping[str, str]:
-    """Where a worker computes.
+# -- numbers --
 
-    Raises:
-        InputError: it did not start, or the records of the file are of another place: they are not mixed.
-    """
-    *_, message = worker.ask(START)
-    place: Mapping[str, str] | None = message.get("where")
-    if place is None:
-        raise InputError(f"the worker did not start ({message['ended']}); what it printed tells why")
-    if known not in (None, place):
-        raise InputError(f"{path} is of {dict(known or {})}, and this is {dict(place)}; name another file with --out")
-    print(place["device"], file=sys.stderr, flush=True)
-    return place
+SHORT = (tuple(range(1, 10)), tuple(range(3, 12)), (5, 6, 7), (9, 8, 7, 100, 4))
 
 
-def latest(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last record of each part, a whole one where there is one."""
-    ordered = sorted(records, key=lambda record: record["ended"] == "whole")
-    return {record["part"]: record for record in ordered}
+def numbers(s: Setting, found: Found) -> None:
+    """Losses of tiny models on the device against the engine in float64 on the CPU, and against transformers' own
+    forward passes. bfloat16 holds the weights exactly, so all dtypes compute the same function."""
+    for family in s.families:
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_model(family).save_pretrained(folder)
+            load = partial(load_model, Path(folder))
+            exact, plain = engine_nll(load("float64", "cpu")), forward_nll(load("float64", "cpu"))
+            found.check(f"{family}: float64 engine to forward passes", distance(exact, plain), 1e-4)
+            for dtype in ("float32", "bfloat16"):
+                there = load(dtype, str(s.device))
+                ours, theirs = distance(engine_nll(there), exact), distance(forward_nll(there), plain)
+                found.add(**{f"{family}, {dtype}: NLL from float64": ours, f"{family}, {dtype}: forward pass": theirs})
+                # the engine must be no worse than a forward pass
+                limit = 1e-2 if dtype == "float32" else 2 * theirs + 2e-2
+                found.check(f"{family}: {dtype} NLL from float64", ours, limit)
 
 
-def broken(record: Mapping[str, Any]) -> list[str]:
-    """What does not hold."""
-    return [
-        f"{check['what']}: {text(check['found'])}, at most {text(check['at most'])} is right"
-        for check in record["found"].get("checks", ())
-        if not check["holds"]
-    ]
+def tiny_model(family: str) -> PreTrainedModel:
+    """A random model of a family with weights that bfloat16 holds."""
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(
+        family, vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, initializer_range=0.5, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def lines_of(record: Mapping[str, Any]) -> list[str]:
-    return [*record["found"].get("headlines", {}).values(), *(f"DOES NOT HOLD: {line}" for line in broken(record))]
+def engine_nll(model: PreTrainedModel) -> list[float]:
+    masks = (DENSE, *singles(len(decoder_layers(model))))
+    values = losses_of(Engine(model, 20), SHORT, masks)
+    return [values[mask][row] for mask in masks for row in range(len(SHORT))]
 
 
-# -- the page --
+def forward_nll(model: PreTrainedModel) -> list[float]:
+    rows = [torch.tensor([row], device=model.device) for row in SHORT]
+    masks = (DENSE, *singles(len(decoder_layers(model))))
+    return [nll_of(full_forward(model, mask, ids)[1], ids)[0] for mask in masks for ids in rows]
 
 
-def page(kept: Mapping[str, Any], parts: Sequence[Part] = PARTS) -> str:
-    """What the file shows, as Markdown."""
-    found, place = latest(kept["records"]), kept["where"] or {}
-    lines = [f"# {place.get('shape', '')} on {place.get('device', '')}", ""]
-    lines += [", ".join(f"{key} {value}" for key, value in place.items()) + ".", ""]
-    lines += ["`python -m benchmarks.gpu` wrote this from its JSON file. Weights and rows are random and seeded.", ""]
-    failed = [(part.name, line) for part in parts for line in broken(found.get(part.name, {"found": {}}))]
-    checks = sum(len(record["found"].get("checks", ())) for record in found.values())
-    lines += [f"- **{name} does not hold: {line}. Do not trust what follows from it.**" for name, line in failed]
-    lines += [f"- {checks - len(failed)} of {checks} checks hold."]
-    for part in parts:
-        record = found.get(part.name)
-        if record is None or record["ended"] != "whole":
-            lines.append(f"- **{part.name} is not whole: {record['ended'] if record else 'not computed yet'}.**")
-        lines += [f"- {line}" for line in (record or {"found": {}})["found"].get("headlines", {}).values()]
-    lines += [f"- {line}" for line in paper(str(place.get("shape")))]
-    for number, part in enumerate(parts, 1):
-        lines += ["", f"## {number}. {part.name}", "", part.question]
-        if part.name in found:
-            lines += section(found[part.name], part)
-    return "\n".join(lines) + "\n"
+def distance(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The mean difference; of large values the relative one."""
+    return statistics.fmean(abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, expected, strict=True))
 
 
-def paper(shape: str) -> Iterator[str]:
-    name = shape.replace("llama2-", "Llama2-").replace("b", "B")
-    with open(PAPER) as handle:
-        for row in csv.DictReader(handle):
-            if row["model"] == name and row["method"] == "blockpruner":
-                yield f"The paper's search of {name} took {row['minutes']} minutes on two RTX 4090."
+# -- sweep --
 
 
-def section(record: Mapping[str, Any], part: Part) -> Iterator[str]:
-    """The facts of a record: a line each, and a table for each list of rows."""
-    yield ""
-    took = f"{record['ended']}, {record['seconds']:.0f} of {part.seconds:g} s"
-    yield f"{took}; {record['when']}, commit {record['commit'] or 'unknown'}."
-    facts = {key: value for key, value in record["found"].items() if key not in ("headlines", "checks")}
-    flat = [(key, value) for key, value in facts.items() if not isinstance(value, dict) and not is_table(value)]
-    tables = {key: value for key, value in facts.items() if is_table(value)}
-    pairs = {key: value.items() for key, value in facts.items() if isinstance(value, dict)}
-    tables |= {key: [{"": name, "value": value} for name, value in items] for key, items in pairs.items()}
-    if flat:
-        yield ""
-        yield from (f"- {key}: {text(value)}" for key, value in flat)
-    if record["found"].get("checks"):
-        tables["Must hold"] = record["found"]["checks"]
-    for title, rows in tables.items():
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        yield from ("", f"{title}:", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns))
-        yield from (f"| {' | '.join(text(row.get(column)) for column in columns)} |" for row in rows)
+def sweep(s: Setting, found: Found) -> None:
+    """The first iteration of the exact search, then some of its masks by full forward passes."""
+    model, rows = s.model(), s.data
+    flops, masks = Flops.of(model.config.to_dict(), s.rows, s.length), [DENSE, *singles(len(decoder_layers(model)))]
+    engine = Engine(model)
+    rate = matrix_rate(model, s.tokens)
+    losses_of(engine, rows, [DENSE])  # to warm up
+    if s.is_real:
+        accelerator.reset_peak(s.device)
+    seconds, losses = clocked(s.device, partial(losses_of, engine, rows, masks))
+    exact = flops.exact(masks)
+    found.add(**{
+        "masks": len(masks), "rows": s.rows, "tokens of each": s.length, "exact iteration, s": seconds,
+        "PFLOP": exact / 1e15, "TFLOP/s": exact / seconds / 1e12, "matrix products alone, TFLOP/s": rate / 1e12,
+        "peak memory, GiB": accelerator.peak(s.device) / GIB if s.is_real else None,
+    })  # fmt: skip
+
+    some = [masks[i * len(masks) // s.sample] for i in range(min(s.sample, len(masks)))]
+    spent, plain, size = 0.0, {}, s.rows
+    while s.is_real and size > 1 and 5 * size * s.length * 2 * s.vocabulary > accelerator.free_memory(s.device):
+        size = -(-size // 2)
+    parts = [torch.tensor(rows[i : i + size], device=s.device) for i in range(0, s.rows, size)]
+    full_forward(model, DENSE, parts[0])
+    for mask in some:
+        values: list[float] = []
+        for ids in parts:
+            taken, (_, logits) = clocked(s.device, partial(full_forward, model, mask, ids))
+            spent += taken
+            values += nll_of(logits, ids)
+            del logits
+        plain[mask] = dict(enumerate(values))
+    naive = flops.naive(some) / spent
+    found.add(**{
+        "full forward passes, rows at once": size, "full forward passes, TFLOP/s": naive / 1e12,
+        "gain in time": flops.naive(masks) / naive / seconds, "bound by FLOPs": flops.naive(masks) / exact,
+    })  # fmt: skip
+    what = "row NLL to full forward passes, relative to what a mask moves"
+    found.check(what, apart({mask: losses[mask] for mask in some}, plain), APART)
 
 
-def is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+# -- refit, export --
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet, 3)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def pruned(s: Setting, layers: int, compensation: str) -> tuple[float, Pruned]:
+    """Seconds of one-shot pruning of two blocks by the API, and its result."""
+    model, letters = s.model(layers), [97 + id_ % 26 for row in random_rows(26, 16, s.length) for id_ in row]
+    work = partial(
+        prune, model, byte_tokenizer(), [bytes(letters).decode()], "2blocks",
+        seq_len=s.length, method="one_shot", compensation=compensation, device=str(s.device),
+    )  # fmt: skip
+    return clocked(s.device, work)
+
+
+def refit(s: Setting, found: Found) -> None:
+    """The same pruning without refit and with it: what it takes, and that it does no harm on held-out rows."""
+    plain, _ = pruned(s, s.layers, "none")
+    clean()
+    if s.is_real:
+        accelerator.reset_peak(s.device)
+    seconds, result = pruned(s, s.layers, "refit")
+    perplexity = result.compensation["perplexity"]
+    found.add(**{
+        "layers": s.layers, "pruning alone, s": plain, "refit, s": seconds - plain,
+        "tokens": result.compensation["tokens"],
+        "peak memory, GiB": accelerator.peak(s.device) / GIB if s.is_real else None,
+    })  # fmt: skip
+    found.check("held-out perplexity, refitted relative to pruned", perplexity["after"] / perplexity["before"], 1.0)
+
+
+def export(s: Setting, found: Found) -> None:
+    """A checkpoint written and verified in a fresh process; one that differs from the pruned model raises."""
+    _, result = pruned(s, min(4, s.layers), "none")
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, places = clocked(s.device, partial(result.export, Path(folder) / "out"))
+        report = read_json(places["hf"] / "verification.json")
+    found.add(seconds=seconds, **{key: value for key, value in report.items() if isinstance(value, bool | float)})
+
+
+# -- generation --
+
+
+def generation(s: Setting, found: Found) -> None:
+    """The dense model and a pruned one over the same tensors."""
+    dense = s.model()
+    layers = len(decoder_layers(dense))
+    mask = frozenset(BlockId(BlockKind.MHA, layer) for layer in range(layers // 2, layers, 2))
+    both = {"dense": dense, "pruned": prune_(shared_copy(dense), mask)}
+    measured = measure_speed(both, Speed(prompt_tokens=s.generated, new_tokens=s.generated, repeats=3))
+    for name, speed in measured.items():
+        found.add(**{
+            f"{name}: prefill, tokens/s": speed.prefill_tokens_per_second,
+            f"{name}: decode, tokens/s": speed.decode_tokens_per_second,
+            f"{name}: weights, GiB": weight_bytes(both[name]) / GIB,
+            f"{name}: peak ({speed.peak_memory}), GiB": speed.peak_memory_bytes / GIB,
+        })  # fmt: skip
+        what = f"{name}: weights, relative to the peak of generation"
+        found.check(what, weight_bytes(both[name]) / speed.peak_memory_bytes, 1)
+    fewer = measured["pruned"].peak_memory_bytes / measured["dense"].peak_memory_bytes
+    found.check("peak of generation, pruned relative to dense", fewer, 1)
+
+
+PARTS: Mapping[str, tuple[str, Callable[[Setting, Found], None]]] = {
+    "numbers": ("Does it compute the right numbers, in every model family?", numbers),
+    "sweep": ("How fast is an exact iteration, and how fast are full forward passes in the same run?", sweep),
+    "refit": ("What does refit take, and does it do no harm?", refit),
+    "export": ("Is a checkpoint written and verified, and how fast?", export),
+    "generation": ("How fast is generation, dense and pruned?", generation),
+}
 
 
 def text(value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(each, float) for each in value):
-        ordered = sorted(value)
-        return f"{text(ordered[0])} to {text(ordered[-1])}, median {text(ordered[len(ordered) // 2])}"
-    if isinstance(value, list):
-        return "; ".join(map(text, value))
-    if value is None or isinstance(value, bool):
-        return {None: "–", True: "yes", False: "no"}[value]
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|").replace("\n", " ")
+    return "–" if value is None else str(value)
 
 
-def require_packages() -> None:
-    """Refuse versions that the library does not run with, before a rented minute is lost.
-
-    Raises:
-        InputError: names the packages and what they must be.
-    """
-    from packaging.requirements import Requirement
-
-    short, project = [], tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    training = [line for line in project["optional-dependencies"]["dag"] if line.startswith("peft")]
-    for line in [*project["dependencies"], *training]:
-        needed = Requirement(line)
-        try:
-            there = version(needed.name)
-        except PackageNotFoundError:
-            there = "not installed"
-        if there == "not installed" or not needed.specifier.contains(there, prereleases=True):
-            short.append(f"{needed} ({there})")
-    if short:
-        raise InputError(f"these packages do not fit: {', '.join(short)}; pip install '.[dag]'")
+def page(name: str, record: Mapping[str, Any]) -> str:
+    """A part as Markdown."""
+    lines = [f"\n## {name}: {record['ended']}\n", f"{PARTS[name][0]}\n", "| | |", "|---|---:|"]
+    lines += [f"| {key} | {text(value)} |" for key, value in record["facts"].items()]
+    for check in record["checks"]:
+        holds = "holds" if check["holds"] else "**does not hold**"
+        lines.append(f"| {check['what']}: at most {text(check['at most'])} {holds} | {text(check['found'])} |")
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> int:
-    valid = ", ".join(part.name for part in PARTS)
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"compute anew: {valid}")
-    parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all, if none is given")
+    parser.add_argument("--shape", choices=tuple(MODELS), default="llama2-7b")
     parser.add_argument("--out", type=Path, default=Path("data/benchmarks/gpu.json"))
-    parser.add_argument("--patience", type=float, default=1.0, help="multiplies all deadlines, for a slow machine")
     given = parser.parse_args(arguments)
-    unknown = set(given.parts) - {part.name for part in PARTS}
-    if unknown:
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {valid}")
-    try:
-        require_packages()
-        return int(not run(given.out, given.parts, [*WORKER, given.shape], patience=given.patience))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 1
+    if unknown := set(given.parts) - PARTS.keys():
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {', '.join(PARTS)}")
+    s = setting_of(given.shape, resolve_device("auto"))
+    place = {"shape": s.shape, "device": accelerator.name(s.device) if s.is_real else NO_DEVICE, "commit": commit()}
+    kept: dict[str, Any] = {"where": place | environment(), "parts": {}}
+    print(f"# {s.shape} on {place['device']}", flush=True)
+    for name in given.parts or PARTS:
+        found = Found(lambda record, name=name: write_json(given.out, kept | {"parts": kept["parts"] | {name: record}}))
+        kept["parts"][name] = found.record
+        started = time.perf_counter()
+        try:
+            PARTS[name][1](s, found)
+            found.end(f"{time.perf_counter() - started:.0f} s")
+        except Exception as error:  # also errors of kernels
+            traceback.print_exc()
+            found.end(f"failed: {type(error).__name__}: {str(error).strip()[:300]}")
+        print(page(name, found.record), flush=True)
+        clean()
+    records = kept["parts"].values()
+    return int(not all(r["ended"].endswith(" s") and all(c["holds"] for c in r["checks"]) for r in records))
 
 
 if __name__ == "__main__":

@@ -2,28 +2,18 @@
 
     python -m benchmarks.scoring iteration [smollm2 | llama2-7b] [layers]   one iteration, 8 rows of 128 tokens, float32
     python -m benchmarks.scoring search [removals] [seed ...]               greedy on SmolLM2, exact and lazy+race
-    python -m benchmarks.scoring growth                                     cost against layers, rows, vocabulary
-    python -m benchmarks.scoring workers [n ...]                            Ray workers of one thread each
-    python -m benchmarks.scoring small [layers]                             few short rows: several masks at once or one
-    python -m benchmarks.scoring losses                                     a loss of many logits, in pieces or whole
-    python -m benchmarks.scoring streaming [layers] [shape]                 layers from disk: read ahead, or not
 
-Each prints Markdown and keeps its figures in data/benchmarks/ for `python -m benchmarks.plots`. `search` goes on where
-it was stopped. SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2`).
+Each prints Markdown and keeps its figures in data/benchmarks/. `search` goes on where it was stopped.
+SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2`).
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import multiprocessing
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +24,17 @@ from transformers import PreTrainedModel
 from benchmarks.shapes import random_model, random_rows
 from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Config
-from blockpruner.core.settings import Runtime, Score
+from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import accelerator
-from blockpruner.model.allocator import keep_freed_memory
 from blockpruner.model.models import load_model, masked
 from blockpruner.paper.flops import Flops
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large.streaming import StreamingEngine
-from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.objectives import Objective
-from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem
@@ -59,7 +45,6 @@ from blockpruner.store.trials import TrialStore, store_fields
 ROWS, LENGTH = 8, 128
 SMOLLM2, TEXT = Path("data/models/smollm2"), Path("data/sources/smollm2/calibration.parquet")
 RESULTS = Path("data/benchmarks")
-SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 
 def calibration_rows(seed: int) -> CalibrationSet:
@@ -305,227 +290,6 @@ def show_search(found: dict[str, Any]) -> None:
             )
 
 
-def growth() -> dict[str, Any]:
-    """Seconds and FLOPs of one exact iteration of small random models, one size changed at a time."""
-    points = []
-    base = {"num_hidden_layers": 8, "vocab_size": 16000}
-    for size, values in (
-        ("num_hidden_layers", (4, 8, 12, 16)),
-        ("rows", (2, 4, 8, 16)),
-        ("vocab_size", (4000, 16000, 64000)),
-    ):
-        for value in values:
-            changes = base | ({size: value} if size != "rows" else {})
-            rows = value if size == "rows" else 4
-            model = random_model("tiny", torch.float32, **SMALL | changes)
-            data = random_rows(changes["vocab_size"], rows, LENGTH)
-            masks = [DENSE, *(frozenset({block}) for block in all_blocks(changes["num_hidden_layers"]))]
-            engine = Engine(model)
-            tasks = [Task(span, tuple(masks)) for span in engine.row_batches(data, range(rows))]
-            seconds = []
-            for _ in range(3):
-                started = time.perf_counter()
-                list(engine.run(tasks, data))
-                seconds.append(time.perf_counter() - started)
-            point = {"size": size, "value": value, "seconds": min(seconds),
-                     "flops": Flops.of(model.config.to_dict(), rows, LENGTH).exact(masks)}  # fmt: skip
-            points.append(point)
-            print(f"  {point}", file=sys.stderr, flush=True)
-    return {"points": points, **setting()}
-
-
-def show_growth(found: dict[str, Any]) -> None:
-    print("\n| size | value | GFLOP | seconds | GFLOP/s |\n|---|---:|---:|---:|---:|")
-    for p in found["points"]:
-        rate = p["flops"] / p["seconds"] / 1e9
-        print(f"| {p['size']} | {p['value']} | {p['flops'] / 1e9:.0f} | {p['seconds']:.2f} | {rate:.0f} |")
-
-
-def alone(folder: str, layers: int) -> float:
-    """Seconds of an iteration of `workers` in a process of its own, without Ray; median of 3."""
-    scorer = make_scorer(Path(folder), "float32", Runtime(threads=1, device="cpu"))
-    masks = (DENSE, *(frozenset({block}) for block in all_blocks(layers)))
-    data, seconds = random_rows(16000, ROWS, LENGTH), []
-    for _ in range(4):
-        started = time.perf_counter()
-        list(scorer.run([Task(span, masks) for span in scorer.row_batches(data, range(ROWS))], data))
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])  # one to warm up
-
-
-def workers(counts: Sequence[int], layers: int = 12, turns: int = 5) -> dict[str, Any]:
-    """Seconds of one exact iteration of a small random model, on so many Ray workers of one thread each and in this
-    process (0). All take turns, each turn with workers started anew, and no batch is larger than lets all share.
-
-    What the machine allows is measured by as many processes that do the whole iteration at the same time, on their own:
-    cores share memory, caches and power.
-    """
-    model = random_model("tiny", torch.float32, **SMALL | {"num_hidden_layers": layers, "vocab_size": 16000})
-    data = random_rows(16000, ROWS, LENGTH)
-    masks = (DENSE, *(frozenset({block}) for block in all_blocks(layers)))
-    seconds: dict[int, list[float]] = {count: [] for count in (0, *counts)}
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        for turn in range(turns):
-            for count in list(seconds)[:: -1 if turn % 2 else 1]:
-                ray = {"executor": "ray", "workers": count} if count else {}
-                scorer = make_scorer(Path(folder), "float32", Runtime(threads=1, device="cpu", **ray))
-                scorer.limit_batches(data, None)
-                tasks = [Task(span, masks) for span in scorer.row_batches(data, range(ROWS))]
-                list(scorer.run([Task(task.span, masks[:3]) for task in tasks], data))  # to warm up
-                started = time.perf_counter()
-                list(scorer.run(tasks, data))
-                seconds[count].append(time.perf_counter() - started)
-                scorer.close()
-                print(
-                    f"  {count} workers, {len(tasks)} batches: {seconds[count][-1]:.2f} s", file=sys.stderr, flush=True
-                )
-        at_once = {}
-        for count in sorted({1, *counts}):
-            with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-                at_once[count] = max(pool.map(alone, [folder] * count, [layers] * count))
-    bounds = {count: count * at_once[1] / taken for count, taken in at_once.items()}
-    return {"layers": layers, "points": [{"workers": count, "seconds": taken, "bound": bounds.get(count)}
-                                         for count, taken in seconds.items()], **setting()}  # fmt: skip
-
-
-def show_workers(found: dict[str, Any]) -> None:
-    """Medians; a ratio is the median of those of each turn."""
-    base, bounds = ({p["workers"]: p[key] for p in found["points"]} for key in ("seconds", "bound"))
-    names = {0: "this process", 1: "one worker"}
-    print(f"\n| workers of one thread | seconds |{''.join(f' against {names[b]} |' for b in names if b in base)}"
-          " processes without Ray |")  # fmt: skip
-    print("|---|---:|" + "---:|" * (1 + sum(b in base for b in names)))
-    for count, seconds in base.items():
-        ratios = [
-            statistics.median(a / b for a, b in zip(base[one], seconds, strict=True)) for one in names if one in base
-        ]
-        print(
-            f"| {count or 'none: this process'} | {statistics.median(seconds):.2f} |"
-            + "".join(f" {ratio:.2f}x |" for ratio in ratios)
-            + (f" {bounds[count]:.2f}x |" if bounds[count] else " |")
-        )
-
-
-def small(layers: int) -> dict[str, Any]:
-    """An iteration of a random model of SmolLM2's widths, several masks at once and one by one in turns."""
-    model = random_model("tiny", torch.float32, **SMALL | {"num_hidden_layers": layers, "vocab_size": 49152})
-    masks = (DENSE, *(frozenset({block}) for block in all_blocks(layers)))
-    together, alone, points = Engine(model), Engine(model), []
-    alone._width = lambda *batch: 1  # type: ignore[method-assign]
-    for rows, length in ((1, 32), (1, 64), (2, 64), (2, 128)):
-        data, seconds = random_rows(49152, rows, length), []
-        tasks, found = [Task(range(rows), masks)], {}
-        for turn in range(7):
-            for engine in (together, alone)[:: 1 if turn % 2 else -1]:
-                started = time.perf_counter()
-                found[engine] = list(engine.run(tasks, data))
-                seconds.append((engine, time.perf_counter() - started))
-        taken = {engine: [s for e, s in seconds if e is engine][1:] for engine in (together, alone)}  # one to warm up
-        pairs = zip(taken[alone], taken[together], strict=True)
-        points.append({
-            "rows": rows, "length": length,
-            "masks_at_once": together._exact[torch.Size((rows, length, SMALL["hidden_size"]))],
-            "alone": statistics.median(taken[alone]), "together": statistics.median(taken[together]),
-            "gain": statistics.median(a / t for a, t in pairs), "same_bits": found[together] == found[alone],
-        })  # fmt: skip
-        print(f"  {points[-1]}", file=sys.stderr, flush=True)
-    return {"layers": layers, "points": points, **setting()}
-
-
-def show_small(found: dict[str, Any]) -> None:
-    print(f"\n{found['layers']} layers of SmolLM2's widths, first iteration, float32")
-    print("\n| rows | tokens | masks at once | s, one by one | s, at once | gain | bits |")
-    print("|---:|---:|---:|---:|---:|---:|---|")
-    for p in found["points"]:
-        print(
-            f"| {p['rows']} | {p['length']} | {p['masks_at_once']} | {p['alone']:.2f} | {p['together']:.2f} | "
-            f"{p['gain']:.2f}x | {'the same' if p['same_bits'] else 'others'} |"
-        )
-
-
-@torch.inference_mode()
-def losses() -> dict[str, Any]:
-    """The NLL of tokens from their logits in float32, in pieces that stay in a CPU's cache and whole, in turns."""
-    keep_freed_memory(True)  # as in a search
-    points = []
-    for tokens, vocabulary in ((126, 49152), (340, 49152), (110, 151936)):
-        logits, targets = torch.randn(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
-        seconds: dict[str, list[float]] = {"pieces": [], "whole": []}
-        ways = {"pieces": token_nll, "whole": inspect.unwrap(token_nll)}
-        found = {}
-        for turn in range(30):
-            for name in list(ways)[:: 1 if turn % 2 else -1]:
-                started = time.perf_counter()
-                found[name] = ways[name](logits, targets)
-                seconds[name].append(time.perf_counter() - started)
-        seconds = {name: taken[2:] for name, taken in seconds.items()}  # two to warm up
-        points.append({
-            "tokens": tokens, "vocabulary": vocabulary, "same_bits": torch.equal(found["pieces"], found["whole"]),
-            **{name: statistics.median(taken) for name, taken in seconds.items()},
-            "gain": statistics.median(w / p for p, w in zip(seconds["pieces"], seconds["whole"], strict=True)),
-        })  # fmt: skip
-    return {"points": points, **setting()}
-
-
-def show_losses(found: dict[str, Any]) -> None:
-    print("\n| tokens | vocabulary | ms, in pieces | ms, whole | gain | bits |\n|---:|---:|---:|---:|---:|---|")
-    for p in found["points"]:
-        print(
-            f"| {p['tokens']} | {p['vocabulary']:,} | {1e3 * p['pieces']:.1f} | {1e3 * p['whole']:.1f} | "
-            f"{p['gain']:.2f}x | {'the same' if p['same_bits'] else 'others'} |"
-        )
-
-
-def streaming(layers: int, shape: str) -> dict[str, Any]:
-    """Passes over a checkpoint that the system does not cache, with weights read ahead and without, in turns.
-
-    A pass scores the dense model and every layer's MLP removed over 2 rows of 128 tokens. A pass over one row of two
-    tokens shows what reading alone takes.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        random_model(shape, torch.float32, num_hidden_layers=layers).save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        rows = random_rows(config["vocab_size"], 2, LENGTH)
-        masks = (DENSE, *(mask for mask in removable_units(layers, "block", "mlp")))
-        work = {"a pass": ([Task(range(2), masks)], rows), "reading alone": ([Task(range(1), (DENSE,))], [rows[0][:2]])}
-        engines = {slabs: StreamingEngine(folder, "float32", slabs=slabs) for slabs in (2, 1)}
-        seconds: dict[tuple[str, int], list[float]] = {(of, slabs): [] for of in work for slabs in engines}
-        found: dict[tuple[str, int], list[ScoredRows]] = {}
-        for turn in range(4):
-            for of, slabs in list(seconds)[:: 1 if turn % 2 else -1]:
-                for path in folder.glob("*.safetensors"):
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                started = time.perf_counter()
-                found[of, slabs] = list(engines[slabs].run(*work[of]))
-                seconds[of, slabs].append(time.perf_counter() - started)
-        plans = {slabs: engine.plan for slabs, engine in engines.items()}
-        points = [
-            {"of": of, "ahead": statistics.median(seconds[of, 2][1:]), "not": statistics.median(seconds[of, 1][1:]),
-             "gain": statistics.median(b / a for a, b in zip(seconds[of, 2][1:], seconds[of, 1][1:], strict=True)),
-             "same_bits": found[of, 2] == found[of, 1]}
-            for of in work
-        ]  # fmt: skip
-        read = {slabs: plan.slabs for slabs, plan in plans.items() if plan}
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"shape": shape, "layers": layers, "masks": len(masks), "bytes": size, "slabs": read, "points": points,
-            **setting()}  # fmt: skip
-
-
-def show_streaming(found: dict[str, Any]) -> None:
-    print(f"\n{found['layers']} layers of {found['shape']}, {found['bytes'] / 2**30:.2f} GiB in float32, "
-          f"{found['masks']} masks")  # fmt: skip
-    print("\n| | s, read ahead | s, not | gain | bits |\n|---|---:|---:|---:|---|")
-    for p in found["points"]:
-        same = "the same" if p["same_bits"] else "others"
-        print(f"| {p['of']} | {p['ahead']:.2f} | {p['not']:.2f} | {p['gain']:.3f}x | {same} |")
-    if found["slabs"] != {2: 2, 1: 1}:
-        print("\nThere was no memory to read ahead.")
-
-
 def main(arguments: Sequence[str]) -> int:
     command, *rest = arguments or ["help"]
     if command == "iteration":
@@ -536,26 +300,6 @@ def main(arguments: Sequence[str]) -> int:
     elif command == "search":
         found = search(int(rest[0]) if rest else 16, [int(seed) for seed in rest[1:]] or [42, 43, 44])
         show_search(found)
-    elif command == "growth":
-        found = growth()
-        write_json(RESULTS / "growth.json", found)
-        show_growth(found)
-    elif command == "workers":
-        found = workers([int(count) for count in rest] or [1, 2])
-        write_json(RESULTS / "workers.json", found)
-        show_workers(found)
-    elif command == "small":
-        found = small(int(rest[0]) if rest else 8)
-        write_json(RESULTS / "small.json", found)
-        show_small(found)
-    elif command == "losses":
-        found = losses()
-        write_json(RESULTS / "losses.json", found)
-        show_losses(found)
-    elif command == "streaming":
-        found = streaming(int(rest[0]) if rest else 6, rest[1] if len(rest) > 1 else "llama2-7b")
-        write_json(RESULTS / "streaming.json", found)
-        show_streaming(found)
     else:
         print(__doc__)
         return 2

@@ -32,7 +32,7 @@ for a vocabulary of 128,256 makes logits of 0.3 GB in float32."""
 DEVICE_TOKENS = 4096
 """A pass on another device has at most so many tokens, those in its cache with them. Calculated for Llama2-7B in
 bfloat16 with 0.5 MB of keys and values a token: weights of 13.5 GB, common tokens and rows that continue them of 2.1 GB
-each, 17.8 GB at most (`benchmarks.memory`). It is 55 TFLOP, 0.14 s at 40 % of an H100's peak; 600 launches of 10 us
+each, 17.8 GB at most. It is 55 TFLOP, 0.14 s at 40 % of an H100's peak; 600 launches of 10 us
 take 0.006 s."""
 
 PADDED = 8
