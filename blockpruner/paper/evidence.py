@@ -128,7 +128,7 @@ class Evidence:
     @cached_property
     def findings(self) -> list[Finding]:
         """Where to stop, and the signs of failed pruning of every method timed at all budgets."""
-        timed, healed = self.timed(TIMED), (entry for entry in self.candidates if is_broken(entry))
+        timed, healed = self.timed(TIMED), (one for one in self.candidates if one.healing and is_broken(one))
         traces = {entry.method: entry for entry in timed}.values()
         return [stop(self.candidates), *warnings((*timed, *healed), list(traces))]
 

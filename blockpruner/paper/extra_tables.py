@@ -109,9 +109,8 @@ def stopping(found: Found) -> Grid:
     )  # fmt: skip
     rows = [option for evidence in found for option in (*_dense(evidence), *evidence.candidates)]
     note = (
-        "Stressed: the recommended stopping point, the knee of held-out loss against speed-up among models that are "
-        "faster than dense beyond noise, hold up in held-out perplexity and tasks, and lie before a jump or a mismatch "
-        "(or are healed); none: keep the dense model. A healed model has the plain one's shape, so its times are those."
+        "Stressed: the recommended stopping point, the fastest of the models that are faster than dense beyond noise and "
+        "not broken; none: keep the dense model. A healed model has the plain one's shape, so its times are those."
     )
     notes = (SPEEDUP_NOTE, *_settings(found, TIMED), note)
     title = "Quality against speed and memory, every budget"

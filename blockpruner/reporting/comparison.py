@@ -1,6 +1,6 @@
 """What can stand in for one dense model, over all runs of it: the options, and those that no other betters.
 
-Decides which runs may be compared, which models count as of one size, and what is on a front.
+Decides which runs may be compared, which models count as of one size, and what is on the front.
 """
 
 from __future__ import annotations
@@ -20,18 +20,14 @@ of a 32-layer model, as near as whole layers come to a budget."""
 class Gain:
     """Something that pruning can gain."""
 
-    name: str
-    """As in the name of a CSV column."""
     title: str
-    """Of an axis."""
+    """The title of an axis."""
     of: Callable[[Option], float]
-    """More is better."""
+    """The gain of an option; more is better."""
 
 
-SPEED = Gain("speed", "generation speed-up, ×", lambda option: option.speedup)
-CACHE = Gain("kv_cache", "KV cache saved, %", lambda option: 100 * option.cache_saved)
-SIZE = Gain("parameters", "parameters removed, %", lambda option: 100 * option.ratio)
-GAINS = (SPEED, CACHE, SIZE)
+SPEED = Gain("generation speed-up, ×", lambda option: option.speedup)
+SIZE = Gain("parameters removed, %", lambda option: 100 * option.ratio)
 
 
 @dataclass(frozen=True)
@@ -42,23 +38,24 @@ class Comparison:
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """List the dense model, then all targets by run."""
+        """The dense model, then all targets by run."""
         return (self.studies[0].dense, *(target for study in self.studies for target in study.targets))
 
     @property
-    def gains(self) -> tuple[Gain, ...]:
-        """What is known of all options, the most important first."""
-        return GAINS if self.studies[0].dense.is_timed else (SIZE,)
+    def gain(self) -> Gain:
+        """Speed where all options are timed, else size."""
+        return SPEED if self.studies[0].dense.is_timed else SIZE
 
     @property
     def targets(self) -> list[PrunedOption]:
-        """List them by size, the least pruned first."""
+        """The targets by size, the least pruned first."""
         found = (target for study in self.studies for target in study.targets)
         return sorted(found, key=lambda option: option.ratio)
 
-    def front(self, gain: Gain) -> list[Option]:
-        """Find the options that no other betters in held-out perplexity and `gain` together, the least gain first."""
-        options = self.options
+    @property
+    def front(self) -> list[Option]:
+        """The options that no other betters in held-out perplexity and gain together, the least gain first."""
+        options, gain = self.options, self.gain
         members = front([(-gain.of(option), option.model.perplexity) for option in options])
         return sorted((options[i] for i in members), key=gain.of)
 

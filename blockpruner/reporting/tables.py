@@ -11,27 +11,29 @@ from functools import partial
 from statistics import mean
 from typing import Literal
 
-from blockpruner.core.blocks import Mask, format_mask
+from pandas import DataFrame
+
+from blockpruner.core.blocks import format_mask
 from blockpruner.core.budgets import speedup
-from blockpruner.reporting.comparison import BAND, GAINS, Comparison
+from blockpruner.reporting.comparison import BAND, Comparison
 from blockpruner.reporting.findings import jump_at, paired, paired_confidence, recommended
 from blockpruner.reporting.formats import number, parameters, percent, size, times
-from blockpruner.reporting.grids import (
-    Cell,
-    Column,
-    Field,
-    Grid,
-    Number,
-    csv_text,
-    difference,
-    grid_of,
-    percentage,
-    score,
-)
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun
 from blockpruner.reporting.pages import Tile, Tiles
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Interval, Mean
+from blockpruner.reporting.table import (
+    Cell,
+    Column,
+    Field,
+    Number,
+    Table,
+    percentage,
+    points,
+    score,
+    table_of,
+    to_csv,
+)
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.stability import RESAMPLES, Stability
 
@@ -108,7 +110,7 @@ def _change(found: Mean) -> str:
     return (BETTER if found.value > 0 else WORSE) if found.differs_from(0) else ""
 
 
-def headline(study: ReportedRun) -> Grid:
+def headline(study: ReportedRun) -> Table:
     """Compare dense with every target: one row a measure, one column a model, and what guessing scores."""
     rows: list[tuple[Cell, ...]] = []
 
@@ -147,7 +149,7 @@ def headline(study: ReportedRun) -> Grid:
     add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
     strong = frozenset(i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %"))
     columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in study.options))
-    return Grid(f"{study.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
+    return Table(f"{study.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
 
 
 def _saved(option: Option) -> str:
@@ -160,7 +162,7 @@ def tiles(option: Option) -> Tiles:
     title, before, after, gap, more = "Average accuracy", dense.average, model.average, accuracy, ""
     if dense.confidence and model.confidence:
         title, before, after = "P of the right answer", dense.confidence, model.confidence
-        gap, more = paired_confidence(dense, model), f"; accuracy {difference(accuracy)}"
+        gap, more = paired_confidence(dense, model), f"; accuracy {points(accuracy)}"
     ratio = times(model.perplexity / dense.perplexity)
     counts = _change_of(parameters, dense.parameters, model.parameters)
     sizes = _change_of(size, dense.weight_bytes, model.weight_bytes)
@@ -170,7 +172,7 @@ def tiles(option: Option) -> Tiles:
         (
             Tile("Size", f"−{percent(option.ratio)}", sizes, f"{counts} parameters"),
             _tile("Perplexity against dense", ratio, _heldout(option), f"{texts}, held-out", 1, "bad"),
-            _tile(title, f"{Number(100 * gap.value, 1, signed=True)} points", difference(gap), scores, 0, "good"),
+            _tile(title, f"{Number(100 * gap.value, 1, signed=True)} points", points(gap), scores, 0, "good"),
             *_speed_tiles(option),
         )
     )
@@ -204,17 +206,17 @@ def _tile(title: str, value: str, cell: Number, detail: str, equal: float, more_
     return Tile(title, value, told, detail, more_is if cell.low > equal else "bad" if more_is == "good" else "good")
 
 
-def compared(comparison: Comparison) -> Grid:
+def compared(comparison: Comparison) -> Table:
     """List all targets of one dense model by size; the recommended one is stressed."""
-    front, best = comparison.front(comparison.gains[0]), recommended(comparison.targets)
+    front, best = comparison.front, recommended(comparison.targets)
     leaders = {id(option): band[0] for band in comparison.bands() for option in band}
 
     def against(option: Option) -> Cell:
         leader = leaders[id(option)]
-        return "ref" if option is leader else difference(paired(leader.model, option.model))
+        return "ref" if option is leader else points(paired(leader.model, option.model))
 
     def confidence(option: Option) -> Cell:
-        return difference(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
+        return points(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
 
     several = len(comparison.bands()) < len(comparison.targets)
     fields: tuple[Field[Option], ...] = (
@@ -223,7 +225,7 @@ def compared(comparison: Comparison) -> Grid:
         Field("taken_out", "taken out", lambda o: o.taken_out),
         Field("heldout_ppl", "held-out PPL, × dense", _heldout),
         Field("p_gold", "p of the right answer − dense", confidence),
-        Field("avg", "average − dense", lambda o: difference(paired(o.dense, o.model))),
+        Field("avg", "average − dense", lambda o: points(paired(o.dense, o.model))),
         Field("generation", "speed, × dense", _timed(_speedup)),
         Field("kv_cache", "KV cache", _timed(_saved)),
         Field("front", "front", lambda o: "●" if o in front else ""),
@@ -232,17 +234,17 @@ def compared(comparison: Comparison) -> Grid:
     )
     rows = [option for band in comparison.bands() for option in band]
     notes = (COMPARISON_LEGEND, *([REFERENCE_LEGEND] if several else []))
-    return grid_of("targets", "All targets", fields, rows, notes, lambda option: option is best)
+    return table_of("targets", "All targets", fields, rows, notes, lambda option: option is best)
 
 
-def samples(options: Sequence[Option]) -> list[Grid]:
+def samples(options: Sequence[Option]) -> list[Table]:
     """Show what models answer, a column each prompt; nothing where no answers were kept."""
     prompts = tuple(prompt for prompt, _ in options[0].model.samples)
     kept = [option for option in options if tuple(prompt for prompt, _ in option.model.samples) == prompts]
     columns = (Column("model", ""), *(Column(f"prompt_{i}", prompt) for i, prompt in enumerate(prompts, 1)))
     rows = tuple((option.name, *(text or "(nothing)" for _, text in option.model.samples)) for option in kept)
     title = "What the models answer (greedy, cut off after 48 tokens)"
-    return [Grid("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
+    return [Table("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
 
 
 STABILITY_LEGEND = (
@@ -253,7 +255,7 @@ STABILITY_LEGEND = (
 )
 
 
-def sequence(target: PrunedOption) -> Grid:
+def sequence(target: PrunedOption) -> Table:
     """List the removals in order, with the cost of each, what it was chosen by where that is something else, and how
     firmly."""
     jump = jump_at(target)
@@ -271,19 +273,17 @@ def sequence(target: PrunedOption) -> Grid:
         columns += [Column("margin", f"next by, {units}"), Column("rivals", "rivals"), Column("kept", "same choice")]
     dense: tuple[Cell, ...] = (Number(0, 0), "(dense)", percentage(0, 2), Number(target.curve[0]), "")
     rows = [dense + ("",) * (by + 3 * firm)]
-    scored: Mapping[Mask, float] = {}
     for i, r in enumerate(target.removals, 1):
-        scored = r.costs or scored  # one-shot: the scores of the first iteration rank all removals
         row: tuple[Cell, ...] = (
             Number(i, 0), format_mask(r.added), percentage(r.ratio, 2), Number(r.perplexity),
             Number(r.rise, write=lambda value: f"{value:+.4f}".replace("-", "−")),
         )  # fmt: skip
-        cost = (Number(scored[r.added], write=lambda value: f"{value:.4g}".replace("-", "−")),) if by else ()
-        rows.append(row + cost + (_firm(r.stability) if firm else ()))
+        cost = None if r.cost is None else Number(r.cost, write=lambda value: f"{value:.4g}".replace("-", "−"))
+        rows.append(row + ((cost,) if by else ()) + (_firm(r.stability) if firm else ()))
     title = f"{target.name}: {len(target.removals)} removals in order"
     strong = frozenset(() if jump is None else (jump + 1,))
     notes = (STABILITY_LEGEND,) if firm else ()
-    return Grid(f"{target.name}-sequence", title, tuple(columns), tuple(rows), notes, strong, folded=True)
+    return Table(f"{target.name}-sequence", title, tuple(columns), tuple(rows), notes, strong, folded=True)
 
 
 def _firm(found: Stability | None) -> tuple[Cell, ...]:
@@ -293,82 +293,69 @@ def _firm(found: Stability | None) -> tuple[Cell, ...]:
     return margin, Number(len(found.rivals), 0, mark=f"of {found.compared}"), percentage(found.kept, 0)
 
 
-MEASURES: Mapping[str, Callable[[Option], object]] = {
+def _plain_speedup(option: Option, part: str) -> float | None:
+    return option.race.speedup(part) if option.is_timed else None
+
+
+CURVE: Mapping[str, Callable[[Option], object]] = {
+    "method": lambda o: o.method,
+    "compensated": lambda o: o.plan.compensate if o.plan else "none",
+    "trained": lambda o: int(bool(o.plan and o.plan.train)),
+    "ratio": lambda o: o.ratio,
+    "removals": lambda o: len(o.curve[1:]),
+    "mha_removed": lambda o: o.blocks["mha"],
+    "mlp_removed": lambda o: o.blocks["mlp"],
+    "parameters": lambda o: o.model.parameters,
+    "weight_bytes": lambda o: o.model.weight_bytes,
+    "perplexity_calibration": lambda o: o.calibration_perplexity,
     "perplexity_heldout": lambda o: o.model.perplexity,
     "accuracy": lambda o: o.model.average.value,
     "accuracy_stderr": lambda o: o.model.average.stderr,
     "p_gold": lambda o: o.model.confidence and o.model.confidence.value,
     "p_gold_stderr": lambda o: o.model.confidence and o.model.confidence.stderr,
-}
-
-SPEED_MEASURES: Mapping[str, Callable[[Option], object]] = {
-    "speedup_generation": lambda o: o.speedup if o.is_timed else None,
+    **{
+        f"speedup_{part}": partial(lambda o, part: o.race.speedup(part) if o.is_timed else None, part=part)
+        for part in PARTS
+    },
     "kv_cache_bytes": lambda o: o.race.pruned.cache_bytes if o.is_timed else None,
 }
-
-CURVE: Mapping[str, Callable[[Option], object]] = {
-    "method": lambda o: o.method,
-    "ratio": lambda o: o.ratio,
-    "removals": lambda o: len(o.curve[1:]),
-    "parameters": lambda o: o.model.parameters,
-    "perplexity_calibration": lambda o: o.calibration_perplexity,
-    **MEASURES,
-    "speedup_prefill": lambda o: o.race.speedup("prefill") if o.is_timed else None,
-    "speedup_decode": lambda o: o.race.speedup("decode") if o.is_timed else None,
-    **SPEED_MEASURES,
-    "weight_bytes": lambda o: o.model.weight_bytes,
-}
-"""Columns of curve.csv behind the run and the target: one row a model, the dense one included."""
-
-PARETO: Mapping[str, Callable[[Option], object]] = {
-    "target": lambda o: o.name,
-    "method": lambda o: o.method,
-    "compensated": lambda o: o.plan.compensate if o.plan else "none",
-    "trained": lambda o: int(bool(o.plan and o.plan.train)),
-    "ratio": lambda o: o.ratio,
-    "mha_removed": lambda o: o.blocks["mha"],
-    "mlp_removed": lambda o: o.blocks["mlp"],
-    **MEASURES,
-    **SPEED_MEASURES,
-}
-"""Columns of pareto.csv behind the model and the run."""
+"""Columns of curve.csv behind the run and the target."""
 
 
-def curve_csv(studies: Sequence[ReportedRun]) -> str:
-    """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1."""
+def curve_csv(found: Sequence[Comparison]) -> str:
+    """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1. `front` is 1 where no
+    other model of the same dense one is better in both held-out perplexity and speed (size, where nothing is timed)."""
     rows = [
-        (study.run, option.name if option.plan else f"{study.run}-dense", *(of(option) for of in CURVE.values()))
-        for study in studies
+        {
+            "run": study.run,
+            "target": option.name if option.plan else f"{study.run}-dense",
+            **{key: of(option) for key, of in CURVE.items()},
+            "front": int(option.name in fronts),
+        }
+        for comparison in found
+        for fronts in [{option.name for option in comparison.front}]
+        for study in comparison.studies
         for option in study.options
     ]
-    return csv_text([("run", "target", *CURVE), *rows])
+    return to_csv(DataFrame(rows, dtype=object))
 
 
-def pareto_csv(found: Sequence[Comparison]) -> str:
-    """Write one row an option of each dense model, the slowest first. front_<gain> is 1 where no other is better in
-    held-out perplexity and in that gain together, and blank where the gain is not known."""
-    rows: list[Sequence[object]] = [("model", "run", *PARETO, *(f"front_{gain.name}" for gain in GAINS))]
-    for comparison in found:
-        fronts = [comparison.front(gain) if gain in comparison.gains else None for gain in GAINS]
-        runs = {id(option): study.run for study in reversed(comparison.studies) for option in study.options}
-        for option in sorted(comparison.options, key=comparison.gains[0].of):
-            on_front = (None if front is None else int(option in front) for front in fronts)
-            rows.append((option.subject, runs[id(option)], *(of(option) for of in PARETO.values()), *on_front))
-    return csv_text(rows)
+ITERATION_COLUMNS = (
+    "run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "rows_compared", "units_compared",
+    "margin", "rivals", "kept",
+)  # fmt: skip
 
 
 def iterations_csv(studies: Sequence[ReportedRun]) -> str:
     """Write one row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
-    rows: list[Sequence[object]] = [
-        ("run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "units_scored", "rows_compared",
-         "units_compared", "margin", "rivals", "kept")
-    ]  # fmt: skip
+    rows: list[dict[str, object]] = []
     for study, t in ((one, target) for one in studies for target in one.traces):
-        rows.append((study.run, t.name, 0, "", 0.0, t.curve[0], 0.0, 0, *[None] * 5))
-        rows += [
-            (study.run, t.name, i, format_mask(r.added), r.ratio, r.perplexity, r.rise, len(r.costs), *firm)
-            for i, r in enumerate(t.removals, 1)
-            for s in [r.stability]
-            for firm in [(s.rows, s.compared, s.margin, len(s.rivals), s.kept) if s else (None,) * 5]
-        ]
-    return csv_text(rows)
+        own = {"run": study.run, "target": t.name}
+        rows.append(own | {"iteration": 0, "removed": "", "ratio": 0.0, "perplexity": t.curve[0], "nll_rise": 0.0})
+        for i, r in enumerate(t.removals, 1):
+            row = {"iteration": i, "removed": format_mask(r.added), "ratio": r.ratio, "perplexity": r.perplexity}
+            s = r.stability
+            firm = {"rows_compared": s.rows, "units_compared": s.compared, "margin": s.margin} if s else {}
+            more = {"rivals": len(s.rivals), "kept": s.kept} if s else {}
+            rows.append({**own, **row, "nll_rise": r.rise, **firm, **more})
+    return to_csv(DataFrame(rows, columns=ITERATION_COLUMNS, dtype=object))
