@@ -294,13 +294,13 @@ def _prune(
     material = Material(identity, dtype, config, cache, Engine(model, batch_tokens), lambda: model, observer)
     pipeline.score(material, rows, run.score, [budget], folder)
     found = pipeline.commit(folder, run.score, config, budget, rows, target="", run="", compensate=method)
-    healed = pipeline.heal(lambda: model, found, rows, run.compensate.held_out(len(rows.fit.rows)), observer)
+    healed = pipeline.heal(lambda: model, found, rows, run.compensate, observer)
     current = Current.load(folder / healed.search)
     trace = read_trace(trace_directory(folder / healed.search, current, budget), current.search)
     firm = stabilities(trace, str(current.score.options.get("per", "none")))
     pruned = prune_(model, healed.plan.mask)
     set_weights_(pruned, healed.weights)
-    return Pruned(pruned, tokenizer, healed.plan, tuple(trace), firm, healed.report, base)
+    return Pruned(pruned, tokenizer, healed.plan, tuple(trace), firm, healed.facts, base)
 
 
 def _require_masks(run: Run, metric: Metric) -> None:

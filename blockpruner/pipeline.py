@@ -10,7 +10,6 @@ form. Torch is loaded by the steps that compute.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +100,7 @@ def calibrate(
     context = config.get("max_position_embeddings") or run.compensate.seq_len
     fit_texts = pool.fit if pool.fit is not None else (() if answers else pool.search)
     assert not isinstance(fit_texts, Mapping)
-    judge, reserved = NONE, frozenset[str]()
+    judge, reserved = NONE, set[str]()
     if len(searches(run.score)) > 1 if judged is None else judged:
         judge, reserved = _set_aside(run, fit_texts, tokenizer, context, pool.evaluated, note)
     if isinstance(pool.search, Mapping):
@@ -128,7 +127,7 @@ def _set_aside(
     context: int,
     evaluated: Sequence[str],
     note: Callable[[str], object],
-) -> tuple[CalibrationSet, AbstractSet[str]]:
+) -> tuple[CalibrationSet, set[str]]:
     """The rows that judge, and the texts that nothing else may see: those in the rows, and others that share a
     paragraph with one. They are the last ones of the order in which texts are drawn, so that first draws stay."""
     from blockpruner.evaluation.perplexity import held_out
@@ -147,7 +146,7 @@ def _set_aside(
             f"warning: {len(texts)} texts are too few to set some aside that judge between searches: only the first "
             "search of the recipe is made"
         )
-        return NONE, frozenset()
+        return NONE, set()
     return CalibrationSet(found.rows), sharing(texts, found.documents) | set(found.documents)
 
 

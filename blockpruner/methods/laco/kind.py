@@ -86,6 +86,7 @@ def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
         InputError: a budget or settings that no walk meets; names what is nearest.
     """
     material, costs = job.material, job.resources[budget.resource]
+    assert material.trials is not None  # only searches of masks keep trials in memory
     depth, wanted = len(costs.blocks) // 2, _wanted(budget, costs)
     fields = similarity_fields(job.calibration.digest, material.identity, material.dtype, options.variant)
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
