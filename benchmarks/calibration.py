@@ -31,14 +31,16 @@ from scipy.stats import t as student
 from benchmarks.scoring import SMOLLM2, TEXT, setting
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.progress import ConsoleObserver
-from blockpruner.core.settings import LocalModel, Perplexity, Runtime, Score
+from blockpruner.core.settings import LocalModel, Runtime
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.commit import commit_run
 from blockpruner.methods.score import open_material, score_run
 from blockpruner.model.models import load_model, masked, set_threads
+from blockpruner.scoring.settings import Score
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import fingerprint
 

@@ -21,8 +21,8 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.scoring import SMOLLM2, TEXT
-from blockpruner.core.settings import Perplexity
 from blockpruner.evaluation.perplexity import held_out
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, set_threads

@@ -42,9 +42,11 @@ from blockpruner.checkpoints.hf import export_hf
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, all_blocks, sorted_blocks
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
+from blockpruner.core.healing_settings import Recover
 from blockpruner.core.progress import SilentObserver, stderr_observer
-from blockpruner.core.settings import HubTexts, Latency, Recover, Score, Speed
+from blockpruner.core.settings import HubTexts
 from blockpruner.evaluation.latency import measure_latency
+from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
@@ -55,6 +57,7 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.scorers import _compile_
+from blockpruner.scoring.settings import Latency, Score
 from blockpruner.scoring.work import Rows, Scorer, Task, live_numbers
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import request

@@ -25,10 +25,12 @@ from blockpruner.checkpoints.packing import pack_model
 from blockpruner.checkpoints.verification import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, in_float32
 from blockpruner.core.blocks import DENSE, Mask, parse_mask
 from blockpruner.core.errors import DeviceMemoryError
+from blockpruner.core.healing_settings import Recover
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import HubTexts, Recover, Speed
+from blockpruner.core.settings import HubTexts
 from blockpruner.evaluation.choices import DEVICE_TOKENS, answers
 from blockpruner.evaluation.perplexity import measure_perplexity
+from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.healed import set_weights_

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from benchmarks.scoring import LENGTH, SMOLLM2, TEXT, setting
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import ConsoleObserver
-from blockpruner.core.settings import LocalModel, Perplexity, Runtime, Score
+from blockpruner.core.settings import LocalModel, Runtime
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.evaluation.zero_shot import evaluate, gold_answers
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_in_turn, pack_answers, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
@@ -40,6 +41,7 @@ from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.settings import Score
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import TrialStore, store_fields

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from benchmarks.shapes import random_model, random_rows
 from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Config
-from blockpruner.core.settings import Runtime, Score
+from blockpruner.core.settings import Runtime
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.texts import read_texts
@@ -49,6 +49,7 @@ from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.scorers import make_scorer
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem

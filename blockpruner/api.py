@@ -21,10 +21,12 @@ from blockpruner.compensation.compensate import Compensated, compensate
 from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
+from blockpruner.core.healing_settings import Compensate
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, stderr_observer
-from blockpruner.core.settings import Compensate, Perplexity, Score, read_settings
+from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import CalibrationSet, pack_rows
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, drop_code_, licence_beside
 from blockpruner.methods.apply import Pruning
@@ -36,6 +38,7 @@ from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.model.models import prune_, resolve_device
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, Metric
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.stability import Stability
 from blockpruner.search.iteration import Iteration, removals, stabilities
 from blockpruner.search.registry import Request, Search, request

@@ -33,8 +33,8 @@ from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
+from blockpruner.core.healing_settings import CompensationMethod
 from blockpruner.core.progress import OBSERVER_VARIABLE
-from blockpruner.core.settings import CompensationMethod
 from blockpruner.store.locks import this_process
 from flows import dvc, phases, tracking
 from flows.observer import TASK_VARIABLE

@@ -8,15 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from blockpruner.core.progress import observer
+from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.suite import benchmark, headline
-from blockpruner.params import load_params, load_run
+from blockpruner.params import load_params
 from blockpruner.store.files import write_json
 from blockpruner.store.plans import load_plan
-from stages import DATA, TIMINGS, renew_report, run
+from stages import DATA, TIMINGS, renew_report, run, sections
 
 
 def evaluate(name: str, run_name: str, checkpoint: Path) -> None:
-    settings = load_run(run_name)
+    settings = sections(run_name)
+    asked = Evaluate(perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed)
     results = benchmark(
         checkpoint,
         DATA / "models" / run_name,
@@ -24,7 +26,7 @@ def evaluate(name: str, run_name: str, checkpoint: Path) -> None:
         DATA / "results" / name,
         DATA / "evaluations",
         TIMINGS,
-        settings=settings.evaluate,
+        settings=asked,
         dtype=settings.model.dtype,
         trust_remote_code=settings.model.trust_remote_code,
         runtime=load_params().runtime,

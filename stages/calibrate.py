@@ -7,13 +7,12 @@ from blockpruner.core.settings import TaskAnswers
 from blockpruner.inputs.calibration import check_context, draw_in_turn, draw_rows, pack_answers
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.params import load_run
 from blockpruner.store.files import read_json
-from stages import DATA, run
+from stages import DATA, run, sections
 
 
 def main(name: str) -> None:
-    settings = load_run(name)
+    settings = sections(name)
     wanted, checkpoint, sources = settings.calibration, DATA / "models" / name, DATA / "sources" / name
     check_context(wanted.seq_len, read_json(checkpoint / "config.json"), "calibration.seq_len")
     tokenizer = load_tokenizer(checkpoint, settings.model.trust_remote_code)
@@ -25,7 +24,7 @@ def main(name: str) -> None:
     else:
         from blockpruner.evaluation.perplexity import held_out  # loads torch
 
-        evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
+        evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.heldout)
         texts = read_texts(sources / "calibration.parquet")
         rows = draw_rows(texts, tokenizer, wanted, evaluated.documents, observer().note)
     rows.save(DATA / "calibration" / name / "rows.parquet", wanted.data.source)

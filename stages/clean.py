@@ -19,8 +19,8 @@ import yaml
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Params
 from blockpruner.params import load_params, load_set
+from blockpruner.settings import Params
 from blockpruner.store.files import is_orphan, remove
 from blockpruner.store.locks import WORKSPACE, hold, this_process
 from stages import DATA, run

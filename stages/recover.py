@@ -5,30 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Run
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import read_texts
-from blockpruner.params import load_run
+from blockpruner.settings import Sections
 from blockpruner.store.files import replace_directory, write_json
 from blockpruner.store.plans import load_plan
-from stages import DATA, run
+from stages import DATA, run, sections
 
 
-def draw(name: str, settings: Run) -> tuple[CalibrationSet, CalibrationSet | None]:
+def draw(name: str, settings: Sections) -> tuple[CalibrationSet, CalibrationSet | None]:
     """The rows of training and of validation; none holds a text that is evaluated."""
     from blockpruner.evaluation.perplexity import held_out
     from blockpruner.inputs.tokenizers import load_tokenizer
     from blockpruner.recovery.rows import training_rows
 
-    assert settings.recover is not None  # load_params has checked it
+    assert settings.train is not None  # load_params has checked it
     sources, tokenizer = (
         DATA / "sources" / name,
         load_tokenizer(DATA / "models" / name, settings.model.trust_remote_code),
     )
-    evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
+    evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.heldout)
     texts = read_texts(sources / "recover.parquet")
-    rows, validation = training_rows(texts, tokenizer, settings.recover, evaluated.documents, observer().note)
-    observer().note(f"{len(rows.rows)} rows, {rows.tokens} tokens, {settings.recover.epochs} epochs")
+    rows, validation = training_rows(texts, tokenizer, settings.train, evaluated.documents, observer().note)
+    observer().note(f"{len(rows.rows)} rows, {rows.tokens} tokens, {settings.train.epochs} epochs")
     return rows, validation
 
 
@@ -41,11 +40,11 @@ def main(name: str) -> None:
     from blockpruner.recovery.recover import write_recovered
     from stages.materialize import pruning_of
 
-    settings, pruning = load_run(plan.run), pruning_of(plan)
-    assert settings.recover is not None
+    settings, pruning = sections(plan.run), pruning_of(plan)
+    assert settings.train is not None
     pruning = replace(pruning, healed=find_healed([DATA / "compensated" / name], pruning.identity))
     rows, validation = draw(plan.run, settings)
-    write_recovered(out, pruning, settings.recover, rows, validation, DATA / "adapters", observer())
+    write_recovered(out, pruning, settings.train, rows, validation, DATA / "adapters", observer())
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Run
-from blockpruner.params import load_params, load_run
+from blockpruner.params import load_params
 from blockpruner.reporting.report import write_report
 from blockpruner.reporting.results import RunLabels
-from stages import DATA, run
+from blockpruner.settings import Sections
+from stages import DATA, run, sections
 
 
 def origin(source: Any) -> str:
@@ -35,9 +35,9 @@ def name_of(source: Any) -> str:
     return re.sub(r"([.-](gguf|part\d+|q\d\w*(-k)?(-[sml])?))+$", "", Path(place).name, flags=re.IGNORECASE)
 
 
-def labels(settings: Run) -> RunLabels:
-    calibration, evaluate, recover = settings.calibration, settings.evaluate, settings.recover
-    compensate = settings.compensate
+def labels(settings: Sections) -> RunLabels:
+    calibration, heldout, tasks, recover = settings.calibration, settings.heldout, settings.zero_shot, settings.train
+    compensate, acceleration = settings.compensate, next(iter(settings.score.values())).score.acceleration
     up_to = "up to " if calibration.num_samples == "auto" else ""
     return RunLabels(
         name=name_of(settings.model),
@@ -46,10 +46,10 @@ def labels(settings: Run) -> RunLabels:
         + (f"{calibration.num_rows} rows" if calibration.num_rows else f"{up_to}{calibration.samples} samples")
         + f", {calibration.packing}, rows of up to {calibration.seq_len} tokens, scored: {calibration.score}, seed "
         f"{calibration.seed}",
-        heldout=f"{origin(evaluate.perplexity.data)}, rows of {evaluate.perplexity.seq_len} tokens"
-        + (" of documents from their beginning" if evaluate.perplexity.packing == "documents" else ""),
-        tasks=f"{origin(evaluate.zero_shot.data)}; zero-shot, first {evaluate.zero_shot.limit or 'to last'} items, "
-        f"{'with the BOS that the tokenizer adds' if evaluate.zero_shot.bos else 'without BOS'}",
+        heldout=f"{origin(heldout.data)}, rows of {heldout.seq_len} tokens"
+        + (" of documents from their beginning" if heldout.packing == "documents" else ""),
+        tasks=f"{origin(tasks.data)}; zero-shot, first {tasks.limit or 'to last'} items, "
+        f"{'with the BOS that the tokenizer adds' if tasks.bos else 'without BOS'}",
         compensation=f"{origin(compensate.data or calibration.data)}; up to {compensate.num_rows} rows of "
         f"{compensate.seq_len} tokens, perplexity on the {compensate.validation:.0%} held out",
         recovery=f"{recover.title}; "
@@ -57,16 +57,14 @@ def labels(settings: Run) -> RunLabels:
         + f" of {origin(recover.data)}, learning rate {recover.learning_rate:g}, epochs {recover.epochs}"
         if recover
         else "",
-        search={"none": "exact", "lazy+race": "lazy + race"}.get(
-            settings.score.acceleration, settings.score.acceleration
-        ),
+        search={"none": "exact", "lazy+race": "lazy + race"}.get(acceleration, acceleration),
         dtype=settings.model.dtype,
     )
 
 
 def main(_: str) -> None:
     params = load_params()
-    names = {name: labels(load_run(name)) for name in params.runs}
+    names = {name: labels(sections(name)) for name in params.runs}
     show = observer()
     built = [name for name in params.targets if (DATA / "results" / name / "results.json").exists()]
     for name in sorted(set(params.targets) - set(built)):

@@ -24,7 +24,8 @@ from typer import Argument, Option
 from blockpruner import __version__
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
-from blockpruner.core.settings import Perplexity, read_settings
+from blockpruner.core.settings import read_settings
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.methods.recipes import RECOMMENDED, healing, recipe
 
 KEY = re.compile(

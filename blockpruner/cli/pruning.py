@@ -20,24 +20,15 @@ from blockpruner.checks import check_run
 from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.errors import InputError, MissingPackageError, missing
 from blockpruner.core.families import FAMILIES, Config, count_parameters
+from blockpruner.core.healing_settings import Recover
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, duration
-from blockpruner.core.settings import (
-    Calibration,
-    HubModel,
-    HubTexts,
-    LocalModel,
-    LocalTexts,
-    Perplexity,
-    Recover,
-    Run,
-    Runtime,
-    TaskAnswers,
-    read_settings,
-)
+from blockpruner.core.settings import HubModel, HubTexts, LocalModel, LocalTexts, Runtime, TaskAnswers, read_settings
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import CalibrationSet, check_context, draw_rows
 from blockpruner.inputs.checkpoints import TOKENIZER_FILES, checkpoint_identity, fetch_checkpoint, fetch_config
 from blockpruner.inputs.hub import HubError
+from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.commit import commit_run
@@ -45,6 +36,7 @@ from blockpruner.methods.recipes import rival, settled
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material, score_run
 from blockpruner.reporting.formats import size
+from blockpruner.settings import Run
 from blockpruner.store.files import read_json, write_text
 from blockpruner.store.manifest import REPORT_FILE, require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, save_plan

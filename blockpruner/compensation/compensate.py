@@ -16,9 +16,10 @@ from blockpruner.compensation.methods import COMPENSATIONS
 from blockpruner.compensation.streams import Streams
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
+from blockpruner.core.healing_settings import Compensate
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Compensate, TaskAnswers, Texts
+from blockpruner.core.settings import TaskAnswers, Texts
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import save_healed

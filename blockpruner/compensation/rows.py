@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from blockpruner.core.settings import Calibration, Compensate
+from blockpruner.core.healing_settings import Compensate
 from blockpruner.inputs.calibration import CalibrationSet, fill_rows, without_evaluated
+from blockpruner.inputs.settings import Calibration
 
 
 def compensation_rows(

@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, WikiText, ZeroShot
+from blockpruner.core.settings import Runtime
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.samples import NEW_TOKENS, PROMPTS, answer
+from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, WikiText, ZeroShot
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored, write_timings
 from blockpruner.evaluation.tasks import task_digest

@@ -9,7 +9,7 @@ from typing import Any
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.settings import Score
+from blockpruner.scoring.settings import Score
 
 
 @dataclass(frozen=True)

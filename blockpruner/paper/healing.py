@@ -19,8 +19,9 @@ from blockpruner import versions
 from blockpruner.compensation.compensate import compensate
 from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.errors import InputError
+from blockpruner.core.healing_settings import Recover
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Recover, Run, TaskAnswers, Texts
+from blockpruner.core.settings import TaskAnswers, Texts
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import Healed, find_healed, save_healed
@@ -28,6 +29,7 @@ from blockpruner.paper.experiments import Cure, cures
 from blockpruner.paper.studies import StudyTexts, load_plans
 from blockpruner.recovery.recover import recover
 from blockpruner.recovery.rows import training_rows
+from blockpruner.settings import Run
 from blockpruner.store.files import read_json, replace_directory, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 

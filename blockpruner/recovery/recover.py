@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from blockpruner.core.healing_settings import Recover
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests, save_healed

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Calibration, Recover
+from blockpruner.core.healing_settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet, draw, fill_rows, pack_rows, without_evaluated
+from blockpruner.inputs.settings import Calibration
 
 
 def training_rows(

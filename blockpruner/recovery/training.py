@@ -27,8 +27,8 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.core.healing_settings import Recover
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers

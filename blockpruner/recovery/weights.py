@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
-from blockpruner.core.settings import Recover
+from blockpruner.core.healing_settings import Recover
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from scipy import special
 
 from blockpruner.core.blocks import Mask
 from blockpruner.core.families import Costs
-from blockpruner.core.settings import Score
 from blockpruner.scoring.objectives import MaskScore, Objective
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.stability import differences, is_decided
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from blockpruner.core.errors import InputError
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.registry import Registry
-from blockpruner.core.settings import Score
 from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
+from blockpruner.scoring.settings import Score
 from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.contiguous import contiguous
 from blockpruner.search.evopress import EvoPressOptions, evopress

@@ -10,8 +10,8 @@ from benchmarks.scoring import TEXT
 from benchmarks.serving import nothing_removed
 from blockpruner.compensation.compensate import write_compensated
 from blockpruner.compensation.rows import compensation_rows
+from blockpruner.core.healing_settings import Compensate, Recover
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Compensate, Recover
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.healed import find_healed

@@ -11,14 +11,17 @@ import pytest
 from blockpruner.core.blocks import all_blocks, removable_units
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
-from blockpruner.core.settings import Calibration, Run, Score, read_settings
+from blockpruner.core.settings import read_settings
 from blockpruner.inputs.calibration import CalibrationSet, draw_rows
+from blockpruner.inputs.settings import Calibration
 from blockpruner.scoring.accelerate import accelerate
 from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.stability import REGRET, differences, is_decided
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem
 from blockpruner.search.trace import read_trace
+from blockpruner.settings import Run
 from blockpruner.store.trials import TrialStore
 from tests.builders import FakeScorer, scored, short_rows, small_config
 from tests.tiny import tiny_tokenizer

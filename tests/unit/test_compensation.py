@@ -15,8 +15,8 @@ from blockpruner.compensation.ridge import Moments, best_change
 from blockpruner.compensation.streams import Streams, stops_of
 from blockpruner.core.blocks import format_mask, parse_mask
 from blockpruner.core.errors import InputError
+from blockpruner.core.healing_settings import CompensationMethod
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import CompensationMethod
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import decoder_layers, masked, model_family, prune_
 from blockpruner.scoring.walk import steps_of

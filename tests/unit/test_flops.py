@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from benchmarks.shapes import random_rows
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Recover
+from blockpruner.core.healing_settings import Recover
 from blockpruner.model.models import decoder_layers, masked
 from blockpruner.paper.flops import Flops
 from blockpruner.recovery.loss import TrainingLoss

@@ -18,10 +18,10 @@ from blockpruner.core.settings import HubTexts, TaskAnswers
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.healed import save_healed
-from blockpruner.params import load_run
+from blockpruner.params import load_run, load_sections
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.plans import save_plan
-from stages import calibrate, compensate, materialize, recover
+from stages import calibrate, compensate, materialize, recover, settings
 from tests.golden import unverified
 from tests.integration.project import sentence
 from tests.plans import SOMEONE, fetch_tiny, plan_of, pruning
@@ -59,6 +59,7 @@ def project(tmp_path, monkeypatch):
     write_json(Path("runs/tiny.yaml"), run)
     targets = {"t": {"run": "tiny", "budget": "4blocks", "recover": True}}
     write_json(Path("params.yaml"), {"runs": ["tiny"], "targets": targets, "runtime": {"device": "cpu"}})
+    settings.main("tiny")
     for role, first, last in (("recover", 0, 20), ("calibration", 0, 60), ("perplexity", 55, 70)):
         write_texts(Path(f"data/sources/tiny/{role}.parquet"), [text_of(i) for i in range(first, last)])
     ROWS.save(Path("data/calibration/tiny/rows.parquet"), "here")
@@ -99,6 +100,7 @@ def test_calibration_sees_nothing_that_is_evaluated(project, capfd):
     run = read_json(Path("runs/tiny.yaml"))
     run["calibration"] |= {"num_samples": 55, "num_rows": None, "packing": "per_sample", "score": "all"}
     write_json(Path("runs/tiny.yaml"), run)
+    settings.main("tiny")
     calibrate.main("tiny")
     rows = CalibrationSet.load(Path("data/calibration/tiny/rows.parquet")).rows
     assert sorted(map(tiny_tokenizer().decode, rows)) == sorted(map(text_of, range(55)))
@@ -106,7 +108,7 @@ def test_calibration_sees_nothing_that_is_evaluated(project, capfd):
 
 
 def test_compensation_sees_nothing_that_is_evaluated(project):
-    rows = compensate.rows_of("tiny", load_run("tiny"), ROWS)
+    rows = compensate.rows_of("tiny", load_sections("tiny"), ROWS)
     text = tiny_tokenizer().decode([token for row in rows.rows for token in row])
     assert {len(row) for row in rows.rows} == {32} and len(rows.rows) == 24
     drawn = [number for number in range(60) if text_of(number) in text]
@@ -115,7 +117,7 @@ def test_compensation_sees_nothing_that_is_evaluated(project):
 
 def test_compensation_takes_the_texts_that_there_are(project):
     """Fewer than the run asks for; of a run that is calibrated on answers all tokens of these."""
-    run = load_run("tiny")
+    run = load_sections("tiny")
     few = run.model_copy(update={"compensate": run.compensate.model_copy(update={"num_rows": 10_000})})
     assert 24 < len(compensate.rows_of("tiny", few, ROWS).rows) < 200
     answers = run.calibration.model_copy(update={"data": TaskAnswers(source="tasks", tasks=("piqa",))})

@@ -7,11 +7,11 @@ import torch
 
 from blockpruner.core.blocks import BlockKind, all_blocks, parse_mask
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Task
 from blockpruner.search.registry import request
 from blockpruner.search.trace import read_trace

@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.core.healing_settings import Recover
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Recover
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_
 from blockpruner.recovery import loss, training
