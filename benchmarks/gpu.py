@@ -35,7 +35,7 @@ from benchmarks.scoring import full_forward, matrix_rate
 from benchmarks.shapes import MODELS, random_model, random_rows
 from blockpruner.api import Pruned, prune
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, all_blocks
-from blockpruner.core.settings import Speed
+from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, prune_, resolve_device, shared_copy

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from benchmarks.shapes import random_model, random_rows
 from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Config
-from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.texts import read_texts
@@ -35,6 +34,7 @@ from blockpruner.paper.flops import Flops
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem

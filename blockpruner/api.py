@@ -22,8 +22,9 @@ from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, stderr_observer
-from blockpruner.core.settings import Perplexity, Run, read_settings
+from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, drop_code_, licence_beside
 from blockpruner.methods.apply import Pruning
@@ -38,6 +39,7 @@ from blockpruner.scoring.stability import Stability
 from blockpruner.search.iteration import Iteration, stabilities
 from blockpruner.search.registry import SEARCHES, Search
 from blockpruner.search.trace import Current, read_trace, trace_directory
+from blockpruner.settings import Run
 from blockpruner.store.files import write_json, write_text
 from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE
 from blockpruner.store.provenance import fingerprint
@@ -254,8 +256,7 @@ def prune(
         source = {"source": "path", "path": IN_MEMORY}
         run = read_settings(
             Run,
-            {"model": source}
-            | sections(name, data=source, calibration=drawn, score=changed, compensate=compensate),
+            {"model": source} | sections(name, data=source, calibration=drawn, score=changed, compensate=compensate),
         )
         check_run(run)
         _require_masks(run, measure)
@@ -281,8 +282,11 @@ def _prune(
     observer: Observer,
 ) -> Pruned:
     base, config = _Base(model.config.to_json_string(use_diff=False), model.name_or_path), model.config.to_dict()
-    method = compensation(run)
-    rows = pipeline.calibrate(run, pipeline.Pool(texts), tokenizer, config, observer.note, at_most=True)
+    method = compensation(run.compensate, run.score.method)
+    judged, pool = len(searches(run.score)) > 1, pipeline.Pool(texts)
+    rows = pipeline.calibrate(
+        run.calibration, run.compensate, None, pool, tokenizer, config, observer.note, judged=judged, at_most=True
+    )
     if method != "none" and len(rows.fit.rows) < 2:
         raise InputError(
             f"compensate {method} is fitted to rows of {run.compensate.seq_len} tokens and checked on others, and the "

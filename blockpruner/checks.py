@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import CompensationMethod, Run
 from blockpruner.evaluation.benchmarks import BENCHMARKS
+from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import check_score, kind_of_method
 from blockpruner.scoring.metrics import METRICS, NLL
+from blockpruner.scoring.settings import Score
 from blockpruner.search.registry import SEARCHES
+from blockpruner.settings import Run, Target, score_of
 
 
 def check_run(run: Run) -> None:
@@ -17,18 +19,23 @@ def check_run(run: Run) -> None:
     Raises:
         InputError: names the value, the valid ones and the fix.
     """
-    kind = check_score(run.score)
-    require_exports(run.export, kind, run.model.dtype)
+    for score in searches(run.score).values():
+        _check_search(run, score)
     for task in run.evaluate.zero_shot.tasks:
         BENCHMARKS[task]
-    check_compensation(run, run.compensate.method)
-    metric, source = METRICS[run.score.metric], run.calibration.data.source
+
+
+def _check_search(run: Run, score: Score) -> None:
+    kind = check_score(score)
+    require_exports(run.export, kind, run.model.dtype)
+    check_compensation(score, compensation(run.compensate, run.score.method))
+    metric, source = METRICS[score.metric], run.calibration.data.source
     if metric.answers and source != "tasks":
         raise InputError(
             f"score.metric: {metric.name} needs the answers of items, and calibration.data.source: {source} has "
             f"texts; set calibration.data.source: tasks, or score.metric: {NLL.name}"
         )
-    asks = kind.removes_blocks and SEARCHES[run.score.method].asks != "nothing"
+    asks = kind.removes_blocks and SEARCHES[score.method].asks != "nothing"
     if asks and source == "tasks" and metric == NLL:
         raise InputError(
             f"score.metric: {metric.name} of answers given their questions is answer_likelihood; with "
@@ -36,10 +43,31 @@ def check_run(run: Run) -> None:
         )
 
 
-def check_compensation(run: Run, method: CompensationMethod) -> None:
-    """Refuse compensation after a method that leaves no holes; raises InputError."""
-    if method != "none" and not kind_of_method(run.score.method).removes_blocks:
+def check_target(run: Run, target: Target) -> None:
+    """Refuse keys of a target that do not fit its run; raises InputError."""
+    found = searches(score_of(run, target.method)).values()
+    for score in found:
+        check_score(score)
+        check_compensation(score, target.compensate or "none")
+    if target.train and run.train is None:
         raise InputError(
-            f"compensate: {method} is for methods that remove blocks, and score.method: {run.score.method} changes "
-            "weights; set compensate: none, or another score.method"
-        )
+            f"train: true needs a train section in runs/{target.run}.yaml; add one (train: {{}} is the paper's "
+            "recipe), or set train: false",
+            rule="no-recipe-of-training", key="train", value=True,
+        )  # fmt: skip
+    if target.push and target.push.format not in run.export:
+        raise InputError(
+            f"push.format: {target.push.format} is not written; set it to one of {', '.join(run.export)}, or add it to "
+            f"export of runs/{target.run}.yaml",
+            rule="pushes-nothing", key="push.format", value=target.push.format,
+        )  # fmt: skip
+
+
+def check_compensation(score: Score, method: str) -> None:
+    """Refuse compensation after a method that leaves no holes; raises InputError."""
+    if method != "none" and not kind_of_method(score.method).removes_blocks:
+        raise InputError(
+            f"compensate: {method} is for methods that remove blocks, and score.method: {score.method} changes "
+            "weights; set compensate: none, or another score.method",
+            rule="compensates-no-holes", key="compensate", value=method,
+        )  # fmt: skip

@@ -1,6 +1,6 @@
 """params.yaml and runs/*.yaml, read and checked.
 
-Only stages and flows read these files. Everything else gets the values of `core.settings`.
+Only stages and flows read these files. Everything else gets the values of `settings`.
 `python -m blockpruner.params` writes runs/schema.json, by which editors complete and check run files.
 """
 
@@ -13,43 +13,29 @@ from typing import Any
 
 import yaml
 
-from blockpruner.checks import check_compensation, check_run
-from blockpruner.core.errors import InputError
+from blockpruner.checks import check_run, check_target
+from blockpruner.core.errors import InputError, named
 from blockpruner.core.sets import Sets, StudySet
-from blockpruner.core.settings import NAME, Params, Run, T, read_settings, shorten
+from blockpruner.core.settings import NAME, read_settings
+from blockpruner.methods.registry import method_names, options_model
+from blockpruner.settings import Params, Run, Sections, resolve
 from blockpruner.store.files import write_text
 
 NO_RUNS = frozenset({"dvc", "sets", "sources"})
 """Files of runs/ that are something else: the pipeline of studies, the sets of them, and sources by name."""
 
-DEPTH, VALUES = 32, 100_000
-"""How deep a file of settings nests at most, and how many values it holds."""
-
 SOURCES = "sources.yaml"
-KINDS = ("pypi", "pypi-parts", "hub", "path", "tasks", "mix")
-"""Kinds of source: what `source` may be beside a name in runs/sources.yaml."""
+KINDS_OF_SOURCE = ("pypi", "pypi-parts", "hub", "path", "tasks", "mix")
+"""What `source` may be beside a name in runs/sources.yaml."""
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read params.yaml; raises InputError that names file, key, value and the valid ones."""
-    params = _load(path, Params)
+    params = read_settings(Params, _read(path), f"{path}: ")
     for name, target in params.targets.items():
-        if target.train and load_run(target.run).train is None:
-            raise InputError(
-                f"{path}: target {name!r} has train: true, but runs/{target.run}.yaml has no train section; add "
-                "one (train: {} is the paper's recipe), or set train: false"
-            )
-        if target.compensate not in (None, "none"):
-            try:
-                check_compensation(load_run(target.run), target.compensate)
-            except InputError as error:
-                raise InputError(f"{path}: target {name!r}: {error}") from None
-        formats = load_run(target.run).export if target.push else ()
-        if target.push and target.push.format not in formats:
-            raise InputError(
-                f"{path}: target {name!r} pushes {target.push.format}, and what is written of it is "
-                f"{', '.join(formats)}; set push.format to one of them, or add it to export of runs/{target.run}.yaml"
-            )
+        if target.needs_its_run:
+            with named(f"{path}: target {name!r}: "):
+                check_target(load_run(target.run), target)
     return params
 
 
@@ -63,22 +49,23 @@ def load_run(name: str, directory: Path = Path("runs"), text: str | None = None)
     Args:
         text: what the file is going to hold; None: it is there.
     """
-    if name in NO_RUNS:
-        raise InputError(f"run name {name!r} is taken: runs/{name}.yaml is no run")
-    if not NAME.fullmatch(name):
-        raise InputError(
-            f"run name {shorten(name)!r} is not valid: at most 100 letters, digits, '.', '_' and '-', no path"
-        )
+    if name in NO_RUNS or not NAME.fullmatch(name):
+        message = f"run name {name!r} is not valid: at most 100 letters, digits, '_' and '-', and none of "
+        raise InputError(message + ", ".join(sorted(NO_RUNS)), rule="run-name", value=name)
     path = directory / f"{name}.yaml"
     if text is None and not path.exists():
         known = ", ".join(run_names(directory)) or "none"
-        raise InputError(f"run {name!r} is unknown: {path} does not exist; existing runs: {known}")
+        message = f"run {name!r} is unknown: {path} does not exist; existing runs: {known}"
+        raise InputError(message, rule="unknown-run", value=name)
     run = read_settings(Run, _with_sources(_read(path, text), named_sources(directory), path), f"{path}: ")
-    try:
+    with named(f"{path}: "):
         check_run(run)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
     return run
+
+
+def load_sections(run: str) -> Sections:
+    """The settings of a run as its stages read them, from the files of the current folder."""
+    return resolve(load_run(run), load_params().targets_of(run))
 
 
 def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
@@ -93,7 +80,7 @@ SETS = Path("runs/sets.yaml")
 
 def load_sets(path: Path = SETS) -> dict[str, StudySet]:
     """The sets by name, from runs/sets.yaml."""
-    return _load(path, Sets).root
+    return read_settings(Sets, _read(path), f"{path}: ").root
 
 
 def load_set(name: str, path: Path = SETS) -> dict[str, Run]:
@@ -106,10 +93,6 @@ def load_set(name: str, path: Path = SETS) -> dict[str, Run]:
         if settings.study is None:
             raise InputError(f"{path}: set {name!r} names {run!r}, and runs/{run}.yaml has no study section; add one")
     return runs
-
-
-def _load(path: Path, model: type[T]) -> T:
-    return read_settings(model, _read(path), f"{path}: ")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -127,50 +110,27 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _read(path: Path, text: str | None = None) -> Any:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=_UniqueKeys)
-        _count(values, {})
+        return yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=_UniqueKeys)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; run in the project folder") from None
-    except RecursionError:
-        raise InputError(
-            f"{path} is not valid: it is nested too deep; a run file needs {DEPTH} levels at most"
-        ) from None
+        raise InputError(f"{path} does not exist; run in the project folder", rule="no-file", value=path) from None
     except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and numbers and dates that are none
-        raise InputError(f"{path} is not valid YAML: {shorten(' '.join(str(error).split()))}") from error
-    return values
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}", rule="yaml") from error
 
 
-def _count(value: Any, known: dict[int, int], depth: int = 0) -> int:
-    """How many values there are, each alias counted as what it stands for; refuses what is no settings file."""
-    if depth > DEPTH:
-        raise RecursionError
-    if not isinstance(value, dict | list | tuple | set):
-        if isinstance(value, int) and value.bit_length() > 64:
-            raise ValueError(f"a number has {value.bit_length()} bits; numbers here have 64 at most")
-        return 1
-    if id(value) not in known:
-        inner = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_count(part, known, depth + 1) for part in inner)
-    if known[id(value)] > VALUES:
-        raise ValueError(f"it stands for more than {VALUES} values; write no aliases of aliases")
-    return known[id(value)]
-
-
-def _with_sources(values: Any, named: Mapping[str, Any], path: Path) -> Any:
+def _with_sources(values: Any, sources: Mapping[str, Any], path: Path) -> Any:
     """The values of a run file with the keys of each named source in place of its name."""
     if isinstance(values, list):
-        return [_with_sources(value, named, path) for value in values]
+        return [_with_sources(value, sources, path) for value in values]
     if not isinstance(values, dict):
         return values
-    source, found = values.get("source"), {key: _with_sources(value, named, path) for key, value in values.items()}
-    if not isinstance(source, str) or source in KINDS:
+    source, found = values.get("source"), {key: _with_sources(value, sources, path) for key, value in values.items()}
+    if not isinstance(source, str) or source in KINDS_OF_SOURCE:
         return found
-    if source not in named:
-        raise InputError(
-            f"{path}: source {source!r} is unknown; valid: {', '.join(KINDS)}, or a name in {path.parent / SOURCES}: "
-            f"{', '.join(named) or 'none'}"
-        )
-    return {**named[source], **{key: value for key, value in found.items() if key != "source"}}
+    if source not in sources:
+        valid = f"{', '.join(KINDS_OF_SOURCE)}, or a name in {path.parent / SOURCES}: {', '.join(sources) or 'none'}"
+        message = f"{path}: source {source!r} is unknown; valid: {valid}"
+        raise InputError(message, rule="unknown-source", key="source", value=source)
+    return {**sources[source], **{key: value for key, value in found.items() if key != "source"}}
 
 
 def run_schema(named: Collection[str]) -> dict[str, Any]:
@@ -182,6 +142,15 @@ def run_schema(named: Collection[str]) -> dict[str, Any]:
         "required": ["source"],
         "type": "object",
     }
+    score = found["$defs"]["Score"]
+    score["properties"]["method"]["enum"] = ["blockpruner", *method_names()]
+    score["allOf"] = [  # the options of each method
+        {
+            "if": {"properties": {"method": {"const": name}}},
+            "then": {"properties": {"options": options_model(name).model_json_schema()}},
+        }
+        for name in method_names()
+    ]
     parts = [*found["$defs"].values(), found]
     for field in (field for part in parts for field in part.get("properties", {}).values()):
         field = field.get("items", field)

@@ -10,7 +10,7 @@ form. Torch is loaded by the steps that compute.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Compensate, Perplexity, Run, Score, TaskAnswers, Train
+from blockpruner.evaluation.settings import Evaluate, Perplexity
+from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import (
     Answer,
     CalibrationSet,
@@ -28,16 +29,20 @@ from blockpruner.inputs.calibration import (
     pack_answers,
     sharing,
 )
+from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import proposals, searches
 from blockpruner.methods.score import score_run
+from blockpruner.scoring.settings import Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from blockpruner.evaluation.suite import Checkpoint, InMemory
     from blockpruner.healing.choice import Healing
     from blockpruner.methods.apply import Pruning
+    from blockpruner.reporting.results import RunLabels
 
 NONE = CalibrationSet(())
 
@@ -72,23 +77,35 @@ class Rows:
     validation: CalibrationSet = NONE
     """The rows that choose the best state of training."""
 
+    def save(self, folder: Path, source: str) -> None:
+        for part in fields(self):
+            getattr(self, part.name).save(folder / f"{part.name}.parquet", source)
+
+    @classmethod
+    def load(cls, folder: Path, *parts: str) -> Rows:
+        """Read some parts, or all."""
+        names = parts or [part.name for part in fields(cls)]
+        return cls(**{name: CalibrationSet.load(folder / f"{name}.parquet") for name in names})
+
 
 def calibrate(
-    run: Run,
+    wanted: Calibration,
+    compensate: Compensate,
+    train: Train | None,
     pool: Pool,
     tokenizer: Any,
     config: Config,
     note: Callable[[str], object],
     *,
-    judged: bool | None = None,
+    judged: bool,
     at_most: bool = False,
 ) -> Rows:
     """Draw every row of a run.
 
     Args:
-        config: of the dense model; rows of compensation are no longer than its context.
+        config: of the dense model; rows of the compensation are no longer than its context.
         note: receives what was left out.
-        judged: whether rows are set aside to judge between proposals; None: where the run's recipe has several.
+        judged: whether rows are set aside to judge between proposals.
         at_most: fewer rows than are asked for will do.
 
     Raises:
@@ -96,32 +113,33 @@ def calibrate(
     """
     from blockpruner.healing.rows import compensation_rows, training_rows
 
-    wanted, answers = run.calibration, isinstance(run.calibration.data, TaskAnswers)
-    context = config.get("max_position_embeddings") or run.compensate.seq_len
-    fit_texts = pool.fit if pool.fit is not None else (() if answers else pool.search)
-    assert not isinstance(fit_texts, Mapping)
+    context = config.get("max_position_embeddings") or compensate.seq_len
+    answers = pool.search if isinstance(pool.search, Mapping) else None
+    texts = pool.fit if pool.fit is not None else (() if answers else pool.search)
+    assert not isinstance(texts, Mapping)
     judge, reserved = NONE, set[str]()
-    if len(searches(run.score)) > 1 if judged is None else judged:
-        judge, reserved = _set_aside(run, fit_texts, tokenizer, context, pool.evaluated, note)
+    if judged and texts:
+        judge, reserved = _set_aside(compensate, texts, tokenizer, context, pool.evaluated, note)
     if isinstance(pool.search, Mapping):
-        found = pack_answers(draw_in_turn(pool.search, wanted.num_samples, wanted.seed), tokenizer, wanted.seq_len)
-        fit = CalibrationSet(tuple(tuple(max(t, ~t) for t in row) for row in found.rows[: run.compensate.num_rows]))
+        drawn = draw_in_turn(pool.search, wanted.num_samples, wanted.seed)
+        search = pack_answers(drawn, tokenizer, wanted.seq_len)
     else:
-        found = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
-        fit = NONE
-    if fit_texts:
-        fit = compensation_rows(fit_texts, tokenizer, run.compensate, pool.evaluated, context, reserved)
-    rows = Rows(found, fit, judge)
-    if run.train is None or pool.train is None:
+        search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
+    if texts:
+        fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved)
+    else:  # the answers, with every token scored
+        fit = CalibrationSet(tuple(tuple(max(t, ~t) for t in row) for row in search.rows[: compensate.num_rows]))
+    rows = Rows(search, fit, judge)
+    if train is None or pool.train is None:
         return rows
-    train, validation = training_rows(
-        pool.train, tokenizer, run.train, pool.evaluated, note, at_most=at_most, reserved=reserved
+    trained, validation = training_rows(
+        pool.train, tokenizer, train, pool.evaluated, note, at_most=at_most, reserved=reserved
     )
-    return replace(rows, train=train, validation=validation or NONE)
+    return replace(rows, train=trained, validation=validation or NONE)
 
 
 def _set_aside(
-    run: Run,
+    wanted: Compensate,
     texts: Sequence[str],
     tokenizer: Any,
     context: int,
@@ -132,7 +150,6 @@ def _set_aside(
     paragraph with one. They are the last ones of the order in which texts are drawn, so that first draws stay."""
     from blockpruner.evaluation.perplexity import held_out
 
-    wanted = run.compensate
     known = sharing(texts, evaluated)
     order = [text for text in draw(texts, None, "all", wanted.seed) if text not in known]
     last = order[len(order) - len(order) // JUDGING :]
@@ -242,9 +259,7 @@ def heal(
     return choose(dense, plans, rows.fit, held_out, rows.judge, rows.search, observer)
 
 
-def train(
-    pruning: Pruning, wanted: Train, rows: Rows, states: Path, out: Path, observer: Observer
-) -> None:
+def train(pruning: Pruning, wanted: Train, rows: Rows, states: Path, out: Path, observer: Observer) -> None:
     """Train the model of a plan, from its compensated weights on: its weights and facts at `out`.
 
     Args:
@@ -281,3 +296,30 @@ def exported(form: str, place: Path) -> dict[str, Any]:
     seen = read_json(report) if report.exists() else {}  # a format of another package may have none
     facts = {"format": form, "path": str(place), "for": engines}
     return facts | {"verified": bool(seen.get("ok")), "verified_by": seen.get("engine", ", ".join(engines))}
+
+
+def measure(
+    subject: Checkpoint | InMemory,
+    dense: Checkpoint,
+    sources: Path,
+    out: Path,
+    store: Path,
+    *,
+    plan: Plan | None,
+    settings: Evaluate,
+    observer: Observer,
+) -> dict[str, float | int | None]:
+    """Measure perplexity, tasks and speed of a model, as `evaluation.suite.benchmark`; returns its main figures."""
+    from blockpruner.evaluation.suite import benchmark, headline
+
+    found = benchmark(subject, dense, sources, out, store, plan=plan, settings=settings, observer=observer)
+    return headline(found, plan)
+
+
+def report(
+    out: Path, title: str, targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path, plots: bool
+) -> None:
+    """Write the page on measured targets, as `reporting.report.write_report`."""
+    from blockpruner.reporting.report import write_report
+
+    write_report(out, title, targets, labels, data, plots)

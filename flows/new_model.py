@@ -23,27 +23,18 @@ from pydantic.json_schema import SkipJsonSchema
 
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import (
-    NAME,
-    Calibration,
-    CompensationMethod,
-    Frozen,
-    HubModel,
-    HubTexts,
-    LocalModel,
-    LocalTexts,
-    Model,
-    Run,
-    Texts,
-    ZeroShot,
-)
+from blockpruner.core.settings import NAME, Frozen, HubModel, HubTexts, LocalModel, LocalTexts, Model, Texts
+from blockpruner.evaluation.settings import ZeroShot
+from blockpruner.healing.settings import CompensationMethod
 from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.checkpoints import fetch_config
+from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.recipes import RECIPES, RECOMMENDED, recipe
 from blockpruner.methods.registry import method_names
 from blockpruner.paper.estimates import forecast
 from blockpruner.paper.shapes import find_config
 from blockpruner.params import load_run, named_sources
+from blockpruner.settings import Run
 from blockpruner.store.files import write_text
 from flows.dvc import require_remote
 from flows.phases import artifact_key

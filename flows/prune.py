@@ -34,7 +34,7 @@ from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import OBSERVER_VARIABLE
-from blockpruner.core.settings import CompensationMethod
+from blockpruner.healing.settings import CompensationMethod
 from blockpruner.store.locks import this_process
 from flows import dvc, phases, tracking
 from flows.observer import TASK_VARIABLE

@@ -20,12 +20,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from blockpruner.core.budgets import read_budget
+from blockpruner.core.budgets import budget_name, read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.settings import CompensationMethod, Frozen, Params, Run
+from blockpruner.core.settings import Frozen
+from blockpruner.healing.settings import CompensationMethod
 from blockpruner.methods.registry import require_budgets
 from blockpruner.params import load_params, load_run, load_set, load_sets, run_names
+from blockpruner.settings import Params, Run
 from blockpruner.store.files import read_json, write_text
 from blockpruner.store.manifest import SOURCE_FILE
 from flows.dvc import require_remote
@@ -206,7 +208,7 @@ def choose(selection: Selection) -> Chosen:
     for run, budget in ((run, budget) for run in runs for budget in selection.budgets):
         name = known.get((run, read_budget(budget)))
         if name is None:
-            name = known[run, read_budget(budget)] = f"{run}-{budget}{ending}"
+            name = known[run, read_budget(budget)] = f"{run}-{budget_name(budget)}{ending}"
             if name in params.targets:
                 raise InputError(
                     f"{PARAMS}: target {name!r} exists with budget {params.targets[name].budget!r} of run "

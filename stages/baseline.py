@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from stages import run
-from stages.benchmark import evaluate
+from stages.benchmark import dense_of, measure
 
 
 def main(name: str) -> None:
-    evaluate(f"{name}-dense", name)
+    dense = dense_of(name)
+    measure(f"{name}-dense", name, dense, dense, None)
 
 
 if __name__ == "__main__":

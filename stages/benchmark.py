@@ -1,41 +1,43 @@
-"""benchmark <target>: perplexity, zero-shot tasks and speed of a pruned checkpoint, at data/evidence/<target>."""
+"""benchmark <target>: perplexity, zero-shot tasks and speed of a pruned model, at data/evidence/<target>.
+
+The model is the checkpoint that transformers loads; without one it is made in memory.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from blockpruner import pipeline
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer
-from blockpruner.evaluation.suite import Checkpoint, benchmark, headline
+from blockpruner.evaluation.settings import Evaluate
+from blockpruner.evaluation.suite import Checkpoint, InMemory
 from blockpruner.model.models import set_threads
-from blockpruner.params import load_params, load_run
+from blockpruner.params import load_params
 from blockpruner.store.files import write_json
-from blockpruner.store.plans import load_plan
-from stages import DATA, run
+from stages import DATA, run, sections
+from stages.materialize import healed_of
 
 
-def evaluate(name: str, run_name: str, plan: Plan | None = None, checkpoint: Path | None = None) -> None:
-    """Measure the dense model of a run, or a checkpoint that a plan made of it."""
-    settings, runtime = load_run(run_name), load_params().runtime
+def dense_of(name: str) -> Checkpoint:
+    """The dense model of a run."""
+    runtime, model = load_params().runtime, sections(name).model
     set_threads(runtime.threads)
-    model = settings.model
-    dense = Checkpoint(DATA / "models" / run_name, model.dtype, runtime.device, model.trust_remote_code)
-    results = benchmark(
-        dense.export(checkpoint) if checkpoint else dense,
-        dense,
-        DATA / "sources" / run_name,
-        DATA / "evidence" / name,
-        DATA / "evaluations",
-        plan=plan,
-        settings=settings.evaluate,
-        observer=observer(),
-    )
-    write_json(DATA / "metrics" / f"{name}.json", headline(results, plan))
+    return Checkpoint(DATA / "models" / name, model.dtype, runtime.device, model.trust_remote_code)
+
+
+def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Checkpoint, plan: Plan | None) -> None:
+    settings = sections(run_name)
+    asked = Evaluate(perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed)
+    places = (DATA / "sources" / run_name, DATA / "evidence" / name, DATA / "evaluations")
+    figures = pipeline.measure(subject, dense, *places, plan=plan, settings=asked, observer=observer())
+    write_json(DATA / "metrics" / f"{name}.json", figures)
 
 
 def main(name: str) -> None:
-    plan = load_plan(DATA / "plans" / name / "plan.json")
-    evaluate(name, plan.run, plan, DATA / "checkpoints" / name / "hf")
+    pruning = healed_of(name)
+    plan, place = pruning.plan, DATA / "checkpoints" / name / "hf"
+    dense = dense_of(plan.run)
+    subject = dense.export(place) if place.exists() else InMemory(dense, plan, pruning.rows, pruning.healed)
+    measure(name, plan.run, subject, dense, plan)
 
 
 if __name__ == "__main__":

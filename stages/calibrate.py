@@ -1,36 +1,40 @@
-"""calibrate <run>: token rows of the calibration set, at data/calibration/<run>/rows.parquet."""
+"""calibrate <run>: every token row of a run, at data/calibration/<run>: search, fit, judge, train, validation."""
 
 from __future__ import annotations
 
+from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import TaskAnswers
-from blockpruner.inputs.calibration import check_context, draw_in_turn, draw_rows, pack_answers
+from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.params import load_run
+from blockpruner.methods.recipes import searches
 from blockpruner.store.files import read_json
-from stages import DATA, run
+from stages import DATA, run, sections
 
 
 def main(name: str) -> None:
-    settings = load_run(name)
-    wanted, checkpoint, sources = settings.calibration, DATA / "models" / name, DATA / "sources" / name
-    check_context(wanted.seq_len, read_json(checkpoint / "config.json"), "calibration.seq_len")
+    from blockpruner.evaluation.perplexity import held_out  # loads torch
+
+    settings, checkpoint, sources = sections(name), DATA / "models" / name, DATA / "sources" / name
+    wanted, config, note = settings.calibration, read_json(checkpoint / "config.json"), observer().note
+    check_context(wanted.seq_len, config, "calibration.seq_len")
     tokenizer = load_tokenizer(checkpoint, settings.model.trust_remote_code)
-    if isinstance(wanted.data, TaskAnswers):
+    texts = {path.stem: read_texts(path) for path in sources.glob("*.parquet")}
+    evaluated = held_out(tokenizer, texts["perplexity"], settings.heldout).documents
+    answers = settings.sources.answers
+    if answers is not None:
         from blockpruner.evaluation.zero_shot import gold_answers  # loads lm-eval
 
-        tasks = {task: gold_answers(task, sources / "tasks", wanted.data.skip) for task in wanted.data.tasks}
-        rows = pack_answers(draw_in_turn(tasks, wanted.num_samples, wanted.seed), tokenizer, wanted.seq_len)
-    else:
-        from blockpruner.evaluation.perplexity import held_out  # loads torch
-
-        evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
-        texts = read_texts(sources / "calibration.parquet")
-        rows = draw_rows(texts, tokenizer, wanted, evaluated.documents, observer().note)
-    rows.save(DATA / "calibration" / name / "rows.parquet", wanted.data.source)
-    counts = f"{len(rows.rows)} rows, {rows.tokens} tokens, of which {rows.scored} are scored"
-    observer().note(f"{wanted.num_samples} samples -> {counts} ({wanted.packing})")
+        items = {task: gold_answers(task, sources / "tasks", answers.skip) for task in answers.tasks}
+    pool = pipeline.Pool(
+        items if answers else texts["calibration"], texts.get("compensate"), texts.get("train"), evaluated
+    )
+    sections_ = (wanted, settings.compensate, settings.train)
+    judged = any(len(searches(one.score)) > 1 for one in settings.score.values())
+    rows = pipeline.calibrate(*sections_, pool, tokenizer, config, note, judged=judged)
+    rows.save(DATA / "calibration" / name, wanted.data.source)
+    found = rows.search
+    note(f"{len(found.rows)} rows, {found.tokens} tokens, of which {found.scored} are scored ({wanted.packing})")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import yaml
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Params
 from blockpruner.params import load_params, load_set
+from blockpruner.settings import Params
 from blockpruner.store.files import TEMPORARY, remove
 from blockpruner.store.locks import WORKSPACE, hold, this_process
 from stages import DATA, run
@@ -31,11 +31,12 @@ PIPELINES = (Path("dvc.yaml"), Path("runs/dvc.yaml"))
 NAME = re.compile(r"\$\{[^}]*\}")
 """Where an output's path in the DAG bears the name of a run, a target, a study or a set."""
 
-ABANDONED = 24 * 3600
-"""The age in seconds from which on a temporary file is what a killed process left."""
-
 SET_ASIDE = re.compile(r".+\.bad(\.\d+)?")
 """Names that `store.files.set_aside` gives."""
+
+
+ABANDONED = 24 * 3600
+"""The age in seconds from which on a temporary file is what a killed process left."""
 
 
 def outputs(params: Params) -> dict[Path, bool]:

@@ -1,31 +1,47 @@
-"""commit <target>: the plan that meets its budget, and the iteration tables it used, at data/plans/<target>."""
+"""commit <target>: the plans that meet its budget, one a search, with the iteration tables they used, at
+data/plans/<target>."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 
+from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.methods.commit import commit_run, save_iterations
+from blockpruner.methods.commit import save_iterations
+from blockpruner.methods.recipes import compensation
 from blockpruner.methods.registry import KINDS
-from blockpruner.params import load_params, load_run
-from blockpruner.store.files import read_json
+from blockpruner.store.files import read_json, replace_directory
 from blockpruner.store.plans import save_plan
-from stages import DATA, run
+from stages import DATA, run, sections, target
 
 
 def main(name: str) -> None:
-    target, out = load_params().target(name), DATA / "plans" / name
-    config = read_json(DATA / "models" / target.run / "config.json")
-    plan, tables = commit_run(DATA / "scores" / target.run, config, target.budget, name, target.run)
-    compensate = target.compensate or load_run(target.run).compensate.method
-    plan = replace(plan, compensate=compensate, train=target.train)
-    if tables:
-        save_iterations(tables, out / "iterations.parquet")
-    save_plan(plan, out / "plan.json")
-    what = KINDS[plan.kind].taken_out(plan)
-    observer().note(
-        f"{name}: {what} ({', '.join(plan.order) or plan.method}); ratio {plan.ratio:.4f} for budget {target.budget}"
+    wanted = target(name)
+    settings, config = sections(wanted.run), read_json(DATA / "models" / wanted.run / "config.json")
+    method = wanted.method or next(iter(settings.score))
+    found = pipeline.commit(
+        DATA / "scores" / wanted.run / method,
+        settings.score[method].score,
+        config,
+        wanted.budget,
+        pipeline.Rows.load(DATA / "calibration" / wanted.run, "search", "judge"),
+        target=name,
+        run=wanted.run,
+        compensate=wanted.compensate or compensation(settings.compensate, method),
+        train=wanted.train,
     )
+
+    def build(directory: Path) -> None:
+        for each in found:
+            save_plan(each.plan, directory / f"{each.search}.json")
+            if each.tables:
+                save_iterations(each.tables, directory / f"{each.search}.parquet")
+
+    replace_directory(DATA / "plans" / name, build)
+    for plan in (each.plan for each in found):
+        what = KINDS[plan.kind].taken_out(plan)
+        order = ", ".join(plan.order) or plan.method
+        observer().note(f"{name}: {what} ({order}); ratio {plan.ratio:.4f} for budget {wanted.budget}")
 
 
 if __name__ == "__main__":

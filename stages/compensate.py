@@ -1,46 +1,36 @@
-"""compensate <target>: weights that make up for what is gone, without training, at data/compensated/<target>."""
+"""compensate <target>: the plan that is kept, and weights that make up for what is gone without training, at
+data/compensated/<target>."""
 
 from __future__ import annotations
 
+from blockpruner import pipeline
+from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Run, TaskAnswers
-from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.texts import read_texts
-from blockpruner.params import load_run
-from blockpruner.store.files import read_json, replace_directory, write_json
+from blockpruner.healing import choice
+from blockpruner.methods.apply import Pruning
+from blockpruner.model.models import set_threads
+from blockpruner.params import load_params
 from blockpruner.store.plans import load_plan
-from stages import DATA, run
+from stages import DATA, run, sections, target
 
 
-def rows_of(name: str, settings: Run, calibration: CalibrationSet) -> CalibrationSet:
-    """Rows of texts of which none is evaluated. Of a run that is calibrated on answers, those, with every token
-    scored."""
-    from blockpruner.evaluation.perplexity import held_out
-    from blockpruner.healing.rows import compensation_rows
-    from blockpruner.inputs.tokenizers import load_tokenizer
-
-    wanted, sources = settings.compensate, DATA / "sources" / name
-    if wanted.data is None and isinstance(settings.calibration.data, TaskAnswers):
-        return CalibrationSet(tuple(tuple(max(t, ~t) for t in row) for row in calibration.rows[: wanted.num_rows]))
-    tokenizer = load_tokenizer(DATA / "models" / name, settings.model.trust_remote_code)
-    evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
-    texts = read_texts(sources / f"{'compensate' if wanted.data else 'calibration'}.parquet")
-    context = read_json(DATA / "models" / name / "config.json").get("max_position_embeddings", wanted.seq_len)
-    return compensation_rows(texts, tokenizer, wanted, evaluated.documents, context)
+def pruning_of(plan: Plan, rows: pipeline.Rows) -> Pruning:
+    """The model of a plan, before it is healed."""
+    runtime, model = load_params().runtime, sections(plan.run).model
+    set_threads(runtime.threads)  # SliceGPT's result depends on them
+    place = DATA / "models" / plan.run
+    return Pruning(place, plan, rows.search, model.dtype, runtime.device, model.trust_remote_code)
 
 
 def main(name: str) -> None:
-    plan, out = load_plan(DATA / "plans" / name / "plan.json"), DATA / "compensated" / name
-    if plan.compensate == "none":
-        replace_directory(out, lambda directory: write_json(directory / "compensate.json", {"enabled": False}))
-        return
-    from blockpruner.healing.compensate import write_compensated
-    from stages.materialize import pruning_of
-
-    settings, pruning = load_run(plan.run), pruning_of(plan)
+    wanted = target(name)
+    settings, rows = sections(wanted.run), pipeline.Rows.load(DATA / "calibration" / wanted.run)
+    files = sorted((DATA / "plans" / name).glob("*.json"))
+    found = [pipeline.Proposal(path.stem, load_plan(path)) for path in files]
+    pruning = pruning_of(found[0].plan, rows)
+    best = pipeline.heal(pruning.load, found, rows, settings.compensate, observer())
     data = settings.compensate.data or settings.calibration.data
-    rows = rows_of(plan.run, settings, pruning.rows)
-    write_compensated(out, pruning, rows, settings.compensate, data, observer())
+    choice.keep(DATA / "compensated" / name, best, pruning_of(best.plan, rows), data)
 
 
 if __name__ == "__main__":

@@ -5,40 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import TaskAnswers
 from blockpruner.evaluation.benchmarks import unscored_items
 from blockpruner.evaluation.tasks import check_tasks, fetch_tasks
 from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.inputs.texts import load_texts, write_texts
-from blockpruner.params import load_run
 from blockpruner.store.files import replace_directory
-from stages import CACHE, DATA, PINS, run
+from stages import CACHE, DATA, PINS, run, sections
 
 
 def main(name: str) -> None:
-    settings, note, out = load_run(name), observer().note, DATA / "sources" / name
-    calibration, zero_shot = settings.calibration.data, settings.evaluate.zero_shot
-    check_tasks(zero_shot)
-    texts = {"perplexity": settings.evaluate.perplexity.data}
-    if isinstance(calibration, TaskAnswers):
-        for task in calibration.tasks:
-            unscored_items(task, calibration.skip)  # raises before anything is downloaded
-    else:
-        texts["calibration"] = calibration
-    if settings.compensate.data is not None:
-        texts["compensate"] = settings.compensate.data
-    if settings.train is not None:
-        texts["train"] = settings.train.data
+    wanted, note, out = sections(name).sources, observer().note, DATA / "sources" / name
+    check_tasks(wanted.zero_shot)
+    if wanted.answers is not None:
+        for task in wanted.answers.tasks:
+            unscored_items(task, wanted.answers.skip)  # raises before anything is downloaded
 
     def build(directory: Path) -> None:
-        for role, data in texts.items():
+        for role, data in wanted.texts.items():
             found = load_texts(data, CACHE, PINS)
             write_texts(directory / f"{role}.parquet", found)
             note(f"{role}: {len(found)} texts")
-        fetch_tasks(zero_shot, directory / "tasks", out / "tasks", CACHE, PINS, note)
+        fetch_tasks(wanted.zero_shot, directory / "tasks", out / "tasks", CACHE, PINS, note)
 
     replace_directory(out, build)
-    fetch_checkpoint(settings.model, DATA / "models" / name, CACHE, PINS)
+    fetch_checkpoint(wanted.model, DATA / "models" / name, CACHE, PINS)
 
 
 if __name__ == "__main__":

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from blockpruner.checkpoints.registry import EXPORTS
-from blockpruner.core.plan import Plan
+from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.healing import choice
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import find_healed
-from blockpruner.model.models import set_threads
-from blockpruner.params import load_params, load_run
-from blockpruner.store.files import read_json
-from blockpruner.store.manifest import REPORT_FILE
 from blockpruner.store.plans import load_plan
-from stages import DATA, run
+from stages import DATA, run, sections
+from stages.compensate import pruning_of
 
 
-def pruning_of(plan: Plan) -> Pruning:
-    """The model of a plan, before it is healed."""
-    runtime, model = load_params().runtime, load_run(plan.run).model
-    set_threads(runtime.threads)  # SliceGPT's result depends on them
-    rows = CalibrationSet.load(DATA / "calibration" / plan.run / "rows.parquet")
-    return Pruning(DATA / "models" / plan.run, plan, rows, model.dtype, runtime.device, model.trust_remote_code)
+def healed_of(name: str) -> Pruning:
+    """The model of a target, with its healed weights."""
+    plan = load_plan(DATA / "compensated" / name / choice.PLAN)
+    pruning = pruning_of(plan, pipeline.Rows.load(DATA / "calibration" / plan.run, "search"))
+    folders = [DATA / stage / name for stage in ("trained", "compensated")]
+    return replace(pruning, healed=find_healed(folders, pruning.identity))
 
 
 def main(name: str) -> None:
-    pruning = pruning_of(load_plan(DATA / "plans" / name / "plan.json"))
-    healed = find_healed((DATA / stage / name for stage in ("trained", "compensated")), pruning.identity)
-    for form in load_run(pruning.plan.run).export:
-        export = EXPORTS[form]
-        place = DATA / "checkpoints" / name / form
-        export.write(replace(pruning, healed=healed), place)
-        report = place / REPORT_FILE  # a format of another package may have none
-        seen = read_json(report) if report.exists() else {}
-        checked = f"checked by {seen['engine']}" if seen.get("ok") else "unchecked"
-        observer().note(f"{name}: {export.title} for {', '.join(export.engines)}, {checked}")
+    pruning, out = healed_of(name), DATA / "checkpoints" / name
+    out.mkdir(parents=True, exist_ok=True)  # it stays empty where nothing is exported
+    places = {form: out / form for form in sections(pruning.plan.run).export}
+    pipeline.export(pruning, places)
+    for form, place in places.items():
+        seen = pipeline.exported(form, place)
+        checked = f"checked by {seen['verified_by']}" if seen["verified"] else "unchecked"
+        observer().note(f"{name}: {form} for {', '.join(seen['for'])}, {checked}")
 
 
 if __name__ == "__main__":

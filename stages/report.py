@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Run
-from blockpruner.params import load_params, load_run
-from blockpruner.reporting.report import write_report
+from blockpruner.methods.recipes import searches
+from blockpruner.params import load_params
 from blockpruner.reporting.results import RunLabels
-from stages import DATA, run
+from blockpruner.settings import Sections
+from stages import DATA, run, sections
+
+EXACT = {"none": "exact", "lazy+race": "lazy + race"}
 
 
 def origin(source: Any) -> str:
@@ -35,9 +38,10 @@ def name_of(source: Any) -> str:
     return re.sub(r"([.-](gguf|part\d+|q\d\w*(-k)?(-[sml])?))+$", "", Path(place).name, flags=re.IGNORECASE)
 
 
-def labels(settings: Run) -> RunLabels:
-    calibration, evaluate, train = settings.calibration, settings.evaluate, settings.train
-    compensate = settings.compensate
+def labels(settings: Sections) -> RunLabels:
+    calibration, heldout, tasks, train = settings.calibration, settings.heldout, settings.zero_shot, settings.train
+    compensate, (method, own) = settings.compensate, next(iter(settings.score.items()))
+    kinds = dict.fromkeys(one.acceleration or "none" for one in searches(own.score).values())
     return RunLabels(
         name=name_of(settings.model),
         model=f"{origin(settings.model)}, {settings.model.dtype}",
@@ -45,10 +49,10 @@ def labels(settings: Run) -> RunLabels:
         + (f"{calibration.num_rows} rows" if calibration.num_rows else f"{calibration.num_samples} samples")
         + f", {calibration.packing}, rows of up to {calibration.seq_len} tokens, scored: {calibration.score}, seed "
         f"{calibration.seed}",
-        heldout=f"{origin(evaluate.perplexity.data)}, rows of {evaluate.perplexity.seq_len} tokens"
-        + (" of documents from their beginning" if evaluate.perplexity.packing == "documents" else ""),
-        tasks=f"{origin(evaluate.zero_shot.data)}; zero-shot, first {evaluate.zero_shot.limit or 'to last'} items, "
-        f"{'with the BOS that the tokenizer adds' if evaluate.zero_shot.bos else 'without BOS'}",
+        heldout=f"{origin(heldout.data)}, rows of {heldout.seq_len} tokens"
+        + (" of documents from their beginning" if heldout.packing == "documents" else ""),
+        tasks=f"{origin(tasks.data)}; zero-shot, first {tasks.limit or 'to last'} items, "
+        f"{'with the BOS that the tokenizer adds' if tasks.bos else 'without BOS'}",
         compensation=f"{origin(compensate.data or calibration.data)}; up to {compensate.num_rows} rows of "
         f"{compensate.seq_len} tokens, perplexity on the {compensate.validation:.0%} held out",
         training=f"{train.title}; "
@@ -56,21 +60,19 @@ def labels(settings: Run) -> RunLabels:
         + f" of {origin(train.data)}, learning rate {train.learning_rate:g}, epochs {train.epochs}"
         if train
         else "",
-        search={"none": "exact", "lazy+race": "lazy + race"}.get(
-            settings.score.acceleration, settings.score.acceleration
-        ),
+        search=f"{method}: " + ", ".join(EXACT.get(kind, kind) for kind in kinds),
         dtype=settings.model.dtype,
     )
 
 
 def main(_: str) -> None:
     params = load_params()
-    names = {name: labels(load_run(name)) for name in params.runs}
+    names = {name: labels(sections(name)) for name in params.runs}
     show = observer()
     built = [name for name in params.targets if (DATA / "evidence" / name / "results.json").exists()]
     for name in sorted(set(params.targets) - set(built)):
         show.note(f"target {name} is not built yet and not in the report; `dvc repro` builds it")
-    write_report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
+    pipeline.report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
     show.note(f"report: {DATA / 'report' / 'index.html'}")
 
 

@@ -1,39 +1,37 @@
-"""score <run>: search far enough for every target of the run; tables at data/scores/<run>, trials in data/trials.
-
-What was computed, and how long it took, is at data/timings/<run>-search.json.
-"""
+"""score <run>: search far enough for every target of the run; tables at data/scores/<run>/<method>/<search>."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from blockpruner.checkpoints.registry import require_families
+from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.score import headline, open_material, score_run
-from blockpruner.params import load_params, load_run
-from blockpruner.store.files import read_json, write_json
+from blockpruner.methods.score import headline, open_material
+from blockpruner.params import load_params
+from blockpruner.scoring.settings import Latency
+from blockpruner.store.files import write_json
 from blockpruner.store.trials import trials_root
-from stages import DATA, TIMINGS, run
+from stages import DATA, run, sections
 
 
 def main(name: str) -> None:
-    params, settings, watch = load_params(), load_run(name), observer()
-    checkpoint, folder = DATA / "models" / name, DATA / "scores" / name
-    require_families(settings.export, read_json(checkpoint / "config.json")["model_type"])
-    calibration = CalibrationSet.load(DATA / "calibration" / name / "rows.parquet")
+    runtime, settings, watch = load_params().runtime, sections(name), observer()
+    checkpoint, model, figures = DATA / "models" / name, settings.model, {}
+    rows = pipeline.Rows.load(DATA / "calibration" / name, "search", "judge")
+    with open_material(checkpoint, model, runtime, trials_root(), watch) as material:
+        for method, asked in settings.score.items():
+            place = DATA / "scores" / name / method
 
-    def latency() -> Mapping[str, Any]:
-        from blockpruner.evaluation.latency import kept_latency  # loads torch
+            def latency(place: Path = place, timed: Latency = asked.score.latency) -> Mapping[str, Any]:
+                from blockpruner.evaluation.latency import kept_latency  # loads torch
 
-        timed = settings.score.latency
-        return kept_latency(folder, trials_root(), checkpoint, settings.model, timed, params.runtime, watch)
+                return kept_latency(place, trials_root(), checkpoint, model, timed, runtime, watch)
 
-    with open_material(checkpoint, settings.model, params.runtime, trials_root(), watch) as material:
-        counts = score_run(material, calibration, settings.score, params.budgets_of(name), folder, latency)
-    write_json(TIMINGS / f"{name}-search.json", counts)
-    write_json(DATA / "metrics" / name / "score.json", headline(counts))
+            counts = pipeline.score(material, rows, asked.score, asked.budgets, place, latency)
+            figures[method] = {search: headline(found) for search, found in counts.items()}
+    write_json(DATA / "metrics" / name / "score.json", figures)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from blockpruner.methods.score import open_material
 from blockpruner.paper.check import check_of, hold_against
 from blockpruner.paper.studies import Setting
 from blockpruner.params import load_params, load_run
+from blockpruner.settings import resolve
 from blockpruner.store.files import write_text
 from blockpruner.store.trials import trials_root
 from stages import DATA, STUDIES, run
@@ -35,7 +36,7 @@ def main(name: str) -> None:
             DATA / "paper",
             observer(),
         )
-    texts = [*map(str, lines), labels(settings).conditions]
+    texts = [*map(str, lines), labels(resolve(settings, [])).conditions]
     write_text(folder / "check" / "check.md", "".join(f"- {text}\n" for text in texts))
     for text in texts:
         observer().note(text)

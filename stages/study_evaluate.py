@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Run
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.healed import FILE
@@ -13,6 +12,7 @@ from blockpruner.paper.experiments import cures, study_of, variants
 from blockpruner.paper.healing import healed_of
 from blockpruner.paper.studies import load_plans
 from blockpruner.params import load_params, load_run
+from blockpruner.settings import Run
 from stages import DATA, STUDIES, run
 
 MAIN, CURVES = "main", "timed"

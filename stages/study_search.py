@@ -7,12 +7,13 @@ from functools import cache
 from typing import Any
 
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Run, Texts
+from blockpruner.core.settings import Texts
 from blockpruner.inputs.texts import read_texts
 from blockpruner.methods.score import open_material
 from blockpruner.paper.experiments import study_of, variants
 from blockpruner.paper.studies import Setting, StudyTexts, search_all
 from blockpruner.params import load_params, load_run
+from blockpruner.settings import Run
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import trials_root
 from stages import STUDIES, run

@@ -4,48 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Run
-from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.texts import read_texts
-from blockpruner.params import load_run
+from blockpruner.healing import choice
 from blockpruner.store.files import replace_directory, write_json
 from blockpruner.store.plans import load_plan
-from stages import DATA, run
-
-
-def draw(name: str, settings: Run) -> tuple[CalibrationSet, CalibrationSet | None]:
-    """The rows of training and of validation; none holds a text that is evaluated."""
-    from blockpruner.evaluation.perplexity import held_out
-    from blockpruner.healing.rows import training_rows
-    from blockpruner.inputs.tokenizers import load_tokenizer
-
-    assert settings.train is not None  # load_params has checked it
-    sources, tokenizer = (
-        DATA / "sources" / name,
-        load_tokenizer(DATA / "models" / name, settings.model.trust_remote_code),
-    )
-    evaluated = held_out(tokenizer, read_texts(sources / "perplexity.parquet"), settings.evaluate.perplexity)
-    texts = read_texts(sources / "train.parquet")
-    rows, validation = training_rows(texts, tokenizer, settings.train, evaluated.documents, observer().note)
-    observer().note(f"{len(rows.rows)} rows, {rows.tokens} tokens, {settings.train.epochs} epochs")
-    return rows, validation
+from stages import DATA, run, sections
 
 
 def main(name: str) -> None:
-    plan, out = load_plan(DATA / "plans" / name / "plan.json"), DATA / "trained" / name
+    plan, out = load_plan(DATA / "compensated" / name / choice.PLAN), DATA / "trained" / name
     if not plan.train:
         replace_directory(out, lambda directory: write_json(directory / "train.json", {"enabled": False}))
         return
-    from blockpruner.healing.train import write_trained
     from blockpruner.methods.healed import find_healed
-    from stages.materialize import pruning_of
+    from stages.compensate import pruning_of
 
-    settings, pruning = load_run(plan.run), pruning_of(plan)
-    assert settings.train is not None
+    rows, wanted = pipeline.Rows.load(DATA / "calibration" / plan.run), sections(plan.run).train
+    assert wanted is not None  # load_params has checked it
+    pruning = pruning_of(plan, rows)
     pruning = replace(pruning, healed=find_healed([DATA / "compensated" / name], pruning.identity))
-    rows, validation = draw(plan.run, settings)
-    write_trained(out, pruning, settings.train, rows, validation, DATA / "adapters", observer())
+    pipeline.train(pruning, wanted, rows, DATA / "adapters", out, observer())
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from blockpruner.core.blocks import Mask, format_mask
 from blockpruner.core.budgets import Resources, resources_of
 from blockpruner.core.families import Config
 from blockpruner.core.progress import Observer, SilentObserver
-from blockpruner.core.settings import Score, read_settings
+from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.speed import MeasuredSpeed, Timing
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Material
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Span, Task
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import request

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import HubTexts, LocalModel, Score
+from blockpruner.core.settings import HubTexts, LocalModel
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.blocks.kind import choose
 from blockpruner.methods.healed import Healed, find_healed, save_healed
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Rows
 from blockpruner.search.trace import Current
 from blockpruner.store.files import read_json

@@ -19,7 +19,7 @@ from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_m
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Run, Runtime, read_settings
+from blockpruner.core.settings import Runtime, read_settings
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
@@ -31,6 +31,7 @@ from blockpruner.reporting.statistics import perplexity_ratio
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, MaskScore, Objective, in_one_origin
 from blockpruner.search.trace import read_trace, table_path
+from blockpruner.settings import Run
 from blockpruner.store.files import read_json, write_atomic, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 

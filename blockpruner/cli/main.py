@@ -23,12 +23,28 @@ from typer import Argument, Option
 from blockpruner import __version__
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
-from blockpruner.core.settings import Perplexity, read_settings
+from blockpruner.core.settings import read_settings
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.methods.recipes import RECOMMENDED, sections
 
 OPTIONS = frozenset(
-    "num_samples seq_len max_rows method unit metric acceleration dtype device trust_remote_code compensate train "
-    "export out private".split()
+    [
+        "num_samples",
+        "seq_len",
+        "max_rows",
+        "method",
+        "unit",
+        "metric",
+        "acceleration",
+        "dtype",
+        "device",
+        "trust_remote_code",
+        "compensate",
+        "train",
+        "export",
+        "out",
+        "private",
+    ]
 )
 """Last parts of settings keys that are options of the same name here."""
 

@@ -21,25 +21,19 @@ from blockpruner.core.errors import InputError, MissingPackageError, missing
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import (
-    Calibration,
-    HubModel,
-    LocalModel,
-    Perplexity,
-    Run,
-    Runtime,
-    TaskAnswers,
-    Train,
-    read_settings,
-)
+from blockpruner.core.settings import HubModel, LocalModel, Runtime, TaskAnswers, read_settings
+from blockpruner.evaluation.settings import Perplexity
+from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint, fetch_config
 from blockpruner.inputs.hub import HubError
+from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material
+from blockpruner.settings import Run
 from blockpruner.store.files import read_json
 from blockpruner.store.manifest import require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields
@@ -48,6 +42,7 @@ from blockpruner.versions import PLAN_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
 
 if TYPE_CHECKING:
     from blockpruner.methods.apply import Pruning
+
 
 @dataclass(frozen=True)
 class Place:
@@ -128,13 +123,14 @@ class Place:
         from blockpruner.healing import choice
         from blockpruner.healing.train import FACTS as TRAIN_FACTS
 
-        config, method, note = self._config(run), compensation(run), self.observer.note
+        config, method, note = self._config(run), compensation(run.compensate, run.score.method), self.observer.note
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
         assert not isinstance(run.calibration.data, TaskAnswers)
         texts, dense = load_texts(run.calibration.data, self.root / "cache", self.pins), self.fetch(run)
         pool = pipeline.Pool(texts, train=None if run.train is None else texts)
         tokenizer = load_tokenizer(dense, run.model.trust_remote_code)
-        rows = pipeline.calibrate(run, pool, tokenizer, config, note, at_most=True)
+        judged, wanted = len(searches(run.score)) > 1, (run.calibration, run.compensate, run.train)
+        rows = pipeline.calibrate(*wanted, pool, tokenizer, config, note, judged=judged, at_most=True)
         key = self._key(run, rows, method, checkpoint_identity(dense), budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
         if healed.exists():

@@ -19,9 +19,9 @@ from blockpruner.cli.pruning import fitted, own_dtype, several
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.progress import stderr_observer
-from blockpruner.core.settings import Perplexity
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.evaluation.samples import answer
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.classes import has_our_code

@@ -59,3 +59,12 @@ def extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise missing(error.name or name, name) from error
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Within, messages of InputErrors begin with this."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}{error}", rule=error.rule, key=error.key, value=error.value) from None

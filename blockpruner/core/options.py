@@ -1,20 +1,17 @@
-"""Options of a method: the keys under `score.options`, which belong to one method alone.
-
-Each method has a frozen model of its own, which lies beside its code. Here its errors become ours.
-"""
+"""Options of a method: the keys under `score.options`, which belong to one method alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.settings import read_settings
 
 
 class Options(BaseModel):
-    """A method without options. Others derive from it and add fields."""
+    """The options of a method that has none. Others derive from it and add fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -33,22 +30,6 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 
 
 def read_options(method: str, model: type[O], given: Mapping[str, Any]) -> O:
-    """Check the options that a run file gives, and fill in the others.
-
-    Raises:
-        InputError: an unknown or missing option, or a value that is not valid; names the valid ones.
-    """
+    """The options that a run file gives, checked, and the defaults of the others; raises InputError."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise InputError("\n".join(_describe(method, model, fault) for fault in error.errors())) from error
-
-
-def _describe(method: str, model: type[Options], fault: Mapping[str, Any]) -> str:
-    key = "score.options." + ".".join(map(str, fault["loc"]))
-    if fault["type"] == "extra_forbidden":
-        return f"{key} is unknown to method: {method}; valid: {', '.join(model.model_fields) or 'none'}"
-    if fault["type"] == "missing":
-        return f"method: {method} needs {key}"
-    return f"{key}: {fault['input']!r} is not valid: {str(fault['msg']).removeprefix('Value error, ')}"
+    return read_settings(model, values, f"method: {method}: ", "score.options.")

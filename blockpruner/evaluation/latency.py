@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Latency, Model, Runtime
+from blockpruner.core.settings import Model, Runtime
 from blockpruner.evaluation.speed import generate, random_prompt, turns
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, masked, set_threads
+from blockpruner.scoring.settings import Latency
 from blockpruner.store.files import read_kept_json, set_aside, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import EVAL_VERSION

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError, NonFiniteLossError
-from blockpruner.core.settings import Perplexity, WikiText
+from blockpruner.evaluation.settings import Perplexity, WikiText
 from blockpruner.inputs.calibration import cut
 from blockpruner.model import accelerator
 from blockpruner.model.models import head_of, room_beside

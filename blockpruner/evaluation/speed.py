@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from blockpruner.core.settings import Speed
+from blockpruner.evaluation.settings import Speed
 from blockpruner.model import accelerator
 
 PROMPT_SEED = 0

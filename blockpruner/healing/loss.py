@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from blockpruner.core.settings import Train
+from blockpruner.healing.settings import Train
 from blockpruner.model.models import decoder_layers, head_of
 from blockpruner.scoring.losses import token_kl
 from blockpruner.scoring.work import LOGITS_BYTES

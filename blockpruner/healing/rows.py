@@ -10,8 +10,9 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Calibration, Compensate, Train
+from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import CalibrationSet, draw, fill_rows, pack_rows, without_evaluated
+from blockpruner.inputs.settings import Calibration
 
 
 def training_rows(
@@ -42,7 +43,9 @@ def training_rows(
     held = wanted.validation
     if wanted.num_rows is not None:
         joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
-        rows = fill_rows(pool, tokenizer, joined, wanted.num_rows + held, "train.num_rows + validation", at_most, reserved).rows
+        rows = fill_rows(
+            pool, tokenizer, joined, wanted.num_rows + held, "train.num_rows + validation", at_most, reserved
+        ).rows
         if len(rows) <= held:
             raise InputError(
                 f"the training's texts fill {len(rows)} rows of {wanted.seq_len} tokens, of which {held} are held out; "

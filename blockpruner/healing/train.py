@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Train
+from blockpruner.healing.settings import Train
 from blockpruner.healing.training import train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Train
 from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.settings import Train
 from blockpruner.healing.state import Progress, Validation, resume_, save
 from blockpruner.healing.weights import TrainedWeights, checkpointed, trained_weights_
 from blockpruner.inputs.calibration import CalibrationSet

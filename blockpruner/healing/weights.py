@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
-from blockpruner.core.settings import Train
+from blockpruner.healing.settings import Train
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Calibration
+from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import response_start
 from blockpruner.store.files import read_table, write_table
 

@@ -19,10 +19,10 @@ from blockpruner.core.families import Config
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.scoring.metrics import stored_under
 from blockpruner.scoring.objectives import Counts
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current
 from blockpruner.store.locks import hold, this_process

@@ -13,7 +13,8 @@ from typing import Any
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.settings import Run, Score
+from blockpruner.healing.settings import Compensate
+from blockpruner.scoring.settings import Score
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
     return kept
 
 
-def compensation(run: Run, method: str | None = None) -> str:
-    """How a model is compensated: as the run file says, else as the recipe does."""
-    return run.compensate.method or recipe(method or run.score.method).compensate
+def compensation(wanted: Compensate, method: str) -> str:
+    """How models are compensated: as the section says, else as the recipe does."""
+    return wanted.method or recipe(method).compensate
 
 
 OWN_ROWS = 16

@@ -7,15 +7,15 @@ from typing import Any
 from blockpruner.core.budgets import parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.options import read_options
+from blockpruner.core.options import Options, read_options
 from blockpruner.core.plan import Plan
 from blockpruner.core.registry import Registry
-from blockpruner.core.settings import Score
 from blockpruner.methods.blocks.kind import BLOCKS
 from blockpruner.methods.kind import Kind
 from blockpruner.methods.laco.kind import LACO
 from blockpruner.methods.slicegpt.kind import SLICEGPT
 from blockpruner.methods.weights import require_no_search_settings
+from blockpruner.scoring.settings import Score
 from blockpruner.search.registry import SEARCHES, request
 from blockpruner.search.run import require_searchable
 
@@ -33,6 +33,16 @@ def method_names() -> list[str]:
     return sorted({*SEARCHES, *KINDS} - {BLOCKS.name})
 
 
+def options_of(score: Score) -> Options:
+    """The options of a `score` section, typed by its method; raises InputError."""
+    return read_options(score.method, options_model(score.method), score.options)
+
+
+def options_model(method: str) -> type[Options]:
+    kind = kind_of_method(method)
+    return SEARCHES[method].options if kind.removes_blocks else kind.options
+
+
 def check_score(score: Score) -> Kind:
     """The kind of method that a `score` section names.
 
@@ -44,7 +54,7 @@ def check_score(score: Score) -> Kind:
         request(score)
     else:
         require_no_search_settings(kind.name, score)
-        read_options(kind.name, kind.options, score.options)
+        options_of(score)
     return kind
 
 
@@ -58,7 +68,7 @@ def require_budgets(score: Score, config: Config, budgets: tuple[str, ...]) -> N
     if kind.removes_blocks:
         require_searchable(request(score), resources, budgets)
         return
-    options = read_options(kind.name, kind.options, score.options)
+    options = options_of(score)
     for text in budgets:
         kind.require(parse_budget(text, resources["parameters"]), options, config)
 

@@ -15,12 +15,13 @@ from blockpruner.core.budgets import parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Model, Runtime, Score
+from blockpruner.core.settings import Model, Runtime
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.methods.kind import Job, Material
 from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
+from blockpruner.scoring.settings import Score
 from blockpruner.search.iteration import stabilities
 from blockpruner.search.run import UNTIMED
 from blockpruner.search.trace import Current, read_trace, trace_directory

@@ -19,11 +19,11 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Score
 from blockpruner.methods.kind import Job, Kind, make_plan
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, Objective, in_one_origin
 from blockpruner.scoring.scorers import LazyScorer
+from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Rows, Scorer
 from blockpruner.search.trace import Current, search_fingerprint, trace_directory
 from blockpruner.store.files import read_json, read_kept_json, write_sealed_json

@@ -15,14 +15,15 @@ from typing import Any
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Run, Study
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.paper.evaluation import Candidate, evaluate_study
 from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, Variant, study_of
 from blockpruner.paper.published import read_published
 from blockpruner.paper.studies import DENSE, SearchRecord, Setting, load_plans, search_all
+from blockpruner.settings import Run
 from blockpruner.store.files import read_json
+from blockpruner.study import Study
 
 PERPLEXITY_WITHIN, AVERAGE_WITHIN = 0.02, 1.0
 """How far a number may be from the published one: 2 % of a perplexity; one point of an average, whose standard error

@@ -18,13 +18,15 @@ from blockpruner.core.budgets import Budget, is_settled, parse_budget, read_budg
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, count_parameters
 from blockpruner.core.options import read_options
-from blockpruner.core.settings import Calibration, Run, Train
+from blockpruner.healing.settings import Train
+from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.paper.experiments import Cure, Variant, cures, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import find_config
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.search.registry import SEARCHES
+from blockpruner.settings import Run
 
 MHA_SHARE = 0.7
 """Share of MHA among the blocks that BlockPruner removes: 12 of 17 for Llama2-7B at 22 %, 17 of 24 for its 13B at 25 %,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Evaluate, Speed, Study
+from blockpruner.evaluation.settings import Evaluate, Speed
 from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
 from blockpruner.evaluation.suite import (
     Checkpoint,
@@ -40,6 +40,7 @@ from blockpruner.model.models import resolve_device
 from blockpruner.paper.studies import DENSE, candidate_facts, model_name
 from blockpruner.store.files import replace_directory, write_sealed_json, write_table
 from blockpruner.store.provenance import machine
+from blockpruner.study import Study
 
 STUDY_ITEMS = pa.schema([pa.field("model", pa.string(), nullable=False), *ITEMS])
 

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Run, Study
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.paper.experiments import BLOCKPRUNER, METHODS, Variant, cures, study_of, variants
 from blockpruner.paper.healing import healed_of
@@ -27,7 +26,9 @@ from blockpruner.paper.studies import DENSE, SearchRecord, load_plans, model_nam
 from blockpruner.reporting.findings import Finding, is_broken, recommended, stop, warnings
 from blockpruner.reporting.formats import percent
 from blockpruner.reporting.results import TIMED, Model, Option, Race, RunLabels, read_items
+from blockpruner.settings import Run
 from blockpruner.store.files import read_json
+from blockpruner.study import Study
 
 MAIN = "main"
 """The setting in which all methods are timed at the budget of Table 1."""

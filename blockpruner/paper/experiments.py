@@ -13,9 +13,12 @@ from typing import Any, Literal
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Budgets, Calibration, Run, Score, Study
+from blockpruner.inputs.settings import Calibration
 from blockpruner.reporting.formats import slug
+from blockpruner.scoring.settings import Score
 from blockpruner.search.registry import SEARCHES
+from blockpruner.settings import Run
+from blockpruner.study import Budgets, Study
 
 Kind = Literal["block", "layer", "width"]
 DATA_VARIABLE = "BLOCKPRUNER_DATA"

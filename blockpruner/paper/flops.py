@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.core.families import Config, count_products
-from blockpruner.core.settings import Train
+from blockpruner.healing.settings import Train
 from blockpruner.scoring.walk import runs, steps_of
 
 

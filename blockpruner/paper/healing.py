@@ -18,15 +18,17 @@ from torch import Tensor
 from blockpruner import versions
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Run, TaskAnswers, Texts, Train
+from blockpruner.core.settings import TaskAnswers, Texts
 from blockpruner.healing.compensate import compensate
 from blockpruner.healing.rows import compensation_rows, training_rows
+from blockpruner.healing.settings import Train
 from blockpruner.healing.train import train
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import Healed, find_healed, save_healed
 from blockpruner.paper.experiments import Cure, cures
 from blockpruner.paper.studies import StudyTexts, load_plans
+from blockpruner.settings import Run
 from blockpruner.store.files import read_json, replace_directory, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 

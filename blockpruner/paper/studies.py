@@ -16,8 +16,9 @@ from typing import Any
 from blockpruner.core.blocks import format_mask
 from blockpruner.core.errors import UnreachableError
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Calibration, TaskAnswers, Texts
+from blockpruner.core.settings import TaskAnswers, Texts
 from blockpruner.inputs.calibration import CalibrationSet, draw_rows
+from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
 from blockpruner.methods.registry import model_facts

@@ -158,14 +158,14 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
     found = []
     for name in names:
         plan = plans[name]
-        removed, unit = _read_search(plan, data / "plans" / name / "iterations.parquet")
-        report = data / "compensated" / name / "compensate.json"
+        healing = read_json(data / "compensated" / name / "compensate.json")
+        removed, unit = _read_search(plan, data / "plans" / name / f"{healing['search']}.parquet")
         found.append(
             PrunedOption(
                 name=name, subject=labels.model, method=KINDS[plan.kind].words(plan, unit), plan=plan,
                 model=models[name], dense=dense.model, races=races[name], order=plan.order,
                 curve=(removed[0].before, *(removal.perplexity for removal in removed)) if removed else (),
-                removals=removed, compensation={} if plan.compensate == "none" else read_json(report),
+                removals=removed, compensation=healing if "perplexity" in healing else {},
                 checkpoints=tuple(data / "checkpoints" / name / form for form in facts[name]["formats"]),
             )
         )  # fmt: skip

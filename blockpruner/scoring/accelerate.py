@@ -31,8 +31,8 @@ from scipy import special
 
 from blockpruner.core.blocks import Mask
 from blockpruner.core.families import Costs
-from blockpruner.core.settings import Score
 from blockpruner.scoring.objectives import MaskScore, Objective
+from blockpruner.scoring.settings import Score
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ DEFAULTS: Mapping[str, Mapping[str, float]] = {
 
 def settings_of(score: Score) -> dict[str, Any]:
     """`acceleration` of a `score` section, and the settings that belong to it, defaults filled in."""
-    found: dict[str, Any] = {"acceleration": score.acceleration}
-    for part in score.acceleration.split("+"):
+    found: dict[str, Any] = {"acceleration": score.acceleration or "none"}
+    for part in (score.acceleration or "none").split("+"):
         for key, default in DEFAULTS.get(part, {}).items():
             given = getattr(score, key)
             found[key] = default if given is None else given
@@ -84,7 +84,7 @@ def accelerate(objective: Objective, score: Score, costs: Costs | None = None) -
     Args:
         costs: of the resource that prices a removal; None where all cost the same.
     """
-    if score.acceleration == "none":
+    if score.acceleration in (None, "none"):
         return Exact(objective)
     settings = {key: value for key, value in settings_of(score).items() if key != "acceleration"}
     return Accelerated(objective, **settings, costs=costs)

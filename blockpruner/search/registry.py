@@ -9,9 +9,9 @@ from typing import Any, Literal
 from blockpruner.core.errors import InputError
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.registry import Registry
-from blockpruner.core.settings import Score
 from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
+from blockpruner.scoring.settings import Score
 from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.contiguous import contiguous
 from blockpruner.search.evopress import EvoPressOptions, evopress
@@ -96,7 +96,7 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
         )
     found = Request(search, read_options(search.name, search.options, score.options), metric, score)
     greedy_steps = search.accelerated and found.options.has_greedy_steps
-    if score.acceleration != "none" and (metric.influence or not greedy_steps):
+    if score.acceleration not in (None, "none") and (metric.influence or not greedy_steps):
         raise InputError(
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
             "there is nothing to leave out; set acceleration: none"

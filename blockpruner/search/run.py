@@ -91,7 +91,7 @@ def _searched(
     observer: Observer,
     on_iteration: OnIteration,
 ) -> Traces:
-    whole = request.score.acceleration == "none" and request.search.nested
+    whole = request.score.acceleration in (None, "none") and request.search.nested
     own = Objective(calibration, stores[request.metric.key], scorer, observer, request.metric, whole)
     nll = own
     if request.metric.key != NLL.key:

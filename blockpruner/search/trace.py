@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Score
 from blockpruner.scoring.objectives import MaskScore
+from blockpruner.scoring.settings import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.store.files import read_json, read_table, set_aside, write_sealed_json, write_table
 from blockpruner.store.provenance import environment, fingerprint

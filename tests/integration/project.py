@@ -65,14 +65,13 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
     project, inputs = folder / "project", folder / "inputs"
     for name in ("blockpruner", "stages", "flows"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".dvcignore"):
+    (project / "runs").mkdir()
+    for name in ("dvc.yaml", ".dvcignore", "runs/schema.json", "runs/sources.yaml"):
         shutil.copy(ROOT / name, project / name)
     write_inputs(inputs)
     save_tiny(inputs / "model", tie_word_embeddings=True)
-    (project / "runs").mkdir()
     (project / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run_of(inputs, **calibration)))
     (project / "runs" / "sets.yaml").write_text("tiny: [tiny]\n")
-    shutil.copy(ROOT / "runs" / "sources.yaml", project / "runs")
     set_targets(project, targets)
     (project / ".dvc").mkdir()
     (project / ".dvc" / "config").write_text("[core]\n    no_scm = True\n    analytics = false\n")

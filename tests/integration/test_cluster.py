@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import calibrate, fetch, score
+from stages import calibrate, fetch, score, settings
 from tests.integration.project import environment, make_project, set_targets, tables
 
 pytestmark = pytest.mark.skipif(
@@ -93,7 +93,7 @@ def test_a_node_is_lost_and_another_takes_its_place(cluster, tmp_path, monkeypat
     project = make_project(tmp_path, TARGETS, num_samples=60)
     set_targets(project, TARGETS, batch_tokens=24)
     monkeypatch.chdir(project)
-    for stage in (fetch, calibrate, score):
+    for stage in (settings, fetch, calibrate, score):
         stage.main("tiny")
     reference = tables(project)
     for folder in ("scores", "trials"):

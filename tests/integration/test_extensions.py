@@ -21,7 +21,19 @@ from blockpruner.model.models import decoder_layers
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import SEARCHES, Search
-from stages import baseline, benchmark, calibrate, commit, compensate, fetch, materialize, report, score, train
+from stages import (
+    baseline,
+    benchmark,
+    calibrate,
+    commit,
+    compensate,
+    fetch,
+    materialize,
+    recover,
+    report,
+    score,
+    settings,
+)
 from tests.integration.project import run_of, write_inputs
 from tests.plans import InProcess
 from tests.tiny import VOCABULARY, tiny_tokenizer
@@ -95,10 +107,10 @@ def project(tmp_path_factory):
             stack.enter_context(registry.added(row))
         patch.setattr(verification, "subprocess", InProcess)
         for run in params["runs"]:
-            for stage in (fetch, calibrate, score, baseline):
+            for stage in (settings, fetch, calibrate, score, baseline):
                 stage.main(run)
         for target in targets:
-            for stage in (commit, compensate, train, materialize, benchmark):
+            for stage in (commit, compensate, recover, materialize, benchmark):
                 stage.main(target)
         report.main("")
         yield folder

@@ -19,7 +19,7 @@ from blockpruner.methods.registry import KINDS
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import Current, trace_directory
 from blockpruner.store.plans import load_plan
-from stages import calibrate, commit, fetch, materialize, score
+from stages import calibrate, commit, fetch, materialize, score, settings
 from stages.benchmark import evaluate
 from tests.integration.project import make_project, set_targets
 from tests.plans import InProcess
@@ -46,6 +46,7 @@ def shared(tmp_path_factory):
     folder = make_project(tmp_path_factory.mktemp("methods"), {"t": "0.2"}, num_samples=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        settings.main("tiny")
         fetch.main("tiny")
         calibrate.main("tiny")
     return folder
@@ -62,6 +63,7 @@ def choose(project, section, budget):
     path = project / "runs" / "tiny.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": section}))
     set_targets(project, {"t": budget})
+    settings.main("tiny")
 
 
 def scored(project, section, budget="0.2"):
@@ -152,6 +154,7 @@ def test_a_sliced_model_is_benchmarked_as_any_other(project):
 def test_a_budget_that_was_not_scored_is_not_committed(project, method, scored_for, budget, message):
     scored(project, METHODS[method], scored_for)
     set_targets(project, {"t": budget})
+    settings.main("tiny")
     with pytest.raises(InputError, match=message):
         commit.main("t")
 
@@ -262,7 +265,7 @@ def test_a_changed_decision_is_not_taken(project):
         (METHODS["slicegpt"], "0.999", "out of SliceGPT's reach"),
         ({"method": "greedy"}, "0.001", "nearest to removing nothing"),
         ({"method": "beam", "metric": "block_influence"}, "0.2", "compares whole masks"),
-        ({"method": "given"}, "0.2", "needs score.options.order"),
+        ({"method": "given"}, "0.2", "score.options.order: Field required"),
     ],
 )
 def test_an_impossible_request_is_a_clear_error(project, section, budget, message):

@@ -6,20 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
-import stages
 from blockpruner.core.blocks import all_blocks
 from blockpruner.model.models import masked
 from blockpruner.store.files import read_json
 from blockpruner.store.plans import load_plan
-from tests.integration.project import counts, dvc, environment, make_project, set_targets, tables
+from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables
 from tests.tiny import full_nll
 
 
@@ -27,7 +25,7 @@ def ran(output):
     return re.findall(r"Running stage '([^']+)'", output)
 
 
-TARGETS = {"small.2": "2blocks", "lora.2": "2blocks"}
+TARGETS = {"small-2": "2blocks", "lora-2": "2blocks"}
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +71,13 @@ def brute_force(project, removals):
 
 
 def test_everything_runs_once_in_order(project, first):
-    steps = ("commit", "compensate", "train", "materialize", "benchmark")
+    steps = ("commit", "compensate", "recover", "materialize", "benchmark")
     own = {f"{stage}@{name}" for name in TARGETS for stage in steps}
-    shared = {"fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "report"}
+    shared = {"settings@tiny", "fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "report"}
     assert sorted(ran(first)) == sorted(own | shared)
     for output in (
-        "checkpoints/small.2/hf/verification.json", "results/small.2/results.json", "results/tiny-dense/results.json",
-        "report/index.html", "report/report.md", "metrics/small.2.json", "provenance/score@tiny.json",
+        "checkpoints/small-2/hf/verification.json", "results/small-2/results.json", "results/tiny-dense/results.json",
+        "report/index.html", "report/report.md", "metrics/small-2.json", "provenance/score@tiny.json",
     ):  # fmt: skip
         assert (project / "data" / output).exists(), output
 
@@ -115,16 +113,16 @@ def test_a_clone_that_pulls_reports_without_timings(project, first, tmp_path):
 def test_a_benchmark_that_runs_again_renews_the_report_and_times_nothing(project, first):
     before, page = timings(project), project / "data/report/index.html"
     page.write_text("")
-    dvc(project, "repro", "--force", "--single-item", "benchmark@small.2")
+    dvc(project, "repro", "--force", "--single-item", "benchmark@small-2")
     assert ran(dvc(project, "repro")) == ["report"]
     assert timings(project) == before and page.read_text()
 
 
 def test_sequence_equals_brute_force(project, first):
-    plan = load_plan(project / "data/plans/small.2/plan.json")
+    plan = load_plan(project / "data/plans/small-2/plan.json")
     assert list(plan.order) == brute_force(project, 2)
     assert plan.blocks["mha"] + plan.blocks["mlp"] == 2
-    table = pq.read_table(project / "data/plans/small.2/iterations.parquet").to_pylist()
+    table = pq.read_table(project / "data/plans/small-2/iterations.parquet").to_pylist()
     assert [sum(row["iteration"] == k for row in table) for k in (0, 1)] == [9, 7]
     assert all(row["rows_used"] == row["rows_total"] == counts_rows(project) for row in table)
 
@@ -134,12 +132,12 @@ def counts_rows(project):
 
 
 def test_checkpoint_is_verified_and_smaller(project, first):
-    report = read_json(project / "data/checkpoints/small.2/hf/verification.json")
+    report = read_json(project / "data/checkpoints/small-2/hf/verification.json")
     assert report["ok"]
     assert report["greedy_tokens_equal"]
     assert not report["blockpruner_imported"]
-    plan = load_plan(project / "data/plans/small.2/plan.json")
-    results = read_json(project / "data/results/small.2/results.json")
+    plan = load_plan(project / "data/plans/small-2/plan.json")
+    results = read_json(project / "data/results/small-2/results.json")
     assert results["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
     assert results["tasks"]["piqa"]["items"] == 6
 
@@ -154,40 +152,40 @@ def test_budgets_up_down_and_back(project, first):
     """Trials computed are exactly the never-computed ones; only a new target's later stages run."""
     before = counts(project)
     assert before["trials_computed"] == 9 + 7
-    set_targets(project, TARGETS | {"large.4": "4blocks"})
+    set_targets(project, TARGETS | {"large-4": "4blocks"})
     output = dvc(project, "repro")
     assert sorted(ran(output)) == sorted(
-        ["score@tiny", "commit@small.2", "commit@lora.2", "commit@large.4", "compensate@large.4", "train@large.4",
-         "materialize@large.4", "benchmark@large.4", "report"]
+        ["settings@tiny", "score@tiny", "commit@small-2", "commit@lora-2", "commit@large-4", "compensate@large-4", "recover@large-4",
+         "materialize@large-4", "benchmark@large-4", "report"]
     )  # fmt: skip
     after = counts(project)
     assert (after["trials_computed"], after["trials_reused"]) == (6 + 5, 9 + 7)
-    assert list(load_plan(project / "data/plans/large.4/plan.json").order) == brute_force(project, 4)
+    assert list(load_plan(project / "data/plans/large-4/plan.json").order) == brute_force(project, 4)
     kept = tables(project)
 
     set_targets(project, TARGETS)
     output = dvc(project, "repro")
-    assert not {"materialize@small.2", "materialize@lora.2"} & set(ran(output))
+    assert not {"materialize@small-2", "materialize@lora-2"} & set(ran(output))
     assert counts(project)["trials_computed"] == 0
     assert tables(project) == kept
 
 
 def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
     """Its benchmark is of the trained weights."""
-    facts = read_json(project / "data/trained/lora.2/train.json")
+    facts = read_json(project / "data/recovered/lora-2/recover.json")
     assert facts["rows"] == 12 and len(facts["losses"]) == 6
-    assert read_json(project / "data/checkpoints/lora.2/hf/verification.json")["ok"]
-    healed = read_json(project / "data/compensated/lora.2/compensate.json")
+    assert read_json(project / "data/checkpoints/lora-2/hf/verification.json")["ok"]
+    healed = read_json(project / "data/compensated/lora-2/compensate.json")
     assert healed["method"] == "refit"
-    for file in ("compensated/small.2/compensate.json", "trained/small.2/train.json"):
+    for file in ("compensated/small-2/compensate.json", "recovered/small-2/recover.json"):
         assert read_json(project / "data" / file) == {"enabled": False}
-    before, after = (read_json(project / f"data/results/{name}/results.json") for name in ("small.2", "lora.2"))
+    before, after = (read_json(project / f"data/results/{name}/results.json") for name in ("small-2", "lora-2"))
     assert before["parameters"] == after["parameters"]
     assert after["perplexity"]["perplexity"] < before["perplexity"]["perplexity"]
     report = (project / "data/report/report.md").read_text()
     # A refit towards a random model helps or does not, by rounding; the report says which.
     ways, words = (
-        (" + refit + training |", "lora.2: refit, ")
+        (" + refit + training |", "lora-2: refit, ")
         if healed["share"]
         else (" + training |", "refit, no help, left out")
     )
@@ -196,7 +194,7 @@ def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
 
 def test_dvc_reads_metrics_and_plots(project, first):
     shown = json.loads(dvc(project, "metrics", "show", "--json"))
-    assert "data/metrics/small.2.json" in json.dumps(shown)
+    assert "data/metrics/small-2.json" in json.dumps(shown)
     assert not [word for word in ("speed", "seconds", "computed") if word in json.dumps(shown)]
     assert "index.html" in dvc(project, "plots", "show")
 
@@ -235,40 +233,64 @@ def force_score(project, edits):
     return output, process.returncode != 0
 
 
-CHANGED = "error in stage score tiny: {} changed while running: run again\n"
-
-
-def test_a_stage_does_not_finish_on_what_has_changed(project, first):
+def test_a_stage_does_not_finish_on_settings_that_have_changed(project, first):
     """DVC then keeps the record that it had."""
     record = (project / "dvc.lock").read_text()
-    output, fails = force_score(project, {"runs/tiny.yaml": ("seed: 42", "seed: 43")})
-    assert fails and CHANGED.format("runs/tiny.yaml") in output and (project / "dvc.lock").read_text() == record
+    output, fails = force_score(project, {"params.yaml": ("budget: 2blocks", "budget: 3blocks")})
+    line = "error in stage score tiny: data/settings/tiny/score.json changed while running: run again\n"
+    assert fails and line in output and (project / "dvc.lock").read_text() == record
 
 
 def test_a_stage_finishes_whatever_else_has_changed(project, first):
-    """Other keys of a file that it reads, and a module that it does not load."""
-    edits = {"params.yaml": ("threads: 1", "threads: 2"), "blockpruner/reporting/report.py": ("report", "page")}
+    """Sections of its run that it does not read, the runtime, and a module."""
+    edits = {
+        "params.yaml": ("threads: 1", "threads: 2"),
+        "runs/tiny.yaml": ("limit: 6", "limit: 5"),
+        "blockpruner/reporting/report.py": ("report", "page"),
+    }
     output, fails = force_score(project, edits)
     assert not fails, output
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("params.yaml", "budget: 2blocks", "budget: 3blocks"),
-        ("blockpruner/versions.py", "SCORE_VERSION = ", "SCORE_VERSION = 1"),
-    ],
-)
-def test_budgets_and_loaded_modules_are_what_a_stage_depends_on(project, monkeypatch, capsys, file, old, new):
-    """In this process, which has loaded one module of the project."""
-    module = ModuleType("loaded")
-    module.__file__ = str(project / "blockpruner/versions.py")
-    monkeypatch.setitem(sys.modules, "loaded", module)
-    monkeypatch.setattr(stages, "CODE", (project / "blockpruner",))
-    monkeypatch.setattr(sys, "argv", ["score", "tiny"])
-    monkeypatch.chdir(project)
-    text = Path(file).read_text()
-    with pytest.raises(SystemExit, match="1"):
-        stages.run("score", lambda item: replaced(Path(file), old, new))
-    Path(file).write_text(text)
-    assert capsys.readouterr().err == CHANGED.format(file)
+def test_a_stage_run_by_hand_refuses_settings_that_are_not_resolved(project, first):
+    replaced(project / "runs/tiny.yaml", "seed: 42", "seed: 43")
+    result = stage(project, "calibrate")
+    replaced(project / "runs/tiny.yaml", "seed: 43", "seed: 42")
+    assert result.returncode == 1 and "run `dvc repro settings@tiny`" in result.stderr
+    assert result.stderr.startswith("error in stage calibrate tiny: data/settings/tiny/calibration.json is not what")
+
+
+def stale(project):
+    """The stages that DVC would run, once the settings are resolved."""
+    dvc(project, "repro", "settings@tiny")
+    found = json.loads(dvc(project, "status", "--json"))
+    return {name for name in found if name != "report"}
+
+
+def test_a_change_of_settings_starts_what_reads_it(project, first):
+    """An evaluation limit, one more export, a target of another run; then everything is as it was."""
+    run, params = ((project / name).read_text() for name in ("runs/tiny.yaml", "params.yaml"))
+    replaced(project / "runs/tiny.yaml", "limit: 6", "limit: 5")
+    assert stale(project) == {"baseline@tiny", "benchmark@small-2", "benchmark@lora-2"}
+    (project / "runs/tiny.yaml").write_text(f"{run}export: [hf, nas]\n")
+    assert stale(project) == {"materialize@small-2", "materialize@lora-2"}
+    (project / "runs/tiny.yaml").write_text(run)
+    (project / "runs/other.yaml").write_text(run)
+    more = yaml.safe_load(params)
+    more["runs"].append("other")
+    more["targets"]["more"] = {"run": "other", "budget": "1blocks", "method": "beam"}
+    (project / "params.yaml").write_text(yaml.safe_dump(more))
+    assert {name.partition("@")[2] for name in stale(project)} == {"other", "more"}
+    (project / "params.yaml").write_text(params)
+    (project / "runs/other.yaml").unlink()
+    assert not stale(project) and "up to date" in dvc(project, "status")
+
+
+def test_each_stage_depends_on_the_sections_that_it_reads(project, first):
+    """What the stages' records name, against dvc.yaml."""
+    for name, entry in yaml.safe_load((project / "dvc.yaml").read_text())["stages"].items():
+        deps = {dep.replace("${item.run}", "tiny") for dep in entry.get("do", entry)["deps"]}
+        records = (project / "data/provenance").glob(f"{name}@*.json")
+        read = {where for path in records for where in read_json(path)["settings"] if where.startswith("data/")}
+        if name not in ("settings", "report"):  # of these one writes them, the other reads all
+            assert read == {dep for dep in deps if dep.startswith("data/settings/")}, name

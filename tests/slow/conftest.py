@@ -8,9 +8,9 @@ import pytest
 from benchmarks.scoring import TEXT
 from benchmarks.serving import nothing_removed
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Compensate, Train
 from blockpruner.healing.compensate import write_compensated
 from blockpruner.healing.rows import compensation_rows, training_rows
+from blockpruner.healing.settings import Compensate, Train
 from blockpruner.healing.train import write_trained
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer

@@ -8,12 +8,12 @@ from scipy import stats
 
 from blockpruner.core.blocks import DENSE, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Costs
-from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.scoring import accelerate as module
 from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, settings_of, slices
 from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.settings import Score
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem
 from blockpruner.store.trials import TrialStore

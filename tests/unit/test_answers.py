@@ -22,7 +22,7 @@ from blockpruner.inputs.calibration import CalibrationSet, draw_in_turn, pack_an
 from blockpruner.model.models import masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
-from stages import calibrate, fetch
+from stages import calibrate, fetch, settings
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import CHOICES, ITEMS
 
@@ -253,11 +253,13 @@ def test_fetch_and_calibrate(tmp_path, monkeypatch):
     def write(**data):
         run["calibration"]["data"] = run["calibration"]["data"] | data
         (tmp_path / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run))
+        (tmp_path / "params.yaml").write_text("{runs: [tiny], targets: {}}")
+        settings.main("tiny")
 
     write(skip=None)
     with pytest.raises(InputError, match=r"piqa has no split apart"):
         fetch.main("tiny")
-    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "data/sources").exists()
     write(skip=SKIP)
     fetch.main("tiny")
     assert not (tmp_path / "data/sources/tiny/calibration.parquet").exists()

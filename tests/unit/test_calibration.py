@@ -7,8 +7,8 @@ from tokenizers import processors
 
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Calibration
 from blockpruner.inputs.calibration import CalibrationSet, beginning, check_context, draw, draw_rows, pack_rows
+from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task

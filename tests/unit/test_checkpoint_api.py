@@ -26,8 +26,8 @@ from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Compensate
 from blockpruner.healing.rows import compensation_rows
+from blockpruner.healing.settings import Compensate
 from blockpruner.inputs.calibration import pack_rows
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked

@@ -12,10 +12,10 @@ import torch
 from blockpruner.core.blocks import format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import CompensationMethod
 from blockpruner.healing import refit as methods
 from blockpruner.healing.compensate import compensate
 from blockpruner.healing.ridge import Moments, best_change
+from blockpruner.healing.settings import CompensationMethod
 from blockpruner.healing.streams import Streams, stops_of
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import decoder_layers, masked, model_family, prune_

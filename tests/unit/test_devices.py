@@ -29,15 +29,17 @@ from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.budgets import parse_budget
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import HubTexts, Latency, Runtime, Speed, Train
+from blockpruner.core.settings import HubTexts, Runtime
 from blockpruner.evaluation import choices
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
+from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import generate, measure_speed, random_prompt
 from blockpruner.healing import train as train_module
 from blockpruner.healing.compensate import compensate
 from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.settings import Train
 from blockpruner.healing.training import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
@@ -54,6 +56,7 @@ from blockpruner.scoring.large import ray, streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.scorers import local_scorer
+from blockpruner.scoring.settings import Latency
 from blockpruner.scoring.work import Task, live_numbers
 from blockpruner.store.files import read_json
 from blockpruner.store.locks import this_process

@@ -8,8 +8,9 @@ import pytest
 
 from blockpruner.core.blocks import DENSE, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Calibration, HubModel, Run, Score, Study
+from blockpruner.core.settings import HubModel
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.settings import Calibration
 from blockpruner.paper.check import CHECKS, searches
 from blockpruner.paper.estimates import SAMPLE_TOKENS, calibration_rows, describe, estimate, gpu_hours, search_cost
 from blockpruner.paper.experiments import Variant, variants
@@ -17,6 +18,9 @@ from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import SHAPES, find_config
 from blockpruner.params import load_run, load_sets, run_names
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.settings import Score
+from blockpruner.settings import Run
+from blockpruner.study import Study
 from flows import paper
 from tests.builders import scored
 from tests.tiny import tiny_model
@@ -181,7 +185,7 @@ def test_training_is_counted_with_its_epochs():
 
 
 def test_what_is_printed():
-    found = [estimate(name, studied(name)) for name in ("llama2-7b", "qwen1.5-14b")]
+    found = [estimate(name, studied(name)) for name in ("llama2-7b", "qwen15-14b")]
     text = describe("newer", found)
     rows = [line for line in text.splitlines() if line.startswith("| all |")]
     assert rows[0].split("|")[2].strip() == f"{sum(one.trials for one in found):,}"
@@ -234,5 +238,5 @@ def test_the_check_of_llama_names_what_is_published(capsys, monkeypatch):
         assert words in printed
     sequence, _ = searches(CHECKS["llama2-7b"], *(load_run(name) for name in ("llama2-7b", "llama2-7b-official")))
     assert cost_of(sequence, LLAMA2.format("7b")).removals == 17
-    assert paper.main(["--check", "qwen1.5-7b", "--dry-run"]) == 2
+    assert paper.main(["--check", "qwen15-7b", "--dry-run"]) == 2
     assert "valid: llama2-7b" in capsys.readouterr().err

@@ -6,12 +6,14 @@ import pytest
 import yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Run, Study, read_settings
+from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.methods.registry import check_score
 from blockpruner.paper.estimates import calibration_rows
 from blockpruner.paper.experiments import METHODS, variants
 from blockpruner.params import load_run, load_set
+from blockpruner.settings import Run, resolve
+from blockpruner.study import Study
 from stages.report import labels
 
 ROOT = Path(__file__).parents[2]
@@ -159,8 +161,8 @@ def test_items_of_the_papers_models_have_no_bos():
     """lm-eval 0.4.0, by which the paper measured, added none; lm-eval's default today is the tokenizer's own."""
     runs = [run for name in ("paper", "large") for run in load_set(name).values()]
     assert not any(run.evaluate.zero_shot.bos for run in runs)
-    assert all(labels(run).tasks.endswith(", without BOS") for run in runs), "the notes of tables tell"
-    assert labels(run_with({})).tasks.endswith(", with the BOS that the tokenizer adds")
+    assert all(labels(resolve(run, [])).tasks.endswith(", without BOS") for run in runs), "the notes of tables tell"
+    assert labels(resolve(run_with({}), [])).tasks.endswith(", with the BOS that the tokenizer adds")
 
 
 def test_a_report_shows_what_choices_hide():

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from benchmarks.shapes import random_rows
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Train
 from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.settings import Train
 from blockpruner.healing.weights import checkpointed, trained_weights_
 from blockpruner.model.models import decoder_layers, masked
 from blockpruner.paper.flops import Flops

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, metadata_load
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hub import push
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Target
+from blockpruner.settings import Target
 from blockpruner.store.manifest import manifest
 from tests.plans import plan_of
 from tests.tiny import tiny_model

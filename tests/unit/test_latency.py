@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from blockpruner.core.settings import Latency
 from blockpruner.evaluation import latency, speed
 from blockpruner.evaluation.latency import measure_latency
+from blockpruner.scoring.settings import Latency
 from tests.tiny import tiny_model
 
 

@@ -26,7 +26,6 @@ from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sor
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.sets import SetGoal
-from blockpruner.core.settings import Run
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.paper.beyond import compared, healing_grids
 from blockpruner.paper.contrasts import FAILS, HOLDS, OPEN, claims, summed
@@ -46,6 +45,7 @@ from blockpruner.reporting.grids import Column, Grid, Number, escape_latex, to_c
 from blockpruner.reporting.pages import Findings, Page, to_markdown
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.statistics import stratified_t
+from blockpruner.settings import Run
 from blockpruner.store.files import read_json, write_json, write_table
 from blockpruner.store.plans import load_plan, save_plan
 from tests.builders import speed_facts

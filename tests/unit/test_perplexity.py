@@ -12,8 +12,8 @@ from tokenizers import processors
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
-from blockpruner.core.settings import Perplexity
 from blockpruner.evaluation.perplexity import SHORT, held_out, measure_perplexity
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.model.models import masked, prune_
 from blockpruner.scoring import work
 from tests.tiny import VARIANTS, full_nll, tiny_model, tiny_tokenizer, tolerance

@@ -13,11 +13,11 @@ from blockpruner.core.blocks import DENSE, format_mask
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Job
 from blockpruner.methods.registry import require_budgets
 from blockpruner.paper.shapes import SHAPES
+from blockpruner.scoring.settings import Score
 from blockpruner.search.trace import Current, read_trace, trace_directory, write_iteration
 from blockpruner.store.files import write_json
 from tests.builders import FakeScorer, material_of, scored, short_rows, small_config

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from blockpruner.core.blocks import parse_mask
-from blockpruner.core.settings import Speed
 from blockpruner.evaluation import speed
+from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import generate, measure_speed
 from blockpruner.model.models import prune_
 from tests.tiny import tiny_model

@@ -11,12 +11,14 @@ import torch
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Calibration, Evaluate, LocalModel, Run, Runtime, Score, Speed, Study
+from blockpruner.core.settings import LocalModel, Runtime
 from blockpruner.evaluation import suite
 from blockpruner.evaluation.perplexity import held_out
+from blockpruner.evaluation.settings import Evaluate, Speed
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods import score
 from blockpruner.methods.healed import FILE
@@ -29,10 +31,13 @@ from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_stu
 from blockpruner.paper.experiments import Variant, cures
 from blockpruner.paper.healing import FACTS, Healer, healed_of
 from blockpruner.paper.studies import SearchRecord, Setting, StudyTexts, load_plans, model_name, search_all
+from blockpruner.scoring.settings import Score
 from blockpruner.search.trace import Current
+from blockpruner.settings import Run
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.manifest import SOURCE_FILE
 from blockpruner.store.tensors import read_tensors
+from blockpruner.study import Study
 from blockpruner.versions import LACO_VERSION, SLICEGPT_VERSION
 from stages import study_search
 from tests.builders import small_config

@@ -17,8 +17,9 @@ from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Evaluate, Runtime
+from blockpruner.core.settings import Runtime
 from blockpruner.evaluation import suite, zero_shot
+from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.store import ITEMS, ResultsStore, read_results
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_

@@ -1,0 +1,81 @@
+"""The sections `compensate` and `train`: how the weights that are left make up for what is gone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from blockpruner.core.settings import ALPACA, Frozen, Texts
+
+CompensationMethod = Literal["none", "map", "refit"]
+
+
+class Compensate(Frozen):
+    """How the weights that are left make up for what is gone, without training."""
+
+    method: CompensationMethod | None = None
+    """null: the recipe's own, else none."""
+    data: Texts | None = None
+    """null: the run's calibration texts."""
+    num_rows: int = Field(default=192, ge=2)
+    """The most that are used; joined rows of all texts."""
+    seq_len: int = Field(default=256, ge=2)
+    """Tokens in a row; the model's context, where that is shorter."""
+    validation: float = Field(default=0.125, gt=0, lt=1)
+    """The share of rows on which the strength is chosen; weights that do not help there are left as they were."""
+    seed: int = 42
+
+    def held_out(self, rows: int) -> int:
+        """How many of so many rows these are."""
+        return max(1, round(self.validation * rows))
+
+
+class Train(Frozen):
+    """Training after pruning, for targets with `train: true`. The defaults are the paper's LoRA, validated; what the
+    paper leaves open is explained in `healing.training`."""
+
+    data: Texts = ALPACA
+    num_samples: int = Field(default=8000, ge=1)
+    """Texts, of which each is a row of at most `seq_len` tokens."""
+    num_rows: int | None = Field(default=None, ge=1)
+    """In place of num_samples: so many joined rows of `seq_len` tokens."""
+    seq_len: int = Field(default=2048, ge=2)
+    weights: Literal["lora", "all"] = "lora"
+    """What is trained: adapters of the linear layers, or all weights but embeddings and head."""
+    rank: int = Field(default=32, ge=1)
+    """Of the adapters."""
+    alpha: float = Field(default=10.0, gt=0)
+    distill: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the KL divergence from the dense model's predictions; the text's NLL has the rest of 1."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of both models in the KL divergence, which is multiplied by its square."""
+    top_k: int | None = Field(default=None, ge=1)
+    """The dense model's likeliest tokens that the KL divergence tells apart; null for the whole vocabulary."""
+    hidden: float = Field(default=0.0, ge=0)
+    """Weight of the distance of the states after each layer from the dense model's; for plans that remove blocks."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the learning rate falls to 0."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the steps over which the learning rate rises first."""
+    batch: int = Field(default=1, ge=1)
+    """Rows that are computed at once."""
+    accumulation: int = Field(default=4, ge=1)
+    """Batches in a step."""
+    epochs: int = Field(default=1, ge=1)
+    seed: int = 42
+    checkpointing: bool = False
+    """Whether layers are computed again for their gradients, which saves memory and costs a third more time."""
+    validation: int = Field(default=16, ge=0)
+    """Samples, or joined rows, that are held out; of all states that were validated the best is kept. 0: the last."""
+    validate_every: int = Field(default=100, ge=1)
+    """Steps between two validations; the first comes before training, and the last after it."""
+    patience: int | None = Field(default=None, ge=1)
+    """Training stops after so many validations without a better one; null: never."""
+
+    @property
+    def title(self) -> str:
+        """The recipe in words."""
+        trained = f"LoRA, rank {self.rank}" if self.weights == "lora" else "all weights"
+        return trained + (", distilled from the dense model" if self.distill or self.hidden else "")

@@ -1,0 +1,259 @@
+"""Settings: params.yaml and runs/<name>.yaml as frozen values.
+
+Decides how the sections of a run fit together. What a section holds is decided in its room; files are read by `params`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from blockpruner.core.budgets import read_budget
+from blockpruner.core.errors import InputError
+from blockpruner.core.settings import NAME, Frozen, Model, Runtime, TaskAnswers, Texts, read_settings
+from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, ZeroShot
+from blockpruner.healing.settings import Compensate, CompensationMethod, Train
+from blockpruner.inputs.settings import Calibration
+from blockpruner.methods.recipes import RECIPES, recipe
+from blockpruner.methods.registry import kind_of_method, options_of
+from blockpruner.scoring.settings import Score
+from blockpruner.study import Study
+
+
+class Run(Frozen):
+    """One model, calibration set, search and evaluation: runs/<name>.yaml. All but the model has defaults."""
+
+    model: Model
+    calibration: Calibration = Calibration()
+    score: Score = Score()
+    evaluate: Evaluate = Evaluate()
+    compensate: Compensate = Compensate()
+    train: Train | None = None
+    """For targets with `train: true`; `{}` is the paper's recipe."""
+    export: tuple[str, ...] = ("hf",)
+    """Formats of the checkpoint: hf (transformers, vLLM), and nas (mlx-lm), gguf (llama.cpp). []: the model is measured
+    in memory and not written."""
+    study: Study | None = None
+    """What the tables of the paper vary over this run."""
+
+    @field_validator("export")
+    @classmethod
+    def _exports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value and "hf" not in value:
+            raise ValueError(
+                f"export: {list(value)} lacks hf, the format that is benchmarked; add it, or export nothing"
+            )
+        if len(set(value)) != len(value):
+            raise ValueError(f"export: {list(value)} names the same format twice; keep one")
+        return value
+
+    @model_validator(mode="after")
+    def _calibrates_on_nothing_that_is_evaluated(self) -> Run:
+        data, zero_shot = self.calibration.data, self.evaluate.zero_shot
+        if not isinstance(data, TaskAnswers):
+            return self
+        for task in data.tasks:
+            if task not in zero_shot.tasks:
+                raise ValueError(
+                    f"calibration.data.tasks: {task!r} is not among evaluate.zero_shot.tasks, whose data are used; "
+                    f"valid: {', '.join(zero_shot.tasks) or 'none'}"
+                )
+        if data.skip is not None and (zero_shot.limit is None or data.skip < zero_shot.limit):
+            scored = f"the first {zero_shot.limit} items" if zero_shot.limit else "every item"
+            raise ValueError(
+                f"calibration.data.skip: {data.skip} would calibrate on what is evaluated: evaluate.zero_shot.limit "
+                f"scores {scored}; set a limit of at most {data.skip}, or leave skip out and name only tasks with a "
+                "split that is not evaluated"
+            )
+        return self
+
+
+class Push(Frozen):
+    """The hub repository that `python -m stages.push <target>` uploads a checkpoint to. Nothing else does."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    format: str = "hf"
+    """Which of the run's exports is uploaded."""
+    private: bool = True
+
+
+class Target(Frozen):
+    """A pruned model to build."""
+
+    run: str
+    """Name of runs/<name>.yaml."""
+    budget: str
+    """How far to prune: a share of all parameters, "17blocks", "7layers", "0.3kv", "1.25x"."""
+    method: str | None = None
+    """A recipe or a method, in place of the run's `score.method`; of the run's `score` it keeps what is measured."""
+    compensate: CompensationMethod | None = None
+    """In place of the run's `compensate.method`."""
+    train: bool = False
+    """Whether the pruned model is trained, by the run's `train`."""
+    push: Push | None = None
+
+    @property
+    def needs_its_run(self) -> bool:
+        """Whether it has keys that must fit its run."""
+        return self.method is not None or self.compensate is not None or self.train or self.push is not None
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, value: object) -> str:
+        text = str(value)
+        read_budget(text)
+        return text
+
+
+class Paper(Frozen):
+    """What the pipeline in runs/dvc.yaml computes; `python -m flows.paper` adds to it."""
+
+    studies: tuple[str, ...] = ()
+    """Runs with a `study` section."""
+    sets: tuple[str, ...] = ()
+    """Names in runs/sets.yaml, whose tables are made."""
+
+
+class Report(Frozen):
+    """The page over all targets."""
+
+    title: str = "Block pruning"
+    plots: bool = True
+
+
+class Params(Frozen):
+    """params.yaml: what is run and built."""
+
+    runs: tuple[str, ...] = Field(min_length=1)
+    """Names of runs/<name>.yaml, which are fetched, calibrated and scored."""
+    targets: dict[str, Target]
+    """Pruned models to build, by name."""
+    report: Report = Report()
+    paper: Paper = Paper()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _names(self) -> Params:
+        for name in (*self.runs, *self.targets):
+            if not NAME.fullmatch(name):
+                raise ValueError(
+                    f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' (a run name is the file "
+                    "runs/<name>.yaml, a target name a folder under data/)"
+                )
+        if len(set(self.runs)) != len(self.runs):
+            raise ValueError(f"runs {list(self.runs)} name the same run twice; keep one")
+        meanings: dict[tuple[object, ...], str] = {}
+        for name, target in self.targets.items():
+            if target.run not in self.runs:
+                raise ValueError(
+                    f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {', '.join(self.runs)}"
+                )
+            if name in {f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search")}:
+                raise ValueError(f"target name {name!r} is taken by a run or its dense baseline; choose another")
+            meaning = (target.run, read_budget(target.budget), target.method, target.compensate, target.train)
+            if meaning in meanings:
+                raise ValueError(
+                    f"targets {meanings[meaning]!r} and {name!r} mean the same (run {target.run}, budget "
+                    f"{target.budget}); remove one"
+                )
+            meanings[meaning] = name
+        return self
+
+    def target(self, name: str) -> Target:
+        if name not in self.targets:
+            known = ", ".join(self.targets) or "none"
+            raise InputError(
+                f"target {name!r} is not in params.yaml; valid: {known}", rule="unknown-target", value=name
+            )
+        return self.targets[name]
+
+    def targets_of(self, run: str) -> list[Target]:
+        return [target for target in self.targets.values() if target.run == run]
+
+    def budgets_of(self, run: str) -> tuple[str, ...]:
+        """The budgets of the run's own method."""
+        return tuple(dict.fromkeys(target.budget for target in self.targets_of(run) if target.method is None))
+
+
+class Sources(Frozen):
+    """All that is fetched for a run."""
+
+    model: Model
+    texts: dict[str, Texts]
+    """By what they are for: perplexity, calibration, compensate, train."""
+    answers: TaskAnswers | None
+    """The items that the run is calibrated on, in place of texts."""
+    zero_shot: ZeroShot
+
+
+class Scored(Frozen):
+    """A search, and how far it goes."""
+
+    score: Score
+    budgets: tuple[str, ...]
+
+
+class Sections(Frozen):
+    """The settings of a run as the stages read them, each section from a file of its own."""
+
+    model: Model
+    sources: Sources
+    calibration: Calibration
+    score: dict[str, Scored]
+    """By method: the run's own, and those that targets name."""
+    compensate: Compensate
+    train: Train | None
+    heldout: Perplexity
+    zero_shot: ZeroShot
+    speed: Speed | None
+    export: tuple[str, ...]
+
+    def as_json(self, section: str) -> Any:
+        return self.model_dump(mode="json", include={section})[section]
+
+
+def score_of(run: Run, method: str | None) -> Score:
+    """The `score` section of a target that names a method, or none; raises InputError for an unknown one."""
+    if method is None or method == run.score.method:
+        return run.score
+    removes_blocks = all(kind_of_method(str(row["method"])).removes_blocks for row in recipe(method).searches.values())
+    kept = run.score.model_dump(include={"latency", "metric"} if removes_blocks else {"latency"})
+    return read_settings(Score, {**kept, "method": method})
+
+
+def resolve(run: Run, targets: Sequence[Target]) -> Sections:
+    """The sections of a run with every default filled in; `targets` are the run's."""
+    texts = {
+        "perplexity": run.evaluate.perplexity.data,
+        "calibration": run.calibration.data,
+        "compensate": run.compensate.data,
+        "train": run.train.data if run.train else None,
+    }
+    budgets: dict[str, list[str]] = {run.score.method: []}
+    for target in targets:
+        budgets.setdefault(target.method or run.score.method, []).append(target.budget)
+    scored = {}
+    for method, wanted in budgets.items():
+        score = score_of(run, method)
+        if method not in RECIPES:
+            score = score.model_copy(update={"options": options_of(score).model_dump()})
+        scored[method] = Scored(score=score, budgets=tuple(dict.fromkeys(wanted)))
+    return Sections(
+        model=run.model,
+        sources=Sources(
+            model=run.model,
+            texts={role: data for role, data in texts.items() if data and not isinstance(data, TaskAnswers)},
+            answers=run.calibration.data if isinstance(run.calibration.data, TaskAnswers) else None,
+            zero_shot=ZeroShot(data=run.evaluate.zero_shot.data, tasks=run.evaluate.zero_shot.tasks),
+        ),
+        calibration=run.calibration,
+        score=scored,
+        compensate=run.compensate,
+        train=run.train,
+        heldout=run.evaluate.perplexity,
+        zero_shot=run.evaluate.zero_shot,
+        speed=run.evaluate.speed,
+        export=run.export,
+    )
