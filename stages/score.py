@@ -1,4 +1,7 @@
-"""score <run>: search far enough for every target of the run; tables at data/scores/<run>/<method>/<search>."""
+"""score <run>: search far enough for every target of the run; tables at data/scores/<run>/<method>/<search>.
+
+What was computed, and how long it took, is at data/provenance/<run>-search.json, by method and search.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from stages import DATA, run, sections
 
 def main(name: str) -> None:
     runtime, settings, watch = load_params().runtime, sections(name), observer()
-    checkpoint, model, figures = DATA / "models" / name, settings.model, {}
+    checkpoint, model, found = DATA / "models" / name, settings.model, {}
     rows = pipeline.Rows.load(DATA / "calibration" / name, "search", "judge")
     with open_material(checkpoint, model, runtime, trials_root(), watch) as material:
         for method, asked in settings.score.items():
@@ -29,8 +32,9 @@ def main(name: str) -> None:
 
                 return kept_latency(place, trials_root(), checkpoint, model, timed, runtime, watch)
 
-            counts = pipeline.score(material, rows, asked.score, asked.budgets, place, latency)
-            figures[method] = {search: headline(found) for search, found in counts.items()}
+            found[method] = pipeline.score(material, rows, asked.score, asked.budgets, place, latency)
+    write_json(DATA / "provenance" / f"{name}-search.json", found)
+    figures = {method: {key: headline(counts) for key, counts in own.items()} for method, own in found.items()}
     write_json(DATA / "metrics" / name / "score.json", figures)
 
 
