@@ -129,6 +129,11 @@ class RayScorer:
         """Load all replicas. They have our version. In 16 bits they compute in one way, apart from batches."""
         try:
             loaded = self._ray.get([worker.actor.load.remote() for worker in self._workers])
+        except self._ray.exceptions.RayActorError as error:
+            raise WorkerLostError(
+                f"a Ray worker died while it was loading the model: {_reason(error)} Where memory is short, lower "
+                "runtime.workers, or set runtime.streaming: true"
+            ) from error
         except self._ray.exceptions.RayError as error:
             raise _own(error) from None
         for worker, (name, version, origin) in zip(self._workers, loaded, strict=True):
@@ -236,16 +241,19 @@ class RayScorer:
 
     def _lose(self, lost: _Worker, error: Exception) -> None:
         """Go on with the other workers; raises WorkerLostError where there is none."""
-        lines = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
-        reason = textwrap.shorten(" ".join(lines), 300)
         if self._workers == [lost]:
             raise WorkerLostError(
-                f"the last Ray worker died, {lost.name}: {reason} Run again: all that is finished is kept. Where "
-                "memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true"
+                f"the last Ray worker died, {lost.name}: {_reason(error)} Run again: all that is finished is kept. "
+                "Where memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true"
             ) from error
         self._workers.remove(lost)
         self._ray.kill(lost.actor)
-        self._note(f"{lost.name} was lost; {len(self._workers)} workers go on with its work. Ray says: {reason}")
+        self._note(f"{lost.name} was lost; {len(self._workers)} workers go on with its work. {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
+    return textwrap.shorten(" ".join(lines), 300)
 
 
 def _own(error: Exception) -> Exception:
