@@ -1,7 +1,6 @@
 """The engine against full forward passes of the masked model, one row and one mask at a time."""
 
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
 from blockpruner.store.trials import TrialStore, store_fields
-from tests.tiny import VARIANTS, full_nll, tiny_model, tolerance
+from tests.tiny import full_nll, tiny_model, tolerance
 
 
 def make_rows(lengths, seed=3):

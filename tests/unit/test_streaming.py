@@ -24,7 +24,7 @@ from blockpruner.scoring.large import weights as weights_module
 from blockpruner.scoring.large.memory import is_in_memory
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
-from tests.tiny import VARIANTS, full_nll, tiny_model, tolerance
+from tests.tiny import GRID, full_nll, tiny_model, tolerance
 from tests.unit.test_engine import make_rows, score_all, sweep
 
 
@@ -52,7 +52,7 @@ def random_masks(count, layers=4, seed=11):
     return list({frozenset(chosen.sample(blocks, chosen.randint(0, len(blocks)))) for _ in range(count)})
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", GRID)
 @pytest.mark.parametrize(
     ("tied", "lengths"), [(False, [16] * 5), (True, [16, 3, 9, 12, 2, 7])], ids=["untied, even", "tied, padded"]
 )
@@ -511,7 +511,7 @@ def test_a_missing_shard_or_no_weights_are_named(tmp_path):
         StreamingEngine(tmp_path, "float64", device="cpu")
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", GRID)
 def test_buffers_are_those_of_a_loaded_model(tmp_path, family):
     engine = StreamingEngine(save(tmp_path, family, dtype=torch.float32), "bfloat16", device="cpu")
     loaded = dict(load_model(tmp_path, "bfloat16", "cpu").named_buffers())
