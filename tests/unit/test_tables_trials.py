@@ -38,7 +38,7 @@ from blockpruner.store.files import (
 from blockpruner.store.journal import Journal
 from blockpruner.store.plans import load_plan
 from blockpruner.store.trials import TrialStore, store_fields
-from tests.builders import FakeScorer, by_text, short_rows, small_config
+from tests.builders import FakeScorer, by_text, scored, short_rows, small_config
 from tests.tiny import tiny_model
 
 FIELDS = {"calibration": "c", "model": "m", "dtype": "float32", "metric": "perplexity"}
@@ -410,6 +410,16 @@ def test_parquet_with_other_columns(tmp_path):
     write_table(tmp_path / "t.parquet", pa.table({"words": ["x"]}))
     with pytest.raises(InputError, match=r"words: string; expected text: string"):
         read_table(tmp_path / "t.parquet", TEXTS)
+
+
+def test_what_a_kill_left_in_the_tables_is_removed_before_a_search(tmp_path):
+    scores = tmp_path / "scores"
+    (scores / "0123").mkdir(parents=True)
+    left, kept = scores / "0123/.iteration_000.parquet.0123abcd.tmp", scores / ".mine.tmp"
+    left.touch()
+    kept.touch()
+    scored(tmp_path, FakeScorer(), small_config(2), ["1blocks"], short_rows(2))
+    assert kept.exists() and not left.exists()
 
 
 def test_a_plan_of_another_version_is_named(tmp_path):
