@@ -113,13 +113,13 @@ class Card(FakeScorer):
         return self.facts
 
     def run(self, tasks, rows):
-        for scored in super().run(tasks, rows):
+        for unit in super().run(tasks, rows):
             if self.killed is not None and len(self.asked) > self.killed:
                 raise KeyboardInterrupt
             if self.halved is not None and len(self.asked) > self.halved and self.facts["batch_tokens"] == 8:
                 self.place, self.facts = self.place + 1, self.facts | {"batch_tokens": 4}
-                scored = replace(scored, loss=tuple(loss + 0.001 for loss in scored.loss))
-            yield scored
+                unit = replace(unit, loss=tuple(loss + 0.001 for loss in unit.loss))
+            yield unit
 
 
 def card_of(score):
