@@ -129,13 +129,13 @@ class RayScorer:
         """Load all replicas. They have our version. In 16 bits they compute in one way, apart from batches."""
         try:
             loaded = self._ray.get([worker.actor.load.remote() for worker in self._workers])
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayTaskError as error:
+            raise _own(error) from None
+        except self._ray.exceptions.RayError as error:
             raise WorkerLostError(
                 f"a Ray worker died while it was loading the model: {_reason(error)} Where memory is short, lower "
                 "runtime.workers, or set runtime.streaming: true"
             ) from error
-        except self._ray.exceptions.RayError as error:
-            raise _own(error) from None
         for worker, (name, version, origin) in zip(self._workers, loaded, strict=True):
             worker.name, worker.origin = name, origin
             if version != __version__:
@@ -158,7 +158,9 @@ class RayScorer:
                     worker.actor.row_batches.remote(self._shared(rows), span, self._limit)
                 )
                 return found
-            except self._ray.exceptions.RayActorError as error:
+            except self._ray.exceptions.RayTaskError as error:
+                raise _own(error) from None
+            except self._ray.exceptions.RayError as error:
                 self._lose(worker, error)
         raise AssertionError("the last worker that is lost raises its error")
 
@@ -189,11 +191,11 @@ class RayScorer:
                     found = self._ray.get(next(worker.job))
                 except StopIteration:
                     worker.job = None
-                except self._ray.exceptions.RayActorError as error:
+                except self._ray.exceptions.RayTaskError as error:
+                    raise _own(error) from None
+                except self._ray.exceptions.RayError as error:
                     waiting.appendleft(unfinished(worker.piece, worker.answers))
                     self._lose(worker, error)
-                except self._ray.exceptions.RayError as error:
-                    raise _own(error) from None
                 else:
                     if isinstance(found, int):
                         self._limit = min(self._limit, found)
