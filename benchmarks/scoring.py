@@ -36,11 +36,11 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task
-from blockpruner.search.greedy import GreedyOptions, greedy
+from blockpruner.search.greedy import PricedOptions, greedy
 from blockpruner.search.problem import Problem
 from blockpruner.store.files import write_json
 from blockpruner.store.provenance import machine, versions
-from blockpruner.store.trials import TrialStore, store_fields
+from blockpruner.store.trials import Origin, TrialStore, store_fields
 
 ROWS, LENGTH = 8, 128
 SMOLLM2, TEXT = Path("data/models/smollm2"), Path("data/sources/smollm2/calibration.parquet")
@@ -151,9 +151,6 @@ class Counted:
         self._config = config
         self.flops = 0
 
-    def limit_batches(self, rows: Rows, most: int | None) -> None:
-        self._scorer.limit_batches(rows, most)
-
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
 
@@ -162,8 +159,8 @@ class Counted:
             self.flops += Flops.of(self._config, len(task.span), len(rows[task.span[0]])).exact(task.masks)
         yield from self._scorer.run(tasks, rows)
 
-    def placement(self) -> dict[str, str]:
-        return self._scorer.placement()
+    def origin(self) -> Origin:
+        return self._scorer.origin()
 
     def close(self) -> None:
         self._scorer.close()
@@ -216,7 +213,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
             chosen = Score() if mode == "exact" else fast
             records = found.setdefault(mode, {}).setdefault(str(seed), [])
             problem = Problem(units, asked, accelerate(asked, chosen), ROWS)  # type: ignore[arg-type]  # Asked stands in for an Objective
-            for step in greedy(problem, GreedyOptions()):
+            for step in greedy(problem, PricedOptions()):
                 added = step.added[step.chosen]
                 assert added is not None
                 removed = step.removed - added

@@ -23,7 +23,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import NAME, Frozen, HubModel, HubTexts, LocalModel, LocalTexts, Model, Texts
+from blockpruner.core.settings import Frozen, HubModel, HubTexts, LocalModel, LocalTexts, Model, NAME, Texts
 from blockpruner.evaluation.settings import ZeroShot
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.inputs.calibration import check_context

@@ -25,7 +25,7 @@ from blockpruner.scoring.settings import Score
 from blockpruner.search.iteration import stabilities
 from blockpruner.search.run import UNTIMED
 from blockpruner.search.trace import Current, read_trace, trace_directory
-from blockpruner.store.files import read_json
+from blockpruner.store.files import read_json, remove_temporaries
 from blockpruner.store.trials import require_rows
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def score_run(
     """
     kind, started = check_score(score), time.monotonic()
     require_rows(len(calibration.rows))
+    remove_temporaries(folder)
     if not kind.removes_blocks:
         require_budgets(score, material.config, tuple(budgets))
     known = _known_latency(material.config, score, tuple(budgets), latency)

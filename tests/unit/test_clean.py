@@ -1,13 +1,14 @@
 """What `stages.clean` keeps and deletes, against lists written by hand; outputs are files of a few bytes."""
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import MACHINE
 from blockpruner.store.locks import WORKSPACE, hold
 from stages import clean
 
@@ -35,14 +36,14 @@ KEPT = {
 
 LEFT_OVER = (
     "scores/tiny/s/iteration_001.parquet.bad", "trials/latency-1.json.bad.12", "trials/run/host-1-2.jsonl.bad",
-    f"cache/models/.3333333333333333.{MACHINE}-999999999.tmp/file",
-    f"checkpoints/.small.{MACHINE}-999999999.tmp/a/file", f"trials/.latency-1.json.{MACHINE}-999999999.tmp",
+    "cache/models/.3333333333333333.0123abcd.tmp/file",
+    "checkpoints/.small.0123abcd.tmp/a/file", "trials/.latency-1.json.0123abcd.tmp",
 )  # fmt: skip
 """Set aside, or left by a process of this machine that does not run."""
 
 OTHERS = (
-    "scores/tiny/s/a.bad.txt", "scores/tiny/s/a.badly", "scores/tiny/s/a.bad.x", "scores/.tiny.another-999999999.tmp/x",
-    f"scores/.tiny.{MACHINE}-1.tmp/x", "metrics/old.json", "report/index.html", "trials/run/host-1-2.jsonl",
+    "scores/tiny/s/a.bad.txt", "scores/tiny/s/a.badly", "scores/tiny/s/a.bad.x", "scores/.tiny.another.tmp/x",
+    "scores/.tiny.fedcba98.tmp/x", "metrics/old.json", "report/index.html", "trials/run/host-1-2.jsonl",
     "evaluations/1.json", "adapters/1.safetensors", "cache/packages/1/a.whl", "provenance/score@old.json",
     "timings/1.json",
 )  # fmt: skip
@@ -70,6 +71,10 @@ def project(tmp_path, monkeypatch):
         write(f"data/{name}/file")
     for name in (*LEFT_OVER, *OTHERS):
         write(f"data/{name}")
+    for name in LEFT_OVER:  # of what a kill left only the age tells
+        for path in (Path("data", name), *Path("data", name).parents):
+            if path.suffix == ".tmp":
+                os.utime(path, (0, time.time() - clean.ABANDONED - 9))
 
 
 def files():

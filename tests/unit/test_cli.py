@@ -686,7 +686,7 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     write_sealed_json(source, facts)
     code, _, err = say("push", "out", "me/small", "--dry-run")
     assert code == 2 and "README.md has no license, and the base model's is llama2" in err
-    write_sealed_json(source, facts | {"identity": facts["identity"] | {"before": "another model's"}})
+    write_sealed_json(source, facts | {"identity": "another model's"})
     assert say("push", "out", "me/small", "--dry-run")[0] == 0
     (place / "out/notes").write_text("mine")
     code, _, err = say("push", "out", "me/small", "--yes")

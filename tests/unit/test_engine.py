@@ -1,7 +1,6 @@
 """The engine against full forward passes of the masked model, one row and one mask at a time."""
 
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
 from blockpruner.store.trials import TrialStore, store_fields
-from tests.tiny import VARIANTS, full_nll, tiny_model, tolerance
+from tests.tiny import full_nll, tiny_model, tolerance
 
 
 def make_rows(lengths, seed=3):
@@ -310,48 +309,6 @@ def test_once_memory_has_run_out_later_batches_are_cut_before_they_fail():
     found = {(mask, row): loss for mask, values in pairs for row, loss in values}
     assert (len(tasks), engine.failed) == (3, 1)
     assert found == pytest.approx(score_all(Engine(model, 40), masks, rows), abs=1e-10)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("metric", ["perplexity", "js"])
-@pytest.mark.parametrize("family", VARIANTS)
-def test_a_16_bit_model_in_float32(family, metric, dtype):
-    """As the same weights in float64, in full forward passes; its own weights stay as they are."""
-    model, rows, metric = tiny_model(family, dtype=dtype), make_rows([9, 4]), METRICS[metric]
-    exact = tiny_model(family)
-    exact.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
-    for buffer, own in zip(exact.buffers(), model.buffers(), strict=True):  # Gemma's scale of embeddings
-        buffer.copy_(own)
-    before = {name: (weight, weight.clone()) for name, weight in model.state_dict(keep_vars=True).items()}
-    masks = sweep()[:4]
-    tasks = [Task((row,), tuple(masks), metric, wide=True) for row in range(2)]
-    found = {(unit.mask, unit.span[0]): unit.loss[0] for unit in Engine(model, 8).run(tasks, rows)}
-    if metric.is_nll:
-        expected = {}
-        for mask in masks:
-            with masked(exact, mask):
-                expected |= {(mask, row): full_nll(exact, rows[row]) for row in range(2)}
-    else:
-        tasks = [replace(task, wide=False) for task in tasks]
-        expected = {(unit.mask, unit.span[0]): unit.loss[0] for unit in Engine(exact, 8).run(tasks, rows)}
-    assert found == pytest.approx(expected, abs=2e-4)
-    narrow = [Task((row,), tuple(masks), metric) for row in range(2)]
-    rounded = {(unit.mask, unit.span[0]): unit.loss[0] for unit in Engine(model, 8).run(narrow, rows)}
-    error = max(abs(found[key] - value) for key, value in expected.items())
-    assert max(abs(rounded[key] - value) for key, value in expected.items()) > 5 * error
-    for name, weight in model.state_dict(keep_vars=True).items():
-        assert weight is before[name][0] or torch.equal(weight, before[name][1])
-
-
-def test_flash_attention_gives_way_in_float32():
-    model = tiny_model(layers=1, dtype=torch.bfloat16)
-    engine, config = Engine(model, 8), model.config
-    config._attn_implementation = "flash_attention_2"
-    with engine._kernel(wide=True):
-        assert config._attn_implementation == "sdpa"
-    assert config._attn_implementation == "flash_attention_2"
-    with engine._kernel(wide=False):
-        assert config._attn_implementation == "flash_attention_2"
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])

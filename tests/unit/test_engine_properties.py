@@ -24,7 +24,7 @@ from blockpruner.model.models import decoder_layers, masked, model_family
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import ScoredRows, Task
-from tests.tiny import VARIANTS, VOCABULARY, full_nll, tiny_model, tolerance
+from tests.tiny import GRID, VARIANTS, VOCABULARY, full_nll, tiny_model, tolerance
 
 Row = tuple[int, ...]
 model_of = cache(tiny_model)
@@ -283,7 +283,7 @@ def test_masks_go_one_by_one_before_a_batch_is_halved():
     assert [task.span for task, _ in engine.walks] == [range(1)] * 2 and engine._width(32) == 1
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", GRID)
 def test_a_model_that_accelerate_dispatched(variant: str):
     """As over several devices: hooks around every module move what enters it, and the layers' `forward` is theirs.
 

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -16,17 +15,14 @@ from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.model.models import masked
-from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import SHAPES
-from blockpruner.scoring.batches import row_batches
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large.ray import DEVICE_ERROR, Replica, connect, memory_of_a_worker, resources
+from blockpruner.scoring.large.ray import Replica, connect, resources
 from blockpruner.scoring.large.sharing import (
     WalkCosts,
     cost_of,
     share_among,
     share_out,
-    tokens_of_a_share,
     unfinished,
 )
 from blockpruner.scoring.scorers import make_scorer
@@ -155,24 +151,6 @@ def test_a_sweep_is_balanced_and_its_prefixes_stay_together():
     assert len(shared) == 3
     assert max(map(cost, shared)) < 0.5 * whole
     assert sum(map(cost, shared)) < 1.25 * whole
-
-
-@pytest.mark.parametrize(
-    ("workers", "device", "rows", "length", "times"),
-    [(8, "GPU", 15, 2048, 7.5), (8, "GPU", 14, 2048, 7.5), (2, "GPU", 15, 2048, 1.95), (2, "CPU", 8, 128, 1.95)],
-)
-def test_workers_share_rows_so_that_no_prefix_is_walked_twice(workers, device, rows, length, times):
-    """A first iteration of Llama2-7B, counted in FLOPs of every product, with attention. Free workers take the next
-    piece. With all rows in one batch, eight do it 7.0 times as fast as one."""
-    config = SHAPES["meta-llama/Llama-2-7b-hf"]
-    masks = (DENSE, *(frozenset({block}) for block in all_blocks(32)))
-    tokens = [[1] * length] * rows
-    batches = row_batches(tokens, range(rows), min(65536, tokens_of_a_share(tokens, workers, device)))
-    tasks = [Task(span, masks) for span in batches]
-    busy = [0] * workers
-    for piece in share_among(tasks, tokens, workers, WalkCosts.of(config)):
-        busy[busy.index(min(busy))] += sum(Flops.of(config, len(t.span), length).exact(t.masks) for t in piece)
-    assert Flops.of(config, rows, length).exact(masks) / max(busy) >= times
 
 
 def test_more_workers_than_rows_cut_prefixes():
@@ -331,7 +309,7 @@ def fits(workers, cpus, gpus, nodes):
     )
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(60))
 def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
     generator = random.Random(seed)
     nodes = [(generator.randint(0, 7), generator.randint(0, 4)) for _ in range(generator.randint(1, 3))]
@@ -345,30 +323,15 @@ def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
             found = resources(ray_runtime(**wanted), ray_nodes(nodes))
             assert (found["CPU"], found.get("GPU", 0)) == max(valid)
         else:
-            with pytest.raises(InputError, match=f"runtime.workers {workers} with ") as refused:
+            with pytest.raises(InputError, match=f"runtime.workers {workers} with "):
                 resources(ray_runtime(**wanted), ray_nodes(nodes))
-            for setting, lower in re.findall(r"lower runtime.(workers|threads) to at most (\d+)", str(refused.value)):
-                resources(ray_runtime(**wanted | {setting: int(lower)}), ray_nodes(nodes))
-                with pytest.raises(InputError):  # and that was the most
-                    resources(ray_runtime(**wanted | {setting: int(lower) + 1}), ray_nodes(nodes))
 
 
 @pytest.mark.parametrize(
     ("runtime", "nodes", "message"),
     [
-        ({"workers": 3}, [(2, 0)], r"workers 3 with 1 CPU each: Ray has 1 node of 2 CPU, room for 2, .* at most 2$"),
-        (
-            {"workers": 2, "threads": 4},
-            [(6, 0)],
-            r"4 CPU each: Ray has 1 node of 6 CPU, room for 1, .*workers to at most 1, or .*threads to at most 3$",
-        ),
-        (
-            {"workers": 3, "threads": 10},
-            [(16, 0), (16, 0), (8, 0)],
-            r"2 nodes of 16 CPU, 1 node of 8 CPU, room for 2, since .*workers to at most 2, or lower .*at most 8$",
-        ),
-        ({"workers": 3, "device": "auto"}, [(8, 2)], r"1 CPU and 1 GPU each: .* 8 CPU and 2 GPU, .*at most 2$"),
-        ({"workers": 1, "device": "split"}, [(8, 0)], r"8 CPU and 0 GPU, room for 0.*add nodes, or use another"),
+        ({"workers": 3}, [(2, 0)], r"workers 3 with 1 CPU each: .*room for 2, .*lower runtime.workers"),
+        ({"workers": 3, "device": "auto"}, [(8, 2)], r"1 CPU and 1 GPU each: .*room for 2"),
         ({"workers": 1, "device": "cuda:1"}, [(8, 2)], r"'cuda:1'.* use auto or cuda$"),
     ],
 )
@@ -377,35 +340,10 @@ def test_too_few_resources_are_refused_with_the_figures(runtime, nodes, message)
         resources(ray_runtime(**runtime), ray_nodes(nodes))
 
 
-@pytest.mark.parametrize(("workers", "share"), [(1, 400), (4, 100), (8, 50), (64, 50)])
-def test_memory_is_shared_by_the_workers_of_a_node(workers, share):
-    """Whichever nodes get them: a lost worker may start on another one. A node without a GPU gets none."""
-    small, large = ({"CPU": 64, "GPU": count, "memory": 100 * count} for count in (4, 8))
-    nodes = [small | {"memory": 400}, large | {"memory": 400}, {"CPU": 8, "memory": 5}]
-    assert memory_of_a_worker(workers, {"CPU": 1, "GPU": 1}, nodes) == share
-
-
 def test_an_address_of_a_ray_client_is_refused():
     pytest.importorskip("ray", reason="ray is not installed: pip install 'blockpruner[ray]'")
     with pytest.raises(InputError, match=r"'ray://head:10001' is of a Ray client.*<host>:<port>"):
         connect("ray://head:10001")
-
-
-@pytest.mark.parametrize(
-    ("error", "is_one"),
-    [
-        ("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...", True),
-        ("CUDA error: uncorrectable ECC error encountered", True),
-        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", True),
-        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", True),
-        ("HIP error: unspecified launch failure", True),
-        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
-        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
-        ("Torch not compiled with CUDA enabled", False),
-    ],
-)
-def test_errors_that_a_process_does_not_outlive(error, is_one):
-    assert bool(DEVICE_ERROR.search(error)) == is_one
 
 
 def test_a_replica_says_that_its_memory_ran_out_before_it_gives_what_came_after():
@@ -418,8 +356,8 @@ def test_a_replica_says_that_its_memory_ran_out_before_it_gives_what_came_after(
             yield from super().score(task, rows)
 
     rows, masks = [[1, 2, 3, 4]] * 4, tuple(frozenset({block}) for block in all_blocks(1))
-    replica = Replica(Path("model"), "float64", Runtime(), False, None)
+    replica = Replica(Path("model"), "float64", Runtime(), False)
     replica._scorer = Small(tiny_model(layers=1), 16)
-    told = list(replica.run([Task(range(4), masks)], rows, None))
+    told = list(replica.run([Task(range(4), masks)], rows, 16))
     assert told[0] == 8 and [unit.span for unit in told[1:]] == [range(2)] * 2 + [range(2, 4)] * 2
     assert [len(unit.span) for unit in replica.run([Task(range(2), masks)], rows, 4)] == [1] * 4

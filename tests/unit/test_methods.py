@@ -457,7 +457,7 @@ def test_defaults_are_filled_in_and_are_part_of_the_settings(method, kind):
     if method not in SEARCHES:
         return
     filled = request(score).fields
-    assert set(filled["options"]) == set(SEARCHES[method].options.model_fields) - {"near_ties"}  # while it is null
+    assert set(filled["options"]) == set(SEARCHES[method].options.model_fields)
     assert request(Score(**filled)).fields == filled
     given = score.model_dump(exclude_none=True, exclude={"latency", "options"})
     assert filled == given | {"options": filled["options"] | score.options}

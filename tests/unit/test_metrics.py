@@ -19,7 +19,7 @@ from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.losses import token_js, token_kl, token_nll
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.work import Task, over_all_rows
-from tests.tiny import VARIANTS, VOCABULARY, full_nll, tiny_model, tolerance
+from tests.tiny import GRID, VOCABULARY, full_nll, tiny_model, tolerance
 from tests.unit.test_engine_properties import CrampedEngine
 
 LAYERS = 3
@@ -101,7 +101,7 @@ def assert_divergences(found, loss, variant, rows, masks=MASKS, **model):
 
 @pytest.mark.parametrize("batch_tokens", [1000, 24, 2], ids=["one batch", "batches", "rows"])
 @pytest.mark.parametrize("loss", DIVERGENCES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", GRID)
 def test_divergences_equal_whole_forward_passes(variant, loss, batch_tokens):
     found = values_of(Engine(model_of(variant, LAYERS), batch_tokens), ROWS, loss)
     assert_divergences(found, loss, variant, ROWS)
@@ -110,7 +110,7 @@ def test_divergences_equal_whole_forward_passes(variant, loss, batch_tokens):
 
 
 @pytest.mark.parametrize("loss", DIVERGENCES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", GRID)
 def test_streamed_divergences(tmp_path, variant, loss):
     model_of(variant, LAYERS).save_pretrained(tmp_path)
     engine = StreamingEngine(tmp_path, "float64", device="cpu", batch_tokens=24)
@@ -299,7 +299,7 @@ def influence(name, x, y):
 
 @pytest.mark.parametrize("batch_tokens", [1000, 24], ids=["one batch", "batches"])
 @pytest.mark.parametrize("base", ["", "mha.1,mlp.2", "mha.0,mlp.0"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", GRID)
 def test_influences_of_blocks_and_layers(variant, base, batch_tokens):
     """Of what a base leaves; pads do not count, given tokens do."""
     model, base = model_of(variant, LAYERS), parse_mask(base)
@@ -432,7 +432,7 @@ def gradients_of_rows(model, base):
 
 
 @pytest.mark.parametrize("base", ["", "mha.1,mlp.2"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", GRID)
 def test_taylor_is_that_of_the_models_own_gradients(variant, base):
     """Of all rows together: the absolute value is taken after the mean. A row's value is its share of it."""
     model, base = tiny_model(variant, LAYERS), parse_mask(base)

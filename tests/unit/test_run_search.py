@@ -18,10 +18,8 @@ from blockpruner.methods.kind import Job
 from blockpruner.methods.registry import require_budgets
 from blockpruner.paper.shapes import SHAPES
 from blockpruner.scoring.settings import Score
-from blockpruner.search.trace import Current, read_trace, trace_directory, write_iteration
-from blockpruner.store.files import write_json
+from blockpruner.search.trace import read_trace, trace_directory, write_iteration
 from tests.builders import FakeScorer, material_of, scored, short_rows, small_config
-from tests.tiny import tiny_model
 
 CONFIG = small_config(2)
 ROWS = CalibrationSet(((1, 2, 3), (4, 5, 6)))
@@ -158,68 +156,6 @@ def test_versions_separate(tmp_path, monkeypatch, version):
     first = run(tmp_path)
     monkeypatch.setattr(f"blockpruner.{version}", 99)
     assert run(tmp_path).current.search != first.current.search
-
-
-OLD_SEARCHES = [
-    ({}, "a15109c5f73707dc"),
-    ({"candidates": "mha"}, "056c67c117258d52"),
-    ({"unit": "layer"}, "170f99f6b4c687ad"),
-    ({"method": "one_shot", "unit": "layer", "metric": "block_influence"}, "4c0086e80ea98230"),
-    ({"options": {"per": "kv"}}, "82f015a91b7af65b"),
-    ({"options": {"per": "latency"}}, "8912d836498700ce"),
-    ({"acceleration": "lazy+race"}, "6a605d5b2ddd4f6f"),
-    ({"acceleration": "lazy", "floor": 3}, "05b36ff24fa4f04e"),
-    ({"method": "random"}, "9ee14989a7f364e2"),
-    ({"method": "given", "options": {"order": ["mha.2", "mlp.1,mha.0"]}}, "4014b6617ed1c507"),
-    ({"method": "beam", "options": {"width": 2}}, "bb1331a705cb64f7"),
-    ({"method": "swap", "options": {"tries": 8}}, "bec39bb2da8cffe4"),
-    ({"method": "laco", "options": {"count": 2}}, "db582b075da3429f"),
-    ({"method": "slicegpt"}, "430622403f775d10"),
-]
-"""Sections, and the fingerprints that commit 6f2353f gave their searches: what data/scores of users is filed under."""
-
-
-@pytest.mark.parametrize(("section", "fingerprint"), OLD_SEARCHES, ids=str)
-def test_a_search_is_filed_where_it_always_was(tmp_path, section, fingerprint):
-    model, times = tiny_model(layers=3), {"total": 1000, "mha": 60, "mlp": 40}
-    budget = "0.2" if section.get("method") == "slicegpt" else "2blocks"
-    found = scored(
-        tmp_path, FakeScorer(), model.config.to_dict(), [budget], ROWS, times, dense=lambda: model, **section
-    )
-    assert found.current.search == fingerprint
-    assert (tmp_path / "scores" / fingerprint).is_dir()
-
-
-STORE = {"calibration": "c", "model": "m", "dtype": "float32", "metric": "kl", "score_version": 2}
-EVOLUTION = {
-    "kind": "mask", "search": "c71454860564ede9", "nested": False, "store": STORE, "latency": None,
-    "score": {
-        "method": "evolution", "unit": "block", "candidates": "all", "metric": "kl", "acceleration": "none",
-        "options": {
-            "generations": 50, "offspring": 32, "survivors": [8, 2], "patience": 20, "start": "random", "seed": 42,
-        },
-    },
-    "calibration": {"rows": 2, "tokens": 6, "digest": "c"},
-}  # fmt: skip
-LACO = EVOLUTION | {
-    "kind": "laco", "search": "db582b075da3429f", "dense_nll": 1.184, "score": {
-        "method": "laco", "metric": "perplexity",
-        "options": {"count": 2, "lowest": 0, "highest": None, "interval": 1, "variant": "repo"},
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("written", [EVOLUTION, LACO], ids=["evolution", "laco"])
-def test_the_current_search_of_old_scores_is_read(tmp_path, written):
-    """As commit 6f2353f wrote it; it comes back the same when it is saved again."""
-    write_json(tmp_path / "current.json", written)
-    found = Current.load(tmp_path)
-    assert {key: value for key, value in vars(found).items() if key != "score" and value is not None} == {
-        key: value for key, value in written.items() if key != "score" and value is not None
-    }
-    assert found.score == Score(**written["score"])
-    found.save(tmp_path / "again")
-    assert Current.load(tmp_path / "again") == found
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,8 @@ from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.inputs.texts import load_texts, parse_texts
 from blockpruner.model.models import load_model
-from blockpruner.store.files import is_orphan, replace_directory
+from blockpruner.store.files import TEMPORARY, replace_directory
 from blockpruner.store.manifest import SOURCE_FILE, manifest, model_identity
-from blockpruner.store.provenance import file_sha256
 from stages.report import origin
 from tests.plans import fetch
 from tests.tiny import save_tiny, tiny_model
@@ -159,7 +158,7 @@ def test_hub_revision_is_resolved_once_and_kept(tmp_path, monkeypatch):
     assert hub.asked == [("a/b", None)]
     assert json.loads((tmp_path / "pins.json").read_text()) == {"model:a/b": SHA}
     assert (tmp_path / "one/model.safetensors").samefile(tmp_path / "two/model.safetensors")
-    assert checkpoint_identity(tmp_path / "one").now == model_identity(manifest(tmp_path / "hub"))
+    assert checkpoint_identity(tmp_path / "one") == model_identity(manifest(tmp_path / "hub"))
 
 
 @pytest.mark.parametrize("name", ["main", "v1.0", "refs/pr/6", "0123456"])
@@ -229,9 +228,9 @@ def test_a_broken_download_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
-def test_a_killed_conversion_leaves_only_what_the_next_one_removes(tmp_path, monkeypatch):
+def test_a_killed_conversion_leaves_only_what_clean_removes(tmp_path, monkeypatch):
     def stopped(folder, **_):
-        assert (Path(folder) / "model.gguf").exists() and is_orphan(Path(folder).parent)
+        assert (Path(folder) / "model.gguf").exists() and TEMPORARY.fullmatch(Path(folder).parent.name)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", stopped)
@@ -270,35 +269,17 @@ def test_local_checkpoint_is_copied_not_linked(tmp_path):
     assert not (out / "model.safetensors").samefile(folder / "model.safetensors")
 
 
-def identity_of_before(folder):
-    """As written in stores before there were manifests."""
-    paths = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.py")])
-    return hashlib.sha256("".join(f"{p.name}:{file_sha256(p)}\n" for p in paths).encode()).hexdigest()
-
-
 def change_json(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_the_identity_is_of_what_configs_say_and_the_one_of_before_is_kept(tmp_path):
-    """The latter also where `auto_map` is stripped, which was in the bytes of before."""
+def test_the_identity_is_of_what_configs_say(tmp_path):
     folder = save_tiny(tmp_path / "mine")
-    change_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "someone/repo--code.Model"})
     first = checkpoint_identity(fetch(folder, tmp_path / "one"))
-    assert first.before == identity_of_before(folder)
     change_json(folder / "config.json", transformers_version="4.0.0")
-    second = checkpoint_identity(fetch(folder, tmp_path / "two"))
-    assert second.now == first.now
+    assert checkpoint_identity(fetch(folder, tmp_path / "two")) == first
     change_json(folder / "config.json", rms_norm_eps=1e-4)
-    assert checkpoint_identity(fetch(folder, tmp_path / "three")).now != first.now
-
-
-def test_a_checkpoint_that_an_older_version_fetched_is_one_line(tmp_path):
-    out = fetch(save_tiny(tmp_path / "mine"), tmp_path / "out")
-    (out / SOURCE_FILE).unlink()
-    (out / SOURCE_FILE).write_text('{"identity": "09f2", "source": {"source": "path"}}')
-    with pytest.raises(InputError, match="out was fetched by an older version; run its stage fetch again"):
-        checkpoint_identity(out)
+    assert checkpoint_identity(fetch(folder, tmp_path / "three")) != first
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja", "README.md"])

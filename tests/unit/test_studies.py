@@ -37,8 +37,7 @@ from blockpruner.settings import Run
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.manifest import SOURCE_FILE
 from blockpruner.store.tensors import read_tensors
-from blockpruner.study import Study
-from blockpruner.versions import LACO_VERSION, SLICEGPT_VERSION
+from blockpruner.versions import PLAN_VERSION
 from stages import study_search
 from tests.builders import small_config
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
@@ -71,7 +70,7 @@ def world(tmp_path_factory):
     """A study after its searches. `made` has an entry for each model that was loaded to be scored."""
     root = tmp_path_factory.mktemp("study")
     save_tiny(root / "model", max_position_embeddings=512)
-    write_json(root / "model" / SOURCE_FILE, {"identity": {"now": "tiny", "before": "tiny"}})
+    write_json(root / "model" / SOURCE_FILE, {"identity": "tiny"})
     made, make = [], score.make_scorer
     model = LocalModel(source="path", path=str(root / "model"))
     with pytest.MonkeyPatch.context() as patch:
@@ -224,9 +223,8 @@ def test_models_made_by_another_version_of_a_method_have_another_name():
         with KINDS.added(row):
             names.add(model_name(plan, "rows"))
     assert len(names) == 3
-    constants = {"laco": LACO_VERSION, "slicegpt": SLICEGPT_VERSION}
-    for name, constant in constants.items():
-        assert KINDS[name].score.args[-1] == constant
+    for name in ("laco", "slicegpt"):
+        assert KINDS[name].score.args[-1] == PLAN_VERSION
 
 
 def test_models_in_memory_are_the_masked_model_and_leave_the_dense_one_whole(world):

@@ -129,8 +129,13 @@ class RayScorer:
         """Load all replicas. They have our version. In 16 bits they compute in one way, apart from batches."""
         try:
             loaded = self._ray.get([worker.actor.load.remote() for worker in self._workers])
-        except self._ray.exceptions.RayError as error:
+        except self._ray.exceptions.RayTaskError as error:
             raise _own(error) from None
+        except self._ray.exceptions.RayError as error:
+            raise WorkerLostError(
+                f"a Ray worker died while it was loading the model: {_reason(error)} Where memory is short, lower "
+                "runtime.workers, or set runtime.streaming: true"
+            ) from error
         for worker, (name, version, origin) in zip(self._workers, loaded, strict=True):
             worker.name, worker.origin = name, origin
             if version != __version__:
@@ -153,7 +158,9 @@ class RayScorer:
                     worker.actor.row_batches.remote(self._shared(rows), span, self._limit)
                 )
                 return found
-            except self._ray.exceptions.RayActorError as error:
+            except self._ray.exceptions.RayTaskError as error:
+                raise _own(error) from None
+            except self._ray.exceptions.RayError as error:
                 self._lose(worker, error)
         raise AssertionError("the last worker that is lost raises its error")
 
@@ -184,11 +191,11 @@ class RayScorer:
                     found = self._ray.get(next(worker.job))
                 except StopIteration:
                     worker.job = None
-                except self._ray.exceptions.RayActorError as error:
+                except self._ray.exceptions.RayTaskError as error:
+                    raise _own(error) from None
+                except self._ray.exceptions.RayError as error:
                     waiting.appendleft(unfinished(worker.piece, worker.answers))
                     self._lose(worker, error)
-                except self._ray.exceptions.RayError as error:
-                    raise _own(error) from None
                 else:
                     if isinstance(found, int):
                         self._limit = min(self._limit, found)
@@ -236,16 +243,19 @@ class RayScorer:
 
     def _lose(self, lost: _Worker, error: Exception) -> None:
         """Go on with the other workers; raises WorkerLostError where there is none."""
-        lines = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
-        reason = textwrap.shorten(" ".join(lines), 300)
         if self._workers == [lost]:
             raise WorkerLostError(
-                f"the last Ray worker died, {lost.name}: {reason} Run again: all that is finished is kept. Where "
-                "memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true"
+                f"the last Ray worker died, {lost.name}: {_reason(error)} Run again: all that is finished is kept. "
+                "Where memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true"
             ) from error
         self._workers.remove(lost)
         self._ray.kill(lost.actor)
-        self._note(f"{lost.name} was lost; {len(self._workers)} workers go on with its work. Ray says: {reason}")
+        self._note(f"{lost.name} was lost; {len(self._workers)} workers go on with its work. {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
+    return textwrap.shorten(" ".join(lines), 300)
 
 
 def _own(error: Exception) -> Exception:

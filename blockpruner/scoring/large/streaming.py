@@ -123,6 +123,7 @@ class StreamingEngine(Engine):
         slabs: how many layers' weights are in memory at most; of two, one is read while the other computes.
 
     Attributes:
+        plan: the plan of the last pass.
         weight_bytes_read, spill_bytes_read, spill_bytes_written: sums over all passes.
 
     Raises:
@@ -164,6 +165,7 @@ class StreamingEngine(Engine):
         self._before = [name for name in outer if name not in self._after and name not in self._kept]
         half = accelerator.total_memory(self._place) // 2 if self._on_gpu else 0  # for states
         self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE), slabs) + half)
+        self.plan: PassPlan | None = None
         self.spill_bytes_read = self.spill_bytes_written = 0
 
     _streaming_fix = ""
@@ -220,7 +222,7 @@ class StreamingEngine(Engine):
                 tasks = [part for task in tasks for part in self._in_batches(task, rows)]
 
     def _pass(self, tasks: Sequence[Task], rows: Rows) -> Generator[ScoredRows]:
-        plan = self.plan_of(tasks, rows)
+        plan = self.plan = self.plan_of(tasks, rows)
         self._note(str(plan))
         plan.check()
         self._weights.forget = plan.weights_read > available_memory() // 2
