@@ -38,7 +38,7 @@ PLAN_VERSION = 2
 COMPENSATION_VERSION = 3
 """The weights that make up for what is gone, without training."""
 
-EXPORT_VERSION = 5
+EXPORT_VERSION = 6
 """The content of exported checkpoints, in every format."""
 
 RECOVERY_VERSION = 4

@@ -45,7 +45,7 @@ from blockpruner.methods.recipes import rival, settled
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material, score_run
 from blockpruner.reporting.formats import size
-from blockpruner.store.files import read_json, write_text
+from blockpruner.store.files import read_json
 from blockpruner.store.manifest import REPORT_FILE, require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, save_plan
 from blockpruner.store.provenance import fingerprint
@@ -289,18 +289,6 @@ class Place:
         run, dense = self.fetch_base(run, file, plan)
         return self._export(run, dense, replace(plan, target=out.name), CalibrationSet(()), out)
 
-    def mergekit(self, run: Run, path: Path, out: Path) -> Path:
-        """Write a plan as a configuration of mergekit. No weights are read: of the model the shape is compared."""
-        from blockpruner.checkpoints.mergekit import mergekit_config
-
-        (file, plan), config = read_plan(path), self._config(run)
-        assert isinstance(run.model, HubModel | LocalModel)
-        if (count_parameters(config).total, config["num_hidden_layers"]) != (plan.parameters["dense"], plan.layers):
-            raise InputError(f"{file} is of another model than {run.model.title}; give the one that it was made for")
-        name = run.model.repo if isinstance(run.model, HubModel) else run.model.path
-        write_text(out, mergekit_config(plan, name, run.model.dtype))
-        return out
-
     def fetch(self, run: Run) -> Path:
         """The folder of the run's dense model, as fetched."""
         dense = self.root / "models" / fingerprint(run.model.model_dump(exclude={"dtype"}))
@@ -390,8 +378,6 @@ class Place:
             pruning = replace(pruning, healed=find_healed([healed], pruning.identity))
         for form, place, write in self._formats(run, out, [plan], pruning.healed):
             if write is not None:
-                if self._asked[form] and not rows.rows:
-                    self.observer.note("apply has no calibration rows: no importance matrix of quantizations")
                 write(pruning, place)
             seen, row = read_json(place / REPORT_FILE), EXPORTS[form]
             facts = {"format": form, "path": str(place), "for": row.engines}

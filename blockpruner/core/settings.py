@@ -577,7 +577,7 @@ class Run(Frozen):
     recover: Recover | None = None
     """For targets with `recover: true`; `{}` is the paper's recipe."""
     export: tuple[str, ...] = ("hf",)
-    """Formats of the checkpoint: hf (transformers, vLLM), and nas (mlx-lm), gguf (llama.cpp), zeroed."""
+    """Formats of the checkpoint: hf (transformers, vLLM), nas (mlx-lm), gguf (llama.cpp)."""
     study: Study | None = None
     """What the tables of the paper vary over this run."""
 
