@@ -1,10 +1,11 @@
 # `make demo`: set up, then run the whole pipeline on a real model. `make test`: set up with the tools of development, then
-# all checks and tests.
+# all checks and tests. `make quick`: the same checks and a few tests, two minutes.
 # `make serve`: the Prefect UI, to start and watch all of it. `make test-ui`: the same, driven by a browser.
 # `make constraints`: renew the pins that setup installs. `make test-floors`, `make test-newest`: other versions.
 # `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB), and the longest tests.
 # `make docs`: the documentation as a site, build/site/index.html.
 PYTHON ?= python3
+JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 VENV := .venv
 BIN := $(VENV)/bin
 SLOW_VENV := .venv-slow
@@ -18,42 +19,44 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup constraints demo serve check test test-floors test-newest test-slow test-ui docs schema golden clean
+.PHONY: setup constraints demo serve check quick test test-floors test-newest test-slow test-ui docs schema golden clean
 
 setup: $(VENV)/.ready-dev
 
-# constraints.txt pins every package of the DAG by SHA-256, constraints-dev.txt what checks and tests need beside them, and
-# pip takes nothing else. torch is pinned by version only: its CPU and
+# constraints/dag.txt pins every package of the DAG by SHA-256, dev.txt what checks and tests need more, docs.txt the site's
+# generator, and pip takes nothing else. torch is pinned by version only: its CPU and
 # its CUDA build have one version and other hashes, and the index decides which one it is. The CUDA build brings libraries
 # of NVIDIA, which it pins itself. What has no wheel is built by the pinned setuptools, which is installed first, and so is
 # our own package: without --no-build-isolation pip would fetch a backend that nobody pinned.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints/dag.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	sed -n '/^setuptools==/,/[^\\]$$/p' constraints.txt | $(INSTALL) --require-hashes --requirement /dev/stdin
-	$(INSTALL) --require-hashes --requirement constraints.txt
+	sed -n '/^setuptools==/,/[^\\]$$/p' constraints/dag.txt | $(INSTALL) --require-hashes --requirement /dev/stdin
+	$(INSTALL) --require-hashes --requirement constraints/dag.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: $(TORCH)
 	$(INSTALL) --editable .
 	$(BIN)/python -m pip check --disable-pip-version-check
 	touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready constraints-dev.txt
-	$(INSTALL) --require-hashes --requirement constraints-dev.txt
+$(VENV)/.ready-dev: $(VENV)/.ready constraints/dev.txt
+	$(INSTALL) --require-hashes --requirement constraints/dev.txt
 	$(BIN)/python -m pip check --disable-pip-version-check
 	touch $@
 
-# Renew both files: the newest versions that pyproject.toml allows, for every system and Python from 3.11 on. Say
+# Renew the files: the newest versions that pyproject.toml allows, for every system and Python from 3.11 on. Say
 # TORCH=torch==X.Y.Z here and above for another torch. UPGRADE= (empty) keeps what still fits and adds what is missing.
 UPGRADE ?= --upgrade
-COMPILE = printf 'sympy\nsetuptools>=77\n' | $(LOCK)/bin/uv pip compile pyproject.toml - --extra dag --universal \
-	--python-version 3.11 --generate-hashes --no-annotate --override $(LOCK)/without-torch.txt --no-emit-package torch \
+PIN = $(LOCK)/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command "make constraints" $(UPGRADE) --quiet
+COMPILE = printf 'sympy\nsetuptools>=77\n' | $(PIN) pyproject.toml - --extra dag \
+	--override $(LOCK)/without-torch.txt --no-emit-package torch
 constraints: $(LOCK)/bin/uv
 	echo "torch ; sys_platform == 'never'" > $(LOCK)/without-torch.txt
-	$(COMPILE) --output-file constraints.txt
-	$(COMPILE) --extra dev --extra ray --constraint constraints.txt --output-file constraints-dev.txt \
-		$$(sed -n 's/^\([^ #=]*\)==.*/--no-emit-package \1/p' constraints.txt)
+	$(COMPILE) --output-file constraints/dag.txt
+	$(COMPILE) --extra dev --extra ray --constraint constraints/dag.txt --output-file constraints/dev.txt \
+		$$(sed -n 's/^\([^ #=]*\)==.*/--no-emit-package \1/p' constraints/dag.txt)
+	printf '%s\n' $(SITE) | $(PIN) - --output-file constraints/docs.txt
 
 $(LOCK)/bin/uv:
 	$(PYTHON) -m venv $(LOCK)
@@ -64,12 +67,15 @@ $(LOCK)/bin/uv:
 CORE := tests/test_golden.py tests/contract tests/unit/test_engine.py tests/unit/test_searches.py tests/unit/test_suite.py \
 	tests/unit/test_zero_shot.py tests/unit/test_training.py tests/unit/test_tables_trials.py tests/unit/test_damage.py \
 	tests/unit/test_cli.py
+# Scores, searches, numbers and the contract of one family.
+QUICK := tests/test_golden.py tests/contract tests/unit/test_engine.py tests/unit/test_searches.py \
+	-k 'llama or greedy or budget'
 test-floors: RESOLUTION := lowest-direct
 test-newest: RESOLUTION := highest
 test-floors test-newest: test-%: $(LOCK)/bin/uv
 	$(LOCK)/bin/uv venv --quiet --clear --python $(PYTHON) $(VENV)-$*
 	$(LOCK)/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) --editable '.[dag,dev,ray]'
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(CORE)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(CORE)
 
 demo: $(VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
@@ -87,8 +93,14 @@ check: setup
 	$(BIN)/lint-imports
 
 # One thread for each of the workers and of the processes that they start.
-test: check docs
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test: check
+	$(PYTEST)
+
+quick: check
+	$(PYTEST) $(QUICK)
 
 test-slow: setup $(SLOW_VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2
@@ -116,9 +128,9 @@ docs: $(DOCS_VENV)/.ready
 	$(DOCS_VENV)/bin/zensical build --strict --clean
 	@echo "The site: build/site/index.html"
 
-$(DOCS_VENV)/.ready: Makefile
+$(DOCS_VENV)/.ready: constraints/docs.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(SITE)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement constraints/docs.txt
 	touch $@
 
 # runs/schema.json, by which editors complete and check run files.

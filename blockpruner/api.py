@@ -133,7 +133,7 @@ class Pruned:
         A fresh process compares each with this model. A copy of the model is in memory meanwhile.
 
         Args:
-            formats: as in `export` of a run file; but for `zeroed`, which needs the dense weights.
+            formats: as in `export` of a run file.
 
         Raises:
             InputError: an unknown format, one that cannot hold the model, or a place that is not empty; before anything
@@ -142,10 +142,7 @@ class Pruned:
         places = {form: Path(f"{directory}{'' if form == 'hf' else f'-{form}'}").absolute() for form in formats}
         dtype = str(self.model.dtype).removeprefix("torch.")
         require_exports(formats, KINDS[self.plan.kind], dtype)
-        for form, place in places.items():
-            if EXPORTS[form].of_masks_only:
-                valid = ", ".join(row.name for row in EXPORTS.values() if not row.of_masks_only)
-                raise InputError(f"export {form!r} needs the dense model's weights, which are gone; valid: {valid}")
+        for place in places.values():
             if place.exists() and (not place.is_dir() or any(place.iterdir())):
                 raise InputError(f"{place} is not empty; choose another directory, or remove it")
         with tempfile.TemporaryDirectory() as folder:

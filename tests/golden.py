@@ -681,7 +681,6 @@ EXPORTS: dict[str, tuple[Any, ...]] = {
     "hf": ("hf", BLOCKS),
     "hf, whole layers": ("hf", {"unit": "layer"}),
     "hf of laco": ("hf", {"method": "laco", "options": {"count": 2}}),
-    "zeroed": ("zeroed", BLOCKS),
     "nas": ("nas", BLOCKS),
     "gguf": ("gguf", BLOCKS),
     **{f"hf of {variant}": ("hf", BLOCKS, variant) for variant in VARIANTS if variant != "llama"},

@@ -106,7 +106,7 @@ def test_the_library_is_small():
 
 
 def test_the_demo_is_pinned_apart_from_the_tools_of_development():
-    demo, more = (pinned(ROOT / name) for name in ("constraints.txt", "constraints-dev.txt"))
+    demo, more = (pinned(ROOT / name) for name in ("constraints/dag.txt", "constraints/dev.txt"))
     needed = closure([*EXTRAS["dev"], *EXTRAS["ray"]])
     assert not demo & more and demo & (needed - DAG) <= {"setuptools"}  # which builds our own package
     from_torch = ("torch", "nvidia", "cuda", "triton")  # which pins what its build needs

@@ -1,5 +1,4 @@
-"""The `gguf` export: files for llama.cpp, in 16 and in 8 bits, and quantized further by llama.cpp itself, by the
-importance matrix that lies beside them (`imatrix`).
+"""The `gguf` export: files for llama.cpp in 16 and in 8 bits, and what llama.cpp's own program quantizes further.
 
 Decides architecture, names and order of the tensors, and what is refused. If every layer is whole, the architecture is
 the family's own; else it is `deci`, whose layers may lack an attention. A layer without MLP gets one of zeros: where
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from blockpruner.checkpoints import imatrix, verify_llama_cpp
+from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.modelfile import modelfile
 from blockpruner.checkpoints.packing import PackedModel, pack_model
@@ -69,14 +68,10 @@ LOADING = """```sh
 llama-cli -m model-Q8_0.gguf
 ```
 
-`model-F16.gguf` is the same in 16 bits, from which `llama-quantize {option}model-F16.gguf model-Q4_K_M.gguf Q4_K_M`
-makes smaller ones.{matrix}
+`model-F16.gguf` is the same in 16 bits, from which `llama-quantize model-F16.gguf model-Q4_K_M.gguf Q4_K_M` makes
+smaller ones.
 `Modelfile` is for `ollama create NAME -f Modelfile`, which was not tried.
 """
-
-MATRIX = f"""
-`{imatrix.FILE}` is their importance matrix, of {{:,}} tokens of the calibration rows."""
-
 
 QUANTIZER = "llama-quantize"
 """llama.cpp's program, which no Python package brings along."""
@@ -112,14 +107,9 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
         pruned = pruning.prune_(model, partial(note, reference=reference))
         for precision in verify_llama_cpp.PRECISIONS:
             write(pruned, words, precision, directory / f"model-{precision}.gguf")
-        option, matrix = [], ""
-        if rows := pruning.rows.rows:
-            tokens = imatrix.write_imatrix(pruned, matrices(pruned), rows, directory / imatrix.FILE)
-            option, matrix = ["--imatrix", imatrix.FILE], MATRIX.format(tokens)
         for name in quantizations:
-            _quantize(directory, option, name)
-        loading = LOADING.format(option="".join(f"{word} " for word in option), matrix=matrix)
-        card = model_card(plan, dense, healed=pruning.healed, library="gguf", loading=loading)
+            _quantize(directory, name)
+        card = model_card(plan, dense, healed=pruning.healed, library="gguf", loading=LOADING)
         write_text(directory / "README.md", card)
         smallest = f"model-{[*verify_llama_cpp.PRECISIONS, *quantizations][-1]}.gguf"
         write_text(directory / "Modelfile", modelfile(smallest, tokenizer, words.get("add_bos_token", False)))
@@ -162,9 +152,8 @@ def quantizer_fault() -> str:
     return tried.stderr.strip().rpartition("\n")[2] or f"exit code {tried.returncode}"
 
 
-def _quantize(directory: Path, option: Sequence[str], name: str) -> None:
-    """Within the directory: the file keeps the path of the importance matrix."""
-    command = [QUANTIZER, *option, "model-F16.gguf", target := f"model-{name}.gguf", name]
+def _quantize(directory: Path, name: str) -> None:
+    command = [QUANTIZER, "model-F16.gguf", target := f"model-{name}.gguf", name]
     options: dict[str, Any] = {"text": True, "errors": "replace"}  # it prints tokens
     result = subprocess.run(command, cwd=directory, capture_output=True, check=False, **options)
     if result.returncode or not (directory / target).is_file():
@@ -292,17 +281,6 @@ def tensors(model: PreTrainedModel, parts: PackedModel, architecture: str) -> It
             for name, shape in (("gate", (STUB, -1)), ("up", (STUB, -1)), ("down", (-1, STUB))):
                 rows, columns = (config.hidden_size if size == -1 else size for size in shape)
                 yield f"blk.{n}.ffn_{name}.weight", torch.zeros(rows, columns)
-
-
-def matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """The projections of all layers, each by the name of its weight."""
-    family = model_family(model)
-    for n, layer in enumerate(pack_model(model).layers):
-        for source, branch in zip(layer, (family.mha, family.mlp), strict=True):
-            block = nn.Module() if source is None else getattr(source, branch.module)
-            for name, module in block.named_children():
-                if name in NAMES and isinstance(module, nn.Linear):
-                    yield f"blk.{n}.{NAMES[name]}.weight", module
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:

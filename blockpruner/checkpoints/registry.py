@@ -37,8 +37,6 @@ class Export:
     """The values of `model.dtype` that it can hold; None: all."""
     families: tuple[str, ...] | None = None
     """The values of `model_type` that it can hold; None: all."""
-    of_masks_only: bool = False
-    """It can only hold models that lost blocks, not models with other weights."""
     commands: tuple[str, ...] = ()
     """How to start its engines, in their order; {path} is the checkpoint's folder."""
     package: str = ""
@@ -85,8 +83,6 @@ def require_packages(names: Sequence[str]) -> None:
 
 
 def _holds(row: Export, kind: Kind) -> bool:
-    if row.of_masks_only and not kind.removes_blocks:
-        return False
     return kind.exports is None or row.name in kind.exports
 
 
@@ -125,13 +121,6 @@ EXPORTS: Registry[Export] = Registry(
             families=READABLE,
             commands=("llama-server -m {path}/model-Q8_0.gguf --port 8080",),
             package="gguf",
-        ),
-        Export(
-            "zeroed",
-            "dense checkpoint, blocks zeroed",
-            ("all of the dense model",),
-            HERE + "zeroed:export_zeroed",
-            of_masks_only=True,
         ),
     ],
 )

@@ -58,8 +58,8 @@ Export = Annotated[
     str,
     Option(
         metavar="NAMES",
-        help="More formats, at OUT-FORMAT, separated by commas: nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M, "
-        "zeroed. vllm means OUT itself, which vLLM serves.",
+        help="More formats, at OUT-FORMAT, separated by commas: nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M. "
+        "vllm means OUT itself, which vLLM serves.",
     ),
 ]
 Dtype = Annotated[str, Option(metavar="NAME", help="float32, bfloat16, float16, float64; auto is the model's own.")]
@@ -216,11 +216,7 @@ def apply(
     model: Dense,
     plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
     cache: Annotated[Path, CACHE],
-    out: Annotated[Path | None, Option(metavar="DIR", help="The checkpoint's folder.")] = None,
-    mergekit: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="Write a configuration of mergekit in place of a checkpoint: for whole layers."),
-    ] = None,
+    out: Annotated[Path, Option(metavar="DIR", help="The checkpoint's folder.")],
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -230,16 +226,10 @@ def apply(
     """Write the checkpoint of a plan from the dense model that it was made for."""
     from blockpruner.cli import pruning as work
 
-    if (out is None) is (mergekit is None):
-        raise InputError("apply writes a checkpoint or a configuration of mergekit; give --out DIR or --mergekit FILE")
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, {})
-    if mergekit is not None:
-        file = str(place.mergekit(run, plan, mergekit.expanduser()))
-        _tell({"file": file}, file, as_json)
-    elif out is not None:
-        found = place.apply(run, plan, out.expanduser().absolute())
-        _tell(found, work.words(found), as_json)
+    found = place.apply(run, plan, out.expanduser().absolute())
+    _tell(found, work.words(found), as_json)
 
 
 def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:

@@ -12,24 +12,20 @@ hub (Baichuan-7B, Baichuan-13B-Base, Baichuan2-7B-Base, Baichuan2-13B-Base) tell
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from blockpruner.core.errors import InputError, missing
 from blockpruner.store.files import let_others_read, read_json, write_json
-
-SHARD_BYTES = 2 * 2**30
-"""Most bytes of one shard, which are held in memory at once. A larger tensor is a shard of its own."""
 
 PACKED, HEAD = "self_attn.W_pack.weight", "lm_head.weight"
 
@@ -41,46 +37,18 @@ DROPPED = (
 Config = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A tensor to write: rows of a stored one."""
-
-    name: str
-    size: int
-    """Bytes."""
-    file: Path
-    stored: str
-    """Name of the stored tensor in `file`."""
-    rows: slice
-    unit: bool
-    """Whether each row is scaled to unit length."""
-
-    def read(self) -> Tensor:
-        with safe_open(self.file, "pt") as file:
-            tensor: Tensor = file.get_slice(self.stored)[self.rows]
-        if self.unit:
-            # as F.normalize, in place; kept wide: a narrower dtype then rounds once, when the model is loaded
-            tensor = tensor.to(_wide(tensor.dtype), copy=True)
-            tensor /= tensor.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        return tensor.contiguous()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def convert_(directory: Path) -> None:
     """Rewrite a checkpoint directory in place. One without packed attentions (`W_pack`) is ours and stays as it is.
 
     Raises:
         InputError: the config belongs to none of the models above, or sentencepiece is missing for the tokenizer.
     """
-    if not any(piece.stored.endswith(PACKED) for piece in _pieces(directory, unit=False)):
+    if not any(name.endswith(PACKED) for name in _names(directory)):
         return
     config = read_json(directory / "config.json")
     new, unit = converted_config(config), has_unit_head(config)
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        _write_weights(list(_pieces(directory, unit)), Path(folder))
+        _write_weights(directory, Path(folder), unit)
         for path in [*directory.glob("*.safetensors*"), *directory.glob("*.py")]:
             path.unlink()
         for path in Path(folder).iterdir():
@@ -120,37 +88,37 @@ def has_unit_head(config: Config) -> bool:
     )
 
 
-def _pieces(directory: Path, unit: bool) -> Iterator[_Piece]:
-    for path in sorted(directory.glob("*.safetensors")):
+def _names(directory: Path) -> Iterator[str]:
+    """The names of all stored tensors."""
+    for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            for stored in file.keys():  # noqa: SIM118
-                part = file.get_slice(stored)
-                dtype, shape = part[:0].dtype, part.get_shape()
-                if stored.endswith(PACKED):
-                    third, size = shape[0] // 3, math.prod(shape) // 3 * dtype.itemsize
-                    for n, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                        rows = slice(n * third, (n + 1) * third)
-                        yield _Piece(stored.replace("W_pack", name), size, path, stored, rows, False)
-                else:
-                    scaled = unit and stored == HEAD
-                    size = math.prod(shape) * (_wide(dtype) if scaled else dtype).itemsize
-                    yield _Piece(stored, size, path, stored, slice(None), scaled)
+            yield from file.keys()
 
 
-def _write_weights(pieces: Sequence[_Piece], folder: Path) -> None:
-    shards: list[list[_Piece]] = [[]]
-    for piece in pieces:
-        if shards[-1] and sum(other.size for other in shards[-1]) + piece.size > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(piece)
+def _write_weights(directory: Path, folder: Path, unit: bool) -> None:
+    """Write each file's tensors by their new names, one file at a time in memory.
+
+    Args:
+        unit: whether rows of the head are scaled to unit length. The head is then in float32, so that it is rounded
+            once, when the model is loaded.
+    """
     places: dict[str, str] = {}
-    for n, shard in enumerate(shards, 1):
-        name = f"model-{n:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file({piece.name: piece.read() for piece in shard}, folder / name, metadata={"format": "pt"})
-        places |= {piece.name: name for piece in shard}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(piece.size for piece in pieces)}, "weight_map": places}
-        write_json(folder / "model.safetensors.index.json", index)
+    size = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in load_file(path).items():
+            if name.endswith(PACKED):
+                parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
+                tensors |= {name.replace("W_pack", new): part.contiguous() for new, part in parts}
+            elif unit and name == HEAD:
+                tensors[name] = normalize(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+            else:
+                tensors[name] = tensor
+        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, path.name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(set(places.values())) > 1:
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
 
 
 def _convert_tokenizer(directory: Path) -> None:

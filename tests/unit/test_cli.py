@@ -16,7 +16,6 @@ from statistics import mean
 
 import pytest
 import torch
-import yaml
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
@@ -24,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from typer import Abort
 
 from blockpruner.checkpoints import verify_llama_cpp
-from blockpruner.checkpoints.mergekit import mergekit_config
 from blockpruner.cli import curve as work
 from blockpruner.cli import doctor, pruning, talking
 from blockpruner.cli import main as command
@@ -36,8 +34,7 @@ from blockpruner.healing import compensate as compensation
 from blockpruner.healing import training
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json
-from blockpruner.store.plans import load_plan, save_plan
-from tests.plans import plan_of
+from blockpruner.store.plans import load_plan
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 from tests.unit.test_hub import Hub as FakeHub
 from tests.unit.test_sources import Hub
@@ -151,13 +148,12 @@ def test_a_folder_is_kept_and_never_replaced_by_another_plan(model, place, say):
 
 
 def test_formats_go_by_the_names_of_engines_too(place):
-    given = Place(place, "cpu", SilentObserver(), "vLLM,llama.cpp:q4_k_m, gguf:Q5_0,zeroed")
-    assert given._asked == {"hf": (), "gguf": ("Q4_K_M", "Q5_0"), "zeroed": ()}
+    given = Place(place, "cpu", SilentObserver(), "vLLM,llama.cpp:q4_k_m, gguf:Q5_0,nas")
+    assert given._asked == {"hf": (), "gguf": ("Q4_K_M", "Q5_0"), "nas": ()}
 
 
 @pytest.mark.usefixtures("in_process")
 def test_a_quantization_may_be_asked_for_later(model, place, say, monkeypatch):
-    """By calibration rows, which apply has not."""
     monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
     tool = place / "bin/llama-quantize"
     tool.parent.mkdir()
@@ -166,79 +162,25 @@ def test_a_quantization_may_be_asked_for_later(model, place, say, monkeypatch):
     monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
     out, again = place / "out-gguf", place / "again-gguf"
     done(say(*prune(model, "--out", "out", "--export", "gguf", "--json", ratio="1blocks")))
-    assert (out / "imatrix.gguf").exists() and not (out / "model-Q4_K_M.gguf").exists()
-    code, _, err = say(*prune(model, "--out", "out", "--export", "gguf:Q4_K_M", ratio="1blocks"))
-    assert code == 0 and (out / "model-Q4_K_M.gguf").exists() and "no importance matrix" not in err
-    code, _, err = say("apply", model, "out", "--out", "again", "--export", "gguf:Q4_K_M")
-    assert code == 0 and "apply has no calibration rows: no importance matrix of quantizations" in err
-    assert (again / "model-Q4_K_M.gguf").exists() and not (again / "imatrix.gguf").exists()
+    assert (out / "model-F16.gguf").exists() and not (out / "model-Q4_K_M.gguf").exists()
+    code, _, _ = say(*prune(model, "--out", "out", "--export", "gguf:Q4_K_M", ratio="1blocks"))
+    assert code == 0 and (out / "model-Q4_K_M.gguf").exists()
+    code, _, _ = say("apply", model, "out", "--out", "again", "--export", "gguf:Q4_K_M")
+    assert code == 0 and (again / "model-Q4_K_M.gguf").exists()
 
 
 @pytest.mark.usefixtures("in_process")
 def test_apply_makes_the_same_checkpoint_from_the_same_base_alone(model, place, say):
-    done(say(*prune(model, "--out", "out", "--export", "zeroed", "--json")))
+    done(say(*prune(model, "--out", "out", "--json")))
     assert done(say("apply", model, "out", "--out", "again", "--json"))["written"][0]["verified"]
     for path in (place / "out").iterdir():
         if path.name not in ("README.md", "blockpruner_plan.json", "verification.json"):  # they name the folder
             assert path.read_bytes() == (place / "again" / path.name).read_bytes()
-    assert load_file("out-zeroed/model.safetensors").keys() == load_file(model / "model.safetensors").keys()
     save_tiny(place / "other", rms_norm_eps=1e-5)
     code, _, err = say("apply", "./other", "out/blockpruner_plan.json", "--out", "third")
     assert code == 2 and "is of another model: its base is" in err and not (place / "third").exists()
     code, _, err = say("apply", model, "absent", "--out", "third")
     assert code == 2 and err.startswith("error: plan 'absent' does not exist")
-
-
-@pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("ratio", ["2layers", "3layers"])
-def test_mergekits_slices_are_the_layers_of_the_checkpoint(model, place, say, ratio):
-    """By a reader of ours, which joins slices of the dense weights as mergekit's passthrough does."""
-    made = done(say(*prune(model, "--unit", "layer", "--out", "out", "--json", ratio=ratio)))["plan"]
-    assert say("apply", model, "out", "--mergekit", "merge.yaml") == (0, "merge.yaml\n", "")
-    config = yaml.safe_load((place / "merge.yaml").read_text())
-    assert (config["merge_method"], config["dtype"]) == ("passthrough", "float32")
-    dense, pruned = load_file(model / "model.safetensors"), load_file("out/model.safetensors")
-    kept = []
-    for (source,) in (piece["sources"] for piece in config["slices"]):
-        assert source["model"] == str(model) and len(source) == 2
-        kept += range(*source["layer_range"])
-    assert len(kept) == 4 - int(ratio[0]) and not {f"mha.{layer}" for layer in kept} & set(made["removed"])
-    names = {f"model.layers.{new}.": f"model.layers.{old}." for new, old in enumerate(kept)}
-    for name, tensor in pruned.items():
-        head = re.match(r"model\.layers\.\d+\.|", name)[0]
-        assert torch.equal(tensor, dense[names.get(head, head) + name.removeprefix(head)])
-    assert all("layers" not in name or int(name.split(".")[2]) < len(kept) for name in pruned)
-
-
-def test_mergekits_slices_are_runs_of_neighbours(model):
-    def ranges(*gone, layers=7):
-        config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": layers}
-        plan = plan_of(config, [f"mha.{layer},mlp.{layer}" for layer in gone])
-        found = yaml.safe_load(mergekit_config(plan, "a/b", "bfloat16"))["slices"]
-        return [source["layer_range"] for piece in found for source in piece["sources"]]
-
-    assert ranges(4, 1) == [[0, 1], [2, 4], [5, 7]]
-    assert ranges(0, 6, 3, 2) == [[1, 2], [4, 6]]
-
-
-@pytest.mark.usefixtures("in_process")
-def test_what_mergekit_cannot_say_is_refused(model, place, say):
-    done(say(*prune(model, "--out", "out", "--json", ratio="1blocks")))
-    plan = place / "out/blockpruner_plan.json"
-    code, _, err = say("apply", model, plan, "--mergekit", "merge.yaml")
-    assert code == 2 and re.search(
-        r"leaves one block of 1 of them \(layer \d is the first\); give .* --unit layer", err
-    )
-    save_plan(replace(load_plan(plan), compensate="refit"), place / "refitted.json")
-    code, _, err = say("apply", model, "refitted.json", "--mergekit", "merge.yaml")
-    assert code == 2 and "is of other weights (method: greedy, compensate: refit)" in err
-    save_tiny(place / "other", layers=5)
-    code, _, err = say("apply", "other", plan, "--mergekit", "merge.yaml")
-    assert code == 2 and "is of another model than" in err
-    for more in ((), ("--out", "a", "--mergekit", "b")):
-        code, _, err = say("apply", model, plan, *more)
-        assert code == 2 and "give --out DIR or --mergekit FILE" in err
-    assert not (place / "merge.yaml").exists()
 
 
 @pytest.mark.usefixtures("in_process")

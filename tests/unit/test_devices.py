@@ -734,7 +734,7 @@ def test_training_that_does_not_fit_is_one_line(checkpoints, tmp_path):
                      identity="x", observer=SilentObserver())  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["hf", "nas", "gguf", "zeroed"])
+@pytest.mark.parametrize("form", ["hf", "nas", "gguf"])
 def test_an_export_takes_no_memory_of_a_device(form, tmp_path, in_process):
     """And it holds the weights that it holds without a device."""
     dense, files = fetch_tiny(tmp_path, layers=3), {}

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, TokenType
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from blockpruner.checkpoints import gguf, imatrix, verification, verify_llama_cpp
+from blockpruner.checkpoints import gguf, verification, verify_llama_cpp
 from blockpruner.checkpoints.gguf import TEXT, export_gguf
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import reference_outputs
@@ -379,42 +378,6 @@ def test_weights_that_16_bits_hold_exactly_may_err_less_in_them(tmp_path, monkey
     assert verify_llama_cpp.verify(str(tmp_path), str(tmp_path / "reference"), 1e-3)["ok"] == bool(good)
 
 
-LAYERS = ((1, 1), (2, None), (3, None), (4, 4), (5, 5))
-"""Of the file without mha.0, mlp.2 and mlp.3, the layers whose MHA and MLP each has; mlp.0 is in the embedding."""
-
-
-@pytest.mark.usefixtures("in_process")
-def test_the_importance_matrix_has_the_sums_of_squares_of_what_matrices_read(tmp_path, dense, monkeypatch):
-    """The oracle is numpy, over what the masked dense model's projections are given. A row's tokens that are only given
-    to the model count, too, and a row that begins after the most tokens does not."""
-    monkeypatch.setattr(imatrix, "TOKENS", 9)
-    rows, used = ((5, 6, 7, 8, ~9), (1, 2, 3, 4, 5, 6), (7, 7, 7)), ([5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6])
-    plan = plan_of(dense, ["mha.0", "mlp.3", "mlp.2"])
-    export_gguf(pruning(dense, plan, rows=rows), tmp_path / "out")
-    found = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "out/imatrix.gguf").tensors}
-    model, read = load_model(dense, "float32"), {}
-    with masked(model, plan.mask):
-        for name, module in model.named_modules():
-            module.register_forward_hook(lambda _, given, __, n=name: read.setdefault(n, []).append(given))
-        for row in used:
-            model(torch.tensor([row]))
-    names = {"self_attn": ("attn", "q k v o"), "mlp": ("ffn", "gate up down")}
-    expected = {}
-    for n, sources in enumerate(LAYERS):
-        for source, (module, (short, parts)) in zip(sources, names.items(), strict=True):
-            for part in parts.split() if source is not None else ():
-                given = np.concatenate([x.numpy()[0] for (x,) in read[f"model.layers.{source}.{module}.{part}_proj"]])
-                name = f"blk.{n}.{short}_{'output' if part == 'o' else part}.weight"
-                expected[f"{name}.in_sum2"], expected[f"{name}.counts"] = (
-                    (given.astype("f8") ** 2).sum(0)[None],
-                    [[11.0]],
-                )
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
-    assert "imatrix.gguf` is their importance matrix, of 11 tokens" in (tmp_path / "out/README.md").read_text()
-
-
 @engine
 @pytest.mark.usefixtures("in_process")
 def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypatch):
@@ -423,18 +386,14 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
     tool.parent.mkdir()
     monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
 
-    def quantized(script, out, rows=()):
+    def quantized(script, out):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)
         gguf.require_quantizations(["Q4_K_M"])
-        export_gguf(pruning(dense, plan_of(dense, ["mha.0", "mlp.3"]), rows=rows), tmp_path / out, ["Q4_K_M"])
+        export_gguf(pruning(dense, plan_of(dense, ["mha.0", "mlp.3"])), tmp_path / out, ["Q4_K_M"])
 
     quantized('[ "$*" = "model-F16.gguf model-Q4_K_M.gguf Q4_K_M" ] && cp model-Q8_0.gguf "$2"', "out")
-    assert not (tmp_path / "out/imatrix.gguf").exists() and "imatrix" not in (tmp_path / "out/README.md").read_text()
-    command = "--imatrix imatrix.gguf model-F16.gguf model-Q4_K_M.gguf Q4_K_M"
-    quantized(f'[ "$*" = "{command}" ] && [ -s "$2" ] && cp model-Q8_0.gguf "$4"', "weighed", [range(1, 20)])
-    assert (tmp_path / "weighed/Modelfile").read_text().startswith("FROM ./model-Q4_K_M.gguf\n")
-    assert f"llama-quantize {command}`" in (tmp_path / "weighed/README.md").read_text().replace("\n", " ")
+    assert (tmp_path / "out/Modelfile").read_text().startswith("FROM ./model-Q4_K_M.gguf\n")
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["files"]["Q4_K_M"] == report["files"]["Q8_0"]
     assert "model-Q4_K_M.gguf" in report["manifest"]
@@ -445,7 +404,7 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
         quantized("echo no such type >&2; exit 1", "failed")
     with pytest.raises(InputError, match="gguf:Q4_K_M: llama-quantize failed: exit code 0"):
         quantized("exit 0", "silent")
-    assert {path.name for path in tmp_path.iterdir()} == {"bin", "out", "other", "weighed"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "out", "other"}
     for script, fault in (
         ("#!/bin/sh\necho no library >&2; exit 127\n", "no library"),
         ("#!/bin/sh\nkill -ABRT $$\n", "exit code -6"),

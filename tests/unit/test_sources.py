@@ -7,10 +7,8 @@ import os
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier
 
 import httpx
 import huggingface_hub
@@ -22,6 +20,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HubModel, MixedTexts, PypiPartsModel, PypiTexts
+from blockpruner.inputs import packages
 from blockpruner.inputs.checkpoints import _convert_gguf, checkpoint_identity, fetch_checkpoint, licence_of
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
@@ -30,6 +29,7 @@ from blockpruner.model.models import load_model
 from blockpruner.store.files import TEMPORARY, replace_directory
 from blockpruner.store.manifest import SOURCE_FILE, manifest, model_identity
 from stages.report import origin
+from tests.errors import refused
 from tests.plans import fetch
 from tests.tiny import save_tiny, tiny_model
 
@@ -61,45 +61,55 @@ def test_package_file_is_verified_cached_and_read(tmp_path, wheel, monkeypatch):
     assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
 
 
-def test_an_sdist_is_fetched_and_not_built(tmp_path, monkeypatch):
-    """pip would run its build backend, to ask it for metadata."""
-    name, spy = "tiny.data-1.0.tar.gz", tmp_path / "built"
-    shelf = tmp_path / "index/simple/tiny-data"
-    shelf.mkdir(parents=True)
-    files = {
-        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
-        "backend.py": f"open({str(spy)!r}, 'w')\n",
-        "texts.json": json.dumps([{"text": "one"}]),
-    }
-    with tarfile.open(shelf / name, "w:gz") as archive:
+def sdist(path, files):
+    with tarfile.open(path, "w:gz") as archive:
         for member, text in files.items():
             info = tarfile.TarInfo(f"tiny.data-1.0/{member}")
             info.size = len(text)
             archive.addfile(info, io.BytesIO(text.encode()))
-    digest = hashlib.sha256((shelf / name).read_bytes()).hexdigest()
-    (shelf / "index.html").write_text(f'<a href="{name}#sha256={digest}">{name}</a>')
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "index")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever).start()
-        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://me:secret@127.0.0.1:{server.server_port}/simple/")
-        found = package_file("Tiny_Data==1.0", digest, tmp_path / "cache")
-        assert json.loads(read_member(found, "tiny.data-1.0/texts.json")) == [{"text": "one"}]
-        with pytest.raises(InputError, match="could not be downloaded"):
-            package_file("Tiny_Data==1.0", "0" * 64, tmp_path / "cache")
-        server.shutdown()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_an_sdist_is_fetched_and_not_built(tmp_path, monkeypatch):
+    """pip would run its build backend, to ask it for metadata."""
+    name, spy, pages = "tiny.data-1.0.tar.gz", tmp_path / "built", {}
+    backend = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    files = {"pyproject.toml": backend, "backend.py": f"open({str(spy)!r}, 'w')\n", "texts.json": "[]"}
+    digest = sdist(tmp_path / name, files)
+    pages["https://index.invalid/simple/tiny-data/"] = f'<a href="../{name}#sha256={digest}">{name}</a>'.encode()
+    pages[f"https://index.invalid/simple/{name}"] = (tmp_path / name).read_bytes()
+    monkeypatch.setattr(packages, "urlopen", lambda url, timeout: io.BytesIO(pages[url]))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://index.invalid/simple/")
+    found = package_file("Tiny_Data==1.0", digest, tmp_path / "cache")
+    assert found.name == name and read_member(found, "tiny.data-1.0/texts.json") == b"[]"
+    with refused("package-missing"):
+        package_file("Tiny_Data==1.0", "0" * 64, tmp_path / "cache")
     assert not spy.exists()
 
 
 def test_package_errors_leave_nothing(tmp_path, wheel):
     package, digest = wheel
-    with pytest.raises(InputError, match=rf"sha256 is {digest}, the run file says {'0' * 64}"):
+    with refused("package-digest") as error:
         package_file(package, "0" * 64, tmp_path / "cache")
-    with pytest.raises(InputError, match=r"tinydata==9\.9 could not be downloaded.*check name, version"):
+    assert f"sha256 is {digest}, the run file says {'0' * 64}" in str(error.value)
+    with refused("package-missing"):
         package_file("tinydata==9.9", digest, tmp_path / "cache")
     assert list((tmp_path / "cache/packages").iterdir()) == []
-    with pytest.raises(InputError, match=r"'data/texts\.json' is not a file in tinydata.*tinydata/texts\.json"):
-        read_member(package_file(*wheel, tmp_path / "cache"), "data/texts.json")
+    found = package_file(*wheel, tmp_path / "cache")
+    with refused("package-member") as error:
+        read_member(found, "data/texts.json")
+    assert "tinydata/texts.json" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.whl", "a.tar.gz"])
+def test_an_archive_that_cannot_be_read_is_refused(tmp_path, name):
+    if name == "a.tar.gz":
+        sdist(tmp_path / name, {"x": "x" * 1000})
+    content = (tmp_path / name).read_bytes()[:60] if name == "a.tar.gz" else b"PK no more"
+    (tmp_path / name).write_bytes(content)
+    with refused("package-archive"):
+        read_member(tmp_path / name, "x")
 
 
 SHA = "0123456789" * 4
