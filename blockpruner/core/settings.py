@@ -709,6 +709,8 @@ class Params(Frozen):
     targets: dict[str, Target]
     """Pruned models to build, by name."""
     report: Report = Report()
+    studies: tuple[str, ...] = ()
+    """Names of studies/<name>.yaml, whose tables are made."""
     paper: Paper = Paper()
     runtime: Runtime = Runtime()
 
