@@ -25,8 +25,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.store.files import set_aside, write_text
 
 GRACE = 10.0
-"""Seconds from SIGINT to SIGKILL. Prefect's runner may take 2 s to hear of a cancellation; a cancelled flow's work on
-the device then ends within 15 s. The runner gives the flow itself 30 s."""
+"""Seconds from SIGINT to SIGKILL. Prefect's runner gives the flow itself 30 s."""
 
 FLOW_VARIABLE = "BLOCKPRUNER_DVC_PARENT"
 """Environment variable of a dvc: the process id of the flow that started it."""
@@ -47,17 +46,15 @@ REASON = re.compile(r"error in stage [^:]*: (.*)")
 
 
 class StageError(RuntimeError):
-    """A stage failed; its output names the reason."""
+    """A stage failed, or dvc itself; the output names the reason."""
 
 
 @contextmanager
 def workspace(holder: str) -> Iterator[int]:
     """Lock the workspace in the current folder for one flow; gives the lock's file descriptor.
 
-    The kernel frees the lock when the last process that has the file open ends: it is never stale.
-
-    Raises:
-        InputError: another flow holds it; names the process. Or this is Windows.
+    The kernel frees the lock when the last process that has the file open ends: it is never stale. Raises InputError
+    that names the holder.
     """
     require_posix()
     import fcntl  # Windows has none
@@ -123,9 +120,6 @@ def repro(stage: str, lock: int, show: Callable[[str], object], environment: Map
         lock: what `workspace` gave. dvc holds it, too: after a killed flow, its last stage ends before a new flow.
         show: gets every line of output once, as it comes.
         environment: added to this process's.
-
-    Raises:
-        StageError: the stage failed; `show` has all its output.
     """
     code, lines = _follow(["repro", "--single-item", stage], lock, show, environment or {})
     if code != 0:
@@ -136,27 +130,11 @@ def repro(stage: str, lock: int, show: Callable[[str], object], environment: Map
 
 
 def push(remote: str, stages: Sequence[str], lock: int, show: Callable[[str], object]) -> None:
-    """Run `dvc push` of what the stages have made; arguments as those of `repro`.
-
-    Raises:
-        StageError: it failed; names dvc's last line, and how to go on.
-    """
+    """Run `dvc push` of what the stages have made; arguments as those of `repro`."""
     code, lines = _follow(["push", "--remote", remote, *stages], lock, show, {})
     if code != 0:
         why = lines[-1] if lines else f"dvc ended with {code}"
         raise StageError(f"push to the remote {remote!r} failed: {why}; `dvc push -r {remote}` tries it again")
-
-
-def require_remote(name: str) -> None:
-    """Refuse a remote that DVC's config does not have; raises InputError with those that it has."""
-    from dvc.config import Config
-
-    known = Config.from_cwd()["remote"]
-    if name not in known:
-        raise InputError(
-            f"push: DVC has no remote {name!r}; valid: {', '.join(known) or 'none'} (one more: `dvc remote add`)",
-            rule="unknown-remote",
-        )
 
 
 def _follow(
@@ -240,9 +218,8 @@ def end_with(parent: int) -> None:
 def main() -> int | None:
     """Run dvc, which interrupts its process group on SIGTERM, and gets SIGTERM when the flow ends.
 
-    On its own, dvc ends by SIGTERM and leaves its stage running. SIGINT to the group ends the stage; dvc itself ignores
-    it while a stage runs, then reports the stage as failed. SIGINT is reset because children of `nohup` and `&` inherit
-    it as ignored, and the stage would, too.
+    On its own, dvc ends by SIGTERM and leaves its stage running. SIGINT to the group ends the stage, and dvc reports it
+    as failed. SIGINT is reset because children of `nohup` and `&` inherit it as ignored.
     """
     end_with(int(os.environ[FLOW_VARIABLE]))
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,7 +21,6 @@ from blockpruner.core.settings import Frozen
 from blockpruner.methods.recipes import RECOMMENDED, recipe
 from blockpruner.params import load_run, named_sources
 from blockpruner.store.files import write_text
-from flows.dvc import require_remote
 from flows.prune import build
 from flows.selection import BUDGETS, Chosen, Selection, choose
 
@@ -99,11 +98,7 @@ def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 
 def require_inside(values: Any) -> None:
-    """Refuse what no form may ask for, at any depth of a run file's values.
-
-    Raises:
-        InputError: a path that leads out of the workspace, or trust in a repository's code.
-    """
+    """Refuse what no form may ask for, at any depth of a run file's values."""
     if isinstance(values, list):
         for value in values:
             require_inside(value)
@@ -119,15 +114,9 @@ def require_inside(values: Any) -> None:
 
 
 def add(form: NewModel) -> Chosen:
-    """Write the run file and choose its targets; if that is refused, the file is not there.
-
-    Raises:
-        InputError: as for a run file, or another file of this name is there.
-    """
+    """Write the run file and choose its targets; if that is refused, the file is not there."""
     text = form.text()
     run = load_run(form.name, RUNS, text)
-    if form.push is not None:
-        require_remote(form.push)
     is_new = not form.file.exists()
     if not is_new and load_run(form.name, RUNS) != run:
         raise InputError(f"{form.file} is there and has other settings; choose another name", rule="run-taken")

@@ -1,14 +1,12 @@
 """`python -m flows.prune [OPTIONS]`: the pipeline as a flow.
 
-Without options everything in params.yaml is brought up to date. `--run` takes only that run
-(added to params.yaml if missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which
-`--compensate` and `--train` heal (added as `<run>-<budget>-<method>-trained`). With `--keep-going` a failure does not
-stop other models. `--push` sends what was made to a DVC remote.
+Without options everything in params.yaml is brought up to date. `--run` takes only that run (added to params.yaml if
+missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which `--compensate` and `--train`
+heal. With `--keep-going` a failure does not stop other models. `--push` sends what was made to a DVC remote.
 
 Decides what Prefect sees: one task for each DVC stage, the state Cached for what had not changed, and the results as
-artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Works with the
-server of PREFECT_API_URL and without any. Prefect then starts one of its own, which takes 10 to 20 s, and more on a
-busy machine.
+artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Without a
+server at PREFECT_API_URL, Prefect starts one of its own, which takes 10 to 20 s.
 """
 
 from __future__ import annotations
@@ -49,9 +47,6 @@ may not link to a file."""
 LEFT_OUT = "Left out"
 """The name of a stage's state if one that it needs has failed."""
 
-States = Mapping[str, State[Any]]
-"""States of stages by DVC's names, in the order in which they ran."""
-
 
 def fail_once(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """False: nothing is tried again. Logs the traceback of an exception, which Prefect leaves to its last try."""
@@ -67,11 +62,7 @@ an exception ("NoneType: None")."""
 
 @task(**AS_RETURNED)
 def run_stage(stage: str, lock: int, start: bool) -> State[None]:
-    """One DVC stage, its output in the task's log.
-
-    Args:
-        start: False if the stage is known to be up to date; DVC is not started then.
-    """
+    """One DVC stage, its output in the task's log. No `start`: it is known to be up to date, DVC is not started."""
     cached: State[None] = Completed(name="Cached", message="nothing has changed")
     if not start:
         return cached
@@ -166,12 +157,8 @@ def run_stages(
     return states
 
 
-def outcome(states: States, additions: Sequence[str] = ()) -> State[None]:
-    """The state of a flow whose stages have these.
-
-    Args:
-        additions: what the flow has added to params.yaml.
-    """
+def outcome(states: Mapping[str, State[Any]], additions: Sequence[str] = ()) -> State[None]:
+    """The state of a flow whose stages have these, and which has added this to params.yaml."""
     failed = [state for state in states.values() if not state.is_completed() and state.name != LEFT_OUT]
     if not failed:
         cached = sum(state.name == "Cached" for state in states.values())
@@ -181,7 +168,7 @@ def outcome(states: States, additions: Sequence[str] = ()) -> State[None]:
     return Failed(message=f"{words}. Finished stages are kept: run again to go on{new}")
 
 
-def publish(chosen: Chosen, states: States) -> None:
+def publish(chosen: Chosen, states: Mapping[str, State[Any]]) -> None:
     """Show the results as artifacts of the flow run: one table of all models, and the report or the study's tables."""
     if rows := results(chosen, states):
         create_table_artifact(rows, "results", "Dense against pruned")
@@ -190,7 +177,7 @@ def publish(chosen: Chosen, states: States) -> None:
         create_markdown_artifact(with_links(report), phases.artifact_key(folder.name))
 
 
-def results(chosen: Chosen, states: States) -> list[dict[str, Any]]:
+def results(chosen: Chosen, states: Mapping[str, State[Any]]) -> list[dict[str, Any]]:
     """A row for each model: its metrics, and why it is not there."""
     rows: list[dict[str, Any]] = []
     for run, targets in chosen.targets.items():
@@ -215,11 +202,7 @@ def with_links(report: Path) -> str:
 
 
 def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> int:
-    """Run a flow from the command line; the exit status of `main`.
-
-    Args:
-        check: refuses what the flow would refuse, before a server has to be started.
-    """
+    """Run a flow from the command line; `check` refuses what the flow would refuse, before a server is started."""
     try:
         check()
         with dvc.workspace(dvc.this_process()):

@@ -1,8 +1,8 @@
 """What a flow is asked to do: runs, budgets or a study, the change of params.yaml they need, the stages to run.
 
-Decides the form that the UI shows, the names of added targets (`<run>-<budget>`, and how they are healed) and how
-params.yaml is edited. What a value may be is decided by blockpruner.params, which checks the new content before it is
-written. How far a model can be pruned is decided by blockpruner.core.budgets, which the stage score asks, too.
+Decides the form that the UI shows, the names of added targets and how params.yaml is edited. What a value may be is
+decided by blockpruner.params, which checks the new content before it is written. How far a model can be pruned is
+decided by the stage score.
 """
 
 from __future__ import annotations
@@ -21,15 +21,11 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import Config
-from blockpruner.core.settings import CompensationMethod, Frozen, Params, Run, Target
-from blockpruner.methods.registry import require_budgets
+from blockpruner.core.settings import CompensationMethod, Frozen, Params, Target
 from blockpruner.params import load_params, load_run
-from blockpruner.store.files import read_json, write_text
-from blockpruner.store.manifest import SOURCE_FILE
-from flows.dvc import require_remote
+from blockpruner.store.files import write_text
 
-PARAMS, MODELS = Path("params.yaml"), Path("data/models")
+PARAMS = Path("params.yaml")
 TABLES = "tables"
 """The stage of a study. Its items are studies, which may have the names of runs."""
 
@@ -101,16 +97,11 @@ class Chosen:
 
 
 def choose(selection: Selection) -> Chosen:
-    """Check a selection against the files of the current folder; changes none of them.
-
-    Raises:
-        InputError: an unknown run or remote, a bad budget, one that the run's fetched model cannot reach, or files that
-            are wrong already.
-    """
+    """Check a selection against the files of the current folder; changes none of them."""
     params = load_params(PARAMS)
-    runs = {run: load_run(run) for run in selection.runs or params.runs}
-    if selection.push is not None:
-        require_remote(selection.push)
+    runs = selection.runs or params.runs
+    for run in runs:
+        load_run(run)
     if selection.healing and not selection.budgets:
         raise InputError(
             f"{' and '.join(selection.healing)}: for targets by budget only; name a budget, or edit {PARAMS}",
@@ -131,25 +122,18 @@ def choose(selection: Selection) -> Chosen:
         if known[meaning] not in targets[run]:
             targets[run].append(known[meaning])
     text, additions = _with(params, runs, wanted)
-    new = _check(text)
-    for run, settings in runs.items():
-        _require_reachable(run, settings, new.budgets_of(run))
-    return Chosen(targets, text, additions)
+    return Chosen(targets, _checked(text), additions)
 
 
 def choose_study(name: str) -> Chosen:
-    """Check the targets of studies/<name>.yaml against the files of the current folder; changes none of them.
-
-    Raises:
-        InputError: an unknown study, a target's name that has another meaning, or files that are wrong already.
-    """
+    """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning."""
     from blockpruner.params import load_study  # type: ignore[attr-defined]
 
     study, params = load_study(name), load_params(PARAMS)
     wanted = {key: target.model_dump(mode="json", exclude_defaults=True) for key, target in study.targets.items()}
     text, additions = _with(params, study.runs, wanted, (name,))
-    _check(text)
-    return Chosen({run: _targets_of(run, study.targets) for run in study.runs}, text, additions, name)
+    targets = {run: _targets_of(run, study.targets) for run in study.runs}
+    return Chosen(targets, _checked(text), additions, name)
 
 
 def target_name(run: str, budget: str, healing: Mapping[str, Any]) -> str:
@@ -162,26 +146,6 @@ def target_name(run: str, budget: str, healing: Mapping[str, Any]) -> str:
 
 def _targets_of(run: str, targets: Mapping[str, Target]) -> list[str]:
     return [name for name, target in targets.items() if target.run == run]
-
-
-def _require_reachable(run: str, settings: Run, budgets: Sequence[str]) -> None:
-    """Refuse what the stage score would refuse, where the config of a fetched model is enough to tell."""
-    config = _fetched_config(run, settings)
-    if config is None:
-        return
-    try:
-        require_budgets(settings.score, config, tuple(budgets))
-    except InputError as error:
-        raise InputError(f"run {run}: {error}; {PARAMS} is unchanged", rule="budget-unreachable") from None
-
-
-def _fetched_config(run: str, settings: Run) -> Config | None:
-    """The config of the run's model; None if no model is fetched, or another one than the run's file names now."""
-    source, wanted = MODELS / run / SOURCE_FILE, settings.model.model_dump(exclude={"dtype"}, exclude_none=True)
-    if not source.exists() or not wanted.items() <= read_json(source)["source"].items():
-        return None
-    config: Config = read_json(source.with_name("config.json"))
-    return config
 
 
 def _with(
@@ -221,12 +185,14 @@ def _with(
     return buffer.getvalue(), additions
 
 
-def _check(text: str) -> Params:
+def _checked(text: str) -> str:
+    """The text of params.yaml; raises InputError if it is not valid."""
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / PARAMS
         draft.write_text(text, encoding="utf-8")
         try:
-            return load_params(draft)
+            load_params(draft)
         except InputError as error:
             message = f"{str(error).replace(str(draft), str(PARAMS))}; {PARAMS} is unchanged"
             raise InputError(message, rule=error.rule, key=error.key, value=error.value) from None
+    return text

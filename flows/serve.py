@@ -3,9 +3,8 @@
 Starts the Prefect server, unless PREFECT_API_URL names one; a runner, which starts FLOWS when the UI asks for one, one
 at a time; and the pages of the reports, one port above the server's. Ctrl-C ends all of it.
 
-Decides what is served, where, and how it ends. What a flow does, and what its form asks for, is decided elsewhere.
-Prefect's own settings decide the server's port (PREFECT_SERVER_API_PORT), where its files are (PREFECT_HOME) and which
-database it has (PREFECT_SERVER_DATABASE_CONNECTION_URL: SQLite in PREFECT_HOME, or PostgreSQL).
+Decides what is served, and how it ends. Prefect's settings decide the server's port (PREFECT_SERVER_API_PORT), where
+its files are (PREFECT_HOME) and which database it has (PREFECT_SERVER_DATABASE_CONNECTION_URL).
 """
 
 from __future__ import annotations
@@ -61,11 +60,9 @@ def require_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise InputError(
-                f"port {port} of {HOST} cannot be used ({error.strerror}); it may be another `make serve`; stop that, "
-                "or set PREFECT_SERVER_API_PORT to a free port with a free one above it",
-                rule="port-taken",
-            ) from None
+            words = f"port {port} of {HOST} cannot be used ({error.strerror}); it may be another `make serve`"
+            free = "set PREFECT_SERVER_API_PORT to a free port with a free one above it"
+            raise InputError(f"{words}; stop that, or {free}", rule="port-taken") from None
 
 
 class ReportHandler(SimpleHTTPRequestHandler):
@@ -107,9 +104,6 @@ def prefect_server(port: int, secret: str) -> Iterator[None]:
     """Prefect's server, answering whoever has the password; its output goes to server.log in PREFECT_HOME.
 
     It is in a session of its own, which Ctrl-C does not reach, and ends with the block, or with this process.
-
-    Raises:
-        InputError: it did not start; ends with its output.
     """
     log = get_current_settings().home / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)

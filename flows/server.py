@@ -6,7 +6,6 @@ server starts and ends is decided by flows.serve.
 
 from __future__ import annotations
 
-import os
 import secrets
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import write_atomic
 
 
 def password_file() -> Path:
@@ -32,11 +30,9 @@ def password() -> tuple[str, str]:
         return kept, f"the password in {path}"
     drawn = f"me:{secrets.token_hex(16)}"  # as clients of HTTP write it: a user, which is nobody here, and a password
 
-    def write(temporary: Path) -> None:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(f"{drawn}\n")
-
-    write_atomic(path, write)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(f"{drawn}\n", encoding="utf-8")
     return drawn, f"the password {drawn}, kept in {path}"
 
 
@@ -53,11 +49,7 @@ def status(url: str) -> int | None:
 
 
 def require_access(url: str) -> None:
-    """Refuse a server that a flow cannot report to.
-
-    Raises:
-        InputError: it does not answer, or wants another password.
-    """
+    """Refuse a server that a flow cannot report to."""
     found = status(url)
     if found != 200:
         what = "wants another password" if found == 401 else "does not answer"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,6 @@ import httpx
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
-from prefect.states import Completed, Failed
 
 from blockpruner import params as params_module
 from blockpruner.core.errors import InputError
@@ -29,10 +27,10 @@ from blockpruner.core.settings import Target
 from blockpruner.params import load_params
 from flows import dvc, serve
 from flows import prune as prune_module
-from flows.new_model import NewModel, add, new_model, source_of
+from flows.new_model import NewModel, add, new_model
 from flows.paper import Study, paper
-from flows.prune import LEFT_OUT, main, outcome, prune, results, run_stages, with_links
-from flows.selection import Chosen, Selection, choose, target_name
+from flows.prune import main, prune
+from flows.selection import Selection, choose
 from tests.errors import refused
 from tests.integration.project import post
 from tests.ports import free_port
@@ -298,13 +296,6 @@ def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_worksp
     assert "Running" not in states.values()
 
 
-def test_a_failed_stage_is_told_once_in_its_log(project, server):
-    flow = start(PREFECT_API_URL=server, STUB_FAILS="score smollm2")
-    output, _ = flow.communicate()
-    assert flow.returncode == 1 and "NoneType" not in output and "Task run failed with" not in output
-    assert output.count("Finished in state Failed(") == 2, output  # the task, the flow
-
-
 def test_a_study_makes_its_targets_and_tables_once(project, server, monkeypatch):
     targets = {"mine": Target(run="smollm2", budget="3blocks"), "smollm2-b2": Target(run="smollm2", budget="0.02")}
     study = SimpleNamespace(runs=("smollm2",), targets=targets)
@@ -327,19 +318,14 @@ def test_a_study_makes_its_targets_and_tables_once(project, server, monkeypatch)
     )
 
 
-def new(**changes):
-    """What a form sends of a new model, which lies in the workspace."""
-    Path("models/mine").mkdir(parents=True, exist_ok=True)
-    given = {"name": "mine", "model": "models/mine", "budgets": ["2blocks"], "texts": "texts.txt"}
-    return NewModel.model_validate(given | changes)
-
-
 def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):
     Path(tmp_path / "file").touch()
     remote = [sys.executable, "-m", "dvc", "remote"]
     subprocess.run([*remote, "add", "-q", "team", str(tmp_path / "file" / "remote")], check=True)
     more = {"score": {"unit": "layer"}, "evaluate": {"zero_shot": {"limit": 7}}}
-    form = new(heldout="wikitext-2", train=True, more=more, push="team")
+    Path("models/mine").mkdir(parents=True)
+    given = {"name": "mine", "model": "models/mine", "budgets": ["2blocks"], "texts": "texts.txt"}
+    form = NewModel.model_validate(given | {"heldout": "wikitext-2", "train": True, "more": more, "push": "team"})
     state, started = run_flow(server, new_model, form)
     assert state.is_failed() and state.message.startswith("push to the remote 'team' failed: ")
     assert "`dvc push -r team` tries it again. Finished stages are kept: run again" in state.message
@@ -357,8 +343,6 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):
     state, started = run_flow(server, new_model, form)  # the same again
     assert state.is_completed() and not started and Path("runs/mine.yaml").stat().st_mtime_ns == before
     assert any((tmp_path / "remote").rglob("*"))
-    with refused("unknown-remote"):
-        choose(Selection(push="teem"))
     with refused("run-taken"):
         add(form.model_copy(update={"heldout": None}))
 
@@ -397,12 +381,6 @@ def test_stage_goes_on_when_the_server_is_gone(project):
     assert stage.returncode == 0 and Path("out.txt").exists(), stage.stdout
     assert stage.stdout.count("the progress does not reach Prefect any more") == 1, stage.stdout
     assert "iteration 1: removed mha.1" in stage.stdout
-
-
-def test_unreachable_server_is_named(project, capsys):
-    with temporary_settings({PREFECT_API_URL: NOWHERE}):
-        assert main([]) == 2
-    assert NOWHERE in capsys.readouterr().err
 
 
 # --- dvc ----------------------------------------------------------------------------------------------------------
@@ -471,174 +449,9 @@ def test_starts_at_the_same_time(project):
     assert [words.split(",")[0] for words in said.values()] == 2 * [refusal]
 
 
-# --- decided without a flow -----------------------------------------------------------------------------------------
-
-NEEDS = {
-    "fetch@a": (), "score@a": ("fetch@a",), "commit@x": ("score@a",), "build@x": ("commit@x",),
-    "commit@y": ("score@a", "elsewhere"), "report": ("build@x", "commit@y"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("stale", "fails", "keep_going", "expected"),
-    [
-        ("", "", False, "cached cached cached cached cached cached"),
-        ("score@a", "", False, "cached Completed Completed Completed Completed Completed"),
-        ("commit@y", "", False, "cached cached cached cached Completed Completed"),
-        ("fetch@a", "commit@x", False, "Completed Completed Failed"),
-        ("commit@x commit@y", "commit@x", True, "cached cached Failed out Completed Completed"),
-        ("fetch@a", "score@a", True, "Completed Failed out out out out"),
-    ],
-)
-def test_stages_start_behind_what_changed_and_are_left_out_behind_what_failed(
-    monkeypatch, stale, fails, keep_going, expected
-):
-    words = {"cached": "Cached", "out": LEFT_OUT}
-
-    def run(stage, lock, start, wait_for, return_state):
-        assert all(state.is_completed() for state in wait_for) and return_state
-        if not start:
-            return Completed(name="Cached")
-        return Failed() if stage == fails else Completed()
-
-    run.with_options = lambda name, task_run_name: run
-    monkeypatch.setattr(prune_module, "run_stage", run)
-    states = run_stages(NEEDS, ["report"], stale.split(), 0, keep_going)
-    assert [state.name for state in states.values()] == [words.get(word, word) for word in expected.split()]
-    assert outcome(states).is_completed() == (not fails)
-
-
-def test_a_table_has_a_row_for_each_model_that_is_measured_or_failed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_json(**{"metrics/a-dense.json": {"perplexity": 2.0}, "metrics/x.json": {"perplexity": 3.0, "average": 0.5}})
-    states = {"score@a": Completed(), "commit@x": Completed(), "commit@y": Failed(message="no")}
-    assert results(Chosen({"a": ["x", "y", "z"]}, "", ()), states) == [
-        {"model": "a-dense", "perplexity": 2.0, "average": None, "why": ""},
-        {"model": "x", "perplexity": 3.0, "average": 0.5, "why": ""},
-        {"model": "y", "perplexity": None, "average": None, "why": "no"},
-    ]
-
-
-def test_a_report_without_pages_names_its_file_and_has_no_pictures(tmp_path):
-    (tmp_path / "report.md").write_text("a ![b](plots/b.png) c")
-    assert with_links(tmp_path / "report.md") == f"The page: `{tmp_path / 'index.html'}`\n\na  c"
-
-
 def test_pipeline_is_in_the_order_of_its_models_and_knows_what_each_stage_needs(project):
     pipeline, chosen = dvc.read_pipeline(), choose(Selection())
     stages = [stage.replace(" ", "@") for stage in STAGES[:-1]]
     assert chosen.stages(pipeline) == stages and chosen.summaries(pipeline) == ["report"]
     assert pipeline["score@smollm2"] == ("fetch@smollm2",) and set(pipeline["report"]) == set(stages[2:])
     assert dvc.stale(stages, print) == set(stages)
-
-
-def test_added_run_and_target_keep_comments(project):
-    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
-    chosen = choose(Selection(runs=("other",), budgets=("0.125", ".1250", "17blocks", "0.10kv", ".1kv")))
-    chosen.write()
-    names = {"b12_5": "0.125", "17blocks": "17blocks", "b10kv": "0.10kv"}
-    assert chosen.additions == ("run other", *(f"target other-{name}" for name in names))
-    assert chosen.targets == {"other": [f"other-{name}" for name in names]}
-    new = [f'  other-{name}: {{run: other, budget: "{budget}"}}' for name, budget in names.items()]
-    lines, before = Path("params.yaml").read_text().splitlines(), PARAMS.splitlines()
-    assert all(line in lines for line in new)
-    assert [line for line in lines if line not in new and line != lines[1]] == [before[0], *before[2:]]
-    assert lines[1].split("#")[0].split() == ["runs:", "[smollm2,", "other]"]
-    assert lines[1].split("#")[1] == before[1].split("#")[1]
-
-
-def test_names_of_targets_hold_no_dot():
-    assert target_name("smollm2", "0.07", {"compensate": "refit", "recover": True}) == "smollm2-b7-refit-trained"
-    assert target_name("qwen1.5-7b", "0.335", {}) == "qwen1_5-7b-b33_5"
-
-
-def test_healed_targets_are_added_beside_the_plain_ones(project):
-    run = Path("runs/smollm2.yaml")
-    run.write_text(f"{run.read_text()}\nrecover: {{data: {{source: path, path: texts.parquet}}}}\n")
-    options = [{}, {"compensate": "scale"}, {"train": True}, {"compensate": "none", "train": True}]
-    names = ["", "-scale", "-trained", "-none-trained"]
-    for option, name in zip(options, names, strict=True):
-        chosen = choose(Selection(budgets=("0.1",), **option))
-        assert chosen.additions == (f"target smollm2-b10{name}",)
-        chosen.write()
-    for option, name in zip(options, names, strict=True):
-        again = choose(Selection(budgets=(".10",), **option))
-        assert again.targets == {"smollm2": [f"smollm2-b10{name}"]} and not again.additions
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--budget", "1.5"], "budget '1.5' is not valid; give a share of all parameters between 0 and 1"),
-        (["--compensate", "refit", "--train"], "for targets by budget only; name a budget"),
-        (["--run", "none"], "run 'none' is unknown: runs/none.yaml does not exist; existing runs: baichuan2-13b, "),
-    ],
-)
-def test_bad_selection_is_refused_without_traceback(project, capsys, options, message):
-    assert main(options) == 2
-    assert message in (said := capsys.readouterr().err) and "tmp" not in said and "Traceback" not in said
-    assert Path("params.yaml").read_text() == PARAMS
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": "../elsewhere"}, r"path '../elsewhere' leads out of the workspace; put a copy inside"),
-        ({"model": "~"}, "path '~' leads out"),
-        ({"texts": "link/texts.txt"}, "path 'link/texts.txt' leads out"),
-        ({"more": {"evaluate": {"zero_shot": {"data": {"source": "path", "path": "/tmp"}}}}}, "path '/tmp' leads out"),
-        ({"more": {"calibration": {"data": {"source": "mix", "of": [{"path": "/tmp"}]}}}}, "path '/tmp' leads out"),
-        ({"more": {"model": {"trust_remote_code": "yes"}}}, "trust_remote_code: a form cannot allow it"),
-        ({"more": {"score": {"units": "layer"}}}, r"runs/mine.yaml: unknown key 'score.units'"),
-        ({"method": "best"}, "method 'best' is unknown; valid: recommended, blockpruner, "),
-        ({"name": "smollm2"}, "runs/smollm2.yaml is there and has other settings; choose another name"),
-        ({"budgets": ["a lot"]}, "budget 'a lot' is not valid"),
-        ({"train": True, "more": {"recover": None}}, "has recover: true"),
-    ],
-)
-def test_what_a_form_may_not_ask_for_is_refused_and_nothing_written(project, changes, message):
-    Path("link").symlink_to("/tmp")
-    files = sorted(Path("runs").iterdir())
-    with pytest.raises(InputError, match=message):
-        add(new(**changes))
-    assert sorted(Path("runs").iterdir()) == files and Path("params.yaml").read_text() == PARAMS and not ran()
-
-
-@pytest.mark.parametrize(
-    ("text", "source"),
-    [
-        ("smollm2-135m", {"source": "smollm2-135m"}),
-        ("meta-llama/Llama-2-7b-hf", {"source": "hub", "repo": "meta-llama/Llama-2-7b-hf"}),
-        ("models/a/b", {"source": "path", "path": "models/a/b"}),
-        ("runs", {"source": "path", "path": "runs"}),
-        ("absent.jsonl", {"source": "path", "path": "absent.jsonl"}),
-    ],
-)
-def test_a_source_is_named_in_one_string(project, text, source):
-    assert source_of(text) == source
-
-
-def fetch_as(run, repo, layers):
-    """What the stage fetch leaves of a model of whose parameters seven tenths are in blocks."""
-    config = {
-        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 128,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000, "tie_word_embeddings": True,
-    }  # fmt: skip
-    model = {"source": "hub", "repo": repo, "revision": "abc", "dtype": "bfloat16", "trust_remote_code": False}
-    source = {"identity": "", "source": model}
-    write_json(**{f"models/{run}/config.json": config, f"models/{run}/blockpruner_source.json": source})
-
-
-@pytest.mark.parametrize("budget", ["0.99", "9blocks", "5layers"])
-def test_a_budget_beyond_a_fetched_model_is_refused_and_not_written(project, budget):
-    run = Path("runs/smollm2.yaml")
-    run.write_text(re.sub(r"model:.*?\n(?=\w)", "model: {source: hub, repo: a/b}\n", run.read_text(), flags=re.DOTALL))
-    before = PARAMS.replace("0.02", "0.2").replace("0.05", "8blocks")
-    Path("params.yaml").write_text(before)
-    fetch_as("smollm2", "a/b", layers=4)
-    choose(Selection(budgets=("8blocks", "0.98kv", "3layers")))
-    with refused("budget-unreachable"):
-        choose(Selection(budgets=("0.3", budget)))
-    assert Path("params.yaml").read_text() == before
-    fetch_as("smollm2", "a/smaller", layers=4)  # what was fetched is not what the run's file names by now
-    assert choose(Selection(budgets=(budget,))).additions
