@@ -95,7 +95,8 @@ import sys
 from flows import prune, selection
 
 stage = sys.argv.pop()
-selection.Chosen.stages = lambda chosen: (stage,)
+selection.Chosen.stages = lambda chosen, names: [stage]
+selection.Chosen.summaries = lambda chosen, names: []
 sys.exit(prune.main([]))
 """
 REPRO = """
@@ -411,7 +412,8 @@ def dvc_of(project: Path) -> int:
 SERVER = ExitStack()
 RUNNING: list[subprocess.Popen[bytes]] = []
 HOME = WORK / "prefect"
-URL = f"http://127.0.0.1:{free_port()}/api"
+PORT = free_port()
+URL = f"http://127.0.0.1:{PORT}/api"
 PASSWORD = "me:secret"
 
 
@@ -423,7 +425,7 @@ def server() -> dict[str, str]:
     if not RUNNING:
         from flows.serve import prefect_server  # takes 3 s
 
-        RUNNING.append(SERVER.enter_context(prefect_server(URL, PASSWORD)))
+        RUNNING.append(SERVER.enter_context(prefect_server(PORT, PASSWORD)))
     return variables | {"PREFECT_API_URL": URL}
 
 

@@ -98,10 +98,7 @@ def read_pipeline() -> dict[str, tuple[str, ...]]:
 
 
 def stale(stages: Sequence[str], show: Callable[[str], object]) -> frozenset[str]:
-    """Those of the stages whose inputs, command or outputs have changed, by one `dvc status`.
-
-    A stage behind one of them may have to run, too; that is known only when the one before has run.
-    """
+    """Those of the stages whose inputs, command or outputs have changed, by one `dvc status`."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 

@@ -1,8 +1,7 @@
 """A new model from a form of the UI: its run file is written, and it is made.
 
-Decides what the form asks for, what no form may ask for (a place outside the workspace, code of a model's repository),
-and when the file is written. What a run file may hold is decided by blockpruner.params, and how a model is made by
-flows.prune.
+Decides what the form asks for, and what no form may ask for (a place outside the workspace, code of a model's
+repository). What a run file may hold is decided by blockpruner.params, and how a model is made by flows.prune.
 """
 
 from __future__ import annotations
@@ -53,10 +52,6 @@ class NewModel(Frozen):
         "replace what the form says.",
     )
     push: str | None = Field(default=None, description=Selection.model_fields["push"].description)
-
-    @property
-    def file(self) -> Path:
-        return RUNS / f"{self.name}.yaml"
 
     def text(self) -> str:
         """The run file."""
@@ -117,16 +112,17 @@ def add(form: NewModel) -> Chosen:
     """Write the run file and choose its targets; if that is refused, the file is not there."""
     text = form.text()
     run = load_run(form.name, RUNS, text)
-    is_new = not form.file.exists()
+    file = RUNS / f"{form.name}.yaml"
+    is_new = not file.exists()
     if not is_new and load_run(form.name, RUNS) != run:
-        raise InputError(f"{form.file} is there and has other settings; choose another name", rule="run-taken")
+        raise InputError(f"{file} is there and has other settings; choose another name", rule="run-taken")
     if is_new:
-        write_text(form.file, text)
+        write_text(file, text)
     try:
         return choose(Selection(runs=(form.name,), budgets=form.budgets, train=form.train))
     except InputError:
         if is_new:
-            form.file.unlink()
+            file.unlink()
         raise
 
 

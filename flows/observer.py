@@ -1,8 +1,7 @@
 """A stage's progress in Prefect: every phase as a task run nested under the stage's.
 
-Decides when Prefect hears of a phase: when it begins and when it ends. What comes between is in the stage's log. When
-the server does not take it, the console alone goes on. What is sent is decided by flows.phases, which takes 2 to 3 s to
-import; a stage without phases does not do it.
+Prefect hears of a phase when it begins and when it ends; what comes between is in the stage's log. When the server does
+not take it, the console alone goes on. flows.phases takes 2 to 3 s to import, which the first phase does.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """`python -m flows.paper --study NAME [--publish]`: the paper's tables and figures for the targets of a study.
 
 Adds the targets of studies/NAME.yaml to params.yaml, brings them up to date and makes the study's tables at
-data/tables/NAME. What is known is not computed again. A target that fails stops no other; the tables name its reason.
-`--publish` copies the tables to docs/results.md.
-
-Decides what is published. Which stages run is decided by flows.selection, and how by flows.prune.
+data/tables/NAME. A target that fails stops no other; the tables name its reason. `--publish` copies the tables to
+docs/results.md. Which stages run is decided by flows.selection, and how by flows.prune.
 """
 
 from __future__ import annotations

@@ -40,9 +40,6 @@ HOST = "127.0.0.1"
 PAGES = ("report", "tables")
 """The folders of data/ that are served."""
 
-POLL = 2.0
-"""Seconds between two looks of the runner for what to start, and for what to cancel if the server's events are lost."""
-
 START, END = 300.0, 10.0
 """Seconds that the server gets to start, most of them to make its database, and to end before SIGKILL."""
 
@@ -100,7 +97,7 @@ def report_pages(port: int) -> Iterator[None]:
 
 
 @contextmanager
-def prefect_server(port: int, secret: str) -> Iterator[None]:
+def prefect_server(port: int, secret: str) -> Iterator[subprocess.Popen[bytes]]:
     """Prefect's server, answering whoever has the password; its output goes to server.log in PREFECT_HOME.
 
     It is in a session of its own, which Ctrl-C does not reach, and ends with the block, or with this process.
@@ -129,7 +126,7 @@ def prefect_server(port: int, secret: str) -> Iterator[None]:
                 last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
                 raise InputError(f"the Prefect server did not start; {log} ends with:\n{last}", rule="no-server")
             time.sleep(0.2)
-        yield
+        yield process
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -161,7 +158,7 @@ def main() -> int:
             print(f"The Prefect server: {url.removesuffix('/api')}\nIt asks for {hint}")
             print(f"The report, once there is one: {pages}/report/index.html\nCtrl-C ends all.", flush=True)
             os.environ[PAGES_VARIABLE] = pages
-            serve(*deployments(), limit=1, pause_on_shutdown=False, print_starting_message=False, query_seconds=POLL)
+            serve(*deployments(), limit=1, pause_on_shutdown=False, print_starting_message=False, query_seconds=2)
             return 0
     except InputError as error:
         print(error, file=sys.stderr)

@@ -1,7 +1,6 @@
 """The flows over a miniature project: a real git and DVC repository with stub stages, and a real Prefect server.
 
-The stub appends "<stage> <item> <pid>" to log.txt: a test sees what ran without asking the flow. Its score stage goes
-on when there is no file `hold`: no test depends on how fast the machine is.
+The stub appends "<stage> <item> <pid>" to log.txt. Its score stage goes on when there is no file `hold`.
 """
 
 from __future__ import annotations
@@ -103,6 +102,7 @@ if stage in ("tables", "report"):
     (Path(out).parent / "plots" / "a.png").write_bytes(b"not really")
 """
 STAGES = ["fetch smollm2", "score smollm2", "commit smollm2-b2", "commit smollm2-b5", "report all"]
+STARTED = []
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,6 @@ def project(template, tmp_path, home, monkeypatch):
     for flow in STARTED:
         flow.kill()
     STARTED.clear()
-
-
-STARTED = []
 
 
 def start(*options, flow="prune", **environment):

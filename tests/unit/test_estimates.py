@@ -10,14 +10,12 @@ from blockpruner.core.blocks import DENSE, removable_units
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Calibration, HubModel, Run, Score, Study
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.paper.check import CHECKS, searches
 from blockpruner.paper.estimates import SAMPLE_TOKENS, calibration_rows, describe, estimate, gpu_hours, search_cost
 from blockpruner.paper.experiments import Variant, variants
 from blockpruner.paper.flops import Flops
 from blockpruner.paper.shapes import SHAPES, find_config
-from blockpruner.params import load_run, load_sets, run_names
+from blockpruner.params import load_run, run_names
 from blockpruner.scoring.engine import Engine
-from flows import paper
 from tests.builders import scored
 from tests.tiny import tiny_model
 
@@ -200,14 +198,6 @@ def test_what_cannot_be_counted_is_refused():
         cost_of(variant({}, ["1.2x"]))
 
 
-@pytest.mark.parametrize("name", [name for name in load_sets(ROOT / "runs" / "sets.yaml") if name != "paper"])
-def test_every_set_can_be_planned_and_every_method_of_its_runs_be_had(name, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert paper.main(["--set", name, "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    assert "cannot be had:" not in printed and "| all |" in printed
-
-
 def test_a_method_that_cannot_be_had_is_a_row_with_its_reason():
     found = estimate("llama2-7b", studied(options={"laco": {"count": 7}}))
     laco = next(cost for cost in found.searches if cost.variant.method == "laco")
@@ -224,15 +214,3 @@ def test_every_run_has_a_shape(tmp_path):
     assert find_config(mine, tmp_path) == {"model_type": "mine"}
     with pytest.raises(InputError, match="'me/mine' is not known.*blockpruner/paper/shapes.py"):
         find_config(mine, tmp_path / "none")
-
-
-def test_the_check_of_llama_names_what_is_published(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert paper.main(["--check", "llama2-7b", "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    for words in ("no search", "5.47 and 68.96 %", "17blocks", "11.51 and 60.17 %", "27, 25, 26, 28, 29, 24, 23"):
-        assert words in printed
-    sequence, _ = searches(CHECKS["llama2-7b"], *(load_run(name) for name in ("llama2-7b", "llama2-7b-official")))
-    assert cost_of(sequence, LLAMA2.format("7b")).removals == 17
-    assert paper.main(["--check", "qwen1.5-7b", "--dry-run"]) == 2
-    assert "valid: llama2-7b" in capsys.readouterr().err
