@@ -19,7 +19,6 @@ from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.recipes import RECIPES, recipe
 from blockpruner.methods.registry import kind_of_method, options_of
 from blockpruner.scoring.settings import Score
-from blockpruner.study import Study
 
 
 class Run(Frozen):
@@ -35,8 +34,6 @@ class Run(Frozen):
     export: tuple[str, ...] = ("hf",)
     """Formats of the checkpoint: hf (transformers, vLLM), and nas (mlx-lm), gguf (llama.cpp). []: the model is measured
     in memory and not written."""
-    study: Study | None = None
-    """What the tables of the paper vary over this run."""
 
     @field_validator("export")
     @classmethod
@@ -107,15 +104,6 @@ class Target(Frozen):
         return text
 
 
-class Paper(Frozen):
-    """What the pipeline in runs/dvc.yaml computes; `python -m flows.paper` adds to it."""
-
-    studies: tuple[str, ...] = ()
-    """Runs with a `study` section."""
-    sets: tuple[str, ...] = ()
-    """Names in runs/sets.yaml, whose tables are made."""
-
-
 class Report(Frozen):
     """The page over all targets."""
 
@@ -131,7 +119,8 @@ class Params(Frozen):
     targets: dict[str, Target]
     """Pruned models to build, by name."""
     report: Report = Report()
-    paper: Paper = Paper()
+    studies: tuple[str, ...] = ()
+    """Names of studies/<name>.yaml, whose tables are made."""
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

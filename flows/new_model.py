@@ -1,198 +1,90 @@
-"""A new model from a form of the UI: its run file is written, what it takes is shown, and it is made.
+"""A new model from a form of the UI: its run file is written, and it is made.
 
-Decides what the form asks for, what no form may ask for (a place outside the workspace, code of a model's repository),
-and when the file is written. What a run file may hold is decided by blockpruner.params, what a search takes by
-blockpruner.paper.estimates, and how a model is made by flows.prune.
+Decides what the form asks for, and what no form may ask for (a place outside the workspace, code of a model's
+repository). What a run file may hold is decided by blockpruner.params, and how a model is made by flows.prune.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
-from prefect.flow_runs import suspend_flow_run
-from prefect.states import Failed
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import Field
 
-from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Frozen, HubModel, HubTexts, LocalModel, LocalTexts, Model, NAME, Texts
-from blockpruner.evaluation.settings import ZeroShot
-from blockpruner.healing.settings import CompensationMethod
-from blockpruner.inputs.calibration import check_context
-from blockpruner.inputs.checkpoints import fetch_config
-from blockpruner.inputs.settings import Calibration
-from blockpruner.methods.recipes import RECIPES, RECOMMENDED, recipe
-from blockpruner.methods.registry import method_names
-from blockpruner.paper.estimates import forecast
-from blockpruner.paper.shapes import find_config
+from blockpruner.core.settings import Frozen
+from blockpruner.methods.recipes import RECOMMENDED, recipe
 from blockpruner.params import load_run, named_sources
-from blockpruner.settings import Run
 from blockpruner.store.files import write_text
-from flows.dvc import require_remote
-from flows.phases import artifact_key
 from flows.prune import build
-from flows.selection import BUDGETS, MODELS, Chosen, Selection, check_budgets, choose
+from flows.selection import BUDGETS, Chosen, Selection, choose
 
 RUNS = Path("runs")
-PINS = RUNS / "pins.json"
 HEAD = "# yaml-language-server: $schema=schema.json\n# Written by the form of a new model.\n"
-
-
-def as_in(model: type[BaseModel], name: str) -> Any:
-    """A field with the limits, the default and the words that it has in the settings."""
-    return copy.copy(model.model_fields[name])
-
-
-def offer(names: Callable[[], list[str]]) -> Callable[[dict[str, Any]], None]:
-    """Give a field, or its items, the names to choose from that there are when the form is made."""
-
-    def put(schema: dict[str, Any]) -> None:
-        schema.get("items", schema)["enum"] = names()
-
-    return put
-
-
-def sources_of(kind: Any) -> Callable[[], list[str]]:
-    """The names in runs/sources.yaml whose keys are a source of this kind."""
-
-    def fits(values: Any) -> bool:
-        try:
-            TypeAdapter(kind).validate_python(values)
-        except ValidationError:
-            return False
-        return True
-
-    return lambda: sorted(name for name, values in named_sources().items() if fits(values))
-
-
-class HubRepository(HubModel):
-    """A repository of the Hugging Face hub."""
-
-    model_config = ConfigDict(title="Hub")
-    source: SkipJsonSchema[Literal["hub"]] = "hub"
-    trust_remote_code: SkipJsonSchema[Literal[False]] = False
-
-
-class Folder(LocalModel):
-    """A folder inside the workspace."""
-
-    model_config = ConfigDict(title="Folder")
-    source: SkipJsonSchema[Literal["path"]] = "path"
-    trust_remote_code: SkipJsonSchema[Literal[False]] = False
-
-
-class NamedModel(Frozen):
-    """A source of runs/sources.yaml."""
-
-    model_config = ConfigDict(title="Named source")
-    source: str = Field(json_schema_extra=offer(sources_of(Model)))
-
-
-class HubDataSet(HubTexts):
-    """A data set of the Hugging Face hub."""
-
-    model_config = ConfigDict(title="Hub")
-    source: SkipJsonSchema[Literal["hub"]] = "hub"
-
-
-class TextFile(LocalTexts):
-    """A file inside the workspace: .jsonl, .json or .parquet records with a "text", or a .txt file."""
-
-    model_config = ConfigDict(title="File")
-    source: SkipJsonSchema[Literal["path"]] = "path"
-
-
-class NamedTexts(Frozen):
-    """A source of runs/sources.yaml."""
-
-    model_config = ConfigDict(title="Named source")
-    source: str = Field(json_schema_extra=offer(sources_of(Texts)))
+FILES = (".jsonl", ".json", ".parquet", ".txt")
+WHERE = "a folder or file of the workspace, a name on the hub, or a source of runs/sources.yaml"
 
 
 class NewModel(Frozen):
     """A model that has no run file yet. What is left out has the paper's setting."""
 
-    # Prefect's form takes the first part of a union that has most of a value's keys: those with fewer keys come first.
-    name: str = Field(pattern=f"^{NAME.pattern}$", description="The run file becomes `runs/<name>.yaml`.")
-    model: NamedModel | Folder | HubRepository = Field(description="The dense model.")
-    budgets: tuple[str, ...] = Field(
-        min_length=1, description=f"How far to prune: {BUDGETS}.", json_schema_extra=check_budgets
+    name: str = Field(description="The run file becomes `runs/<name>.yaml`.")
+    model: str = Field(description=f"The dense model: {WHERE}.")
+    budgets: tuple[str, ...] = Field(min_length=1, description=f"How far to prune: {BUDGETS}.")
+    texts: str | None = Field(
+        default=None, description=f"What the blocks are scored on: {WHERE}. None: Alpaca from the hub."
     )
-    texts: NamedTexts | TextFile | HubDataSet | None = Field(
-        default=None, description="What the blocks are scored on. None: Alpaca from the hub."
+    heldout: str | None = Field(
+        default=None, description=f"What perplexity is measured on: {WHERE}. None: WikiText-2 from the hub."
     )
-    num_samples: int = Field(default=Calibration().num_samples, ge=1, description="How many of these texts are drawn.")
-    seq_len: int = as_in(Calibration, "seq_len")
     method: str = Field(
         default=RECOMMENDED,
-        description=f"{RECOMMENDED} is floating search, lazy + race, with refit; blockpruner is the paper's "
-        "(docs/methods.md).",
-        json_schema_extra=offer(lambda: [*RECIPES, *method_names()]),
-    )
-    compensate: CompensationMethod | None = Field(
-        default=None,
-        description="How the weights that are left make up for what is gone, without training. None: refit with the "
-        f"method {RECOMMENDED}, else not at all.",
+        description=f"{RECOMMENDED}, blockpruner (the paper's), or a search of docs/methods.md.",
     )
     train: bool = Field(default=False, description="Whether the model is trained after that, on the texts above.")
-    heldout: NamedTexts | TextFile | HubDataSet | None = Field(
-        default=None, description="What perplexity is measured on. None: WikiText-2 from the hub."
-    )
-    tasks: str = Field(
-        default="hub",
-        description="Where the items of the benchmarks are: the hub, or a source of runs/sources.yaml.",
-        json_schema_extra=offer(lambda: ["hub", *sources_of(ZeroShot.model_fields["data"].annotation)()]),
-    )
-    export: tuple[str, ...] = Field(
-        default=("hf",),
-        description=f"{Run.model_fields['export'].description} Keep hf, which is benchmarked.",
-        json_schema_extra=offer(lambda: list(EXPORTS)),
-    )
     more: dict[str, Any] = Field(
         default={},
-        description='Any other keys of the run file (docs/methods.md), such as {"score": {"unit": "layer"}}. They '
+        description='Any other keys of the run file (docs/methods.md), such as {"compensate": {"method": "map"}}. They '
         "replace what the form says.",
     )
-    push: str | None = as_in(Selection, "push")
-    wait: bool = Field(
-        default=True, description="Show what the search takes, then wait (Suspended) for Resume on the run's page."
-    )
+    push: str | None = Field(default=None, description=Selection.model_fields["push"].description)
 
     def text(self) -> str:
         """The run file."""
-        chosen = recipe(self.method, compensation=self.compensate)
-        drawn = {"num_samples": self.num_samples, "seq_len": self.seq_len}
-        values = {
-            "model": _source(self.model),
-            "calibration": ({} if self.texts is None else {"data": _source(self.texts), "split": "all"}) | drawn,
+        chosen = recipe(self.method)
+        data = {} if self.texts is None else {"data": source_of(self.texts)}
+        values: dict[str, Any] = {
+            "model": source_of(self.model),
             "score": {"method": chosen.method, "acceleration": chosen.acceleration},
             "compensate": {"method": chosen.compensation},
-            "evaluate": {
-                **({} if self.heldout is None else {"perplexity": {"data": _source(self.heldout)}}),
-                "zero_shot": {"data": {"source": self.tasks}},
-            },
-            **({"train": {} if self.texts is None else {"data": _source(self.texts)}} if self.train else {}),
-            "export": list(self.export),
         }
+        if data:
+            values["calibration"] = data | {"split": "all"}
+        if self.train:
+            values["train"] = data
+        if self.heldout is not None:
+            values["evaluate"] = {"perplexity": {"data": source_of(self.heldout)}}
         values = merged(values, self.more)
         require_inside(values)
         return HEAD + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _source(source: BaseModel) -> dict[str, Any]:
-    return source.model_dump(mode="json", exclude_none=True)
+def source_of(text: str) -> dict[str, str]:
+    """A source of runs/sources.yaml, a file or folder, or a repository of the hub, as a run file names it."""
+    if text in named_sources(RUNS):
+        return {"source": text}
+    is_path = text.startswith((".", "/", "~")) or text.count("/") > 1  # a name on the hub has one
+    if is_path or Path(text).exists() or Path(text).suffix in FILES:
+        return {"source": "path", "path": text}
+    return {"source": "hub", "repo": text}
 
 
 def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of which those in `more` replace the ones at the same keys; another `source` replaces all beside it."""
+    """Values of which those in `more` replace those at the same keys; another `source` replaces its section."""
     found = {} if "source" in more else dict(values)
     for key, value in more.items():
         old = found.get(key)
@@ -201,62 +93,33 @@ def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 
 def require_inside(values: Any) -> None:
-    """Refuse what no form may ask for, at any depth of a run file's values.
-
-    Raises:
-        InputError: a path that leads out of the workspace, or trust in a repository's code.
-    """
+    """Refuse what no form may ask for, at any depth of a run file's values."""
     if isinstance(values, list):
         for value in values:
             require_inside(value)
     for key, value in values.items() if isinstance(values, dict) else ():
         require_inside(value)
         if key == "trust_remote_code" and value is not False:
-            raise InputError("trust_remote_code: a form cannot allow it; write a run file by hand")
+            raise InputError("trust_remote_code: a form cannot allow it; write a run file by hand", rule="form-trust")
         if key == "path" and not Path(str(value)).expanduser().resolve().is_relative_to(Path.cwd().resolve()):
             raise InputError(
-                f"path {value!r} leads out of the workspace; put a copy inside, or write a run file by hand"
+                f"path {value!r} leads out of the workspace; put a copy inside, or write a run file by hand",
+                rule="form-path",
             )
 
 
-def check(form: NewModel, text: str) -> Run:
-    """The settings that the run file is going to hold; raises InputError as for a file, or if another one is there."""
-    run = load_run(form.name, RUNS, text)
-    if form.push is not None:
-        require_remote(form.push)
-    if file_of(form).exists() and load_run(form.name, RUNS) != run:
-        raise InputError(f"{file_of(form)} is there and has other settings; choose another name")
-    return run
-
-
-def file_of(form: NewModel) -> Path:
-    return RUNS / f"{form.name}.yaml"
-
-
-def estimate(form: NewModel, run: Run) -> list[dict[str, Any]]:
-    """What the search takes, as rows of a table; raises InputError for what the model's shape forbids."""
-    if isinstance(run.model, HubModel | LocalModel):
-        config = fetch_config(run.model, PINS)
-    else:
-        try:
-            config = dict(find_config(run.model, MODELS / form.name))
-        except InputError as error:
-            return [{"of the search": "remark", "estimate": str(error)}]
-    check_context(run.calibration.seq_len, config, "calibration.seq_len")
-    check_context(run.evaluate.perplexity.seq_len, config, "evaluate.perplexity.seq_len")
-    found = forecast(run, config, form.budgets)
-    return [{"of the search": name.replace("_", " "), "estimate": value} for name, value in found.items()]
-
-
-def add(form: NewModel, text: str) -> Chosen:
+def add(form: NewModel) -> Chosen:
     """Write the run file and choose its targets; if that is refused, the file is not there."""
-    check(form, text)  # somebody may have written it meanwhile
-    file = file_of(form)
+    text = form.text()
+    run = load_run(form.name, RUNS, text)
+    file = RUNS / f"{form.name}.yaml"
     is_new = not file.exists()
+    if not is_new and load_run(form.name, RUNS) != run:
+        raise InputError(f"{file} is there and has other settings; choose another name", rule="run-taken")
     if is_new:
         write_text(file, text)
     try:
-        return choose(Selection(runs=(form.name,), budgets=form.budgets, train=form.train, push=form.push))
+        return choose(Selection(runs=(form.name,), budgets=form.budgets, train=form.train))
     except InputError:
         if is_new:
             file.unlink()
@@ -265,13 +128,5 @@ def add(form: NewModel, text: str) -> Chosen:
 
 @flow(name="new-model")
 def new_model(form: NewModel) -> State[None]:
-    """Show what a new model's search takes, write its run file, and make it as the flow `prune` does."""
-    try:
-        text = form.text()
-        run = check(form, text)
-        create_table_artifact(estimate(form, run), artifact_key(f"estimate-{form.name}"), f"{form.name}: what it takes")
-    except InputError as error:
-        return Failed(name="Refused", message=str(error))
-    if form.wait and not file_of(form).exists():  # Retry does not ask again
-        suspend_flow_run(key="estimate")
-    return build(lambda: add(form, text), form.push)
+    """Write a new model's run file, and make it as the flow `prune` does."""
+    return build(lambda: add(form), push=form.push)

@@ -1,31 +1,29 @@
-"""`python -m flows.prune [--run NAME ...] [--budget B ... [--compensate METHOD] [--train]] [--push REMOTE]`.
+"""`python -m flows.prune [OPTIONS]`: the pipeline as a flow.
 
-The pipeline as a flow. Without options everything in params.yaml is brought up to date. `--run` takes only that run
-(added to params.yaml if missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which
-`--compensate` and `--train` heal (added as `<run>-<budget>-<method>-trained`). `--push` sends what was made to a DVC
-remote.
+Without options everything in params.yaml is brought up to date. `--run` takes only that run (added to params.yaml if
+missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which `--compensate` and `--train`
+heal. With `--keep-going` a failure does not stop other models. `--push` sends what was made to a DVC remote.
 
 Decides what Prefect sees: one task for each DVC stage, the state Cached for what had not changed, and the results as
-artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Works with the
-server of PREFECT_API_URL and without any. Prefect then starts one of its own, which takes 10 to 20 s, and more on a
-busy machine.
+artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Without a
+server at PREFECT_API_URL, Prefect starts one of its own, which takes 10 to 20 s.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args
-from uuid import UUID
+from typing import Any, get_args
 
 import httpx
 from prefect import Task, flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run, task_run
@@ -35,20 +33,19 @@ from prefect.states import Completed, Failed
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import OBSERVER_VARIABLE
 from blockpruner.healing.settings import CompensationMethod
-from blockpruner.store.locks import this_process
-from flows import dvc, phases, tracking
+from blockpruner.store.files import read_json
+from flows import dvc, phases
 from flows.observer import TASK_VARIABLE
-from flows.selection import Chosen, ChosenSet, Selection, choose
+from flows.selection import BUDGETS, Chosen, Selection, choose
 from flows.server import require_access
 
-T = TypeVar("T", Chosen, ChosenSet)
-REPORT = Path("data/report")
+METRICS, REPORT = Path("data/metrics"), Path("data/report")
 PAGES_VARIABLE = "BLOCKPRUNER_REPORT_PAGES"
 """Environment variable, set by flows.serve: the URL at which a browser finds the reports below data/. A page of the UI
 may not link to a file."""
 
-UNREACHABLE = ("budget ", "ratio ")
-"""How a stage's reason begins if a budget cannot be met; no later run would meet it, either."""
+LEFT_OUT = "Left out"
+"""The name of a stage's state if one that it needs has failed."""
 
 
 def fail_once(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -64,13 +61,8 @@ an exception ("NoneType: None")."""
 
 
 @task(**AS_RETURNED)
-def run_stage(stage: str, lock: int, start: bool, again: bool) -> State[None]:
-    """One DVC stage, its output in the task's log.
-
-    Args:
-        start: False if the stage is known to be up to date; DVC is not asked then.
-        again: whether the stage runs even if nothing has changed.
-    """
+def run_stage(stage: str, lock: int, start: bool) -> State[None]:
+    """One DVC stage, its output in the task's log. No `start`: it is known to be up to date, DVC is not started."""
     cached: State[None] = Completed(name="Cached", message="nothing has changed")
     if not start:
         return cached
@@ -81,14 +73,13 @@ def run_stage(stage: str, lock: int, start: bool, again: bool) -> State[None]:
         TASK_VARIABLE: f"{flow_run.id}/{task_run.id}",
     }
     try:  # without a lasting server the stage would start another one
-        ran = dvc.repro(stage, lock, get_run_logger().info, environment if url else {}, again)
+        ran = dvc.repro(stage, lock, get_run_logger().info, environment if url else {})
     except BaseException as error:
         if url:
             with suppress(httpx.HTTPError):  # a server that is gone must not hide the error
-                phases.close(UUID(flow_run.id), UUID(task_run.id))
+                phases.close(str(flow_run.id), str(task_run.id))
         if isinstance(error, dvc.StageError):
-            name = "Refused" if error.reason.startswith(UNREACHABLE) else None
-            return Failed(name=name, message=str(error))
+            return Failed(message=str(error))
         raise
     return Completed() if ran else cached
 
@@ -103,132 +94,118 @@ def push_outputs(remote: str, stages: Sequence[str], lock: int) -> State[None]:
     return Completed()
 
 
-@task(name="track", **AS_RETURNED)
-def track_targets(targets: Sequence[str]) -> State[None]:
-    """What was built, recorded by a tracker, which may be elsewhere."""
-    try:
-        tracking.track(tracking.project(), targets)
-    except Exception as error:  # whatever a network does
-        return Failed(message=f"the tracker failed: {error}")
-    return Completed()
-
-
 EVERYTHING = Selection()
 
 
 @flow(name="prune")
 def prune(selection: Selection = EVERYTHING) -> State[None]:
     """Bring the chosen runs and targets up to date, stage by stage, then the report."""
-    return build(lambda: choose(selection), selection.push)
+    return build(lambda: choose(selection), selection.keep_going, selection.push)
 
 
-def build(check: Callable[[], Chosen], push: str | None) -> State[None]:
+def build(check: Callable[[], Chosen], keep_going: bool = False, push: str | None = None) -> State[None]:
     """Make what `check` chooses, show it, and push it to a remote of DVC; None: to none."""
+    show = get_run_logger().info
     try:
-        with begin(check) as (chosen, lock):
-            states = run_stages(chosen.stages(), lock)
-            state = outcome(states)
-            if state.is_completed():
-                publish(chosen)
-                after: list[State[Any]] = []
-                if tracking.project():
-                    after.append(track_targets(list(chosen.targets), return_state=True))
-                if push is not None:
-                    after.append(push_outputs(push, chosen.stages(), lock, return_state=True))
-                return next((outcome([*states, each]) for each in after if not each.is_completed()), state)
-            elif state.name == "Refused":
-                return Failed(name="Refused", message=f"{state.message}{restored(chosen, [])}")
-            return state
+        with dvc.workspace(f"flow run {flow_run.name}, {dvc.this_process()}") as lock:
+            chosen = check()
+            chosen.write()
+            if chosen.additions:
+                show(f"params.yaml: added {', '.join(chosen.additions)}; commit it with dvc.lock to keep them")
+            pipeline = dvc.read_pipeline()
+            summaries = chosen.summaries(pipeline)
+            needs = {stage: pipeline[stage] for stage in (*chosen.stages(pipeline), *summaries)}
+            stale = dvc.stale(list(needs), show)
+            states = run_stages(needs, summaries, stale, lock, keep_going)
+            result = outcome(states, chosen.additions)
+            if keep_going or result.is_completed():
+                publish(chosen, states)
+            if push is not None and result.is_completed():
+                pushed: State[Any] = push_outputs(push, list(needs), lock, return_state=True)
+                return result if pushed.is_completed() else outcome({"push": pushed})
+            return result
     except InputError as error:
         return Failed(name="Refused", message=str(error))
-
-
-@contextmanager
-def begin(check: Callable[[], T]) -> Iterator[tuple[T, int]]:
-    """What `check` has chosen, written to params.yaml, in a locked workspace."""
-    with dvc.workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
-        tracking.project()  # refused before hours of work
-        chosen = check()
-        chosen.write()
-        if chosen.additions:
-            added = ", ".join(chosen.additions)
-            get_run_logger().info(f"params.yaml: added {added}; commit it with dvc.lock to keep them")
-        yield chosen, lock
-
-
-def restored(chosen: Chosen, built: Sequence[str]) -> str:
-    """After a budget that only a stage could refuse: params.yaml as before, except for what is built; in words."""
-    if not chosen.additions:
-        return ""
-    if not chosen.keep(built):
-        return ". params.yaml was changed meanwhile and is left as it is: take out what cannot be met"
-    new = [target for target in built if target in chosen.new_targets]
-    return ". params.yaml is as before" + (f", with {', '.join(new)}" if new else "")
+    except dvc.StageError as error:
+        return Failed(message=str(error))
 
 
 def run_stages(
-    stages: Sequence[str], lock: int, stale: Collection[str] | None = None, again: Collection[str] = ()
-) -> list[State[None]]:
-    """Run stages one after the other, up to the first that fails; their states.
+    needs: Mapping[str, Sequence[str]], summaries: Sequence[str], stale: Collection[str], lock: int, keep_going: bool
+) -> dict[str, State[Any]]:
+    """Run stages in the order of `needs`; their states.
 
     Args:
-        stale: the stages that have changed; those before the first of them are not started. None: not known.
-        again: stages that run even if nothing has changed.
+        needs: the stages, each with those that it depends on.
+        summaries: the stages over all models, which run if one of these is there.
+        stale: the stages that DVC finds changed. What depends on a stage that ran may have changed, too; DVC is asked.
+        keep_going: whether a failure leaves out only what depends on it.
     """
-    states: list[State[Any]] = []
-    start = stale is None
-    for stage in stages:
-        start, label = start or stage in (stale or ()), stage.rpartition(":")[2]
-        named = run_stage.with_options(name=label, task_run_name=label)
-        states.append(named(stage, lock, start, stage in again, return_state=True))
-        if not states[-1].is_completed():
+    states: dict[str, State[Any]] = {}
+    for stage, before in needs.items():
+        own = {each: states[each] for each in before if each in states}
+        done = [state for state in own.values() if state.is_completed()]
+        if len(done) < len(own) and not (stage in summaries and done):
+            failed = next(each for each, state in own.items() if not state.is_completed())
+            states[stage] = Failed(name=LEFT_OUT, message=f"{failed} failed")
+            continue
+        start = stage in stale or any(state.name != "Cached" for state in done)
+        named = run_stage.with_options(name=stage, task_run_name=stage)
+        states[stage] = named(stage, lock, start, wait_for=done, return_state=True)
+        if not states[stage].is_completed() and not keep_going:
             break
     return states
 
 
-def outcome(states: Sequence[State[None]]) -> State[None]:
-    """The state of all stages that ran one after the other."""
-    last, cached = states[-1], sum(state.name == "Cached" for state in states)
-    if last.is_completed():
+def outcome(states: Mapping[str, State[Any]], additions: Sequence[str] = ()) -> State[None]:
+    """The state of a flow whose stages have these, and which has added this to params.yaml."""
+    failed = [state for state in states.values() if not state.is_completed() and state.name != LEFT_OUT]
+    if not failed:
+        cached = sum(state.name == "Cached" for state in states.values())
         return Completed(message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached")
-    more = "" if last.name == "Refused" else ": run again to go on"
-    return Failed(name=last.name, message=f"{last.message}. Finished stages are kept{more}")
+    words = "; ".join(str(state.message) for state in failed)
+    new = f". New in params.yaml: {', '.join(additions)}; delete there what cannot be made" if additions else ""
+    return Failed(message=f"{words}. Finished stages are kept: run again to go on{new}")
 
 
-def publish(chosen: Chosen) -> None:
-    """Show the results as artifacts of the flow run: dense against pruned for each run, the report, its page."""
-    for run in chosen.runs:
-        models = (f"{run}-dense", *chosen.targets_of(run))
-        columns = {name: tracking.figures(name) for name in models if (tracking.METRICS / f"{name}.json").exists()}
-        keys = dict.fromkeys(key for values in columns.values() for key in values)
-        if keys:
-            table = [{"metric": key} | {name: values.get(key) for name, values in columns.items()} for key in keys]
-            create_table_artifact(table, phases.artifact_key(f"results-{run}"), f"{run}: dense against pruned")
-    publish_report(REPORT, "report", "report-page", "Open the report")
-
-
-def publish_report(folder: Path, key: str, page_key: str, words: str) -> None:
-    """Show a report as an artifact, if there is one, and a link to its page as another."""
+def publish(chosen: Chosen, states: Mapping[str, State[Any]]) -> None:
+    """Show the results as artifacts of the flow run: one table of all models, and the report or the study's tables."""
+    if rows := results(chosen, states):
+        create_table_artifact(rows, "results", "Dense against pruned")
+    folder = Path("data/tables") / chosen.study if chosen.study else REPORT
     if (report := folder / "report.md").exists():
-        create_markdown_artifact(phases.with_images(report), phases.artifact_key(key))
-        create_link_artifact(page_of(folder), words, key=phases.artifact_key(page_key))
+        create_markdown_artifact(with_links(report), phases.artifact_key(folder.name))
 
 
-def page_of(report: Path) -> str:
-    """The URL of the page of a report below data/."""
-    pages, page = os.environ.get(PAGES_VARIABLE), report / "index.html"
-    return f"{pages}/{page.relative_to('data').as_posix()}" if pages else page.resolve().as_uri()
+def results(chosen: Chosen, states: Mapping[str, State[Any]]) -> list[dict[str, Any]]:
+    """A row for each model: its metrics, and why it is not there."""
+    rows: list[dict[str, Any]] = []
+    for run, targets in chosen.targets.items():
+        for item in (run, *targets):
+            own = [state for stage, state in states.items() if stage.endswith(f"@{item}")]
+            failed = [state for state in own if not state.is_completed()]
+            metrics = METRICS / f"{f'{run}-dense' if item == run else item}.json"
+            found = read_json(metrics) if metrics.exists() and not failed else {}
+            if found or failed:
+                rows.append({"model": metrics.stem, **found, "why": failed[0].message if failed else ""})
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in (*(keys.keys() - {"why"}), "why")} for row in rows]
+
+
+def with_links(report: Path) -> str:
+    """A report's Markdown behind a link to its page; its pictures are links, too, where pages are served."""
+    text, pages = report.read_text(encoding="utf-8"), os.environ.get(PAGES_VARIABLE)
+    if not pages:
+        return f"The page: `{report.with_name('index.html')}`\n\n" + re.sub(r"!\[.*?\]\(.*?\)", "", text)
+    at = f"{pages}/{report.parent.relative_to('data').as_posix()}/"
+    return f"[The page]({at}index.html)\n\n" + re.sub(r"(!\[.*?\]\()", rf"\1{at}", text)
 
 
 def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> int:
-    """Run a flow from the command line; the exit status of `main`.
-
-    Args:
-        check: refuses what the flow would refuse, before a server has to be started.
-    """
+    """Run a flow from the command line; `check` refuses what the flow would refuse, before a server is started."""
     try:
         check()
-        with dvc.workspace(this_process()):
+        with dvc.workspace(dvc.this_process()):
             if url := get_current_settings().api.url:
                 require_access(url)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server
@@ -250,21 +227,15 @@ def main(argv: list[str] | None = None) -> int:
     """0: up to date; 1: a stage failed; 2: refused, params.yaml is as it was; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.prune", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
-    parser.add_argument(
-        "--budget", action="append", default=[], metavar="B", help="0.22, 17blocks, 7layers, 0.3kv, 1.25x"
-    )
+    parser.add_argument("--budget", action="append", default=[], metavar="B", help=BUDGETS)
     methods = get_args(CompensationMethod)
-    parser.add_argument("--compensate", choices=methods, help="of the targets of --budget; else as their run says")
+    parser.add_argument("--compensate", choices=methods, help="for the targets of --budget; else as their run says")
     parser.add_argument("--train", action="store_true", help="train the targets of --budget")
+    parser.add_argument("--keep-going", action="store_true", help="go on with other models after a failure")
     parser.add_argument("--push", metavar="REMOTE", help="a remote of DVC, which gets what was made")
-    options = parser.parse_args(argv)
-    selection = Selection(
-        runs=tuple(options.run),
-        budgets=tuple(options.budget),
-        compensate=options.compensate,
-        train=options.train,
-        push=options.push,
-    )
+    options = vars(parser.parse_args(argv))
+    options |= {"runs": tuple(options.pop("run")), "budgets": tuple(options.pop("budget"))}
+    selection = Selection.model_validate(options)
     return run_here(lambda: choose(selection), lambda: prune(selection, return_state=True))
 
 

@@ -1,63 +1,37 @@
-"""What a flow is asked to do: runs and budgets, the change of params.yaml they need, the stages to run.
+"""What a flow is asked to do: runs, budgets or a study, the change of params.yaml they need, the stages to run.
 
-Decides the form that the UI shows, the names of added targets (`<run>-<budget>`, and how they are healed) and how
-params.yaml is edited. What a value may be is decided by blockpruner.params, which checks the new content before it is
-written. How far a model can be pruned is decided by blockpruner.core.budgets, which the stage score asks, too.
+Decides the form that the UI shows, the names of added targets and how params.yaml is edited. What a value may be is
+decided by blockpruner.params, which checks the new content before it is written. How far a model can be pruned is
+decided by the stage score.
 """
 
 from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from blockpruner.core.budgets import budget_name, read_budget
+from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import Config
 from blockpruner.core.settings import Frozen
 from blockpruner.healing.settings import CompensationMethod
-from blockpruner.methods.registry import require_budgets
-from blockpruner.params import load_params, load_run, load_set, load_sets, run_names
-from blockpruner.settings import Params, Run
-from blockpruner.store.files import read_json, write_text
-from blockpruner.store.manifest import SOURCE_FILE
-from flows.dvc import require_remote
+from blockpruner.settings import Params, Target
+from blockpruner.params import load_params, load_run
+from blockpruner.store.files import write_text
 
-PARAMS, PIPELINE, STUDIES = Path("params.yaml"), Path("dvc.yaml"), Path("runs/dvc.yaml")
-MODELS = Path("data/models")
-BUDGET = r"^(0*\.\d+(kv)?|0*[1-9]\d*(blocks|layers)|\d*\.?\d+x)$"
-"""What a form takes as a budget. What a model can reach is known when it is fetched."""
+PARAMS = Path("params.yaml")
+TABLES = "tables"
+"""The stage of a study. Its items are studies, which may have the names of runs."""
 
-BUDGETS = (
-    "0.22 (a share of all parameters), 17blocks, 7layers, 0.30kv (a share of the KV cache), 1.25x (a speed-up of "
-    "generation)"
-)
-
-SWEEP_BUDGETS = ("0.05", "0.1", "0.15", "0.2", "0.25")
-
-
-def offer_runs(schema: dict[str, Any]) -> None:
-    """Name the run files that exist when the form is made; the flow checks which of them are good."""
-    schema["items"]["enum"] = run_names()
-    schema["uniqueItems"] = True
-
-
-def offer_sets(schema: dict[str, Any]) -> None:
-    schema["enum"] = list(load_sets())
-
-
-def check_budgets(schema: dict[str, Any]) -> None:
-    schema["items"]["pattern"] = BUDGET
-    schema["uniqueItems"] = True
+BUDGETS = "0.22 (a share of all parameters), 17blocks, 7layers, 0.30kv (a share of the KV cache)"
 
 
 class Selection(Frozen):
@@ -66,13 +40,11 @@ class Selection(Frozen):
     runs: tuple[str, ...] = Field(
         default=(),
         description="Names of the files in runs/; added to params.yaml if missing there. None: all its runs.",
-        json_schema_extra=offer_runs,
     )
     budgets: tuple[str, ...] = Field(
         default=(),
         description=f"How far to prune: {BUDGETS}. Each is added as a target of each run. None: the runs' targets in "
         "params.yaml.",
-        json_schema_extra=check_budgets,
     )
     compensate: CompensationMethod | None = Field(
         default=None,
@@ -82,6 +54,9 @@ class Selection(Frozen):
     train: bool = Field(
         default=False, description="Whether these targets are trained, by the train section of their run's file."
     )
+    keep_going: bool = Field(
+        default=False, description="Go on with other runs and targets after a failure. What needs the failed is left."
+    )
     push: str | None = Field(
         default=None,
         description="A remote of DVC (`dvc remote list`), which gets what was made when all is done. None: no push.",
@@ -89,227 +64,137 @@ class Selection(Frozen):
 
     @property
     def healing(self) -> dict[str, Any]:
-        """What a target of it has in params.yaml beside run and budget."""
-        return self.model_dump(include={"compensate", "train"}, exclude_defaults=True)
-
-
-class RunGrid(Frozen):
-    """Every run with every budget, one run after the other; one that fails does not stop the others."""
-
-    runs: tuple[str, ...] = Field(
-        min_length=1,
-        description="Names of the files in runs/, in the order in which they are pruned; added to params.yaml if "
-        "missing there.",
-        json_schema_extra=offer_runs,
-    )
-    budgets: tuple[str, ...] = Field(
-        default=SWEEP_BUDGETS,
-        min_length=1,
-        description=f"How far to prune each: {BUDGETS}. A greedy search is made once, as far as the largest needs.",
-        json_schema_extra=check_budgets,
-    )
-    stop_on_failure: bool = Field(default=False, description="Leave out what comes after the first failure.")
-
-
-class Tables(Frozen):
-    """Every table and figure of the paper for a set of runs; what is known is not computed again."""
-
-    name: str = Field(
-        description="A set of runs/sets.yaml. `smollm2` takes hours on 2 CPU cores; the others need a GPU and "
-        "the hub: `python -m flows.paper --set NAME --dry-run` prints what they take.",
-        json_schema_extra=offer_sets,
-    )
-    publish: bool = Field(default=False, description="Copy the tables to docs/results.md.")
+        """What a target of it has in params.yaml beyond run and budget."""
+        given = {"compensate": self.compensate, "train": self.train or None}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Chosen:
     """A checked selection."""
 
-    runs: tuple[str, ...]
-    targets: Mapping[str, str]
-    """The targets to build, each with its run."""
-    before: str
-    """params.yaml as it was."""
-    new_runs: tuple[str, ...]
-    new_targets: Mapping[str, dict[str, Any]]
-    """The targets that params.yaml has not, each as it stands there."""
-
-    @property
-    def additions(self) -> tuple[str, ...]:
-        """What params.yaml lacks, in words."""
-        return (*(f"run {run}" for run in self.new_runs), *(f"target {target}" for target in self.new_targets))
+    targets: Mapping[str, Sequence[str]]
+    """The targets to build, by run."""
+    text: str
+    """params.yaml as it has to be."""
+    additions: tuple[str, ...]
+    """What params.yaml lacks, in words."""
+    study: str = ""
+    """The study whose tables are made; "" for the report."""
 
     def write(self) -> None:
         """Add to params.yaml what it lacks: DVC makes its stages out of it, and no stage runs before."""
         if self.additions:
-            write_text(PARAMS, self.text())
+            write_text(PARAMS, self.text)
 
-    def keep(self, built: Collection[str]) -> bool:
-        """Leave of the additions only these targets and their runs; False if somebody has changed the file."""
-        is_ours = PARAMS.read_text(encoding="utf-8") == self.text()
-        if is_ours and self.additions:
-            write_text(PARAMS, self.text(built))
-        return is_ours
+    def stages(self, names: Iterable[str]) -> list[str]:
+        """Those of DVC's names of stages that are of one chosen model, each run before its targets."""
+        of_models = [name.partition("@") for name in names if not name.startswith(f"{TABLES}@")]
+        items = [item for run, targets in self.targets.items() for item in (run, *targets)]
+        return [f"{stage}@{item}" for item in items for stage, _, of in of_models if of == item]
 
-    def text(self, built: Collection[str] | None = None) -> str:
-        """params.yaml with all additions, or with these targets and their runs only."""
-        targets = {name: new for name, new in self.new_targets.items() if built is None or name in built}
-        needed = {target["run"] for target in targets.values()}
-        runs = [run for run in self.new_runs if built is None or run in needed]
-        if not runs and not targets:
-            return self.before
-        editor, document = _document(self.before)
-        document["runs"].extend(runs)
-        for name, target in targets.items():
-            value = CommentedMap(target | {"budget": DoubleQuotedScalarString(target["budget"])})
-            value.fa.set_flow_style()
-            document["targets"][name] = value
-        return _dumped(editor, document)
-
-    def stages(self) -> tuple[str, ...]:
-        """DVC's names of the stages, in dvc.yaml's order: each stands there behind those that it depends on."""
-        names: list[str] = []
-        for name, stage in yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"].items():
-            items = self.runs if "matrix" in stage else self.targets if "foreach" in stage else None
-            names += [name] if items is None else [f"{name}@{item}" for item in items]
-        return tuple(names)
-
-    def targets_of(self, run: str) -> tuple[str, ...]:
-        return tuple(target for target, of in self.targets.items() if of == run)
-
-    def stages_of(self, item: str) -> tuple[str, ...]:
-        """The stages of one run or one target; of "" those of neither: the report."""
-        return tuple(stage for stage in self.stages() if stage.partition("@")[2] == item)
+    def summaries(self, names: Iterable[str]) -> list[str]:
+        """Those over all models: the study's tables, or the report."""
+        return [name for name in names if (name == f"{TABLES}@{self.study}" if self.study else "@" not in name)]
 
 
 def choose(selection: Selection) -> Chosen:
-    """Check a selection against the files of the current folder; changes none of them.
-
-    Raises:
-        InputError: an unknown run or remote, a bad budget, one that the run's fetched model cannot reach, or files that
-            are wrong already.
-    """
+    """Check a selection against the files of the current folder; changes none of them."""
     params = load_params(PARAMS)
-    runs = {run: load_run(run) for run in selection.runs or params.runs}
-    if selection.push is not None:
-        require_remote(selection.push)
-    healing = selection.healing
-    if healing and not selection.budgets:
-        raise InputError(f"{' and '.join(healing)}: for targets by budget only; name a budget, or edit {PARAMS}")
-    ending = "".join(f"-{'trained' if value is True else value}" for value in healing.values())
+    runs = selection.runs or params.runs
+    for run in runs:
+        load_run(run)
+    if selection.healing and not selection.budgets:
+        raise InputError(
+            f"{' and '.join(selection.healing)}: for targets by budget only; name a budget, or edit {PARAMS}",
+            rule="healing-without-budget",
+        )
     known = {
         (t.run, read_budget(t.budget)): name
         for name, t in params.targets.items()
         if (t.compensate, t.train) == (selection.compensate, selection.train)
     }
-    targets = {} if selection.budgets else {name: t.run for name, t in params.targets.items() if t.run in runs}
-    new_targets: dict[str, dict[str, Any]] = {}
+    targets = {run: [] if selection.budgets else _targets_of(run, params.targets) for run in runs}
+    wanted: dict[str, dict[str, Any]] = {}
     for run, budget in ((run, budget) for run in runs for budget in selection.budgets):
-        name = known.get((run, read_budget(budget)))
-        if name is None:
-            name = known[run, read_budget(budget)] = f"{run}-{budget_name(budget)}{ending}"
-            if name in params.targets:
-                raise InputError(
-                    f"{PARAMS}: target {name!r} exists with budget {params.targets[name].budget!r} of run "
-                    f"{params.targets[name].run!r}; rename it, since budget {budget!r} needs this name"
-                )
-            new_targets[name] = {"run": run, "budget": budget, **healing}
-        targets[name] = run
-    new_runs = tuple(run for run in runs if run not in params.runs)
-    chosen = Chosen(tuple(runs), targets, PARAMS.read_text(encoding="utf-8"), new_runs, new_targets)
-    new = _check(chosen.text())
-    for run, settings in runs.items():
-        _require_reachable(run, settings, new.budgets_of(run))
-    return chosen
+        meaning = run, read_budget(budget)
+        if meaning not in known:
+            known[meaning] = target_name(run, budget, selection.healing)
+            wanted[known[meaning]] = {"run": run, "budget": budget, **selection.healing}
+        if known[meaning] not in targets[run]:
+            targets[run].append(known[meaning])
+    text, additions = _with(params, runs, wanted)
+    return Chosen(targets, _checked(text), additions)
 
 
-def _require_reachable(run: str, settings: Run, budgets: Sequence[str]) -> None:
-    """Refuse what the stage score would refuse, where the config of a fetched model is enough to tell.
+def choose_study(name: str) -> Chosen:
+    """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning."""
+    from blockpruner.params import load_study  # type: ignore[attr-defined]
 
-    A speed-up is not refused: it is measured first.
-    """
-    config = _fetched_config(run, settings)
-    if config is None:
-        return
-    try:
-        require_budgets(settings.score, config, tuple(budgets))
-    except InputError as error:
-        raise InputError(f"run {run}: {error}; {PARAMS} is unchanged") from None
+    study, params = load_study(name), load_params(PARAMS)
+    wanted = {key: target.model_dump(mode="json", exclude_defaults=True) for key, target in study.targets.items()}
+    text, additions = _with(params, study.runs, wanted, (name,))
+    targets = {run: _targets_of(run, study.targets) for run in study.runs}
+    return Chosen(targets, _checked(text), additions, name)
 
 
-def _fetched_config(run: str, settings: Run) -> Config | None:
-    """The config of the run's model; None if no model is fetched, or another one than the run's file names now."""
-    source, wanted = MODELS / run / SOURCE_FILE, settings.model.model_dump(exclude={"dtype"}, exclude_none=True)
-    if not source.exists() or not wanted.items() <= read_json(source)["source"].items():
-        return None
-    config: Config = read_json(source.with_name("config.json"))
-    return config
+def target_name(run: str, budget: str, healing: Mapping[str, Any]) -> str:
+    """The name of an added target, such as smollm2-b10 or smollm2-7layers-refit; no dot, which DVC reads as nesting."""
+    number, unit = read_budget(budget)
+    short = f"b{100 * number:g}{unit}" if unit in ("", "kv") else budget
+    ending = ("trained" if value is True else value for value in healing.values())
+    return "-".join([run, short, *ending]).replace(".", "_")
 
 
-@dataclass(frozen=True)
-class ChosenSet:
-    """A checked set of runs, for its tables."""
-
-    name: str
-    runs: Mapping[str, Run]
-    text: str
-    """params.yaml as it has to be."""
-    additions: tuple[str, ...]
-    """What params.yaml lacks, in words."""
-
-    def write(self) -> None:
-        if self.additions:
-            write_text(PARAMS, self.text)
-
-    def stages(self) -> tuple[tuple[str, ...], ...]:
-        """DVC's names of the stages of each run, then of the set, each behind those that it depends on."""
-        pipeline = yaml.safe_load(STUDIES.read_text(encoding="utf-8"))["stages"]
-        of_runs = [name for name, stage in pipeline.items() if "run" in stage["matrix"]]
-        of_sets = [name for name in pipeline if name not in of_runs]
-        chains = [tuple(f"{STUDIES}:{name}@{run}" for name in of_runs) for run in self.runs]
-        return (*chains, tuple(f"{STUDIES}:{name}@{self.name}" for name in of_sets))
+def _targets_of(run: str, targets: Mapping[str, Target]) -> list[str]:
+    return [name for name, target in targets.items() if target.run == run]
 
 
-def choose_set(name: str) -> ChosenSet:
-    """Check a set against the files of the current folder; changes none of them.
-
-    Raises:
-        InputError: an unknown set, or files that are wrong already.
-    """
-    params, runs = load_params(PARAMS), load_set(name)
-    editor, document = _document(PARAMS.read_text(encoding="utf-8"))
-    additions = []
-    for kind, key, names in (("study", "studies", tuple(runs)), ("set", "sets", (name,))):
-        listed = document.setdefault("paper", CommentedMap()).setdefault(key, [])
-        missing = [one for one in names if one not in getattr(params.paper, key)]
-        listed.extend(missing)
-        additions += [f"{kind} {one}" for one in missing]
-    text = _dumped(editor, document)
-    _check(text)
-    return ChosenSet(name, runs, text, tuple(additions))
-
-
-def _document(text: str) -> tuple[YAML, CommentedMap]:
-    """YAML that keeps its comments and quotes when it is dumped again."""
+def _with(
+    params: Params, runs: Iterable[str], targets: Mapping[str, dict[str, Any]], studies: Iterable[str] = ()
+) -> tuple[str, tuple[str, ...]]:
+    """The text of params.yaml with all of these, comments and quotes as they are, and what it lacked, in words."""
+    text = PARAMS.read_text(encoding="utf-8")
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 4096
     editor.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
-    return editor, editor.load(text)
-
-
-def _dumped(editor: YAML, document: CommentedMap) -> str:
+    document = editor.load(text)
+    new_runs = [run for run in runs if run not in params.runs]
+    new_studies = [study for study in studies if study not in params.studies]
+    document["runs"].extend(new_runs)
+    if new_studies:
+        document.setdefault("studies", []).extend(new_studies)
+    new_targets = [name for name in targets if name not in params.targets]
+    for name, target in targets.items():
+        if name in new_targets:
+            value = CommentedMap(target | {"budget": DoubleQuotedScalarString(target["budget"])})
+            value.fa.set_flow_style()
+            document["targets"][name] = value
+        elif params.targets[name] != Target(**target):
+            there = params.targets[name].model_dump(mode="json", exclude_defaults=True)
+            raise InputError(
+                f"{PARAMS}: target {name!r} exists as {there}; rename it, since {target} needs this name",
+                rule="target-taken",
+                key=f"targets.{name}",
+            )
+    words = {"run": new_runs, "target": new_targets, "study": new_studies}
+    additions = tuple(f"{what} {name}" for what, names in words.items() for name in names)
+    if not additions:
+        return text, ()
     buffer = io.StringIO()
     editor.dump(document, buffer)
-    return buffer.getvalue()
+    return buffer.getvalue(), additions
 
 
-def _check(text: str) -> Params:
+def _checked(text: str) -> str:
+    """The text of params.yaml; raises InputError if it is not valid."""
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / PARAMS
         draft.write_text(text, encoding="utf-8")
         try:
-            return load_params(draft)
+            load_params(draft)
         except InputError as error:
-            raise InputError(f"{str(error).replace(str(draft), str(PARAMS))}; {PARAMS} is unchanged") from None
+            message = f"{str(error).replace(str(draft), str(PARAMS))}; {PARAMS} is unchanged"
+            raise InputError(message, rule=error.rule, key=error.key, value=error.value) from None
+    return text

@@ -1,10 +1,9 @@
-"""What the recipe for work pools names is there: flows, pools, files, the target of make, extras. No Docker is run."""
+"""What the recipe for work pools names is there: flows, pools, files, the target of make. No Docker is run."""
 
 import pkgutil
 import re
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,9 +37,3 @@ def test_the_image_is_built_of_files_that_are_there(tmp_path):
     made = subprocess.run([*command.split(), "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "/opt/venv/bin/python -m pip install" in made.stdout and "--editable ." in made.stdout
     assert {*re.findall(r"--build-arg (\w+)", RECIPE)} <= {*re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE)}
-
-
-def test_extras_of_the_page_exist():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = re.findall(r"'\.\[(\w+)\]'", RECIPE)
-    assert named and set(named) <= set(extras)

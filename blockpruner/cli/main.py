@@ -411,8 +411,7 @@ def schema() -> None:
 
 IN_A_CLONE = {
     "run": ("flows.prune", "Bring runs and targets up to date: the DAG as a flow."),
-    "sweep": ("flows.sweep", "Prune several runs to several budgets, and compare all in one table."),
-    "paper": ("flows.paper", "Make the paper's tables for a set of runs."),
+    "paper": ("flows.paper", "Make the paper's tables for a study."),
     "serve": ("flows.serve", "Start and watch runs in a browser."),
     "clean": ("stages.clean", "List what no run or target needs; `clean delete` deletes it."),
 }

@@ -1,0 +1,178 @@
+"""What flows decide without a server: stages to start, tables, names, params.yaml, the form's run file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from prefect.states import Completed, Failed
+
+from blockpruner.core.errors import InputError
+from flows import prune as prune_module
+from flows.new_model import NewModel, add, source_of
+from flows.prune import LEFT_OUT, main, outcome, results, run_stages, with_links
+from flows.selection import Chosen, Selection, choose, target_name
+
+ROOT = Path(__file__).parents[2]
+PARAMS = """# What is run.
+runs: [smollm2]            # names of runs/<name>.yaml
+targets:                   # pruned models to build
+  smollm2-b2: {run: smollm2, budget: "0.02"}   # the first
+  smollm2-b5: {run: smollm2, budget: "0.05"}
+report:
+  title: SmolLM2-135M, block by block   # shown on top
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """The files of settings, as the current folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "runs", "runs", ignore=shutil.ignore_patterns("dvc.*"))
+    Path("params.yaml").write_text(PARAMS)
+
+
+NEEDS = {
+    "fetch@a": (), "score@a": ("fetch@a",), "commit@x": ("score@a",), "build@x": ("commit@x",),
+    "commit@y": ("score@a", "elsewhere"), "report": ("build@x", "commit@y"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stale", "fails", "keep_going", "expected"),
+    [
+        ("", "", False, "cached cached cached cached cached cached"),
+        ("score@a", "", False, "cached Completed Completed Completed Completed Completed"),
+        ("commit@y", "", False, "cached cached cached cached Completed Completed"),
+        ("fetch@a", "commit@x", False, "Completed Completed Failed"),
+        ("commit@x commit@y", "commit@x", True, "cached cached Failed out Completed Completed"),
+        ("fetch@a", "score@a", True, "Completed Failed out out out out"),
+    ],
+)
+def test_stages_start_behind_what_changed_and_are_left_out_behind_what_failed(
+    monkeypatch, stale, fails, keep_going, expected
+):
+    words = {"cached": "Cached", "out": LEFT_OUT}
+
+    def run(stage, lock, start, wait_for, return_state):
+        assert all(state.is_completed() for state in wait_for) and return_state
+        if not start:
+            return Completed(name="Cached")
+        return Failed() if stage == fails else Completed()
+
+    run.with_options = lambda name, task_run_name: run
+    monkeypatch.setattr(prune_module, "run_stage", run)
+    states = run_stages(NEEDS, ["report"], stale.split(), 0, keep_going)
+    assert [state.name for state in states.values()] == [words.get(word, word) for word in expected.split()]
+    assert outcome(states).is_completed() == (not fails)
+
+
+def test_a_table_has_a_row_for_each_model_that_is_measured_or_failed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/metrics").mkdir(parents=True)
+    Path("data/metrics/a-dense.json").write_text(json.dumps({"perplexity": 2.0}))
+    Path("data/metrics/x.json").write_text(json.dumps({"perplexity": 3.0, "average": 0.5}))
+    states = {"score@a": Completed(), "commit@x": Completed(), "commit@y": Failed(message="no")}
+    assert results(Chosen({"a": ["x", "y", "z"]}, "", ()), states) == [
+        {"model": "a-dense", "perplexity": 2.0, "average": None, "why": ""},
+        {"model": "x", "perplexity": 3.0, "average": 0.5, "why": ""},
+        {"model": "y", "perplexity": None, "average": None, "why": "no"},
+    ]
+
+
+def test_a_report_without_pages_names_its_file_and_has_no_pictures(tmp_path):
+    (tmp_path / "report.md").write_text("a ![b](plots/b.png) c")
+    assert with_links(tmp_path / "report.md") == f"The page: `{tmp_path / 'index.html'}`\n\na  c"
+
+
+def test_added_run_and_target_keep_comments(project):
+    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
+    chosen = choose(Selection(runs=("other",), budgets=("0.125", ".1250", "17blocks", "0.10kv", ".1kv")))
+    chosen.write()
+    names = {"b12_5": "0.125", "17blocks": "17blocks", "b10kv": "0.10kv"}
+    assert chosen.additions == ("run other", *(f"target other-{name}" for name in names))
+    assert chosen.targets == {"other": [f"other-{name}" for name in names]}
+    new = [f'  other-{name}: {{run: other, budget: "{budget}"}}' for name, budget in names.items()]
+    lines, before = Path("params.yaml").read_text().splitlines(), PARAMS.splitlines()
+    assert all(line in lines for line in new)
+    assert [line for line in lines if line not in new and line != lines[1]] == [before[0], *before[2:]]
+    assert lines[1].split("#")[0].split() == ["runs:", "[smollm2,", "other]"]
+    assert lines[1].split("#")[1] == before[1].split("#")[1]
+
+
+def test_names_of_targets_hold_no_dot():
+    assert target_name("smollm2", "0.07", {"compensate": "refit", "recover": True}) == "smollm2-b7-refit-trained"
+    assert target_name("qwen1.5-7b", "0.335", {}) == "qwen1_5-7b-b33_5"
+
+
+def test_healed_targets_are_added_beside_the_plain_ones(project):
+    run = Path("runs/smollm2.yaml")
+    run.write_text(f"{run.read_text()}\nrecover: {{data: {{source: path, path: texts.parquet}}}}\n")
+    options = [{}, {"compensate": "scale"}, {"train": True}, {"compensate": "none", "train": True}]
+    names = ["", "-scale", "-trained", "-none-trained"]
+    for option, name in zip(options, names, strict=True):
+        chosen = choose(Selection(budgets=("0.1",), **option))
+        assert chosen.additions == (f"target smollm2-b10{name}",)
+        chosen.write()
+    for option, name in zip(options, names, strict=True):
+        again = choose(Selection(budgets=(".10",), **option))
+        assert again.targets == {"smollm2": [f"smollm2-b10{name}"]} and not again.additions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "1.5"], "budget '1.5' is not valid; give a share of all parameters between 0 and 1"),
+        (["--compensate", "refit", "--train"], "for targets by budget only; name a budget"),
+        (["--run", "none"], "run 'none' is unknown: runs/none.yaml does not exist; existing runs: baichuan2-13b, "),
+    ],
+)
+def test_bad_selection_is_refused_without_traceback(project, capsys, options, message):
+    assert main(options) == 2
+    assert message in (said := capsys.readouterr().err) and "tmp" not in said and "Traceback" not in said
+    assert Path("params.yaml").read_text() == PARAMS
+
+
+def new(**changes):
+    """What a form sends of a new model, which lies in the workspace."""
+    Path("models/mine").mkdir(parents=True, exist_ok=True)
+    given = {"name": "mine", "model": "models/mine", "budgets": ["2blocks"], "texts": "texts.txt"}
+    return NewModel.model_validate(given | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "../elsewhere"}, r"path '../elsewhere' leads out of the workspace; put a copy inside"),
+        ({"model": "~"}, "path '~' leads out"),
+        ({"texts": "link/texts.txt"}, "path 'link/texts.txt' leads out"),
+        ({"more": {"evaluate": {"zero_shot": {"data": {"source": "path", "path": "/tmp"}}}}}, "path '/tmp' leads out"),
+        ({"more": {"calibration": {"data": {"source": "mix", "of": [{"path": "/tmp"}]}}}}, "path '/tmp' leads out"),
+        ({"more": {"model": {"trust_remote_code": "yes"}}}, "trust_remote_code: a form cannot allow it"),
+        ({"more": {"score": {"units": "layer"}}}, r"runs/mine.yaml: unknown key 'score.units'"),
+        ({"method": "best"}, "method 'best' is unknown; valid: recommended, blockpruner, "),
+        ({"name": "smollm2"}, "runs/smollm2.yaml is there and has other settings; choose another name"),
+        ({"budgets": ["a lot"]}, "budget 'a lot' is not valid"),
+        ({"train": True, "more": {"recover": None}}, "has recover: true"),
+    ],
+)
+def test_what_a_form_may_not_ask_for_is_refused_and_nothing_written(project, changes, message):
+    Path("link").symlink_to("/tmp")
+    files = sorted(Path("runs").iterdir())
+    with pytest.raises(InputError, match=message):
+        add(new(**changes))
+    assert sorted(Path("runs").iterdir()) == files and Path("params.yaml").read_text() == PARAMS
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("smollm2-135m", {"source": "smollm2-135m"}),
+        ("meta-llama/Llama-2-7b-hf", {"source": "hub", "repo": "meta-llama/Llama-2-7b-hf"}),
+        ("models/a/b", {"source": "path", "path": "models/a/b"}),
+        ("runs", {"source": "path", "path": "runs"}),
+        ("absent.jsonl", {"source": "path", "path": "absent.jsonl"}),
+    ],
+)
+def test_a_source_is_named_in_one_string(project, text, source):
+    assert source_of(text) == source
