@@ -53,5 +53,5 @@ SAMPLES_VERSION = 1
 STUDY_VERSION = 3
 """Which searches a study makes, and what it asks of each model."""
 
-REPORT_VERSION = 9
+REPORT_VERSION = 10
 """Tables, figures and pages made from results."""

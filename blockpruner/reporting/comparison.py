@@ -59,15 +59,6 @@ class Comparison:
         members = front([(-gain.of(option), option.model.perplexity) for option in options])
         return sorted((options[i] for i in members), key=gain.of)
 
-    def bands(self) -> list[list[PrunedOption]]:
-        """Group targets of one size (BAND), the least pruned first. A band is in the order of runs."""
-        found: list[list[PrunedOption]] = []
-        for option in self.targets:
-            if not found or option.ratio - found[-1][0].ratio > BAND:
-                found.append([])
-            found[-1].append(option)
-        return [sorted(band, key=self.options.index) for band in found]
-
 
 def comparisons(studies: Sequence[ReportedRun]) -> list[Comparison]:
     """Group runs whose results may be compared, in order of appearance."""

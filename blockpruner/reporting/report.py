@@ -26,7 +26,6 @@ from blockpruner.reporting.tables import (
     headline,
     iterations_csv,
     samples,
-    sequence,
     tiles,
 )
 from blockpruner.scoring.metrics import METRICS
@@ -108,7 +107,6 @@ def _evidence(study: ReportedRun, shown: Option, draw: bool) -> Section:
             headline(study),
             Findings((noise(study),)),
             *(drawn if draw else ()),
-            *map(sequence, study.traces),
             Facts("Model, data and work", _facts(study)),
         ),
     )

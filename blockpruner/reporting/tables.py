@@ -15,10 +15,10 @@ from pandas import DataFrame
 
 from blockpruner.core.blocks import format_mask
 from blockpruner.core.budgets import speedup
-from blockpruner.reporting.comparison import BAND, Comparison
-from blockpruner.reporting.findings import jump_at, paired, paired_confidence, recommended
+from blockpruner.reporting.comparison import Comparison
+from blockpruner.reporting.findings import paired, paired_confidence, recommended
 from blockpruner.reporting.formats import number, parameters, percent, size, times
-from blockpruner.reporting.inputs import PrunedOption, ReportedRun
+from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.pages import Tile, Tiles
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Interval, Mean
@@ -34,8 +34,6 @@ from blockpruner.reporting.table import (
     table_of,
     to_csv,
 )
-from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.stability import RESAMPLES, Stability
 
 AT_CHANCE, BETTER, WORSE = "†", "↑", "↓"
 LEGEND = (
@@ -50,12 +48,6 @@ COMPARISON_LEGEND = (
     "repeats of a generation, rows of text or items. Stressed: the recommended one. ●: no other betters it in both "
     "speed (parameters, where nothing is timed) and held-out perplexity (the Pareto front)."
 )
-REFERENCE_LEGEND = (
-    "Against ref: the average minus that of the first target of the same size (within "
-    f"{100 * BAND:.1f} % of the parameters)."
-)
-
-
 NOT_TIMED = "not timed"
 
 
@@ -209,16 +201,10 @@ def _tile(title: str, value: str, cell: Number, detail: str, equal: float, more_
 def compared(comparison: Comparison) -> Table:
     """List all targets of one dense model by size; the recommended one is stressed."""
     front, best = comparison.front, recommended(comparison.targets)
-    leaders = {id(option): band[0] for band in comparison.bands() for option in band}
-
-    def against(option: Option) -> Cell:
-        leader = leaders[id(option)]
-        return "ref" if option is leader else points(paired(leader.model, option.model))
 
     def confidence(option: Option) -> Cell:
         return points(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
 
-    several = len(comparison.bands()) < len(comparison.targets)
     fields: tuple[Field[Option], ...] = (
         Field("target", "target", lambda o: o.name),
         REMOVED,
@@ -230,11 +216,9 @@ def compared(comparison: Comparison) -> Table:
         Field("kv_cache", "KV cache", _timed(_saved)),
         Field("front", "front", lambda o: "●" if o in front else ""),
         METHOD,
-        *([Field[Option]("against_ref", "against ref", against)] if several else []),
     )
-    rows = [option for band in comparison.bands() for option in band]
-    notes = (COMPARISON_LEGEND, *([REFERENCE_LEGEND] if several else []))
-    return table_of("targets", "All targets", fields, rows, notes, lambda option: option is best)
+    notes = (COMPARISON_LEGEND,)
+    return table_of("targets", "All targets", fields, comparison.targets, notes, lambda option: option is best)
 
 
 def samples(options: Sequence[Option]) -> list[Table]:
@@ -245,52 +229,6 @@ def samples(options: Sequence[Option]) -> list[Table]:
     rows = tuple((option.name, *(text or "(nothing)" for _, text in option.model.samples)) for option in kept)
     title = "What the models answer (greedy, cut off after 48 tokens)"
     return [Table("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
-
-
-STABILITY_LEGEND = (
-    "Next by: how much more the next candidate costs. Rivals: candidates that the calibration rows cannot tell from "
-    "the one removed (paired t test, 95 %), of those compared, on the same rows. What a race dropped earlier or a lazy "
-    f"step left out is not compared. Same choice: the share of {RESAMPLES:,} resampled row sets in which the same "
-    "candidate is the best. Blank: the rows do not tell."
-)
-
-
-def sequence(target: PrunedOption) -> Table:
-    """List the removals in order, with the cost of each, what it was chosen by where that is something else, and how
-    firmly."""
-    jump = jump_at(target)
-    columns = [
-        Column("place", "#"), Column("removed", "removed"), Column("ratio", "ratio"),
-        Column("calibration_ppl", "calibration PPL"), Column("nll_rise", "NLL rise, nats/token"),
-    ]  # fmt: skip
-    metric = METRICS[target.plan.metric]
-    by = not metric.is_nll
-    if by:
-        columns.append(Column("cost", f"{metric.cost_title}, {metric.units_text}"))
-    firm = any(r.stability for r in target.removals)
-    if firm:
-        units = metric.units_text if by else "nats/token"
-        columns += [Column("margin", f"next by, {units}"), Column("rivals", "rivals"), Column("kept", "same choice")]
-    dense: tuple[Cell, ...] = (Number(0, 0), "(dense)", percentage(0, 2), Number(target.curve[0]), "")
-    rows = [dense + ("",) * (by + 3 * firm)]
-    for i, r in enumerate(target.removals, 1):
-        row: tuple[Cell, ...] = (
-            Number(i, 0), format_mask(r.added), percentage(r.ratio, 2), Number(r.perplexity),
-            Number(r.rise, write=lambda value: f"{value:+.4f}".replace("-", "−")),
-        )  # fmt: skip
-        cost = None if r.cost is None else Number(r.cost, write=lambda value: f"{value:.4g}".replace("-", "−"))
-        rows.append(row + ((cost,) if by else ()) + (_firm(r.stability) if firm else ()))
-    title = f"{target.name}: {len(target.removals)} removals in order"
-    strong = frozenset(() if jump is None else (jump + 1,))
-    notes = (STABILITY_LEGEND,) if firm else ()
-    return Table(f"{target.name}-sequence", title, tuple(columns), tuple(rows), notes, strong, folded=True)
-
-
-def _firm(found: Stability | None) -> tuple[Cell, ...]:
-    if found is None:
-        return "", "", ""
-    margin = Number(found.margin, write=lambda value: f"{value:.2g}")
-    return margin, Number(len(found.rivals), 0, mark=f"of {found.compared}"), percentage(found.kept, 0)
 
 
 def _plain_speedup(option: Option, part: str) -> float | None:

@@ -46,12 +46,12 @@ from blockpruner.reporting.inputs import (
     removals,
     unit_of,
 )
-from blockpruner.reporting.pages import Facts, Page, to_markdown
+from blockpruner.reporting.pages import Facts, Page
 from blockpruner.reporting.report import build_page, write_report
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.statistics import Mean
 from blockpruner.reporting.table import Table
-from blockpruner.reporting.tables import curve_csv, headline, sequence, tiles
+from blockpruner.reporting.tables import curve_csv, headline, tiles
 from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import read_trace, trace_directory
@@ -479,9 +479,7 @@ def test_jump(tmp_path: Path, costs: tuple[float, ...], index: int | None) -> No
 
 def test_whole_layers_count_as_their_blocks(tmp_path: Path) -> None:
     found = study(tmp_path, replace(World(), unit="layer", costs=(0.03, 0.035, 0.04, 0.05, 0.35, 0.07)))
-    first = found.targets[1].order[0]
-    assert "8blocks" in finding(found, "jump") and first.count(",") == 1
-    assert f"| 1 | {first} |" in to_markdown(page_of(found))
+    assert "8blocks" in finding(found, "jump") and found.targets[1].order[0].count(",") == 1
 
 
 @pytest.mark.parametrize(("factor", "names"), [(0.1, []), (1.8, []), (2.0, ["tiny-b"]), (2.5, ["tiny-a", "tiny-b"])])
@@ -608,8 +606,6 @@ def test_costs_are_in_the_metric_and_rises_in_nats(tmp_path: Path, metric: str, 
     for left, right in zip(nll.removals, trace.removals, strict=True):
         assert right.added == left.added and right.rise == pytest.approx(left.rise)
         assert right.cost == pytest.approx(factor * left.cost)
-    table = sequence(trace)
-    assert [float(row[5]) for row in table.texts[1:]] == pytest.approx([factor * c for c in World().costs], rel=1e-3)
 
 
 def test_one_ranking_decides_all_removals(tmp_path: Path) -> None:
@@ -627,7 +623,7 @@ def test_one_ranking_decides_all_removals(tmp_path: Path) -> None:
 def test_methods_without_a_sequence(tmp_path: Path) -> None:
     """One mask for each budget; merged layers; a width, whose calibration perplexity nobody knows."""
     swap = study(tmp_path / "swap", others("swap", "swap"))
-    assert swap.traces == () and "removals in order" not in to_markdown(page_of(swap))
+    assert swap.traces == ()
     nlls = (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06 + 0.07)
     assert curve(swap) == [str(math.exp(nll)) for nll in nlls]
     laco = study(tmp_path / "laco", others("laco", "laco"))
@@ -814,21 +810,6 @@ def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
     assert {name for name, row in table.items() if row["front"]} == best - {f"{world.run}-dense" for world in SEVERAL}
     assert [f"Take {list(table)[i]}" for i in targets.strong] == [page.sections[0].blocks[0].of[0].title]
     assert table["shortgpt-a"]["method"] == "one-shot, whole layers, by Block Influence"
-    ratios = {name: _json(several / "evidence" / name / "plan.json")["ratio"] for name in NAMES}
-    reference = ""
-    for name, row in table.items():
-        if row["against ref"] == "ref":
-            assert not reference or ratios[name] > ratios[reference]
-            reference = name
-            continue
-        assert abs(ratios[name] - ratios[reference]) <= 0.015
-        left, right = (pq.read_table(several / "evidence" / n / "items.parquet").to_pylist() for n in (reference, name))
-        d = np.array([b["acc"] - a["acc"] for a, b in zip(left, right, strict=True)]).reshape(3, 50)
-        error = math.sqrt(float((d.var(axis=1, ddof=1) / 50).sum())) / 3
-        value, low, high = (f"{100 * (d.mean() + k * error):+.1f}" for k in (0, -2, 2))
-        text = f"{value} [{low}, {high}]".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
-        assert row["against ref"] == text
-    assert table["shortgpt-b"]["against ref"] == "ref"
 
 
 @pytest.mark.parametrize(
