@@ -102,12 +102,12 @@ def _change(found: Mean) -> str:
     return (BETTER if found.value > 0 else WORSE) if found.differs_from(0) else ""
 
 
-def headline(study: ReportedRun) -> Table:
+def headline(reported: ReportedRun) -> Table:
     """Compare dense with every target: one row a measure, one column a model, and what guessing scores."""
     rows: list[tuple[Cell, ...]] = []
 
     def add(title: str, of: Callable[[Option], Cell], chance: float | None = None) -> None:
-        rows.append((title, None if chance is None else Number(100 * chance, 1), *map(of, study.options)))
+        rows.append((title, None if chance is None else Number(100 * chance, 1), *map(of, reported.options)))
 
     def accuracy(task: str | None, chance: float) -> Callable[[Option], Cell]:
         def cell(option: Option) -> Cell:
@@ -120,18 +120,18 @@ def headline(study: ReportedRun) -> Table:
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
     add("Parameters removed", REMOVED.of)
     add("Taken out", lambda o: o.taken_out)
-    if any(target.healing for target in study.targets):
+    if any(target.healing for target in reported.targets):
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
     add("Held-out perplexity", HELDOUT.of)
     add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
-    for task, found in study.dense.model.tasks.items():
+    for task, found in reported.dense.model.tasks.items():
         if not found.is_accuracy:
             add(f"{task}, {found.metric.replace('_', ' ')}", _perplexity(task))
-    for task, chance in study.chance.items():
+    for task, chance in reported.chance.items():
         add(f"{task}, %", accuracy(task, chance), chance)
-    add("Average, %", accuracy(None, study.average_chance), study.average_chance)
-    if known := study.dense.model.p_gold:
-        chance = mean(study.chance[task] for task in known)
+    add("Average, %", accuracy(None, reported.average_chance), reported.average_chance)
+    if known := reported.dense.model.p_gold:
+        chance = mean(reported.chance[task] for task in known)
         add(P_TITLE, _confidence, chance)
     for part in PARTS:
         add(f"{part.capitalize()}, tokens/s", _timed(partial(_rate, part=part)))
@@ -140,8 +140,8 @@ def headline(study: ReportedRun) -> Table:
     add("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
     add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
     strong = frozenset(i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %"))
-    columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in study.options))
-    return Table(f"{study.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
+    columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in reported.options))
+    return Table(f"{reported.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
 
 
 def _saved(option: Option) -> str:
@@ -265,15 +265,15 @@ def curve_csv(found: Sequence[Comparison]) -> str:
     other model of the same dense one is better in both held-out perplexity and speed (size, where nothing is timed)."""
     rows = [
         {
-            "run": study.run,
-            "target": option.name if option.plan else f"{study.run}-dense",
+            "run": reported.run,
+            "target": option.name if option.plan else f"{reported.run}-dense",
             **{key: of(option) for key, of in CURVE.items()},
             "front": int(option.name in fronts),
         }
         for comparison in found
         for fronts in [{option.name for option in comparison.front}]
-        for study in comparison.studies
-        for option in study.options
+        for reported in comparison.runs
+        for option in reported.options
     ]
     return to_csv(DataFrame(rows, dtype=object))
 
@@ -284,11 +284,11 @@ ITERATION_COLUMNS = (
 )  # fmt: skip
 
 
-def iterations_csv(studies: Sequence[ReportedRun]) -> str:
+def iterations_csv(runs: Sequence[ReportedRun]) -> str:
     """Write one row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
     rows: list[dict[str, object]] = []
-    for study, t in ((one, target) for one in studies for target in one.traces):
-        own = {"run": study.run, "target": t.name}
+    for reported, t in ((one, target) for one in runs for target in one.traces):
+        own = {"run": reported.run, "target": t.name}
         rows.append(own | {"iteration": 0, "removed": "", "ratio": 0.0, "perplexity": t.curve[0], "nll_rise": 0.0})
         for i, r in enumerate(t.removals, 1):
             row = {"iteration": i, "removed": format_mask(r.added), "ratio": r.ratio, "perplexity": r.perplexity}

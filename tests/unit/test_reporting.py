@@ -42,7 +42,7 @@ from blockpruner.reporting.inputs import (
     ITERATIONS,
     ReportedRun,
     read_iterations,
-    read_studies,
+    read_runs,
     removals,
     unit_of,
 )
@@ -250,7 +250,7 @@ def _speed(factor: float, parameters: int, kibibytes: int, drifts: tuple[float, 
 
 def study(tmp_path: Path, world: World = World()) -> ReportedRun:
     build(tmp_path, world)
-    return read_studies([name for name, _ in world.removals], {world.run: LABEL}, tmp_path)[0]
+    return read_runs([name for name, _ in world.removals], {world.run: LABEL}, tmp_path)[0]
 
 
 def others(run: str, method: str, **changes: Any) -> World:
@@ -379,7 +379,7 @@ def test_the_page_loads_nothing_and_escapes_its_title(report: Path) -> None:
 
 def test_the_big_row_has_the_intervals_of_scipy(tmp_path: Path) -> None:
     build(tmp_path, replace(World(), accuracy_loss=0.25))
-    target = read_studies(["tiny-a", "tiny-b"], {"tiny": LABEL}, tmp_path)[0].targets[1]
+    target = read_runs(["tiny-a", "tiny-b"], {"tiny": LABEL}, tmp_path)[0].targets[1]
     size, perplexity, answers, speed, cache = tiles(target).of
     saved = 100 * 2 * target.plan.blocks["mha"] / 24
     assert (size.value, cache.value) == (f"−{100 * target.ratio:.1f} %", f"−{saved:.0f} %")
@@ -537,7 +537,7 @@ def test_the_verdict_is_by_what_was_measured_of_a_model(
     build(tmp_path, replace(World(), **change))
     for path in (tmp_path / "evidence" / target / "plan.json" for target in ("tiny-a", "tiny-b")):
         write_json(path, _json(path) | {"recover": healed})
-    (found,) = read_studies(["tiny-a", "tiny-b"], LABELS, tmp_path)
+    (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, tmp_path)
     best = recommended(found.targets)
     assert (best and best.name) == name
     assert [option.name for option in found.targets if is_broken(option)] == [f"tiny-{one}" for one in broken]
@@ -578,7 +578,7 @@ def test_nothing_is_compared_with_a_time_that_is_not_known(tmp_path: Path, untim
     for name in untimed:
         write_json(data / "evidence" / name / "speed.json", {"speed": None, "made": {}})
     write_report(data / "report", "A title", names, LABELS, data, True)
-    (found,) = read_studies(names, LABELS, data)
+    (found,) = read_runs(names, LABELS, data)
     table = rows(headline(found))
     for measure in ("Prefill, tokens/s", "Generation, × dense", "Peak memory", "KV cache"):
         assert set(table[measure].values()) == {measure, "–", "not timed"}
@@ -614,7 +614,7 @@ def test_one_ranking_decides_all_removals(tmp_path: Path) -> None:
     assert [row["method"] for row in rows(page_of(found).grids[0]).values()] == [words, words]
     (trace,) = found.traces
     build(tmp_path / "exact", replace(SHORTGPT, method="greedy"))
-    (exact,) = read_studies(["shortgpt-a", "shortgpt-b"], LABELS, tmp_path / "exact")
+    (exact,) = read_runs(["shortgpt-a", "shortgpt-b"], LABELS, tmp_path / "exact")
     assert trace.removals[0].cost == exact.traces[0].removals[0].cost
     costs = [removal.cost for removal in trace.removals]
     assert costs == sorted(costs) and [r.rise for r in trace.removals] == pytest.approx(SHORTGPT.costs)
@@ -657,7 +657,7 @@ def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> N
         items += [items[0] | {"task": "gsm8k", "item": i, "acc": None, "exact_match": float(i)} for i in range(2)]
         items += [items[0] | {"task": "wikitext", "item": i, "acc": None, "word_perplexity": 30.0} for i in range(2)]
         pq.write_table(pa.Table.from_pylist(items, ITEMS), path / "items.parquet")
-    (found,) = read_studies(["tiny-a", "tiny-b"], LABELS, data)
+    (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, data)
     assert list(found.chance) == [*CHANCE, "gsm8k"]
     assert all(set(option.model.scores) == {*CHANCE, "gsm8k"} for option in found.options)
     assert found.dense.model.scores["gsm8k"].tolist() == [0.0, 1.0]
@@ -666,14 +666,14 @@ def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> N
     fields["tasks"], fields["chance"] = {"wikitext": fields["tasks"]["wikitext"]}, {"wikitext": None}
     write_json(data / "evidence" / "tiny-dense" / "results.json", fields)
     with refused("no-accuracy"):
-        read_studies(["tiny-a"], LABELS, data)
+        read_runs(["tiny-a"], LABELS, data)
 
 
 def test_what_healed_a_target_is_shown(tmp_path: Path) -> None:
     """Three targets with one budget: one as pruned, one compensated, one trained after that."""
     same = (("tiny-a", 3), ("tiny-b", 3), ("tiny-c", 3))
     build(tmp_path, replace(World(), removals=same, speedups=(1.1, 1.1, 1.1)))
-    (plain,) = read_studies(["tiny-a"], LABELS, tmp_path)
+    (plain,) = read_runs(["tiny-a"], LABELS, tmp_path)
     assert "Weights healed by" not in rows(headline(plain))
     for name, after, changes in (("tiny-a", 20.5, {"recover": True}), ("tiny-b", 30.25, {})):
         path = tmp_path / "evidence" / name / "plan.json"
@@ -681,7 +681,7 @@ def test_what_healed_a_target_is_shown(tmp_path: Path) -> None:
         found = {"dense": 12.0, "before": 30.25, "after": after}
         write_json(tmp_path / "compensated" / name / "compensate.json", {"enabled": True, "perplexity": found})
     labels = {"tiny": replace(LABEL, compensation="Wikipedia", recovery="LoRA on 8,000 samples")}
-    (found,) = read_studies(["tiny-a", "tiny-b", "tiny-c"], labels, tmp_path)
+    (found,) = read_runs(["tiny-a", "tiny-b", "tiny-c"], labels, tmp_path)
     row = rows(headline(found))["Weights healed by"]
     assert [row[name] for name in ("tiny-c", "tiny-b", "tiny-a")] == ["nothing", "nothing", "refit + training"]
     shown = facts(replace(found, targets=found.targets[1:]))
@@ -796,13 +796,13 @@ def test_the_front_is_of_all_models(several: Path) -> None:
 def test_runs_that_cannot_be_compared_are_kept_apart(several: Path) -> None:
     names, other = NAMES[:2] + NAMES[4:6], LABELS | {"random": replace(LABEL, heldout="another text")}
     for chosen, labels, overviews in ((names, LABELS, 1), (names, other, 2), (names[:1], other, 1)):
-        titles = [section.title for section in page_of(*read_studies(chosen, labels, several)).sections]
+        titles = [section.title for section in page_of(*read_runs(chosen, labels, several)).sections]
         assert titles.count("Tiny") == overviews
     assert not re.search(r"\b(nan|None|inf)\b", (several / "report" / "index.html").read_text())
 
 
 def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
-    page = page_of(*read_studies(NAMES, LABELS, several))
+    page = page_of(*read_runs(NAMES, LABELS, several))
     assert page.sections[0].title == "Tiny"
     targets, table = page.grids[0], rows(page.grids[0])
     best = {row["target"] for row in _csv(several / "report" / "curve.csv") if row["front"] == "1"}
