@@ -109,8 +109,8 @@ def stopping(found: Found) -> Grid:
     )  # fmt: skip
     rows = [option for evidence in found for option in (*_dense(evidence), *evidence.candidates)]
     note = (
-        "Stressed: the recommended stopping point, the fastest of the models that are faster than dense beyond noise and "
-        "not broken; none: keep the dense model. A healed model has the plain one's shape, so its times are those."
+        "Stressed: the recommended stopping point, the fastest of the models that are faster than dense beyond noise "
+        "and not broken; none: keep the dense model. A healed model has the plain one's shape, so its times are those."
     )
     notes = (SPEEDUP_NOTE, *_settings(found, TIMED), note)
     title = "Quality against speed and memory, every budget"

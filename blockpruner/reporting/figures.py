@@ -81,26 +81,26 @@ def trade_off(comparison: Comparison) -> Plot:
 
     height = 3.4 + 0.2 * -(-len(methods) // 2)
     caption = TRADE_CAPTION + (RING_CAPTION if best else "")
-    return plots.render(f"{comparison.studies[0].run}-pareto", caption, (7.0, height), draw)
+    return plots.render(f"{comparison.runs[0].run}-pareto", caption, (7.0, height), draw)
 
 
-def quality(study: ReportedRun) -> Plot:
+def quality(reported: ReportedRun) -> Plot:
     """Draw perplexity against the share of parameters removed, of one run."""
 
     def draw(figure: Figure) -> None:
         axes, shown = figure.subplots(), [1.0]
         plots.label_(axes, REMOVED, RELATIVE)
         keys = {}
-        for trace, line in zip(study.traces, ("-", "--", "-.", ":") * len(study.traces), strict=False):
+        for trace, line in zip(reported.traces, ("-", "--", "-.", ":") * len(reported.traces), strict=False):
             curve = [value / trace.curve[0] for value in trace.curve]
             shown += curve
-            label = "calibration" if len(study.traces) == 1 else f"calibration, {trace.name}"
+            label = "calibration" if len(reported.traces) == 1 else f"calibration, {trace.name}"
             ratios = [0.0, *(100 * removal.ratio for removal in trace.removals)]
             keys[label] = axes.plot(ratios, curve, line, color=BLUE, linewidth=1.2, marker="o", markersize=4)[0]
             jump = jump_at(trace)
             if jump is not None:
                 keys["last before a jump"] = axes.axvline(ratios[jump], color=GREY, linestyle=":", linewidth=1.5)
-        for option in study.targets:
+        for option in reported.targets:
             ratio, rise = option.model.perplexity / option.dense.perplexity, option.calibration_rise
             if not option.removals and rise is not None:
                 shown.append(np.exp(rise))
@@ -113,4 +113,4 @@ def quality(study: ReportedRun) -> Plot:
         plots.scale_(axes, shown)
         axes.legend(keys.values(), keys)
 
-    return plots.render(f"{study.run}-perplexity", CURVE_CAPTION, (5.0, 3.6), draw, wide=False)
+    return plots.render(f"{reported.run}-perplexity", CURVE_CAPTION, (5.0, 3.6), draw, wide=False)

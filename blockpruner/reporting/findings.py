@@ -271,18 +271,18 @@ def stop(options: Sequence[Option]) -> Finding:
     return Finding(Level.ADVICE, "stop", "Keep the dense model", text)
 
 
-def noise(study: ReportedRun) -> Finding:
+def noise(reported: ReportedRun) -> Finding:
     """Write how much the scores of a run can show."""
-    counts = sorted({score.items for score in study.scores.values()})
+    counts = sorted({score.items for score in reported.scores.values()})
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    error = mean(score.stderr for score in study.scores.values())
+    error = mean(score.stderr for score in reported.scores.values())
     size = f"about {100 * error:.0f} points" if math.isfinite(error) else "unknown"
-    whole = f", and the average's {100 * study.dense.model.average.stderr:.1f}" if math.isfinite(error) else ""
+    whole = f", and the average's {100 * reported.dense.model.average.stderr:.1f}" if math.isfinite(error) else ""
     near = []
-    for task, chance in study.chance.items():
-        names = [option.name for option in study.options if not option.model.tasks[task].differs_from(chance)]
+    for task, chance in reported.chance.items():
+        names = [option.name for option in reported.options if not option.model.tasks[task].differs_from(chance)]
         if names:
-            near.append(f"{task} ({'every model' if len(names) == len(study.options) else ', '.join(names)})")
+            near.append(f"{task} ({'every model' if len(names) == len(reported.options) else ', '.join(names)})")
     return Finding(
         Level.NOTE,
         "noise",

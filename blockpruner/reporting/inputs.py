@@ -119,7 +119,7 @@ class ReportedRun:
         )
 
 
-def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[ReportedRun]:
+def read_runs(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[ReportedRun]:
     """Read everything about `targets`, grouped by run in order of appearance.
 
     Args:
@@ -130,7 +130,7 @@ def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: 
     """
     plans = {name: load_plan(data / "evidence" / name / "plan.json") for name in targets}
     runs = dict.fromkeys(plan.run for plan in plans.values())
-    return [_read_study(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]
+    return [_read_run(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     return {**read_json(folder / "results.json"), **read_json(folder / "speed.json")}
 
 
-def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> ReportedRun:
+def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> ReportedRun:
     names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].train, plans[name].compensate, name))
     folders = {name: data / "evidence" / name for name in (f"{run}-dense", *names)}
     facts = {name: read_results(folder) for name, folder in folders.items()}

@@ -64,17 +64,7 @@ class Tiles:
     of: tuple[Tile, ...]
 
 
-@dataclass(frozen=True)
-class Links:
-    """Files next to a page, each with what it holds."""
-
-    kind: ClassVar = "links"
-    title: str
-    of: tuple[tuple[str, str], ...]
-    """The paths, relative to the page, and the texts."""
-
-
-Block = Findings | Table | Plot | Facts | Tiles | Links | str
+Block = Findings | Table | Plot | Facts | Tiles | str
 """A part of a section; a str is a sentence."""
 
 

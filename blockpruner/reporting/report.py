@@ -16,7 +16,7 @@ from blockpruner.reporting.comparison import Comparison, comparisons
 from blockpruner.reporting.figures import map_of, quality, trade_off
 from blockpruner.reporting.findings import noise, recommended, stop, warnings
 from blockpruner.reporting.formats import listed, number
-from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_studies
+from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, made_line, write_page
 from blockpruner.reporting.results import Option, RunLabels
 from blockpruner.reporting.tables import (
@@ -26,7 +26,6 @@ from blockpruner.reporting.tables import (
     headline,
     iterations_csv,
     samples,
-    sequence,
     tiles,
 )
 from blockpruner.scoring.metrics import METRICS
@@ -47,27 +46,27 @@ def write_report(
         out: folder of the report; replaced as a whole, or left as it is on failure.
         targets: names of folders in data/evidence.
         labels: what the model and data of each run are.
-        data: the folder of the stages' outputs, as for `read_studies`.
+        data: the folder of the stages' outputs, as for `read_runs`.
         plots: whether to draw; the CSV files are written in any case.
     """
-    studies = read_studies(targets, labels, data)
-    files = {"curve.csv": curve_csv(comparisons(studies)), "iterations.csv": iterations_csv(studies)}
-    write_page(out, build_page(title, studies, plots), files)
+    runs = read_runs(targets, labels, data)
+    files = {"curve.csv": curve_csv(comparisons(runs)), "iterations.csv": iterations_csv(runs)}
+    write_page(out, build_page(title, runs, plots), files)
 
 
-def build_page(title: str, studies: Sequence[ReportedRun], draw: bool) -> Page:
-    sections = [section for found in comparisons(studies) for section in _sections(found, draw)]
-    made = made_line(made for study in studies for option in study.options for made in option.model.made)
+def build_page(title: str, runs: Sequence[ReportedRun], draw: bool) -> Page:
+    sections = [section for found in comparisons(runs) for section in _sections(found, draw)]
+    made = made_line(made for reported in runs for option in reported.options for made in option.model.made)
     return Page(title, INTRO, tuple(sections), made)
 
 
 def _sections(comparison: Comparison, draw: bool) -> list[Section]:
     """Give the verdict on one dense model, then the evidence of each run."""
-    studies, targets = comparison.studies, comparison.targets
+    runs, targets = comparison.runs, comparison.targets
     shown = recommended(targets) or targets[0]
-    signs = [finding for study in studies for finding in warnings(study.targets, study.traces)]
+    signs = [finding for reported in runs for finding in warnings(reported.targets, reported.traces)]
     verdict = Section(
-        studies[0].labels.name,
+        runs[0].labels.name,
         (
             Findings((stop(targets),)),
             tiles(shown),
@@ -79,7 +78,7 @@ def _sections(comparison: Comparison, draw: bool) -> list[Section]:
             *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
         ),
     )
-    return [verdict, *(_evidence(study, shown, draw) for study in studies)]
+    return [verdict, *(_evidence(reported, shown, draw) for reported in runs)]
 
 
 def _use(target: PrunedOption, folded: bool) -> Facts:
@@ -98,27 +97,26 @@ def _use(target: PrunedOption, folded: bool) -> Facts:
     return Facts(f"Use {target.name}", tuple(lines), is_code=True, folded=folded)
 
 
-def _evidence(study: ReportedRun, shown: Option, draw: bool) -> Section:
+def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
     """Show all that was measured of a run. The blocks of the option `shown` are drawn already."""
-    searches = [*study.traces, *(target for target in study.targets if not target.removals)]
-    drawn = [quality(study), *(plot for target in searches if target is not shown for plot in map_of(target))]
+    searches = [*reported.traces, *(target for target in reported.targets if not target.removals)]
+    drawn = [quality(reported), *(plot for target in searches if target is not shown for plot in map_of(target))]
     return Section(
-        f"Evidence: {study.run}",
+        f"Evidence: {reported.run}",
         (
-            headline(study),
-            Findings((noise(study),)),
+            headline(reported),
+            Findings((noise(reported),)),
             *(drawn if draw else ()),
-            *map(sequence, study.traces),
-            Facts("Model, data and work", _facts(study)),
+            Facts("Model, data and work", _facts(reported)),
         ),
     )
 
 
-def _facts(study: ReportedRun) -> tuple[tuple[str, str], ...]:
-    calibration, text, labels = study.targets[0].plan.calibration, study.dense.model.heldout, study.labels
-    tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in study.scores.items())
-    mended = [_mended(target) for target in study.targets if target.compensation]
-    trained = [target.name for target in study.targets if target.plan.train]
+def _facts(reported: ReportedRun) -> tuple[tuple[str, str], ...]:
+    calibration, text, labels = reported.targets[0].plan.calibration, reported.dense.model.heldout, reported.labels
+    tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in reported.scores.items())
+    mended = [_mended(target) for target in reported.targets if target.compensation]
+    trained = [target.name for target in reported.targets if target.plan.train]
     return (
         ("Model", labels.model),
         ("Calibration", f"{labels.calibration}: {calibration['rows']:,} rows, {calibration['tokens']:,} tokens"),
@@ -126,9 +124,9 @@ def _facts(study: ReportedRun) -> tuple[tuple[str, str], ...]:
         ("Tasks", f"{labels.tasks}: {tasks}"),
         *([("Compensation", f"{labels.compensation}; {'; '.join(mended)}")] if mended else []),
         *([("Training", f"{labels.training}: {listed(trained)}")] if trained else []),
-        ("Speed", study.targets[0].race.pruned.setting if study.dense.is_timed else NOT_TIMED),
-        *_metric(study),
-        _made(study),
+        ("Speed", reported.targets[0].race.pruned.setting if reported.dense.is_timed else NOT_TIMED),
+        *_metric(reported),
+        _made(reported),
     )
 
 
@@ -139,19 +137,19 @@ def _mended(target: PrunedOption) -> str:
     return f"{target.name}: {target.plan.compensate}, {rows if target.helped else 'no help, left out'}"
 
 
-def _metric(study: ReportedRun) -> tuple[tuple[str, str], ...]:
+def _metric(reported: ReportedRun) -> tuple[tuple[str, str], ...]:
     """Write what the search compared candidates by, if it compared any."""
-    plans = [target.plan for target in study.targets if KINDS[target.plan.kind].removes_blocks]
+    plans = [target.plan for target in reported.targets if KINDS[target.plan.kind].removes_blocks]
     rows = dict.fromkeys(METRICS[plan.metric] for plan in plans if SEARCHES[plan.method].asks != "nothing")
     return (("Metric", "; ".join(f"{row.title}: {row.formula}" for row in rows)),) if rows else ()
 
 
-def _made(study: ReportedRun) -> tuple[str, str]:
+def _made(reported: ReportedRun) -> tuple[str, str]:
     """Write how the plans of a run came about: the methods, and the steps of one that removes no blocks."""
-    words = list(dict.fromkeys(target.method for target in study.targets))
+    words = list(dict.fromkeys(target.method for target in reported.targets))
     steps = [
         f"{target.name}: {text}"
-        for target in study.targets
+        for target in reported.targets
         if not target.plan.removed and (text := KINDS[target.plan.kind].steps(target.plan))
     ]
     return "Method", "; ".join([listed(words), *steps])

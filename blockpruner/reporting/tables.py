@@ -15,10 +15,10 @@ from pandas import DataFrame
 
 from blockpruner.core.blocks import format_mask
 from blockpruner.core.budgets import speedup
-from blockpruner.reporting.comparison import BAND, Comparison
-from blockpruner.reporting.findings import jump_at, paired, paired_confidence, recommended
+from blockpruner.reporting.comparison import Comparison
+from blockpruner.reporting.findings import paired, paired_confidence, recommended
 from blockpruner.reporting.formats import number, parameters, percent, size, times
-from blockpruner.reporting.inputs import PrunedOption, ReportedRun
+from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.pages import Tile, Tiles
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Interval, Mean
@@ -34,8 +34,6 @@ from blockpruner.reporting.table import (
     table_of,
     to_csv,
 )
-from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.stability import RESAMPLES, Stability
 
 AT_CHANCE, BETTER, WORSE = "†", "↑", "↓"
 LEGEND = (
@@ -50,12 +48,6 @@ COMPARISON_LEGEND = (
     "repeats of a generation, rows of text or items. Stressed: the recommended one. ●: no other betters it in both "
     "speed (parameters, where nothing is timed) and held-out perplexity (the Pareto front)."
 )
-REFERENCE_LEGEND = (
-    "Against ref: the average minus that of the first target of the same size (within "
-    f"{100 * BAND:.1f} % of the parameters)."
-)
-
-
 NOT_TIMED = "not timed"
 
 
@@ -110,12 +102,12 @@ def _change(found: Mean) -> str:
     return (BETTER if found.value > 0 else WORSE) if found.differs_from(0) else ""
 
 
-def headline(study: ReportedRun) -> Table:
+def headline(reported: ReportedRun) -> Table:
     """Compare dense with every target: one row a measure, one column a model, and what guessing scores."""
     rows: list[tuple[Cell, ...]] = []
 
     def add(title: str, of: Callable[[Option], Cell], chance: float | None = None) -> None:
-        rows.append((title, None if chance is None else Number(100 * chance, 1), *map(of, study.options)))
+        rows.append((title, None if chance is None else Number(100 * chance, 1), *map(of, reported.options)))
 
     def accuracy(task: str | None, chance: float) -> Callable[[Option], Cell]:
         def cell(option: Option) -> Cell:
@@ -128,18 +120,18 @@ def headline(study: ReportedRun) -> Table:
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
     add("Parameters removed", REMOVED.of)
     add("Taken out", lambda o: o.taken_out)
-    if any(target.healing for target in study.targets):
+    if any(target.healing for target in reported.targets):
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
     add("Held-out perplexity", HELDOUT.of)
     add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
-    for task, found in study.dense.model.tasks.items():
+    for task, found in reported.dense.model.tasks.items():
         if not found.is_accuracy:
             add(f"{task}, {found.metric.replace('_', ' ')}", _perplexity(task))
-    for task, chance in study.chance.items():
+    for task, chance in reported.chance.items():
         add(f"{task}, %", accuracy(task, chance), chance)
-    add("Average, %", accuracy(None, study.average_chance), study.average_chance)
-    if known := study.dense.model.p_gold:
-        chance = mean(study.chance[task] for task in known)
+    add("Average, %", accuracy(None, reported.average_chance), reported.average_chance)
+    if known := reported.dense.model.p_gold:
+        chance = mean(reported.chance[task] for task in known)
         add(P_TITLE, _confidence, chance)
     for part in PARTS:
         add(f"{part.capitalize()}, tokens/s", _timed(partial(_rate, part=part)))
@@ -148,8 +140,8 @@ def headline(study: ReportedRun) -> Table:
     add("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
     add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
     strong = frozenset(i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %"))
-    columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in study.options))
-    return Table(f"{study.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
+    columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in reported.options))
+    return Table(f"{reported.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
 
 
 def _saved(option: Option) -> str:
@@ -209,16 +201,10 @@ def _tile(title: str, value: str, cell: Number, detail: str, equal: float, more_
 def compared(comparison: Comparison) -> Table:
     """List all targets of one dense model by size; the recommended one is stressed."""
     front, best = comparison.front, recommended(comparison.targets)
-    leaders = {id(option): band[0] for band in comparison.bands() for option in band}
-
-    def against(option: Option) -> Cell:
-        leader = leaders[id(option)]
-        return "ref" if option is leader else points(paired(leader.model, option.model))
 
     def confidence(option: Option) -> Cell:
         return points(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
 
-    several = len(comparison.bands()) < len(comparison.targets)
     fields: tuple[Field[Option], ...] = (
         Field("target", "target", lambda o: o.name),
         REMOVED,
@@ -230,11 +216,9 @@ def compared(comparison: Comparison) -> Table:
         Field("kv_cache", "KV cache", _timed(_saved)),
         Field("front", "front", lambda o: "●" if o in front else ""),
         METHOD,
-        *([Field[Option]("against_ref", "against ref", against)] if several else []),
     )
-    rows = [option for band in comparison.bands() for option in band]
-    notes = (COMPARISON_LEGEND, *([REFERENCE_LEGEND] if several else []))
-    return table_of("targets", "All targets", fields, rows, notes, lambda option: option is best)
+    notes = (COMPARISON_LEGEND,)
+    return table_of("targets", "All targets", fields, comparison.targets, notes, lambda option: option is best)
 
 
 def samples(options: Sequence[Option]) -> list[Table]:
@@ -245,52 +229,6 @@ def samples(options: Sequence[Option]) -> list[Table]:
     rows = tuple((option.name, *(text or "(nothing)" for _, text in option.model.samples)) for option in kept)
     title = "What the models answer (greedy, cut off after 48 tokens)"
     return [Table("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
-
-
-STABILITY_LEGEND = (
-    "Next by: how much more the next candidate costs. Rivals: candidates that the calibration rows cannot tell from "
-    "the one removed (paired t test, 95 %), of those compared, on the same rows. What a race dropped earlier or a lazy "
-    f"step left out is not compared. Same choice: the share of {RESAMPLES:,} resampled row sets in which the same "
-    "candidate is the best. Blank: the rows do not tell."
-)
-
-
-def sequence(target: PrunedOption) -> Table:
-    """List the removals in order, with the cost of each, what it was chosen by where that is something else, and how
-    firmly."""
-    jump = jump_at(target)
-    columns = [
-        Column("place", "#"), Column("removed", "removed"), Column("ratio", "ratio"),
-        Column("calibration_ppl", "calibration PPL"), Column("nll_rise", "NLL rise, nats/token"),
-    ]  # fmt: skip
-    metric = METRICS[target.plan.metric]
-    by = not metric.is_nll
-    if by:
-        columns.append(Column("cost", f"{metric.cost_title}, {metric.units_text}"))
-    firm = any(r.stability for r in target.removals)
-    if firm:
-        units = metric.units_text if by else "nats/token"
-        columns += [Column("margin", f"next by, {units}"), Column("rivals", "rivals"), Column("kept", "same choice")]
-    dense: tuple[Cell, ...] = (Number(0, 0), "(dense)", percentage(0, 2), Number(target.curve[0]), "")
-    rows = [dense + ("",) * (by + 3 * firm)]
-    for i, r in enumerate(target.removals, 1):
-        row: tuple[Cell, ...] = (
-            Number(i, 0), format_mask(r.added), percentage(r.ratio, 2), Number(r.perplexity),
-            Number(r.rise, write=lambda value: f"{value:+.4f}".replace("-", "−")),
-        )  # fmt: skip
-        cost = None if r.cost is None else Number(r.cost, write=lambda value: f"{value:.4g}".replace("-", "−"))
-        rows.append(row + ((cost,) if by else ()) + (_firm(r.stability) if firm else ()))
-    title = f"{target.name}: {len(target.removals)} removals in order"
-    strong = frozenset(() if jump is None else (jump + 1,))
-    notes = (STABILITY_LEGEND,) if firm else ()
-    return Table(f"{target.name}-sequence", title, tuple(columns), tuple(rows), notes, strong, folded=True)
-
-
-def _firm(found: Stability | None) -> tuple[Cell, ...]:
-    if found is None:
-        return "", "", ""
-    margin = Number(found.margin, write=lambda value: f"{value:.2g}")
-    return margin, Number(len(found.rivals), 0, mark=f"of {found.compared}"), percentage(found.kept, 0)
 
 
 def _plain_speedup(option: Option, part: str) -> float | None:
@@ -327,15 +265,15 @@ def curve_csv(found: Sequence[Comparison]) -> str:
     other model of the same dense one is better in both held-out perplexity and speed (size, where nothing is timed)."""
     rows = [
         {
-            "run": study.run,
-            "target": option.name if option.plan else f"{study.run}-dense",
+            "run": reported.run,
+            "target": option.name if option.plan else f"{reported.run}-dense",
             **{key: of(option) for key, of in CURVE.items()},
             "front": int(option.name in fronts),
         }
         for comparison in found
         for fronts in [{option.name for option in comparison.front}]
-        for study in comparison.studies
-        for option in study.options
+        for reported in comparison.runs
+        for option in reported.options
     ]
     return to_csv(DataFrame(rows, dtype=object))
 
@@ -346,11 +284,11 @@ ITERATION_COLUMNS = (
 )  # fmt: skip
 
 
-def iterations_csv(studies: Sequence[ReportedRun]) -> str:
+def iterations_csv(runs: Sequence[ReportedRun]) -> str:
     """Write one row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
     rows: list[dict[str, object]] = []
-    for study, t in ((one, target) for one in studies for target in one.traces):
-        own = {"run": study.run, "target": t.name}
+    for reported, t in ((one, target) for one in runs for target in one.traces):
+        own = {"run": reported.run, "target": t.name}
         rows.append(own | {"iteration": 0, "removed": "", "ratio": 0.0, "perplexity": t.curve[0], "nll_rise": 0.0})
         for i, r in enumerate(t.removals, 1):
             row = {"iteration": i, "removed": format_mask(r.added), "ratio": r.ratio, "perplexity": r.perplexity}

@@ -40,7 +40,7 @@ from blockpruner.paper.page import build_set, write_set
 from blockpruner.paper.studies import SearchRecord, model_name
 from blockpruner.paper.tables import TABLES, paper_grids
 from blockpruner.params import load_run
-from blockpruner.reporting.findings import recommended, signs
+from blockpruner.reporting.findings import signs
 from blockpruner.reporting.grids import Column, Grid, Number, escape_latex, to_csv, to_latex
 from blockpruner.reporting.pages import Findings, Page, to_markdown
 from blockpruner.reporting.results import RunLabels
@@ -572,11 +572,7 @@ def test_a_jump_is_named_with_the_last_safe_budget(subject):
     entries = (replace(e, curve=broken) if e.variant.name == "BlockPruner" else e for e in evidence.entries)
     changed = replace(evidence, entries=tuple(entries))
     jump = next(f for f in changed.findings if f.rule == "jump")
-    assert jump.title == f"BlockPruner: removing {search.order[5]} (removal 6) breaks the model"
-    assert "last safe budget is 5blocks" in jump.text
-    plain = recommended(changed.of("blockpruner"))
-    assert plain is None or len(plain.plan.order) <= 5
-    assert changed.best in evidence.healed  # which is judged by itself, whatever the search jumped over
+    assert f"removal 6 ({search.order[5]})" in jump.title and "5blocks" in jump.text
     marked = [e for e in changed.of("blockpruner") if "jump" in signs(e)]
     assert marked == [e for e in changed.of("blockpruner") if len(e.plan.order) > 5]
 
@@ -597,7 +593,7 @@ def test_the_report_has_all_files_and_loads_nothing(written, subject, page):
     assert "| tiny | dense |" in (written / "report.md").read_text()
     html = (written / "index.html").read_text()
     assert "a &lt;tiny&gt; model" in html and "<tiny>" not in html
-    assert not re.search(r"""(src|href)=["'](?!#)""", html) and "default-src 'none'" in html
+    assert not re.search(r"""(src|href)=["'](?!#|data:image/svg)""", html) and "default-src 'none'" in html
     assert {
         "healing",
         "figure1",
@@ -632,7 +628,7 @@ def test_a_study_that_is_not_timed_has_all_other_tables(kept, folder, run, page,
         if grid.name in timed:
             assert bool(ours) == (timed[grid.name] in kept), grid.name
             assert ("ot timed." in " ".join(grid.notes)) != (timed[grid.name] in kept)
-    assert ("No stopping point without times" in text) == ("timed" not in kept)
+    assert ("No verdict without times" in text) == ("timed" not in kept)
     table1 = [next(to_csv(g) for g in p.grids if g.name == "table1") for p in (found, page)]
     assert table1[0] == table1[1]
 

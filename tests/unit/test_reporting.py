@@ -42,16 +42,16 @@ from blockpruner.reporting.inputs import (
     ITERATIONS,
     ReportedRun,
     read_iterations,
-    read_studies,
+    read_runs,
     removals,
     unit_of,
 )
-from blockpruner.reporting.pages import Facts, Page, to_markdown
+from blockpruner.reporting.pages import Facts, Page
 from blockpruner.reporting.report import build_page, write_report
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.statistics import Mean
 from blockpruner.reporting.table import Table
-from blockpruner.reporting.tables import curve_csv, headline, sequence, tiles
+from blockpruner.reporting.tables import curve_csv, headline, tiles
 from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import read_trace, trace_directory
@@ -250,7 +250,7 @@ def _speed(factor: float, parameters: int, kibibytes: int, drifts: tuple[float, 
 
 def study(tmp_path: Path, world: World = World()) -> ReportedRun:
     build(tmp_path, world)
-    return read_studies([name for name, _ in world.removals], {world.run: LABEL}, tmp_path)[0]
+    return read_runs([name for name, _ in world.removals], {world.run: LABEL}, tmp_path)[0]
 
 
 def others(run: str, method: str, **changes: Any) -> World:
@@ -379,7 +379,7 @@ def test_the_page_loads_nothing_and_escapes_its_title(report: Path) -> None:
 
 def test_the_big_row_has_the_intervals_of_scipy(tmp_path: Path) -> None:
     build(tmp_path, replace(World(), accuracy_loss=0.25))
-    target = read_studies(["tiny-a", "tiny-b"], {"tiny": LABEL}, tmp_path)[0].targets[1]
+    target = read_runs(["tiny-a", "tiny-b"], {"tiny": LABEL}, tmp_path)[0].targets[1]
     size, perplexity, answers, speed, cache = tiles(target).of
     saved = 100 * 2 * target.plan.blocks["mha"] / 24
     assert (size.value, cache.value) == (f"−{100 * target.ratio:.1f} %", f"−{saved:.0f} %")
@@ -479,9 +479,7 @@ def test_jump(tmp_path: Path, costs: tuple[float, ...], index: int | None) -> No
 
 def test_whole_layers_count_as_their_blocks(tmp_path: Path) -> None:
     found = study(tmp_path, replace(World(), unit="layer", costs=(0.03, 0.035, 0.04, 0.05, 0.35, 0.07)))
-    first = found.targets[1].order[0]
-    assert "8blocks" in finding(found, "jump") and first.count(",") == 1
-    assert f"| 1 | {first} |" in to_markdown(page_of(found))
+    assert "8blocks" in finding(found, "jump") and found.targets[1].order[0].count(",") == 1
 
 
 @pytest.mark.parametrize(("factor", "names"), [(0.1, []), (1.8, []), (2.0, ["tiny-b"]), (2.5, ["tiny-a", "tiny-b"])])
@@ -539,7 +537,7 @@ def test_the_verdict_is_by_what_was_measured_of_a_model(
     build(tmp_path, replace(World(), **change))
     for path in (tmp_path / "evidence" / target / "plan.json" for target in ("tiny-a", "tiny-b")):
         write_json(path, _json(path) | {"train": healed})
-    (found,) = read_studies(["tiny-a", "tiny-b"], LABELS, tmp_path)
+    (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, tmp_path)
     best = recommended(found.targets)
     assert (best and best.name) == name
     assert [option.name for option in found.targets if is_broken(option)] == [f"tiny-{one}" for one in broken]
@@ -580,7 +578,7 @@ def test_nothing_is_compared_with_a_time_that_is_not_known(tmp_path: Path, untim
     for name in untimed:
         write_json(data / "evidence" / name / "speed.json", {"speed": None, "made": {}})
     write_report(data / "report", "A title", names, LABELS, data, True)
-    (found,) = read_studies(names, LABELS, data)
+    (found,) = read_runs(names, LABELS, data)
     table = rows(headline(found))
     for measure in ("Prefill, tokens/s", "Generation, × dense", "Peak memory", "KV cache"):
         assert set(table[measure].values()) == {measure, "–", "not timed"}
@@ -608,8 +606,6 @@ def test_costs_are_in_the_metric_and_rises_in_nats(tmp_path: Path, metric: str, 
     for left, right in zip(nll.removals, trace.removals, strict=True):
         assert right.added == left.added and right.rise == pytest.approx(left.rise)
         assert right.cost == pytest.approx(factor * left.cost)
-    table = sequence(trace)
-    assert [float(row[5]) for row in table.texts[1:]] == pytest.approx([factor * c for c in World().costs], rel=1e-3)
 
 
 def test_one_ranking_decides_all_removals(tmp_path: Path) -> None:
@@ -618,7 +614,7 @@ def test_one_ranking_decides_all_removals(tmp_path: Path) -> None:
     assert [row["method"] for row in rows(page_of(found).grids[0]).values()] == [words, words]
     (trace,) = found.traces
     build(tmp_path / "exact", replace(SHORTGPT, method="greedy"))
-    (exact,) = read_studies(["shortgpt-a", "shortgpt-b"], LABELS, tmp_path / "exact")
+    (exact,) = read_runs(["shortgpt-a", "shortgpt-b"], LABELS, tmp_path / "exact")
     assert trace.removals[0].cost == exact.traces[0].removals[0].cost
     costs = [removal.cost for removal in trace.removals]
     assert costs == sorted(costs) and [r.rise for r in trace.removals] == pytest.approx(SHORTGPT.costs)
@@ -627,7 +623,7 @@ def test_one_ranking_decides_all_removals(tmp_path: Path) -> None:
 def test_methods_without_a_sequence(tmp_path: Path) -> None:
     """One mask for each budget; merged layers; a width, whose calibration perplexity nobody knows."""
     swap = study(tmp_path / "swap", others("swap", "swap"))
-    assert swap.traces == () and "removals in order" not in to_markdown(page_of(swap))
+    assert swap.traces == ()
     nlls = (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06 + 0.07)
     assert curve(swap) == [str(math.exp(nll)) for nll in nlls]
     laco = study(tmp_path / "laco", others("laco", "laco"))
@@ -661,7 +657,7 @@ def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> N
         items += [items[0] | {"task": "gsm8k", "item": i, "acc": None, "exact_match": float(i)} for i in range(2)]
         items += [items[0] | {"task": "wikitext", "item": i, "acc": None, "word_perplexity": 30.0} for i in range(2)]
         pq.write_table(pa.Table.from_pylist(items, ITEMS), path / "items.parquet")
-    (found,) = read_studies(["tiny-a", "tiny-b"], LABELS, data)
+    (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, data)
     assert list(found.chance) == [*CHANCE, "gsm8k"]
     assert all(set(option.model.scores) == {*CHANCE, "gsm8k"} for option in found.options)
     assert found.dense.model.scores["gsm8k"].tolist() == [0.0, 1.0]
@@ -670,14 +666,14 @@ def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> N
     fields["tasks"], fields["chance"] = {"wikitext": fields["tasks"]["wikitext"]}, {"wikitext": None}
     write_json(data / "evidence" / "tiny-dense" / "results.json", fields)
     with refused("no-accuracy"):
-        read_studies(["tiny-a"], LABELS, data)
+        read_runs(["tiny-a"], LABELS, data)
 
 
 def test_what_healed_a_target_is_shown(tmp_path: Path) -> None:
     """Three targets with one budget: one as pruned, one compensated, one trained after that."""
     same = (("tiny-a", 3), ("tiny-b", 3), ("tiny-c", 3))
     build(tmp_path, replace(World(), removals=same, speedups=(1.1, 1.1, 1.1)))
-    (plain,) = read_studies(["tiny-a"], LABELS, tmp_path)
+    (plain,) = read_runs(["tiny-a"], LABELS, tmp_path)
     assert "Weights healed by" not in rows(headline(plain))
     for name, after, changes in (("tiny-a", 20.5, {"train": True}), ("tiny-b", 30.25, {})):
         path = tmp_path / "evidence" / name / "plan.json"
@@ -685,11 +681,11 @@ def test_what_healed_a_target_is_shown(tmp_path: Path) -> None:
         found = {"dense": 12.0, "before": 30.25, "after": after}
         write_json(tmp_path / "compensated" / name / "compensate.json", {"enabled": True, "perplexity": found})
     labels = {"tiny": replace(LABEL, compensation="Wikipedia", training="LoRA on 8,000 samples")}
-    (found,) = read_studies(["tiny-a", "tiny-b", "tiny-c"], labels, tmp_path)
+    (found,) = read_runs(["tiny-a", "tiny-b", "tiny-c"], labels, tmp_path)
     row = rows(headline(found))["Weights healed by"]
     assert [row[name] for name in ("tiny-c", "tiny-b", "tiny-a")] == ["nothing", "nothing", "refit + training"]
     shown = facts(replace(found, targets=found.targets[1:]))
-    assert shown["Recovery"] == "LoRA on 8,000 samples: tiny-a"
+    assert shown["Training"] == "LoRA on 8,000 samples: tiny-a"
     assert "tiny-a: refit, 30.25 → 20.50 (dense 12.00)" in shown["Compensation"]
 
 
@@ -800,13 +796,13 @@ def test_the_front_is_of_all_models(several: Path) -> None:
 def test_runs_that_cannot_be_compared_are_kept_apart(several: Path) -> None:
     names, other = NAMES[:2] + NAMES[4:6], LABELS | {"random": replace(LABEL, heldout="another text")}
     for chosen, labels, overviews in ((names, LABELS, 1), (names, other, 2), (names[:1], other, 1)):
-        titles = [section.title for section in page_of(*read_studies(chosen, labels, several)).sections]
+        titles = [section.title for section in page_of(*read_runs(chosen, labels, several)).sections]
         assert titles.count("Tiny") == overviews
     assert not re.search(r"\b(nan|None|inf)\b", (several / "report" / "index.html").read_text())
 
 
 def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
-    page = page_of(*read_studies(NAMES, LABELS, several))
+    page = page_of(*read_runs(NAMES, LABELS, several))
     assert page.sections[0].title == "Tiny"
     targets, table = page.grids[0], rows(page.grids[0])
     best = {row["target"] for row in _csv(several / "report" / "curve.csv") if row["front"] == "1"}
@@ -814,21 +810,6 @@ def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
     assert {name for name, row in table.items() if row["front"]} == best - {f"{world.run}-dense" for world in SEVERAL}
     assert [f"Take {list(table)[i]}" for i in targets.strong] == [page.sections[0].blocks[0].of[0].title]
     assert table["shortgpt-a"]["method"] == "one-shot, whole layers, by Block Influence"
-    ratios = {name: _json(several / "evidence" / name / "plan.json")["ratio"] for name in NAMES}
-    reference = ""
-    for name, row in table.items():
-        if row["against ref"] == "ref":
-            assert not reference or ratios[name] > ratios[reference]
-            reference = name
-            continue
-        assert abs(ratios[name] - ratios[reference]) <= 0.015
-        left, right = (pq.read_table(several / "evidence" / n / "items.parquet").to_pylist() for n in (reference, name))
-        d = np.array([b["acc"] - a["acc"] for a, b in zip(left, right, strict=True)]).reshape(3, 50)
-        error = math.sqrt(float((d.var(axis=1, ddof=1) / 50).sum())) / 3
-        value, low, high = (f"{100 * (d.mean() + k * error):+.1f}" for k in (0, -2, 2))
-        text = f"{value} [{low}, {high}]".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
-        assert row["against ref"] == text
-    assert table["shortgpt-b"]["against ref"] == "ref"
 
 
 @pytest.mark.parametrize(
