@@ -50,17 +50,17 @@ CODE = [path for folder in ("blockpruner", "stages", "flows") for path in Path(f
 CODE += [Path("tests/power.py")]  # which numbers the writes
 WORK = Path("data/benchmarks/faults").resolve() / fingerprint({str(path): file_sha256(path) for path in CODE})
 FOUND = WORK / "faults.json"
-TARGETS = {"lora.2": "2blocks"}
+TARGETS = {"lora-2": "2blocks"}
 STAGES = {
     "fetch@tiny": ("models", "sources"),
     "calibrate@tiny": ("calibration",),
     "score@tiny": ("scores",),
     "baseline@tiny": ("results/tiny-dense",),
-    "commit@lora.2": ("plans",),
-    "compensate@lora.2": ("compensated",),
-    "recover@lora.2": ("recovered",),
-    "materialize@lora.2": ("checkpoints",),
-    "benchmark@lora.2": ("results/lora.2",),
+    "commit@lora-2": ("plans",),
+    "compensate@lora-2": ("compensated",),
+    "recover@lora-2": ("recovered",),
+    "materialize@lora-2": ("checkpoints",),
+    "benchmark@lora-2": ("results/lora-2",),
     "report": ("report",),
 }
 """The outputs of each stage, under data/."""
@@ -521,20 +521,20 @@ def damaged(name: str, stage: str, pattern: str, thirds: int) -> dict[str, Any]:
 DAMAGED = {
     "texts": ("calibrate@tiny", "data/sources/tiny/calibration.parquet"),
     "calibration rows": ("score@tiny", "data/calibration/tiny/rows.parquet"),
-    "held-out texts": ("benchmark@lora.2", "data/sources/tiny/perplexity.parquet"),
-    "items": ("benchmark@lora.2", "data/sources/tiny/tasks/piqa/validation.parquet"),
-    "an iteration's table": ("commit@lora.2", "data/scores/tiny/*/iteration_001.parquet"),
-    "a plan's iterations": ("report", "data/plans/lora.2/iterations.parquet"),
-    "a result's items": ("report", "data/results/lora.2/items.parquet"),
-    "a stored result": ("benchmark@lora.2", "data/evaluations/*.parquet"),
-    "weights": ("materialize@lora.2", "data/models/tiny/model.safetensors"),
+    "held-out texts": ("benchmark@lora-2", "data/sources/tiny/perplexity.parquet"),
+    "items": ("benchmark@lora-2", "data/sources/tiny/tasks/piqa/validation.parquet"),
+    "an iteration's table": ("commit@lora-2", "data/scores/tiny/*/iteration_001.parquet"),
+    "a plan's iterations": ("report", "data/plans/lora-2/iterations.parquet"),
+    "a result's items": ("report", "data/results/lora-2/items.parquet"),
+    "a stored result": ("benchmark@lora-2", "data/evaluations/*.parquet"),
+    "weights": ("materialize@lora-2", "data/models/tiny/model.safetensors"),
 }
 DVC_FILES = {"dvc.lock": "dvc.lock", "DVC's rwlock": ".dvc/tmp/rwlock", "params.yaml": "params.yaml"}
 
 
 def emptied(name: str, file: str) -> dict[str, Any]:
     """A file that DVC writes in place was cut to nothing; then a flow."""
-    stage = "commit@lora.2"
+    stage = "commit@lora-2"
     with copied(stage, name) as project:
         (project / file).write_bytes(b"")
         said = attempt(project, stage)
@@ -673,7 +673,7 @@ def cells() -> dict[str, Callable[[str], dict[str, Any]]]:
         found[f"truncated, {what}, {stage}"] = partial(damaged, stage=stage, pattern=pattern, thirds=2)
         found[f"empty, {what}, {stage}"] = partial(damaged, stage=stage, pattern=pattern, thirds=0)
     for what, file in DVC_FILES.items():
-        found[f"empty, {what}, commit@lora.2"] = partial(emptied, file=file)
+        found[f"empty, {what}, commit@lora-2"] = partial(emptied, file=file)
     found["server, down for 5 s, score@tiny"] = partial(server_down, up_again=5.0)
     found["server, down for good, score@tiny"] = partial(server_down, up_again=None)
     found["worker lost, one of 2 of Ray, score@tiny"] = worker_lost
