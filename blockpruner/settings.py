@@ -5,8 +5,8 @@ Decides how the sections of a run fit together. What a section holds is decided 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -199,8 +199,9 @@ class Sections(Frozen):
     speed: Speed | None
     export: tuple[str, ...]
 
-    def as_json(self, section: str) -> Any:
-        return self.model_dump(mode="json", include={section})[section]
+    def text(self, section: str) -> str:
+        """The content of a section's file."""
+        return json.dumps(self.model_dump(mode="json", include={section})[section], indent=1) + "\n"
 
 
 def score_of(run: Run, method: str | None) -> Score:

@@ -18,7 +18,6 @@ from blockpruner.core.errors import InputError
 from blockpruner.params import load_params, load_sections
 from blockpruner.settings import Sections, Target
 from blockpruner.store import provenance
-from blockpruner.store.files import read_json
 from blockpruner.store.provenance import file_sha256
 
 DATA = Path("data")
@@ -63,13 +62,13 @@ class _Read:
 
     def __getattr__(self, section: str) -> Any:
         path = SETTINGS / self.run / f"{section}.json"
-        given = self.values.as_json(section)
-        if not path.exists() or read_json(path) != given:
+        given = self.values.text(section)
+        if not path.exists() or path.read_text(encoding="utf-8") != given:
             raise InputError(
                 f"{path} is not what runs/{self.run}.yaml and params.yaml ask for; run `dvc repro settings@{self.run}`",
                 rule="settings-stale", key=section,
             )  # fmt: skip
-        _GIVEN.append((str(path), given, lambda: load_sections(self.run).as_json(section)))
+        _GIVEN.append((str(path), given, lambda: load_sections(self.run).text(section)))
         return getattr(self.values, section)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from blockpruner.params import load_sections
 from blockpruner.settings import Sections
-from blockpruner.store.files import write_json
+from blockpruner.store.files import write_text
 from stages import SETTINGS, run, sections
 
 
 def main(name: str) -> None:
     found = load_sections(name)
     for section in Sections.model_fields:
-        write_json(SETTINGS / name / f"{section}.json", found.as_json(section))
+        write_text(SETTINGS / name / f"{section}.json", found.text(section))
     for section in Sections.model_fields:  # the end of the stage checks what was read
         getattr(sections(name), section)
 

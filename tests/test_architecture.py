@@ -27,7 +27,9 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_versions_and_on_no_code(stage):
     assert not [dep for dep in STAGES[stage].get("deps", []) if dep.endswith(".py")]
-    (named,) = [entry[VERSIONS] for entry in STAGES[stage]["params"] if isinstance(entry, dict) and VERSIONS in entry]
+    entries = [entry for entry in STAGES[stage]["params"] if isinstance(entry, dict)]
+    named = [name for entry in entries for name in entry.get(VERSIONS, [])]
+    assert named or stage == "settings"
     assert set(named) <= {name for name in vars(versions) if name.endswith("_VERSION")}
 
 
@@ -42,6 +44,15 @@ def test_stages_are_small(stage):
     body = (ROOT / "stages" / f"{stage}.py").read_text().splitlines()
     main = body.index(next(line for line in body if line.startswith("def main(")))
     assert len(body) - main <= 40
+
+
+def test_only_settings_depends_on_files_of_settings():
+    """The others depend on resolved sections, and `commit` on its target."""
+    for stage, definition in STAGES.items():
+        files = {file for entry in definition["params"] for file in entry} - {VERSIONS}
+        if not stage.startswith(("study_", "settings", "report")):
+            assert files == ({"params.yaml"} if stage == "commit" else set()), stage
+    assert {"params.yaml": ["targets.${key}"]} in STAGES["commit"]["params"]
 
 
 def test_stages_depend_on_their_inputs_only():

@@ -20,7 +20,7 @@ from tests.integration.project import environment, make_project, set_targets, ta
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'blockpruner[ray]'"
 )
-TARGETS = {"tiny.3": "3blocks"}
+TARGETS = {"tiny-3": "3blocks"}
 SECONDS = 300
 
 

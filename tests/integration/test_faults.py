@@ -21,7 +21,7 @@ from tests.integration.project import counts, dvc, environment, make_project, se
 from tests.power import forked
 
 KILLS = int(os.environ.get("BLOCKPRUNER_KILLS", "3"))
-BUDGET = {"small.3": "3blocks"}
+BUDGET = {"small-3": "3blocks"}
 BATCH_TOKENS = 96  # 15 row batches a sweep, for a moment to be hit in
 SCORE = [sys.executable, "-u", "-m", "stages.score", "tiny"]
 
@@ -98,12 +98,12 @@ def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, mon
     """Of `commit`, which is fast, in turns by a kill and by a cut of power; benchmarks/faults.py does all to all."""
     project, log = tmp_path / "project", tmp_path / "log"
     shutil.copytree(undisturbed, project, ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc"))
-    monkeypatch.setattr(sys, "argv", ["stages.commit", "small.3"])
+    monkeypatch.setattr(sys, "argv", ["stages.commit", "small-3"])
     monkeypatch.setattr(provenance, "commit", lambda: None)  # git is asked in three processes
     work = partial(stages.run, "commit", commit.main)
 
     def plans():
-        files = (project / "data/plans/small.3").iterdir()  # dvc empties it before a stage runs
+        files = (project / "data/plans/small-3").iterdir()  # dvc empties it before a stage runs
         return {path.name: path.read_bytes() for path in files if not TEMPORARY.fullmatch(path.name)}
 
     code, writes = forked(project, work, log)

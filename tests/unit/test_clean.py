@@ -17,16 +17,17 @@ PARAMS = {
     "runs": ["tiny"],
     "targets": {
         "small": {"run": "tiny", "budget": "2blocks"},
-        "x.bad": {"run": "tiny", "budget": "3blocks"},
-        "lora.bad-lr": {"run": "tiny", "budget": "4blocks", "train": True},
+        "x-bad": {"run": "tiny", "budget": "3blocks"},
+        "lora-bad": {"run": "tiny", "budget": "4blocks", "train": True},
     },
     "paper": {"studies": ["study"], "sets": ["ours"]},
 }
-TARGETS = ("small", "x.bad", "lora.bad-lr")
+TARGETS = ("small", "x-bad", "lora-bad")
+OF_RUNS = ("settings", "models", "sources", "calibration", "scores")
 OF_TARGETS = ("plans", "compensated", "trained", "checkpoints")
 KEPT = {
-    **{f"{kind}/tiny": True for kind in ("models", "sources", "calibration", "scores")},
-    **{f"{kind}/{name}": False for kind in ("models", "sources", "calibration", "scores") for name in ("old", "small")},
+    **{f"{kind}/tiny": True for kind in OF_RUNS},
+    **{f"{kind}/{name}": False for kind in OF_RUNS for name in ("old", "small")},
     **{f"{kind}/{name}": True for kind in (*OF_TARGETS, "results") for name in TARGETS},
     **{f"{kind}/{name}": False for kind in OF_TARGETS for name in ("old.bad", "tiny")},
     "results/tiny-dense": True, "results/tiny-search": False, "results/old-dense": False, "results/tiny": False,
