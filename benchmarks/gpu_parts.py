@@ -35,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from benchmarks.flops import Flops
 from benchmarks.gpu import lines_in
 from benchmarks.scoring import Counted, full_forward, matrix_rate
 from benchmarks.shapes import MODELS, random_model, random_rows
@@ -49,7 +50,6 @@ from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, model_family, prune_, resolve_device, shared_copy
-from blockpruner.paper.flops import Flops
 from blockpruner.recovery.training import recover_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine

@@ -31,6 +31,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from benchmarks.flops import Flops
 from benchmarks.shapes import random_model, random_rows
 from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Config
@@ -42,7 +43,6 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import accelerator
 from blockpruner.model.allocator import keep_freed_memory
 from blockpruner.model.models import load_model, masked
-from blockpruner.paper.flops import Flops
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine

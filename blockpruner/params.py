@@ -15,12 +15,11 @@ import yaml
 
 from blockpruner.checks import check_compensation, check_run
 from blockpruner.core.errors import InputError
-from blockpruner.core.sets import Sets, StudySet
 from blockpruner.core.settings import NAME, Params, Run, T, read_settings, shorten
 from blockpruner.store.files import write_text
 
-NO_RUNS = frozenset({"dvc", "sets", "sources"})
-"""Files of runs/ that are something else: the pipeline of studies, the sets of them, and sources by name."""
+NO_RUNS = frozenset({"sources"})
+"""Files of runs/ that are something else: sources by name."""
 
 DEPTH, VALUES = 32, 100_000
 """How deep a file of settings nests at most, and how many values it holds."""
@@ -32,7 +31,7 @@ KINDS = ("pypi", "pypi-parts", "hub", "path", "tasks", "mix")
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read params.yaml; raises InputError that names file, key, value and the valid ones."""
-    params = _load(path, Params)
+    params = read_file(path, Params)
     for name, target in params.targets.items():
         if target.recover and load_run(target.run).recover is None:
             raise InputError(
@@ -88,27 +87,8 @@ def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
     return found
 
 
-SETS = Path("runs/sets.yaml")
-
-
-def load_sets(path: Path = SETS) -> dict[str, StudySet]:
-    """The sets by name, from runs/sets.yaml."""
-    return _load(path, Sets).root
-
-
-def load_set(name: str, path: Path = SETS) -> dict[str, Run]:
-    """The runs of a set by name; raises InputError for an unknown set, or a run of it without a study."""
-    sets = load_sets(path)
-    if name not in sets:
-        raise InputError(f"set {name!r} is unknown; valid: {', '.join(sets)} (one more is a line in {path})")
-    runs = {run: load_run(run, path.parent) for run in sets[name].runs}
-    for run, settings in runs.items():
-        if settings.study is None:
-            raise InputError(f"{path}: set {name!r} names {run!r}, and runs/{run}.yaml has no study section; add one")
-    return runs
-
-
-def _load(path: Path, model: type[T]) -> T:
+def read_file(path: Path, model: type[T]) -> T:
+    """Read a YAML file of settings; raises InputError that names file, key, value and the valid ones."""
     return read_settings(model, _read(path), f"{path}: ")
 
 

@@ -50,8 +50,5 @@ EVAL_VERSION = 3
 SAMPLES_VERSION = 1
 """Sample texts, and what else stands in results.json beside the stored results. Part of the key of the texts."""
 
-STUDY_VERSION = 3
-"""Which searches a study makes, and what it asks of each model."""
-
 REPORT_VERSION = 9
 """Tables, figures and pages made from results."""

@@ -1,8 +1,8 @@
-"""A new model from a form of the UI: its run file is written, what it takes is shown, and it is made.
+"""A new model from a form of the UI: its run file is written, and it is made.
 
 Decides what the form asks for, what no form may ask for (a place outside the workspace, code of a model's repository),
-and when the file is written. What a run file may hold is decided by blockpruner.params, what a search takes by
-blockpruner.paper.estimates, and how a model is made by flows.prune.
+and when the file is written. What a run file may hold is decided by blockpruner.params, and how a model is made by
+flows.prune.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import yaml
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.flow_runs import suspend_flow_run
 from prefect.states import Failed
@@ -41,14 +40,11 @@ from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.checkpoints import fetch_config
 from blockpruner.methods.recipes import RECIPES, RECOMMENDED, recipe
 from blockpruner.methods.registry import method_names
-from blockpruner.paper.estimates import forecast
-from blockpruner.paper.shapes import find_config
 from blockpruner.params import load_run, named_sources
 from blockpruner.store.files import write_text
 from flows.dvc import require_remote
-from flows.phases import artifact_key
 from flows.prune import build
-from flows.selection import BUDGETS, MODELS, Chosen, Selection, check_budgets, choose
+from flows.selection import BUDGETS, Chosen, Selection, check_budgets, choose
 
 RUNS = Path("runs")
 PINS = RUNS / "pins.json"
@@ -242,19 +238,12 @@ def file_of(form: NewModel) -> Path:
     return RUNS / f"{form.name}.yaml"
 
 
-def estimate(form: NewModel, run: Run) -> list[dict[str, Any]]:
-    """What the search takes, as rows of a table; raises InputError for what the model's shape forbids."""
+def require_fit(run: Run) -> None:
+    """Refuse a model whose context is shorter than the rows; a model that is not yet at hand passes."""
     if isinstance(run.model, HubModel | LocalModel):
         config = fetch_config(run.model, PINS)
-    else:
-        try:
-            config = dict(find_config(run.model, MODELS / form.name))
-        except InputError as error:
-            return [{"of the search": "remark", "estimate": str(error)}]
-    check_context(run.calibration.seq_len, config, "calibration.seq_len")
-    check_context(run.evaluate.perplexity.seq_len, config, "evaluate.perplexity.seq_len")
-    found = forecast(run, config, form.budgets)
-    return [{"of the search": name.replace("_", " "), "estimate": value} for name, value in found.items()]
+        check_context(run.calibration.seq_len, config, "calibration.seq_len")
+        check_context(run.evaluate.perplexity.seq_len, config, "evaluate.perplexity.seq_len")
 
 
 def add(form: NewModel, text: str) -> Chosen:
@@ -274,11 +263,11 @@ def add(form: NewModel, text: str) -> Chosen:
 
 @flow(name="new-model")
 def new_model(form: NewModel) -> State[None]:
-    """Show what a new model's search takes, write its run file, and make it as the flow `prune` does."""
+    """Check a new model, write its run file, and make it as the flow `prune` does."""
     try:
         text = form.text()
         run = check(form, text)
-        create_table_artifact(estimate(form, run), artifact_key(f"estimate-{form.name}"), f"{form.name}: what it takes")
+        require_fit(run)
     except InputError as error:
         return Failed(name="Refused", message=str(error))
     if form.wait and not file_of(form).exists():  # Retry does not ask again

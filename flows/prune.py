@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 from uuid import UUID
 
 import httpx
@@ -38,10 +38,9 @@ from blockpruner.core.settings import CompensationMethod
 from blockpruner.store.locks import this_process
 from flows import dvc, phases, tracking
 from flows.observer import TASK_VARIABLE
-from flows.selection import Chosen, ChosenSet, Selection, choose
+from flows.selection import Chosen, Selection, choose
 from flows.server import require_access
 
-T = TypeVar("T", Chosen, ChosenSet)
 REPORT = Path("data/report")
 PAGES_VARIABLE = "BLOCKPRUNER_REPORT_PAGES"
 """Environment variable, set by flows.serve: the URL at which a browser finds the reports below data/. A page of the UI
@@ -144,7 +143,7 @@ def build(check: Callable[[], Chosen], push: str | None) -> State[None]:
 
 
 @contextmanager
-def begin(check: Callable[[], T]) -> Iterator[tuple[T, int]]:
+def begin(check: Callable[[], Chosen]) -> Iterator[tuple[Chosen, int]]:
     """What `check` has chosen, written to params.yaml, in a locked workspace."""
     with dvc.workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
         tracking.project()  # refused before hours of work

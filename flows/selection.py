@@ -25,12 +25,12 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.settings import CompensationMethod, Frozen, Params, Run
 from blockpruner.methods.registry import require_budgets
-from blockpruner.params import load_params, load_run, load_set, load_sets, run_names
+from blockpruner.params import load_params, load_run, run_names
 from blockpruner.store.files import read_json, write_text
 from blockpruner.store.manifest import SOURCE_FILE
 from flows.dvc import require_remote
 
-PARAMS, PIPELINE, STUDIES = Path("params.yaml"), Path("dvc.yaml"), Path("runs/dvc.yaml")
+PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 MODELS = Path("data/models")
 BUDGET = r"^(0*\.\d+(kv)?|0*[1-9]\d*(blocks|layers)|\d*\.?\d+x)$"
 """What a form takes as a budget. What a model can reach is known when it is fetched."""
@@ -47,10 +47,6 @@ def offer_runs(schema: dict[str, Any]) -> None:
     """Name the run files that exist when the form is made; the flow checks which of them are good."""
     schema["items"]["enum"] = run_names()
     schema["uniqueItems"] = True
-
-
-def offer_sets(schema: dict[str, Any]) -> None:
-    schema["enum"] = list(load_sets())
 
 
 def check_budgets(schema: dict[str, Any]) -> None:
@@ -107,17 +103,6 @@ class RunGrid(Frozen):
         json_schema_extra=check_budgets,
     )
     stop_on_failure: bool = Field(default=False, description="Leave out what comes after the first failure.")
-
-
-class Tables(Frozen):
-    """Every table and figure of the paper for a set of runs; what is known is not computed again."""
-
-    name: str = Field(
-        description="A set of runs/sets.yaml. `smollm2` takes hours on 2 CPU cores; the others need a GPU and "
-        "the hub: `python -m flows.paper --set NAME --dry-run` prints what they take.",
-        json_schema_extra=offer_sets,
-    )
-    publish: bool = Field(default=False, description="Copy the tables to docs/results.md.")
 
 
 @dataclass(frozen=True)
@@ -243,49 +228,6 @@ def _fetched_config(run: str, settings: Run) -> Config | None:
         return None
     config: Config = read_json(source.with_name("config.json"))
     return config
-
-
-@dataclass(frozen=True)
-class ChosenSet:
-    """A checked set of runs, for its tables."""
-
-    name: str
-    runs: Mapping[str, Run]
-    text: str
-    """params.yaml as it has to be."""
-    additions: tuple[str, ...]
-    """What params.yaml lacks, in words."""
-
-    def write(self) -> None:
-        if self.additions:
-            write_text(PARAMS, self.text)
-
-    def stages(self) -> tuple[tuple[str, ...], ...]:
-        """DVC's names of the stages of each run, then of the set, each behind those that it depends on."""
-        pipeline = yaml.safe_load(STUDIES.read_text(encoding="utf-8"))["stages"]
-        of_runs = [name for name, stage in pipeline.items() if "run" in stage["matrix"]]
-        of_sets = [name for name in pipeline if name not in of_runs]
-        chains = [tuple(f"{STUDIES}:{name}@{run}" for name in of_runs) for run in self.runs]
-        return (*chains, tuple(f"{STUDIES}:{name}@{self.name}" for name in of_sets))
-
-
-def choose_set(name: str) -> ChosenSet:
-    """Check a set against the files of the current folder; changes none of them.
-
-    Raises:
-        InputError: an unknown set, or files that are wrong already.
-    """
-    params, runs = load_params(PARAMS), load_set(name)
-    editor, document = _document(PARAMS.read_text(encoding="utf-8"))
-    additions = []
-    for kind, key, names in (("study", "studies", tuple(runs)), ("set", "sets", (name,))):
-        listed = document.setdefault("paper", CommentedMap()).setdefault(key, [])
-        missing = [one for one in names if one not in getattr(params.paper, key)]
-        listed.extend(missing)
-        additions += [f"{kind} {one}" for one in missing]
-    text = _dumped(editor, document)
-    _check(text)
-    return ChosenSet(name, runs, text, tuple(additions))
 
 
 def _document(text: str) -> tuple[YAML, CommentedMap]:

@@ -37,16 +37,14 @@ from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
 from blockpruner.core.errors import InputError
-from blockpruner.params import load_sets
 from flows import server
 from flows.dvc import end_with, require_posix
 from flows.new_model import new_model
-from flows.paper import paper
 from flows.phases import OPEN, open_task_runs
 from flows.prune import PAGES_VARIABLE, prune
 from flows.sweep import sweep
 
-FLOWS = (prune, new_model, sweep, paper)
+FLOWS = (prune, new_model, sweep)
 
 POLL = 2.0
 """Seconds between two looks of the runner for what to start, and for what to cancel if the server's events are lost."""
@@ -82,7 +80,6 @@ def follow_runs(url: str, known: dict[str, int]) -> dict[str, int]:
     if found == known:
         return known
     try:
-        load_sets()  # as in `main`
         with temporary_settings({PREFECT_API_URL: url}):
             for deployment in deployments():
                 deployment.apply()
@@ -244,7 +241,6 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         require_posix()
-        load_sets()  # the library that makes a form's schema would swallow the error
         with ExitStack() as stack:
             url, running = find_server()
             password = server.require_private(url) if running else server.password()

@@ -26,7 +26,6 @@ from blockpruner.store.provenance import file_sha256
 
 DATA = Path("data")
 CACHE = DATA / "cache"
-STUDIES = DATA / "studies"
 TIMINGS = DATA / "timings"
 """What no two runs agree on: speeds, dates, what a search had to compute. DVC and git have none of it, so that outputs
 are functions of their inputs."""
@@ -68,7 +67,7 @@ def renew_report() -> None:
 
 def _settings(stage: str, item: str) -> dict[Path, Any]:
     """The settings that the pipeline says a stage depends on, by file; none for a stage outside the DAG."""
-    pipeline = _values(Path("runs/dvc.yaml" if stage.startswith("study_") else "dvc.yaml"))
+    pipeline = _values(Path("dvc.yaml"))
     found: dict[Path, Any] = {}
     for entry in pipeline.get("stages", {}).values():
         definition = entry.get("do", entry)

@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from blockpruner.paper.experiments import variants
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
@@ -40,7 +41,6 @@ from blockpruner import versions
 from blockpruner.checkpoints import verification
 from blockpruner.core import settings
 from blockpruner.evaluation import latency, speed
-from blockpruner.paper.experiments import variants
 from blockpruner.params import load_run, run_names
 from blockpruner.store.files import read_json
 from stages import (

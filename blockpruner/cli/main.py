@@ -173,6 +173,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned checkpoint that transformers loads. After a kill, say the same again to go on."""
+    from blockpruner.cli import dry_run as forecast
     from blockpruner.cli import pruning as work
 
     drawn = {"num_samples": num_samples, "seq_len": seq_len}
@@ -190,8 +191,8 @@ def prune(
     place = work.Place(trials.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, sections)
     if dry_run:
-        found = place.forecast(run, ratio, method)
-        _tell(found, work.forecast_words(found), as_json)
+        found = forecast.dry_run(run, place.config_of(run), (ratio,))
+        _tell(found, forecast.in_words(found), as_json)
     else:
         named = out or Path(f"{run.model.title.rpartition('/')[2]}-{ratio}")
         found = place.prune(run, ratio, named.expanduser().absolute(), method)
@@ -409,7 +410,6 @@ def schema() -> None:
 IN_A_CLONE = {
     "run": ("flows.prune", "Bring runs and targets up to date: the DAG as a flow."),
     "sweep": ("flows.sweep", "Prune several runs to several budgets, and compare all in one table."),
-    "paper": ("flows.paper", "Make the paper's tables for a set of runs."),
     "serve": ("flows.serve", "Start and watch runs in a browser."),
     "clean": ("stages.clean", "List what no run or target needs; `clean delete` deletes it."),
 }

@@ -21,13 +21,11 @@ from blockpruner.compensation.rows import compensation_rows
 from blockpruner.core.errors import InputError, MissingPackageError, missing
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
-from blockpruner.core.progress import Observer, duration
+from blockpruner.core.progress import Observer
 from blockpruner.core.settings import (
     Calibration,
     HubModel,
-    HubTexts,
     LocalModel,
-    LocalTexts,
     Perplexity,
     Recover,
     Run,
@@ -36,7 +34,7 @@ from blockpruner.core.settings import (
     read_settings,
 )
 from blockpruner.inputs.calibration import CalibrationSet, check_context, draw_rows
-from blockpruner.inputs.checkpoints import TOKENIZER_FILES, checkpoint_identity, fetch_checkpoint, fetch_config
+from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint, fetch_config
 from blockpruner.inputs.hub import HubError
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
@@ -44,12 +42,10 @@ from blockpruner.methods.commit import commit_run
 from blockpruner.methods.recipes import rival, settled
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material, score_run
-from blockpruner.reporting.formats import size
 from blockpruner.store.files import read_json, write_text
 from blockpruner.store.manifest import REPORT_FILE, require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, save_plan
 from blockpruner.store.provenance import fingerprint
-from blockpruner.store.trials import require_rows
 from blockpruner.versions import COMPENSATION_VERSION, RECOVERY_VERSION
 
 if TYPE_CHECKING:
@@ -61,9 +57,6 @@ TrainingRows = tuple[CalibrationSet, CalibrationSet | None]
 
 ROWS = 16
 """Calibration rows from a file of one's own: about as many as the paper's 256 samples fill."""
-
-FASTER = 1.2
-"""From so many times float32's speed on, bfloat16 is suggested."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class Place:
         given = {**source, "trust_remote_code": trusted} | ({} if dtype == "auto" else {"dtype": dtype})
         run = read_settings(Run, {"model": given, "export": list(self._asked), **sections})
         self._require_programs(run)
-        config = self._config(run)
+        config = self.config_of(run)
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
             raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
         require_families(run.export, str(config["model_type"]))
@@ -140,61 +133,13 @@ class Place:
                 f"{error}; --export {self.export} needs llama.cpp's program llama-quantize, too, which is not on PATH"
             ) from error
 
-    def forecast(self, run: Run, budget: str, recipe: str) -> dict[str, Any]:
-        """What the searches of a recipe would take, from the model's config, and the rows where they are at hand."""
-        import torch
-
-        from blockpruner.cli.doctor import product_flops
-        from blockpruner.model.models import resolve_device
-        from blockpruner.paper.estimates import forecast
-
-        config, data = self._config(run), run.calibration.data
-        counted = self._counted(run)
-        run = counted or run
-        found = forecast(run, config, (budget,))
-        layers = rival(recipe, run.score, config, budget, run.compensate.method)
-        if layers is not None:
-            more = forecast(run.model_copy(update={"score": layers, "recover": None}), config, (budget,))
-            summed = {key: found[key] + more[key] for key in found if key.startswith(("trials", "teraflop", "hours"))}
-            found |= {key: value if key == "trials" else float(f"{value:.3g}") for key, value in summed.items()}
-        rows = found["calibration"] if counted is None else found["calibration"].removeprefix("about ")
-        found["calibration"] = f"{rows}, of {data.title}{' from the hub' if isinstance(data, HubTexts) else ''}"
-        where, dtype = resolve_device(self.device), getattr(torch, run.model.dtype)
-        speed = product_flops(dtype, where)
-        faster = product_flops(torch.bfloat16, where) / speed if dtype == torch.float32 else 1.0
-        hint = {"hint": f"--dtype bfloat16 is {faster:.1f} times as fast here"} if faster > FASTER else {}
-        hours = float(f"{found['teraflop'] * 1e12 / speed / 3600:.3g}")
-        weights = found["parameters"] * dtype.itemsize
-        copy = found["parameters"] * getattr(torch, own_dtype(config)).itemsize
-        facts = {"hours_here": hours, "device": str(where), "weights_bytes": weights, "copy_bytes": copy}
-        return found | facts | hint
-
-    def _counted(self, run: Run) -> Run | None:
-        """The run with as many rows as its calibration has; None where they cannot be counted before it runs.
-
-        Raises:
-            InputError: the file of the texts is not there or cannot be read, or see `draw_rows`.
-        """
-        data = run.calibration.data
-        if not isinstance(data, LocalTexts):
-            return None
-        texts = load_texts(data, self.root / "cache", self.pins)
-        folder = Path(run.model.path) if isinstance(run.model, LocalModel) else None
-        if folder is None or not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
-            return None
-        tokenizer = load_tokenizer(folder, run.model.trust_remote_code)
-        rows = draw_rows(texts, tokenizer, run.calibration, (), self.observer.note, at_most=True)
-        require_rows(len(rows.rows))
-        mean = {"packing": "joined", "num_rows": len(rows.rows), "seq_len": round(rows.tokens / len(rows.rows))}
-        return run.model_copy(update={"calibration": run.calibration.model_copy(update=mean)})
-
     def prune(self, run: Run, budget: str, out: Path, recipe: str) -> dict[str, Any]:
         """Search, commit, compensate, train and export, as far as that was not done before.
 
         Of the recommended search and its rival the model is exported that has the lower perplexity on the held-out rows
         of the compensation.
         """
-        config = self._config(run)
+        config = self.config_of(run)
         require_budgets(run.score, config, (budget,))
         layers = rival(recipe, run.score, config, budget, run.compensate.method)
         runs = [run, *([] if layers is None else [run.model_copy(update={"score": layers})])]
@@ -293,7 +238,7 @@ class Place:
         """Write a plan as a configuration of mergekit. No weights are read: of the model the shape is compared."""
         from blockpruner.checkpoints.mergekit import mergekit_config
 
-        (file, plan), config = read_plan(path), self._config(run)
+        (file, plan), config = read_plan(path), self.config_of(run)
         assert isinstance(run.model, HubModel | LocalModel)
         if (count_parameters(config).total, config["num_hidden_layers"]) != (plan.parameters["dense"], plan.layers):
             raise InputError(f"{file} is of another model than {run.model.title}; give the one that it was made for")
@@ -347,7 +292,7 @@ class Place:
     def pins(self) -> Path:
         return self.root / "pins.json"
 
-    def _config(self, run: Run) -> Config:
+    def config_of(self, run: Run) -> Config:
         assert isinstance(run.model, HubModel | LocalModel)
         try:
             return fetch_config(run.model, self.pins)
@@ -454,28 +399,6 @@ def _is_there(place: Path, plans: Sequence[Plan], words: str | None = None) -> b
         raise InputError(f"--out {place} is not empty and holds something else; choose another folder, or remove it")
     require_verified(place)
     return True
-
-
-def forecast_words(found: Mapping[str, Any]) -> str:
-    """What a run would take, for a reader."""
-    shown: dict[str, Any] = {name: f"{value:,}" if isinstance(value, int) else value for name, value in found.items()}
-    del shown["device"], shown["weights_bytes"], shown["copy_bytes"]
-    hours = {name.removeprefix("hours_"): shown.pop(name) for name in found if name.startswith("hours_")}
-    last = {name: shown.pop(name) for name in ("remark", "hint") if name in shown}
-    if found["trials"]:
-        here, others = hours.pop("here"), ", ".join(f"{name} {_time(value)}" for name, value in hours.items())
-        shown["time"] = (
-            f"at least {_time(here)} of search here ({found['device']}), by the speed of matrix products; a small "
-            "model on a CPU takes 5 to 10 times that. Refit, training and checks come on top"
-        )
-        shown["on others"] = others
-    shown["memory"] = f"{size(found['weights_bytes'])} of weights, and more for what is computed"
-    shown["disk"] = f"{size(found['copy_bytes'])} for the copy in --trials, and less for each checkpoint"
-    return "\n".join(f"{name}: {value}" for name, value in (shown | last).items())
-
-
-def _time(hours: float) -> str:
-    return duration(3600 * hours) if 3600 * hours >= 1 else "under 1s"
 
 
 def words(found: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, WikiText, ZeroShot
+from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, ZeroShot
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.samples import NEW_TOKENS, PROMPTS, answer
@@ -240,9 +240,7 @@ def tokenizer_digest(directory: Path) -> str:
     return fingerprint({path.name: content_sha256(path) for pattern in patterns for path in directory.glob(pattern)})
 
 
-def perplexity_of(
-    model: Evaluated, texts: Path, settings: Perplexity | WikiText, identity: Mapping[str, Any]
-) -> Evaluation:
+def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity: Mapping[str, Any]) -> Evaluation:
     found = read_texts(texts)
 
     def compute(advance: Advance) -> Stored:

@@ -22,7 +22,10 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import yaml
+from blockpruner.paper.experiments import DATA_VARIABLE
 from dvc.lock import Lock
+from flows.paper import lacking_data, paper
+from flows.paper import main as paper_main
 from prefect import Task
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
@@ -32,15 +35,12 @@ from prefect.utilities.schema_tools import validate
 
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.store import write_timings
-from blockpruner.paper.experiments import DATA_VARIABLE
 from blockpruner.params import load_params, run_names
 from blockpruner.store.locks import WORKSPACE
 from flows import dvc, serve
 from flows import new_model as form_module
 from flows import prune as prune_module
 from flows.new_model import NewModel, add, check, estimate, new_model
-from flows.paper import lacking_data, paper
-from flows.paper import main as paper_main
 from flows.prune import main, prune
 from flows.selection import RunGrid, Selection, Tables, choose, choose_set
 from flows.sweep import left_out

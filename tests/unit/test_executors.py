@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch._dynamo
 
+from benchmarks.flops import Flops
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.model.models import masked
-from blockpruner.paper.flops import Flops
-from blockpruner.paper.shapes import SHAPES
 from blockpruner.scoring.batches import row_batches
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.ray import DEVICE_ERROR, Replica, connect, memory_of_a_worker, resources
@@ -32,6 +31,7 @@ from blockpruner.scoring.large.sharing import (
 from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.walk import runs, steps_of, walk
 from blockpruner.scoring.work import ScoredRows, Task
+from tests.shapes import SHAPES
 from tests.tiny import full_nll, save_tiny, tiny_model
 
 RUNTIME = {"device": "cpu", "batch_tokens": 40}

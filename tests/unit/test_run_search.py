@@ -17,10 +17,10 @@ from blockpruner.core.settings import Score
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Job
 from blockpruner.methods.registry import require_budgets
-from blockpruner.paper.shapes import SHAPES
 from blockpruner.search.trace import Current, read_trace, trace_directory, write_iteration
 from blockpruner.store.files import write_json
 from tests.builders import FakeScorer, material_of, scored, short_rows, small_config
+from tests.shapes import SHAPES
 from tests.tiny import tiny_model
 
 CONFIG = small_config(2)
