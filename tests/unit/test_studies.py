@@ -356,8 +356,8 @@ def test_figures_are_of_what_was_measured(rows):
 
 
 def test_a_cell_has_its_number_error_and_interval():
-    frame = pd.DataFrame({"method": ["a & b|c"], "avg_pct": [47.2], "avg_pct_se": [3.03], "kv_pct": [-20.0],
-                          "heldout_x": [1234.567], "heldout_x_low": [1.5], "heldout_x_high": [2e3], "piqa": [None]})  # fmt: skip
+    cells = {"method": "a & b|c", "avg_pct": 47.2, "avg_pct_se": 3.03, "kv_pct": -20.0, "heldout_x": 1234.567}
+    frame = pd.DataFrame([cells | {"heldout_x_low": 1.5, "heldout_x_high": 2e3, "piqa": None}])
     shown = texts(frame).iloc[0].to_dict()
     assert shown == {"method": "a & b|c", "accuracy, %": "47.2 ± 3.0", "KV cache, %": "−20",
                      "held-out, × dense": "1,234.57 [1.50, 2,000.00]"}  # fmt: skip
@@ -388,7 +388,7 @@ def test_publish_copies_a_study_and_fills_the_pages(written):
     publish.publish("mine", root)
     assert publish.fill(root) == [root / "README.md"] and publish.fill(root) == []
     lines = (root / "README.md").read_text().splitlines()
-    assert lines[2].startswith("  | model | method |") and lines[-2:] == ["  <!-- /table -->", "b"]
+    assert lines[2].startswith("  | method | removed, % |") and lines[-2:] == ["  <!-- /table -->", "b"]
     page = (root / "docs" / "results.md").read_text()
     assert all((root / "docs" / link).exists() for link in re.findall(r"\]\((results/\w+\.png)\)", page))
 

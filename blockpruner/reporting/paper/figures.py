@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +33,10 @@ SPEED_CAPTION = (
 KINDS_CAPTION = "The share of MHA among the blocks removed so far by BlockPruner."
 STYLES = ((":", "none"), ("--", "bottom"), ("-", "full"))
 """Line and filling of a marker: as pruned, compensated, trained after that."""
+SHAPES = [shape for _, shape in MARKS]
+MANY_MARKS = [*MARKS, *((colour, shape) for (colour, _), shape in zip(MARKS, SHAPES[3:] + SHAPES[:3], strict=True))]
+"""MARKS, then their colours with other shapes: twice as many methods stay apart."""
+LEGEND: dict[str, Any] = {"fontsize": 7.5, "loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
 
 
 def figures(frame: pd.DataFrame, rows: Sequence[Row] = ()) -> list[Plot]:
@@ -64,10 +70,10 @@ def _draw(name: str, caption: str, models: Sequence[pd.DataFrame], panels: Seque
     return plots.render(name, caption, (max(8.0, 5.0 * len(panels)), 4.2 * len(models)), fill)
 
 
-def _groups(own: pd.DataFrame) -> list[tuple[str, dict[str, object], pd.DataFrame]]:
+def _groups(own: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
     """Give each method and healing of a model its label, its mark and its rows, from the least pruned on."""
     pruned = own[own["recipe"] != DENSE].sort_values("removed_pct")
-    marks = {recipe: MARKS[i % len(MARKS)] for i, recipe in enumerate(dict.fromkeys(pruned["recipe"]))}
+    marks = dict(zip(dict.fromkeys(pruned["recipe"]), itertools.cycle(MANY_MARKS), strict=False))
     found = []
     for (recipe, healing), group in pruned.groupby(["recipe", "healing"], sort=False):
         (colour, shape), (line, fill) = marks[recipe], STYLES[2 if "training" in healing else bool(healing)]
@@ -83,18 +89,18 @@ def _perplexity(axes: Axes, own: pd.DataFrame) -> None:
         axes.plot(line["removed_pct"], line["heldout_ppl"], label=label, **style)
     plots.scale_(axes, own["heldout_ppl"].tolist())
     plots.label_(axes, REMOVED, PERPLEXITY)
-    axes.legend(fontsize=7)
 
 
 def _accuracy(axes: Axes, own: pd.DataFrame) -> None:
-    for _, style, group in _groups(own):
+    for label, style, group in _groups(own):
         errors = group["avg_pct_se"].replace(np.inf, np.nan)
-        axes.errorbar(group["removed_pct"], group["avg_pct"], errors, capsize=2, **{**style, "linestyle": "none"})
+        points = {**style, "linestyle": "none", "label": label}
+        axes.errorbar(group["removed_pct"], group["avg_pct"], errors, capsize=2, **points)
     for _, dense in own[own["recipe"] == DENSE].iloc[:1].iterrows():
         low, high = dense["avg_pct"] - dense["avg_pct_se"], dense["avg_pct"] + dense["avg_pct_se"]
         axes.axhspan(low, high, color=plots.GREY, alpha=0.25, label="dense")
     plots.label_(axes, REMOVED, ACCURACY)
-    axes.legend(fontsize=7)
+    axes.legend(**LEGEND)
 
 
 def _speed(axes: Axes, own: pd.DataFrame) -> None:
@@ -107,7 +113,7 @@ def _speed(axes: Axes, own: pd.DataFrame) -> None:
             axes.annotate(f"{removed:.0f}", (at, value), xytext=(4, 4), textcoords="offset points", fontsize=8)
     plots.scale_(axes, own["heldout_ppl"].tolist())
     plots.label_(axes, "generation, × dense", PERPLEXITY)
-    axes.legend(fontsize=7)
+    axes.legend(**LEGEND)
 
 
 def _steps(row: Row) -> int:

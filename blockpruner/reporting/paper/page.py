@@ -80,14 +80,15 @@ def verdict(frame: pd.DataFrame) -> list[str]:
 
 
 def _size(band: pd.DataFrame, dense: pd.Series[float]) -> str:
-    def told(row: pd.Series[float]) -> str:
+    def quality(row: pd.Series[float]) -> str:
         times = written(row["heldout_ppl"] / dense["heldout_ppl"], 2)
-        return f"{row['method']} ({written(row['removed_pct'], 1)} %) {written(row['heldout_ppl'], 2)}, {times} × dense"
+        return f"{written(row['heldout_ppl'], 2)} ({times} × dense)"
 
     best = band.loc[band["heldout_ppl"].idxmin()]
     plain = band[(band["recipe"] == BLOCKPRUNER) & (band["healing"] == "") & (band.index != best.name)]
-    more = f"; {told(plain.iloc[0])}" if len(plain) else ""
-    return f"About {written(band['removed_pct'].mean(), 0)} % removed, lowest held-out perplexity: {told(best)}{more}."
+    more = f"; BlockPruner has {quality(plain.iloc[0])}" if len(plain) else ""
+    at, lowest = f"At {written(best['removed_pct'], 1)} % removed", "has the lowest held-out perplexity"
+    return f"{at}, {best['method']} {lowest}, {quality(best)}{more}."
 
 
 def results_page(title: str, frame: pd.DataFrame, conditions: Sequence[str], plots: Sequence[str]) -> str:
@@ -100,7 +101,7 @@ def results_page(title: str, frame: pd.DataFrame, conditions: Sequence[str], plo
         f"## {FRONT_TITLE}",
         to_markdown(front(frame)) if len(measured(frame)) else "Nothing is measured yet.",
         "For each size: the lowest held-out perplexity, the lowest without training, its best rival healed alike, and "
-        "BlockPruner as pruned. ± is one standard error, [ ] a 95 % interval.",
+        "BlockPruner as pruned. ± is one standard error.",
         *(f"![{name}](results/{name}.png)" for name in plots[:2]),
         *(["## Not measured", "\n".join(missing)] if missing else []),
         "## Conditions",

@@ -91,6 +91,7 @@ def measured(frame: pd.DataFrame) -> pd.DataFrame:
 
 FRONT = (
     "model", "method", "removed_pct", "kv_pct", "heldout_ppl", "heldout_x", "wikitext2_ppl", "wikitext2_x", "avg_pct",
+    "avg_pct_se",
 )  # fmt: skip
 
 
@@ -118,6 +119,8 @@ def front(frame: pd.DataFrame) -> pd.DataFrame:
         for band in bands(own):
             lines += _chosen(band.sort_values("heldout_ppl", kind="stable"))
     columns = [key for key in FRONT if key in frame]
+    if frame["model"].nunique() == 1:
+        columns.remove("model")
     if "wikitext2_ppl" in columns and frame["wikitext2_ppl"].equals(frame["heldout_ppl"]):
         columns.remove("wikitext2_ppl")
     return frame.loc[lines, columns].reset_index(drop=True)
