@@ -39,7 +39,7 @@ from blockpruner.core.settings import (
 from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.checkpoints import fetch_config
 from blockpruner.methods.recipes import RECIPES, RECOMMENDED, recipe
-from blockpruner.methods.registry import method_names
+from blockpruner.methods.registry import method_names, require_budgets
 from blockpruner.params import load_run, named_sources
 from blockpruner.store.files import write_text
 from flows.dvc import require_remote
@@ -238,12 +238,13 @@ def file_of(form: NewModel) -> Path:
     return RUNS / f"{form.name}.yaml"
 
 
-def require_fit(run: Run) -> None:
-    """Refuse a model whose context is shorter than the rows; a model that is not yet at hand passes."""
+def require_fit(form: NewModel, run: Run) -> None:
+    """Refuse what the model's shape forbids; a model that is not yet at hand passes."""
     if isinstance(run.model, HubModel | LocalModel):
         config = fetch_config(run.model, PINS)
         check_context(run.calibration.seq_len, config, "calibration.seq_len")
         check_context(run.evaluate.perplexity.seq_len, config, "evaluate.perplexity.seq_len")
+        require_budgets(run.score, config, form.budgets)
 
 
 def add(form: NewModel, text: str) -> Chosen:
@@ -267,7 +268,7 @@ def new_model(form: NewModel) -> State[None]:
     try:
         text = form.text()
         run = check(form, text)
-        require_fit(run)
+        require_fit(form, run)
     except InputError as error:
         return Failed(name="Refused", message=str(error))
     if form.wait and not file_of(form).exists():  # Retry does not ask again

@@ -22,10 +22,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import yaml
-from blockpruner.paper.experiments import DATA_VARIABLE
 from dvc.lock import Lock
-from flows.paper import lacking_data, paper
-from flows.paper import main as paper_main
 from prefect import Task
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
@@ -40,9 +37,9 @@ from blockpruner.store.locks import WORKSPACE
 from flows import dvc, serve
 from flows import new_model as form_module
 from flows import prune as prune_module
-from flows.new_model import NewModel, add, check, estimate, new_model
+from flows.new_model import NewModel, add, check, new_model, require_fit
 from flows.prune import main, prune
-from flows.selection import RunGrid, Selection, Tables, choose, choose_set
+from flows.selection import RunGrid, Selection, choose
 from flows.sweep import left_out
 from flows.sweep import main as sweep_main
 from tests.integration.project import post
@@ -59,7 +56,6 @@ targets:                   # pruned models to build
   smollm2-0.05: {run: smollm2, budget: "0.05"}
 report:
   title: SmolLM2-135M, block by block   # shown on top
-paper: {studies: [], sets: []}
 """
 PIPELINE = """
 stages:
@@ -83,27 +79,6 @@ stages:
     cmd: python -m stub report all data/report/report.md
     deps: [data/plans]
     outs: [data/report]
-"""
-STUDIES = """
-vars: [../params.yaml]
-stages:
-  fetch:
-    wdir: ..
-    matrix: {run: "${paper.studies}"}
-    cmd: python -m stub fetch ${item.run} data/studies/${item.run}/sources/texts
-    outs: ["data/studies/${item.run}/sources"]
-  search:
-    wdir: ..
-    matrix: {run: "${paper.studies}"}
-    cmd: python -m stub search ${item.run} data/studies/${item.run}/plans
-    deps: ["data/studies/${item.run}/sources"]
-    outs: ["data/studies/${item.run}/plans"]
-  tables:
-    wdir: ..
-    matrix: {set: "${paper.sets}"}
-    cmd: python -m stub tables ${item.set} data/tables/${item.set}/report.md
-    deps: [data/studies]
-    outs: ["data/tables/${item.set}"]
 """
 STUB = """
 import os, sys, time
@@ -159,9 +134,8 @@ def template(tmp_path_factory):
     """The miniature project as it is before a test."""
     folder = tmp_path_factory.mktemp("template")
     shutil.copytree(ROOT / "runs", folder / "runs", ignore=shutil.ignore_patterns("dvc.*"))
-    sets = "two: [smollm2-paper, llama2-7b]\none: [smollm2-paper]\nnone: [smollm2]\n"
-    files = {"stub.py": STUB, "dvc.yaml": PIPELINE, "params.yaml": PARAMS, "runs/dvc.yaml": STUDIES, "log.txt": ""}
-    for name, text in (files | {"runs/sets.yaml": sets}).items():
+    files = {"stub.py": STUB, "dvc.yaml": PIPELINE, "params.yaml": PARAMS, "log.txt": ""}
+    for name, text in files.items():
         (folder / name).write_text(text)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=folder, check=True)
@@ -173,8 +147,7 @@ def project(template, tmp_path, home, monkeypatch):
     """A copy of the miniature project as the current folder; the environment names no server."""
     folder = shutil.copytree(template, tmp_path / "project")
     monkeypatch.chdir(folder)
-    for name in ("PREFECT_API_URL", DATA_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(home))
     monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -469,10 +442,6 @@ def test_a_new_model_is_estimated_written_made_and_pushed(project, server, tmp_p
         "export": ["hf", "nas"],
     }  # fmt: skip
     assert load_params().runs == ("smollm2", "mine") and "mine" in run_names()
-    (table,) = (json.loads(a["data"]) for a in ask(server, "artifacts") if a["key"] == "estimate-mine")
-    rows = {row["of the search"]: row["estimate"] for row in table}
-    assert rows["model"] == "mine, llama, float32" and rows["blocks"] == "4 MHA + 4 MLP" and rows["removals"] == 1
-    assert rows["parameters"] == 4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 1000 * 64 and rows["trials"] > 4
     task_runs(server, lambda _, states: "push to team: Completed" in states)
     for name in (".dvc/cache", "data/report"):
         shutil.rmtree(name)
@@ -535,45 +504,11 @@ def test_forms_follow_the_run_files(project, server, capsys):
         known = serve.follow_runs(server, known)
         assert offered() == sorted([*before, "other"]) and "other.yaml" in known
         assert serve.follow_runs("http://127.0.0.1:9/api", known) is known  # nobody is asked
-        sets = Path("runs/sets.yaml").read_text()
-        Path("runs/sets.yaml").write_text("[")
         Path("runs/other.yaml").unlink()
-        known = serve.follow_runs(server, known)
-        assert "the forms are as before: runs/sets.yaml" in capsys.readouterr().err and "other" in offered()
-        Path("runs/sets.yaml").write_text(sets + " ")
         serve.follow_runs(server, known)
         assert offered() == before
         for each in client.read_deployments():
             client.delete_deployment(each.id)
-
-
-def test_tables_of_a_set_start_only_what_is_stale(project, server, monkeypatch):
-    flow = start("--set", "one", flow="paper", PREFECT_API_URL=server)
-    output, _ = flow.communicate()
-    assert flow.returncode == 0, output
-    assert ran() == ["fetch smollm2-paper", "search smollm2-paper", "tables one"]
-    assert "params.yaml: added study smollm2-paper, set one" in output
-
-    def tables(name, publish=False):
-        before = len(ran())
-        with temporary_settings({PREFECT_API_URL: server}):
-            state = paper(Tables(name=name, publish=publish), return_state=True)
-        assert state.is_completed(), state.message
-        return ran(before), state.message
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dvc, "repro", None)  # dvc is not even started
-        started, message = tables("one", publish=True)
-    assert started == [] and message.startswith("3 stages: 0 run, 3 cached")
-    page = Path("docs/results.md").read_text()
-    assert "python -m flows.paper --set one --publish" in page and page.endswith("\n\n![a](results/a.png)")
-    assert "# title" not in page and Path("docs/results/a.png").exists()
-    Path("data/studies/smollm2-paper/plans").unlink()
-    started, _ = tables("two")
-    assert started == ["fetch llama2-7b", "search llama2-7b", "tables two"]  # what was deleted is in dvc's cache
-    assert Path("data/studies/smollm2-paper/plans").exists()
-    assert "paper: {studies: [smollm2-paper, llama2-7b], sets: [one, two]}" in Path("params.yaml").read_text()
-    assert tables("one")[0] == ["tables one"]  # its input has one study more
 
 
 # --- without a server, or with one that has gone ------------------------------------------------------------------
@@ -826,10 +761,9 @@ def test_bad_selection_is_refused_without_traceback(project, capsys, options, me
         ({"more": {"model": {"source": "hub", "repo": "../m", "revision": 40 * "a"}}}, "model.hub.repo: String should"),
         ({"export": ["nas"]}, r"runs/mine.yaml: export: .*\['nas'\] lacks hf"),
         ({"method": "best"}, "method 'best' is unknown; valid: recommended, blockpruner, "),
-        ({"name": "sets"}, "run name 'sets' is taken"),
+        ({"name": "sources"}, "run name 'sources' is taken"),
         ({"name": "smollm2"}, "runs/smollm2.yaml is there and has other settings; choose another name"),
         ({"budgets": ["9blocks"]}, "budget '9blocks' .*the largest (reachable )?is 8blocks"),
-        ({"num_samples": 1, "seq_len": 2048}, "1 samples, joined, are about 113 tokens"),
         ({"model": {"path": "models/none"}}, "'models/none'|models/none/config.json"),
         ({"push": "team"}, "push: DVC has no remote 'team'; valid: none"),
     ],
@@ -838,7 +772,7 @@ def test_what_a_form_may_not_ask_for_is_refused_and_nothing_written(project, cha
     Path("link").symlink_to("/tmp")
     files = sorted(Path("runs").iterdir())
     with pytest.raises(InputError, match=message):
-        estimate(form := new(**changes), check(form, form.text()))
+        require_fit(form := new(**changes), check(form, form.text()))
     assert sorted(Path("runs").iterdir()) == files and Path("params.yaml").read_text() == PARAMS and not ran()
 
 
@@ -902,22 +836,3 @@ def test_unreachable_server_is_named(project, capsys):
     with temporary_settings({PREFECT_API_URL: NOWHERE}):
         assert main([]) == 2
     assert NOWHERE in capsys.readouterr().err
-
-
-def test_data_that_a_study_was_fetched_without_is_fetched(project, monkeypatch):
-    chosen, sources = choose_set("two"), Path("data/studies/smollm2-paper/sources")
-    sources.mkdir(parents=True)
-    assert lacking_data(chosen) == []
-    monkeypatch.setenv(DATA_VARIABLE, "somewhere")
-    assert lacking_data(chosen) == ["smollm2-paper"]  # llama2-7b measures WikiText-2 anyway
-    (sources / "wikitext.parquet").touch()
-    assert lacking_data(chosen) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("three", "set 'three' is unknown; valid: two, one, none"), ("none", "runs/smollm2.yaml has no study section")],
-)
-def test_a_set_that_cannot_be_made_changes_nothing(project, capsys, name, message):
-    assert paper_main(["--set", name]) == 2
-    assert message in capsys.readouterr().err and Path("params.yaml").read_text() == PARAMS

@@ -41,7 +41,6 @@ def forms(tmp_path, monkeypatch):
     Path("runs").mkdir()
     for name in ("small", "large"):
         Path(f"runs/{name}.yaml").touch()
-    Path("runs/sets.yaml").write_text("one: [small]\nboth: [small, large]\n")
     return {d.name: d._parameter_openapi_schema.model_dump() for d in serve.deployments()}
 
 
@@ -54,8 +53,6 @@ def test_forms_describe_every_field_and_offer_the_run_files(forms):
         assert all(field["description"] for field in form.values())
         if "runs" in form:
             assert form["runs"]["items"]["enum"] == ["large", "small"]
-        elif "model" not in form:
-            assert form["name"]["enum"] == ["one", "both"]
 
 
 @pytest.mark.parametrize(
@@ -73,8 +70,6 @@ def test_forms_describe_every_field_and_offer_the_run_files(forms):
         ("sweep", {"grid": {"runs": []}}, "[]"),
         ("sweep", {"grid": {"runs": ["small", "small"]}}, "small"),
         ("sweep", {}, "grid"),
-        ("paper-tables", {"tables": {"name": "both"}}, None),
-        ("paper-tables", {"tables": {"name": "none"}}, "none"),
     ],
 )
 def test_server_refuses_what_no_flow_could_run(forms, deployment, parameters, wrong):
