@@ -22,7 +22,7 @@ from blockpruner.reporting.paper.methods import PAPER_METHODS
 FOLDER = Path("studies")
 
 
-class Grid(Frozen):
+class TargetGrid(Frozen):
     """Targets in short: every method at every budget with every compensation, of every run."""
 
     runs: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Study(Frozen):
     """The title of its pages."""
     runs: tuple[str, ...] = Field(min_length=1)
     """Names of runs/<name>.yaml."""
-    grids: tuple[Grid, ...] = ()
+    grids: tuple[TargetGrid, ...] = ()
     """Targets in short."""
     targets: dict[str, Target] = Field(default_factory=dict)
     """More targets, by name, as in params.yaml."""

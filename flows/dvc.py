@@ -38,7 +38,7 @@ FLOW_VARIABLE = "BLOCKPRUNER_DVC_PARENT"
 
 PR_SET_PDEATHSIG = 1
 TEMPORARY = Path(".dvc/tmp")
-LOCKFILES = (Path("dvc.lock"), Path("runs/dvc.lock"))
+LOCKFILES = (Path("dvc.lock"),)
 READERS = TEMPORARY / "rwlock"
 """dvc's list of the processes that read and write outputs."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from blockpruner.core.blocks import BlockKind
+from blockpruner.core.errors import InputError
 from blockpruner.reporting import statistics
 from blockpruner.reporting.comparison import BAND
 from blockpruner.reporting.paper.evidence import FIVE, Measured, Row
@@ -23,9 +24,6 @@ from blockpruner.reporting.paper.methods import BLOCKPRUNER, DENSE, PAPER_METHOD
 from blockpruner.reporting.paper.published import Published, read_published
 from blockpruner.reporting.results import Model
 from blockpruner.reporting.statistics import Effect, Interval
-
-NAMES = ("model", "run", "target", "method", "healing", "budget")
-"""The first columns of the table of every model."""
 
 
 def models_frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -297,8 +295,12 @@ def paired(rows: Sequence[Row]) -> list[Table]:
 
 
 def _effect(measure: Measure, base: Row, row: Row, level: float) -> Effect | None:
+    """Compare two models; None where there are too few rows or items to compare."""
     assert base.found and row.found
-    return measure(base.found.result, row.found.result, level)
+    try:
+        return measure(base.found.result, row.found.result, level)
+    except InputError:
+        return None
 
 
 def _ratio(row: Row) -> float:
