@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from benchmarks.flops import Flops
 from benchmarks.shapes import random_model, random_rows
 from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Config
@@ -30,7 +31,6 @@ from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import accelerator
 from blockpruner.model.models import load_model, masked
-from blockpruner.paper.flops import Flops
 from blockpruner.scoring.accelerate import accelerate, settings_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective

@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving [engine ...]     names of ENGINES; all, if none is named
 
-The pruned models are those of the floating search in the study smollm2-paper, compensated. It measures one sequence,
+The pruned models are those of the floating search in the study smollm2, compensated. It measures one sequence,
 with the prompt and new tokens of Table 6 of arXiv 2406.10594. An engine's models take turns within each repeat. Medians
 are shown, and their ratios to dense with 95 % intervals. It prints Markdown for docs/serving.md. It needs `python -m
-flows.paper --set smollm2`, `pip install '.[serve]'`, and for vLLM BLOCKPRUNER_VLLM: the bin folder of the environment
+flows.paper --study smollm2`, `pip install '.[serve]'`, and for vLLM BLOCKPRUNER_VLLM: the bin folder of the environment
 that `make test-slow` makes.
 """
 
@@ -34,14 +34,14 @@ from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import find_healed
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
-from blockpruner.paper.experiments import FLOATING, cures
-from blockpruner.paper.studies import load_plans
 from blockpruner.params import load_run
 from blockpruner.reporting.statistics import ratio_of_medians
+from blockpruner.store.plans import load_plan
 from blockpruner.store.provenance import fingerprint
-from stages import STUDIES
+from stages import DATA
 
-STUDY = STUDIES / "smollm2-paper"
+RUN = "smollm2-paper"
+TARGETS = tuple(f"{RUN}-floating-b{percent}-refit" for percent in (10, 20, 30))
 MODELS = Path("data/benchmarks/serving")
 PROMPT, NEW, REPEATS = 128, 128, 10
 VLLM = "BLOCKPRUNER_VLLM"
@@ -65,16 +65,14 @@ def nothing_removed(plan: Plan) -> Plan:
 
 def prunings() -> dict[str, Pruning]:
     """The dense model, as one of which nothing is removed, and the pruned ones by their ratios."""
-    run, result = load_run(STUDY.name), dict[str, Pruning]()
-    for cure in cures(run):
-        if cure.variant.method != FLOATING or cure.train:
-            continue
-        plan = cure.of(load_plans(STUDY / "plans", cure.variant)[cure.budget])
-        rows = CalibrationSet.load(STUDY / "plans" / cure.variant.slug / "rows.parquet")
-        pruned = Pruning(STUDY / "model", plan, rows, run.model.dtype, "cpu")
+    run, result = load_run(RUN), dict[str, Pruning]()
+    rows = CalibrationSet.load(DATA / "calibration" / RUN / "search.parquet")
+    for target in TARGETS:
+        plan = load_plan(DATA / "evidence" / target / "plan.json")
+        pruned = Pruning(DATA / "models" / RUN, plan, rows, run.model.dtype, "cpu")
         if not result:
             result["dense"] = replace(pruned, plan=nothing_removed(plan))
-        healed = find_healed([STUDY / "healed" / cure.slug], pruned.identity)
+        healed = find_healed([DATA / "compensated" / target], pruned.identity)
         result[f"{plan.ratio:.2%}"] = replace(pruned, healed=healed)
     return dict(sorted(result.items(), key=lambda item: item[1].plan.ratio))
 
@@ -88,7 +86,7 @@ def exported(pruning: Pruning, form: str) -> Path:
 
 
 def transformers_(directory: Path) -> tuple[int, Callable[[], Run]]:
-    model = load_model(directory, load_run(STUDY.name).model.dtype, "cpu", trust_remote_code=has_our_code(directory))
+    model = load_model(directory, load_run(RUN).model.dtype, "cpu", trust_remote_code=has_our_code(directory))
     prompt = random_prompt(model, 1, PROMPT)
 
     def run() -> Run:
@@ -146,7 +144,7 @@ def vllm(directory: Path) -> tuple[int, Callable[[], Run]]:
         sys.exit(f"vLLM has an environment of its own: set {VLLM} to its bin folder (`make test-slow` makes one)")
     reading, writing = os.pipe()
     command = [Path(os.environ[VLLM]) / "python", "-I", Path(__file__).with_name("serving_vllm.py").absolute()]
-    command += [directory.absolute(), load_run(STUDY.name).model.dtype, str(PROMPT), str(NEW), str(writing)]
+    command += [directory.absolute(), load_run(RUN).model.dtype, str(PROMPT), str(NEW), str(writing)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     log = MODELS / f"vllm-{directory.parent.name}.log"

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from blockpruner.core.families import Config
-from blockpruner.paper.shapes import SHAPES
 
 MODELS: Mapping[str, Config] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 500},
-    "llama2-7b": SHAPES["meta-llama/Llama-2-7b-hf"],
-    "llama2-13b": SHAPES["meta-llama/Llama-2-13b-hf"],
+    "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 32, "vocab_size": 32000},
+    "llama2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+                   "num_key_value_heads": 40, "vocab_size": 32000},
 }  # fmt: skip
 
 

@@ -15,14 +15,13 @@ import yaml
 
 from blockpruner.checks import check_run, check_target
 from blockpruner.core.errors import InputError, named
-from blockpruner.core.sets import Sets, StudySet
-from blockpruner.core.settings import NAME, read_settings
+from blockpruner.core.settings import NAME, T, read_settings
 from blockpruner.methods.registry import method_names, options_model
 from blockpruner.settings import Params, Run, Sections, resolve
 from blockpruner.store.files import write_text
 
-NO_RUNS = frozenset({"dvc", "sets", "sources"})
-"""Files of runs/ that are something else: the pipeline of studies, the sets of them, and sources by name."""
+NO_RUNS = frozenset({"sources"})
+"""Files of runs/ that are something else: sources by name."""
 
 SOURCES = "sources.yaml"
 KINDS_OF_SOURCE = ("pypi", "pypi-parts", "hub", "path", "tasks", "mix")
@@ -31,7 +30,7 @@ KINDS_OF_SOURCE = ("pypi", "pypi-parts", "hub", "path", "tasks", "mix")
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read params.yaml; raises InputError that names file, key, value and the valid ones."""
-    params = read_settings(Params, _read(path), f"{path}: ")
+    params = read_file(path, Params)
     for name, target in params.targets.items():
         if target.needs_its_run:
             with named(f"{path}: target {name!r}: "):
@@ -75,24 +74,9 @@ def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
     return found
 
 
-SETS = Path("runs/sets.yaml")
-
-
-def load_sets(path: Path = SETS) -> dict[str, StudySet]:
-    """The sets by name, from runs/sets.yaml."""
-    return read_settings(Sets, _read(path), f"{path}: ").root
-
-
-def load_set(name: str, path: Path = SETS) -> dict[str, Run]:
-    """The runs of a set by name; raises InputError for an unknown set, or a run of it without a study."""
-    sets = load_sets(path)
-    if name not in sets:
-        raise InputError(f"set {name!r} is unknown; valid: {', '.join(sets)} (one more is a line in {path})")
-    runs = {run: load_run(run, path.parent) for run in sets[name].runs}
-    for run, settings in runs.items():
-        if settings.study is None:
-            raise InputError(f"{path}: set {name!r} names {run!r}, and runs/{run}.yaml has no study section; add one")
-    return runs
+def read_file(path: Path, model: type[T]) -> T:
+    """Read a YAML file of settings; raises InputError that names file, key, value and the valid ones."""
+    return read_settings(model, _read(path), f"{path}: ")
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""clean: what lies under data/ that no run, target, study or set of params.yaml names.
+"""clean: what lies under data/ that no run, target or study of params.yaml names.
 
     python -m stages.clean            lists; deletes nothing
     python -m stages.clean delete     deletes what is listed as unused
@@ -21,15 +21,15 @@ import yaml
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import observer
-from blockpruner.params import load_params, load_set
 from blockpruner.settings import Params
+from blockpruner.params import load_params
 from blockpruner.store.files import TEMPORARY, remove
 from blockpruner.store.locks import WORKSPACE, hold, this_process
 from stages import DATA, run
 
-PIPELINES = (Path("dvc.yaml"), Path("runs/dvc.yaml"))
+PIPELINE = Path("dvc.yaml")
 NAME = re.compile(r"\$\{[^}]*\}")
-"""Where an output's path in the DAG bears the name of a run, a target, a study or a set."""
+"""Where an output's path in the DAG bears the name of a run, a target or a study."""
 
 SET_ASIDE = re.compile(r".+\.bad(\.\d+)?")
 """Names that `store.files.set_aside` gives."""
@@ -41,25 +41,22 @@ ABANDONED = 24 * 3600
 
 def outputs(params: Params) -> dict[Path, bool]:
     """Every output of a stage that runs for a name, and whether params.yaml has that name."""
-    studies = [*params.paper.studies, *(name for one in params.paper.sets for name in load_set(one))]
     names: Mapping[str, Sequence[str]] = {
         "${runs}": params.runs,
         "${targets}": list(params.targets),
-        "${paper.studies}": studies,  # a set's tables are made of all studies of its runs
-        "${paper.sets}": params.paper.sets,
+        "${studies}": params.studies,
     }
     current: set[Path] = set()
     folders: set[Path] = set()
-    for pipeline in filter(Path.exists, PIPELINES):
-        for stage in yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"].values():
-            if not {"matrix", "foreach"} & stage.keys():
-                continue
-            (items,) = stage["matrix"].values() if "matrix" in stage else [stage["foreach"]]
-            for out in stage.get("do", stage)["outs"]:
-                template = next(iter(out)) if isinstance(out, dict) else out
-                depth = next(depth for depth, part in enumerate(Path(template).parts) if NAME.search(part))
-                folders.add(Path(*Path(template).parts[:depth]))
-                current |= {Path(*Path(NAME.sub(name, template)).parts[: depth + 1]) for name in names[items]}
+    for stage in yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"].values():
+        if not {"matrix", "foreach"} & stage.keys():
+            continue
+        (items,) = stage["matrix"].values() if "matrix" in stage else [stage["foreach"]]
+        for out in stage.get("do", stage)["outs"]:
+            template = next(iter(out)) if isinstance(out, dict) else out
+            depth = next(depth for depth, part in enumerate(Path(template).parts) if NAME.search(part))
+            folders.add(Path(*Path(template).parts[:depth]))
+            current |= {Path(*Path(NAME.sub(name, template)).parts[: depth + 1]) for name in names[items]}
     return {path: path in current for folder in sorted(folders) for path in sorted(folder.glob("[!.]*/"))}
 
 

@@ -40,7 +40,6 @@ from blockpruner import versions
 from blockpruner.checkpoints import verification
 from blockpruner.core import settings
 from blockpruner.evaluation import latency, speed
-from blockpruner.paper.experiments import variants
 from blockpruner.params import load_run, run_names
 from blockpruner.store.files import read_json
 from stages import (
@@ -115,7 +114,7 @@ CHAINS = (
         "SAMPLES_VERSION",
         "REPORT_VERSION",
     ),
-    ("SETTINGS_VERSION", "STUDY_VERSION"),
+    ("SETTINGS_VERSION",),
 )
 """Results in the order in which they are made of each other."""
 
@@ -565,30 +564,6 @@ def reported(world: World) -> Any:
     }
 
 
-def tabulated(world: World) -> Any:
-    """The CSV files of a set of one study, of made-up times; what its searches lead to and what is measured of them."""
-    study = {
-        "methods": ["blockpruner", "shortgpt", "random"], "main": {"block": "0.2", "layer": "0.2"},
-        "curve": ["0.1"], "sensitivity": "0.2", "partial": [], "seeds": [43], "samples": {},
-        "calibrations": {"few": {"num_samples": 4}}, "tasks": ["lambada_openai"], "speed": TIMED | {"repeats": 2},
-    }  # fmt: skip
-    few = {"zero_shot": EVALUATE["zero_shot"] | {"tasks": ["piqa", "mmlu_marketing"]}, "speed": study["speed"]}
-    world.start("study", study=study, evaluate=EVALUATE | few)
-    params = yaml.safe_load(Path("params.yaml").read_text()) | {"paper": {"studies": ["study"], "sets": ["golden"]}}
-    Path("params.yaml").write_text(yaml.safe_dump(params))
-    Path("runs/sets.yaml").write_text("golden: [study]\n")
-    shutil.copytree(ROOT / "data/paper", "data/paper")
-    for stage in (study_fetch, study_search, study_evaluate, study_speed):
-        stage.main("study")
-    for path in Path("data/studies/study/speed").glob("*.json"):
-        path.write_text(json.dumps(_fixed(read(path), 0.8)))
-    for path in Path("data/studies/study/plans").glob("*/search.json"):
-        found = read(path)
-        path.write_text(json.dumps(found | {"cost": found["cost"] | {"seconds": 60.0}}))
-    study_tables.main("golden")
-    return {path.name: cells(path) for path in sorted(Path("data/tables/golden/tables").glob("*.csv"))}
-
-
 def _fixed(value: Any, seconds: float = 1.25) -> Any:
     """Measured times as if the dense model took 1 second for all, and a pruned one 0.8."""
     if isinstance(value, list):
@@ -598,16 +573,6 @@ def _fixed(value: Any, seconds: float = 1.25) -> Any:
     found = {key: _fixed(part, {"dense": 1.0, "pruned": 0.8}.get(key, seconds)) for key, part in value.items()}
     for key in (key for key in value if key.endswith("_tokens_per_second")):
         found[key] = round(value[key] * value[key.replace("tokens_per_second", "seconds")]["median"]) / seconds
-    return found
-
-
-def studies(_: World, name: str) -> Any:
-    """Every search of a study: its budgets, what is measured of its models, and what it changes in the run."""
-    run, found = RUNS[name], {}
-    for v in variants(run):
-        pairs = [(sections(getattr(v, key)), sections(getattr(run, key))) for key in ("score", "calibration")]
-        change = {key: own.get(key) for own, base in pairs for key in own | base if own.get(key) != base.get(key)}
-        found[v.name] = {"budgets": v.budgets, "main": v.main, "timed": v.timed, "raced": v.raced, **change}
     return found
 
 
@@ -621,13 +586,9 @@ def sections(value: Any) -> Any:
 
 
 def resolved(_: World, name: str) -> Any:
-    """What a shipped run file means; which searches its study makes is an entry of its own."""
+    """What a shipped run file means."""
     run = RUNS[name]
-    found = {key: sections(getattr(run, key)) for key in type(run).model_fields}
-    study = found["study"] or {}
-    return found | {
-        "study": {key: study[key] for key in study.keys() - {"methods", "calibrations", "options", "samples"}}
-    }
+    return {key: sections(getattr(run, key)) for key in type(run).model_fields}
 
 
 def defaults(_: World) -> Any:
@@ -688,7 +649,6 @@ EXPORTS: dict[str, tuple[Any, ...]] = {
 ENTRIES: dict[str, Entry] = {
     "settings": Entry("SETTINGS_VERSION", defaults),
     **{f"settings of {name}": Entry("SETTINGS_VERSION", partial(resolved, name=name)) for name in RUNS},
-    **{f"study of {name}": Entry("STUDY_VERSION", partial(studies, name=name)) for name in RUNS if RUNS[name].study},
     "texts and items": Entry("FETCH_VERSION", fetched),
     "converted checkpoints": Entry("CONVERT_VERSION", converted),
     **{
@@ -731,7 +691,6 @@ ENTRIES: dict[str, Entry] = {
     },
     "samples": Entry("SAMPLES_VERSION", said),
     "report": Entry("REPORT_VERSION", reported, 1e-6),
-    "tables of a study": Entry("REPORT_VERSION", tabulated, 1e-6),
 }
 """By what they are of."""
 

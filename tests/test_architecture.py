@@ -15,11 +15,9 @@ from blockpruner import versions
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = "blockpruner/versions.py"
-PIPELINES = ("dvc.yaml", "runs/dvc.yaml")
 STAGES = {
     re.search(r"-m stages\.(\w+)", definition.get("do", definition)["cmd"])[1]: definition.get("do", definition)
-    for pipeline in PIPELINES
-    for definition in yaml.safe_load((ROOT / pipeline).read_text())["stages"].values()
+    for definition in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
 }
 """By module."""
 

@@ -187,6 +187,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned checkpoint that transformers loads. If it is interrupted, run the same command again."""
+    from blockpruner.cli import dry_run as forecast
     from blockpruner.cli import pruning as work
 
     def given(**options: Any) -> dict[str, Any]:
@@ -203,8 +204,8 @@ def prune(
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, wanted)
     if dry_run:
-        found = place.dry_run(run, budget)
-        _tell(found, work.dry_words(found), as_json)
+        found = forecast.dry_run(run, place.config_of(run), (budget,))
+        _tell(found, forecast.in_words(found), as_json)
     else:
         named = out or Path(f"{run.model.title.rpartition('/')[2]}-{budget}")
         found = place.prune(run, budget, named.expanduser().absolute())

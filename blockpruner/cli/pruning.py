@@ -81,7 +81,7 @@ class Place:
         given = {**source, "trust_remote_code": trusted} | ({} if dtype == "auto" else {"dtype": dtype})
         run = read_settings(Run, {"model": given, "export": list(self._asked), **sections})
         self._require_programs(run)
-        config = self._config(run)
+        config = self.config_of(run)
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
             raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
         require_families(run.export, str(config["model_type"]))
@@ -123,7 +123,7 @@ class Place:
         from blockpruner.healing import choice
         from blockpruner.healing.train import FACTS as TRAIN_FACTS
 
-        config, method, note = self._config(run), compensation(run.compensate, run.score.method), self.observer.note
+        config, method, note = self.config_of(run), compensation(run.compensate, run.score.method), self.observer.note
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
         assert not isinstance(run.calibration.data, TaskAnswers)
         texts, dense = load_texts(run.calibration.data, self.root / "cache", self.pins), self.fetch(run)
@@ -245,10 +245,10 @@ class Place:
     def pins(self) -> Path:
         return self.root / "pins.json"
 
-    def _config(self, run: Run) -> Config:
+    def config_of(self, run: Run) -> Config:
         assert isinstance(run.model, HubModel | LocalModel)
         try:
-            return fetch_config(run.model, self.pins)
+            return fetchconfig_of(run.model, self.pins)
         except HubError as error:
             raise InputError(f"there is no folder {run.model.title!r} here, and {error}") from error
 

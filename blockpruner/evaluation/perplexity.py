@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError, NonFiniteLossError
-from blockpruner.evaluation.settings import Perplexity, WikiText
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import cut
 from blockpruner.model import accelerator
 from blockpruner.model.models import head_of, room_beside
@@ -63,7 +63,7 @@ class HeldOutPerplexity:
     """Each row's mean NLL, nats per token."""
 
 
-def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity | WikiText) -> HeldOut:
+def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOut:
     """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`.
 
     packing "joined": all texts are joined with a blank line, tokenized once and cut into rows; the tail is dropped.
@@ -91,7 +91,7 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return ids
 
 
-def _joined(tokenizer: Any, texts: Sequence[str], wanted: Perplexity | WikiText) -> Packed:
+def _joined(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> Packed:
     rows = cut(_ids(tokenizer, texts), wanted.seq_len)
     used = rows[: wanted.max_rows]
     if len(used) == len(rows):
@@ -101,7 +101,7 @@ def _joined(tokenizer: Any, texts: Sequence[str], wanted: Perplexity | WikiText)
     return used, texts[:count], 0
 
 
-def _documents(tokenizer: Any, texts: Sequence[str], wanted: Perplexity | WikiText) -> Packed:
+def _documents(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> Packed:
     rows: list[tuple[int, ...]] = []
     documents: list[str] = []
     held: list[str] = []

@@ -63,14 +63,3 @@ class Evaluate(Frozen):
     zero_shot: ZeroShot = ZeroShot()
     speed: Speed | None = Speed()
     """null: generation is not timed, which takes both models in memory."""
-
-
-class WikiText(Frozen):
-    """Perplexity on WikiText-2's test split, for runs whose `evaluate.perplexity` is another text.
-
-    It is read from the folder that BLOCKPRUNER_DATA names, if that is set.
-    """
-
-    seq_len: int = Field(default=2048, ge=2)
-    max_rows: int | None = Field(default=None, ge=1)
-    packing: Literal["joined"] = "joined"

@@ -26,7 +26,7 @@ from blockpruner.core.progress import Observer
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.samples import NEW_TOKENS, PROMPTS, answer
-from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, WikiText, ZeroShot
+from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, ZeroShot
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
 from blockpruner.evaluation.tasks import task_digest
@@ -283,9 +283,7 @@ def tokenizer_digest(directory: Path) -> str:
     return fingerprint({path.name: content_sha256(path) for pattern in patterns for path in directory.glob(pattern)})
 
 
-def perplexity_of(
-    model: Evaluated, texts: Path, settings: Perplexity | WikiText, identity: Mapping[str, Any]
-) -> Evaluation:
+def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity: Mapping[str, Any]) -> Evaluation:
     found = read_texts(texts)
 
     def compute(advance: Advance) -> Stored:

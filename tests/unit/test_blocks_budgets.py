@@ -17,9 +17,9 @@ from blockpruner.core.blocks import (
 from blockpruner.core.budgets import choose_prefix, goal_of, is_settled, parse_budget, require_reachable, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters
-from blockpruner.paper.shapes import SHAPES
 from blockpruner.search.space import is_settled as settled_for_a_goal
 from blockpruner.search.space import nearest as nearest_mask
+from tests.shapes import SHAPES
 
 LLAMA2_7B = SHAPES["meta-llama/Llama-2-7b-hf"]
 COUNTS = count_parameters(LLAMA2_7B)

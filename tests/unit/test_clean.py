@@ -1,8 +1,5 @@
 """What `stages.clean` keeps and deletes, against lists written by hand; outputs are files of a few bytes."""
 
-import os
-import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ PARAMS = {
         "x-bad": {"run": "tiny", "budget": "3blocks"},
         "lora-bad": {"run": "tiny", "budget": "4blocks", "train": True},
     },
-    "paper": {"studies": ["study"], "sets": ["ours"]},
+    "studies": ["ours"],
 }
 TARGETS = ("small", "x-bad", "lora-bad")
 OF_RUNS = ("settings", "models", "sources", "calibration", "scores")
@@ -31,7 +28,7 @@ KEPT = {
     **{f"{kind}/{name}": True for kind in (*OF_TARGETS, "results") for name in TARGETS},
     **{f"{kind}/{name}": False for kind in OF_TARGETS for name in ("old.bad", "tiny")},
     "results/tiny-dense": True, "results/tiny-search": False, "results/old-dense": False, "results/tiny": False,
-    "studies/study": True, "studies/of-a-set": True, "studies/old": False, "tables/ours": True, "tables/others": False,
+    "tables/ours": True, "tables/others": False,
 }  # fmt: skip
 """Folders of outputs: whether params.yaml names them."""
 
@@ -61,13 +58,9 @@ def write(path, text=""):
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("params.yaml", yaml.safe_dump(PARAMS))
-    for name in ("dvc.yaml", "runs/dvc.yaml"):
-        write(name, (ROOT / name).read_text())
-    write("runs/tiny.yaml", (ROOT / "runs/smollm2.yaml").read_text() + "train: {}\n")
-    for name in ("study", "of-a-set"):
-        write(f"runs/{name}.yaml", (ROOT / "runs/smollm2-paper.yaml").read_text())
+    write("dvc.yaml", (ROOT / "dvc.yaml").read_text())
+    write("runs/tiny.yaml", (ROOT / "runs/smollm2.yaml").read_text() + "recover: {}\n")
     write("runs/sources.yaml", (ROOT / "runs/sources.yaml").read_text())
-    write("runs/sets.yaml", "ours: [study, of-a-set]")
     for name in KEPT:
         write(f"data/{name}/file")
     for name in (*LEFT_OVER, *OTHERS):
@@ -99,11 +92,10 @@ def test_exactly_what_nothing_names_is_listed_and_deleted(capsys):
 
 
 def test_every_output_of_the_stages_is_looked_at():
-    """The folders, written by hand above, are those of both pipelines."""
+    """The folders, written by hand above, are those of the pipeline."""
     outs = []
-    for path in ("dvc.yaml", "runs/dvc.yaml"):
-        for stage in yaml.safe_load(Path(path).read_text())["stages"].values():
-            outs += [next(iter(out)) if isinstance(out, dict) else out for out in stage.get("do", stage)["outs"]]
+    for stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].values():
+        outs += [next(iter(out)) if isinstance(out, dict) else out for out in stage.get("do", stage)["outs"]]
     assert {Path(out).parts[1] for out in outs if "${" in out} == {name.partition("/")[0] for name in KEPT}
 
 
@@ -123,10 +115,3 @@ def test_nothing_is_deleted_beside_a_flow(capsys):
 def test_another_word_is_refused(what):
     with pytest.raises(InputError, match=f"'{what}' is unknown; valid: .*delete"):
         clean.main(what)
-
-
-def test_a_set_that_is_unknown_ends_it():
-    shutil.copy("runs/sets.yaml", "other")
-    write("runs/sets.yaml", "others: [study]")
-    with pytest.raises(InputError, match="set 'ours' is unknown"):
-        clean.main("delete")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 
+from benchmarks.flops import Flops
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
@@ -28,6 +29,7 @@ from blockpruner.scoring.large.sharing import (
 from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.walk import runs, steps_of, walk
 from blockpruner.scoring.work import ScoredRows, Task
+from tests.shapes import SHAPES
 from tests.tiny import full_nll, save_tiny, tiny_model
 
 RUNTIME = {"device": "cpu", "batch_tokens": 40}

@@ -22,7 +22,6 @@ from blockpruner.core.settings import read_settings
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import KINDS, check_score, kind_of_method
 from blockpruner.model.models import decoder_layers, masked
-from blockpruner.paper.shapes import SHAPES
 from blockpruner.params import load_run
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS
@@ -31,6 +30,7 @@ from blockpruner.search.iteration import removals
 from blockpruner.search.registry import SEARCHES, request
 from blockpruner.search.trace import read_trace, trace_directory
 from tests.builders import FakeScorer, removed_in, scored, searched, short_rows, small_config
+from tests.shapes import SHAPES
 from tests.tiny import full_nll, tiny_model
 from tests.unit.test_blocks_budgets import OFFICIAL_ORDER
 from tests.unit.test_metrics import divergence, influence, model_of, recorded, row, states_of, values_of

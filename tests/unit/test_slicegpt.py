@@ -22,7 +22,7 @@ from blockpruner.methods.slicegpt.widths import (
     width_for_ratio,
 )
 from blockpruner.model import modeling_slicegpt
-from blockpruner.paper.shapes import SHAPES
+from tests.shapes import SHAPES
 from tests.tiny import tiny_model
 
 MODELS = {family: (family, {}) for family in SLICEABLE} | {

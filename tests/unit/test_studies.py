@@ -1,363 +1,402 @@
-"""The searches of a study, and its models in memory: against single searches and masked models, and what is kept."""
+"""Studies: which targets they are, and tables whose numbers are those of the targets' evidence."""
 
+from __future__ import annotations
+
+import json
 import math
-from statistics import fmean
-from types import SimpleNamespace
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
-import torch
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
-from blockpruner.core.blocks import parse_mask
-from blockpruner.core.errors import InputError
-from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import LocalModel, Runtime
-from blockpruner.evaluation import suite
-from blockpruner.evaluation.perplexity import held_out
-from blockpruner.evaluation.settings import Evaluate, Speed
-from blockpruner.evaluation.suite import Checkpoint
-from blockpruner.healing.compensate import compensate
-from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.settings import Calibration
-from blockpruner.inputs.texts import write_texts
-from blockpruner.methods import score
-from blockpruner.methods.healed import FILE
-from blockpruner.methods.kind import make_plan
-from blockpruner.methods.registry import KINDS, model_facts
-from blockpruner.methods.weights import weights_kind
-from blockpruner.model.models import load_model, masked
-from blockpruner.paper.check import Check, hold_against
-from blockpruner.paper.evaluation import Candidate, CandidateModel, evaluate_study, time_study, unique
-from blockpruner.paper.experiments import Variant, cures
-from blockpruner.paper.healing import FACTS, Healer, healed_of
-from blockpruner.paper.studies import SearchRecord, Setting, StudyTexts, load_plans, model_name, search_all
+from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sorted_blocks
+from blockpruner.core.plan import Plan
+from blockpruner.core.settings import read_settings
 from blockpruner.scoring.settings import Score
-from blockpruner.search.trace import Current
-from blockpruner.settings import Run
-from blockpruner.store.files import read_json, write_json
-from blockpruner.store.manifest import SOURCE_FILE
-from blockpruner.store.tensors import read_tensors
-from blockpruner.versions import PLAN_VERSION
-from stages import study_search
-from tests.builders import small_config
-from tests.tiny import full_nll, save_tiny, tiny_tokenizer
-from tests.unit.zero_shot_items import write_tasks
+from blockpruner.settings import Target
+from blockpruner.evaluation.store import ITEMS
+from blockpruner.methods.registry import check_score
+from blockpruner.params import load_run
+from blockpruner.reporting.paper import publish
+from blockpruner.reporting.paper.evidence import FIVE, Asked, Row, Subject, read_rows
+from blockpruner.reporting.paper.figures import figures
+from blockpruner.reporting.paper.frames import Table, texts, to_latex, to_markdown
+from blockpruner.reporting.paper.methods import PAPER_METHODS
+from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
+from blockpruner.reporting.paper.published import MODELS, read_published
+from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
+from blockpruner.reporting.results import RunLabels
+from blockpruner.store.files import write_json, write_table
+from blockpruner.store.plans import save_plan
+from blockpruner.studies import Study, load_study, study_names, targets_of
+from tests.builders import speed_facts
+from tests.errors import refused
 
-TEXTS_OF_WORLD = [f"sentence number {i} is about {'cats' if i % 2 else 'dogs'} and nothing else" for i in range(30)]
-DATA = {"source": "path", "path": "nowhere", "format": "text"}
-MODEL = {"source": "path", "path": "nowhere"}
-MAIN = {"block": "2blocks", "layer": "1layers"}
-
-
-def variant(name, score=None, budgets=("2blocks", "1blocks"), **calibration):
-    section = {"data": DATA, "num_samples": 6, "seq_len": 20, "packing": "per_sample", "split": "all", "seed": 1}
-    return Variant(name, name, "block", Score(**score or {}), Calibration(**section | calibration), budgets)
-
-
-VARIANTS = (
-    variant("BlockPruner"),
-    variant("one-shot", {"method": "one_shot"}),
-    variant("ShortGPT", {"method": "one_shot", "unit": "layer", "metric": "block_influence"}, ("1layers",)),
-    variant("seed 2", seed=2),
-    variant("LaCo", {"method": "laco", "options": {"count": 2}}, ("1layers",)),
-    variant("LaCo too coarse", {"method": "laco", "options": {"count": 3}}, ("1layers",)),
-    variant("SliceGPT", {"method": "slicegpt"}, ("0.2",)),
-)
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "data" / "paper"
+LAYERS, MHA, MLP, TOTAL = 30, 900_000, 2_700_000, 135_000_000
+ITEM_COUNT, ROW_COUNT = 20, 6
+LABELS = RunLabels("tiny", "a <tiny> model", "instructions", "an encyclopaedia", "stock tasks")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A study after its searches. `made` has an entry for each model that was loaded to be scored."""
-    root = tmp_path_factory.mktemp("study")
-    save_tiny(root / "model", max_position_embeddings=512)
-    write_json(root / "model" / SOURCE_FILE, {"identity": "tiny"})
-    made, make = [], score.make_scorer
-    model = LocalModel(source="path", path=str(root / "model"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "make_scorer", lambda *args, **kwargs: made.append(1) or make(*args, **kwargs))
-        opened = score.open_material(root / "model", model, Runtime(device="cpu"), root / "trials", SilentObserver())
-        with opened as material:
-            setting = Setting("tiny", material, StudyTexts(tiny_tokenizer, lambda data: TEXTS_OF_WORLD, list))
-            search_all(VARIANTS, root / "scores", root / "plans", setting)
-            yield SimpleNamespace(root=root, setting=setting, made=made)
+# studies/*.yaml
 
 
-def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+@pytest.mark.parametrize("name", study_names(ROOT / "studies"))
+def test_shipped_studies_are_of_runs_and_methods_that_there_are(name):
+    study, lines = load_study(name, ROOT / "studies"), (ROOT / "studies" / f"{name}.yaml").read_text().splitlines()
+    assert len(lines) <= 15 and study.targets
+    for run in study.runs:
+        settings = load_run(run, ROOT / "runs")
+        own = {key: target for key, target in study.targets.items() if target.run == run}
+        assert own and settings.export == ()
+        assert settings.recover is not None or not any(target.recover for target in own.values())
+    assert all(re.fullmatch(r"[A-Za-z0-9-]+", key) for key in study.targets)
 
 
-def test_each_search_leads_to_its_plans(world):
-    found = {v.name: SearchRecord.load(world.root / "plans" / v.slug) for v in VARIANTS}
-    assert len(world.made) == 1  # one model for all of them
-    base = found["BlockPruner"]
-    assert (base.rows, base.tokens) == (6, 6 * 20)
-    assert len(base.order) >= 2 and len(base.perplexities) == len(base.order) + 1
-    assert set(base.first) == {f"{kind}.{layer}" for kind in ("mha", "mlp") for layer in range(4)}
-    assert base.order[0] == min(base.first, key=base.first.get)
-    assert base.cost["computed"] == base.cost["asked"] > 0
-    plans = {budget: plan.order for budget, plan in load_plans(world.root / "plans", VARIANTS[0]).items()}
-    assert plans == {"2blocks": base.order[:2], "1blocks": base.order[:1]}
-    one_shot = found["one-shot"]  # its scores are BlockPruner's first iteration
-    assert one_shot.cost["computed"] < one_shot.cost["asked"]
-    assert one_shot.order[:2] == tuple(sorted(base.first, key=base.first.get)[:2])
-    assert found["seed 2"].cost["computed"] == found["seed 2"].cost["asked"]
-    assert found["LaCo"].order == () == found["SliceGPT"].order
+def test_every_method_of_the_paper_is_a_valid_search():
+    for method in PAPER_METHODS.values():
+        check_score(Score.model_validate({"method": "greedy", **method.score}))
+    known = {key for method in PAPER_METHODS.values() for key in method.published} | {"dense"}
+    assert {row.key for table in TABLES for row in read_published(PUBLISHED, table.source)} == known
 
 
-def test_a_method_that_cannot_be_had_is_left_out_with_its_reason_and_the_others_go_on(world):
-    coarse = VARIANTS[-2]
-    reason = SearchRecord.load(world.root / "plans" / coarse.slug).refused
-    assert reason.startswith("budget '1layers': LaCo with C = 3") and "the nearest that it removes: 2" in reason
-    assert load_plans(world.root / "plans", coarse) == {} and load_plans(world.root / "plans", VARIANTS[-1])
-
-
-@pytest.mark.parametrize("fetched", [False, True])
-def test_what_a_study_evaluates_is_not_drawn(tmp_path, monkeypatch, fetched):
-    """Its held-out text, and WikiText-2 where that was fetched: as far as the rows that are measured go."""
-    monkeypatch.setattr(study_search, "STUDIES", tmp_path)
-    study = {"main": MAIN, "wikitext": {"seq_len": 16, "max_rows": 2}}
-    run = Run(model=MODEL, evaluate={"perplexity": {"data": DATA, "seq_len": 16, "max_rows": 3}}, study=study)
-    save_tiny(tmp_path / "tiny" / "model")
-    texts = {"perplexity": "held out", **({"wikitext": "of an encyclopaedia"} if fetched else {})}
-    for role, words in texts.items():
-        write_texts(tmp_path / "tiny/sources" / f"{role}.parquet", [f"{n}: {words}" for n in range(9)])
-    held_out, wikitext = [f"{n}: held out" for n in range(4)], [f"{n}: of an encyclopaedia" for n in range(2)]
-    # a token is a character: three rows of 16 end in the fourth text, two in the second
-    assert study_search.texts_of("tiny", run).evaluated() == held_out + wikitext * fetched
-
-
-def test_a_second_time_computes_nothing_and_writes_the_same(world):
-    before, made = files(world.root / "plans"), len(world.made)
-    (world.root / "plans" / "of-yesterday").mkdir()
-    search_all(VARIANTS, world.root / "scores", world.root / "plans", world.setting)
-    assert len(world.made) == made
-    assert files(world.root / "plans") == before and not (world.root / "plans" / "of-yesterday").exists()
-
-
-def test_published_answers_are_held_against_what_is_measured(world, tmp_path):
-    """The oracle: the masked model's plain forwards, and ShortGPT's first layer as another search found it."""
-    sequence = ("mlp.2", "mha.1", "mha.3")
-    given = Run(model=MODEL, score={"method": "given", "options": {"order": sequence}})
-    asked = {"perplexity": {"data": DATA, "seq_len": 40}, "zero_shot": {"data": {"source": "hub"}, "tasks": ["piqa"]}}
-    run = Run(model=MODEL, calibration=VARIANTS[0].calibration, evaluate=asked, study={"main": MAIN})
-    sources = tmp_path / "sources"
-    texts = ["a word of text " * 20]
-    write_texts(sources / "perplexity.parquet", texts)
-    write_tasks(sources / "tasks", location=sources / "tasks")
-    dense = load_model(world.root / "model", "float32", "cpu")
-    rows = held_out(tiny_tokenizer(), texts, run.evaluate.perplexity).rows
-
-    def perplexity(mask):
-        with masked(dense, mask) as model:
-            return math.exp(fmean(full_nll(model, row) for row in rows))
-
-    numbers = {"dense": perplexity(frozenset()), "blockpruner": perplexity(parse_mask("mlp.2,mha.1"))}
-    first = SearchRecord.load(world.root / "plans" / "shortgpt").order[0]
-    layer = next(iter(parse_mask(first))).layer
-
-    def lines(average, layers=(layer,)):
-        (tmp_path / "table1_main.csv").write_text(
-            "model,method,ratio_pct,wikitext2_ppl,avg\n"
-            + "".join(f"Tiny,{key},0,{value},{average}\n" for key, value in numbers.items())
-        )
-        checkpoint = Checkpoint(world.root / "model", "float32", "cpu", False)
-        return hold_against(
-            Check("Tiny", "given", "2blocks", layers), run, given, checkpoint, world.setting, sources,
-            tmp_path / "check", tmp_path / "store", tmp_path, SilentObserver(),
-        )  # fmt: skip
-
-    average = float(next(line.here for line in lines(0.0) if "average" in line.what))
-    found = lines(average)
-    assert [line.agrees for line in found if "sequence" not in line.what or "perplexity" in line.what] == [True] * 4
-    assert [float(line.here) for line in found if "perplexity" in line.what] == pytest.approx(
-        list(numbers.values()), abs=0.01
+def test_a_grid_is_every_method_at_every_budget():
+    grids = [
+        {"methods": ["floating", "greedy-layers"], "budgets": ["0.2199", "7layers"]},
+        {
+            "runs": ["b"],
+            "methods": ["blockpruner"],
+            "budgets": ["0.3kv"],
+            "compensate": ["none", "refit"],
+            "train": True,
+        },
+    ]
+    more = {"mine": {"run": "a", "budget": "0.1"}}
+    found = targets_of(read_settings(Study, {"title": "t", "runs": ["a", "b"], "grids": grids, "targets": more}))
+    assert list(found) == [
+        "a-floating-b21-99", "a-floating-b7layers", "a-greedy-layers-b21-99", "a-greedy-layers-b7layers",
+        "b-floating-b21-99", "b-floating-b7layers", "b-greedy-layers-b21-99", "b-greedy-layers-b7layers",
+        "b-blockpruner-b30kv-train", "b-blockpruner-b30kv-refit-train", "mine",
+    ]  # fmt: skip
+    assert found["b-blockpruner-b30kv-refit-train"] == Target(
+        run="b", budget="0.3kv", method="blockpruner", compensate="refit", recover=True
     )
-    far = lines(average + 50, ((layer + 1) % 4,))
-    assert [line.agrees for line in far] == [True, False, True, False, False] and "DIFFERS" in str(far[-1])
-
-
-def candidates(world):
-    """All that the searches lead to; the two of BlockPruner are timed, the main one in two settings."""
-    found = []
-    for v in VARIANTS:
-        rows = CalibrationSet.load(world.root / "plans" / v.slug / "rows.parquet")
-        for budget, plan in load_plans(world.root / "plans", v).items():
-            main = budget == v.budgets[0]
-            timed = {"timed", *(["main"] if main else [])} if v.name == "BlockPruner" else ()
-            found.append(Candidate(plan, rows, main=main, timed=frozenset(timed)))
-    return found
-
-
-MERGES = {"merges": [[2, 1], [0, 1]], "variant": "repo"}
+    assert found["mine"].method is None
 
 
 @pytest.mark.parametrize(
-    ("kind", "plan", "facts", "name", "other"),
+    ("rule", "change"),
     [
-        ("mask", {"removed": ("mha.0", "mlp.2")}, {"removed": ["mha.0", "mlp.2"]}, "6c8bb6810c6d7eba",
-         {"removed": ("mha.0",)}),
-        ("laco", {"details": MERGES | {"threshold": 0.5, "layers": 2}}, MERGES, "beda59d9b92b291c",
-         {"details": MERGES | {"variant": "paper"}}),
-        ("slicegpt", {"details": {"width": 24, "hidden": 32}}, {"width": 24, "rows": "digest"}, "93a29b99624165f7",
-         {"details": {"width": 16, "hidden": 32}}),
+        ("unknown-run", {"grids": [{"runs": ["b"], "methods": ["floating"], "budgets": ["0.1"]}]}),
+        ("unknown-method", {"grids": [{"methods": ["flaoting"], "budgets": ["0.1"]}]}),
+        ("same-name", {"targets": {"a-floating-b10": {"run": "a", "budget": "0.2"}}}),
     ],
-)  # fmt: skip
-def test_a_model_has_the_name_that_it_always_had(kind, plan, facts, name, other):
-    """Facts and names of commit 6f2353f: results of evaluated models are stored under them."""
-    current = Current(kind, "s", True, Score(), {}, {"rows": 3, "tokens": 30})
-    plan, other = (
-        make_plan(current, "2blocks", small_config(4), perplexities=(2.0, 3.0), **fields) for fields in (plan, other)
-    )
-    assert model_facts(plan, "digest") == {"kind": kind} | facts
-    assert model_name(plan, "digest") == name != model_name(other, "digest")
-    assert (model_name(plan, "digest") != model_name(plan, "other rows")) == (kind == "slicegpt")
+)
+def test_a_study_that_is_wrong_is_refused(rule, change):
+    grids = [{"methods": ["floating"], "budgets": ["0.1"]}]
+    with refused(rule):
+        targets_of(read_settings(Study, {"title": "t", "runs": ["a"], "grids": grids} | change))
 
 
-def test_models_made_by_another_version_of_a_method_have_another_name():
-    """A mended merge or slice is measured anew, though the plan is the same."""
-    current = Current("mine", "s", True, Score(), {}, {"rows": 3, "tokens": 30})
-    plan = make_plan(current, "2blocks", small_config(4), perplexities=(2.0, 3.0), details={"width": 24})
-    names = set()
-    for version in (1, 2, 3):
-        row = weights_kind("mine", "Mine", plan=None, left=None, apply_=None, version=version)
-        with KINDS.added(row):
-            names.add(model_name(plan, "rows"))
-    assert len(names) == 3
-    for name in ("laco", "slicegpt"):
-        assert KINDS[name].score.args[-1] == PLAN_VERSION
+def test_an_unknown_study_names_those_that_there_are():
+    with refused("unknown-study") as caught:
+        load_study("mine", ROOT / "studies")
+    assert "gemma3" in str(caught.value)
 
 
-def test_models_in_memory_are_the_masked_model_and_leave_the_dense_one_whole(world):
-    dense = Checkpoint(world.root / "model", "float32", "cpu", False)
-    ids = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(0))
-    weights = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
-    before = dense.model(input_ids=ids).logits
-    for candidate in candidates(world):
-        pruned = CandidateModel(dense, candidate).model
-        logits = pruned(input_ids=ids).logits
-        if candidate.plan.kind == "mask":
-            with masked(load_model(world.root / "model", "float32", "cpu"), candidate.plan.mask) as reference:
-                torch.testing.assert_close(logits, reference(input_ids=ids).logits)
-        assert pruned.num_parameters() == candidate.plan.parameters["pruned"]
-        assert not torch.equal(logits, before)
-    assert torch.equal(dense.model(input_ids=ids).logits, before)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in dense.model.state_dict().items())
+# The tables
 
 
-def test_searches_that_lead_to_one_model_ask_for_it_once(world):
-    first = candidates(world)[0]
-    again = Candidate(first.plan, CalibrationSet(((1, 2, 3),)), main=False, timed=frozenset({"curve"}))
-    (found,) = unique([first, again]).values()
-    assert found.main and found.timed == first.timed | {"curve"} and found.name == first.name == again.name
-    sliced = next(c for c in candidates(world) if c.plan.kind == "slicegpt")
-    assert sliced.name != Candidate(sliced.plan, CalibrationSet(((1, 2, 3),))).name  # its directions are of the rows
+def seeded(*parts: object) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(repr(parts).encode()))
 
 
-def test_evaluation_of_a_study(world, monkeypatch):
-    monkeypatch.chdir(world.root)
-    write_texts(world.root / "sources" / "perplexity.parquet", ["word " * 60])
-    write_texts(world.root / "sources" / "wikitext.parquet", ["other " * 60])
-    write_tasks(world.root / "sources" / "tasks", location=world.root / "sources" / "tasks")
-    wanted = candidates(world)
-    asked = Evaluate(
-        perplexity={"data": DATA, "seq_len": 40, "max_rows": 2},
-        zero_shot={"data": {"source": "hub"}, "tasks": ["piqa"], "limit": 3},
-    )
-    study = Study(main=MAIN, sensitivity="1blocks", tasks=["winogrande"], tasks_limit=2,
-                  wikitext={"seq_len": 30, "max_rows": 1})  # fmt: skip
-
-    def evaluate():
-        dense = Checkpoint(world.root / "model", "float32", "cpu", False)
-        evaluate_study(
-            dense, wanted, world.root / "sources", world.root / "results", world.root / "store",
-            settings=asked, study=study, observer=SilentObserver(),
-        )  # fmt: skip
-        settings = {name: Speed(prompt_tokens=4, new_tokens=n, repeats=2) for name, n in (("main", 3), ("timed", 2))}
-        time_study(
-            dense, wanted, world.root / "speed", world.root / "store",
-            settings=settings, observer=SilentObserver(),
-        )  # fmt: skip
-        return files(world.root / "results") | files(world.root / "speed")
-
-    first = evaluate()
-    models = read_json(world.root / "results" / "models.json")
-    assert list(models) == ["dense", *unique(wanted)]
-    items = pq.read_table(world.root / "results" / "items.parquet").to_pylist()
-    changed = {c.name for c in wanted if c.plan.kind != "mask"}
-    assert {name for name, model in models.items() if model.get("making_seconds", 0) > 0} == changed != set()
-    for name, model in models.items():
-        main = name == "dense" or unique(wanted)[name].main
-        assert set(model["tasks"]) == ({"piqa", "winogrande"} if main else {"piqa"})
-        assert set(model["perplexity"]) == ({"heldout", "wikitext2"} if main else {"heldout"})
-        own = [item for item in items if item["model"] == name and item["task"] == "piqa"]
-        assert sum(item["acc_norm"] for item in own) / 3 == pytest.approx(model["tasks"]["piqa"]["value"])
-    timed = read_json(world.root / "speed" / "speed.json")
-    assert set(timed["dense"]) == {"main", "timed"} and set(timed[wanted[0].name]) == {"main", "timed"}
-    assert set(timed[wanted[1].name]) == {"timed"}
-    assert len(timed["dense"]["main"]["dense"]["decode_seconds"]["samples"]) == 2
-
-    def no_model(*args, **kwargs):
-        raise AssertionError("a model was loaded although everything is stored")
-
-    monkeypatch.setattr(suite, "load_model", no_model)
-    assert evaluate() == first
-
-
-def test_models_of_a_study_are_healed_once_and_measured_as_they_would_be_alone(world, tmp_path):
-    """The oracle: the same compensation and the same training, called by hand, in the pruned model's plain forwards."""
-    study = {
-        "main": MAIN,
-        "curve": [],
-        "partial": [],
-        "heal": [{"methods": ["blockpruner"], "budgets": ["2blocks"], "train": True}],
-    }
-    recipe = {"data": DATA, "num_rows": 4, "seq_len": 16, "validation": 0, "weights": "all", "distill": 1.0}
-    run = Run(
-        model=MODEL | {"dtype": "float32"}, calibration=VARIANTS[0].calibration, study=study, train=recipe,
-        compensate={"num_rows": 8, "seq_len": 16, "validation": 0.25},
+def plan_of(target: Target) -> Plan:
+    """A made-up plan at a share of the parameters."""
+    score = {"unit": "block", "candidates": "all", "method": "greedy"} | dict(PAPER_METHODS[target.method].score)
+    units = removable_units(LAYERS, score["unit"], score["candidates"])
+    queue = [units[i] for i in seeded(target.method, target.run).permutation(len(units))]
+    sizes = np.cumsum([sum({"mha": MHA, "mlp": MLP}[b.kind] for b in unit) for unit in queue]) / TOTAL
+    steps = int(np.argmin(abs(sizes - float(target.budget)))) + 1
+    gone = frozenset().union(*queue[:steps])
+    ratio = float(sizes[steps - 1])
+    return Plan(
+        kind="mask", target="", run=target.run, budget=target.budget, method=score["method"], metric="perplexity",
+        search="f00d", layers=LAYERS, removed=tuple(str(block) for block in sorted_blocks(gone)),
+        order=tuple(map(format_mask, queue[:steps])), ratio=ratio, ratios=tuple(map(float, sizes[:steps])),
+        blocks={kind: sum(block.kind is kind for block in gone) for kind in BlockKind},
+        parameters={"dense": TOTAL, "pruned": round(TOTAL * (1 - ratio))},
+        calibration={"rows": 4, "tokens": 64, "dense_perplexity": 12.0, "perplexity": 20.0},
     )  # fmt: skip
-    folder = tmp_path / "study"
-    folder.mkdir()
-    (folder / "model").symlink_to(world.root / "model")
-    (folder / "plans").symlink_to(world.root / "plans")
-    healer = Healer(run, world.setting.texts, folder, tmp_path / "states", "cpu", SilentObserver())
-    healer.heal_all()
-    fitted, trained = cures(run)
-    assert (fitted.train, trained.train) == (False, True)
-    plan, rows = (
-        load_plans(folder / "plans", VARIANTS[0])["2blocks"],
-        CalibrationSet.load(world.root / "plans" / "blockpruner" / "rows.parquet"),
-    )
-    dense = Checkpoint(folder / "model", "float32", "cpu", False)
-    own = compensate(load_model(folder / "model", "float32", "cpu"), plan, healer.fit, 2, "refit", SilentObserver())
-    found = {cure.train: healed_of(folder / "healed", cure) for cure in (fitted, trained)}
-    assert own.weights and found[True]["digest"] not in (None, found[False]["digest"])
-    weights, _ = read_tensors(folder / "healed" / fitted.slug / FILE)
-    assert weights.keys() == own.weights.keys() and all(
-        torch.equal(weights[name], own.weights[name]) for name in weights
+
+
+def measure(folder: Path, ratio: float, quality: float, tasks: tuple[str, ...], dense: dict | None) -> None:
+    """Made-up results of one model: they fall with the ratio, and with what is removed by a worse method."""
+    skill, name = 0.7 - quality * ratio, folder.name
+    items, facts = [], {}
+    for task in tasks:
+        hard = seeded("items", task).random(ITEM_COUNT)
+        noise = seeded(name, task).normal(0, 0.05, ITEM_COUNT)
+        own = [float(h + e < skill) for h, e in zip(hard, noise, strict=True)]
+        blank = dict.fromkeys(ITEMS.names)
+        items += [
+            blank | {"task": task, "item": i, "gold": 0, "loglikelihoods": [0.0], "acc": a, "prompt_hash": "",
+                     "p_gold": 0.5 + (skill - hard[i]) / 4}
+            for i, a in enumerate(own)
+        ]  # fmt: skip
+        error = float(np.std(own, ddof=1) / math.sqrt(ITEM_COUNT))
+        facts[task] = {"metric": "acc", "value": float(np.mean(own)), "stderr": error, "items": ITEM_COUNT}
+    nll = 2.5 + 5 * quality * ratio + seeded("rows").normal(0, 0.2, ROW_COUNT) + seeded(name).normal(0, 0.02, ROW_COUNT)
+    text = {"perplexity": float(np.exp(nll.mean())), "rows": ROW_COUNT, "tokens": 384, "row_nll": nll.tolist()}
+    write_table(folder / "items.parquet", pa.Table.from_pylist(items, ITEMS))
+    results = {"parameters": round(TOTAL * (1 - ratio)), "weight_bytes": 270_000_000, "perplexity": text,
+               "tasks": facts, "average": {"value": 0.0, "stderr": 0.0}}  # fmt: skip
+    write_json(folder / "results.json", results)
+    seconds = {part: (s * (1 - 0.9 * ratio) * seeded(name, part).normal(1, 0.02, 8)).tolist()
+               for part, s in (("prefill", 0.2), ("decode", 1.0), ("generation", 1.2))}  # fmt: skip
+    own = speed_facts(seconds, 2**22, 280_000_000, prompt_tokens=128, new_tokens=32, batch=1, repeats=8)
+    speed = {"dense": own} if dense is None else {"dense": dense, "pruned": own}
+    search = {"seconds": 90.0, "trials_asked": 20, "trials_computed": 10}
+    write_json(folder / "speed.json", {"speed": speed, "made": {}, "search": search})
+
+
+def evidence(folder: Path, study: Study, tasks: tuple[str, ...] = FIVE) -> Path:
+    for run in study.runs:
+        dense = folder / f"{run}-dense"
+        measure(dense, 0.0, 1.0, tasks, None)
+        timed = json.loads((dense / "speed.json").read_text())["speed"]["dense"]
+        for name, target in study.targets.items():
+            if target.run == run:
+                plan = plan_of(target)
+                save_plan(plan, folder / name / "plan.json")
+                quality = (1.0 if target.method == "blockpruner" else 1.5) - 0.3 * (target.compensate != "none")
+                measure(folder / name, plan.ratio, quality - 0.8 * target.recover, tasks, timed)
+    return folder
+
+
+def study_of(methods: list[str], budgets: list[str], *more: dict[str, Any], runs: tuple[str, ...] = ("tiny",)) -> Study:
+    grids = [{"methods": methods, "budgets": budgets}, *more]
+    study = read_settings(Study, {"title": "A study", "runs": list(runs), "grids": grids})
+    return study.model_copy(update={"targets": targets_of(study)})
+
+
+def rows_of(study: Study, folder: Path, paper: str | None = None) -> list[Row]:
+    asked = {name: Asked.of(target, "greedy", "none") for name, target in study.targets.items()}
+    return read_rows([Subject(run, LABELS, paper) for run in study.runs], asked, folder)
+
+
+def tables_of(rows: list[Row]) -> dict[str, pd.DataFrame]:
+    return {table.name: table.frame for table in study_tables(rows, PUBLISHED)}
+
+
+REFIT = {"methods": ["blockpruner", "shortgpt"], "budgets": ["0.20"], "compensate": ["refit"]}
+TRAINED = {"methods": ["shortgpt"], "budgets": ["0.20"], "compensate": ["refit"], "train": True}
+STUDY = study_of(["blockpruner", "shortgpt", "greedy-layers"], ["0.10", "0.20"], REFIT, TRAINED)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return evidence(tmp_path_factory.mktemp("evidence"), STUDY)
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return rows_of(STUDY, folder)
+
+
+def raw(folder: Path, target: str) -> tuple[dict[str, Any], pd.DataFrame]:
+    return json.loads((folder / target / "results.json").read_text()), pd.read_parquet(
+        folder / target / "items.parquet"
     )
 
-    def nll(cure):
-        made = Candidate(
-            cure.of(plan),
-            rows,
-            True,
-            healed=found[cure.train]["digest"],
-            weights=folder / "healed" / cure.slug / FILE,
-        )
-        return full_nll(CandidateModel(dense, made).model, healer.fit.rows[0])
 
-    before = full_nll(dense.model, healer.fit.rows[0])
-    assert nll(trained) != nll(fitted)
-    path = folder / "healed" / fitted.slug / FILE
-    healed = CandidateModel(dense, Candidate(fitted.of(plan), rows, healed="digest", weights=path)).model
-    own = {id(weight) for weight in dense.model.parameters()}
-    assert {name for name, weight in healed.named_parameters() if id(weight) not in own} == weights.keys()
-    assert full_nll(dense.model, healer.fit.rows[0]) == before  # the dense model keeps its weights
-    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("healed/*/*")}
-    Healer(run, world.setting.texts, folder, tmp_path / "states", "cpu", SilentObserver()).heal_all()
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("healed/*/*")} == kept
-    (path,) = folder.glob(f"healed/{trained.slug}/{FACTS}")
-    path.write_text(path.read_text().replace('"digest": "', '"digest": "0'))
-    with pytest.raises(InputError, match=f"{FACTS} is damaged"):
-        healed_of(folder / "healed", trained)
+def test_numbers_of_a_model_are_those_of_its_files(folder, rows):
+    frame = models_frame(rows).set_index("target")
+    found, (facts, items) = frame.loc["tiny-shortgpt-b20"], raw(folder, "tiny-shortgpt-b20")
+    plan = json.loads((folder / "tiny-shortgpt-b20" / "plan.json").read_text())
+    dense, _ = raw(folder, "tiny-dense")
+    assert found["removed_pct"] == pytest.approx(100 * plan["ratio"]) and found["mha"] == plan["blocks"]["mha"]
+    assert found["heldout_ppl"] == facts["perplexity"]["perplexity"]
+    ratio = stats.ttest_rel(facts["perplexity"]["row_nll"], dense["perplexity"]["row_nll"]).confidence_interval(0.95)
+    assert (found["heldout_x_low"], found["heldout_x_high"]) == pytest.approx(np.exp([ratio.low, ratio.high]))
+    by_task = items.groupby("task")["acc"]
+    assert found["avg_pct"] == pytest.approx(100 * by_task.mean().mean())
+    assert found["avg_pct_se"] == pytest.approx(100 * np.sqrt((by_task.sem() ** 2).sum()) / 5)
+    assert found["p_gold_pct"] == pytest.approx(100 * items.groupby("task")["p_gold"].mean().mean())
+    timed = json.loads((folder / "tiny-shortgpt-b20" / "speed.json").read_text())["speed"]
+    dense_s, pruned_s = (timed[side]["generation_seconds"]["samples"] for side in ("dense", "pruned"))
+    assert found["generation_x"] == pytest.approx(np.median(dense_s) / np.median(pruned_s))
+    assert found["generation_x_low"] <= found["generation_x"] <= found["generation_x_high"]
+    assert frame.loc["tiny-shortgpt-b20-refit-train", "healing"] == "refit + training"
+
+
+def test_the_average_is_of_the_papers_tasks_whatever_else_is_measured(tmp_path):
+    study = study_of(["blockpruner"], ["0.20"])
+    more = rows_of(study, evidence(tmp_path / "more", study, (*FIVE, "lambada_openai")))
+    own = models_frame(more).iloc[1]
+    assert own["avg_pct"] == pytest.approx(np.mean([own[task] for task in FIVE])) != own["lambada_openai"]
+    few = models_frame(rows_of(study, evidence(tmp_path / "few", study, ("piqa", "race")))).iloc[1]
+    assert few["avg_pct"] == pytest.approx((few["piqa"] + few["race"]) / 2)
+
+
+def test_the_front_has_the_best_of_each_size(rows):
+    frame = models_frame(rows)
+    assert [len(band) for band in bands(frame)] == [3, 6]
+    twenty = frame[(frame["budget"] == "0.20")].sort_values("heldout_ppl")
+    found = front(frame)
+    assert found.iloc[0]["method"] == "dense"
+    ours = found[found["removed_pct"] > 15]["method"].tolist()
+    assert ours[0] == twenty.iloc[0]["method"] and ours[-1] == "BlockPruner" and len(ours) == len(set(ours))
+    assert set(ours) >= {"ShortGPT + refit + training", "BlockPruner + refit", "ShortGPT + refit"} - {ours[0]}
+
+
+def test_comparisons_are_paired_and_corrected_over_the_table(folder, rows):
+    found = tables_of(rows)["paired"]
+    one = found[(found["method"] == "ShortGPT") & (found["removed_pct"] > 15)].iloc[0]
+    (other, items), (base, own) = raw(folder, "tiny-shortgpt-b20"), raw(folder, "tiny-blockpruner-b20")
+    gaps = (items.set_index(["task", "item"])["acc"] - own.set_index(["task", "item"])["acc"]).groupby("task").mean()
+    assert one["against"] == "BlockPruner" and one["avg_against"] == pytest.approx(100 * gaps.mean())
+    t = stats.ttest_rel(other["perplexity"]["row_nll"], base["perplexity"]["row_nll"])
+    p_values = []
+    for line in found.itertuples():
+        target = f"-b{10 if line.removed_pct < 15 else 20}" + "-refit" * ("refit" in line.method)
+        method = {"S": "shortgpt", "g": "greedy-layers"}[line.method[0]]
+        pair = [raw(folder, f"tiny-{m}{target}")[0]["perplexity"]["row_nll"] for m in (method, "blockpruner")]
+        p_values.append(stats.ttest_rel(*pair).pvalue)
+    assert found["ppl_against_p"].tolist() == pytest.approx(multipletests(p_values, method="holm")[1])
+    smaller = sum(p < t.pvalue for p in p_values)
+    ends = np.exp(t.confidence_interval(1 - 0.05 / (len(p_values) - smaller)))
+    assert (one["ppl_against_low"], one["ppl_against_high"]) == pytest.approx(tuple(ends))
+    assert not found["method"].str.contains("training").any()  # BlockPruner's is not trained
+
+
+def test_rows_of_the_paper_follow_ours_at_the_nearest_ratio(tmp_path):
+    study = study_of(["blockpruner", "greedy-layers"], ["0.2199", "0.30", "0.47"])
+    found = tables_of(rows_of(study, evidence(tmp_path, study), "Llama2-7B"))
+    table5 = found["table5"]
+    block = table5[table5["method"] == "BlockPruner"]
+    assert block["source"].tolist() == ["here", "paper", "paper", "paper"]  # 0.47 is too far from 43.03
+    assert block[block["source"] == "paper"]["removed_pct"].tolist() == [30.0, 37.02, 43.03]
+    table1 = found["table1"]
+    assert table1[table1["method"] == "BlockPruner"]["source"].tolist() == ["here", "paper"]
+    theirs = table1[(table1["method"] == "BlockPruner") & (table1["source"] == "paper")].iloc[0]
+    assert theirs["avg_pct"] == 60.17 and math.isnan(theirs["heldout_ppl"])
+    assert set(table1["method"]) >= {"SliceGPT", "LaCo"}  # which the study has not
+    minutes = found["table7"].set_index(["method", "source"])["minutes"]
+    assert minutes["BlockPruner", "here"] == 1.5 and minutes["BlockPruner", "paper"] == 45
+
+
+def test_a_model_that_the_paper_lacks_has_none_of_its_rows(rows):
+    found = tables_of(rows)
+    assert set(found["table1"]["source"]) == {"here"} and "table4" not in found and "table10" not in found
+
+
+def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
+    study = study_of(["blockpruner", "shortgpt", "laco", "taylor"], ["0.20"])
+    folder = evidence(tmp_path / "evidence", study)
+    shutil.rmtree(folder / "tiny-shortgpt-b20")
+    write_json(folder / "tiny-laco-b20" / "failed.json", {"stage": "score", "reason": "removes 6 or 8 layers"})
+    table = pa.Table.from_pandas(raw(folder, "tiny-taylor-b20")[1].iloc[:-1], ITEMS, preserve_index=False)
+    write_table(folder / "tiny-taylor-b20" / "items.parquet", table)
+    frame = models_frame(rows_of(study, folder))
+    reasons = frame.set_index("target")["reason"]
+    assert reasons["tiny-blockpruner-b20"] == "" and reasons["tiny-shortgpt-b20"] == "not measured yet"
+    assert reasons["tiny-laco-b20"] == "stage score failed: removes 6 or 8 layers"
+    assert "different items" in reasons["tiny-taylor-b20"]
+    assert "- tiny-laco-b20: stage score failed" in results_page("A study", frame, (), ())
+
+
+def test_a_study_of_which_nothing_is_measured_has_pages(tmp_path):
+    rows = rows_of(STUDY, tmp_path / "nothing")
+    write_study(tmp_path / "tables", "A study", rows, PUBLISHED)
+    assert "Nothing is measured yet." in (tmp_path / "tables" / "results.md").read_text()
+    assert models_frame(rows)["reason"].ne("").all()
+
+
+def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
+    study = study_of(["blockpruner"], ["0.10"], runs=("one", "two", "three"))
+    rows = rows_of(study, evidence(tmp_path, study))
+    frame = models_frame(rows)
+    (found,) = tables_of(rows)["draws"].to_dict("records")
+    own = frame[frame["recipe"] == "blockpruner"]["heldout_ppl"]
+    assert (found["runs"], found["heldout_ppl"]) == (3, pytest.approx(own.mean()))
+    assert found["heldout_sd"] == pytest.approx(np.std(own, ddof=1))
+
+
+@pytest.fixture(scope="module")
+def written(rows, tmp_path_factory):
+    out = tmp_path_factory.mktemp("project") / "data" / "tables" / "mine"
+    write_study(out, "A study", rows, PUBLISHED)
+    return out
+
+
+def test_a_study_writes_its_tables_figures_and_pages(written, rows):
+    out, tables = written, tables_of(rows)
+    assert {path.stem for path in (out / "tables").glob("*.csv")} == tables.keys()
+    kept = pd.read_csv(out / "tables" / "models.csv")
+    assert kept["heldout_ppl"].tolist() == pytest.approx(tables["models"]["heldout_ppl"].tolist(), rel=1e-15)
+    assert {path.stem for path in (out / "plots").glob("*.png")} == {"quality", "speed", "kinds"}
+    page, html = (out / "results.md").read_text(), (out / "index.html").read_text()
+    assert page.startswith("# A study\n") and page.count("![") == 2 and page.count("instructions") == 1
+    assert len(verdict(models_frame(rows))) <= 5
+    assert "&lt;tiny&gt;" in html and "<tiny>" not in html
+
+
+def test_figures_are_of_what_was_measured(rows):
+    frame = models_frame(rows).drop(columns=["generation_x", "generation_x_low", "generation_x_high"])
+    assert [plot.name for plot in figures(frame)] == ["quality"]
+    assert figures(frame.assign(reason="lost")) == []
+
+
+def test_a_cell_has_its_number_error_and_interval():
+    cells = {"method": "a & b|c", "avg_pct": 47.2, "avg_pct_se": 3.03, "kv_pct": -20.0, "heldout_x": 1234.567}
+    frame = pd.DataFrame([cells | {"heldout_x_low": 1.5, "heldout_x_high": 2e3, "piqa": None}])
+    shown = texts(frame).iloc[0].to_dict()
+    assert shown == {"method": "a & b|c", "accuracy, %": "47.2 ± 3.0", "KV cache, %": "−20",
+                     "held-out, × dense": "1,234.57 [1.50, 2,000.00]"}  # fmt: skip
+    assert to_markdown(frame).splitlines()[2].startswith("| a & b\\|c | 47.2 ± 3.0 |")
+    latex = to_latex(Table("t", "A table", frame))
+    assert r"a \& b|c & 47.2 ± 3.0" in latex and r"\label{tab:t}" in latex and r"accuracy, \%" in latex
+
+
+# docs/
+
+
+def test_pages_hold_the_tables_of_docs_results():
+    """`python -m blockpruner.reporting.paper.publish` fills them."""
+    found = 0
+    for path in publish.pages(ROOT):
+        text = path.read_text(encoding="utf-8")
+        assert publish.filled(text, ROOT / "docs" / "results") == text, path
+        found += len(publish.BLOCK.findall(text))
+    assert found >= 2
+
+
+def test_publish_copies_a_study_and_fills_the_pages(written):
+    root = written.parents[2]
+    (root / "docs").mkdir()
+    (root / "README.md").write_text("a\n  <!-- table: front -->\n  old\n  <!-- /table -->\nb\n")
+    with refused("no-results"):
+        publish.publish("other", root)
+    publish.publish("mine", root)
+    assert publish.fill(root) == [root / "README.md"] and publish.fill(root) == []
+    lines = (root / "README.md").read_text().splitlines()
+    assert lines[2].startswith("  | method | removed, % |") and lines[-2:] == ["  <!-- /table -->", "b"]
+    page = (root / "docs" / "results.md").read_text()
+    assert all((root / "docs" / link).exists() for link in re.findall(r"\]\((results/\w+\.png)\)", page))
+
+
+def test_models_of_the_paper_have_runs():
+    repos = {
+        getattr(load_run(path.stem, ROOT / "runs").model, "repo", "") for path in (ROOT / "runs").glob("*-*b.yaml")
+    }
+    assert repos >= MODELS.keys()

@@ -1,0 +1,71 @@
+"""FLOPs of scoring, counted from a config: what masks cost with and without what they share.
+
+A product of [m, k] and [k, n] counts 2mkn. Attention counts all T x T scores, as a kernel that masks computes them.
+Biases, norms, rotary embedding, softmax and residual adds are left out, as usual. A test compares with torch's counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
+from blockpruner.core.families import Config, count_products
+from blockpruner.scoring.walk import runs, steps_of
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of the parts of a forward pass, for a batch of rows."""
+
+    blocks: Mapping[BlockId, int]
+    """One run of each block, in the order of a forward pass."""
+    head: int
+    """The head where it predicts a token of the batch."""
+    full_head: int
+    """The head on every token."""
+
+    @classmethod
+    def of(cls, config: Config, rows: int, length: int) -> Flops:
+        """Count for `rows` rows of `length` tokens.
+
+        Raises:
+            InputError: an unsupported family, or one whose blocks do not follow one another.
+        """
+        products, attention = count_products(config)
+        tokens, head = rows * length, 2 * int(config["hidden_size"]) * int(config["vocab_size"])
+        blocks = {
+            block: tokens * (2 * products[block] + (4 * length * attention if block.kind is BlockKind.MHA else 0))
+            for (block,) in steps_of(int(config["num_hidden_layers"]), parallel=False)
+        }
+        return cls(blocks, rows * (length - 1) * head, tokens * head)
+
+    def blocks_of(self, mask: Mask = DENSE) -> int:
+        """One pass through the blocks that a mask leaves, without head."""
+        return sum(cost for block, cost in self.blocks.items() if block not in mask)
+
+    def full(self, mask: Mask) -> int:
+        """One pass for one mask, with logits where they predict a token."""
+        return self.blocks_of(mask) + self.head
+
+    def naive(self, masks: Sequence[Mask]) -> int:
+        """One full forward pass for each mask, with logits of every token."""
+        return sum(self.blocks_of(mask) + self.full_head for mask in masks)
+
+    def exact(self, masks: Sequence[Mask]) -> int:
+        """The walk that shares what masks have in common."""
+        ran = runs([(block,) for block in self.blocks], masks)
+        return sum(self.blocks[block] for _, blocks in ran for block in blocks) + len(masks) * self.head
+
+    def sweep(self, removed: Mask, units: Sequence[Mask], with_base: bool) -> int:
+        """`exact` for `removed` with each unit more, and for itself if asked, as a sum that needs no walk.
+
+        Each unit is of neighbouring blocks, so all masks share what is before their unit, and nothing behind it.
+        """
+        whole, live = self.blocks_of(removed), [block for block in self.blocks if block not in removed]
+        until = dict(zip(live, accumulate(self.blocks[block] for block in live), strict=True))
+        ends = [max(until[block] for block in unit) for unit in units]
+        starts = [end - sum(self.blocks[block] for block in unit) for end, unit in zip(ends, units, strict=True)]
+        shared = whole if with_base else max(starts, default=0)
+        return shared + sum(whole - end for end in ends) + (len(units) + with_base) * self.head

@@ -1,0 +1,162 @@
+"""What the targets of a study measured, read from data/evidence into values.
+
+Decides what the tables may use. A target without evidence, or with evidence that cannot be compared with its dense
+model, has a reason in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
+from blockpruner.settings import Target
+from blockpruner.evaluation.store import ITEMS
+from blockpruner.reporting.paper.methods import DENSE, title_of
+from blockpruner.reporting.results import Model, Race, RunLabels, read_items
+from blockpruner.store.files import read_json, read_table
+from blockpruner.store.plans import load_plan
+
+FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
+"""The tasks of the paper's average. Where all were measured, the average is theirs, whatever else was measured."""
+
+FAILED = "failed.json"
+"""What a stage leaves in the place of the evidence that it could not make: {"stage": ..., "reason": ...}."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run of a study."""
+
+    run: str
+    labels: RunLabels
+    paper: str | None = None
+    """Its model's name in the paper."""
+
+    @property
+    def model(self) -> str:
+        """Its model's name for people."""
+        return self.paper or self.labels.name
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A model that was measured."""
+
+    result: Model
+    plan: Plan | None
+    """None for a dense model."""
+    race: Race | None
+    """None where it was not timed."""
+    search: Mapping[str, float]
+    """What its search took: seconds, trials_asked, trials_computed; empty where it is not known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A target of a study, or the dense model of a run."""
+
+    target: str
+    subject: Subject
+    method: str
+    """The name of a recipe, or DENSE."""
+    healing: str
+    """What was done to the weights that are left; "" for nothing."""
+    budget: str
+    found: Measured | None
+    reason: str = ""
+    """Why it was not measured."""
+
+    @property
+    def title(self) -> str:
+        """Its method, and what was done after it."""
+        return " + ".join(filter(None, (title_of(self.method), self.healing)))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A target as a study asks for it, with everything that its run decides filled in."""
+
+    run: str
+    budget: str
+    method: str
+    compensate: str
+    train: bool
+
+    @classmethod
+    def of(cls, target: Target, method: str, compensate: str) -> Asked:
+        """Fill in the run's method and compensation."""
+        chosen = target.compensate or compensate
+        return cls(target.run, target.budget, target.method or method, chosen, target.recover)
+
+    @property
+    def healing(self) -> str:
+        parts = ([] if self.compensate == "none" else [self.compensate]) + ["training"] * self.train
+        return " + ".join(parts)
+
+
+def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Asked], evidence: Path) -> list[Row]:
+    """Read the dense model and all targets of each run, in the order in which they are asked for."""
+    rows: list[Row] = []
+    for subject in subjects:
+        name = f"{subject.run}-dense"
+        try:
+            dense: Measured | None = _read(evidence / name, None)
+            reason = ""
+        except InputError as error:
+            dense, reason = None, str(error)
+        rows.append(Row(name, subject, DENSE, "", "", dense, reason))
+        for target, one in ((t, a) for t, a in asked.items() if a.run == subject.run):
+            found, why = None, f"its dense model has no results: {reason}"
+            if dense is not None:
+                try:
+                    found, why = _read(evidence / target, evidence / name), ""
+                except InputError as error:
+                    why = str(error)
+            rows.append(Row(target, subject, one.method, one.healing, one.budget, found, why))
+    return rows
+
+
+def _read(folder: Path, dense: Path | None) -> Measured:
+    """Read one model; `dense` is the folder of the model that it is compared with.
+
+    Raises:
+        InputError: it has no results, a file is damaged, or its items are other ones than those of the dense model.
+    """
+    if (folder / FAILED).exists():
+        failed = read_json(folder / FAILED)
+        raise InputError(f"stage {failed['stage']} failed: {failed['reason']}")
+    if not (folder / "results.json").exists():
+        raise InputError("not measured yet")
+    facts, timed = read_json(folder / "results.json"), folder / "speed.json"
+    apart: dict[str, Any] = read_json(timed) if timed.exists() else {}
+    metrics = _metrics(facts)
+    names = {folder.name: folder} | ({} if dense is None else {dense.name: dense})
+    items = read_items(pa.concat_tables([_items(*one) for one in names.items()]), metrics, folder.parent, "dvc repro")
+    fields = facts | {"average": None, "made": apart.get("made", {})}
+    speed = apart.get("speed")
+    return Measured(
+        Model.of(fields, {"heldout": facts["perplexity"]}, items[folder.name]),
+        None if dense is None else load_plan(folder / "plan.json"),
+        Race.of(speed) if speed else None,
+        apart.get("search", {}),
+    )
+
+
+def _metrics(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Find the tasks of the average, each with its metric."""
+    tasks = facts["tasks"]
+    own = FIVE if tasks.keys() >= set(FIVE) else [task for task in tasks if "perplexity" not in tasks[task]["metric"]]
+    if not own:
+        raise InputError("no task is scored by accuracy; name one in evaluate.zero_shot.tasks")
+    return {task: tasks[task]["metric"] for task in own}
+
+
+def _items(name: str, folder: Path) -> pa.Table:
+    table = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
+    return table.append_column("model", pa.array([name] * table.num_rows))

@@ -1,0 +1,111 @@
+"""The pages of a study: everything for its own folder, and one page of results for docs/.
+
+index.html, report.md, results.md, tables/*.csv and *.tex, plots/*.svg and *.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from blockpruner.reporting.grids import Column, Grid
+from blockpruner.reporting.pages import Page, Section, made_line, write_page
+from blockpruner.reporting.paper.evidence import Row
+from blockpruner.reporting.paper.figures import figures
+from blockpruner.reporting.paper.frames import Table, texts, to_latex, to_markdown, written
+from blockpruner.reporting.paper.methods import BLOCKPRUNER, DENSE
+from blockpruner.reporting.paper.tables import bands, draws, front, measured, models_frame, paired, paper_tables
+
+FRONT_TITLE = "The best models of each size"
+
+
+def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
+    """Make every table of a study, the front page's first."""
+    frame = models_frame(rows)
+    chosen = [Table("front", FRONT_TITLE, front(frame))] if len(measured(frame)) else []
+    every = Table("models", "Every model", frame.drop(columns=["recipe"]))
+    return [*chosen, *paper_tables(frame, published), *paired(rows), *draws(frame), every]
+
+
+def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> None:
+    """Write the tables and figures of a study in the place of `out`, as a whole or not at all."""
+    frame, tables = models_frame(rows), study_tables(rows, published)
+    plots = figures(frame, rows)
+    ours = dict.fromkeys(f"{row.subject.run}: {row.subject.labels.conditions}." for row in rows)
+    made = made_line(made for row in rows if row.found for made in row.found.result.made)
+    summary = results_page(title, frame, [*ours, made], [plot.name for plot in plots])
+    files = {f"tables/{table.name}.csv": table.frame.to_csv(index=False) for table in tables}
+    files |= {f"tables/{table.name}.tex": to_latex(table) for table in tables} | {"results.md": summary}
+    sections = [Section("In short", tuple(verdict(frame)))]
+    sections += [Section(table.title, (_grid(table), *([table.note] if table.note else []))) for table in tables]
+    sections += [Section("Figures", tuple(plots)), Section("Conditions", tuple(ours))]
+    write_page(out, Page(title, PREFACE, tuple(sections), made), files)
+
+
+def _grid(table: Table) -> Grid:
+    """Hand a table to the writers of pages."""
+    shown = texts(table.frame)
+    rows = tuple(map(tuple, shown.to_numpy().tolist()))
+    return Grid(table.name, table.title, tuple(Column(title, title) for title in shown.columns), rows)
+
+
+PREFACE = (
+    "Measured by the pipeline of this project; nothing on this page is typed by hand. What holds for one model, and "
+    "for a small one above all, need not hold for another."
+)
+
+
+def verdict(frame: pd.DataFrame) -> list[str]:
+    """Sum up a study in at most five sentences for each model: three sizes, accuracy, speed."""
+    found: list[str] = []
+    for model, own in measured(frame).groupby("model", sort=False):
+        several = f"{model}: " if frame["model"].nunique() > 1 else ""
+        dense = own[own["recipe"] == DENSE].iloc[0]
+        sizes = bands(own)
+        for band in sizes[:3]:
+            found.append(several + _size(band, dense))
+        if not sizes:
+            continue
+        pruned = pd.concat(sizes)
+        low, high = (written(value, 1) for value in (pruned["avg_pct"].min(), pruned["avg_pct"].max()))
+        at = f"{written(dense['avg_pct'], 1)} ± {written(dense['avg_pct_se'], 1)} %"
+        found.append(f"{several}Accuracy is {low} to {high} % where dense has {at} (one standard error).")
+        timed = pruned["generation_x"].dropna() if "generation_x" in pruned else pruned.iloc[:0]["avg_pct"]
+        if len(timed):
+            fast, slow = written(timed.max(), 2), written(timed.min(), 2)
+            found.append(f"{several}Generation is {slow} to {fast} times as fast as dense.")
+    return found
+
+
+def _size(band: pd.DataFrame, dense: pd.Series[float]) -> str:
+    def quality(row: pd.Series[float]) -> str:
+        times = written(row["heldout_ppl"] / dense["heldout_ppl"], 2)
+        return f"{written(row['heldout_ppl'], 2)} ({times} × dense)"
+
+    best = band.loc[band["heldout_ppl"].idxmin()]
+    plain = band[(band["recipe"] == BLOCKPRUNER) & (band["healing"] == "") & (band.index != best.name)]
+    more = f"; BlockPruner has {quality(plain.iloc[0])}" if len(plain) else ""
+    at, lowest = f"At {written(best['removed_pct'], 1)} % removed", "has the lowest held-out perplexity"
+    return f"{at}, {best['method']} {lowest}, {quality(best)}{more}."
+
+
+def results_page(title: str, frame: pd.DataFrame, conditions: Sequence[str], plots: Sequence[str]) -> str:
+    """Write docs/results.md: a verdict, one table, two figures, the conditions once, and links to all numbers."""
+    missing = [f"- {row.target}: {row.reason}" for row in frame[frame["reason"].fillna("") != ""].itertuples()]
+    parts = [
+        f"# {title}",
+        PREFACE,
+        "\n".join(f"- {line}" for line in verdict(frame)),
+        f"## {FRONT_TITLE}",
+        to_markdown(front(frame)) if len(measured(frame)) else "Nothing is measured yet.",
+        "For each size: the lowest held-out perplexity, the lowest without training, its best rival healed alike, and "
+        "BlockPruner as pruned. ± is one standard error.",
+        *(f"![{name}](results/{name}.png)" for name in plots[:2]),
+        *(["## Not measured", "\n".join(missing)] if missing else []),
+        "## Conditions",
+        "\n".join(f"- {line}" for line in conditions if line),
+        "All numbers are in CSV files: [results/](results/).",
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,55 @@
+"""The paper's own numbers (arXiv 2406.10594), read from data/paper.
+
+Decides which of its models a run is of. Nothing here is measured by this project.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockpruner.core.errors import InputError
+from blockpruner.reporting.paper.methods import PAPER_METHODS
+
+MODELS: Mapping[str, str] = {
+    "meta-llama/Llama-2-7b-hf": "Llama2-7B",
+    "meta-llama/Llama-2-13b-hf": "Llama2-13B",
+    "baichuan-inc/Baichuan2-7B-Base": "Baichuan2-7B",
+    "baichuan-inc/Baichuan2-13B-Base": "Baichuan2-13B",
+    "Qwen/Qwen1.5-7B": "Qwen1.5-7B",
+    "Qwen/Qwen1.5-14B": "Qwen1.5-14B",
+    "mistralai/Mistral-7B-v0.3": "Mistral-7B-v0.3",
+    "meta-llama/Meta-Llama-3-8B": "Llama3-8B",
+}
+"""Repository of a run's model to its name in the paper."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row of a table."""
+
+    model: str
+    key: str
+    """The method: "dense", or one of a `PaperMethod.published`."""
+    numbers: Mapping[str, float]
+    """By column, in the paper's units: per cent, milliseconds, minutes."""
+
+    @property
+    def title(self) -> str:
+        """The method as this project calls it."""
+        return next((method.title for method in PAPER_METHODS.values() if self.key in method.published), self.key)
+
+
+def read_published(folder: Path, name: str) -> list[Published]:
+    """Read the rows of <name>.csv, whose first two columns are the model and the method.
+
+    Raises:
+        InputError: the file is missing.
+    """
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        raise InputError(f"{path} does not exist; it belongs to the repository: `git checkout {path}`")
+    head, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+    return [Published(row[0], row[1], dict(zip(head[2:], map(float, row[2:]), strict=True))) for row in rows]

@@ -1,0 +1,344 @@
+"""The tables of a study: every model, the front page's, the paper's beside its numbers, and paired comparisons.
+
+Decides which models belong in which table, and which row of the paper one is shown with: the same model and method, at
+the nearest ratio within BAND.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from blockpruner.core.blocks import BlockKind
+from blockpruner.core.errors import InputError
+from blockpruner.reporting import statistics
+from blockpruner.reporting.comparison import BAND
+from blockpruner.reporting.paper.evidence import FIVE, Measured, Row
+from blockpruner.reporting.paper.frames import Table
+from blockpruner.reporting.paper.methods import BLOCKPRUNER, DENSE, PAPER_METHODS
+from blockpruner.reporting.paper.published import Published, read_published
+from blockpruner.reporting.results import Model
+from blockpruner.reporting.statistics import Effect, Interval
+
+
+def models_frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Show every model of a study: one line a target, with the reason where it was not measured."""
+    dense = {row.subject.run: row.found for row in rows if row.method == DENSE}
+    lines = [_line(row, dense[row.subject.run]) for row in rows]
+    frame = pd.DataFrame(lines)
+    return frame.reindex(columns=[*(c for c in frame.columns if c != "reason"), "reason"])
+
+
+def _line(row: Row, dense: Measured | None) -> dict[str, Any]:
+    """Give all numbers of a model; shares are in per cent, × is over the dense model."""
+    line: dict[str, Any] = {
+        "model": row.subject.model, "run": row.subject.run, "target": row.target, "method": row.title,
+        "recipe": row.method, "healing": row.healing, "budget": row.budget, "reason": row.reason,
+    }  # fmt: skip
+    found = row.found
+    if found is None or dense is None:
+        return line
+    model, plan = found.result, found.plan
+    line |= {"removed_pct": 100 * plan.ratio if plan else 0.0}
+    if plan:
+        mha, mlp = plan.blocks[BlockKind.MHA], plan.blocks[BlockKind.MLP]
+        line |= {"mha": mha, "mlp": mlp, "kv_pct": -100 * mha / plan.layers}
+    if "wikitext" in row.subject.labels.heldout:
+        line["wikitext2_ppl"] = model.perplexity
+    line["heldout_ppl"] = model.perplexity
+    line |= interval("heldout_x", _against_dense(model, dense.result) if plan else None)
+    line |= {"avg_pct": 100 * model.average.value, "avg_pct_se": 100 * model.average.stderr}
+    if model.confidence:
+        line |= {"p_gold_pct": 100 * model.confidence.value, "p_gold_pct_se": 100 * model.confidence.stderr}
+    for task, score in model.tasks.items():
+        line[task] = 100 * score.value if score.is_accuracy else score.value
+    line["weights_mib"] = model.weight_bytes / 2**20
+    if found.race:
+        line["generation_ms"] = 1000 * found.race.pruned.median("generation")
+        few = len(found.race.dense.seconds["generation"]) == 1
+        line |= interval("generation_x", found.race.speedups["generation"] if plan and not few else None)
+    if "seconds" in found.search:
+        line["minutes"] = found.search["seconds"] / 60
+    return line | {key: value for key, value in found.search.items() if key != "seconds"}
+
+
+def _against_dense(model: Model, dense: Model) -> Effect:
+    if min(len(model.heldout.row_nll), len(dense.heldout.row_nll)) < 2:
+        value = model.perplexity / dense.perplexity
+        return Effect(value, Interval(math.nan, math.nan), math.nan)
+    return statistics.perplexity_ratio(dense.heldout.row_nll, model.heldout.row_nll)
+
+
+def interval(key: str, effect: Effect | None, scale: float = 1.0) -> dict[str, float]:
+    """Give a number and the ends of its interval, each in its column; nothing where it was not measured."""
+    if effect is None:
+        return {}
+    ends = effect.interval
+    return {key: scale * effect.value, f"{key}_low": scale * ends.low, f"{key}_high": scale * ends.high}
+
+
+def measured(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave out what was not measured."""
+    return frame[frame["reason"].fillna("") == ""] if "heldout_ppl" in frame else frame.iloc[:0]
+
+
+FRONT = (
+    "model", "method", "removed_pct", "kv_pct", "heldout_ppl", "heldout_x", "wikitext2_ppl", "wikitext2_x", "avg_pct",
+    "avg_pct_se",
+)  # fmt: skip
+
+
+def bands(frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """Group the pruned models of one dense model that count as of one size (BAND), the least pruned first."""
+    found: list[list[int]] = []
+    pruned = frame[frame["recipe"] != DENSE].sort_values("removed_pct", kind="stable")
+    start = -math.inf
+    for index, removed in pruned["removed_pct"].items():
+        if removed - start > 100 * BAND:
+            found.append([])
+            start = removed
+        found[-1].append(index)
+    return [pruned.loc[band] for band in found]
+
+
+def front(frame: pd.DataFrame) -> pd.DataFrame:
+    """Choose for each size: the best model, the best that is not trained, its best rival healed alike, BlockPruner.
+
+    Best is the lowest held-out perplexity.
+    """
+    lines: list[int] = []
+    for _, own in measured(frame).groupby("model", sort=False):
+        lines += own.index[own["recipe"] == DENSE][:1].tolist()
+        for band in bands(own):
+            lines += _chosen(band.sort_values("heldout_ppl", kind="stable"))
+    columns = [key for key in FRONT if key in frame]
+    if frame["model"].nunique() == 1:
+        columns.remove("model")
+    if "wikitext2_ppl" in columns and frame["wikitext2_ppl"].equals(frame["heldout_ppl"]):
+        columns.remove("wikitext2_ppl")
+    return frame.loc[lines, columns].reset_index(drop=True)
+
+
+def _chosen(band: pd.DataFrame) -> list[int]:
+    """Choose the rows of one size, from those sorted by perplexity."""
+    untrained = band[~band["healing"].str.contains("training")]
+    best = untrained.iloc[:1]
+    if len(best):
+        same, rival = untrained["healing"] == best["healing"].iloc[0], untrained["recipe"] != best["recipe"].iloc[0]
+        best = pd.concat([best, untrained[same & rival].iloc[:1]])
+    plain = band[(band["recipe"] == BLOCKPRUNER) & (band["healing"] == "")]
+    picked = pd.concat([band.iloc[:1], best, plain.iloc[:1]])
+    return list(dict.fromkeys(picked.index.tolist()))
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table of the paper."""
+
+    name: str
+    title: str
+    source: str
+    """The file of the paper's numbers in data/paper."""
+    methods: tuple[str, ...]
+    columns: Mapping[str, str]
+    """Our column by the paper's."""
+    ours: tuple[str, ...] = ()
+    """Columns that only our rows have."""
+
+
+RATIO, AVERAGE, WIKITEXT = {"ratio_pct": "removed_pct"}, {"avg": "avg_pct"}, {"wikitext2_ppl": "wikitext2_ppl"}
+QUALITY = ("heldout_ppl", "p_gold_pct")
+NINE = {"truthfulqa": "truthfulqa_mc1", "race": "race", "swag": "swag", "openbookqa": "openbookqa"}
+CURVES = (BLOCKPRUNER, "shortgpt", "relative-magnitude")
+MAIN = (
+    DENSE, "slicegpt", "laco", "laco-3", "laco-7", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt",
+    "greedy-layers", BLOCKPRUNER, "blockpruner-per-parameter", "swap", "random",
+)  # fmt: skip
+TABLES: tuple[PaperTable, ...] = (
+    PaperTable(
+        "table1", "Table 1. Pruning methods at about the same ratio", "table1_main", MAIN,
+        {**RATIO, **WIKITEXT, **{task: task for task in FIVE}, **AVERAGE}, QUALITY,
+    ),
+    PaperTable(
+        "table2", "Table 2. What blocks and iteration are worth", "table2_ablation",
+        (BLOCKPRUNER, "one-shot-perplexity", "greedy-layers"), {**RATIO, **AVERAGE}, QUALITY,
+    ),
+    PaperTable(
+        "table4", "Table 4. Perplexity and Jensen-Shannon divergence as the metric", "table4_metric",
+        (BLOCKPRUNER, "blockpruner-by-js"), {**RATIO, **AVERAGE}, QUALITY,
+    ),
+    PaperTable(
+        "table5", "Table 5. Higher ratios, blocks and layers", "table5_high_sparsity",
+        (BLOCKPRUNER, "greedy-layers"), {**RATIO, **WIKITEXT, **AVERAGE}, QUALITY,
+    ),
+    PaperTable(
+        "table6", "Table 6. Time to generate", "table6_speed", (DENSE, "slicegpt", *CURVES),
+        {**RATIO, "generate_128_tokens_ms": "generation_ms", "speedup": "generation_x"},
+    ),
+    PaperTable(
+        "table7", "Table 7. Time of the search", "table7_pruning_time",
+        tuple(name for name, method in PAPER_METHODS.items() if method.published), {"minutes": "minutes"},
+        ("trials_asked", "trials_computed"),
+    ),
+    PaperTable("table8", "Table 8. AQuA-RAT", "table8_aqua", (DENSE, *CURVES), {"accuracy": "agieval_aqua_rat"}),
+    PaperTable(
+        "table9", "Table 9. Methods over ratios", "table9_newer_models", CURVES, {**RATIO, **AVERAGE}, QUALITY
+    ),
+    PaperTable("table10", "Table 10. Four more tasks", "table10_nine_tasks", MAIN, {**NINE, "avg9": "avg9_pct"}),
+)  # fmt: skip
+
+
+def paper_tables(frame: pd.DataFrame, folder: Path) -> list[Table]:
+    """Make the tables of which something was measured: our rows, each followed by the paper's row of its model."""
+    plain = measured(frame)
+    plain = plain[plain["healing"] == ""] if len(plain) else plain
+    nine = [task for task in (*FIVE, *NINE.values()) if task in plain]
+    if len(nine) == len(FIVE) + len(NINE):
+        plain = plain.assign(avg9_pct=plain[nine].mean(axis=1, skipna=False))
+    found = []
+    for table in TABLES:
+        wanted = [key for key in table.columns.values() if key not in ("removed_pct", "avg_pct")] or ["avg_pct"]
+        own = plain[plain["recipe"].isin(table.methods)] if len(plain) else plain
+        several = len(own) and own[own["recipe"] != DENSE]["recipe"].nunique() > 1
+        if several and any(key in own and own[key].notna().any() for key in (*wanted, *table.ours)):
+            lines = _beside(table, own, read_published(folder, table.source))
+            if lines:
+                columns = ["model", "method", "source", *table.columns.values(), *table.ours]
+                found.append(Table(table.name, table.title, pd.DataFrame(lines).reindex(columns=columns), PAPER_NOTE))
+    return found
+
+
+PAPER_NOTE = "Rows “here” are measured by this project, rows “paper” are the numbers of arXiv 2406.10594."
+
+
+def _beside(table: PaperTable, own: pd.DataFrame, published: Sequence[Published]) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for model, mine in own.groupby("model", sort=False):
+        theirs = [row for row in published if row.model == model]
+        pairs = [(row, _nearest(mine, row)) for row in theirs]
+        matched = {index: row for row, index in pairs if index is not None}
+        sizes = [row.numbers["ratio_pct"] for row in theirs if row.numbers.get("ratio_pct")]
+        for index, line in mine.iterrows():
+            apart = min((abs(line["removed_pct"] - size) for size in sizes), default=0.0)
+            near = line["recipe"] == DENSE or apart <= 100 * BAND
+            known = not _keys(line["recipe"]).isdisjoint(row.key for row in theirs)
+            if index in matched or (near and not known):
+                lines.append({**line, "source": "here"})
+            if index in matched:
+                lines.append(_theirs(table, matched[index]))
+        lines += [_theirs(table, row) for row, index in pairs if index is None]
+    return lines
+
+
+def _theirs(table: PaperTable, row: Published) -> dict[str, Any]:
+    numbers = {ours: row.numbers[key] for key, ours in table.columns.items() if key in row.numbers}
+    return {"model": row.model, "method": row.title, "source": "paper", **numbers}
+
+
+def _keys(recipe: str) -> set[str]:
+    """List the names that a recipe's rows have in data/paper."""
+    return {DENSE} if recipe == DENSE else set(PAPER_METHODS[recipe].published)
+
+
+def _nearest(own: pd.DataFrame, row: Published) -> Any:
+    """Find our row of the paper's method at the nearest ratio; None where there is none within BAND."""
+    near = own[own["recipe"].map(lambda recipe: row.key in _keys(recipe))]
+    if near.empty:
+        return None
+    wanted = row.numbers.get("ratio_pct")
+    if wanted is None:
+        return near.index[0]
+    apart = (near["removed_pct"] - wanted).abs()
+    return apart.idxmin() if apart.min() <= 100 * BAND else None
+
+
+Measure = Callable[[Model, Model, float], Effect | None]
+MEASURES: Mapping[str, tuple[Measure, float]] = {
+    "ppl_against": (lambda a, b, level: statistics.perplexity_ratio(a.heldout.row_nll, b.heldout.row_nll, level), 1),
+    "avg_against": (lambda a, b, level: statistics.paired_bootstrap(a.scores, b.scores, level=level), 100),
+    "p_gold_against": (
+        lambda a, b, level: statistics.stratified_t(a.p_gold, b.p_gold, level) if a.p_gold and b.p_gold else None, 100,
+    ),
+}  # fmt: skip
+"""How two models are compared on the same items and rows, and the unit that this is shown in."""
+
+PAIRED_NOTE = (
+    "Each method against BlockPruner healed alike, on the same items and rows, at the nearest ratio within "
+    f"{100 * BAND:g} points. Accuracy: percentile interval of 10,000 paired resamples within each task. p of the right "
+    "answer: t interval over items, by task. Perplexity: quotient, t interval over rows. Intervals have the level at "
+    "which Holm's correction over this table tests them; p is corrected, too."
+)
+
+
+def paired(rows: Sequence[Row]) -> list[Table]:
+    """Compare every method with BlockPruner at the same size, healed alike."""
+    pairs = [(base, row) for row in rows if (base := _base_of(row, rows)) is not None]
+    lines: list[dict[str, Any]] = [
+        {
+            "model": row.subject.model, "run": row.subject.run, "method": row.title, "removed_pct": 100 * _ratio(row),
+            "against": base.title, "against_removed_pct": 100 * _ratio(base),
+        }
+        for base, row in pairs
+    ]  # fmt: skip
+    for key, (measure, scale) in MEASURES.items():
+        known = {i: e for i, (a, b) in enumerate(pairs) if (e := _effect(measure, a, b, 0.95)) is not None}
+        p_values = [effect.p for effect in known.values()]
+        corrected = zip(known, statistics.holm(p_values), statistics.holm_levels(p_values), strict=True)
+        for i, p, level in corrected:
+            lines[i] |= interval(key, _effect(measure, *pairs[i], level), scale) | {f"{key}_p": p}
+    return [Table("paired", "Methods on the same items", pd.DataFrame(lines), PAIRED_NOTE)] if lines else []
+
+
+def _effect(measure: Measure, base: Row, row: Row, level: float) -> Effect | None:
+    """Compare two models; None where there are too few rows or items to compare."""
+    assert base.found and row.found
+    try:
+        return measure(base.found.result, row.found.result, level)
+    except InputError:
+        return None
+
+
+def _ratio(row: Row) -> float:
+    return row.found.plan.ratio if row.found and row.found.plan else 0.0
+
+
+def _base_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """Find BlockPruner's model that a row is compared with."""
+    if row.found is None or row.found.plan is None or row.method == BLOCKPRUNER:
+        return None
+    alike = [
+        other for other in rows
+        if other.method == BLOCKPRUNER and other.found and _items(other) == _items(row)
+        and other.healing == row.healing and abs(_ratio(other) - _ratio(row)) <= BAND
+    ]  # fmt: skip
+
+    def apart(other: Row) -> tuple[bool, float]:
+        return other.subject.run != row.subject.run, abs(_ratio(other) - _ratio(row))
+
+    return min(alike, key=apart, default=None)
+
+
+def _items(row: Row) -> tuple[str, ...]:
+    """Give what two models must have in common to be compared."""
+    labels = row.subject.labels
+    return row.subject.model, labels.heldout, labels.tasks
+
+
+def draws(frame: pd.DataFrame) -> list[Table]:
+    """Sum up models that differ by their run alone, such as its calibration seed: mean and standard deviation."""
+    found = measured(frame)
+    if not len(found):
+        return []
+    pruned = found[found["recipe"] != DENSE]
+    grouped = pruned.groupby(["model", "method", "budget"], sort=False).agg(
+        runs=("run", "nunique"), removed_pct=("removed_pct", "mean"), heldout_ppl=("heldout_ppl", "mean"),
+        heldout_sd=("heldout_ppl", "std"), avg_pct=("avg_pct", "mean"), avg_sd=("avg_pct", "std"),
+    )  # fmt: skip
+    several = grouped[grouped["runs"] > 1].reset_index()
+    note = "Means and standard deviations over runs of one model, one search each, on the same items and text."
+    return [Table("draws", "Over calibration draws", several, note)] if len(several) else []

@@ -1,0 +1,116 @@
+"""studies/*.yaml, read and checked: lists of ordinary targets, whose results are tabulated together.
+
+Decides which targets a study has and what they are called. Everything about a model, its calibration and its evaluation
+is decided by the run files that it names.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+from pydantic import Field
+
+from blockpruner.core.budgets import read_budget
+from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Frozen, NAME
+from blockpruner.healing.settings import CompensationMethod
+from blockpruner.settings import Target
+from blockpruner.methods.recipes import RECIPES
+from blockpruner.methods.registry import method_names
+from blockpruner.params import read_file
+from blockpruner.reporting.paper.methods import PAPER_METHODS
+
+FOLDER = Path("studies")
+
+
+class TargetGrid(Frozen):
+    """Targets in short: every method at every budget with every compensation, of every run."""
+
+    runs: tuple[str, ...] = ()
+    """Some of the study's runs; all by default."""
+    methods: tuple[str, ...] = Field(min_length=1)
+    """Names of recipes and searches."""
+    budgets: tuple[str, ...] = Field(min_length=1)
+    """How far to prune, as in a target."""
+    compensate: tuple[CompensationMethod, ...] = ("none",)
+    """Ways in which the weights that are left are compensated, without training."""
+    train: bool = False
+    """Whether these models are trained after that, by the run's `train`."""
+
+
+class Study(Frozen):
+    """Models whose results are tabulated together: studies/<name>.yaml."""
+
+    title: str
+    """The title of its pages."""
+    runs: tuple[str, ...] = Field(min_length=1)
+    """Names of runs/<name>.yaml."""
+    grids: tuple[TargetGrid, ...] = ()
+    """Targets in short."""
+    targets: dict[str, Target] = Field(default_factory=dict)
+    """More targets, by name, as in params.yaml."""
+
+
+def target_name(run: str, method: str, budget: str, compensate: str, train: bool) -> str:
+    """Name a target, for instance smollm2-floating-b20-refit-train."""
+    value, unit = read_budget(budget)
+    size = f"{100 * value:g}{unit}" if unit in ("", "kv") else budget
+    ending = ("" if compensate == "none" else f"-{compensate}") + "-train" * train
+    return f"{run}-{method}-b{size}{ending}".replace(".", "-").replace("_", "-")
+
+
+def targets_of(study: Study) -> dict[str, Target]:
+    """List all targets of a study by name.
+
+    Raises:
+        InputError: a run, method or budget that is none, or two targets of one name that differ.
+    """
+    found: dict[str, Target] = {}
+    cells = [
+        (target_name(run, method, budget, compensate, grid.train),
+         Target(run=run, budget=budget, method=method, compensate=compensate, train=grid.train))
+        for grid in study.grids
+        for run, method, budget, compensate in product(
+            grid.runs or study.runs, grid.methods, grid.budgets, grid.compensate
+        )
+    ]  # fmt: skip
+    for name, target in (*cells, *study.targets.items()):
+        if target.run not in study.runs:
+            raise InputError(
+                f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {', '.join(study.runs)}",
+                rule="unknown-run", key="runs", value=target.run,
+            )  # fmt: skip
+        known = [*RECIPES, *PAPER_METHODS, *method_names()]
+        if target.method not in (None, *known):
+            raise InputError(
+                f"method {target.method!r} is unknown; valid: {', '.join(dict.fromkeys(known))}",
+                rule="unknown-method", key="methods", value=target.method,
+            )  # fmt: skip
+        if found.setdefault(name, target) != target:
+            raise InputError(f"two targets are called {name!r}; rename one", rule="same-name", value=name)
+    return found
+
+
+def study_names(folder: Path = FOLDER) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def load_study(name: str, folder: Path = FOLDER) -> Study:
+    """Read studies/<name>.yaml; its `targets` are all of them, those of its grids included.
+
+    Raises:
+        InputError: there is no such file, or a key or value is not valid.
+    """
+    path = folder / f"{name}.yaml"
+    if not NAME.fullmatch(name) or not path.exists():
+        known = ", ".join(study_names(folder)) or "none"
+        raise InputError(
+            f"study {name!r} is unknown: {path} does not exist; existing studies: {known}",
+            rule="unknown-study", key="studies", value=name,
+        )  # fmt: skip
+    study = read_file(path, Study)
+    try:
+        return study.model_copy(update={"targets": targets_of(study), "grids": ()})
+    except InputError as error:
+        raise InputError(f"{path}: {error}", rule=error.rule, key=error.key, value=error.value) from None

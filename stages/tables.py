@@ -1,0 +1,35 @@
+"""tables <study>: the tables and figures of a study, at data/tables/<study>."""
+
+from __future__ import annotations
+
+from blockpruner.core.progress import observer
+from blockpruner.params import load_run
+from blockpruner.reporting.paper.evidence import Asked, Subject, read_rows
+from blockpruner.reporting.paper.page import write_study
+from blockpruner.reporting.paper.published import MODELS
+from blockpruner.studies import load_study
+from stages import DATA, run
+from stages.report import labels
+
+
+def main(name: str) -> None:
+    study = load_study(name)
+    runs = {run: load_run(run) for run in study.runs}
+    subjects = [
+        Subject(run, labels(settings), MODELS.get(getattr(settings.model, "repo", "")))
+        for run, settings in runs.items()
+    ]
+    asked = {
+        target: Asked.of(wanted, runs[wanted.run].score.method, runs[wanted.run].compensate.method)
+        for target, wanted in study.targets.items()
+    }
+    out = DATA / "tables" / name
+    rows = read_rows(subjects, asked, DATA / "evidence")
+    write_study(out, study.title, rows, DATA / "paper")
+    for row in (row for row in rows if row.reason):
+        observer().note(f"not measured: {row.target}: {row.reason}")
+    observer().note(f"tables: {out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    run("tables", main)
