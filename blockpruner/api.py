@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from blockpruner import pipeline
 from blockpruner.checkpoints.hf import code_file, save_pruned
 from blockpruner.checkpoints.hub import push
-from blockpruner.checkpoints.registry import EXPORTS, require_exports
+from blockpruner.checkpoints.registry import require_exports
 from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
@@ -279,7 +279,7 @@ def _prune(
     observer: Observer,
 ) -> Pruned:
     base, config = _Base(model.config.to_json_string(use_diff=False), model.name_or_path), model.config.to_dict()
-    method = compensation(run.compensate, run.score.method)
+    method = compensation(run.compensate.method, run.score.method)
     judged, pool = len(searches(run.score)) > 1, pipeline.Pool(texts)
     rows = pipeline.calibrate(
         run.calibration, run.compensate, None, pool, tokenizer, config, observer.note, judged=judged, at_most=True

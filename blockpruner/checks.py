@@ -28,7 +28,7 @@ def check_run(run: Run) -> None:
 def _check_search(run: Run, score: Score) -> None:
     kind = check_score(score)
     require_exports(run.export, kind, run.model.dtype)
-    check_compensation(score, compensation(run.compensate, run.score.method))
+    check_compensation(score, compensation(run.compensate.method, run.score.method))
     metric, source = METRICS[score.metric], run.calibration.data.source
     if metric.answers and source != "tasks":
         raise InputError(

@@ -12,13 +12,18 @@ from pydantic import Field, field_validator, model_validator
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Frozen, Model, NAME, Runtime, TaskAnswers, Texts, read_settings
+from blockpruner.core.settings import NAME, Frozen, Model, Runtime, TaskAnswers, Texts, read_settings
 from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, ZeroShot
 from blockpruner.healing.settings import Compensate, CompensationMethod, Train
 from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.recipes import RECIPES, recipe
 from blockpruner.methods.registry import kind_of_method, options_of
+from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
+from blockpruner.search.registry import SEARCHES
+
+ACCELERATED = {"acceleration", "confidence", "floor", "slack", "audit"}
+"""Keys of a `score` section that decide which candidates are left out."""
 
 
 class Run(Frozen):
@@ -205,12 +210,22 @@ class Sections(Frozen):
 
 
 def score_of(run: Run, method: str | None) -> Score:
-    """The `score` section of a target that names a method, or none; raises InputError for an unknown one."""
+    """The `score` section of a target that names a method, or none; raises InputError for an unknown one.
+
+    Of the run's own section it keeps the metric, the lengths of timings, and the acceleration where it takes one.
+    """
     if method is None or method == run.score.method:
         return run.score
-    removes_blocks = all(kind_of_method(str(row["method"])).removes_blocks for row in recipe(method).searches.values())
-    kept = run.score.model_dump(include={"latency", "metric"} if removes_blocks else {"latency"})
-    return read_settings(Score, {**kept, "method": method})
+    rows = [{"metric": run.score.metric, **row} for row in recipe(method).searches.values()]
+    kept = {"latency"}
+    if all(kind_of_method(str(row["method"])).removes_blocks for row in rows):
+        kept |= {"metric"}
+    if all(row["method"] in SEARCHES and SEARCHES[str(row["method"])].accelerated for row in rows) and not any(
+        METRICS[str(row["metric"])].influence for row in rows
+    ):
+        kept |= ACCELERATED
+    given = run.score.model_dump(include=kept, exclude_none=True)
+    return read_settings(Score, {**given, "method": method})
 
 
 def resolve(run: Run, targets: Sequence[Target]) -> Sections:

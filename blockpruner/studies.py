@@ -13,13 +13,11 @@ from pydantic import Field
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Frozen, NAME
+from blockpruner.core.settings import NAME, Frozen
 from blockpruner.healing.settings import CompensationMethod
-from blockpruner.settings import Target
-from blockpruner.methods.recipes import RECIPES
-from blockpruner.methods.registry import method_names
+from blockpruner.methods.recipes import recipe
 from blockpruner.params import read_file
-from blockpruner.reporting.paper.methods import PAPER_METHODS
+from blockpruner.settings import Target
 
 FOLDER = Path("studies")
 
@@ -81,12 +79,8 @@ def targets_of(study: Study) -> dict[str, Target]:
                 f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {', '.join(study.runs)}",
                 rule="unknown-run", key="runs", value=target.run,
             )  # fmt: skip
-        known = [*RECIPES, *PAPER_METHODS, *method_names()]
-        if target.method not in (None, *known):
-            raise InputError(
-                f"method {target.method!r} is unknown; valid: {', '.join(dict.fromkeys(known))}",
-                rule="unknown-method", key="methods", value=target.method,
-            )  # fmt: skip
+        if target.method is not None:
+            recipe(target.method)
         if found.setdefault(name, target) != target:
             raise InputError(f"two targets are called {name!r}; rename one", rule="same-name", value=name)
     return found

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Frozen
-from blockpruner.methods.recipes import RECOMMENDED, recipe
+from blockpruner.methods.recipes import RECOMMENDED, sections
 from blockpruner.params import load_run, named_sources
 from blockpruner.store.files import write_text
 from flows.prune import build
@@ -55,17 +55,10 @@ class NewModel(Frozen):
 
     def text(self) -> str:
         """The run file."""
-        chosen = recipe(self.method)
-        data = {} if self.texts is None else {"data": source_of(self.texts)}
-        values: dict[str, Any] = {
-            "model": source_of(self.model),
-            "score": {"method": chosen.method, "acceleration": chosen.acceleration},
-            "compensate": {"method": chosen.compensation},
-        }
-        if data:
-            values["calibration"] = data | {"split": "all"}
+        data = None if self.texts is None else source_of(self.texts)
+        values = {"model": source_of(self.model)} | sections(self.method, data=data, calibration={}, score={})
         if self.train:
-            values["train"] = data
+            values["train"] = {} if data is None else {"data": data}
         if self.heldout is not None:
             values["evaluate"] = {"perplexity": {"data": source_of(self.heldout)}}
         values = merged(values, self.more)

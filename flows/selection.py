@@ -23,8 +23,8 @@ from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Frozen
 from blockpruner.healing.settings import CompensationMethod
-from blockpruner.settings import Params, Target
 from blockpruner.params import load_params, load_run
+from blockpruner.settings import Params, Target
 from blockpruner.store.files import write_text
 
 PARAMS = Path("params.yaml")
@@ -129,7 +129,7 @@ def choose(selection: Selection) -> Chosen:
 
 def choose_study(name: str) -> Chosen:
     """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning."""
-    from blockpruner.params import load_study  # type: ignore[attr-defined]
+    from blockpruner.studies import load_study
 
     study, params = load_study(name), load_params(PARAMS)
     wanted = {key: target.model_dump(mode="json", exclude_defaults=True) for key, target in study.targets.items()}

@@ -21,8 +21,8 @@ import yaml
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import observer
-from blockpruner.settings import Params
 from blockpruner.params import load_params
+from blockpruner.settings import Params
 from blockpruner.store.files import TEMPORARY, remove
 from blockpruner.store.locks import WORKSPACE, hold, this_process
 from stages import DATA, run

@@ -27,7 +27,7 @@ def main(name: str) -> None:
         pipeline.Rows.load(DATA / "calibration" / wanted.run, "search", "judge"),
         target=name,
         run=wanted.run,
-        compensate=wanted.compensate or compensation(settings.compensate, method),
+        compensate=wanted.compensate or compensation(settings.compensate.method, method),
         train=wanted.train,
     )
 

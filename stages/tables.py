@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from blockpruner.core.progress import observer
-from blockpruner.params import load_run
+from blockpruner.methods.recipes import compensation
+from blockpruner.params import load_sections
 from blockpruner.reporting.paper.evidence import Asked, Subject, read_rows
 from blockpruner.reporting.paper.page import write_study
 from blockpruner.reporting.paper.published import MODELS
@@ -14,15 +15,16 @@ from stages.report import labels
 
 def main(name: str) -> None:
     study = load_study(name)
-    runs = {run: load_run(run) for run in study.runs}
+    runs = {run: load_sections(run) for run in study.runs}
     subjects = [
         Subject(run, labels(settings), MODELS.get(getattr(settings.model, "repo", "")))
         for run, settings in runs.items()
     ]
-    asked = {
-        target: Asked.of(wanted, runs[wanted.run].score.method, runs[wanted.run].compensate.method)
-        for target, wanted in study.targets.items()
-    }
+    asked = {}
+    for target, wanted in study.targets.items():
+        settings = runs[wanted.run]
+        method = wanted.method or next(iter(settings.score))
+        asked[target] = Asked.of(wanted, method, compensation(settings.compensate.method, method))
     out = DATA / "tables" / name
     rows = read_rows(subjects, asked, DATA / "evidence")
     write_study(out, study.title, rows, DATA / "paper")

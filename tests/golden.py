@@ -52,11 +52,6 @@ from stages import (
     materialize,
     report,
     score,
-    study_evaluate,
-    study_fetch,
-    study_search,
-    study_speed,
-    study_tables,
     train,
 )
 from tests.integration.project import sentence

@@ -9,9 +9,9 @@ from blockpruner.cli.pruning import own_dtype
 from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import parse_budget, resources_of
 from blockpruner.core.families import Config, count_parameters
-from blockpruner.settings import Run
 from blockpruner.methods.registry import kind_of_method, require_budgets
 from blockpruner.reporting.formats import size
+from blockpruner.settings import Run
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """The bytes of a number, by dtype."""

@@ -121,9 +121,13 @@ class Place:
     def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
         """Every step of the pipeline, as far as it was not done before."""
         from blockpruner.healing import choice
-        from blockpruner.healing.train import FACTS as TRAIN_FACTS
+        from blockpruner.healing.train import TRAIN_FACTS
 
-        config, method, note = self.config_of(run), compensation(run.compensate, run.score.method), self.observer.note
+        config, method, note = (
+            self.config_of(run),
+            compensation(run.compensate.method, run.score.method),
+            self.observer.note,
+        )
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
         assert not isinstance(run.calibration.data, TaskAnswers)
         texts, dense = load_texts(run.calibration.data, self.root / "cache", self.pins), self.fetch(run)
@@ -164,7 +168,7 @@ class Place:
         )
 
     def _healed(self, run: Run, dense: Path, plan: Plan, rows: pipeline.Rows, folders: Sequence[Path]) -> Pruning:
-        from blockpruner.healing.healed import find_healed
+        from blockpruner.methods.healed import find_healed
 
         pruning = self._pruning(run, dense, plan, rows.search)
         return replace(pruning, healed=find_healed(folders, pruning.identity))
@@ -248,7 +252,7 @@ class Place:
     def config_of(self, run: Run) -> Config:
         assert isinstance(run.model, HubModel | LocalModel)
         try:
-            return fetchconfig_of(run.model, self.pins)
+            return fetch_config(run.model, self.pins)
         except HubError as error:
             raise InputError(f"there is no folder {run.model.title!r} here, and {error}") from error
 

@@ -18,6 +18,8 @@ from blockpruner.methods.healed import changed_weights, load_healed_, parameter_
 from blockpruner.model.models import depths_after
 from blockpruner.store.files import read_json, replace_directory, write_json
 
+TRAIN_FACTS = "train.json"
+
 
 def write_trained(
     folder: Path,
@@ -36,7 +38,7 @@ def write_trained(
         words = f"{words}, {rows.tokens:,} tokens"
         save_healed(directory, weights, pruning.identity, words, wanted.data, pruning.healed)
         drawn = {"enabled": True, **wanted.model_dump(), "rows": len(rows.rows), "tokens": rows.tokens}
-        write_json(directory / "train.json", drawn | facts)
+        write_json(directory / TRAIN_FACTS, drawn | facts)
 
     replace_directory(folder, build)
 

@@ -13,7 +13,6 @@ from typing import Any
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.healing.settings import Compensate
 from blockpruner.scoring.settings import Score
 
 
@@ -21,24 +20,53 @@ from blockpruner.scoring.settings import Score
 class Recipe:
     """The searches whose results compete, and how they are compensated before the best one is kept."""
 
+    title: str
+    """Its name in tables and figures."""
     searches: Mapping[str, Mapping[str, Any]]
     """What each search sets in the `score` section, by the search's name."""
     compensate: str = "none"
     """The value of `compensate.method` where the user sets none."""
+    published: tuple[str, ...] = ()
+    """The names of its rows in data/paper."""
+
+
+def _one(title: str, published: tuple[str, ...] = (), /, **score: Any) -> Recipe:
+    return Recipe(title, {str(score["method"]): score}, published=published)
 
 
 RECOMMENDED, BLOCKPRUNER = "recommended", "blockpruner"
+BI, RM = "block_influence", "relative_magnitude"
+LAYERS: Mapping[str, Any] = {"method": "one_shot", "unit": "layer"}
 RECIPES: Mapping[str, Recipe] = {
     # Whole layers leave fewer and wider holes, which a refit fills better: they came first on Gemma 3 and at 30 % of
     # SmolLM2 (docs/experiments.md).
     RECOMMENDED: Recipe(
+        "recommended",
         {
             "floating": {"method": "floating", "acceleration": "lazy+race"},
             "greedy-layers": {"method": "greedy", "acceleration": "lazy+race", "unit": "layer"},
         },
         "refit",
     ),
-    BLOCKPRUNER: Recipe({"greedy": {"method": "greedy"}}),  # exactly as published, arXiv 2406.10594
+    # Exactly as published, arXiv 2406.10594.
+    BLOCKPRUNER: _one("BlockPruner", ("blockpruner", "ppl", "block"), method="greedy"),
+    "slicegpt": _one("SliceGPT", ("slicegpt",), method="slicegpt"),
+    "laco": _one("LaCo", ("laco",), method="laco"),
+    "laco-3": _one("LaCo, 3 layers a merge", ("laco",), method="laco", options={"count": 3}),
+    "laco-7": _one("LaCo, 7 layers a merge", ("laco",), method="laco", options={"count": 7}),
+    "relative-magnitude": _one("Relative Magnitude", (RM,), **LAYERS, metric=RM),
+    "relative-magnitude-frobenius": _one("Relative Magnitude, Frobenius", (RM,), **LAYERS, metric=f"{RM}_frobenius"),
+    "shortgpt": _one("ShortGPT", ("shortgpt",), **LAYERS, metric=BI),
+    "taylor": _one("Taylor", **LAYERS, metric="taylor"),
+    "one-shot-perplexity": _one("one-shot perplexity", ("one_shot_ppl",), method="one_shot"),
+    "greedy-layers": _one("greedy layers", ("layer_greedy_ppl", "layer"), method="greedy", unit="layer"),
+    "blockpruner-per-parameter": _one("BlockPruner per parameter", method="greedy", options={"per": "parameters"}),
+    "blockpruner-by-js": _one("BlockPruner by JS", ("js",), method="greedy", metric="js"),
+    "blockpruner-by-bi": _one("BlockPruner by BI", method="greedy", metric=BI),
+    "blockpruner-by-rm": _one("BlockPruner by RM", method="greedy", metric=RM),
+    "mha-only": _one("MHA only", method="greedy", candidates="mha"),
+    "mlp-only": _one("MLP only", method="greedy", candidates="mlp"),
+    "angular-distance": _one("angular distance", method="contiguous", unit="layer", metric="angular_distance"),
 }
 
 
@@ -55,12 +83,16 @@ def recipe(name: str) -> Recipe:
     Raises:
         InputError: there is neither a recipe nor a method of this name.
     """
+    if name in RECIPES:
+        return RECIPES[name]
     if name not in names():
         raise InputError(
             f"method {name!r} is unknown; valid: {', '.join(names())}",
             rule="unknown-method", key="score.method", value=name,
         )  # fmt: skip
-    return RECIPES.get(name, Recipe({name: {"method": name}}))
+    from blockpruner.methods.registry import title_of
+
+    return Recipe(title_of(name), {name: {"method": name}})
 
 
 def searches(score: Score) -> dict[str, Score]:
@@ -100,9 +132,9 @@ def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
     return kept
 
 
-def compensation(wanted: Compensate, method: str) -> str:
-    """How models are compensated: as the section says, else as the recipe does."""
-    return wanted.method or recipe(method).compensate
+def compensation(own: str | None, method: str) -> str:
+    """How models are compensated: as the section `compensate` says itself, else as the recipe does."""
+    return own or recipe(method).compensate
 
 
 OWN_ROWS = 16

@@ -33,6 +33,12 @@ def method_names() -> list[str]:
     return sorted({*SEARCHES, *KINDS} - {BLOCKS.name})
 
 
+def title_of(method: str) -> str:
+    """The title of a plain method in tables and figures."""
+    kind = kind_of_method(method)
+    return SEARCHES[method].title if kind.removes_blocks else kind.title
+
+
 def options_of(score: Score) -> Options:
     """The options of a `score` section, typed by its method; raises InputError."""
     return read_options(score.method, options_model(score.method), score.options)

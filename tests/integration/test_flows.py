@@ -22,8 +22,8 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_H
 
 from blockpruner import params as params_module
 from blockpruner.core.errors import InputError
-from blockpruner.settings import Target
 from blockpruner.params import load_params
+from blockpruner.settings import Target
 from flows import dvc, serve
 from flows import prune as prune_module
 from flows.new_model import NewModel, add, new_model

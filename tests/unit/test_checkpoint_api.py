@@ -21,7 +21,6 @@ from blockpruner import api
 from blockpruner.checkpoints import hf, verification
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
-from blockpruner.checkpoints.zeroed import export_zeroed
 from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters

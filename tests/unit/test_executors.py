@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+from blockpruner.paper.shapes import SHAPES
 
-from benchmarks.flops import Flops
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.model.models import masked
-from blockpruner.paper.shapes import SHAPES
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.ray import Replica, connect, resources
 from blockpruner.scoring.large.sharing import (

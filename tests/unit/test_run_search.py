@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+from blockpruner.paper.shapes import SHAPES
 
 from blockpruner.core.blocks import DENSE, format_mask
 from blockpruner.core.errors import InputError, UnreachableError
@@ -16,7 +17,6 @@ from blockpruner.core.progress import SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Job
 from blockpruner.methods.registry import require_budgets
-from blockpruner.paper.shapes import SHAPES
 from blockpruner.scoring.settings import Score
 from blockpruner.search.trace import read_trace, trace_directory, write_iteration
 from tests.builders import FakeScorer, material_of, scored, short_rows, small_config

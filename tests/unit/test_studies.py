@@ -20,8 +20,6 @@ from statsmodels.stats.multitest import multipletests
 from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sorted_blocks
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import read_settings
-from blockpruner.scoring.settings import Score
-from blockpruner.settings import Target
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import check_score
 from blockpruner.params import load_run
@@ -29,11 +27,13 @@ from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.evidence import FIVE, Asked, Row, Subject, read_rows
 from blockpruner.reporting.paper.figures import figures
 from blockpruner.reporting.paper.frames import Table, texts, to_latex, to_markdown
-from blockpruner.reporting.paper.methods import PAPER_METHODS
+from blockpruner.methods.recipes import RECIPES
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
 from blockpruner.reporting.paper.published import MODELS, read_published
 from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
 from blockpruner.reporting.results import RunLabels
+from blockpruner.scoring.settings import Score
+from blockpruner.settings import Target
 from blockpruner.store.files import write_json, write_table
 from blockpruner.store.plans import save_plan
 from blockpruner.studies import Study, load_study, study_names, targets_of
@@ -63,9 +63,9 @@ def test_shipped_studies_are_of_runs_and_methods_that_there_are(name):
 
 
 def test_every_method_of_the_paper_is_a_valid_search():
-    for method in PAPER_METHODS.values():
+    for method in RECIPES.values():
         check_score(Score.model_validate({"method": "greedy", **method.score}))
-    known = {key for method in PAPER_METHODS.values() for key in method.published} | {"dense"}
+    known = {key for method in RECIPES.values() for key in method.published} | {"dense"}
     assert {row.key for table in TABLES for row in read_published(PUBLISHED, table.source)} == known
 
 
@@ -122,7 +122,7 @@ def seeded(*parts: object) -> np.random.Generator:
 
 def plan_of(target: Target) -> Plan:
     """A made-up plan at a share of the parameters."""
-    score = {"unit": "block", "candidates": "all", "method": "greedy"} | dict(PAPER_METHODS[target.method].score)
+    score = {"unit": "block", "candidates": "all", "method": "greedy"} | dict(RECIPES[target.method].score)
     units = removable_units(LAYERS, score["unit"], score["candidates"])
     queue = [units[i] for i in seeded(target.method, target.run).permutation(len(units))]
     sizes = np.cumsum([sum({"mha": MHA, "mlp": MLP}[b.kind] for b in unit) for unit in queue]) / TOTAL

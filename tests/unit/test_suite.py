@@ -17,8 +17,8 @@ from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation import suite, zero_shot
+from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.store import ITEMS, ResultsStore
 from blockpruner.evaluation.suite import Checkpoint, InMemory
 from blockpruner.inputs.calibration import CalibrationSet

@@ -19,10 +19,10 @@ from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError, StorageError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import read_settings
-from blockpruner.scoring.settings import Score
 from blockpruner.inputs.texts import TEXTS
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import MaskScore
+from blockpruner.scoring.settings import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import request
 from blockpruner.search.run import search

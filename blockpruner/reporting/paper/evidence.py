@@ -15,10 +15,11 @@ import pyarrow as pa
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.settings import Target
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.reporting.paper.methods import DENSE, title_of
+from blockpruner.methods.recipes import recipe
+from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.results import Model, Race, RunLabels, read_items
+from blockpruner.settings import Target
 from blockpruner.store.files import read_json, read_table
 from blockpruner.store.plans import load_plan
 
@@ -75,7 +76,7 @@ class Row:
     @property
     def title(self) -> str:
         """Its method, and what was done after it."""
-        return " + ".join(filter(None, (title_of(self.method), self.healing)))
+        return " + ".join(filter(None, (recipe(self.method).title, self.healing)))
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Asked:
     def of(cls, target: Target, method: str, compensate: str) -> Asked:
         """Fill in the run's method and compensation."""
         chosen = target.compensate or compensate
-        return cls(target.run, target.budget, target.method or method, chosen, target.recover)
+        return cls(target.run, target.budget, target.method or method, chosen, target.train)
 
     @property
     def healing(self) -> str:

@@ -11,9 +11,10 @@ import pandas as pd
 
 from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.core.errors import extra
+from blockpruner.methods.recipes import BLOCKPRUNER
 from blockpruner.reporting import plots
 from blockpruner.reporting.paper.evidence import Row
-from blockpruner.reporting.paper.methods import BLOCKPRUNER, DENSE
+from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.paper.tables import measured
 from blockpruner.reporting.plots import MARKS, REMOVED, Plot
 

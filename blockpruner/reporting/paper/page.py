@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from blockpruner.methods.recipes import BLOCKPRUNER
 from blockpruner.reporting.grids import Column, Grid
 from blockpruner.reporting.pages import Page, Section, made_line, write_page
 from blockpruner.reporting.paper.evidence import Row
 from blockpruner.reporting.paper.figures import figures
 from blockpruner.reporting.paper.frames import Table, texts, to_latex, to_markdown, written
-from blockpruner.reporting.paper.methods import BLOCKPRUNER, DENSE
+from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.paper.tables import bands, draws, front, measured, models_frame, paired, paper_tables
 
 FRONT_TITLE = "The best models of each size"

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
-from blockpruner.reporting.paper.methods import PAPER_METHODS
+from blockpruner.methods.recipes import RECIPES
+
+DENSE = "dense"
+"""The name of the dense model's rows, here and in data/paper."""
 
 MODELS: Mapping[str, str] = {
     "meta-llama/Llama-2-7b-hf": "Llama2-7B",
@@ -32,14 +35,14 @@ class Published:
 
     model: str
     key: str
-    """The method: "dense", or one of a `PaperMethod.published`."""
+    """The method: "dense", or one of a `Recipe.published`."""
     numbers: Mapping[str, float]
     """By column, in the paper's units: per cent, milliseconds, minutes."""
 
     @property
     def title(self) -> str:
         """The method as this project calls it."""
-        return next((method.title for method in PAPER_METHODS.values() if self.key in method.published), self.key)
+        return next((method.title for method in RECIPES.values() if self.key in method.published), self.key)
 
 
 def read_published(folder: Path, name: str) -> list[Published]:

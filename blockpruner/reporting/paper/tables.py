@@ -16,12 +16,12 @@ import pandas as pd
 
 from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
+from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import statistics
 from blockpruner.reporting.comparison import BAND
 from blockpruner.reporting.paper.evidence import FIVE, Measured, Row
 from blockpruner.reporting.paper.frames import Table
-from blockpruner.reporting.paper.methods import BLOCKPRUNER, DENSE, PAPER_METHODS
-from blockpruner.reporting.paper.published import Published, read_published
+from blockpruner.reporting.paper.published import DENSE, Published, read_published
 from blockpruner.reporting.results import Model
 from blockpruner.reporting.statistics import Effect, Interval
 
@@ -182,7 +182,7 @@ TABLES: tuple[PaperTable, ...] = (
     ),
     PaperTable(
         "table7", "Table 7. Time of the search", "table7_pruning_time",
-        tuple(name for name, method in PAPER_METHODS.items() if method.published), {"minutes": "minutes"},
+        tuple(name for name, method in RECIPES.items() if method.published), {"minutes": "minutes"},
         ("trials_asked", "trials_computed"),
     ),
     PaperTable("table8", "Table 8. AQuA-RAT", "table8_aqua", (DENSE, *CURVES), {"accuracy": "agieval_aqua_rat"}),
@@ -242,7 +242,7 @@ def _theirs(table: PaperTable, row: Published) -> dict[str, Any]:
 
 def _keys(recipe: str) -> set[str]:
     """List the names that a recipe's rows have in data/paper."""
-    return {DENSE} if recipe == DENSE else set(PAPER_METHODS[recipe].published)
+    return {DENSE} if recipe == DENSE else set(RECIPES[recipe].published) if recipe in RECIPES else set()
 
 
 def _nearest(own: pd.DataFrame, row: Published) -> Any:
