@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -44,6 +45,9 @@ VARIANTS = sorted(EXTRA.keys() | FAMILIES)
 
 VARIANTS_DAILY = ("llama", "gemma3_text", "qwen3_moe", "gpt_neox")
 """One of each kind: plain; norms behind writers and sliding windows; experts; parallel residuals."""
+
+GRID = [pytest.param(name, marks=() if name in VARIANTS_DAILY else pytest.mark.slow) for name in VARIANTS]
+"""To parametrize: all variants, the others of a kind only in `make test-slow`."""
 
 
 def tolerance(variant: str) -> float:

@@ -14,13 +14,14 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import classes
 from blockpruner.model.classes import ENTRIES, has_our_code
 from blockpruner.store.provenance import file_sha256
-from tests.plans import InProcess, fetch, plan_of, pruning
-from tests.tiny import VARIANTS, save_tiny
+from tests.fakes import InProcess
+from tests.plans import fetch, plan_of, pruning
+from tests.tiny import VARIANTS_DAILY, save_tiny
 
 MODULES = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
 UPSTREAM = {name: f"microsoft/Phi-3-mini-4k-instruct--{text}" for name, text in MODULES.items()}
 MIXED = {"AutoConfig": "stranger.Config", "AutoModelForCausalLM": "someone/model--stranger.Model"}
-CASES = [("phi3", MODULES), ("phi3", UPSTREAM), *((family, MIXED) for family in VARIANTS)]
+CASES = [("phi3", MODULES), ("phi3", UPSTREAM), *((family, MIXED) for family in VARIANTS_DAILY)]
 """First what microsoft/Phi-3-mini-4k-instruct has, and what its fine-tunes have."""
 
 MARKER = "import pathlib\npathlib.Path({path!r}).touch()\nclass Config: ...\nclass Model: ...\nclass Tokenizer: ...\n"

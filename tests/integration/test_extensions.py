@@ -22,8 +22,8 @@ from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import SEARCHES, Search
 from stages import baseline, benchmark, calibrate, commit, compensate, fetch, materialize, recover, report, score
+from tests.fakes import InProcess
 from tests.integration.project import run_of, write_inputs
-from tests.plans import InProcess
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 

@@ -21,8 +21,8 @@ from blockpruner.search.trace import Current, trace_directory
 from blockpruner.store.plans import load_plan
 from stages import calibrate, commit, fetch, materialize, score
 from stages.benchmark import evaluate
+from tests.fakes import InProcess
 from tests.integration.project import make_project, set_targets
-from tests.plans import InProcess
 from tests.tiny import full_nll
 
 METHODS = {

@@ -19,6 +19,7 @@ from blockpruner.core.blocks import all_blocks
 from blockpruner.model.models import masked
 from blockpruner.store.files import read_json
 from blockpruner.store.plans import load_plan
+from tests.forking import true_starts
 from tests.integration.project import counts, dvc, environment, make_project, set_targets, tables
 from tests.tiny import full_nll
 
@@ -37,8 +38,9 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def former(project):
-    """dvc.lock of a run from nothing, and its timings by name. Nothing else of it is left."""
-    dvc(project, "repro")
+    """dvc.lock of a run from nothing by ordinary processes, and its timings by name. Nothing else of it is left."""
+    with true_starts():
+        dvc(project, "repro")
     found = (project / "dvc.lock").read_bytes(), timings(project)
     for folder in ("data", ".dvc/cache", ".dvc/tmp"):
         shutil.rmtree(project / folder)
@@ -86,7 +88,7 @@ def test_everything_runs_once_in_order(project, first):
 
 @pytest.mark.slow
 def test_two_runs_from_nothing_leave_the_same_lock(project, former, first):
-    """Though they took other times: git has nothing to say after a run that found the same."""
+    """Forked or not, and though they took other times: git shows no change after a run that found the same."""
     lock, timed = former
     assert (project / "dvc.lock").read_bytes() == lock
     here = timings(project)
@@ -112,6 +114,7 @@ def test_a_clone_that_pulls_reports_without_timings(project, first, tmp_path):
     assert (clone / "dvc.lock").read_bytes() == (project / "dvc.lock").read_bytes()
 
 
+@pytest.mark.usefixtures("true_starts")
 def test_a_benchmark_that_runs_again_renews_the_report_and_times_nothing(project, first):
     before, page = timings(project), project / "data/report/index.html"
     page.write_text("")

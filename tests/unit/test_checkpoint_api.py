@@ -33,9 +33,9 @@ from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
 from blockpruner.search.iteration import Iteration
 from blockpruner.store.plans import load_plan, save_plan
-from tests.plans import InProcess, fetch, fetch_tiny, plan_of, pruning
+from tests.fakes import InProcess, PushHub
+from tests.plans import fetch, fetch_tiny, plan_of, pruning
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
-from tests.unit.test_hub import Hub
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"{i} little words and {i * i} more of them" for i in range(12)]
@@ -403,7 +403,7 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
 
 @pytest.mark.usefixtures("in_process")
 def test_what_is_pushed_is_private_verified_and_licensed(compensated, monkeypatch):
-    hub = Hub(monkeypatch)
+    hub = PushHub(monkeypatch)
     assert compensated.push_to_hub("me/small") == "https://hub.invalid/me/small/commit/1"
     (_, card), (_, repo, made), (_, sent) = hub.calls
     assert repo == "me/small" and made["private"] is True and card["license"] == "mit"

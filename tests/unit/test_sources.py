@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HubModel, MixedTexts, PypiPartsModel, PypiTexts
@@ -31,6 +30,7 @@ from blockpruner.store.files import is_orphan, replace_directory
 from blockpruner.store.manifest import SOURCE_FILE, manifest, model_identity
 from blockpruner.store.provenance import file_sha256
 from stages.report import origin
+from tests.fakes import SHA, Hub
 from tests.plans import fetch
 from tests.tiny import save_tiny, tiny_model
 
@@ -101,34 +101,6 @@ def test_package_errors_leave_nothing(tmp_path, wheel):
     assert list((tmp_path / "cache/packages").iterdir()) == []
     with pytest.raises(InputError, match=r"'data/texts\.json' is not a file in tinydata.*tinydata/texts\.json"):
         read_member(package_file(*wheel, tmp_path / "cache"), "data/texts.json")
-
-
-SHA = "0123456789" * 4
-
-
-class Hub:
-    """A stand-in for the hub: whatever the revision, commit SHA of every repository is a local folder."""
-
-    def __init__(self, folder, monkeypatch):
-        self.folder, self.asked = folder, []
-        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, *a, **k: self.model_info(*a, **k))
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.file)
-
-    def model_info(self, repo, revision):
-        self.asked.append((repo, revision))
-        return type("Info", (), {"sha": SHA})()
-
-    def file(self, repo, name, *, revision):
-        assert revision == SHA
-        return str(self.folder / name)
-
-    def download(self, repo, *, revision, allow_patterns, ignore_patterns, local_dir):
-        assert revision == SHA
-        names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            (Path(local_dir) / name).parent.mkdir(exist_ok=True)
-            (Path(local_dir) / name).write_bytes((self.folder / name).read_bytes())
 
 
 def fetch_hub(root, out="out", **model):
