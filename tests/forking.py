@@ -144,14 +144,18 @@ def serve(place: Path, variables: dict[str, str]) -> dict[str, Any]:
 
 def keep(child: int, connection: socket.socket) -> NoReturn:
     """Pass signals on to a child, kill it when the process that asked for it was killed, and report its end."""
+    with contextlib.suppress(PermissionError):  # it did so itself
+        os.setpgid(child, child)
     handle = os.pidfd_open(child)
     connection.send(b"started")
     while handle not in select.select([connection, handle], [], [])[0]:
-        with contextlib.suppress(ProcessLookupError):
+        received = b""
+        with contextlib.suppress(ConnectionError):
             received = connection.recv(1)
-            os.kill(child, received[0] if received else signal.SIGKILL)
-            if not received:
-                break
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, received[0] if received else signal.SIGKILL)
+        if not received:
+            break
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(BrokenPipeError):
         connection.send(str(code).encode())
@@ -164,8 +168,7 @@ def work(job: dict[str, Any], path: list[str]) -> NoReturn:
     Args:
         path: where Python finds installed packages.
     """
-    with contextlib.suppress(PermissionError):  # of another session
-        os.setpgid(0, job["group"])
+    os.setpgid(0, 0)  # a signal for the group of the process that asked reaches that process, which passes it on
     signal.signal(signal.SIGINT, signal.default_int_handler if job["interrupt"] else signal.SIG_IGN)
     os.chdir(job["folder"])
     os.environ.clear()

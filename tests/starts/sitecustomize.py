@@ -33,7 +33,7 @@ def forked(arguments):
         known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         passed = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
         job = what | {
-            "arguments": arguments[2:], "folder": os.getcwd(), "group": os.getpgrp(), "environment": dict(os.environ),  # noqa: PTH109 (pathlib takes a while to load)
+            "arguments": arguments[2:], "folder": os.getcwd(), "environment": dict(os.environ),  # noqa: PTH109 (pathlib takes a while to load)
             "unbuffered": unbuffered or "PYTHONUNBUFFERED" in os.environ, "interrupt": signal.SIGINT in passed,
         }  # fmt: skip
         socket.send_fds(connection, [json.dumps(job).encode()], [0, 1, 2])

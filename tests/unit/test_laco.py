@@ -211,9 +211,9 @@ def test_an_unknown_variant_changes_nothing():
 # Similarity
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 12, "auto"])
+@pytest.mark.parametrize("batch_tokens", [1, 12])
 @OF_BOTH
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
 def test_similarity_is_the_mean_cosine_after_the_final_norm(family, variant, batch_tokens):
     dense = tiny_model(family, layers=8)
     other = by_hand(dense, MERGES, variant)
@@ -438,11 +438,8 @@ def test_the_nearest_below_and_above_are_named():
     ("change", "message"),
     [
         ({"highest": 8}, r"highest layer H = 8 is not in a model of 8 layers; valid: 0 to 7"),
-        ({"highest": -1}, r"highest layer H = -1"),
         ({"lowest": 6, "highest": 5}, r"lowest layer L = 6 is not valid; choose 0 to H = 5"),
-        ({"lowest": -1}, r"lowest layer L = -1"),
         ({"count": 1}, r"count C = 1 is not valid; choose 2 to H - L = 7"),
-        ({"count": 9}, r"count C = 9 is not valid; choose 2 to H - L = 7"),
         ({"count": 4, "lowest": 4}, r"count C = 4 is not valid; choose 2 to H - L = 3"),
         ({"interval": 0}, r"interval I = 0 is not valid"),
     ],
