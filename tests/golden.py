@@ -364,20 +364,17 @@ def trained(world: World) -> Any:
     return {"losses": found["losses"], "tokens": found["tokens"], "norms": norms}
 
 
-def evaluated(self) -> str:
-    """The run whose two targets are built and evaluated."""
-    name = "evaluated"
-    self.start(name, budgets=("2blocks", "4blocks"))
-    score.main(name)
-    baseline.main(name)
-    for target in (f"{name}-t0", f"{name}-t1"):
-        commit.main(target)
-        compensate.main(target)
-        recover.main(target)
-        with unverified():
-            materialize.main(target)
-        benchmark.main(target)
-    return name
+def evaluated(world: World, what: str) -> Any:
+    """Held-out perplexity, scores of tasks and of every item, and sample texts."""
+    folder = Path("data/results") / f"{world.evaluated}-{what}"
+    found, items = read_json(folder / "results.json"), pq.read_table(folder / "items.parquet").to_pylist()
+    lines: dict[str, list[Any]] = {}
+    for item in items:
+        line = [item["loglikelihoods"], *(item.get(key) for key in ("acc", "acc_norm", "exact_match", "response"))]
+        lines.setdefault(item["task"], []).append(line)
+    del found["perplexity"]["row_nll"]
+    keys = ("parameters", "weight_bytes", "perplexity", "tasks", "average", "chance", "samples", "formats")
+    return {key: found[key] for key in keys if key in found} | {"items": lines}
 
 
 def reported(world: World) -> Any:
