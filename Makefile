@@ -137,7 +137,7 @@ $(DOCS_VENV)/.ready: constraints/docs.txt
 schema: setup
 	$(BIN)/python -m blockpruner.params
 
-# tests/golden.json, after a version in blockpruner/versions.py was raised.
+# tests/golden, after a version in blockpruner/versions.py was raised.
 golden: setup
 	$(BIN)/python -m tests.golden --write
 

@@ -1,16 +1,18 @@
 """Tests run beside each other: one torch thread each, no hub, nothing that depends on how fast the machine is.
 
-Property tests draw the same examples where the same modules are imported; `pytest --hypothesis-profile=explore` draws
-others.
+Property tests draw the same 40 examples where the same modules are imported, and and 100 in
+`make test-slow`; `pytest --hypothesis-profile=explore` draws others.
 """
 
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["GIT_CONFIG_GLOBAL"] = os.devnull
@@ -20,19 +22,31 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import forking
 from tests.fake_devices import SETUP, start_gradients
 
 torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
+settings.register_profile("all", settings.get_profile("explore"), derandomize=True)
+settings.register_profile("same", settings.get_profile("all"), max_examples=40)
 settings.load_profile("same")
+
+FOLDER = pytest.StashKey[Path]()
+"""Where the server of forked processes is, in the process that began the session."""
+
+
+@pytest.fixture
+def true_starts() -> Iterator[None]:
+    """Stages and dvc are not forked from a process that has loaded torch."""
+    with forking.true_starts():
+        yield
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are verified in this process."""
     from blockpruner.checkpoints import verification
-    from tests.plans import InProcess
+    from tests.fakes import InProcess
 
     monkeypatch.setattr(verification, "subprocess", InProcess)
 
@@ -47,11 +61,25 @@ def two_threads() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """No test sees a GPU, nor do its child processes, unless asked by `-m gpu`."""
+    if forking.VARIABLE not in os.environ:
+        config.stash[FOLDER] = forking.folder()
+    if config.option.markexpr == "slow" and not config.getoption("hypothesis_profile", None):
+        settings.load_profile("all")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if SETUP is not None:
             start_gradients()
 
 
-def pytest_unconfigure() -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` tests that share a module's fixture run in one worker, and all others anywhere."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
+        if any(definitions[-1].scope == "module" for definitions in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if FOLDER in config.stash:
+        shutil.rmtree(config.stash[FOLDER])
     shutil.rmtree(os.environ["HF_MODULES_CACHE"])

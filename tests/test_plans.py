@@ -13,8 +13,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.model.models import decoder_layers, load_model
 from blockpruner.store.plans import load_plan, save_plan
+from tests.fakes import SHA, Hub
 from tests.tiny import save_tiny
-from tests.unit.test_sources import SHA, Hub
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "plans").glob("*.json"))

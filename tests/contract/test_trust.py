@@ -11,14 +11,17 @@ from blockpruner.checkpoints.verification import verify_checkpoint
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.model import classes
 from blockpruner.model.classes import ENTRIES, has_our_code
-from tests.plans import InProcess, fetch, plan_of, pruning
-from tests.tiny import VARIANTS, save_tiny
+from blockpruner.store.provenance import file_sha256
+from tests.fakes import InProcess
+from tests.plans import fetch, plan_of, pruning
+from tests.tiny import VARIANTS_DAILY, save_tiny
 
 MODULES = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
 UPSTREAM = {name: f"microsoft/Phi-3-mini-4k-instruct--{text}" for name, text in MODULES.items()}
 MIXED = {"AutoConfig": "stranger.Config", "AutoModelForCausalLM": "someone/model--stranger.Model"}
-CASES = [("phi3", MODULES), ("phi3", UPSTREAM), *((family, MIXED) for family in VARIANTS)]
+CASES = [("phi3", MODULES), ("phi3", UPSTREAM), *((family, MIXED) for family in VARIANTS_DAILY)]
 """First what microsoft/Phi-3-mini-4k-instruct has, and what its fine-tunes have."""
 
 MARKER = "import pathlib\npathlib.Path({path!r}).touch()\nclass Config: ...\nclass Model: ...\nclass Tokenizer: ...\n"
@@ -45,7 +48,7 @@ def asks_for(folder):
 
 @pytest.mark.parametrize(("family", "auto_map"), CASES)
 def test_no_code_of_strangers_runs(tmp_path, in_process, family, auto_map):
-    """Fetch, both kinds of export, verification, and what benchmark and train load. A mark would be left by any step
+    """Fetch, both kinds of export, verification, and what benchmark and recover load. A mark would be left by any step
     that runs the code; every folder asks for our own code at most."""
     marker = tmp_path / "marker"
     source = poison(save_tiny(tmp_path / "mine", family), auto_map, marker)
@@ -102,6 +105,14 @@ def test_an_export_is_trusted_only_with_our_file_as_it_is_installed(tmp_path, ex
         with pytest.raises(InputError, match="copy holds or names code that is not the installed blockpruner's"):
             step(folder)
     assert not marker.exists()
+
+
+def test_an_export_with_a_file_of_an_earlier_version_is_trusted(tmp_path, export, monkeypatch):
+    folder = shutil.copytree(export, tmp_path / "copy")
+    path = folder / "modeling_blockpruned.py"
+    path.write_text(path.read_text() + "\n# as it was\n")
+    monkeypatch.setattr(classes, "EARLIER", (file_sha256(path),))
+    assert has_our_code(folder)
 
 
 def test_a_tokenizer_never_asks_for_trust(export):

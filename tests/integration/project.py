@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from tests import forking
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,9 @@ def set_targets(project: Path, targets: dict[str, str], **runtime: Any) -> None:
 
 def environment() -> dict[str, str]:
     folder = str(Path(sys.executable).parent)
-    changes = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1", "PYTHONPATH": "."}
+    forking.ready()
+    changes = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    changes["PYTHONPATH"] = f"{forking.STARTS}{os.pathsep}."
     return {k: v for k, v in os.environ.items() if k != "BLOCKPRUNER_OBSERVER"} | changes
 
 

@@ -29,13 +29,13 @@ from stages import (
     compensate,
     fetch,
     materialize,
-    recover,
+    train,
     report,
     score,
     settings,
 )
+from tests.fakes import InProcess
 from tests.integration.project import run_of, write_inputs
-from tests.plans import InProcess
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 
@@ -110,7 +110,7 @@ def project(tmp_path_factory):
             for stage in (settings, fetch, calibrate, score, baseline):
                 stage.main(run)
         for target in targets:
-            for stage in (commit, compensate, recover, materialize, benchmark):
+            for stage in (commit, compensate, train, materialize, benchmark):
                 stage.main(target)
         report.main("")
         yield folder

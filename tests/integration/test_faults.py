@@ -145,6 +145,7 @@ def require_mounts():
         pytest.skip(f"a file system cannot be mounted in a namespace of its own here: {found.stderr.strip()}")
 
 
+@pytest.mark.usefixtures("true_starts")  # in a mount namespace of their own
 def test_a_read_only_data_folder(project):
     """Root writes anywhere: as root the folder is mounted read-only in a mount namespace of its own."""
     command = SCORE
@@ -159,6 +160,7 @@ def test_a_read_only_data_folder(project):
     assert "cannot write data/trials" in errors and ("read-only" in errors or "permission denied" in errors)
 
 
+@pytest.mark.usefixtures("true_starts")  # in a mount namespace of their own
 def test_a_full_disk(project, undisturbed):
     """The score stage on a small tmpfs names the reason; what was computed before is whole, and a rerun uses it."""
     require_mounts()

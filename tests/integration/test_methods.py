@@ -21,8 +21,8 @@ from blockpruner.search.trace import Current, trace_directory
 from blockpruner.store.plans import load_plan
 from stages import calibrate, commit, fetch, materialize, score, settings
 from stages.benchmark import evaluate
+from tests.fakes import InProcess
 from tests.integration.project import make_project, set_targets
-from tests.plans import InProcess
 from tests.tiny import full_nll
 
 METHODS = {
@@ -145,7 +145,6 @@ def test_a_sliced_model_is_benchmarked_as_any_other(project):
     [
         ("greedy", "0.2", "0.6", r"scored up to \d+blocks, ratio 0\.\d+, not to budget '0\.6'; run its stage score"),
         ("beam", "0.2", "0.6", r"has no iteration for budget '0\.6'; run its stage score"),
-        ("given", "0.2", "0.6", r"scored up to 2blocks, ratio 0\.\d+, not to budget '0\.6'; run its stage score"),
         ("laco", "0.2", "0.6", r"details\.json does not exist"),
         ("beam", "0.2", "1.3x", r"'1\.3x' is a speed-up, and the run's scores know no times"),
         ("given", "3blocks", "3blocks", r"'3blocks' is not in this sequence; nearest: 2blocks, 4blocks"),
@@ -160,10 +159,11 @@ def test_a_budget_that_was_not_scored_is_not_committed(project, method, scored_f
 
 
 def test_switching_method_and_metric_and_back_computes_nothing_again(project):
-    for section in METHODS.values():
+    """Of one method of each kind, and one that draws; tests/unit/test_methods.py has the trials of the others."""
+    sections = [METHODS[method] for method in ("greedy", "evopress", "laco", "slicegpt")]
+    for section in sections:
         scored(project, section)
-    for method, section in METHODS.items():
-        assert scored(project, section)["rows_computed"] == 0, method
+    assert [scored(project, section)["rows_computed"] for section in sections] == [0] * 4
 
 
 @pytest.mark.parametrize("section", [{"options": {"per": "kv"}}, METHODS["beam"], METHODS["laco"]])
@@ -259,13 +259,9 @@ def test_a_changed_decision_is_not_taken(project):
     [
         ({"method": "laco"}, "0.2", "count C = 4 is not valid"),
         (METHODS["laco"], "3blocks", "nearest: 2blocks, 4blocks"),
-        (METHODS["laco"], "0.95kv", "largest reachable is 6blocks, 0.7500kv"),
         (METHODS["slicegpt"], "4blocks", "met by removing blocks, and slicegpt removes none"),
-        (METHODS["slicegpt"], "0.25kv", "met by removing blocks, and slicegpt removes none"),
         (METHODS["slicegpt"], "0.999", "out of SliceGPT's reach"),
         ({"method": "greedy"}, "0.001", "nearest to removing nothing"),
-        ({"method": "beam", "metric": "block_influence"}, "0.2", "compares whole masks"),
-        ({"method": "given"}, "0.2", "score.options.order: Field required"),
     ],
 )
 def test_an_impossible_request_is_a_clear_error(project, section, budget, message):

@@ -35,9 +35,10 @@ from blockpruner.healing import training
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
+from blockpruner.store.plans import load_plan, save_plan
+from tests.fakes import Hub, PushHub
+from tests.plans import plan_of
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
-from tests.unit.test_hub import Hub as FakeHub
-from tests.unit.test_sources import Hub
 
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(40))
 PROMPT = torch.arange(1, 20)[None]
@@ -575,7 +576,7 @@ def test_the_report_is_one_file_that_tells_what_the_plan_and_the_curve_hold(mode
 @pytest.mark.usefixtures("in_process")
 def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monkeypatch):
     done(say(*prune(model, "--out", "out", "--json")))
-    hub = FakeHub(monkeypatch)
+    hub = PushHub(monkeypatch)
     found = done(say("push", "out", "me/small", "--dry-run", "--json"))
     assert found["private"] is True and found["repo"] == "me/small"
     assert set(found["files"]) == {path.name for path in (place / "out").iterdir()} - {".cache"}

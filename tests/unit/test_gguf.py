@@ -26,7 +26,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.inputs.checkpoints import _convert_gguf
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked, prune_
-from tests.plans import InProcess, fetch, healed_of, plan_of, pruning
+from tests.fakes import InProcess
+from tests.plans import fetch, healed_of, plan_of, pruning
 from tests.tiny import tiny_model
 
 engine = pytest.mark.skipif(

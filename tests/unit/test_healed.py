@@ -22,7 +22,8 @@ from blockpruner.methods.healed import (
     set_weights_,
 )
 from blockpruner.model.models import load_model, prune_
-from tests.plans import SOMEONE, InProcess, fetch_tiny, healed_of, plan_of, pruning, with_weights
+from tests.fakes import InProcess
+from tests.plans import SOMEONE, fetch_tiny, healed_of, plan_of, pruning, with_weights
 from tests.tiny import tiny_model
 
 HOLES, WHOLE = ["mha.0", "mlp.1", "mha.2,mlp.2"], ["mlp.1", "mha.2"]

@@ -11,6 +11,7 @@ from blockpruner.checkpoints.hub import push
 from blockpruner.core.errors import InputError
 from blockpruner.settings import Target
 from blockpruner.store.manifest import manifest
+from tests.fakes import PushHub
 from tests.plans import plan_of
 from tests.tiny import tiny_model
 
@@ -32,25 +33,8 @@ def checkpoint(tmp_path):
     return folder
 
 
-class Hub:
-    def __init__(self, monkeypatch, error=None, private=True):
-        self.calls, self.error = [], error
-        monkeypatch.setattr(
-            huggingface_hub.HfApi, "model_info", lambda api, repo: type("Info", (), {"private": private})()
-        )
-        monkeypatch.setattr(ModelCard, "validate", lambda card: self.calls.append(("validate", card.data.to_dict())))
-        for name in ("create_repo", "upload_folder"):
-            monkeypatch.setattr(huggingface_hub.HfApi, name, lambda api, *a, _name=name, **k: self.call(_name, a, k))
-
-    def call(self, name, args, options):
-        if self.error:
-            raise self.error
-        self.calls.append((name, *args, options))
-        return type("Commit", (), {"commit_url": "https://hub.invalid/me/small/commit/1"})
-
-
 def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatch):
-    hub = Hub(monkeypatch)
+    hub = PushHub(monkeypatch)
     assert push(checkpoint, "me/small", True, LICENCE, "mine-0.2") == "https://hub.invalid/me/small/commit/1"
     (_, card), (_, repo, made), (_, sent) = hub.calls
     assert card["base_model"] == "meta-llama/Llama-2-7b-hf" and repo == "me/small"
@@ -60,7 +44,7 @@ def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatc
 
 
 def test_a_repository_of_another_visibility_gets_nothing(checkpoint, monkeypatch):
-    hub = Hub(monkeypatch, private=False)
+    hub = PushHub(monkeypatch, private=False)
     with pytest.raises(InputError, match="'me/small' is there and public, and push.private is true; nothing was up"):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert [name for name, *_ in hub.calls] == ["validate", "create_repo"]
@@ -68,7 +52,7 @@ def test_a_repository_of_another_visibility_gets_nothing(checkpoint, monkeypatch
 
 @pytest.mark.parametrize("name", ["config.json", "modeling_blockpruned.py", "notes/keys.txt"])
 def test_what_was_changed_or_added_since_stays_here(checkpoint, monkeypatch, name):
-    hub = Hub(monkeypatch)
+    hub = PushHub(monkeypatch)
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_text('{"other": 1}')
     with pytest.raises(InputError, match=f"hf is not what was verified: {name} changed, or came or went"):
@@ -77,7 +61,7 @@ def test_what_was_changed_or_added_since_stays_here(checkpoint, monkeypatch, nam
 
 
 def test_a_card_without_the_bases_licence_stays_here(checkpoint, monkeypatch):
-    hub = Hub(monkeypatch)
+    hub = PushHub(monkeypatch)
     card = checkpoint / "README.md"
     card.write_text(card.read_text().replace("license: llama2\n", ""))  # a card may be edited
     with pytest.raises(InputError, match=r"README\.md has no license, and the base model's is llama2: add it"):
@@ -103,7 +87,7 @@ def test_the_cards_metadata_is_what_the_hub_knows(checkpoint):
     ],
 )
 def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words):
-    hub = Hub(monkeypatch)
+    hub = PushHub(monkeypatch)
     (checkpoint / "verification.json").unlink()
     if report:
         (checkpoint / "verification.json").write_text(report)
@@ -113,7 +97,7 @@ def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words)
 
 
 def test_a_hub_that_refuses_is_one_clear_line(checkpoint, monkeypatch):
-    Hub(monkeypatch, OSError("403 Forbidden: you lack write access\nand a long story"))
+    PushHub(monkeypatch, OSError("403 Forbidden: you lack write access\nand a long story"))
     with pytest.raises(InputError, match=r"'me/small' cannot be used: 403 Forbidden.*token may write there") as error:
         push(checkpoint, "me/small", False, LICENCE, "mine-0.2")
     assert "story" not in str(error.value)

@@ -20,7 +20,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.merging import merged
 from blockpruner.methods.laco.walk import Merge
 from blockpruner.model.models import masked
-from tests.plans import InProcess, fetch_tiny, plan_of, pruning
+from tests.fakes import InProcess
+from tests.plans import fetch_tiny, plan_of, pruning
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(1, 257, (2, 20), generator=torch.Generator().manual_seed(3))

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HubModel, MixedTexts, PypiPartsModel, PypiTexts
@@ -30,6 +29,7 @@ from blockpruner.store.files import TEMPORARY, replace_directory
 from blockpruner.store.manifest import SOURCE_FILE, manifest, model_identity
 from stages.report import origin
 from tests.errors import refused
+from tests.fakes import SHA, Hub
 from tests.plans import fetch
 from tests.tiny import save_tiny, tiny_model
 
@@ -110,34 +110,6 @@ def test_an_archive_that_cannot_be_read_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(content)
     with refused("package-archive"):
         read_member(tmp_path / name, "x")
-
-
-SHA = "0123456789" * 4
-
-
-class Hub:
-    """A stand-in for the hub: whatever the revision, commit SHA of every repository is a local folder."""
-
-    def __init__(self, folder, monkeypatch):
-        self.folder, self.asked = folder, []
-        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, *a, **k: self.model_info(*a, **k))
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.file)
-
-    def model_info(self, repo, revision):
-        self.asked.append((repo, revision))
-        return type("Info", (), {"sha": SHA})()
-
-    def file(self, repo, name, *, revision):
-        assert revision == SHA
-        return str(self.folder / name)
-
-    def download(self, repo, *, revision, allow_patterns, ignore_patterns, local_dir):
-        assert revision == SHA
-        names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            (Path(local_dir) / name).parent.mkdir(exist_ok=True)
-            (Path(local_dir) / name).write_bytes((self.folder / name).read_bytes())
 
 
 def fetch_hub(root, out="out", **model):
