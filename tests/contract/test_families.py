@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from blockpruner.checkpoints.zeroed import zero_
 from safetensors.torch import load_file, save_file
 
 from blockpruner.checkpoints.hf import save_pruned
-from blockpruner.checkpoints.zeroed import zero_
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters

@@ -29,10 +29,10 @@ from stages import (
     compensate,
     fetch,
     materialize,
-    train,
     report,
     score,
     settings,
+    train,
 )
 from tests.fakes import InProcess
 from tests.integration.project import run_of, write_inputs

@@ -16,7 +16,6 @@ from blockpruner.core.blocks import all_blocks
 from blockpruner.model.models import masked
 from blockpruner.store.files import read_json
 from blockpruner.store.plans import load_plan
-from tests.forking import true_starts
 from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables
 from tests.tiny import full_nll
 

@@ -35,9 +35,7 @@ from blockpruner.healing import training
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
-from blockpruner.store.plans import load_plan, save_plan
 from tests.fakes import Hub, PushHub
-from tests.plans import plan_of
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(40))

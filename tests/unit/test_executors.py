@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
-from blockpruner.paper.shapes import SHAPES
 
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError

@@ -106,7 +106,7 @@ def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
     assert (recover.num_samples, recover.rank, recover.alpha, recover.learning_rate) == (8000, 32, 10, 2e-4)
     assert (recover.batch, recover.accumulation, recover.epochs) == (1, 4, 1)
     evaluate = Evaluate(zero_shot=ZeroShot(bos=False))  # as its lm-eval
-    assert (run.calibration, run.evaluate, recover) == (Calibration(), evaluate, Recover())
+    assert (run.calibration, run.evaluate, recover) == (Calibration(), evaluate, Train())
 
 
 def test_shipped_params_are_valid():

@@ -21,13 +21,13 @@ from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sor
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.store import ITEMS
+from blockpruner.methods.recipes import RECIPES
 from blockpruner.methods.registry import check_score
 from blockpruner.params import load_run
 from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.evidence import FIVE, Asked, Row, Subject, read_rows
 from blockpruner.reporting.paper.figures import figures
 from blockpruner.reporting.paper.frames import Table, texts, to_latex, to_markdown
-from blockpruner.methods.recipes import RECIPES
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
 from blockpruner.reporting.paper.published import MODELS, read_published
 from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
