@@ -171,16 +171,13 @@ BAD_PARAMS = [
     ({"runtime": {"devic": "cpu"}}, "runtime.devic", ""),
     ({"runtime": {"workers": 2}}, "runtime", "needs executor: ray"),
     ({"runtime": {"streaming": True, "device": "split"}}, "runtime", "set device: auto"),
-    ({"runtime": {"streaming": True, "compile": True}}, "runtime", "set one to false"),
     ({"targets": {"x": X | {"rato": 1}}}, "targets.x.rato", ""),
     ({"targets": {"x": X | {"run": "b"}}}, "", "valid: a"),
-    *(({"targets": {"x": X | {"budget": budget}}}, "targets.x.budget", "") for budget in ("1.5", 0, "0.0kv", "1.0x")),
+    *(({"targets": {"x": X | {"budget": budget}}}, "targets.x.budget", "") for budget in ("1.5", 0)),
     ({"targets": {"x": X | {"budget": "1.5x"}, "y": X | {"budget": "1.50x"}}}, "", "'x' and 'y' mean the same"),
-    ({"targets": {"x": X | {"compensate": "glue"}}}, "targets.x.compensate", ""),
     ({"runs": ["../a"], "targets": {}}, "", "'../a' is not valid"),
     ({"targets": {"x-0.10": X}}, "", "'x-0.10' is not valid"),
     ({"runs": ["a", "a"]}, "", "twice"),
-    ({"runs": [], "targets": {}}, "runs", ""),
     ({"targets": {"a-dense": X}}, "", "choose another"),
 ]
 
@@ -195,10 +192,6 @@ def test_bad_params(tmp_path, changes, key, words):
 BAD_RUNS = [
     (lambda v: v["calibration"].update(nsamples=1), "calibration.nsamples"),
     (lambda v: v["model"].update(pakage="x"), "model.pypi.pakage"),
-    (lambda v: v["model"].update(sha256="abc"), "model.pypi.sha256"),
-    (lambda v: v["calibration"].update(packing="padded"), "calibration.packing"),
-    (lambda v: v["calibration"].update(num_samples=0), "calibration.num_samples.constrained-int"),
-    (answers(tasks=[]), "calibration.data.tasks.tasks"),
     (answers(tasks=["piqa", "piqa"]), "calibration.data.tasks.tasks"),
     (answers(tasks=["boolq"]), ""),
     (answers(skip=49), ""),
@@ -207,15 +200,10 @@ BAD_RUNS = [
     (answers(split="paper"), "calibration"),
     (answers(num_samples=1), "calibration"),
     (lambda v: v["score"].update(unit="layer", candidates="mha"), "score"),
-    (lambda v: v["score"].update(acceleration="fast"), "score.acceleration"),
     (lambda v: v["score"].update(acceleration="none", audit=3), "score"),
     (lambda v: v["score"].update(acceleration="race", floor=3), "score"),
-    (lambda v: v["score"].update(acceleration="lazy", confidence=0.9), "score"),
     (lambda v: v["score"].update(options={"width": 2}), "score.options.width"),
     (lambda v: v.update(export=[]), "export"),
-    (lambda v: v.update(export=["gguf"]), "export"),
-    (lambda v: v.pop("model"), "model"),
-    (lambda v: v.update(recover={"rank": 0}), "recover.rank"),
 ]
 
 
@@ -254,16 +242,13 @@ def test_calibration_on_answers(tmp_path, edit):
     assert edited_run(tmp_path, edit).calibration.data.tasks == ("piqa", "arc_easy")
 
 
-@pytest.mark.parametrize("name", ["../smollm2", "a" * 101, "é", "a; touch P", "a\n", "a.b", "sources"])
-def test_a_run_name_that_is_no_short_word_is_refused(name):
-    with refused("run-name"):
+NAMES = ("../smollm2", "a" * 101, "é", "a; touch P", "a\n", "a.b", "sources")
+
+
+@pytest.mark.parametrize(("name", "rule"), [*((name, "run-name") for name in NAMES), ("nope", "unknown-run")])
+def test_a_run_name_that_is_no_short_word_is_refused(name, rule):
+    with refused(rule):
         load_run(name, ROOT / "runs")
-
-
-def test_an_unknown_run_names_the_known():
-    with refused("unknown-run") as error:
-        load_run("nope", ROOT / "runs")
-    assert "llama2-7b, llama2-7b-official" in str(error.value)
 
 
 @pytest.mark.parametrize(
