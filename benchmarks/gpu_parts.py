@@ -46,7 +46,7 @@ from blockpruner.core.progress import SilentObserver, stderr_observer
 from blockpruner.core.settings import HubTexts, Latency, Score, Speed, Train
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
-from blockpruner.healing.training import train_
+from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, model_family, prune_, resolve_device, shared_copy
@@ -743,8 +743,8 @@ def training(s: Setting, say: Say) -> dict[str, Any]:
         epochs=10,
     )
     with tempfile.TemporaryDirectory() as folder:
-        train = partial(train_, student, rows, recipe, teacher=None, validation=None, adapters=Path(folder))
-        taken, found = clocked(s.device, partial(train, identity="random", observer=SilentObserver()))
+        train = partial(train_, student, rows, recipe, teacher=None, validation=None, states=Path(folder))
+        taken, found = clocked(s.device, partial(train, observer=SilentObserver()))
     first, last = found.losses[0], found.losses[-1]
     say.check("training: first loss to that of forward passes", abs(first - expected), 2e-2)
     say.check("training: last loss less the first", last - first, 0)

@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from benchmarks.shapes import MODELS, random_model, random_rows
 from blockpruner.checkpoints import gguf, nas, verify
@@ -30,10 +30,10 @@ from blockpruner.core.settings import HubTexts, Speed, Train
 from blockpruner.evaluation.choices import DEVICE_TOKENS, answers
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.speed import measure_speed
-from blockpruner.healing import training
+from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.healed import set_weights_
-from blockpruner.model.models import depths_after, masked, prune_, shared_copy
+from blockpruner.model.models import masked, prune_, shared_copy
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import Task
@@ -82,16 +82,13 @@ def export(model: PreTrainedModel, mask: Mask, form: str) -> None:
             tensor.float()
 
 
-def train(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, mask: Mask, rows: list[list[int]], **how: object
-) -> None:
+def train(model: PreTrainedModel, teacher: PreTrainedModel | None, rows: list[list[int]], **how: object) -> None:
     """A step of four rows."""
     recipe = Train(data=HubTexts(source="hub", repo="a/b"), distill=float(teacher is not None), **how)
-    depths = depths_after(teacher, mask) if teacher is not None else ()
-    with tempfile.TemporaryDirectory() as folder, patch.object(training, "save"):
-        training.train_(
-            model, CalibrationSet(tuple(map(tuple, rows[:4]))), recipe, teacher=teacher, validation=None, depths=depths,
-            adapters=Path(folder), identity="", observer=SilentObserver(),
+    with tempfile.TemporaryDirectory() as folder, patch.object(Trainer, "_save_checkpoint"):
+        train_(
+            model, CalibrationSet(tuple(map(tuple, rows[:4]))), recipe, teacher=teacher, validation=None,
+            states=Path(folder), observer=SilentObserver(),
         )  # fmt: skip
 
 
@@ -124,10 +121,10 @@ def parts(shape: str, rows: list[list[int]]) -> Mapping[str, Callable[[], object
 
     def student(teacher: bool, **how: object) -> None:
         whole, pruned = shared()
-        train(pruned, whole if teacher else None, mask, rows, **how)
+        train(pruned, whole if teacher else None, rows, **how)
 
     def alone(**how: object) -> None:
-        train(prune_(dense(), mask), None, mask, rows, **how)
+        train(prune_(dense(), mask), None, rows, **how)
 
     return {
         "score": lambda: score(dense(), frozenset(), rows),
@@ -136,10 +133,8 @@ def parts(shape: str, rows: list[list[int]]) -> Mapping[str, Callable[[], object
         "benchmark: speed, refitted": lambda: time(*shared("o_proj", "down_proj")),
         "benchmark: speed, trained": lambda: time(*shared("proj")),
         "train: LoRA": lambda: alone(),
-        "train: LoRA, checkpointing": lambda: alone(checkpointing=True),
         "train: LoRA, distilled": lambda: student(True),
-        "train: LoRA, distilled, checkpointing": lambda: student(True, checkpointing=True),
-        "train: all weights, checkpointing": lambda: alone(weights="all", checkpointing=True),
+        "train: all weights": lambda: alone(weights="all"),
         "export: nas (main memory)": lambda: export(dense(), mask, "nas"),
         "export: gguf (main memory)": lambda: export(dense(), mask, "gguf"),
     }

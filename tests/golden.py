@@ -723,7 +723,7 @@ ENTRIES: dict[str, Entry] = {
     },
     **{
         f"compensation by {method}": Entry("COMPENSATION_VERSION", partial(compensated, method=method), 1e-6)
-        for method in ("scale", "map", "refit")
+        for method in ("map", "refit")
     },
     "training": Entry("RECOVERY_VERSION", trained, 1e-6),
     **{

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -44,6 +45,9 @@ VARIANTS = sorted(EXTRA.keys() | FAMILIES)
 
 VARIANTS_DAILY = ("llama", "gemma3_text", "qwen3_moe", "gpt_neox")
 """One of each kind: plain; norms behind writers and sliding windows; experts; parallel residuals."""
+
+EACH_VARIANT = [each if each in VARIANTS_DAILY else pytest.param(each, marks=pytest.mark.slow) for each in VARIANTS]
+"""Parameters of a test: some daily, and all of them in `make test-slow`."""
 
 
 def tolerance(variant: str) -> float:

@@ -56,10 +56,9 @@ class Flops:
         Backward costs a block twice its forward; with adapters about once, since its weights have no gradient. The head
         is not trained, so its backward costs one forward. Adapters themselves are left out.
         """
-        passes = (3 if recipe.weights == "all" else 2) + recipe.checkpointing
-        taught = recipe.distill or recipe.hidden
-        heads = 2 * self.head + (self.head if recipe.distill else 0)
-        return passes * self.blocks_of(mask) + heads + (self.blocks_of(DENSE) if taught else 0)
+        passes = 3 if recipe.weights == "all" else 2
+        taught = self.blocks_of(DENSE) + self.head if recipe.distill else 0
+        return passes * self.blocks_of(mask) + 2 * self.head + taught
 
     def naive(self, masks: Sequence[Mask]) -> int:
         """One full forward pass for each mask, with logits of every token."""

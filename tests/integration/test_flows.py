@@ -771,8 +771,8 @@ def test_a_budget_means_the_target_that_is_not_trained(project):
 def test_healed_targets_are_added_beside_the_plain_ones(project):
     run = Path("runs/smollm2.yaml")
     run.write_text(f"{run.read_text()}\ntrain: {{data: {{source: path, path: texts.parquet}}}}\n")
-    options = [{}, {"compensate": "scale"}, {"train": True}, {"compensate": "none", "train": True}]
-    names = ["", "-scale", "-trained", "-none-trained"]
+    options = [{}, {"compensate": "map"}, {"train": True}, {"compensate": "none", "train": True}]
+    names = ["", "-map", "-trained", "-none-trained"]
     for option, name in zip(options, names, strict=True):
         chosen = choose(Selection(budgets=("0.1",), **option))
         assert chosen.additions == (f"target smollm2-0.1{name}",)

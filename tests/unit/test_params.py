@@ -138,8 +138,8 @@ def test_only_holes_are_compensated(tmp_path, monkeypatch, method):
     target = {"run": "a", "budget": "0.2"}
     (tmp_path / "runs" / "a.yaml").write_text(yaml.safe_dump(run))
     load_params(params(tmp_path, targets={"x": target | {"compensate": "none"}}))
-    with pytest.raises(InputError, match=f"target 'x': compensate: scale .* score.method: {method} .*; set compensate"):
-        load_params(params(tmp_path, targets={"x": target | {"compensate": "scale"}}))
+    with pytest.raises(InputError, match=f"target 'x': compensate: map .* score.method: {method} .*; set compensate"):
+        load_params(params(tmp_path, targets={"x": target | {"compensate": "map"}}))
     (tmp_path / "runs" / "a.yaml").write_text(yaml.safe_dump(run | {"compensate": {"method": "refit"}}))
     with pytest.raises(InputError, match=f"a.yaml: compensate: refit .* score.method: {method} .*; set compensate"):
         load_run("a")
