@@ -4,13 +4,10 @@ A hole is what is removed between two kept blocks. Behind it the pruned model's 
 added, and the kept block before it is the last that can make good for that. Each method changes writers: the matrices
 through which blocks add to the stream. No weight is added, so every export and every engine works as before.
 
-- scale (Prune&Comp, arXiv 2507.18212): without the hole f the stream x is too small by a = mean of |x + f(x)| / |x|.
-  Blocks read the stream through a norm, which does not see its size. So all later writers are divided by a instead.
-- bias: the mean of what is missing becomes part of the bias of the writer before the hole, in families that have one.
 - map (ReplaceMe, arXiv 2505.02819): the writer W before the hole becomes T W, with T by least squares.
 - refit: all writers from the one before the first hole on, each itself by least squares.
 
-The last three fit the stream to the dense model's: behind the hole, and with refit behind every kept block that
+Both fit the stream to the dense model's: behind the hole, and with refit behind every kept block that
 follows, too. They go from the first hole to the last with what the pruned model itself reads, so a fit mends what
 earlier ones have left. A token counts by its relative error,
 |dense - pruned|^2 / |dense|^2. The first token of a row, whose state is a thousand times as long in many models, would
@@ -51,34 +48,6 @@ class Compensation:
     """Changes weights of the streams' model in place, stop by stop. It moves the pruned stream on."""
 
 
-def _scale_(streams: Streams, mask: Mask) -> Iterator[Mended]:
-    """The pruned stream is kept at the size that it has without dividing writers, of which blocks see nothing."""
-    if not streams.reads_through_norms:
-        raise InputError(
-            "compensate.method scale needs blocks that read the stream through a norm, and those of this family read "
-            "it as it is; choose map or refit"
-        )
-    factor = 1.0
-    for stop in streams.stops(mask):
-        streams.pruned = [streams.behind(stop.kept, state, number) for number, state in enumerate(streams.pruned)]
-        for block in stop.kept:
-            gain = streams.gain(block)
-            for weight in streams.outputs(block):
-                size = weight if gain is None else gain.to(weight.device)
-                streams.change_(weight, weight + size * (1 / factor - 1))
-        if not stop.hole:
-            continue
-        ratios = []
-        for number, (state, real) in enumerate(zip(streams.pruned, streams.real, strict=True)):
-            filled = state
-            for step in stop.hole:
-                filled = streams.behind(step, filled, number)
-            ratios.append(filled[real].norm(dim=-1) / state[real].norm(dim=-1))
-        ratio = float(torch.cat(ratios).mean())
-        factor *= ratio
-        yield {"hole": stop.missing, "ratio": ratio}
-
-
 @dataclass(frozen=True)
 class _Form:
     """What a fit may change of a writer y = W x + b."""
@@ -87,19 +56,14 @@ class _Form:
     """(writer, x [..., p], y [..., d]) -> [..., k], on which the change of y depends linearly."""
     delta: Callable[[nn.Linear, Tensor], tuple[Tensor | float, Tensor | float]]
     """(writer, D [k, d]) -> what is added to W and b."""
-    needs_bias: bool = False
     everywhere: bool = False
     """Writers behind the first hole are fitted although no hole follows them: they mend what is left of the errors."""
-
-    def fits(self, writer: nn.Linear) -> bool:
-        return writer.bias is not None or not self.needs_bias
 
 
 def _with_one(writer: nn.Linear, x: Tensor) -> Tensor:
     return x if writer.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
-BIAS = _Form(lambda writer, x, y: torch.ones_like(x[..., :1]), lambda writer, D: (0.0, D[0]), needs_bias=True)
 MAP = _Form(
     lambda writer, x, y: y,
     lambda writer, D: (D.T @ writer.weight.to(D), 0.0 if writer.bias is None else D.T @ writer.bias.to(D)),
@@ -112,17 +76,17 @@ REFIT = _Form(
 
 
 def _fit_(form: _Form, streams: Streams, mask: Mask) -> Iterator[Mended]:
-    if not any(writer is not None and form.fits(writer) for writer in streams.writers):
+    if all(writer is None for writer in streams.writers):
         raise InputError(
-            "compensate.method bias needs writers with a bias, and this model has none; choose scale, map or refit"
-            if form.needs_bias
-            else "compensate: no block of this model ends in a single matrix; choose scale"
+            "compensate: no block of this model ends in a single matrix; set compensate.method: none",
+            rule="no-writer",
+            key="compensate.method",
         )
     behind = False
     for stop in streams.stops(mask):
         behind = behind or bool(stop.hole)
         writers = {block: streams.writer(block) for block in stop.kept}
-        able = {block: writer for block, writer in writers.items() if writer is not None and form.fits(writer)}
+        able = {block: writer for block, writer in writers.items() if writer is not None}
         if able and (stop.hole or (behind and form.everywhere)):
             yield {"hole": stop.missing, "writers": [str(block) for block in able]} | _fit_stop_(
                 form, streams, stop, able
@@ -185,8 +149,6 @@ COMPENSATIONS: Registry[Compensation] = Registry(
     "compensate.method",
     Compensation,
     [
-        Compensation("scale", "later writers scaled", _scale_),
-        Compensation("bias", "means added to biases", partial(_fit_, BIAS)),
         Compensation("map", "writers mapped", partial(_fit_, MAP)),
         Compensation("refit", "writers refitted", partial(_fit_, REFIT)),
     ],

@@ -33,7 +33,7 @@ class Compensate(Frozen):
 
 class Train(Frozen):
     """Training after pruning, for targets with `train: true`. The defaults are the paper's LoRA, validated; what the
-    paper leaves open is explained in `healing.training`."""
+    paper leaves open is explained in `healing`."""
 
     data: Texts = ALPACA
     num_samples: int = Field(default=8000, ge=1)
@@ -44,16 +44,12 @@ class Train(Frozen):
     weights: Literal["lora", "all"] = "lora"
     """What is trained: adapters of the linear layers, or all weights but embeddings and head."""
     rank: int = Field(default=32, ge=1)
-    """Of the adapters."""
+    """The rank of the adapters."""
     alpha: float = Field(default=10.0, gt=0)
     distill: float = Field(default=0.0, ge=0, le=1)
     """Weight of the KL divergence from the dense model's predictions; the text's NLL has the rest of 1."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of both models in the KL divergence, which is multiplied by its square."""
-    top_k: int | None = Field(default=None, ge=1)
-    """The dense model's likeliest tokens that the KL divergence tells apart; null for the whole vocabulary."""
-    hidden: float = Field(default=0.0, ge=0)
-    """Weight of the distance of the states after each layer from the dense model's; for plans that remove blocks."""
     learning_rate: float = Field(default=2e-4, gt=0)
     schedule: Literal["linear", "cosine"] = "linear"
     """How the learning rate falls to 0."""
@@ -65,17 +61,13 @@ class Train(Frozen):
     """Batches in a step."""
     epochs: int = Field(default=1, ge=1)
     seed: int = 42
-    checkpointing: bool = False
-    """Whether layers are computed again for their gradients, which saves memory and costs a third more time."""
     validation: int = Field(default=16, ge=0)
     """Samples, or joined rows, that are held out; of all states that were validated the best is kept. 0: the last."""
     validate_every: int = Field(default=100, ge=1)
     """Steps between two validations; the first comes before training, and the last after it."""
-    patience: int | None = Field(default=None, ge=1)
-    """Training stops after so many validations without a better one; null: never."""
 
     @property
     def title(self) -> str:
         """The recipe in words."""
         trained = f"LoRA, rank {self.rank}" if self.weights == "lora" else "all weights"
-        return trained + (", distilled from the dense model" if self.distill or self.hidden else "")
+        return trained + (", distilled from the dense model" if self.distill else "")

@@ -125,16 +125,6 @@ class Streams(Engine):
         """The names of all blocks, as the stream passes them."""
         return [str(block) for step in self._steps for block in step]
 
-    @property
-    def reads_through_norms(self) -> bool:
-        return self._family.mha.norm is not None and self._family.mlp.norm is not None
-
-    def outputs(self, block: BlockId) -> list[Tensor]:
-        """All weights and biases of a block's last projections, to which what it adds is proportional."""
-        norm, output = self._norm_behind(block), self._family.branch(block.kind).output
-        named = self._module(block).named_parameters()
-        return list(norm.parameters()) if norm else [weight for name, weight in named if output in name.split(".")]
-
     def change_(self, weight: Tensor, value: Tensor) -> Tensor:
         """Give a weight another value; returns the difference as it is in the weight's dtype."""
         if weight not in self.old:

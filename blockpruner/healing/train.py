@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from blockpruner.core.progress import Observer
 from blockpruner.healing.settings import Train
-from blockpruner.healing.training import train_
+from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests, save_healed
-from blockpruner.model.models import depths_after
 from blockpruner.store.files import read_json, replace_directory, write_json
+from blockpruner.store.provenance import fingerprint
+from blockpruner.versions import RECOVERY_VERSION
+
+NOT_IN_KEY = {"data", "num_samples", "num_rows", "seq_len", "validation"}
+"""The settings that do not decide the weights, given the rows."""
 
 TRAIN_FACTS = "train.json"
 
@@ -27,11 +32,11 @@ def write_trained(
     wanted: Train,
     rows: CalibrationSet,
     validation: CalibrationSet | None,
-    adapters: Path,
+    states: Path,
     observer: Observer,
 ) -> None:
-    """Train the model of a plan, as `train` does: its weights and facts at `folder`."""
-    weights, facts = train(pruning, wanted, rows, validation, adapters, observer)
+    """Train the model of a plan, as `train` does: its weights and facts at `folder`. Its states are gone then."""
+    weights, facts = train(pruning, wanted, rows, validation, states, observer)
 
     def build(directory: Path) -> None:
         words = f"then trained ({wanted.title}) on {len(rows.rows):,} rows of `{wanted.data.title}`"
@@ -41,6 +46,7 @@ def write_trained(
         write_json(directory / TRAIN_FACTS, drawn | facts)
 
     replace_directory(folder, build)
+    shutil.rmtree(states / _key(pruning, wanted, rows, validation))
 
 
 def train(
@@ -48,18 +54,19 @@ def train(
     wanted: Train,
     rows: CalibrationSet,
     validation: CalibrationSet | None,
-    adapters: Path,
+    states: Path,
     observer: Observer,
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """Train the model of a plan; returns the weights that are not what the plan makes of them, and facts as JSON.
 
     Args:
         pruning: with healed weights, training begins with those.
-        adapters: folder of the states of training, from which a killed one goes on.
+        states: folder of the states of training, one folder for each that differs in model, rows or recipe, from which
+            a killed one goes on.
     """
     check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
-    of, healed, plan = pruning.identity, pruning.healed, pruning.plan
-    teacher = pruning.load() if wanted.distill or wanted.hidden else None
+    healed, plan = pruning.healed, pruning.plan
+    teacher = pruning.load() if wanted.distill else None
     # adapters leave the model's own tensors alone until the end; float16 is trained as float32
     shared = teacher is not None and wanted.weights == "lora" and pruning.dtype != "float16"
     if teacher is not None and shared:
@@ -69,9 +76,17 @@ def train(
     before = parameter_digests(model)
     if healed is not None:
         load_healed_(model, healed.path, shared)
-    depths = depths_after(teacher, plan.mask) if teacher and wanted.hidden else ()
-    trained = train_(
-        model, rows, wanted, teacher=teacher, validation=validation, depths=depths, adapters=adapters,
-        identity=f"{of} {healed.digest}" if healed else of, observer=observer,
-    )  # fmt: skip
+    own = states / _key(pruning, wanted, rows, validation)
+    trained = train_(model, rows, wanted, teacher=teacher, validation=validation, states=own, observer=observer)
     return changed_weights(trained.model, before, plan), trained.facts
+
+
+def _key(pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: CalibrationSet | None) -> str:
+    """The fingerprint of all that decides the trained weights."""
+    key: dict[str, Any] = {
+        "model": pruning.identity,
+        "healed": pruning.healed and pruning.healed.digest,
+        "dtype": pruning.dtype,
+    }
+    key |= {"rows": rows.digest, "validation": validation and validation.digest, "version": RECOVERY_VERSION}
+    return fingerprint(key | {"recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY)})

@@ -6,54 +6,50 @@ weight in float32, and the model computes with its rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
 from blockpruner.healing.settings import Train
 
 
-@dataclass(frozen=True)
-class TrainedWeights:
-    """Trained weights by name, and their masters."""
+class TrainedWeights(nn.Module):
+    """The masters of the trained weights. The model itself is not in it: it is neither saved nor moved with them."""
 
-    live: Mapping[str, nn.Parameter]
-    """What the model computes with."""
-    masters: Mapping[str, Tensor]
-    """What the optimizer moves: the live weight itself, or a float32 copy of a narrower one."""
-    end_: Callable[[], object]
-    """Leaves the model with plain weights alone."""
-
-    def collect_(self) -> None:
-        """Add the gradients of the live weights to those of their masters."""
-        for live, master in self._narrow():
-            assert live.grad is not None
-            master.grad = live.grad.float() if master.grad is None else master.grad.add_(live.grad)
-            live.grad = None
+    def __init__(self, live: Mapping[str, nn.Parameter], end_: Callable[[], object]) -> None:
+        """Args:
+        live: what the model computes with, by name.
+        end_: leaves the model with plain weights alone.
+        """
+        super().__init__()
+        self.end_ = end_
+        self.names = list(live)
+        masters = [nn.Parameter(weight.detach().float()) if _is_narrow(weight) else weight for weight in live.values()]
+        self.masters = nn.ParameterList(masters)
+        self.pairs = [(w, m) for w, m in zip(live.values(), self.masters, strict=True) if w is not m]
+        for weight, master in self.pairs:
+            weight.register_post_accumulate_grad_hook(partial(_collect_, master))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def show_(self) -> None:
-        """Round the masters to the live weights."""
-        for live, master in self._narrow():
-            live.copy_(master)
+        """Round the masters to the weights that the model computes with."""
+        for weight, master in self.pairs:
+            weight.copy_(master)
 
-    @torch.no_grad()
-    def set_(self, values: Mapping[str, Tensor]) -> None:
-        """Give the masters other values."""
-        for name, master in self.masters.items():
-            master.copy_(values[name])
-        self.show_()
 
-    def _narrow(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        pairs = ((live, self.masters[name]) for name, live in self.live.items())
-        return ((live, master) for live, master in pairs if live is not master)
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.dtype not in (torch.float32, torch.float64)
+
+
+def _collect_(master: nn.Parameter, weight: Tensor) -> None:
+    """Add the gradient of a weight to that of its master."""
+    assert weight.grad is not None
+    master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+    weight.grad = None
 
 
 def trained_weights_(model: PreTrainedModel, recipe: Train) -> TrainedWeights:
@@ -70,25 +66,9 @@ def trained_weights_(model: PreTrainedModel, recipe: Train) -> TrainedWeights:
             config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", bias="none")
             adapted = get_peft_model(model, config)
         live = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
-        end_: Callable[[], object] = adapted.merge_and_unload
-    else:
-        ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-        live = {name: weight for name, weight in model.named_parameters() if id(weight) not in ends}
-        for weight in live.values():
-            weight.requires_grad_()
-        end_ = partial(model.requires_grad_, False)
-    wide = {name: w if w.dtype in (torch.float32, torch.float64) else w.detach().float() for name, w in live.items()}
-    return TrainedWeights(live, wide, end_)
-
-
-@contextmanager
-def checkpointed(layers: Iterable[nn.Module], wanted: bool) -> Iterator[None]:
-    """Within, each layer keeps its input alone and runs again when its gradient is wanted; the numbers are the same."""
-    chosen = list(layers) if wanted else []
-    for layer in chosen:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for layer in chosen:
-            del layer.forward
+        return TrainedWeights(live, adapted.merge_and_unload)
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    live = {name: weight for name, weight in model.named_parameters() if id(weight) not in ends}
+    for weight in live.values():
+        weight.requires_grad_()
+    return TrainedWeights(live, partial(model.requires_grad_, False))

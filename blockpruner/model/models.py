@@ -316,11 +316,6 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     return model
 
 
-def depths_after(model: PreTrainedModel, mask: Mask) -> list[int]:
-    """Of each layer that `prune_` leaves, the layer of the whole model whose output it stands for."""
-    return [mlp for _, mlp in _layout(model, mask)[0]]
-
-
 def _layout(model: PreTrainedModel, mask: Mask) -> tuple[list[tuple[int, int]], bool]:
     """Of each layer that is left, the layers that its MHA and its MLP come from; and whether these may differ."""
     layers = len(decoder_layers(model))

@@ -1,5 +1,7 @@
 """What `stages.clean` keeps and deletes, against lists written by hand; outputs are files of a few bytes."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest

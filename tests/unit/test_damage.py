@@ -7,16 +7,13 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import benchmarks
 from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
 from blockpruner.evaluation.tasks import tables_from_archive, tables_from_folder
-from blockpruner.healing.state import Progress, resume_, save
 from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
 from blockpruner.inputs.texts import TEXTS, parse_texts
 from blockpruner.search.trace import ITERATION, read_iteration, table_path
@@ -282,26 +279,6 @@ def test_a_damaged_result_is_set_aside(changes, keep, tmp_path):
                 store.save({"k": 1}, whole)
         for aside in tmp_path.glob("*.bad*"):
             aside.unlink()
-
-
-@given(changes=flips, keep=shares)
-@many
-def test_a_damaged_training_state_is_refused_or_is_the_same(changes, keep, tmp_path):
-    weights = {f"layer.{name}": torch.nn.Parameter(torch.arange(6.0).reshape(2, 3) + n) for n, name in enumerate("AB")}
-    whole, losses, path = (
-        {name: weight.detach().clone() for name, weight in weights.items()},
-        [2.5, 1.25],
-        tmp_path / "s",
-    )
-    save(path, weights, torch.optim.AdamW(weights.values()), Progress(losses, finished=True))
-    for _ in damages(path, changes, keep):
-        for weight in weights.values():
-            weight.data.zero_()
-        found = resume_(path, weights, torch.optim.AdamW(weights.values()), SilentObserver()).losses
-        assert found in ([], losses)
-        assert all(
-            torch.equal(weight.data, whole[name] if found else 0 * whole[name]) for name, weight in weights.items()
-        )
 
 
 @given(changes=flips, keep=shares, entry=json_values)

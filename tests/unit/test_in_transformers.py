@@ -21,7 +21,7 @@ from transformers import (
 from blockpruner.core.blocks import parse_mask
 from blockpruner.model import modeling_blockpruned
 from blockpruner.model.models import decoder_layers, masked, model_family, prune_
-from tests.tiny import VARIANTS, tiny_model
+from tests.tiny import GRID, tiny_model
 
 MASK = parse_mask("mha.0,mha.2,mlp.0,mlp.3")
 """Of four layers the first one is dropped, and two have a hole."""
@@ -29,7 +29,7 @@ IDS = torch.randint(1, 257, (2, 14), generator=torch.Generator().manual_seed(1))
 PROMPTS = [list(range(5, 17)), list(range(40, 43)), list(range(60, 90))]
 """One within the sliding windows of 6 tokens, two beyond."""
 
-families = pytest.mark.parametrize("family", VARIANTS)
+families = pytest.mark.parametrize("family", GRID)
 
 
 def pruned(family, mask=MASK, **config):

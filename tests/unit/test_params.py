@@ -14,6 +14,7 @@ from jsonschema import ValidationError, validate
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts
 from blockpruner.evaluation.settings import Evaluate, ZeroShot
+from blockpruner.healing.settings import Train
 from blockpruner.inputs.settings import Calibration
 from blockpruner.params import NO_RUNS, load_params, load_run, run_schema
 from blockpruner.scoring.settings import Score

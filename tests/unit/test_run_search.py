@@ -8,7 +8,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from blockpruner.paper.shapes import SHAPES
+from tests.shapes import SHAPES
 
 from blockpruner.core.blocks import DENSE, format_mask
 from blockpruner.core.errors import InputError, UnreachableError

@@ -1,0 +1,250 @@
+"""Training of a pruned model by transformers' Trainer: the settings it gets, and which state of the weights is kept.
+
+The paper states only LoRA, Alpaca and 8,000 samples. Rank 32, alpha 10, rate 2e-4, batches of 1 with 4 accumulated and
+the linear schedule are those of SliceGPT's fine-tuning, which has the same figures: also one epoch, each sample a row,
+ended by the end-of-text token and truncated, with a loss on all its tokens, as in Alpaca's plain form. The rest is the
+Trainer's: AdamW with betas 0.9 and 0.999 and no weight decay, gradients clipped to norm 1.
+
+The Trainer holds only the trained weights (`weights`), so its checkpoints hold nothing else, and the model stays in
+evaluation mode: without dropout, a step depends only on the steps before it. A killed run goes on from its last
+checkpoint to the same weights, to the bit on a CPU. On a GPU the backward pass adds in an order of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from blockpruner.core.errors import NonFiniteLossError
+from blockpruner.core.progress import Observer
+from blockpruner.healing.settings import Train
+from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.weights import TrainedWeights, trained_weights_
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model import accelerator
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a state of training is worth on rows that it is not trained on; means over rows, nats per token."""
+
+    step: int
+    """How many steps were taken before."""
+    loss: float
+    """What training minimises."""
+    nll: float
+    """The text's NLL; the logarithm of a perplexity."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model."""
+
+    model: PreTrainedModel
+    """The model that was given, with its weights changed in place."""
+    losses: tuple[float, ...]
+    """The loss of each step, before it was taken; nats per token."""
+    validations: tuple[Validation, ...]
+    """Before training, during it and in the end; none without validation rows."""
+    step: int
+    """The step after which the weights are kept; 0 leaves them as they were."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the model, for JSON."""
+        validations = [asdict(validation) for validation in self.validations]
+        return {"losses": self.losses, "validations": validations, "step": self.step}
+
+
+def train_(
+    model: PreTrainedModel,
+    rows: CalibrationSet,
+    recipe: Train,
+    *,
+    teacher: PreTrainedModel | None,
+    validation: CalibrationSet | None,
+    states: Path,
+    observer: Observer,
+) -> Trained:
+    """Train a pruned model on `rows`, in place. Its class and config stay as they are, and it is left without adapters.
+
+    A step minimises the mean over its rows. `batch` therefore changes memory and speed, and `batch * accumulation` the
+    result. Adapters of a bfloat16 model, and masters of its weights, are float32. A float16 model, whose gradients
+    would vanish, is trained in float32 and rounded in the end.
+
+    Args:
+        teacher: the dense model, used if the recipe has `distill`. Where adapters are trained, it may share tensors
+            with `model`; in the end, when it has done its work, the adapters are merged into these.
+        validation: rows that are not trained on. The state that is best on them is kept, be it the one before training.
+        states: folder of the checkpoints of this very training, from which a killed one goes on. The last one is left.
+
+    Raises:
+        NonFiniteLossError: training diverged.
+        DeviceMemoryError: a batch does not fit; names the settings to lower.
+    """
+    dtype = model.dtype
+    if dtype is torch.float16:
+        _cast_(model, torch.float32)
+    model.eval()
+    weights = trained_weights_(model, recipe)
+    with torch.random.fork_rng(devices=[]):
+        trainer = _Trainer(model, teacher if recipe.distill else None, weights, rows, validation, recipe, states)
+        curve = [] if validation is None else [trainer.validate()]
+        before = {name: master.detach().clone().cpu() for name, master in weights.state_dict().items()}
+        last = _last_checkpoint(states)
+        observer.begin("train")
+        trainer.add_callback(_Watch(observer, last, rows.tokens / len(rows.rows) * recipe.batch * recipe.accumulation))
+        trainer.train(resume_from_checkpoint=last)
+    log = trainer.state.log_history
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    curve += [Validation(each["step"], each["eval_loss"], each["eval_nll"]) for each in log if "eval_loss" in each]
+    step = min(curve, key=lambda each: each.loss).step if curve else len(losses)
+    if step == 0:
+        weights.load_state_dict(before)
+    weights.show_()
+    weights.end_()
+    if dtype is torch.float16:
+        _cast_(model, dtype)
+    observer.end(_summary(losses, curve, step, len(rows.rows)))
+    return Trained(model.requires_grad_(False), tuple(losses), tuple(curve), step)
+
+
+class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """transformers' Trainer with our loss. It holds the trained weights; the model is the loss's."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        weights: TrainedWeights,
+        rows: CalibrationSet,
+        validation: CalibrationSet | None,
+        recipe: Train,
+        states: Path,
+    ) -> None:
+        steps = recipe.epochs * math.ceil(math.ceil(len(rows.rows) / recipe.batch) / recipe.accumulation)
+        self.objective = TrainingLoss(model, teacher, recipe)
+        when = {"eval_strategy": "no" if validation is None else "steps", "save_strategy": "steps"}
+        arguments = TrainingArguments(
+            output_dir=str(states), per_device_train_batch_size=recipe.batch, per_device_eval_batch_size=1,
+            gradient_accumulation_steps=recipe.accumulation, num_train_epochs=recipe.epochs, seed=recipe.seed,
+            data_seed=recipe.seed, learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.schedule,
+            warmup_steps=round(recipe.warmup * steps), optim="adamw_torch", **when, eval_steps=recipe.validate_every,
+            save_steps=recipe.validate_every, save_total_limit=1, load_best_model_at_end=validation is not None,
+            metric_for_best_model="eval_loss", greater_is_better=False, logging_steps=1, logging_nan_inf_filter=False,
+            remove_unused_columns=False, disable_tqdm=True, report_to="none", dataloader_pin_memory=False,
+            use_cpu=True,  # the weights stay where they are; it would move them, or copy them to all GPUs
+        )  # fmt: skip
+        if model.device.type != "cpu":
+            weights.hf_device_map = {"": model.device}  # type: ignore[assignment]
+        super().__init__(
+            weights, arguments, train_dataset=rows.rows, eval_dataset=validation and validation.rows,
+            data_collator=_batch, compute_metrics=lambda found: {"nll": float(found.predictions.mean())},
+        )  # fmt: skip
+        self.accelerator.device_placement = False
+        self.remove_callback(PrinterCallback)
+
+    def validate(self) -> Validation:
+        """The weights as they are now, before any step."""
+        found = self.evaluate()
+        return Validation(0, found["eval_loss"], found["eval_nll"])
+
+    def get_batch_samples(self, iterator: Iterator[Any], number: int, device: Any) -> tuple[list[Any], int]:
+        """The batches of a step, and how many rows they have."""
+        batches, _ = super().get_batch_samples(iterator, number, device)
+        return batches, sum(len(batch["lengths"]) for batch in batches)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        rows, tokens = inputs["ids"].shape
+        with accelerator.named_if_too_large(
+            f"training on {rows} rows of up to {tokens} tokens",
+            "lower train.batch (and raise train.accumulation), or lower train.seq_len",
+        ):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        return self._losses(inputs, int(num_items_in_batch))[0]
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, nll = self._losses(inputs, len(inputs["lengths"]))
+        return loss, nll[None], nll[None]
+
+    def _losses(self, inputs: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        self.model.show_()
+        loss, nll = self.objective(inputs["ids"], inputs["lengths"], count)
+        if not math.isfinite(loss.detach()):
+            what = f"loss of step {self.state.global_step + 1}"
+            raise NonFiniteLossError(f"training diverged: the {what} is {loss:f}; lower train.learning_rate")
+        return loss.cpu(), nll.cpu()
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Reports progress, and has the last state validated and saved, be it between two others or not."""
+
+    def __init__(self, observer: Observer, last: str | None, tokens: float) -> None:
+        self.observer, self.last, self.tokens = observer, last, tokens
+        self.first, self.clock = 0, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.first = state.global_step
+        if self.last:
+            self.observer.note(f"training goes on after step {self.first}, from {self.last}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_evaluate, control.should_save = args.eval_strategy != "no", True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            done, number = state.global_step - self.first, state.global_step
+            speed = self.tokens * done / (time.monotonic() - self.clock)
+            detail = f"step {number}, loss {logs['loss']:.4f}, {speed:,.0f} tokens/s"
+            self.observer.advance(done, state.max_steps - self.first, detail)
+
+
+def _batch(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return {"ids": ids, "lengths": torch.tensor([len(row) for row in rows])}
+
+
+def _last_checkpoint(states: Path) -> str | None:
+    """The last checkpoint that was written to its end: the file of the Trainer's state comes last."""
+    found = [path.parent for path in states.glob("checkpoint-*/trainer_state.json")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def _summary(losses: Sequence[float], curve: Sequence[Validation], step: int, rows: int) -> str:
+    tenth = -(-len(losses) // 10)
+    text = f"{len(losses)} steps over {rows} rows, loss {mean(losses[:tenth]):.4f} -> {mean(losses[-tenth:]):.4f} "
+    text += "(first and last tenth)"
+    if not curve:
+        return text
+    if step == 0:
+        return f"{text}; validation loss {curve[0].loss:.4f} never fell: the weights are left as they were"
+    best = min(each.loss for each in curve)
+    return f"{text}; validation loss {curve[0].loss:.4f} -> {best:.4f} after step {step}, which is kept"
+
+
+def _cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the parameters alone. Rotary tables stay float32, as in a model loaded from its file."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
