@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Frozen, Model, NAME, Runtime, TaskAnswers, Texts, read_settings
+from blockpruner.core.settings import NAME, Frozen, Model, Runtime, TaskAnswers, Texts, read_settings
 from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, ZeroShot
 from blockpruner.healing.settings import Compensate, CompensationMethod, Train
 from blockpruner.inputs.settings import Calibration

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Frozen, NAME
+from blockpruner.core.settings import NAME, Frozen
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.methods.recipes import recipe
 from blockpruner.params import read_file

@@ -32,7 +32,17 @@ from safetensors.torch import load_file, save_file
 
 from blockpruner import versions
 from blockpruner.store.files import read_json
-from stages import baseline, benchmark, calibrate, commit, compensate, fetch, materialize, report, score, settings, train
+from stages import (
+    baseline,
+    benchmark,
+    calibrate,
+    commit,
+    compensate,
+    fetch,
+    materialize,
+    report,
+    score,
+)
 from tests.fakes import made_up_times, unverified
 from tests.integration.project import sentence
 from tests.tiny import VARIANTS, VARIANTS_DAILY, tiny_model, tiny_tokenizer, tolerance

@@ -28,8 +28,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from blockpruner.core.errors import NonFiniteLossError
 from blockpruner.core.progress import Observer
-from blockpruner.healing.settings import Train
 from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.settings import Train
 from blockpruner.healing.weights import TrainedWeights, trained_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator

@@ -8,7 +8,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-from tests.shapes import SHAPES
 
 from blockpruner.core.blocks import DENSE, format_mask
 from blockpruner.core.errors import InputError, UnreachableError
@@ -20,6 +19,7 @@ from blockpruner.methods.registry import require_budgets
 from blockpruner.scoring.settings import Score
 from blockpruner.search.trace import read_trace, trace_directory, write_iteration
 from tests.builders import FakeScorer, material_of, scored, short_rows, small_config
+from tests.shapes import SHAPES
 
 CONFIG = small_config(2)
 ROWS = CalibrationSet(((1, 2, 3), (4, 5, 6)))

@@ -13,9 +13,9 @@ from torch.func import functional_call
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.healing.settings import Train
 from blockpruner.healing import loss, trainer
 from blockpruner.healing.rows import training_rows
+from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_
