@@ -23,11 +23,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.modelfile import modelfile
-from blockpruner.checkpoints.packing import PackedModel, pack_model
+from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
 from blockpruner.checkpoints.verification import in_float32, reference_outputs, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError, extra
-from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import LICENCE_FILES, copy_files
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import Pruning
@@ -37,8 +36,6 @@ from blockpruner.store.plans import PLAN_FILE, plan_fields
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """By family: llama.cpp's architecture of a model whose layers are all whole."""
-
-ROPES = ("default", "linear", "llama3")
 
 NAMES = {
     "q_proj": "attn_q",
@@ -93,7 +90,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
     """
     plan, dense, trusted = pruning.plan, pruning.dense, pruning.trust_remote_code
     config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trusted).to_dict()
-    check(config, plan)
+    require_fit("gguf", config, plan)
     tokenizer = load_tokenizer(dense, trusted)
     words, more = vocabulary(tokenizer, config), facts(tokenizer, config)
     model = pruning.load_for_export()
@@ -159,28 +156,6 @@ def _quantize(directory: Path, name: str) -> None:
     if result.returncode or not (directory / target).is_file():
         said = result.stderr.strip().rpartition("\n")[2] or f"exit code {result.returncode}"
         raise InputError(f"export gguf:{name}: {QUANTIZER} failed: {said}. Choose another quantization, or export gguf")
-
-
-def check(config: Mapping[str, Any], plan: Plan) -> None:
-    """Raise InputError for a model or plan that the files cannot express."""
-    family, rope = config["model_type"], config.get("rope_parameters", {})
-    reason = None
-    if family not in WHOLE:
-        reason = (
-            f"model family {family!r} is not supported; supported: {', '.join(WHOLE)}. If the plan leaves whole layers "
-            "only, what export: [hf] writes is a plain checkpoint of the family, which llama.cpp's "
-            "convert_hf_to_gguf.py reads"
-        )
-    elif plan.blocks["mha"] == plan.layers:
-        reason = "the plan leaves no attention, and llama.cpp's models have at least one"
-    elif config.get("sliding_window") is not None:
-        reason = f"sliding_window: {config['sliding_window']} has no place here, where attentions see everything"
-    elif rope["rope_type"] not in ROPES:
-        reason = f"rope_type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPES)}"
-    elif config["hidden_act"] != "silu":
-        reason = f"hidden_act {config['hidden_act']!r} is not supported; supported: silu"
-    if reason is not None:
-        raise InputError(f"export gguf: {reason}. Use export: [hf]")
 
 
 def facts(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:

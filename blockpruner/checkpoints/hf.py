@@ -40,7 +40,8 @@ def export_hf(pruning: Pruning, out: Path) -> None:
     def write(directory: Path, reference: Path) -> float:
         pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced.cpu(), plan), reference))
         card = model_card(plan, pruning.dense, code_file(pruned), pruning.healed, _remark(pruned, pruning.dense))
-        save_checkpoint(pruned, plan, pruning.dense, directory, card)
+        save_pruned(pruned, directory)
+        save_other_files(plan, pruning.dense, directory, card)
         return tolerance_of(model)
 
     write_verified(out, write)
@@ -53,12 +54,6 @@ def _remark(pruned: PreTrainedModel, dense: Path) -> str:
     configs = (pruned.config, AutoConfig.from_pretrained(dense, local_files_only=True))
     left, before = (getattr(config, "layer_types", None) or [] for config in configs)
     return "" if left == before[: len(left)] else COUNTED
-
-
-def save_checkpoint(model: PreTrainedModel, plan: Plan, dense: Path, directory: Path, card: str) -> None:
-    """Everything in a checkpoint directory but its verification."""
-    save_pruned(model, directory)
-    save_other_files(plan, dense, directory, card)
 
 
 def save_other_files(plan: Plan, dense: Path, directory: Path, card: str) -> None:

@@ -21,17 +21,12 @@ from transformers import AutoConfig, PreTrainedModel
 from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import save_other_files
-from blockpruner.checkpoints.packing import PackedModel, pack_model
-from blockpruner.checkpoints.registry import READABLE
+from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
 from blockpruner.checkpoints.verification import in_float32, reference_outputs, write_verified
-from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.models import model_family
 from blockpruner.store.files import let_others_read, write_json
-
-ROPE_TYPES = ("default", "linear", "llama3")
-"""The kinds that transformers, vLLM and mlx-lm compute alike."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 TOLERANCE, TOLERANCE_ROUNDED = 5e-4, 0.15
@@ -58,7 +53,9 @@ def export_nas(pruning: Pruning, out: Path) -> None:
     """
     plan, dense = pruning.plan, pruning.dense
     config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=pruning.trust_remote_code)
-    _require_fit(config.to_dict(), plan, pruning.dtype)
+    width = config.hidden_size // config.num_attention_heads
+    head = getattr(config, "head_dim", None) or width
+    require_fit("nas", config.to_dict(), plan, dtype=(pruning.dtype, DTYPES), head_dim=(head, (width,)))
     model, narrow = pruning.load_for_export(), getattr(torch, pruning.dtype)
 
     def note(reduced: PreTrainedModel, reference: Path) -> None:
@@ -152,35 +149,6 @@ def _padded(key: str, weight: Tensor, missing: int) -> Tensor:
     if missing and key.startswith(("gate_proj", "up_proj")):
         return pad(weight, (*[0, 0] * (weight.dim() - 1), 0, missing))
     return weight
-
-
-def _require_fit(config: Mapping[str, Any], plan: Plan, dtype: str) -> None:
-    """Raise InputError for what DeciLM has no form for, or what its readers compute otherwise."""
-    family = config["model_type"]
-    if family not in READABLE:
-        raise InputError(
-            f"export nas: no engine reads a {family!r} model that lacks blocks in this format; it works for "
-            f"{', '.join(READABLE)}. Use export: [hf]"
-        )
-    if plan.blocks["mha"] == plan.layers:
-        raise InputError(
-            f"export nas: the plan removes all {plan.layers} MHA blocks, and vLLM and mlx-lm take no model without "
-            "one; use export: [hf], or a smaller budget"
-        )
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    limits = {
-        "dtype": (dtype, DTYPES),
-        "sliding_window": (config.get("sliding_window"), (None,)),
-        "rope_type": (config["rope_parameters"]["rope_type"], ROPE_TYPES),
-        "hidden_act": (config["hidden_act"], ("silu",)),
-        "head_dim": (config.get("head_dim") or hidden // heads, (hidden // heads,)),
-    }
-    for field, (value, valid) in limits.items():
-        if value not in valid:
-            raise InputError(
-                f"export nas: vLLM and mlx-lm cannot both read a {family} model with {field} {value!r} in this format; "
-                f"valid: {', '.join(map(str, valid))}. Use export: [hf]"
-            )
 
 
 def _loading(plan: Plan, held: int) -> str:

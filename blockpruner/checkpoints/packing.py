@@ -1,23 +1,64 @@
 """The blocks of a pruned model in layers, as engines want them: a layer has an MHA, an MLP, or both.
 
-Decides in which layer a block ends up, and what the embedding is. Each format decides how a layer is written.
+Decides in which layer a block ends up, what the embedding is, and which models fit. Each format decides how a layer is
+written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blockpruner.checkpoints.registry import READABLE
 from blockpruner.checkpoints.verification import in_float32
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, pack_layers
+from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
 from blockpruner.model.modeling_blockpruned import NoMHA, NoMLP
 from blockpruner.model.models import decoder_layers, model_family
 
 FOLD_ROWS = 4096
 """Rows of the embedding that go through an MLP at once."""
+
+
+ROPE_TYPES = ("default", "linear", "llama3")
+"""The kinds that transformers, vLLM, mlx-lm and llama.cpp compute alike."""
+
+Limits = Mapping[str, tuple[Any, Sequence[Any]]]
+"""By field, the value of a model and the valid ones."""
+
+
+def require_fit(form: str, config: Mapping[str, Any], plan: Plan, **limits: tuple[Any, Sequence[Any]]) -> None:
+    """Raise InputError for a model or a plan that a format cannot hold, or that its engines compute otherwise.
+
+    Args:
+        limits: the format's own, as `Limits`.
+    """
+    found: Limits = {
+        "model_type": (config["model_type"], READABLE),
+        "sliding_window": (config.get("sliding_window"), (None,)),
+        "rope_type": (config.get("rope_parameters", {}).get("rope_type", "default"), ROPE_TYPES),
+        "hidden_act": (config.get("hidden_act"), ("silu",)),
+        **limits,
+    }
+    for field, (value, valid) in found.items():
+        if value not in valid:
+            raise InputError(
+                f"export {form}: engines that read models without some blocks do not know {field} {value!r}; valid: "
+                f"{', '.join(map(str, valid))}. Use export: [hf], a plain checkpoint if the plan removes whole layers",
+                rule="export-limits", key="export", value=value,
+            )  # fmt: skip
+    if plan.blocks["mha"] == plan.layers:
+        raise InputError(
+            f"export {form}: the plan removes all {plan.layers} MHA blocks, and engines need at least one; use export: "
+            "[hf], or a smaller budget",
+            rule="export-limits", key="export", value="mha",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests, save_healed
 from blockpruner.store.files import read_json, replace_directory, write_json
 from blockpruner.store.provenance import fingerprint
-from blockpruner.versions import RECOVERY_VERSION
+from blockpruner.versions import WEIGHTS_VERSION
 
 NOT_IN_KEY = {"data", "num_samples", "num_rows", "seq_len", "validation"}
 """The settings that do not decide the weights, given the rows."""
@@ -88,5 +88,5 @@ def _key(pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: Cali
         "healed": pruning.healed and pruning.healed.digest,
         "dtype": pruning.dtype,
     }
-    key |= {"rows": rows.digest, "validation": validation and validation.digest, "version": RECOVERY_VERSION}
+    key |= {"rows": rows.digest, "validation": validation and validation.digest, "version": WEIGHTS_VERSION}
     return fingerprint(key | {"recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY)})
