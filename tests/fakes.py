@@ -83,11 +83,11 @@ class Hub:
         return type("Info", (), {"sha": SHA})()
 
     def file(self, repo: str, name: str, *, revision: str) -> str:
-        assert revision == SHA
+        assert revision == SHA, f"{revision!r} is unknown"
         return str(self.folder / name)
 
     def download(self, repo: str, *, revision: str, allow_patterns: Any, ignore_patterns: Any, local_dir: str) -> None:
-        assert revision == SHA
+        assert revision == SHA, f"{revision!r} is unknown"
         names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (Path(local_dir) / name).parent.mkdir(exist_ok=True)

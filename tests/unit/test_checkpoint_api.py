@@ -159,7 +159,7 @@ def test_a_model_pruned_in_memory_is_the_masked_one_and_can_be_saved(tmp_path):
     assert torch.equal(pruned.model(ids).logits, expected)
     pruned.save(str(tmp_path / "out"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert torch.equal(loaded(ids).logits, expected)
+    assert (loaded(ids).logits - expected).abs().max() <= 1e-5
 
 
 def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
