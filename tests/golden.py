@@ -80,18 +80,11 @@ EVALUATE = {
     "zero_shot": {"data": {"source": "path", "path": "inputs"}, "tasks": [*KINDS], "limit": 2},
     "speed": TIMED,
 }
-CHAIN = {
-    "FETCH_VERSION": ("CONVERT_VERSION",),
-    "CALIBRATION_VERSION": (),
-    "SCORE_VERSION": (),
-    "SEARCH_VERSION": (),
-    "PLAN_VERSION": ("LATENCY_VERSION", "LACO_VERSION"),
-    "WEIGHTS_VERSION": ("COMPENSATION_VERSION", "RECOVERY_VERSION", "SLICEGPT_VERSION"),
-    "EXPORT_VERSION": (),
-    "EVAL_VERSION": ("SAMPLES_VERSION",),
-    "REPORT_VERSION": (),
-}
-"""The constants, in the order in which results are made of each other, and those that are to be merged into each."""
+CHAIN = (
+    "FETCH_VERSION", "CALIBRATION_VERSION", "SCORE_VERSION", "SEARCH_VERSION", "PLAN_VERSION", "WEIGHTS_VERSION",
+    "EXPORT_VERSION", "EVAL_VERSION", "REPORT_VERSION",
+)  # fmt: skip
+"""The constants, in the order in which results are made of each other."""
 
 
 @dataclass(frozen=True)
@@ -137,16 +130,17 @@ class World:
         """Write a run file and params.yaml, then fetch and calibrate. Targets: <name>-t0, <name>-t1, ..., by budget."""
         sections = {
             "model": {"source": "path", "path": str(self.model(variant).relative_to(self.root)), "dtype": dtype},
-            "calibration": CALIBRATION, "score": {"method": "greedy"}, "evaluate": EVALUATE, "recover": None,
+            "calibration": CALIBRATION, "score": {"method": "greedy"}, "evaluate": EVALUATE, "train": None,
         } | own  # fmt: skip
         (self.root / "runs" / f"{name}.yaml").write_text(yaml.safe_dump(sections))
         targets = {
-            f"{name}-t{i}": {"run": name, "budget": budget, "recover": bool(sections["recover"])}
+            f"{name}-t{i}": {"run": name, "budget": budget, "train": bool(sections["train"])}
             for i, budget in enumerate(budgets)
         }
         params = {"runs": [name], "targets": targets, "runtime": {"device": "cpu", "threads": 1},
                   "report": {"title": "Golden", "plots": False}}  # fmt: skip
         (self.root / "params.yaml").write_text(yaml.safe_dump(params))
+        settings.main(name)
         fetch.main(name)
         calibrate.main(name)
 
@@ -154,16 +148,19 @@ class World:
         """Score a run that was started by another section; the folder of its search."""
         path = self.root / "runs" / f"{name}.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": dict(section)}))
+        settings.main(name)
         with made_up_times():
             score.main(name)
-        return Path("data/scores") / name / read_json(Path(f"data/scores/{name}/current.json"))["search"]
+        method = section.get("method", "greedy")
+        folder = Path("data/scores") / name / method / method
+        return folder / read_json(folder / "current.json")["search"]
 
     def built(self, name: str, budgets: Sequence[str] = ("2blocks",), until: Any = materialize, **own: Any) -> None:
         """Start, score, and make every target up to a stage."""
         self.start(name, budgets=budgets, **own)
         score.main(name)
         for target in (f"{name}-t{i}" for i in range(len(budgets))):
-            for stage in (commit, compensate, recover, materialize, benchmark):
+            for stage in (commit, compensate, train, materialize, benchmark):
                 with unverified():
                     stage.main(target)
                 if stage is until:
@@ -258,14 +255,14 @@ def converted(world: World) -> Any:
 
 def rows(world: World, **changes: Any) -> Any:
     world.start("rows", calibration=CALIBRATION | changes)
-    return pq.read_table("data/calibration/rows/rows.parquet").column("input_ids").to_pylist()
+    return pq.read_table("data/calibration/rows/search.parquet").column("input_ids").to_pylist()
 
 
 def answers(world: World) -> Any:
     data = {"source": "tasks", "tasks": ["piqa"], "skip": 3}
     section = CALIBRATION | {"data": data, "packing": "per_sample", "num_samples": 1, "seq_len": 100}
     world.start("answers", score={"metric": "answer_likelihood"}, calibration=section)
-    return pq.read_table("data/calibration/answers/rows.parquet").column("input_ids").to_pylist()
+    return pq.read_table("data/calibration/answers/search.parquet").column("input_ids").to_pylist()
 
 
 FEW = {"perplexity": "greedy", "block_influence": "one_shot"}
@@ -315,7 +312,7 @@ def plans(world: World, section: Mapping[str, Any], budgets: Sequence[str]) -> A
     found = {}
     for i, budget in enumerate(budgets):
         commit.main(f"plans-t{i}")
-        plan = read_json(Path(f"data/plans/plans-t{i}/plan.json"))
+        plan = read_json(next(Path(f"data/plans/plans-t{i}").glob("*.json")))
         found[budget] = {key: value for key, value in plan.items() if not re.search("[0-9a-f]{16}", json.dumps(value))}
     return found
 
@@ -362,21 +359,23 @@ def compensated(world: World, method: str) -> Any:
     settings = {"method": method, "num_rows": 24, "seq_len": 32, "validation": 0.25}
     world.built("compensated", ["1blocks"], compensate, score=given, compensate=settings)
     folder = Path("data/compensated/compensated-t0")
-    return {"report": read_json(folder / "compensate.json"), "norms": norms_of(folder / "weights.safetensors")}
+    facts = read_json(folder / "compensate.json")
+    del facts["search"]
+    return {"report": facts, "norms": norms_of(folder / "weights.safetensors")}
 
 
 def trained(world: World) -> Any:
     """Losses of training, and norms of the weights that come out of it."""
     recipe = {"data": TEXTS, "num_samples": 8, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2}
-    world.built("trained", until=recover, recover=recipe)
-    found = read_json(Path("data/recovered/trained-t0/recover.json"))
-    norms = norms_of(Path("data/recovered/trained-t0/weights.safetensors"))
+    world.built("trained", until=train, train=recipe)
+    found = read_json(Path("data/trained/trained-t0/train.json"))
+    norms = norms_of(Path("data/trained/trained-t0/weights.safetensors"))
     return {"losses": found["losses"], "tokens": found["tokens"], "norms": norms}
 
 
 def evaluated(world: World, what: str) -> Any:
     """Held-out perplexity, scores of tasks and of every item, and sample texts."""
-    folder = Path("data/results") / f"{world.evaluated}-{what}"
+    folder = Path("data/evidence") / f"{world.evaluated}-{what}"
     found, items = read_json(folder / "results.json"), pq.read_table(folder / "items.parquet").to_pylist()
     lines: dict[str, list[Any]] = {}
     for item in items:
@@ -393,9 +392,10 @@ def reported(world: World) -> Any:
     targets = {f"{name}-t{i}": {"run": name, "budget": f"{n}blocks"} for i, n in enumerate((2, 4))}
     params = yaml.safe_load(Path("params.yaml").read_text()) | {"runs": [name], "targets": targets}
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    for path in Path("data/timings").glob("[!-]*.json"):
+    settings.main(name)
+    for path in Path("data/evidence").glob(f"{name}-*/speed.json"):
         found = read_json(path)
-        path.write_text(json.dumps(found | {"speed": _fixed(found.get("speed"))}))
+        write_sealed_json(path, found | {"speed": _fixed(found.get("speed"))})
     report.main("")
     lines = Path("data/report/report.md").read_text().splitlines()
     shown = [cell.strip() for line in lines if line[:1] == "|" for cell in line.split("|")]
@@ -455,7 +455,7 @@ EXPORTS: dict[str, tuple[Any, ...]] = {
     "hf": ("hf", BLOCKS),
     "hf, whole layers": ("hf", {"unit": "layer"}),
     "hf of laco": ("hf", {"method": "laco", "options": {"count": 2}}),
-    **{form: (form, BLOCKS) for form in ("zeroed", "nas", "gguf")},
+    **{form: (form, BLOCKS) for form in ("nas", "gguf")},
     **{f"hf of {variant}": ("hf", BLOCKS, variant) for variant in VARIANTS_DAILY[1:]},
 }
 
