@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.flops import Flops
 from benchmarks.scoring import full_forward, matrix_rate
 from benchmarks.shapes import MODELS, random_model, random_rows
 from blockpruner.api import Pruned, prune
@@ -39,7 +40,6 @@ from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, prune_, resolve_device, shared_copy
-from blockpruner.paper.flops import Flops
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
 from blockpruner.store.files import read_json, write_json

@@ -31,7 +31,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from blockpruner import versions
-from blockpruner.store.files import read_json
+from blockpruner.store.files import read_json, write_sealed_json
 from stages import (
     baseline,
     benchmark,
@@ -42,6 +42,8 @@ from stages import (
     materialize,
     report,
     score,
+    settings,
+    train,
 )
 from tests.fakes import made_up_times, unverified
 from tests.integration.project import sentence
@@ -481,7 +483,7 @@ ENTRIES: dict[str, dict[str, Entry]] = {
     },
     "WEIGHTS_VERSION": {
         "slicegpt": Entry(slicegpt),
-        **{method: Entry(partial(compensated, method=method), 1e-6) for method in ("scale", "map", "refit")},
+        **{method: Entry(partial(compensated, method=method), 1e-6) for method in ("map", "refit")},
         "trained": Entry(trained, 1e-6),
     },
     "EXPORT_VERSION": {name: Entry(lambda world, how=how: checkpoint(world, *how)) for name, how in EXPORTS.items()},
@@ -494,15 +496,14 @@ ENTRIES: dict[str, dict[str, Entry]] = {
 
 
 def current() -> dict[str, int]:
-    """The versions of today; one that is still to be merged is the sum of its parts."""
-    own = vars(versions)
-    return {name: sum(own[part] for part in (name, *parts) if part in own) for name, parts in CHAIN.items()}
+    """The versions of today."""
+    return {name: getattr(versions, name) for name in CHAIN}
 
 
 def covering(constant: str) -> dict[str, int]:
     """The versions of a constant's numbers and of all that they are made from."""
     now = current()
-    return {name: now[name] for name in [*CHAIN][: [*CHAIN].index(constant) + 1]}
+    return {name: now[name] for name in CHAIN[: CHAIN.index(constant) + 1]}
 
 
 def kept(constant: str) -> dict[str, Any]:

@@ -20,9 +20,8 @@ def test_numbers_are_golden(world, constant, name):
 
 
 def test_every_version_has_numbers_and_every_number_an_entry():
-    merged = {part for parts in CHAIN.values() for part in parts} | {"SETTINGS_VERSION", "STUDY_VERSION"}
-    assert ENTRIES.keys() == CHAIN.keys() == {path.stem for path in FOLDER.glob("*.json")}
-    assert {name for name in vars(versions) if name.endswith("_VERSION")} <= CHAIN.keys() | merged
+    assert ENTRIES.keys() == set(CHAIN) == {path.stem for path in FOLDER.glob("*.json")}
+    assert {name for name in vars(versions) if name.endswith("_VERSION")} == set(CHAIN)
     for constant, entries in ENTRIES.items():
         assert kept(constant)["numbers"].keys() == entries.keys()
 

@@ -102,12 +102,12 @@ def searches(score: Score) -> dict[str, Score]:
     removes, so they are there only if the section leaves unit, candidates and options as they are.
     """
     if score.method not in RECIPES:
-        return {score.method: score.model_copy(update={"acceleration": score.acceleration or "none"})}
+        return {score.method: score}
     (first, own), *others = RECIPES[score.method].searches.items()
     is_free = (score.unit, score.candidates, dict(score.options)) == ("block", "all", {})
     rows = {first: own, **(dict(others) if is_free else {})}
     kept = {} if score.acceleration is None else {"acceleration": score.acceleration}
-    return {name: score.model_copy(update={"acceleration": "none", **row, **kept}) for name, row in rows.items()}
+    return {name: score.model_copy(update={**row, **kept}) for name, row in rows.items()}
 
 
 def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:

@@ -38,6 +38,7 @@ from blockpruner.evaluation.speed import generate, measure_speed, random_prompt
 from blockpruner.healing import train as train_module
 from blockpruner.healing.compensate import compensate
 from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import _batch, train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
