@@ -28,12 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import stages
+from blockpruner.store.files import TEMPORARY
 from tests.integration.project import make_project, set_targets
 from tests.power import MODES, forked
 
 TARGETS = {"half": "2blocks"}
-BEFORE = ("fetch", "calibrate", "score", "commit", "materialize")
-"""The stages up to the last one that is broken, in order."""
+OF_RUN = ("settings", "fetch", "calibrate", "score")
+BEFORE = (*OF_RUN, "commit", "compensate", "train", "materialize")
+"""The stages up to the last one that is broken, in order; the others are of a target."""
 
 OUTPUTS = {"score": "scores", "materialize": "checkpoints"}
 """The stages that are broken, and the folder of each one's output in data/."""
@@ -49,16 +51,21 @@ def work_of(stage: str) -> Callable[[], None]:
     def work() -> None:
         import_module("torch").set_num_threads(1)
         os.environ["HF_HUB_OFFLINE"] = "1"
-        sys.argv = [f"stages.{stage}", "half" if stage in ("commit", "materialize") else "tiny"]
+        sys.argv = [f"stages.{stage}", "tiny" if stage in OF_RUN else "half"]
         stages.run(stage, module.main)
 
     return work
 
 
 def content(project: Path, stage: str) -> dict[str, bytes]:
-    """The files of a stage's output."""
+    """The files of a stage's output, without temporary ones: DVC empties a folder before its stage runs."""
     folder = project / "data" / OUTPUTS[stage]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    names = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(name): path.read_bytes()
+        for path, name in names.items()
+        if not any(TEMPORARY.fullmatch(part) for part in name.parts)
+    }
 
 
 def units(project: Path) -> int:
