@@ -50,5 +50,5 @@ EVAL_VERSION = 3
 SAMPLES_VERSION = 1
 """Sample texts, and what else stands in results.json beside the stored results. Part of the key of the texts."""
 
-REPORT_VERSION = 9
+REPORT_VERSION = 10
 """Tables, figures and pages made from results."""

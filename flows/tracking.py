@@ -14,21 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError, missing
-from blockpruner.evaluation.store import read_results
 from blockpruner.params import load_params, load_run
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.plans import load_plan
 from blockpruner.store.provenance import fingerprint
 
 VARIABLE = "BLOCKPRUNER_TRACKIO"
-METRICS, RESULTS, TIMINGS, PLANS, RECORDS = (
-    Path("data") / name for name in ("metrics", "results", "timings", "plans", "provenance")
-)
+METRICS, EVIDENCE, PLANS, RECORDS = (Path("data") / name for name in ("metrics", "evidence", "plans", "provenance"))
 
 
 def figures(name: str) -> dict[str, Any]:
     """The metrics of a model, and its speed-ups, which are no metrics: git keeps no timings."""
-    speed = read_results(RESULTS / name, TIMINGS)["speed"] if (RESULTS / name / "results.json").exists() else None
+    path = EVIDENCE / name / "speed.json"
+    speed = read_json(path)["speed"] if path.exists() else None
     speedups = {key: round(value, 4) for key, value in (speed or {}).items() if key.startswith("speedup")}
     return {**read_json(METRICS / f"{name}.json"), **speedups}
 

@@ -21,7 +21,6 @@ from blockpruner import versions
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_params
 from blockpruner.store import provenance
-from blockpruner.store.files import remove
 from blockpruner.store.provenance import file_sha256
 
 DATA = Path("data")
@@ -58,11 +57,6 @@ def run(stage: str, main: Callable[[str], object]) -> None:
     except KeyboardInterrupt:
         print(f"stage {name} interrupted; what is finished is kept: run again to go on", file=sys.stderr)
         sys.exit(130)
-
-
-def renew_report() -> None:
-    """Have DVC make the report anew, which shows timings: DVC does not see that they changed."""
-    remove(DATA / "report" / "iterations.csv")
 
 
 def _settings(stage: str, item: str) -> dict[Path, Any]:

@@ -68,7 +68,7 @@ def main(_: str) -> None:
     params = load_params()
     names = {name: labels(load_run(name)) for name in params.runs}
     show = observer()
-    built = [name for name in params.targets if (DATA / "results" / name / "results.json").exists()]
+    built = [name for name in params.targets if (DATA / "evidence" / name / "results.json").exists()]
     for name in sorted(set(params.targets) - set(built)):
         show.note(f"target {name} is not built yet and not in the report; `dvc repro` builds it")
     write_report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)

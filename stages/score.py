@@ -15,7 +15,7 @@ from blockpruner.methods.score import headline, open_material, score_run
 from blockpruner.params import load_params, load_run
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.trials import trials_root
-from stages import DATA, TIMINGS, renew_report, run
+from stages import DATA, TIMINGS, run
 
 
 def main(name: str) -> None:
@@ -34,7 +34,6 @@ def main(name: str) -> None:
         counts = score_run(material, calibration, settings.score, params.budgets_of(name), folder, latency)
     write_json(TIMINGS / f"{name}-search.json", counts)
     write_json(DATA / "metrics" / name / "score.json", headline(counts))
-    renew_report()
 
 
 if __name__ == "__main__":

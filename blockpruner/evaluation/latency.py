@@ -24,7 +24,7 @@ from blockpruner.evaluation.speed import generate, random_prompt, turns
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, masked, set_threads
-from blockpruner.store.files import read_kept_json, set_aside, write_sealed_json
+from blockpruner.store.files import read_kept_json, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import LATENCY_VERSION
 
@@ -47,25 +47,24 @@ def kept_latency(
         shared: for all runs of this machine. A speed-up then means the same in all runs of one model.
 
     Raises:
-        InputError: the model is streamed, being larger than memory, or the workers of a cluster score it, whose devices
-            are not this process's.
+        InputError: the model is not in this process's memory: it is streamed, or a cluster scores it.
     """
     facts = {"version": LATENCY_VERSION, "model": checkpoint_identity(checkpoint).before, "dtype": model.dtype}
     name = f"latency-{fingerprint(facts | _fields(timed))}.json"
     for path in (folder / name, shared / name):
-        found: dict[str, Any] = read_kept_json(path, observer.note) or {}
-        if {"total", "mha", "mlp"} <= found.keys():
+        found: dict[str, Any] | None = read_kept_json(path, observer.note)
+        if found is not None:
             observer.note(f"{_words(found)} (kept: {path})")
             write_sealed_json(folder / name, found)
             return found
-        if path.exists():
-            observer.note(f"warning: {path} is no measurement; set aside as {set_aside(path).name}")
-    for key, cause in (("streaming", "is larger than it"), ("ray_address", "is scored on other machines")):
-        value = getattr(runtime, key)
-        if value:
+    for key in ("streaming", "ray_address"):
+        if value := getattr(runtime, key):
             raise InputError(
-                f"a speed-up is measured with the model in this process's memory, and with runtime.{key}: {value} it "
-                f"{cause}; give budgets in parameters or KV cache, or measure first, without it"
+                f"a speed-up is measured with the model in this process's memory, which runtime.{key}: {value} "
+                "excludes; give budgets in parameters or KV cache, or measure first, without it",
+                rule="latency-elsewhere",
+                key=f"runtime.{key}",
+                value=value,
             )
     observer.begin("latency of blocks")
     set_threads(runtime.threads)
@@ -76,11 +75,6 @@ def kept_latency(
     for place in (shared, folder):
         write_sealed_json(place / name, found)
     observer.end(_words(found))
-    if found["scale"] < 1:
-        observer.note(
-            f"warning: all blocks together seemed to take {1 / found['scale']:.2f} times as long as the model, so the "
-            "times are noise; raise score.latency.repeats or new_tokens"
-        )
     return found
 
 

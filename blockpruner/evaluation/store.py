@@ -3,9 +3,6 @@
 Decides what an entry is: <fingerprint of its key>.json with key and value. A task has also <fingerprint>.parquet with
 its items; the JSON holds its digest and is written last. All runs share the store, and it is safe to delete. What goes
 into a key is decided in `suite`.
-
-Also where one model's results lie: results.json has what its inputs decide. No two runs agree on when, where and how
-fast, so that lies apart, by the content of results.json.
 """
 
 from __future__ import annotations
@@ -16,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import read_json, set_aside, write_json, write_sealed_json, write_table
+from blockpruner.store.files import read_json, read_table, set_aside, write_json, write_table
 from blockpruner.store.provenance import file_sha256, fingerprint
 
 ITEMS = pa.schema(
@@ -38,8 +34,7 @@ ITEMS = pa.schema(
         pa.field("margin", pa.float64()),
     ]
 )
-"""One row per item of a task. Null is what the task does not have. A column is only ever added at the end: older
-entries then stay valid.
+"""One row per item of a task. Null is what the task does not have.
 
     item             its number in the split
     gold             index of the right choice
@@ -60,7 +55,7 @@ class Stored:
     value: dict[str, Any]
     items: pa.Table | None = None
     made: Mapping[str, str] = field(default_factory=dict)
-    """As from `provenance.made`; empty where it was not yet recorded."""
+    """Where and when it was computed, as from `provenance.made`; empty for what needs no device."""
 
 
 class ResultsStore:
@@ -98,41 +93,12 @@ class ResultsStore:
 def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
     entry = read_json(path)
     digest = entry.pop("digest", None) if isinstance(entry, dict) else None
-    fields = {"key", "value", "items_sha256"}
-    if not isinstance(entry, dict) or entry.keys() - {"made"} != fields or entry["key"] != dict(key):
+    if not isinstance(entry, dict) or entry.get("key") != dict(key):
         raise InputError(f"{path} is not the result of this evaluation")
-    if digest not in (None, fingerprint(entry)):  # None: written before there were digests
+    if digest != fingerprint(entry):
         raise InputError(f"{path} is damaged: it is not what was written")
-    made = entry.get("made", {})
     if entry["items_sha256"] is None:
-        return Stored(entry["value"], made=made)
+        return Stored(entry["value"], made=entry["made"])
     if not items.exists() or file_sha256(items) != entry["items_sha256"]:
         raise InputError(f"{items} is not the table that {path.name} names")
-    return Stored(entry["value"], completed(pq.read_table(items)), made)
-
-
-def completed(items: pa.Table) -> pa.Table:
-    """Items in all columns of ITEMS; columns younger than the table are null."""
-    return pa.concat_tables([ITEMS.empty_table(), items], promote_options="default").cast(ITEMS)
-
-
-def write_timings(timings: Path, results: Mapping[str, Any], apart: Mapping[str, Any]) -> None:
-    """Keep what no two runs agree on of a model, beside its `results`."""
-    write_sealed_json(_timings_of(timings, results), apart)
-
-
-def read_results(folder: Path, timings: Path) -> dict[str, Any]:
-    """results.json of a folder with its timings; where they are not here, "speed" is None and "made" empty.
-
-    Raises:
-        InputError: a file is missing or damaged.
-    """
-    results = read_json(folder / "results.json")
-    path = _timings_of(timings, results)
-    # results.json has held its timings itself
-    found: dict[str, Any] = {"speed": None, "made": {}} | results
-    return found | (read_json(path) if path.exists() else {})
-
-
-def _timings_of(timings: Path, results: Mapping[str, Any]) -> Path:
-    return timings / f"{fingerprint(results)}.json"
+    return Stored(entry["value"], read_table(items, ITEMS)[0], entry["made"])

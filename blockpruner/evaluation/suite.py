@@ -1,17 +1,16 @@
 """The evaluation of models: perplexity, zero-shot tasks, and speed next to the dense model.
 
-Decides what identifies a result (its key in the results store) and how results are summed up. A stored result is never
-computed again, whoever asks for it. Models are loaded only if a result is missing. Every result is stored at once.
+Decides what identifies a result (its key in the results store) and how results are summed up. A model is a checkpoint,
+or made in memory of the dense one, a plan and healed weights. A stored result is never computed again. Models are
+loaded only if a result is missing. Every result is stored at once.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,24 +19,30 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
+from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Evaluate, Perplexity, Runtime, Speed, ZeroShot
+from blockpruner.core.settings import Evaluate, Perplexity, Speed, ZeroShot
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.samples import NEW_TOKENS, PROMPTS, answer
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
-from blockpruner.evaluation.store import ResultsStore, Stored, write_timings
+from blockpruner.evaluation.store import ResultsStore, Stored
 from blockpruner.evaluation.tasks import task_digest
-from blockpruner.inputs.calibration import check_context
+from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.inputs.checkpoints import GENERATION_FILE, TOKENIZER_FILES
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_export_tokenizer, load_tokenizer
+from blockpruner.methods.apply import pruned_copy
+from blockpruner.methods.healed import Healed, load_healed_
+from blockpruner.methods.registry import model_facts
 from blockpruner.model import accelerator
 from blockpruner.model.classes import has_our_code
-from blockpruner.model.models import load_model, placement, resolve_device, set_threads
-from blockpruner.store.files import read_json, replace_directory, write_json, write_sealed_json, write_table
+from blockpruner.model.models import load_model, placement, resolve_device
+from blockpruner.store.files import read_json, replace_directory, write_sealed_json, write_table
 from blockpruner.store.manifest import REPORT_FILE, content_sha256, manifest, model_identity, require_verified
+from blockpruner.store.plans import save_plan
 from blockpruner.store.provenance import fingerprint, machine, made
 from blockpruner.versions import EVAL_VERSION, SAMPLES_VERSION
 
@@ -67,6 +72,10 @@ class Checkpoint:
     beside: Checkpoint | None = None
     """Another one, of whose model it takes the tensors that are equal to its own (`load_model`)."""
 
+    def export(self, directory: Path) -> Checkpoint:
+        """One of our own verified exports of this dense model."""
+        return replace(self, directory=directory, dense=self.directory)
+
     @cached_property
     def model(self) -> PreTrainedModel:
         trusted = self.trust_remote_code if self.dense is None else has_our_code(self.directory)
@@ -91,20 +100,47 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class InMemory:
+    """A pruned model that is made when first used, and never written. It shares tensors with the dense one."""
+
+    dense: Checkpoint
+    plan: Plan
+    rows: CalibrationSet
+    """The rows that the plan's kind may compute weights from."""
+    healed: Healed | None = None
+    """The weights to put into it."""
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        model = pruned_copy(self.dense.model, self.plan, self.rows.rows)
+        if self.healed is not None:
+            load_healed_(model, self.healed.path, shared=True)
+        return model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.dense.tokenizer
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """What identifies the model in the keys of its results."""
+        facts = model_facts(self.plan, self.rows.digest)
+        return self.dense.key | {"pruned": facts | ({"healed": self.healed.digest} if self.healed else {})}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One result. It is computed and stored as a whole, and a kill loses no more than one."""
 
     name: str
     subject: Evaluated
     key: Mapping[str, Any]
-    """Everything that the result depends on, but for the `environment`."""
+    """Everything that the result depends on, except the environment."""
     steps: str
     """What its progress counts, for instance "rows"."""
     compute: Callable[[Advance], Stored]
     summary: Callable[[Mapping[str, Any]], str]
     """One line about a value."""
-    finish: Callable[[Stored], Stored] = lambda stored: stored
-    """Adds what follows from a stored result without the model."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +165,7 @@ class Evaluator:
             stored = replace(found, made=made(**placement(evaluation.subject.model), **found.made))
             self.store.save(evaluation.key, stored)
         self.observer.end(evaluation.summary(stored.value), cached=cached)
-        return evaluation.finish(stored)
+        return stored
 
     def size(self, subject: Evaluated, identity: Mapping[str, Any]) -> dict[str, Any]:
         """parameters and weight_bytes, from the store or counted."""
@@ -143,30 +179,26 @@ class Evaluator:
 
 
 def benchmark(
-    checkpoint: Path,
-    dense: Path,
+    subject: Checkpoint | InMemory,
+    dense: Checkpoint,
     sources: Path,
     out: Path,
     store: Path,
-    timings: Path,
     *,
+    plan: Plan | None = None,
     settings: Evaluate,
-    dtype: str,
-    trust_remote_code: bool,
-    runtime: Runtime,
     observer: Observer,
 ) -> dict[str, Any]:
-    """Evaluate `checkpoint` and write results.json, items.parquet and lm_eval.json to the folder `out`.
+    """Evaluate a model and write results.json, items.parquet, speed.json and its plan.json to the folder `out`.
 
     Args:
-        checkpoint: the dense model itself, or one of our own verified exports.
+        subject: `dense` itself, one of our own verified exports, or a model that was never written.
         sources: holds perplexity.parquet and tasks/, as the fetch stage wrote them.
         store: the folder of the results store.
-        timings: the folder for speed and made, as `store.read_results` reads them.
-        trust_remote_code: whether the dense model's own code may run.
+        plan: the plan of the subject; None for the dense model.
 
     Returns:
-        By key:
+        results.json has these keys:
         parameters, weight_bytes.
         perplexity: with the NLL of each row.
         tasks: the scores of each task; value and stderr are those of its main metric; p_gold and margin are means over
@@ -174,63 +206,74 @@ def benchmark(
         average: mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is one.
         chance: the accuracy of guessing, by task; null for a perplexity.
         samples: answers to `samples.PROMPTS`.
-        formats: the folders of verified exports beside `checkpoint`, its own among them.
-        timing: the settings of speed; null where it is not wanted.
-        speed: pruned (unless `checkpoint` is the dense model), dense, and the speed-ups, dense over pruned seconds;
+        formats: the folders of verified exports next to the subject, its own among them.
+        speed.json has what no two runs agree on:
+        speed: pruned (unless the subject is the dense model), dense, and the speed-ups, dense over pruned seconds;
             null where it is not wanted.
-        made: where and when each of these was computed, as from `provenance.made`.
+        made: where and when each result was computed, as from `provenance.made`.
 
     Raises:
         InputError: a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
     """
     tasks = settings.zero_shot.tasks
     if not tasks:
-        raise InputError(f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}")
+        raise InputError(
+            f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}",
+            rule="no-tasks",
+            key="evaluate.zero_shot.tasks",
+        )
     rows = {task: BENCHMARKS[task] for task in tasks}
-    check_context(settings.perplexity.seq_len, read_json(checkpoint / "config.json"), "evaluate.perplexity.seq_len")
-    set_threads(runtime.threads)
-    dense_model = Checkpoint(dense, dtype, runtime.device, trust_remote_code)
-    model = dense_model if checkpoint == dense else replace(dense_model, directory=checkpoint, dense=dense)
-    whole = dense_model if model is dense_model else replace(dense_model, beside=model)
-    text_key = model.key | {"tokenizer": tokenizer_digest(checkpoint)}
+    folder = subject.directory if isinstance(subject, Checkpoint) else dense.directory
+    check_context(settings.perplexity.seq_len, read_json(folder / "config.json"), "evaluate.perplexity.seq_len")
+    is_export = isinstance(subject, Checkpoint) and subject is not dense
+    whole = replace(dense, beside=subject) if isinstance(subject, Checkpoint) and is_export else dense
+    text_key = subject.key | {"tokenizer": tokenizer_digest(folder)}
     evaluations = [
-        perplexity_of(model, sources / "perplexity.parquet", settings.perplexity, text_key),
-        *(task_of(model, task, sources / "tasks", settings.zero_shot, text_key) for task in tasks),
-        samples_of(model, text_key),
-        *(() if settings.speed is None else (speed_of(model, whole, settings.speed, model.key),)),
+        perplexity_of(subject, sources / "perplexity.parquet", settings.perplexity, text_key),
+        *(task_of(subject, task, sources / "tasks", settings.zero_shot, text_key) for task in tasks),
+        samples_of(subject, text_key),
+        *(() if settings.speed is None else (speed_of(subject, whole, settings.speed, subject.key),)),
     ]
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}
-    scores = {task: found[task].value["scores"] for task in tasks}
+    scores = {task: found[task].value["scores"] | _confidence(found[task].items) for task in tasks}
     results = {
-        **evaluator.size(model, model.key),
+        **evaluator.size(subject, subject.key),
         "perplexity": found["perplexity"].value | {"row_nll": list(found["perplexity"].value["row_nll"])},
         "tasks": scores,
         "average": _average([scores[task] for task in tasks if rows[task].is_accuracy]),
         "chance": {task: rows[task].chance(found[task].items) for task in tasks},
         "samples": found["samples"].value["samples"],
-        "formats": sorted(path.parent.name for path in checkpoint.parent.glob(f"*/{REPORT_FILE}")),
-        "timing": settings.speed and settings.speed.model_dump(),
+        "formats": sorted(path.parent.name for path in folder.parent.glob(f"*/{REPORT_FILE}")) if is_export else [],
     }
-    apart = {
+    timings = {
         "speed": found["speed"].value if "speed" in found else None,
         "made": {name: stored.made for name, stored in found.items()},
     }
 
     def build(directory: Path) -> None:
         write_sealed_json(directory / "results.json", results)
+        write_sealed_json(directory / "speed.json", timings)
         write_table(directory / "items.parquet", pa.concat_tables([found[task].items for task in tasks]))
-        write_json(directory / "lm_eval.json", _merge(found[task].value["harness"] for task in tasks))
+        if plan is not None:
+            save_plan(plan, directory / "plan.json")
 
-    write_timings(timings, results, apart)
     replace_directory(out, build)
-    return results | apart
+    return results | timings
 
 
-def headline(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """The main figures of results.json: tasks, their average, perplexity."""
+def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float | int | None]:
+    """The main figures of a model for data/metrics; `plan` is None for the dense model. kv_cache is a share."""
+    gone = plan.blocks if plan else dict.fromkeys(BlockKind, 0)
     figures = {task: scores["value"] for task, scores in results["tasks"].items()}
     figures |= {"average": results["average"]["value"], "perplexity": results["perplexity"]["perplexity"]}
+    figures |= {
+        "ratio": plan.ratio if plan else 0.0,
+        "parameters": results["parameters"],
+        "mha_removed": gone[BlockKind.MHA],
+        "mlp_removed": gone[BlockKind.MLP],
+        "kv_cache": 1 - gone[BlockKind.MHA] / plan.layers if plan else 1.0,
+    }
     return {key: None if value is None else round(value, 4) for key, value in figures.items()}
 
 
@@ -276,11 +319,8 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
         metric = BENCHMARKS[task].metric
         main = {"metric": metric, "value": result.scores[metric], "stderr": result.scores[f"{metric}_stderr"]}
         scores = {**main, **result.scores, "items": result.items.num_rows}
-        return Stored(
-            {"scores": scores, "harness": result.harness},
-            result.items,
-            {"batch": f"{pass_tokens(model.model.device)} tokens or {BATCH_SIZE} answers"},
-        )
+        batch = f"{pass_tokens(model.model.device)} tokens or {BATCH_SIZE} answers"
+        return Stored({"scores": scores}, result.items, {"batch": batch})
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit, "bos": bos}
     return Evaluation(
@@ -290,24 +330,18 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
         "requests",
         compute,
         lambda value: "{metric} {value:.3f} of {items} items".format(**value["scores"]),
-        partial(_with_confidence, task=task, task_dir=task_dir),
     )
 
 
-def _with_confidence(stored: Stored, task: str, task_dir: Path) -> Stored:
-    items = stored.items
-    assert items is not None
-    if BENCHMARKS[task].has_confidence and items["p_gold"].null_count:  # stored before there were these columns
-        from blockpruner.evaluation.zero_shot import with_confidence
-
-        items = with_confidence(items, task, task_dir)
-    scores = dict(stored.value["scores"])
+def _confidence(items: pa.Table) -> dict[str, float | None]:
+    """The means of p_gold and margin over the items that have them, with standard errors."""
+    found: dict[str, float | None] = {}
     for name in ("p_gold", "margin"):
         values = items[name].drop_null().to_numpy()
         if len(values):
             error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-            scores |= {name: float(values.mean()), f"{name}_stderr": error}
-    return replace(stored, value=stored.value | {"scores": scores}, items=items)
+            found |= {name: float(values.mean()), f"{name}_stderr": error}
+    return found
 
 
 def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
@@ -371,14 +405,3 @@ def _average(scores: list[dict[str, Any]]) -> dict[str, float | None]:
     errors = [score["stderr"] for score in scores]
     stderr = None if None in errors else math.hypot(*errors) / len(errors)
     return {"value": math.fsum(score["value"] for score in scores) / len(scores), "stderr": stderr}
-
-
-def _merge(parts: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """lm-eval's results of single tasks, {section: {task: ...}}, in the form in which it reports several."""
-    merged: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        for section, values in part.items():
-            merged.setdefault(section, {}).update(values)
-    # a task's functions are written with where they were in memory
-    found: dict[str, dict[str, Any]] = json.loads(re.sub(r"(<function \w+) at 0x\w+>", r"\1>", json.dumps(merged)))
-    return found

@@ -7,9 +7,10 @@ Decides what a local copy looks like. A task file is lm-eval's stock YAML over l
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -195,7 +196,7 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
     folder = directory / name
     for split, table in tables.items():
         write_atomic(folder / f"{split}.parquet", partial(pq.write_table, table, compression="zstd"))
-    text, helpers = _definition(name, {split: (location / name / f"{split}.parquet").as_posix() for split in tables})
+    text, helpers = _definition(name, _places(name, location, tables))
     write_text(folder / f"{name}.yaml", text)
     for helper in helpers:
         shutil.copyfile(helper, folder / helper.name)
@@ -217,34 +218,33 @@ def _definition(name: str, data_files: Mapping[str, str]) -> tuple[str, list[Pat
 
 
 def require_stock(name: str, directory: Path) -> None:
-    """Refuse a task whose files are not, byte for byte, those that `write_task` makes with the installed lm-eval.
+    """Refuse a task with a file that is not, byte for byte, as `write_task` writes it here, except the items.
 
-    lm-eval runs the helpers, and a prompt is a template that can run code, too. Only the items are data.
+    lm-eval runs the helpers, and a prompt is a template that can run code, too.
 
     Raises:
         InputError: names a file that differs, is missing or does not belong there.
     """
     folder = directory / name
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # Python would run what is there in place of a helper
-    path = folder / f"{name}.yaml"
-    try:
-        data_files = _read_yaml(path)["dataset_kwargs"]["data_files"]
-        places = {split: Path(file).resolve() for split, file in data_files.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        data_files, places = {}, {}
-    text, helpers = _definition(name, data_files)
-    stock: dict[str, bytes | None] = {f"{split}.parquet": None for split in data_files}
-    stock |= {path.name: text.encode(), **{helper.name: helper.read_bytes() for helper in helpers}}
-    found = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
+    places = [directory, Path(os.path.relpath(directory))]
+    texts = [_definition(name, _places(name, place, BENCHMARKS[name].splits)) for place in places]
+    stock: dict[str, set[bytes]] = {f"{split}.parquet": set() for split in BENCHMARKS[name].splits}
+    stock |= {f"{name}.yaml": {text.encode() for text, _ in texts}}
+    stock |= {helper.name: {helper.read_bytes()} for helper in texts[0][1]}
+    found = {file.name: file for file in folder.glob("*")}
     for file in sorted(stock.keys() | found.keys()):
-        content = stock.get(file)
         is_there = file in stock and file in found and found[file].is_file()
-        is_items = content is None and places.get(file.removesuffix(".parquet")) == (folder / file).resolve()
-        if not (is_there and (is_items or found[file].read_bytes() == content)):
+        if not is_there or (stock[file] and found[file].read_bytes() not in stock[file]):
             raise InputError(
                 f"{folder / file} is not as the installed lm-eval {version('lm-eval')} has it, and could run code: "
-                "after another lm-eval was installed run `dvc repro -f fetch@<run>`, else find out who changed it"
+                "after another lm-eval was installed run `dvc repro -f fetch@<run>`, else find out who changed it",
+                rule="not-stock",
             )
+
+
+def _places(name: str, location: Path, splits: Iterable[str]) -> dict[str, str]:
+    return {split: (location / name / f"{split}.parquet").as_posix() for split in splits}
 
 
 def task_digest(name: str, directory: Path) -> str:

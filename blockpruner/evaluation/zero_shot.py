@@ -59,8 +59,6 @@ class TaskResult:
     metric that is no mean. Where there are choices, they are acc and acc_norm; null where the task lacks one."""
     items: pa.Table
     """In the schema ITEMS."""
-    harness: dict[str, Any]
-    """lm-eval's own results as JSON values."""
 
 
 def evaluate(
@@ -116,13 +114,7 @@ def evaluate(
     if row.has_choices:
         found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
     table = pa.Table.from_pylist(items, schema=ITEMS)
-    return TaskResult(task, found, _confident(row, definition, table), results)
-
-
-def with_confidence(items: pa.Table, task: str, task_dir: Path) -> pa.Table:
-    """Items with p_gold and margin, which follow from what a model made of them and the texts of their choices."""
-    with _quiet():
-        return _confident(BENCHMARKS[task], _load(task, task_dir)["tasks"][task], items)
+    return TaskResult(task, found, _confident(row, definition, table))
 
 
 def _confident(row: Benchmark, definition: Any, items: pa.Table) -> pa.Table:

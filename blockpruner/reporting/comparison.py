@@ -1,6 +1,6 @@
 """What can stand in for one dense model, over all runs of it: the options, and those that no other betters.
 
-Decides which runs may be compared, which models count as of one size, and what is on a front.
+Decides which runs may be compared, which models count as of one size, and what is on the front.
 """
 
 from __future__ import annotations
@@ -20,68 +20,56 @@ of a 32-layer model, as near as whole layers come to a budget."""
 class Gain:
     """Something that pruning can gain."""
 
-    name: str
-    """As in the name of a CSV column."""
     title: str
-    """Of an axis."""
+    """The title of an axis."""
     of: Callable[[Option], float]
-    """More is better."""
+    """The gain of an option; more is better."""
 
 
-SPEED = Gain("speed", "generation speed-up, ×", lambda option: option.speedup)
-CACHE = Gain("kv_cache", "KV cache saved, %", lambda option: 100 * option.cache_saved)
-SIZE = Gain("parameters", "parameters removed, %", lambda option: 100 * option.ratio)
-GAINS = (SPEED, CACHE, SIZE)
+SPEED = Gain("generation speed-up, ×", lambda option: option.speedup)
+SIZE = Gain("parameters removed, %", lambda option: 100 * option.ratio)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Runs of one dense model, evaluated on the same text and items and timed in the same setting."""
 
-    studies: tuple[ReportedRun, ...]
+    runs: tuple[ReportedRun, ...]
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """List the dense model, then all targets by run."""
-        return (self.studies[0].dense, *(target for study in self.studies for target in study.targets))
+        """The dense model, then all targets by run."""
+        return (self.runs[0].dense, *(target for reported in self.runs for target in reported.targets))
 
     @property
-    def gains(self) -> tuple[Gain, ...]:
-        """What is known of all options, the most important first."""
-        return GAINS if self.studies[0].dense.is_timed else (SIZE,)
+    def gain(self) -> Gain:
+        """Speed where all options are timed, else size."""
+        return SPEED if self.runs[0].dense.is_timed else SIZE
 
     @property
     def targets(self) -> list[PrunedOption]:
-        """List them by size, the least pruned first."""
-        found = (target for study in self.studies for target in study.targets)
+        """The targets by size, the least pruned first."""
+        found = (target for reported in self.runs for target in reported.targets)
         return sorted(found, key=lambda option: option.ratio)
 
-    def front(self, gain: Gain) -> list[Option]:
-        """Find the options that no other betters in held-out perplexity and `gain` together, the least gain first."""
-        options = self.options
+    @property
+    def front(self) -> list[Option]:
+        """The options that no other betters in held-out perplexity and gain together, the least gain first."""
+        options, gain = self.options, self.gain
         members = front([(-gain.of(option), option.model.perplexity) for option in options])
         return sorted((options[i] for i in members), key=gain.of)
 
-    def bands(self) -> list[list[PrunedOption]]:
-        """Group targets of one size (BAND), the least pruned first. A band is in the order of runs."""
-        found: list[list[PrunedOption]] = []
-        for option in self.targets:
-            if not found or option.ratio - found[-1][0].ratio > BAND:
-                found.append([])
-            found[-1].append(option)
-        return [sorted(band, key=self.options.index) for band in found]
 
-
-def comparisons(studies: Sequence[ReportedRun]) -> list[Comparison]:
+def comparisons(runs: Sequence[ReportedRun]) -> list[Comparison]:
     """Group runs whose results may be compared, in order of appearance."""
     groups: dict[object, list[ReportedRun]] = {}
-    for study in studies:
-        dense, labels = study.dense.model, study.labels
-        setting = study.dense.race.dense.setting if study.dense.is_timed else None
+    for reported in runs:
+        dense, labels = reported.dense.model, reported.labels
+        setting = reported.dense.race.dense.setting if reported.dense.is_timed else None
         text = (labels.heldout, dense.heldout.rows, dense.heldout.tokens)
         items = tuple((task, *numbers.tolist()) for task, numbers in sorted(dense.items.items()))
         key = (labels.model, dense.parameters, text, labels.tasks, items, setting)
-        groups.setdefault(key, []).append(study)
+        groups.setdefault(key, []).append(reported)
     return [Comparison(tuple(group)) for group in groups.values()]
 
 

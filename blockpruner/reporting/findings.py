@@ -1,7 +1,7 @@
-"""What the numbers mean: signs of failed pruning, where to stop, and a sentence on each pruned model.
+"""What the numbers mean: signs of failed pruning, the verdict, and how far the scores can be trusted.
 
-Decides the rules and their thresholds, each a named constant with its reason. They hold for the targets of a run and
-for the budgets of the paper's methods alike.
+Decides the rules and their thresholds, each a named constant with its reason. They hold for healed and unhealed models
+alike, for the targets of a run and for the budgets of the paper's methods.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain, pairwise, takewhile
+from itertools import pairwise
 from statistics import mean, median
 from typing import TypeVar
 
 from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.reporting.formats import listed, number, percent, times
-from blockpruner.reporting.grids import difference
 from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import Model, Option
 from blockpruner.reporting.statistics import Mean, average, differences
+from blockpruner.reporting.table import points
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.registry import SEARCHES
 
@@ -32,12 +32,12 @@ JUMP_NATS = 0.1
 
 COLLAPSE_NATS = math.log(1.5)
 """A removal that multiplies perplexity by 1.5 is a jump whatever came before it. The first two removals can be such a
-jump as well, although no median precedes them. A healed model whose held-out perplexity is still 1.5 times the dense
-one's is broken alike."""
+jump as well, although no median precedes them. A model whose held-out perplexity is 1.5 times the dense one's is
+broken alike."""
 
 TASK_LOSS = 0.1
-"""No model is safe, and a healed one is broken, too, if accuracy or p of the right answer falls by more than a tenth of
-the dense model's, and beyond noise. Noise alone would be the wrong bound: with enough items every loss exceeds it."""
+"""A model is broken, too, if accuracy or p of the right answer falls by more than a tenth of the dense model's, and
+beyond noise. Noise alone would be the wrong bound: with enough items every loss exceeds it."""
 
 MISMATCH_FACTOR = 1.5
 """Held-out and calibration text differ, so their perplexities rise at different rates. If the held-out rise (in nats)
@@ -58,11 +58,7 @@ all of the KV cache, so mostly-MLP pruning has this sign."""
 
 SPREAD = 1.5
 """Repeats of one generation take about the same time. If one takes one and a half times another, something else ran on
-the machine, and the timings say as much about that."""
-
-KNEE_MARGIN = 0.05
-"""A stop before the fastest safe model must keep at least this much more of the speed gain than of the loss. Less is
-the spread of timings."""
+the machine, and the timings are as much about that."""
 
 
 AnyOption = TypeVar("AnyOption", bound=Option)
@@ -90,11 +86,11 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
     """Find the signs of failed pruning among pruned models.
 
     Args:
-        traces: of each removal sequence, the model that is pruned the most.
+        traces: the model that is pruned the most, for each removal sequence.
     """
     rules = ((is_broken, _broken), (is_mismatch, _mismatch), (is_slow, _slow), (is_spread, _spread))
     found = [_jump(trace, options) for trace in traces]
-    found += [told(shown) for shows, told in rules if (shown := [option for option in options if shows(option)])]
+    found += [finding(shown) for shows, finding in rules if (shown := [option for option in options if shows(option)])]
     return [finding for finding in found if finding]
 
 
@@ -110,32 +106,24 @@ def jump_at(option: Option) -> int | None:
 
 
 def has_jump(option: Option) -> bool:
-    """Tell whether a plan goes beyond the first jump of its search, and nothing was healed after it."""
+    """Check whether a plan goes beyond the first jump of its search, and nothing was healed after it."""
     jump = jump_at(option)
     return jump is not None and option.plan is not None and len(option.plan.order) > jump and not option.healing
 
 
 def is_broken(option: Option) -> bool:
-    """Tell whether a model is broken although it was healed (COLLAPSE_NATS, TASK_LOSS).
-
-    The search knows calibration perplexity before healing, that is, of other weights. So a healed model is judged by
-    what was measured of itself: held-out text and tasks.
-    """
-    return bool(option.healing) and not holds_up(option)
-
-
-def holds_up(option: Option) -> bool:
-    """Tell whether held-out perplexity and tasks are near the dense model's (COLLAPSE_NATS, TASK_LOSS)."""
+    """Check held-out text and tasks: perplexity against COLLAPSE_NATS, accuracy and p of the right answer against
+    TASK_LOSS. Both are measured of the model itself, whether it was healed or not."""
     dense, model = option.dense, option.model
     losses = [(dense.average, paired(dense, model))]
     if dense.confidence is not None and model.confidence is not None:
         losses.append((dense.confidence, paired_confidence(dense, model)))
     fails = any(change.differs_from(0) and change.value < -TASK_LOSS * before.value for before, change in losses)
-    return not fails and option.heldout_rise < COLLAPSE_NATS
+    return fails or option.heldout_rise >= COLLAPSE_NATS
 
 
 def is_mismatch(option: Option) -> bool:
-    """Tell whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS).
+    """Check whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS).
 
     There is nothing to compare where the calibration text has decided nothing, or where its perplexity is unknown,
     that of answers instead of a text, or that of the weights before healing.
@@ -149,14 +137,14 @@ def is_mismatch(option: Option) -> bool:
 
 
 def is_slow(option: Option) -> bool:
-    """Tell whether a high ratio brought little speed-up in generation (HIGH_RATIO, LOW_GAIN)."""
+    """Check whether a high ratio brought little speed-up in generation (HIGH_RATIO, LOW_GAIN)."""
     return (
         option.is_timed and option.ratio >= HIGH_RATIO and option.speedup - 1 < LOW_GAIN * (1 / (1 - option.ratio) - 1)
     )
 
 
 def is_spread(option: Option) -> bool:
-    """Tell whether the timings of a model, or of the dense one beside it, vary too much to be believed (SPREAD)."""
+    """Check whether the timings of a model, or of the dense one with it, vary too much to be believed (SPREAD)."""
     return option.is_timed and option.race.spread > SPREAD
 
 
@@ -170,38 +158,9 @@ def signs(option: Option) -> list[str]:
 
 
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
-    """Find the model to stop at, the knee among the safe ones, or None: keep the dense model.
-
-    Safe is faster than dense beyond noise, near it in held-out perplexity and tasks (`holds_up`), and healed or less
-    pruned than its method's first with a jump or a mismatch. `options`: by ratio.
-    """
-    plain = dict[str, list[AnyOption]]()
-    for option in options:
-        plain.setdefault(option.method, []).extend([] if option.healing else [option])
-    before = [takewhile(lambda option: not has_jump(option) and not is_mismatch(option), own) for own in plain.values()]
-    healed = [option for option in options if option.healing]
-    whole = [option for option in (*chain(*before), *healed) if holds_up(option)]
-    safe = [option for option in whole if option.is_timed and option.race.is_faster]
-    return safe[knee([(option.speedup, option.heldout_rise) for option in safe])] if safe else None
-
-
-def knee(points: Sequence[tuple[float, float]]) -> int:
-    """Find the knee of loss against speed-up, by index.
-
-    With s = speed-up of generation - 1 and l = NLL rise on held-out text, both as shares of their values at the
-    fastest, the knee maximises s - l: the height above the straight line from the dense model to the fastest. The
-    fastest itself has 0 and is kept unless another is higher by KNEE_MARGIN.
-
-    Args:
-        points: (speed-up, above 1; NLL rise) of models, at least one.
-    """
-    fastest = max(range(len(points)), key=lambda i: points[i][0])
-    gain, loss = points[fastest][0] - 1, points[fastest][1]
-    if loss <= 0:
-        return fastest
-    heights = [(speedup - 1) / gain - rise / loss for speedup, rise in points]
-    best = max(range(len(points)), key=heights.__getitem__)
-    return best if heights[best] >= KNEE_MARGIN else fastest
+    """Find the fastest model that is faster than dense beyond noise and not broken, or None: keep the dense model."""
+    safe = [option for option in options if option.is_timed and option.race.is_faster and not is_broken(option)]
+    return max(safe, key=lambda option: option.speedup, default=None)
 
 
 def paired_confidence(base: Model, other: Model) -> Mean:
@@ -222,38 +181,28 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
         return None
     begin, ratios = trace.order[: index + 1], trace.plan.ratios
     past = [o for o in options if o.plan and len(o.plan.order) > index and o.plan.order[: index + 1] == begin]
-    plain, healed = [o.name for o in past if not o.healing], [o.name for o in past if o.healing]
     blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
-    if index == 0:
-        safe = "It is the first removal, so no budget of this sequence is safe."
-    elif index <= len(ratios):
-        safe = f"The last safe budget is {blocks}blocks ({percent(ratios[index - 1], 2)} of the parameters)."
-    else:
-        safe = f"The last safe budget is {blocks}blocks, beyond all budgets measured."
+    share = f" ({percent(ratios[index - 1], 2)} of the parameters)" if 0 < index <= len(ratios) else ""
+    safe = f"The last budget before it is {blocks}blocks{share}." if index else "It is the first removal."
     return Finding(
-        Level.WARNING if plain else Level.NOTE,
+        Level.NOTE if past and all(option.healing for option in past) else Level.WARNING,
         "jump",
-        f"{trace.method}: removing {trace.order[index]} (removal {index + 1}) breaks the model"
-        + (" before healing" if healed and not plain else ""),
-        f"Calibration perplexity jumps from {number(trace.curve[index])} to {number(trace.curve[index + 1])} at this "
-        f"one removal. {safe}"
-        + (f" Beyond it: {listed(plain)}." if plain or not healed else "")
-        + (f" Beyond it, but healed, and judged by held-out text and tasks: {listed(healed)}." if healed else ""),
+        f"{trace.method}: removal {index + 1} ({trace.order[index]}) breaks the model before healing",
+        f"Calibration perplexity jumps from {number(trace.curve[index])} to {number(trace.curve[index + 1])}. {safe} "
+        f"Models beyond it: {listed([option.name for option in past])}.",
+    )
+
+
+def _losses(option: Option) -> str:
+    return (
+        f"{option.name} has {times(math.exp(option.heldout_rise))} the dense model's held-out perplexity, and its "
+        f"average accuracy differs by {points(paired(option.dense, option.model))} points"
     )
 
 
 def _broken(found: Sequence[Option]) -> Finding:
-    losses = [
-        f"{o.name}: held-out perplexity {times(math.exp(o.heldout_rise))} the dense model's, average accuracy "
-        f"{difference(paired(o.dense, o.model))} points"
-        for o in found
-    ]
-    return Finding(
-        Level.WARNING,
-        "broken",
-        "Broken, although healed",
-        f"{'. '.join(losses)}. Prune less, or train longer.",
-    )
+    text = f"{'. '.join(map(_losses, found))}. Prune less, or heal more."
+    return Finding(Level.WARNING, "broken", f"Broken: {listed([option.name for option in found])}", text)
 
 
 def _mismatch(found: Sequence[Option]) -> Finding:
@@ -272,28 +221,21 @@ def _mismatch(found: Sequence[Option]) -> Finding:
 
 
 def _slow(found: Sequence[Option]) -> Finding:
+    def cause(option: Option) -> str:
+        blocks = option.blocks
+        if not sum(blocks.values()):
+            return "no whole block is gone, so the KV cache stays and products become smaller, not fewer"
+        if blocks[BlockKind.MLP] > blocks[BlockKind.MHA]:
+            return "mostly MLP blocks are gone, while attention holds time and KV cache"
+        return "look at what bounds this machine: batch, prompt length, threads"
+
     gains = [
         f"{option.name}: {percent(option.ratio)} of the parameters removed ({option.taken_out}), generation "
-        f"{times(option.speedup)} as fast; reading fewer weights alone would give {times(1 / (1 - option.ratio))}"
+        f"{times(option.speedup)} as fast; reading fewer weights alone would give {times(1 / (1 - option.ratio))}; "
+        f"{cause(option)}."
         for option in found
     ]
-    causes = [
-        (
-            any(option.blocks[BlockKind.MLP] > option.blocks[BlockKind.MHA] for option in found),
-            "Mostly MLP blocks were removed: they hold parameters, while attention holds time and KV cache. Try "
-            "candidates: mha, or a budget in blocks.",
-        ),
-        (
-            any(not sum(option.blocks.values()) for option in found),
-            "Where no whole block is gone, the KV cache stays as it is and products become smaller, not fewer. That "
-            "pays off where they are large (batch, prompt length, hidden size).",
-        ),
-    ]
-    cause = " ".join(text for applies, text in causes if applies) or (
-        "MLP blocks are not the majority of those removed, so look at what bounds this machine (batch, prompt length, "
-        "threads)."
-    )
-    return Finding(Level.WARNING, "slow", "Little speed-up for the parameters removed", f"{'. '.join(gains)}. {cause}")
+    return Finding(Level.WARNING, "slow", "Little speed-up for the parameters removed", " ".join(gains))
 
 
 def _spread(found: Sequence[Option]) -> Finding:
@@ -302,64 +244,45 @@ def _spread(found: Sequence[Option]) -> Finding:
         Level.WARNING,
         "spread",
         "The timings are spread",
-        f"The longest generation took more than {SPREAD:g}× the shortest of the same model, or of the dense one beside "
+        f"The longest generation took more than {SPREAD:g}× the shortest of the same model, or of the dense one with "
         f"it, at {listed(worst)}. Time again on a machine that does nothing else.",
     )
 
 
 def stop(options: Sequence[Option]) -> Finding:
-    """Advise where to stop among pruned models, which come the least pruned first."""
+    """Write the verdict on pruned models, which come the least pruned first."""
     if not any(option.is_timed for option in options):
-        text = (
-            "A stopping point weighs loss against speed, and not all is timed. Either evaluate.speed or study.speed is "
-            "null, or models were timed on another machine, whose data/timings is not here."
-        )
-        return Finding(Level.NOTE, "stop", "No stopping point without times", text)
+        return Finding(Level.NOTE, "stop", "No verdict without times", "A verdict weighs loss against speed.")
     best = recommended(options)
-    if best is None:
+    if best is not None:
+        others = "the fastest of the models that are" if len(options) > 1 else ""
         text = (
-            "No pruned model is faster beyond noise (the 95 % interval of its speed-up lies above 1), below 1.5 times "
-            "the dense model's held-out perplexity, with no tasks down by more than a tenth beyond noise, and healed "
-            "or less pruned than the first with a jump or a mismatch."
+            f"{percent(best.ratio)} of the parameters removed ({best.taken_out}): {100 * (best.speedup - 1):+.1f} % "
+            f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. It is "
+            f"{others} faster than dense beyond noise and not broken."
         )
-        if options:
-            first = options[0]
-            shown = listed(signs(first)) if signs(first) else "no sign of failed pruning"
-            text += (
-                f" Already at {first.name} held-out perplexity goes from {number(first.dense.perplexity)} to "
-                f"{number(first.model.perplexity)} ({shown}), at {times(first.speedup)} the speed of generation"
-                f"{', within noise' if first.race.is_noise else ''}."
-            )
-        return Finding(Level.ADVICE, "stop", "Keep the dense model", f"{text} Prune less, or try others.")
-    return Finding(
-        Level.ADVICE,
-        "stop",
-        f"Take {best.name}",
-        f"{percent(best.ratio)} of the parameters removed ({best.taken_out}): {100 * (best.speedup - 1):+.1f} % "
-        f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. "
-        + (
-            "It is the knee of held-out loss against speed-up among those that are faster than dense beyond noise, "
-            "hold up in held-out perplexity and tasks, and are healed or less pruned than the first with a jump or a "
-            "mismatch."
-            if len(options) > 1
-            else f"{'Its healed weights are not broken' if best.healing else 'There is no jump in perplexity'}. One "
-            "model makes no curve yet; add targets to compare."
-        ),
-    )
+        return Finding(Level.ADVICE, "stop", f"Take {best.name}", " ".join(text.split()))
+    text = "No pruned model is both faster than dense beyond noise and not broken."
+    if options:
+        first = options[0]
+        noise = ", within noise" if first.is_timed and first.race.is_noise else ""
+        speed = f", at {times(first.speedup)} the speed of generation{noise}" if first.is_timed else ""
+        text += f" {_losses(first)}{speed}."
+    return Finding(Level.ADVICE, "stop", "Keep the dense model", text)
 
 
-def noise(study: ReportedRun) -> Finding:
-    """Tell how much the scores of a run can tell."""
-    counts = sorted({score.items for score in study.scores.values()})
+def noise(reported: ReportedRun) -> Finding:
+    """Write how much the scores of a run can show."""
+    counts = sorted({score.items for score in reported.scores.values()})
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    error = mean(score.stderr for score in study.scores.values())
+    error = mean(score.stderr for score in reported.scores.values())
     size = f"about {100 * error:.0f} points" if math.isfinite(error) else "unknown"
-    whole = f", and the average's {100 * study.dense.model.average.stderr:.1f}" if math.isfinite(error) else ""
+    whole = f", and the average's {100 * reported.dense.model.average.stderr:.1f}" if math.isfinite(error) else ""
     near = []
-    for task, chance in study.chance.items():
-        names = [option.name for option in study.options if not option.model.tasks[task].differs_from(chance)]
+    for task, chance in reported.chance.items():
+        names = [option.name for option in reported.options if not option.model.tasks[task].differs_from(chance)]
         if names:
-            near.append(f"{task} ({'every model' if len(names) == len(study.options) else ', '.join(names)})")
+            near.append(f"{task} ({'every model' if len(names) == len(reported.options) else ', '.join(names)})")
     return Finding(
         Level.NOTE,
         "noise",

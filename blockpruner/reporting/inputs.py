@@ -1,7 +1,7 @@
 """What the report of targets is made of, read from the files of earlier stages into values.
 
-Decides what the report may use. A candidate that was scored on some of the calibration rows only (it lost a race) is
-counted and goes no further: no ranking, minimum or heat map can see it.
+Decides what the report may use. A candidate that was scored on some of the calibration rows only (it lost a race) goes
+no further: no ranking or minimum can see it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.evaluation.store import ITEMS, read_results
+from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.results import (
     TIMED,
@@ -46,37 +46,16 @@ class Removal:
     """The unit that it removed."""
     before: float
     perplexity: float
-    """On the calibration rows, before and after the removal."""
+    """The perplexities on the calibration rows before and after the removal."""
     rise: float
     """ln of the quotient of the two, nats per token."""
     ratio: float
-    """Cumulative share of the parameters removed."""
-    costs: Mapping[Mask, float]
-    """Of every unit scored on all rows, in the unit of the search's metric: its influence, or what its removal adds
-    to the loss."""
-    partial: int
-    """How many units were scored on some rows only."""
-    candidates: int
-    """How many units could have been removed; 0 where no score was asked for."""
-    work: float
-    """How many units' worth of rows were scored."""
-    lazy_choice: Mask | None
-    """What would have been removed before an audit let all candidates enter; None without an audit."""
+    """The cumulative share of the parameters removed."""
+    cost: float | None
+    """What the unit was chosen by, in the unit of the search's metric: its influence, or what its removal adds to the
+    loss; None where no candidate was scored."""
     stability: Stability | None
-    """How firmly the calibration rows decide it; None where they cannot tell, or a price decided too."""
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """All that a search looked at, whatever its steps are made of."""
-
-    unit: str
-    """What it removed at once, in words."""
-    steps: int
-    """Iterations in which something was scored."""
-    complete: int
-    partial: int
-    """Masks scored on all rows, and on the first rows only."""
+    """How firmly the calibration rows decide it; None where they do not show it, or a price decided too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +64,7 @@ class PrunedOption(Option):
 
     plan: Plan
     removals: tuple[Removal, ...]
-    """Empty where the plan has no sequence of removals."""
-    considered: Coverage | None
-    """None where no masks were compared."""
+    """The removals in order; empty where the plan has no sequence of them."""
     compensation: Mapping[str, Any]
     """The report of its compensation; empty where the plan asks for none."""
     checkpoints: tuple[Path, ...]
@@ -95,7 +72,7 @@ class PrunedOption(Option):
 
     @property
     def helped(self) -> bool:
-        """Tell whether compensation changed weights: the rows that it held out were better by it."""
+        """Whether compensation changed weights: the rows that it held out were better by it."""
         return (
             bool(self.compensation)
             and self.compensation["perplexity"]["after"] < self.compensation["perplexity"]["before"]
@@ -117,8 +94,6 @@ class ReportedRun:
     targets: tuple[PrunedOption, ...]
     chance: Mapping[str, float]
     """What guessing scores, by task of the average."""
-    counts: Mapping[str, Any]
-    """Of the run's `score` stage; empty where its searches compare no masks, or it did not run here."""
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -144,22 +119,33 @@ class ReportedRun:
         )
 
 
-def read_studies(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[ReportedRun]:
+def read_runs(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[ReportedRun]:
     """Read everything about `targets`, grouped by run in order of appearance.
+
+    Args:
+        data: the folder of evidence/, plans/ (for the iteration tables), compensated/ and checkpoints/.
 
     Raises:
         InputError: a file is missing, damaged, or disagrees with another.
     """
-    plans = {name: load_plan(data / "plans" / name / "plan.json") for name in targets}
+    plans = {name: load_plan(data / "evidence" / name / "plan.json") for name in targets}
     runs = dict.fromkeys(plan.run for plan in plans.values())
-    return [_read_study(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]
+    return [_read_run(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]
 
 
-def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> ReportedRun:
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read results.json and speed.json of a folder of evidence.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    return {**read_json(folder / "results.json"), **read_json(folder / "speed.json")}
+
+
+def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> ReportedRun:
     names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].recover, plans[name].compensate, name))
-    searches = {name: _read_search(plans[name], data / "plans" / name / "iterations.parquet") for name in names}
-    folders = {name: data / "results" / name for name in (f"{run}-dense", *names)}
-    facts = {name: read_results(folder, data / "timings") for name, folder in folders.items()}
+    folders = {name: data / "evidence" / name for name in (f"{run}-dense", *names)}
+    facts = {name: read_results(folder) for name, folder in folders.items()}
     models = _read_models(folders, facts)
     timed = all(fields["speed"] for fields in facts.values())
     races = {name: {TIMED: Race.of(fields["speed"])} if timed else {} for name, fields in facts.items()}
@@ -171,35 +157,33 @@ def _read_study(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Pa
     )  # fmt: skip
     found = []
     for name in names:
-        plan, (removed, looked) = plans[name], searches[name]
-        words = KINDS[plan.kind].words(plan, looked.unit if looked else "")
+        plan = plans[name]
+        removed, unit = _read_search(plan, data / "plans" / name / "iterations.parquet")
         report = data / "compensated" / name / "compensate.json"
-        curve = (removed[0].before, *(removal.perplexity for removal in removed)) if removed else ()
         found.append(
             PrunedOption(
-                name=name, subject=labels.model, method=words, plan=plan, model=models[name], dense=dense.model,
-                races=races[name], order=plan.order, curve=curve, removals=removed, considered=looked,
-                compensation={} if plan.compensate == "none" else read_json(report),
-                checkpoints=tuple(data / "checkpoints" / name / form for form in facts[name].get("formats", ())),
+                name=name, subject=labels.model, method=KINDS[plan.kind].words(plan, unit), plan=plan,
+                model=models[name], dense=dense.model, races=races[name], order=plan.order,
+                curve=(removed[0].before, *(removal.perplexity for removal in removed)) if removed else (),
+                removals=removed, compensation={} if plan.compensate == "none" else read_json(report),
+                checkpoints=tuple(data / "checkpoints" / name / form for form in facts[name]["formats"]),
             )
         )  # fmt: skip
     chance = {task: value for task, value in facts[f"{run}-dense"]["chance"].items() if value is not None}
-    counted = data / "timings" / f"{run}-search.json"
-    counts = read_json(counted) if any(target.considered for target in found) and counted.exists() else {}
-    return ReportedRun(run, labels, dense, tuple(found), chance, counts)
+    return ReportedRun(run, labels, dense, tuple(found), chance)
 
 
-def _read_search(plan: Plan, path: Path) -> tuple[tuple[Removal, ...], Coverage | None]:
-    """Read how a search came to a plan; there is nothing where it removes no blocks."""
+def _read_search(plan: Plan, path: Path) -> tuple[tuple[Removal, ...], str]:
+    """Read the removals of a search, and what it removed at once, in words; nothing where it removes no blocks."""
     if not plan.removed:
-        return (), None
+        return (), ""
     rows = read_iterations(path)
     if plan.nested:
-        return removals(rows, plan, path), considered(rows)
+        return removals(rows, plan, path), unit_of(rows)
     last = max((row["iteration"] for row in rows if row["chosen"]), default=None)
     answer = [row["removed"] for row in rows if row["chosen"] and row["iteration"] == last]
     _require_same([format_mask(mask) for mask in answer], plan.order, path)
-    return (), considered(rows)
+    return (), unit_of(rows)
 
 
 def read_iterations(path: Path) -> list[dict[str, Any]]:
@@ -225,73 +209,59 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     metric = METRICS[plan.metric]
     is_priced = plan.options.get("per", "none") != "none"
     found: list[Removal] = []
-    row_losses: dict[Mask, Sequence[float]] = {}  # a one-shot search ranks once
+    row_losses: dict[Mask, Sequence[float]] = {}
+    costs: dict[Mask, float] = {}  # a one-shot search ranks once, so both are kept
     base = DENSE
-    first = 0
     for index, ratio in enumerate(plan.ratios):
         own = [row for row in rows if row["added"] is not None and row["iteration"] == index]
-        first = first or len(own)
         chosen = [row for row in own if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
         if len(chosen) != 1 or perplexities.get(base) is None or chosen[0]["perplexity"] is None:
             raise InputError(
                 f"{path} has {len(chosen)} fully scored choices in iteration {index}, or no perplexity of one or of "
-                "what was before it; exactly one is valid: delete the file and run `dvc repro`"
+                "what was before it; exactly one is valid: delete the file and run `dvc repro`",
+                rule="unclear-choice",
             )
-        mask = chosen[0]["removed"]
-        costs = {
+        unit = chosen[0]["removed"] - base
+        scored = {
             row["added"]: row["loss"] - (0.0 if metric.influence else losses.get(base, math.nan))
             for row in own
             if row["rows_used"] == row["rows_total"] and row["removed"] == base | row["added"]
         }
-        before, after = perplexities[base], chosen[0]["perplexity"]
-        is_nll = metric.is_nll and mask - base in costs
+        costs = scored or costs
         row_losses = {row["added"]: row["row_loss"] for row in own if row["row_loss"]} or row_losses
+        before, after = perplexities[base], chosen[0]["perplexity"]
         found.append(
             Removal(
-                added=mask - base,
+                added=unit,
                 before=before,
                 perplexity=after,
-                rise=costs[mask - base] if is_nll else math.log(after / before),
+                rise=scored[unit] if metric.is_nll and unit in scored else math.log(after / before),
                 ratio=ratio,
-                costs=costs,
-                partial=sum(0 < row["rows_used"] < row["rows_total"] for row in own),
-                # all enter the first iteration; later ones may leave some out
-                candidates=max(first - index, len(own)) if any(row["rows_used"] for row in own) else 0,
-                work=sum(row["rows_used"] / row["rows_total"] for row in own),
-                lazy_choice=next((row["added"] for row in own if row["lazy_choice"]), None),
-                stability=None if is_priced else stability(row_losses, mask - base),
+                cost=costs.get(unit),
+                stability=None if is_priced else stability(row_losses, unit),
             )
         )
-        row_losses = {unit: losses for unit, losses in row_losses.items() if unit != mask - base}
-        base = mask
+        row_losses = {other: losses for other, losses in row_losses.items() if other != unit}
+        base = chosen[0]["removed"]
     _require_same([format_mask(removal.added) for removal in found], plan.order, path)
     return tuple(found)
 
 
-def considered(rows: Sequence[Mapping[str, Any]]) -> Coverage:
-    """Sum up what all iterations of one search looked at. A search without scores hides which kinds of
-    block it may remove."""
+def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Find what a search removed at once, in words. One without scores hides which kinds of block it may remove."""
     masks = [row["removed"] for row in rows if row["removed"]]
-    scored = [row for row in rows if row["removed"] and row["rows_used"]]
-    complete = {row["removed"] for row in scored if row["rows_used"] == row["rows_total"]}
-    kinds = {block.kind for row in scored for block in row["removed"]}
+    kinds = {block.kind for row in rows if row["rows_used"] for block in row["removed"]}
     if all(BlockId(kind, block.layer) in mask for mask in masks for block in mask for kind in BlockKind):
-        unit = "whole layers"
-    else:
-        unit = f"{next(iter(kinds)).upper()} blocks" if len(kinds) == 1 else "blocks"
-    return Coverage(
-        unit=unit,
-        steps=len({row["iteration"] for row in scored}),
-        complete=len(complete),
-        partial=len({row["removed"] for row in scored} - complete),
-    )
+        return "whole layers"
+    return f"{next(iter(kinds)).upper()} blocks" if len(kinds) == 1 else "blocks"
 
 
 def _require_same(removed: Sequence[str], order: Sequence[str], path: Path) -> None:
     if list(removed) != list(order):
         raise InputError(
-            f"{path} removes {', '.join(removed)}; the plan beside it removes {', '.join(order)}: they are of "
-            "different searches; delete both and run `dvc repro`"
+            f"{path} removes {', '.join(removed)}; the plan removes {', '.join(order)}: they are of different "
+            "searches; delete both and run `dvc repro`",
+            rule="different-searches",
         )
 
 
@@ -306,7 +276,9 @@ def _read_models(folders: Mapping[str, Path], facts: Mapping[str, Any]) -> dict[
     if not metrics:
         raise InputError(
             f"{folders[dense] / 'results.json'} has no task that is scored by accuracy, and a report gives their "
-            f"average; name one in evaluate.zero_shot.tasks beside {', '.join(facts[dense]['tasks'])}"
+            f"average; name one in evaluate.zero_shot.tasks with {', '.join(facts[dense]['tasks'])}",
+            rule="no-accuracy",
+            key="evaluate.zero_shot.tasks",
         )
     tables = []
     for name, folder in folders.items():

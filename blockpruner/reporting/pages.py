@@ -1,24 +1,24 @@
 """A page as a list of sections, as HTML and as Markdown, and its files, written at once.
 
-Decides how findings, tables and plots are marked up. The HTML is one file (page.html, filled in) that loads nothing:
-its style is inline, and its plots are inline SVG in the reader's own colours. The Markdown (the GitHub dialect) links
-to PNG files.
+Decides which parts a page can have. page.html and page.md decide the markup. The HTML is one file that loads nothing:
+its style and its plots are inside. The Markdown (the GitHub dialect) links to PNG files.
 """
 
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from string import Template
-from typing import Literal
+from typing import ClassVar, Literal
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from blockpruner.reporting.findings import Finding, Level
 from blockpruner.reporting.formats import listed
-from blockpruner.reporting.grids import Grid
-from blockpruner.reporting.plots import INK, PAPER, Plot
+from blockpruner.reporting.plots import Plot
+from blockpruner.reporting.table import Table
 from blockpruner.store.files import replace_directory
 from blockpruner.store.provenance import COMPUTING
 
@@ -27,6 +27,7 @@ from blockpruner.store.provenance import COMPUTING
 class Findings:
     """A list of findings."""
 
+    kind: ClassVar = "findings"
     of: tuple[Finding, ...]
 
 
@@ -34,6 +35,7 @@ class Findings:
 class Facts:
     """Names, each with a text."""
 
+    kind: ClassVar = "facts"
     title: str
     of: tuple[tuple[str, str], ...]
     is_code: bool = False
@@ -58,11 +60,12 @@ class Tile:
 class Tiles:
     """A row of large numbers."""
 
+    kind: ClassVar = "tiles"
     of: tuple[Tile, ...]
 
 
-Block = Findings | Grid | Plot | Facts | Tiles | str
-"""A part of a section; a str is a sentence on what is not there."""
+Block = Findings | Table | Plot | Facts | Tiles | str
+"""A part of a section; a str is a sentence."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,15 @@ class Page:
     intro: str
     sections: tuple[Section, ...]
     made: str = ""
-    """As from `made_line`."""
+    """Where and when the results were computed, as from `made_line`."""
 
     @property
     def blocks(self) -> list[Block]:
         return [block for section in self.sections for block in section.blocks]
 
     @property
-    def grids(self) -> list[Grid]:
-        return [block for block in self.blocks if isinstance(block, Grid)]
+    def grids(self) -> list[Table]:
+        return [block for block in self.blocks if isinstance(block, Table)]
 
     @property
     def plots(self) -> list[Plot]:
@@ -114,10 +117,7 @@ def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:
 
 
 def made_line(results: Iterable[Mapping[str, str]]) -> str:
-    """Where and when results were computed: each environment once, and not where the page is written.
-
-    Results of before this was recorded have none, and are not counted.
-    """
+    """Write where and when results were computed: each environment once, and not where the page is written."""
     found: dict[str, list[str]] = {}
     for made in filter(None, results):
         packages = listed([f"{name} {made[name]}" for name in ("python", *COMPUTING) if name in made])
@@ -130,128 +130,33 @@ def made_line(results: Iterable[Mapping[str, str]]) -> str:
     return f"Results were computed: {'; '.join(parts)}." if parts else ""
 
 
-LONG = 24
-"""A table's texts beyond this many characters may take several lines."""
-
-
-def to_html(page: Page, files: Sequence[str] = ()) -> str:
-    """Fill in page.html. `files` lie beside the page and are linked at its end."""
-    links = "\n".join(
-        f'<a href="#part-{i}">{escape(part.title)}</a>' for i, part in enumerate(page.sections, 1) if page.sections[1:]
-    )
-    sections = "\n".join(
-        f'<section id="part-{i}">\n<h2>{escape(section.title)}</h2>\n'
-        + "\n".join(_html(block, section.title) for block in section.blocks)
-        + "\n</section>"
-        for i, section in enumerate(page.sections, 1)
-    )
-    title, intro, made = map(escape, (page.title, page.intro, page.made))
-    if files:
-        made += " All numbers: " + ", ".join(f'<a href="{escape(name)}">{escape(name)}</a>' for name in files) + "."
-    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return template.substitute(title=title, intro=intro, links=links, sections=sections, made=made)
-
-
-def _html(block: Block, section: str) -> str:
-    match block:
-        case Findings():
-            items = (f'<li class="{f.level}"><b>{escape(f.title)}</b>{escape(f.text)}</li>' for f in block.of)
-            return '<ul class="findings">\n' + "\n".join(items) + "\n</ul>"
-        case Grid():
-            table = _html_table(block) + "".join(f'\n<p class="legend">{escape(note)}</p>' for note in block.notes)
-            return table if block.title == section else _titled(block.title, table, block.folded)
-        case Plot():
-            svg, kind = inline_svg(block), "wide" if block.wide else "small"
-            if block.wide:
-                svg = f'<div class="scroll"><div style="min-width:{int(block.width * 72)}px">{svg}</div></div>'
-            return f'<figure class="{kind}">\n{svg}\n<figcaption>{escape(block.caption)}</figcaption>\n</figure>'
-        case Facts():
-            before, after = ("<pre>", "</pre>") if block.is_code else ("", "")
-            items = (f"<dt>{escape(name)}</dt><dd>{before}{escape(text)}{after}</dd>" for name, text in block.of)
-            return _titled(block.title, "<dl>\n" + "\n".join(items) + "\n</dl>", block.folded)
-        case Tiles():
-            return '<dl class="tiles">\n' + "\n".join(map(_html_tile, block.of)) + "\n</dl>"
-        case str():
-            return f'<p class="legend">{escape(block)}</p>'
-
-
-def _titled(title: str, content: str, folded: bool) -> str:
-    if folded:
-        return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
-    return f"<h3>{escape(title)}</h3>\n{content}"
-
-
-def _html_tile(tile: Tile) -> str:
-    small = "".join(f"<small>{escape(text)}</small>" for text in (tile.interval, tile.detail) if text)
-    return f'<div class="{tile.tone}"><dt>{escape(tile.title)}</dt><dd><b>{escape(tile.value)}</b>{small}</dd></div>'
-
-
-def _html_table(grid: Grid) -> str:
-    numeric = grid.numeric
-
-    def cell(tag: str, text: str, column: int, scope: str = "") -> str:
-        kind = ' class="n"' if numeric[column] else ' class="long"' if tag == "td" and len(text) > LONG else ""
-        return f"<{tag}{scope}{kind}>{escape(text)}</{tag}>"
-
-    head = "".join(cell("th", text, i, ' scope="col"') for i, text in enumerate(grid.head))
-    rows = "\n".join(
-        f"<tr{' class=strong' if i in grid.strong else ''}>"
-        + cell("th", row[0], 0, ' scope="row"')
-        + "".join(cell("td", text, j) for j, text in enumerate(row[1:], 1))
-        + "</tr>"
-        for i, row in enumerate(grid.texts)
-    )
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
-
-
-def inline_svg(plot: Plot) -> str:
-    """Make a plot's SVG part of a page: no XML prolog, ids of its own, lines and text in the page's colour."""
-    svg = plot.svg[plot.svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{plot.name}-", svg)
-    return svg.replace("<svg ", '<svg role="img" ', 1)
-
-
-MARKS = {Level.RESULT: "", Level.NOTE: "", Level.WARNING: "⚠ ", Level.ADVICE: "➜ "}
-
-
-def to_markdown(page: Page) -> str:
-    parts = [f"# {plain(page.title)}"]
-    for section in page.sections:
-        parts.append(f"## {plain(section.title)}")
-        parts += [part for block in section.blocks for part in _markdown(block, section.title)]
-    return "\n\n".join([*parts, plain(page.made)]).rstrip() + "\n"
-
-
 def plain(text: str) -> str:
     """Keep Markdown from reading a text as markup; line breaks become spaces."""
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split()))
 
 
-def _markdown(block: Block, section: str) -> Sequence[str]:
-    match block:
-        case Findings():
-            return ["\n".join(f"- {MARKS[f.level]}**{plain(f.title)}.** {plain(f.text)}" for f in block.of)]
-        case Grid():
-            title = [] if block.title == section else [f"### {plain(block.title)}"]
-            return [*title, _markdown_table(block), *map(plain, block.notes)]
-        case Plot():
-            return [f"![{block.name}](plots/{block.name}.png)", plain(block.caption)]
-        case Facts(of=of, is_code=True):
-            return [f"### {plain(block.title)}", *(f"{plain(name)}:\n\n    {text}" for name, text in of)]
-        case Facts():
-            return ["\n".join(f"- **{plain(name)}:** {plain(text)}" for name, text in block.of)]
-        case Tiles():
-            facts = (
-                (t.title, " ".join(filter(None, (t.value, t.interval, t.detail and f"({t.detail})")))) for t in block.of
-            )
-            return ["\n".join(f"- **{plain(name)}:** {plain(text)}" for name, text in facts)]
-        case str():
-            return [plain(block)]
+def data_url(plot: Plot) -> str:
+    return f"data:image/svg+xml;base64,{b64encode(plot.svg.encode()).decode()}"
 
 
-def _markdown_table(grid: Grid) -> str:
-    rows = [[plain(title) for title in grid.head], ["---:" if is_number else "---" for is_number in grid.numeric]]
-    for i, row in enumerate(grid.texts):
-        stress = "**" if i in grid.strong else ""
-        rows.append([f"{stress}{plain(cell)}{stress}" if cell else "" for cell in row])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+TEMPLATES.filters |= {"plain": plain, "data_url": data_url}
+TEMPLATES.globals["marks"] = {Level.RESULT: "", Level.NOTE: "", Level.WARNING: "⚠ ", Level.ADVICE: "➜ "}
+
+
+def to_html(page: Page, files: Sequence[str] = ()) -> str:
+    """Fill in page.html. `files` are in the page's folder and are linked at its end."""
+    return TEMPLATES.get_template("page.html").render(page=page, files=files)
+
+
+def to_markdown(page: Page) -> str:
+    """Fill in page.md. One blank line separates its parts."""
+    text = TEMPLATES.get_template("page.md").render(page=page)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -1,35 +1,30 @@
 """How plots look, and how a figure becomes bytes.
 
-Decides colours and scales. The same figure gives the same bytes every time. Lines and text are drawn in INK on PAPER,
-two colours that occur nowhere else: a page can put the reader's own colours in their place.
+Decides colours and scales. The same figure gives the same bytes every time.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask
 from blockpruner.core.errors import extra
-from blockpruner.reporting.formats import number
 from blockpruner.reporting.statistics import Interval, Mean
 
 with extra("report"):
     import matplotlib
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-INK, PAPER = "#010203", "#fefdfc"
+INK, PAPER = "#1c1f24", "#ffffff"
 BLUE, ORANGE, GREY = "#2a86c8", "#d9662b", "#8a8f98"
 """Blue and orange stay apart for every common colour blindness (after Okabe and Ito), on white and on black."""
 
@@ -39,18 +34,9 @@ MARKS = (
 )  # fmt: skip
 """One for each method. A shape goes with every colour."""
 
-COLOURS = "cividis"
-"""Perceptually even, and the same to colour-blind eyes; dark is low."""
-
 KIND_COLOURS = {BlockKind.MHA: BLUE, BlockKind.MLP: ORANGE}
 
 REMOVED = "parameters removed, %"
-
-TIP = "tip: "
-"""An artist's id that begins with this becomes what a pointer over it shows."""
-
-TOLD = 40
-"""How many of these texts a figure's description holds."""
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "blockpruner",
@@ -79,16 +65,16 @@ STYLE: dict[Any, Any] = {
 class Plot:
     """A figure as bytes."""
 
+    kind: ClassVar = "plot"
     name: str
-    """Of its files."""
+    """The name of its files."""
     caption: str
     svg: str
-    """Its first child is <title>, then comes <desc>."""
     png: bytes
     width: float
     """Inches."""
     wide: bool = True
-    """It keeps its size on a small screen, which scrolls."""
+    """Whether it keeps its size on a small screen, which scrolls."""
 
 
 def render(
@@ -101,22 +87,11 @@ def render(
         bare = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(svg, format="svg", metadata=bare)
         figure.savefig(png, format="png", dpi=180, metadata={"Software": None})
-    text = "\n".join(line.rstrip() for line in svg.getvalue().splitlines()) + "\n"
-    tips = re.findall(f'<g id="{TIP}([^"]*)"', text)
-    told = "; ".join(tips[:TOLD]) + (f"; and {len(tips) - TOLD} more" if len(tips) > TOLD else "")
-    text = re.sub(f'<g id="{TIP}([^"]*)"([^>]*)>', r"<g\2><title>\1</title>", text)
-    head = f"<title>{escape(caption.partition('. ')[0])}</title><desc>{told}</desc>"
-    text = re.sub(r"(<svg [^>]*>)", lambda found: found[1] + head, text, count=1)
-    return Plot(name, caption, text, png.getvalue(), size[0], wide)
-
-
-def tip_(artist: Artist, text: str) -> None:
-    """Let a pointer over an artist show this text, which also enters the figure's description."""
-    artist.set_gid(TIP + text)
+    return Plot(name, caption, svg.getvalue(), png.getvalue(), size[0], wide)
 
 
 def dot_(
-    axes: Axes, x: float, y: float, colour: str, shape: str, tip: str, across: Interval | None = None,
+    axes: Axes, x: float, y: float, colour: str, shape: str, across: Interval | None = None,
     up: Interval | None = None, *, size: float = 6.5, fill: str | None = None,
 ) -> None:  # fmt: skip
     """Draw one measured value with its intervals, where they are finite."""
@@ -124,9 +99,7 @@ def dot_(
         if interval and np.isfinite(interval.high):
             ends = (interval.low, interval.high)
             axes.plot(*((ends, others) if interval is across else (others, ends)), color=colour, linewidth=1.3)
-            tip += f" [{number(interval.low)}, {number(interval.high)}]"
-    (mark,) = axes.plot(x, y, shape, color=colour, markersize=size, markerfacecolor=fill or colour)
-    tip_(mark, tip)
+    axes.plot(x, y, shape, color=colour, markersize=size, markerfacecolor=fill or colour)
 
 
 def key(label: str, colour: str, shape: str, fill: str | None = None) -> Line2D:
@@ -188,10 +161,9 @@ def block_map(figure: Figure, layers: int, mask: Mask, removals: Sequence[Mask])
         corner = (block.layer - 0.46, kinds.index(block.kind) - 0.44)
         gone = block in mask
         colour, width = (KIND_COLOURS[block.kind], 0.0) if gone else ("none", 0.6)
-        box = axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor=colour, edgecolor=GREY, linewidth=width))
+        axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor=colour, edgecolor=GREY, linewidth=width))
         if gone:
             at = str(places.get(block, ""))
-            tip_(box, f"{block} is gone" + (f", removal {at}" if at else ""))
             axes.text(block.layer, kinds.index(block.kind), at, color="white", ha="center", va="center", fontsize=8.5)
     axes.set_xlim(-0.6, layers - 0.4)
     axes.set_ylim(len(kinds) - 0.4, -0.6)

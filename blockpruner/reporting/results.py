@@ -355,7 +355,8 @@ def read_items(table: pa.Table, metrics: Mapping[str, str], place: Path, remedy:
             if model not in own or not np.array_equal(own[model][0], items[0]):
                 raise InputError(
                     f"{place}: {model} and {names[0]} were evaluated on different items of {task}, so they cannot be "
-                    f"compared; run `{remedy}` to evaluate both alike"
+                    f"compared; run `{remedy}` to evaluate both alike",
+                    rule="different-items",
                 )
             found[model][task] = own[model]
     return found

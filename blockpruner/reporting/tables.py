@@ -11,29 +11,29 @@ from functools import partial
 from statistics import mean
 from typing import Literal
 
-from blockpruner.core.blocks import Mask, format_mask
+from pandas import DataFrame
+
+from blockpruner.core.blocks import format_mask
 from blockpruner.core.budgets import speedup
-from blockpruner.reporting.comparison import BAND, GAINS, Comparison
-from blockpruner.reporting.findings import jump_at, paired, paired_confidence, recommended
+from blockpruner.reporting.comparison import Comparison
+from blockpruner.reporting.findings import paired, paired_confidence, recommended
 from blockpruner.reporting.formats import number, parameters, percent, size, times
-from blockpruner.reporting.grids import (
-    Cell,
-    Column,
-    Field,
-    Grid,
-    Number,
-    csv_text,
-    difference,
-    grid_of,
-    percentage,
-    score,
-)
-from blockpruner.reporting.inputs import PrunedOption, ReportedRun
+from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.pages import Tile, Tiles
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Interval, Mean
-from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.stability import RESAMPLES, Stability
+from blockpruner.reporting.table import (
+    Cell,
+    Column,
+    Field,
+    Number,
+    Table,
+    percentage,
+    points,
+    score,
+    table_of,
+    to_csv,
+)
 
 AT_CHANCE, BETTER, WORSE = "†", "↑", "↓"
 LEGEND = (
@@ -48,12 +48,6 @@ COMPARISON_LEGEND = (
     "repeats of a generation, rows of text or items. Stressed: the recommended one. ●: no other betters it in both "
     "speed (parameters, where nothing is timed) and held-out perplexity (the Pareto front)."
 )
-REFERENCE_LEGEND = (
-    "Against ref: the average minus that of the first target of the same size (within "
-    f"{100 * BAND:.1f} % of the parameters)."
-)
-
-
 NOT_TIMED = "not timed"
 
 
@@ -108,12 +102,12 @@ def _change(found: Mean) -> str:
     return (BETTER if found.value > 0 else WORSE) if found.differs_from(0) else ""
 
 
-def headline(study: ReportedRun) -> Grid:
+def headline(reported: ReportedRun) -> Table:
     """Compare dense with every target: one row a measure, one column a model, and what guessing scores."""
     rows: list[tuple[Cell, ...]] = []
 
     def add(title: str, of: Callable[[Option], Cell], chance: float | None = None) -> None:
-        rows.append((title, None if chance is None else Number(100 * chance, 1), *map(of, study.options)))
+        rows.append((title, None if chance is None else Number(100 * chance, 1), *map(of, reported.options)))
 
     def accuracy(task: str | None, chance: float) -> Callable[[Option], Cell]:
         def cell(option: Option) -> Cell:
@@ -126,18 +120,18 @@ def headline(study: ReportedRun) -> Grid:
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
     add("Parameters removed", REMOVED.of)
     add("Taken out", lambda o: o.taken_out)
-    if any(target.healing for target in study.targets):
+    if any(target.healing for target in reported.targets):
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
     add("Held-out perplexity", HELDOUT.of)
     add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
-    for task, found in study.dense.model.tasks.items():
+    for task, found in reported.dense.model.tasks.items():
         if not found.is_accuracy:
             add(f"{task}, {found.metric.replace('_', ' ')}", _perplexity(task))
-    for task, chance in study.chance.items():
+    for task, chance in reported.chance.items():
         add(f"{task}, %", accuracy(task, chance), chance)
-    add("Average, %", accuracy(None, study.average_chance), study.average_chance)
-    if known := study.dense.model.p_gold:
-        chance = mean(study.chance[task] for task in known)
+    add("Average, %", accuracy(None, reported.average_chance), reported.average_chance)
+    if known := reported.dense.model.p_gold:
+        chance = mean(reported.chance[task] for task in known)
         add(P_TITLE, _confidence, chance)
     for part in PARTS:
         add(f"{part.capitalize()}, tokens/s", _timed(partial(_rate, part=part)))
@@ -146,8 +140,8 @@ def headline(study: ReportedRun) -> Grid:
     add("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
     add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
     strong = frozenset(i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %"))
-    columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in study.options))
-    return Grid(f"{study.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
+    columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in reported.options))
+    return Table(f"{reported.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
 
 
 def _saved(option: Option) -> str:
@@ -160,7 +154,7 @@ def tiles(option: Option) -> Tiles:
     title, before, after, gap, more = "Average accuracy", dense.average, model.average, accuracy, ""
     if dense.confidence and model.confidence:
         title, before, after = "P of the right answer", dense.confidence, model.confidence
-        gap, more = paired_confidence(dense, model), f"; accuracy {difference(accuracy)}"
+        gap, more = paired_confidence(dense, model), f"; accuracy {points(accuracy)}"
     ratio = times(model.perplexity / dense.perplexity)
     counts = _change_of(parameters, dense.parameters, model.parameters)
     sizes = _change_of(size, dense.weight_bytes, model.weight_bytes)
@@ -170,7 +164,7 @@ def tiles(option: Option) -> Tiles:
         (
             Tile("Size", f"−{percent(option.ratio)}", sizes, f"{counts} parameters"),
             _tile("Perplexity against dense", ratio, _heldout(option), f"{texts}, held-out", 1, "bad"),
-            _tile(title, f"{Number(100 * gap.value, 1, signed=True)} points", difference(gap), scores, 0, "good"),
+            _tile(title, f"{Number(100 * gap.value, 1, signed=True)} points", points(gap), scores, 0, "good"),
             *_speed_tiles(option),
         )
     )
@@ -204,171 +198,102 @@ def _tile(title: str, value: str, cell: Number, detail: str, equal: float, more_
     return Tile(title, value, told, detail, more_is if cell.low > equal else "bad" if more_is == "good" else "good")
 
 
-def compared(comparison: Comparison) -> Grid:
+def compared(comparison: Comparison) -> Table:
     """List all targets of one dense model by size; the recommended one is stressed."""
-    front, best = comparison.front(comparison.gains[0]), recommended(comparison.targets)
-    leaders = {id(option): band[0] for band in comparison.bands() for option in band}
-
-    def against(option: Option) -> Cell:
-        leader = leaders[id(option)]
-        return "ref" if option is leader else difference(paired(leader.model, option.model))
+    front, best = comparison.front, recommended(comparison.targets)
 
     def confidence(option: Option) -> Cell:
-        return difference(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
+        return points(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
 
-    several = len(comparison.bands()) < len(comparison.targets)
     fields: tuple[Field[Option], ...] = (
         Field("target", "target", lambda o: o.name),
         REMOVED,
         Field("taken_out", "taken out", lambda o: o.taken_out),
         Field("heldout_ppl", "held-out PPL, × dense", _heldout),
         Field("p_gold", "p of the right answer − dense", confidence),
-        Field("avg", "average − dense", lambda o: difference(paired(o.dense, o.model))),
+        Field("avg", "average − dense", lambda o: points(paired(o.dense, o.model))),
         Field("generation", "speed, × dense", _timed(_speedup)),
         Field("kv_cache", "KV cache", _timed(_saved)),
         Field("front", "front", lambda o: "●" if o in front else ""),
         METHOD,
-        *([Field[Option]("against_ref", "against ref", against)] if several else []),
     )
-    rows = [option for band in comparison.bands() for option in band]
-    notes = (COMPARISON_LEGEND, *([REFERENCE_LEGEND] if several else []))
-    return grid_of("targets", "All targets", fields, rows, notes, lambda option: option is best)
+    notes = (COMPARISON_LEGEND,)
+    return table_of("targets", "All targets", fields, comparison.targets, notes, lambda option: option is best)
 
 
-def samples(options: Sequence[Option]) -> list[Grid]:
+def samples(options: Sequence[Option]) -> list[Table]:
     """Show what models answer, a column each prompt; nothing where no answers were kept."""
     prompts = tuple(prompt for prompt, _ in options[0].model.samples)
     kept = [option for option in options if tuple(prompt for prompt, _ in option.model.samples) == prompts]
     columns = (Column("model", ""), *(Column(f"prompt_{i}", prompt) for i, prompt in enumerate(prompts, 1)))
     rows = tuple((option.name, *(text or "(nothing)" for _, text in option.model.samples)) for option in kept)
     title = "What the models answer (greedy, cut off after 48 tokens)"
-    return [Grid("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
+    return [Table("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
 
 
-STABILITY_LEGEND = (
-    "Next by: how much more the next candidate costs. Rivals: candidates that the calibration rows cannot tell from "
-    "the one removed (paired t test, 95 %), of those compared, on the same rows. What a race dropped earlier or a lazy "
-    f"step left out is not compared. Same choice: the share of {RESAMPLES:,} resampled row sets in which the same "
-    "candidate is the best. Blank: the rows do not tell."
-)
+def _plain_speedup(option: Option, part: str) -> float | None:
+    return option.race.speedup(part) if option.is_timed else None
 
 
-def sequence(target: PrunedOption) -> Grid:
-    """List the removals in order, with the cost of each, what it was chosen by where that is something else, and how
-    firmly."""
-    jump = jump_at(target)
-    columns = [
-        Column("place", "#"), Column("removed", "removed"), Column("ratio", "ratio"),
-        Column("calibration_ppl", "calibration PPL"), Column("nll_rise", "NLL rise, nats/token"),
-    ]  # fmt: skip
-    metric = METRICS[target.plan.metric]
-    by = not metric.is_nll
-    if by:
-        columns.append(Column("cost", f"{metric.cost_title}, {metric.units_text}"))
-    firm = any(r.stability for r in target.removals)
-    if firm:
-        units = metric.units_text if by else "nats/token"
-        columns += [Column("margin", f"next by, {units}"), Column("rivals", "rivals"), Column("kept", "same choice")]
-    dense: tuple[Cell, ...] = (Number(0, 0), "(dense)", percentage(0, 2), Number(target.curve[0]), "")
-    rows = [dense + ("",) * (by + 3 * firm)]
-    scored: Mapping[Mask, float] = {}
-    for i, r in enumerate(target.removals, 1):
-        scored = r.costs or scored  # one-shot: the scores of the first iteration rank all removals
-        row: tuple[Cell, ...] = (
-            Number(i, 0), format_mask(r.added), percentage(r.ratio, 2), Number(r.perplexity),
-            Number(r.rise, write=lambda value: f"{value:+.4f}".replace("-", "−")),
-        )  # fmt: skip
-        cost = (Number(scored[r.added], write=lambda value: f"{value:.4g}".replace("-", "−")),) if by else ()
-        rows.append(row + cost + (_firm(r.stability) if firm else ()))
-    title = f"{target.name}: {len(target.removals)} removals in order"
-    strong = frozenset(() if jump is None else (jump + 1,))
-    notes = (STABILITY_LEGEND,) if firm else ()
-    return Grid(f"{target.name}-sequence", title, tuple(columns), tuple(rows), notes, strong, folded=True)
-
-
-def _firm(found: Stability | None) -> tuple[Cell, ...]:
-    if found is None:
-        return "", "", ""
-    margin = Number(found.margin, write=lambda value: f"{value:.2g}")
-    return margin, Number(len(found.rivals), 0, mark=f"of {found.compared}"), percentage(found.kept, 0)
-
-
-MEASURES: Mapping[str, Callable[[Option], object]] = {
+CURVE: Mapping[str, Callable[[Option], object]] = {
+    "method": lambda o: o.method,
+    "compensated": lambda o: o.plan.compensate if o.plan else "none",
+    "recovered": lambda o: int(bool(o.plan and o.plan.recover)),
+    "ratio": lambda o: o.ratio,
+    "removals": lambda o: len(o.curve[1:]),
+    "mha_removed": lambda o: o.blocks["mha"],
+    "mlp_removed": lambda o: o.blocks["mlp"],
+    "parameters": lambda o: o.model.parameters,
+    "weight_bytes": lambda o: o.model.weight_bytes,
+    "perplexity_calibration": lambda o: o.calibration_perplexity,
     "perplexity_heldout": lambda o: o.model.perplexity,
     "accuracy": lambda o: o.model.average.value,
     "accuracy_stderr": lambda o: o.model.average.stderr,
     "p_gold": lambda o: o.model.confidence and o.model.confidence.value,
     "p_gold_stderr": lambda o: o.model.confidence and o.model.confidence.stderr,
-}
-
-SPEED_MEASURES: Mapping[str, Callable[[Option], object]] = {
-    "speedup_generation": lambda o: o.speedup if o.is_timed else None,
+    **{
+        f"speedup_{part}": partial(lambda o, part: o.race.speedup(part) if o.is_timed else None, part=part)
+        for part in PARTS
+    },
     "kv_cache_bytes": lambda o: o.race.pruned.cache_bytes if o.is_timed else None,
 }
-
-CURVE: Mapping[str, Callable[[Option], object]] = {
-    "method": lambda o: o.method,
-    "ratio": lambda o: o.ratio,
-    "removals": lambda o: len(o.curve[1:]),
-    "parameters": lambda o: o.model.parameters,
-    "perplexity_calibration": lambda o: o.calibration_perplexity,
-    **MEASURES,
-    "speedup_prefill": lambda o: o.race.speedup("prefill") if o.is_timed else None,
-    "speedup_decode": lambda o: o.race.speedup("decode") if o.is_timed else None,
-    **SPEED_MEASURES,
-    "weight_bytes": lambda o: o.model.weight_bytes,
-}
-"""Columns of curve.csv behind the run and the target: one row a model, the dense one included."""
-
-PARETO: Mapping[str, Callable[[Option], object]] = {
-    "target": lambda o: o.name,
-    "method": lambda o: o.method,
-    "compensated": lambda o: o.plan.compensate if o.plan else "none",
-    "recovered": lambda o: int(bool(o.plan and o.plan.recover)),
-    "ratio": lambda o: o.ratio,
-    "mha_removed": lambda o: o.blocks["mha"],
-    "mlp_removed": lambda o: o.blocks["mlp"],
-    **MEASURES,
-    **SPEED_MEASURES,
-}
-"""Columns of pareto.csv behind the model and the run."""
+"""Columns of curve.csv behind the run and the target."""
 
 
-def curve_csv(studies: Sequence[ReportedRun]) -> str:
-    """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1."""
+def curve_csv(found: Sequence[Comparison]) -> str:
+    """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1. `front` is 1 where no
+    other model of the same dense one is better in both held-out perplexity and speed (size, where nothing is timed)."""
     rows = [
-        (study.run, option.name if option.plan else f"{study.run}-dense", *(of(option) for of in CURVE.values()))
-        for study in studies
-        for option in study.options
+        {
+            "run": reported.run,
+            "target": option.name if option.plan else f"{reported.run}-dense",
+            **{key: of(option) for key, of in CURVE.items()},
+            "front": int(option.name in fronts),
+        }
+        for comparison in found
+        for fronts in [{option.name for option in comparison.front}]
+        for reported in comparison.runs
+        for option in reported.options
     ]
-    return csv_text([("run", "target", *CURVE), *rows])
+    return to_csv(DataFrame(rows, dtype=object))
 
 
-def pareto_csv(found: Sequence[Comparison]) -> str:
-    """Write one row an option of each dense model, the slowest first. front_<gain> is 1 where no other is better in
-    held-out perplexity and in that gain together, and blank where the gain is not known."""
-    rows: list[Sequence[object]] = [("model", "run", *PARETO, *(f"front_{gain.name}" for gain in GAINS))]
-    for comparison in found:
-        fronts = [comparison.front(gain) if gain in comparison.gains else None for gain in GAINS]
-        runs = {id(option): study.run for study in reversed(comparison.studies) for option in study.options}
-        for option in sorted(comparison.options, key=comparison.gains[0].of):
-            on_front = (None if front is None else int(option in front) for front in fronts)
-            rows.append((option.subject, runs[id(option)], *(of(option) for of in PARETO.values()), *on_front))
-    return csv_text(rows)
+ITERATION_COLUMNS = (
+    "run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "rows_compared", "units_compared",
+    "margin", "rivals", "kept",
+)  # fmt: skip
 
 
-def iterations_csv(studies: Sequence[ReportedRun]) -> str:
+def iterations_csv(runs: Sequence[ReportedRun]) -> str:
     """Write one row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
-    rows: list[Sequence[object]] = [
-        ("run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "units_scored", "rows_compared",
-         "units_compared", "margin", "rivals", "kept")
-    ]  # fmt: skip
-    for study, t in ((one, target) for one in studies for target in one.traces):
-        rows.append((study.run, t.name, 0, "", 0.0, t.curve[0], 0.0, 0, *[None] * 5))
-        rows += [
-            (study.run, t.name, i, format_mask(r.added), r.ratio, r.perplexity, r.rise, len(r.costs), *firm)
-            for i, r in enumerate(t.removals, 1)
-            for s in [r.stability]
-            for firm in [(s.rows, s.compared, s.margin, len(s.rivals), s.kept) if s else (None,) * 5]
-        ]
-    return csv_text(rows)
+    rows: list[dict[str, object]] = []
+    for reported, t in ((one, target) for one in runs for target in one.traces):
+        own = {"run": reported.run, "target": t.name}
+        rows.append(own | {"iteration": 0, "removed": "", "ratio": 0.0, "perplexity": t.curve[0], "nll_rise": 0.0})
+        for i, r in enumerate(t.removals, 1):
+            row = {"iteration": i, "removed": format_mask(r.added), "ratio": r.ratio, "perplexity": r.perplexity}
+            s = r.stability
+            firm = {"rows_compared": s.rows, "units_compared": s.compared, "margin": s.margin} if s else {}
+            more = {"rivals": len(s.rivals), "kept": s.kept} if s else {}
+            rows.append({**own, **row, "nll_rise": r.rise, **firm, **more})
+    return to_csv(DataFrame(rows, columns=ITERATION_COLUMNS, dtype=object))

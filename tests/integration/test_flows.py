@@ -31,7 +31,6 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validate
 
 from blockpruner.core.errors import InputError
-from blockpruner.evaluation.store import write_timings
 from blockpruner.params import load_params, run_names
 from blockpruner.store.locks import WORKSPACE
 from flows import dvc, serve
@@ -308,8 +307,7 @@ def test_sweep_goes_run_by_run_and_one_failure_stops_no_other(project, server, m
     for name, perplexity in {"smollm2-dense": 20.0, "other-dense": 30.0, **dict.fromkeys(targets, 40.0)}.items():
         speed = {"speedup_generation": 1.1} if name in targets else {}
         write_json(**{f"metrics/{name}.json": {"perplexity": perplexity, "average": 0.5}})
-        write_json(**{f"results/{name}/results.json": {"of": name}, f"plans/{name}/plan.json": {"ratio": 0.123}})
-        write_timings(Path("data/timings"), {"of": name}, {"speed": speed})
+        write_json(**{f"evidence/{name}/speed.json": {"speed": speed}, f"plans/{name}/plan.json": {"ratio": 0.123}})
     monkeypatch.setenv("STUB_FAILS", "commit smollm2-0.1")
     monkeypatch.setenv("STUB_SAYS", "error in stage commit smollm2-0.1: budget '0.1' is not in this sequence")
     with temporary_settings({PREFECT_API_URL: server}):

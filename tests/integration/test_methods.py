@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from blockpruner.checkpoints import verification
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation import latency, speed
-from blockpruner.evaluation.store import read_results
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import KINDS
+from blockpruner.reporting.inputs import read_results
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import Current, trace_directory
 from blockpruner.store.plans import load_plan
@@ -132,8 +132,8 @@ def test_a_plain_model_needs_no_code_of_ours(project):
 
 def test_a_sliced_model_is_benchmarked_as_any_other(project):
     plan, out = materialized(project, METHODS["slicegpt"])
-    evaluate("t", "tiny", out)
-    found = read_results(project / "data/results/t", project / "data/timings")
+    evaluate("t", "tiny", plan, out)
+    found = read_results(project / "data/evidence/t")
     assert found["parameters"] == plan.parameters["pruned"]
     assert found["speed"]["pruned"]["kv_cache_bytes"] == found["speed"]["dense"]["kv_cache_bytes"]
 
@@ -199,7 +199,7 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
     assert len(measured) == 9
     set_targets(project, {"t": "1.3x"}, streaming=True)
     forget_times(project)
-    with pytest.raises(InputError, match=r"runtime.streaming: True it is larger than it; give budgets in parameters"):
+    with pytest.raises(InputError, match=r"runtime.streaming: True excludes; give budgets in parameters"):
         score.main("tiny")
 
 

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,23 +35,8 @@ def project(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def former(project):
-    """dvc.lock of a run from nothing, and its timings by name. Nothing else of it is left."""
-    dvc(project, "repro")
-    found = (project / "dvc.lock").read_bytes(), timings(project)
-    for folder in ("data", ".dvc/cache", ".dvc/tmp"):
-        shutil.rmtree(project / folder)
-    (project / "dvc.lock").unlink()
-    return found
-
-
-@pytest.fixture(scope="module")
 def first(project):
     return dvc(project, "repro")
-
-
-def timings(project):
-    return {path.name: path.read_bytes() for path in (project / "data/timings").glob("*.json")}
 
 
 def brute_force(project, removals):
@@ -78,46 +62,18 @@ def test_everything_runs_once_in_order(project, first):
     shared = {"fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "report"}
     assert sorted(ran(first)) == sorted(own | shared)
     for output in (
-        "checkpoints/small.2/hf/verification.json", "results/small.2/results.json", "results/tiny-dense/results.json",
+        "checkpoints/small.2/hf/verification.json", "evidence/small.2/results.json", "evidence/tiny-dense/results.json",
         "report/index.html", "report/report.md", "metrics/small.2.json", "provenance/score@tiny.json",
     ):  # fmt: skip
         assert (project / "data" / output).exists(), output
 
 
-@pytest.mark.slow
-def test_two_runs_from_nothing_leave_the_same_lock(project, former, first):
-    """Though they took other times: git has nothing to say after a run that found the same."""
-    lock, timed = former
-    assert (project / "dvc.lock").read_bytes() == lock
-    here = timings(project)
-    assert len(here) == 4 and here.keys() == timed.keys() and all(here[name] != timed[name] for name in here)
-    page = (project / "data/report/report.md").read_text()
-    assert "repeats in turns with the dense model" in page and "s of scoring" in page and "not timed" not in page
-
-
-@pytest.mark.slow
-def test_a_clone_that_pulls_reports_without_timings(project, first, tmp_path):
-    """They stay where they were taken. A copy of the folder brings them along."""
-    clone = tmp_path / "clone"
-    dvc(project, "remote", "add", "shared", str(tmp_path / "remote"))
-    dvc(project, "push", "-r", "shared")
-    shutil.copytree(project, clone, ignore=shutil.ignore_patterns("data", "cache", "tmp"))
-    dvc(clone, "pull", "-r", "shared", "--allow-missing")
-    shutil.copytree(project / "data/metrics", clone / "data/metrics")  # git has them
-    assert ran(dvc(clone, "repro")) == ["report"]
-    assert "not timed" in (clone / "data/report/report.md").read_text()
-    shutil.copytree(project / "data/timings", clone / "data/timings")
-    dvc(clone, "repro", "--force", "--single-item", "report")
-    assert (clone / "data/report/report.md").read_bytes() == (project / "data/report/report.md").read_bytes()
-    assert (clone / "dvc.lock").read_bytes() == (project / "dvc.lock").read_bytes()
-
-
-def test_a_benchmark_that_runs_again_renews_the_report_and_times_nothing(project, first):
-    before, page = timings(project), project / "data/report/index.html"
-    page.write_text("")
+def test_a_benchmark_that_runs_again_times_nothing(project, first):
+    path, page = project / "data/evidence/small.2/speed.json", project / "data/report/index.html"
+    before = path.read_bytes()
     dvc(project, "repro", "--force", "--single-item", "benchmark@small.2")
-    assert ran(dvc(project, "repro")) == ["report"]
-    assert timings(project) == before and page.read_text()
+    assert ran(dvc(project, "repro")) == [] and page.read_text()
+    assert path.read_bytes() == before
 
 
 def test_sequence_equals_brute_force(project, first):
@@ -139,7 +95,7 @@ def test_checkpoint_is_verified_and_smaller(project, first):
     assert report["greedy_tokens_equal"]
     assert not report["blockpruner_imported"]
     plan = load_plan(project / "data/plans/small.2/plan.json")
-    results = read_json(project / "data/results/small.2/results.json")
+    results = read_json(project / "data/evidence/small.2/results.json")
     assert results["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
     assert results["tasks"]["piqa"]["items"] == 6
 
@@ -181,7 +137,7 @@ def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
     assert healed["method"] == "refit"
     for file in ("compensated/small.2/compensate.json", "recovered/small.2/recover.json"):
         assert read_json(project / "data" / file) == {"enabled": False}
-    before, after = (read_json(project / f"data/results/{name}/results.json") for name in ("small.2", "lora.2"))
+    before, after = (read_json(project / f"data/evidence/{name}/results.json") for name in ("small.2", "lora.2"))
     assert before["parameters"] == after["parameters"]
     assert after["perplexity"]["perplexity"] < before["perplexity"]["perplexity"]
     report = (project / "data/report/report.md").read_text()

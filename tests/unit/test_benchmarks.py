@@ -28,6 +28,7 @@ from blockpruner.evaluation.tasks import (
     task_digest,
     write_task,
 )
+from tests.errors import refused
 from tests.unit.zero_shot_items import DETOKENIZED, ITEMS, PASSAGES, SUMS, tables_of
 
 STOCK = Path(load_yaml.__code__.co_filename).parent
@@ -134,7 +135,7 @@ def edit(name, change):
         (edit("utils.py", lambda text: text + "\nopen('ran', 'w')"), "utils.py"),
         (edit("hellaswag.yaml", lambda text: "task: hellaswag\ndoc_to_text: !function os.getcwd"), "hellaswag.yaml"),
         (edit("hellaswag.yaml", lambda text: text.replace("{{query}}", "{{cycler.__init__}}")), "hellaswag.yaml"),
-        (edit("hellaswag.yaml", lambda text: text.replace("n.parquet", "n.parquet/../x")), "validation.parquet"),
+        (edit("hellaswag.yaml", lambda text: text.replace("n.parquet", "n.parquet/../x")), "hellaswag.yaml"),
         (edit("hellaswag.yaml", lambda text: "[" * 3000), "hellaswag.yaml"),
         (edit("zz.yaml", lambda text: "task: hellaswag\ndoc_to_text: !function utils.process_docs"), "zz.yaml"),
         (lambda folder: (folder / "zz").mkdir(), "zz"),
@@ -148,8 +149,9 @@ def test_task_files_of_others_do_not_run(tmp_path, monkeypatch, change, file):
     monkeypatch.setattr(zero_shot, "TaskManager", None)
     write_task("hellaswag", tmp_path, tables_of("hellaswag"), location=tmp_path)
     change(tmp_path / "hellaswag")
-    with pytest.raises(InputError, match=rf"/hellaswag/{file} is not as the installed lm-eval"):
+    with refused("not-stock") as caught:
         zero_shot._load("hellaswag", tmp_path)
+    assert f"/hellaswag/{file} " in str(caught.value)
 
 
 def test_bytecode_beside_a_helper_does_not_run(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from blockpruner.core.blocks import parse_mask
 from blockpruner.evaluation import choices
 from blockpruner.evaluation.choices import answers, groups
 from blockpruner.model.models import prune_
-from tests.tiny import VARIANTS, tiny_model
+from tests.tiny import VARIANTS, VARIANTS_DAILY, tiny_model
 
 
 def requests_of(rng, vocabulary):
@@ -33,7 +33,9 @@ def oracle(model, given, rest, max_length):
     return total, logits.argmax(-1).tolist() == rest
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize(
+    "family", [one if one in VARIANTS_DAILY else pytest.param(one, marks=pytest.mark.slow) for one in VARIANTS]
+)
 @pytest.mark.parametrize("tokens", [1, 512])
 def test_answers_are_those_of_plain_forwards(family, tokens, monkeypatch):
     monkeypatch.setattr(choices, "TOKENS", tokens)  # 1: each group on its own

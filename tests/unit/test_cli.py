@@ -615,13 +615,14 @@ def test_the_report_is_one_file_that_tells_what_the_plan_and_the_curve_hold(mode
     assert code == 0, err
     page = Path(out.strip()).read_text()
     plan = load_plan(place / "out/blockpruner_plan.json")
-    assert page.count("<svg") == 1 and "blockpruner curve does that" in page and "Verified by transformers" in page
+    assert page.count("data:image/svg") == 1 and "blockpruner curve does that" in page
+    assert "Verified by transformers" in page
     assert f"{100 * plan.ratio:.1f} % of the parameters removed" in page
     assert f"{plan.calibration['perplexity']:,.0f}" in page
     point = done(say(*curve(model, "out", "--json")))["points"][len(plan.order) - 1]
     assert say("report", "out", "--out", "page.html")[0] == 0
     page = (place / "page.html").read_text()
-    assert page.count("<svg") == 2 and f"[{point['interval'][0]:.2f}, {point['interval'][1]:.2f}]" in page
+    assert page.count("data:image/svg") == 2 and f"[{point['interval'][0]:.2f}, {point['interval'][1]:.2f}]" in page
     assert not re.search(r'(src|href)="http', page)
     (place / "out/config.json").write_text("{}")
     code, _, err = say("report", "out")

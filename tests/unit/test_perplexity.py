@@ -16,7 +16,7 @@ from blockpruner.core.settings import Perplexity
 from blockpruner.evaluation.perplexity import SHORT, held_out, measure_perplexity
 from blockpruner.model.models import masked, prune_
 from blockpruner.scoring import work
-from tests.tiny import VARIANTS, full_nll, tiny_model, tiny_tokenizer, tolerance
+from tests.tiny import VARIANTS, VARIANTS_DAILY, full_nll, tiny_model, tiny_tokenizer, tolerance
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "Sphinx of quartz."]
 MASK = parse_mask("mha.1,mlp.2,mha.3,mlp.3")
@@ -84,7 +84,9 @@ def test_no_row_says_how_long_a_row_may_be():
         held_out_rows(tiny_tokenizer(), TEXTS, 512)
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize(
+    "family", [one if one in VARIANTS_DAILY else pytest.param(one, marks=pytest.mark.slow) for one in VARIANTS]
+)
 @pytest.mark.parametrize("state", ["dense", "masked", "pruned"])
 def test_equals_full_forwards(family, state, monkeypatch):
     monkeypatch.setattr(work, "LOGITS_BYTES", 7 * 260 * 4)  # chunks of 7 tokens: 19 targets are not whole chunks

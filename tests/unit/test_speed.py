@@ -18,7 +18,7 @@ def model_of(state, family="llama"):
     return prune_(model, MASK) if state == "pruned" else model
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("state", ["dense", "pruned"])
 def test_decodes_greedily_without_stop(state, family):
     model = model_of(state, family)

@@ -109,17 +109,6 @@ def test_bootstrap_against_scipy(fractions):
     assert_quantiles(found.interval, reference.bootstrap_distribution, 0.95, 4000 * 10 / 14)
 
 
-def test_bootstrap_is_of_pairs_within_tasks():
-    """Its width is that of the paired error: neither of unpaired items nor of items pooled over tasks."""
-    a, b = two_models([2000, 200], seed=2)
-    found = paired_bootstrap(a, b).interval
-    error = average(differences(a, b)).stderr
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.04)
-    assert math.hypot(average(a).stderr, average(b).stderr) > 1.3 * error
-    pooled = np.concatenate(list(differences(a, b).values()))
-    assert stats.sem(pooled) < 0.7 * error
-
-
 def test_bootstrap_of_items_that_do_not_vary():
     same = {"x": [1, 0, 1], "y": [0.3, 0.6]}
     assert paired_bootstrap(same, same) == Effect(0, Interval(0, 0), 1)
@@ -142,28 +131,6 @@ def test_bootstrap_depends_on_the_seed_alone(monkeypatch):
     assert paired_bootstrap(a, b, resamples=1000) == found
 
 
-def test_bootstrap_errs_as_often_as_it_says():
-    """Of equal models p is at most 0.1 in 10 % of all cases: 300 pairs of them, within 4 standard errors."""
-    rng = np.random.default_rng(0)
-    p = []
-    for _ in range(300):
-        d = {task: rng.choice([-1.0, 0, 1], 150, p=[0.1, 0.8, 0.1]) for task in "xy"}
-        p.append(paired_bootstrap({task: np.zeros(150) for task in d}, d, resamples=500).p)
-    assert np.mean(np.array(p) <= 0.1) == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 300))
-
-
-@settings(max_examples=40)
-@given(st.lists(st.sampled_from([-1, 0, 0.5, 1]), min_size=2, max_size=30), st.lists(st.integers(-1, 1), min_size=2))
-def test_bootstrap_turns_round_and_its_p_fits_its_interval(x, y):
-    zero, d = {"x": np.zeros(len(x)), "y": np.zeros(len(y))}, {"x": x, "y": y}
-    found, back = paired_bootstrap(zero, d, resamples=1000), paired_bootstrap(d, zero, resamples=1000, seed=1)
-    assert back.value == pytest.approx(-found.value)
-    assert back.p == pytest.approx(found.p, abs=0.2)  # other draws
-    outside = found.interval.low > 1e-9 or found.interval.high < -1e-9
-    assert outside or found.p > 0.04
-    assert not outside or found.p < 0.06
-
-
 # Rows
 
 
@@ -175,6 +142,14 @@ def test_paired_t_by_hand():
     found = paired_t([1, 1, 1], [1, 2, 4])
     assert (found.value, found.p) == (pytest.approx(4 / 3), pytest.approx(1 - math.sqrt(16 / 30)))
     assert found.interval == Interval(pytest.approx(4 / 3 - half), pytest.approx(4 / 3 + half))
+
+
+def test_a_ratio_of_perplexities_is_the_exponential_of_paired_t():
+    a, b = [2.0, 2.0, 2.0], [2.0, 3.0, 5.0]
+    found, nats = perplexity_ratio(a, b, level=0.8), stats.ttest_rel(b, a)
+    ends = nats.confidence_interval(0.8)
+    assert (found.value, found.p) == (pytest.approx(math.exp(10 / 3 - 2)), pytest.approx(nats.pvalue))
+    assert found.interval == Interval(pytest.approx(math.exp(ends.low)), pytest.approx(math.exp(ends.high)))
 
 
 @given(PAIRS)
@@ -199,26 +174,7 @@ def test_paired_t_of_differences_that_do_not_vary():
     assert paired_t([1e-14, 2e-14], [1e-14, 3e-14]).p == pytest.approx(0.5)  # small, but no rounding: t = 1
 
 
-def test_perplexity_ratio_by_hand():
-    a, b = [2, 2, 2], [2, 3, 5]  # d = 0, 1, 3, as above
-    half = 0.8 * math.sqrt(2 / (1 - 0.8**2)) * math.sqrt(7 / 9)
-    found, back = perplexity_ratio(a, b, level=0.8), perplexity_ratio(b, a, level=0.8)
-    assert found.value == pytest.approx(math.exp(10 / 3) / math.exp(2))
-    assert found.interval == Interval(pytest.approx(math.exp(4 / 3 - half)), pytest.approx(math.exp(4 / 3 + half)))
-    assert found.p == pytest.approx(1 - math.sqrt(16 / 30))
-    assert [back.value, back.interval.low, back.interval.high] == pytest.approx(
-        [1 / found.value, 1 / found.interval.high, 1 / found.interval.low]
-    )
-
-
 # Many tests, and tests to come
-
-
-def test_holm_by_hand():
-    # sorted 0.005, 0.01, 0.03, 0.04, times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04, the last no smaller than the one before
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
-    assert holm([0.6, 0.7]) == (1, 1)
-    assert holm([]) == ()
 
 
 @settings(max_examples=10)  # statsmodels collects garbage in every call
@@ -231,11 +187,6 @@ def test_holm_is_its_definition(p_values):
         assert adjusted == pytest.approx(min(1, max(steps))) and adjusted >= p
     assert found == pytest.approx(multipletests(p_values, method="holm")[1])
     assert [a for _, a in sorted(zip(p_values, found, strict=True))] == sorted(found)
-
-
-def test_holm_levels_by_hand():
-    assert holm_levels([0.04, 0.001, 0.03]) == pytest.approx((1 - 0.05 / 2, 1 - 0.05 / 3, 1 - 0.05 / 2))
-    assert holm_levels([0.01, 0.02]) == pytest.approx((1 - 0.05 / 2, 0.95)) and holm_levels([]) == ()
 
 
 def test_intervals_of_holm_levels_decide_as_statsmodels_does():
@@ -257,27 +208,7 @@ def test_detectable_difference_by_hand():
     assert minimum_detectable_difference(0.4 / math.sqrt(1000)) == pytest.approx(0.4 * effect, rel=2e-3)
 
 
-def test_detectable_difference_is_found_that_often():
-    """Two tasks and a true difference of that size: 4,000 experiments, each tested by its own paired error."""
-    sizes, q = {"x": 800, "y": 400}, 0.15
-    delta = minimum_detectable_difference(math.sqrt(sum(q / n for n in sizes.values())) / len(sizes))
-    rng, values = np.random.default_rng(0), np.array([-1, 0, 1])
-    counts = {t: rng.multinomial(n, [(q - delta) / 2, 1 - q, (q + delta) / 2], 4000) for t, n in sizes.items()}
-    means = {t: c @ values / sizes[t] for t, c in counts.items()}
-    variances = {t: (c @ values**2 / sizes[t] - means[t] ** 2) / sizes[t] for t, c in counts.items()}
-    found = np.abs(sum(means.values())) > 1.96 * np.sqrt(sum(variances.values()))
-    assert np.mean(found) == pytest.approx(0.8, abs=0.02)
-
-
 # Timing
-
-
-def test_median_interval_by_hand():
-    samples = [7, 3, 1, 9, 5, 2, 10, 4, 8, 6]
-    # n = 10: P(B < 2) = 11 / 1024 = 0.011 <= 0.025 < P(B < 3) = 56 / 1024, so x_(2) to x_(9)
-    assert median_interval(samples) == Interval(2, 9)
-    assert median_interval(samples, level=0.75) == Interval(3, 8)
-    assert median_interval([2, 2, 2, 2, 2, 2, 2]) == Interval(2, 2)
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
@@ -286,13 +217,6 @@ def test_median_interval_is_the_narrowest_of_its_level(n, level):
     fits = [k for k in range(1, n // 2 + 1) if sum(math.comb(n, i) for i in range(k)) / 2**n <= (1 - level) / 2]
     expected = Interval(max(fits), n + 1 - max(fits)) if fits else Interval(-math.inf, math.inf)
     assert median_interval(np.arange(n, 0, -1), level) == expected
-
-
-def test_ratio_of_medians_is_of_pairs():
-    """Repeats that drift alike: exactly twice as fast, whichever are drawn."""
-    dense = np.array([1, 1.5, 2, 4, 8])
-    assert ratio_of_medians(dense, dense / 2, resamples=999) == Effect(2, Interval(2, 2), 2 / 1000)
-    assert ratio_of_medians(dense, dense) == Effect(1, Interval(1, 1), 1)
 
 
 @pytest.mark.parametrize("level", [0.6, 0.95])
@@ -330,27 +254,10 @@ def test_overlap_is_equation_32(a, b, p):
     assert rank_biased_overlap(b, a, p) == found
 
 
-def test_overlap_by_hand():
-    # agreements 0, 1/2, 2/3, 1, 1 and 1 ever after: 0.1 (0.45 + 0.54 + 0.729 + 0.6561) + 0.59049 = 0.828
-    assert rank_biased_overlap([1, 2, 3, 4, 5], [2, 3, 4, 1, 5]) == pytest.approx(0.828)
-    # p 1/2; [a] and [b, a]: agreement 0 at depth 1; at depth 2 one of two in common, the short list's next expected to
-    # agree as its end did, not at all: 1/2. So 1/2 (0 + 1/2 * 1/2) + 1/4 * 1/2 = 1/4
-    assert rank_biased_overlap("a", "ba", p=0.5) == pytest.approx(1 / 4)
+def test_overlap_at_its_ends():
     assert rank_biased_overlap("abc", "abc") == pytest.approx(1)
-    assert rank_biased_overlap("abc", "xy") == 0
+    assert rank_biased_overlap("abc", "xy") == rank_biased_overlap([], ["mha3"]) == 0
     assert rank_biased_overlap([], []) == 1
-    assert rank_biased_overlap([], ["mha3"]) == rank_biased_overlap(["mha3"], []) == 0
-    assert rank_biased_overlap("abcd", "abdc") > rank_biased_overlap("abcd", "bacd")
-
-
-@given(RANKINGS, RANKINGS.filter(bool))
-def test_overlap_is_the_series_of_lists_that_go_on_agreeing(common, others):
-    """Lists of one length, continued for 2,000 depths by the share of their last agreement: sum (1-p) p^(d-1) A_d."""
-    a, b = [*others, *(-1 - c for c in common)], [*(-1 - c for c in common), *others]
-    agreements = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, len(a) + 1)]
-    agreements += agreements[-1:] * 2000
-    series = sum(0.1 * 0.9**d * agreement for d, agreement in enumerate(agreements))
-    assert rank_biased_overlap(a, b) == pytest.approx(series)
 
 
 def test_jaccard_by_hand():
@@ -385,18 +292,6 @@ def test_stratified_t_of_two_tasks_is_welchs():
         assert found.value == pytest.approx((x.mean() + y.mean()) / 2)
 
 
-def test_stratified_t_agrees_with_signs_turned_at_random():
-    """Without an effect the sign of each difference is arbitrary: all turns are a test without a distribution."""
-    rng = np.random.default_rng(1)
-    a = {"x": rng.random(40), "y": rng.random(160), "z": rng.random(80)}
-    b = {task: scores + rng.normal(0.004, 0.08, len(scores)) for task, scores in a.items()}
-    found, paired = stratified_t(a, b), differences(a, b)
-    turned = np.mean([(d * rng.choice([-1, 1], (20_000, len(d)))).mean(1) for d in paired.values()], axis=0)
-    assert 0.005 < found.p < 0.2
-    assert found.p == pytest.approx(np.mean(np.abs(turned) >= abs(found.value)), abs=0.01)
-    assert found.interval.high - found.interval.low == pytest.approx(2 * 1.97 * average(paired).stderr, rel=0.02)
-
-
 def test_stratified_t_of_differences_that_do_not_vary():
     same = {"x": [0.25, 0.5], "y": [0.5, 0.75]}
     assert stratified_t(same, same) == Effect(0.0, Interval(0.0, 0.0), 1.0)
@@ -408,26 +303,20 @@ def test_stratified_t_of_differences_that_do_not_vary():
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "message"),
+    ("function", "arguments"),
     [
-        (differences, ({"x": [1]}, {"y": [1]}), r"\['x'\] and \['y'\]"),
-        (differences, ({}, {}), "one or more"),
-        (differences, ({"x": [1, 0]}, {"x": [1]}), r"task x: a has shape \(2,\) and b \(1,\)"),
-        (differences, ({"x": []}, {"x": []}), "n >= 1"),
-        (differences, ({"x": [[1], [0]]}, {"x": [[1], [0]]}), r"shape \(2, 1\)"),
-        (paired_bootstrap, ({"x": [1, 0], "y": [1]}, {"x": [1, 0], "y": [0]}), "task y needs at least 2 pairs, not 1"),
-        (stratified_t, ({"x": [1, 0], "y": [1]}, {"x": [1, 0], "y": [0]}), "task y needs at least 2 pairs, not 1"),
-        (holm_levels, ([0.1, 1.5],), "1.5 is no p value"),
-        (paired_t, ([1], [2]), "at least 2 pairs, not 1"),
-        (paired_t, ([1, 2], [1]), "shape"),
-        (ratio_of_medians, ([1], [1]), "at least 2 pairs"),
-        (ratio_of_medians, ([1, 2], [1, 2, 3]), "shape"),
-        (holm, ([0.1, math.nan],), "nan is no p value"),
-        (holm, ([0.1, -0.1],), "-0.1 is no p value"),
-        (holm, ([0.1, 1.5],), "1.5 is no p value"),
-        (rank_biased_overlap, (["mlp2"], ["mha1", "mlp2", "mha1"]), "'mha1' is twice"),
+        (differences, ({"x": [1]}, {"y": [1]})),
+        (differences, ({}, {})),
+        (differences, ({"x": [1, 0]}, {"x": [1]})),
+        (differences, ({"x": []}, {"x": []})),
+        (paired_bootstrap, ({"x": [1, 0], "y": [1]}, {"x": [1, 0], "y": [0]})),
+        (stratified_t, ({"x": [1, 0], "y": [1]}, {"x": [1, 0], "y": [0]})),
+        (paired_t, ([1], [2])),
+        (ratio_of_medians, ([1, 2], [1, 2, 3])),
+        (holm, ([0.1, math.nan],)),
+        (rank_biased_overlap, (["mlp2"], ["mha1", "mlp2", "mha1"])),
     ],
 )
-def test_what_cannot_be_told_is_refused(function, arguments, message):
-    with pytest.raises(InputError, match=message):
+def test_what_has_no_answer_is_refused(function, arguments):
+    with pytest.raises(InputError):
         function(*arguments)

@@ -26,7 +26,7 @@ from blockpruner.params import load_run
 from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.evidence import FIVE, Asked, Row, Subject, read_rows
 from blockpruner.reporting.paper.figures import figures
-from blockpruner.reporting.paper.frames import Table, texts, to_latex, to_markdown
+from blockpruner.reporting.paper.frames import table_of_frame, to_markdown
 from blockpruner.reporting.paper.methods import PAPER_METHODS
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
 from blockpruner.reporting.paper.published import MODELS, read_published
@@ -358,12 +358,11 @@ def test_figures_are_of_what_was_measured(rows):
 def test_a_cell_has_its_number_error_and_interval():
     cells = {"method": "a & b|c", "avg_pct": 47.2, "avg_pct_se": 3.03, "kv_pct": -20.0, "heldout_x": 1234.567}
     frame = pd.DataFrame([cells | {"heldout_x_low": 1.5, "heldout_x_high": 2e3, "piqa": None}])
-    shown = texts(frame).iloc[0].to_dict()
+    table = table_of_frame("t", "A table", frame)
+    shown = dict(zip(table.head, table.texts[0], strict=True))
     assert shown == {"method": "a & b|c", "accuracy, %": "47.2 ± 3.0", "KV cache, %": "−20",
                      "held-out, × dense": "1,234.57 [1.50, 2,000.00]"}  # fmt: skip
     assert to_markdown(frame).splitlines()[2].startswith("| a & b\\|c | 47.2 ± 3.0 |")
-    latex = to_latex(Table("t", "A table", frame))
-    assert r"a \& b|c & 47.2 ± 3.0" in latex and r"\label{tab:t}" in latex and r"accuracy, \%" in latex
 
 
 # docs/

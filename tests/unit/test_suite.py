@@ -17,14 +17,17 @@ from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import Evaluate, Runtime
+from blockpruner.core.settings import Evaluate
 from blockpruner.evaluation import suite, zero_shot
-from blockpruner.evaluation.store import ITEMS, ResultsStore, read_results
+from blockpruner.evaluation.store import ITEMS, ResultsStore
+from blockpruner.evaluation.suite import Checkpoint, InMemory
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_
-from blockpruner.store.files import write_json, write_table
+from blockpruner.store.files import read_json, write_json, write_table
 from blockpruner.store.manifest import manifest, model_identity
-from blockpruner.store.provenance import file_sha256
+from blockpruner.store.plans import load_plan
+from tests.plans import plan_of
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
 
@@ -32,6 +35,7 @@ MASK = parse_mask("mha.0,mlp.2,mha.3,mlp.3")
 TEXT = "The quick brown fox jumps over the lazy dog. " * 6
 TASKS = ("piqa", "winogrande", "arc_easy")
 NOWHERE = {"source": "path", "path": "nowhere"}
+PLAN = plan_of(tiny_model().config.to_dict(), sorted(map(str, MASK)))
 PHASES = ["perplexity", *TASKS, "samples", "speed"]
 
 
@@ -78,7 +82,7 @@ def place(world, tmp_path, monkeypatch):
     return root
 
 
-def evaluate(root, observer, checkpoint="pruned", **changes):
+def evaluate(root, observer, checkpoint="pruned", subject=None, **changes):
     sections = {
         "perplexity": {"seq_len": 40, "max_rows": 3, "data": NOWHERE},
         "zero_shot": {"tasks": TASKS, "limit": 3, "data": {"source": "hub"}},
@@ -86,9 +90,10 @@ def evaluate(root, observer, checkpoint="pruned", **changes):
     }
     changed = {name: section | (changes.get(name) or {}) for name, section in sections.items()}
     settings = Evaluate(**changed | {name: None for name, change in changes.items() if change is None})
-    places = [root / name for name in (checkpoint, "dense", "sources", "out", "store", "timings")]
-    more = {"dtype": changes.get("dtype", "float32"), "trust_remote_code": False, "runtime": Runtime(device="cpu")}
-    return suite.benchmark(*places, settings=settings, observer=observer, **more)
+    dense = Checkpoint(root / "dense", changes.get("dtype", "float32"), "cpu", False)
+    subject = subject(dense) if subject else dense if checkpoint == "dense" else dense.export(root / checkpoint)
+    places = [root / name for name in ("sources", "out", "store")]
+    return suite.benchmark(subject, dense, *places, settings=settings, observer=observer, plan=PLAN)
 
 
 def call_verified(checkpoint):
@@ -118,7 +123,9 @@ def test_results(world):
     assert [step for step in world.observer.steps if step[0] == "perplexity"] == [
         ("perplexity", i, 3, "rows") for i in (1, 2, 3)
     ]
-    assert read_results(world.root / "out", world.root / "timings") == json.loads(json.dumps(results))
+    out = world.root / "out"
+    written = read_json(out / "results.json") | read_json(out / "speed.json")
+    assert written == json.loads(json.dumps(results)) and load_plan(out / "plan.json") == PLAN
     ids = tiny_tokenizer()(f"{TEXT}\n\n{TEXT}")["input_ids"]
     dense = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     with masked(dense, MASK) as model:
@@ -157,16 +164,24 @@ def test_results(world):
     assert list(results["made"]) == PHASES
     for made in results["made"].values():
         assert made["torch"] == version("torch") and (made["device"], made["attention"]) == ("cpu", "sdpa")
-    harness = json.loads((world.root / "out" / "lm_eval.json").read_text())
-    assert list(harness["results"]) == list(harness["versions"]) == list(TASKS)
+    figures = suite.headline(results, PLAN)
+    assert (figures["ratio"], figures["mha_removed"], figures["mlp_removed"]) == (round(PLAN.ratio, 4), 2, 2)
+    assert (figures["kv_cache"], figures["parameters"]) == (0.5, parameters)
+    assert suite.headline(results, None)["kv_cache"] == 1.0
 
 
-def test_results_do_not_say_where_a_function_was_in_memory():
-    parts = [
-        {"configs": {"a": {"doc_to_text": f"<function doc_to_text at {place}>", "x": 1.5}}} for place in ("0x7f", "0x8")
-    ]
-    assert suite._merge(parts[:1]) == suite._merge(parts[1:])
-    assert suite._merge(parts)["configs"]["a"] == {"doc_to_text": "<function doc_to_text>", "x": 1.5}
+def test_a_model_in_memory_gives_what_its_checkpoint_gives(world, place):
+    """Nothing is written of it, and its results are stored under a key of its own."""
+    rows = CalibrationSet(((1, 2, 3, 4),))
+    observer = Recorder()
+    found = evaluate(place, observer, subject=lambda dense: InMemory(dense, PLAN, rows))
+    same = ("parameters", "weight_bytes", "perplexity", "tasks", "average", "chance", "samples")
+    assert {key: found[key] for key in same} == {key: world.results[key] for key in same}
+    assert observer.computed == PHASES and found["formats"] == []
+    assert found["speed"]["dense"]["kv_cache_bytes"] == 2 * found["speed"]["pruned"]["kv_cache_bytes"]
+    again = Recorder()
+    evaluate(place, again, subject=lambda dense: InMemory(dense, PLAN, rows))
+    assert again.cached == PHASES
 
 
 def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch):
@@ -196,11 +211,9 @@ def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
     results = evaluate(place, observer, speed=None)
     assert observer.cached == PHASES[:-1] and observer.overall == [i / 5 for i in range(5)]
     assert results == world.results | {
-        "timing": None,
         "speed": None,
         "made": {name: world.results["made"][name] for name in PHASES[:-1]},
     }
-    assert suite.headline(results).keys() == {*TASKS, "average", "perplexity"}
 
 
 def test_what_does_not_fit_into_memory_is_one_line(tmp_path):
@@ -237,21 +250,6 @@ def test_any_mix_of_tasks(place):
     assert evaluate(place, again, zero_shot={"tasks": tasks, "limit": 2}) == results and not again.computed
     alone = evaluate(place, Recorder(), zero_shot={"tasks": ["wikitext"], "limit": 2})
     assert alone["average"] == {"value": None, "stderr": None}
-
-
-def test_items_of_an_older_entry_are_read(world, place):
-    """As written before there were tasks without choices: in the first columns only, and without a digest.
-
-    What follows from the columns that it has is added without a model."""
-    path = entry_of(place, "task", "piqa")
-    table = path.with_suffix(".parquet")
-    pq.write_table(pq.read_table(table).select(ITEMS.names[:7]), table)
-    entry = json.loads(path.read_text()) | {"items_sha256": file_sha256(table)}
-    del entry["digest"]
-    path.write_text(json.dumps(entry))
-    observer = Recorder()
-    assert evaluate(place, observer) == world.results and not observer.computed
-    assert pq.read_table(place / "out" / "items.parquet").equals(pq.read_table(world.root / "out" / "items.parquet"))
 
 
 def change_text(root):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from blockpruner.core.errors import MissingPackageError
-from blockpruner.evaluation.store import write_timings
 from blockpruner.store.files import write_json
 from blockpruner.store.plans import save_plan
 from flows import tracking
@@ -74,8 +73,7 @@ def built(recorded):
         plan = plan_of(tiny_model().config.to_dict(), [f"mha.{layer}" for layer in range(number)], run="tiny")
         save_plan(plan, tracking.PLANS / name / "plan.json")
         write_json(tracking.METRICS / f"{name}.json", {"perplexity": 20.0 + number, "average": 0.5})
-        write_json(tracking.RESULTS / name / "results.json", {"of": name})
-    write_timings(tracking.TIMINGS, {"of": "tiny-1"}, {"speed": {"speedup_generation": 1.25, "dense": {}}})
+    write_json(tracking.EVIDENCE / "tiny-1" / "speed.json", {"speed": {"speedup_generation": 1.25, "dense": {}}})
     return recorded
 
 

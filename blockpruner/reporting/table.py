@@ -1,0 +1,223 @@
+"""A table of numbers that keep their precision: text for people, CSV for machines, LaTeX for a paper.
+
+Decides how a number and its uncertainty are written. The modules of tables decide which numbers are in which column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pandas import DataFrame
+
+from blockpruner.reporting.formats import number, percent
+from blockpruner.reporting.statistics import Effect, Mean
+
+BLANK = "–"
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value in the unit of its column, with its standard error or interval where it has one."""
+
+    value: float
+    digits: int | None = None
+    """The digits behind the point. Without them, `write` decides."""
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    signed: bool = False
+    """Whether it is a difference, which is written with its sign."""
+    is_p: bool = False
+    write: Callable[[float], str] = number
+    mark: str = ""
+    """The text behind the number."""
+
+    def __str__(self) -> str:
+        text = self._one(self.value)
+        if self.stderr is not None and math.isfinite(self.stderr):
+            text += f" ± {self._one(self.stderr).lstrip('+')}"
+        if self.low is not None and self.high is not None and math.isfinite(self.high - self.low):
+            text += f" [{self._one(self.low)}, {self._one(self.high)}]"
+        return f"{text} {self.mark}".rstrip()
+
+    def _one(self, value: float) -> str:
+        if self.digits is None:
+            return self.write(value)
+        text = f"{value:,.{self.digits}f}"
+        if float(text.replace(",", "")) == 0:
+            return f"< {10**-self.digits:.{self.digits}f}" if self.is_p and value > 0 else text.lstrip("-")
+        return ("+" if self.signed and value > 0 else "") + text.replace("-", "−")
+
+
+Cell = str | Number | None
+
+
+def share(ratio: float) -> Number:
+    """Show a share in per cent without the sign, with two digits."""
+    return Number(100 * ratio, 2)
+
+
+def percentage(ratio: float, digits: int = 1) -> Number:
+    """Show a share with the sign of per cent."""
+    return Number(ratio, write=lambda value: percent(value, digits))
+
+
+def score(found: Mean, digits: int = 1, mark: str = "") -> Number:
+    """Show an accuracy in per cent, ± 1 standard error."""
+    return Number(100 * found.value, digits, 100 * found.stderr, mark=mark)
+
+
+def points(found: Mean | Effect) -> Number:
+    """Show a difference of accuracies in points, with its interval."""
+    return Number(100 * found.value, 1, low=100 * found.interval.low, high=100 * found.interval.high, signed=True)
+
+
+def factor(found: Effect) -> Number:
+    """Show a quotient with its interval."""
+    return Number(found.value, 3, low=found.interval.low, high=found.interval.high)
+
+
+def p_value(p: float) -> Number:
+    return Number(p, 4, is_p=True)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column."""
+
+    key: str
+    """The name in the CSV."""
+    title: str
+    """The title for people, with the unit."""
+
+
+def columns_of(**titles: str) -> tuple[Column, ...]:
+    return tuple(Column(key, title) for key, title in titles.items())
+
+
+@dataclass(frozen=True)
+class Field(Column, Generic[Row]):
+    """A column together with what it shows of each row's value."""
+
+    of: Callable[[Row], Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a cell for each column in each row. A cell of which nothing is known is None."""
+
+    kind: ClassVar = "table"
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+    """The sentences under the table."""
+    strong: frozenset[int] = frozenset()
+    """The indices of the rows to stress."""
+    folded: bool = False
+    """Whether a page shows it only on request."""
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows), self.name
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        return tuple(column.title for column in self.columns)
+
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """The rows as people read them."""
+        return [tuple(BLANK if cell is None else str(cell) for cell in row) for row in self.rows]
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Whether a column holds numbers, which are set right."""
+        return tuple(any(isinstance(row[i], Number) for row in self.rows) for i in range(len(self.columns)))
+
+    @property
+    def frame(self) -> DataFrame:
+        """The values at full precision; errors and ends of intervals have columns of their own."""
+        found: dict[str, list[Any]] = {}
+        for index, column in enumerate(self.columns):
+            cells = [row[index] for row in self.rows]
+            for suffix, part in PARTS.items():
+                own = [getattr(cell, part) if isinstance(cell, Number) else None if suffix else cell for cell in cells]
+                if not suffix or any(value is not None for value in own):
+                    found[column.key + suffix] = own
+        return DataFrame(found, dtype=object)
+
+
+PARTS: Mapping[str, str] = {"": "value", "_se": "stderr", "_low": "low", "_high": "high"}
+"""What a data frame has of a number, by the end of the column's name."""
+
+
+def table_of(
+    name: str,
+    title: str,
+    fields: Sequence[Field[Row]],
+    rows: Iterable[Row],
+    notes: Sequence[str] = (),
+    strong: Callable[[Row], bool] = lambda row: False,
+    folded: bool = False,
+) -> Table:
+    """Make a table with one row of cells for each value."""
+    rows = tuple(rows)
+    cells = tuple(tuple(field.of(row) for field in fields) for row in rows)
+    stressed = frozenset(i for i, row in enumerate(rows) if strong(row))
+    return Table(name, title, tuple(fields), cells, tuple(notes), stressed, folded)
+
+
+def to_csv(table: Table | DataFrame) -> str:
+    """Write all numbers at full precision, and None as nothing."""
+    frame = table.frame if isinstance(table, Table) else table
+    return str(frame.to_csv(index=False, lineterminator="\n"))
+
+
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "−": "$-$",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "≥": r"$\geq$",
+        "≈": r"$\approx$",
+        "→": r"$\rightarrow$",
+        "–": "--",
+        "’": "'",
+    }
+)
+
+
+def escape_latex(text: str) -> str:
+    return text.translate(LATEX)
+
+
+def to_latex(table: Table) -> str:
+    """Write a `table` for a document with the package booktabs. Texts are set left, numbers right."""
+
+    def cell(text: str, row: int) -> str:
+        return f"\\textbf{{{escape_latex(text)}}}" if row in table.strong and text else escape_latex(text)
+
+    rows = [[cell(text, i) for text in row] for i, row in enumerate(table.texts)]
+    text = DataFrame(rows, columns=[column.key for column in table.columns], dtype=object).to_latex(
+        index=False,
+        escape=False,
+        header=[escape_latex(title) for title in table.head],
+        column_format="".join("r" if is_number else "l" for is_number in table.numeric),
+        caption=escape_latex(table.title),
+        label=f"tab:{table.name}",
+    )
+    notes = "".join(f"\\par\\footnotesize {escape_latex(note)}\n" for note in table.notes)
+    begin, end = "\\begin{table}\n", "\\end{table}"
+    return str(text).replace(begin, begin + "\\centering\\small\n").replace(end, notes + end)
