@@ -27,9 +27,9 @@ OF_TARGETS = ("plans", "compensated", "trained", "checkpoints")
 KEPT = {
     **{f"{kind}/tiny": True for kind in OF_RUNS},
     **{f"{kind}/{name}": False for kind in OF_RUNS for name in ("old", "small")},
-    **{f"{kind}/{name}": True for kind in (*OF_TARGETS, "results") for name in TARGETS},
+    **{f"{kind}/{name}": True for kind in (*OF_TARGETS, "evidence") for name in TARGETS},
     **{f"{kind}/{name}": False for kind in OF_TARGETS for name in ("old.bad", "tiny")},
-    "results/tiny-dense": True, "results/tiny-search": False, "results/old-dense": False, "results/tiny": False,
+    "evidence/tiny-dense": True, "evidence/tiny-search": False, "evidence/old-dense": False, "evidence/tiny": False,
     "tables/ours": True, "tables/others": False,
 }  # fmt: skip
 """Folders of outputs: whether params.yaml names them."""
