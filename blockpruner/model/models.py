@@ -34,18 +34,13 @@ AutoModelForCausalLM.register(blockpruned.BaichuanConfig, blockpruned.BaichuanFo
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of `runtime.device`, which this process holds from now on.
-
-    "auto" is one that no other process of ours holds (`accelerator.own`), or the CPU; "split" begins at the first one.
-    """
+    """The device of `runtime.device`: "auto" is the first one, or the CPU; "split" begins at the first one."""
     here = accelerator.devices()
     if device == "auto":
-        return accelerator.own() if here else torch.device("cpu")
+        return here[0] if here else torch.device("cpu")
     if device == "split":
         if not here:
             raise InputError("runtime.device 'split' needs CUDA devices, and there is none here; use auto")
-        for each in here:
-            accelerator.claim(each)
         return here[0]
     try:
         found = torch.device(device)
@@ -58,7 +53,6 @@ def resolve_device(device: str) -> torch.device:
     found = torch.device(found.type, found.index or 0)
     if found not in here:
         raise InputError(f"runtime.device {device!r} is not here: {len(here)} CUDA devices; use auto")
-    accelerator.claim(found)
     return found
 
 

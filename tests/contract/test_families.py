@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from blockpruner.checkpoints.zeroed import zero_
 from safetensors.torch import load_file, save_file
 
 from blockpruner.checkpoints.hf import save_pruned
@@ -134,17 +133,6 @@ def test_a_pruned_model_can_be_exported_by_torch(family):
     with torch.no_grad():
         exported = torch.export.export(pruned, args=(), kwargs=inputs).module()
         assert (exported(**inputs).logits - pruned(**inputs).logits).abs().max() <= 1e-4
-
-
-@families
-@masks
-def test_zeroed_equals_masked(family, mask):
-    model, removed = tiny_model(family, dtype=torch.float32), parse_mask(mask)
-    with masked(model, removed):
-        expected, tokens = model(IDS).logits, generate(model)
-    zero_(model, removed)
-    assert (model(IDS).logits - expected).abs().max() <= 1e-5
-    assert torch.equal(generate(model), tokens)
 
 
 @families

@@ -32,8 +32,7 @@ from blockpruner.scoring.large import streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
 from tests.plans import fetch
-from tests.unit.test_engine import make_rows, score_all, sweep
-from tests.unit.test_streaming import LiveBytes
+from tests.unit.test_engine import LiveBytes, make_rows, score_all, sweep
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 48, 40, 90
 IDS = torch.randint(1, VOCABULARY, (11,), generator=torch.Generator().manual_seed(2))
