@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
-from blockpruner.core.errors import DeviceMemoryError, InputError
+from blockpruner.core.errors import DeviceMemoryError, InputError, extra
 from blockpruner.core.families import FAMILIES, Family
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
@@ -193,13 +193,10 @@ def usable(attention: str) -> Iterator[None]:
 
 def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, torch.device]:
     """Which device each part of a model goes to, if all devices share it; a tenth of each stays free."""
-    try:
+    with extra("split"):
         from accelerate import infer_auto_device_map
         from accelerate.utils import get_balanced_memory
-    except ImportError as error:
-        raise InputError(
-            "runtime.device 'split' needs the package accelerate; pip install 'blockpruner[split]', or use one device"
-        ) from error
+
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
