@@ -94,7 +94,7 @@ def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
         try:
             path = Path(hf_hub_download(model.repo, "config.json", revision=revision))
         except Exception as error:  # as in `hub`
-            raise hub_error(model.repo, error, "model") from error
+            raise hub_error(model.repo, error) from error
     config: dict[str, Any] = read_json(path)
     FAMILIES[config["model_type"]]
     return config
@@ -240,7 +240,7 @@ def _download(model: HubModel, directory: Path) -> None:
             ignore_patterns=list(OTHER_LAYOUTS), local_dir=directory,
         )  # fmt: skip
     except Exception as error:  # as in `hub`
-        raise hub_error(model.repo, error, "model") from error
+        raise hub_error(model.repo, error) from error
     shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 

@@ -112,7 +112,7 @@ def test_the_wheel_holds_the_library_its_licence_and_its_types(built):
 
 def test_the_command_prunes_and_transformers_alone_loads_the_result(run, tmp_path):
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("blockpruner", "--version"))
-    options = ["--ratio", "0.2", "--texts", "calibration.txt", "--seq-len", 32, "--method", "blockpruner"]
+    options = ["--budget", "0.2", "--texts", "calibration.txt", "--seq-len", 32, "--method", "blockpruner"]
     assert "4 MHA + 4 MLP" in run("blockpruner", "prune", "model", *options, "--dry-run")
     run("blockpruner", "prune", "model", *options, "--out", "pruned")
     parameters, rows = map(int, run("python", "-c", LOAD).split())

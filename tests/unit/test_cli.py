@@ -427,13 +427,17 @@ def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch)
     missing = "there is no folder 'modles/tiny' here, and hub repository 'modles/tiny' cannot be used: HF_HUB_OFFLINE"
     for words in (prune("modles/tiny"), ("chat", "modles/tiny"), ("apply", "modles/tiny", "p", "--out", "o")):
         code, _, err = say(*words)
-        assert code == 2 and missing in err and err.endswith("or use a folder of this machine\n")
+        assert code == 2 and missing in err and err.endswith("or use a folder or file of this machine\n")
     for words in (prune("absent.gguf"), ("chat", "texts.txt")):
         code, _, err = say(*words)
         assert code == 2 and "single files are not read; give a folder with config.json, safetensors" in err
     save_tiny(place / "odd")
     code, _, err = say("prune", "odd", "--ratio", 0.3)
-    assert code == 2 and "'tatsu-lab/alpaca' cannot be used" in err and err.endswith("or use --texts FILE\n")
+    assert (
+        code == 2
+        and "'tatsu-lab/alpaca' cannot be used" in err
+        and err.endswith("or use a folder or file of this machine\n")
+    )
     (place / "odd/config.json").write_text('{"model_type": "rnn"}')
     code, _, err = say(*prune("odd"))
     assert code == 2 and "'rnn' is unknown; valid: " in err

@@ -354,5 +354,5 @@ def test_texts(tmp_path):
     parts = [{"source": "path", "path": str(tmp_path / name), "format": form} for name, form in names.items()]
     mix = MixedTexts.model_validate({"source": "mix", "of": parts})
     assert load_texts(mix, tmp_path, tmp_path) == [first, second, "Yes."]
-    with pytest.raises(InputError, match=r"no column text \(it has instruction, input, output\)"):
+    with pytest.raises(InputError, match=r"record 0, has no text text \(it has instruction, input, output\)"):
         parse_texts(json.dumps(records).encode(), "x.json", "text")
