@@ -25,11 +25,9 @@ from blockpruner.model import models
 from blockpruner.model.modeling_blockpruned import BaichuanConfig, BaichuanForCausalLM, alibi_slopes
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large import streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
-from blockpruner.scoring.work import Task
 from tests.plans import fetch
-from tests.unit.test_engine import LiveBytes, make_rows, score_all, sweep
+from tests.unit.test_engine import make_rows, score_all, sweep
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 48, 40, 90
 IDS = torch.randint(1, VOCABULARY, (11,), generator=torch.Generator().manual_seed(2))
@@ -260,18 +258,6 @@ def test_streaming_of_mixed_dtypes(tmp_path, form):
     assert streamed == score_all(Engine(load_model(directory, "bfloat16", "cpu"), 20), sweep(), rows)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_plan_bounds_the_biases_of_long_rows(tmp_path, dtype):
-    config, tensors = original("2-13B", 6, model_max_length=900)
-    directory = fetched(tmp_path, config, tensors, dtype=getattr(torch, dtype))
-    engine = StreamingEngine(directory, dtype, device="cpu", batch_tokens=900)
-    rows = [[token % VOCABULARY for token in row] for row in make_rows([900])]
-    with LiveBytes() as live:
-        list(engine.run([Task(range(1), (parse_mask("mha.1"),))], rows))
-    planned = engine.plan.needed - streaming.SCRATCH_BYTES
-    assert planned / 3 <= live.most <= planned
-
-
 @pytest.mark.usefixtures("in_process")
 def test_whole_layers_ship_the_modelling_file(tmp_path):
     """What is left is no block-pruned model, but transformers has no Baichuan either."""
@@ -308,9 +294,6 @@ def test_flash_attention_is_refused(tmp_path, monkeypatch):
     message = r"runtime\.attention 'flash_attention_2' cannot be used here: .* support Flash .*; use auto"
     with pytest.raises(InputError, match=message):
         load_model(directory, "bfloat16", "cpu", attention="flash_attention_2")
-    monkeypatch.setattr(weights, "kernel_options", models.kernel_options)
-    with pytest.raises(InputError, match=message):
-        StreamingEngine(directory, "bfloat16", device="cpu", attention="flash_attention_2")
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------

