@@ -448,10 +448,6 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
 def _fail(error: InputError) -> NoReturn:
     option = error.key.rpartition(".")[2]
     named = f"{error} (here: --{option.replace('_', '-')})" if option in OPTIONS else str(error)
-    from blockpruner.inputs.hub import ANOTHER
-
-    for kind, given in (("model", "a folder of this machine"), ("dataset", "--texts FILE")):
-        named = named.replace(ANOTHER[kind], given)
     print(f"error: {named}", file=sys.stderr)
     sys.exit(2)
 
