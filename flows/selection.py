@@ -8,7 +8,6 @@ decided by the stage score.
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from blockpruner.core.budgets import read_budget
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import Frozen
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.params import load_params, load_run
@@ -189,12 +188,6 @@ def _with(
 
 def _checked(text: str) -> str:
     """The text of params.yaml; raises InputError if it is not valid."""
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / PARAMS
-        draft.write_text(text, encoding="utf-8")
-        try:
-            load_params(draft)
-        except InputError as error:
-            message = f"{str(error).replace(str(draft), str(PARAMS))}; {PARAMS} is unchanged"
-            raise InputError(message, rule=error.rule, key=error.key, value=error.value) from None
+    with named(f"{PARAMS} is unchanged: "):
+        load_params(PARAMS, text)
     return text

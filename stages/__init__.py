@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,15 @@ from blockpruner.core.errors import InputError
 from blockpruner.params import load_params, load_sections
 from blockpruner.settings import Sections, Target
 from blockpruner.store import provenance
+from blockpruner.store.files import write_json
 from blockpruner.store.provenance import file_sha256
 
 DATA = Path("data")
 CACHE = DATA / "cache"
 SETTINGS = DATA / "settings"
+FAILED = "failed.json"
+"""What a stage leaves in the place of the evidence of a target that it could not make."""
+
 PINS = Path("runs/pins.json")
 
 _GIVEN: list[tuple[str, Any, Callable[[], Any]]] = []
@@ -47,11 +52,20 @@ def run(stage: str, main: Callable[[str], object]) -> None:
         path = DATA / "provenance" / f"{stage}{'@' if item else ''}{item}.json"
         provenance.record(path, inputs, commit, time.monotonic() - started)
     except InputError as error:
+        _leave_reason(stage, item, str(error))
         print(f"error in stage {name}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"stage {name} interrupted; what is finished is kept: run again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave_reason(stage: str, item: str, reason: str) -> None:
+    """Write why a target, or each of a run, was not measured, where its evidence belongs; `tables` shows it."""
+    with suppress(InputError):
+        targets = load_params().targets
+        for name in (name for name, target in targets.items() if item in (name, target.run)):
+            write_json(DATA / "evidence" / name / FAILED, {"stage": stage, "reason": reason})
 
 
 class _Read:

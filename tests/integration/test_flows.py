@@ -20,16 +20,16 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from blockpruner import params as params_module
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_params
 from blockpruner.settings import Target
 from flows import dvc, serve
 from flows import prune as prune_module
 from flows.new_model import NewModel, add, new_model
-from flows.paper import Study, paper
+from flows.paper import paper
 from flows.prune import main, prune
-from flows.selection import Selection, choose
+from flows.selection import Selection, choose, choose_study
+from tests import forking
 from tests.errors import refused
 from tests.integration.project import post
 from tests.ports import free_port
@@ -143,7 +143,8 @@ def project(template, tmp_path, home, monkeypatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(home))
     monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    forking.ready()
+    monkeypatch.setenv("PYTHONPATH", f"{forking.STARTS}{os.pathsep}{ROOT}")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     yield folder
     Path("hold").unlink(missing_ok=True)
@@ -294,25 +295,25 @@ def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_worksp
 
 
 def test_a_study_makes_its_targets_and_tables_once(project, server, monkeypatch):
-    targets = {"mine": Target(run="smollm2", budget="3blocks"), "smollm2-b2": Target(run="smollm2", budget="0.02")}
-    study = SimpleNamespace(runs=("smollm2",), targets=targets)
-    monkeypatch.setattr(params_module, "load_study", lambda name: study, raising=False)
-    state, started = run_flow(server, paper, Study(name="one"))
+    targets = {"mine": {"run": "smollm2", "budget": "3blocks"}, "smollm2-b2": {"run": "smollm2", "budget": "0.02"}}
+    study = {"title": "One", "runs": ["smollm2"], "targets": targets}
+    Path("studies").mkdir()
+    Path("studies/one.yaml").write_text(yaml.safe_dump(study))
+    state, started = run_flow(server, paper, "one")
     assert state.is_completed(), state.message
     assert started == ["fetch smollm2", "score smollm2", "commit mine", "commit smollm2-b2", "tables one"]
-    assert load_params().targets["mine"] == targets["mine"] and load_params().studies == ("one",)
+    assert load_params().targets["mine"] == Target(**targets["mine"]) and load_params().studies == ("one",)
     with monkeypatch.context() as patch:
         patch.setattr(dvc, "repro", None)  # dvc is not even started
-        state, started = run_flow(server, paper, Study(name="one", publish=True))
+        state, started = run_flow(server, paper, "one", True)
     assert started == [] and state.message == "5 stages: 0 run, 5 cached"
     page = Path("docs/results.md").read_text()
     assert "python -m flows.paper --study one --publish" in page and page.endswith("\n\n![a](results/a.png)")
     assert "# title" not in page and Path("docs/results/a.png").exists()
-    study.targets = {"mine": Target(run="smollm2", budget="4blocks")}
-    state, started = run_flow(server, paper, Study(name="one"))
-    assert (
-        state.name == "Refused" and "target 'mine' exists as {'run': 'smollm2', 'budget': '3blocks'}" in state.message
-    )
+    targets["mine"]["budget"] = "4blocks"
+    Path("studies/one.yaml").write_text(yaml.safe_dump(study))
+    with refused("target-taken"):
+        choose_study("one")
 
 
 def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.utils import logging
 
 from benchmarks import memory, parity
@@ -119,10 +120,9 @@ def scored(metric):
 
 def compensated(method):
     def change(model):
-        found = compensate(
-            model, plan_of(model.config.to_dict(), ["mha.1", "mlp.0"]), LONG, 2, method, SilentObserver()
-        )
-        return [*found.report["perplexity"].values(), *(weight.sum().item() for weight in found.weights.values())]
+        plan = plan_of(model.config.to_dict(), ["mha.1", "mlp.0"])
+        weights, facts = compensate(model, plan, LONG, 2, method, SilentObserver())
+        return [*facts["perplexity"].values(), *(weight.sum().item() for weight in weights.values())]
 
     return change
 
@@ -219,15 +219,13 @@ def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights
     job = replace(
         pruning(dense, plan, dtype), device="cpu", healed=replace(start, of=pruning(dense, plan, dtype).identity)
     )
-    found, _ = train_module.train(job, wanted, rows, states=tmp_path / "states", **more)
-    found = {name: weight.cpu() for name, weight in found.items()}
+    train_module.write_trained(tmp_path / "out", job, wanted, rows, states=tmp_path / "states", **more)
+    found = load_file(tmp_path / "out/weights.safetensors")
     student, teacher = prune_(load_model(dense, dtype, "cpu"), plan.mask), load_model(dense, dtype, "cpu")
     before = parameter_digests(student)
     load_healed_(student, start.path)
-    by_hand = train_(
-        student, rows, wanted, teacher=teacher, states=tmp_path / "by hand", **more,
-    )  # fmt: skip
-    expected = {name: weight.cpu() for name, weight in changed_weights(by_hand.model, before, plan).items()}
+    train_(student, rows, wanted, teacher=teacher, states=tmp_path / "by hand", **more)
+    expected = {name: weight.cpu() for name, weight in changed_weights(student, before, plan).items()}
     shares = weights == "lora" and dtype != "float16"
     assert met == [before.keys() - {"model.norm.weight"} if shares else set()]
     assert found.keys() == expected.keys()

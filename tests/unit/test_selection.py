@@ -101,13 +101,13 @@ def test_added_run_and_target_keep_comments(project):
 
 
 def test_names_of_targets_hold_no_dot():
-    assert target_name("smollm2", "0.07", {"compensate": "refit", "recover": True}) == "smollm2-b7-refit-trained"
+    assert target_name("smollm2", "0.07", {"compensate": "refit", "train": True}) == "smollm2-b7-refit-trained"
     assert target_name("qwen1.5-7b", "0.335", {}) == "qwen1_5-7b-b33_5"
 
 
 def test_healed_targets_are_added_beside_the_plain_ones(project):
     run = Path("runs/smollm2.yaml")
-    run.write_text(f"{run.read_text()}\nrecover: {{data: {{source: path, path: texts.parquet}}}}\n")
+    run.write_text(f"{run.read_text()}\ntrain: {{data: {{source: path, path: texts.parquet}}}}\n")
     options = [{}, {"compensate": "scale"}, {"train": True}, {"compensate": "none", "train": True}]
     names = ["", "-scale", "-trained", "-none-trained"]
     for option, name in zip(options, names, strict=True):
@@ -149,11 +149,11 @@ def new(**changes):
         ({"more": {"evaluate": {"zero_shot": {"data": {"source": "path", "path": "/tmp"}}}}}, "path '/tmp' leads out"),
         ({"more": {"calibration": {"data": {"source": "mix", "of": [{"path": "/tmp"}]}}}}, "path '/tmp' leads out"),
         ({"more": {"model": {"trust_remote_code": "yes"}}}, "trust_remote_code: a form cannot allow it"),
-        ({"more": {"score": {"units": "layer"}}}, r"runs/mine.yaml: unknown key 'score.units'"),
-        ({"method": "best"}, "method 'best' is unknown; valid: recommended, blockpruner, "),
+        ({"more": {"score": {"units": "layer"}}}, "runs/mine.yaml: score.units: "),
+        ({"method": "best"}, "method 'best' is unknown"),
         ({"name": "smollm2"}, "runs/smollm2.yaml is there and has other settings; choose another name"),
         ({"budgets": ["a lot"]}, "budget 'a lot' is not valid"),
-        ({"train": True, "more": {"recover": None}}, "has recover: true"),
+        ({"train": True, "more": {"train": None}}, "train: true"),
     ],
 )
 def test_what_a_form_may_not_ask_for_is_refused_and_nothing_written(project, changes, message):

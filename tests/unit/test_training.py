@@ -1,7 +1,6 @@
 """Training against LoRA, AdamW and the loss written out here in plain torch, and against itself after a kill."""
 
 import math
-from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -117,8 +116,7 @@ def test_three_steps_of_lora_and_adamw_by_hand(tmp_path, family):
         losses.append(loss.item())
     assert clipped
     found = train(model, tmp_path / "all", recipe)
-    assert found.losses == pytest.approx(losses, abs=1e-6)  # the Trainer adds them as float32
-    assert found.model is model
+    assert found["losses"] == pytest.approx(losses, abs=1e-6)  # the Trainer adds them as float32
     for name, weight in model.state_dict().items():
         layer = name.removesuffix(".weight")
         expected = base[name] + (10 / 3 * B[layer] @ A[layer]).detach() if layer in A else base[name]
@@ -132,12 +130,12 @@ def test_rows_are_seen_once_an_epoch_in_a_seeded_order(tmp_path):
     recipe = changed(learning_rate=1e-30, batch=1, accumulation=1, epochs=2)
     orders = []
     for seed in (1, 9):  # the generator's seed is the sum of seed and epoch
-        losses = train(pruned(), tmp_path / str(seed), recipe.model_copy(update={"seed": seed}), rows).losses
+        losses = train(pruned(), tmp_path / str(seed), recipe.model_copy(update={"seed": seed}), rows)["losses"]
         for epoch in (losses[:7], losses[7:]):
             assert sorted(epoch) == pytest.approx(sorted(nll))
         orders += [losses[:7], losses[7:]]
     assert len(set(orders)) == 4
-    by_two = train(pruned(), tmp_path / "two", recipe.model_copy(update={"seed": 1, "accumulation": 2}), rows).losses
+    by_two = train(pruned(), tmp_path / "two", recipe.model_copy(update={"seed": 1, "accumulation": 2}), rows)["losses"]
     expected = [*zip(orders[0][::2], [*orders[0][1::2], None], strict=True)]
     assert by_two[:4] == pytest.approx([a if b is None else (a + b) / 2 for a, b in expected])
 
@@ -236,7 +234,7 @@ def test_what_is_distilled_comes_closer_to_the_dense_model(tmp_path):
     teacher, model = tiny_model(), pruned()
     recipe = changed(weights="all", distill=1.0, epochs=15, learning_rate=0.01)
     found = train(model, tmp_path, recipe, teacher=teacher, validation=ROWS)
-    kl = [validation.loss for validation in found.validations]
+    kl = [validation["loss"] for validation in found["validations"]]
     assert kl[-1] < 0.5 * kl[0]
     ids = torch.tensor([ROWS.rows[3]])
     before, after, goal = (each(ids).logits.log_softmax(-1) for each in (pruned(), model, teacher))
@@ -282,12 +280,12 @@ def test_the_state_that_is_best_on_held_out_rows_is_kept(tmp_path, weights):
     recipe = changed(weights=weights, epochs=8, learning_rate=0.02, validate_every=2)
     model = pruned()
     found = train(model, tmp_path, recipe, CalibrationSet(ROWS.rows[:2]), validation=CalibrationSet(ROWS.rows[2:]))
-    assert [each.step for each in found.validations] == [0, 2, 4, 6, 8]
+    assert [each["step"] for each in found["validations"]] == [0, 2, 4, 6, 8]
     nll = sum(full_nll(model, row) for row in ROWS.rows[2:]) / 2
-    best = min(found.validations, key=lambda each: each.nll)
-    assert (found.step, best.nll) == (best.step, pytest.approx(nll, abs=1e-6))
+    best = min(found["validations"], key=lambda each: each["nll"])
+    assert (found["step"], best["nll"]) == (best["step"], pytest.approx(nll, abs=1e-6))
     start = sum(full_nll(pruned(), row) for row in ROWS.rows[2:]) / 2
-    assert found.validations[0].nll == pytest.approx(start, abs=1e-6) and nll <= start + 1e-9
+    assert found["validations"][0]["nll"] == pytest.approx(start, abs=1e-6) and nll <= start + 1e-9
 
 
 @pytest.mark.parametrize("weights", ["lora", "all"])
@@ -298,7 +296,7 @@ def test_what_does_not_get_better_is_left_as_it_was(tmp_path, monkeypatch, weigh
     model, watch = pruned(dtype=dtype), Watch()
     recipe = changed(weights=weights, validate_every=1)
     found = train(model, tmp_path, recipe, validation=ROWS, observer=watch)
-    assert found.step == 0 and len(found.validations) == 4
+    assert found["step"] == 0 and len(found["validations"]) == 4
     assert "never fell: the weights are left as they were" in watch.summary
     before = weights_of(pruned(dtype=dtype))
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
@@ -331,7 +329,7 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch, dtype, cha
     watch = Watch()
     torch.rand(5)  # the order of the rows is not the process's
     found = train(model, tmp_path / "killed", recipe, observer=watch, **given)
-    assert replace(found, model=None) == replace(expected, model=None)
+    assert found == expected
     assert watch.steps == 2 and "goes on after step 4" in watch.notes[0]
     assert {path.name for path in tmp_path.iterdir()} == {"killed", "undisturbed"}
     for name, weight in weights_of(model).items():
