@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
 from blockpruner.params import load_params, load_sections
 from blockpruner.settings import Sections, Target
 from blockpruner.store import provenance
 from blockpruner.store.files import write_json
+from blockpruner.store.plans import load_plan
 from blockpruner.store.provenance import file_sha256
 
 DATA = Path("data")
 CACHE = DATA / "cache"
 SETTINGS = DATA / "settings"
-FAILED = "failed.json"
-"""What a stage leaves in the place of the evidence of a target that it could not make."""
-
 PINS = Path("runs/pins.json")
 
 _GIVEN: list[tuple[str, Any, Callable[[], Any]]] = []
@@ -62,6 +61,8 @@ def run(stage: str, main: Callable[[str], object]) -> None:
 
 def _leave_reason(stage: str, item: str, reason: str) -> None:
     """Write why a target, or each of a run, was not measured, where its evidence belongs; `tables` shows it."""
+    from blockpruner.reporting.paper.evidence import FAILED  # loads much
+
     with suppress(InputError):
         targets = load_params().targets
         for name in (name for name, target in targets.items() if item in (name, target.run)):
@@ -89,6 +90,11 @@ class _Read:
 def sections(run: str) -> Sections:
     """The settings of a run. A section is checked against its file when it is read and when the stage ends."""
     return cast(Sections, _Read(run))
+
+
+def kept_plan(name: str) -> Plan:
+    """The plan of a target that the stage compensate keeps."""
+    return load_plan(DATA / "compensated" / name / "plan.json")
 
 
 def target(name: str) -> Target:

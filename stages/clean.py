@@ -3,8 +3,8 @@
     python -m stages.clean            lists; deletes nothing
     python -m stages.clean delete     deletes what is listed as unused
 
-Not part of the DAG: run it by hand. An output is in use if the DAG writes it for a name in params.yaml. What Git keeps is
-left alone. Files that were set aside (`.bad`), and temporary files older than a day, are never in use. The stores
+Not part of the DAG: run it by hand. An output is in use if the DAG writes it for a name in params.yaml. What Git keeps
+is left alone. Files that were set aside (`.bad`), and temporary files older than a day, are never in use. The stores
 data/trials, data/evaluations, data/cache and data/adapters are safe to delete as a whole, and cost only the time to
 compute or download again. DVC's own cache is cleaned by `dvc gc`.
 """

@@ -1,6 +1,5 @@
 """A scoring process killed at any moment, an orphan beside it, damaged files: the same tables in the end."""
 
-import fcntl
 import itertools
 import os
 import random
@@ -16,6 +15,7 @@ import pytest
 import stages
 from blockpruner.store import provenance
 from blockpruner.store.files import TEMPORARY
+from blockpruner.store.locks import hold
 from stages import commit
 from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables
 from tests.power import forked
@@ -45,7 +45,7 @@ def calibrated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated")
     project = make_project(folder, BUDGET, num_samples=60, seed=46)  # no row twice: one would be scored for both
     set_targets(project, BUDGET, batch_tokens=BATCH_TOKENS)
-    for name in ("fetch", "calibrate"):
+    for name in ("settings", "fetch", "calibrate"):
         succeed(project, name)
     return project
 
@@ -182,11 +182,7 @@ def test_a_second_process_waits_and_reuses(project, undisturbed):
     """Held here as an orphaned scoring process would hold it: the stage names it, waits, then goes on."""
     shutil.copytree(undisturbed / "data/trials", project / "data/trials")
     (path,) = (project / "data/trials").glob("*.lock")
-    with open(path, "r+") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        handle.truncate(0)
-        handle.write("process 4711 on node7\n")
-        handle.flush()
+    with hold(path, "process 4711 on node7", pytest.fail):
         process = subprocess.Popen(SCORE, cwd=project, env=environment(), stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == (
             "process 4711 on node7 computes the same trials; waiting for it, then reusing them\n"

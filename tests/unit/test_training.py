@@ -78,48 +78,75 @@ class Watch(SilentObserver):
 # --- the training itself --------------------------------------------------------------------------------------
 
 
+def steps_by_hand(parameters, loss_of):
+    """Three steps of AdamW without decay, gradients clipped to norm 1, lr (1 - k/3); changes the parameters in place.
+
+    Returns:
+        The losses, and how often the gradient was clipped.
+    """
+    m, v = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    losses, clipped = [], 0
+    for k in range(3):
+        loss = loss_of()
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
+        clipped += norm > 1
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+                g = g * min(1.0, 1.0 / (norm + 1e-6))
+                m[i] = 0.9 * m[i] + 0.1 * g
+                v[i] = 0.999 * v[i] + 0.001 * g**2
+                up, down = m[i] / (1 - 0.9 ** (k + 1)), (v[i] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8
+                p -= 2e-3 * (1 - k / 3) * up / down
+        losses.append(loss.item())
+    return losses, clipped
+
+
+ALL_AT_ONCE = {"batch": 3, "accumulation": 2}  # a step takes all rows, so that no order is assumed; a short last batch
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_three_steps_of_lora_and_adamw_by_hand(tmp_path, family):
-    """W + alpha/r B A, mean over rows of the row's mean NLL, clipping to norm 1, AdamW without decay, lr (1 - k/K).
+    """W + alpha/r B A, mean over rows of the row's mean NLL.
 
-    Every step takes all rows, so that no order is assumed. The start of A is that of a run of one step, whose
-    gradient for A is zero since B starts at zero.
+    The start of A is that of a run of one step, whose gradient for A is zero since B starts at zero.
     """
-    recipe = changed(batch=3, accumulation=2)  # a short last batch; rows of four lengths
-    assert len(ROWS.rows) <= recipe.batch * recipe.accumulation
+    recipe = changed(**ALL_AT_ONCE)
     train(pruned(family), tmp_path / "one", recipe.model_copy(update={"epochs": 1}))
     start = {name: a for name, (a, _) in adapters_of(tmp_path / "one", pruned(family)).items()}
     model = pruned(family)
     base = weights_of(model)
     A = {name: a.clone().requires_grad_() for name, a in start.items()}
     B = {name: torch.zeros(base[f"{name}.weight"].shape[0], 3, dtype=torch.float64).requires_grad_() for name in A}
-    parameters = [*A.values(), *B.values()]
-    m, v = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    losses, clipped = [], 0
-    for k in range(3):
+
+    def loss():
         merged = base | {f"{name}.weight": base[f"{name}.weight"] + 10 / 3 * B[name] @ A[name] for name in A}
-        loss = 0.0
+        found = 0.0
         for row in ROWS.rows:
             logits = functional_call(model, merged, (torch.tensor([row]),), {"use_cache": False}).logits[0, :-1]
-            picked = logits.log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])
-            loss = loss - picked.mean() / len(ROWS.rows)
-        gradients = torch.autograd.grad(loss, parameters)
-        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
-        clipped += norm > 1
-        lr = 2e-3 * (1 - k / 3)
-        with torch.no_grad():
-            for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
-                g = g * min(1.0, 1.0 / (norm + 1e-6))
-                m[i] = 0.9 * m[i] + 0.1 * g
-                v[i] = 0.999 * v[i] + 0.001 * g**2
-                p -= lr * (m[i] / (1 - 0.9 ** (k + 1))) / ((v[i] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
-        losses.append(loss.item())
+            found = found - logits.log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None]).mean() / len(ROWS.rows)
+        return found
+
+    losses, clipped = steps_by_hand([*A.values(), *B.values()], loss)
     assert clipped
     found = train(model, tmp_path / "all", recipe)
     assert found["losses"] == pytest.approx(losses, abs=1e-6)  # the Trainer adds them as float32
     for name, weight in model.state_dict().items():
         layer = name.removesuffix(".weight")
         expected = base[name] + (10 / 3 * B[layer] @ A[layer]).detach() if layer in A else base[name]
+        assert (weight - expected).abs().max() < 1e-8, name
+
+
+def test_three_steps_of_all_weights_by_hand(tmp_path):
+    """All but embeddings and head, half of the loss the distance to the dense model."""
+    recipe, teacher, plain = changed(weights="all", distill=0.5, temperature=2.0, **ALL_AT_ONCE), tiny_model(), pruned()
+    ends = {id(plain.get_input_embeddings().weight), id(plain.get_output_embeddings().weight)}
+    own = [weight.requires_grad_() for weight in plain.parameters() if id(weight) not in ends]
+    losses, _ = steps_by_hand(own, lambda: sum(plain_loss(plain, teacher, row, recipe) for row in ROWS.rows) / 4)
+    model = pruned()
+    found = train(model, tmp_path, recipe, teacher=teacher)
+    assert found["losses"] == pytest.approx(losses, abs=1e-6)
+    for (name, weight), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (weight - expected).abs().max() < 1e-8, name
 
 
