@@ -62,13 +62,13 @@ def compensate(
     best, before = 0.0, perplexity(plan.mask)
     found = {"dense": perplexity(DENSE), "before": before, "after": before}
     try:
-        stops = []
+        stops, names = [], [str(block) for block in streams.blocks]
         for mended in row.change_(streams, plan.mask):
             stops.append(mended)
             changed, gone = mended.get("writers", []), mended["hole"]
-            done = 1 + max(map(streams.blocks.index, [*changed, *gone]))
+            done = 1 + max(map(names.index, [*changed, *gone]))
             hole = f" before hole {'+'.join(gone)}" if gone else ""
-            observer.advance(done, len(streams.blocks), f"{'+'.join(changed) or 'writers'}{hole}")
+            observer.advance(done, len(names), f"{'+'.join(changed) or 'writers'}{hole}")
         new = {weight: weight.clone().cpu() for weight in streams.old}
         for share in SHARES if new else ():
             _set_(streams.old, new, share)
@@ -76,8 +76,8 @@ def compensate(
             if after < found["after"]:
                 best, found["after"] = share, after
         _set_(streams.old, new, best)
-        names = {id(weight): name for name, weight in prune_(shared_copy(dense), plan.mask).named_parameters()}
-        weights = {names[id(weight)]: value.copy_(weight) for weight, value in new.items()} if best else {}
+        own = {id(weight): name for name, weight in prune_(shared_copy(dense), plan.mask).named_parameters()}
+        weights = {own[id(weight)]: value.copy_(weight) for weight, value in new.items()} if best else {}
     finally:
         for weight, value in streams.old.items():
             weight.copy_(value)

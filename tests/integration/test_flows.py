@@ -327,7 +327,7 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):
     state, started = run_flow(server, new_model, form)
     assert state.is_failed() and state.message.startswith("push to the remote 'team' failed: ")
     assert "`dvc push -r team` tries it again. Finished stages are kept: run again" in state.message
-    assert started == ["fetch mine", "score mine", "commit mine-2blocks-trained", "report all"]
+    assert started == ["fetch mine", "score mine", "commit mine-2blocks-train", "report all"]
     assert yaml.safe_load(Path("runs/mine.yaml").read_text()) == {
         "model": {"source": "path", "path": "models/mine"},
         "score": {"method": "floating", "acceleration": "lazy+race", "unit": "layer"},

@@ -32,7 +32,7 @@ RECIPE = {"num_samples": 8, "seq_len": 20, "rank": 2, "learning_rate": 0.01, "va
 
 
 def text_of(number):
-    return f"{number}: {sentence(number)}, {sentence(number + 1)}."
+    return f"{number:02}: {sentence(number)}, {sentence(number + 1)}."
 
 
 @pytest.fixture
