@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ def train_(
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
     curve = [
-        {"step": each.get("step", 0), "loss": each["eval_loss"], "nll": each["eval_nll"]}
+        {"step": each["step"], "loss": each["eval_loss"], "nll": each["eval_nll"]}
         for each in (start | {"step": 0}, *log)
         if "eval_loss" in each
     ]
@@ -92,15 +91,14 @@ def train_(
     if dtype is torch.float16:
         _cast_(model, dtype)
     model.requires_grad_(False)
-    tenth = -(-len(losses) // 10)
-    text = f"{len(losses)} steps over {len(rows.rows)} rows, loss {mean(losses[:tenth]):.4f} -> "
-    text += f"{mean(losses[-tenth:]):.4f} (first and last tenth)"
-    if curve and step == 0:
-        text += f"; validation loss {curve[0]['loss']:.4f} never fell: the weights are left as they were"
-    elif curve:
+    if not curve:
+        text = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    elif step == 0:
+        text = f"validation loss {curve[0]['loss']:.4f} never fell: the weights are left as they were"
+    else:
         best = min(each["loss"] for each in curve)
-        text += f"; validation loss {curve[0]['loss']:.4f} -> {best:.4f} after step {step}, which is kept"
-    observer.end(text)
+        text = f"validation loss {curve[0]['loss']:.4f} -> {best:.4f} after step {step}, which is kept"
+    observer.end(f"{len(losses)} steps over {len(rows.rows)} rows; {text}")
     return {"losses": losses, "validations": curve, "step": step}
 
 

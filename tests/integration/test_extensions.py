@@ -1,8 +1,6 @@
-"""A search, a metric, an export, a family and a method that changes weights, all defined in this file alone and added
-by an entry point, go from a run file through the DAG to the report."""
+"""The rows of tests/toys.py, added by an entry point, go from a run file through the DAG to the report."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -11,64 +9,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
-from blockpruner.checkpoints.registry import Export
-from blockpruner.core.blocks import DENSE
-from blockpruner.core.families import Family, count_parameters, gated_mlp, optional_bias
-from blockpruner.core.options import Options
-from blockpruner.methods.weights import Left, weights_kind
-from blockpruner.model.models import decoder_layers
-from blockpruner.scoring.metrics import Metric
-from blockpruner.search.iteration import Iteration
-from blockpruner.search.registry import Search
 from tests.integration.project import counts, dvc, make_project, set_targets
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
-ENTRY_POINT = "[blockpruner.extensions]\ntoys = tests.integration.test_extensions:ROWS\n"
-
-
-class DepthOptions(Options):
-    step: int = 1
-    """How many places further the next block is."""
-
-
-def from_behind(problem, options):
-    """Remove what is nearest to the head, whatever it costs, but score it."""
-    order = sorted(problem.units, key=lambda unit: -max(block.layer for block in unit))[:: options.step]
-    for index in range(len(order)):
-        base = [DENSE] if index == 0 else []
-        scores = problem.ask([*base, DENSE.union(*order[: index + 1])])
-        yield Iteration(index, tuple(scores), (*[None for _ in base], order[index]), len(base))
-
-
-def surprise(logits, targets, dense):
-    """Bits of the right token, [N]."""
-    return -logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0] / math.log(2)
-
-
-def shapes(pruning, out):
-    out.mkdir(parents=True)
-    (out / "shapes.json").write_text(json.dumps({"parameters": pruning.plan.parameters["pruned"]}))
-
-
-def quiet_(model, plan, rows):
-    with torch.no_grad():
-        for layer in decoder_layers(model)[plan.details["first"] :]:
-            layer.mlp.down_proj.weight.zero_()
-    return model
-
-
-ROWS = (
-    Search("behind", "from behind", from_behind, DepthOptions),
-    Metric("bits", surprise, title="bits of surprise", rise_title="rise in bits", units_text="bits per token",
-           formula="-log2 p(token)"),
-    Export("shapes", "a file of shapes", ("nothing",), shapes),
-    Family("gemma", "Gemma", optional_bias, gated_mlp, defaults={"tie_word_embeddings": True}),
-    weights_kind(
-        "quiet", "quiet MLPs", apply_=quiet_, plan=lambda budget, options, job: {"first": 2},
-        left=lambda details, config: Left(pruned=count_parameters(config).total),
-        words=lambda plan, unit: "quiet MLPs at the top", taken_out=lambda plan: "nothing but sound",
-    ),
-)  # fmt: skip
+METADATA = {
+    "entry_points.txt": "[blockpruner.extensions]\ntoys = toys:ROWS\n",
+    "METADATA": "Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n",
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +28,10 @@ def project(tmp_path_factory):
     shutil.rmtree(model)
     GemmaForCausalLM(GemmaConfig(**sizes, **heads, max_position_embeddings=128)).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
-    shutil.copytree(Path(__file__).parents[1], folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(__file__).parents[1] / "toys.py", folder)
     (folder / "toys-1.0.dist-info").mkdir()
-    (folder / "toys-1.0.dist-info/entry_points.txt").write_text(ENTRY_POINT)
-    (folder / "toys-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
+    for name, text in METADATA.items():
+        (folder / "toys-1.0.dist-info" / name).write_text(text)
     run = yaml.safe_load((folder / "runs/tiny.yaml").read_text())
     blocks = {"method": "behind", "metric": "bits", "options": {"step": 2}}
     (folder / "runs/tiny.yaml").write_text(yaml.safe_dump(run | {"score": blocks, "export": ["hf", "shapes"]}))

@@ -123,12 +123,6 @@ def test_from_run_file_to_checkpoint(project, method):
         assert "perplexity" in (out / "README.md").read_text().lower()
 
 
-def test_a_plain_model_needs_no_code_of_ours(project):
-    _, out = materialized(project, METHODS["laco"], "1layers")
-    assert not list(out.glob("*.py"))
-    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "LlamaForCausalLM"
-
-
 def test_a_sliced_model_is_benchmarked_as_any_other(project):
     plan, _ = materialized(project, METHODS["slicegpt"])
     benchmark.main("t")
