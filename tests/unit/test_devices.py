@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.utils import logging
 
 from benchmarks.scoring import Meter, full_forward, matrix_rate
@@ -98,10 +99,9 @@ def scored(metric):
 
 def compensated(method):
     def change(model):
-        found = compensate(
-            model, plan_of(model.config.to_dict(), ["mha.1", "mlp.0"]), LONG, 2, method, SilentObserver()
-        )
-        return [*found.report["perplexity"].values(), *(weight.sum().item() for weight in found.weights.values())]
+        plan = plan_of(model.config.to_dict(), ["mha.1", "mlp.0"])
+        weights, facts = compensate(model, plan, LONG, 2, method, SilentObserver())
+        return [*facts["perplexity"].values(), *(weight.sum().item() for weight in weights.values())]
 
     return change
 
@@ -189,7 +189,7 @@ def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights
     monkeypatch.setattr(train_module, "train_", seen)
     job, wanted = pruning(dense, plan_of(dense, ["mlp.1"])), recipe(weights=weights, seq_len=16)
     own = parameter_digests(prune_(load_model(dense, "float32", "cpu"), job.plan.mask)).keys()
-    train_module.train(
+    train_module.write_trained(
         job, wanted, CalibrationSet(tuple(ROWS)), states=tmp_path / "states", validation=None,
         observer=SilentObserver(),
     )  # fmt: skip
