@@ -204,7 +204,7 @@ def prune(
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, wanted)
     if dry_run:
-        found = forecast.dry_run(run, place.config_of(run), (budget,))
+        found = forecast.dry_run(run, place.config_of(run), budget)
         _tell(found, forecast.in_words(found), as_json)
     else:
         named = out or Path(f"{run.model.title.rpartition('/')[2]}-{budget}")

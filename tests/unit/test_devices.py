@@ -190,7 +190,7 @@ def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights
     job, wanted = pruning(dense, plan_of(dense, ["mlp.1"])), recipe(weights=weights, seq_len=16)
     own = parameter_digests(prune_(load_model(dense, "float32", "cpu"), job.plan.mask)).keys()
     train_module.write_trained(
-        job, wanted, CalibrationSet(tuple(ROWS)), states=tmp_path / "states", validation=None,
+        tmp_path / "out", job, wanted, CalibrationSet(tuple(ROWS)), states=tmp_path / "states", validation=None,
         observer=SilentObserver(),
     )  # fmt: skip
     assert met == [own if shares else set()]
