@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.core.families import Config, count_products
@@ -45,10 +44,6 @@ class Flops:
         """One pass through the blocks that a mask leaves, without head."""
         return sum(cost for block, cost in self.blocks.items() if block not in mask)
 
-    def full(self, mask: Mask) -> int:
-        """One pass for one mask, with logits where they predict a token."""
-        return self.blocks_of(mask) + self.head
-
     def naive(self, masks: Sequence[Mask]) -> int:
         """One full forward pass for each mask, with logits of every token."""
         return sum(self.blocks_of(mask) + self.full_head for mask in masks)
@@ -57,15 +52,3 @@ class Flops:
         """The walk that shares what masks have in common."""
         ran = runs([(block,) for block in self.blocks], masks)
         return sum(self.blocks[block] for _, blocks in ran for block in blocks) + len(masks) * self.head
-
-    def sweep(self, removed: Mask, units: Sequence[Mask], with_base: bool) -> int:
-        """`exact` for `removed` with each unit more, and for itself if asked, as a sum that needs no walk.
-
-        Each unit is of neighbouring blocks, so all masks share what is before their unit, and nothing behind it.
-        """
-        whole, live = self.blocks_of(removed), [block for block in self.blocks if block not in removed]
-        until = dict(zip(live, accumulate(self.blocks[block] for block in live), strict=True))
-        ends = [max(until[block] for block in unit) for unit in units]
-        starts = [end - sum(self.blocks[block] for block in unit) for end, unit in zip(ends, units, strict=True)]
-        shared = whole if with_base else max(starts, default=0)
-        return shared + sum(whole - end for end in ends) + (len(units) + with_base) * self.head

@@ -1,4 +1,4 @@
-"""What a GPU shows: right numbers first, then speed, each with its baseline from the same run.
+"""What a GPU shows: speed, each with its baseline from the same run. `pytest -m gpu` compares the numbers first.
 
     python -m benchmarks.gpu [--shape llama2-7b] [--out data/benchmarks/gpu.json] [part ...]
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import statistics
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.flops import Flops
 from benchmarks.scoring import full_forward, matrix_rate
@@ -39,7 +38,7 @@ from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, all_blocks
 from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.model import accelerator
-from blockpruner.model.models import decoder_layers, load_model, prune_, resolve_device, shared_copy
+from blockpruner.model.models import decoder_layers, prune_, resolve_device, shared_copy
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
 from blockpruner.store.files import read_json, write_json
@@ -47,7 +46,6 @@ from blockpruner.store.provenance import commit, environment
 
 NO_DEVICE = "no accelerator: rehearsal at tiny shapes"
 GIB = 2**30
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox")
 
 APART = 0.25
 """The largest distance of two computations of one loss, relative to what a mask moves it (`apart`)."""
@@ -68,8 +66,6 @@ class Setting:
     """Layers of the smaller model, where depth decides nothing."""
     sample: int
     """Masks that are scored by full forward passes, too."""
-    families: Sequence[str]
-    """Model families whose numbers are compared."""
     generated: int
     """Tokens of a prompt, and new ones."""
 
@@ -98,8 +94,8 @@ class Setting:
 def setting_of(shape: str, device: torch.device) -> Setting:
     """The shape's setting; without an accelerator the tiny one."""
     if device.type == "cpu" or shape == "tiny":
-        return Setting("tiny", device, 2, 32, 3, 3, ("llama", "gemma2"), 4)
-    return Setting(shape, device, 15, 2048, 8, 16, FAMILIES, 64)
+        return Setting("tiny", device, 2, 32, 3, 3, 4)
+    return Setting(shape, device, 15, 2048, 8, 16, 64)
 
 
 class Found:
@@ -176,59 +172,6 @@ def nll_of(logits: Tensor, ids: Tensor) -> list[float]:
     return found
 
 
-# -- numbers --
-
-SHORT = (tuple(range(1, 10)), tuple(range(3, 12)), (5, 6, 7), (9, 8, 7, 100, 4))
-
-
-def numbers(s: Setting, found: Found) -> None:
-    """Losses of tiny models on the device against the engine in float64 on the CPU, and against transformers' own
-    forward passes. bfloat16 holds the weights exactly, so all dtypes compute the same function."""
-    for family in s.families:
-        with tempfile.TemporaryDirectory() as folder:
-            tiny_model(family).save_pretrained(folder)
-            load = partial(load_model, Path(folder))
-            exact, plain = engine_nll(load("float64", "cpu")), forward_nll(load("float64", "cpu"))
-            found.check(f"{family}: float64 engine to forward passes", distance(exact, plain), 1e-4)
-            for dtype in ("float32", "bfloat16"):
-                there = load(dtype, str(s.device))
-                ours, theirs = distance(engine_nll(there), exact), distance(forward_nll(there), plain)
-                found.add(**{f"{family}, {dtype}: NLL from float64": ours, f"{family}, {dtype}: forward pass": theirs})
-                # the engine must be no worse than a forward pass
-                limit = 1e-2 if dtype == "float32" else 2 * theirs + 2e-2
-                found.check(f"{family}: {dtype} NLL from float64", ours, limit)
-
-
-def tiny_model(family: str) -> PreTrainedModel:
-    """A random model of a family with weights that bfloat16 holds."""
-    torch.manual_seed(7)
-    config = AutoConfig.for_model(
-        family, vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=128, initializer_range=0.5, pad_token_id=0,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16().float()
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
-
-
-def engine_nll(model: PreTrainedModel) -> list[float]:
-    masks = (DENSE, *singles(len(decoder_layers(model))))
-    values = losses_of(Engine(model, 20), SHORT, masks)
-    return [values[mask][row] for mask in masks for row in range(len(SHORT))]
-
-
-def forward_nll(model: PreTrainedModel) -> list[float]:
-    rows = [torch.tensor([row], device=model.device) for row in SHORT]
-    masks = (DENSE, *singles(len(decoder_layers(model))))
-    return [nll_of(full_forward(model, mask, ids)[1], ids)[0] for mask in masks for ids in rows]
-
-
-def distance(found: Sequence[float], expected: Sequence[float]) -> float:
-    """The mean difference; of large values the relative one."""
-    return statistics.fmean(abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, expected, strict=True))
-
-
 # -- sweep --
 
 
@@ -288,7 +231,7 @@ def pruned(s: Setting, layers: int, compensation: str) -> tuple[float, Pruned]:
     model, letters = s.model(layers), [97 + id_ % 26 for row in random_rows(26, 16, s.length) for id_ in row]
     work = partial(
         prune, model, byte_tokenizer(), [bytes(letters).decode()], "2blocks",
-        seq_len=s.length, method="one_shot", compensation=compensation, device=str(s.device),
+        seq_len=s.length, method="one_shot", compensate=compensation, device=str(s.device),
     )  # fmt: skip
     return clocked(s.device, work)
 
@@ -342,7 +285,6 @@ def generation(s: Setting, found: Found) -> None:
 
 
 PARTS: Mapping[str, tuple[str, Callable[[Setting, Found], None]]] = {
-    "numbers": ("Does it compute the right numbers, in every model family?", numbers),
     "sweep": ("How fast is an exact iteration, and how fast are full forward passes in the same run?", sweep),
     "refit": ("What does refit take, and does it do no harm?", refit),
     "export": ("Is a checkpoint written and verified, and how fast?", export),

@@ -3,13 +3,11 @@
     python -m benchmarks.scoring iteration [smollm2 | llama2-7b] [layers]   one iteration, 8 rows of 128 tokens, float32
     python -m benchmarks.scoring search [removals] [seed ...]               greedy on SmolLM2, exact and lazy+race
 
-Each prints Markdown and keeps its figures in data/benchmarks/. `search` goes on where it was stopped.
-SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2`).
+Each prints Markdown. SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2`).
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -26,7 +24,6 @@ from benchmarks.shapes import random_model, random_rows
 from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Config
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
-from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import accelerator
@@ -38,13 +35,11 @@ from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, ScoredRows, Span, Task
 from blockpruner.search.greedy import PricedOptions, greedy
 from blockpruner.search.problem import Problem
-from blockpruner.store.files import write_json
 from blockpruner.store.provenance import machine, versions
-from blockpruner.store.trials import Origin, TrialStore, store_fields
+from blockpruner.store.trials import Origin, TrialStore
 
 ROWS, LENGTH = 8, 128
 SMOLLM2, TEXT = Path("data/models/smollm2"), Path("data/sources/smollm2/calibration.parquet")
-RESULTS = Path("data/benchmarks")
 
 
 def calibration_rows(seed: int) -> CalibrationSet:
@@ -151,12 +146,14 @@ class Counted:
         self._config = config
         self.flops = 0
 
+    def of(self, rows: int) -> Flops:
+        return Flops.of(self._config, rows, LENGTH)
+
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
-        for task in tasks:
-            self.flops += Flops.of(self._config, len(task.span), len(rows[task.span[0]])).exact(task.masks)
+        self.flops += sum(self.of(len(task.span)).exact(task.masks) for task in tasks)
         yield from self._scorer.run(tasks, rows)
 
     def origin(self) -> Origin:
@@ -191,76 +188,37 @@ def show_iteration(found: dict[str, Any]) -> None:
 
 
 def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
-    """Greedy removals on SmolLM2, exact and lazy+race, each over trials of its own; resumed from their stores."""
-    path = RESULTS / "search.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    model, identity = load_model(SMOLLM2, "float32"), checkpoint_identity(SMOLLM2)
+    """Greedy removals on SmolLM2, exact and lazy+race, each over trials of its own."""
+    model, fast = load_model(SMOLLM2, "float32"), Score(acceleration="lazy+race")
     units = removable_units(model.config.num_hidden_layers, "block", "all")
-    fast = Score(acceleration="lazy+race")
-    settings = settings_of(fast)
-    if found.get("settings") != settings or found["removals"] != removals:
-        found = {}  # the trials stay; the record of how they were made begins anew
-    found |= {"settings": settings, "removals": removals} | setting()
+    found: dict[str, Any] = {"settings": settings_of(fast), "removals": removals, "exact": {}, "lazy+race": {}}
     for seed in seeds:
         rows = calibration_rows(seed)
         for mode in ("exact", "lazy+race"):
-            flops = Flops.of(model.config.to_dict(), ROWS, LENGTH)
-            engine = Engine(model, ROWS * LENGTH)
-            fields = store_fields(rows.digest, identity, "float32", "perplexity")
-            store = TrialStore(fields, rows.row_keys, RESULTS / "trials" / mode)
-            objective = Objective(rows, store, engine)
-            asked = Asked(objective, model.config.to_dict())
+            scorer = Counted(Engine(model, ROWS * LENGTH), model.config.to_dict())
+            objective = Objective(rows, TrialStore({}, rows.row_keys), scorer)
+            records = found[mode][str(seed)] = []
             chosen = Score() if mode == "exact" else fast
-            records = found.setdefault(mode, {}).setdefault(str(seed), [])
-            problem = Problem(units, asked, accelerate(asked, chosen), ROWS)  # type: ignore[arg-type]  # Asked stands in for an Objective
-            for step in greedy(problem, PricedOptions()):
+            for step in greedy(Problem(units, objective, accelerate(objective, chosen), ROWS), PricedOptions()):
                 added = step.added[step.chosen]
                 assert added is not None
                 removed = step.removed - added
                 entered = [removed | unit for unit in units if not unit <= removed] + ([] if removed else [DENSE])
-                record = {
-                    "added": format_mask(added), "nll": step.scores[step.chosen].loss, "flops": asked.flops,
-                    "naive_flops": flops.naive(entered), "seconds": objective.counts.seconds,
-                    "candidates": len(entered), "considered": len(step.scores),
-                    "complete": sum(s.rows_used == ROWS for s in step.scores),
-                    "rows": sum(s.rows_used for s in step.scores),
+                records.append({
+                    "added": format_mask(added), "nll": step.scores[step.chosen].loss, "flops": scorer.flops,
+                    "naive_flops": scorer.of(ROWS).naive(entered), "seconds": objective.counts.seconds,
+                    "candidates": len(entered), "complete": sum(s.rows_used == ROWS for s in step.scores),
                     "audit": None if step.lazy_choice is None else format_mask(step.lazy_choice - removed),
-                }  # fmt: skip
-                if len(records) <= step.index:
-                    records.append(record | {"whole": objective.counts.units_reused == 0})
-                write_json(path, found)
+                })  # fmt: skip
                 print(
-                    f"  seed {seed}, {mode}, {step.index + 1}/{removals}: {record['added']}",
+                    f"  seed {seed}, {mode}, {step.index + 1}/{removals}: {format_mask(added)}",
                     file=sys.stderr,
                     flush=True,
                 )
-                asked.flops, objective.counts.seconds, objective.counts.units_reused = 0, 0.0, 0
+                scorer.flops, objective.counts.seconds = 0, 0.0
                 if step.index + 1 == removals:
                     break
-            store.close()
-    return found
-
-
-class Asked:
-    """An objective that counts the FLOPs of what a search asks for the first time, even if the store knows it."""
-
-    def __init__(self, objective: Objective, config: Any) -> None:
-        self._objective, self._config = objective, config
-        self._known: dict[Mask, int] = {}
-        self.flops = 0
-
-    @property
-    def rows(self) -> int:
-        return self._objective.rows
-
-    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> Any:
-        stop = self.rows if rows is None else rows
-        for start in range(stop):
-            new = [mask for mask in dict.fromkeys(masks) if self._known.get(mask, 0) == start]
-            if new:
-                self.flops += Flops.of(self._config, 1, LENGTH).exact(new)
-            self._known |= dict.fromkeys(new, start + 1)
-        return self._objective(masks, rows)
+    return found | setting()
 
 
 def show_search(found: dict[str, Any]) -> None:
@@ -276,13 +234,13 @@ def show_search(found: dict[str, Any]) -> None:
                 for r, e in zip(records, exact, strict=False)
             ]
             share = sum(r["flops"] for r in records) / sum(r["naive_flops"] for r in records)
-            seconds = f"{sum(r['seconds'] for r in records):.0f}" if all(r["whole"] for r in records) else "–"
+            seconds = sum(r["seconds"] for r in records)
             audits = [r for r in records if r["audit"]]
             other = [f"{r['added']}, not {r['audit']}" for r in audits if r["audit"] != r["added"]]
             said = f"{len(audits)}, " + ("; ".join(other) if other else "all agree") if audits else "–"
             print(
                 f"| {seed} | {mode} | {' '.join(picks)} | {records[-1]['nll']:.5f} | "
-                f"{records[-1]['nll'] / exact[-1]['nll'] - 1:+.3%} | 1/{1 / share:.2f} | {seconds} | "
+                f"{records[-1]['nll'] / exact[-1]['nll'] - 1:+.3%} | 1/{1 / share:.2f} | {seconds:.0f} | "
                 f"{sum(r['complete'] for r in records)} of {sum(r['candidates'] for r in records)} | {said} |"
             )
 
@@ -292,7 +250,6 @@ def main(arguments: Sequence[str]) -> int:
     if command == "iteration":
         shape, layers = rest[0] if rest else "smollm2", int(rest[1]) if len(rest) > 1 else None
         found = iteration(shape, layers)
-        write_json(RESULTS / f"iteration-{shape}.json", found)
         show_iteration(found)
     elif command == "search":
         found = search(int(rest[0]) if rest else 16, [int(seed) for seed in rest[1:]] or [42, 43, 44])

@@ -5,15 +5,11 @@
 The pruned models are those of the floating search in the study smollm2, compensated. It measures one sequence,
 with the prompt and new tokens of Table 6 of arXiv 2406.10594. An engine's models take turns within each repeat. Medians
 are shown, and their ratios to dense with 95 % intervals. It prints Markdown for docs/serving.md. It needs `python -m
-flows.paper --study smollm2`, `pip install '.[serve]'`, and for vLLM BLOCKPRUNER_VLLM: the bin folder of the environment
-that `make test-slow` makes.
+flows.paper --study smollm2` and `pip install '.[serve]'`. `make test-slow` prints the speed in vLLM.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,8 +40,6 @@ RUN = "smollm2-paper"
 TARGETS = tuple(f"{RUN}-floating-b{percent}-refit" for percent in (10, 20, 30))
 MODELS = Path("data/benchmarks/serving")
 PROMPT, NEW, REPEATS = 128, 128, 10
-VLLM = "BLOCKPRUNER_VLLM"
-VLLM_CACHE_GIB = 1
 
 
 @dataclass(frozen=True)
@@ -138,42 +132,6 @@ def mlx_lm(directory: Path) -> tuple[int, Callable[[], Run]]:
     return weights_bytes(directory), run
 
 
-def vllm(directory: Path) -> tuple[int, Callable[[], Run]]:
-    """In a process that ends with this one, since its standard input does."""
-    if VLLM not in os.environ:
-        sys.exit(f"vLLM has an environment of its own: set {VLLM} to its bin folder (`make test-slow` makes one)")
-    reading, writing = os.pipe()
-    command = [Path(os.environ[VLLM]) / "python", "-I", Path(__file__).with_name("serving_vllm.py").absolute()]
-    command += [directory.absolute(), load_run(RUN).model.dtype, str(PROMPT), str(NEW), str(writing)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    log = MODELS / f"vllm-{directory.parent.name}.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment, pass_fds=(writing,)
-        )
-    os.close(writing)
-    lines = os.fdopen(reading)
-    assert process.stdin is not None
-    asked = process.stdin
-
-    def answer() -> Mapping[str, float]:
-        line = lines.readline()
-        if not line:
-            sys.exit(f"vLLM ended; its log is {log}")
-        found: Mapping[str, float] = json.loads(line)
-        return found
-
-    bytes_a_token = VLLM_CACHE_GIB * 2**30 / answer()["kv_cache_tokens"]
-
-    def run() -> Run:
-        asked.write(b"\n")
-        asked.flush()
-        return Run(**answer(), kv_bytes=round(bytes_a_token * (PROMPT + NEW)))
-
-    return weights_bytes(directory), run
-
-
 def weights_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
@@ -182,7 +140,6 @@ ENGINES: dict[str, tuple[str, Callable[[Path], tuple[int, Callable[[], Run]]]]] 
     "transformers": ("hf", transformers_),
     "llama.cpp, F16": ("gguf", llama_cpp("F16")),
     "llama.cpp, Q8_0": ("gguf", llama_cpp("Q8_0")),
-    "vLLM": ("hf", vllm),
     "mlx-lm on a CPU": ("nas", mlx_lm),
 }
 

@@ -16,7 +16,7 @@ from blockpruner.core.settings import NAME, Frozen, Model, Runtime, TaskAnswers,
 from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, ZeroShot
 from blockpruner.healing.settings import Compensate, CompensationMethod, Train
 from blockpruner.inputs.settings import Calibration
-from blockpruner.methods.recipes import RECIPES, recipe
+from blockpruner.methods.recipes import RECIPES, recipe, searches
 from blockpruner.methods.registry import kind_of_method, options_of
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
@@ -197,6 +197,8 @@ class Sections(Frozen):
     calibration: Calibration
     score: dict[str, Scored]
     """By method: the run's own, and those that targets name."""
+    judged: bool
+    """Whether a method has several searches, whose proposals are judged on rows of their own."""
     compensate: Compensate
     train: Train | None
     heldout: Perplexity
@@ -255,6 +257,7 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
         ),
         calibration=run.calibration,
         score=scored,
+        judged=any(len(searches(each.score)) > 1 for each in scored.values()),
         compensate=run.compensate,
         train=run.train,
         heldout=run.evaluate.perplexity,

@@ -6,9 +6,6 @@ that ever lived, and raises torch's own error when an operation would go beyond 
 
 A stream of its own (`Stream`) is as late as a device may be: a copy that need not block is made when an event behind it
 is waited for, from what its source holds then.
-
-Where they are hollow, tensors there have shapes and bytes but no values, as in torch's FakeTensorMode: a model of any
-size takes no memory. A number that is read is then 0, and a mask that picks is taken to pick everything.
 """
 
 from __future__ import annotations
@@ -17,12 +14,10 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -110,7 +105,6 @@ class Module:
 
     __name__ = "torch.made_up"
     here = 0
-    hollow = False
     synchronized = 0
     Stream = Stream
 
@@ -149,9 +143,6 @@ class Module:
 
     def get_device_name(self, device: Any) -> str:
         return "Made-up Card"
-
-    def get_device_properties(self, device: Any) -> SimpleNamespace:
-        return SimpleNamespace(uuid=f"made-up-{torch.device(device).index}")
 
     def mem_get_info(self, device: Any) -> tuple[int, int]:
         card = _card(device)
@@ -194,34 +185,13 @@ class Wrapped(torch.Tensor):
         return run(func, args, kwargs or {})
 
     def tolist(self) -> Any:
-        return _onto_cpu(self.held).tolist()
+        return self.held.tolist()
 
     def numpy(self, **kwargs: Any) -> Any:
         raise TypeError("can't convert a made-up device's tensor to numpy; copy it to the CPU first")
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"Wrapped({self.held!r}, {self.device})"
-
-
-def _onto_cpu(held: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(held.shape, dtype=held.dtype) if held.is_meta else held
-
-
-def _picked(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Indices without values in place of masks without values, which pick everything."""
-    found: list[torch.Tensor | None] = []
-    for index in indices:
-        is_mask = index is not None and index.dtype is torch.bool
-        found += [torch.empty(index.numel(), dtype=torch.long, device="meta")] * index.dim() if is_mask else [index]
-    return found
-
-
-def attention_without_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
-    """What is held by a fused kernel, which has no scores: the output and, for a gradient, the inputs too."""
-    if not (torch.is_grad_enabled() and q.requires_grad):
-        return torch.zeros_like(q)
-    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
-    return torch.addcmul(q * k, q, v).sigmoid()
 
 
 COPIES = {
@@ -249,15 +219,9 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
             names = " and ".join(sorted(map(str, devices)))
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {names} in {func}")
     inner = [leaf.held if isinstance(leaf, Wrapped) else leaf for leaf in leaves]
-    if MODULE.hollow:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return _onto_cpu(inner[0]).item()
-        inner = [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in inner]
     inner_args, inner_kwargs = tree_unflatten(inner, spec)
-    if MODULE.hollow and func is torch.ops.aten.index.Tensor:
-        inner_args = (inner_args[0], _picked(inner_args[1]))
     if "device" in inner_kwargs and asked is not None:
-        inner_kwargs = {**inner_kwargs, "device": torch.device("meta" if MODULE.hollow else "cpu")}
+        inner_kwargs = {**inner_kwargs, "device": torch.device("cpu")}
     place = asked if asked is not None else wrapped[0].device
     if place.type == "gpu" and place.index is None:
         place = torch.device("gpu", 0)
@@ -269,7 +233,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     if func is torch.ops.aten._to_copy.default and found is inner_args[0]:
         found = found.clone()
     if place.type == "cpu":
-        return tree_map_only(torch.Tensor, _onto_cpu, found)
+        return found
 
     def wrap(tensor: torch.Tensor) -> Wrapped:
         same = next((leaf for leaf in wrapped if leaf.held is tensor), None)
@@ -312,20 +276,14 @@ def start_gradients() -> None:
 
 
 @contextmanager
-def fake_devices(count: int = 2, hollow: bool = False) -> Iterator[tuple[Card, ...]]:
+def fake_devices(count: int = 2) -> Iterator[tuple[Card, ...]]:
     """Within, torch has so many made-up devices."""
     _register()
-    MODULE.here, MODULE.hollow = count, hollow
+    MODULE.here = count
     for card in CARDS:
         card.limit, card.peak = TOTAL, card.live
     try:
-        with ExitStack() as stack:
-            if hollow:  # for all threads, unlike a mode
-                stack.enter_context(
-                    patch.object(torch.nn.functional, "scaled_dot_product_attention", attention_without_scores)
-                )
-            stack.enter_context(_Functions())
-            stack.enter_context(_Mode())
+        with _Functions(), _Mode():
             yield CARDS[:count]
     finally:
-        MODULE.here, MODULE.hollow = 0, False
+        MODULE.here = 0

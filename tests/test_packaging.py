@@ -178,7 +178,7 @@ def test_every_optional_import_names_the_extra_that_installs_it():
 
 def test_a_format_whose_package_is_missing_is_refused_before_the_search(tmp_path):
     code = "import sys; sys.modules['gguf'] = None; from blockpruner.cli.main import main; main(sys.argv[1:])"
-    command = ["prune", "./absent", "--ratio", "0.2", "--export", "gguf"]
+    command = ["prune", "./absent", "--budget", "0.2", "--export", "gguf"]
     result = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and not result.stdout
     assert result.stderr == (

@@ -22,7 +22,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.card import model_card
-from blockpruner.checkpoints.modelfile import modelfile
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
 from blockpruner.checkpoints.verification import in_float32, reference_outputs, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
@@ -31,8 +30,8 @@ from blockpruner.inputs.checkpoints import LICENCE_FILES, copy_files
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.models import model_family
-from blockpruner.store.files import write_json, write_text
-from blockpruner.store.plans import PLAN_FILE, plan_fields
+from blockpruner.store.files import write_text
+from blockpruner.store.plans import PLAN_FILE, save_plan
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """By family: llama.cpp's architecture of a model whose layers are all whole."""
@@ -67,14 +66,10 @@ llama-cli -m model-Q8_0.gguf
 
 `model-F16.gguf` is the same in 16 bits, from which `llama-quantize model-F16.gguf model-Q4_K_M.gguf Q4_K_M` makes
 smaller ones.
-`Modelfile` is for `ollama create NAME -f Modelfile`, which was not tried.
 """
 
 QUANTIZER = "llama-quantize"
 """llama.cpp's program, which no Python package brings along."""
-
-NOT_STARTED = (126, 127, 0xC0000135)
-"""Exit codes of a program that lacks a library: of Linux's loader, and of Windows'. On macOS a signal ends it."""
 
 
 def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:
@@ -108,9 +103,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
             _quantize(directory, name)
         card = model_card(plan, dense, healed=pruning.healed, library="gguf", loading=LOADING)
         write_text(directory / "README.md", card)
-        smallest = f"model-{[*verify_llama_cpp.PRECISIONS, *quantizations][-1]}.gguf"
-        write_text(directory / "Modelfile", modelfile(smallest, tokenizer, words.get("add_bos_token", False)))
-        write_json(directory / PLAN_FILE, plan_fields(plan))
+        save_plan(plan, directory / PLAN_FILE)
         copy_files(dense, directory, LICENCE_FILES)
         return TOLERANCE
 
@@ -118,7 +111,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
 
 
 def require_quantizations(names: Sequence[str]) -> None:
-    """Raise InputError for a quantization that llama.cpp has not, or if its program is not here or does not start."""
+    """Raise InputError for a quantization that llama.cpp has not, or if its program is not here."""
     with extra("gguf"):
         from gguf import LlamaFileType
 
@@ -131,22 +124,6 @@ def require_quantizations(names: Sequence[str]) -> None:
                 f"export gguf:{name} needs llama.cpp's program {QUANTIZER}, which is not on PATH; install llama.cpp "
                 "(https://github.com/ggml-org/llama.cpp), or export gguf, whose model-F16.gguf it reads later"
             )
-    if names and (fault := quantizer_fault()):
-        raise InputError(
-            f"export gguf:{names[0]}: {QUANTIZER} does not start ({fault}); install llama.cpp anew, or export gguf"
-        )
-
-
-def quantizer_fault() -> str:
-    """Why llama.cpp's program, which is on PATH, does not start; "" if it does."""
-    options: dict[str, Any] = {"text": True, "errors": "replace", "stdin": subprocess.DEVNULL}
-    try:
-        tried = subprocess.run([QUANTIZER, "--help"], capture_output=True, check=False, **options)
-    except OSError as error:
-        return str(error)
-    if tried.returncode >= 0 and tried.returncode not in NOT_STARTED:
-        return ""
-    return tried.stderr.strip().rpartition("\n")[2] or f"exit code {tried.returncode}"
 
 
 def _quantize(directory: Path, name: str) -> None:

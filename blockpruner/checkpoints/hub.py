@@ -81,7 +81,5 @@ def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any],
     except InputError:
         raise
     except Exception as error:  # as in `inputs.hub`
-        raise hub_error(
-            repo, error, "model", "check the name, the network, and that your token may write there"
-        ) from error
+        raise hub_error(repo, error, "check the name, the network, and that your token may write there") from error
     return str(commit.commit_url)

@@ -20,7 +20,7 @@ import torch
 from packaging.requirements import Requirement
 from rich.table import Table
 
-from blockpruner.checkpoints.gguf import QUANTIZER, quantizer_fault
+from blockpruner.checkpoints.gguf import QUANTIZER
 from blockpruner.model import accelerator
 from blockpruner.reporting.formats import size
 from blockpruner.store.provenance import machine
@@ -141,10 +141,8 @@ def _cache(folder: Path) -> Checkup:
 def _quantizer() -> Checkup:
     """It comes with llama.cpp and not with a Python package."""
     found = shutil.which(QUANTIZER) or ""
-    fault = quantizer_fault() if found else ""
-    lacks = f"{found} does not start: {fault}" if fault else "for --export gguf:Q4_K_M"
     fix = f"install llama.cpp, and have {QUANTIZER} on PATH"
-    return Checkup(QUANTIZER, "" if fault else found, lacks, fix, needed=False)
+    return Checkup(QUANTIZER, found, "for --export gguf:Q4_K_M", fix, needed=False)
 
 
 def _hub(online: bool) -> Checkup:

@@ -204,7 +204,7 @@ def prune(
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, wanted)
     if dry_run:
-        found = forecast.dry_run(run, place.config_of(run), (budget,))
+        found = forecast.dry_run(run, place.config_of(run), budget)
         _tell(found, forecast.in_words(found), as_json)
     else:
         named = out or Path(f"{run.model.title.rpartition('/')[2]}-{budget}")
@@ -448,10 +448,6 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
 def _fail(error: InputError) -> NoReturn:
     option = error.key.rpartition(".")[2]
     named = f"{error} (here: --{option.replace('_', '-')})" if option in OPTIONS else str(error)
-    from blockpruner.inputs.hub import ANOTHER
-
-    for kind, given in (("model", "a folder of this machine"), ("dataset", "--texts FILE")):
-        named = named.replace(ANOTHER[kind], given)
     print(f"error: {named}", file=sys.stderr)
     sys.exit(2)
 

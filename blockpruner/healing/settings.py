@@ -48,8 +48,6 @@ class Train(Frozen):
     alpha: float = Field(default=10.0, gt=0)
     distill: float = Field(default=0.0, ge=0, le=1)
     """Weight of the KL divergence from the dense model's predictions; the text's NLL has the rest of 1."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits of both models in the KL divergence, which is multiplied by its square."""
     learning_rate: float = Field(default=2e-4, gt=0)
     schedule: Literal["linear", "cosine"] = "linear"
     """How the learning rate falls to 0."""

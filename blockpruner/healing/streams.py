@@ -55,6 +55,8 @@ class Streams(Engine):
     def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, batch_tokens: int | str = "auto") -> None:
         super().__init__(model, batch_tokens)
         parts = (range(fitted), range(fitted, len(rows)))
+        self.blocks = [block for step in self._steps for block in step]
+        """All blocks, as the stream passes them."""
         spans = [span for part in parts if part for span in self.row_batches(rows, part)]
         self.is_fitted = [span[-1] < fitted for span in spans]
         batches = [self._batch([rows[i] for i in span]) for span in spans]
@@ -114,16 +116,6 @@ class Streams(Engine):
         """The last projection of a block; None where it has many, as a mixture of experts."""
         found = getattr(self._module(block), self._family.branch(block.kind).output, None)
         return found if isinstance(found, nn.Linear) else None
-
-    @property
-    def writers(self) -> list[nn.Linear | None]:
-        """Of all blocks."""
-        return [self.writer(block) for step in self._steps for block in step]
-
-    @property
-    def blocks(self) -> list[str]:
-        """The names of all blocks, as the stream passes them."""
-        return [str(block) for step in self._steps for block in step]
 
     def change_(self, weight: Tensor, value: Tensor) -> Tensor:
         """Give a weight another value; returns the difference as it is in the weight's dtype."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import random
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -55,16 +54,6 @@ class CalibrationSet:
         return sum(map(_scored, self.rows))
 
     @property
-    def repeated(self) -> float:
-        """The share of scored tokens that a quarter of the rows, and at least three, have at the same place.
-
-        A template at the beginning of every row does that. Its tokens are counted once per row and say the same.
-        """
-        places = Counter((place, token) for row in self.rows for place, token in enumerate(row[1:]) if token >= 0)
-        often = max(3, len(self.rows) / 4)
-        return sum(count for count in places.values() if count >= often) / max(1, places.total())
-
-    @property
     def row_keys(self) -> tuple[str, ...]:
         """A digest of each row's content."""
         return tuple(hashlib.sha256(np.array(row, dtype="<i4").tobytes()).hexdigest()[:16] for row in self.rows)
@@ -79,9 +68,7 @@ class CalibrationSet:
 
     def save(self, path: Path, source: str) -> None:
         table = pa.table({"input_ids": [list(row) for row in self.rows]}, schema=CALIBRATION)
-        counts = {"rows": len(self.rows), "tokens": self.tokens, "scored": self.scored, "dropped": self.dropped}
-        facts = {"digest": self.digest, "source": source} | {name: str(count) for name, count in counts.items()}
-        write_table(path, table, facts)
+        write_table(path, table, {"digest": self.digest, "source": source, "dropped": str(self.dropped)})
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
@@ -177,9 +164,6 @@ def pack_rows(
     Raises:
         InputError: no row comes out; the message names how many samples would do.
     """
-    for value, valid, key in ((packing, ("joined", "per_sample"), "packing"), (score, ("all", "response"), "score")):
-        if value not in valid:
-            raise InputError(f"{key} {value!r} is unknown; valid: {', '.join(valid)}")
     head = len(beginning(tokenizer)) if packing == "joined" and bos == "row" else 0
     if seq_len < max(2, head + 1):
         raise InputError(f"seq_len {seq_len} leaves no token to predict; give at least {max(2, head + 1)}")
@@ -257,7 +241,7 @@ def draw_rows(
 
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
-        note: receives what was left out, and a warning where many scored tokens repeat.
+        note: receives what was left out.
         at_most: fewer than `wanted.num_rows` will do.
         reserved: texts that are passed over, as in `draw`.
 
@@ -285,11 +269,6 @@ def draw_rows(
             )
     if rows.dropped:
         note(f"{rows.dropped} of {rows.dropped + len(rows.rows)} rows are dropped: too few of their tokens are scored")
-    if rows.repeated > 0.2:
-        note(
-            f"warning: {rows.repeated:.0%} of the scored tokens are the same at the same place in many rows, as of a "
-            "template: blocks are chosen for it. Set calibration.packing: joined, or calibration.score: response"
-        )
     return rows
 
 

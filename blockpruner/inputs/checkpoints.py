@@ -9,7 +9,6 @@ hard links.
 from __future__ import annotations
 
 import shutil
-import struct
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -62,9 +61,6 @@ OTHER_LAYOUTS = ("*/*", "consolidated*")
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 """Of a card's metadata."""
 
-GGUF_ERRORS = (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, NotImplementedError, struct.error)
-"""What transformers and gguf raise for content that they cannot read."""
-
 
 def fetch_checkpoint(model: Model, out: Path, cache: Path, pins: Path) -> None:
     """Put a plain safetensors checkpoint with its tokenizer at `out`, hard-linked from the cache.
@@ -98,7 +94,7 @@ def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
         try:
             path = Path(hf_hub_download(model.repo, "config.json", revision=revision))
         except Exception as error:  # as in `hub`
-            raise hub_error(model.repo, error, "model") from error
+            raise hub_error(model.repo, error) from error
     config: dict[str, Any] = read_json(path)
     FAMILIES[config["model_type"]]
     return config
@@ -244,7 +240,7 @@ def _download(model: HubModel, directory: Path) -> None:
             ignore_patterns=list(OTHER_LAYOUTS), local_dir=directory,
         )  # fmt: skip
     except Exception as error:  # as in `hub`
-        raise hub_error(model.repo, error, "model") from error
+        raise hub_error(model.repo, error) from error
     shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 
@@ -268,7 +264,7 @@ def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
             field = GGUFReader(path).get_field("general.license")
             licence = {} if field is None else {"license": field.contents()}
-        except GGUF_ERRORS as error:
+        except Exception as error:  # of transformers or gguf, for content that they cannot read
             reason = textwrap.shorten(str(error), 200)
             raise InputError(
                 f"the model's file is no GGUF file that transformers can read ({type(error).__name__}: {reason}); "

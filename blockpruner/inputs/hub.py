@@ -10,9 +10,7 @@ from blockpruner.store.files import read_json, write_json
 from blockpruner.store.locks import hold, this_process
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-
-ANOTHER = {"model": "another source of the model (pypi, path)", "dataset": "another source of texts (pypi, path)"}
-"""What to use where a repository of a kind cannot be had."""
+ANOTHER = "use a folder or file of this machine"
 
 
 class HubError(InputError):
@@ -39,7 +37,7 @@ def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> s
     try:
         found = ask(repo, revision=revision)
     except Exception as error:  # also errors of its HTTP library, which differs between versions
-        raise hub_error(repo, error, kind) from error
+        raise hub_error(repo, error) from error
     assert found.sha is not None
     with hold(pins.with_name(f".{pins.name}.lock"), this_process(), lambda holder: None):  # another fetch pins, too
         known = {key: found.sha} | _read_pins(pins)
@@ -50,33 +48,30 @@ def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> s
 def _read_pins(pins: Path) -> dict[str, str]:
     try:
         known = read_json(pins) if pins.exists() else {}
-        if isinstance(known, dict) and all(COMMIT.fullmatch(str(commit)) for commit in known.values()):
-            return known
-        why = "it holds something else than commits by repository"
     except InputError:
-        why = "it is no JSON"
+        known = None
+    if isinstance(known, dict) and all(COMMIT.fullmatch(str(commit)) for commit in known.values()):
+        return known
     raise InputError(
-        f"{pins} is damaged ({why}), and it names the commit of every hub repository: bring it back with "
-        f"`git checkout {pins}`"
+        f"{pins} is damaged, and it names the commit of every hub repository: bring it back with `git checkout {pins}`"
     )
 
 
-def hub_error(repo: str, error: Exception, kind: str, fix: str = "") -> HubError:
+def hub_error(repo: str, error: Exception, fix: str = f"check the network, or {ANOTHER}") -> HubError:
     """An error of `huggingface_hub` as one line for the user.
 
     Args:
-        kind: "model" or "dataset".
-        fix: what to do where the error does not tell; by default, to use another source.
+        fix: what to do where the error does not tell.
     """
     causes = {
         "GatedRepoError": "access is gated: accept its terms on the hub and log in with `hf auth login`",
         "RepositoryNotFoundError": "no such repository, or it is private: check the name, or log in with "
         "`hf auth login`",
         "RevisionNotFoundError": "no such revision: check `revision`, a commit, branch, tag or refs/pr/<number>",
-        "OfflineModeIsEnabled": f"HF_HUB_OFFLINE is set: unset it, or use {ANOTHER[kind]}",
+        "OfflineModeIsEnabled": f"HF_HUB_OFFLINE is set: unset it, or {ANOTHER}",
     }
     cause = causes.get(type(error).__name__)
     if cause is None:
         lines = str(error).strip().splitlines()
-        cause = f"{lines[0] if lines else type(error).__name__}; {fix or f'check the network, or use {ANOTHER[kind]}'}"
+        cause = f"{lines[0] if lines else type(error).__name__}; {fix}"
     return HubError(f"hub repository {repo!r} cannot be used: {cause}")

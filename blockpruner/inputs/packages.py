@@ -75,18 +75,13 @@ def _download_sdist(package: str, sha256: str, directory: Path) -> bool:
 
 
 def _refusal(package: str, sha256: str, said: str) -> InputError:
-    """pip's error as one line."""
+    """pip's last error as one line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    if got := next((line.split()[-1] for line in lines if line.startswith("Got")), None):
-        return InputError(
-            f"{package}: the file's sha256 is {got}, the run file says {sha256}; correct the run file if the package "
-            "is the one you want",
-            rule="package-digest", key="sha256", value=sha256,
-        )  # fmt: skip
-    reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no message")
+    if any(line.startswith("Got") for line in lines):
+        return InputError(f"{package}: no file has sha256 {sha256}", rule="package-digest", key="sha256", value=sha256)
+    reason = next((line for line in reversed(lines) if "ERROR" in line), "no message").removeprefix("ERROR: ")
     return InputError(
-        f"{package} could not be downloaded: {reason.removeprefix('ERROR: ')}; check name, version and network, or use "
-        "another source (hub, path)",
+        f"{package} could not be downloaded: {reason}; check name, version and network, or use another source",
         rule="package-missing", key="package", value=package,
     )  # fmt: skip
 

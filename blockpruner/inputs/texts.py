@@ -69,7 +69,7 @@ def load_texts(data: Texts, cache: Path, pins: Path) -> list[str]:
     try:
         table = datasets.load_dataset(data.repo, data.config, split=data.split, revision=revision)
     except Exception as error:  # as in `hub`
-        raise hub_error(data.repo, error, "dataset") from error
+        raise hub_error(data.repo, error) from error
     return _texts_of_records(table.to_list(), data.repo, data.format)
 
 
@@ -112,19 +112,15 @@ def parse_texts(content: bytes, name: str, form: Format) -> list[str]:
 
 def _texts_of_records(records: Any, name: str, form: Format) -> list[str]:
     needed = ("instruction", "output") if form == "alpaca" else ("text",)
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise InputError(f"{name} is no list of records; format {form!r} needs records with {', '.join(needed)}")
-    if not records:
-        raise InputError(f"{name} holds no record")
-    absent = [column for column in needed if column not in records[0]]
-    if absent:
-        raise InputError(
-            f"{name} has no column {', '.join(absent)} (it has {', '.join(records[0])}), which format {form!r} "
-            "needs; valid formats: alpaca, text, wikipedia"
-        )
-    number = next((i for i, r in enumerate(records) if not all(isinstance(r.get(c), str) for c in needed)), None)
-    if number is not None:
-        raise InputError(f"{name}, record {number}: {' and '.join(needed)} must be texts")
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{name} holds no list of records")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or not all(isinstance(record.get(column), str) for column in needed):
+            has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise InputError(
+                f"{name}, record {number}, has no text {' and '.join(needed)} (it has {has}), which format {form!r} "
+                "needs; valid formats: alpaca, text, wikipedia"
+            )
     if form == "text":
         return [record["text"] for record in records]
     return [

@@ -1,25 +1,19 @@
-"""The devices beside the CPU, of whatever kind torch finds (CUDA, ROCm, XPU): which are here, whose, and their memory.
+"""The devices next to the CPU, of whatever kind torch finds (CUDA, ROCm, XPU): which are here, and their memory.
 
-Decides which device a process takes by itself. What runs there is decided elsewhere. Apple's GPUs are left out: they
-know no float64, in which losses are summed.
+What runs there is decided elsewhere. Apple's GPUs are left out: they know no float64, in which losses are summed.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blockpruner.core.errors import DeviceMemoryError, StorageError
-from blockpruner.core.progress import stderr_observer
-from blockpruner.store.locks import hold, this_process
+from blockpruner.core.errors import DeviceMemoryError
 
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 """What libraries say that find no memory for their own workspace; the last one is a handle that could not be made."""
@@ -159,67 +153,6 @@ def named_if_too_large(what: str, fix: str) -> Iterator[None]:
         raise DeviceMemoryError(
             f"{what} does not fit into the device's memory beside the model ({reason}); {fix}"
         ) from error
-
-
-@cache
-def own() -> torch.device:
-    """The device that this process takes until it ends: the first one that no other process of this user holds, or else
-    the first one. Says which one it is where there is a choice, and whether it is shared.
-
-    Free memory decides nothing: to ask a device for it takes half a gigabyte of it there.
-    """
-    first, *others = devices()
-    chosen = next((device for device in (first, *others) if claim(device) is None), first)
-    if others or claim(chosen):
-        shared = f", shared with {claim(chosen)}" if claim(chosen) else ""
-        stderr_observer().note(f"runtime.device auto: {chosen} ({name(chosen)}){shared}")
-    return chosen
-
-
-@cache
-def claim(device: torch.device) -> str | None:
-    """Hold a device's lock until this process ends: other processes, whose runtime.device is auto, keep away from it.
-
-    Returns:
-        The holder, if another process has it.
-    """
-    holder = _held(device, _CLAIMS)
-    if holder is None:
-        _MINE.add(device)
-    return holder
-
-
-def is_held(device: torch.device) -> bool:
-    """Whether another process of this user has claimed a device."""
-    if device in _MINE:
-        return False
-    with ExitStack() as at_once:
-        return _held(device, at_once) is not None
-
-
-def _held(device: torch.device, locks: ExitStack) -> str | None:
-    """The holder of a device's lock, or None: then `locks` has it now."""
-    card = _module(device).get_device_properties(device).uuid  # CUDA_VISIBLE_DEVICES changes numbers
-    try:
-        locks.enter_context(hold(_locks() / f"{card}.lock", this_process(), _refuse))
-    except BlockingIOError as error:
-        return str(error)
-    except StorageError:  # no place for locks: devices are taken without
-        return None
-    return None
-
-
-_MINE: set[torch.device] = set()
-_CLAIMS = ExitStack()
-"""Never closed: the kernel frees the locks."""
-
-
-def _locks() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockpruner" / "devices"
-
-
-def _refuse(holder: str) -> None:
-    raise BlockingIOError(holder)
 
 
 def _module(device: torch.device) -> Any:

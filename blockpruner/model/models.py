@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
-from blockpruner.core.errors import DeviceMemoryError, InputError
+from blockpruner.core.errors import DeviceMemoryError, InputError, extra
 from blockpruner.core.families import FAMILIES, Family
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
@@ -34,18 +34,13 @@ AutoModelForCausalLM.register(blockpruned.BaichuanConfig, blockpruned.BaichuanFo
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of `runtime.device`, which this process holds from now on.
-
-    "auto" is one that no other process of ours holds (`accelerator.own`), or the CPU; "split" begins at the first one.
-    """
+    """The device of `runtime.device`: "auto" is the first one, or the CPU; "split" begins at the first one."""
     here = accelerator.devices()
     if device == "auto":
-        return accelerator.own() if here else torch.device("cpu")
+        return here[0] if here else torch.device("cpu")
     if device == "split":
         if not here:
             raise InputError("runtime.device 'split' needs CUDA devices, and there is none here; use auto")
-        for each in here:
-            accelerator.claim(each)
         return here[0]
     try:
         found = torch.device(device)
@@ -58,7 +53,6 @@ def resolve_device(device: str) -> torch.device:
     found = torch.device(found.type, found.index or 0)
     if found not in here:
         raise InputError(f"runtime.device {device!r} is not here: {len(here)} CUDA devices; use auto")
-    accelerator.claim(found)
     return found
 
 
@@ -199,13 +193,10 @@ def usable(attention: str) -> Iterator[None]:
 
 def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, torch.device]:
     """Which device each part of a model goes to, if all devices share it; a tenth of each stays free."""
-    try:
+    with extra("split"):
         from accelerate import infer_auto_device_map
         from accelerate.utils import get_balanced_memory
-    except ImportError as error:
-        raise InputError(
-            "runtime.device 'split' needs the package accelerate; pip install 'blockpruner[split]', or use one device"
-        ) from error
+
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(

@@ -12,9 +12,7 @@ from blockpruner.core.registry import Registry
 from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.scoring.settings import Score
-from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.contiguous import contiguous
-from blockpruner.search.evopress import EvoPressOptions, evopress
 from blockpruner.search.floating import FloatingOptions, floating
 from blockpruner.search.given import GivenOptions, given
 from blockpruner.search.greedy import PricedOptions, greedy
@@ -33,7 +31,7 @@ class Search:
     name: str
     """As in `score.method` of a run file."""
     title: str
-    """As in reports, for instance "beam search"."""
+    """As in reports, for instance "swap search"."""
     run: Callable[[Problem, Any], Iterator[Iteration]]
     """Called with a problem and the search's own options."""
     options: type[Options] = Options
@@ -114,9 +112,7 @@ SEARCHES = Registry(
     [
         Search("greedy", "greedy", greedy, PricedOptions, asks="units", accelerated=True),
         Search("one_shot", "one-shot", one_shot, asks="units"),
-        Search("beam", "beam search", beam, BeamOptions, nested=False),
         Search("contiguous", "contiguous layers", contiguous, nested=False, asks="units"),
-        Search("evopress", "EvoPress", evopress, EvoPressOptions, nested=False),
         Search("floating", "floating search", floating, FloatingOptions, nested=False, accelerated=True),
         Search("quadratic", "quadratic search", quadratic, QuadraticOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),

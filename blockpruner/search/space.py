@@ -1,7 +1,7 @@
 """The masks that a goal allows: how one is drawn, how one becomes another, and in which order they come.
 
 Nothing here is scored. Units that count the same are of one class: all units where the goal counts blocks; MHA blocks
-and MLP blocks where it counts a resource, and in a balanced space. How many units of each class a mask removes is its
+and MLP blocks where it counts a resource. How many units of each class a mask removes is its
 composition, and the composition alone decides whether the mask meets the goal.
 """
 
@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Goal
@@ -78,21 +77,17 @@ class Space:
     goal: as given, or moved to the nearest mask.
     classes: the units of each.
     compositions: all that meet the goal: how many units of each class a mask removes.
-
-    Args:
-        balanced: masks remove as many MHA as MLP blocks.
     """
 
-    def __init__(self, units: Sequence[Mask], goal: Goal, balanced: bool = False) -> None:
-        kinds: dict[Any, list[Mask]] = {}
+    def __init__(self, units: Sequence[Mask], goal: Goal) -> None:
+        kinds: dict[float, list[Mask]] = {}
         for unit in units:
-            key = frozenset(block.kind for block in unit) if balanced else goal.share(unit)
-            kinds.setdefault(key, []).append(unit)
+            kinds.setdefault(goal.share(unit), []).append(unit)
         self.classes = list(kinds.values())
         some = {  # one mask of each composition
             counts: DENSE.union(*(unit for kind, n in zip(self.classes, counts, strict=True) for unit in kind[:n]))
             for counts in product(*(range(len(kind) + 1) for kind in self.classes))
-            if any(counts) and (not balanced or len(set(counts)) == 1)
+            if any(counts)
         }
         if not any(map(goal.is_met, some.values())):
             goal = goal.around(nearest(goal, some.values()))

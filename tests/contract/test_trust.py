@@ -11,9 +11,7 @@ from blockpruner.checkpoints.verification import verify_checkpoint
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.suite import Checkpoint
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.model import classes
 from blockpruner.model.classes import ENTRIES, has_our_code
-from blockpruner.store.provenance import file_sha256
 from tests.fakes import InProcess
 from tests.plans import fetch, plan_of, pruning
 from tests.tiny import VARIANTS_DAILY, save_tiny
@@ -105,14 +103,6 @@ def test_an_export_is_trusted_only_with_our_file_as_it_is_installed(tmp_path, ex
         with pytest.raises(InputError, match="copy holds or names code that is not the installed blockpruner's"):
             step(folder)
     assert not marker.exists()
-
-
-def test_an_export_with_a_file_of_an_earlier_version_is_trusted(tmp_path, export, monkeypatch):
-    folder = shutil.copytree(export, tmp_path / "copy")
-    path = folder / "modeling_blockpruned.py"
-    path.write_text(path.read_text() + "\n# as it was\n")
-    monkeypatch.setattr(classes, "EARLIER", (file_sha256(path),))
-    assert has_our_code(folder)
 
 
 def test_a_tokenizer_never_asks_for_trust(export):

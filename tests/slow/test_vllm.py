@@ -78,10 +78,6 @@ def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2, plans, heale
 
     for path, other in ((f"hf {plain}", "dense"), (f"hf {name}", plain)):  # it sees a difference: a block, or weights
         assert ask("check", tmp_path / path, references[other])["max_logprob_difference"] > 0.1
-    answer = ask("serve", tmp_path / f"hf {name}", references[name])
-    row = json.loads(references[name].read_text())[0]
-    print(answer)
-    assert answer["completion"] == tokenizer.decode(row["tokens"][len(row["prompt"]) :])
 
 
 HOLES = ["mha.0", "mlp.1", "mha.3", "mlp.3", "mlp.4", "mha.5"]

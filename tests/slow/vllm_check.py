@@ -1,6 +1,6 @@
 """What vLLM makes of a checkpoint directory; runs in vLLM's own environment, which has blockpruner only as its plugin.
 
-Run as a script: `python vllm_check.py check|serve <checkpoint> <reference.json> <answer.json>`, or `python
+Run as a script: `python vllm_check.py check <checkpoint> <reference.json> <answer.json>`, or `python
 vllm_check.py families <folder> <references> <answer.json>` for many: the reference of <folder>/<name> is
 <references>/<name>.json. A reference has prompts, each with its greedy continuation and the log-probability of every
 token but the first. The answer is a file since vLLM's processes log to stdout.
@@ -12,14 +12,10 @@ import gc
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
 ROWS, PROMPT, NEW = 4, 256, 64
 """The shape of the speed measurement."""
@@ -95,36 +91,6 @@ def measure(llm: Any, checkpoint: str) -> dict[str, Any]:
     }
 
 
-def serve(checkpoint: str, reference_file: str) -> dict[str, Any]:
-    """One completion of the first prompt from vLLM's OpenAI endpoint, on this machine only."""
-    row = json.loads(Path(reference_file).read_text())[0]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
-    # not the command vllm, which asks for the version of a package vllm, and the one for CPUs has another name
-    command = [sys.executable, "-I", "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pruned", *options]
-    body = {"model": "pruned", "prompt": row["prompt"], "max_tokens": len(row["tokens"]) - len(row["prompt"])}
-    body |= {"temperature": 0, "ignore_eos": True}
-    request = Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    server = subprocess.Popen(command)
-    try:
-        for _ in range(300):
-            assert server.poll() is None, "vLLM's server ended"
-            try:
-                with urlopen(request, timeout=120) as response:
-                    return {"completion": json.load(response)["choices"][0]["text"]}
-            except URLError:
-                time.sleep(1)
-        raise AssertionError("vLLM's server did not answer in 5 minutes")
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
 if __name__ == "__main__":
-    what = {"check": check, "families": families, "serve": serve}[sys.argv[1]]
+    what = {"check": check, "families": families}[sys.argv[1]]
     Path(sys.argv[4]).write_text(json.dumps(what(*sys.argv[2:4])))

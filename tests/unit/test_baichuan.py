@@ -6,7 +6,6 @@ Rotary tables are float32 in both.
 
 import json
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,19 +20,14 @@ from blockpruner.checkpoints.verification import reference_outputs, verify_check
 from blockpruner.core.blocks import BlockId, BlockKind, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
-from blockpruner.inputs import baichuan
-from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import models
 from blockpruner.model.modeling_blockpruned import BaichuanConfig, BaichuanForCausalLM, alibi_slopes
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large import streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
-from blockpruner.scoring.work import Task
 from tests.plans import fetch
 from tests.unit.test_engine import make_rows, score_all, sweep
-from tests.unit.test_streaming import LiveBytes
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 48, 40, 90
 IDS = torch.randint(1, VOCABULARY, (11,), generator=torch.Generator().manual_seed(2))
@@ -48,7 +42,7 @@ FORMS = {
 }
 """Where the config.json of each form differs from the others."""
 
-CASES = [("2-7B", 4), ("2-13B", 4), ("2-13B", 6), ("1-7B", 4), ("1-13B", 6)]
+CASES = [("2-7B", 4), ("2-13B", 6), ("1-7B", 4), ("1-13B", 4)]
 cases = pytest.mark.parametrize(("form", "heads"), CASES, ids=[f"{form} {heads} heads" for form, heads in CASES])
 
 SLOPES = {4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]}
@@ -255,34 +249,13 @@ def test_7b_becomes_a_plain_llama_checkpoint(tmp_path):
     assert counts.total == sum(tensor.numel() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", ["2-7B", "2-13B"])
-def test_streaming_of_mixed_dtypes(tmp_path, form, dtype):
+def test_streaming_of_mixed_dtypes(tmp_path, form):
     config, tensors = original(form)
     directory = fetched(tmp_path, config, tensors, dtype=torch.bfloat16)
     rows = [[token % VOCABULARY for token in row] for row in make_rows([9, 4, 9])]
-    streamed = score_all(StreamingEngine(directory, dtype, device="cpu", batch_tokens=20), sweep(), rows)
-    assert streamed == score_all(Engine(load_model(directory, dtype, "cpu"), 20), sweep(), rows)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_plan_bounds_the_biases_of_long_rows(tmp_path, dtype):
-    config, tensors = original("2-13B", 6, model_max_length=900)
-    directory = fetched(tmp_path, config, tensors, dtype=getattr(torch, dtype))
-    engine = StreamingEngine(directory, dtype, device="cpu", batch_tokens=900)
-    rows = [[token % VOCABULARY for token in row] for row in make_rows([900])]
-    with LiveBytes() as live:
-        list(engine.run([Task(range(1), (parse_mask("mha.1"),))], rows))
-    planned = engine.plan.needed - streaming.SCRATCH_BYTES
-    assert planned / 3 <= live.most <= planned
-
-
-def test_a_13b_checkpoint_may_be_fetched_again(tmp_path):
-    first = fetched(tmp_path, *original("2-13B"))
-    again = fetch(first, tmp_path / "again")
-    assert checkpoint_identity(again) == checkpoint_identity(first)
-    assert json.loads((first / "config.json").read_text())["max_position_embeddings"] == 64
-    assert load_model(again, "float64", "cpu").config.model_type == "baichuan"
+    streamed = score_all(StreamingEngine(directory, "bfloat16", device="cpu", batch_tokens=20), sweep(), rows)
+    assert streamed == score_all(Engine(load_model(directory, "bfloat16", "cpu"), 20), sweep(), rows)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -321,9 +294,6 @@ def test_flash_attention_is_refused(tmp_path, monkeypatch):
     message = r"runtime\.attention 'flash_attention_2' cannot be used here: .* support Flash .*; use auto"
     with pytest.raises(InputError, match=message):
         load_model(directory, "bfloat16", "cpu", attention="flash_attention_2")
-    monkeypatch.setattr(weights, "kernel_options", models.kernel_options)
-    with pytest.raises(InputError, match=message):
-        StreamingEngine(directory, "bfloat16", device="cpu", attention="flash_attention_2")
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------
@@ -385,10 +355,3 @@ def test_tokenizer_gives_sentencepieces_ids(tmp_path, sentencepiece_model, form)
         assert tokenizer.decode(reference.encode(text)) == reference.decode(reference.encode(text)), text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     assert tokenizer("a</s>")["input_ids"][-1] == 2
-
-
-def test_missing_sentencepiece_is_named(tmp_path, monkeypatch):
-    folder = with_tokenizer(write(tmp_path / "original", *original("2-7B")), Path(__file__))
-    monkeypatch.setattr(baichuan, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs the package sentencepiece.*pip install"):
-        fetch(folder, tmp_path / "model")

@@ -56,29 +56,14 @@ def test_rows_that_say_too_little_are_dropped_with_their_number():
     assert [len(row) - 1 for row in rows.rows] == [min(length, 63) for length in lengths if length >= 16]
 
 
-def test_scored_tokens_that_repeat_at_a_place_are_counted():
-    assert CalibrationSet(((1, 5, 6, 7), (2, 5, 6, 8), (3, 5, 9, 6))).repeated == 3 / 9
-    assert CalibrationSet(((1, ~5, 6, 7), (2, ~5, 6, 8), (3, ~5, 6, 9))).repeated == 3 / 6
-    assert CalibrationSet(((1, 5), (2, 5))).repeated == 0, "two rows show nothing"
-
-
-def test_a_template_is_warned_of_and_evaluated_texts_are_not_drawn():
+def test_evaluated_texts_are_not_drawn():
     samples = [ALPACA_WITHOUT_INPUT.format(instruction="Do it", output=f"an answer {i}") for i in range(20)]
     notes, settings = [], {"num_samples": 8, "seq_len": 60, "packing": "per_sample", "split": "all", "score": "all"}
     document = f"A heading\n\n{'A long   PARAGRAPH of a held-out document, ' * 3}\nshort"
     calibration = ["before\n" + document.replace("   ", " ").lower(), *samples]
     rows = draw_rows(calibration, tiny_tokenizer(), Calibration(**settings), [document], notes.append)
-    assert "1 of 21 calibration texts are evaluated too" in notes[0] and "% of the scored tokens" in notes[1]
+    assert "1 of 21 calibration texts are evaluated too" in notes[0]
     assert rows == pack_rows(draw(samples, 8, "all", 42), tiny_tokenizer(), 60, "per_sample")
-
-
-@pytest.mark.parametrize(("same", "is_warned_of"), [(20, False), (21, True)])
-def test_more_than_a_fifth_of_repeated_tokens_is_warned_of(same, is_warned_of):
-    """Rows of 100 scored characters, of which the first ones are the same and the others at no place."""
-    texts, notes = ["_" * (1 + same) + letter * (100 - same) for letter in "abcdefgh"], []
-    wanted = Calibration(data=DATA, num_samples=8, seq_len=128, split="all", packing="per_sample", score="all")
-    assert draw_rows(texts, tiny_tokenizer(), wanted, (), notes.append).repeated == same / 100
-    assert [f"warning: {same}% of the scored tokens" in note for note in notes] == [True] * is_warned_of
 
 
 @pytest.mark.parametrize(("given", "score"), [
@@ -97,11 +82,6 @@ def test_split_paper_is_what_the_public_code_does():
     random.seed(42)
     expected = half.select(random.sample(range(len(half)), 4))["text"]
     assert draw(TEXTS, 4, "paper", 42) == list(expected)
-
-
-def test_too_many_samples_says_how_many_there_are():
-    with pytest.raises(InputError, match=r"num_samples 11 is more than the 10 .*split: paper.*at most 10"):
-        draw(TEXTS, 11, "paper", 42)
 
 
 def test_joined_is_one_tokenization_cut_with_the_tail_dropped():

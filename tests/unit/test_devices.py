@@ -8,28 +8,23 @@ moved where can make a difference.
 import copy
 import gc
 import os
-import subprocess
-import sys
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.utils import logging
 
-from benchmarks import memory, parity
 from benchmarks.scoring import Meter, full_forward, matrix_rate
 from blockpruner.checkpoints import gguf, nas, packing
-from blockpruner.checkpoints.hf import export_hf, save_pruned
+from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import in_float32, reference_outputs
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
-from blockpruner.core.budgets import parse_budget
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import HubTexts, Runtime
-from blockpruner.evaluation import choices
+from blockpruner.core.settings import HubTexts
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
@@ -42,27 +37,23 @@ from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import _batch, train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning
-from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests
+from blockpruner.methods.healed import parameter_digests
 from blockpruner.methods.laco.merging import ModelBench
 from blockpruner.methods.laco.walk import Merge
-from blockpruner.methods.slicegpt.kind import SLICEGPT, plan_width
 from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.methods.slicegpt.widths import SLICEABLE
-from blockpruner.model import accelerator, models
+from blockpruner.model import accelerator
 from blockpruner.model.models import load_model, prune_, resolve_device, shared_copy
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large import streaming, weights
+from blockpruner.scoring.large import weights
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.scorers import local_scorer
 from blockpruner.scoring.settings import Latency
 from blockpruner.scoring.work import Task, live_numbers
-from blockpruner.store.files import read_json
-from blockpruner.store.locks import this_process
 from tests import fake_devices as made_up
-from tests.fake_devices import MODULE, SETUP, attention_without_scores, fake_devices
+from tests.fake_devices import MODULE, SETUP, fake_devices
 from tests.golden import unverified
-from tests.plans import fetch_tiny, healed_of, plan_of, pruning
+from tests.plans import fetch_tiny, plan_of, pruning
 from tests.tiny import GRID, VARIANTS, VOCABULARY, tiny_model, tiny_tokenizer, tolerance
 
 pytestmark = pytest.mark.skipif(SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python")
@@ -73,23 +64,12 @@ MASK = parse_mask("mlp.0")
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """Weights are read in this thread, where the devices are; locks are this test's."""
+def one_thread(monkeypatch):
+    """Weights are read in this thread, where the devices are."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
     logging.disable_progress_bar()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "locks"))
-    release()
     yield
-    release()
     logging.enable_progress_bar()
-
-
-def release():
-    """As if this process ended."""
-    accelerator._CLAIMS.close()
-    accelerator._MINE.clear()
-    for kept in (accelerator.own, accelerator.claim):
-        kept.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +99,9 @@ def scored(metric):
 
 def compensated(method):
     def change(model):
-        found = compensate(
-            model, plan_of(model.config.to_dict(), ["mha.1", "mlp.0"]), LONG, 2, method, SilentObserver()
-        )
-        return [*found.report["perplexity"].values(), *(weight.sum().item() for weight in found.weights.values())]
+        plan = plan_of(model.config.to_dict(), ["mha.1", "mlp.0"])
+        weights, facts = compensate(model, plan, LONG, 2, method, SilentObserver())
+        return [*facts["perplexity"].values(), *(weight.sum().item() for weight in weights.values())]
 
     return change
 
@@ -149,8 +128,6 @@ def distance(model):
 
 WORK = {f"score {name}": scored(metric) for name, metric in METRICS.items()}
 WORK |= {f"compensate {method}": compensated(method) for method in ("map", "refit")}
-OFTEN = ("llama", "gemma2", "gpt_neox", "mixtral", "baichuan")
-"""Variants that differ most in what a device must be told; the others are tried by `make test-slow`."""
 
 WORK |= {
     "perplexity": lambda model: measure_perplexity(model, ROWS).row_nll,
@@ -165,9 +142,7 @@ WORK |= {
 }
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN)) for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", GRID)
 def test_numbers_are_those_of_the_cpu(variant, checkpoints):
     dense, limit, refused = checkpoints(variant), tolerance(variant), []
     for name, work in WORK.items():
@@ -202,13 +177,9 @@ def test_slicing_runs_on_a_device(variant, checkpoints):
     assert found.row_nll == pytest.approx(expected.row_nll, rel=1e-8)
 
 
-@pytest.mark.parametrize(("weights", "dtype"), [("lora", "float32"), ("lora", "float16"), ("all", "float32")])
-def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights, dtype, tmp_path, monkeypatch):
-    """The oracle: the same training of two models that have nothing in common."""
-    dense, rows = fetch_tiny(tmp_path, layers=3), CalibrationSet(tuple(ROWS))
-    plan, wanted, met = plan_of(dense, ["mlp.1"]), recipe(weights=weights, learning_rate=0.01, seq_len=16), []
-    more = {"validation": None, "observer": SilentObserver()}
-    start = healed_of(dense, plan, tmp_path / "healed", {"model.norm.weight": torch.full((32,), 1.5)})
+@pytest.mark.parametrize(("weights", "shares"), [("lora", True), ("all", False)])
+def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights, shares, tmp_path, monkeypatch):
+    dense, met = fetch_tiny(tmp_path, layers=3), []
 
     def seen(model, *rest, teacher, **others):
         own = {id(weight) for weight in teacher.parameters()}
@@ -216,23 +187,13 @@ def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights
         return train_(model, *rest, teacher=teacher, **others)
 
     monkeypatch.setattr(train_module, "train_", seen)
-    job = replace(
-        pruning(dense, plan, dtype), device="cpu", healed=replace(start, of=pruning(dense, plan, dtype).identity)
-    )
-    found, _ = train_module.train(job, wanted, rows, states=tmp_path / "states", **more)
-    found = {name: weight.cpu() for name, weight in found.items()}
-    student, teacher = prune_(load_model(dense, dtype, "cpu"), plan.mask), load_model(dense, dtype, "cpu")
-    before = parameter_digests(student)
-    load_healed_(student, start.path)
-    by_hand = train_(
-        student, rows, wanted, teacher=teacher, states=tmp_path / "by hand", **more,
+    job, wanted = pruning(dense, plan_of(dense, ["mlp.1"])), recipe(weights=weights, seq_len=16)
+    own = parameter_digests(prune_(load_model(dense, "float32", "cpu"), job.plan.mask)).keys()
+    train_module.write_trained(
+        tmp_path / "out", job, wanted, CalibrationSet(tuple(ROWS)), states=tmp_path / "states", validation=None,
+        observer=SilentObserver(),
     )  # fmt: skip
-    expected = {name: weight.cpu() for name, weight in changed_weights(by_hand.model, before, plan).items()}
-    shares = weights == "lora" and dtype != "float16"
-    assert met == [before.keys() - {"model.norm.weight"} if shares else set()]
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
+    assert met == [own if shares else set()]
 
 
 @pytest.mark.parametrize("variant", GRID)
@@ -243,22 +204,6 @@ def test_streaming_runs_on_a_device(variant, checkpoints):
         found = list(StreamingEngine(checkpoints(variant), "float64").run(tasks, ROWS))
     assert [unit.mask for unit in found] == [unit.mask for unit in expected]
     assert flat([unit.loss for unit in found]) == pytest.approx(flat([unit.loss for unit in expected]), rel=1e-9)
-
-
-@pytest.mark.parametrize("variant", GRID)
-def test_a_compiled_split_has_no_hooks_in_its_layers(variant, checkpoints, monkeypatch):
-    """Each would break a graph. What they do, the engine does."""
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
-    tasks, hooks = [Task(range(4), (DENSE, MASK), METRICS["js"])], []
-    expected = [unit.loss for unit in Engine(load_model(checkpoints(variant), "float64", "cpu"), 40).run(tasks, ROWS)]
-    with fake_devices():
-        for compiled in (False, True):
-            runtime = Runtime(device="split", batch_tokens=40, compile=compiled)
-            engine = local_scorer(checkpoints(variant), "float64", runtime, False, print)
-            hooks.append(sum("_hf_hook" in vars(part) for layer in engine._layers for part in layer.modules()))
-        found = [unit.loss for unit in engine.run(tasks, ROWS)]
-    assert hooks[0] > hooks[1] == 0
-    assert flat(found) == pytest.approx(flat(expected), rel=tolerance(variant), abs=tolerance(variant))
 
 
 ASKS = {
@@ -308,26 +253,6 @@ def test_streamed_weights_arrive_before_they_are_used_and_after_others_are_done(
     assert all(event.stream is MODULE.main for event in stream.waited)
 
 
-@pytest.mark.parametrize(("room", "places"), [(None, (9, 0, 0)), (4, (4, 5, 0)), (4, (4, 2, 3)), (0, (0, 2, 7))])
-def test_tiles_are_on_the_device_first(room, places, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "is_in_memory", lambda place: False)
-    tiny_model("llama", 4).save_pretrained(tmp_path)
-    rows, masks = [tuple(range(r, r + 32)) for r in range(4)], (DENSE, *(frozenset({block}) for block in all_blocks(4)))
-    tasks = [Task(range(4), masks)]
-    expected = {unit.mask: unit.loss for unit in Engine(load_model(tmp_path, "float64", "cpu"), 128).run(tasks, rows)}
-    with fake_devices(1):
-        tile = 4 * 32 * 32 * 8
-        ram = None if places[2] == 0 else places[1] * tile
-        engine = StreamingEngine(tmp_path, "float64", batch_tokens=128, tile_memory=ram)
-        monkeypatch.setattr(accelerator, "free_memory", lambda device: 10**9 if room is None else 2 * (room * tile + 9))
-        monkeypatch.setattr(streaming.PassPlan, "check", lambda plan: None)
-        found = {unit.mask: unit.loss for unit in engine.run(tasks, rows)}
-        plan = engine.plan
-    assert found.keys() == expected.keys()
-    assert [found[mask] for mask in masks] == [pytest.approx(expected[mask], rel=1e-9) for mask in masks]
-    assert (plan.device_tiles, plan.ram_tiles, plan.tiles - plan.device_tiles - plan.ram_tiles) == places
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", ["cuda", "split"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -348,7 +273,7 @@ def test_these_tests_see_no_real_device():
 def test_devices_are_named_by_the_settings():
     with fake_devices():
         assert resolve_device("cpu") == torch.device("cpu")
-        assert resolve_device("split") == resolve_device("gpu") == torch.device("gpu:0")
+        assert resolve_device("auto") == resolve_device("split") == resolve_device("gpu") == torch.device("gpu:0")
         assert resolve_device("gpu:1") == torch.device("gpu:1")
         assert accelerator.name(torch.device("gpu:1")) == "Made-up Card"
         assert accelerator.name(torch.device("cpu")) == "cpu"
@@ -365,56 +290,6 @@ def test_devices_are_named_by_the_settings():
         resolve_device("split")
 
 
-HOLDER = """
-import sys
-from pathlib import Path
-from blockpruner.store.locks import hold
-with hold(Path(sys.argv[1]), "process 1 on node7", print):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def another_holds(*cards):
-    """Within, other processes hold the locks of these cards."""
-    with ExitStack() as stack:
-        for card in cards:
-            command = [sys.executable, "-c", HOLDER, str(accelerator._locks() / f"made-up-{card}.lock")]
-            process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-            assert process.stdout.readline() == b"held\n"
-        yield
-
-
-@pytest.mark.parametrize(
-    ("held", "chosen", "said"),
-    [
-        ((), 0, "gpu:0 (Made-up Card)"),
-        ((0,), 1, "gpu:1 (Made-up Card)"),
-        ((0, 1), 0, "gpu:0 (Made-up Card), shared with process 1 on node7"),
-    ],
-)
-def test_auto_takes_a_device_that_no_other_process_holds_and_says_which(held, chosen, said, capsys):
-    with fake_devices(), another_holds(*held):
-        assert resolve_device("auto") == resolve_device("auto") == torch.device("gpu", chosen)
-        assert capsys.readouterr().err == f"runtime.device auto: {said}\n"
-        mine = [path.name for path in accelerator._locks().iterdir() if path.read_text() == f"{this_process()}\n"]
-        assert mine == ([] if chosen in held else [f"made-up-{chosen}.lock"])
-
-
-def test_an_only_device_is_taken_without_words(capsys):
-    with fake_devices(1):
-        assert resolve_device("auto") == torch.device("gpu:0")
-    assert capsys.readouterr().err == ""
-
-
-def test_devices_are_taken_without_locks_where_there_is_no_place_for_them(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with fake_devices():
-        assert resolve_device("auto") == torch.device("gpu:0")
-
-
 def test_a_split_that_cannot_fit_is_refused_before_a_weight_is_read(checkpoints):
     weights = sum(weight.nbytes for weight in tiny_model("llama", 2).parameters())
     with fake_devices() as cards:
@@ -425,15 +300,6 @@ def test_a_split_that_cannot_fit_is_refused_before_a_weight_is_read(checkpoints)
         assert [card.peak - card.live for card in cards] == [0, 0]
 
 
-def test_a_split_needs_accelerate_and_says_so(checkpoints, monkeypatch):
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    with (
-        fake_devices(),
-        pytest.raises(InputError, match="needs the package accelerate; pip install 'blockp"),
-    ):
-        load_model(checkpoints("llama"), "float64", "split")
-
-
 def test_a_model_that_does_not_fit_is_one_line(checkpoints):
     with fake_devices() as cards:
         cards[0].limit = cards[0].live + 1000
@@ -441,54 +307,34 @@ def test_a_model_that_does_not_fit_is_one_line(checkpoints):
             load_model(checkpoints("llama"), "float64")
 
 
-@pytest.mark.parametrize("has_accelerate", [True, False])
-def test_weights_go_straight_to_their_device(has_accelerate, checkpoints, monkeypatch):
-    moved, move = [], torch.nn.Module.to
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *to, **how: moved.append(to) or move(self, *to, **how))
-    monkeypatch.setattr(models, "find_spec", lambda name: has_accelerate or None)
-    with fake_devices(1):
-        model = load_model(checkpoints("llama"), "float64")
-        assert {weight.device for weight in model.parameters()} == {torch.device("gpu:0")}
-    assert bool(moved) is not has_accelerate
-
-
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "mixtral", "tied"])
+@pytest.mark.parametrize("variant", ["llama", "mixtral", "tied"])
 def test_a_model_beside_another_takes_memory_for_what_differs_alone(variant, checkpoints, tmp_path):
     folder = checkpoints(variant)
     dense = load_model(folder, "float64", "cpu")
-    pruned, counted = prune_(load_model(folder, "float64", "cpu"), MASK), dense.num_parameters()
+    pruned = prune_(load_model(folder, "float64", "cpu"), MASK)
     with torch.no_grad():
         changed = next(w for name, w in pruned.named_parameters() if w.dim() == 2 and "layers.1." in name)
         changed[-1, -1] += 1
     save_pruned(pruned, tmp_path / "pruned")
-    more = 8 * (counted - pruned.num_parameters() + changed.numel()) + sum(b.nbytes for b in dense.buffers())
-    for first, second, expected in (("pruned", "dense", dense), ("dense", "pruned", pruned)):
-        places = {"pruned": tmp_path / "pruned", "dense": folder}
-        with fake_devices(1) as (card,):
-            one = load_model(places[first], "float64", trust_remote_code=first == "pruned")
-            gc.collect()
-            before = card.live
-            other = load_model(places[second], "float64", "auto", second == "pruned", beside=one)
-            gc.collect()
-            wanted = more if second == "dense" else 8 * changed.numel() + sum(b.nbytes for b in pruned.buffers())
-            assert card.live - before == wanted
-            assert {weight.device for weight in (*other.parameters(), *other.buffers())} == {torch.device("gpu:0")}
-            found = {name: weight.cpu() for name, weight in other.state_dict().items()}
-            assert other(input_ids=torch.tensor([ROWS[0]], device="gpu:0")).logits.isfinite().all()
-            del one, other
-        assert found.keys() == expected.state_dict().keys()
-        assert all(torch.equal(found[name], weight) for name, weight in expected.state_dict().items())
+    with fake_devices(1) as (card,):
+        one = load_model(folder, "float64")
+        gc.collect()
+        before = card.live
+        other = load_model(tmp_path / "pruned", "float64", "auto", True, beside=one)
+        gc.collect()
+        assert card.live - before == 8 * changed.numel() + sum(b.nbytes for b in pruned.buffers())
+        assert {weight.device for weight in (*other.parameters(), *other.buffers())} == {torch.device("gpu:0")}
+        found = {name: weight.cpu() for name, weight in other.state_dict().items()}
+    assert dense.num_parameters() > pruned.num_parameters() and found.keys() == pruned.state_dict().keys()
+    assert all(torch.equal(found[name], weight) for name, weight in pruned.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("error", "is_one"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        *((RuntimeError(f"CUDA error: {words}"), True) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), False),
     ],
 )
 def test_what_is_out_of_memory(error, is_one):
@@ -580,7 +426,7 @@ def answered(model, requests=REQUESTS):
         return answers(model, requests, 60, done.append), read, done
 
 
-def test_a_device_answers_in_larger_passes_and_where_memory_ends_in_halves(checkpoints, monkeypatch):
+def test_a_device_answers_in_larger_passes_and_where_memory_ends_in_halves(checkpoints):
     expected, read, _ = answered(load_model(checkpoints("llama"), "float64", "cpu"))
     assert read == [22 * 23, 44 * 3, 2 * 23, 4 * 3, 8 * 4]
     with fake_devices(1) as (card,):
@@ -590,110 +436,54 @@ def test_a_device_answers_in_larger_passes_and_where_memory_ends_in_halves(check
         before = card.live
         found, read, _ = answered(model)
         assert read == [24 * 23, 48 * 3, 8 * 4] and flat(found) == pytest.approx(flat(expected), rel=1e-9)
-        needed = card.peak - before
-        for share in (0.9, 0.3):
-            gc.collect()
-            card.limit = before + int(share * needed)
-            MODULE.reset_peak_memory_stats(0)
-            found, smaller, done = answered(model)
-            assert flat(found) == pytest.approx(flat(expected), rel=1e-9) and card.peak <= card.limit
-            assert len(smaller) > len(read) and done == sorted(set(done)), "an answer was computed twice"
-        monkeypatch.setattr(choices, "DEVICE_TOKENS", 26 * 20)  # a row has 23 common tokens in the cache and 3 more
-        card.limit = made_up.TOTAL
-        assert answered(model)[1][1] == 20 * 3
+        card.limit = before + int(0.3 * (card.peak - before))
+        MODULE.reset_peak_memory_stats(0)
+        found, smaller, done = answered(model)
+        assert flat(found) == pytest.approx(flat(expected), rel=1e-9) and card.peak <= card.limit
+        assert len(smaller) > len(read) and done == sorted(set(done)), "an answer was computed twice"
         card.limit = card.live + 1000
         with pytest.raises(DeviceMemoryError, match=r"^one request of up to 27 tokens .*\(CUDA out of memory\)"):
             answered(model)
 
 
-def test_perplexity_has_larger_chunks_of_logits_on_a_device_and_a_row_that_does_not_fit_is_one_line(
-    checkpoints, monkeypatch
-):
-    monkeypatch.setattr("blockpruner.scoring.work.LOGITS_BYTES", 16 * VOCABULARY * 4)
-    for place, calls in (("cpu", 2), ("auto", 1)):
-        with fake_devices(1) as (card,):
-            model, heads = load_model(checkpoints("llama"), "float64", place), []
-            model.get_output_embeddings().register_forward_hook(lambda *call, heads=heads: heads.append(call))
-            measure_perplexity(model, EQUAL[:1])
-            assert len(heads) == calls
-            heads.clear()
-            gc.collect()
-            card.limit = card.live + 1000
-            if place == "auto":
-                with pytest.raises(DeviceMemoryError, match=r"one row of 32 tokens does not fit .*; lower its seq_len"):
-                    measure_perplexity(model, EQUAL)
+def test_a_row_that_does_not_fit_is_one_line(checkpoints):
+    with fake_devices(1) as (card,):
+        model = load_model(checkpoints("llama"), "float64")
+        gc.collect()
+        card.limit = card.live + 1000
+        with pytest.raises(DeviceMemoryError, match=r"one row of 32 tokens does not fit .*; lower its seq_len"):
+            measure_perplexity(model, EQUAL)
 
 
 def test_where_memory_ends_fewer_texts_are_generated_at_once(checkpoints):
-    """Texts end at a letter or a token, each at its own place, and parts where the last of their texts does."""
     from lm_eval.api.instance import Instance  # takes seconds
 
     from blockpruner.evaluation import zero_shot
 
-    how = {"max_gen_toks": 12, "do_sample": False}
-
-    def generated(model, until, end=None):
-        done, model.generation_config.eos_token_id = [], end
+    def generated(model):
+        done, model.generation_config.eos_token_id = [], None
         harness = zero_shot._Harness(
             lambda *step: done.append(step), pretrained=model, tokenizer=tiny_tokenizer(), batch_size=8,
         )  # fmt: skip
-        arguments = [(f"{n}: {'ab' * n}", how | {"until": until}) for n in range(8)]
-        requests = [Instance("generate_until", {}, each, number) for number, each in enumerate(arguments)]
+        how = {"max_gen_toks": 12, "do_sample": False, "until": ["\0"]}
+        requests = [Instance("generate_until", {}, (f"{n}: {'ab' * n}", how), n) for n in range(8)]
         return harness.generate_until(requests), [step[0] for step in done]
 
-    dense = load_model(checkpoints("llama"), "float64", "cpu")
-    whole, _ = generated(dense, ["\0"])
-    until, last = [letter for letter in "".join(whole) if letter.isascii() and letter.isalnum()][:2]
-    how_to_end = ([until], tiny_tokenizer()(last)["input_ids"][-1])
-    expected, done = generated(dense, *how_to_end)
-    assert done == [8] and len({len(text) for text in expected}) > 2
-    assert any(text.endswith(last) for text in expected)
+    expected, done = generated(load_model(checkpoints("llama"), "float64", "cpu"))
+    assert done == [8] and len(set(expected)) > 2
     with fake_devices(1) as (card,):
         model = load_model(checkpoints("llama"), "float64")
         gc.collect()
         MODULE.reset_peak_memory_stats(0)
         before = card.live
-        assert generated(model, *how_to_end) == (expected, [8])
+        assert generated(model) == (expected, [8])
         needed = card.peak - before
         gc.collect()
         card.limit = before + int(0.2 * needed)
-        assert generated(model, *how_to_end) == (expected, [1, 2, 3, 4, 5, 6, 7, 8])
+        assert generated(model) == (expected, [1, 2, 3, 4, 5, 6, 7, 8])
         card.limit = card.live + 1000
         with pytest.raises(torch.OutOfMemoryError):  # which `suite` words
-            generated(model, *how_to_end)
-
-
-@pytest.mark.parametrize("what", ["score", "perplexity"])
-def test_memory_is_the_same_where_tensors_have_no_values(what, monkeypatch):
-    """By which the memory of models is known that are in no memory (`benchmarks.memory`)."""
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention_without_scores)
-    peaks = []
-    for hollow in (False, True):
-        with fake_devices(1, hollow) as (card,):
-            model = tiny_model("llama", 2, torch.bfloat16).to("gpu:0")
-            gc.collect()
-            MODULE.reset_peak_memory_stats(0)
-            before = card.live
-            if what == "score":
-                list(sweep(model, 64)[1])
-            else:
-                measure_perplexity(model, EQUAL)
-            peaks.append(card.peak - before)
-            del model
-        gc.collect()
-    assert peaks[1] == pytest.approx(peaks[0], rel=0.02) and peaks[0] > 0
-
-
-def test_the_memory_of_every_part_of_the_work_is_found():
-    """Each holds a model at least."""
-    config = memory.MODELS["tiny"]
-    rows = memory.random_rows(config["vocab_size"], 4, 32)
-    with fake_devices(1, hollow=True) as (card,):
-        size = memory.peak(card, lambda: memory.random_model("tiny", torch.bfloat16, "gpu:0"))
-        found = {title: memory.peak(card, work) for title, work in memory.parts("tiny", rows).items()}
-    assert min(found.values()) >= size > 0
-    assert found["train: LoRA, distilled"] > found["train: LoRA"]
-    assert found["benchmark: speed"] < found["benchmark: speed, refitted"] < found["benchmark: speed, trained"]
+            generated(model)
 
 
 def test_training_that_does_not_fit_is_one_line(checkpoints, tmp_path):
@@ -758,26 +548,13 @@ def test_a_reference_in_float32_takes_a_weight_at_a_time():
         assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_slices_are_computed_on_the_device_and_exported_from_the_cpu(tmp_path):
-    dense = fetch_tiny(tmp_path, layers=2, dtype="float32")
-    job = SimpleNamespace(material=SimpleNamespace(config=read_json(dense / "config.json")))
-    details = plan_width(parse_budget("0.2", 1), SLICEGPT.options(), job)
-    plan = replace(plan_of(dense, ["mha.0"]), kind="slicegpt", method="slicegpt", details=details)
-    with fake_devices(1) as (card,), unverified():
-        export_hf(replace(pruning(dense, plan, rows=EQUAL), device="auto"), tmp_path / "out")
-        assert card.peak > 0
-    assert load_model(tmp_path / "out", "float32", "cpu", True).config.sliced_width == details["width"]
-
-
 def test_benchmarks_run_on_a_device(checkpoints):
-    model = load_model(checkpoints("llama"), "float64", "cpu")
-    expected = parity.oracle(model, MASK, EQUAL)
+    expected, _ = full_forward(load_model(checkpoints("llama"), "float64", "cpu"), MASK, torch.tensor(EQUAL))
     with fake_devices(1):
         model = load_model(checkpoints("llama"), "float64")
-        assert parity.oracle(model, MASK, EQUAL) == pytest.approx(expected, rel=1e-9)
         ids, meter = torch.tensor(EQUAL, device=model.device), Meter(model.device)
         waits = MODULE.synchronized
         losses, _ = meter("full", lambda: full_forward(model, MASK, ids))
-        assert losses.tolist() == pytest.approx(expected, rel=1e-9)
+        assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-9)
         assert MODULE.synchronized == waits + 1, "the clock stopped before the device did"
         assert matrix_rate(model, 64) > 0

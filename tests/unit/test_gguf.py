@@ -21,7 +21,7 @@ from blockpruner.checkpoints.gguf import TEXT, export_gguf
 from blockpruner.checkpoints.packing import require_fit
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import reference_outputs
-from blockpruner.checkpoints.vocabulary import vocabulary
+from blockpruner.checkpoints.vocabulary import CASED, CONTRACTED, vocabulary
 from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.checkpoints import _convert_gguf
@@ -48,12 +48,9 @@ def short_references(monkeypatch):
 MASKS = {
     "attention only": "mlp.2",
     "MLP only": "mha.2",
-    "both": "mha.2,mlp.2",
     "first": "mha.0,mlp.0",
     "MLPs before the first attention": "mha.0,mha.1",
     "last": "mha.5,mlp.5",
-    "last attention": "mha.5",
-    "last MLP": "mlp.5",
     "many": "mha.0,mha.1,mha.5,mlp.3,mlp.4",
 }
 SCALED = {"rope_theta": 10000.0, "factor": 8.0}
@@ -122,20 +119,12 @@ def plain():
     return byte_level(words())
 
 
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA_3 = CONTRACTED % r"\p{N}{1,3}"
 TOKENIZERS = {
     "gpt-2": plain,
     "smollm": lambda: byte_level(words(pre_tokenizers.Digits(individual_digits=True))),
     "llama-bpe": lambda: byte_level(regex(LLAMA_3), ignore_merges=True),
-    "tekken": lambda: byte_level(regex(TEKKEN), ignore_merges=True),
+    "tekken": lambda: byte_level(regex(CASED), ignore_merges=True),
     "qwen2": lambda: Qwen2Tokenizer(*pieces()),
     "default": sentencepiece,
 }
@@ -208,29 +197,6 @@ def test_tokens_are_those_of_transformers(tmp_path, pre):
     assert (types[tokenizer.eos_token_id], types[-1]) == (TokenType.CONTROL, TokenType.UNUSED)
 
 
-@engine
-def test_without_stubs_llama_cpp_is_wrong(tmp_path, monkeypatch):
-    """What the format seems to ask for: feed_forward_length 0 and no tensors, where a layer has no MLP. llama.cpp loads
-    it and passes over the attention, too."""
-    counts, parts = gguf.hyperparameters, gguf.tensors
-
-    def zero(config, packed, architecture):
-        widths = [config["intermediate_size"] if mlp else 0 for _, mlp in packed.layers]
-        return counts(config, packed, architecture) | {"feed_forward_length": widths}
-
-    def unfilled(model, packed, architecture):
-        stubs = tuple(f"blk.{n}.ffn" for n, (_, mlp) in enumerate(packed.layers) if mlp is None)
-        return ((name, weight) for name, weight in parts(model, packed, architecture) if not name.startswith(stubs))
-
-    model = model_of("llama")
-    right = asked(model, "mlp.2", tmp_path / "model.gguf")
-    monkeypatch.setattr(gguf, "hyperparameters", zero)
-    monkeypatch.setattr(gguf, "tensors", unfilled)
-    wrong = asked(model, "mlp.2", tmp_path / "model.gguf")
-    assert wrong["rms_logprob_difference"] > 50 * right["rms_logprob_difference"]
-    assert not wrong["greedy_tokens_equal"]
-
-
 def test_a_file_becomes_the_same_checkpoint_with_a_hub_and_without(tmp_path, monkeypatch):
     """De-quantized are the file's F16 weights; with any other bytes DVC would see another model."""
     model = model_of("llama")
@@ -257,12 +223,7 @@ def test_a_file_becomes_the_same_checkpoint_with_a_hub_and_without(tmp_path, mon
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     model_of("llama").save_pretrained(folder / "mine")
-    tokenizer = copy.deepcopy(plain())
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    tokenizer.save_pretrained(folder / "mine")
+    plain().save_pretrained(folder / "mine")
     (folder / "mine/LICENSE").write_text("terms")
     return fetch(folder / "mine", folder / "model", dtype="float32")
 
@@ -278,11 +239,9 @@ def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
         monkeypatch.setattr(verification, "subprocess", InProcess)
     export(dense, tmp_path / "out", dtype=dtype)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "LICENSE", "Modelfile", "README.md", "blockpruner_plan.json", "model-F16.gguf", "model-Q8_0.gguf",
+        "LICENSE", "README.md", "blockpruner_plan.json", "model-F16.gguf", "model-Q8_0.gguf",
         "verification.json",
     }  # fmt: skip
-    lines = (tmp_path / "out/Modelfile").read_text().splitlines()
-    assert lines[0] == "FROM ./model-Q8_0.gguf" and lines[1].startswith('TEMPLATE """{{ range .Messages }}')
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["cache_layers_expected"] == 5
     assert report["files"]["F16"]["rms_logprob_difference"] < report["files"]["Q8_0"]["rms_logprob_difference"] / 5
@@ -329,10 +288,8 @@ def test_merged_layers_are_a_plain_model(tmp_path, dense, monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "files"),
     [
-        ("output_norm.weight", "Q8_0"),
         ("blk.1.attn_q.weight", "Q8_0"),
         ("blk.1.attn_q.weight", "F16 Q8_0"),
-        ("blk.3.ffn_down.weight", "Q8_0"),
         ("tokenizer", ""),
     ],
 )
@@ -358,7 +315,7 @@ def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fau
     assert written == ["F16", "Q8_0"] and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("narrow", "ratio", "good"), [(0, 44, 1), (0, 46, 0), (1, 46, 1), (1, 64, 0)])
+@pytest.mark.parametrize(("narrow", "ratio", "good"), [(0, 46, 0), (1, 46, 1)])
 def test_weights_that_16_bits_hold_exactly_may_err_less_in_them(tmp_path, monkeypatch, narrow, ratio, good):
     """Of a right file in 8 bits the error does not depend on that, so its share grows."""
     answer = {"max_logprob_difference": 1, "greedy_tokens_equal": True, "cache_layers": 1, "text_tokens_equal": True}
@@ -388,7 +345,6 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
         export_gguf(pruning(dense, plan_of(dense, ["mha.0", "mlp.3"])), tmp_path / out, ["Q4_K_M"])
 
     quantized('[ "$*" = "model-F16.gguf model-Q4_K_M.gguf Q4_K_M" ] && cp model-Q8_0.gguf "$2"', "out")
-    assert (tmp_path / "out/Modelfile").read_text().startswith("FROM ./model-Q4_K_M.gguf\n")
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["files"]["Q4_K_M"] == report["files"]["Q8_0"]
     assert "model-Q4_K_M.gguf" in report["manifest"]
@@ -397,17 +353,7 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
         quantized(f'cp {tmp_path}/other/model-Q8_0.gguf "$2"', "wrong")  # with an attention more
     with pytest.raises(InputError, match="gguf:Q4_K_M: llama-quantize failed: no such type. Choose another"):
         quantized("echo no such type >&2; exit 1", "failed")
-    with pytest.raises(InputError, match="gguf:Q4_K_M: llama-quantize failed: exit code 0"):
-        quantized("exit 0", "silent")
     assert {path.name for path in tmp_path.iterdir()} == {"bin", "out", "other"}
-    for script, fault in (
-        ("#!/bin/sh\necho no library >&2; exit 127\n", "no library"),
-        ("#!/bin/sh\nkill -ABRT $$\n", "exit code -6"),
-        ("#!/no/such/interpreter\n", "No such file"),
-    ):
-        tool.write_text(script)
-        with pytest.raises(InputError, match=rf"gguf:Q4_K_M: llama-quantize does not start \(.*{fault}.*install"):
-            gguf.require_quantizations(["Q4_K_M"])
     with pytest.raises(InputError, match="gguf:Q4: the quantization is unknown; valid: .*Q4_K_M"):
         gguf.require_quantizations(["Q4"])
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -419,10 +365,8 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
     ("config", "plan"),
     [
         ({"model_type": "gemma2"}, {}),
-        ({"model_type": "mistral"}, {}),  # with a sliding window
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6}, {}),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, {}),
-        ({"hidden_act": "gelu"}, {}),
         ({}, {"blocks": {"mha": 6, "mlp": 0}}),
     ],
 )
@@ -447,9 +391,7 @@ def lower_cased():
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (lambda: byte_level(regex(r"\\p{N}{1,2}")), r"splits text in a way unknown here: .*\{1,2\} then bytes"),
         (lambda: byte_level(regex(LLAMA_3)), "splits text in a way unknown here"),  # without ignore_merges
-        (lambda: byte_level(pre_tokenizers.Whitespace()), "Whitespace"),
         (lower_cased, "after Lowercase"),
         (unequal_halves, "merges by halves of tokens"),
         (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))), "a WordLevel model"),

@@ -14,8 +14,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     ContinuousBatchingConfig,
     GenerationConfig,
-    Trainer,
-    TrainingArguments,
 )
 
 from blockpruner.core.blocks import parse_mask
@@ -61,8 +59,6 @@ def one_by_one(model, new=6):
     ("family", "mask"),
     [
         ("llama", "mha.0,mha.2,mlp.3"),
-        ("mistral", "mha.1,mlp.3"),
-        ("qwen2", "mha.0,mlp.1"),
         ("gemma3_text", "mha.0,mha.3,mlp.1"),
         ("gemma3_text", "mha.1,mha.3,mlp.1"),  # all with full attention
         ("gemma3_text", "mha.0,mha.2,mlp.1"),  # all with a window
@@ -106,15 +102,6 @@ def test_a_model_pruned_in_memory_saves_itself(tmp_path, family):
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
-
-
-def test_a_trainer_saves_a_model_pruned_in_memory(tmp_path):
-    model = pruned("llama").requires_grad_(True)
-    rows = [{"input_ids": row, "labels": row} for row in IDS]
-    arguments = TrainingArguments(tmp_path, max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
-    Trainer(model, arguments, train_dataset=rows).train()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", trust_remote_code=True)
-    assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
 
 
 @families
@@ -169,12 +156,11 @@ def test_attentions_and_hidden_states(family):
     assert all(torch.equal(a, b) for a, b in zip(outputs.hidden_states[1:4], states[:3], strict=True))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
-def test_lora_has_the_targets_of_the_base_family(family):
+def test_lora_has_the_targets_of_the_base_family():
     def targets(model):
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).peft_config["default"].target_modules
 
-    assert targets(pruned(family)) == targets(tiny_model(family)) != set()
+    assert targets(pruned("gpt_neox")) == targets(tiny_model("gpt_neox")) != set()
 
 
 def test_an_older_transformers_is_told_what_is_needed(monkeypatch):

@@ -2,9 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
-import tomllib
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,12 +28,10 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 QWEN2 = {"use_sliding_window": False}
 CASES = {
     "attention": ("llama", {}, "mha.1,mha.3"),
-    "mlp": ("llama", {"attention_bias": True, "mlp_bias": True}, "mlp.2,mlp.4"),
-    "both": ("llama", {"rope_parameters": LLAMA3}, "mha.2,mlp.2,mha.4,mlp.3"),
+    "both": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}, "mha.2,mlp.2,mha.4,mlp.3"),
     "first and last attention": ("llama", {"tie_word_embeddings": True}, "mha.0,mha.1,mha.5"),
     "wide": ("llama", {"intermediate_size": 256, "rope_parameters": LLAMA3 | {"rope_type": "linear"}}, "mha.3"),
     "whole layers": ("mistral", {"sliding_window": None}, "mha.1,mlp.1,mlp.4,mha.5"),
-    "qwen2 attention": ("qwen2", QWEN2, "mha.0,mha.3"),
     "qwen2 mlp": ("qwen2", QWEN2 | {"tie_word_embeddings": True}, "mlp.0,mlp.3,mlp.5"),
     "merged": ("qwen2", QWEN2, "mha.4,mha.5,mlp.4,mlp.5"),
 }
@@ -153,17 +148,12 @@ def test_directory_says_the_masked_model(exported, case):
     assert not config["block_configs"][0]["attention"]["no_op"]
     attentions = [block for block in config["block_configs"] if not block["attention"]["no_op"]]
     assert len(attentions) == plan.layers - plan.blocks["mha"]
-
-
-@with_mlx
-@cases
-def test_mlx_says_the_masked_model(exported, case):
-    directory, _, plan = exported(case)
     report = json.loads((directory / "verification.json").read_text())
-    assert report["ok"] and report["engine"] == "mlx_lm"
+    if find_spec("mlx_lm") is None:
+        assert (report["ok"], report["unchecked"]) == (None, "mlx_lm is not installed")
+        return
+    assert report["ok"] and report["cache_layers"] == len(attentions) and not report["blockpruner_imported"]
     assert max(report["max_logit_difference"], report["max_logit_difference_cached"]) <= 1e-3
-    assert report["cache_layers"] == plan.layers - plan.blocks["mha"]
-    assert not report["blockpruner_imported"]
 
 
 def test_directory_is_complete(exported):
@@ -187,7 +177,7 @@ def test_directory_is_complete(exported):
 @with_mlx
 @pytest.mark.usefixtures("in_process")
 def test_export_in_bfloat16(exported, tmp_path):
-    _, dense, plan = exported("qwen2 attention")
+    _, dense, plan = exported("qwen2 mlp")
     export(dense, plan, tmp_path / "out", "bfloat16")
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["median_logit_difference"] > 1e-3
@@ -202,10 +192,9 @@ def test_export_in_bfloat16(exported, tmp_path):
     ("function", "fault"),
     [
         ("nas_weights", lambda made: made["model.norm.weight"].mul_(1.01)),
-        ("nas_config", lambda made: made.update(rope_theta=9e3)),
         ("nas_config", lambda made: made["block_configs"][0]["attention"].update(n_heads_in_group=1)),
     ],
-    ids=["weights", "rope", "heads"],
+    ids=["weights", "heads"],
 )
 def test_a_wrong_checkpoint_fails_and_leaves_nothing(exported, tmp_path, monkeypatch, function, fault):
     _, dense, plan = exported("attention")
@@ -222,21 +211,11 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(exported, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_mlx_it_is_said_to_be_unchecked(exported, tmp_path, monkeypatch):
-    _, dense, plan = exported("attention")
-    monkeypatch.setattr(verification, "find_spec", lambda name: None)
-    export(dense, plan, tmp_path / "out")
-    report = json.loads((tmp_path / "out/verification.json").read_text())
-    assert (report["ok"], report["unchecked"]) == (None, "mlx_lm is not installed")
-
-
 @pytest.mark.parametrize(
     ("family", "changes", "value"),
     [
         ("qwen3", {}, "qwen3"),
-        ("llama", {"blocks": {"mha": 6, "mlp": 0}}, "mha"),
         ("llama", {"dtype": "float64"}, "float64"),
-        ("mistral", {"sliding_window": 6}, 6),
         ("llama", {"head_dim": 12}, 12),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ],
@@ -252,48 +231,3 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path, family, changes, value
         export(tmp_path / "model", plan_of(config.to_dict(), ["mha.1"], **plan), tmp_path / "out", dtype)
     assert error.value.value == value
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-PLUGIN = """
-import importlib, os, sys
-from types import SimpleNamespace
-from transformers import AutoConfig, LlamaConfig
-sys.modules["vllm"] = SimpleNamespace(ModelRegistry=SimpleNamespace(get_supported_archs=dict))
-module, function = sys.argv[1].split(":")
-register = getattr(importlib.import_module(module), function)
-
-def check(known):
-    if known:
-        class Other(LlamaConfig):
-            model_type = "nemotron-nas"
-        AutoConfig.register("nemotron-nas", Other)
-    register()
-    register()
-    config = AutoConfig.from_pretrained(sys.argv[2])
-    assert type(config).__name__ == ("Other" if known else "NemotronNasConfig"), type(config)
-    assert known or config.block_configs[3].attention.no_op and not hasattr(config.block_configs[3].ffn, "hidden_act")
-    config.save_pretrained(f"{sys.argv[3]}/{known}")
-    print(sorted(name for name in sys.modules if name.split(".")[0] in ("blockpruner", "torch")), flush=True)
-
-for known in (False, True):
-    if os.fork() == 0:
-        check(known)
-        sys.exit()
-    assert os.wait()[1] == 0
-"""
-
-
-def test_plugin_tells_transformers_the_config(exported, tmp_path):
-    """As vLLM does: by the entry point, more than once, in a fresh process; another's config of the type stays."""
-    directory, *_ = exported("first and last attention")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    entry = project["entry-points"]["vllm.general_plugins"]["blockpruner"]
-    command = [sys.executable, "-c", PLUGIN, entry, str(directory), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    for known, line in zip((False, True), result.stdout.splitlines(), strict=True):
-        assert [name for name in json.loads(line.replace("'", '"')) if name.startswith("blockpruner")] == [
-            "blockpruner", "blockpruner.model", "blockpruner.model.vllm_plugin",
-        ]  # fmt: skip
-        saved, given = (json.loads((path / "config.json").read_text()) for path in (tmp_path / str(known), directory))
-        assert saved["block_configs"] == given["block_configs"]

@@ -27,7 +27,7 @@ from blockpruner.params import load_run
 from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.evidence import FIVE, Asked, Row, Subject, read_rows
 from blockpruner.reporting.paper.figures import figures
-from blockpruner.reporting.paper.frames import Table, texts, to_latex, to_markdown
+from blockpruner.reporting.paper.frames import table_of_frame, to_markdown
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
 from blockpruner.reporting.paper.published import MODELS, read_published
 from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
@@ -58,7 +58,7 @@ def test_shipped_studies_are_of_runs_and_methods_that_there_are(name):
         settings = load_run(run, ROOT / "runs")
         own = {key: target for key, target in study.targets.items() if target.run == run}
         assert own and settings.export == ()
-        assert settings.recover is not None or not any(target.recover for target in own.values())
+        assert settings.recover is not None or not any(target.train for target in own.values())
     assert all(re.fullmatch(r"[A-Za-z0-9-]+", key) for key in study.targets)
 
 
@@ -179,7 +179,7 @@ def evidence(folder: Path, study: Study, tasks: tuple[str, ...] = FIVE) -> Path:
                 plan = plan_of(target)
                 save_plan(plan, folder / name / "plan.json")
                 quality = (1.0 if target.method == "blockpruner" else 1.5) - 0.3 * (target.compensate != "none")
-                measure(folder / name, plan.ratio, quality - 0.8 * target.recover, tasks, timed)
+                measure(folder / name, plan.ratio, quality - 0.8 * target.train, tasks, timed)
     return folder
 
 
@@ -360,12 +360,11 @@ def test_figures_are_of_what_was_measured(rows):
 def test_a_cell_has_its_number_error_and_interval():
     cells = {"method": "a & b|c", "avg_pct": 47.2, "avg_pct_se": 3.03, "kv_pct": -20.0, "heldout_x": 1234.567}
     frame = pd.DataFrame([cells | {"heldout_x_low": 1.5, "heldout_x_high": 2e3, "piqa": None}])
-    shown = texts(frame).iloc[0].to_dict()
+    table = table_of_frame("t", "A table", frame)
+    shown = dict(zip(table.head, table.texts[0], strict=True))
     assert shown == {"method": "a & b|c", "accuracy, %": "47.2 ± 3.0", "KV cache, %": "−20",
                      "held-out, × dense": "1,234.57 [1.50, 2,000.00]"}  # fmt: skip
     assert to_markdown(frame).splitlines()[2].startswith("| a & b\\|c | 47.2 ± 3.0 |")
-    latex = to_latex(Table("t", "A table", frame))
-    assert r"a \& b|c & 47.2 ± 3.0" in latex and r"\label{tab:t}" in latex and r"accuracy, \%" in latex
 
 
 # docs/

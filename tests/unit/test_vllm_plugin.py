@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
+from importlib import metadata
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from blockpruner.checkpoints.hf import save_pruned
@@ -70,6 +72,27 @@ def test_a_checkpoint_has_its_familys_config_without_remote_code(registry, tmp_p
     assert {key: after[key] for key in before} == before | {
         key: after[key] for key in ("architectures", "transformers_version")
     }
+
+
+def test_a_nas_config_is_read_and_anothers_class_of_the_type_stays(registry, tmp_path, monkeypatch):
+    blocks = [{"attention": {"no_op": True}, "ffn": {"no_op": False}}]
+    config = {"model_type": "nemotron-nas", "hidden_size": 8, "block_configs": blocks}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = AutoConfig.from_pretrained(tmp_path)
+    assert type(found) is vllm_plugin.NemotronNasConfig and found.to_dict()["block_configs"] == blocks
+    assert found.block_configs[0].attention.no_op and not hasattr(found.block_configs[0].ffn, "hidden_act")
+    other = type("Other", (LlamaConfig,), {"model_type": "nemotron-nas"})
+    AutoConfig.register("nemotron-nas", other, exist_ok=True)
+    vllm_plugin.register()
+    assert type(AutoConfig.from_pretrained(tmp_path)) is other
+
+
+def test_the_entry_point_imports_nothing_else_of_ours():
+    (entry,) = metadata.entry_points(group="vllm.general_plugins", name="blockpruner")
+    code = f"import sys, {entry.module}; print(*sorted(n for n in sys.modules if n.startswith('blockpruner')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert entry.load() is vllm_plugin.register
+    assert found == ["blockpruner", "blockpruner.model", "blockpruner.model.vllm_plugin"]
 
 
 class Norm(nn.Module):
@@ -160,8 +183,7 @@ def of(vllm_config):
     return vllm_config.model_config.hf_config, vllm_config.compilation_config
 
 
-@pytest.mark.parametrize("around", [False, True])
-@pytest.mark.parametrize("mlp", ["mlp", "block_sparse_moe"])
+@pytest.mark.parametrize(("around", "mlp"), [(False, "mlp"), (True, "block_sparse_moe")])
 def test_removed_blocks_add_nothing_and_are_nowhere(registry, around, mlp):
     base = type("LlamaForCausalLM", (Decoder,), {"around": around, "mlp": mlp})
     registry.models["LlamaForCausalLM"] = SimpleNamespace(load_model_cls=lambda: base)

@@ -76,7 +76,8 @@ class Row:
     @property
     def title(self) -> str:
         """Its method, and what was done after it."""
-        return " + ".join(filter(None, (recipe(self.method).title, self.healing)))
+        own = "dense" if self.method == DENSE else recipe(self.method).title
+        return " + ".join(filter(None, (own, self.healing)))
 
 
 @dataclass(frozen=True)
