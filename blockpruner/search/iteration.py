@@ -33,7 +33,7 @@ class Iteration:
 
     @property
     def losses(self) -> dict[Mask, tuple[float, ...]]:
-        """Of each candidate that was scored on first rows, on those; of whole masks where such are compared."""
+        """The row losses of each candidate that was scored on first rows; of whole masks where such are compared."""
         named = [(score, unit) for score, unit in zip(self.scores, self.added, strict=True) if score.drawn is None]
         return {unit or score.mask: score.row_loss for score, unit in named if score.mask and score.row_loss}
 
@@ -44,7 +44,7 @@ class Iteration:
 
     @property
     def perplexity(self) -> float:
-        """Of the model without `removed`, on the calibration set."""
+        """The perplexity of the model without `removed`, on the calibration set."""
         score = self.nll[self.chosen]
         assert score is not None
         return score.perplexity
