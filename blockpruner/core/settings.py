@@ -199,8 +199,7 @@ class Runtime(Frozen):
     """What changes speed and no number but measured times. No stage depends on it."""
 
     device: str = "auto"
-    """The device: auto (a GPU that no other process of yours holds), cpu, cuda, cuda:<n>, or split (one model over
-    all GPUs)."""
+    """The device: auto (the first GPU, else the CPU), cpu, cuda, cuda:<n>, or split: one model over all GPUs."""
     batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Padded tokens in a batch of rows."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
