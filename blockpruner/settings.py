@@ -35,7 +35,7 @@ class Run(Frozen):
     evaluate: Evaluate = Evaluate()
     compensate: Compensate = Compensate()
     train: Train | None = None
-    """For targets with `train: true`; `{}` is the paper's recipe."""
+    """The training of targets with `train: true`; `{}` is the paper's recipe."""
     export: tuple[str, ...] = ("hf",)
     """Formats of the checkpoint: hf (transformers, vLLM), and nas (mlx-lm), gguf (llama.cpp). []: the model is measured
     in memory and not written."""
@@ -91,7 +91,7 @@ class Target(Frozen):
     method: str | None = None
     """A recipe or a method, in place of the run's `score.method`; of the run's `score` it keeps what is measured."""
     compensate: CompensationMethod | None = None
-    """In place of the run's `compensate.method`."""
+    """The compensation, in place of the run's `compensate.method`."""
     train: bool = False
     """Whether the pruned model is trained, by the run's `train`."""
     push: Push | None = None
@@ -176,7 +176,7 @@ class Sources(Frozen):
 
     model: Model
     texts: dict[str, Texts]
-    """By what they are for: perplexity, calibration, compensate, train."""
+    """The texts, by their use: perplexity, calibration, compensate, train."""
     answers: TaskAnswers | None
     """The items that the run is calibrated on, in place of texts."""
     zero_shot: ZeroShot
@@ -196,7 +196,7 @@ class Sections(Frozen):
     sources: Sources
     calibration: Calibration
     score: dict[str, Scored]
-    """By method: the run's own, and those that targets name."""
+    """The searches by method: those of the run and those that targets name."""
     judged: bool
     """Whether a method has several searches, whose proposals are judged on rows of their own."""
     compensate: Compensate
@@ -214,7 +214,7 @@ class Sections(Frozen):
 def score_of(run: Run, method: str | None) -> Score:
     """The `score` section of a target that names a method, or none; raises InputError for an unknown one.
 
-    Of the run's own section it keeps the metric, the lengths of timings, and the acceleration where it takes one.
+    It keeps the metric and the lengths of timings of the run's own section, and the acceleration where it takes one.
     """
     if method is None or method == run.score.method:
         return run.score

@@ -66,7 +66,7 @@ class Streams(Engine):
         self.dense = [states.to(torch.promote_types(states.dtype, torch.float32)).cpu() for states, _ in prepared]
         self.pruned = [states.clone() for states in self.dense]
         self.old: dict[Tensor, Tensor] = {}
-        """Of every weight that was changed, what it was."""
+        """The former value of every weight that was changed."""
 
     def stops(self, mask: Mask) -> Iterator[Stop]:
         """The stops in order. At each, the dense stream is behind kept blocks and hole, and the pruned stream before
@@ -86,7 +86,7 @@ class Streams(Engine):
         return state + sum(self._block(block, hidden, self._kwargs[number]).to(state) for block in step)
 
     def written(self, block: BlockId, number: int) -> tuple[Tensor, Tensor]:
-        """Of a block in the pruned stream of a batch: what its writer reads, [B, T, p] (no column without a writer),
+        """What the writer of a block reads in the pruned stream of a batch, [B, T, p] (no column without a writer),
         and what its module gives, before a norm behind it, [B, T, d]."""
         found: list[Tensor] = []
         hooks = [

@@ -181,7 +181,7 @@ class Accelerated:
         return min(complete, key=lambda score: worth(score, before, self._costs)).mask
 
     def _price(self, unit: Mask, margin: float = 0.0) -> float:
-        """Of the rise that is known of a unit, less a margin."""
+        """The price of the rise that is known of a unit, less a margin."""
         return price(float(self._rises[unit].mean()) - margin, self._share(unit))
 
     def _share(self, unit: Mask) -> float:
@@ -207,7 +207,7 @@ class Accelerated:
 
 
 def standard_error(rises: np.ndarray, total: int) -> float:
-    """Of the mean over all rows, from the known ones: sd / sqrt(K) with the finite population correction."""
+    """The error of the mean over all rows, from the known ones: sd / sqrt(K) with the finite population correction."""
     known = len(rises)
     return float(rises.std(ddof=1)) * math.sqrt(1 / known - 1 / total) if known < total else 0.0
 

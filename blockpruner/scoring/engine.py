@@ -324,7 +324,7 @@ class Engine(Forward):
             yield self._finite(mask, values[mask], task)
 
     def _weights_of(self, unit: Mask) -> list[nn.Parameter]:
-        """Of norms and modules, without biases."""
+        """The weights of a unit's norms and modules, without biases."""
         parts = [
             getattr(self._layers[block.layer], name)
             for block in sorted_blocks(unit)
@@ -337,7 +337,7 @@ class Engine(Forward):
         return Batch.of(rows, self._home)
 
     def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
-        """Of each row, the sum of the losses over its targets, [B] float64; logits in chunks of tokens.
+        """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens.
 
         Args:
             states, dense: final states of the masked and of the dense model, [N, H]; dense only where it is needed.

@@ -29,7 +29,7 @@ class MaskScore:
 
     mask: Mask
     row_loss: tuple[float, ...]
-    """Of each of the first rows, a mean over its tokens."""
+    """The loss of each of the first rows, a mean over its tokens."""
     rows_total: int
 
     @property
@@ -75,7 +75,7 @@ class Counts:
     """Masks with all rows."""
     trials_reused: int = 0
     tokens: int = 0
-    """Of what was computed; so are the seconds."""
+    """The tokens of what was computed; so are the seconds."""
     seconds: float = 0.0
 
     def __add__(self, other: Counts) -> Counts:
@@ -120,7 +120,7 @@ class Objective:
 
     @cached_property
     def _store(self) -> TrialStore:
-        """Of the origin in which the first loss is asked for."""
+        """The store of the origin in which the first loss is computed."""
         store = self._stores.of(self._scorer.origin()) if self._stores.is_narrow else self._stores
         while store.problems:
             self._observer.note(f"warning: {store.problems.pop(0)}")

@@ -33,7 +33,7 @@ class Score(Frozen):
     options: dict[str, bool | int | float | str | tuple[str | int, ...] | None] = Field(default={})
     """The options of the method, each with a model of its own in the method's file."""
     acceleration: Literal["none", "lazy", "race", "lazy+race"] | None = None
-    """none is exact; the others leave out candidates that can hardly win. null: the recipe's own, else none."""
+    """How candidates that can hardly win are left out; none is exact. null: the recipe's own, else none."""
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     """The confidence of each comparison in a race, null for 0.999."""
     floor: int | None = Field(default=None, ge=1)

@@ -42,7 +42,7 @@ class Iteration:
 
     @property
     def perplexity(self) -> float:
-        """Of the model without `removed`, on the calibration set."""
+        """The perplexity of the model without `removed`, on the calibration set."""
         score = self.nll[self.chosen]
         assert score is not None
         return score.perplexity

@@ -41,7 +41,7 @@ class QuadraticOptions(Options):
     rounds: int = Field(default=4, ge=1)
     """How many rounds there are; each fits the surrogate to all that is known before."""
     seed: int = 42
-    """Of the starts of descents."""
+    """The seed of the starts of descents."""
 
 
 def quadratic(problem: Problem, options: QuadraticOptions) -> Iterator[Iteration]:

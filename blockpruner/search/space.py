@@ -27,7 +27,7 @@ def goal_of_problem(problem: Problem) -> Goal:
 
 
 def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
-    """Of masks that remove something the one nearest to the goal; a tie goes to the larger, as in `choose_prefix`.
+    """The mask nearest to the goal that removes something; a tie goes to the larger, as in `choose_prefix`.
 
     Raises:
         InputError: the dense model is nearer.
@@ -53,7 +53,7 @@ def is_settled(goal: Goal, mask: Mask, units: Sequence[Mask]) -> bool:
 def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:
     """A sort key by which, of two masks, the one comes first that removes the first unit in which they differ.
 
-    Of one mask with another unit each, the one with the earlier unit comes first: greedy's tie-break.
+    Among masks that differ in one unit, the one with the earlier unit comes first: greedy's tie-break.
     """
     return lambda mask: tuple(i for i, unit in enumerate(units) if unit <= mask)
 

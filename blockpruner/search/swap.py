@@ -90,7 +90,7 @@ def by_prediction(mask: Mask, exchanges: list[Exchange], change: Mapping[Mask, f
 
 
 Choice = tuple[tuple[int, ...], ...]
-"""Of several lists the indices chosen from each."""
+"""The indices that are chosen from each of several lists."""
 
 
 def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple[float, Choice]]:

@@ -201,7 +201,7 @@ class Current:
     """What a run's current search is, and what it was made of: `current.json` in the run's folder of scores."""
 
     kind: str
-    """Of the plans that it leads to."""
+    """The type of the plans that it leads to."""
     search: str
     """Its fingerprint."""
     nested: bool
@@ -214,7 +214,7 @@ class Current:
     latency: Mapping[str, Any] | None = None
     """Nanoseconds of generation and of blocks, where a budget or a price needed them."""
     dense_nll: float | None = None
-    """Of the dense model on the calibration rows, where no iteration table holds it."""
+    """The NLL of the dense model on the calibration rows, where no iteration table holds it."""
 
     def save(self, scores: Path) -> None:
         score = self.score.model_dump(mode="json", exclude_none=True, exclude={"latency"})

@@ -75,7 +75,7 @@ class Weights:
         is_pinned = device.type == "cuda"
         self.staging = torch.empty(2, 0 if direct else PIECE_BYTES, dtype=torch.uint8, pin_memory=is_pinned)
         self._staged: list[Any] = [None, None]
-        """Of each buffer, the event that it has been copied."""
+        """The event of each buffer that it has been copied."""
         self._files: dict[Path, int] = {}
         self._stops = False
         self.bytes_read = 0
