@@ -64,6 +64,9 @@ PREFACE = (
     "for a small one above all, need not hold for another."
 )
 
+MARKED = "<!-- table: front -->\n{}\n<!-- /table -->"
+"""`publish` fills such a block from docs/results/front.csv."""
+
 
 def verdict(frame: pd.DataFrame) -> list[str]:
     """Sum up a study in at most five sentences for each model: three sizes, accuracy, speed."""
@@ -107,7 +110,7 @@ def results_page(title: str, frame: pd.DataFrame, conditions: Sequence[str], plo
         PREFACE,
         "\n".join(f"- {line}" for line in verdict(frame)),
         f"## {FRONT_TITLE}",
-        to_markdown(front(frame)) if len(measured(frame)) else "Nothing is measured yet.",
+        MARKED.format(to_markdown(front(frame))) if len(measured(frame)) else "Nothing is measured yet.",
         "For each size: the lowest held-out perplexity, the lowest without training, its best rival healed alike, and "
         "BlockPruner as pruned. ± is one standard error.",
         *(f"![{name}](results/{name}.png)" for name in plots[:2]),
