@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers.utils import logging
 
 from benchmarks.scoring import Meter, full_forward, matrix_rate
