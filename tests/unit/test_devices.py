@@ -460,7 +460,7 @@ def test_where_memory_ends_fewer_texts_are_generated_at_once(checkpoints):
     from blockpruner.evaluation import zero_shot
 
     def generated(model):
-        done, model.generation_config.eos_token_id = [], None
+        done, model.generation_config.eos_token_id = [], tiny_tokenizer().eos_token_id
         harness = zero_shot._Harness(
             lambda *step: done.append(step), pretrained=model, tokenizer=tiny_tokenizer(), batch_size=8,
         )  # fmt: skip
