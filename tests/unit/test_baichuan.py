@@ -31,9 +31,8 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large import streaming, weights
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
+from tests.oracles import LiveBytes, make_rows, score_all, sweep
 from tests.plans import fetch
-from tests.unit.test_engine import make_rows, score_all, sweep
-from tests.unit.test_streaming import LiveBytes
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 48, 40, 90
 IDS = torch.randint(1, VOCABULARY, (11,), generator=torch.Generator().manual_seed(2))

@@ -6,7 +6,7 @@ Depths, masks, rows, batches and failures are drawn by hypothesis. Models and br
 they are the same in all examples of a variant and a depth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,10 +24,10 @@ from blockpruner.model.models import decoder_layers, masked, model_family
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import ScoredRows, Task
+from tests.oracles import CrampedEngine, model_of
 from tests.tiny import GRID, VARIANTS, VOCABULARY, full_nll, tiny_model, tolerance
 
 Row = tuple[int, ...]
-model_of = cache(tiny_model)
 
 
 @dataclass(frozen=True)
@@ -175,54 +175,6 @@ def test_the_ways_of_a_gpu_give_the_same_values(case: Case, wide: int):
         longest = max(len(case.rows[row]) for row in task.span)
         width = max(1, min(wide, case.batch_tokens) // (len(task.span) * longest))
         assert found <= {(width * len(task.span), longest, 32)}
-
-
-class CrampedEngine(Engine):
-    """Runs out of memory where a batch has more than `rows` rows or `tokens` tokens to a row, but for those times
-    that `luck` says (True: it fits); keeps the walks, with those masks that each of them finished. Masks go one by one.
-
-    Garbage is not collected: it takes 50 ms where torch is loaded, at each of hundreds of failures.
-    """
-
-    def __init__(self, *args, rows: int = 1000, tokens: int = 1000, luck: Sequence[bool] = ()) -> None:
-        super().__init__(*args)
-        self.rows, self.tokens, self.luck = rows, tokens, iter(luck)
-        self.walks: list[tuple[Task, list[Mask]]] = []
-        self.budgets: list[int] = []
-        self.losses = 0
-
-    def _width(self, tokens: int, padded: bool = False) -> int:
-        return 1
-
-    def _halved(self, *args) -> list[Task]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_module.gc, "collect", lambda: 0)
-            return super()._halved(*args)
-
-    def score(self, task: Task, rows) -> Iterator[ScoredRows]:
-        done: list[Mask] = []
-        self.walks.append((task, done))
-        self.budgets.append(self._batch_tokens)
-        for unit in super().score(task, rows):
-            done.append(unit.mask)
-            yield unit
-
-    def _allocate(self, rows: int, tokens: int, *rest: int) -> None:
-        if (rows > self.rows or tokens > self.tokens) and not next(self.luck, False):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has too little.")
-
-    def _block(self, block, hidden, *rest):
-        self._allocate(*hidden.shape)
-        return super()._block(block, hidden, *rest)
-
-    def _final_states(self, hidden, batch):
-        self._allocate(*hidden.shape)
-        return super()._final_states(hidden, batch)
-
-    def _losses(self, *args):
-        values = super()._losses(*args)
-        self.losses += 1
-        return values
 
 
 @settings(max_examples=75)
