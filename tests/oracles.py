@@ -86,7 +86,7 @@ class CrampedEngine(Engine):
         self.budgets: list[int] = []
         self.losses = 0
 
-    def _width(self, tokens: int, padded: bool = False) -> int:
+    def _width(self, tokens: int) -> int:
         return 1
 
     def _halved(self, *args) -> list[Task]:

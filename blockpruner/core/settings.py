@@ -206,8 +206,6 @@ class Runtime(Frozen):
     """Of torch, in each process."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     """auto is the model's own choice."""
-    compile: bool = False
-    """Whether torch compiles the blocks, which pays off in long searches."""
     streaming: bool = False
     """Whether one layer at a time is in memory, for models larger than it."""
     executor: Literal["local", "ray"] = "local"
@@ -226,8 +224,6 @@ class Runtime(Frozen):
                 "streaming: true holds one layer at a time on one device, so device: split has nothing to split; "
                 "set device: auto, or streaming: false"
             )
-        if self.streaming and self.compile:
-            raise ValueError("compile: true does not fit streaming: true, whose layers come and go; set one to false")
         return self
 
 

@@ -28,7 +28,7 @@ from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.budgets import parse_budget
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import HubTexts, Runtime
+from blockpruner.core.settings import HubTexts
 from blockpruner.evaluation import choices
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.latency import measure_latency
@@ -54,7 +54,6 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large import streaming
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.scorers import local_scorer
 from blockpruner.scoring.settings import Latency
 from blockpruner.scoring.work import Task, live_numbers
 from blockpruner.store.files import read_json
@@ -243,22 +242,6 @@ def test_streaming_runs_on_a_device(variant, checkpoints):
         found = list(StreamingEngine(checkpoints(variant), "float64").run(tasks, ROWS))
     assert [unit.mask for unit in found] == [unit.mask for unit in expected]
     assert flat([unit.loss for unit in found]) == pytest.approx(flat([unit.loss for unit in expected]), rel=1e-9)
-
-
-@pytest.mark.parametrize("variant", GRID)
-def test_a_compiled_split_has_no_hooks_in_its_layers(variant, checkpoints, monkeypatch):
-    """Each would break a graph. What they do, the engine does."""
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
-    tasks, hooks = [Task(range(4), (DENSE, MASK), METRICS["js"])], []
-    expected = [unit.loss for unit in Engine(load_model(checkpoints(variant), "float64", "cpu"), 40).run(tasks, ROWS)]
-    with fake_devices():
-        for compiled in (False, True):
-            runtime = Runtime(device="split", batch_tokens=40, compile=compiled)
-            engine = local_scorer(checkpoints(variant), "float64", runtime, False, print)
-            hooks.append(sum("_hf_hook" in vars(part) for layer in engine._layers for part in layer.modules()))
-        found = [unit.loss for unit in engine.run(tasks, ROWS)]
-    assert hooks[0] > hooks[1] == 0
-    assert flat(found) == pytest.approx(flat(expected), rel=tolerance(variant), abs=tolerance(variant))
 
 
 ASKS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
+from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import kernel_options, masked
@@ -139,37 +139,6 @@ def test_logits_of_16_bit_models_are_not_rounded(monkeypatch, family):
     found = engine._logits(states)
     assert rounded.dtype == torch.bfloat16 and found.dtype == torch.float32
     assert (rounded - exact).abs().max() > 1e-3 and (found - exact).abs().max() < 1e-5
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mask_has_the_bits_that_it_has_alone(dtype):
-    """With two threads, some processors add up these sizes in another order when there are more rows."""
-    model = tiny_model(hidden_size=128, intermediate_size=1536, dtype=dtype)
-    rows, masks = make_rows([64, 64]), (DENSE, *(frozenset({block}) for block in all_blocks(4)))
-    together, alone = Engine(model), Engine(model)
-    alone._width = lambda *batch: 1
-    for span in (range(1), range(2)):
-        task = [Task(span, masks)]
-        assert list(together.run(task, rows)) == list(alone.run(task, rows))
-
-
-@pytest.mark.parametrize("exact", [1, 2, 3])
-def test_no_more_masks_go_along_than_keep_their_bits(monkeypatch, exact):
-    engine = Engine(tiny_model())
-    rows, masks, block = make_rows([32, 32]), tuple(frozenset({block}) for block in all_blocks(4)), engine._block
-    seen = []
-
-    def inexact(block_id, states, *rest):
-        seen.append(len(states) // 2)
-        return block(block_id, states, *rest) * (1 + 1e-7 * (len(states) > 2 * exact))
-
-    monkeypatch.setattr(engine, "_block", inexact)
-    list(engine.run([Task(range(2), masks)], rows))
-    assert max(seen) == exact + 1
-    seen.clear()
-    list(engine.run([Task(range(2), masks)], rows))
-    assert max(seen) == exact, "it is tried once"
 
 
 def on_card(monkeypatch, model, total, batch_tokens="auto"):

@@ -145,9 +145,7 @@ def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, log
         assert len(task.span) == 1 or padded <= case.batch_tokens
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("blockpruner.scoring.work.LOGITS_BYTES", logit_tokens * VOCABULARY * 4)
-        patch.setattr(engine_module, "WIDE_TOKENS", wide)
-        patch.setattr(engine_module, "WHOLE_TILES", 1)
-        patch.setattr(engine, "_exact_width", lambda embedded, *rest: wide)
+        patch.setattr(engine, "_width", lambda tokens: max(1, min(wide, case.batch_tokens) // tokens))
         patch.setattr(engine, "_block", lambda *args: calls.append(len(args[1])) or forward(*args))
         units = list(engine.run(tasks, case.rows))
     assert_once_and_exact(case, units, tasks)
@@ -230,9 +228,10 @@ def test_masks_go_one_by_one_before_a_batch_is_halved():
     engine = Narrow(model_of("llama", 2), 100, rows=1)
     case = Case("llama", 2, rows, range(1), [frozenset({block}) for block in all_blocks(2)], 100)
     tasks = case.tasks(engine)
-    assert engine._width(32) == 3
-    assert_once_and_exact(case, list(engine.run(tasks, rows)), tasks)
-    assert [task.span for task, _ in engine.walks] == [range(1)] * 2 and engine._width(32) == 1
+    with as_on_a_gpu(engine):
+        assert engine._width(32) == 3
+        assert_once_and_exact(case, list(engine.run(tasks, rows)), tasks)
+        assert [task.span for task, _ in engine.walks] == [range(1)] * 2 and engine._width(32) == 1
 
 
 @pytest.mark.parametrize("variant", GRID)

@@ -201,7 +201,6 @@ BAD_RUNS = [
     (answers(split="paper"), "calibration"),
     (answers(num_samples=1), "calibration"),
     (lambda v: v["score"].update(unit="layer", candidates="mha"), "score"),
-    (lambda v: v["score"].update(acceleration="none", audit=3), "score"),
     (lambda v: v["score"].update(acceleration="race", floor=3), "score"),
     (lambda v: v["score"].update(options={"width": 2}), "score.options.width"),
     (lambda v: v.update(export=[]), "export"),

@@ -106,14 +106,11 @@ def test_another_search_reuses_trials_but_not_tables(tmp_path, change, computed)
 
 
 def test_an_accelerated_search_is_one_of_its_own_and_its_tables_seed_a_store(tmp_path):
-    """Settings left out are those of the defaults; without the trial store, its tables hold all that it computed."""
+    """Without the trial store, its tables hold all that it computed."""
     fast = {"rows": short_rows(8), "acceleration": "lazy+race"}
     first, exact = run(tmp_path, **fast), run(tmp_path / "exact", rows=short_rows(8))
     assert first.units_computed < exact.units_computed
     assert first.current.search != exact.current.search
-    defaults = fast | {"confidence": 0.999, "floor": 10, "slack": 2.0, "audit": 6}
-    assert run(tmp_path, **defaults).current.search == first.current.search
-    assert run(tmp_path, **defaults | {"floor": 3}).current.search != first.current.search
     shutil.rmtree(tmp_path / "trials")
     again = run(tmp_path, **fast)
     assert (again.units_computed, again.trials_computed) == (0, 0)

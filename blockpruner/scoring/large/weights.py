@@ -101,7 +101,7 @@ class Weights:
             is_mapped = len(parts) == 1 and self._is_used_as_stored(name) and parts[0].offset % empty.itemsize == 0
             first = start + (parts[0].offset % VECTOR if is_mapped else 0)
             target = slab[first : first + empty.nbytes].view(empty.dtype)
-            for part, piece in zip(parts, target.split([part.shape.numel() for part in parts]), strict=True):
+            for part, piece in zip(parts, torch.split(target, [part.shape.numel() for part in parts]), strict=True):
                 self._fill(piece, part, self._is_used_as_stored(name))
             tensors[name] = target.view(empty.shape)
             start += aligned(empty.nbytes + VECTOR)
