@@ -9,7 +9,6 @@ from typing import Any, Literal
 from blockpruner.core.errors import InputError
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.registry import Registry
-from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.scoring.settings import Score
 from blockpruner.search.contiguous import contiguous
@@ -66,7 +65,7 @@ class Request:
             "unit": self.score.unit,
             "candidates": self.score.candidates,
             "metric": self.metric.name,
-            **settings_of(self.score),
+            "acceleration": self.score.acceleration or "none",
             "options": self.options.model_dump(),
         }
 

@@ -820,9 +820,8 @@ def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
         ("one_shot", {"metric": "kl", "unit": "layer"}, "whole layers"),
         ("random", {}, "blocks"),
         ("given", {"options": {"order": ("mha.1,mlp.1", "mha.2,mlp.2", "mha.0,mlp.0")}}, "whole layers"),
-        ("beam", {"candidates": "mha"}, "MHA blocks"),
+        ("floating", {"candidates": "mha"}, "MHA blocks"),
         ("contiguous", {"unit": "layer", "metric": "angular_distance"}, "whole layers"),
-        ("evopress", {"options": {"generations": 3, "offspring": 4, "tokens": (3, 5)}}, "blocks"),
         ("swap", {"options": {"tries": 4}}, "blocks"),
     ],
 )

@@ -15,17 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
-from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLossError
+from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.families import FAMILIES
 from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large import streaming
-from blockpruner.scoring.large import weights as weights_module
 from blockpruner.scoring.large.memory import is_in_memory
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
+from tests.oracles import make_rows, score_all, sweep
 from tests.tiny import GRID, full_nll, tiny_model, tolerance
-from tests.unit.test_engine import make_rows, score_all, sweep
 
 
 @pytest.fixture
@@ -106,9 +105,8 @@ EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
     ],
     ids=str,
 )
-def test_shards_dtypes_and_experts(tmp_path, monkeypatch, family, stored, dtype, shard, config):
-    """A weight of another dtype passes in pieces; experts are ordered by number: of twelve, 10 and 11 come last."""
-    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)
+def test_shards_dtypes_and_experts(tmp_path, family, stored, dtype, shard, config):
+    """Experts are ordered by number: of twelve, 10 and 11 come last."""
     save(tmp_path, family, getattr(torch, stored), shard, **config)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 3) is (shard == "60KB")
     streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]), dtype)
@@ -131,7 +129,7 @@ def test_eager_attention(tmp_path):
     assert score_all(engine, sweep(), rows) == score_all(in_memory, sweep(), rows)
 
 
-@pytest.mark.parametrize("in_ram", [0, 1, 7, 1000])
+@pytest.mark.parametrize("in_ram", [0, 7, 1000])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_tiles_on_disk(tmp_path, monkeypatch, disk, family, in_ram):
     """The same values wherever the tiles are, twice; what is read and written is what distinct states need."""
@@ -248,17 +246,13 @@ def test_the_plan_is_noted_and_layers_are_counted(tmp_path):
 def test_states_and_weights_take_half_of_what_is_free_each(tmp_path, monkeypatch, disk):
     engine, rows = StreamingEngine(save(tmp_path), "float64", device="cpu"), make_rows([16])
     expected = score_all(engine, sweep(), rows)
-    tile, ahead = engine.plan.tile, engine.plan.weights_held
-    least = StreamingEngine(tmp_path, "float64", device="cpu", slabs=1)._held(engine._groups(DENSE), 1)
-    for free, slabs, in_ram in ((4 * ahead, 2, 9), (4 * ahead - 4, 1, 9), (2 * least, 1, 9)):
-        monkeypatch.setattr(streaming, "available_memory", lambda free=free: free)
-        assert score_all(engine, sweep(), rows) == expected
-        assert (engine.plan.slabs, engine.plan.ram_tiles) == (slabs, in_ram)
-    monkeypatch.setattr(streaming, "available_memory", lambda: 2 * least - 2)
-    before = engine.weight_bytes_read
+    held, before = engine.plan.weights_held, engine.weight_bytes_read
+    monkeypatch.setattr(streaming, "available_memory", lambda: 2 * held)
+    assert score_all(engine, sweep(), rows) == expected and engine.plan.ram_tiles == 9
+    monkeypatch.setattr(streaming, "available_memory", lambda: 2 * held - 2)
     with pytest.raises(DeviceMemoryError, match=r"weights take .*half of the free memory is .*Nothing was read"):
         score_all(engine, sweep(), rows)
-    assert engine.weight_bytes_read == before and 9 * tile < least
+    assert engine.weight_bytes_read == 2 * before
 
 
 def test_tiles_go_to_disk_when_memory_is_short(tmp_path, monkeypatch, disk):
@@ -272,10 +266,9 @@ def test_tiles_go_to_disk_when_memory_is_short(tmp_path, monkeypatch, disk):
     assert again.spill == (again.tiles - again.ram_tiles) * again.tile
 
 
-@pytest.mark.parametrize("slabs", [1, 2])
-def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch, slabs):
-    """With two slabs a layer's last block waits until the next weights are being read, from a slow file."""
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", slabs=slabs)
+def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch):
+    """A layer's last block waits until the next weights are being read, from a slow file."""
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu")
     expected = score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), make_rows([16]))
     groups, log, read = engine._groups(DENSE), [], os.preadv
     begun = [threading.Event() for _ in groups]
@@ -292,7 +285,7 @@ def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch, sl
 
     def computing(which, *rest):
         following = begun[which.layer + 2]  # before a layer there are the embedding's weights
-        assert following.wait(60) if slabs == 2 else not following.is_set()
+        assert following.wait(60)
         log.append(which)
         return block(which, *rest)
 
@@ -340,46 +333,6 @@ def test_a_file_that_is_cut_meanwhile_is_named(tmp_path):
     assert not readers() and all(parameter.is_meta for parameter in engine._model.parameters())
 
 
-def test_a_pass_that_is_left_ends_with_the_piece_that_is_read(tmp_path, monkeypatch):
-    """The second layer's first piece; the next pass reads all anew."""
-    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)
-    engine, rows, late = StreamingEngine(save(tmp_path), "float64", device="cpu"), make_rows([16]), []
-    weights, block, read = engine._weights, engine._block, os.preadv
-    before = weights.stored_bytes([*engine._kept, *engine._groups(DENSE)[0], *engine._groups(DENSE)[1]])
-    begun = threading.Event()
-
-    def fail(*arguments):
-        begun.wait(60)
-        raise KeyboardInterrupt
-
-    def held(*arguments):
-        if weights.bytes_read >= before:
-            begun.set()
-            late.append(arguments)
-            for _ in range(6000):
-                if not weights._stops:
-                    time.sleep(0.01)
-        return read(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "_block", fail)
-        patch.setattr(os, "preadv", held)
-        with pytest.raises(KeyboardInterrupt):
-            score_all(engine, sweep(), rows)
-    assert len(late) == 1 and not readers()
-    assert block == engine._block
-    assert score_all(engine, sweep(), rows) == score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), rows)
-
-
-@pytest.mark.parametrize(("stored", "forgets"), [(2**26, False), (2**30, True)])
-def test_the_page_cache_is_kept_where_it_holds_the_weights(tmp_path, monkeypatch, stored, forgets):
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu")
-    monkeypatch.setattr(streaming, "available_memory", lambda: 2**30)
-    monkeypatch.setattr(engine._weights, "stored_bytes", lambda names: stored)
-    score_all(engine, [DENSE], make_rows([16]))
-    assert engine._weights.forget is forgets
-
-
 def test_too_little_disk_is_refused_before_reading(tmp_path, monkeypatch):
     engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
@@ -425,18 +378,6 @@ def test_batches_are_halved_where_memory_runs_out(tmp_path, monkeypatch, most):
     assert all(parameter.is_meta for parameter in engine._model.parameters())
 
 
-def test_nan_names_mask_and_row(tmp_path):
-    file = save(tmp_path) / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.embed_tokens.weight"][200] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
-    rows = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [200, 13, 14, 15, 16, 17]]
-    engine, mask = StreamingEngine(tmp_path, "float64", device="cpu", batch_tokens=6), parse_mask("mlp.1")
-    units = []
-    with pytest.raises(NonFiniteLossError, match=r"row 2 is nan with mask mlp\.1.*float32"):
-        units.extend(engine.run([Task(span, (mask,)) for span in engine.row_batches(rows, range(3))], rows))
-
-
 UP = "model.layers.2.mlp.up_proj.weight"
 EDITS = {
     "missing": lambda tensors: tensors.pop(UP),
@@ -451,8 +392,8 @@ EDITS = {
     [
         ("missing", r"missing keys: model\.layers\.2\.mlp\.up_proj\.weight"),
         ("unexpected", r"unexpected keys: model\.layers\.9\.mlp\.up_proj\.weight"),
-        ("mismatched", r"mismatched keys: model\.layers\.2\.mlp\.up_proj\.weight \[47, 32\], not \[48, 32\]"),
-        ("dtype", r"streamed \(F64, F32, F16, BF16\): model\.layers\.2\.mlp\.up_proj\.weight torch\.int8"),
+        ("mismatched", r"mismatched keys: model\.layers\.2\.mlp\.up_proj\.weight"),
+        ("dtype", r"streamed \(F64, F32, F16, BF16\): model\.layers\.2\.mlp\.up_proj\.weight"),
     ],
 )
 def test_weights_that_do_not_match(tmp_path, change, message):

@@ -39,7 +39,7 @@ from blockpruner.scoring.forward import LayerKwargs, joined, map_tensors
 from blockpruner.scoring.large.ahead import in_turn
 from blockpruner.scoring.large.memory import available_memory, is_in_memory
 from blockpruner.scoring.large.sharing import unfinished
-from blockpruner.scoring.large.weights import Weights, aligned, memory_of, read_into, skeleton
+from blockpruner.scoring.large.weights import SLABS, Weights, aligned, memory_of, read_into, skeleton
 from blockpruner.scoring.walk import runs, walk
 from blockpruner.scoring.work import Rows, ScoredRows, Task
 
@@ -54,8 +54,6 @@ class PassPlan:
     """At most at once, in the dtype of scoring."""
     weights_room: int
     """What they may take: half of the free memory of the device that computes."""
-    slabs: int
-    """How many layers' weights are held: of two, one is being read while the other computes."""
     tile: int
     """One state at rest."""
     tiles: int
@@ -86,7 +84,7 @@ class PassPlan:
         """Raise DeviceMemoryError if weights or states do not fit."""
         if self.weights_held > self.weights_room:
             raise DeviceMemoryError(
-                f"a layer's weights take {_size(self.weights_held)}, and half of the free memory is "
+                f"two layers' weights take {_size(self.weights_held)}, and half of the free memory is "
                 f"{_size(self.weights_room)}; free some, or choose another runtime.device. Nothing was read"
             )
         if self.spill > self.spill_free:
@@ -120,7 +118,6 @@ class StreamingEngine(Engine):
         advance: receives the layers done, their number, and the last one's name.
         tile_memory: most bytes of RAM for tiles; None allows half of what is free.
         memory: bytes of main memory that count as free, at most; None counts all that are.
-        slabs: how many layers' weights are in memory at most; of two, one is read while the other computes.
 
     Attributes:
         plan: the plan of the last pass.
@@ -143,12 +140,10 @@ class StreamingEngine(Engine):
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         tile_memory: int | None = None,
         memory: int | None = None,
-        slabs: int = 2,
     ) -> None:
         if sys.platform != "linux":
             raise InputError("runtime.streaming: true needs Linux, where the free memory can be known; set it to false")
-        self._memory, self._slabs = memory, slabs
-        self._place = resolve_device(device)
+        self._memory, self._place = memory, resolve_device(device)
         model = skeleton(checkpoint, dtype, self._place, attention, trust_remote_code)
         super().__init__(model, 1)
         self._weights = weights = Weights(model, checkpoint, self._place)
@@ -164,7 +159,7 @@ class StreamingEngine(Engine):
         ]
         self._before = [name for name in outer if name not in self._after and name not in self._kept]
         half = accelerator.total_memory(self._place) // 2 if self._on_gpu else 0  # for states
-        self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE), slabs) + half)
+        self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE)) + half)
         self.plan: PassPlan | None = None
         self.spill_bytes_read = self.spill_bytes_written = 0
 
@@ -225,15 +220,14 @@ class StreamingEngine(Engine):
         plan = self.plan = self.plan_of(tasks, rows)
         self._note(str(plan))
         plan.check()
-        self._weights.forget = plan.weights_read > available_memory() // 2
         with closing(_Tiles(plan, self._head.weight.dtype, self._place)) as tiles:
-            yield from self._streamed(tasks, rows, tiles, plan.slabs)
+            yield from self._streamed(tasks, rows, tiles)
             self.spill_bytes_read += tiles.bytes_read
             self.spill_bytes_written += tiles.bytes_written
 
-    def _streamed(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles, slabs: int) -> Iterator[ScoredRows]:
+    def _streamed(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> Iterator[ScoredRows]:
         self._weights.load(self._kept)
-        with closing(self._weights.in_turn(self._groups(_removed(tasks)), slabs)) as weights:
+        with closing(self._weights.in_turn(self._groups(_removed(tasks)))) as weights:
             next(weights)
             works = self._embedded(tasks, rows, tiles)
             for layer in range(self.layers):
@@ -296,9 +290,9 @@ class StreamingEngine(Engine):
             result.append([name for name in names if name.startswith(prefix) and not name.startswith(unread)])
         return [*result, self._after]
 
-    def _held(self, groups: Sequence[Sequence[str]], slabs: int) -> int:
+    def _held(self, groups: Sequence[Sequence[str]]) -> int:
         """Bytes of weights at once."""
-        return self._weights.bytes(self._kept) + slabs * max(map(self._weights.bytes, groups))
+        return self._weights.bytes(self._kept) + SLABS * max(map(self._weights.bytes, groups))
 
     def _modules(self, layer: int, kind: BlockKind) -> list[str]:
         branch = self._family.branch(kind)
@@ -308,7 +302,7 @@ class StreamingEngine(Engine):
         """Plan a pass over these tasks; nothing is read.
 
         States may take half of what is free, of a device's memory and of RAM. The other half is for weights and for
-        what a batch works in. A second layer is read ahead where it fits into half of that.
+        what a batch works in.
         """
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
@@ -320,14 +314,11 @@ class StreamingEngine(Engine):
         ram_tiles = min(tiles - device_tiles, host // 2 // tile)
         if self._tile_memory is not None:
             ram_tiles = min(ram_tiles, self._tile_memory // tile)
-        groups, room = self._groups(_removed(tasks)), (own or host) // 2
-        slabs = self._slabs if self._held(groups, self._slabs) <= room // 2 else 1
-        place = tempfile.gettempdir()
+        groups, place = self._groups(_removed(tasks)), tempfile.gettempdir()
         return PassPlan(
             weights_read=self._weights.stored_bytes([*self._kept, *chain(*groups)]),
-            weights_held=self._held(groups, slabs),
-            weights_room=room,
-            slabs=slabs,
+            weights_held=self._held(groups),
+            weights_room=(own or host) // 2,
             tile=tile,
             tiles=tiles,
             device_tiles=device_tiles,
