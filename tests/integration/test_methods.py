@@ -190,6 +190,7 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
     scored(project, section, "1.2x")
     assert len(measured) == 9
     set_targets(project, {"t": "1.3x"}, streaming=True)
+    settings.main("tiny")
     forget_times(project)
     with pytest.raises(InputError, match=r"runtime.streaming: True excludes; give budgets in parameters"):
         score.main("tiny")
@@ -200,6 +201,7 @@ def test_other_budgets_are_refused_before_times_are_measured(project, monkeypatc
     forget_times(project)
     choose(project, {"method": "greedy"}, "1.3x")
     set_targets(project, {"t": "1.3x", "u": "9blocks"})
+    settings.main("tiny")
     with pytest.raises(InputError, match="'9blocks' cannot be reached; the largest reachable is 8blocks"):
         score.main("tiny")
 
