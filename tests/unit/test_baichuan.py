@@ -26,8 +26,7 @@ from blockpruner.model.modeling_blockpruned import BaichuanConfig, BaichuanForCa
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
-from blockpruner.scoring.work import Task
-from tests.oracles import LiveBytes, make_rows, score_all, sweep
+from tests.oracles import make_rows, score_all, sweep
 from tests.plans import fetch
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 48, 40, 90

@@ -44,7 +44,6 @@ from blockpruner.methods.slicegpt.widths import SLICEABLE
 from blockpruner.model import accelerator
 from blockpruner.model.models import load_model, prune_, resolve_device, shared_copy
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large import weights
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Latency

@@ -386,7 +386,9 @@ def test_the_big_row_has_the_intervals_of_scipy(tmp_path: Path) -> None:
     low, high = np.exp(stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d)))
     assert perplexity.value == f"{math.exp(d.mean()):.2f}×" and perplexity.tone == "bad"
     assert perplexity.interval == f"95 %: {low:.2f} to {high:.2f}"
-    items = [read_table(tmp_path / f"evidence/tiny-{name}/items.parquet", ITEMS)[0].to_pylist() for name in ("dense", "b")]
+    items = [
+        read_table(tmp_path / f"evidence/tiny-{name}/items.parquet", ITEMS)[0].to_pylist() for name in ("dense", "b")
+    ]
     p = np.array([b["p_gold"] - a["p_gold"] for a, b in zip(*items, strict=True)]).reshape(3, 50)
     error = math.sqrt(float((p.var(axis=1, ddof=1) / 50).sum())) / 3
     ends = [f"{100 * (p.mean() + k * error):+.1f}".replace("-", "−") for k in (-2, 2)]

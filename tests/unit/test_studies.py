@@ -123,7 +123,9 @@ def seeded(*parts: object) -> np.random.Generator:
 
 def plan_of(target: Target) -> Plan:
     """A made-up plan at a share of the parameters."""
-    score = {"unit": "block", "candidates": "all", "method": "greedy"} | dict(next(iter(RECIPES[target.method].searches.values())))
+    score = {"unit": "block", "candidates": "all", "method": "greedy"} | dict(
+        next(iter(RECIPES[target.method].searches.values()))
+    )
     units = removable_units(LAYERS, score["unit"], score["candidates"])
     queue = [units[i] for i in seeded(target.method, target.run).permutation(len(units))]
     sizes = np.cumsum([sum({"mha": MHA, "mlp": MLP}[b.kind] for b in unit) for unit in queue]) / TOTAL
