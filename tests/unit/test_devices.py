@@ -289,24 +289,23 @@ def test_streamed_weights_arrive_before_they_are_used_and_after_others_are_done(
     assert all(event.stream is MODULE.main for event in stream.waited)
 
 
-@pytest.mark.parametrize(("room", "places"), [(None, (9, 0, 0)), (4, (4, 5, 0)), (4, (4, 2, 3)), (0, (0, 2, 7))])
+@pytest.mark.parametrize(("room", "places"), [(None, (9, 0)), (4, (4, 5)), (0, (0, 9))])
 def test_tiles_are_on_the_device_first(room, places, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "is_in_memory", lambda place: False)
     tiny_model("llama", 4).save_pretrained(tmp_path)
     rows, masks = [tuple(range(r, r + 32)) for r in range(4)], (DENSE, *(frozenset({block}) for block in all_blocks(4)))
     tasks = [Task(range(4), masks)]
     expected = {unit.mask: unit.loss for unit in Engine(load_model(tmp_path, "float64", "cpu"), 128).run(tasks, rows)}
     with fake_devices(1):
         tile = 4 * 32 * 32 * 8
-        ram = None if places[2] == 0 else places[1] * tile
-        engine = StreamingEngine(tmp_path, "float64", batch_tokens=128, tile_memory=ram)
+        engine = StreamingEngine(tmp_path, "float64", batch_tokens=128)
         monkeypatch.setattr(accelerator, "free_memory", lambda device: 10**9 if room is None else 2 * (room * tile + 9))
         monkeypatch.setattr(streaming.PassPlan, "check", lambda plan: None)
         found = {unit.mask: unit.loss for unit in engine.run(tasks, rows)}
         plan = engine.plan
     assert found.keys() == expected.keys()
     assert [found[mask] for mask in masks] == [pytest.approx(expected[mask], rel=1e-9) for mask in masks]
-    assert (plan.device_tiles, plan.ram_tiles, plan.tiles - plan.device_tiles - plan.ram_tiles) == places
+    on_device = min(plan.tiles, plan.device_room)
+    assert (on_device, plan.tiles - on_device) == places
 
 
 @pytest.mark.gpu
