@@ -135,7 +135,10 @@ def test_as_many_passes_as_the_states_need(tmp_path, monkeypatch, room, passes):
 def test_weights_and_states_that_do_not_fit_are_refused_before_reading(tmp_path, monkeypatch):
     engine = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=10**5)
     held = engine.plan_of([Task(range(1), (DENSE,))], make_rows([16])).weights_held
-    for free, words in ((2 * held - 2, "weights take .*half of the free memory"), (2 * held, "states of one mask")):
+    for free, words in (
+        (2 * held - 2, "weights take .*half of the free memory"),
+        (2 * held, "a state takes .*half of the free memory"),
+    ):
         monkeypatch.setattr(streaming, "available_memory", lambda free=free: free)
         with pytest.raises(DeviceMemoryError, match=rf"{words}.*Nothing was read"):
             score_all(engine, sweep(), make_rows([16] * 200))

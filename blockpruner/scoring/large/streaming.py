@@ -74,9 +74,9 @@ class PassPlan:
                 f"two layers' weights take {_size(self.weights_held)}, and half of the free memory is "
                 f"{_size(self.weights_room)}; free some, or choose another runtime.device. Nothing was read"
             )
-        if self.tiles > self.device_room + self.ram_room:
+        if self.device_room + self.ram_room == 0:
             raise DeviceMemoryError(
-                f"the states of one mask do not fit into half of the free memory, {_size(self.tile)} each; free some, "
+                f"a state takes {_size(self.tile)}, which half of the free memory does not hold; free some, "
                 "or lower runtime.batch_tokens. Nothing was read"
             )
 
@@ -202,7 +202,8 @@ class StreamingEngine(Engine):
     def _passes(self, tasks: Sequence[Task], rows: Rows) -> Iterator[list[Task]]:
         """The tasks in parts whose states fit into memory at once; masks that share prefixes stay together."""
         plan = self.plan_of(tasks, rows)
-        room = max(1, plan.device_room + plan.ram_room)
+        plan.check()
+        room = plan.device_room + plan.ram_room
         part: list[Task] = []
         left = room
         for task in tasks:
@@ -219,7 +220,6 @@ class StreamingEngine(Engine):
     def _pass(self, tasks: Sequence[Task], rows: Rows) -> Generator[ScoredRows]:
         plan = self.plan = self.plan_of(tasks, rows)
         self._note(str(plan))
-        plan.check()
         with closing(_Tiles(plan, self._head.weight.dtype, self._place)) as tiles:
             yield from self._streamed(tasks, rows, tiles)
 
