@@ -31,7 +31,7 @@ from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import accelerator
 from blockpruner.model.models import load_model, masked
-from blockpruner.scoring.accelerate import accelerate, settings_of
+from blockpruner.scoring.accelerate import AUDIT, CONFIDENCE, FLOOR, SLACK, accelerate
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.settings import Score
@@ -197,7 +197,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
     model, identity = load_model(SMOLLM2, "float32"), checkpoint_identity(SMOLLM2)
     units = removable_units(model.config.num_hidden_layers, "block", "all")
     fast = Score(acceleration="lazy+race")
-    settings = settings_of(fast)
+    settings = {"confidence": CONFIDENCE, "floor": FLOOR, "slack": SLACK, "audit": AUDIT}
     if found.get("settings") != settings or found["removals"] != removals:
         found = {}  # the trials stay; the record of how they were made begins anew
     found |= {"settings": settings, "removals": removals} | setting()
