@@ -92,8 +92,7 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
             f"metric of masks ({losses}), or one of the methods {able}"
         )
     found = Request(search, read_options(search.name, search.options, score.options), metric, score)
-    greedy_steps = search.accelerated and found.options.has_greedy_steps
-    if score.acceleration not in (None, "none") and (metric.influence or not greedy_steps):
+    if score.acceleration not in (None, "none") and (metric.influence or not search.accelerated):
         raise InputError(
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
             "there is nothing to leave out; set acceleration: none"

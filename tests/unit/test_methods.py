@@ -375,7 +375,6 @@ def test_tables_alone_seed_every_store(tmp_path, score):
 
 OPTIONS = [
     *(("swap", {"tries": value}, "tries") for value in (-1, "3", True, 3.0)),
-    ("swap", {"start": 1}, "start"),
     ("greedy", {"per": "time"}, "per"),
     ("given", {"order": "mha.0"}, "order"),
     ("laco", {"variant": "mine"}, "variant"),

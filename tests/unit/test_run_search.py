@@ -31,24 +31,6 @@ def run(folder, rows=ROWS, budgets=("2blocks",), **changes):
     return found
 
 
-class Seen(SilentObserver):
-    def __init__(self):
-        self.totals = set()
-
-    def advance(self, done, total, detail):
-        self.totals.add(total)
-
-
-def test_a_floating_search_knows_no_end_of_a_step(tmp_path):
-    """Its steps ask as often as they like. A greedy one that is exact asks once: 5 masks of 2 rows, then 3."""
-    seen, exact = Seen(), Seen()
-    scorer = FakeScorer(lambda loss, base, mask, row: sum(map(ord, format_mask(mask))) / 1000, one_row=True)
-    scored(tmp_path, scorer, small_config(4), ("0.3",), ROWS, method="floating", observer=seen)
-    assert seen.totals == {None}
-    run(tmp_path / "exact", observer=exact)
-    assert exact.totals == {10, 6}
-
-
 def test_tables_of_a_search_that_went_another_way_are_dropped(tmp_path):
     """As after a search in 16 bits on another device: what does not continue a trace is no part of it."""
 

@@ -1,4 +1,4 @@
-"""How much memory the system and this process's cgroups have, and whether a place is a disk.
+"""How much memory the system and this process's cgroups have.
 
 Linux only, as all of streaming: everything is read from /proc and the file system of cgroups v2.
 """
@@ -32,10 +32,3 @@ def _cgroup_rooms() -> Iterator[int]:
                 active, inactive, mapped = (int(stat[name]) for name in ("active_file", "inactive_file", "file_mapped"))
                 used = int((directory / "memory.current").read_text())
                 yield int(text) - used + max(0, active + inactive - mapped)
-
-
-def is_in_memory(place: str) -> bool:
-    """Whether files at a place take main memory."""
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    above = [(len(at), kind) for at, kind in mounts if Path(place).resolve().is_relative_to(at)]
-    return max(above, key=lambda found: found[0])[1] in ("tmpfs", "ramfs")

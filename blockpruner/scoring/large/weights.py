@@ -247,13 +247,9 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     }
 
 
-def memory_of(tensor: Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
 def read_into(file: int, target: Tensor, offset: int, name: str) -> None:
     """Fill a contiguous tensor of main memory from `offset` of a file."""
-    data = memory_of(target)
+    data = target.view(torch.uint8).numpy().data
     while data:
         count = os.preadv(file, [data], offset)
         if count == 0:
