@@ -1,4 +1,4 @@
-"""`blockpruner curve`: held-out perplexity of every step of a search, to choose a ratio by.
+"""`blockpruner curve`: held-out perplexity of every step of a search, to choose a budget by.
 
 Decides which masks are points, and how the points are shown. They are scored as a search scores masks, over the dense
 model's weights, into the same trial stores: a killed run goes on, and a longer curve reuses a shorter one.
@@ -117,7 +117,7 @@ def steps(trials: Path, plan: Plan) -> list[Mask]:
     blocks removed. Where the trial folder does not hold the search, the plan alone tells.
     """
     best: dict[int, tuple[float, Mask]] = {}
-    for first in sorted(trials.glob(f"searches/*/{plan.search}/**/{table_path(Path(), 0).name}")):
+    for first in sorted(trials.glob(f"searches/*/*/{plan.search}/**/{table_path(Path(), 0).name}")):
         for iteration in read_trace(first.parent, plan.search):
             choice = iteration.scores[iteration.chosen]
             if choice.mask and not choice.loss >= best.get(len(choice.mask), (math.inf, DENSE))[0]:

@@ -71,7 +71,7 @@ def look(cache: Path, online: bool) -> list[Checkup]:
     """Look at this machine.
 
     Args:
-        cache: the folder of `--trials`.
+        cache: the folder of `--cache`.
         online: whether the hub is asked for an answer.
     """
     return [*_packages(), *_devices(), _bfloat16(), _cache(cache), _quantizer(), _hub(online)]
@@ -130,7 +130,7 @@ def product_flops(dtype: torch.dtype, where: torch.device) -> float:
 
 def _cache(folder: Path) -> Checkup:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free, fix = shutil.disk_usage(there).free, "choose another folder: --trials DIR"
+    free, fix = shutil.disk_usage(there).free, "choose another folder: --cache DIR"
     if not os.access(there, os.W_OK) or not there.is_dir():
         return Checkup("cache", "", f"{folder} cannot be written", fix)
     return Checkup(

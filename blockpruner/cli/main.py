@@ -27,26 +27,14 @@ from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.methods.recipes import RECOMMENDED, sections
 
-OPTIONS = frozenset(
-    [
-        "num_samples",
-        "seq_len",
-        "max_rows",
-        "method",
-        "unit",
-        "metric",
-        "acceleration",
-        "dtype",
-        "device",
-        "trust_remote_code",
-        "compensate",
-        "train",
-        "export",
-        "out",
-        "private",
-    ]
-)
-"""Last parts of settings keys that are options of the same name here."""
+OPTIONS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        "num_samples", "seq_len", "max_rows", "method", "unit", "metric", "acceleration", "dtype", "device",
+        "trust_remote_code", "train", "export",
+    )
+} | {"compensate.method": "--compensate"}  # fmt: skip
+"""The options here, by the last part of a settings key, or by the whole key."""
 
 
 def cache_folder() -> Path:
@@ -446,8 +434,8 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
 
 
 def _fail(error: InputError) -> NoReturn:
-    option = error.key.rpartition(".")[2]
-    named = f"{error} (here: --{option.replace('_', '-')})" if option in OPTIONS else str(error)
+    option = OPTIONS.get(error.key) or OPTIONS.get(error.key.rpartition(".")[2])
+    named = f"{error} (here: {option})" if option else str(error)
     from blockpruner.inputs.hub import ANOTHER
 
     for kind, given in (("model", "a folder of this machine"), ("dataset", "--texts FILE")):

@@ -52,12 +52,14 @@ def resolve_device(device: str) -> torch.device:
     except RuntimeError:
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda", accelerator.kind()):
-        raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>, split")
+        message = f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>, split"
+        raise InputError(message, rule="unknown-device", key="runtime.device", value=device)
     if found.type == "cpu":
         return found
     found = torch.device(found.type, found.index or 0)
     if found not in here:
-        raise InputError(f"runtime.device {device!r} is not here: {len(here)} CUDA devices; use auto")
+        message = f"runtime.device {device!r} is not here: {len(here)} CUDA devices; use auto"
+        raise InputError(message, rule="absent-device", key="runtime.device", value=device)
     accelerator.claim(found)
     return found
 
@@ -215,7 +217,7 @@ def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, t
     room = {number: accelerator.free_memory(device) * 9 // 10 for number, device in enumerate(devices)}
     numbers = infer_auto_device_map(model, get_balanced_memory(model, room, whole), whole)
     if not set(numbers.values()) <= room.keys():  # the rest would go to the disk
-        raise _too_large(directory, "split")
+        raise _too_large(directory, "split", key="runtime.device", value=device)
     return {name: devices[number] for name, number in numbers.items()}
 
 
