@@ -217,7 +217,7 @@ def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, t
     room = {number: accelerator.free_memory(device) * 9 // 10 for number, device in enumerate(devices)}
     numbers = infer_auto_device_map(model, get_balanced_memory(model, room, whole), whole)
     if not set(numbers.values()) <= room.keys():  # the rest would go to the disk
-        raise _too_large(directory, "split", key="runtime.device", value=device)
+        raise _too_large(directory, "split")
     return {name: devices[number] for name, number in numbers.items()}
 
 
