@@ -163,10 +163,6 @@ class Params(Frozen):
     def targets_of(self, run: str) -> list[Target]:
         return [target for target in self.targets.values() if target.run == run]
 
-    def budgets_of(self, run: str) -> tuple[str, ...]:
-        """The budgets of the run's own method."""
-        return tuple(dict.fromkeys(target.budget for target in self.targets_of(run) if target.method is None))
-
 
 class Sources(Frozen):
     """All that is fetched for a run."""
