@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from blockpruner.cli.pruning import Place, read_plan, several
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
@@ -26,8 +26,8 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.kind import open_stores
 from blockpruner.methods.score import open_material
 from blockpruner.reporting.formats import number
-from blockpruner.reporting.grids import Field, Grid, Number, grid_of, percentage, to_csv
 from blockpruner.reporting.statistics import perplexity_ratio
+from blockpruner.reporting.table import Field, Number, Table, percentage, table_of, to_csv
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, MaskScore, Objective, in_one_origin
 from blockpruner.search.trace import read_trace, table_path
@@ -145,17 +145,17 @@ FIELDS: tuple[Field[Mapping[str, Any]], ...] = (
 REMOVED: Field[Mapping[str, Any]] = Field("removed", "removed blocks", lambda point: " ".join(point["removed"]))
 
 
-def table(found: Mapping[str, Any], plan: Plan | None = None, fields: Sequence[Field[Any]] = FIELDS) -> Grid:
+def table(found: Mapping[str, Any], plan: Plan | None = None, fields: Sequence[Field[Any]] = FIELDS) -> Table:
     """The points of a curve; that of a plan is stressed."""
     title = f"{found['model']}: perplexity of {found['text']}, dense {number(found['dense_perplexity'])}"
     chosen = list(plan.removed) if plan else []
-    return grid_of("curve", title, fields, found["points"], strong=lambda point: point["removed"] == chosen)
+    return table_of("curve", title, fields, found["points"], strong=lambda point: point["removed"] == chosen)
 
 
 def words(found: Mapping[str, Any], plan: Plan) -> Table:
     """The curve for a terminal, a line for each point."""
     grid = table(found, plan)
-    shown = Table(title=grid.title, title_justify="left", box=None, pad_edge=False)
+    shown = RichTable(title=grid.title, title_justify="left", box=None, pad_edge=False)
     for title, is_number in zip(grid.head, grid.numeric, strict=True):
         shown.add_column(title, justify="right" if is_number else "left", no_wrap=is_number)
     for index, texts in enumerate(grid.texts):
