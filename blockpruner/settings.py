@@ -22,9 +22,6 @@ from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
 from blockpruner.search.registry import SEARCHES
 
-ACCELERATED = {"acceleration", "confidence", "floor", "slack", "audit"}
-"""Keys of a `score` section that decide which candidates are left out."""
-
 
 class Run(Frozen):
     """One model, calibration set, search and evaluation: runs/<name>.yaml. All but the model has defaults."""
@@ -166,10 +163,6 @@ class Params(Frozen):
     def targets_of(self, run: str) -> list[Target]:
         return [target for target in self.targets.values() if target.run == run]
 
-    def budgets_of(self, run: str) -> tuple[str, ...]:
-        """The budgets of the run's own method."""
-        return tuple(dict.fromkeys(target.budget for target in self.targets_of(run) if target.method is None))
-
 
 class Sources(Frozen):
     """All that is fetched for a run."""
@@ -225,7 +218,7 @@ def score_of(run: Run, method: str | None) -> Score:
     if all(row["method"] in SEARCHES and SEARCHES[str(row["method"])].accelerated for row in rows) and not any(
         METRICS[str(row["metric"])].influence for row in rows
     ):
-        kept |= ACCELERATED
+        kept.add("acceleration")
     given = run.score.model_dump(include=kept, exclude_none=True)
     return read_settings(Score, {**given, "method": method})
 

@@ -14,15 +14,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import yaml
 
 from blockpruner.core.errors import InputError
+from blockpruner.store import locks
 from blockpruner.store.files import set_aside, write_text
-from blockpruner.store.locks import WORKSPACE, hold
 
 GRACE = 10.0
 """Seconds from SIGINT to SIGKILL. Prefect's runner gives the flow itself 30 s."""
@@ -45,8 +45,7 @@ class StageError(RuntimeError):
     """A stage failed, or dvc itself; the output names the reason."""
 
 
-@contextmanager
-def workspace(holder: str) -> Iterator[int]:
+def workspace(holder: str) -> AbstractContextManager[int]:
     """Lock the workspace in the current folder for one flow; gives the lock's file descriptor.
 
     Raises:
@@ -55,16 +54,7 @@ def workspace(holder: str) -> Iterator[int]:
     """
     if os.name == "nt":
         raise InputError("flows need Linux or macOS; here run the same stages with `dvc repro`", rule="no-posix")
-    with hold(WORKSPACE, holder, _refuse) as lock:
-        yield lock
-
-
-def _refuse(holder: str) -> None:
-    raise InputError(
-        f"this workspace is in use by {holder}; wait for it or stop it, or use another clone: one flow at a time "
-        "changes params.yaml, dvc.lock and data/",
-        rule="workspace-busy",
-    )
+    return locks.workspace(holder)
 
 
 def read_pipeline() -> dict[str, tuple[str, ...]]:

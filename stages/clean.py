@@ -22,7 +22,7 @@ from blockpruner.core.progress import observer
 from blockpruner.params import load_params
 from blockpruner.settings import Params
 from blockpruner.store.files import TEMPORARY, remove
-from blockpruner.store.locks import WORKSPACE, hold, this_process
+from blockpruner.store.locks import this_process, workspace
 from stages import DATA, run
 
 PIPELINE = Path("dvc.yaml")
@@ -81,15 +81,8 @@ def report(delete: bool) -> None:
 def main(what: str) -> None:
     if what not in ("", "delete"):
         raise InputError(f"{what!r} is unknown; valid: nothing (lists), delete", rule="unknown-word", value=what)
-    with hold(WORKSPACE, this_process(), _refuse) if what else nullcontext():
+    with workspace(this_process()) if what else nullcontext():
         report(delete=bool(what))
-
-
-def _refuse(holder: str) -> None:
-    raise InputError(
-        f"this workspace is in use by {holder}; wait for it or stop it: nothing is deleted meanwhile",
-        rule="workspace-busy",
-    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -174,25 +173,3 @@ def test_every_optional_import_names_the_extra_that_installs_it():
     for name, line, module, extras in found:
         brought = MODULES[module.partition(".")[0]]
         assert any(brought & closure(EXTRAS[extra]) for extra in extras), f"{name}:{line} imports {module}"
-
-
-def test_a_format_whose_package_is_missing_is_refused_before_the_search(tmp_path):
-    code = "import sys; sys.modules['gguf'] = None; from blockpruner.cli.main import main; main(sys.argv[1:])"
-    command = ["prune", "./absent", "--budget", "0.2", "--export", "gguf"]
-    result = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and not result.stdout
-    assert result.stderr == (
-        "error: this needs the package gguf, which is not installed: pip install 'blockpruner[gguf]'\n"
-    )
-
-
-def test_what_is_not_for_windows_says_so(monkeypatch, capsys):
-    from blockpruner.store import files
-    from flows import dvc, prune, serve
-
-    monkeypatch.setattr(dvc, "WINDOWS", True)
-    for main in (lambda: prune.main([]), serve.main):
-        assert main() == 2
-        assert capsys.readouterr().err == "flows need Linux or macOS; here run the same stages with `dvc repro`\n"
-    with pytest.raises(files.InputError, match="need Linux"), dvc.workspace("me"):
-        pass

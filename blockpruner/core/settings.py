@@ -205,9 +205,7 @@ class Runtime(Frozen):
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """The threads of torch in each process."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """The attention kernel; auto is the model's own choice."""
-    compile: bool = False
-    """Whether torch compiles the blocks, which pays off in long searches."""
+    """The attention kernel; auto is the choice of the model itself."""
     streaming: bool = False
     """Whether one layer at a time is in memory, for models larger than it."""
     executor: Literal["local", "ray"] = "local"
@@ -226,8 +224,6 @@ class Runtime(Frozen):
                 "streaming: true holds one layer at a time on one device, so device: split has nothing to split; "
                 "set device: auto, or streaming: false"
             )
-        if self.streaming and self.compile:
-            raise ValueError("compile: true does not fit streaming: true, whose layers come and go; set one to false")
         return self
 
 

@@ -25,12 +25,9 @@ def kind() -> str | None:
     return None if found is None or found.type == "mps" else found.type
 
 
-def count() -> int:
-    return 0 if kind() is None else torch.accelerator.device_count()
-
-
 def devices() -> list[torch.device]:
-    return [torch.device(str(kind()), index) for index in range(count())]
+    found = kind()
+    return [] if found is None else [torch.device(found, index) for index in range(torch.accelerator.device_count())]
 
 
 def name(device: torch.device) -> str:

@@ -93,7 +93,6 @@ class Objective:
         store: holds this metric's trials.
         scorer: asked only for what the store does not know; its owner closes it.
         metric: a loss scores a mask; an influence scores what a mask removes beyond a base.
-        whole: whether a call is all that a step of a search asks for, so that its end is known.
     """
 
     def __init__(
@@ -103,10 +102,8 @@ class Objective:
         scorer: Scorer,
         observer: Observer | None = None,
         metric: Metric = NLL,
-        whole: bool = True,
     ) -> None:
         self.metric = metric
-        self._whole = whole
         self._calibration = calibration
         self._stores = store
         self._scorer = scorer
@@ -200,7 +197,7 @@ class Objective:
             self.counts.seconds += now - last_done
             last_done = now
             candidate = format_mask(scored.mask - common or scored.mask) or "dense"
-            self._observer.advance(done, total if self._whole else None, f"candidate {candidate}")
+            self._observer.advance(done, total, f"candidate {candidate}")
 
     def _require_origin(self) -> None:
         before = self.origin

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from blockpruner.core.errors import InputError
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.registry import Registry
-from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.scoring.settings import Score
 from blockpruner.search.contiguous import contiguous
@@ -66,7 +65,7 @@ class Request:
             "unit": self.score.unit,
             "candidates": self.score.candidates,
             "metric": self.metric.name,
-            **settings_of(self.score),
+            "acceleration": self.score.acceleration or "none",
             "options": self.options.model_dump(),
         }
 
@@ -93,8 +92,7 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
             f"metric of masks ({losses}), or one of the methods {able}"
         )
     found = Request(search, read_options(search.name, search.options, score.options), metric, score)
-    greedy_steps = search.accelerated and found.options.has_greedy_steps
-    if score.acceleration not in (None, "none") and (metric.influence or not greedy_steps):
+    if score.acceleration not in (None, "none") and (metric.influence or not search.accelerated):
         raise InputError(
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
             "there is nothing to leave out; set acceleration: none"

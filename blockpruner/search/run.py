@@ -77,8 +77,7 @@ def search(
     seen = observer or SilentObserver()
 
     def searched() -> Traces:
-        whole = request.score.acceleration in (None, "none") and request.search.nested
-        own = nll = Objective(calibration, stores[request.metric.key], scorer, seen, request.metric, whole)
+        own = nll = Objective(calibration, stores[request.metric.key], scorer, seen, request.metric)
         if request.metric.key != NLL.key:
             nll = Objective(calibration, stores[NLL.key], scorer, seen)
         found: dict[str, list[Iteration]] = {}

@@ -1,4 +1,4 @@
-"""The masks that a goal allows: how one is drawn, how one becomes another, and in which order they come.
+"""The masks that a goal allows: how one becomes another, and in which order they come.
 
 Nothing here is scored. Units that count the same are of one class: all units where the goal counts blocks; MHA blocks
 and MLP blocks where it counts a resource. How many units of each class a mask removes is its
@@ -7,8 +7,6 @@ composition, and the composition alone decides whether the mask meets the goal.
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -93,17 +91,6 @@ class Space:
             goal = goal.around(nearest(goal, some.values()))
         self.goal = goal
         self.compositions = [counts for counts, mask in some.items() if goal.is_met(mask)]
-
-    def draw(self, rng: random.Random) -> Mask:
-        """Any of the masks, each as likely as another."""
-        sizes = [
-            math.prod(math.comb(len(kind), n) for kind, n in zip(self.classes, counts, strict=True))
-            for counts in self.compositions
-        ]
-        (counts,) = rng.choices(self.compositions, sizes)
-        return DENSE.union(
-            *(unit for kind, n in zip(self.classes, counts, strict=True) for unit in rng.sample(kind, n))
-        )
 
     def exchanges(self, mask: Mask) -> list[Exchange]:
         """All ways from one of the masks to others, those within a kind first."""

@@ -7,7 +7,6 @@ search is not nested) and when a table may be trusted.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,15 +100,8 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
             f"{facts.get('iteration')!r}, complete {facts.get('complete')!r})"
         )
     rows = table.to_pylist()
-    _require_whole(rows, path)
-    chosen = [i for i, row in enumerate(rows) if row["chosen"]]
-    if len(chosen) != 1:
-        raise InputError(f"{path} has {len(chosen)} chosen rows; exactly one is valid")
-    try:
-        masks = [parse_mask(",".join(row["removed"])) for row in rows]
-        added = tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    masks = [parse_mask(",".join(row["removed"])) for row in rows]
+    added = tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows)
 
     def scores_of(column: str) -> list[MaskScore | None]:
         found = ((mask, row[column], row["rows_total"]) for mask, row in zip(masks, rows, strict=True))
@@ -120,24 +112,11 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
         index=index,
         scores=scores,
         added=added,
-        chosen=chosen[0],
+        chosen=[row["chosen"] for row in rows].index(True),
         lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
         nll=tuple(scores_of("row_nll")),
         origin=json.loads(facts["origin"]),
     )
-
-
-def _require_whole(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Refuse losses that are no numbers, or not of as many calibration rows as the table says."""
-    for number, row in enumerate(rows):
-        losses = row["row_loss"] + (row["row_nll"] or [])
-        if not all(loss is not None and math.isfinite(loss) for loss in losses):
-            raise InputError(f"{path}, row {number}: a loss is no finite number")
-        used, nll = len(row["row_loss"]), len(row["row_nll"] or [])
-        if used != row["rows_used"] or max(used, nll) > row["rows_total"]:
-            raise InputError(
-                f"{path}, row {number}: {used} losses and {nll} NLLs; it says {row['rows_used']} of {row['rows_total']}"
-            )
 
 
 def read_trace(directory: Path, search: str) -> list[Iteration]:

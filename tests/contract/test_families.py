@@ -15,7 +15,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters
 from blockpruner.model import modeling_blockpruned
 from blockpruner.model.models import decoder_layers, load_model, masked, model_family, prune_
-from tests.tiny import GRID, VARIANTS, tiny_model, tolerance
+from tests.tiny import GRID, VARIANTS, VARIANTS_DAILY, tiny_model, tolerance
 
 MASKS = ["mlp.0,mlp.1,mlp.2", "mha.0,mha.2,mlp.0,mlp.3"]
 IDS = torch.randint(1, 257, (2, 14), generator=torch.Generator().manual_seed(1))
@@ -170,21 +170,24 @@ assert "blockpruner" not in sys.modules
 """
 
 
-def test_saved_checkpoint_in_a_fresh_process(tmp_path):
+@pytest.mark.parametrize(
+    "variants", [VARIANTS_DAILY, pytest.param(VARIANTS, marks=pytest.mark.slow)], ids=["daily", "all"]
+)
+def test_saved_checkpoint_in_a_fresh_process(tmp_path, variants):
     """Each family, its hardest mask; one process for all, since each would take long.
 
     The dense model comes from a file too, whose names of weights may be others than the model's (GPT-NeoX's head).
     """
     save_file({"ids": IDS}, tmp_path / "ids")
     expected = {}
-    for family in VARIANTS:
+    for family in variants:
         tiny_model(family, dtype=torch.float32).save_pretrained(tmp_path / "dense" / family)
         model = load_model(tmp_path / "dense" / family, "float32", "cpu")
         prune_(model, parse_mask("mha.0,mha.2,mlp.0,mlp.3"))
         expected[family] = (model(IDS).logits, generate(model))
         save_pruned(model, tmp_path / family)
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", LOAD, str(tmp_path), *VARIANTS]
+    command = [sys.executable, "-I", "-c", LOAD, str(tmp_path), *variants]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     for family, (logits, tokens) in expected.items():

@@ -271,6 +271,7 @@ def test_one_failure_stops_no_other_model_and_is_in_the_table(project, server, m
     ]
 
 
+@pytest.mark.usefixtures("true_starts")
 def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_workspace(project, server, capsys):
     flow = start_score(lambda: start(PREFECT_API_URL=server))
     with temporary_settings({PREFECT_API_URL: server}):
@@ -366,6 +367,7 @@ def test_stage_goes_on_when_the_server_is_gone(project):
 # --- dvc ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("true_starts")
 def test_stage_ends_with_a_killed_flow(project):
     script = (
         "from flows import dvc\n"

@@ -29,8 +29,6 @@ METHODS = {
     "one_shot": {"method": "one_shot", "unit": "layer", "metric": "block_influence"},
     "random": {"method": "random"},
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
-    "beam": {"method": "beam", "options": {"width": 2}},
-    "evopress": {"method": "evopress", "metric": "kl", "options": {"generations": 3, "offspring": 4}},
     "swap": {"method": "swap"},
     "floating": {"method": "floating"},
     "quadratic": {"method": "quadratic"},
@@ -135,9 +133,9 @@ def test_a_sliced_model_is_benchmarked_as_any_other(project):
     ("method", "scored_for", "budget", "message"),
     [
         ("greedy", "0.2", "0.6", r"scored up to \d+blocks, ratio 0\.\d+, not to budget '0\.6'; run its stage score"),
-        ("beam", "0.2", "0.6", r"has no iteration for budget '0\.6'; run its stage score"),
+        ("swap", "0.2", "0.6", r"has no iteration for budget '0\.6'; run its stage score"),
         ("laco", "0.2", "0.6", r"details\.json does not exist"),
-        ("beam", "0.2", "1.3x", r"'1\.3x' is a speed-up, and the run's scores know no times"),
+        ("swap", "0.2", "1.3x", r"'1\.3x' is a speed-up, and the run's scores know no times"),
         ("given", "3blocks", "3blocks", r"'3blocks' is not in this sequence; nearest: 2blocks, 4blocks"),
     ],
 )
@@ -151,13 +149,13 @@ def test_a_budget_that_was_not_scored_is_not_committed(project, method, scored_f
 
 def test_switching_method_and_metric_and_back_computes_nothing_again(project):
     """Of one method of each kind, and one that draws; tests/unit/test_methods.py has the trials of the others."""
-    sections = [METHODS[method] for method in ("greedy", "evopress", "laco", "slicegpt")]
+    sections = [METHODS[method] for method in ("greedy", "laco", "slicegpt")]
     for section in sections:
         scored(project, section)
     assert [scored(project, section)["rows_computed"] for section in sections] == [0] * 4
 
 
-@pytest.mark.parametrize("section", [{"options": {"per": "kv"}}, METHODS["beam"], METHODS["laco"]])
+@pytest.mark.parametrize("section", [{"options": {"per": "kv"}}, METHODS["swap"], METHODS["laco"]])
 def test_a_budget_of_the_kv_cache(project, section):
     plan, out = materialized(project, section, "0.25kv")
     assert plan.removes["kv"] == 0.25 and plan.blocks["mha"] == 1
@@ -192,6 +190,7 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
     scored(project, section, "1.2x")
     assert len(measured) == 9
     set_targets(project, {"t": "1.3x"}, streaming=True)
+    settings.main("tiny")
     forget_times(project)
     with pytest.raises(InputError, match=r"runtime.streaming: True excludes; give budgets in parameters"):
         score.main("tiny")
@@ -202,6 +201,7 @@ def test_other_budgets_are_refused_before_times_are_measured(project, monkeypatc
     forget_times(project)
     choose(project, {"method": "greedy"}, "1.3x")
     set_targets(project, {"t": "1.3x", "u": "9blocks"})
+    settings.main("tiny")
     with pytest.raises(InputError, match="'9blocks' cannot be reached; the largest reachable is 8blocks"):
         score.main("tiny")
 

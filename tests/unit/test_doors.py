@@ -107,7 +107,7 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
         assert run.calibration.model_copy(update=absolute) == asked[0].calibration
 
 
-class Recorded(Exception):
+class RecordedError(Exception):
     """Rows are drawn, and nothing more is wanted."""
 
 
@@ -136,14 +136,14 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(place, monkeypatch
 
     def recorded(*given, **more):
         found.append(draw_rows(*given, **more))
-        raise Recorded
+        raise RecordedError
 
     monkeypatch.setattr(pipeline, "calibrate", recorded)
     if ignored:
         drawn = calibration.draw
         for module in (calibration, healing_rows):
             monkeypatch.setattr(module, "draw", lambda *given, reserved=(), **more: drawn(*given, **more))
-    with pytest.raises(Recorded):
+    with pytest.raises(RecordedError):
         door()
     rows = {name: part for name, part in vars(found[0]).items() if part.rows}
     decoded = {name: tiny_tokenizer().decode([t for row in part.rows for t in row]) for name, part in rows.items()}

@@ -174,7 +174,7 @@ def test_two_fetches_at_once_lose_no_pin_and_agree_on_one(tmp_path, monkeypatch)
 def test_damaged_pins_are_brought_back_and_not_deleted(tmp_path, content):
     """Without them, every model would move to its newest commit."""
     (tmp_path / "pins.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"pins\.json is damaged .*`git checkout .*pins\.json`") as error:
+    with pytest.raises(InputError, match=r"pins\.json is damaged, .*`git checkout .*pins\.json`") as error:
         fetch_hub(tmp_path)
     assert "\n" not in str(error.value) and "delete" not in str(error.value)
     assert (tmp_path / "pins.json").read_bytes() == content

@@ -76,7 +76,7 @@ def test_a_checkpoint_has_its_familys_config_without_remote_code(registry, tmp_p
 
 def test_a_nas_config_is_read_and_anothers_class_of_the_type_stays(registry, tmp_path, monkeypatch):
     blocks = [{"attention": {"no_op": True}, "ffn": {"no_op": False}}]
-    config = {"model_type": "nemotron-nas", "hidden_size": 8, "block_configs": blocks}
+    config = {"model_type": "nemotron-nas", "hidden_size": 32, "num_attention_heads": 4, "block_configs": blocks}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = AutoConfig.from_pretrained(tmp_path)
     assert type(found) is vllm_plugin.NemotronNasConfig and found.to_dict()["block_configs"] == blocks

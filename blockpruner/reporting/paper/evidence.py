@@ -76,8 +76,8 @@ class Row:
     @property
     def title(self) -> str:
         """Its method, and what was done after it."""
-        own = "dense" if self.method == DENSE else recipe(self.method).title
-        return " + ".join(filter(None, (own, self.healing)))
+        title = DENSE if self.method == DENSE else recipe(self.method).title
+        return " + ".join(filter(None, (title, self.healing)))
 
 
 @dataclass(frozen=True)
