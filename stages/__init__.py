@@ -61,7 +61,7 @@ def run(stage: str, main: Callable[[str], object]) -> None:
 
 def _leave_reason(stage: str, item: str, reason: str) -> None:
     """Write why a target, or each of a run, was not measured, where its evidence belongs; `tables` shows it."""
-    if stage in ("clean", "push", "report", "tables"):
+    if stage in ("clean", "report", "tables"):
         return
     from blockpruner.reporting.paper.evidence import FAILED  # loads much
 

@@ -9,7 +9,6 @@ from huggingface_hub import ModelCard, metadata_load
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hub import push
 from blockpruner.core.errors import InputError
-from blockpruner.settings import Target
 from blockpruner.store.manifest import manifest
 from tests.fakes import PushHub
 from tests.plans import plan_of
@@ -111,11 +110,3 @@ def test_no_hub_at_all_is_one_clear_line(checkpoint, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: real(endpoint="http://127.0.0.1:9"))
     with pytest.raises(InputError, match=r"'me/small' cannot be used: .*token may write there"):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
-
-
-def test_a_target_names_repository_format_and_privacy():
-    target = Target(run="mine", budget="0.2", push={"repo": "me/small"})
-    assert (target.push.format, target.push.private) == ("hf", True)
-    assert Target(run="mine", budget="0.2").push is None
-    with pytest.raises(ValueError, match="pattern"):
-        Target(run="mine", budget="0.2", push={"repo": "small"})

@@ -137,7 +137,6 @@ def test_targets_may_differ_in_healing_and_method_alone(llama):
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"push": {"repo": "me/small", "format": "gguf"}}, "pushes-nothing"),
         ({"method": "laco", "compensate": "scale"}, "compensates-no-holes"),
         ({"run": "smollm2", "recover": True}, "no-recipe-of-training"),
     ],
