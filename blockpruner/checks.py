@@ -57,12 +57,6 @@ def check_target(run: Run, target: Target) -> None:
             "recipe), or set train: false",
             rule="no-recipe-of-training", key="train", value=True,
         )  # fmt: skip
-    if target.push and target.push.format not in run.export:
-        raise InputError(
-            f"push.format: {target.push.format} is not written; set it to one of {', '.join(run.export)}, or add it to "
-            f"export of runs/{target.run}.yaml",
-            rule="pushes-nothing", key="push.format", value=target.push.format,
-        )  # fmt: skip
 
 
 def check_compensation(score: Score, method: str) -> None:

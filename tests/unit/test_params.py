@@ -137,7 +137,6 @@ def test_targets_may_differ_in_healing_and_method_alone(llama):
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"push": {"repo": "me/small", "format": "gguf"}}, "pushes-nothing"),
         ({"method": "laco", "compensate": "refit"}, "compensates-no-holes"),
         ({"run": "smollm2", "train": True}, "no-recipe-of-training"),
     ],
