@@ -152,7 +152,7 @@ def table(found: Mapping[str, Any], plan: Plan | None = None, fields: Sequence[F
     return table_of("curve", title, fields, found["points"], strong=lambda point: point["removed"] == chosen)
 
 
-def words(found: Mapping[str, Any], plan: Plan) -> Table:
+def words(found: Mapping[str, Any], plan: Plan) -> RichTable:
     """The curve for a terminal, a line for each point."""
     grid = table(found, plan)
     shown = RichTable(title=grid.title, title_justify="left", box=None, pad_edge=False)

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, metadata_load
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hub import push
 from blockpruner.core.errors import InputError
+from blockpruner.store.files import write_sealed_json
 from blockpruner.store.manifest import manifest
 from tests.fakes import PushHub
 from tests.plans import plan_of

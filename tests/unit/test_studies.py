@@ -85,8 +85,8 @@ def test_a_grid_is_every_method_at_every_budget():
     more = {"mine": {"run": "a", "budget": "0.1"}}
     found = targets_of(read_settings(Study, {"title": "t", "runs": ["a", "b"], "grids": grids, "targets": more}))
     assert list(found) == [
-        "a-floating-b21-99", "a-floating-b7layers", "a-greedy-layers-b21-99", "a-greedy-layers-b7layers",
-        "b-floating-b21-99", "b-floating-b7layers", "b-greedy-layers-b21-99", "b-greedy-layers-b7layers",
+        "a-floating-b21-99", "a-floating-7layers", "a-greedy-layers-b21-99", "a-greedy-layers-7layers",
+        "b-floating-b21-99", "b-floating-7layers", "b-greedy-layers-b21-99", "b-greedy-layers-7layers",
         "b-blockpruner-b30kv-train", "b-blockpruner-b30kv-refit-train", "mine",
     ]  # fmt: skip
     assert found["b-blockpruner-b30kv-refit-train"] == Target(
