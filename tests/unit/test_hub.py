@@ -10,6 +10,7 @@ from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hub import push
 from blockpruner.core.errors import InputError
 from blockpruner.settings import Target
+from blockpruner.store.files import write_sealed_json
 from blockpruner.store.manifest import manifest
 from tests.fakes import PushHub
 from tests.plans import plan_of
@@ -29,7 +30,7 @@ def checkpoint(tmp_path):
     plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
     (folder / "README.md").write_text(model_card(plan, dense, "modeling_blockpruned.py"))
     (folder / "config.json").write_text("{}")
-    (folder / "verification.json").write_text(json.dumps({"ok": True, "manifest": manifest(folder)}))
+    write_sealed_json(folder / "verification.json", {"ok": True, "manifest": manifest(folder)})
     return folder
 
 
@@ -82,15 +83,14 @@ def test_the_cards_metadata_is_what_the_hub_knows(checkpoint):
     ("report", "words"),
     [
         (None, "is not a verified checkpoint; give a folder that"),
-        ('{"ok": null, "unchecked": "xllamacpp is not installed"}', "was not verified .xllamacpp is not installed."),
-        ('{"ok": true}', r"verification\.json lists no files: it is of an older version; export it again"),
+        ({"ok": None, "unchecked": "xllamacpp is not installed"}, "was not verified .xllamacpp is not installed."),
     ],
 )
 def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words):
     hub = PushHub(monkeypatch)
     (checkpoint / "verification.json").unlink()
     if report:
-        (checkpoint / "verification.json").write_text(report)
+        write_sealed_json(checkpoint / "verification.json", report | {"manifest": {}})
     with pytest.raises(InputError, match=words):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []
