@@ -353,19 +353,23 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hugging Face hub, if it is unchanged since it was verified."""
-    from blockpruner.cli.pushing import Upload
+    from blockpruner.checkpoints import hub
+    from blockpruner.cli import pushing as work
 
-    upload = Upload.of(checkpoint.expanduser().absolute(), repo, private, cache.expanduser().absolute())
+    folder = checkpoint.expanduser().absolute()
+    licence = work.base_licence(folder, cache.expanduser().absolute())
+    sizes = {name: (folder / name).stat().st_size for name in hub.files_to_push(folder, licence)}
+    found = {"repo": repo, "private": private, "files": sizes}
     if dry_run:
-        _tell(upload.fields, upload.words, as_json)
+        _tell(found, work.words(found), as_json)
         return
     if not yes:
         if not sys.stdin.isatty():
             raise InputError(f"nothing was uploaded to {repo!r}: there is no terminal to ask on; give --yes")
-        print(upload.words, file=sys.stderr)
+        print(work.words(found), file=sys.stderr)
         typer.confirm("Upload this?", abort=True, err=True)
-    address = upload.run()
-    _tell({**upload.fields, "commit": address}, address, as_json)
+    address = hub.push(folder, repo, private, licence, folder.name)
+    _tell({**found, "commit": address}, address, as_json)
 
 
 @app.command()

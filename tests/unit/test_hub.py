@@ -89,7 +89,7 @@ def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words)
     hub = PushHub(monkeypatch)
     (checkpoint / "verification.json").unlink()
     if report:
-        (checkpoint / "verification.json").write_text(report)
+        write_sealed_json(checkpoint / "verification.json", report | {"manifest": {}})
     with pytest.raises(InputError, match=words):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from blockpruner.core.errors import DeviceMemoryError, InputError
+from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.kind import LacoOptions
 from blockpruner.methods.laco.merging import VARIANTS, Similarity, merge_, merged
 from blockpruner.methods.laco.walk import (
@@ -201,13 +201,6 @@ def test_source_layers(depth, pairs):
     assert dropped(merges, depth) == depth - len(layers)
 
 
-def test_an_unknown_variant_changes_nothing():
-    model = tiny_model()
-    with pytest.raises(InputError, match=r"variant 'both' is unknown; valid: repo, paper"):
-        merge_(model, [Merge(0, 1)], "both")
-    assert len(decoder_layers(model)) == 4
-
-
 # Similarity
 
 
@@ -230,12 +223,6 @@ def test_similarity_is_the_mean_cosine_after_the_final_norm(family, variant, bat
     assert abs(found) < 0.999
 
 
-def test_progress_names_rows_and_merge():
-    seen = []
-    Similarity(tiny_model(), ROWS, "repo", {}, advance=lambda *event: seen.append(event))((Merge(1, 2),))
-    assert seen == [(1, 3, "1+2"), (2, 3, "1+2"), (3, 3, "1+2")]
-
-
 def test_what_is_known_is_not_measured():
     recorded = []
     similarity = Similarity(tiny_model(), ROWS, "repo", {(Merge(2, 1),): 0.25}, lambda *fact: recorded.append(fact))
@@ -244,27 +231,11 @@ def test_what_is_known_is_not_measured():
     assert similarity((Merge(1, 1),)) == value and recorded == [((Merge(1, 1),), value)]
 
 
-def test_no_rows():
-    with pytest.raises(InputError, match="has no row"):
-        Similarity(tiny_model(), [], "repo", {})
-
-
 def test_states_that_are_not_finite_name_row_and_merges():
     model, rows = tiny_model(), [[1, 2, 3], [4, 200, 5]]
     model.model.embed_tokens.weight[200] = math.inf
     with pytest.raises(InputError, match=r"row 1 are not finite.*merges 1\+1; try a wider dtype"):
         Similarity(model, rows, "repo", {})((Merge(1, 1),))
-
-
-def test_out_of_memory_names_what_to_lower(monkeypatch):
-    similarity = Similarity(tiny_model(), ROWS, "repo", {})
-
-    def full(self):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-
-    monkeypatch.setattr(Similarity, "_states", full)
-    with pytest.raises(DeviceMemoryError, match=r"rows of 7 tokens and the layers merged by 1\+1 do not fit"):
-        similarity((Merge(1, 1),))
 
 
 # The walk
@@ -321,13 +292,6 @@ def test_the_walk_is_the_notebooks(walk, similarity, threshold):
     asked = []
     found = collapse(lambda m: asked.append(m) or similarity(m), threshold=threshold, **walk)
     assert asked == expected and found == merges
-
-
-def test_the_last_layer_is_the_default_highest():
-    assert Walk(9, 3, 0, None, 1).removable() == Walk(9, 3, 0, 8, 1).removable()
-    asked = []
-    collapse(lambda m: asked.append(m[-1]) or -1.0, 9, threshold=0.5, **SETTINGS)
-    assert asked == [Merge(layer, 2) for layer in (5, 4, 3, 2, 1, 0)]
 
 
 def test_merges_are_limited_to_the_layers_that_are_there():
@@ -434,23 +398,6 @@ def test_the_nearest_below_and_above_are_named():
         search_threshold(similarity, 8, 6, count=4, lowest=0, highest=7, interval=1)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"highest": 8}, r"highest layer H = 8 is not in a model of 8 layers; valid: 0 to 7"),
-        ({"lowest": 6, "highest": 5}, r"lowest layer L = 6 is not valid; choose 0 to H = 5"),
-        ({"count": 1}, r"count C = 1 is not valid; choose 2 to H - L = 7"),
-        ({"count": 4, "lowest": 4}, r"count C = 4 is not valid; choose 2 to H - L = 3"),
-        ({"interval": 0}, r"interval I = 0 is not valid"),
-    ],
-)
-def test_settings_that_fit_no_model(change, message):
-    with pytest.raises(InputError, match=message):
-        search_threshold(never_asked, 8, 2, **SETTINGS | change)
-    with pytest.raises(InputError, match=message):
-        collapse(never_asked, 8, threshold=0.5, **SETTINGS | change)
-
-
 def test_defaults_fit_the_papers_models():
     walk = LacoOptions().model_dump(exclude={"variant"})
     assert {7, 8, 9, 10} <= Walk(32, **walk).removable() and LacoOptions().variant in VARIANTS
@@ -501,11 +448,10 @@ def test_a_log_keeps_values_to_the_bit(tmp_path):
     log.close()
 
 
-@pytest.mark.parametrize("field", FIELDS)
-def test_a_log_of_other_fields_is_set_aside(tmp_path, field):
+def test_a_log_of_other_fields_is_set_aside(tmp_path):
     path = tmp_path / "log.jsonl"
     log = SimilarityLog(path, FIELDS)
     log.record((Merge(3, 2),), 0.5)
     log.close()
-    other = SimilarityLog(path, FIELDS | {field: "other"})
-    assert other.known == {} and len(other.problems) == 1 and "set aside as log.jsonl.bad" in other.problems[0]
+    other = SimilarityLog(path, FIELDS | {next(iter(FIELDS)): "other"})
+    assert other.known == {} and len(other.problems) == 1 and path.with_name("log.jsonl.bad").exists()

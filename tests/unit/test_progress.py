@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 from blockpruner.core import progress
-from blockpruner.core.progress import ConsoleObserver, Pace
+from blockpruner.core.progress import ConsoleObserver
 
 
 def test_phase_and_stage_eta_are_computed_from_computed_phases_only(monkeypatch):
@@ -44,13 +44,3 @@ def test_where_more_may_follow_no_time_left_is_shown(monkeypatch):
         "  budget 0.1, step 5, removed 4.1 of 10 %: candidate mha.1, 1m05s so far",
         "  budget 0.1, step 5, removed 4.1 of 10 %: 6/12, 2m10s left",
     ]
-
-
-def test_outlook_counts_computed_phases_only():
-    """Ten iterations, of which two were known and one took 100 s: seven tenths of the way are left."""
-    pace = Pace()
-    assert pace.begin(0.0, 0.0) == pace.begin(None, 0.0) == ""
-    pace.end(cached=True)
-    assert pace.begin(0.2, 1.0) == ""
-    pace.end(cached=False)
-    assert pace.begin(0.3, 101.0) == ", stage 30% done, 11m40s left"

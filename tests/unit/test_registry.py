@@ -8,6 +8,7 @@ import pytest
 from blockpruner.core import registry
 from blockpruner.core.errors import InputError
 from blockpruner.core.registry import Registry
+from tests.errors import refused
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,12 @@ def test_a_registry_is_a_mapping_in_the_order_of_its_rows(installed):
     assert "cat" in rows and "fox" not in rows and rows.get("fox") is None
 
 
-def test_an_unknown_name_is_told_with_the_valid_ones(installed):
+def test_an_unknown_name_is_refused_with_the_valid_ones(installed):
     installed()
-    with pytest.raises(InputError) as error:
-        pets()["fox"]
-    assert str(error.value) == "owner.pet 'fox' is unknown; valid: cat, dog"
-    with pytest.raises(InputError) as error:
+    with refused("unknown-name") as error:
         pets(hint="Write one.")["fox"]
     assert str(error.value) == "owner.pet 'fox' is unknown; valid: cat, dog. Write one."
+    assert (error.value.key, error.value.value) == ("owner.pet", "fox")
 
 
 def test_a_row_is_added_for_a_while(installed):
