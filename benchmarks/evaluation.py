@@ -59,7 +59,7 @@ def flops_ratio(config: Config, requests: Sequence[tuple[Sequence[int], Sequence
 
 
 def command_seconds(task: str, limit: int, threads: int) -> float:
-    """Of lm-eval's command."""
+    """The seconds that lm-eval's command takes."""
     with tempfile.TemporaryDirectory() as out:
         arguments = {
             "--model": "hf", "--model_args": f"pretrained={SMOLLM2},dtype=float32", "--tasks": task, "--device": "cpu",

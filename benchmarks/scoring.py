@@ -28,7 +28,7 @@ from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import accelerator
 from blockpruner.model.models import load_model, masked
-from blockpruner.scoring.accelerate import accelerate, settings_of
+from blockpruner.scoring.accelerate import AUDIT, CONFIDENCE, FLOOR, SLACK, accelerate
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.settings import Score

@@ -226,7 +226,7 @@ def prune(
             that stay change to make up for what is gone. It is fitted to at most 192 rows of 256 tokens of `texts`, of
             which an eighth is held out to choose its strength.
         cache: a folder that keeps every score, so that a call that was killed continues where it was.
-        device: where the model is put before; "auto" moves a model on the CPU to the GPU if there is one. Or cpu, cuda,
+        device: the device to run on; "auto" moves a model on the CPU to the GPU if there is one. Or cpu, cuda,
             cuda:N.
         observer: shows progress; by default on standard error. `core.progress.SilentObserver()` shows nothing.
 
@@ -323,7 +323,7 @@ def evaluate(
 ) -> HeldOutPerplexity:
     """The perplexity of a model, dense or pruned, on texts joined and cut into rows.
 
-    Of two models on the same texts, `reporting.statistics.perplexity_ratio(a.row_nll, b.row_nll)` has the interval.
+    `reporting.statistics.perplexity_ratio(a.row_nll, b.row_nll)` compares two models on the same texts.
 
     Args:
         seq_len: tokens in a row; shortened to the model's context.

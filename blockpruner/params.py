@@ -28,9 +28,9 @@ KINDS_OF_SOURCE = ("pypi", "pypi-parts", "hub", "path", "tasks", "mix")
 """What `source` may be beside a name in runs/sources.yaml."""
 
 
-def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read params.yaml; raises InputError that names file, key, value and the valid ones."""
-    params = read_file(path, Params)
+def load_params(path: Path = Path("params.yaml"), text: str | None = None) -> Params:
+    """Read params.yaml, or check what it is going to hold; raises InputError that names key, value and valid ones."""
+    params = read_settings(Params, _read(path, text), f"{path}: ")
     for name, target in params.targets.items():
         if target.needs_its_run:
             with named(f"{path}: target {name!r}: "):

@@ -226,11 +226,13 @@ def commit(
     run: str,
     compensate: str,
     train: bool = False,
+    base: str | None = None,
 ) -> list[Proposal]:
     """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges.
 
     Args:
         folder: as `score` left it.
+        base: the identity of the dense model, where it is kept.
 
     Raises:
         InputError: the budget cannot be met, or a file of a search is missing or damaged.
@@ -238,7 +240,7 @@ def commit(
     found = []
     for name in _competing(wanted, config, budget, rows):
         plan, tables = commit_run(folder / name, config, budget, target, run)
-        found.append(Proposal(name, replace(plan, compensate=compensate, train=train), tables))
+        found.append(Proposal(name, replace(plan, compensate=compensate, train=train, base=base), tables))
     return found
 
 

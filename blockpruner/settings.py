@@ -16,14 +16,11 @@ from blockpruner.core.settings import NAME, Frozen, Model, Runtime, TaskAnswers,
 from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, ZeroShot
 from blockpruner.healing.settings import Compensate, CompensationMethod, Train
 from blockpruner.inputs.settings import Calibration
-from blockpruner.methods.recipes import RECIPES, recipe
+from blockpruner.methods.recipes import RECIPES, recipe, searches
 from blockpruner.methods.registry import kind_of_method, options_of
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
 from blockpruner.search.registry import SEARCHES
-
-ACCELERATED = {"acceleration", "confidence", "floor", "slack", "audit"}
-"""Keys of a `score` section that decide which candidates are left out."""
 
 
 class Run(Frozen):
@@ -35,7 +32,7 @@ class Run(Frozen):
     evaluate: Evaluate = Evaluate()
     compensate: Compensate = Compensate()
     train: Train | None = None
-    """For targets with `train: true`; `{}` is the paper's recipe."""
+    """The training of targets with `train: true`; `{}` is the paper's recipe."""
     export: tuple[str, ...] = ("hf",)
     """Formats of the checkpoint: hf (transformers, vLLM), and nas (mlx-lm), gguf (llama.cpp). []: the model is measured
     in memory and not written."""
@@ -91,7 +88,7 @@ class Target(Frozen):
     method: str | None = None
     """A recipe or a method, in place of the run's `score.method`; of the run's `score` it keeps what is measured."""
     compensate: CompensationMethod | None = None
-    """In place of the run's `compensate.method`."""
+    """The compensation, in place of the run's `compensate.method`."""
     train: bool = False
     """Whether the pruned model is trained, by the run's `train`."""
     push: Push | None = None
@@ -176,7 +173,7 @@ class Sources(Frozen):
 
     model: Model
     texts: dict[str, Texts]
-    """By what they are for: perplexity, calibration, compensate, train."""
+    """The texts, by their use: perplexity, calibration, compensate, train."""
     answers: TaskAnswers | None
     """The items that the run is calibrated on, in place of texts."""
     zero_shot: ZeroShot
@@ -196,7 +193,9 @@ class Sections(Frozen):
     sources: Sources
     calibration: Calibration
     score: dict[str, Scored]
-    """By method: the run's own, and those that targets name."""
+    """The searches by method: those of the run and those that targets name."""
+    judged: bool
+    """Whether a method has several searches, whose proposals are judged on rows of their own."""
     compensate: Compensate
     train: Train | None
     heldout: Perplexity
@@ -212,7 +211,7 @@ class Sections(Frozen):
 def score_of(run: Run, method: str | None) -> Score:
     """The `score` section of a target that names a method, or none; raises InputError for an unknown one.
 
-    Of the run's own section it keeps the metric, the lengths of timings, and the acceleration where it takes one.
+    It keeps the metric and the lengths of timings of the run's own section, and the acceleration where it takes one.
     """
     if method is None or method == run.score.method:
         return run.score
@@ -223,7 +222,7 @@ def score_of(run: Run, method: str | None) -> Score:
     if all(row["method"] in SEARCHES and SEARCHES[str(row["method"])].accelerated for row in rows) and not any(
         METRICS[str(row["metric"])].influence for row in rows
     ):
-        kept |= ACCELERATED
+        kept.add("acceleration")
     given = run.score.model_dump(include=kept, exclude_none=True)
     return read_settings(Score, {**given, "method": method})
 
@@ -255,6 +254,7 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
         ),
         calibration=run.calibration,
         score=scored,
+        judged=any(len(searches(each.score)) > 1 for each in scored.values()),
         compensate=run.compensate,
         train=run.train,
         heldout=run.evaluate.perplexity,

@@ -50,12 +50,12 @@ class Study(Frozen):
     """More targets, by name, as in params.yaml."""
 
 
-def target_name(run: str, method: str, budget: str, compensate: str, train: bool) -> str:
-    """Name a target, for instance smollm2-floating-b20-refit-train."""
+def target_name(run: str, method: str, budget: str, compensate: str | None, train: bool) -> str:
+    """Name a target, for instance smollm2-floating-b20-refit-train; no dot, which DVC reads as nesting."""
     value, unit = read_budget(budget)
-    size = f"{100 * value:g}{unit}" if unit in ("", "kv") else budget
-    ending = ("" if compensate == "none" else f"-{compensate}") + "-train" * train
-    return f"{run}-{method}-b{size}{ending}".replace(".", "-").replace("_", "-")
+    size = f"b{100 * value:g}{unit}" if unit in ("", "kv") else budget
+    parts = [run, method, size, compensate, "train" if train else ""]
+    return "-".join(part for part in parts if part).replace(".", "-").replace("_", "-")
 
 
 def targets_of(study: Study) -> dict[str, Target]:
@@ -66,7 +66,7 @@ def targets_of(study: Study) -> dict[str, Target]:
     """
     found: dict[str, Target] = {}
     cells = [
-        (target_name(run, method, budget, compensate, grid.train),
+        (target_name(run, method, budget, compensate if compensate != "none" else None, grid.train),
          Target(run=run, budget=budget, method=method, compensate=compensate, train=grid.train))
         for grid in study.grids
         for run, method, budget, compensate in product(

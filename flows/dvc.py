@@ -12,16 +12,16 @@ import ctypes
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import yaml
 
 from blockpruner.core.errors import InputError
+from blockpruner.store import locks
 from blockpruner.store.files import set_aside, write_text
 
 GRACE = 10.0
@@ -30,12 +30,8 @@ GRACE = 10.0
 FLOW_VARIABLE = "BLOCKPRUNER_DVC_PARENT"
 """Environment variable of a dvc: the process id of the flow that started it."""
 
-WINDOWS = os.name == "nt"
 PR_SET_PDEATHSIG = 1
 TEMPORARY = Path(".dvc/tmp")
-WORKSPACE = TEMPORARY / "flow.lock"
-"""Held by a flow, which changes params.yaml, and by `stages.clean`, which deletes outputs."""
-
 LOCKFILE = Path("dvc.lock")
 COPY = TEMPORARY / "flow.dvc.lock"
 READERS = TEMPORARY / "rwlock"
@@ -49,41 +45,16 @@ class StageError(RuntimeError):
     """A stage failed, or dvc itself; the output names the reason."""
 
 
-@contextmanager
-def workspace(holder: str) -> Iterator[int]:
+def workspace(holder: str) -> AbstractContextManager[int]:
     """Lock the workspace in the current folder for one flow; gives the lock's file descriptor.
 
-    The kernel frees the lock when the last process that has the file open ends: it is never stale. Raises InputError
-    that names the holder.
+    Raises:
+        InputError: another process holds it, which is named; or this is Windows, which has no process groups and no
+            files that a child inherits.
     """
-    require_posix()
-    import fcntl  # Windows has none
-
-    WORKSPACE.parent.mkdir(parents=True, exist_ok=True)
-    with open(WORKSPACE, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"this workspace is in use by {file.read().strip() or 'another process'}; wait for it or stop it, or "
-                "use another clone: one flow at a time changes params.yaml, dvc.lock and data/",
-                rule="workspace-busy",
-            ) from None
-        file.truncate(0)
-        file.write(f"{holder}\n")
-        file.flush()
-        yield file.fileno()
-
-
-def require_posix() -> None:
-    """Refuse Windows, which has no process groups and no files that a child inherits; raises InputError."""
-    if WINDOWS:
+    if os.name == "nt":
         raise InputError("flows need Linux or macOS; here run the same stages with `dvc repro`", rule="no-posix")
-
-
-def this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    return locks.workspace(holder)
 
 
 def read_pipeline() -> dict[str, tuple[str, ...]]:

@@ -15,9 +15,7 @@ from pathlib import Path
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from pydantic import Field
 
-from blockpruner.core.settings import Frozen
 from blockpruner.store.files import replace_directory, write_text
 from flows.prune import build, run_here
 from flows.selection import choose_study
@@ -31,19 +29,17 @@ this page is typed by hand. What holds for one model, and for a small one above 
 """
 
 
-class Study(Frozen):
-    """Every table and figure of a study; what is known is not computed again."""
-
-    name: str = Field(description="A study: studies/<name>.yaml. `smollm2` takes hours on 2 CPU cores.")
-    publish: bool = Field(default=False, description="Copy the tables to docs/results.md.")
-
-
 @flow(name="paper-tables")
-def paper(study: Study) -> State[None]:
-    """Bring every target of a study up to date, then its tables."""
-    state = build(lambda: choose_study(study.name), keep_going=True)
-    if study.publish and state.is_completed():
-        publish_tables(study.name)
+def paper(study: str, publish: bool = False) -> State[None]:
+    """Bring every target of a study up to date, then its tables; what is known is not computed again.
+
+    Args:
+        study: The name of studies/<name>.yaml. `smollm2` takes hours on 2 CPU cores.
+        publish: Whether the tables are copied to docs/results.md.
+    """
+    state = build(lambda: choose_study(study), keep_going=True)
+    if publish and state.is_completed():
+        publish_tables(study)
     return state
 
 
@@ -61,8 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--study", required=True, metavar="NAME", help="studies/NAME.yaml")
     parser.add_argument("--publish", action="store_true", help="copy the tables to docs/results.md")
     options = parser.parse_args(argv)
-    wanted = Study(name=options.study, publish=options.publish)
-    return run_here(lambda: choose_study(wanted.name), lambda: paper(wanted, return_state=True))
+    return run_here(
+        lambda: choose_study(options.study), lambda: paper(options.study, options.publish, return_state=True)
+    )
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import httpx
-from prefect import Task, flow, get_run_logger, task
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run, task_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
@@ -34,6 +34,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import OBSERVER_VARIABLE
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.store.files import read_json
+from blockpruner.store.locks import this_process
 from flows import dvc, phases
 from flows.observer import TASK_VARIABLE
 from flows.selection import BUDGETS, Chosen, Selection, choose
@@ -48,19 +49,7 @@ LEFT_OUT = "Left out"
 """The name of a stage's state if one that it needs has failed."""
 
 
-def fail_once(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """False: nothing is tried again. Logs the traceback of an exception, which Prefect leaves to its last try."""
-    if isinstance(state.data, Exception):
-        get_run_logger().error(str(state.message), exc_info=state.data)
-    return False
-
-
-AS_RETURNED: dict[str, Any] = {"cache_policy": NO_CACHE, "retries": 1, "retry_condition_fn": fail_once}
-"""Options of a task that returns its failure; DVC is the cache. Without retries Prefect would log the returned state as
-an exception ("NoneType: None")."""
-
-
-@task(**AS_RETURNED)
+@task(cache_policy=NO_CACHE)  # DVC is the cache
 def run_stage(stage: str, lock: int, start: bool) -> State[None]:
     """One DVC stage, its output in the task's log. No `start`: it is known to be up to date, DVC is not started."""
     cached: State[None] = Completed(name="Cached", message="nothing has changed")
@@ -84,7 +73,7 @@ def run_stage(stage: str, lock: int, start: bool) -> State[None]:
     return Completed() if ran else cached
 
 
-@task(name="push", task_run_name="push to {remote}", **AS_RETURNED)
+@task(name="push", task_run_name="push to {remote}", cache_policy=NO_CACHE)
 def push_outputs(remote: str, stages: Sequence[str], lock: int) -> State[None]:
     """What the stages have made, sent to a remote of DVC."""
     try:
@@ -107,7 +96,7 @@ def build(check: Callable[[], Chosen], keep_going: bool = False, push: str | Non
     """Make what `check` chooses, show it, and push it to a remote of DVC; None: to none."""
     show = get_run_logger().info
     try:
-        with dvc.workspace(f"flow run {flow_run.name}, {dvc.this_process()}") as lock:
+        with dvc.workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
             chosen = check()
             chosen.write()
             if chosen.additions:
@@ -205,7 +194,7 @@ def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> in
     """Run a flow from the command line; `check` refuses what the flow would refuse, before a server is started."""
     try:
         check()
-        with dvc.workspace(dvc.this_process()):
+        with dvc.workspace(this_process()):
             if url := get_current_settings().api.url:
                 require_access(url)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server

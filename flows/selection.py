@@ -8,7 +8,6 @@ decided by the stage score.
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from blockpruner.core.budgets import read_budget
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import Frozen
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.params import load_params, load_run
 from blockpruner.settings import Params, Target
 from blockpruner.store.files import write_text
+from blockpruner.studies import load_study, target_name
 
 PARAMS = Path("params.yaml")
 TABLES = "tables"
@@ -119,82 +119,59 @@ def choose(selection: Selection) -> Chosen:
     for run, budget in ((run, budget) for run in runs for budget in selection.budgets):
         meaning = run, read_budget(budget)
         if meaning not in known:
-            known[meaning] = target_name(run, budget, selection.healing)
+            known[meaning] = target_name(run, "", budget, selection.compensate, selection.train)
             wanted[known[meaning]] = {"run": run, "budget": budget, **selection.healing}
         if known[meaning] not in targets[run]:
             targets[run].append(known[meaning])
-    text, additions = _with(params, runs, wanted)
-    return Chosen(targets, _checked(text), additions)
+    return _chosen(params, targets, wanted)
 
 
 def choose_study(name: str) -> Chosen:
     """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning."""
-    from blockpruner.studies import load_study
-
     study, params = load_study(name), load_params(PARAMS)
     wanted = {key: target.model_dump(mode="json", exclude_defaults=True) for key, target in study.targets.items()}
-    text, additions = _with(params, study.runs, wanted, (name,))
-    targets = {run: _targets_of(run, study.targets) for run in study.runs}
-    return Chosen(targets, _checked(text), additions, name)
-
-
-def target_name(run: str, budget: str, healing: Mapping[str, Any]) -> str:
-    """The name of an added target, such as smollm2-b10 or smollm2-7layers-refit; no dot, which DVC reads as nesting."""
-    number, unit = read_budget(budget)
-    short = f"b{100 * number:g}{unit}" if unit in ("", "kv") else budget
-    ending = ("trained" if value is True else value for value in healing.values())
-    return "-".join([run, short, *ending]).replace(".", "_")
+    return _chosen(params, {run: _targets_of(run, study.targets) for run in study.runs}, wanted, name)
 
 
 def _targets_of(run: str, targets: Mapping[str, Target]) -> list[str]:
     return [name for name, target in targets.items() if target.run == run]
 
 
-def _with(
-    params: Params, runs: Iterable[str], targets: Mapping[str, dict[str, Any]], studies: Iterable[str] = ()
-) -> tuple[str, tuple[str, ...]]:
-    """The text of params.yaml with all of these, comments and quotes as they are, and what it lacked, in words."""
-    text = PARAMS.read_text(encoding="utf-8")
+def _chosen(
+    params: Params, targets: Mapping[str, Sequence[str]], wanted: Mapping[str, dict[str, Any]], study: str = ""
+) -> Chosen:
+    """Add to params.yaml what it lacks of runs, wanted targets and a study; comments and quotes stay as they are."""
+    text, buffer = PARAMS.read_text(encoding="utf-8"), io.StringIO()
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 4096
     editor.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     document = editor.load(text)
-    new_runs = [run for run in runs if run not in params.runs]
-    new_studies = [study for study in studies if study not in params.studies]
-    document["runs"].extend(new_runs)
-    if new_studies:
-        document.setdefault("studies", []).extend(new_studies)
-    new_targets = [name for name in targets if name not in params.targets]
-    for name, target in targets.items():
-        if name in new_targets:
-            value = CommentedMap(target | {"budget": DoubleQuotedScalarString(target["budget"])})
-            value.fa.set_flow_style()
-            document["targets"][name] = value
-        elif params.targets[name] != Target(**target):
-            there = params.targets[name].model_dump(mode="json", exclude_defaults=True)
+    new = {
+        "run": [run for run in targets if run not in params.runs],
+        "target": [name for name in wanted if name not in params.targets],
+        "study": [study] if study and study not in params.studies else [],
+    }
+    document["runs"].extend(new["run"])
+    if new["study"]:
+        document.setdefault("studies", []).extend(new["study"])
+    for name, target in wanted.items():
+        there = params.targets.get(name, Target(**target))
+        if there != Target(**target):
             raise InputError(
-                f"{PARAMS}: target {name!r} exists as {there}; rename it, since {target} needs this name",
+                f"{PARAMS}: target {name!r} exists as {there.model_dump(mode='json', exclude_defaults=True)}; rename "
+                f"it, since {target} needs this name",
                 rule="target-taken",
                 key=f"targets.{name}",
             )
-    words = {"run": new_runs, "target": new_targets, "study": new_studies}
-    additions = tuple(f"{what} {name}" for what, names in words.items() for name in names)
-    if not additions:
-        return text, ()
-    buffer = io.StringIO()
-    editor.dump(document, buffer)
-    return buffer.getvalue(), additions
-
-
-def _checked(text: str) -> str:
-    """The text of params.yaml; raises InputError if it is not valid."""
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / PARAMS
-        draft.write_text(text, encoding="utf-8")
-        try:
-            load_params(draft)
-        except InputError as error:
-            message = f"{str(error).replace(str(draft), str(PARAMS))}; {PARAMS} is unchanged"
-            raise InputError(message, rule=error.rule, key=error.key, value=error.value) from None
-    return text
+        if name in new["target"]:
+            value = CommentedMap(target | {"budget": DoubleQuotedScalarString(target["budget"])})
+            value.fa.set_flow_style()
+            document["targets"][name] = value
+    additions = tuple(f"{what} {name}" for what, names in new.items() for name in names)
+    if additions:
+        editor.dump(document, buffer)
+        text = buffer.getvalue()
+    with named(f"{PARAMS} is unchanged: "):
+        load_params(PARAMS, text)
+    return Chosen(targets, text, additions, study)

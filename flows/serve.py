@@ -29,7 +29,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_curre
 from prefect.types.entrypoint import EntrypointType
 
 from blockpruner.core.errors import InputError
-from flows.dvc import end_with, require_posix
+from flows.dvc import end_with
 from flows.new_model import new_model
 from flows.paper import paper
 from flows.prune import PAGES_VARIABLE, prune
@@ -142,7 +142,6 @@ def main() -> int:
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     logging.getLogger("prefect.runner").setLevel(logging.WARNING)  # else a line at every look while a run waits
     try:
-        require_posix()
         settings = get_current_settings()
         port, given = settings.server.api.port, settings.api.url
         with ExitStack() as stack:

@@ -11,13 +11,17 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from blockpruner.core.errors import InputError
+from blockpruner.core.plan import Plan
 from blockpruner.params import load_params, load_sections
 from blockpruner.settings import Sections, Target
 from blockpruner.store import provenance
+from blockpruner.store.files import write_json
+from blockpruner.store.plans import load_plan
 from blockpruner.store.provenance import file_sha256
 
 DATA = Path("data")
@@ -47,11 +51,24 @@ def run(stage: str, main: Callable[[str], object]) -> None:
         path = DATA / "provenance" / f"{stage}{'@' if item else ''}{item}.json"
         provenance.record(path, inputs, commit, time.monotonic() - started)
     except InputError as error:
+        _leave_reason(stage, item, str(error))
         print(f"error in stage {name}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"stage {name} interrupted; what is finished is kept: run again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave_reason(stage: str, item: str, reason: str) -> None:
+    """Write why a target, or each of a run, was not measured, where its evidence belongs; `tables` shows it."""
+    if stage in ("clean", "push", "report", "tables"):
+        return
+    from blockpruner.reporting.paper.evidence import FAILED  # loads much
+
+    with suppress(InputError):
+        targets = load_params().targets
+        for name in (name for name, target in targets.items() if item in (name, target.run)):
+            write_json(DATA / "evidence" / name / FAILED, {"stage": stage, "reason": reason})
 
 
 class _Read:
@@ -75,6 +92,11 @@ class _Read:
 def sections(run: str) -> Sections:
     """The settings of a run. A section is checked against its file when it is read and when the stage ends."""
     return cast(Sections, _Read(run))
+
+
+def kept_plan(name: str) -> Plan:
+    """The plan of a target that the stage compensate keeps."""
+    return load_plan(DATA / "compensated" / name / "plan.json")
 
 
 def target(name: str) -> Target:

@@ -7,7 +7,6 @@ from blockpruner.core.progress import observer
 from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.methods.recipes import searches
 from blockpruner.store.files import read_json
 from stages import DATA, run, sections
 
@@ -30,8 +29,7 @@ def main(name: str) -> None:
         items if answers else texts["calibration"], texts.get("compensate"), texts.get("train"), evaluated
     )
     sections_ = (wanted, settings.compensate, settings.train)
-    judged = any(len(searches(one.score)) > 1 for one in settings.score.values())
-    rows = pipeline.calibrate(*sections_, pool, tokenizer, config, note, judged=judged)
+    rows = pipeline.calibrate(*sections_, pool, tokenizer, config, note, judged=settings.judged)
     rows.save(DATA / "calibration" / name, wanted.data.source)
     found = rows.search
     note(f"{len(found.rows)} rows, {found.tokens} tokens, of which {found.scored} are scored ({wanted.packing})")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
+from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.methods.commit import save_iterations
 from blockpruner.methods.recipes import compensation
 from blockpruner.methods.registry import KINDS
@@ -29,6 +30,7 @@ def main(name: str) -> None:
         run=wanted.run,
         compensate=wanted.compensate or compensation(settings.compensate.method, method),
         train=wanted.train,
+        base=checkpoint_identity(DATA / "models" / wanted.run),
     )
 
     def build(directory: Path) -> None:

@@ -6,17 +6,15 @@ from dataclasses import replace
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.healing import choice
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import find_healed
-from blockpruner.store.plans import load_plan
-from stages import DATA, run, sections
+from stages import DATA, kept_plan, run, sections
 from stages.compensate import pruning_of
 
 
 def healed_of(name: str) -> Pruning:
     """The model of a target, with its healed weights."""
-    plan = load_plan(DATA / "compensated" / name / choice.PLAN)
+    plan = kept_plan(name)
     pruning = pruning_of(plan, pipeline.Rows.load(DATA / "calibration" / plan.run, "search"))
     folders = [DATA / stage / name for stage in ("trained", "compensated")]
     return replace(pruning, healed=find_healed(folders, pruning.identity))

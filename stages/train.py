@@ -6,14 +6,12 @@ from dataclasses import replace
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.healing import choice
 from blockpruner.store.files import replace_directory, write_json
-from blockpruner.store.plans import load_plan
-from stages import DATA, run, sections
+from stages import DATA, kept_plan, run, sections
 
 
 def main(name: str) -> None:
-    plan, out = load_plan(DATA / "compensated" / name / choice.PLAN), DATA / "trained" / name
+    plan, out = kept_plan(name), DATA / "trained" / name
     if not plan.train:
         replace_directory(out, lambda directory: write_json(directory / "train.json", {"enabled": False}))
         return

@@ -170,6 +170,7 @@ def work(job: dict[str, Any], path: list[str]) -> NoReturn:
     """
     os.setpgid(0, 0)  # a signal for the group of the process that asked reaches that process, which passes it on
     signal.signal(signal.SIGINT, signal.default_int_handler if job["interrupt"] else signal.SIG_IGN)
+    os.getppid = lambda: job["parent"]
     os.chdir(job["folder"])
     os.environ.clear()
     os.environ.update(job["environment"])

@@ -432,13 +432,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "one_shot, layers": {"method": "one_shot", "unit": "layer", "metric": "block_influence"},
     "random": {"method": "random"},
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
-    "beam": {"method": "beam", "options": {"width": 2}},
     "contiguous": {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
-    "evopress": {
-        "method": "evopress",
-        "metric": "kl",
-        "options": {"generations": 3, "offspring": 4, "initial": 6, "initial_tokens": 20, "tokens": (20, 40)},
-    },
     "swap": {"method": "swap", "options": {"tries": 8}},
     "swap, race": {"method": "swap", "options": {"tries": 8}, "acceleration": "race"},
     "floating": {"method": "floating", "options": {"tries": 4}},
@@ -448,7 +442,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
 PLANS: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "greedy": (BLOCKS, ("0.2", "0.35", "3blocks", "0.25kv", "1.2x")),
     "layers": ({"unit": "layer"}, ("0.2", "2layers", "0.5kv")),
-    "beam": ({"method": "beam", "options": {"width": 2}}, ("0.2", "3blocks", "0.25kv")),
     "laco": ({"method": "laco", "options": {"count": 2}}, ("0.2", "1layers", "0.25kv")),
     "laco of the paper": ({"method": "laco", "options": {"count": 2, "variant": "paper"}}, ("1layers", "2layers")),
     "slicegpt": ({"method": "slicegpt"}, ("0.2",)),

@@ -45,11 +45,12 @@ def test_stages_are_small(stage):
 
 
 def test_only_settings_depends_on_files_of_settings():
-    """The others depend on resolved sections, and `commit` on its target."""
+    """The others depend on resolved sections, `commit` also on its target and `tables` on its study."""
     for stage, definition in STAGES.items():
         files = {file for entry in definition["params"] for file in entry} - {VERSIONS}
-        if not stage.startswith(("study_", "settings", "report")):
-            assert files == ({"params.yaml"} if stage == "commit" else set()), stage
+        if stage not in ("settings", "report"):
+            own = {"commit": {"params.yaml"}, "tables": {"studies/${item.study}.yaml"}}
+            assert files == own.get(stage, set()), stage
     assert {"params.yaml": ["targets.${key}"]} in STAGES["commit"]["params"]
 
 

@@ -30,8 +30,8 @@ from blockpruner.inputs.checkpoints import LICENCE_FILES, copy_files
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.models import model_family
-from blockpruner.store.files import write_json, write_text
-from blockpruner.store.plans import PLAN_FILE, plan_fields
+from blockpruner.store.files import write_text
+from blockpruner.store.plans import PLAN_FILE, save_plan
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """By family: llama.cpp's architecture of a model whose layers are all whole."""
@@ -103,7 +103,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
             _quantize(directory, name)
         card = model_card(plan, dense, healed=pruning.healed, library="gguf", loading=LOADING)
         write_text(directory / "README.md", card)
-        write_json(directory / PLAN_FILE, plan_fields(plan))
+        save_plan(plan, directory / PLAN_FILE)
         copy_files(dense, directory, LICENCE_FILES)
         return TOLERANCE
 

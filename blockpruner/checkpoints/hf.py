@@ -20,8 +20,8 @@ from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKENIZER_FILES, copy_files, drop_code_
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.classes import OUR_MODULES
-from blockpruner.store.files import let_others_read, write_json, write_text
-from blockpruner.store.plans import PLAN_FILE, plan_fields
+from blockpruner.store.files import let_others_read, write_text
+from blockpruner.store.plans import PLAN_FILE, save_plan
 
 COUNTED = """
 Its layers attend in more than one way, in another order than the base model's. transformers and vLLM read the order in
@@ -60,7 +60,7 @@ def save_other_files(plan: Plan, dense: Path, directory: Path, card: str) -> Non
     """The other files of a checkpoint; tokenizer, generation config and licence come from `dense`, without code."""
     copy_files(dense, directory, (*TOKENIZER_FILES, GENERATION_FILE, *LICENCE_FILES))
     write_text(directory / "README.md", card)
-    write_json(directory / PLAN_FILE, plan_fields(plan))
+    save_plan(plan, directory / PLAN_FILE)
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:

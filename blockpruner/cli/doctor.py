@@ -1,4 +1,4 @@
-"""`blockpruner doctor`: what this machine has for the command, and what mends what is missing.
+"""`blockpruner doctor`: what this machine has for the command, and how to get what is missing.
 
 Decides what is looked at. Nothing is downloaded, and no host is contacted unless it is asked for.
 """
@@ -45,7 +45,7 @@ FREE = 2 * 2**30
 """The least room of the cache folder, which gets a copy of the model."""
 
 SIDES, REPEATS = {"cpu": 768}, 3
-"""Of the matrices that are timed: a GPU is faster than its calls until they are large."""
+"""The sides of the matrices that are timed: a GPU is faster than its calls until they are large."""
 
 
 @dataclass(frozen=True)

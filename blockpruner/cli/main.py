@@ -64,7 +64,7 @@ Export = Annotated[
 ]
 Dtype = Annotated[str, Option(metavar="NAME", help="float32, bfloat16, float16, float64; auto is the model's own.")]
 Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
-Trust = Annotated[bool, Option("--trust-remote-code", help="Run code that lies beside the model.")]
+Trust = Annotated[bool, Option("--trust-remote-code", help="Run code that comes with the model.")]
 CACHE = Option(
     metavar="DIR",
     default_factory=cache_folder,
@@ -95,7 +95,7 @@ def _version(asked: bool) -> None:
 def common(
     version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    """Make a language model smaller and faster: remove the attention and MLP blocks that it misses least."""
+    """Make a language model smaller and faster: remove the attention and MLP blocks that it needs least."""
 
 
 @app.command()
@@ -204,7 +204,7 @@ def prune(
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, dtype, trust_remote_code, wanted)
     if dry_run:
-        found = forecast.dry_run(run, place.config_of(run), (budget,))
+        found = forecast.dry_run(run, place.config_of(run), budget)
         _tell(found, forecast.in_words(found), as_json)
     else:
         named = out or Path(f"{run.model.title.rpartition('/')[2]}-{budget}")
@@ -234,7 +234,7 @@ def apply(
 
 
 def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
-    """Of a run file, what perplexity is measured on."""
+    """The keys of `evaluate.perplexity` that the options give."""
     source = {} if texts is None else {"data": {"source": "path", "path": str(texts)}}
     return source | ({} if seq_len is None else {"seq_len": seq_len}) | {"max_rows": max_rows}
 
@@ -325,7 +325,7 @@ def compare(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Show two checkpoints beside each other: their answers, tokens per second and held-out perplexity."""
+    """Show two checkpoints side by side: their answers, tokens per second and held-out perplexity."""
     if prompt is None and texts is None:
         raise InputError("compare has nothing to compare by; give --prompt TEXT, --texts FILE, or both")
     from blockpruner.cli.talking import compared, side_by_side
@@ -364,11 +364,11 @@ def push(
     repo: Annotated[str, Argument(metavar="REPO", help="USER/NAME on the Hugging Face hub; made if it is not there.")],
     cache: Annotated[Path, CACHE],
     private: Annotated[bool, Option("--private/--public", help="Who may see the repository.")] = True,
-    yes: Annotated[bool, Option("--yes", help="Do not ask first.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Upload without a question.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print what would be uploaded; contact nobody.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a checkpoint to the Hugging Face hub, after a look that it is what was verified."""
+    """Upload a checkpoint to the Hugging Face hub, if it is unchanged since it was verified."""
     from blockpruner.cli.pushing import Upload
 
     upload = Upload.of(checkpoint.expanduser().absolute(), repo, private, cache.expanduser().absolute())
@@ -387,10 +387,10 @@ def push(
 @app.command()
 def doctor(
     cache: Annotated[Path, CACHE],
-    online: Annotated[bool, Option("--online", help="Ask the hub for an answer, too.")] = False,
+    online: Annotated[bool, Option("--online", help="Contact the hub, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what this machine has, and what mends what is missing. Exit code 1 if something needed is missing."""
+    """Show what this machine has, and how to get what is missing. Exit code 1 if something needed is missing."""
     from blockpruner.cli import doctor as work
 
     checks = work.look(cache.expanduser().absolute(), online)

@@ -123,19 +123,15 @@ class Place:
         from blockpruner.healing import choice
         from blockpruner.healing.train import TRAIN_FACTS
 
-        config, method, note = (
-            self.config_of(run),
-            compensation(run.compensate.method, run.score.method),
-            self.observer.note,
-        )
+        config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
         assert not isinstance(run.calibration.data, TaskAnswers)
         texts, dense = load_texts(run.calibration.data, self.root / "cache", self.pins), self.fetch(run)
         pool = pipeline.Pool(texts, train=None if run.train is None else texts)
-        tokenizer = load_tokenizer(dense, run.model.trust_remote_code)
+        tokenizer, base = load_tokenizer(dense, run.model.trust_remote_code), checkpoint_identity(dense)
         judged, wanted = len(searches(run.score)) > 1, (run.calibration, run.compensate, run.train)
-        rows = pipeline.calibrate(*wanted, pool, tokenizer, config, note, judged=judged, at_most=True)
-        key = self._key(run, rows, method, checkpoint_identity(dense), budget)
+        rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self.observer.note, judged=judged, at_most=True)
+        key = self._key(run, rows, method, base, budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
         if healed.exists():
             self._require_free(run, out, load_plan(healed / choice.PLAN))
@@ -143,8 +139,9 @@ class Place:
             counts = pipeline.score(material, rows, run.score, [budget], traces, self._latency(run, dense, traces))
             if not healed.exists():
                 found = pipeline.commit(
-                    traces, run.score, config, budget, rows, target="", run=run.model.title, compensate=method
-                )
+                    traces, run.score, config, budget, rows,
+                    target="", run=run.model.title, compensate=method, base=base,
+                )  # fmt: skip
                 best = pipeline.heal(material.dense, found, rows, run.compensate, self.observer)
                 choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), run.calibration.data)
         pruning = self._healed(run, dense, replace(load_plan(healed / choice.PLAN), target=out.name), rows, [healed])
@@ -257,6 +254,8 @@ class Place:
             raise InputError(f"there is no folder {run.model.title!r} here, and {error}") from error
 
     def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Pruning:
+        from blockpruner.methods.apply import Pruning
+
         return Pruning(dense, plan, rows, run.model.dtype, self.device, run.model.trust_remote_code)
 
     def _places(self, run: Run, out: Path) -> dict[str, Path]:

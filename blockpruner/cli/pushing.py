@@ -21,7 +21,7 @@ class Upload:
     repo: str
     private: bool
     licence: Mapping[str, Any]
-    """Of the base model, where it is known."""
+    """The licence of the base model, where it is known."""
     files: Mapping[str, int]
     """Sizes in bytes."""
 

@@ -1,6 +1,6 @@
 """`blockpruner chat` and `compare`: greedy answers and held-out perplexity of checkpoints, dense or pruned.
 
-Of their code only ours is run. A dense model of a known family needs none, whatever lies beside it.
+Only our own code is run. A dense model of a known family needs none, whatever its folder holds.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Compared:
     tokens_per_second: float | None = None
     answer: str | None = None
     perplexity: float | None = None
-    """Of the held-out rows."""
+    """The perplexity of the held-out rows."""
     relative: float | None = None
     """The perplexity, times that of the first checkpoint; as is the next, None for that one itself."""
     interval: tuple[float, float] | None = None

@@ -47,7 +47,7 @@ class Family:
     model_type: str
     """The `model_type` of its config."""
     prefix: str
-    """Of its class names: LlamaConfig, LlamaForCausalLM."""
+    """The prefix of its class names: LlamaConfig, LlamaForCausalLM."""
     mha_parameters: Count
     mlp_parameters: Count
     products: Count = lambda config, layer: _gated_products(config)
@@ -66,7 +66,7 @@ class Family:
     renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: _types(config, layers)
     """The config fields that describe single layers, for new layers: (layer of its MHA, layer of its MLP) of each."""
     defaults: Config = field(default_factory=dict)
-    """Of config fields that a config.json may leave out."""
+    """The values of config fields that a config.json may leave out."""
     decoder: str = "model"
     """Attribute path from the causal LM, as are the next three."""
     layers: str = "model.layers"

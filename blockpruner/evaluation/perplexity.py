@@ -25,7 +25,7 @@ from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.work import logits_bytes
 
 SEED = 0
-"""Of the order in which documents fill rows. It is no setting: one text has one set of rows."""
+"""The seed of the order in which documents fill rows. It is no setting: one text has one set of rows."""
 
 SHORT = 32
 """A document of fewer tokens is left out: it says next to nothing. Of the 2,349 documents of an English Wikipedia

@@ -18,8 +18,8 @@ class Perplexity(Frozen):
     max_rows: int | None = Field(default=None, ge=1)
     """How many rows are measured, null for all."""
     packing: Literal["joined", "documents"] = "joined"
-    """joined: rows are cut from all texts joined, as in the paper; documents: a row begins with a text, texts come in
-    random order, and those too short to say anything are left out."""
+    """How rows are made. joined: they are cut from all texts joined, as in the paper; documents: a row begins with a
+    text, texts come in random order, and those that are too short are left out."""
 
 
 class PypiTasks(Pypi):
@@ -62,4 +62,4 @@ class Evaluate(Frozen):
     perplexity: Perplexity = Perplexity()
     zero_shot: ZeroShot = ZeroShot()
     speed: Speed | None = Speed()
-    """null: generation is not timed, which takes both models in memory."""
+    """The generation that is timed, with both models in memory; null times nothing."""

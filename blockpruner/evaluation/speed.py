@@ -30,7 +30,7 @@ class Timing:
     min: float
     max: float
     samples: list[float]
-    """Of each repeat, in order. Samples of two models that took turns are pairs."""
+    """The value of each repeat, in order. Samples of two models that took turns are pairs."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MeasuredSpeed:
     kv_cache_bytes: int
     """Keys and values at the end, of prompt + new - 1 tokens: the last token is never fed."""
     weight_bytes: int
-    """Of all parameters; shared ones count once."""
+    """The bytes of all parameters; shared ones count once."""
     peak_memory_bytes: int
     peak_memory: str
     """What the peak is. "allocated": the largest sum of tensors on the model's (first) device while it generated,

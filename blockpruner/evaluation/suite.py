@@ -278,7 +278,7 @@ def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float |
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """Of what turns texts into tokens and ends generation: tokenizer, chat template, generation config."""
+    """The digest of what makes tokens and ends generation: tokenizer, chat template, generation config."""
     patterns = (*TOKENIZER_FILES, GENERATION_FILE)
     return fingerprint({path.name: content_sha256(path) for pattern in patterns for path in directory.glob(pattern)})
 

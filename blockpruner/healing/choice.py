@@ -66,8 +66,7 @@ def choose(
         if plan.compensate == "none":
             tried.append(Healing(name, plan))
             continue
-        done = compensate(dense(), plan, fit, held_out, plan.compensate, observer)
-        tried.append(Healing(name, plan, done.weights, done.report))
+        tried.append(Healing(name, plan, *compensate(dense(), plan, fit, held_out, plan.compensate, observer)))
     if len(tried) == 1:
         return tried[0]
     judged = {}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,41 +14,30 @@ from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import TaskAnswers, Texts
 from blockpruner.healing.refit import COMPENSATIONS
-from blockpruner.healing.settings import Compensate
 from blockpruner.healing.streams import Streams
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.apply import Pruning
-from blockpruner.methods.healed import save_healed
 from blockpruner.model.models import prune_, shared_copy
 from blockpruner.scoring.work import Task
-from blockpruner.store.files import replace_directory, write_sealed_json
 
 SHARES = (1.0, 0.75, 0.5)
 """How much of a change is tried; the best one on the held-out rows is kept, or none."""
 
 
-@dataclass(frozen=True)
-class Compensated:
-    """What compensation came to."""
-
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """The changed weights by their names in the pruned model; empty where nothing helped."""
-    report: Mapping[str, Any] = field(default_factory=dict)
-    """As JSON: method, tokens, held-out perplexities, and what was done at each stop."""
-
-
 @torch.no_grad()
 def compensate(
     dense: PreTrainedModel, plan: Plan, rows: CalibrationSet, held_out: int, method: str, observer: Observer
-) -> Compensated:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Find new weights for the pruned model of a plan. The dense model is as before at the end.
 
     Args:
         dense: on one device; its memory also takes the sums of one fit (four float64 matrices of the MLP's width).
         rows: of any lengths; all real tokens are fitted to.
         held_out: how many of the rows, the last ones, choose strengths and decide whether the change helps.
+
+    Returns:
+        The changed weights by their names in the pruned model, none where nothing helped; and facts as JSON: method,
+        tokens, held-out perplexities, and what was done at each stop.
 
     Raises:
         InputError: an unknown method; a plan that changes weights; or no row to fit to or to hold out.
@@ -75,13 +62,13 @@ def compensate(
     best, before = 0.0, perplexity(plan.mask)
     found = {"dense": perplexity(DENSE), "before": before, "after": before}
     try:
-        stops = []
+        stops, names = [], [str(block) for block in streams.blocks]
         for mended in row.change_(streams, plan.mask):
             stops.append(mended)
             changed, gone = mended.get("writers", []), mended["hole"]
-            done = 1 + max(map(streams.blocks.index, [*changed, *gone]))
+            done = 1 + max(map(names.index, [*changed, *gone]))
             hole = f" before hole {'+'.join(gone)}" if gone else ""
-            observer.advance(done, len(streams.blocks), f"{'+'.join(changed) or 'writers'}{hole}")
+            observer.advance(done, len(names), f"{'+'.join(changed) or 'writers'}{hole}")
         new = {weight: weight.clone().cpu() for weight in streams.old}
         for share in SHARES if new else ():
             _set_(streams.old, new, share)
@@ -89,38 +76,15 @@ def compensate(
             if after < found["after"]:
                 best, found["after"] = share, after
         _set_(streams.old, new, best)
-        names = {id(weight): name for name, weight in prune_(shared_copy(dense), plan.mask).named_parameters()}
-        weights = {names[id(weight)]: value.copy_(weight) for weight, value in new.items()} if best else {}
+        own = {id(weight): name for name, weight in prune_(shared_copy(dense), plan.mask).named_parameters()}
+        weights = {own[id(weight)]: value.copy_(weight) for weight, value in new.items()} if best else {}
     finally:
         for weight, value in streams.old.items():
             weight.copy_(value)
     words = f"held-out perplexity {before:.2f} -> {found['after']:.2f}" + ("" if best else ": no help, left as it was")
     observer.end(f"{row.title}: {words}, dense {found['dense']:.2f}")
     tokens = sum(map(len, rows.rows[: count - held_out]))
-    return Compensated(
-        weights, {"method": method, "tokens": tokens, "share": best, "perplexity": found, "stops": stops}
-    )
-
-
-def write_compensated(
-    folder: Path, pruning: Pruning, rows: CalibrationSet, wanted: Compensate, data: Texts | TaskAnswers, show: Observer
-) -> None:
-    """Compensate the model of a plan by the plan's method: the report, and weights where that helps, at `folder`.
-
-    Args:
-        data: the source of the rows.
-    """
-    method, held_out = pruning.plan.compensate, wanted.held_out(len(rows.rows))
-    show.note(f"{pruning.plan.target}: {method} on {len(rows.rows)} rows, of which {held_out} are held out")
-    found = compensate(pruning.load(), pruning.plan, rows, held_out, method, show)
-
-    def build(directory: Path) -> None:
-        write_sealed_json(directory / "compensate.json", {"enabled": True, **found.report})
-        if found.weights:
-            words = f"compensated without training ({method}, {rows.tokens:,} tokens of `{data.title}`)"
-            save_healed(directory, found.weights, pruning.identity, words, data)
-
-    replace_directory(folder, build)
+    return weights, {"method": method, "tokens": tokens, "share": best, "perplexity": found, "stops": stops}
 
 
 def _set_(old: Mapping[Any, Tensor], new: Mapping[Any, Tensor], share: float) -> None:

@@ -4,16 +4,14 @@ Decides the formula, and in which pieces it is computed. The head runs over chun
 back to its states before the next chunk has logits, so neither model's logits ever exist for a whole row.
 
     loss = mean over rows of the mean over the row's predicted tokens of
-           (1 - distill) NLL + distill T^2 KL(p || q)
+           (1 - distill) NLL + distill KL(p || q)
 
-T is `temperature`; p and q are the next-token distributions of the dense model and of the trained one, with logits
-divided by T (Hinton et al., arXiv 1503.02531).
+p and q are the next-token distributions of the dense model and of the trained one (Hinton et al., arXiv 1503.02531).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,32 +57,19 @@ class TrainingLoss:
             if train:
                 (gradients[part],) = torch.autograd.grad(loss, leaf)
             total, nll = total + loss.detach(), nll + nlls.detach().double() @ weight[part]
-        return _Known.apply(states, gradients, total) if train else total, nll  # type: ignore[no-untyped-call]
+        known = (states * gradients).sum() if train else total  # its gradient for the states is the one found above
+        return total + (known - known.detach()), nll
 
     def _token_losses(self, states: Tensor, dense: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What the heads make of final states [N, H]: the loss and the NLL, [N]."""
-        logits, share, T = _wide(head_of(self.model)(states)), self.recipe.distill, self.recipe.temperature
+        logits, share = _wide(head_of(self.model)(states)), self.recipe.distill
         nll = F.cross_entropy(logits, targets, reduction="none")
         if self.teacher is None:
             return nll, nll
         with torch.no_grad():
             p = _wide(head_of(self.teacher)(dense)).to(logits.device)
-        kl = token_kl(logits / T, targets, p / T)
-        return share * T**2 * kl + ((1 - share) * nll if share < 1 else 0.0), nll
-
-
-class _Known(torch.autograd.Function):
-    """A value whose gradient for some states is known."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, gradients: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(gradients)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None]:
-        (gradients,) = ctx.saved_tensors
-        return gradients * above[0], None, None
+        kl = token_kl(logits, targets, p)
+        return share * kl + ((1 - share) * nll if share < 1 else 0.0), nll
 
 
 def _states(model: PreTrainedModel, ids: Tensor, chosen: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ REFIT = _Form(
 
 
 def _fit_(form: _Form, streams: Streams, mask: Mask) -> Iterator[Mended]:
-    if all(writer is None for writer in streams.writers):
+    if all(streams.writer(block) is None for block in streams.blocks):
         raise InputError(
             "compensate: no block of this model ends in a single matrix; set compensate.method: none",
             rule="no-writer",

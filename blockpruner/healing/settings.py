@@ -15,11 +15,11 @@ class Compensate(Frozen):
     """How the weights that are left make up for what is gone, without training."""
 
     method: CompensationMethod | None = None
-    """null: the recipe's own, else none."""
+    """The method; null is the recipe's own, else none."""
     data: Texts | None = None
-    """null: the run's calibration texts."""
+    """The texts of the fit; null is the run's calibration texts."""
     num_rows: int = Field(default=192, ge=2)
-    """The most that are used; joined rows of all texts."""
+    """The most joined rows that are used."""
     seq_len: int = Field(default=256, ge=2)
     """Tokens in a row; the model's context, where that is shorter."""
     validation: float = Field(default=0.125, gt=0, lt=1)
@@ -39,7 +39,7 @@ class Train(Frozen):
     num_samples: int = Field(default=8000, ge=1)
     """Texts, of which each is a row of at most `seq_len` tokens."""
     num_rows: int | None = Field(default=None, ge=1)
-    """In place of num_samples: so many joined rows of `seq_len` tokens."""
+    """The number of joined rows of `seq_len` tokens, in place of num_samples."""
     seq_len: int = Field(default=2048, ge=2)
     weights: Literal["lora", "all"] = "lora"
     """What is trained: adapters of the linear layers, or all weights but embeddings and head."""
@@ -48,8 +48,6 @@ class Train(Frozen):
     alpha: float = Field(default=10.0, gt=0)
     distill: float = Field(default=0.0, ge=0, le=1)
     """Weight of the KL divergence from the dense model's predictions; the text's NLL has the rest of 1."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits of both models in the KL divergence, which is multiplied by its square."""
     learning_rate: float = Field(default=2e-4, gt=0)
     schedule: Literal["linear", "cosine"] = "linear"
     """How the learning rate falls to 0."""
@@ -62,7 +60,7 @@ class Train(Frozen):
     epochs: int = Field(default=1, ge=1)
     seed: int = 42
     validation: int = Field(default=16, ge=0)
-    """Samples, or joined rows, that are held out; of all states that were validated the best is kept. 0: the last."""
+    """Samples, or joined rows, that are held out; the best state on them is kept. 0 keeps the last state."""
     validate_every: int = Field(default=100, ge=1)
     """Steps between two validations; the first comes before training, and the last after it."""
 

@@ -55,6 +55,8 @@ class Streams(Engine):
     def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, batch_tokens: int | str = "auto") -> None:
         super().__init__(model, batch_tokens)
         parts = (range(fitted), range(fitted, len(rows)))
+        self.blocks = [block for step in self._steps for block in step]
+        """All blocks, as the stream passes them."""
         spans = [span for part in parts if part for span in self.row_batches(rows, part)]
         self.is_fitted = [span[-1] < fitted for span in spans]
         batches = [self._batch([rows[i] for i in span]) for span in spans]
@@ -64,7 +66,7 @@ class Streams(Engine):
         self.dense = [states.to(torch.promote_types(states.dtype, torch.float32)).cpu() for states, _ in prepared]
         self.pruned = [states.clone() for states in self.dense]
         self.old: dict[Tensor, Tensor] = {}
-        """Of every weight that was changed, what it was."""
+        """The former value of every weight that was changed."""
 
     def stops(self, mask: Mask) -> Iterator[Stop]:
         """The stops in order. At each, the dense stream is behind kept blocks and hole, and the pruned stream before
@@ -84,7 +86,7 @@ class Streams(Engine):
         return state + sum(self._block(block, hidden, self._kwargs[number]).to(state) for block in step)
 
     def written(self, block: BlockId, number: int) -> tuple[Tensor, Tensor]:
-        """Of a block in the pruned stream of a batch: what its writer reads, [B, T, p] (no column without a writer),
+        """What the writer of a block reads in the pruned stream of a batch, [B, T, p] (no column without a writer),
         and what its module gives, before a norm behind it, [B, T, d]."""
         found: list[Tensor] = []
         hooks = [
@@ -114,16 +116,6 @@ class Streams(Engine):
         """The last projection of a block; None where it has many, as a mixture of experts."""
         found = getattr(self._module(block), self._family.branch(block.kind).output, None)
         return found if isinstance(found, nn.Linear) else None
-
-    @property
-    def writers(self) -> list[nn.Linear | None]:
-        """Of all blocks."""
-        return [self.writer(block) for step in self._steps for block in step]
-
-    @property
-    def blocks(self) -> list[str]:
-        """The names of all blocks, as the stream passes them."""
-        return [str(block) for step in self._steps for block in step]
 
     def change_(self, weight: Tensor, value: Tensor) -> Tensor:
         """Give a weight another value; returns the difference as it is in the weight's dtype."""

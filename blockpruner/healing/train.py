@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from blockpruner.core.progress import Observer
 from blockpruner.healing.settings import Train
@@ -35,37 +32,15 @@ def write_trained(
     states: Path,
     observer: Observer,
 ) -> None:
-    """Train the model of a plan, as `train` does: its weights and facts at `folder`. Its states are gone then."""
-    weights, facts = train(pruning, wanted, rows, validation, states, observer)
-
-    def build(directory: Path) -> None:
-        words = f"then trained ({wanted.title}) on {len(rows.rows):,} rows of `{wanted.data.title}`"
-        words = f"{words}, {rows.tokens:,} tokens"
-        save_healed(directory, weights, pruning.identity, words, wanted.data, pruning.healed)
-        drawn = {"enabled": True, **wanted.model_dump(), "rows": len(rows.rows), "tokens": rows.tokens}
-        write_json(directory / TRAIN_FACTS, drawn | facts)
-
-    replace_directory(folder, build)
-    shutil.rmtree(states / _key(pruning, wanted, rows, validation))
-
-
-def train(
-    pruning: Pruning,
-    wanted: Train,
-    rows: CalibrationSet,
-    validation: CalibrationSet | None,
-    states: Path,
-    observer: Observer,
-) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """Train the model of a plan; returns the weights that are not what the plan makes of them, and facts as JSON.
+    """Train the model of a plan: the weights that are not what the plan makes of them, and facts, at `folder`.
 
     Args:
         pruning: with healed weights, training begins with those.
         states: folder of the states of training, one folder for each that differs in model, rows or recipe, from which
-            a killed one goes on.
+            a killed one goes on. It is gone in the end.
     """
     check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
-    healed, plan = pruning.healed, pruning.plan
+    healed, plan, own = pruning.healed, pruning.plan, states / _key(pruning, wanted, rows, validation)
     teacher = pruning.load() if wanted.distill else None
     # adapters leave the model's own tensors alone until the end; float16 is trained as float32
     shared = teacher is not None and wanted.weights == "lora" and pruning.dtype != "float16"
@@ -76,9 +51,18 @@ def train(
     before = parameter_digests(model)
     if healed is not None:
         load_healed_(model, healed.path, shared)
-    own = states / _key(pruning, wanted, rows, validation)
-    trained = train_(model, rows, wanted, teacher=teacher, validation=validation, states=own, observer=observer)
-    return changed_weights(trained.model, before, plan), trained.facts
+    facts = train_(model, rows, wanted, teacher=teacher, validation=validation, states=own, observer=observer)
+
+    def build(directory: Path) -> None:
+        words = f"then trained ({wanted.title}) on {len(rows.rows):,} rows of `{wanted.data.title}`"
+        words = f"{words}, {rows.tokens:,} tokens"
+        weights = changed_weights(model, before, plan)
+        save_healed(directory, weights, pruning.identity, words, wanted.data, healed)
+        drawn = {"enabled": True, **wanted.model_dump(), "rows": len(rows.rows), "tokens": rows.tokens}
+        write_json(directory / TRAIN_FACTS, drawn | facts)
+
+    replace_directory(folder, build)
+    shutil.rmtree(own)
 
 
 def _key(pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: CalibrationSet | None) -> str:
@@ -87,6 +71,9 @@ def _key(pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: Cali
         "model": pruning.identity,
         "healed": pruning.healed and pruning.healed.digest,
         "dtype": pruning.dtype,
+        "rows": rows.digest,
+        "validation": validation and validation.digest,
+        "version": WEIGHTS_VERSION,
+        "recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY),
     }
-    key |= {"rows": rows.digest, "validation": validation and validation.digest, "version": WEIGHTS_VERSION}
-    return fingerprint(key | {"recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY)})
+    return fingerprint(key)

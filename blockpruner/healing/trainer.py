@@ -13,11 +13,8 @@ checkpoint to the same weights, to the bit on a CPU. On a GPU the backward pass 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -35,38 +32,6 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 
 
-@dataclass(frozen=True)
-class Validation:
-    """What a state of training is worth on rows that it is not trained on; means over rows, nats per token."""
-
-    step: int
-    """How many steps were taken before."""
-    loss: float
-    """What training minimises."""
-    nll: float
-    """The text's NLL; the logarithm of a perplexity."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model."""
-
-    model: PreTrainedModel
-    """The model that was given, with its weights changed in place."""
-    losses: tuple[float, ...]
-    """The loss of each step, before it was taken; nats per token."""
-    validations: tuple[Validation, ...]
-    """Before training, during it and in the end; none without validation rows."""
-    step: int
-    """The step after which the weights are kept; 0 leaves them as they were."""
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """All but the model, for JSON."""
-        validations = [asdict(validation) for validation in self.validations]
-        return {"losses": self.losses, "validations": validations, "step": self.step}
-
-
 def train_(
     model: PreTrainedModel,
     rows: CalibrationSet,
@@ -76,7 +41,7 @@ def train_(
     validation: CalibrationSet | None,
     states: Path,
     observer: Observer,
-) -> Trained:
+) -> dict[str, Any]:
     """Train a pruned model on `rows`, in place. Its class and config stay as they are, and it is left without adapters.
 
     A step minimises the mean over its rows. `batch` therefore changes memory and speed, and `batch * accumulation` the
@@ -89,6 +54,11 @@ def train_(
         validation: rows that are not trained on. The state that is best on them is kept, be it the one before training.
         states: folder of the checkpoints of this very training, from which a killed one goes on. The last one is left.
 
+    Returns:
+        Facts as JSON, in nats per token: `losses`, of each step before it was taken; `validations`, before training,
+        during it and in the end ({step, loss, nll}, nll of the text); `step`, after which the weights are kept, 0 if
+        they are left as they were.
+
     Raises:
         NonFiniteLossError: training diverged.
         DeviceMemoryError: a batch does not fit; names the settings to lower.
@@ -100,24 +70,36 @@ def train_(
     weights = trained_weights_(model, recipe)
     with torch.random.fork_rng(devices=[]):
         trainer = _Trainer(model, teacher if recipe.distill else None, weights, rows, validation, recipe, states)
-        curve = [] if validation is None else [trainer.validate()]
+        start = {} if validation is None else trainer.evaluate()
         before = {name: master.detach().clone().cpu() for name, master in weights.state_dict().items()}
         last = _last_checkpoint(states)
         observer.begin("train")
-        trainer.add_callback(_Watch(observer, last, rows.tokens / len(rows.rows) * recipe.batch * recipe.accumulation))
+        trainer.add_callback(_Watch(observer, last))
         trainer.train(resume_from_checkpoint=last)
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    curve += [Validation(each["step"], each["eval_loss"], each["eval_nll"]) for each in log if "eval_loss" in each]
-    step = min(curve, key=lambda each: each.loss).step if curve else len(losses)
+    curve = [
+        {"step": each["step"], "loss": each["eval_loss"], "nll": each["eval_nll"]}
+        for each in (start | {"step": 0}, *log)
+        if "eval_loss" in each
+    ]
+    step = min(curve, key=lambda each: each["loss"])["step"] if curve else len(losses)
     if step == 0:
         weights.load_state_dict(before)
     weights.show_()
     weights.end_()
     if dtype is torch.float16:
         _cast_(model, dtype)
-    observer.end(_summary(losses, curve, step, len(rows.rows)))
-    return Trained(model.requires_grad_(False), tuple(losses), tuple(curve), step)
+    model.requires_grad_(False)
+    if not curve:
+        text = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    elif step == 0:
+        text = f"validation loss {curve[0]['loss']:.4f} never fell: the weights are left as they were"
+    else:
+        best = min(each["loss"] for each in curve)
+        text = f"validation loss {curve[0]['loss']:.4f} -> {best:.4f} after step {step}, which is kept"
+    observer.end(f"{len(losses)} steps over {len(rows.rows)} rows; {text}")
+    return {"losses": losses, "validations": curve, "step": step}
 
 
 class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -157,11 +139,6 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.accelerator.device_placement = False
         self.remove_callback(PrinterCallback)
 
-    def validate(self) -> Validation:
-        """The weights as they are now, before any step."""
-        found = self.evaluate()
-        return Validation(0, found["eval_loss"], found["eval_nll"])
-
     def get_batch_samples(self, iterator: Iterator[Any], number: int, device: Any) -> tuple[list[Any], int]:
         """The batches of a step, and how many rows they have."""
         batches, _ = super().get_batch_samples(iterator, number, device)
@@ -200,9 +177,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Reports progress, and has the last state validated and saved, be it between two others or not."""
 
-    def __init__(self, observer: Observer, last: str | None, tokens: float) -> None:
-        self.observer, self.last, self.tokens = observer, last, tokens
-        self.first, self.clock = 0, time.monotonic()
+    def __init__(self, observer: Observer, last: str | None) -> None:
+        self.observer, self.last, self.first = observer, last, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.first = state.global_step
@@ -215,10 +191,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
-            done, number = state.global_step - self.first, state.global_step
-            speed = self.tokens * done / (time.monotonic() - self.clock)
-            detail = f"step {number}, loss {logs['loss']:.4f}, {speed:,.0f} tokens/s"
-            self.observer.advance(done, state.max_steps - self.first, detail)
+            done, detail = state.global_step, f"step {state.global_step}, loss {logs['loss']:.4f}"
+            self.observer.advance(done - self.first, state.max_steps - self.first, detail)
 
 
 def _batch(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -230,18 +204,6 @@ def _last_checkpoint(states: Path) -> str | None:
     """The last checkpoint that was written to its end: the file of the Trainer's state comes last."""
     found = [path.parent for path in states.glob("checkpoint-*/trainer_state.json")]
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
-
-
-def _summary(losses: Sequence[float], curve: Sequence[Validation], step: int, rows: int) -> str:
-    tenth = -(-len(losses) // 10)
-    text = f"{len(losses)} steps over {rows} rows, loss {mean(losses[:tenth]):.4f} -> {mean(losses[-tenth:]):.4f} "
-    text += "(first and last tenth)"
-    if not curve:
-        return text
-    if step == 0:
-        return f"{text}; validation loss {curve[0].loss:.4f} never fell: the weights are left as they were"
-    best = min(each.loss for each in curve)
-    return f"{text}; validation loss {curve[0].loss:.4f} -> {best:.4f} after step {step}, which is kept"
 
 
 def _cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:

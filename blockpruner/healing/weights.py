@@ -27,7 +27,6 @@ class TrainedWeights(nn.Module):
         """
         super().__init__()
         self.end_ = end_
-        self.names = list(live)
         masters = [nn.Parameter(weight.detach().float()) if _is_narrow(weight) else weight for weight in live.values()]
         self.masters = nn.ParameterList(masters)
         self.pairs = [(w, m) for w, m in zip(live.values(), self.masters, strict=True) if w is not m]

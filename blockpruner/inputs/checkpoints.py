@@ -59,7 +59,7 @@ OTHER_LAYOUTS = ("*/*", "consolidated*")
 """Files that stay where they are: the same weights in the layout of Meta (a folder `original`) or of Mistral."""
 
 LICENCE_FIELDS = ("license", "license_name", "license_link")
-"""Of a card's metadata."""
+"""The fields of a card's metadata that name its licence."""
 
 
 def fetch_checkpoint(model: Model, out: Path, cache: Path, pins: Path) -> None:

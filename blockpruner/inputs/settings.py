@@ -24,11 +24,11 @@ class Calibration(Frozen):
     num_samples: int = Field(default=256, ge=1)
     """How many texts are drawn."""
     num_rows: int | None = Field(default=None, ge=1)
-    """In place of num_samples: as many samples as fill this number of joined rows; with split: all."""
+    """The number of joined rows to fill with samples, in place of num_samples; with split: all."""
     seq_len: int = Field(default=2048, ge=2)
     """Tokens in a row."""
     packing: Literal["joined", "per_sample"] = "joined"
-    """joined: rows are cut from all samples joined; per_sample: a row is the beginning of one sample."""
+    """How rows are made. joined: they are cut from all samples joined; per_sample: a row is one sample's beginning."""
     split: Literal["paper", "all"] = Field(
         default_factory=lambda given: "all" if isinstance(given["data"], TaskAnswers) else "paper"
     )

@@ -39,7 +39,7 @@ class Pruning:
 
     @property
     def identity(self) -> str:
-        """Of the model before it is healed."""
+        """The identity of the model before it is compensated."""
         facts = {"model": checkpoint_identity(self.dense), "dtype": self.dtype}
         return fingerprint({**facts, **model_facts(self.plan, self.rows.digest)})
 

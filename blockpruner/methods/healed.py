@@ -39,7 +39,7 @@ class Healed:
     datasets: tuple[str, ...]
     """Repositories of the hub whose texts decided the weights."""
     digest: str
-    """Of the weights and of what is said about them."""
+    """The digest of the weights and of their description."""
 
 
 def save_healed(

@@ -44,7 +44,7 @@ class Material:
     trials: Path | None
     """Folder of all trial stores; None keeps trials in memory."""
     scorer: Scorer
-    """Of the dense model; it is loaded when a score is asked for that no store knows."""
+    """The scorer of the dense model, which is loaded when a score is needed that no store has."""
     dense: Callable[[], PreTrainedModel]
     """Loads the dense model into this process, once, for a method that has to change its weights to compare them."""
     observer: Observer

@@ -308,7 +308,7 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
 
 
 def _layout(model: PreTrainedModel, mask: Mask) -> tuple[list[tuple[int, int]], bool]:
-    """Of each layer that is left, the layers that its MHA and its MLP come from; and whether these may differ."""
+    """The layers that MHA and MLP of each layer that is left come from, and whether these may differ."""
     layers = len(decoder_layers(model))
     _check(mask, layers)
     packed = pack_layers(mask, layers)

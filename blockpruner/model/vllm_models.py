@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vllm import ModelRegistry
 
 ATTRIBUTES = {"self_attn": "mha", "attention": "mha", "mlp": "mlp", "block_sparse_moe": "mlp"}
-"""Of a decoder layer: its blocks, in vLLM's models and in those that it takes from transformers."""
+"""The attributes of a decoder layer that hold its blocks, in vLLM's models and in those of transformers."""
 
 MIXTRAL = {
     ".mlp.experts.gate_up_proj": ".block_sparse_moe.experts.w13",
@@ -119,7 +119,7 @@ def pruned_class(base: type[Any], name: str) -> type[Any]:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
 
         def _create_attention_instances(self, prefix: str = "") -> None:
-            """Of models that vLLM takes from transformers: it wants an attention in each layer, and gets it."""
+            """Give each layer an attention: vLLM wants one in the models that it takes from transformers."""
             from vllm.model_executor.models.transformers.fusers import AttentionFuser
 
             removed = {name: m for name, m in self.named_modules() if isinstance(m, NoBlock) and m.number is not None}

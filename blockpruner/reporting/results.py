@@ -89,7 +89,7 @@ class Timings:
     """One model's speed in one setting."""
 
     seconds: Mapping[str, tuple[float, ...]]
-    """Of each repeat, by part."""
+    """The seconds of each repeat, by part."""
     tokens: Mapping[str, int]
     """How many a part of one repeat processes, over the whole batch."""
     cache_bytes: int
@@ -164,7 +164,7 @@ class Race:
         return self.interval("generation").holds(1)
 
     def interval(self, part: str) -> Interval:
-        """Of a speed-up; infinite where nothing was timed twice."""
+        """The interval of a speed-up; infinite where nothing was timed twice."""
         return Interval(0, math.inf) if len(self.dense.seconds[part]) == 1 else self.speedups[part].interval
 
     @property
@@ -184,7 +184,7 @@ class Model:
     tasks: Mapping[str, TaskScore]
     """All that were measured."""
     average: Mean
-    """Of the accuracies."""
+    """The mean of the accuracies."""
     items: Mapping[str, NDArray[Any]]
     """Numbers of the items, by task of the average."""
     scores: Mapping[str, Floats]
@@ -290,12 +290,12 @@ class Option:
 
     @property
     def race(self) -> Race:
-        """Of an option that is timed."""
+        """The timing of the model and the dense one in turns."""
         return self.races[TIMED]
 
     @property
     def speedup(self) -> float:
-        """Of generation, over the dense model."""
+        """The speed-up of generation over the dense model."""
         return self.race.speedup("generation")
 
     @property
@@ -324,7 +324,7 @@ class Option:
 
     @cached_property
     def heldout_interval(self) -> Interval:
-        """Of PPL / dense PPL on the held-out text, from paired rows; infinite where there are fewer than two."""
+        """The interval of PPL / dense PPL on the held-out text, from paired rows; infinite with fewer than two."""
         dense, own = self.dense.heldout.row_nll, self.model.heldout.row_nll
         few = min(len(dense), len(own)) < 2
         return Interval(0, math.inf) if few else statistics.perplexity_ratio(dense, own).interval

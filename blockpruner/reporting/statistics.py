@@ -175,7 +175,7 @@ def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """p values, in their order, adjusted for their number (Holm 1979).
 
-    Of all families of tests, at most a share alpha has a wrong one among those with an adjusted p <= alpha. The k-th
+    At most a share alpha of all families of tests has a wrong one among those with an adjusted p <= alpha. The k-th
     smallest of m becomes max over j <= k of min(1, (m - j + 1) p_(j)).
 
     Raises:

@@ -61,21 +61,17 @@ class Select(Protocol):
         ...
 
 
-DEFAULTS: Mapping[str, Mapping[str, float]] = {
-    "race": {"confidence": 0.999},
-    "lazy": {"floor": 10, "slack": 2.0, "audit": 6},
-}
-"""Settings of each part of `score.acceleration`; docs/performance.md has the measurements behind them."""
+CONFIDENCE = 0.999
+"""The confidence of each comparison in a race; docs/performance.md has the measurements behind these numbers."""
 
+FLOOR = 10
+"""The least number of candidates that enter a lazy step."""
 
-def settings_of(score: Score) -> dict[str, Any]:
-    """`acceleration` of a `score` section, and the settings that belong to it, defaults filled in."""
-    found: dict[str, Any] = {"acceleration": score.acceleration or "none"}
-    for part in (score.acceleration or "none").split("+"):
-        for key, default in DEFAULTS.get(part, {}).items():
-            given = getattr(score, key)
-            found[key] = default if given is None else given
-    return found
+SLACK = 2.0
+"""The margin of the lazy rule."""
+
+AUDIT = 6
+"""All candidates enter every so many lazy steps."""
 
 
 def accelerate(objective: Objective, score: Score, costs: Costs | None = None) -> Select:
@@ -84,10 +80,11 @@ def accelerate(objective: Objective, score: Score, costs: Costs | None = None) -
     Args:
         costs: of the resource that prices a removal; None where all cost the same.
     """
-    if score.acceleration in (None, "none"):
+    parts = (score.acceleration or "none").split("+")
+    if parts == ["none"]:
         return Exact(objective)
-    settings = {key: value for key, value in settings_of(score).items() if key != "acceleration"}
-    return Accelerated(objective, **settings, costs=costs)
+    lazy: dict[str, Any] = {"floor": FLOOR, "slack": SLACK, "audit": AUDIT} if "lazy" in parts else {}
+    return Accelerated(objective, CONFIDENCE if "race" in parts else None, **lazy, costs=costs)
 
 
 def price(rise: float, share: float) -> float:
@@ -181,7 +178,7 @@ class Accelerated:
         return min(complete, key=lambda score: worth(score, before, self._costs)).mask
 
     def _price(self, unit: Mask, margin: float = 0.0) -> float:
-        """Of the rise that is known of a unit, less a margin."""
+        """The price of the rise that is known of a unit, less a margin."""
         return price(float(self._rises[unit].mean()) - margin, self._share(unit))
 
     def _share(self, unit: Mask) -> float:
@@ -207,7 +204,7 @@ class Accelerated:
 
 
 def standard_error(rises: np.ndarray, total: int) -> float:
-    """Of the mean over all rows, from the known ones: sd / sqrt(K) with the finite population correction."""
+    """The error of the mean over all rows, from the known ones: sd / sqrt(K) with the finite population correction."""
     known = len(rises)
     return float(rises.std(ddof=1)) * math.sqrt(1 / known - 1 / total) if known < total else 0.0
 

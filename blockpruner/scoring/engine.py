@@ -2,8 +2,8 @@
 
 Decides the arithmetic. The decoder is walked once for all masks (`walk`), with a hidden state as the state. Each mask
 sees the same operations as in a full forward pass, so its loss is equal to rounding; a branch takes one extra hidden
-state of memory. Where rows are few and short, several masks go along at once. Which masks are scored, and what is done
-with the values, is decided by the caller.
+state of memory. On a GPU several masks go along at once where rows are few and short. Which masks are scored, and what
+is done with the values, is decided by the caller.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockId, Mask, all_blocks, format_mask, sorted_blocks
+from blockpruner.core.blocks import DENSE, BlockId, Mask, format_mask, sorted_blocks
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model import accelerator
 from blockpruner.model.models import placement, room_beside
@@ -36,13 +36,6 @@ REFERENCE = Metric("reference", "", title="", units_text="", formula="")
 
 DENSE_SHARE = 16
 """The states of a reference stay on the device up to this part of its memory, in addition to the weights."""
-
-WIDE_TOKENS = 512
-"""On a CPU, masks are taken along at once up to so many tokens. Beyond, a wider call gains nothing: see
-docs/performance.md."""
-
-WHOLE_TILES = 32
-"""A CPU's matrix kernels work on tiles of 16 rows or fewer. Other numbers of tokens are not tried."""
 
 WIDE_NUMBERS = 2**22
 """On a GPU, masks are taken along at once up to so many numbers of their states. A kernel over these takes longer than
@@ -88,7 +81,6 @@ class Engine(Forward):
         self._set_batch_tokens(batch_tokens)
         # the dense model's final states by row, from which its logits are made: H numbers a token, not V
         self._dense: dict[tuple[int, ...], Tensor] = {}
-        self._exact: dict[torch.Size, int] = {}
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         """Neighbouring rows grouped so that the padded tokens of a group stay within the batch budget."""
@@ -172,55 +164,16 @@ class Engine(Forward):
         if task.metric.influence:
             yield from self._influences(task, embedded, batch, layer_kwargs)
             return
-        width = self._width(batch.input_ids.numel(), batch.packed is not None)
-        if width > 1 and not self._on_gpu:
-            width = 1 if len(task.masks) == 1 else min(width, self._exact_width(embedded, batch, layer_kwargs))
+        width = self._width(batch.input_ids.numel())
         run = partial(self._added, batch, layer_kwargs, width)
         leaves = walk(self._steps, task.masks, embedded, run, joined, width)
         launched = (self._launched(masks, hidden, batch, task, rows) for masks, hidden in leaves)
         yield from self._values(launched, task)
 
-    def _width(self, tokens: int, padded: bool = False) -> int:
-        """How many masks may go along at once with a batch of so many padded tokens."""
-        if not self._on_gpu and (padded or tokens % WHOLE_TILES):
-            return 1
-        most = WIDE_NUMBERS // self._model.config.hidden_size if self._on_gpu else WIDE_TOKENS
+    def _width(self, tokens: int) -> int:
+        """How many masks may go along at once with a batch of so many padded tokens. On a CPU it would move bits."""
+        most = WIDE_NUMBERS // self._model.config.hidden_size if self._on_gpu else 0
         return max(1, min(most, self._tokens) // tokens)
-
-    def _exact_width(self, embedded: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> int:
-        """How many masks a CPU takes along at once such that each one's bits are those that it has alone.
-
-        Whether they are depends on the processor, its matrix kernels and the threads. So it is tried: with two masks,
-        then three and so on, on random states and the blocks of one layer of each kind. Experts get other numbers of
-        rows with every batch, so models that have any take one mask at a time.
-        """
-        if (known := self._exact.get(embedded.shape)) is not None:
-            return known
-        random = torch.Generator().manual_seed(0)
-        states: list[Tensor] = []
-        alone: dict[BlockId, list[Tensor]] = {block: [] for block in self._kinds_of_blocks()}
-        added, width = partial(self._added, batch, layer_kwargs), 0
-        while alone and width < WIDE_TOKENS // batch.input_ids.numel():
-            states.append(torch.randn(embedded.shape, generator=random, dtype=embedded.dtype))
-            for block, found in alone.items():
-                found += added(1, block, states[-1:])
-            if any(
-                not torch.equal(torch.cat([*added(len(states), block, states)]), torch.cat(found))
-                for block, found in alone.items()
-            ):
-                break
-            width = len(states)
-        self._exact[embedded.shape] = max(1, width)
-        return self._exact[embedded.shape]
-
-    def _kinds_of_blocks(self) -> list[BlockId]:
-        """The blocks of the first layer of each kind; none of a model with experts."""
-        if any(weight.dim() > 2 for layer in self._layers for weight in layer.parameters()):
-            return []
-        types = self._model.config.to_dict().get("layer_types") or [None] * self.layers
-        shapes = [tuple(weight.shape for weight in layer.parameters()) for layer in self._layers]
-        first = {kind: layer for layer, kind in reversed(list(enumerate(zip(types, shapes, strict=True))))}
-        return [block for block in all_blocks(self.layers) if block.layer in first.values()]
 
     def _added(
         self, batch: Batch, layer_kwargs: LayerKwargs, width: int, block: BlockId, states: Sequence[Tensor]
@@ -324,7 +277,7 @@ class Engine(Forward):
             yield self._finite(mask, values[mask], task)
 
     def _weights_of(self, unit: Mask) -> list[nn.Parameter]:
-        """Of norms and modules, without biases."""
+        """The weights of a unit's norms and modules, without biases."""
         parts = [
             getattr(self._layers[block.layer], name)
             for block in sorted_blocks(unit)
@@ -337,7 +290,7 @@ class Engine(Forward):
         return Batch.of(rows, self._home)
 
     def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
-        """Of each row, the sum of the losses over its targets, [B] float64; logits in chunks of tokens.
+        """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens.
 
         Args:
             states, dense: final states of the masked and of the dense model, [N, H]; dense only where it is needed.

@@ -21,7 +21,7 @@ Influence = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, f, is_real) -> [B]."""
 
 Gradients = Callable[[int], Mapping[Tensor, Tensor]]
-"""Of the weights that a row's mean NLL depends on, from a backward pass of that row."""
+"""The gradients of the weights that a row's mean NLL depends on, from a backward pass of that row."""
 
 GradientInfluence = Callable[[Mapping[Mask, Sequence[Tensor]], Gradients, int], Mapping[Mask, Sequence[float]]]
 """(the weights of each unit, gradients, the number of rows) -> of each unit a value for each row."""

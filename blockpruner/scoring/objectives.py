@@ -29,10 +29,8 @@ class MaskScore:
 
     mask: Mask
     row_loss: tuple[float, ...]
-    """Of each of the first rows, or of the `drawn` ones, a mean over its tokens."""
+    """The loss of each of the first rows, a mean over its tokens."""
     rows_total: int
-    drawn: tuple[int, ...] | None = None
-    """The rows that were scored, ascending, where they are not the first ones."""
 
     @property
     def loss(self) -> float:
@@ -77,8 +75,11 @@ class Counts:
     """Masks with all rows."""
     trials_reused: int = 0
     tokens: int = 0
-    """Of what was computed; so are the seconds."""
+    """The tokens of what was computed; so are the seconds."""
     seconds: float = 0.0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 class OriginChangedError(Exception):
@@ -92,7 +93,6 @@ class Objective:
         store: holds this metric's trials.
         scorer: asked only for what the store does not know; its owner closes it.
         metric: a loss scores a mask; an influence scores what a mask removes beyond a base.
-        whole: whether a call is all that a step of a search asks for, so that its end is known.
     """
 
     def __init__(
@@ -102,10 +102,8 @@ class Objective:
         scorer: Scorer,
         observer: Observer | None = None,
         metric: Metric = NLL,
-        whole: bool = True,
     ) -> None:
         self.metric = metric
-        self._whole = whole
         self._calibration = calibration
         self._stores = store
         self._scorer = scorer
@@ -119,7 +117,7 @@ class Objective:
 
     @cached_property
     def _store(self) -> TrialStore:
-        """Of the origin in which the first loss is asked for."""
+        """The store of the origin in which the first loss is computed."""
         store = self._stores.of(self._scorer.origin()) if self._stores.is_narrow else self._stores
         while store.problems:
             self._observer.note(f"warning: {store.problems.pop(0)}")
@@ -130,19 +128,17 @@ class Objective:
         """Where its losses come from."""
         return self._store.origin
 
-    def __call__(
-        self, masks: Sequence[Mask], rows: int | Sequence[int] | None = None, base: Mask = DENSE
-    ) -> list[MaskScore]:
+    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]:
         """Score masks, in the order given; compute what the store lacks.
 
         Args:
-            rows: how many of the first rows, or which ones, ascending; None is all.
+            rows: how many of the first rows; None is all.
             base: what is removed before an influence is taken; the base itself has no influence, so no rows.
 
         Raises:
             OriginChangedError: in 16 bits; see `in_one_origin`.
         """
-        wanted = range(self.rows) if rows is None else range(rows) if isinstance(rows, int) else rows
+        wanted = self.rows if rows is None else rows
         keys = {mask: self._key(mask, base) for mask in masks if not self.metric.influence or mask != base}
         self._count(keys.values())
         if missing := self._missing(keys, wanted):
@@ -157,10 +153,10 @@ class Objective:
                 self.counts.units_reused += self._store.units(key)
                 self.counts.trials_reused += self._store.known(key, 0, self.rows)
 
-    def _missing(self, keys: Mapping[Mask, str], rows: Sequence[int]) -> dict[Span, list[Mask]]:
+    def _missing(self, keys: Mapping[Mask, str], rows: int) -> dict[Span, list[Mask]]:
         """The masks by the rows that are to be computed, shorter rows first, so that batches need few pads."""
         missing: dict[Span, list[Mask]] = {}
-        by_length = sorted(rows, key=lambda row: (len(self._calibration.rows[row]), row))
+        by_length = sorted(range(rows), key=lambda row: (len(self._calibration.rows[row]), row))
         for mask, key in keys.items():
             lacking = [row for row in by_length if not self._store.known(key, row, row + 1)]
             if lacking:
@@ -170,11 +166,11 @@ class Objective:
     def _key(self, mask: Mask, base: Mask) -> str:
         return trial_key(mask - base, base) if self.metric.influence else trial_key(mask)
 
-    def _score(self, mask: Mask, key: str | None, rows: Sequence[int]) -> MaskScore:
+    def _score(self, mask: Mask, key: str | None, rows: int) -> MaskScore:
         values = None if key is None else self._store.get(key)
-        loss = () if values is None else tuple(values[row] for row in rows)
+        loss = () if values is None else tuple(values[:rows])
         assert not any(map(math.isnan, loss))
-        return MaskScore(mask, loss, self.rows, None if list(rows) == list(range(len(rows))) else tuple(rows))
+        return MaskScore(mask, loss, self.rows)
 
     def _compute(self, missing: dict[Span, list[Mask]], base: Mask) -> None:
         rows = self._calibration.rows
@@ -201,7 +197,7 @@ class Objective:
             self.counts.seconds += now - last_done
             last_done = now
             candidate = format_mask(scored.mask - common or scored.mask) or "dense"
-            self._observer.advance(done, total if self._whole else None, f"candidate {candidate}")
+            self._observer.advance(done, total, f"candidate {candidate}")
 
     def _require_origin(self) -> None:
         before = self.origin

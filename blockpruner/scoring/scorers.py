@@ -5,19 +5,12 @@ Decides when a model is loaded, and how a scorer is made from the `runtime` sett
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from blockpruner.core.blocks import BlockKind
-from blockpruner.core.errors import InputError, extra
 from blockpruner.core.settings import Runtime
 from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Span, Task
 from blockpruner.store.trials import Origin
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class LazyScorer:
@@ -70,7 +63,7 @@ def make_scorer(
         advance: while a model is streamed here, receives the layers done, their number, and the last one's name.
 
     Raises:
-        InputError: a device, attention, compiler, package or number of workers that this machine does not have.
+        InputError: a device, attention, package or number of workers that this machine does not have.
     """
     if runtime.executor == "ray":
         from blockpruner.scoring.large.ray import RayScorer
@@ -102,35 +95,4 @@ def local_scorer(
     from blockpruner.scoring.engine import Engine
 
     model = load_model(checkpoint, dtype, runtime.device, trust_remote_code, runtime.attention)
-    if runtime.compile:
-        _compile_(model, is_split=runtime.device == "split")
     return Engine(model, runtime.batch_tokens)
-
-
-def _compile_(model: PreTrainedModel, is_split: bool = False) -> None:
-    """Compile each block's norm and module in place, for the engine, which moves states between devices itself.
-
-    Layers share their graphs, since weights are inputs of a graph: 30 layers take 6 graphs, two for each kind of
-    module, and torch's limit is 8 recompilations. Shapes are dynamic from the start: with torch's default the kernel,
-    and so the last bits, would depend on the shapes that came before.
-    """
-    from blockpruner.model.models import decoder_layers, model_family
-
-    family, layers = model_family(model), decoder_layers(model)
-    if is_split:
-        with extra("split"):
-            from accelerate.hooks import remove_hook_from_module
-
-        for layer in layers:  # a hook of accelerate, at every linear map, would break the graph
-            remove_hook_from_module(layer, recurse=True)
-    for layer in layers:
-        for branch in map(family.branch, BlockKind):
-            for name in (*branch.norms, branch.module):
-                getattr(layer, name).compile(dynamic=True)
-    norm = getattr(layers[0], family.mha.norms[0])
-    try:  # at once: a missing compiler is an error of the setting, not of a task
-        norm(norm.weight.new_ones(2, 2, len(norm.weight)))
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300)
-        raise InputError(f"runtime.compile: true cannot be used here: {reason}; install a C++ compiler, or set "
-                         "runtime.compile: false") from error  # fmt: skip

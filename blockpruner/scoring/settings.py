@@ -33,26 +33,7 @@ class Score(Frozen):
     options: dict[str, bool | int | float | str | tuple[str | int, ...] | None] = Field(default={})
     """The options of the method, each with a model of its own in the method's file."""
     acceleration: Literal["none", "lazy", "race", "lazy+race"] | None = None
-    """none is exact; the others leave out candidates that can hardly win. null: the recipe's own, else none."""
-    confidence: float | None = Field(default=None, gt=0.5, lt=1)
-    """The confidence of each comparison in a race, null for 0.999."""
-    floor: int | None = Field(default=None, ge=1)
-    """Candidates that enter a lazy step at least, null for 10."""
-    slack: float | None = Field(default=None, ge=0)
-    """Margin of the lazy rule, null for 2."""
-    audit: int | None = Field(default=None, ge=0)
-    """All candidates enter every n-th lazy step, null for every 6th, 0 for none."""
-
-    @model_validator(mode="after")
-    def _settings_do_something(self) -> Score:
-        for part, keys in (("race", ("confidence",)), ("lazy", ("floor", "slack", "audit"))):
-            idle = [key for key in keys if getattr(self, key) is not None]
-            if idle and part not in (self.acceleration or "none").split("+"):
-                raise ValueError(
-                    f"{idle[0]} does nothing with acceleration: {self.acceleration}; remove it, or set acceleration: "
-                    f"{part} or lazy+race"
-                )
-        return self
+    """How candidates that can hardly win are left out; none is exact. null: the recipe decides, else none."""
 
     @model_validator(mode="after")
     def _layers_hold_both_kinds(self) -> Score:

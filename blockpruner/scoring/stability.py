@@ -18,7 +18,7 @@ from scipy import special
 from blockpruner.core.blocks import Mask
 
 LEVEL = 0.95
-"""Of the interval by which two candidates are told apart."""
+"""The level of the interval that separates two candidates."""
 
 RESAMPLES = 2000
 """The standard error of a share is then at most 1.1 points. The draws are the same in every step and every run."""

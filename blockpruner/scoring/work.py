@@ -65,7 +65,7 @@ class ScoredRows:
     span: Span
     """The rows."""
     loss: tuple[float, ...]
-    """Of each row, a mean over its tokens."""
+    """The loss of each row, a mean over its tokens."""
 
 
 class Scorer(Protocol):

@@ -81,7 +81,7 @@ class _Walk:
         self._scores: dict[Mask, MaskScore] = {}
         self._tried: set[Mask] = set()
         self._errors: list[float] = []
-        """Of the surrogate's predictions of what a move changes."""
+        """The errors of the surrogate's predictions of what a move changes."""
 
     def fitting(self, mask: Mask) -> list[Mask]:
         """Units that may be removed next without removing more than the goal allows."""

@@ -23,8 +23,6 @@ class Iteration:
     """Which of the scores is the step's choice."""
     lazy_choice: Mask | None = None
     """In an audited iteration, the mask that had been chosen before all candidates entered."""
-    note: str = ""
-    """What the search tells of this step, for the log and the table's file."""
     nll: tuple[MaskScore | None, ...] = ()
     """What perplexity is made of. It is known for the chosen mask and the dense model, and for others where it is the
     metric; empty until the run of the search fills it in."""
@@ -33,8 +31,8 @@ class Iteration:
 
     @property
     def losses(self) -> dict[Mask, tuple[float, ...]]:
-        """Of each candidate that was scored on first rows, on those; of whole masks where such are compared."""
-        named = [(score, unit) for score, unit in zip(self.scores, self.added, strict=True) if score.drawn is None]
+        """The row losses of each candidate that was scored, or of whole masks where such are compared."""
+        named = zip(self.scores, self.added, strict=True)
         return {unit or score.mask: score.row_loss for score, unit in named if score.mask and score.row_loss}
 
     @property
@@ -44,7 +42,7 @@ class Iteration:
 
     @property
     def perplexity(self) -> float:
-        """Of the model without `removed`, on the calibration set."""
+        """The perplexity of the model without `removed`, on the calibration set."""
         score = self.nll[self.chosen]
         assert score is not None
         return score.perplexity

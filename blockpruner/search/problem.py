@@ -17,11 +17,9 @@ from blockpruner.scoring.objectives import MaskScore
 
 
 class Ask(Protocol):
-    """Scores of masks, lower is better, in the order given; on so many of the first rows, on those listed, or all."""
+    """Scores of masks, lower is better, in the order given; on so many of the first rows, or on all."""
 
-    def __call__(
-        self, masks: Sequence[Mask], rows: int | Sequence[int] | None = None, base: Mask = DENSE
-    ) -> list[MaskScore]: ...
+    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]: ...
 
 
 @dataclass(frozen=True)
@@ -40,5 +38,3 @@ class Problem:
     """The budget, for a search that works for one budget alone."""
     resources: Resources = field(default_factory=dict)
     """What units cost of each resource that is known."""
-    row_tokens: Sequence[int] = ()
-    """How many tokens each row has, for a search that draws rows."""

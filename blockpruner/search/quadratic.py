@@ -9,7 +9,7 @@ first, and of these the adjacent ones. Pairs that are not scored are taken to ad
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from itertools import combinations
 
 import numpy as np
@@ -41,7 +41,7 @@ class QuadraticOptions(Options):
     rounds: int = Field(default=4, ge=1)
     """How many rounds there are; each fits the surrogate to all that is known before."""
     seed: int = 42
-    """Of the starts of descents."""
+    """The seed of the starts of descents."""
 
 
 def quadratic(problem: Problem, options: QuadraticOptions) -> Iterator[Iteration]:
@@ -58,26 +58,20 @@ def quadratic(problem: Problem, options: QuadraticOptions) -> Iterator[Iteration
     yield Iteration(1, (dense, *joint), (None,) * (1 + len(joint)), 0)
     scores = {score.mask: score for score in (dense, *singles, *joint)}
     best: MaskScore | None = None
-    tried: dict[Mask, float] = {}
+    tried: set[Mask] = set()
     for index in range(2, 2 + options.rounds):
         energy = fit(problem.units, scores.values())
         masks = lowest(energy, space, options.candidates, tried, chance)
         if not masks:
             break
-        tried |= dict(zip(masks, energy(masks).tolist(), strict=True))
         found = [] if best else problem.ask(masks[:1])
         standing = best or found[0]
         found += problem.select.challenge(standing, masks[len(found) :])
         scores |= {score.mask: score for score in found}
         shown = [*([best] if best else []), *found]
         best = min((score for score in shown if score.is_complete), key=lambda score: score.loss)
-        rises = {mask: scores[mask].rise_over(dense) for mask in tried}
-        note = (
-            f"rank correlation of {len(tried)} predictions {rank_correlation(tried, rises):.2f}"
-            if len(tried) > 1
-            else ""
-        )
-        yield Iteration(index, tuple(shown), (None,) * len(shown), shown.index(best), note=note)
+        tried.update(masks)
+        yield Iteration(index, tuple(shown), (None,) * len(shown), shown.index(best))
 
 
 def pairs(problem: Problem, rises: list[float]) -> list[Mask]:
@@ -154,10 +148,3 @@ def _exchanged(m: np.ndarray, index: int) -> np.ndarray:
     restored, removed = divmod(index, len(m))
     other[restored], other[removed] = 0, 1
     return other
-
-
-def rank_correlation(a: Mapping[Mask, float], b: Mapping[Mask, float]) -> float:
-    """Spearman's 1 - 6 sum d^2 / (n (n^2 - 1)), d the differences of ranks; of two or more masks, in [-1, 1]."""
-    ranks = [np.argsort(np.argsort([values[mask] for mask in a], kind="stable"), kind="stable") for values in (a, b)]
-    d, n = ranks[0] - ranks[1], len(a)
-    return float(1 - 6 * (d @ d) / (n * (n * n - 1)))

@@ -9,12 +9,9 @@ from typing import Any, Literal
 from blockpruner.core.errors import InputError
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.registry import Registry
-from blockpruner.scoring.accelerate import settings_of
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.scoring.settings import Score
-from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.contiguous import contiguous
-from blockpruner.search.evopress import EvoPressOptions, evopress
 from blockpruner.search.floating import FloatingOptions, floating
 from blockpruner.search.given import GivenOptions, given
 from blockpruner.search.greedy import PricedOptions, greedy
@@ -33,7 +30,7 @@ class Search:
     name: str
     """As in `score.method` of a run file."""
     title: str
-    """As in reports, for instance "beam search"."""
+    """As in reports, for instance "swap search"."""
     run: Callable[[Problem, Any], Iterator[Iteration]]
     """Called with a problem and the search's own options."""
     options: type[Options] = Options
@@ -68,7 +65,7 @@ class Request:
             "unit": self.score.unit,
             "candidates": self.score.candidates,
             "metric": self.metric.name,
-            **settings_of(self.score),
+            "acceleration": self.score.acceleration or "none",
             "options": self.options.model_dump(),
         }
 
@@ -95,8 +92,7 @@ def request(score: Score, search: Search | None = None, metric: Metric | None = 
             f"metric of masks ({losses}), or one of the methods {able}"
         )
     found = Request(search, read_options(search.name, search.options, score.options), metric, score)
-    greedy_steps = search.accelerated and found.options.has_greedy_steps
-    if score.acceleration not in (None, "none") and (metric.influence or not greedy_steps):
+    if score.acceleration not in (None, "none") and (metric.influence or not search.accelerated):
         raise InputError(
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
             "there is nothing to leave out; set acceleration: none"
@@ -114,9 +110,7 @@ SEARCHES = Registry(
     [
         Search("greedy", "greedy", greedy, PricedOptions, asks="units", accelerated=True),
         Search("one_shot", "one-shot", one_shot, asks="units"),
-        Search("beam", "beam search", beam, BeamOptions, nested=False),
         Search("contiguous", "contiguous layers", contiguous, nested=False, asks="units"),
-        Search("evopress", "EvoPress", evopress, EvoPressOptions, nested=False),
         Search("floating", "floating search", floating, FloatingOptions, nested=False, accelerated=True),
         Search("quadratic", "quadratic search", quadratic, QuadraticOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),

@@ -6,7 +6,6 @@ trial is, the store's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -30,7 +29,7 @@ from blockpruner.scoring.accelerate import accelerate
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, MaskScore, Objective, in_one_origin
 from blockpruner.scoring.work import Scorer
-from blockpruner.search.iteration import Iteration, stabilities
+from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.registry import Request
 from blockpruner.store.trials import TrialStore
@@ -76,40 +75,21 @@ def search(
             end before.
     """
     seen = observer or SilentObserver()
-    return in_one_origin(
-        lambda: _searched(request, calibration, stores, scorer, resources, budgets, seen, on_iteration), seen
-    )
 
+    def searched() -> Traces:
+        own = nll = Objective(calibration, stores[request.metric.key], scorer, seen, request.metric)
+        if request.metric.key != NLL.key:
+            nll = Objective(calibration, stores[NLL.key], scorer, seen)
+        found: dict[str, list[Iteration]] = {}
+        for budget, iterations in _Run(request, own, nll, resources, seen).traces(budgets).items():
+            found[budget] = []
+            for iteration in iterations:
+                on_iteration(budget, iteration)
+                found[budget].append(iteration)
+        counts = own.counts if nll is own else own.counts + nll.counts
+        return Traces(request.search.nested, found, replace(counts, iterations=sum(map(len, found.values()))))
 
-def _searched(
-    request: Request,
-    calibration: CalibrationSet,
-    stores: Mapping[str, TrialStore],
-    scorer: Scorer,
-    resources: Resources,
-    budgets: Sequence[str],
-    observer: Observer,
-    on_iteration: OnIteration,
-) -> Traces:
-    whole = request.score.acceleration in (None, "none") and request.search.nested
-    own = Objective(calibration, stores[request.metric.key], scorer, observer, request.metric, whole)
-    nll = own
-    if request.metric.key != NLL.key:
-        nll = Objective(calibration, stores[NLL.key], scorer, observer)
-    found: dict[str, list[Iteration]] = {}
-    run = _Run(request, own, nll, resources, observer, [len(row) for row in calibration.rows])
-    for budget, iterations in run.traces(budgets).items():
-        found[budget] = []
-        for iteration in iterations:
-            on_iteration(budget, iteration)
-            found[budget].append(iteration)
-    counts = own.counts if nll is own else _sum(own.counts, nll.counts)
-    counts.iterations = sum(map(len, found.values()))
-    return Traces(request.search.nested, found, counts)
-
-
-def _sum(a: Counts, b: Counts) -> Counts:
-    return Counts(**{name: value + getattr(b, name) for name, value in vars(a).items()})
+    return in_one_origin(searched, seen)
 
 
 def require_searchable(request: Request, resources: Resources, budgets: Sequence[str]) -> None:
@@ -145,24 +125,13 @@ class _Run:
     Args:
         objective: of the metric that the search minimises.
         nll: of perplexity, in which every choice is reported. It is the same objective where that is the metric.
-        row_tokens: how many tokens each calibration row has.
     """
 
     def __init__(
-        self,
-        request: Request,
-        objective: Objective,
-        nll: Objective,
-        resources: Resources,
-        observer: Observer,
-        row_tokens: Sequence[int],
+        self, request: Request, objective: Objective, nll: Objective, resources: Resources, observer: Observer
     ) -> None:
-        self._request = request
-        self._objective = objective
-        self._nll = nll
-        self._resources = resources
-        self._observer = observer
-        self._row_tokens = row_tokens
+        self._request, self._objective, self._nll = request, objective, nll
+        self._resources, self._observer = resources, observer
         self._units = units_of(request, resources)
         self._known = 0
 
@@ -189,8 +158,12 @@ class _Run:
             self._observer.begin(f"removal {len(prefixes) + 1}", min(1.0, done))
             found = next(search, None)
             if found is None:
-                raise self._out_of_removals(budgets, prefixes, remaining)
-            iteration = self._reported(found, len(remaining))
+                budget = next(b for b in budgets if not is_settled(b, prefixes, self._costs(b), remaining))
+                raise InputError(
+                    f"budget {budget.text!r} is not reached: the removals end at "
+                    f"{budget.amount(mask, self._costs(budget))}; ask for less, or give a longer score.options.order"
+                )
+            iteration = self._reported(found)
             yield iteration
             prefixes.append(iteration.removed)
             remaining = [unit for unit in remaining if not unit <= iteration.removed]
@@ -201,109 +174,55 @@ class _Run:
             return len(mask) / budget.blocks
         return self._costs(budget).ratio(mask) / (budget.ratio or 1.0)
 
-    def _out_of_removals(
-        self, budgets: Sequence[Budget], prefixes: Sequence[Mask], remaining: Sequence[Mask]
-    ) -> InputError:
-        budget = next(b for b in budgets if not is_settled(b, prefixes, self._costs(b), remaining))
-        last = prefixes[-1] if prefixes else DENSE
-        return InputError(
-            f"budget {budget.text!r} is not reached: the removals end at {budget.amount(last, self._costs(budget))}; "
-            "ask for less, or give a longer score.options.order"
-        )
-
     def _for(self, budget: Budget) -> Iterator[Iteration]:
         """Iterations of a search for one budget; the last one's choice is the answer."""
         costs = self._costs(budget)
         units = self._units if budget.ratio is None else that_cost(self._units, costs)
         search = self._search(goal_of(budget, units, costs), units)
-        gone = ""
         for number in count(1):
-            self._observer.begin(f"budget {budget.text}, step {number}{gone}")
-            try:
-                iteration = next(search)
-            except StopIteration:
+            self._observer.begin(f"budget {budget.text}, step {number}")
+            found = next(search, None)
+            if found is None:
                 self._observer.end("the search ends here", cached=True)
                 return
-            iteration = self._reported(iteration)
-            yield iteration
-            mask = iteration.removed
-            share = f"{100 * costs.ratio(mask):.1f} of {100 * (budget.ratio or 0):.3g} %"
-            gone = f", removed {share if budget.blocks is None else f'{len(mask)} of {budget.blocks} blocks'}"
+            yield self._reported(found)
 
     def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
         # what it has learned belongs to one search alone
         costs = self._resources.get(self._request.options.price)
         select = accelerate(self._objective, self._request.score, costs)
-        problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources, self._row_tokens)
+        problem = Problem(units, self._objective, select, self._objective.rows, goal, self._resources)
         return self._request.search.run(problem, self._request.options)
 
-    def _reported(self, iteration: Iteration, candidates: int | None = None) -> Iteration:
-        """The iteration with the NLL of what it chose, told to the observer.
-
-        Args:
-            candidates: how many units could have been removed; None where that is not what a step is made of.
-        """
+    def _reported(self, iteration: Iteration) -> Iteration:
+        """The iteration with the NLL of what it chose; the observer gets a line and a table of it."""
         iteration = replace(iteration, nll=self._nll_of(iteration), origin=self._objective.origin)
         asked = self._objective.counts.rows_computed
         computed, self._known = asked - self._known, asked
-        best, added = iteration.scores[iteration.chosen], iteration.added[iteration.chosen]
-        what = (
-            f"removed {format_mask(added)}" if added else f"best so far {format_mask(best.mask) or 'the dense model'}"
-        )
-        (firm,) = stabilities([iteration], self._request.options.price)
-        considered = f"; {iteration.note}" if iteration.note else ""
-        if candidates is not None:
-            considered += _considered(iteration, candidates)
-        if firm is not None:
-            considered += f"; next by {firm.margin:.2g}; stable in {firm.kept:.0%} of resamples of {firm.rows} rows"
-            considered += f"; {len(firm.rivals)} others cannot be told apart from it" if firm.rivals else ""
+        added = iteration.added[iteration.chosen]
+        what = f"removed {format_mask(added)}" if added else f"best so far {format_mask(iteration.removed) or 'dense'}"
+        ratio = self._resources["parameters"].ratio(iteration.removed)
+        rows = zip(iteration.added, iteration.scores, iteration.nll, strict=True)
         self._observer.end(
-            f"{what}, {self._loss_words(best)}perplexity {iteration.perplexity:.4f}, "
-            f"ratio {self._resources['parameters'].ratio(iteration.removed):.4f}{considered}",
+            f"{what}, perplexity {iteration.perplexity:.4f}, ratio {ratio:.4f}",
             [
                 {
-                    "added" if candidates is not None else "removed": format_mask(unit or score.mask) or "(dense)",
+                    "candidate": format_mask(unit or score.mask) or "(dense)",
                     "loss": score.loss,
                     "perplexity": plain.perplexity if plain is not None and plain.row_loss else None,
                     "rows": f"{score.rows_used}/{score.rows_total}",
                     "chosen": number == iteration.chosen,
-                    "rival": firm is not None and (unit or score.mask) in firm.rivals,
                 }
-                for number, (unit, score, plain) in enumerate(
-                    zip(iteration.added, iteration.scores, iteration.nll, strict=True)
-                )
+                for number, (unit, score, plain) in enumerate(rows)
             ],
             cached=computed == 0,
         )
         return iteration
 
-    def _loss_words(self, score: MaskScore) -> str:
-        """What decides, where that is not perplexity."""
-        same = self._objective is self._nll or math.isnan(score.loss)
-        return "" if same else f"{self._objective.metric.name} {score.loss:.4f}, "
-
     def _nll_of(self, iteration: Iteration) -> tuple[MaskScore | None, ...]:
         own = self._objective is self._nll
         wanted = {iteration.removed} | ({DENSE} if iteration.index == 0 else set())
-        found = {score.mask: score for score in iteration.scores if own and score.drawn is None}
+        found = {score.mask: score for score in iteration.scores if own}
         missing = [mask for mask in wanted if mask not in found or not found[mask].is_complete]
         found |= dict(zip(missing, self._nll(missing), strict=True))
         return tuple(found.get(score.mask) for score in iteration.scores)
-
-
-def _considered(iteration: Iteration, candidates: int) -> str:
-    """What an iteration spent, and what an audit of it says."""
-    scores = [score for score, added in zip(iteration.scores, iteration.added, strict=True) if added is not None]
-    complete = sum(score.is_complete for score in scores)
-    if not complete:
-        return ""
-    text = f"; {complete} of {candidates} candidates scored on all rows"
-    if complete < len(scores):
-        text += f", {len(scores) - complete} dropped by the race"
-    if len(scores) < candidates:
-        text += f", {candidates - len(scores)} not considered"
-    if iteration.lazy_choice is not None:
-        same = iteration.lazy_choice == iteration.removed
-        base = iteration.removed - (iteration.added[iteration.chosen] or DENSE)
-        text += "; audit: the same choice" if same else f"; audit: not {format_mask(iteration.lazy_choice - base)}"
-    return text

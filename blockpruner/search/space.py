@@ -1,18 +1,15 @@
-"""The masks that a goal allows: how one is drawn, how one becomes another, and in which order they come.
+"""The masks that a goal allows: how one becomes another, and in which order they come.
 
 Nothing here is scored. Units that count the same are of one class: all units where the goal counts blocks; MHA blocks
-and MLP blocks where it counts a resource, and in a balanced space. How many units of each class a mask removes is its
+and MLP blocks where it counts a resource. How many units of each class a mask removes is its
 composition, and the composition alone decides whether the mask meets the goal.
 """
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Goal
@@ -28,7 +25,7 @@ def goal_of_problem(problem: Problem) -> Goal:
 
 
 def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
-    """Of masks that remove something the one nearest to the goal; a tie goes to the larger, as in `choose_prefix`.
+    """The mask nearest to the goal that removes something; a tie goes to the larger, as in `choose_prefix`.
 
     Raises:
         InputError: the dense model is nearer.
@@ -54,7 +51,7 @@ def is_settled(goal: Goal, mask: Mask, units: Sequence[Mask]) -> bool:
 def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:
     """A sort key by which, of two masks, the one comes first that removes the first unit in which they differ.
 
-    Of one mask with another unit each, the one with the earlier unit comes first: greedy's tie-break.
+    Among masks that differ in one unit, the one with the earlier unit comes first: greedy's tie-break.
     """
     return lambda mask: tuple(i for i, unit in enumerate(units) if unit <= mask)
 
@@ -78,37 +75,22 @@ class Space:
     goal: as given, or moved to the nearest mask.
     classes: the units of each.
     compositions: all that meet the goal: how many units of each class a mask removes.
-
-    Args:
-        balanced: masks remove as many MHA as MLP blocks.
     """
 
-    def __init__(self, units: Sequence[Mask], goal: Goal, balanced: bool = False) -> None:
-        kinds: dict[Any, list[Mask]] = {}
+    def __init__(self, units: Sequence[Mask], goal: Goal) -> None:
+        kinds: dict[float, list[Mask]] = {}
         for unit in units:
-            key = frozenset(block.kind for block in unit) if balanced else goal.share(unit)
-            kinds.setdefault(key, []).append(unit)
+            kinds.setdefault(goal.share(unit), []).append(unit)
         self.classes = list(kinds.values())
         some = {  # one mask of each composition
             counts: DENSE.union(*(unit for kind, n in zip(self.classes, counts, strict=True) for unit in kind[:n]))
             for counts in product(*(range(len(kind) + 1) for kind in self.classes))
-            if any(counts) and (not balanced or len(set(counts)) == 1)
+            if any(counts)
         }
         if not any(map(goal.is_met, some.values())):
             goal = goal.around(nearest(goal, some.values()))
         self.goal = goal
         self.compositions = [counts for counts, mask in some.items() if goal.is_met(mask)]
-
-    def draw(self, rng: random.Random) -> Mask:
-        """Any of the masks, each as likely as another."""
-        sizes = [
-            math.prod(math.comb(len(kind), n) for kind, n in zip(self.classes, counts, strict=True))
-            for counts in self.compositions
-        ]
-        (counts,) = rng.choices(self.compositions, sizes)
-        return DENSE.union(
-            *(unit for kind, n in zip(self.classes, counts, strict=True) for unit in rng.sample(kind, n))
-        )
 
     def exchanges(self, mask: Mask) -> list[Exchange]:
         """All ways from one of the masks to others, those within a kind first."""

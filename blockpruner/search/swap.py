@@ -7,10 +7,8 @@ loss. The sum of these changes predicts the effect of a swap, and the most promi
 from __future__ import annotations
 
 import heapq
-import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Literal
 
 from pydantic import Field
 
@@ -26,36 +24,26 @@ BATCH = 16
 
 
 class SwapOptions(Options):
-    start: Literal["greedy", "random"] = "greedy"
-    """The first mask: greedy's own, or one drawn with `seed`. Later masks stay as near to the budget as this one."""
     tries: int = Field(default=64, ge=0)
     """How many swaps of a mask are scored without success before the search ends; 0 tries all of them, and so ends in
     a local optimum."""
-    seed: int = 42
-
-    @property
-    def has_greedy_steps(self) -> bool:
-        return self.start == "greedy"
 
 
 def swap(problem: Problem, options: SwapOptions) -> Iterator[Iteration]:
-    """Yield greedy's iterations if the search starts there, one for each swap that helped, and a last one for none.
+    """Yield greedy's iterations, one for each swap that helped, and a last one for none. All masks stay as near to the
+    budget as greedy's own.
 
     Raises:
         InputError: the budget is nearest to removing nothing.
     """
     goal = goal_of_problem(problem)
-    if options.start == "greedy":
-        prefixes = yield from greedy_to_goal(problem)
-        index, mask = len(prefixes), nearest(goal, prefixes)
-    else:
-        index, mask = 0, Space(problem.units, goal).draw(random.Random(options.seed))
+    prefixes = yield from greedy_to_goal(problem)
+    index, mask = len(prefixes), nearest(goal, prefixes)
     space, order = Space(problem.units, goal.around(mask)), unit_order(problem.units)
     known = {mask}  # of the space: no better than the current mask
     while True:
         probes = [mask ^ unit for unit in problem.units]  # restored where it was removed, else removed
-        asked = dict.fromkeys([*([DENSE] if index == 0 else []), mask, *probes])
-        found = {score.mask: score for score in problem.ask(list(asked))}
+        found = {score.mask: score for score in problem.ask([mask, *probes])}
         change = {unit: found[mask ^ unit].loss - found[mask].loss for unit in problem.units}
         swaps = (other for other in by_prediction(mask, space.exchanges(mask), change) if other not in known)
         best, tried = found[mask], 0
@@ -90,7 +78,7 @@ def by_prediction(mask: Mask, exchanges: list[Exchange], change: Mapping[Mask, f
 
 
 Choice = tuple[tuple[int, ...], ...]
-"""Of several lists the indices chosen from each."""
+"""The indices that are chosen from each of several lists."""
 
 
 def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple[float, Choice]]:

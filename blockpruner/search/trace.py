@@ -7,7 +7,6 @@ search is not nested) and when a table may be trusted.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask
+from blockpruner.core.blocks import DENSE, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.scoring.settings import Score
@@ -46,9 +45,8 @@ ITERATION = pa.schema(
 - loss: mean over rows of each row's loss in the search's metric; null where none was asked for.
 - perplexity: exp(mean over rows of each row's mean NLL, nats per token). It is there for the chosen mask and the dense
   model, and for others where it is the metric.
-- rows_used < rows_total: the mask was scored on some rows only (in a race, or on drawn ones): no ranking may use it.
-- row_loss, row_nll: the losses of single rows, from the first one on, from which trial stores are seeded. In a search
-  that draws rows, row_loss is null at the rows in between that were not drawn.
+- rows_used < rows_total: the mask was scored on the first rows only, in a race: no ranking may use it.
+- row_loss, row_nll: the losses of single rows, from the first one on, from which trial stores are seeded.
 - lazy_choice: in an audited iteration, whether this mask had been chosen before all candidates entered; else null.
 
 In 16 bits the file's metadata have the origin of the losses, as names and numbers.
@@ -80,14 +78,14 @@ def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
             "rows_used": [s.rows_used for s in scores],
             "rows_total": [s.rows_total for s in scores],
             "chosen": [i == iteration.chosen for i in range(len(scores))],
-            "row_loss": [_by_place(s) for s in scores],
+            "row_loss": [list(s.row_loss) for s in scores],
             "row_nll": [None if s is None else list(s.row_loss) for s in nll],
             "lazy_choice": [None if iteration.lazy_choice is None else s.mask == iteration.lazy_choice for s in scores],
         },
         schema=ITERATION,
     )
     path = table_path(directory, iteration.index)
-    facts = {"search": search, "iteration": str(iteration.index), "complete": "true", "note": iteration.note}
+    facts = {"search": search, "iteration": str(iteration.index), "complete": "true"}
     facts |= {"origin": json.dumps(dict(iteration.origin)), "environment": json.dumps(environment())}
     write_table(path, table, facts)
 
@@ -102,56 +100,23 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
             f"{facts.get('iteration')!r}, complete {facts.get('complete')!r})"
         )
     rows = table.to_pylist()
-    _require_whole(rows, path)
-    chosen = [i for i, row in enumerate(rows) if row["chosen"]]
-    if len(chosen) != 1:
-        raise InputError(f"{path} has {len(chosen)} chosen rows; exactly one is valid")
-    try:
-        masks = [parse_mask(",".join(row["removed"])) for row in rows]
-        added = tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    scores = tuple(_score(mask, row["row_loss"], row["rows_total"]) for mask, row in zip(masks, rows, strict=True))
-    nll = tuple(
-        None if row["row_nll"] is None else MaskScore(mask, tuple(row["row_nll"]), row["rows_total"])
-        for mask, row in zip(masks, rows, strict=True)
-    )
+    masks = [parse_mask(",".join(row["removed"])) for row in rows]
+    added = tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows)
+
+    def scores_of(column: str) -> list[MaskScore | None]:
+        found = ((mask, row[column], row["rows_total"]) for mask, row in zip(masks, rows, strict=True))
+        return [None if losses is None else MaskScore(mask, tuple(losses), total) for mask, losses, total in found]
+
+    scores = tuple(score for score in scores_of("row_loss") if score is not None)
     return Iteration(
         index=index,
         scores=scores,
         added=added,
-        chosen=chosen[0],
+        chosen=[row["chosen"] for row in rows].index(True),
         lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
-        note=facts["note"],
-        nll=nll,
+        nll=tuple(scores_of("row_nll")),
         origin=json.loads(facts["origin"]),
     )
-
-
-def _by_place(score: MaskScore) -> list[float | None]:
-    if score.drawn is None:
-        return list(score.row_loss)
-    found = dict(zip(score.drawn, score.row_loss, strict=True))
-    return [found.get(row) for row in range(score.drawn[-1] + 1)]
-
-
-def _score(mask: Mask, by_place: Sequence[float | None], total: int) -> MaskScore:
-    known = {row: loss for row, loss in enumerate(by_place) if loss is not None}
-    return MaskScore(mask, tuple(known.values()), total, None if len(known) == len(by_place) else tuple(known))
-
-
-def _require_whole(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Refuse losses that are no numbers, or not of as many calibration rows as the table says."""
-    for number, row in enumerate(rows):
-        scored = [loss for loss in row["row_loss"] if loss is not None]
-        losses = scored + (row["row_nll"] or [])
-        if not all(loss is not None and math.isfinite(loss) for loss in losses):
-            raise InputError(f"{path}, row {number}: a loss is no finite number")
-        used, nll = len(scored), len(row["row_nll"] or [])
-        if used != row["rows_used"] or max(used, nll) > row["rows_total"]:
-            raise InputError(
-                f"{path}, row {number}: {used} losses and {nll} NLLs; it says {row['rows_used']} of {row['rows_total']}"
-            )
 
 
 def read_trace(directory: Path, search: str) -> list[Iteration]:
@@ -206,9 +171,8 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
 
 
 def _seed(store: TrialStore, key: str, score: MaskScore) -> None:
-    at = dict(zip(score.drawn or range(score.rows_used), score.row_loss, strict=True))
-    if missing := [row for row in at if not store.known(key, row, row + 1)]:
-        store.put(key, missing, [at[row] for row in missing])
+    if missing := [row for row in range(score.rows_used) if not store.known(key, row, row + 1)]:
+        store.put(key, missing, [score.row_loss[row] for row in missing])
 
 
 @dataclass(frozen=True)
@@ -216,7 +180,7 @@ class Current:
     """What a run's current search is, and what it was made of: `current.json` in the run's folder of scores."""
 
     kind: str
-    """Of the plans that it leads to."""
+    """The type of the plans that it leads to."""
     search: str
     """Its fingerprint."""
     nested: bool
@@ -229,7 +193,7 @@ class Current:
     latency: Mapping[str, Any] | None = None
     """Nanoseconds of generation and of blocks, where a budget or a price needed them."""
     dense_nll: float | None = None
-    """Of the dense model on the calibration rows, where no iteration table holds it."""
+    """The NLL of the dense model on the calibration rows, where no iteration table holds it."""
 
     def save(self, scores: Path) -> None:
         score = self.score.model_dump(mode="json", exclude_none=True, exclude={"latency"})

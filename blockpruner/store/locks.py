@@ -10,11 +10,12 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from blockpruner.core.errors import InputError
 from blockpruner.store.files import make_folder, storage_error
 
 WORKSPACE = Path(".dvc/tmp/flow.lock")
@@ -52,6 +53,19 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
         yield lock._context.lock_file_fd or -1
     finally:
         lock.release()
+
+
+def workspace(holder: str) -> AbstractContextManager[int]:
+    """Hold WORKSPACE; raises InputError if another process holds it, which is named."""
+    return hold(WORKSPACE, holder, _refuse)
+
+
+def _refuse(holder: str) -> None:
+    raise InputError(
+        f"this workspace is in use by {holder}; wait for it or stop it, or use another clone: one flow at a time "
+        "changes params.yaml, dvc.lock and data/",
+        rule="workspace-busy",
+    )
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +154,7 @@ class TrialStore:
         rows: Sequence[str] = header.get("rows", ())
         if header.get("fingerprint") == self.fingerprint and self._places.keys().isdisjoint(rows):
             return
-        for unit in journal.read(partial(_is_unit, rows=len(rows)), self.problems):
+        for unit in journal.read(lambda entry: "trial" in entry, self.problems):
             self._remember(unit["trial"], [rows[row] for row in _rows_of(unit)], unit["loss"])
 
     def _remember(self, key: str, rows: Sequence[str], values: Sequence[float]) -> None:
@@ -174,21 +173,6 @@ def _rows_of(entry: Mapping[str, Any]) -> Sequence[int]:
         rows: Sequence[int] = entry["rows"]
         return rows
     return range(entry["start"], entry["start"] + len(entry["loss"]))
-
-
-def _is_unit(entry: Mapping[str, Any], rows: int) -> bool:
-    """Whether a line is losses of some of a log's rows."""
-    trial, start, loss = (entry.get(key) for key in ("trial", "start", "loss"))
-    numbers = entry.get("rows", [start])
-    return (
-        isinstance(trial, str)
-        and isinstance(loss, list)
-        and all(isinstance(value, float) for value in loss)
-        and isinstance(numbers, list)
-        and all(isinstance(number, int) for number in numbers)
-        and len(_rows_of(entry)) == len(loss)
-        and all(0 <= row < rows for row in _rows_of(entry))
-    )
 
 
 def require_rows(rows: int) -> None:

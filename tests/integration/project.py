@@ -72,7 +72,6 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
     write_inputs(inputs)
     save_tiny(inputs / "model", tie_word_embeddings=True)
     (project / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run_of(inputs, **calibration)))
-    (project / "runs" / "sets.yaml").write_text("tiny: [tiny]\n")
     set_targets(project, targets)
     (project / ".dvc").mkdir()
     (project / ".dvc" / "config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
@@ -87,6 +86,7 @@ def set_targets(project: Path, targets: dict[str, str], **runtime: Any) -> None:
             for name, budget in targets.items()
         },
         "report": {"title": "Tiny", "plots": False},
+        "studies": [],
         "runtime": {"device": "cpu", "batch_tokens": "auto", "threads": 1} | runtime,
     }
     (project / "params.yaml").write_text(yaml.safe_dump(value))
@@ -124,9 +124,11 @@ def stage(project: Path, name: str, item: str = "tiny") -> subprocess.CompletedP
     return module(project, f"stages.{name}", item)
 
 
-def counts(project: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((project / "data/timings/tiny-search.json").read_text())
-    return result
+def counts(project: Path, method: str = "greedy") -> dict[str, Any]:
+    """What the stage score computed and reused of a method of one search."""
+    found: dict[str, Any] = json.loads((project / "data/provenance/tiny-search.json").read_text())
+    (result,) = found[method].values()
+    return dict(result)
 
 
 def tables(project: Path) -> dict[str, bytes]:

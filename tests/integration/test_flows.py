@@ -13,23 +13,21 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from blockpruner import params as params_module
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_params
 from blockpruner.settings import Target
 from flows import dvc, serve
-from flows import prune as prune_module
 from flows.new_model import NewModel, add, new_model
-from flows.paper import Study, paper
+from flows.paper import paper
 from flows.prune import main, prune
-from flows.selection import Selection, choose
+from flows.selection import Selection, choose, choose_study
+from tests import forking
 from tests.errors import refused
 from tests.integration.project import post
 from tests.ports import free_port
@@ -143,7 +141,8 @@ def project(template, tmp_path, home, monkeypatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(home))
     monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    forking.ready()
+    monkeypatch.setenv("PYTHONPATH", f"{forking.STARTS}{os.pathsep}{ROOT}")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     yield folder
     Path("hold").unlink(missing_ok=True)
@@ -256,28 +255,23 @@ def prune_served(url):
 
 
 def test_one_failure_stops_no_other_model_and_is_in_the_table(project, server, monkeypatch):
-    shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
-    for name in ("smollm2-dense", "other-dense", "smollm2-b20", "other-b10", "other-b20"):
+    for name in ("smollm2-dense", "smollm2-b20"):
         write_json(**{f"metrics/{name}.json": {"perplexity": 40.0}})
     monkeypatch.setenv("STUB_FAILS", "commit smollm2-b10")
     monkeypatch.setenv("STUB_SAYS", "error in stage commit smollm2-b10: budget '0.1' cannot be reached")
-    wanted = Selection(runs=("smollm2", "other"), budgets=("0.1", "0.2"), keep_going=True)
-    state, started = run_flow(server, prune, wanted)
-    assert state.is_failed() and state.message == (
-        "stage commit@smollm2-b10 failed: budget '0.1' cannot be reached. Finished stages are kept: run again to go "
-        "on. New in params.yaml: run other, target smollm2-b10, target smollm2-b20, target other-b10, target "
-        "other-b20; delete there what cannot be made"
-    )
-    assert started == [
-        *("fetch smollm2", "score smollm2", "commit smollm2-b10", "commit smollm2-b20"),
-        *("fetch other", "score other", "commit other-b10", "commit other-b20", "report all"),
-    ]
-    (table,) = (json.loads(a["data"]) for a in ask(server, "artifacts") if a["key"] == "results")
+    state, started = run_flow(server, prune, Selection(budgets=("0.1", "0.2"), keep_going=True))
     why = "stage commit@smollm2-b10 failed: budget '0.1' cannot be reached"
-    assert table[1] == {"model": "smollm2-b10", "perplexity": None, "why": why}
-    assert table[-1] == {"model": "other-b20", "perplexity": 40.0, "why": ""}
+    assert state.is_failed() and state.message.startswith(f"{why}. Finished stages are kept: run again")
+    assert "New in params.yaml: target smollm2-b10, target smollm2-b20; delete" in state.message
+    assert started[2:] == ["commit smollm2-b10", "commit smollm2-b20", "report all"]
+    (table,) = (json.loads(a["data"]) for a in ask(server, "artifacts") if a["key"] == "results")
+    assert table[1:] == [
+        {"model": "smollm2-b10", "perplexity": None, "why": why},
+        {"model": "smollm2-b20", "perplexity": 40.0, "why": ""},
+    ]
 
 
+@pytest.mark.usefixtures("true_starts")
 def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_workspace(project, server, capsys):
     flow = start_score(lambda: start(PREFECT_API_URL=server))
     with temporary_settings({PREFECT_API_URL: server}):
@@ -294,25 +288,25 @@ def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_worksp
 
 
 def test_a_study_makes_its_targets_and_tables_once(project, server, monkeypatch):
-    targets = {"mine": Target(run="smollm2", budget="3blocks"), "smollm2-b2": Target(run="smollm2", budget="0.02")}
-    study = SimpleNamespace(runs=("smollm2",), targets=targets)
-    monkeypatch.setattr(params_module, "load_study", lambda name: study, raising=False)
-    state, started = run_flow(server, paper, Study(name="one"))
+    targets = {"mine": {"run": "smollm2", "budget": "3blocks"}, "smollm2-b2": {"run": "smollm2", "budget": "0.02"}}
+    study = {"title": "One", "runs": ["smollm2"], "targets": targets}
+    Path("studies").mkdir()
+    Path("studies/one.yaml").write_text(yaml.safe_dump(study))
+    state, started = run_flow(server, paper, "one")
     assert state.is_completed(), state.message
     assert started == ["fetch smollm2", "score smollm2", "commit mine", "commit smollm2-b2", "tables one"]
-    assert load_params().targets["mine"] == targets["mine"] and load_params().studies == ("one",)
+    assert load_params().targets["mine"] == Target(**targets["mine"]) and load_params().studies == ("one",)
     with monkeypatch.context() as patch:
         patch.setattr(dvc, "repro", None)  # dvc is not even started
-        state, started = run_flow(server, paper, Study(name="one", publish=True))
+        state, started = run_flow(server, paper, "one", True)
     assert started == [] and state.message == "5 stages: 0 run, 5 cached"
     page = Path("docs/results.md").read_text()
     assert "python -m flows.paper --study one --publish" in page and page.endswith("\n\n![a](results/a.png)")
     assert "# title" not in page and Path("docs/results/a.png").exists()
-    study.targets = {"mine": Target(run="smollm2", budget="4blocks")}
-    state, started = run_flow(server, paper, Study(name="one"))
-    assert (
-        state.name == "Refused" and "target 'mine' exists as {'run': 'smollm2', 'budget': '3blocks'}" in state.message
-    )
+    targets["mine"]["budget"] = "4blocks"
+    Path("studies/one.yaml").write_text(yaml.safe_dump(study))
+    with refused("target-taken"):
+        choose_study("one")
 
 
 def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):
@@ -326,7 +320,7 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):
     state, started = run_flow(server, new_model, form)
     assert state.is_failed() and state.message.startswith("push to the remote 'team' failed: ")
     assert "`dvc push -r team` tries it again. Finished stages are kept: run again" in state.message
-    assert started == ["fetch mine", "score mine", "commit mine-2blocks-trained", "report all"]
+    assert started == ["fetch mine", "score mine", "commit mine-2blocks-train", "report all"]
     assert yaml.safe_load(Path("runs/mine.yaml").read_text()) == {
         "model": {"source": "path", "path": "models/mine"},
         "score": {"method": "floating", "acceleration": "lazy+race", "unit": "layer"},
@@ -358,16 +352,6 @@ def test_flow_without_a_server_runs_only_what_changed(project):
     assert '\n  smollm2-3blocks: {run: smollm2, budget: "3blocks"}\n' in Path("params.yaml").read_text()
 
 
-def test_a_server_that_goes_away_does_not_hide_the_failure(project, monkeypatch):
-    monkeypatch.setattr(prune_module, "flow_run", SimpleNamespace(id="0" * 32))
-    monkeypatch.setattr(prune_module, "task_run", SimpleNamespace(id="1" * 32))
-    monkeypatch.setattr(prune_module, "get_run_logger", lambda: SimpleNamespace(info=print))
-    monkeypatch.setenv("STUB_FAILS", "fetch smollm2")
-    with temporary_settings({PREFECT_API_URL: NOWHERE}), dvc.workspace("a test") as lock:
-        state = prune_module.run_stage.fn("fetch@smollm2", lock, True)
-    assert state.is_failed() and "stage fetch@smollm2 failed" in str(state.message)
-
-
 def test_stage_goes_on_when_the_server_is_gone(project):
     environment = {
         "BLOCKPRUNER_OBSERVER": "flows.observer:PrefectObserver", "PREFECT_API_URL": NOWHERE,
@@ -383,6 +367,7 @@ def test_stage_goes_on_when_the_server_is_gone(project):
 # --- dvc ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("true_starts")
 def test_stage_ends_with_a_killed_flow(project):
     script = (
         "from flows import dvc\n"
@@ -426,24 +411,6 @@ def test_files_that_a_kill_cut_short_are_mended(project, damage):
         ".dvc/tmp/rwlock was cut short by a kill; set aside as .dvc/tmp/rwlock.bad",
         "dvc.lock was cut short by a kill; restored from the flow's copy",
     ]
-
-
-def test_starts_at_the_same_time(project):
-    """One holds the workspace, the others name it; as flows.prune does it, without Prefect's 3 s of import."""
-    script = (
-        "import os\nfrom blockpruner.core.errors import InputError\nfrom flows import dvc\n"
-        "try:\n    with dvc.workspace(f'process {os.getpid()}') as lock:\n"
-        "        dvc.repro('fetch@smollm2', lock, str); input()\n"
-        "except InputError as error: print(error)"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    starts = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(3)]
-    wait_until(lambda: sum(start.poll() is None for start in starts) == 1, "not one holds the workspace")
-    (holder,) = (start for start in starts if start.returncode is None)
-    said = {start.pid: start.communicate("\n")[0] for start in starts}
-    assert said.pop(holder.pid) == "" and ran() == ["fetch smollm2"]
-    refusal = f"this workspace is in use by process {holder.pid}; wait for it or stop it"
-    assert [words.split(",")[0] for words in said.values()] == 2 * [refusal]
 
 
 def test_pipeline_is_in_the_order_of_its_models_and_knows_what_each_stage_needs(project):

@@ -1,8 +1,9 @@
 """The whole DAG on a tiny model: what runs, what is reused, what comes out."""
 
-import fcntl
+import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from blockpruner.core.blocks import all_blocks
 from blockpruner.model.models import masked
 from blockpruner.store.files import read_json
+from blockpruner.store.locks import hold
 from blockpruner.store.plans import load_plan
-from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables
+from tests.integration.project import ROOT, counts, dvc, environment, make_project, module, set_targets, stage, tables
 from tests.tiny import full_nll
 
 
@@ -40,7 +42,7 @@ def first(project):
 def brute_force(project, removals):
     """Greedy search by full forward passes of the masked model: the oracle for the sequence."""
     model = AutoModelForCausalLM.from_pretrained(project / "data/models/tiny", dtype=torch.float64)
-    rows = pq.read_table(project / "data/calibration/tiny/rows.parquet").column("input_ids").to_pylist()
+    rows = pq.read_table(project / "data/calibration/tiny/search.parquet").column("input_ids").to_pylist()
     removed, sequence = frozenset(), []
     for _ in range(removals):
         scores = {}
@@ -64,6 +66,8 @@ def test_everything_runs_once_in_order(project, first):
         "report/index.html", "report/report.md", "metrics/small-2.json", "provenance/score@tiny.json",
     ):  # fmt: skip
         assert (project / "data" / output).exists(), output
+    second = dvc(project, "repro")
+    assert ran(second) == [] and "up to date" in second
 
 
 def test_a_benchmark_that_runs_again_times_nothing(project, first):
@@ -75,16 +79,16 @@ def test_a_benchmark_that_runs_again_times_nothing(project, first):
 
 
 def test_sequence_equals_brute_force(project, first):
-    plan = load_plan(project / "data/plans/small-2/plan.json")
+    plan = load_plan(project / "data/plans/small-2/greedy.json")
     assert list(plan.order) == brute_force(project, 2)
     assert plan.blocks["mha"] + plan.blocks["mlp"] == 2
-    table = pq.read_table(project / "data/plans/small-2/iterations.parquet").to_pylist()
+    table = pq.read_table(project / "data/plans/small-2/greedy.parquet").to_pylist()
     assert [sum(row["iteration"] == k for row in table) for k in (0, 1)] == [9, 7]
     assert all(row["rows_used"] == row["rows_total"] == counts_rows(project) for row in table)
 
 
 def counts_rows(project):
-    return pq.read_table(project / "data/calibration/tiny/rows.parquet").num_rows
+    return pq.read_table(project / "data/calibration/tiny/search.parquet").num_rows
 
 
 def test_checkpoint_is_verified_and_smaller(project, first):
@@ -92,16 +96,10 @@ def test_checkpoint_is_verified_and_smaller(project, first):
     assert report["ok"]
     assert report["greedy_tokens_equal"]
     assert not report["blockpruner_imported"]
-    plan = load_plan(project / "data/plans/small-2/plan.json")
+    plan = load_plan(project / "data/plans/small-2/greedy.json")
     results = read_json(project / "data/evidence/small-2/results.json")
     assert results["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
     assert results["tasks"]["piqa"]["items"] == 6
-
-
-def test_second_time_nothing_runs(project, first):
-    output = dvc(project, "repro")
-    assert ran(output) == []
-    assert "up to date" in output
 
 
 def test_budgets_up_down_and_back(project, first):
@@ -116,7 +114,7 @@ def test_budgets_up_down_and_back(project, first):
     )  # fmt: skip
     after = counts(project)
     assert (after["trials_computed"], after["trials_reused"]) == (6 + 5, 9 + 7)
-    assert list(load_plan(project / "data/plans/large-4/plan.json").order) == brute_force(project, 4)
+    assert list(load_plan(project / "data/plans/large-4/greedy.json").order) == brute_force(project, 4)
     kept = tables(project)
 
     set_targets(project, TARGETS)
@@ -128,13 +126,13 @@ def test_budgets_up_down_and_back(project, first):
 
 def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
     """Its benchmark is of the trained weights."""
-    facts = read_json(project / "data/trained/lora-2/recover.json")
+    facts = read_json(project / "data/trained/lora-2/train.json")
     assert facts["rows"] == 12 and len(facts["losses"]) == 6
     assert read_json(project / "data/checkpoints/lora-2/hf/verification.json")["ok"]
     healed = read_json(project / "data/compensated/lora-2/compensate.json")
     assert healed["method"] == "refit"
-    for file in ("compensated/small-2/compensate.json", "trained/small-2/recover.json"):
-        assert read_json(project / "data" / file) == {"enabled": False}
+    assert read_json(project / "data/compensated/small-2/compensate.json") == {"search": "greedy"}
+    assert read_json(project / "data/trained/small-2/train.json") == {"enabled": False}
     before, after = (read_json(project / f"data/evidence/{name}/results.json") for name in ("small-2", "lora-2"))
     assert before["parameters"] == after["parameters"]
     assert after["perplexity"]["perplexity"] < before["perplexity"]["perplexity"]
@@ -172,9 +170,9 @@ def replaced(path, old, new):
 def force_score(project, edits):
     """What `dvc repro` of the stage score says, and whether it fails, if files change while the stage waits for the
     trial store, which is locked here; they are as before then."""
-    (path,), texts = (project / "data/trials").glob("*.lock"), {file: (project / file).read_text() for file in edits}
-    with open(path, "r+") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    texts = {file: (project / file).read_text() for file in edits}
+    (path,) = (project / "data/trials").glob("*.lock")
+    with hold(path, "a test", pytest.fail):
         process = subprocess.Popen(
             [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "score@tiny"],
             cwd=project, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
@@ -234,7 +232,7 @@ def test_a_change_of_settings_starts_what_reads_it(project, first):
     (project / "runs/other.yaml").write_text(run)
     more = yaml.safe_load(params)
     more["runs"].append("other")
-    more["targets"]["more"] = {"run": "other", "budget": "1blocks", "method": "beam"}
+    more["targets"]["more"] = {"run": "other", "budget": "1blocks", "method": "swap"}
     (project / "params.yaml").write_text(yaml.safe_dump(more))
     assert {name.partition("@")[2] for name in stale(project)} == {"other", "more"}
     (project / "params.yaml").write_text(params)
@@ -247,6 +245,54 @@ def test_each_stage_depends_on_the_sections_that_it_reads(project, first):
     for name, entry in yaml.safe_load((project / "dvc.yaml").read_text())["stages"].items():
         deps = {dep.replace("${item.run}", "tiny") for dep in entry.get("do", entry)["deps"]}
         records = (project / "data/provenance").glob(f"{name}@*.json")
-        read = {where for path in records for where in read_json(path)["settings"] if where.startswith("data/")}
+        read = {
+            where for path in records for where in read_json(path)["inputs"]["settings"] if where.startswith("data/")
+        }
         if name not in ("settings", "report"):  # of these one writes them, the other reads all
             assert read == {dep for dep in deps if dep.startswith("data/settings/")}, name
+
+
+@pytest.fixture(scope="module")
+def studied(project, first, tmp_path_factory):
+    """The project with no export, a study, a target of another method, and one whose training diverges."""
+    folder = shutil.copytree(project, tmp_path_factory.mktemp("studied") / "project")
+    run = yaml.safe_load((folder / "runs/tiny.yaml").read_text()) | {"export": []}
+    run["train"]["learning_rate"] = 1e30
+    (folder / "runs/tiny.yaml").write_text(yaml.safe_dump(run))
+    targets = {
+        "small-2": {"run": "tiny", "budget": "2blocks"},
+        "others-2": {"run": "tiny", "budget": "2blocks", "method": "one_shot"},
+        "bad": {"run": "tiny", "budget": "2blocks", "train": True},
+    }
+    shutil.copytree(ROOT / "data/paper", folder / "data/paper")
+    (folder / "studies").mkdir()
+    (folder / "studies/mine.yaml").write_text(yaml.safe_dump({"title": "Mine", "runs": ["tiny"], "targets": targets}))
+    params = yaml.safe_load((folder / "params.yaml").read_text()) | {"targets": targets, "studies": ["mine"]}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    result = module(folder, "dvc", "repro", "--keep-going")
+    assert result.returncode != 0 and "error in stage train bad: training diverged" in result.stdout + result.stderr
+    return folder
+
+
+def test_without_an_export_the_same_model_is_measured_in_memory(project, studied):
+    assert not list((studied / "data/checkpoints/small-2").iterdir())
+    before, after = (read_json(folder / "data/evidence/small-2/results.json") for folder in (project, studied))
+    assert before == after
+
+
+def test_a_target_of_another_method(studied):
+    plan = load_plan(studied / "data/evidence/others-2/plan.json")
+    assert plan.method == "one_shot" and len(plan.order) == 2
+    scores = pq.read_table(next((studied / "data/scores/tiny/one_shot").rglob("iteration_000.parquet"))).to_pylist()
+    cheapest = sorted((row for row in scores if row["added"]), key=lambda row: row["loss"])[:2]
+    assert list(plan.order) == [row["added"] for row in cheapest]
+
+
+def test_the_tables_of_a_study_name_what_failed(studied):
+    dvc(studied, "repro", "--single-item", "tables@mine")
+    rows = {row["target"]: row for row in csv.DictReader((studied / "data/tables/mine/tables/models.csv").open())}
+    assert rows.keys() == {"tiny-dense", "small-2", "others-2", "bad"}
+    assert [name for name, row in rows.items() if row["reason"]] == ["bad"]
+    assert rows["bad"]["reason"].startswith("stage train failed: training diverged")
+    results = read_json(studied / "data/evidence/small-2/results.json")
+    assert float(rows["small-2"]["heldout_ppl"]) == pytest.approx(results["perplexity"]["perplexity"])

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from blockpruner import __version__
 from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import SilentObserver
@@ -113,7 +112,7 @@ class Fake(Logged):
 
     def load(self):
         self._scorer = self
-        return f"process {os.getpid()} on here", __version__, {"device": "none", "batch_tokens": 24}
+        return f"process {os.getpid()} on here", {"device": "none", "batch_tokens": 24}
 
     def row_batches(self, rows, span, limit=None):
         return [range(row, row + 1) for row in span]
@@ -162,8 +161,8 @@ class Shrinks(Fake):
     """Its batches have 36 tokens, three rows; in one process memory runs out, and then it is one row."""
 
     def load(self):
-        name, version, origin = super().load()
-        return name, version, {**origin, "batch_tokens": 36}
+        name, origin = super().load()
+        return name, {**origin, "batch_tokens": 36}
 
     def row_batches(self, rows, span, limit=None):
         count = limit // 12
@@ -185,16 +184,10 @@ class Refuses(Fake):
         raise InputError("runtime.attention 'x' cannot be used here")
 
 
-class OfAnotherVersion(Fake):
-    def load(self):
-        name, _, origin = super().load()
-        return name, "0.0.9", origin
-
-
 class OfAnotherCard(Fake):
     def load(self):
-        name, version, origin = super().load()
-        return name, version, {**origin, "device": f"card {os.getpid()}"}
+        name, origin = super().load()
+        return name, {**origin, "device": f"card {os.getpid()}"}
 
 
 def value(mask, row):
@@ -365,17 +358,11 @@ def test_what_a_worker_refuses_arrives_as_itself(checkpoint, replica):
 
 def test_unlike_devices_are_not_mixed_in_16_bits(checkpoint, replica):
     replica(OfAnotherCard)
-    with pytest.raises(InputError, match=r"process .* with card \d+, process .* with card \d+: in bfloat16 .*float32$"):
+    with pytest.raises(InputError, match=r"with .*card \d+.* and .*card \d+.*: in bfloat16 .*float32$"):
         make_scorer(checkpoint, "bfloat16", Runtime(**RUNTIME, workers=2))
     scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=2))
     run(scorer, sweep(scorer))
     scorer.close()
-
-
-def test_a_node_with_another_version_of_ours_is_refused(checkpoint, replica):
-    replica(OfAnotherVersion)
-    with pytest.raises(InputError, match=rf"process .* has blockpruner 0\.0\.9, and this process {__version__}; ins"):
-        make_scorer(checkpoint, "float32", Runtime(**RUNTIME))
 
 
 def test_more_workers_than_there_is_room_for(checkpoint, private_ray, replica, monkeypatch):
@@ -389,7 +376,7 @@ def test_more_workers_than_there_is_room_for(checkpoint, private_ray, replica, m
     first = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=cores))
     granted = executors.GRANT_SECONDS
     monkeypatch.setattr(executors, "GRANT_SECONDS", 2)
-    with pytest.raises(InputError, match=r"has not granted 1 workers with 1 CPU each within 2 s; free now: 0 CPU"):
+    with pytest.raises(InputError, match="has not granted 1 workers with 1 CPU each within 2 s"):
         make_scorer(checkpoint, "float32", Runtime(**RUNTIME))
     first.close()
     monkeypatch.setattr(executors, "GRANT_SECONDS", granted)

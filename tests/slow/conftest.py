@@ -8,10 +8,11 @@ import pytest
 from benchmarks.scoring import TEXT
 from benchmarks.serving import nothing_removed
 from blockpruner.core.progress import SilentObserver
-from blockpruner.healing.compensate import write_compensated
+from blockpruner.healing.choice import choose, keep
 from blockpruner.healing.rows import compensation_rows, training_rows
 from blockpruner.healing.settings import Compensate, Train
 from blockpruner.healing.train import write_trained
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.healed import find_healed
@@ -46,11 +47,13 @@ def healed(smollm2, plans, tmp_path_factory):
     folder, texts, tokenizer = tmp_path_factory.mktemp("healed"), read_texts(TEXT), load_tokenizer(smollm2)
     name, plan = max(plans.items(), key=lambda item: item[1].ratio)
     refit = pruning(smollm2, replace(plan, compensate="refit"))
-    wanted = Compensate(method="refit", num_rows=64)
+    wanted, none = Compensate(method="refit", num_rows=64), CalibrationSet(())
     rows = compensation_rows(texts, tokenizer, wanted, (), wanted.seq_len)
-    write_compensated(folder / "refit", refit, rows, wanted, SOMEONE, SilentObserver())
+    held_out = wanted.held_out(len(rows.rows))
+    best = choose(refit.load, {"mine": refit.plan}, rows, held_out, none, none, SilentObserver())
+    keep(folder / "refit", best, refit, SOMEONE)
     found = find_healed([folder / "refit"], refit.identity)
-    assert found is not None, (folder / "refit/compensate.json").read_text()
+    assert found is not None, best.facts
     refit = replace(refit, healed=found)
     recipe = Train(
         data=SOMEONE, num_rows=40, seq_len=128, weights="all", distill=1, learning_rate=3e-4, batch=2, accumulation=1,

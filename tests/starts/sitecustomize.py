@@ -15,7 +15,7 @@ def forked(arguments):
     """
     server, unbuffered, what = os.environ.get("BLOCKPRUNER_TESTS_FORK"), arguments[:1] == ["-u"], {}
     arguments = arguments[unbuffered:]
-    if arguments[:1] == ["-m"] and (arguments[1] == "dvc" or arguments[1].startswith("stages.")):
+    if arguments[:1] == ["-m"] and (arguments[1] in ("dvc", "flows.dvc") or arguments[1].startswith("stages.")):
         what = {"module": arguments[1]}
     elif arguments[:1] == ["-I"] and arguments[1].endswith(".py"):
         what = {"script": arguments[1]}
@@ -35,6 +35,7 @@ def forked(arguments):
         job = what | {
             "arguments": arguments[2:], "folder": os.getcwd(), "environment": dict(os.environ),  # noqa: PTH109 (pathlib takes a while to load)
             "unbuffered": unbuffered or "PYTHONUNBUFFERED" in os.environ, "interrupt": signal.SIGINT in passed,
+            "parent": os.getppid(),
         }  # fmt: skip
         socket.send_fds(connection, [json.dumps(job).encode()], [0, 1, 2])
         if connection.recv(100) != b"started":  # it would not be the same

@@ -11,7 +11,7 @@ from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.scoring import accelerate as module
-from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, settings_of, slices
+from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, slices
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.settings import Score
 from blockpruner.search.greedy import PricedOptions, greedy
@@ -48,9 +48,13 @@ class World(FakeScorer):
         return Objective(short_rows(ROWS), store or TrialStore({}, short_rows(ROWS).row_keys), self)
 
 
-def sequence(world, steps=8, objective=None, per="none", **score):
+def sequence(world, steps=8, objective=None, per="none", acceleration="none", **lazy):
+    """A greedy search, by settings of the lazy rule that may differ from the product's."""
     objective = objective or world.objective()
-    select = accelerate(objective, Score(**score), costs=COSTS if per == "parameters" else None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in lazy.items():
+            patch.setattr(module, name.upper(), value)
+        select = accelerate(objective, Score(acceleration=acceleration), COSTS if per == "parameters" else None)
     problem = Problem(UNITS, objective, select, ROWS, resources={"parameters": COSTS})
     search = greedy(problem, PricedOptions(per=per))
     return [next(search) for _ in range(steps)]
@@ -146,7 +150,7 @@ def test_removals_that_lower_the_loss_are_priced_alike(seed, acceleration):
     world = World(seed)
     for number, unit in enumerate(sorted(UNITS, key=world.cost.get)):
         world.cost[unit] = 0.3 * number - 1.4
-    trace = sequence(world, per="parameters", acceleration=acceleration, floor=3 if "lazy" in acceleration else None)
+    trace = sequence(world, per="parameters", acceleration=acceleration, floor=3)
     assert removed_in(trace) == brute_force(world, per="parameters")
     assert len(world.asked) < 0.75 * sum(len(UNITS) - step for step in range(8)) * ROWS
 
@@ -244,8 +248,10 @@ def test_what_a_store_knows_changes_no_decision(per):
     assert warm.asked == [] and cold.asked
 
 
-def test_acceleration_on_a_real_model_is_brute_force():
+def test_acceleration_on_a_real_model_is_brute_force(monkeypatch):
     """Whole path with the engine: a tiny random model, three removals, against full forward passes."""
+    monkeypatch.setattr(module, "CONFIDENCE", 0.99999)
+    monkeypatch.setattr(module, "FLOOR", 6)
     model = tiny_model(layers=3)
     rows = CalibrationSet(tuple(tuple(np.random.default_rng(i).integers(1, 257, 12).tolist()) for i in range(8)))
     units = removable_units(3, "block", "all")
@@ -258,12 +264,5 @@ def test_acceleration_on_a_real_model_is_brute_force():
                     losses[unit] = math.fsum(full_nll(model, row) for row in rows.rows)
         wanted.append(min(losses, key=losses.__getitem__))
         removed |= wanted[-1]
-    traces = searched(model, rows, ["3blocks"], acceleration="lazy+race", confidence=0.99999, floor=6)
+    traces = searched(model, rows, ["3blocks"], acceleration="lazy+race")
     assert removed_in(traces.of("3blocks")) == [format_mask(unit) for unit in wanted]
-
-
-def test_settings_take_what_is_given_and_fill_in_the_rest():
-    assert settings_of(Score(acceleration="lazy+race", floor=5)) == {
-        "acceleration": "lazy+race", "confidence": 0.999, "floor": 5, "slack": 2.0, "audit": 6,
-    }  # fmt: skip
-    assert settings_of(Score()) == {"acceleration": "none"}

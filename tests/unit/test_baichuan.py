@@ -26,8 +26,8 @@ from blockpruner.model.modeling_blockpruned import BaichuanConfig, BaichuanForCa
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
+from tests.oracles import make_rows, score_all, sweep
 from tests.plans import fetch
-from tests.unit.test_engine import make_rows, score_all, sweep
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 48, 40, 90
 IDS = torch.randint(1, VOCABULARY, (11,), generator=torch.Generator().manual_seed(2))

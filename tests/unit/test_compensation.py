@@ -173,9 +173,9 @@ def test_a_hole_before_all_kept_blocks_and_progress_to_the_last_block(variant):
             seen.append((done, total, detail))
 
     gone = "mha.0,mlp.0"
-    found = compensate(model, mask_plan(model, gone), ROWS, 10, "refit", Observer())
-    assert found.report["stops"][0] == {"hole": ["mha.0", "mlp.0"], "writers": [], "error": 1.0}
-    blocks = [block for stop in found.report["stops"] for block in stop["writers"]]
+    _, facts = compensate(model, mask_plan(model, gone), ROWS, 10, "refit", Observer())
+    assert facts["stops"][0] == {"hole": ["mha.0", "mlp.0"], "writers": [], "error": 1.0}
+    blocks = [block for stop in facts["stops"] for block in stop["writers"]]
     assert blocks == [f"{kind}.{layer}" for layer in (1, 2, 3) for kind in ("mha", "mlp")]
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
     assert seen[0][2] == "writers before hole mha.0+mlp.0" and seen[-1][:2] == (8, 8)
@@ -188,9 +188,9 @@ def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alon
     rewire(model, 2, lambda given: given @ matrix)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     mask = "mha.1,mlp.1,mlp.2"
-    found = compensate(model, mask_plan(model, mask), ROWS, 10, "refit", SilentObserver())
+    weights, facts = compensate(model, mask_plan(model, mask), ROWS, 10, "refit", SilentObserver())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert found.report["perplexity"]["after"] < found.report["perplexity"]["before"]
+    assert facts["perplexity"]["after"] < facts["perplexity"]["before"]
     pruned = prune_(model, parse_mask(mask))
     parts = (
         "layers.0.mlp.down_proj",
@@ -198,19 +198,19 @@ def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alon
         "layers.2.self_attn.o_proj",
         "layers.2.mlp.down_proj",
     )
-    assert found.weights.keys() == {f"model.{part}.weight" for part in parts}
-    assert found.weights.keys() <= pruned.state_dict().keys()
-    pruned.load_state_dict({**pruned.state_dict(), **found.weights})
+    assert weights.keys() == {f"model.{part}.weight" for part in parts}
+    assert weights.keys() <= pruned.state_dict().keys()
+    pruned.load_state_dict({**pruned.state_dict(), **weights})
     nll = np.mean([full_nll(pruned, row) for row in ROWS.rows[30:]])
-    assert np.exp(nll) == pytest.approx(found.report["perplexity"]["after"], rel=1e-9)
+    assert np.exp(nll) == pytest.approx(facts["perplexity"]["after"], rel=1e-9)
 
 
 def test_what_does_not_help_is_left(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
     monkeypatch.setattr(methods, "best_change", lambda fitted, held_out, strengths: (-fitted.solve(0.01), 0.01, 0.5))
-    found = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, "refit", SilentObserver())
-    perplexity = found.report["perplexity"]
-    assert not found.weights and found.report["share"] == 0 and perplexity["after"] == perplexity["before"]
+    weights, facts = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, "refit", SilentObserver())
+    perplexity = facts["perplexity"]
+    assert not weights and facts["share"] == 0 and perplexity["after"] == perplexity["before"]
 
 
 def test_bad_requests_name_the_fix():

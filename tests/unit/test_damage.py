@@ -16,9 +16,8 @@ from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
 from blockpruner.evaluation.tasks import tables_from_archive, tables_from_folder
 from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
 from blockpruner.inputs.texts import TEXTS, parse_texts
-from blockpruner.search.trace import ITERATION, read_iteration, table_path
+from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_kept_json, read_table, write_sealed_json, write_table
-from blockpruner.store.journal import checksummed
 from blockpruner.store.trials import TrialStore
 
 many = settings(
@@ -202,41 +201,6 @@ def test_another_schema_is_refused(kind, other, column, tmp_path):
         read_table(path, schema)
 
 
-rows = st.fixed_dictionaries(
-    {
-        "removed": st.lists(st.sampled_from(["mha.0", "mlp.1", "mha", "x.1", ""]), max_size=2),
-        "added": st.none() | st.sampled_from(["mha.0", "mlp.99", "mha.-1", "?"]),
-        "loss": st.none() | st.floats(),
-        "perplexity": st.none() | st.floats(),
-        "rows_used": st.integers(-1, 3),
-        "rows_total": st.integers(-1, 3),
-        "chosen": st.booleans(),
-        "row_loss": st.lists(st.none() | st.floats(), max_size=3),
-        "row_nll": st.none() | st.lists(st.none() | st.floats(), max_size=3),
-        "lazy_choice": st.none() | st.booleans(),
-    }
-)
-
-
-NO_BLOCK = {
-    "removed": [], "added": "mha.-1", "loss": None, "perplexity": None, "rows_used": 0, "rows_total": 0, "chosen": True,
-    "row_loss": [], "row_nll": None, "lazy_choice": None,
-}  # fmt: skip
-
-
-@given(content=st.lists(rows, max_size=3))
-@example(content=[NO_BLOCK])
-@many
-def test_a_table_of_nonsense_seeds_no_trial(content, tmp_path):
-    """What is accepted has a finite loss for each row that it claims to have used."""
-    path = table_path(tmp_path, 0)
-    write_table(path, pa.Table.from_pylist(content, schema=ITERATION), WHOLE["iteration"][2])
-    if iteration := refused_or("iteration_000", read_iteration, tmp_path, 0, "s"):
-        for row, score in zip(content, iteration.scores, strict=True):
-            assert row["rows_used"] == len(score.row_loss) <= row["rows_total"]
-            assert all(abs(loss) < float("inf") for loss in score.row_loss)
-
-
 @given(changes=flips, keep=shares)
 @example(changes=[(12, 3)], keep=100)  # a digit of a number
 @many
@@ -281,9 +245,9 @@ def test_a_damaged_result_is_set_aside(changes, keep, tmp_path):
             aside.unlink()
 
 
-@given(changes=flips, keep=shares, entry=json_values)
+@given(changes=flips, keep=shares)
 @many
-def test_a_damaged_log_gives_no_other_loss(changes, keep, entry, tmp_path):
+def test_a_damaged_log_gives_no_other_loss(changes, keep, tmp_path):
     put = {"mha.0": [1.0, 2.0], "mlp.1": [0.25, 1e-9]}
     for path in tmp_path.glob("*/*"):
         path.unlink()
@@ -293,11 +257,9 @@ def test_a_damaged_log_gives_no_other_loss(changes, keep, entry, tmp_path):
     store.close()
     (log,) = tmp_path.glob("*/*.jsonl")
     content = log.read_bytes()
-    valid_but_wrong = content + checksummed(entry if isinstance(entry, dict) else {"trial": entry, "start": 0}).encode()
-    for damaged in (flipped(content, changes), content[: len(content) * keep // 101], valid_but_wrong):
+    for damaged in (flipped(content, changes), content[: len(content) * keep // 101]):
         log.write_bytes(damaged)
         again = TrialStore({"model": "m"}, "ab", tmp_path)
         assert all(again.get(key) in (None, put[key]) for key in put)
-        assert not again.get("text")
         for aside in log.parent.glob("*.bad*"):
             aside.unlink()

@@ -41,7 +41,6 @@ from blockpruner.methods.slicegpt.widths import SLICEABLE
 from blockpruner.model import accelerator
 from blockpruner.model.models import load_model, prune_, resolve_device, shared_copy
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large import weights
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Latency
@@ -95,10 +94,9 @@ def scored(metric):
 
 def compensated(method):
     def change(model):
-        found = compensate(
-            model, plan_of(model.config.to_dict(), ["mha.1", "mlp.0"]), LONG, 2, method, SilentObserver()
-        )
-        return [*found.report["perplexity"].values(), *(weight.sum().item() for weight in found.weights.values())]
+        plan = plan_of(model.config.to_dict(), ["mha.1", "mlp.0"])
+        weights, facts = compensate(model, plan, LONG, 2, method, SilentObserver())
+        return [*facts["perplexity"].values(), *(weight.sum().item() for weight in weights.values())]
 
     return change
 
@@ -188,8 +186,8 @@ def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights
     monkeypatch.setattr(train_module, "train_", seen)
     job, wanted = pruning(dense, plan_of(dense, ["mlp.1"])), recipe(weights=weights, seq_len=16)
     own = parameter_digests(prune_(load_model(dense, "float32", "cpu"), job.plan.mask)).keys()
-    train_module.train(
-        job, wanted, CalibrationSet(tuple(ROWS)), states=tmp_path / "states", validation=None,
+    train_module.write_trained(
+        tmp_path / "out", job, wanted, CalibrationSet(tuple(ROWS)), states=tmp_path / "states", validation=None,
         observer=SilentObserver(),
     )  # fmt: skip
     assert met == [own if shares else set()]
@@ -232,16 +230,14 @@ def test_candidates_ask_a_device_for_no_number(metric, checkpoints, monkeypatch)
         assert len(asked) == 1
 
 
-@pytest.mark.parametrize("slabs", [1, 2])
 @pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
-def test_streamed_weights_arrive_before_they_are_used_and_after_others_are_done(variant, slabs, tmp_path, monkeypatch):
-    """Copies are as late as they may be, and pass through the two buffers many times."""
-    monkeypatch.setattr(weights, "PIECE_BYTES", 1000)
+def test_streamed_weights_arrive_before_they_are_used_and_after_others_are_done(variant, tmp_path, monkeypatch):
+    """Copies are as late as they may be."""
     tiny_model(variant, 4, torch.bfloat16).save_pretrained(tmp_path)
     tasks = [Task(range(4), (DENSE, MASK, parse_mask("mha.1")))]
     with fake_devices(1):
         expected = list(Engine(load_model(tmp_path, "float32"), 40).run(tasks, ROWS))
-        engine, streams = StreamingEngine(tmp_path, "float32", slabs=slabs), []
+        engine, streams = StreamingEngine(tmp_path, "float32"), []
         monkeypatch.setattr(MODULE, "set_stream", lambda s: streams.append(s) or setattr(MODULE.streams, "own", s))
         found = list(engine.run(tasks, ROWS))
     assert sorted(map(str, found)) == sorted(map(str, expected))

@@ -6,7 +6,7 @@ Depths, masks, rows, batches and failures are drawn by hypothesis. Models and br
 they are the same in all examples of a variant and a depth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,10 +24,10 @@ from blockpruner.model.models import decoder_layers, masked, model_family
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import ScoredRows, Task
+from tests.oracles import CrampedEngine, model_of
 from tests.tiny import GRID, VARIANTS, VOCABULARY, full_nll, tiny_model, tolerance
 
 Row = tuple[int, ...]
-model_of = cache(tiny_model)
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,7 @@ def test_every_mask_and_row_once_exactly_and_with_the_least_work(case: Case, log
         assert len(task.span) == 1 or padded <= case.batch_tokens
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("blockpruner.scoring.work.LOGITS_BYTES", logit_tokens * VOCABULARY * 4)
-        patch.setattr(engine_module, "WIDE_TOKENS", wide)
-        patch.setattr(engine_module, "WHOLE_TILES", 1)
-        patch.setattr(engine, "_exact_width", lambda embedded, *rest: wide)
+        patch.setattr(engine, "_width", lambda tokens: max(1, min(wide, case.batch_tokens) // tokens))
         patch.setattr(engine, "_block", lambda *args: calls.append(len(args[1])) or forward(*args))
         units = list(engine.run(tasks, case.rows))
     assert_once_and_exact(case, units, tasks)
@@ -175,54 +173,6 @@ def test_the_ways_of_a_gpu_give_the_same_values(case: Case, wide: int):
         longest = max(len(case.rows[row]) for row in task.span)
         width = max(1, min(wide, case.batch_tokens) // (len(task.span) * longest))
         assert found <= {(width * len(task.span), longest, 32)}
-
-
-class CrampedEngine(Engine):
-    """Runs out of memory where a batch has more than `rows` rows or `tokens` tokens to a row, but for those times
-    that `luck` says (True: it fits); keeps the walks, with those masks that each of them finished. Masks go one by one.
-
-    Garbage is not collected: it takes 50 ms where torch is loaded, at each of hundreds of failures.
-    """
-
-    def __init__(self, *args, rows: int = 1000, tokens: int = 1000, luck: Sequence[bool] = ()) -> None:
-        super().__init__(*args)
-        self.rows, self.tokens, self.luck = rows, tokens, iter(luck)
-        self.walks: list[tuple[Task, list[Mask]]] = []
-        self.budgets: list[int] = []
-        self.losses = 0
-
-    def _width(self, tokens: int, padded: bool = False) -> int:
-        return 1
-
-    def _halved(self, *args) -> list[Task]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_module.gc, "collect", lambda: 0)
-            return super()._halved(*args)
-
-    def score(self, task: Task, rows) -> Iterator[ScoredRows]:
-        done: list[Mask] = []
-        self.walks.append((task, done))
-        self.budgets.append(self._batch_tokens)
-        for unit in super().score(task, rows):
-            done.append(unit.mask)
-            yield unit
-
-    def _allocate(self, rows: int, tokens: int, *rest: int) -> None:
-        if (rows > self.rows or tokens > self.tokens) and not next(self.luck, False):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has too little.")
-
-    def _block(self, block, hidden, *rest):
-        self._allocate(*hidden.shape)
-        return super()._block(block, hidden, *rest)
-
-    def _final_states(self, hidden, batch):
-        self._allocate(*hidden.shape)
-        return super()._final_states(hidden, batch)
-
-    def _losses(self, *args):
-        values = super()._losses(*args)
-        self.losses += 1
-        return values
 
 
 @settings(max_examples=75)
@@ -278,9 +228,10 @@ def test_masks_go_one_by_one_before_a_batch_is_halved():
     engine = Narrow(model_of("llama", 2), 100, rows=1)
     case = Case("llama", 2, rows, range(1), [frozenset({block}) for block in all_blocks(2)], 100)
     tasks = case.tasks(engine)
-    assert engine._width(32) == 3
-    assert_once_and_exact(case, list(engine.run(tasks, rows)), tasks)
-    assert [task.span for task, _ in engine.walks] == [range(1)] * 2 and engine._width(32) == 1
+    with as_on_a_gpu(engine):
+        assert engine._width(32) == 3
+        assert_once_and_exact(case, list(engine.run(tasks, rows)), tasks)
+        assert [task.span for task, _ in engine.walks] == [range(1)] * 2 and engine._width(32) == 1
 
 
 @pytest.mark.parametrize("variant", GRID)

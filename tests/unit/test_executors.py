@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,18 +15,15 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.model.models import masked
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large.ray import Replica, connect, resources
+from blockpruner.scoring.large.ray import Replica, resources
 from blockpruner.scoring.large.sharing import (
     WalkCosts,
-    cost_of,
-    share_among,
     share_out,
     unfinished,
 )
 from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.walk import runs, steps_of, walk
 from blockpruner.scoring.work import ScoredRows, Task
-from tests.shapes import SHAPES
 from tests.tiny import full_nll, save_tiny, tiny_model
 
 RUNTIME = {"device": "cpu", "batch_tokens": 40}
@@ -153,13 +149,6 @@ def test_a_sweep_is_balanced_and_its_prefixes_stay_together():
     assert sum(map(cost, shared)) < 1.25 * whole
 
 
-def test_more_workers_than_rows_cut_prefixes():
-    costs, masks = WalkCosts.of(SHAPES["meta-llama/Llama-2-7b-hf"]), (DENSE, *(frozenset({b}) for b in all_blocks(32)))
-    pieces = share_among([Task(range(1), masks)], [[1] * 2048], 4, costs)
-    whole = cost_of([Task(range(1), masks)], [[1] * 2048], costs)
-    assert len(pieces) >= 4 and max(cost_of(piece, [[1] * 2048], costs) for piece in pieces) < whole / 3.5
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_costs_are_the_parameters_that_multiply(family):
     model = tiny_model(family, layers=2)
@@ -214,39 +203,6 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "auto"])
 def test_attention_changes_no_score(checkpoint, attention):
     agrees(*score(checkpoint, attention=attention), tiny_model("qwen2", 2, torch.float32).double())
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++, which is not installed")
-def test_compiling_changes_no_score_however_many_layers(tmp_path, monkeypatch):
-    """More layers than torch compiles variants of one function, beyond which it would run the rest uncompiled."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # else another processor's may be used
-    layers = 5
-    with torch._dynamo.config.patch(recompile_limit=layers - 2, fail_on_recompile_limit_hit=True):
-        rows, found = score(save_tiny(tmp_path / "model", layers=layers), batch_tokens="auto", compile=True)
-    agrees(rows, found, tiny_model("llama", layers, torch.float32).double())
-
-
-def test_compiled_is_compiled(checkpoint, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__))
-    make_scorer(checkpoint, "float32", Runtime(**RUNTIME, compile=True))
-    assert compiled == ["Qwen2RMSNorm", "Qwen2Attention", "Qwen2RMSNorm", "Qwen2MLP"] * 2
-
-
-def test_without_a_compiler_the_setting_is_named(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    program = (
-        "import sys; from pathlib import Path; from blockpruner.scoring.scorers import make_scorer\n"
-        "from blockpruner.core.settings import Runtime\n"
-        "try: make_scorer(Path(sys.argv[1]), 'float32', Runtime(device='cpu', compile=True))\n"
-        "except ValueError as error: print(type(error).__name__, error)"
-    )
-    done = subprocess.run([sys.executable, "-c", program, checkpoint], capture_output=True, text=True)
-    assert "InputError runtime.compile: true cannot be used here" in done.stdout, done.stderr
-    assert "runtime.compile: false" in done.stdout
 
 
 def test_threads_are_set(checkpoint):
@@ -338,12 +294,6 @@ def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
 def test_too_few_resources_are_refused_with_the_figures(runtime, nodes, message):
     with pytest.raises(InputError, match=message):
         resources(ray_runtime(**runtime), ray_nodes(nodes))
-
-
-def test_an_address_of_a_ray_client_is_refused():
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'blockpruner[ray]'")
-    with pytest.raises(InputError, match=r"'ray://head:10001' is of a Ray client.*<host>:<port>"):
-        connect("ray://head:10001")
 
 
 def test_a_replica_says_that_its_memory_ran_out_before_it_gives_what_came_after():

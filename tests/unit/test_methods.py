@@ -30,10 +30,10 @@ from blockpruner.search.iteration import removals
 from blockpruner.search.registry import SEARCHES, request
 from blockpruner.search.trace import read_trace, trace_directory
 from tests.builders import FakeScorer, removed_in, scored, searched, short_rows, small_config
+from tests.oracles import divergence, influence, model_of, recorded, row, states_of, values_of
 from tests.shapes import SHAPES
 from tests.tiny import full_nll, tiny_model
 from tests.unit.test_blocks_budgets import OFFICIAL_ORDER
-from tests.unit.test_metrics import divergence, influence, model_of, recorded, row, states_of, values_of
 
 LAYERS = 3
 ROWS = CalibrationSet((row(12, 1), row(7, 2), row(10, 3)))
@@ -358,7 +358,7 @@ def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
             for method in ("greedy", "one_shot")
             for metric in ("perplexity", "kl", "block_influence", "taylor")
         ),
-        *({"method": method} for method in ("random", "beam", "swap")),
+        *({"method": method} for method in ("random", "swap")),
         {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
         {"method": "given", "options": {"order": ("mha.2", "mlp.0")}},
     ],
@@ -374,16 +374,7 @@ def test_tables_alone_seed_every_store(tmp_path, score):
 # --- settings --------------------------------------------------------------------------------------------------------
 
 OPTIONS = [
-    ("beam", {"width": 0}, "width"),
-    *(("beam", {"width": value}, "width") for value in ("3", True, 3.0)),
-    ("swap", {"tries": -1}, "tries"),
-    ("swap", {"start": 1}, "start"),
-    ("evopress", {"generations": 0}, "generations"),
-    ("evopress", {"offspring": 0}, "offspring"),
-    *(("evopress", {"survivors": value}, "survivors") for value in (8, [1, 8, 1], [8, 2], [])),
-    ("evopress", {"survivors": [8, 0]}, "survivors.1"),
-    ("evopress", {"survivors": ["8"]}, "survivors.0"),
-    *(("evopress", given, "tokens") for given in ({"tokens": [9]}, {"survivors": [1]})),
+    *(("swap", {"tries": value}, "tries") for value in (-1, "3", True, 3.0)),
     ("greedy", {"per": "time"}, "per"),
     ("given", {"order": "mha.0"}, "order"),
     ("laco", {"variant": "mine"}, "variant"),
@@ -397,8 +388,8 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        ({"method": "gredy"}, "score.method 'gredy' is unknown; valid: beam, contiguous, evopress, floating, given, "),
-        ({"method": "mask"}, "score.method 'mask' is unknown; valid: beam, "),
+        ({"method": "gredy"}, "score.method 'gredy' is unknown; valid: contiguous, floating, given, "),
+        ({"method": "mask"}, "score.method 'mask' is unknown; valid: contiguous, "),
         ({"metric": "ppl"}, "score.metric 'ppl' is unknown; valid: perplexity, "),
         ({"method": "random", "metric": "kl"},
          "score.metric kl does nothing with method: random, which asks for no score; remove it"),
@@ -406,7 +397,7 @@ OPTIONS = [
         *(({"method": method, "metric": metric},
            f"score.metric {metric} is of single units, and method: {method} compares whole masks; choose a metric of "
            "masks (perplexity, answer_likelihood, kl, js), or one of the methods contiguous, greedy, one_shot")
-          for method in ("beam", "evopress", "floating", "quadratic", "swap") for metric in INFLUENCES),
+          for method in ("floating", "quadratic", "swap") for metric in INFLUENCES),
         *(({"method": method, "metric": metric, "acceleration": acceleration},
            f"score.acceleration {acceleration} does not fit method: {method} with metric: {metric}: there is nothing "
            "to leave out; set acceleration: none")
@@ -414,9 +405,7 @@ OPTIONS = [
               ("greedy", "block_influence", "race"),
               ("greedy", "relative_magnitude", "lazy"),
               ("one_shot", "perplexity", "lazy+race"),
-              ("beam", "perplexity", "race"),
               ("random", "perplexity", "lazy"),
-              ("evopress", "perplexity", "race"),
           )),
         ({"metric": "block_influence", "options": {"per": "kv"}},
          "score.options.per kv prices the rise of a loss; set metric to one of perplexity, answer_likelihood, kl, js"),

@@ -4,7 +4,6 @@ states that forward hooks record in the family's own model; every family, padded
 import math
 import pickle
 from collections.abc import Iterator
-from functools import cache
 
 import numpy as np
 import pytest
@@ -19,76 +18,32 @@ from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.losses import token_js, token_kl, token_nll
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.work import Task, over_all_rows
+from tests.oracles import (
+    LAYERS,
+    MASKS,
+    CrampedEngine,
+    divergence,
+    influence,
+    kl,
+    log_probabilities,
+    log_softmax,
+    model_of,
+    other_model,
+    recorded,
+    row,
+    states_of,
+    values_of,
+)
 from tests.tiny import GRID, VOCABULARY, full_nll, tiny_model, tolerance
-from tests.unit.test_engine_properties import CrampedEngine
 
-LAYERS = 3
-MASKS = [
-    parse_mask(text)
-    for text in ("", "mha.0", "mlp.2", "mha.1,mlp.0", "mha.1,mlp.1", "mha.0,mha.1,mlp.1,mlp.2")
-] + [frozenset(all_blocks(LAYERS))]  # fmt: skip
 INFLUENCES = sorted(name for name, metric in METRICS.items() if metric.influence and not metric.gradient)
 DIVERGENCES = sorted(name for name, metric in METRICS.items() if metric.reference)
-model_of = cache(tiny_model)
-
-
-def row(length, seed, given=0):
-    """Tokens, the first `given` of which are given and not scored."""
-    ids = np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist()
-    return tuple(~token for token in ids[:given]) + tuple(ids[given:])
 
 
 ROWS = [row(12, 1), row(5, 2), row(12, 3, given=9), row(2, 4), row(9, 5, given=3), (7, 8, ~9, 10, ~11, ~12, 13)]
 
 
 # --- divergences -----------------------------------------------------------------------------------------------------
-
-
-def log_softmax(logits):
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def kl(p, q):
-    return float((np.exp(p) * (p - q)).sum())
-
-
-def js(p, q):
-    m = np.log((np.exp(p) + np.exp(q)) / 2)
-    return (kl(p, m) + kl(q, m)) / 2
-
-
-@cache
-def log_probabilities(variant, mask, tokens, seed=7):
-    """Of a row's scored positions, each from the whole model's logits, [N, V] float64."""
-    model = other_model(variant) if seed != 7 else model_of(variant, LAYERS)
-    ids = torch.tensor([[token if token >= 0 else ~token for token in tokens]])
-    with masked(model, mask), torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[0].double().numpy()
-    return log_softmax(logits[[t - 1 for t in range(1, len(tokens)) if tokens[t] >= 0]])
-
-
-def divergence(loss, variant, mask, tokens, **model):
-    dense, left = (log_probabilities(variant, m, tokens, **model) for m in (DENSE, mask))
-    return np.mean([{"kl": kl, "js": js}[loss](p, q) for p, q in zip(dense, left, strict=True)])
-
-
-@cache
-def other_model(variant):
-    """The same model with a head of its own."""
-    model = tiny_model(variant, LAYERS)
-    head = model.get_output_embeddings().weight
-    head.data = head.data.flip(0)
-    return model
-
-
-def values_of(engine, rows, metric, masks=MASKS, base=DENSE):
-    metric = METRICS[metric] if isinstance(metric, str) else metric
-    tasks = [Task(span, tuple(masks), metric, base) for span in engine.row_batches(rows, range(len(rows)))]
-    units = list(engine.run(tasks, rows))
-    found = {(unit.mask, unit.span[i]): value for unit in units for i, value in enumerate(unit.loss)}
-    assert len(found) == sum(len(unit.loss) for unit in units) == len(masks) * len(rows)
-    return found
 
 
 def assert_divergences(found, loss, variant, rows, masks=MASKS, **model):
@@ -245,58 +200,6 @@ def test_pieces_of_logits_keep_the_bits(loss, dtype, tokens, monkeypatch):
 # --- influences ------------------------------------------------------------------------------------------------------
 
 
-def recorded(model, base, tokens):
-    """What hooks see in the model without `base`: for each unit, a block or a layer, the state that it reads and the
-    one with what it adds, [T, H] each; from the model's own layers, not its `output_hidden_states`."""
-    row, layers = model_family(model), decoder_layers(model)
-    seen = {}
-
-    def first(value):
-        return (value[0] if isinstance(value, tuple) else value)[0]
-
-    def keep(name):
-        def hook(module, args, kwargs, output):
-            seen[name] = first(args[0] if args else kwargs["hidden_states"]), first(output)
-
-        return hook
-
-    handles = []
-    ids = torch.tensor([[token if token >= 0 else ~token for token in tokens]])
-    with masked(model, base):
-        for index, layer in enumerate(layers):
-            handles.append(layer.register_forward_hook(keep(index), with_kwargs=True))
-            for block in {BlockId(kind, index) for kind in BlockKind} - base:
-                branch = row.branch(block.kind)
-                for part, end in ((branch.norm or branch.module, 0), (branch.post or branch.module, 1)):
-                    handles.append(getattr(layer, part).register_forward_hook(keep((block, end)), with_kwargs=True))
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    wide = torch.promote_types(model.dtype, torch.float32)
-    units = {}
-    for block in all_blocks(len(layers)):
-        if block not in base:
-            x, f = seen[block, 0][0].to(wide), seen[block, 1][1].to(wide)
-            units[frozenset({block})] = x.numpy(), (x + f).numpy()
-    for index in range(len(layers)):
-        unit = frozenset(BlockId(kind, index) for kind in BlockKind) - base
-        if len(unit) == 2:
-            units[unit] = tuple(state.to(wide).numpy() for state in seen[index])
-    return units
-
-
-def influence(name, x, y):
-    """From its formula: x is read, y = x + f goes on."""
-    if name == "block_influence":
-        return 1 - np.mean((x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)))
-    if name == "relative_magnitude":
-        return np.mean(np.linalg.norm(y - x, axis=-1) / np.linalg.norm(y, axis=-1))
-    if name == "angular_distance":
-        return np.arccos(x[-1] @ y[-1] / (np.linalg.norm(x[-1]) * np.linalg.norm(y[-1]))) / np.pi
-    return np.sqrt(((y - x) ** 2).sum() / (y**2).sum())
-
-
 @pytest.mark.parametrize("batch_tokens", [1000, 24], ids=["one batch", "batches"])
 @pytest.mark.parametrize("base", ["", "mha.1,mlp.2", "mha.0,mlp.0"])
 @pytest.mark.parametrize("variant", GRID)
@@ -341,26 +244,6 @@ def test_adjacent_layers_are_a_unit(variant):
                 for (first, last), mask in zip(runs, asked, strict=True):
                     wanted = influence(name, seen[first], seen[last + 1])
                     assert found[mask, index] == pytest.approx(wanted, rel=tolerance(variant))
-
-
-def states_of(model, base, tokens):
-    """What each layer reads, and what the last one leaves, [T, H] each."""
-    seen, layers = [], decoder_layers(model)
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].numpy()) if args else None)
-        for layer in layers
-    ]
-    hooks.append(layers[-1].register_forward_hook(lambda _, args, out: seen.append(first_of(out)[0].numpy())))
-    with masked(model, base), torch.no_grad():
-        model(input_ids=torch.tensor([[token if token >= 0 else ~token for token in tokens]]), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    assert len(seen) == len(layers) + 1
-    return seen
-
-
-def first_of(value):
-    return value[0] if isinstance(value, tuple) else value
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
@@ -446,8 +329,8 @@ def test_taylor_is_that_of_the_models_own_gradients(variant, base):
         wanted = sum((p * mean[p]).abs().sum().item() for p in own)
         values = [found[base | unit, index] for index in range(len(ROWS))]
         assert np.mean(values) == pytest.approx(wanted, rel=max(1e-9, 10 * tolerance(variant)))
-        for row, value in zip(rows, values, strict=True):
-            share = sum((p.abs() * mean[p].sign() * row[p]).sum().item() for p in own)
+        for gradient, value in zip(rows, values, strict=True):
+            share = sum((p.abs() * mean[p].sign() * gradient[p]).sum().item() for p in own)
             assert value == pytest.approx(share, rel=1e-6, abs=1e-6 * wanted)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 

@@ -70,7 +70,7 @@ def test_the_schema_is_that_of_the_settings():
     [
         ({"model": {"source": "hub", "repo": "a/b"}, "calibraton": {}}, "calibraton"),
         ({"model": {"source": "hub", "rep": "a/b"}}, "not valid under any"),
-        ({"model": {"source": "hub", "repo": "a/b"}, "score": {"method": "beam", "options": {"tries": 1}}}, "tries"),
+        ({"model": {"source": "hub", "repo": "a/b"}, "score": {"method": "swap", "options": {"width": 1}}}, "width"),
     ],
 )
 def test_the_schema_shows_mistakes(values, words):
@@ -125,7 +125,7 @@ def llama(tmp_path, monkeypatch):
 
 
 def test_targets_may_differ_in_healing_and_method_alone(llama):
-    found = llama(before={}, between={"compensate": "refit"}, after={"recover": True}, beam={"method": "beam"})
+    found = llama(before={}, between={"compensate": "refit"}, after={"recover": True}, swap={"method": "swap"})
     assert found.target("after").recover and not found.target("before").recover
     assert found.budgets_of("llama2-7b") == ("0.2",)
     with refused("settings") as error:
@@ -153,14 +153,14 @@ def test_a_target_that_does_not_fit_its_run(tmp_path, monkeypatch, changes, rule
 def test_sections_have_the_searches_of_all_targets(llama):
     """The run's own comes first, and another method keeps what is measured, not how."""
     run = load_run("smollm2", ROOT / "runs")
-    targets = llama(a={}, b={"budget": "0.3"}, c={"method": "beam"}, d={"method": "recommended", "budget": "7layers"})
+    targets = llama(a={}, b={"budget": "0.3"}, c={"method": "swap"}, d={"method": "recommended", "budget": "7layers"})
     found = resolve(run, targets.targets_of("llama2-7b"))
     assert {name: asked.budgets for name, asked in found.score.items()} == {
-        "floating": ("0.2", "0.3"), "beam": ("0.2",), "recommended": ("7layers",),
+        "floating": ("0.2", "0.3"), "swap": ("0.2",), "recommended": ("7layers",),
     }  # fmt: skip
-    own, beam, recommended = (asked.score for asked in found.score.values())
+    own, swap, recommended = (asked.score for asked in found.score.values())
     assert (
-        own.options == {"tries": 2, "per": "parameters"} and beam.acceleration == "none" and beam.options["width"] > 0
+        own.options == {"tries": 2, "per": "parameters"} and swap.acceleration == "none" and swap.options["tries"] > 2
     )
     assert (recommended.method, recommended.acceleration) == ("floating", "lazy+race")
     assert set(found.sources.texts) == {"perplexity", "calibration"} and found.train is None
@@ -201,7 +201,6 @@ BAD_RUNS = [
     (answers(split="paper"), "calibration"),
     (answers(num_samples=1), "calibration"),
     (lambda v: v["score"].update(unit="layer", candidates="mha"), "score"),
-    (lambda v: v["score"].update(acceleration="none", audit=3), "score"),
     (lambda v: v["score"].update(acceleration="race", floor=3), "score"),
     (lambda v: v["score"].update(options={"width": 2}), "score.options.width"),
     (lambda v: v.update(export=[]), "export"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
@@ -55,7 +53,7 @@ from blockpruner.reporting.tables import curve_csv, headline, tiles
 from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import read_trace, trace_directory
-from blockpruner.store.files import write_json
+from blockpruner.store.files import read_json, read_table, write_sealed_json, write_table
 from stages.report import name_of
 from tests.builders import FakeScorer, by_text, scored, short_rows, small_config, speed_facts
 from tests.errors import refused
@@ -132,12 +130,12 @@ def build(data: Path, world: World = World()) -> Path:
             plan |= {"order": [format_mask(masks[count - 1])], "ratios": [plan["ratio"]], "nested": False}
             used = _swapped(masks, nlls, count)
         plan |= _transform(world, plan, count)
+        write_sealed_json(data / "compensated" / target / "compensate.json", {"search": "mine"})
         if searched:
-            (data / "plans" / target).mkdir(parents=True)
-            pq.write_table(pa.Table.from_pylist(used, ITERATIONS), data / "plans" / target / "iterations.parquet")
+            write_table(data / "plans" / target / "mine.parquet", pa.Table.from_pylist(used, ITERATIONS))
         heldout = world.heldout_factor * (nlls[count] - nlls[0])
         results(data / "evidence" / target, world, position + 1, heldout, (world.speedups[position], plan))
-        write_json(data / "evidence" / target / "plan.json", plan)
+        write_sealed_json(data / "evidence" / target / "plan.json", plan)
     return data
 
 
@@ -226,12 +224,12 @@ def results(path: Path, world: World, position: int, heldout: float, pruned: tup
     perplexity = {"perplexity": 20 * math.exp(heldout), "nll": math.log(20) + heldout, "row_nll": rows.tolist(),
                   "rows": 6, "tokens": 6144, "seq_len": 1024}  # fmt: skip
     samples = [{"prompt": "Why <blue>?", "text": f"answer {position}"}, {"prompt": "And why?", "text": ""}]
-    write_json(path / "results.json", {"parameters": parameters, "weight_bytes": 4 * parameters,
+    write_sealed_json(path / "results.json", {"parameters": parameters, "weight_bytes": 4 * parameters,
                "perplexity": perplexity, "samples": samples, "formats": ["gguf", "hf"] if pruned else [],
                "tasks": tasks, "average": average, "chance": CHANCE})  # fmt: skip
     made = {"piqa": MADE, "size": {}, "perplexity": MADE if pruned else MADE | ELSEWHERE}
-    write_json(path / "speed.json", {"speed": speed, "made": made})
-    pq.write_table(pa.Table.from_pylist(items, ITEMS), path / "items.parquet")
+    write_sealed_json(path / "speed.json", {"speed": speed, "made": made})
+    write_table(path / "items.parquet", pa.Table.from_pylist(items, ITEMS))
 
 
 MADE = {
@@ -298,7 +296,7 @@ def curve(found: ReportedRun) -> list[str]:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
@@ -388,7 +386,9 @@ def test_the_big_row_has_the_intervals_of_scipy(tmp_path: Path) -> None:
     low, high = np.exp(stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d)))
     assert perplexity.value == f"{math.exp(d.mean()):.2f}×" and perplexity.tone == "bad"
     assert perplexity.interval == f"95 %: {low:.2f} to {high:.2f}"
-    items = [pq.read_table(tmp_path / f"evidence/tiny-{name}/items.parquet").to_pylist() for name in ("dense", "b")]
+    items = [
+        read_table(tmp_path / f"evidence/tiny-{name}/items.parquet", ITEMS)[0].to_pylist() for name in ("dense", "b")
+    ]
     p = np.array([b["p_gold"] - a["p_gold"] for a, b in zip(*items, strict=True)]).reshape(3, 50)
     error = math.sqrt(float((p.var(axis=1, ddof=1) / 50).sum())) / 3
     ends = [f"{100 * (p.mean() + k * error):+.1f}".replace("-", "−") for k in (-2, 2)]
@@ -536,7 +536,7 @@ def test_the_verdict_is_by_what_was_measured_of_a_model(
 ) -> None:
     build(tmp_path, replace(World(), **change))
     for path in (tmp_path / "evidence" / target / "plan.json" for target in ("tiny-a", "tiny-b")):
-        write_json(path, _json(path) | {"train": healed})
+        write_sealed_json(path, _json(path) | {"train": healed})
     (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, tmp_path)
     best = recommended(found.targets)
     assert (best and best.name) == name
@@ -576,7 +576,7 @@ def test_nothing_is_compared_with_a_time_that_is_not_known(tmp_path: Path, untim
     """Be it the whole run or a part that was computed with other settings."""
     data, names = build(tmp_path), ["tiny-a", "tiny-b"]
     for name in untimed:
-        write_json(data / "evidence" / name / "speed.json", {"speed": None, "made": {}})
+        write_sealed_json(data / "evidence" / name / "speed.json", {"speed": None, "made": {}})
     write_report(data / "report", "A title", names, LABELS, data, True)
     (found,) = read_runs(names, LABELS, data)
     table = rows(headline(found))
@@ -652,11 +652,11 @@ def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> N
         fields["tasks"]["wikitext"] = {"metric": "word_perplexity", "value": 30.0 + number, "stderr": None, "items": 2}
         fields["tasks"]["gsm8k"] = {"metric": "exact_match", "value": 0.5, "stderr": 0.5, "items": 2}
         fields["chance"] |= {"wikitext": None, "gsm8k": 0.0}
-        write_json(path / "results.json", fields)
-        items = pq.read_table(path / "items.parquet").to_pylist()
+        write_sealed_json(path / "results.json", fields)
+        items = read_table(path / "items.parquet", ITEMS)[0].to_pylist()
         items += [items[0] | {"task": "gsm8k", "item": i, "acc": None, "exact_match": float(i)} for i in range(2)]
         items += [items[0] | {"task": "wikitext", "item": i, "acc": None, "word_perplexity": 30.0} for i in range(2)]
-        pq.write_table(pa.Table.from_pylist(items, ITEMS), path / "items.parquet")
+        write_table(path / "items.parquet", pa.Table.from_pylist(items, ITEMS))
     (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, data)
     assert list(found.chance) == [*CHANCE, "gsm8k"]
     assert all(set(option.model.scores) == {*CHANCE, "gsm8k"} for option in found.options)
@@ -664,7 +664,7 @@ def test_a_perplexity_is_a_row_of_its_own_and_in_no_average(tmp_path: Path) -> N
     table = rows(headline(found))
     assert table["wikitext, word perplexity"]["tiny-a"] == "30.00" and table["gsm8k, %"]["chance"] == "0.0"
     fields["tasks"], fields["chance"] = {"wikitext": fields["tasks"]["wikitext"]}, {"wikitext": None}
-    write_json(data / "evidence" / "tiny-dense" / "results.json", fields)
+    write_sealed_json(data / "evidence" / "tiny-dense" / "results.json", fields)
     with refused("no-accuracy"):
         read_runs(["tiny-a"], LABELS, data)
 
@@ -677,9 +677,9 @@ def test_what_healed_a_target_is_shown(tmp_path: Path) -> None:
     assert "Weights healed by" not in rows(headline(plain))
     for name, after, changes in (("tiny-a", 20.5, {"train": True}), ("tiny-b", 30.25, {})):
         path = tmp_path / "evidence" / name / "plan.json"
-        write_json(path, _json(path) | {"compensate": "refit"} | changes)
+        write_sealed_json(path, _json(path) | {"compensate": "refit"} | changes)
         found = {"dense": 12.0, "before": 30.25, "after": after}
-        write_json(tmp_path / "compensated" / name / "compensate.json", {"enabled": True, "perplexity": found})
+        write_sealed_json(tmp_path / "compensated" / name / "compensate.json", {"search": "mine", "perplexity": found})
     labels = {"tiny": replace(LABEL, compensation="Wikipedia", training="LoRA on 8,000 samples")}
     (found,) = read_runs(["tiny-a", "tiny-b", "tiny-c"], labels, tmp_path)
     row = rows(headline(found))["Weights healed by"]
@@ -693,17 +693,18 @@ def test_what_healed_a_target_is_shown(tmp_path: Path) -> None:
     ("damage", "rule"),
     [
         (lambda d: (d / "evidence/tiny-dense/results.json").unlink(), ""),
-        (lambda d: (d / "plans/tiny-a/iterations.parquet").write_bytes(b"PAR1"), ""),
+        (lambda d: (d / "plans/tiny-a/mine.parquet").write_bytes(b"PAR1"), ""),
         (lambda d: (d / "evidence/tiny-a/items.parquet").write_bytes(b""), ""),
         (
-            lambda d: pq.write_table(
-                pq.read_table(d / "evidence/tiny-a/items.parquet").slice(1), d / "evidence/tiny-a/items.parquet"
+            lambda d: write_table(
+                d / "evidence/tiny-a/items.parquet", read_table(d / "evidence/tiny-a/items.parquet", ITEMS)[0].slice(1)
             ),
             "different-items",
         ),
         (
-            lambda d: (d / "evidence/tiny-a/plan.json").write_text(
-                (d / "evidence/tiny-a/plan.json").read_text().replace('"order": [\n    "m', '"order": [\n    "x')
+            lambda d: write_sealed_json(
+                d / "evidence/tiny-a/plan.json",
+                _json(d / "evidence/tiny-a/plan.json") | {"order": ["mha.5", "mha.6", "mha.7"]},
             ),
             "different-searches",
         ),
@@ -820,9 +821,8 @@ def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
         ("one_shot", {"metric": "kl", "unit": "layer"}, "whole layers"),
         ("random", {}, "blocks"),
         ("given", {"options": {"order": ("mha.1,mlp.1", "mha.2,mlp.2", "mha.0,mlp.0")}}, "whole layers"),
-        ("beam", {"candidates": "mha"}, "MHA blocks"),
+        ("floating", {"candidates": "mha"}, "MHA blocks"),
         ("contiguous", {"unit": "layer", "metric": "angular_distance"}, "whole layers"),
-        ("evopress", {"options": {"generations": 3, "offspring": 4, "tokens": (3, 5)}}, "blocks"),
         ("swap", {"options": {"tries": 4}}, "blocks"),
     ],
 )

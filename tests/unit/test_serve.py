@@ -30,9 +30,10 @@ def test_forms_describe_every_field_and_enforce_nothing():
         schema = deployment._parameter_openapi_schema.model_dump()
         is_valid_schema(schema)
         assert not deployment.enforce_parameter_schema
-        (argument,) = schema["properties"].values()
-        form = schema["definitions"][argument["$ref"].rpartition("/")[2]]
-        assert form["description"] and all(field["description"] for field in form["properties"].values())
+        fields = [*schema["properties"].values()]
+        for name in [field["$ref"].rpartition("/")[2] for field in fields if "$ref" in field]:
+            fields = [*schema["definitions"][name]["properties"].values()]
+        assert fields and all(field["description"] for field in fields)
 
 
 @pytest.fixture

@@ -3,35 +3,25 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
-from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLossError
+from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.families import FAMILIES
 from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large import streaming
-from blockpruner.scoring.large import weights as weights_module
-from blockpruner.scoring.large.memory import is_in_memory
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
+from tests.oracles import make_rows, score_all, sweep
 from tests.tiny import GRID, full_nll, tiny_model, tolerance
-from tests.unit.test_engine import make_rows, score_all, sweep
-
-
-@pytest.fixture
-def disk(monkeypatch):
-    """The temporary folder counts as a disk, wherever it is."""
-    monkeypatch.setattr(streaming, "is_in_memory", lambda place: False)
 
 
 def save(directory, family="llama", dtype=torch.float64, shard="5GB", **config):
@@ -106,9 +96,8 @@ EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
     ],
     ids=str,
 )
-def test_shards_dtypes_and_experts(tmp_path, monkeypatch, family, stored, dtype, shard, config):
-    """A weight of another dtype passes in pieces; experts are ordered by number: of twelve, 10 and 11 come last."""
-    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)
+def test_shards_dtypes_and_experts(tmp_path, family, stored, dtype, shard, config):
+    """Experts are ordered by number: of twelve, 10 and 11 come last."""
     save(tmp_path, family, getattr(torch, stored), shard, **config)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 3) is (shard == "60KB")
     streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]), dtype)
@@ -131,40 +120,29 @@ def test_eager_attention(tmp_path):
     assert score_all(engine, sweep(), rows) == score_all(in_memory, sweep(), rows)
 
 
-@pytest.mark.parametrize("in_ram", [0, 1, 7, 1000])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_tiles_on_disk(tmp_path, monkeypatch, disk, family, in_ram):
-    """The same values wherever the tiles are, twice; what is read and written is what distinct states need."""
-    length, hidden, layers = 12, 32, 4
-    tile, rows = length * hidden * 8, make_rows([length])
-    masks = list(dict.fromkeys([*sweep(), *random_masks(12)]))
-    (tmp_path / "spill").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spill"))
-    engine = StreamingEngine(save(tmp_path, family), "float64", device="cpu", tile_memory=in_ram * tile)
-    expected = score_all(Engine(load_model(tmp_path, "float64", "cpu")), masks, rows)
-    assert score_all(engine, masks, rows) == expected
+@pytest.mark.parametrize(("room", "passes"), [(4, 3), (9, 1)])
+def test_as_many_passes_as_the_states_need(tmp_path, monkeypatch, room, passes):
+    """Half of the free memory holds so many of nine states. The last pass has the dense model, so each reads all."""
+    rows, notes, tile = make_rows([16] * 12), [], 12 * 16 * 32 * 8
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=1000, note=notes.append)
+    monkeypatch.setattr(streaming, "available_memory", lambda: 2 * room * tile)
+    in_memory = Engine(load_model(tmp_path, "float64", "cpu"), 1000)
+    assert score_all(engine, sweep(), rows) == score_all(in_memory, sweep(), rows)
+    assert len(notes) == passes
+    assert engine.weight_bytes_read == passes * sum(weight.nbytes for weight in tiny_model().parameters())
 
-    def states(layer):
-        """Distinct states before a layer."""
-        return {frozenset(block for block in mask if block.layer < layer) for mask in masks}
 
-    assert engine.plan.tiles == len(masks) == len(states(layers))
-    assert engine.plan.ram_tiles == min(in_ram, len(masks))
-    if in_ram == 0:
-
-        def changed(layer, last):
-            """Distinct states, before layer `last`, of masks that keep a part of a layer."""
-            kept = [mask for mask in masks if sum(block.layer == layer for block in mask) < 2]
-            return {frozenset(block for block in mask if block.layer < last) for mask in kept}
-
-        read = sum(len(changed(layer, layer)) for layer in range(layers))
-        written = sum(len(changed(layer, layer + 1)) for layer in range(layers))
-        assert engine.spill_bytes_read == (read + len(masks)) * tile
-        assert engine.spill_bytes_written == (1 + written) * tile
-    assert (engine.spill_bytes_read > 0) is (in_ram < len(masks))
-    assert score_all(engine, masks, rows) == expected
-    assert not list((tmp_path / "spill").iterdir())
-    assert all(parameter.is_meta for parameter in engine._model.parameters())
+def test_weights_and_states_that_do_not_fit_are_refused_before_reading(tmp_path, monkeypatch):
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=10**5)
+    held = engine.plan_of([Task(range(1), (DENSE,))], make_rows([16])).weights_held
+    for free, words in (
+        (2 * held - 2, "weights take .*half of the free memory"),
+        (2 * held, "a state takes .*half of the free memory"),
+    ):
+        monkeypatch.setattr(streaming, "available_memory", lambda free=free: free)
+        with pytest.raises(DeviceMemoryError, match=rf"{words}.*Nothing was read"):
+            score_all(engine, sweep(), make_rows([16] * 200))
+    assert engine.weight_bytes_read == 0
 
 
 def test_each_weight_is_read_once_and_no_weight_that_all_masks_remove(tmp_path):
@@ -183,24 +161,20 @@ QUIET = """
 import json, re, sys
 from pathlib import Path
 from blockpruner.core.blocks import DENSE, all_blocks
-from blockpruner.scoring.large import streaming
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
-
-streaming.is_in_memory = lambda place: False
 
 def rchar():
     return int(re.search(r"rchar: (\\d+)", Path("/proc/self/io").read_text())[1])
 
 results = []
 for path in sys.argv[1:]:
-    for tile_memory in (None, 0):
-        engine = StreamingEngine(Path(path), "float32", device="cpu", tile_memory=tile_memory)
-        tasks = [Task(range(1), (DENSE, *(frozenset({block}) for block in all_blocks(4))))]
-        list(engine.run(tasks, [[1, 2, 3]]))  # what is imported by then is not read again
-        before, spill, weights = rchar(), engine.spill_bytes_read, engine.weight_bytes_read
-        list(engine.run(tasks, [[1, 2, 3]]))
-        results.append([rchar() - before, engine.spill_bytes_read - spill, engine.weight_bytes_read - weights])
+    engine = StreamingEngine(Path(path), "float32", device="cpu")
+    tasks = [Task(range(1), (DENSE, *(frozenset({block}) for block in all_blocks(4))))]
+    list(engine.run(tasks, [[1, 2, 3]]))  # what is imported by then is not read again
+    before, weights = rchar(), engine.weight_bytes_read
+    list(engine.run(tasks, [[1, 2, 3]]))
+    results.append([rchar() - before, engine.weight_bytes_read - weights])
 print(json.dumps(results))
 """
 
@@ -209,15 +183,14 @@ def test_bytes_read_as_the_system_counts_them(tmp_path):
     sizes = []
     for name, tied, shard in (("untied", False, "1MB"), ("tied", True, "5GB")):
         save(tmp_path / name, dtype=torch.float32, shard=shard, hidden_size=256, tie_word_embeddings=tied)
-        sizes += [sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors"))] * 2
+        sizes += [sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors"))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", QUIET, str(tmp_path / "untied"), str(tmp_path / "tied")]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     results = json.loads(output.splitlines()[-1])
-    for size, (read, spilled, weights) in zip(sizes, results, strict=True):
-        assert 0.95 * size <= read - spilled <= 1.1 * size
+    for size, (read, weights) in zip(sizes, results, strict=True):
+        assert 0.95 * size <= read <= 1.1 * size
         assert 0.95 * size <= weights <= size
-    assert [spilled > 0 for _, spilled, _ in results] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("wide", [0, 1])
@@ -241,41 +214,13 @@ def test_the_plan_is_noted_and_layers_are_counted(tmp_path):
     )
     score_all(engine, sweep(), make_rows([16]))
     (note,) = notes
-    assert "9 states" in note and "9 in memory and 0 on disk" in note
+    assert "9 states" in note
     assert steps == [(n + 1, 4, f"layer {n}") for n in range(4)]
 
 
-def test_states_and_weights_take_half_of_what_is_free_each(tmp_path, monkeypatch, disk):
-    engine, rows = StreamingEngine(save(tmp_path), "float64", device="cpu"), make_rows([16])
-    expected = score_all(engine, sweep(), rows)
-    tile, ahead = engine.plan.tile, engine.plan.weights_held
-    least = StreamingEngine(tmp_path, "float64", device="cpu", slabs=1)._held(engine._groups(DENSE), 1)
-    for free, slabs, in_ram in ((4 * ahead, 2, 9), (4 * ahead - 4, 1, 9), (2 * least, 1, 9)):
-        monkeypatch.setattr(streaming, "available_memory", lambda free=free: free)
-        assert score_all(engine, sweep(), rows) == expected
-        assert (engine.plan.slabs, engine.plan.ram_tiles) == (slabs, in_ram)
-    monkeypatch.setattr(streaming, "available_memory", lambda: 2 * least - 2)
-    before = engine.weight_bytes_read
-    with pytest.raises(DeviceMemoryError, match=r"weights take .*half of the free memory is .*Nothing was read"):
-        score_all(engine, sweep(), rows)
-    assert engine.weight_bytes_read == before and 9 * tile < least
-
-
-def test_tiles_go_to_disk_when_memory_is_short(tmp_path, monkeypatch, disk):
-    engine, rows = StreamingEngine(save(tmp_path), "float64", device="cpu"), make_rows([16] * 12)
-    batches = 3 * [range(0, 12)]
-    tasks = [Task(span, tuple(random_masks(20, seed=n))) for n, span in enumerate(batches)]
-    plan = engine.plan_of(tasks, rows)
-    monkeypatch.setattr(streaming, "available_memory", lambda: 2 * max(plan.weights_held, 5 * plan.tile) + 2)
-    again = engine.plan_of(tasks, rows)
-    assert again.ram_tiles == max(plan.weights_held, 5 * plan.tile) // plan.tile < again.tiles
-    assert again.spill == (again.tiles - again.ram_tiles) * again.tile
-
-
-@pytest.mark.parametrize("slabs", [1, 2])
-def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch, slabs):
-    """With two slabs a layer's last block waits until the next weights are being read, from a slow file."""
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", slabs=slabs)
+def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch):
+    """A layer's last block waits until the next weights are being read, from a slow file."""
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu")
     expected = score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), make_rows([16]))
     groups, log, read = engine._groups(DENSE), [], os.preadv
     begun = [threading.Event() for _ in groups]
@@ -292,7 +237,7 @@ def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch, sl
 
     def computing(which, *rest):
         following = begun[which.layer + 2]  # before a layer there are the embedding's weights
-        assert following.wait(60) if slabs == 2 else not following.is_set()
+        assert following.wait(60)
         log.append(which)
         return block(which, *rest)
 
@@ -301,29 +246,6 @@ def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch, sl
     monkeypatch.setattr(os, "preadv", slow)
     assert score_all(engine, sweep(), make_rows([16])) == expected
     assert set(log) == set(all_blocks(4))
-
-
-def test_a_tile_is_read_while_the_one_before_is_in_use(tmp_path, monkeypatch, disk):
-    """Before a state is handed out the next one is being read."""
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
-    expected = score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), make_rows([16]))
-    states, get, seen = streaming._Tiles.in_turn, streaming._Tiles._get, []
-
-    def watched(tiles, slots, shape):
-        tiles.begun = [threading.Event() for _ in slots]
-        for number, state in enumerate(states(tiles, slots, shape)):
-            assert number + 1 == len(slots) or tiles.begun[number + 1].wait(60)
-            seen.append(number)
-            yield state
-
-    def begun(tiles, shape, slot, arrival):
-        next(event for event in tiles.begun if not event.is_set()).set()
-        return get(tiles, shape, slot, arrival)
-
-    monkeypatch.setattr(streaming._Tiles, "in_turn", watched)
-    monkeypatch.setattr(streaming._Tiles, "_get", begun)
-    assert score_all(engine, sweep(), make_rows([16])) == expected
-    assert max(seen) > 5 and engine.spill_bytes_read > 0
 
 
 def readers():
@@ -338,68 +260,6 @@ def test_a_file_that_is_cut_meanwhile_is_named(tmp_path):
     with pytest.raises(InputError, match=rf"^{file} ends at byte 4000, before its last tensor does; fetch"):
         score_all(engine, sweep(), make_rows([16]))
     assert not readers() and all(parameter.is_meta for parameter in engine._model.parameters())
-
-
-def test_a_pass_that_is_left_ends_with_the_piece_that_is_read(tmp_path, monkeypatch):
-    """The second layer's first piece; the next pass reads all anew."""
-    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)
-    engine, rows, late = StreamingEngine(save(tmp_path), "float64", device="cpu"), make_rows([16]), []
-    weights, block, read = engine._weights, engine._block, os.preadv
-    before = weights.stored_bytes([*engine._kept, *engine._groups(DENSE)[0], *engine._groups(DENSE)[1]])
-    begun = threading.Event()
-
-    def fail(*arguments):
-        begun.wait(60)
-        raise KeyboardInterrupt
-
-    def held(*arguments):
-        if weights.bytes_read >= before:
-            begun.set()
-            late.append(arguments)
-            for _ in range(6000):
-                if not weights._stops:
-                    time.sleep(0.01)
-        return read(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "_block", fail)
-        patch.setattr(os, "preadv", held)
-        with pytest.raises(KeyboardInterrupt):
-            score_all(engine, sweep(), rows)
-    assert len(late) == 1 and not readers()
-    assert block == engine._block
-    assert score_all(engine, sweep(), rows) == score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), rows)
-
-
-@pytest.mark.parametrize(("stored", "forgets"), [(2**26, False), (2**30, True)])
-def test_the_page_cache_is_kept_where_it_holds_the_weights(tmp_path, monkeypatch, stored, forgets):
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu")
-    monkeypatch.setattr(streaming, "available_memory", lambda: 2**30)
-    monkeypatch.setattr(engine._weights, "stored_bytes", lambda names: stored)
-    score_all(engine, [DENSE], make_rows([16]))
-    assert engine._weights.forget is forgets
-
-
-def test_too_little_disk_is_refused_before_reading(tmp_path, monkeypatch):
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(DeviceMemoryError, match=r"of disk in .*TMPDIR to a directory on a larger disk"):
-        score_all(engine, sweep(), make_rows([16]))
-    assert engine.weight_bytes_read == 0
-
-
-def test_no_tiles_in_a_file_system_that_is_memory(tmp_path, monkeypatch):
-    kinds = {}
-    for place in ("/dev/shm", "/proc", str(tmp_path)):
-        kind = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True, check=True).stdout
-        kinds[place] = kind.strip()
-        assert is_in_memory(place) == (kinds[place] in ("tmpfs", "ramfs")), (place, kind)
-    if kinds["/dev/shm"] != "tmpfs":
-        pytest.skip("no tmpfs at /dev/shm")
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", tile_memory=0)
-    monkeypatch.setattr("tempfile.tempdir", "/dev/shm")
-    with pytest.raises(DeviceMemoryError, match="disk in /dev/shm, and 0.0 MiB are free"):
-        score_all(engine, sweep(), make_rows([16]))
 
 
 @pytest.mark.parametrize("most", [3, 1, 0])
@@ -425,18 +285,6 @@ def test_batches_are_halved_where_memory_runs_out(tmp_path, monkeypatch, most):
     assert all(parameter.is_meta for parameter in engine._model.parameters())
 
 
-def test_nan_names_mask_and_row(tmp_path):
-    file = save(tmp_path) / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.embed_tokens.weight"][200] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
-    rows = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [200, 13, 14, 15, 16, 17]]
-    engine, mask = StreamingEngine(tmp_path, "float64", device="cpu", batch_tokens=6), parse_mask("mlp.1")
-    units = []
-    with pytest.raises(NonFiniteLossError, match=r"row 2 is nan with mask mlp\.1.*float32"):
-        units.extend(engine.run([Task(span, (mask,)) for span in engine.row_batches(rows, range(3))], rows))
-
-
 UP = "model.layers.2.mlp.up_proj.weight"
 EDITS = {
     "missing": lambda tensors: tensors.pop(UP),
@@ -451,8 +299,8 @@ EDITS = {
     [
         ("missing", r"missing keys: model\.layers\.2\.mlp\.up_proj\.weight"),
         ("unexpected", r"unexpected keys: model\.layers\.9\.mlp\.up_proj\.weight"),
-        ("mismatched", r"mismatched keys: model\.layers\.2\.mlp\.up_proj\.weight \[47, 32\], not \[48, 32\]"),
-        ("dtype", r"streamed \(F64, F32, F16, BF16\): model\.layers\.2\.mlp\.up_proj\.weight torch\.int8"),
+        ("mismatched", r"mismatched keys: model\.layers\.2\.mlp\.up_proj\.weight"),
+        ("dtype", r"streamed \(F64, F32, F16, BF16\): model\.layers\.2\.mlp\.up_proj\.weight"),
     ],
 )
 def test_weights_that_do_not_match(tmp_path, change, message):

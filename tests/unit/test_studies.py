@@ -27,14 +27,14 @@ from blockpruner.params import load_run
 from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.evidence import FIVE, Asked, Row, Subject, read_rows
 from blockpruner.reporting.paper.figures import figures
-from blockpruner.reporting.paper.frames import Table, texts, to_latex, to_markdown
+from blockpruner.reporting.paper.frames import table_of_frame, to_markdown
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
 from blockpruner.reporting.paper.published import MODELS, read_published
 from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
 from blockpruner.reporting.results import RunLabels
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Target
-from blockpruner.store.files import write_json, write_table
+from blockpruner.store.files import write_sealed_json, write_table
 from blockpruner.store.plans import save_plan
 from blockpruner.studies import Study, load_study, study_names, targets_of
 from tests.builders import speed_facts
@@ -58,13 +58,14 @@ def test_shipped_studies_are_of_runs_and_methods_that_there_are(name):
         settings = load_run(run, ROOT / "runs")
         own = {key: target for key, target in study.targets.items() if target.run == run}
         assert own and settings.export == ()
-        assert settings.recover is not None or not any(target.recover for target in own.values())
+        assert settings.train is not None or not any(target.train for target in own.values())
     assert all(re.fullmatch(r"[A-Za-z0-9-]+", key) for key in study.targets)
 
 
 def test_every_method_of_the_paper_is_a_valid_search():
     for method in RECIPES.values():
-        check_score(Score.model_validate({"method": "greedy", **method.score}))
+        for score in method.searches.values():
+            check_score(Score.model_validate(dict(score)))
     known = {key for method in RECIPES.values() for key in method.published} | {"dense"}
     assert {row.key for table in TABLES for row in read_published(PUBLISHED, table.source)} == known
 
@@ -88,7 +89,7 @@ def test_a_grid_is_every_method_at_every_budget():
         "b-blockpruner-b30kv-train", "b-blockpruner-b30kv-refit-train", "mine",
     ]  # fmt: skip
     assert found["b-blockpruner-b30kv-refit-train"] == Target(
-        run="b", budget="0.3kv", method="blockpruner", compensate="refit", recover=True
+        run="b", budget="0.3kv", method="blockpruner", compensate="refit", train=True
     )
     assert found["mine"].method is None
 
@@ -122,7 +123,9 @@ def seeded(*parts: object) -> np.random.Generator:
 
 def plan_of(target: Target) -> Plan:
     """A made-up plan at a share of the parameters."""
-    score = {"unit": "block", "candidates": "all", "method": "greedy"} | dict(RECIPES[target.method].score)
+    score = {"unit": "block", "candidates": "all", "method": "greedy"} | dict(
+        next(iter(RECIPES[target.method].searches.values()))
+    )
     units = removable_units(LAYERS, score["unit"], score["candidates"])
     queue = [units[i] for i in seeded(target.method, target.run).permutation(len(units))]
     sizes = np.cumsum([sum({"mha": MHA, "mlp": MLP}[b.kind] for b in unit) for unit in queue]) / TOTAL
@@ -160,13 +163,13 @@ def measure(folder: Path, ratio: float, quality: float, tasks: tuple[str, ...], 
     write_table(folder / "items.parquet", pa.Table.from_pylist(items, ITEMS))
     results = {"parameters": round(TOTAL * (1 - ratio)), "weight_bytes": 270_000_000, "perplexity": text,
                "tasks": facts, "average": {"value": 0.0, "stderr": 0.0}}  # fmt: skip
-    write_json(folder / "results.json", results)
+    write_sealed_json(folder / "results.json", results)
     seconds = {part: (s * (1 - 0.9 * ratio) * seeded(name, part).normal(1, 0.02, 8)).tolist()
                for part, s in (("prefill", 0.2), ("decode", 1.0), ("generation", 1.2))}  # fmt: skip
     own = speed_facts(seconds, 2**22, 280_000_000, prompt_tokens=128, new_tokens=32, batch=1, repeats=8)
     speed = {"dense": own} if dense is None else {"dense": dense, "pruned": own}
     search = {"seconds": 90.0, "trials_asked": 20, "trials_computed": 10}
-    write_json(folder / "speed.json", {"speed": speed, "made": {}, "search": search})
+    write_sealed_json(folder / "speed.json", {"speed": speed, "made": {}, "search": search})
 
 
 def evidence(folder: Path, study: Study, tasks: tuple[str, ...] = FIVE) -> Path:
@@ -179,7 +182,7 @@ def evidence(folder: Path, study: Study, tasks: tuple[str, ...] = FIVE) -> Path:
                 plan = plan_of(target)
                 save_plan(plan, folder / name / "plan.json")
                 quality = (1.0 if target.method == "blockpruner" else 1.5) - 0.3 * (target.compensate != "none")
-                measure(folder / name, plan.ratio, quality - 0.8 * target.recover, tasks, timed)
+                measure(folder / name, plan.ratio, quality - 0.8 * target.train, tasks, timed)
     return folder
 
 
@@ -304,7 +307,7 @@ def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
     study = study_of(["blockpruner", "shortgpt", "laco", "taylor"], ["0.20"])
     folder = evidence(tmp_path / "evidence", study)
     shutil.rmtree(folder / "tiny-shortgpt-b20")
-    write_json(folder / "tiny-laco-b20" / "failed.json", {"stage": "score", "reason": "removes 6 or 8 layers"})
+    write_sealed_json(folder / "tiny-laco-b20" / "failed.json", {"stage": "score", "reason": "removes 6 or 8 layers"})
     table = pa.Table.from_pandas(raw(folder, "tiny-taylor-b20")[1].iloc[:-1], ITEMS, preserve_index=False)
     write_table(folder / "tiny-taylor-b20" / "items.parquet", table)
     frame = models_frame(rows_of(study, folder))
@@ -360,12 +363,11 @@ def test_figures_are_of_what_was_measured(rows):
 def test_a_cell_has_its_number_error_and_interval():
     cells = {"method": "a & b|c", "avg_pct": 47.2, "avg_pct_se": 3.03, "kv_pct": -20.0, "heldout_x": 1234.567}
     frame = pd.DataFrame([cells | {"heldout_x_low": 1.5, "heldout_x_high": 2e3, "piqa": None}])
-    shown = texts(frame).iloc[0].to_dict()
+    table = table_of_frame("t", "A table", frame)
+    shown = dict(zip(table.head, table.texts[0], strict=True))
     assert shown == {"method": "a & b|c", "accuracy, %": "47.2 ± 3.0", "KV cache, %": "−20",
                      "held-out, × dense": "1,234.57 [1.50, 2,000.00]"}  # fmt: skip
     assert to_markdown(frame).splitlines()[2].startswith("| a & b\\|c | 47.2 ± 3.0 |")
-    latex = to_latex(Table("t", "A table", frame))
-    assert r"a \& b|c & 47.2 ± 3.0" in latex and r"\label{tab:t}" in latex and r"accuracy, \%" in latex
 
 
 # docs/

@@ -24,7 +24,7 @@ from blockpruner.evaluation.suite import Checkpoint, InMemory
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_
-from blockpruner.store.files import read_json, write_json, write_table
+from blockpruner.store.files import read_json, write_sealed_json, write_table
 from blockpruner.store.manifest import manifest, model_identity
 from blockpruner.store.plans import load_plan
 from tests.plans import plan_of
@@ -98,7 +98,7 @@ def evaluate(root, observer, checkpoint="pruned", subject=None, **changes):
 
 def call_verified(checkpoint):
     """As after a verification that found no difference."""
-    write_json(checkpoint / "verification.json", {"ok": True, "manifest": manifest(checkpoint)})
+    write_sealed_json(checkpoint / "verification.json", {"ok": True, "manifest": manifest(checkpoint)})
 
 
 def no_model(*args, **kwargs):

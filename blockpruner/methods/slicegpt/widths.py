@@ -47,9 +47,9 @@ def sliced_width(hidden: int, sparsity: float, multiple: int = MULTIPLE) -> int:
 def sliced_parameters(config: Config, width: int) -> tuple[int, int]:
     """Parameters of the dense model and of the same sliced to `width` columns n, d being its hidden size.
 
-    Of the sliced model count: embedding [V, n] and head [V, d], never tied; every block as one of hidden size n, since
-    heads and inner size stay; the last MLP's output, which keeps d rows; the shortcut matrices, [n, n] after each
-    block but [n, d] after the last. Norms have no scale left. All parameters of the dense model count, norms
+    These parts of the sliced model count: embedding [V, n] and head [V, d], never tied; every block as one of hidden
+    size n, since heads and inner size stay; the last MLP's output, which keeps d rows; the shortcut matrices, [n, n]
+    after each block but [n, d] after the last. Norms have no scale left. All parameters of the dense model count, norms
     included. So Llama-2's 7B at width 2864 has a ratio of 21.45 %, its 13B at 3584 one of 21.52 %, as arXiv 2406.10594
     reports. Shortcuts and untied embeddings come on top: near full width the "sliced" model is the larger one.
     """

@@ -76,7 +76,8 @@ class Row:
     @property
     def title(self) -> str:
         """Its method, and what was done after it."""
-        return " + ".join(filter(None, (recipe(self.method).title, self.healing)))
+        title = DENSE if self.method == DENSE else recipe(self.method).title
+        return " + ".join(filter(None, (title, self.healing)))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 
 import pandas as pd
 
+from blockpruner.reporting.table import Cell, Column, Number, Table
+
 EXTRAS = ("_se", "_low", "_high")
-BLANK = "–"
 
 
 @dataclass(frozen=True)
@@ -58,70 +59,34 @@ COLUMNS: Mapping[str, Shown] = {
 """By key. A column that is not here goes by its key: texts as they are, numbers with two digits."""
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
-    """A table of a study."""
-
-    name: str
-    title: str
-    frame: pd.DataFrame
-    note: str = ""
+def table_of_frame(name: str, title: str, frame: pd.DataFrame, note: str = "") -> Table:
+    """Make a table for people: a cell has its number, its error and its interval; columns without any value go."""
+    keys = [key for key in frame.columns if not key.endswith(EXTRAS) and frame[key].map(_is_known).any()]
+    columns = tuple(Column(key, _shown(key).title) for key in keys)
+    rows = tuple(tuple(_cell(row, key) for key in keys) for row in frame.to_dict("records"))
+    return Table(name, title, columns, rows, (note,) if note else ())
 
 
-def written(value: float, digits: int, signed: bool = False) -> str:
-    """Write a number for people: thousands with commas, a true minus; a zero has no sign."""
-    text = f"{value:,.{digits}f}"
-    if float(text.replace(",", "")) == 0:
-        text = text.lstrip("-")
-    return ("+" if signed and not text.startswith("-") and value > 0 else "") + text.replace("-", "−")
-
-
-def texts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Write a table for people: a cell has its number, its error and its interval; columns without any value go."""
-    found: dict[str, list[str]] = {}
-    for key in frame.columns:
-        if key.endswith(EXTRAS) or not frame[key].map(_is_known).any():
-            continue
-        shown = COLUMNS.get(key, Shown(key.replace("_", " ")))
-        found[shown.title] = [_cell(row, key, shown) for row in frame.to_dict("records")]
-    return pd.DataFrame(found)
+def _shown(key: str) -> Shown:
+    return COLUMNS.get(key, Shown(key.replace("_", " ")))
 
 
 def _is_known(value: Any) -> bool:
     return value is not None and value != "" and not (isinstance(value, float) and math.isnan(value))
 
 
-def _cell(row: Mapping[str, Any], key: str, shown: Shown) -> str:
-    value = row[key]
+def _cell(row: Mapping[str, Any], key: str) -> Cell:
+    value, shown = row[key], _shown(key)
     if not _is_known(value):
-        return BLANK
+        return None
     if isinstance(value, str):
         return value
-    error, low, high = (float(row[key + end]) if _is_known(row.get(key + end)) else math.inf for end in EXTRAS)
-    text = written(value, shown.digits, shown.signed)
-    if math.isfinite(error):
-        text += f" ± {written(error, shown.digits)}"
-    if math.isfinite(high - low):
-        text += f" [{written(low, shown.digits, shown.signed)}, {written(high, shown.digits, shown.signed)}]"
-    return text
-
-
-def numeric(frame: pd.DataFrame) -> list[bool]:
-    """Tell which columns of `texts` hold numbers, which are set right."""
-    kept = [k for k in frame.columns if not k.endswith(EXTRAS) and frame[k].map(_is_known).any()]
-    return [pd.api.types.is_numeric_dtype(frame[key]) for key in kept]
+    error, low, high = (float(row[key + end]) if _is_known(row.get(key + end)) else None for end in EXTRAS)
+    return Number(float(value), shown.digits, error, low, high, shown.signed)
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
-    shown = texts(frame)
-    rule = ["---:" if is_number else "---" for is_number in numeric(frame)]
-    rows = [list(shown.columns), rule, *shown.to_numpy().tolist()]
+    table = table_of_frame("", "", frame)
+    rule = ["---:" if is_number else "---" for is_number in table.numeric]
+    rows = [table.head, rule, *table.texts]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
-
-
-def to_latex(table: Table) -> str:
-    """Write a `table` for a document with the package booktabs."""
-    shown = texts(table.frame)
-    kinds = "".join("r" if is_number else "l" for is_number in numeric(table.frame))
-    style = shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    return str(style.to_latex(column_format=kinds, hrules=True, caption=table.title, label=f"tab:{table.name}"))

@@ -11,51 +11,61 @@ from pathlib import Path
 import pandas as pd
 
 from blockpruner.methods.recipes import BLOCKPRUNER
-from blockpruner.reporting.grids import Column, Grid
 from blockpruner.reporting.pages import Page, Section, made_line, write_page
 from blockpruner.reporting.paper.evidence import Row
 from blockpruner.reporting.paper.figures import figures
-from blockpruner.reporting.paper.frames import Table, texts, to_latex, to_markdown, written
+from blockpruner.reporting.paper.frames import table_of_frame, to_markdown
 from blockpruner.reporting.paper.published import DENSE
-from blockpruner.reporting.paper.tables import bands, draws, front, measured, models_frame, paired, paper_tables
+from blockpruner.reporting.paper.tables import (
+    FrameTable,
+    bands,
+    draws,
+    front,
+    measured,
+    models_frame,
+    paired,
+    paper_tables,
+)
+from blockpruner.reporting.table import Number, to_csv, to_latex
 
 FRONT_TITLE = "The best models of each size"
 
 
-def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
+def study_tables(rows: Sequence[Row], published: Path) -> list[FrameTable]:
     """Make every table of a study, the front page's first."""
     frame = models_frame(rows)
-    chosen = [Table("front", FRONT_TITLE, front(frame))] if len(measured(frame)) else []
-    every = Table("models", "Every model", frame.drop(columns=["recipe"]))
+    chosen = [FrameTable("front", FRONT_TITLE, front(frame))] if len(measured(frame)) else []
+    every = FrameTable("models", "Every model", frame.drop(columns=["recipe"]))
     return [*chosen, *paper_tables(frame, published), *paired(rows), *draws(frame), every]
 
 
 def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> None:
     """Write the tables and figures of a study in the place of `out`, as a whole or not at all."""
-    frame, tables = models_frame(rows), study_tables(rows, published)
+    frame, own = models_frame(rows), study_tables(rows, published)
+    tables = [table_of_frame(table.name, table.title, table.frame, table.note) for table in own]
     plots = figures(frame, rows)
     ours = dict.fromkeys(f"{row.subject.run}: {row.subject.labels.conditions}." for row in rows)
     made = made_line(made for row in rows if row.found for made in row.found.result.made)
     summary = results_page(title, frame, [*ours, made], [plot.name for plot in plots])
-    files = {f"tables/{table.name}.csv": table.frame.to_csv(index=False) for table in tables}
+    files = {f"tables/{table.name}.csv": to_csv(table.frame) for table in own}
     files |= {f"tables/{table.name}.tex": to_latex(table) for table in tables} | {"results.md": summary}
     sections = [Section("In short", tuple(verdict(frame)))]
-    sections += [Section(table.title, (_grid(table), *([table.note] if table.note else []))) for table in tables]
+    sections += [Section(table.title, (table,)) for table in tables]
     sections += [Section("Figures", tuple(plots)), Section("Conditions", tuple(ours))]
     write_page(out, Page(title, PREFACE, tuple(sections), made), files)
 
 
-def _grid(table: Table) -> Grid:
-    """Hand a table to the writers of pages."""
-    shown = texts(table.frame)
-    rows = tuple(map(tuple, shown.to_numpy().tolist()))
-    return Grid(table.name, table.title, tuple(Column(title, title) for title in shown.columns), rows)
+def written(value: float, digits: int) -> str:
+    return str(Number(value, digits))
 
 
 PREFACE = (
     "Measured by the pipeline of this project; nothing on this page is typed by hand. What holds for one model, and "
     "for a small one above all, need not hold for another."
 )
+
+MARKED = "<!-- table: front -->\n{}\n<!-- /table -->"
+"""`publish` fills such a block from docs/results/front.csv."""
 
 
 def verdict(frame: pd.DataFrame) -> list[str]:
@@ -100,7 +110,7 @@ def results_page(title: str, frame: pd.DataFrame, conditions: Sequence[str], plo
         PREFACE,
         "\n".join(f"- {line}" for line in verdict(frame)),
         f"## {FRONT_TITLE}",
-        to_markdown(front(frame)) if len(measured(frame)) else "Nothing is measured yet.",
+        MARKED.format(to_markdown(front(frame))) if len(measured(frame)) else "Nothing is measured yet.",
         "For each size: the lowest held-out perplexity, the lowest without training, its best rival healed alike, and "
         "BlockPruner as pruned. ± is one standard error.",
         *(f"![{name}](results/{name}.png)" for name in plots[:2]),

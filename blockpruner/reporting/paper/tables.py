@@ -20,7 +20,6 @@ from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import statistics
 from blockpruner.reporting.comparison import BAND
 from blockpruner.reporting.paper.evidence import FIVE, Measured, Row
-from blockpruner.reporting.paper.frames import Table
 from blockpruner.reporting.paper.published import DENSE, Published, read_published
 from blockpruner.reporting.results import Model
 from blockpruner.reporting.statistics import Effect, Interval
@@ -136,6 +135,16 @@ def _chosen(band: pd.DataFrame) -> list[int]:
     return list(dict.fromkeys(picked.index.tolist()))
 
 
+@dataclass(frozen=True, eq=False)
+class FrameTable:
+    """A table of a study."""
+
+    name: str
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class PaperTable:
     """One table of the paper."""
@@ -193,7 +202,7 @@ TABLES: tuple[PaperTable, ...] = (
 )  # fmt: skip
 
 
-def paper_tables(frame: pd.DataFrame, folder: Path) -> list[Table]:
+def paper_tables(frame: pd.DataFrame, folder: Path) -> list[FrameTable]:
     """Make the tables of which something was measured: our rows, each followed by the paper's row of its model."""
     plain = measured(frame)
     plain = plain[plain["healing"] == ""] if len(plain) else plain
@@ -209,7 +218,9 @@ def paper_tables(frame: pd.DataFrame, folder: Path) -> list[Table]:
             lines = _beside(table, own, read_published(folder, table.source))
             if lines:
                 columns = ["model", "method", "source", *table.columns.values(), *table.ours]
-                found.append(Table(table.name, table.title, pd.DataFrame(lines).reindex(columns=columns), PAPER_NOTE))
+                found.append(
+                    FrameTable(table.name, table.title, pd.DataFrame(lines).reindex(columns=columns), PAPER_NOTE)
+                )
     return found
 
 
@@ -275,7 +286,7 @@ PAIRED_NOTE = (
 )
 
 
-def paired(rows: Sequence[Row]) -> list[Table]:
+def paired(rows: Sequence[Row]) -> list[FrameTable]:
     """Compare every method with BlockPruner at the same size, healed alike."""
     pairs = [(base, row) for row in rows if (base := _base_of(row, rows)) is not None]
     lines: list[dict[str, Any]] = [
@@ -291,7 +302,7 @@ def paired(rows: Sequence[Row]) -> list[Table]:
         corrected = zip(known, statistics.holm(p_values), statistics.holm_levels(p_values), strict=True)
         for i, p, level in corrected:
             lines[i] |= interval(key, _effect(measure, *pairs[i], level), scale) | {f"{key}_p": p}
-    return [Table("paired", "Methods on the same items", pd.DataFrame(lines), PAIRED_NOTE)] if lines else []
+    return [FrameTable("paired", "Methods on the same items", pd.DataFrame(lines), PAIRED_NOTE)] if lines else []
 
 
 def _effect(measure: Measure, base: Row, row: Row, level: float) -> Effect | None:
@@ -329,7 +340,7 @@ def _items(row: Row) -> tuple[str, ...]:
     return row.subject.model, labels.heldout, labels.tasks
 
 
-def draws(frame: pd.DataFrame) -> list[Table]:
+def draws(frame: pd.DataFrame) -> list[FrameTable]:
     """Sum up models that differ by their run alone, such as its calibration seed: mean and standard deviation."""
     found = measured(frame)
     if not len(found):
@@ -341,4 +352,4 @@ def draws(frame: pd.DataFrame) -> list[Table]:
     )  # fmt: skip
     several = grouped[grouped["runs"] > 1].reset_index()
     note = "Means and standard deviations over runs of one model, one search each, on the same items and text."
-    return [Table("draws", "Over calibration draws", several, note)] if len(several) else []
+    return [FrameTable("draws", "Over calibration draws", several, note)] if len(several) else []

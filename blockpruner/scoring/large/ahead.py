@@ -25,7 +25,6 @@ def in_turn(
     jobs: Sequence[Job],
     buffers: Sequence[Tensor],
     fetch: Callable[[Job, Tensor], Found],
-    stop: Callable[[], object] = lambda: None,
 ) -> Generator[Found]:
     """Yield what is fetched for each job, in order; it is valid until the next one is asked for.
 
@@ -34,7 +33,6 @@ def in_turn(
 
     Args:
         fetch: run by the thread; may still be copying to a device when it returns. Its errors are raised here.
-        stop: called where this is left early; `fetch` may then return with nothing.
     """
     waiting, fetching = deque(jobs), deque[Future[tuple[Found, Tensor, Any]]]()
     free = deque((buffer, accelerator.mark(device)) for buffer in buffers)
@@ -55,9 +53,6 @@ def in_turn(
             yield found
             free.append((buffer, accelerator.mark(device)))
     finally:
-        if not fetching:
-            pool.shutdown()
-        else:  # buffers are not given back while they are written
-            stop()
-            pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+        if fetching and device.type != "cpu":  # buffers are not given back while they are written
             accelerator.synchronize(device)

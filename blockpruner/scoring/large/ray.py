@@ -21,10 +21,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blockpruner import __version__
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
-from blockpruner.scoring.large.sharing import WalkCosts, share_among, share_out, unfinished
+from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
 from blockpruner.scoring.scorers import local_scorer
 from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, over_all_rows
 from blockpruner.store.files import read_json
@@ -32,6 +31,9 @@ from blockpruner.store.trials import SIXTEEN_BITS, Origin
 
 GRANT_SECONDS = 60
 """How long Ray may take to grant the workers' resources, which others of a shared cluster may use."""
+
+PIECES = 2
+"""Pieces of work for each worker."""
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """The object store of a private Ray holds the token rows only."""
@@ -55,15 +57,15 @@ class Replica:
     def __init__(self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool) -> None:
         self._arguments, self._runtime = (checkpoint, dtype, runtime, trust_remote_code), runtime
 
-    def load(self) -> tuple[str, str, Origin]:
-        """Load the model; return name, version and origin. Errors of a constructor would not arrive as themselves."""
+    def load(self) -> tuple[str, Origin]:
+        """Load the model; return name and origin. Errors of a constructor would not arrive as themselves."""
         memory = None
         if self._runtime.streaming:
             from blockpruner.scoring.large.memory import available_memory
 
             memory = available_memory() // self._runtime.workers
         self._scorer: Any = local_scorer(*self._arguments, lambda line: None, memory=memory)
-        return f"process {os.getpid()} on {socket.gethostname()}", __version__, self._scorer.origin()
+        return f"process {os.getpid()} on {socket.gethostname()}", self._scorer.origin()
 
     def row_batches(self, rows: Rows, span: Span, limit: int) -> list[Span]:
         self._scorer.limit = limit
@@ -126,7 +128,7 @@ class RayScorer:
         note(f"ray: {runtime.workers} workers with {each} each")
 
     def _load(self, dtype: str) -> None:
-        """Load all replicas. They have our version. In 16 bits they compute in one way, apart from batches."""
+        """Load all replicas. In 16 bits they compute in one way, apart from batches."""
         try:
             loaded = self._ray.get([worker.actor.load.remote() for worker in self._workers])
         except self._ray.exceptions.RayTaskError as error:
@@ -136,18 +138,12 @@ class RayScorer:
                 f"a Ray worker died while it was loading the model: {_reason(error)} Where memory is short, lower "
                 "runtime.workers, or set runtime.streaming: true"
             ) from error
-        for worker, (name, version, origin) in zip(self._workers, loaded, strict=True):
+        for worker, (name, origin) in zip(self._workers, loaded, strict=True):
             worker.name, worker.origin = name, origin
-            if version != __version__:
+            if dtype in SIXTEEN_BITS and origin != {**loaded[0][1], "batch_tokens": origin["batch_tokens"]}:
                 raise InputError(
-                    f"Ray's {name} has blockpruner {version}, and this process {__version__}; install one of them"
-                )
-            ours, theirs = ({**each.origin, "batch_tokens": 0} for each in (self._workers[0], worker))
-            if dtype in SIXTEEN_BITS and ours != theirs:
-                raise InputError(
-                    f"Ray's {worker.name} computes with {_words(theirs)}, {self._workers[0].name} with {_words(ours)}: "
-                    f"in {dtype} their losses may differ by more than candidates do; use nodes that are alike, or "
-                    "model.dtype: float32"
+                    f"Ray's workers compute with {dict(origin)} and {dict(loaded[0][1])}: in {dtype} their losses may "
+                    "differ by more than candidates do; use nodes that are alike, or model.dtype: float32"
                 )
         self._limit = min(int(worker.origin["batch_tokens"]) for worker in self._workers)
 
@@ -175,9 +171,9 @@ class RayScorer:
             InputError: what a worker's engine raised, as itself; values yielded before are good.
             WorkerLostError: the last worker died.
         """
-        # each streamed piece reads all weights
-        share = share_out if self._runtime.streaming or len(self._workers) == 1 else share_among
-        waiting = deque(share(over_all_rows(tasks, rows), rows, len(self._workers), self._costs))
+        # more pieces balance better, but each streamed one reads all weights
+        pieces = len(self._workers) * (1 if self._runtime.streaming else PIECES)
+        waiting = deque(share_out(over_all_rows(tasks, rows), rows, pieces, self._costs))
         try:
             while waiting or any(worker.job is not None for worker in self._workers):
                 for worker in self._workers:
@@ -227,12 +223,10 @@ class RayScorer:
         group = self._ray.util.placement_group([dict(needs)] * workers, strategy="PACK")
         if group.wait(timeout_seconds=GRANT_SECONDS):
             return group
-        free = {kind: int(self._ray.available_resources().get(kind, 0)) for kind in needs}
         self._ray.util.remove_placement_group(group)
         raise InputError(
-            f"Ray has not granted {workers} workers with {_figures(needs)} each within {GRANT_SECONDS} s; free now: "
-            f"{_figures(free)} on all nodes together, the rest is in use by others; wait, or lower runtime.workers or "
-            "runtime.threads"
+            f"Ray has not granted {workers} workers with {_figures(needs)} each within {GRANT_SECONDS} s: others use "
+            "its nodes; wait, or lower runtime.workers or runtime.threads"
         )
 
     def _shared(self, rows: Rows) -> Any:
@@ -264,10 +258,6 @@ def _own(error: Exception) -> Exception:
     return cause if isinstance(cause, InputError) else error
 
 
-def _words(origin: Origin) -> str:
-    return ", ".join(str(value) for name, value in origin.items() if name != "batch_tokens")
-
-
 def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
     """Ray, and whether this call connected this process to it.
 
@@ -296,18 +286,12 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
     if address is None:
         ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         return ray, True
-    if address.startswith("ray://"):
-        raise InputError(
-            f"runtime.ray_address {address!r} is of a Ray client, which cannot stream units; give <host>:<port> of the "
-            "cluster's head (6379 by default), or auto on one of its nodes"
-        )
     try:
         ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
             f"runtime.ray_address {address!r} does not answer as a Ray cluster: {textwrap.shorten(str(error), 300)}; "
-            "give <host>:<port> of its head, or null for a Ray of this machine; a head that asks for a token needs "
-            "RAY_AUTH_MODE=token and that token here, too"
+            "give <host>:<port> of its head, or null for a Ray of this machine"
         ) from error
     return ray, True
 

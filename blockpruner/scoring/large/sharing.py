@@ -10,12 +10,6 @@ from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.scoring.walk import Step, runs, steps_of
 from blockpruner.scoring.work import Rows, ScoredRows, Task
 
-PIECES = 3
-"""The most pieces of work per worker: more pieces balance better, but each walks its shared prefix anew."""
-
-UNEVEN = 0.1
-"""By how much one worker may be slower than another: then the last piece is waited for as much longer."""
-
 
 @dataclass(frozen=True)
 class WalkCosts:
@@ -50,21 +44,6 @@ class _Leaf:
     """Cost of the whole walk to the loss."""
     after: int
     """Cost of what the walk to the leaf before does not share."""
-
-
-def share_among(tasks: Sequence[Task], rows: Rows, workers: int, costs: WalkCosts) -> list[list[Task]]:
-    """Split tasks into one to `PIECES` equal pieces of work for each of equal workers, in the least time.
-
-    The time of all pieces is their cost, and a part `UNEVEN` of a worker's last piece.
-    """
-    found = [share_out(tasks, rows, workers * each, costs) for each in range(1, PIECES + 1)]
-    times = [sum(cost_of(piece, rows, costs) for piece in found[n]) * (1 + UNEVEN / (n + 1)) for n in range(PIECES)]
-    return found[times.index(min(times))]
-
-
-def cost_of(piece: Iterable[Task], rows: Rows, costs: WalkCosts) -> int:
-    """What the walks of some tasks multiply."""
-    return sum(_tokens(task, rows) * sum(after for *_, after in costs.leaves(task.masks)) for task in piece)
 
 
 def _tokens(task: Task, rows: Rows) -> int:

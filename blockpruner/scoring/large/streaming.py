@@ -7,21 +7,19 @@ is the same to the bit. Only the order differs, breadth first instead of depth f
     for each layer: read its weights; advance every distinct state (masks that agree so far share one); drop them
     for every state: norm, head, loss
 
-The next weights, if there is room for them, and the next state are fetched meanwhile (`ahead`). A state at rest is a
-tile [B, T, H]. Tiles stay on the device while there is room, then in RAM; the others go to an unlinked file in TMPDIR.
-Weights are read with `preadv` into the memory they are used from, never mapped; those of blocks that every mask removes
-are not read. States take at most half of the free memory. Where a batch does not fit into the rest, it is halved.
+The next weights and the next state are fetched meanwhile (`ahead`). A state at rest is a tile [B, T, H]. Tiles take at
+most half of the free memory, of the device and then of RAM. Where there are too many, some masks wait for another pass:
+that reads all weights once more, but a disk would have to write and read every tile in every layer. Weights are read
+with `preadv` into the memory they are used from, never mapped; those of blocks that every mask removes are not read.
+Where a batch does not fit, it is halved.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,16 +28,16 @@ import torch
 from torch import Tensor
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
-from blockpruner.core.errors import DeviceMemoryError, InputError, StorageError
+from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.model import accelerator
 from blockpruner.model.models import resolve_device
 from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.forward import LayerKwargs, joined, map_tensors
 from blockpruner.scoring.large.ahead import in_turn
-from blockpruner.scoring.large.memory import available_memory, is_in_memory
+from blockpruner.scoring.large.memory import available_memory
 from blockpruner.scoring.large.sharing import unfinished
-from blockpruner.scoring.large.weights import Weights, aligned, memory_of, read_into, skeleton
+from blockpruner.scoring.large.weights import SLABS, Weights, aligned, skeleton
 from blockpruner.scoring.walk import runs, walk
 from blockpruner.scoring.work import Rows, ScoredRows, Task
 
@@ -54,46 +52,32 @@ class PassPlan:
     """At most at once, in the dtype of scoring."""
     weights_room: int
     """What they may take: half of the free memory of the device that computes."""
-    slabs: int
-    """How many layers' weights are held: of two, one is being read while the other computes."""
     tile: int
     """One state at rest."""
     tiles: int
     """The largest number of states at rest."""
-    device_tiles: int
-    """How many of them are in the device's own memory; 0 on a CPU."""
-    ram_tiles: int
-    """How many are in RAM."""
-    spill_place: str
-    """The folder of the file that the other tiles go to."""
-    spill_free: int
-
-    @property
-    def spill(self) -> int:
-        """Bytes of tiles on disk."""
-        return (self.tiles - self.device_tiles - self.ram_tiles) * self.tile
+    device_room: int
+    """How many of them the device's own memory can hold; 0 on a CPU."""
+    ram_room: int
+    """How many RAM can hold."""
 
     def __str__(self) -> str:
-        on_disk = self.tiles - self.device_tiles - self.ram_tiles
-        on_device = f"{self.device_tiles} on the device, " if self.device_tiles else ""
         return (
             f"streaming: {_size(self.weights_read)} of weights read in one pass, {_size(self.weights_held)} held at "
-            f"once; {self.tiles} states of {_size(self.tile)}, {on_device}{self.ram_tiles} in memory and {on_disk} on "
-            f"disk ({_size(self.spill)} of {_size(self.spill_free)} free in {self.spill_place})"
+            f"once; {self.tiles} states of {_size(self.tile)}, {min(self.tiles, self.device_room)} on the device"
         )
 
     def check(self) -> None:
         """Raise DeviceMemoryError if weights or states do not fit."""
         if self.weights_held > self.weights_room:
             raise DeviceMemoryError(
-                f"a layer's weights take {_size(self.weights_held)}, and half of the free memory is "
+                f"two layers' weights take {_size(self.weights_held)}, and half of the free memory is "
                 f"{_size(self.weights_room)}; free some, or choose another runtime.device. Nothing was read"
             )
-        if self.spill > self.spill_free:
+        if self.device_room + self.ram_room == 0:
             raise DeviceMemoryError(
-                f"a streamed pass needs {_size(self.spill)} of disk in {self.spill_place}, and "
-                f"{_size(self.spill_free)} are free: set TMPDIR to a directory on a larger disk, or lower "
-                "calibration.num_samples or calibration.seq_len. Nothing was read"
+                f"a state takes {_size(self.tile)}, which half of the free memory does not hold; free some, "
+                "or lower runtime.batch_tokens. Nothing was read"
             )
 
 
@@ -118,13 +102,11 @@ class StreamingEngine(Engine):
         batch_tokens: as in `Engine`; a pass reads the weights once for all batches.
         note: receives the plan of each pass, as a line.
         advance: receives the layers done, their number, and the last one's name.
-        tile_memory: most bytes of RAM for tiles; None allows half of what is free.
         memory: bytes of main memory that count as free, at most; None counts all that are.
-        slabs: how many layers' weights are in memory at most; of two, one is read while the other computes.
 
     Attributes:
         plan: the plan of the last pass.
-        weight_bytes_read, spill_bytes_read, spill_bytes_written: sums over all passes.
+        weight_bytes_read: the sum over all passes.
 
     Raises:
         InputError: unsupported family, weights that do not match the config, or an attention that is not installed.
@@ -141,18 +123,15 @@ class StreamingEngine(Engine):
         trust_remote_code: bool = False,
         note: Callable[[str], object] = lambda line: None,
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
-        tile_memory: int | None = None,
         memory: int | None = None,
-        slabs: int = 2,
     ) -> None:
         if sys.platform != "linux":
             raise InputError("runtime.streaming: true needs Linux, where the free memory can be known; set it to false")
-        self._memory, self._slabs = memory, slabs
-        self._place = resolve_device(device)
+        self._memory, self._place = memory, resolve_device(device)
         model = skeleton(checkpoint, dtype, self._place, attention, trust_remote_code)
         super().__init__(model, 1)
         self._weights = weights = Weights(model, checkpoint, self._place)
-        self._note, self._advance, self._tile_memory = note, advance, tile_memory
+        self._note, self._advance = note, advance
         layers, norm, head = (f"{path}." for path in (self._family.layers, self._family.final_norm, self._family.head))
         outer = [name for name in weights.names if not name.startswith(layers)]
         self._after = [name for name in outer if all(use.startswith(head) for use in weights.names[name])]
@@ -164,9 +143,8 @@ class StreamingEngine(Engine):
         ]
         self._before = [name for name in outer if name not in self._after and name not in self._kept]
         half = accelerator.total_memory(self._place) // 2 if self._on_gpu else 0  # for states
-        self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE), slabs) + half)
+        self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE)) + half)
         self.plan: PassPlan | None = None
-        self.spill_bytes_read = self.spill_bytes_written = 0
 
     _streaming_fix = ""
 
@@ -186,15 +164,14 @@ class StreamingEngine(Engine):
 
     @torch.inference_mode()
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
-        """Yield the values of each task, all at the end of one pass over the weights.
+        """Yield the values of each task, all at the end of a pass over the weights.
 
         If a batch does not fit into the device's memory, what is left is done in another pass, in smaller batches.
 
         Raises:
             InputError: an influence, which is not streamed.
             NonFiniteLossError: a loss is NaN or infinite; names mask and row. Values yielded before are good.
-            DeviceMemoryError: weights or states do not fit into memory and disk, or not even one row does.
-            StorageError: the disk has no space for the tiles.
+            DeviceMemoryError: weights or states do not fit into memory, or not even one row does.
         """
         influence = next((task.metric.name for task in tasks if task.metric.influence), None)
         if influence is not None:
@@ -206,10 +183,11 @@ class StreamingEngine(Engine):
         while tasks:
             reason = ""
             try:
-                with closing(self._pass(self.referenced(tasks, rows), rows)) as found:
-                    for scored in found:
-                        known.append(scored)
-                        yield scored
+                for part in self._passes(self.referenced(tasks, rows), rows):
+                    with closing(self._pass(part, rows)) as found:
+                        for scored in found:
+                            known.append(scored)
+                            yield scored
             except RuntimeError as error:
                 if not accelerator.is_out_of_memory(error):
                     raise
@@ -221,19 +199,33 @@ class StreamingEngine(Engine):
                 self._halved(max(tasks, key=lambda task: len(task.span)), rows, reason)
                 tasks = [part for task in tasks for part in self._in_batches(task, rows)]
 
+    def _passes(self, tasks: Sequence[Task], rows: Rows) -> Iterator[list[Task]]:
+        """The tasks in parts whose states fit into memory at once; masks that share prefixes stay together."""
+        plan = self.plan_of(tasks, rows)
+        plan.check()
+        room = plan.device_room + plan.ram_room
+        part: list[Task] = []
+        left = room
+        for task in tasks:
+            masks = [mask for group, _ in runs(self._steps, task.masks) for mask in group]
+            while masks:
+                part.append(replace(task, masks=tuple(masks[:left])))
+                masks, left = masks[left:], left - len(part[-1].masks)
+                if not left:
+                    yield part
+                    part, left = [], room
+        if part:
+            yield part
+
     def _pass(self, tasks: Sequence[Task], rows: Rows) -> Generator[ScoredRows]:
         plan = self.plan = self.plan_of(tasks, rows)
         self._note(str(plan))
-        plan.check()
-        self._weights.forget = plan.weights_read > available_memory() // 2
         with closing(_Tiles(plan, self._head.weight.dtype, self._place)) as tiles:
-            yield from self._streamed(tasks, rows, tiles, plan.slabs)
-            self.spill_bytes_read += tiles.bytes_read
-            self.spill_bytes_written += tiles.bytes_written
+            yield from self._streamed(tasks, rows, tiles)
 
-    def _streamed(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles, slabs: int) -> Iterator[ScoredRows]:
+    def _streamed(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> Iterator[ScoredRows]:
         self._weights.load(self._kept)
-        with closing(self._weights.in_turn(self._groups(_removed(tasks)), slabs)) as weights:
+        with closing(self._weights.in_turn(self._groups(_removed(tasks)))) as weights:
             next(weights)
             works = self._embedded(tasks, rows, tiles)
             for layer in range(self.layers):
@@ -296,9 +288,9 @@ class StreamingEngine(Engine):
             result.append([name for name in names if name.startswith(prefix) and not name.startswith(unread)])
         return [*result, self._after]
 
-    def _held(self, groups: Sequence[Sequence[str]], slabs: int) -> int:
+    def _held(self, groups: Sequence[Sequence[str]]) -> int:
         """Bytes of weights at once."""
-        return self._weights.bytes(self._kept) + slabs * max(map(self._weights.bytes, groups))
+        return self._weights.bytes(self._kept) + SLABS * max(map(self._weights.bytes, groups))
 
     def _modules(self, layer: int, kind: BlockKind) -> list[str]:
         branch = self._family.branch(kind)
@@ -308,7 +300,7 @@ class StreamingEngine(Engine):
         """Plan a pass over these tasks; nothing is read.
 
         States may take half of what is free, of a device's memory and of RAM. The other half is for weights and for
-        what a batch works in. A second layer is read ahead where it fits into half of that.
+        what a batch works in.
         """
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
@@ -316,24 +308,15 @@ class StreamingEngine(Engine):
         tiles = sum(len(set(task.masks)) for task in tasks)
         host = available_memory() if self._memory is None else min(self._memory, available_memory())
         own = accelerator.free_memory(self._place) if self._on_gpu else 0
-        device_tiles = min(tiles, own // 2 // tile)
-        ram_tiles = min(tiles - device_tiles, host // 2 // tile)
-        if self._tile_memory is not None:
-            ram_tiles = min(ram_tiles, self._tile_memory // tile)
-        groups, room = self._groups(_removed(tasks)), (own or host) // 2
-        slabs = self._slabs if self._held(groups, self._slabs) <= room // 2 else 1
-        place = tempfile.gettempdir()
+        groups = self._groups(_removed(tasks))
         return PassPlan(
             weights_read=self._weights.stored_bytes([*self._kept, *chain(*groups)]),
-            weights_held=self._held(groups, slabs),
-            weights_room=room,
-            slabs=slabs,
+            weights_held=self._held(groups),
+            weights_room=(own or host) // 2,
             tile=tile,
             tiles=tiles,
-            device_tiles=device_tiles,
-            ram_tiles=ram_tiles,
-            spill_place=place,
-            spill_free=0 if is_in_memory(place) else shutil.disk_usage(place).free,
+            device_room=own // 2 // tile,
+            ram_room=host // 2 // tile,
         )
 
 
@@ -353,27 +336,17 @@ class _Distinct:
 
 
 class _Tiles:
-    """States at rest, in slots: the first ones on the device, the next in RAM, the others in an unlinked file."""
+    """States at rest, in slots: the first ones on the device, the others in RAM."""
 
     def __init__(self, plan: PassPlan, dtype: torch.dtype, device: torch.device) -> None:
-        self._size, self._dtype, self._device, self._used = plan.tile, dtype, device, 0
-        own = [torch.empty(plan.tile, dtype=torch.uint8, device=device) for _ in range(plan.device_tiles)]
-        self._ram = torch.empty(plan.ram_tiles, plan.tile, dtype=torch.uint8)
+        self._dtype, self._device, self._used = dtype, device, 0
+        on_device = min(plan.tiles, plan.device_room)
+        own = [torch.empty(plan.tile, dtype=torch.uint8, device=device) for _ in range(on_device)]
+        self._ram = torch.empty(plan.tiles - on_device, plan.tile, dtype=torch.uint8)
         self._held = [*own, *self._ram]
-        self._at_home = len(own) if device.type != "cpu" else plan.ram_tiles
+        self._at_home = on_device if device.type != "cpu" else plan.tiles
         away = plan.tile if self._at_home < plan.tiles else 0
         self._arrivals = [torch.empty(away, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._from_disk = torch.empty(plan.tile if plan.spill and device.type != "cpu" else 0, dtype=torch.uint8)
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        self.bytes_read = self.bytes_written = 0
-        try:
-            if plan.spill:
-                os.posix_fallocate(self._file.fileno(), 0, plan.spill)
-        except OSError as error:
-            raise StorageError(
-                f"no {_size(plan.spill)} for tiles in {plan.spill_place}: {error.strerror}; free space there, or set "
-                "TMPDIR to a directory on a larger disk"
-            ) from error
         accelerator.pin(self._ram, device)
 
     def new(self) -> int:
@@ -381,15 +354,7 @@ class _Tiles:
         return self._used - 1
 
     def put(self, slot: int, hidden: Tensor) -> None:
-        if slot < len(self._held):
-            self._tensor(self._held[slot], hidden.shape).copy_(hidden, non_blocking=True)
-            return
-        data = memory_of(hidden.cpu().contiguous())
-        self.bytes_written += len(data)
-        offset = self._offset(slot)
-        while data:
-            written = os.pwrite(self._file.fileno(), data, offset)
-            data, offset = data[written:], offset + written
+        self._tensor(self._held[slot], hidden.shape).copy_(hidden, non_blocking=True)
 
     def in_turn(self, slots: Sequence[int], shape: torch.Size) -> Generator[Tensor]:
         """The states of slots on the device, one after another; the next one is on its way while one is in use. A `put`
@@ -397,22 +362,11 @@ class _Tiles:
         return in_turn(self._device, slots, self._arrivals, partial(self._get, shape))
 
     def _get(self, shape: torch.Size, slot: int, arrival: Tensor) -> Tensor:
-        if slot < self._at_home:
-            return self._tensor(self._held[slot], shape)
-        target = self._tensor(arrival, shape)
-        if slot < len(self._held):
-            return target.copy_(self._tensor(self._held[slot], shape), non_blocking=True)
-        found = target if self._device.type == "cpu" else self._tensor(self._from_disk, shape)
-        read_into(self._file.fileno(), found, self._offset(slot), "the file of tiles")
-        self.bytes_read += found.nbytes
-        return target if found is target else target.copy_(found)
+        held = self._tensor(self._held[slot], shape)
+        return held if slot < self._at_home else self._tensor(arrival, shape).copy_(held, non_blocking=True)
 
     def close(self) -> None:
         accelerator.unpin(self._ram, self._device)
-        self._file.close()
-
-    def _offset(self, slot: int) -> int:
-        return (slot - len(self._held)) * self._size
 
     def _tensor(self, memory: Tensor, shape: torch.Size) -> Tensor:
         return memory[: shape.numel() * self._dtype.itemsize].view(self._dtype).view(shape)
