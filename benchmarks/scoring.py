@@ -191,7 +191,12 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Greedy removals on SmolLM2, exact and lazy+race, each over trials of its own."""
     model, fast = load_model(SMOLLM2, "float32"), Score(acceleration="lazy+race")
     units = removable_units(model.config.num_hidden_layers, "block", "all")
-    found: dict[str, Any] = {"settings": settings_of(fast), "removals": removals, "exact": {}, "lazy+race": {}}
+    found: dict[str, Any] = {
+        "settings": {"floor": FLOOR, "slack": SLACK, "audit": AUDIT, "confidence": CONFIDENCE},
+        "removals": removals,
+        "exact": {},
+        "lazy+race": {},
+    }
     for seed in seeds:
         rows = calibration_rows(seed)
         for mode in ("exact", "lazy+race"):
