@@ -28,7 +28,7 @@ from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model import accelerator
 from blockpruner.model.models import load_model, masked
-from blockpruner.scoring.accelerate import AUDIT, CONFIDENCE, FLOOR, SLACK, accelerate
+from blockpruner.scoring.accelerate import accelerate
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.settings import Score
@@ -191,12 +191,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Greedy removals on SmolLM2, exact and lazy+race, each over trials of its own."""
     model, fast = load_model(SMOLLM2, "float32"), Score(acceleration="lazy+race")
     units = removable_units(model.config.num_hidden_layers, "block", "all")
-    found: dict[str, Any] = {
-        "settings": {"floor": FLOOR, "slack": SLACK, "audit": AUDIT, "confidence": CONFIDENCE},
-        "removals": removals,
-        "exact": {},
-        "lazy+race": {},
-    }
+    found: dict[str, Any] = {"removals": removals, "exact": {}, "lazy+race": {}}
     for seed in seeds:
         rows = calibration_rows(seed)
         for mode in ("exact", "lazy+race"):

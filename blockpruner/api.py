@@ -256,7 +256,7 @@ def prune(
             {"model": source} | sections(name, data=source, calibration=drawn, score=changed, compensate=compensate),
         )
         check_run(run)
-        _require_masks(run, measure)
+        _require_masks(run)
         if device != "auto" or model.device.type == "cpu":
             model.to(resolve_device(device))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -304,17 +304,12 @@ def _prune(
     return Pruned(pruned, tokenizer, healed.plan, tuple(trace), firm, healed.facts, base)
 
 
-def _require_masks(run: Run, metric: Metric) -> None:
-    """Refuse what needs a run file: methods that change weights, and metrics of items and their answers."""
+def _require_masks(run: Run) -> None:
+    """Refuse methods that change weights, which need a run file."""
     if not all(kind_of_method(one.method).removes_blocks for one in searches(run.score).values()):
         raise InputError(
             f"method {run.score.method!r} changes weights, which prune does not; use a run file and the stages",
             rule="method-of-weights", key="method", value=run.score.method,
-        )  # fmt: skip
-    if metric.answers:
-        raise InputError(
-            f"metric {metric.name!r} is of items and their answers, which prune does not take; write a run file",
-            rule="metric-of-answers", key="metric", value=metric.name,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.benchmarks import BENCHMARKS
-from blockpruner.methods.recipes import compensation, searches
+from blockpruner.methods.recipes import compensation, recipe, searches
 from blockpruner.methods.registry import check_score, kind_of_method
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.settings import Score
@@ -19,6 +19,7 @@ def check_run(run: Run) -> None:
     Raises:
         InputError: names the value, the valid ones and the fix.
     """
+    recipe(run.score.method)  # refuses a name that is neither a recipe nor a method
     for score in searches(run.score).values():
         _check_search(run, score)
     for task in run.evaluate.zero_shot.tasks:
@@ -33,8 +34,9 @@ def _check_search(run: Run, score: Score) -> None:
     if metric.answers and source != "tasks":
         raise InputError(
             f"score.metric: {metric.name} needs the answers of items, and calibration.data.source: {source} has "
-            f"texts; set calibration.data.source: tasks, or score.metric: {NLL.name}"
-        )
+            f"texts; set calibration.data.source: tasks, or score.metric: {NLL.name}",
+            rule="metric-of-answers", key="score.metric", value=metric.name,
+        )  # fmt: skip
     asks = kind.removes_blocks and SEARCHES[score.method].asks != "nothing"
     if asks and source == "tasks" and metric == NLL:
         raise InputError(
@@ -54,12 +56,6 @@ def check_target(run: Run, target: Target) -> None:
             f"train: true needs a train section in runs/{target.run}.yaml; add one (train: {{}} is the paper's "
             "recipe), or set train: false",
             rule="no-recipe-of-training", key="train", value=True,
-        )  # fmt: skip
-    if target.push and target.push.format not in run.export:
-        raise InputError(
-            f"push.format: {target.push.format} is not written; set it to one of {', '.join(run.export)}, or add it to "
-            f"export of runs/{target.run}.yaml",
-            rule="pushes-nothing", key="push.format", value=target.push.format,
         )  # fmt: skip
 
 

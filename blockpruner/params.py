@@ -16,6 +16,7 @@ import yaml
 from blockpruner.checks import check_run, check_target
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, T, read_settings
+from blockpruner.methods.recipes import names
 from blockpruner.methods.registry import method_names, options_model
 from blockpruner.settings import Params, Run, Sections, resolve
 from blockpruner.store.files import write_text
@@ -127,7 +128,7 @@ def run_schema(named: Collection[str]) -> dict[str, Any]:
         "type": "object",
     }
     score = found["$defs"]["Score"]
-    score["properties"]["method"]["enum"] = ["blockpruner", *method_names()]
+    score["properties"]["method"]["enum"] = names()
     score["allOf"] = [  # the options of each method
         {
             "if": {"properties": {"method": {"const": name}}},

@@ -126,7 +126,10 @@ def calibrate(
     else:
         search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
     if texts:
-        fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved)
+        try:
+            fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved)
+        except InputError:  # no row comes out, which `heal` refuses where something is compensated
+            fit = NONE
     else:  # the answers, with every token scored
         fit = CalibrationSet(tuple(tuple(max(t, ~t) for t in row) for row in search.rows[: compensate.num_rows]))
     rows = Rows(search, fit, judge)

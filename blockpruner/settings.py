@@ -69,15 +69,6 @@ class Run(Frozen):
         return self
 
 
-class Push(Frozen):
-    """The hub repository that `python -m stages.push <target>` uploads a checkpoint to. Nothing else does."""
-
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    format: str = "hf"
-    """Which of the run's exports is uploaded."""
-    private: bool = True
-
-
 class Target(Frozen):
     """A pruned model to build."""
 
@@ -91,12 +82,11 @@ class Target(Frozen):
     """The compensation, in place of the run's `compensate.method`."""
     train: bool = False
     """Whether the pruned model is trained, by the run's `train`."""
-    push: Push | None = None
 
     @property
     def needs_its_run(self) -> bool:
         """Whether it has keys that must fit its run."""
-        return self.method is not None or self.compensate is not None or self.train or self.push is not None
+        return self.method is not None or self.compensate is not None or self.train
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -162,10 +152,6 @@ class Params(Frozen):
 
     def targets_of(self, run: str) -> list[Target]:
         return [target for target in self.targets.values() if target.run == run]
-
-    def budgets_of(self, run: str) -> tuple[str, ...]:
-        """The budgets of the run's own method."""
-        return tuple(dict.fromkeys(target.budget for target in self.targets_of(run) if target.method is None))
 
 
 class Sources(Frozen):

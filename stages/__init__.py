@@ -51,7 +51,8 @@ def run(stage: str, main: Callable[[str], object]) -> None:
         path = DATA / "provenance" / f"{stage}{'@' if item else ''}{item}.json"
         provenance.record(path, inputs, commit, time.monotonic() - started)
     except InputError as error:
-        _leave_reason(stage, item, str(error))
+        if not error.rule.startswith("settings-"):  # which the next run mends
+            _leave_reason(stage, item, str(error))
         print(f"error in stage {name}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -61,7 +62,7 @@ def run(stage: str, main: Callable[[str], object]) -> None:
 
 def _leave_reason(stage: str, item: str, reason: str) -> None:
     """Write why a target, or each of a run, was not measured, where its evidence belongs; `tables` shows it."""
-    if stage in ("clean", "push", "report", "tables"):
+    if stage in ("clean", "report", "tables"):
         return
     from blockpruner.reporting.paper.evidence import FAILED  # loads much
 

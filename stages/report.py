@@ -61,7 +61,6 @@ def labels(settings: Sections) -> RunLabels:
         if train
         else "",
         search=f"{method}: " + ", ".join(EXACT.get(kind, kind) for kind in kinds),
-        dtype=settings.model.dtype,
     )
 
 

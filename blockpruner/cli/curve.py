@@ -1,4 +1,4 @@
-"""`blockpruner curve`: held-out perplexity of every step of a search, to choose a ratio by.
+"""`blockpruner curve`: held-out perplexity of every step of a search, to choose a budget by.
 
 Decides which masks are points, and how the points are shown. They are scored as a search scores masks, over the dense
 model's weights, into the same trial stores: a killed run goes on, and a longer curve reuses a shorter one.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from blockpruner.cli.pruning import Place, read_plan, several
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
@@ -26,8 +26,8 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.kind import open_stores
 from blockpruner.methods.score import open_material
 from blockpruner.reporting.formats import number
-from blockpruner.reporting.grids import Field, Grid, Number, grid_of, percentage, to_csv
 from blockpruner.reporting.statistics import perplexity_ratio
+from blockpruner.reporting.table import Field, Number, Table, percentage, table_of, to_csv
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, MaskScore, Objective, in_one_origin
 from blockpruner.search.trace import read_trace, table_path
@@ -46,12 +46,11 @@ CAPTION = (
 )
 
 
-def measure(place: Place, run: Run, path: Path, points: int | None) -> dict[str, Any]:
+def measure(place: Place, run: Run, path: Path) -> dict[str, Any]:
     """Score the dense model and what a plan's search removed, step by step, on the run's held-out text.
 
     Args:
         path: a plan's file, or a checkpoint's folder that holds one.
-        points: at most so many masks, evenly spaced over the steps; None takes all.
 
     Raises:
         InputError: the plan removes no blocks or is of another model, or the text is too short.
@@ -69,8 +68,6 @@ def measure(place: Place, run: Run, path: Path, points: int | None) -> dict[str,
     parameters = resources_of(read_json(dense / "config.json"))["parameters"]
     masks = sorted(steps(place.root, plan), key=parameters.ratio)
     runtime = read_settings(Runtime, {"device": place.device})
-    if points is not None and points < len(masks):
-        masks = [masks[math.ceil((i + 1) * len(masks) / points) - 1] for i in range(points)]
     with (
         open_material(dense, run.model, runtime, place.root, place.observer) as given,
         open_stores([NLL.key], rows, given.identity, given.dtype, place.root, place.observer) as stores,
@@ -117,7 +114,7 @@ def steps(trials: Path, plan: Plan) -> list[Mask]:
     blocks removed. Where the trial folder does not hold the search, the plan alone tells.
     """
     best: dict[int, tuple[float, Mask]] = {}
-    for first in sorted(trials.glob(f"searches/*/{plan.search}/**/{table_path(Path(), 0).name}")):
+    for first in sorted(trials.glob(f"searches/*/*/{plan.search}/**/{table_path(Path(), 0).name}")):
         for iteration in read_trace(first.parent, plan.search):
             choice = iteration.scores[iteration.chosen]
             if choice.mask and not choice.loss >= best.get(len(choice.mask), (math.inf, DENSE))[0]:
@@ -148,39 +145,22 @@ FIELDS: tuple[Field[Mapping[str, Any]], ...] = (
 REMOVED: Field[Mapping[str, Any]] = Field("removed", "removed blocks", lambda point: " ".join(point["removed"]))
 
 
-def table(found: Mapping[str, Any], plan: Plan | None = None, fields: Sequence[Field[Any]] = FIELDS) -> Grid:
+def table(found: Mapping[str, Any], plan: Plan | None = None, fields: Sequence[Field[Any]] = FIELDS) -> Table:
     """The points of a curve; that of a plan is stressed."""
     title = f"{found['model']}: perplexity of {found['text']}, dense {number(found['dense_perplexity'])}"
     chosen = list(plan.removed) if plan else []
-    return grid_of("curve", title, fields, found["points"], strong=lambda point: point["removed"] == chosen)
+    return table_of("curve", title, fields, found["points"], strong=lambda point: point["removed"] == chosen)
 
 
-def words(found: Mapping[str, Any], plan: Plan) -> Table:
-    """The curve for a terminal: a line for each point, its place on a logarithmic scale to the right."""
-    ends = [1.0, *(end for point in found["points"] for end in point["interval"])]
-    low, high, grid = min(ends), max(ends), table(found, plan)
-    shown = Table(title=grid.title, title_justify="left", box=None, pad_edge=False)
+def words(found: Mapping[str, Any], plan: Plan) -> RichTable:
+    """The curve for a terminal, a line for each point."""
+    grid = table(found, plan)
+    shown = RichTable(title=grid.title, title_justify="left", box=None, pad_edge=False)
     for title, is_number in zip(grid.head, grid.numeric, strict=True):
         shown.add_column(title, justify="right" if is_number else "left", no_wrap=is_number)
-    scale = f"{high:.2f}"
-    shown.add_column(f"{low:.2f}{scale:>{WIDTH - len(f'{low:.2f}')}}", no_wrap=True)
-    for index, (texts, point) in enumerate(zip(grid.texts, found["points"], strict=True)):
-        shown.add_row(
-            *texts, _bar(point["relative"], point["interval"], low, high), style="bold" if index in grid.strong else ""
-        )
+    for index, texts in enumerate(grid.texts):
+        shown.add_row(*texts, style="bold" if index in grid.strong else "")
     return shown
-
-
-WIDTH = 24
-"""Characters of an interval's scale, which fits into 80 columns."""
-
-
-def _bar(value: float, interval: Sequence[float], low: float, high: float) -> str:
-    span = math.log(high / low) or 1.0
-    start, dot, end = (round(math.log(place / low) / span * (WIDTH - 1)) for place in (interval[0], value, interval[1]))
-    cells = ["─" if start <= i <= end else " " for i in range(WIDTH)]
-    cells[dot] = "●"
-    return "".join(cells)
 
 
 def plot(found: Mapping[str, Any]) -> Plot:

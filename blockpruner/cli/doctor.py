@@ -1,6 +1,6 @@
 """`blockpruner doctor`: what this machine has for the command, and how to get what is missing.
 
-Decides what is looked at. Nothing is downloaded, and no host is contacted unless it is asked for.
+Decides what is looked at. No host is contacted.
 """
 
 from __future__ import annotations
@@ -8,13 +8,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import torch
 from packaging.requirements import Requirement
@@ -24,9 +21,6 @@ from blockpruner.checkpoints.gguf import QUANTIZER
 from blockpruner.model import accelerator
 from blockpruner.reporting.formats import size
 from blockpruner.store.provenance import machine
-
-WINDOWS = sys.platform == "win32"
-"""Which does not tell its memory."""
 
 OPTIONAL = {
     "accelerate": "one model over several GPUs",
@@ -43,9 +37,6 @@ OPTIONAL = {
 
 FREE = 2 * 2**30
 """The least room of the cache folder, which gets a copy of the model."""
-
-SIDES, REPEATS = {"cpu": 768}, 3
-"""The sides of the matrices that are timed: a GPU is faster than its calls until they are large."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +58,13 @@ class Checkup:
         return "ok" if self.found else "missing" if self.needed else "optional"
 
 
-def look(cache: Path, online: bool) -> list[Checkup]:
+def look(cache: Path) -> list[Checkup]:
     """Look at this machine.
 
     Args:
-        cache: the folder of `--trials`.
-        online: whether the hub is asked for an answer.
+        cache: the folder of `--cache`.
     """
-    return [*_packages(), *_devices(), _bfloat16(), _cache(cache), _quantizer(), _hub(online)]
+    return [*_packages(), *_devices(), _cache(cache), _quantizer(), _hub()]
 
 
 def _packages() -> Iterator[Checkup]:
@@ -95,42 +85,19 @@ def _packages() -> Iterator[Checkup]:
 
 
 def _devices() -> Iterator[Checkup]:
-    memory = ""
-    if not WINDOWS:
-        memory = f", {size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} of memory"
-    yield Checkup("CPU", f"{machine()}{memory}, {torch.get_num_threads()} threads")
-    for device in accelerator.devices():
+    yield Checkup("CPU", f"{machine()}, {torch.get_num_threads()} threads")
+    devices = accelerator.devices()
+    for device in devices:
         free, whole = accelerator.free_memory(device), accelerator.total_memory(device)
         yield Checkup(str(device), f"{accelerator.name(device)}, {size(free)} of {size(whole)} free")
-    if not accelerator.devices():
+    if not devices:
         fix = "if there is one: https://pytorch.org/get-started/locally"
         yield Checkup("GPU", "", f"torch {torch.__version__} finds none; the CPU is used", fix, needed=False)
 
 
-def _bfloat16() -> Checkup:
-    """Half the memory of float32, and on a processor without instructions for it much slower."""
-    where = accelerator.devices()[0] if accelerator.devices() else torch.device("cpu")
-    ratio = product_flops(torch.bfloat16, where) / product_flops(torch.float32, where)
-    hint = "" if ratio > 0.8 else "; faster, in twice the memory: --dtype float32"
-    return Checkup("bfloat16", f"{ratio:.1f} times as fast as float32 on {where}{hint}")
-
-
-def product_flops(dtype: torch.dtype, where: torch.device) -> float:
-    """FLOP/s of the fastest of a few matrix products."""
-    side = SIDES.get(where.type, 4096)
-    matrix = torch.ones(side, side, dtype=dtype, device=where)
-    times = []
-    for _ in range(REPEATS + 1):  # the first one is slower
-        started = time.perf_counter()
-        matrix @ matrix
-        accelerator.synchronize(where)
-        times.append(time.perf_counter() - started)
-    return 2 * side**3 / min(times)
-
-
 def _cache(folder: Path) -> Checkup:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free, fix = shutil.disk_usage(there).free, "choose another folder: --trials DIR"
+    free, fix = shutil.disk_usage(there).free, "choose another folder: --cache DIR"
     if not os.access(there, os.W_OK) or not there.is_dir():
         return Checkup("cache", "", f"{folder} cannot be written", fix)
     return Checkup(
@@ -145,20 +112,12 @@ def _quantizer() -> Checkup:
     return Checkup(QUANTIZER, found, "for --export gguf:Q4_K_M", fix, needed=False)
 
 
-def _hub(online: bool) -> Checkup:
+def _hub() -> Checkup:
     from huggingface_hub import constants, get_token
 
-    account = "a token is there" if get_token() else "no token: gated and private models want `hf auth login`"
     if constants.is_offline_mode():
         return Checkup("hub", "", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE", needed=False)
-    if not online:
-        return Checkup("hub", f"not contacted (--online does); {account}")
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
-    except OSError as error:
-        fix = "check the network, or give models and texts as folders and files"
-        return Checkup("hub", "", f"{constants.ENDPOINT} does not answer ({error})", fix, needed=False)
-    return Checkup("hub", f"{constants.ENDPOINT} answers; {account}")
+    return Checkup("hub", "a token is there" if get_token() else "no token: gated models want `hf auth login`")
 
 
 def words(checks: list[Checkup]) -> Table:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -27,26 +26,14 @@ from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.methods.recipes import RECOMMENDED, sections
 
-OPTIONS = frozenset(
-    [
-        "num_samples",
-        "seq_len",
-        "max_rows",
-        "method",
-        "unit",
-        "metric",
-        "acceleration",
-        "dtype",
-        "device",
-        "trust_remote_code",
-        "compensate",
-        "train",
-        "export",
-        "out",
-        "private",
-    ]
-)
-"""Last parts of settings keys that are options of the same name here."""
+OPTIONS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        "num_samples", "seq_len", "max_rows", "method", "unit", "metric", "acceleration", "dtype", "device",
+        "trust_remote_code", "train", "export",
+    )
+} | {"compensate.method": "--compensate"}  # fmt: skip
+"""The options here, by the last part of a settings key, or by the whole key."""
 
 
 def cache_folder() -> Path:
@@ -254,9 +241,6 @@ def curve(
     ] = None,
     seq_len: RowLength = None,
     max_rows: MostRows = 32,
-    points: Annotated[
-        int | None, Option(metavar="N", min=1, help="The most points, evenly spaced.", show_default="every step")
-    ] = None,
     out: Annotated[
         Path | None,
         Option(
@@ -284,7 +268,7 @@ def curve(
     stem = (plan if plan.is_dir() else plan.with_suffix("")).expanduser().absolute()
     file = out or stem.with_name(f"{stem.name}-curve.{'svg' if find_spec('matplotlib') else 'csv'}")
     work.require_known(file)
-    found = work.measure(place, run, plan.expanduser(), points)
+    found = work.measure(place, run, plan.expanduser())
     work.write(found, file)
     if as_json:
         _tell({**found, "file": str(file)}, "", True)
@@ -387,13 +371,12 @@ def push(
 @app.command()
 def doctor(
     cache: Annotated[Path, CACHE],
-    online: Annotated[bool, Option("--online", help="Contact the hub, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what this machine has, and how to get what is missing. Exit code 1 if something needed is missing."""
     from blockpruner.cli import doctor as work
 
-    checks = work.look(cache.expanduser().absolute(), online)
+    checks = work.look(cache.expanduser().absolute())
     if as_json:
         print(json.dumps([{**vars(check), "verdict": check.verdict} for check in checks]))
     else:
@@ -410,28 +393,6 @@ def schema() -> None:
     print(json.dumps(run_schema(named_sources()), indent=1, sort_keys=True))
 
 
-IN_A_CLONE = {
-    "run": ("flows.prune", "Bring runs and targets up to date: the DAG as a flow."),
-    "paper": ("flows.paper", "Make the paper's tables for a study."),
-    "serve": ("flows.serve", "Start and watch runs in a browser."),
-    "clean": ("stages.clean", "List what no run or target needs; `clean delete` deletes it."),
-}
-"""Commands that are modules of the repository, which a wheel does not have. They take the modules' own options."""
-
-
-def _add(name: str, module: str, words: str) -> None:
-    passed = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-
-    @app.command(name, help=words, context_settings=passed, rich_help_panel="Commands of this clone")
-    def call(context: typer.Context) -> None:
-        raise typer.Exit(subprocess.run([sys.executable, "-m", module, *context.args], check=False).returncode)
-
-
-if Path("flows/prune.py").is_file():
-    for _name, (_module, _words) in IN_A_CLONE.items():
-        _add(_name, _module, _words)
-
-
 def _folder(model: str) -> Path:
     from blockpruner.cli.pruning import Place
 
@@ -446,8 +407,8 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
 
 
 def _fail(error: InputError) -> NoReturn:
-    option = error.key.rpartition(".")[2]
-    named = f"{error} (here: --{option.replace('_', '-')})" if option in OPTIONS else str(error)
+    option = OPTIONS.get(error.key) or OPTIONS.get(error.key.rpartition(".")[2])
+    named = f"{error} (here: {option})" if option else str(error)
     print(f"error: {named}", file=sys.stderr)
     sys.exit(2)
 

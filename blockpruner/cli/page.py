@@ -41,7 +41,7 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
         Section("Removed blocks", tuple(_removed(plan))),
     ]
     if found is not None:
-        sections.append(Section("Choosing a ratio", (curve.plot(found), curve.table(found, plan))))
+        sections.append(Section("Choosing a budget", (curve.plot(found), curve.table(found, plan))))
     facts = {
         "Folder": str(checkpoint),
         "Weights": size(weights),

@@ -48,8 +48,9 @@ class Upload:
 
 
 def _licence(checkpoint: Path, trials: Path) -> dict[str, Any]:
-    """The licence of the checkpoint's base, if the trial folder still has that model."""
+    """The licence of the checkpoint's base, if that model is in the trial folder or in the DAG of this folder."""
     plan = checkpoint / PLAN_FILE
     base = load_plan(plan).base if plan.is_file() else None
-    bases = (dense for dense in (trials / "models").glob("*/") if checkpoint_identity(dense) == base)
+    known = [dense for folder in (trials, Path("data")) for dense in (folder / "models").glob("*/")]
+    bases = (dense for dense in known if checkpoint_identity(dense) == base)
     return next(map(licence_of, bases), {})

@@ -27,8 +27,8 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
 from blockpruner.reporting.formats import number
-from blockpruner.reporting.grids import Number
 from blockpruner.reporting.statistics import perplexity_ratio
+from blockpruner.reporting.table import Number
 from blockpruner.store.files import read_json
 
 

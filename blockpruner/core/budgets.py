@@ -44,13 +44,6 @@ def read_budget(text: str) -> tuple[float, str]:
     )
 
 
-def budget_name(text: str) -> str:
-    """A budget as a part of a name: "b10" (10 % of all parameters), "17blocks", "30kv", "1_25x"."""
-    number, unit = read_budget(text)
-    shown = f"{100 * number:.10g}" if unit in ("", "kv") else f"{number:.10g}"
-    return f"{'' if unit else 'b'}{shown}{unit}".replace(".", "_")
-
-
 Resources = Mapping[str, Costs]
 """By name: "parameters" and "kv" (the KV cache), counted from the config; "latency" (time of generation) where it was
 measured."""

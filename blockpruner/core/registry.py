@@ -49,7 +49,8 @@ class Registry(Mapping[str, Row]):
     def __getitem__(self, name: str) -> Row:
         if name not in self._rows and name not in self._all():
             message = f"{self.title} {name!r} is unknown; valid: {', '.join(self)}"
-            raise UnknownNameError(f"{message}. {self.hint}" if self.hint else message)
+            message = f"{message}. {self.hint}" if self.hint else message
+            raise UnknownNameError(message, rule="unknown-name", key=self.title, value=name)
         return self._rows[name]
 
     def __iter__(self) -> Iterator[str]:

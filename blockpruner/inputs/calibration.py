@@ -367,4 +367,5 @@ def check_context(seq_len: int, config: dict[str, Any], key: str) -> None:
     """Refuse rows longer than the model's context."""
     context = config.get("max_position_embeddings")
     if context is not None and seq_len > context:
-        raise InputError(f"{key} {seq_len} is longer than the model's context of {context} tokens; lower it")
+        message = f"{key} {seq_len} is longer than the model's context of {context} tokens; lower it"
+        raise InputError(message, rule="longer-than-context", key=key, value=seq_len)

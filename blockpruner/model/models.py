@@ -47,12 +47,14 @@ def resolve_device(device: str) -> torch.device:
     except RuntimeError:
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda", accelerator.kind()):
-        raise InputError(f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>, split")
+        message = f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>, split"
+        raise InputError(message, rule="unknown-device", key="runtime.device", value=device)
     if found.type == "cpu":
         return found
     found = torch.device(found.type, found.index or 0)
     if found not in here:
-        raise InputError(f"runtime.device {device!r} is not here: {len(here)} CUDA devices; use auto")
+        message = f"runtime.device {device!r} is not here: {len(here)} CUDA devices; use auto"
+        raise InputError(message, rule="absent-device", key="runtime.device", value=device)
     return found
 
 

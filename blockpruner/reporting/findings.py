@@ -14,7 +14,7 @@ from itertools import pairwise
 from statistics import mean, median
 from typing import TypeVar
 
-from blockpruner.core.blocks import BlockKind, parse_mask
+from blockpruner.core.blocks import parse_mask
 from blockpruner.reporting.formats import listed, number, percent, times
 from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import Model, Option
@@ -56,11 +56,6 @@ LOW_GAIN = 0.5
 1 / (1 - r). Less than half of that gain is little. MLP blocks hold most parameters, MHA blocks much of the time and
 all of the KV cache, so mostly-MLP pruning has this sign."""
 
-SPREAD = 1.5
-"""Repeats of one generation take about the same time. If one takes one and a half times another, something else ran on
-the machine, and the timings are as much about that."""
-
-
 AnyOption = TypeVar("AnyOption", bound=Option)
 
 
@@ -88,7 +83,7 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
     Args:
         traces: the model that is pruned the most, for each removal sequence.
     """
-    rules = ((is_broken, _broken), (is_mismatch, _mismatch), (is_slow, _slow), (is_spread, _spread))
+    rules = ((is_broken, _broken), (is_mismatch, _mismatch), (is_slow, _slow))
     found = [_jump(trace, options) for trace in traces]
     found += [finding(shown) for shows, finding in rules if (shown := [option for option in options if shows(option)])]
     return [finding for finding in found if finding]
@@ -103,12 +98,6 @@ def jump_at(option: Option) -> int | None:
         if usual or rise >= COLLAPSE_NATS:
             return i
     return None
-
-
-def has_jump(option: Option) -> bool:
-    """Check whether a plan goes beyond the first jump of its search, and nothing was healed after it."""
-    jump = jump_at(option)
-    return jump is not None and option.plan is not None and len(option.plan.order) > jump and not option.healing
 
 
 def is_broken(option: Option) -> bool:
@@ -141,20 +130,6 @@ def is_slow(option: Option) -> bool:
     return (
         option.is_timed and option.ratio >= HIGH_RATIO and option.speedup - 1 < LOW_GAIN * (1 / (1 - option.ratio) - 1)
     )
-
-
-def is_spread(option: Option) -> bool:
-    """Check whether the timings of a model, or of the dense one with it, vary too much to be believed (SPREAD)."""
-    return option.is_timed and option.race.spread > SPREAD
-
-
-def signs(option: Option) -> list[str]:
-    """Name the signs of failed pruning, and of timings that are not to be believed, that a model shows."""
-    rules = {
-        "jump": has_jump, "broken": is_broken, "mismatch": is_mismatch, "little speed-up": is_slow,
-        "spread of timings": is_spread,
-    }  # fmt: skip
-    return [name for name, shows in rules.items() if shows(option)]
 
 
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
@@ -221,32 +196,12 @@ def _mismatch(found: Sequence[Option]) -> Finding:
 
 
 def _slow(found: Sequence[Option]) -> Finding:
-    def cause(option: Option) -> str:
-        blocks = option.blocks
-        if not sum(blocks.values()):
-            return "no whole block is gone, so the KV cache stays and products become smaller, not fewer"
-        if blocks[BlockKind.MLP] > blocks[BlockKind.MHA]:
-            return "mostly MLP blocks are gone, while attention holds time and KV cache"
-        return "look at what bounds this machine: batch, prompt length, threads"
-
     gains = [
         f"{option.name}: {percent(option.ratio)} of the parameters removed ({option.taken_out}), generation "
-        f"{times(option.speedup)} as fast; reading fewer weights alone would give {times(1 / (1 - option.ratio))}; "
-        f"{cause(option)}."
+        f"{times(option.speedup)} as fast; reading fewer weights alone would give {times(1 / (1 - option.ratio))}."
         for option in found
     ]
     return Finding(Level.WARNING, "slow", "Little speed-up for the parameters removed", " ".join(gains))
-
-
-def _spread(found: Sequence[Option]) -> Finding:
-    worst = [f"{option.name} ({times(option.race.spread)})" for option in found]
-    return Finding(
-        Level.WARNING,
-        "spread",
-        "The timings are spread",
-        f"The longest generation took more than {SPREAD:g}× the shortest of the same model, or of the dense one with "
-        f"it, at {listed(worst)}. Time again on a machine that does nothing else.",
-    )
 
 
 def stop(options: Sequence[Option]) -> Finding:
@@ -255,18 +210,16 @@ def stop(options: Sequence[Option]) -> Finding:
         return Finding(Level.NOTE, "stop", "No verdict without times", "A verdict weighs loss against speed.")
     best = recommended(options)
     if best is not None:
-        others = "the fastest of the models that are" if len(options) > 1 else ""
         text = (
             f"{percent(best.ratio)} of the parameters removed ({best.taken_out}): {100 * (best.speedup - 1):+.1f} % "
-            f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. It is "
-            f"{others} faster than dense beyond noise and not broken."
+            f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. It is the "
+            "fastest model that is faster than dense beyond noise and not broken."
         )
-        return Finding(Level.ADVICE, "stop", f"Take {best.name}", " ".join(text.split()))
+        return Finding(Level.ADVICE, "stop", f"Take {best.name}", text)
     text = "No pruned model is both faster than dense beyond noise and not broken."
     if options:
         first = options[0]
-        noise = ", within noise" if first.is_timed and first.race.is_noise else ""
-        speed = f", at {times(first.speedup)} the speed of generation{noise}" if first.is_timed else ""
+        speed = f", at {times(first.speedup)} the speed of generation" if first.is_timed else ""
         text += f" {_losses(first)}{speed}."
     return Finding(Level.ADVICE, "stop", "Keep the dense model", text)
 
@@ -278,16 +231,10 @@ def noise(reported: ReportedRun) -> Finding:
     error = mean(score.stderr for score in reported.scores.values())
     size = f"about {100 * error:.0f} points" if math.isfinite(error) else "unknown"
     whole = f", and the average's {100 * reported.dense.model.average.stderr:.1f}" if math.isfinite(error) else ""
-    near = []
-    for task, chance in reported.chance.items():
-        names = [option.name for option in reported.options if not option.model.tasks[task].differs_from(chance)]
-        if names:
-            near.append(f"{task} ({'every model' if len(names) == len(reported.options) else ', '.join(names)})")
     return Finding(
         Level.NOTE,
         "noise",
         "How much to trust the scores",
         f"With {each} items a task, a score's standard error is {size}{whole}. Models are compared item by item; only "
-        "differences beyond 2 standard errors are marked. Not distinguishable from guessing: "
-        f"{', '.join(near) or 'none'}.",
+        "differences beyond 2 standard errors are marked.",
     )

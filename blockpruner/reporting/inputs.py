@@ -152,7 +152,7 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
     calibrations = [plan.calibration for plan in plans.values()]
     known = [found["dense_perplexity"] for found in calibrations if found["perplexity"] is not None]
     dense = Option(
-        name="dense", subject=labels.model, method="", plan=None, model=models[f"{run}-dense"],
+        name="dense", method="", plan=None, model=models[f"{run}-dense"],
         dense=models[f"{run}-dense"], races=races[f"{run}-dense"], order=(), curve=tuple(known[:1]),
     )  # fmt: skip
     found = []
@@ -162,7 +162,7 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
         removed, unit = _read_search(plan, data / "plans" / name / f"{healing['search']}.parquet")
         found.append(
             PrunedOption(
-                name=name, subject=labels.model, method=KINDS[plan.kind].words(plan, unit), plan=plan,
+                name=name, method=KINDS[plan.kind].words(plan, unit), plan=plan,
                 model=models[name], dense=dense.model, races=races[name], order=plan.order,
                 curve=(removed[0].before, *(removal.perplexity for removal in removed)) if removed else (),
                 removals=removed, compensation=healing if "perplexity" in healing else {},

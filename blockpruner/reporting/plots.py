@@ -14,7 +14,7 @@ import numpy as np
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask
 from blockpruner.core.errors import extra
-from blockpruner.reporting.statistics import Interval, Mean
+from blockpruner.reporting.statistics import Interval
 
 with extra("report"):
     import matplotlib
@@ -123,24 +123,10 @@ def star_(axes: Axes, x: float, y: float, label: str | None = None) -> None:
     axes.plot(x, y, "*", color=INK, markersize=11, label=label)
 
 
-def accuracy_(
-    axes: Axes, x: Sequence[float], found: Sequence[Mean], colour: str, shape: str, label: str | None = None
-) -> None:
-    """Accuracies in per cent, ± 1 standard error where it is known."""
-    errors = [100 * one.stderr if np.isfinite(one.stderr) else 0.0 for one in found]
-    axes.errorbar(
-        x, [100 * one.value for one in found], errors, color=colour, marker=shape, markersize=5, linewidth=1.3,
-        capsize=2.5, elinewidth=1, label=label,
-    )  # fmt: skip
-
-
 def scale_(axes: Axes, values: Sequence[float]) -> None:
     """Use a logarithmic scale for perplexities over a wide range."""
-    if max(values) > 3 * min(values):
-        log_(axes, values)
-
-
-def log_(axes: Axes, values: Sequence[float]) -> None:
+    if max(values) <= 3 * min(values):
+        return
     wide = max(values) > 10 * min(values)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))

@@ -50,7 +50,6 @@ class RunLabels:
     """Texts and settings of the training of targets that are trained."""
     search: str = "exact"
     """Which candidates the search leaves out, as `score.acceleration`."""
-    dtype: str = "float32"
 
     @property
     def conditions(self) -> str:
@@ -95,8 +94,6 @@ class Timings:
     cache_bytes: int
     memory_bytes: int
     """The peak while generating; on a CPU the sum of weights and KV cache."""
-    prompt_tokens: int
-    new_tokens: int
     setting: str
     """What was timed, and on what, in words."""
 
@@ -109,8 +106,6 @@ class Timings:
             tokens={"prefill": batch * prompt, "decode": batch * (new - 1), "generation": batch * new},
             cache_bytes=fields["kv_cache_bytes"],
             memory_bytes=fields["peak_memory_bytes"],
-            prompt_tokens=prompt,
-            new_tokens=new,
             setting=f"{prompt} prompt and {new} new tokens, batch {batch}, {fields['repeats']} repeats in turns with "
             f"the dense model, {fields['device']}, {fields['dtype']}, {fields['threads']} threads",
         )
@@ -121,13 +116,6 @@ class Timings:
     def rate(self, part: str) -> float:
         """Tokens per second, from the median."""
         return self.tokens[part] / self.median(part)
-
-    def rate_interval(self, part: str) -> Interval:
-        """Tokens per second; infinite where there are too few repeats."""
-        found = statistics.median_interval(self.seconds[part])
-        if not math.isfinite(found.low):
-            return found
-        return Interval(self.tokens[part] / found.high, self.tokens[part] / found.low)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,22 +143,12 @@ class Race:
 
     @property
     def is_faster(self) -> bool:
-        """Tell whether generation is faster than dense beyond noise: the interval lies above 1."""
+        """Whether generation is faster than dense beyond noise: the interval is above 1."""
         return self.interval("generation").low > 1
-
-    @property
-    def is_noise(self) -> bool:
-        """Tell whether the interval of the speed-up of generation holds 1. It does where nothing was timed twice."""
-        return self.interval("generation").holds(1)
 
     def interval(self, part: str) -> Interval:
         """The interval of a speed-up; infinite where nothing was timed twice."""
         return Interval(0, math.inf) if len(self.dense.seconds[part]) == 1 else self.speedups[part].interval
-
-    @property
-    def spread(self) -> float:
-        """The longest over the shortest generation of one model, of the two the larger."""
-        return max(max(times) / min(times) for times in (s.seconds["generation"] for s in (self.dense, self.pruned)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,8 +220,6 @@ class Option:
     """A model to choose: the dense one, or a pruned one."""
 
     name: str
-    subject: str
-    """What the dense model is called."""
     method: str
     plan: Plan | None
     """None for the dense model."""

@@ -1,8 +1,7 @@
-"""Errors, intervals and tests of measured numbers, and the agreement of two removal sequences.
+"""Errors, intervals and tests of measured numbers.
 
-Decides which test answers which question. scipy computes what it offers; Holm's correction, rank-biased overlap and
-what is stratified by task are ours. Tasks weigh the same in an average and in its test. The caller decides what is
-compared and how it is shown.
+Decides which test answers which question. scipy computes what it offers; Holm's correction and what is stratified
+by task are ours. Tasks weigh the same in an average and in its test. The caller decides what is compared.
 
 Differences are b - a. Intervals have two sides and hold the truth with probability `level`. A spread or an interval
 is infinite where there are too few measurements to tell it; nothing then differs from anything.
@@ -11,7 +10,7 @@ is infinite where there are too few measurements to tell it; nothing then differ
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,25 +204,6 @@ def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> tuple[float, 
     return tuple(1 - alpha / (len(p_values) - min(int(rank), rejected)) for rank in ranks)
 
 
-def minimum_detectable_difference(stderr: float, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest true difference that a two-sided test at `alpha` finds with probability `power`, in the unit of stderr.
-
-    (z_{1-alpha/2} + z_{power}) SE with normal quantiles z (Miller, arXiv 2411.00640, section 5, solved for the
-    difference); 2.80 SE with the defaults. `stderr` is that of the difference.
-    """
-    return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * stderr
-
-
-def median_interval(samples: ArrayLike, level: float = 0.95) -> Interval:
-    """Interval of the median from order statistics, for any distribution.
-
-    [x_(k), x_(n+1-k)] with the largest k for which P(Binomial(n, 1/2) < k) <= (1 - level) / 2. It is infinite where
-    there is no such k: at level 0.95, for fewer than 6 samples.
-    """
-    low, high = stats.quantile_test(np.asarray(samples, float), p=0.5).confidence_interval(level)
-    return Interval(-math.inf, math.inf) if math.isnan(low) else Interval(float(low), float(high))
-
-
 def ratio_of_medians(
     dense: ArrayLike, pruned: ArrayLike, resamples: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> Effect:
@@ -252,39 +232,6 @@ def ratio_of_medians(
         rng=np.random.default_rng(seed),
     ).bootstrap_distribution
     return Effect(float(ratio(dense, pruned, axis=0)), _percentiles(draws, level), _two_sided(draws, 1.0))
-
-
-def rank_biased_overlap(a: Sequence[Hashable], b: Sequence[Hashable], p: float = 0.9) -> float:
-    """Extrapolated rank-biased overlap of two rankings (Webber et al., ACM TOIS 28(4), 2010, eq. 32), 0 to 1.
-
-    RBO_ext = (1 - p) sum_{d=1}^{l} p^(d-1) A_d + p^l A_l. s and l are the lengths of the shorter and the longer list,
-    X_d is the number of elements that their first d have in common, and the agreement A_d is X_d / d for d <= s and
-    (X_d + X_s (d - s) / s) / d beyond, as if the shorter list went on to agree as it does at its end. (Eq. 32 is the
-    same sum with its terms collected by X.) Two empty lists agree (1); an empty list agrees with no other (0).
-
-    Args:
-        p: how much the next depth weighs relative to this one; the first 10 have 0.86 of the weight at 0.9.
-
-    Raises:
-        InputError: an element stands twice in a list.
-    """
-    for ranking in (a, b):
-        if len(set(ranking)) < len(ranking):
-            twice = next(element for element in ranking if list(ranking).count(element) > 1)
-            raise InputError(f"{twice!r} is twice in a ranking; each element must have one place")
-    if not a or not b:
-        return float(len(a) == len(b))
-    short, long = sorted((a, b), key=len)
-    s, depths = len(short), range(1, len(long) + 1)
-    common = [len(set(short[:d]) & set(long[:d])) for d in depths]
-    agreement = [(common[d - 1] + common[s - 1] * max(0, d - s) / s) / d for d in depths]
-    return (1 - p) * sum(p ** (d - 1) * agreement[d - 1] for d in depths) + p ** len(long) * agreement[-1]
-
-
-def jaccard(a: Collection[Hashable], b: Collection[Hashable]) -> float:
-    """Size of the intersection over size of the union, 0 to 1; two empty sets are equal: 1."""
-    union = set(a) | set(b)
-    return len(set(a) & set(b)) / len(union) if union else 1.0
 
 
 def _difference(a: ArrayLike, b: ArrayLike, what: str) -> Floats:

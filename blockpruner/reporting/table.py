@@ -32,7 +32,6 @@ class Number:
     high: float | None = None
     signed: bool = False
     """Whether it is a difference, which is written with its sign."""
-    is_p: bool = False
     write: Callable[[float], str] = number
     mark: str = ""
     """The text behind the number."""
@@ -50,16 +49,11 @@ class Number:
             return self.write(value)
         text = f"{value:,.{self.digits}f}"
         if float(text.replace(",", "")) == 0:
-            return f"< {10**-self.digits:.{self.digits}f}" if self.is_p and value > 0 else text.lstrip("-")
+            return text.lstrip("-")
         return ("+" if self.signed and value > 0 else "") + text.replace("-", "−")
 
 
 Cell = str | Number | None
-
-
-def share(ratio: float) -> Number:
-    """Show a share in per cent without the sign, with two digits."""
-    return Number(100 * ratio, 2)
 
 
 def percentage(ratio: float, digits: int = 1) -> Number:
@@ -77,15 +71,6 @@ def points(found: Mean | Effect) -> Number:
     return Number(100 * found.value, 1, low=100 * found.interval.low, high=100 * found.interval.high, signed=True)
 
 
-def factor(found: Effect) -> Number:
-    """Show a quotient with its interval."""
-    return Number(found.value, 3, low=found.interval.low, high=found.interval.high)
-
-
-def p_value(p: float) -> Number:
-    return Number(p, 4, is_p=True)
-
-
 @dataclass(frozen=True)
 class Column:
     """A column."""
@@ -94,10 +79,6 @@ class Column:
     """The name in the CSV."""
     title: str
     """The title for people, with the unit."""
-
-
-def columns_of(**titles: str) -> tuple[Column, ...]:
-    return tuple(Column(key, title) for key, title in titles.items())
 
 
 @dataclass(frozen=True)
@@ -177,6 +158,12 @@ def to_csv(table: Table | DataFrame) -> str:
     """Write all numbers at full precision, and None as nothing."""
     frame = table.frame if isinstance(table, Table) else table
     return str(frame.to_csv(index=False, lineterminator="\n"))
+
+
+def to_markdown(table: Table) -> str:
+    rule = ["---:" if is_number else "---" for is_number in table.numeric]
+    rows = [table.head, rule, *table.texts]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
 
 
 LATEX = str.maketrans(

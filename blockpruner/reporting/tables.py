@@ -55,41 +55,20 @@ def _timed(of: Callable[[Option], Cell]) -> Callable[[Option], Cell]:
     return lambda option: of(option) if option.is_timed else NOT_TIMED
 
 
-def _calibration(option: Option) -> Cell:
-    value = option.calibration_perplexity
-    return None if value is None else Number(value)
-
-
-def _rate(option: Option, part: str) -> Cell:
-    return Number(option.race.pruned.rate(part))
-
-
-def _heldout(option: Option) -> Number:
-    return _against(option.model.perplexity / option.dense.perplexity, option.heldout_interval)
-
-
-def _against(ratio: float, interval: Interval) -> Number:
+def _multiple(ratio: float, interval: Interval) -> Number:
     """Show a multiple of what the dense model has."""
     return Number(ratio, low=interval.low, high=interval.high)
 
 
-def _perplexity(task: str) -> Callable[[Option], Cell]:
-    return lambda option: Number(option.model.tasks[task].value)
+def _heldout(option: Option) -> Number:
+    return _multiple(option.model.perplexity / option.dense.perplexity, option.heldout_interval)
 
 
 def _speedup(option: Option, part: str = "generation") -> Number:
-    return _against(option.race.speedup(part), option.race.interval(part)) if option.plan else Number(1)
-
-
-METHOD = Field[Option]("method", "method", lambda option: option.recipe)
-REMOVED = Field[Option]("removed", "removed", lambda option: percentage(option.ratio))
-CALIBRATION = Field[Option]("calibration_ppl", "calibration PPL", _calibration)
-HELDOUT = Field[Option]("heldout_ppl", "held-out PPL", lambda option: Number(option.model.perplexity))
-AVERAGE = Field[Option]("avg", "average, %", lambda option: score(option.model.average))
+    return _multiple(option.race.speedup(part), option.race.interval(part)) if option.plan else Number(1)
 
 
 P_TITLE = "p of the right answer, %"
-P_GOLD = Field[Option]("p_gold", P_TITLE, lambda o: score(o.model.confidence) if o.model.confidence else None)
 
 
 def _confidence(option: Option) -> Cell:
@@ -118,15 +97,16 @@ def headline(reported: ReportedRun) -> Table:
         return cell
 
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
-    add("Parameters removed", REMOVED.of)
+    add("Parameters removed", lambda o: percentage(o.ratio))
     add("Taken out", lambda o: o.taken_out)
     if any(target.healing for target in reported.targets):
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
-    add("Held-out perplexity", HELDOUT.of)
+    add("Held-out perplexity", lambda o: Number(o.model.perplexity))
     add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
     for task, found in reported.dense.model.tasks.items():
         if not found.is_accuracy:
-            add(f"{task}, {found.metric.replace('_', ' ')}", _perplexity(task))
+            title = f"{task}, {found.metric.replace('_', ' ')}"
+            add(title, lambda o, task=task: Number(o.model.tasks[task].value))  # type: ignore[misc]
     for task, chance in reported.chance.items():
         add(f"{task}, %", accuracy(task, chance), chance)
     add("Average, %", accuracy(None, reported.average_chance), reported.average_chance)
@@ -134,7 +114,7 @@ def headline(reported: ReportedRun) -> Table:
         chance = mean(reported.chance[task] for task in known)
         add(P_TITLE, _confidence, chance)
     for part in PARTS:
-        add(f"{part.capitalize()}, tokens/s", _timed(partial(_rate, part=part)))
+        add(f"{part.capitalize()}, tokens/s", _timed(lambda o, part=part: Number(o.race.pruned.rate(part))))  # type: ignore[misc]
         add(f"{part.capitalize()}, × dense", _timed(partial(_speedup, part=part)))
     add("Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)))
     add("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
@@ -207,7 +187,7 @@ def compared(comparison: Comparison) -> Table:
 
     fields: tuple[Field[Option], ...] = (
         Field("target", "target", lambda o: o.name),
-        REMOVED,
+        Field("removed", "removed", lambda o: percentage(o.ratio)),
         Field("taken_out", "taken out", lambda o: o.taken_out),
         Field("heldout_ppl", "held-out PPL, × dense", _heldout),
         Field("p_gold", "p of the right answer − dense", confidence),
@@ -215,7 +195,7 @@ def compared(comparison: Comparison) -> Table:
         Field("generation", "speed, × dense", _timed(_speedup)),
         Field("kv_cache", "KV cache", _timed(_saved)),
         Field("front", "front", lambda o: "●" if o in front else ""),
-        METHOD,
+        Field("method", "method", lambda o: o.recipe),
     )
     notes = (COMPARISON_LEGEND,)
     return table_of("targets", "All targets", fields, comparison.targets, notes, lambda option: option is best)
@@ -229,10 +209,6 @@ def samples(options: Sequence[Option]) -> list[Table]:
     rows = tuple((option.name, *(text or "(nothing)" for _, text in option.model.samples)) for option in kept)
     title = "What the models answer (greedy, cut off after 48 tokens)"
     return [Table("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
-
-
-def _plain_speedup(option: Option, part: str) -> float | None:
-    return option.race.speedup(part) if option.is_timed else None
 
 
 CURVE: Mapping[str, Callable[[Option], object]] = {

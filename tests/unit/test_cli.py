@@ -24,14 +24,13 @@ from typer import Abort
 
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.cli import curve as work
-from blockpruner.cli import doctor, pruning, talking
+from blockpruner.cli import doctor, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
-from blockpruner.healing import compensate as compensation
-from blockpruner.healing import trainer
+from blockpruner.healing import choice, trainer
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
@@ -89,8 +88,8 @@ def say(capsys):
     return run
 
 
-def prune(model, *more, ratio=0.3, method="blockpruner"):
-    return ("prune", model, "--ratio", ratio, "--texts", "texts.txt", "--seq-len", 32, "--method", method, *more)
+def prune(model, *more, budget=0.3, method="blockpruner"):
+    return ("prune", model, "--budget", budget, "--texts", "texts.txt", "--seq-len", 32, "--method", method, *more)
 
 
 def done(result):
@@ -114,14 +113,14 @@ def test_a_killed_run_goes_on_and_transformers_loads_the_result(model, place, sa
     kept = {trial for log in logs for trial in re.findall(r'"trial": ?"([^"]*)"', log)}
     resumed, undisturbed = (
         say(*prune(model, "--out", "out", "--json")),
-        say(*prune(model, "--out", "whole", "--trials", "elsewhere", "--json")),
+        say(*prune(model, "--out", "whole", "--cache", "elsewhere", "--json")),
     )
     found, whole = done(resumed), done(undisturbed)
     assert f"found {len(kept)} scores of before in {place / 'cache/blockpruner'}" in resumed[2].splitlines()
     assert kept and "scores of before" not in undisturbed[2]
     assert found["plan"] == whole["plan"] | {"target": "out"} and found["plan"]["method"] == "greedy"
-    assert found["search"]["units_reused"] >= 12 > whole["search"]["units_reused"]
-    assert found["search"]["units_computed"] <= whole["search"]["units_computed"] - 12
+    assert found["search"]["greedy"]["units_reused"] >= 12 > whole["search"]["greedy"]["units_reused"]
+    assert found["search"]["greedy"]["units_computed"] <= whole["search"]["greedy"]["units_computed"] - 12
     assert [each["verified"] for each in found["written"]] == [True]
     loaded = fresh(LOAD, "out", "logits.pt")
     assert loaded.returncode == 0, loaded.stderr
@@ -134,13 +133,13 @@ def test_a_folder_is_kept_and_never_replaced_by_another_plan(model, place, say):
     first = done(say(*prune(model, "--out", "out", "--json")))
     written = (place / "out/model.safetensors").stat().st_mtime_ns
     again = done(say(*prune(model, "--out", "out", "--json")))
-    assert again["search"]["trials_computed"] == 0 and again["plan"] == first["plan"]
+    assert again["search"]["greedy"]["trials_computed"] == 0 and again["plan"] == first["plan"]
     assert (place / "out/model.safetensors").stat().st_mtime_ns == written
     (place / "mine").mkdir()
     (place / "mine/notes").touch()
-    for args in (prune(model, "--out", "out", ratio=0.5), prune(model, "--out", "mine")):
+    for args in (prune(model, "--out", "out", budget=0.5), prune(model, "--out", "mine")):
         code, _, err = say(*args)
-        assert code == 2 and err.splitlines()[-1].endswith("holds something else; choose another folder, or remove it")
+        assert code == 2 and "--out" in err and "holds something else; choose another folder" in err.splitlines()[-1]
     assert (place / "out/model.safetensors").stat().st_mtime_ns == written and [*(place / "mine").iterdir()] == [
         place / "mine/notes"
     ]
@@ -160,9 +159,9 @@ def test_a_quantization_may_be_asked_for_later(model, place, say, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
     out, again = place / "out-gguf", place / "again-gguf"
-    done(say(*prune(model, "--out", "out", "--export", "gguf", "--json", ratio="1blocks")))
+    done(say(*prune(model, "--out", "out", "--export", "gguf", "--json", budget="1blocks")))
     assert (out / "model-F16.gguf").exists() and not (out / "model-Q4_K_M.gguf").exists()
-    code, _, _ = say(*prune(model, "--out", "out", "--export", "gguf:Q4_K_M", ratio="1blocks"))
+    code, _, _ = say(*prune(model, "--out", "out", "--export", "gguf:Q4_K_M", budget="1blocks"))
     assert code == 0 and (out / "model-Q4_K_M.gguf").exists()
     code, _, _ = say("apply", model, "out", "--out", "again", "--export", "gguf:Q4_K_M")
     assert code == 0 and (again / "model-Q4_K_M.gguf").exists()
@@ -184,7 +183,7 @@ def test_apply_makes_the_same_checkpoint_from_the_same_base_alone(model, place, 
 
 @pytest.mark.usefixtures("in_process")
 def test_compensated_weights_are_kept_and_no_plan_promises_them(model, place, say):
-    args = prune(model, "--seq-len", 16, "--out", "out", "--json", ratio="1blocks", method="recommended")
+    args = prune(model, "--seq-len", 16, "--out", "out", "--json", budget="1blocks", method="recommended")
     made = done(say(*args))["plan"]
     assert (made["method"], made["compensate"]) == ("floating", "refit")
     (report,) = (place / "cache/blockpruner/compensated").glob("*/compensate.json")
@@ -206,8 +205,8 @@ def test_compensated_weights_are_kept_and_no_plan_promises_them(model, place, sa
 def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say, monkeypatch):
     (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(300)))
     heal = ("--seq-len", 16, "--train", "all", "--out", "out", "--json")
-    args = prune(model, *heal, method="recommended", ratio=0.2)
-    refit = done(say(*prune(model, "--seq-len", 16, "--out", "refit", "--json", method="recommended", ratio=0.2)))
+    args = prune(model, *heal, method="recommended", budget=0.2)
+    refit = done(say(*prune(model, "--seq-len", 16, "--out", "refit", "--json", method="recommended", budget=0.2)))
 
     def die(*given):  # in the end: states were saved
         raise KeyboardInterrupt
@@ -238,8 +237,8 @@ def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say
     (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(20)))
     code, _, err = say(*prune(model, "--out", "other", "--seq-len", 16, "--train", "all"))
     assert code == 2 and "of which 8 are held out; give more texts" in err and "removal" not in err
-    code, _, err = say(*prune(model, "--out", "other", "--heal", "some"))
-    assert code == 2 and "--heal 'some' is unknown; valid: all, lora" in err
+    code, _, err = say(*prune(model, "--out", "other", "--train", "some"))
+    assert code == 2 and "train 'some' is unknown; valid: all, lora" in err
 
 
 def test_a_format_that_cannot_hold_the_family_is_refused_before_a_search(place, say):
@@ -252,8 +251,8 @@ def test_a_format_that_cannot_hold_the_family_is_refused_before_a_search(place, 
 @pytest.mark.usefixtures("in_process")
 def test_training_begins_at_the_compensated_weights(model, place, say, monkeypatch):
     (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(300)))
-    args = prune(model, "--seq-len", 16, "--train", "all", "--json", method="recommended", ratio=0.2)
-    fit = compensation.compensate
+    args = prune(model, "--seq-len", 16, "--train", "all", "--json", method="recommended", budget=0.2)
+    fit = choice.compensate
 
     def another(model, *given):
         """Other weights than the pruned model's, whether or not they help this one."""
@@ -261,7 +260,7 @@ def test_training_begins_at_the_compensated_weights(model, place, say, monkeypat
 
     before = []
     for wanted in (fit, another):
-        monkeypatch.setattr(compensation, "compensate", wanted)
+        monkeypatch.setattr(choice, "compensate", wanted)
         monkeypatch.setenv("XDG_CACHE_HOME", str(place / wanted.__name__))
         before.append(done(say(*args, "--out", f"out-{wanted.__name__}"))["perplexity"]["trained"]["before"])
     assert before[0] != pytest.approx(before[1], rel=1e-3)
@@ -269,36 +268,19 @@ def test_training_begins_at_the_compensated_weights(model, place, say, monkeypat
     assert card.index("compensated without training") < card.index("then trained")
 
 
-@pytest.mark.usefixtures("in_process")
-def test_a_ratio_alone_tries_blocks_and_layers_and_exports_the_better_one(model, place, say, monkeypatch):
-    args = prune(model, "--seq-len", 16, "--out", "out", "--json", method="recommended")
-    code, out, err = say(*args)
-    made, found = json.loads(out)["plan"], {}
-    for report in (place / "cache/blockpruner/compensated").glob("*/compensate.json"):
-        plan = load_plan(place / "cache/blockpruner/plans" / report.parent.name.partition("-")[0])
-        found[plan.method] = json.loads(report.read_text())["perplexity"]["after"]
-    assert code == 0 and set(found) == {"floating", "greedy"} and made["method"] == min(found, key=found.__getitem__)
-    words = f"floating of blocks {found['floating']:.2f}, greedy of layers {found['greedy']:.2f}; the lowest is taken"
-    assert words in " ".join(err.split())
-    assert done(say(*args))["plan"] == made, "and the second time nothing is written"
-    after = pruning._after
-    monkeypatch.setattr(pruning, "_after", lambda healed: -after(healed))
-    worse = done(say(*(("other" if word == "out" else word) for word in args)))["plan"]["method"]
-    assert worse == max(found, key=found.__getitem__)
-
-
-@pytest.mark.usefixtures("in_process")
 def test_a_dry_run_counts_from_the_shape_and_leaves_nothing(model, place, say):
     found = done(say(*prune(model, "--dry-run", "--json")))
     assert [path.name for path in place.iterdir()] == ["texts.txt"]
     weights = load_file(model / "model.safetensors").values()
-    assert found["parameters"] == sum(tensor.numel() for tensor in weights) and found["first_step_masks"] == 8
+    assert found["parameters"] == sum(tensor.numel() for tensor in weights)
+    assert found["first_step_masks"] == {"greedy": 8}
     assert found["weights_bytes"] == found["disk_bytes"] == sum(tensor.nbytes for tensor in weights)
-    assert found["parameters_to_remove"] == {"0.3": round(0.3 * found["parameters"])}
-    words = say(*prune(model, "--dry-run", "--dtype", "bfloat16"))[1]
-    assert "blocks: 4 MHA + 4 MLP" in words and "masks of the first step: 8" in words
-    half = done(say(*prune(model, "--dry-run", "--json", "--dtype", "bfloat16")))
-    assert 2 * half["weights_bytes"] == half["disk_bytes"]
+    assert found["parameters_to_remove"] == round(0.3 * found["parameters"])
+    both = done(say(*prune(model, "--dry-run", "--json", "--dtype", "bfloat16", method="recommended")))
+    assert both["first_step_masks"] == {"floating": 8, "greedy-layers": 4}, "a recipe of two searches"
+    assert 2 * both["weights_bytes"] == both["disk_bytes"]
+    small = say(*prune(model, "--dry-run", method="recommended", budget="1blocks"))[1]
+    assert "blocks: 4 MHA + 4 MLP" in small and "masks of the first step: 8 (floating)" in small
 
 
 @pytest.mark.usefixtures("in_process")
@@ -322,7 +304,7 @@ def test_a_curve_is_the_perplexity_of_each_pruned_model(model, place, say, metho
     """Of models that are pruned one by one. The trial folder knows more of the search than the plan does."""
     (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
     for ratio in (0.5, 0.3):
-        done(say(*prune(model, "--out", f"out{ratio}", "--json", ratio=ratio, method=method)))
+        done(say(*prune(model, "--out", f"out{ratio}", "--json", budget=ratio, method=method)))
     found = done(say(*curve(model, "out0.3", "--json")))
     plan, tokenizer = load_plan(place / "out0.3/blockpruner_plan.json"), tiny_tokenizer()
     ids = tokenizer((place / "heldout.txt").read_text()).input_ids
@@ -350,14 +332,13 @@ def test_a_curve_is_the_perplexity_of_each_pruned_model(model, place, say, metho
     if method == "blockpruner":
         order = list(plan.order)
         assert [point["added"] for point in found["points"]][: len(order)] == order
-        alone = done(say(*curve(model, "out0.3", "--json", "--trials", "elsewhere")))["points"]
+        alone = done(say(*curve(model, "out0.3", "--json", "--cache", "elsewhere")))["points"]
         assert [point["removed"] for point in alone] == [point["removed"] for point in found["points"]][: len(order)]
-    few = done(say(*curve(model, "out0.3", "--points", 2, "--json", "--out", "few.csv")))
-    assert few["trials_computed"] == 0 and len(few["points"]) == 2
-    assert few["points"][-1]["removed"] == found["points"][-1]["removed"]
-    lines = [*csv.DictReader((place / "few.csv").read_text().splitlines())]
-    assert len(lines) == 2 and float(lines[-1]["perplexity"]) == few["points"][-1]["perplexity"]
-    assert float(lines[-1]["relative_low"]) == few["points"][-1]["interval"][0]
+    again = done(say(*curve(model, "out0.3", "--json", "--out", "all.csv")))
+    assert again["trials_computed"] == 0
+    lines = [*csv.DictReader((place / "all.csv").read_text().splitlines())]
+    assert [float(line["perplexity"]) for line in lines] == [point["perplexity"] for point in again["points"]]
+    assert float(lines[-1]["relative_low"]) == again["points"][-1]["interval"][0]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -367,13 +348,11 @@ def test_a_curve_goes_on_after_a_kill_and_draws_itself(model, place, say, monkey
     killed = fresh(KILLED.replace("12", "3"), *curve(model, "out"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     monkeypatch.setenv("COLUMNS", "80")
-    code, out, err = say(*curve(model, "out", "--trials", "elsewhere", "--out", "whole.png"))
+    code, out, err = say(*curve(model, "out", "--cache", "elsewhere", "--out", "whole.png"))
     assert code == 0 and (place / "whole.png").read_bytes()[:4] == b"\x89PNG", err
-    assert max(map(len, out.splitlines())) <= 80 and out.count("●") == len(
-        load_plan(place / "out/blockpruner_plan.json").order
-    )
+    assert max(map(len, out.splitlines())) <= 80
     whole, found = (
-        done(say(*curve(model, "out", "--trials", "elsewhere", "--json"))),
+        done(say(*curve(model, "out", "--cache", "elsewhere", "--json"))),
         done(say(*curve(model, "out", "--json"))),
     )
     points = len(found["points"]) + 1
@@ -383,41 +362,33 @@ def test_a_curve_goes_on_after_a_kill_and_draws_itself(model, place, say, monkey
 
 
 @pytest.mark.usefixtures("in_process")
-def test_what_is_no_curve_is_said_before_a_model_is_loaded(model, place, say):
+def test_what_is_no_curve_is_refused_before_a_model_is_loaded(model, place, say):
     (place / "heldout.txt").write_text("a few words of which there is one row")
     done(say(*prune(model, "--out", "out", "--json")))
-    for more, message in (
-        (["--out", "curve.gif"], "--out 'curve.gif' has no known ending; valid: .svg, .png, .csv, .json"),
-        ([], "the held-out texts are .* rows? of 16|needs at least 2; give a smaller --seq-len"),
-        (["--seq-len", "400"], "--seq-len 400 is longer than the model's context of 128"),
-        (["--seq-len", "100"], "held-out perplexity has no row: .*--seq-len 100"),
+    for more, words in (
+        (["--out", "curve.gif"], "no known ending; valid: .svg, .png, .csv, .json"),
+        (["--seq-len", "32"], "needs at least 2"),
+        (["--seq-len", "400"], "here: --seq-len"),
+        (["--seq-len", "100"], "here: --seq-len"),
     ):
-        code, out, err = say(*curve(model, "out", *([] if more else ["--seq-len", 32]), *more))
-        assert code == 2 and not out and re.search(message, err.splitlines()[-1]), err
+        code, out, err = say(*curve(model, "out", *more))
+        assert code == 2 and not out and words in err.splitlines()[-1], err
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("option", "value", "named"),
     [
-        (["--ratio", "1.5"], "budget '1.5' .* between 0 and 1"),
-        (["--unit", "head"], "--unit: .*'block' or 'layer' .*'head'"),
-        (["--method", "magic"], "method 'magic' is unknown; valid: recommended, blockpruner, .*greedy"),
-        (["--metric", "magic"], "--metric 'magic' is unknown; valid: .*perplexity"),
-        (["--compensate", "magic"], "--compensate: .*'refit' .*'magic'"),
-        (["--dtype", "int3"], "--dtype: .*'bfloat16'.*'int3'"),
-        (["--device", "abacus"], "--device 'abacus' is unknown; valid: auto, cpu"),
-        (["--export", "onnx"], "export 'onnx' is unknown; valid: hf, nas, gguf"),
-        (["--export", "vllm:Q4_K_M"], "export vllm:Q4_K_M: only gguf has quantizations, as in gguf:Q4_K_M"),
-        (["--export", "gguf:Q9"], "export gguf:Q9: the quantization is unknown; valid: F16, .*Q4_K_M"),
-        (["--texts", "absent.txt"], "'absent.txt' does not exist; give a .parquet, .json, .jsonl or .txt file"),
-        (["--seq-len", "4096"], "--seq-len 4096 is longer than the model's context of 128"),
+        ("--budget", "1.5", False), ("--unit", "head", True), ("--method", "magic", True), ("--metric", "magic", True),
+        ("--compensate", "magic", True), ("--train", "some", True), ("--dtype", "int3", True),
+        ("--device", "abacus", True), ("--export", "onnx", True), ("--export", "vllm:Q4_K_M", False),
+        ("--export", "gguf:Q9", False), ("--texts", "absent.txt", False), ("--seq-len", "4096", True),
     ],
-)
-def test_a_bad_value_is_named_in_one_line(model, place, say, more, message):
-    code, out, err = say(*prune(model), *more)
-    assert code == 2 and not out
-    assert [line for line in err.splitlines() if line.startswith("error")] == [err.splitlines()[-1]]
-    assert re.search(message, err), err
+)  # fmt: skip
+def test_a_bad_value_is_named_in_the_last_line(model, place, say, option, value, named):
+    code, out, err = say(*prune(model), option, value)
+    last = err.splitlines()[-1]
+    assert code == 2 and not out and last.startswith("error: ") and value.partition(":")[2] in last, err
+    assert not named or last.endswith(f"(here: {option})"), err
 
 
 def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch):
@@ -432,7 +403,7 @@ def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch)
         code, _, err = say(*words)
         assert code == 2 and "single files are not read; give a folder with config.json, safetensors" in err
     save_tiny(place / "odd")
-    code, _, err = say("prune", "odd", "--ratio", 0.3)
+    code, _, err = say("prune", "odd", "--budget", 0.3)
     assert (
         code == 2
         and "'tatsu-lab/alpaca' cannot be used" in err
@@ -573,14 +544,14 @@ def test_the_report_is_one_file_that_tells_what_the_plan_and_the_curve_hold(mode
 
 @pytest.mark.usefixtures("in_process")
 def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monkeypatch):
+    """What may be uploaded is tested in test_hub."""
     done(say(*prune(model, "--out", "out", "--json")))
     hub = PushHub(monkeypatch)
     found = done(say("push", "out", "me/small", "--dry-run", "--json"))
     assert found["private"] is True and found["repo"] == "me/small"
-    assert set(found["files"]) == {path.name for path in (place / "out").iterdir()} - {".cache"}
+    assert set(found["files"]) == {path.name for path in (place / "out").iterdir()}
     assert found["files"]["model.safetensors"] == (place / "out/model.safetensors").stat().st_size
-    code, out, err = say("push", "out", "me/small")
-    assert code == 2 and not out and "there is no terminal to ask on; say --yes" in err
+    assert say("push", "out", "me/small")[0] == 2, "there is no terminal to ask on"
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: (_ for _ in ()).throw(Abort))
     code, _, err = say("push", "out", "me/small")
@@ -589,35 +560,19 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     assert done(say("push", "out", "me/small", "--yes", "--json"))["commit"] == "https://hub.invalid/me/small/commit/1"
     (_, _), (_, repo, made), (_, sent) = hub.calls
     assert repo == "me/small" and made["private"] is True and sorted(sent["allow_patterns"]) == sorted(found["files"])
-    code, _, err = say("push", "out", "me/small", "--public", "--yes")
-    assert code == 2 and "is there and private, and --private is false; nothing was uploaded" in err
     (source,) = (place / "cache/blockpruner/models").glob("*/blockpruner_source.json")
     facts = read_json(source) | {"licence": {"license": "llama2"}}
     write_sealed_json(source, facts)
-    code, _, err = say("push", "out", "me/small", "--dry-run")
-    assert code == 2 and "README.md has no license, and the base model's is llama2" in err
+    assert say("push", "out", "me/small", "--dry-run")[0] == 2, "the card lacks the base model's licence"
     write_sealed_json(source, facts | {"identity": "another model's"})
     assert say("push", "out", "me/small", "--dry-run")[0] == 0
-    (place / "out/notes").write_text("mine")
-    code, _, err = say("push", "out", "me/small", "--yes")
-    assert code == 2 and "is not what was verified: notes changed, or came or went" in err
 
 
 def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch):
-    def dead(request, timeout):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(doctor, "urlopen", dead)
     checks = {check["name"]: check for check in done(say("doctor", "--json"))}
     assert checks["torch"]["verdict"] == "ok" and checks["torch"]["found"] == metadata.version("torch")
     assert checks["cache"]["found"].startswith(str(place / "cache/blockpruner"))
     assert checks["hub"]["lacks"] == "HF_HUB_OFFLINE is set" and checks["hub"]["verdict"] == "optional"
-    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
-    for more, found, lacks in (((), "not contacted", ""), (["--online"], "", "no route to host")):
-        hub = done(say("doctor", "--json", *more))[-1]
-        assert hub["found"].startswith(found) and bool(hub["found"]) is bool(found) and lacks in hub["lacks"]
-    assert "of memory" in checks["CPU"]["found"]
-    monkeypatch.setattr(doctor, "WINDOWS", True)  # which cannot tell
     (tool := place / "llama-quantize").write_text("#!/no/such/interpreter")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(place), prepend=":")
@@ -637,8 +592,7 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     assert code == 1 and checks["typer"]["verdict"] == "missing" and checks["ray"]["verdict"] == "optional"
     floor = next(line for line in metadata.requires("blockpruner") if line.startswith("typer"))
     assert checks["typer"]["fix"] == f"pip install '{floor}'" and checks["typer"]["lacks"] == f"0.1 is not {floor[5:]}"
-    code, out, _ = say("doctor", "--trials", "texts.txt/inner")
-    assert code == 1 and "choose another folder: --trials DIR" in " ".join(out.split())
+    assert say("doctor", "--cache", "texts.txt/inner")[0] == 1
 
 
 def test_schema_is_that_of_run_files(place, say):
@@ -652,16 +606,8 @@ def test_schema_is_that_of_run_files(place, say):
         assert not check.is_valid(wrong)
 
 
-def test_completion_and_the_commands_of_a_clone(place):
-    def run(*args, **environment):
-        command = [sys.executable, "-m", "blockpruner", *args]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
-
-    completed = run(_BLOCKPRUNER_COMPLETE="complete_bash", COMP_WORDS="blockpruner pr", COMP_CWORD="1")
+def test_completion():
+    environment = {"_BLOCKPRUNER_COMPLETE": "complete_bash", "COMP_WORDS": "blockpruner pr", "COMP_CWORD": "1"}
+    run = [sys.executable, "-m", "blockpruner"]
+    completed = subprocess.run(run, capture_output=True, text=True, check=False, env=os.environ | environment)
     assert completed.stdout.split() == ["prune"]
-    assert run("clean").returncode == 2
-    (place / "flows").mkdir()
-    (place / "flows/prune.py").write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
-    assert "Commands of this clone" in run("--help").stdout
-    found = run("run", "--run", "mine", "--help")
-    assert (found.returncode, found.stdout.strip()) == (1, "['--run', 'mine', '--help']")

@@ -103,7 +103,7 @@ def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
     assert run.model.repo == "meta-llama/Llama-2-7b-hf" and run.score == Score()
     assert (run.calibration.num_samples, run.calibration.seq_len, run.calibration.seed) == (256, 2048, 42)
     assert (run.calibration.packing, run.calibration.split, run.model.dtype) == ("joined", "paper", "bfloat16")
-    recover = run.recover
+    recover = run.train
     assert (recover.num_samples, recover.rank, recover.alpha, recover.learning_rate) == (8000, 32, 10, 2e-4)
     assert (recover.batch, recover.accumulation, recover.epochs) == (1, 4, 1)
     evaluate = Evaluate(zero_shot=ZeroShot(bos=False))  # as its lm-eval
@@ -111,7 +111,7 @@ def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
 
 
 def test_shipped_params_are_valid():
-    assert load_params(ROOT / "params.yaml").budgets_of("smollm2") == ("0.10",)
+    assert [target.budget for target in load_params(ROOT / "params.yaml").targets_of("smollm2")] == ["0.10"]
 
 
 @pytest.fixture
@@ -125,21 +125,20 @@ def llama(tmp_path, monkeypatch):
 
 
 def test_targets_may_differ_in_healing_and_method_alone(llama):
-    found = llama(before={}, between={"compensate": "refit"}, after={"recover": True}, swap={"method": "swap"})
-    assert found.target("after").recover and not found.target("before").recover
+    found = llama(before={}, between={"compensate": "refit"}, after={"train": True}, swap={"method": "swap"})
+    assert found.target("after").train and not found.target("before").train
     assert found.budgets_of("llama2-7b") == ("0.2",)
     with refused("settings") as error:
-        llama(after={"recover": True}, again={"recover": True, "budget": "0.20"})
+        llama(after={"train": True}, again={"train": True, "budget": "0.20"})
     assert "'after' and 'again' mean the same" in str(error.value)
-    assert llama(x={"method": "blockpruner"}).target("x").method == "greedy"
+    assert llama(x={"method": "blockpruner"}).target("x").method == "blockpruner"
 
 
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"push": {"repo": "me/small", "format": "gguf"}}, "pushes-nothing"),
-        ({"method": "laco", "compensate": "scale"}, "compensates-no-holes"),
-        ({"run": "smollm2", "recover": True}, "no-recipe-of-training"),
+        ({"method": "laco", "compensate": "refit"}, "compensates-no-holes"),
+        ({"run": "smollm2", "train": True}, "no-recipe-of-training"),
     ],
 )
 def test_a_target_that_does_not_fit_its_run(tmp_path, monkeypatch, changes, rule):
@@ -159,10 +158,8 @@ def test_sections_have_the_searches_of_all_targets(llama):
         "floating": ("0.2", "0.3"), "swap": ("0.2",), "recommended": ("7layers",),
     }  # fmt: skip
     own, swap, recommended = (asked.score for asked in found.score.values())
-    assert (
-        own.options == {"tries": 2, "per": "parameters"} and swap.acceleration == "none" and swap.options["tries"] > 2
-    )
-    assert (recommended.method, recommended.acceleration) == ("floating", "lazy+race")
+    assert own.options == {"tries": 2, "per": "parameters"} and swap.acceleration is None and swap.options["tries"] > 2
+    assert (recommended.method, recommended.options) == ("recommended", {})
     assert set(found.sources.texts) == {"perplexity", "calibration"} and found.train is None
     assert Sections.model_validate_json(found.model_dump_json()) == found
 
@@ -203,7 +200,7 @@ BAD_RUNS = [
     (lambda v: v["score"].update(unit="layer", candidates="mha"), "score"),
     (lambda v: v["score"].update(acceleration="race", floor=3), "score"),
     (lambda v: v["score"].update(options={"width": 2}), "score.options.width"),
-    (lambda v: v.update(export=[]), "export"),
+    (lambda v: v.update(export=["gguf"]), "export"),
 ]
 
 
@@ -216,7 +213,7 @@ def test_bad_runs(tmp_path, edit, key):
 
 def test_a_mistake_is_a_line_with_the_file_the_key_and_the_value(tmp_path):
     """The one test of wording."""
-    (tmp_path / "r.yaml").write_text("model: {source: path, path: m}\nscore: {unit: head}\nexports: [hf]\nrecover: 7")
+    (tmp_path / "r.yaml").write_text("model: {source: path, path: m}\nscore: {unit: head}\nexports: [hf]\nexport: 7")
     with refused("settings") as error:
         load_run("r", tmp_path)
     lines = str(error.value).splitlines()

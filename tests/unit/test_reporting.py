@@ -443,15 +443,16 @@ class _Page(HTMLParser):
         self.loads += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href", "data", "srcset")]
 
 
-def test_noise_is_what_the_interval_of_the_speed_up_holds(tmp_path: Path) -> None:
+def test_faster_is_what_the_interval_of_the_speed_up_is(tmp_path: Path) -> None:
     """Against all samples of five pairs with replacement."""
     found = study(tmp_path, replace(World(), drift=(1.1, 0.9, 1.2, 1.0, 1.05)))
     for target in found.targets:
         dense, pruned = (np.array(s.seconds["generation"]) for s in (target.race.dense, target.race.pruned))
         every = np.array(list(itertools.product(range(5), repeat=5)))
         low, high = np.quantile(np.median(dense[every], axis=1) / np.median(pruned[every], axis=1), [0.025, 0.975])
-        assert (target.race.is_faster, target.race.is_noise) == (low > 1, low <= 1 <= high)
-    assert [target.race.is_noise for target in found.targets] == [True, True]
+        interval = target.race.interval("generation")
+        assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02)
+        assert target.race.is_faster == (low > 1) and interval.holds(1) == (low <= 1 <= high)
     assert [tiles(target).of[3].interval.endswith(", within noise") for target in found.targets] == [True, True]
 
 
@@ -500,13 +501,13 @@ def test_a_mismatch_needs_a_text_that_decided(tmp_path: Path, method: str, chang
     assert not any(map(is_mismatch, found.targets))
 
 
-def test_little_speed_up_has_a_cause_of_each_model(tmp_path: Path) -> None:
+def test_little_speed_up_is_below_half_of_the_ideal_gain(tmp_path: Path) -> None:
     """Six MLP blocks are 27 % of the parameters; half of the ideal gain of 37 % is 18.5 %."""
     mostly_mlp = replace(World(), candidates="mlp", speedups=(1.09, 1.18))
     found = study(tmp_path / "0", mostly_mlp)
     assert warned(found) == ["slow"]
     text = finding(found, "slow")
-    assert re.findall(r"tiny-\w", text) == ["tiny-b"] and "MLP" in text
+    assert re.findall(r"tiny-\w", text) == ["tiny-b"]
     assert all(part in text for part in ("27.0 %", "1.18×", "1.37×"))
     assert warned(study(tmp_path / "1", replace(mostly_mlp, speedups=(1.09, 1.19)))) == []
     low = replace(World(), candidates="mha", speedups=(1.0, 1.0))  # 9 % of the parameters
@@ -563,12 +564,6 @@ def test_tasks_fail_by_a_tenth_and_beyond_noise(tmp_path: Path) -> None:
     assert [judged(5, 0), judged(6, 0)] == [False, True]  # 10 % and 12 % of 50; 6 is 2.5 standard errors
     assert not judged(16, 10)  # 12 %, but 1.2 standard errors
     assert [judged(0, 0, 0.91), judged(0, 0, 0.89)] == [False, True]
-
-
-@pytest.mark.parametrize(("slowest", "rules"), [(1.49, []), (1.51, ["spread"])])
-def test_spread_timings_are_warned_of(tmp_path: Path, slowest: float, rules: list[str]) -> None:
-    found = study(tmp_path, replace(World(), drift=(1.0, 1.0, 1.0, 1.0, slowest)))
-    assert warned(found) == rules
 
 
 @pytest.mark.parametrize("untimed", [("tiny-dense", "tiny-a", "tiny-b"), ("tiny-a",)])
@@ -633,7 +628,6 @@ def test_methods_without_a_sequence(tmp_path: Path) -> None:
     assert sliced.targets[0].calibration_rise is None and curve(sliced) == ["", "", ""]
     taken = list(rows(headline(sliced))["Taken out"].values())
     assert taken[2:] == ["nothing", "width 576 → 480", "width 576 → 384"]
-    assert "no whole block is gone" in finding(sliced, "slow")
 
 
 def test_searches_that_are_not_nested_are_both_shown(tmp_path: Path) -> None:
@@ -737,7 +731,6 @@ def test_paired_errors_match_numpy_and_mark_only_real_differences(tmp_path: Path
     table = rows(headline(found))
     assert table["Average, %"]["tiny-b"].endswith("↓") and not table["Average, %"]["dense"].endswith("↓")
     assert (table["winogrande, %"]["chance"], table["winogrande, %"]["dense"]) == ("50.0", "52.0 ± 7.1 †")
-    assert "winogrande (dense, tiny-a)" in finding(found, "noise")
     d = np.array([target.p_gold[task] - dense.p_gold[task] for task in CHANCE])
     change = paired_confidence(dense, target)
     assert change.value == pytest.approx(d.mean())

@@ -27,11 +27,12 @@ from blockpruner.params import load_run
 from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.evidence import FIVE, Asked, Row, Subject, read_rows
 from blockpruner.reporting.paper.figures import figures
-from blockpruner.reporting.paper.frames import table_of_frame, to_markdown
+from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
 from blockpruner.reporting.paper.published import MODELS, read_published
 from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
 from blockpruner.reporting.results import RunLabels
+from blockpruner.reporting.table import to_markdown
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Target
 from blockpruner.store.files import write_sealed_json, write_table
@@ -123,9 +124,8 @@ def seeded(*parts: object) -> np.random.Generator:
 
 def plan_of(target: Target) -> Plan:
     """A made-up plan at a share of the parameters."""
-    score = {"unit": "block", "candidates": "all", "method": "greedy"} | dict(
-        next(iter(RECIPES[target.method].searches.values()))
-    )
+    (own,) = RECIPES[target.method].searches.values()
+    score = {"unit": "block", "candidates": "all"} | dict(own)
     units = removable_units(LAYERS, score["unit"], score["candidates"])
     queue = [units[i] for i in seeded(target.method, target.run).permutation(len(units))]
     sizes = np.cumsum([sum({"mha": MHA, "mlp": MLP}[b.kind] for b in unit) for unit in queue]) / TOTAL
@@ -292,7 +292,7 @@ def test_rows_of_the_paper_follow_ours_at_the_nearest_ratio(tmp_path):
     table1 = found["table1"]
     assert table1[table1["method"] == "BlockPruner"]["source"].tolist() == ["here", "paper"]
     theirs = table1[(table1["method"] == "BlockPruner") & (table1["source"] == "paper")].iloc[0]
-    assert theirs["avg_pct"] == 60.17 and math.isnan(theirs["heldout_ppl"])
+    assert theirs["avg_pct"] == 60.17 and theirs["heldout_ppl"] is None
     assert set(table1["method"]) >= {"SliceGPT", "LaCo"}  # which the study has not
     minutes = found["table7"].set_index(["method", "source"])["minutes"]
     assert minutes["BlockPruner", "here"] == 1.5 and minutes["BlockPruner", "paper"] == 45
@@ -367,7 +367,7 @@ def test_a_cell_has_its_number_error_and_interval():
     shown = dict(zip(table.head, table.texts[0], strict=True))
     assert shown == {"method": "a & b|c", "accuracy, %": "47.2 ± 3.0", "KV cache, %": "−20",
                      "held-out, × dense": "1,234.57 [1.50, 2,000.00]"}  # fmt: skip
-    assert to_markdown(frame).splitlines()[2].startswith("| a & b\\|c | 47.2 ± 3.0 |")
+    assert to_markdown(table).splitlines()[2].startswith("| a & b\\|c | 47.2 ± 3.0 |")
 
 
 # docs/

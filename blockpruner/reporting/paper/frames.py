@@ -1,7 +1,7 @@
-"""Tables as data frames: numbers at full precision for CSV, and the same table as text for people.
+"""Tables of data frames. Decides how a column is called and rounded.
 
 A number's standard error and the ends of its interval are columns of their own, named after it: avg_pct, avg_pct_se,
-ppl_x, ppl_x_low, ppl_x_high. Decides how a column is called and rounded.
+ppl_x, ppl_x_low, ppl_x_high.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from blockpruner.reporting.table import Cell, Column, Number, Table
+from blockpruner.reporting.table import PARTS, Cell, Column, Number, Table
 
-EXTRAS = ("_se", "_low", "_high")
+EXTRAS = tuple(filter(None, PARTS))
 
 
 @dataclass(frozen=True)
@@ -62,31 +62,21 @@ COLUMNS: Mapping[str, Shown] = {
 def table_of_frame(name: str, title: str, frame: pd.DataFrame, note: str = "") -> Table:
     """Make a table for people: a cell has its number, its error and its interval; columns without any value go."""
     keys = [key for key in frame.columns if not key.endswith(EXTRAS) and frame[key].map(_is_known).any()]
-    columns = tuple(Column(key, _shown(key).title) for key in keys)
-    rows = tuple(tuple(_cell(row, key) for key in keys) for row in frame.to_dict("records"))
+    shown = {key: COLUMNS.get(key, Shown(key.replace("_", " "))) for key in keys}
+    columns = tuple(Column(key, shown[key].title) for key in keys)
+    rows = tuple(tuple(_cell(row, key, shown[key]) for key in keys) for row in frame.to_dict("records"))
     return Table(name, title, columns, rows, (note,) if note else ())
-
-
-def _shown(key: str) -> Shown:
-    return COLUMNS.get(key, Shown(key.replace("_", " ")))
 
 
 def _is_known(value: Any) -> bool:
     return value is not None and value != "" and not (isinstance(value, float) and math.isnan(value))
 
 
-def _cell(row: Mapping[str, Any], key: str) -> Cell:
-    value, shown = row[key], _shown(key)
+def _cell(row: Mapping[str, Any], key: str, shown: Shown) -> Cell:
+    value = row[key]
     if not _is_known(value):
         return None
     if isinstance(value, str):
         return value
     error, low, high = (float(row[key + end]) if _is_known(row.get(key + end)) else None for end in EXTRAS)
     return Number(float(value), shown.digits, error, low, high, shown.signed)
-
-
-def to_markdown(frame: pd.DataFrame) -> str:
-    table = table_of_frame("", "", frame)
-    rule = ["---:" if is_number else "---" for is_number in table.numeric]
-    rows = [table.head, rule, *table.texts]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)

@@ -14,10 +14,9 @@ from blockpruner.methods.recipes import BLOCKPRUNER
 from blockpruner.reporting.pages import Page, Section, made_line, write_page
 from blockpruner.reporting.paper.evidence import Row
 from blockpruner.reporting.paper.figures import figures
-from blockpruner.reporting.paper.frames import table_of_frame, to_markdown
+from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.paper.tables import (
-    FrameTable,
     bands,
     draws,
     front,
@@ -26,28 +25,27 @@ from blockpruner.reporting.paper.tables import (
     paired,
     paper_tables,
 )
-from blockpruner.reporting.table import Number, to_csv, to_latex
+from blockpruner.reporting.table import Number, Table, to_csv, to_latex, to_markdown
 
 FRONT_TITLE = "The best models of each size"
 
 
-def study_tables(rows: Sequence[Row], published: Path) -> list[FrameTable]:
+def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
     """Make every table of a study, the front page's first."""
     frame = models_frame(rows)
-    chosen = [FrameTable("front", FRONT_TITLE, front(frame))] if len(measured(frame)) else []
-    every = FrameTable("models", "Every model", frame.drop(columns=["recipe"]))
+    chosen = [table_of_frame("front", FRONT_TITLE, front(frame))] if len(measured(frame)) else []
+    every = table_of_frame("models", "Every model", frame.drop(columns=["recipe"]))
     return [*chosen, *paper_tables(frame, published), *paired(rows), *draws(frame), every]
 
 
 def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> None:
     """Write the tables and figures of a study in the place of `out`, as a whole or not at all."""
-    frame, own = models_frame(rows), study_tables(rows, published)
-    tables = [table_of_frame(table.name, table.title, table.frame, table.note) for table in own]
+    frame, tables = models_frame(rows), study_tables(rows, published)
     plots = figures(frame, rows)
     ours = dict.fromkeys(f"{row.subject.run}: {row.subject.labels.conditions}." for row in rows)
     made = made_line(made for row in rows if row.found for made in row.found.result.made)
     summary = results_page(title, frame, [*ours, made], [plot.name for plot in plots])
-    files = {f"tables/{table.name}.csv": to_csv(table.frame) for table in own}
+    files = {f"tables/{table.name}.csv": to_csv(table) for table in tables}
     files |= {f"tables/{table.name}.tex": to_latex(table) for table in tables} | {"results.md": summary}
     sections = [Section("In short", tuple(verdict(frame)))]
     sections += [Section(table.title, (table,)) for table in tables]
@@ -104,13 +102,14 @@ def _size(band: pd.DataFrame, dense: pd.Series[float]) -> str:
 
 def results_page(title: str, frame: pd.DataFrame, conditions: Sequence[str], plots: Sequence[str]) -> str:
     """Write docs/results.md: a verdict, one table, two figures, the conditions once, and links to all numbers."""
+    known = len(measured(frame))
     missing = [f"- {row.target}: {row.reason}" for row in frame[frame["reason"].fillna("") != ""].itertuples()]
     parts = [
         f"# {title}",
         PREFACE,
         "\n".join(f"- {line}" for line in verdict(frame)),
         f"## {FRONT_TITLE}",
-        MARKED.format(to_markdown(front(frame))) if len(measured(frame)) else "Nothing is measured yet.",
+        MARKED.format(to_markdown(table_of_frame("", "", front(frame)))) if known else "Nothing is measured yet.",
         "For each size: the lowest held-out perplexity, the lowest without training, its best rival healed alike, and "
         "BlockPruner as pruned. ± is one standard error.",
         *(f"![{name}](results/{name}.png)" for name in plots[:2]),

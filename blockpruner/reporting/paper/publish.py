@@ -18,7 +18,8 @@ from pathlib import Path
 import pandas as pd
 
 from blockpruner.core.errors import InputError
-from blockpruner.reporting.paper.frames import to_markdown
+from blockpruner.reporting.paper.frames import table_of_frame
+from blockpruner.reporting.table import to_markdown
 from blockpruner.store.files import write_text
 
 BLOCK = re.compile(r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+) -->\n.*?(?P=indent)<!-- /table -->", re.DOTALL)
@@ -51,7 +52,7 @@ def filled(text: str, folder: Path) -> str:
         path = folder / f"{found['name']}.csv"
         if not path.exists():
             raise InputError(f"a page has a block of table {found['name']!r}, and {path} does not exist")
-        lines = to_markdown(pd.read_csv(path)).splitlines()
+        lines = to_markdown(table_of_frame("", "", pd.read_csv(path))).splitlines()
         head, *_, tail = found[0].splitlines()
         return "\n".join([head, *(found["indent"] + line for line in lines), tail])
 

@@ -20,9 +20,11 @@ from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import statistics
 from blockpruner.reporting.comparison import BAND
 from blockpruner.reporting.paper.evidence import FIVE, Measured, Row
+from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.published import DENSE, Published, read_published
 from blockpruner.reporting.results import Model
 from blockpruner.reporting.statistics import Effect, Interval
+from blockpruner.reporting.table import Table
 
 
 def models_frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -135,16 +137,6 @@ def _chosen(band: pd.DataFrame) -> list[int]:
     return list(dict.fromkeys(picked.index.tolist()))
 
 
-@dataclass(frozen=True, eq=False)
-class FrameTable:
-    """A table of a study."""
-
-    name: str
-    title: str
-    frame: pd.DataFrame
-    note: str = ""
-
-
 @dataclass(frozen=True)
 class PaperTable:
     """One table of the paper."""
@@ -202,7 +194,7 @@ TABLES: tuple[PaperTable, ...] = (
 )  # fmt: skip
 
 
-def paper_tables(frame: pd.DataFrame, folder: Path) -> list[FrameTable]:
+def paper_tables(frame: pd.DataFrame, folder: Path) -> list[Table]:
     """Make the tables of which something was measured: our rows, each followed by the paper's row of its model."""
     plain = measured(frame)
     plain = plain[plain["healing"] == ""] if len(plain) else plain
@@ -219,7 +211,7 @@ def paper_tables(frame: pd.DataFrame, folder: Path) -> list[FrameTable]:
             if lines:
                 columns = ["model", "method", "source", *table.columns.values(), *table.ours]
                 found.append(
-                    FrameTable(table.name, table.title, pd.DataFrame(lines).reindex(columns=columns), PAPER_NOTE)
+                    table_of_frame(table.name, table.title, pd.DataFrame(lines).reindex(columns=columns), PAPER_NOTE)
                 )
     return found
 
@@ -286,7 +278,7 @@ PAIRED_NOTE = (
 )
 
 
-def paired(rows: Sequence[Row]) -> list[FrameTable]:
+def paired(rows: Sequence[Row]) -> list[Table]:
     """Compare every method with BlockPruner at the same size, healed alike."""
     pairs = [(base, row) for row in rows if (base := _base_of(row, rows)) is not None]
     lines: list[dict[str, Any]] = [
@@ -302,7 +294,7 @@ def paired(rows: Sequence[Row]) -> list[FrameTable]:
         corrected = zip(known, statistics.holm(p_values), statistics.holm_levels(p_values), strict=True)
         for i, p, level in corrected:
             lines[i] |= interval(key, _effect(measure, *pairs[i], level), scale) | {f"{key}_p": p}
-    return [FrameTable("paired", "Methods on the same items", pd.DataFrame(lines), PAIRED_NOTE)] if lines else []
+    return [table_of_frame("paired", "Methods on the same items", pd.DataFrame(lines), PAIRED_NOTE)] if lines else []
 
 
 def _effect(measure: Measure, base: Row, row: Row, level: float) -> Effect | None:
@@ -340,7 +332,7 @@ def _items(row: Row) -> tuple[str, ...]:
     return row.subject.model, labels.heldout, labels.tasks
 
 
-def draws(frame: pd.DataFrame) -> list[FrameTable]:
+def draws(frame: pd.DataFrame) -> list[Table]:
     """Sum up models that differ by their run alone, such as its calibration seed: mean and standard deviation."""
     found = measured(frame)
     if not len(found):
@@ -352,4 +344,4 @@ def draws(frame: pd.DataFrame) -> list[FrameTable]:
     )  # fmt: skip
     several = grouped[grouped["runs"] > 1].reset_index()
     note = "Means and standard deviations over runs of one model, one search each, on the same items and text."
-    return [FrameTable("draws", "Over calibration draws", several, note)] if len(several) else []
+    return [table_of_frame("draws", "Over calibration draws", several, note)] if len(several) else []
