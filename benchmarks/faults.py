@@ -123,7 +123,8 @@ def cut_before(undisturbed: Undisturbed, stage: str, mode: str, write: int) -> d
         log = project.parent / "log"
         code, at = forked(project, work_of(stage), log, write, mode)
         facts = afterwards(undisturbed, project, stage, log.read_text())
-        return facts | {"broken": code == -signal.SIGKILL and at == write, "how": f"before write {write}"}
+        broken = code == -signal.SIGKILL and at == write
+        return facts | {"broken": broken, "ended": code == 0, "how": f"before write {write}"}
 
 
 def full(undisturbed: Undisturbed, stage: str, share: float) -> dict[str, Any]:
@@ -186,6 +187,7 @@ def cells() -> dict[str, Callable[[Undisturbed], dict[str, Any]]]:
 def every(undisturbed: Undisturbed, stage: str, mode: str) -> dict[str, Any]:
     """The stage is cut before each of its writes in turn; the facts are those of the worst cut."""
     found = [cut_before(undisturbed, stage, mode, write + 1) for write in range(undisturbed.writes[stage])]
+    found = [facts for facts in found if not facts["ended"]]  # the number of syncs depends on the time
     bad = [facts for facts in found if not is_good(facts)]
     worst = bad[0] if bad else max(found, key=lambda facts: facts["twice"])
     return worst | {"how": f"{len(found)} cuts, {len(bad)} bad" + (f", the first {worst['how']}" if bad else "")}

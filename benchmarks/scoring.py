@@ -222,7 +222,7 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def show_search(found: dict[str, Any]) -> None:
-    print(f"\nSmolLM2-135M, {found['removals']} removals, {ROWS} rows of {LENGTH} tokens, {found['settings']}")
+    print(f"\nSmolLM2-135M, {found['removals']} removals, {ROWS} rows of {LENGTH} tokens")
     print("\n| seed | | removed, in order | NLL | against exact | FLOPs, of naive | s | scored on all rows | audits |")
     print("|---:|---|---|---:|---:|---:|---:|---:|---|")
     for seed in found["exact"]:

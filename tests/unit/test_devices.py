@@ -122,7 +122,7 @@ def distance(model):
 
 
 WORK = {f"score {name}": scored(metric) for name, metric in METRICS.items()}
-WORK |= {f"compensate {method}": compensated(method) for method in ("map", "refit")}
+WORK |= {f"compensate {method}": compensated(method) for method in ("refit",)}
 
 WORK |= {
     "perplexity": lambda model: measure_perplexity(model, ROWS).row_nll,
@@ -141,6 +141,8 @@ WORK |= {
 def test_numbers_are_those_of_the_cpu(variant, checkpoints):
     dense, limit, refused = checkpoints(variant), tolerance(variant), []
     for name, work in WORK.items():
+        if name.startswith("compensate") and variant != "llama":  # seconds
+            continue
         try:
             expected = work(load_model(dense, "float64", "cpu"))
         except InputError as error:  # what the family cannot be asked for, wherever it is
