@@ -441,7 +441,7 @@ def test_defaults_are_filled_in_and_are_part_of_the_settings(method, kind):
     assert set(filled["options"]) == set(SEARCHES[method].options.model_fields)
     assert request(Score(**filled)).fields == filled
     given = score.model_dump(exclude_none=True, exclude={"latency", "options"})
-    assert filled == given | {"options": filled["options"] | score.options}
+    assert filled == given | {"acceleration": "none", "options": filled["options"] | score.options}
 
 
 def test_every_score_section_in_the_documentation_is_valid():
