@@ -161,7 +161,7 @@ def test_sections_have_the_searches_of_all_targets(llama):
         "floating": ("0.2", "0.3"), "one_shot": ("0.2",), "recommended": ("7layers",),
     }  # fmt: skip
     own, other, recommended = (asked.score for asked in found.score.values())
-    assert own.options == {"tries": 2, "per": "parameters"} and other.acceleration == "none"
+    assert own.options == {"tries": 2, "per": "parameters"} and other.acceleration is None
     assert (recommended.method, recommended.acceleration) == ("floating", "lazy+race")
     assert set(found.sources.texts) == {"perplexity", "calibration"} and found.train is None
     assert Sections.model_validate_json(found.model_dump_json()) == found
