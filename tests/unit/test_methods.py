@@ -396,7 +396,7 @@ OPTIONS = [
         *(({"method": method, "metric": metric, "acceleration": acceleration}, f"score.acceleration {acceleration}")
           for method, metric, acceleration in (
               ("greedy", "block_influence", "race"), ("one_shot", "perplexity", "lazy+race"),
-              ("beam", "perplexity", "race"), ("random", "perplexity", "lazy"), ("evopress", "perplexity", "race"),
+              ("random", "perplexity", "lazy"),
           )),
         ({"metric": "block_influence", "options": {"per": "kv"}}, "score.options.per kv"),
         *(({"method": method, key: value}, f"score.{key}: {value}")
@@ -430,7 +430,7 @@ def test_defaults_are_filled_in_and_are_part_of_the_settings(method, kind):
     assert set(filled["options"]) == set(SEARCHES[method].options.model_fields)
     assert request(Score(**filled)).fields == filled
     given = score.model_dump(exclude_none=True, exclude={"latency", "options"})
-    assert filled == {"acceleration": "none"} | given | {"options": filled["options"] | score.options}
+    assert filled == given | {"acceleration": "none", "options": filled["options"] | score.options}
 
 
 def test_every_score_section_in_the_documentation_is_valid():

@@ -152,13 +152,15 @@ def test_a_target_that_does_not_fit_its_run(tmp_path, monkeypatch, changes, rule
 def test_sections_have_the_searches_of_all_targets(llama):
     """The run's own comes first, and another method keeps what is measured, not how."""
     run = load_run("smollm2", ROOT / "runs")
-    targets = llama(a={}, b={"budget": "0.3"}, c={"method": "swap"}, d={"method": "recommended", "budget": "7layers"})
+    targets = llama(
+        a={}, b={"budget": "0.3"}, c={"method": "one_shot"}, d={"method": "recommended", "budget": "7layers"}
+    )
     found = resolve(run, targets.targets_of("llama2-7b"))
     assert {name: asked.budgets for name, asked in found.score.items()} == {
-        "floating": ("0.2", "0.3"), "swap": ("0.2",), "recommended": ("7layers",),
+        "floating": ("0.2", "0.3"), "one_shot": ("0.2",), "recommended": ("7layers",),
     }  # fmt: skip
-    own, swap, recommended = (asked.score for asked in found.score.values())
-    assert own.options == {"tries": 2, "per": "parameters"} and swap.acceleration is None and swap.options["tries"] > 2
+    own, other, recommended = (asked.score for asked in found.score.values())
+    assert own.options == {"tries": 2, "per": "parameters"} and other.acceleration is None
     assert (recommended.method, recommended.options) == ("recommended", {})
     assert set(found.sources.texts) == {"perplexity", "calibration"} and found.train is None
     assert Sections.model_validate_json(found.model_dump_json()) == found
@@ -198,7 +200,6 @@ BAD_RUNS = [
     (answers(split="paper"), "calibration"),
     (answers(num_samples=1), "calibration"),
     (lambda v: v["score"].update(unit="layer", candidates="mha"), "score"),
-    (lambda v: v["score"].update(acceleration="race", floor=3), "score"),
     (lambda v: v["score"].update(options={"width": 2}), "score.options.width"),
     (lambda v: v.update(export=["gguf"]), "export"),
 ]
