@@ -155,7 +155,7 @@ def table(found: Mapping[str, Any], plan: Plan | None = None, fields: Sequence[F
     return table_of("curve", title, fields, found["points"], strong=lambda point: point["removed"] == chosen)
 
 
-def words(found: Mapping[str, Any], plan: Plan) -> Table:
+def words(found: Mapping[str, Any], plan: Plan) -> RichTable:
     """The curve for a terminal: a line for each point, its place on a logarithmic scale to the right."""
     ends = [1.0, *(end for point in found["points"] for end in point["interval"])]
     low, high, grid = min(ends), max(ends), table(found, plan)
