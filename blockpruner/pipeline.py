@@ -313,11 +313,14 @@ def measure(
     plan: Plan | None,
     settings: Evaluate,
     observer: Observer,
+    search: Mapping[str, float] | None = None,
 ) -> dict[str, float | int | None]:
     """Measure perplexity, tasks and speed of a model, as `evaluation.suite.benchmark`; returns its main figures."""
     from blockpruner.evaluation.suite import benchmark, headline
 
-    found = benchmark(subject, dense, sources, out, store, plan=plan, settings=settings, observer=observer)
+    found = benchmark(
+        subject, dense, sources, out, store, plan=plan, settings=settings, observer=observer, search=search
+    )
     return headline(found, plan)
 
 

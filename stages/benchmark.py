@@ -12,8 +12,8 @@ from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.suite import Checkpoint, InMemory
 from blockpruner.model.models import set_threads
 from blockpruner.params import load_params
-from blockpruner.store.files import write_json
-from stages import DATA, run, sections
+from blockpruner.store.files import read_json, write_json
+from stages import DATA, run, sections, target
 from stages.materialize import healed_of
 
 
@@ -24,11 +24,25 @@ def dense_of(name: str) -> Checkpoint:
     return Checkpoint(DATA / "models" / name, model.dtype, runtime.device, model.trust_remote_code)
 
 
+def search_of(name: str, run_name: str) -> dict[str, float]:
+    """What the search for a target took, over all searches of its method; empty where this machine did not search."""
+    path = DATA / "provenance" / f"{run_name}-search.json"
+    if not path.exists():
+        return {}
+    method = target(name).method or next(iter(sections(run_name).score))
+    found = read_json(path).get(method, {}).values()
+    reused, computed, seconds = (
+        sum(counts[key] for counts in found) for key in ("trials_reused", "trials_computed", "seconds")
+    )
+    return {"seconds": seconds, "trials_asked": computed + reused, "trials_computed": computed} if found else {}
+
+
 def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Checkpoint, plan: Plan | None) -> None:
     settings = sections(run_name)
     asked = Evaluate(perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed)
     places = (DATA / "sources" / run_name, DATA / "evidence" / name, DATA / "evaluations")
-    figures = pipeline.measure(subject, dense, *places, plan=plan, settings=asked, observer=observer())
+    search = {} if plan is None else search_of(name, run_name)
+    figures = pipeline.measure(subject, dense, *places, plan=plan, settings=asked, observer=observer(), search=search)
     write_json(DATA / "metrics" / f"{name}.json", figures)
 
 

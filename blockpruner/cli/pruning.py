@@ -254,7 +254,7 @@ class Place:
             raise InputError(f"there is no folder {run.model.title!r} here, and {error}") from error
 
     def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Pruning:
-        from blockpruner.methods.apply import Pruning
+        from blockpruner.methods.apply import Pruning  # loads torch
 
         return Pruning(dense, plan, rows, run.model.dtype, self.device, run.model.trust_remote_code)
 

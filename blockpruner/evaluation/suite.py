@@ -188,6 +188,7 @@ def benchmark(
     plan: Plan | None = None,
     settings: Evaluate,
     observer: Observer,
+    search: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model and write results.json, items.parquet, speed.json and its plan.json to the folder `out`.
 
@@ -196,6 +197,7 @@ def benchmark(
         sources: holds perplexity.parquet and tasks/, as the fetch stage wrote them.
         store: the folder of the results store.
         plan: the plan of the subject; None for the dense model.
+        search: what the search of the plan took: seconds, trials_asked, trials_computed; None where it is not known.
 
     Returns:
         results.json has these keys:
@@ -211,6 +213,7 @@ def benchmark(
         speed: pruned (unless the subject is the dense model), dense, and the speed-ups, dense over pruned seconds;
             null where it is not wanted.
         made: where and when each result was computed, as from `provenance.made`.
+        search: as given.
 
     Raises:
         InputError: a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
@@ -249,6 +252,7 @@ def benchmark(
     timings = {
         "speed": found["speed"].value if "speed" in found else None,
         "made": {name: stored.made for name, stored in found.items()},
+        "search": dict(search or {}),
     }
 
     def build(directory: Path) -> None:
@@ -304,7 +308,7 @@ def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity:
         {**identity, **key},
         "rows",
         compute,
-        _perplexity_summary,
+        lambda value: "{perplexity:.2f} over {rows} rows of {seq_len} tokens".format(**value),
     )
 
 
@@ -384,19 +388,10 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
     return Evaluation("speed", model, {**identity, **key}, "generations", compute, _speed_summary)
 
 
-def _perplexity_summary(value: Mapping[str, Any]) -> str:
-    text = f"{value['perplexity']:.2f} over {value['rows']} rows of {value['seq_len']} tokens"
-    if "documents" in value:
-        text += f" of {value['documents']} documents ({value['short_documents']} short ones passed over)"
-    return text
-
-
 def _speed_summary(value: Mapping[str, Any]) -> str:
-    dense = f"{value['dense']['decode_tokens_per_second']:.1f}"
-    if "pruned" not in value:
-        return f"{dense} tokens/s"
-    pruned = f"{value['pruned']['decode_tokens_per_second']:.1f}"
-    return f"{pruned} tokens/s, dense {dense}; generation {value['speedup_generation']:.2f}x"
+    sides = [side for side in ("pruned", "dense") if side in value]
+    rates = ", ".join(f"{side} {value[side]['decode_tokens_per_second']:.1f}" for side in sides)
+    return f"tokens/s: {rates}"
 
 
 def _average(scores: list[dict[str, Any]]) -> dict[str, float | None]:

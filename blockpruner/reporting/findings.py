@@ -1,4 +1,4 @@
-"""What the numbers mean: signs of failed pruning, the verdict, and how far the scores can be trusted.
+"""What the numbers mean: signs of failed pruning, and the verdict.
 
 Decides the rules and their thresholds, each a named constant with its reason. They hold for healed and unhealed models
 alike, for the targets of a run and for the budgets of the paper's methods.
@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from statistics import mean, median
+from statistics import median
 from typing import TypeVar
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.reporting.formats import listed, number, percent, times
-from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import Model, Option
 from blockpruner.reporting.statistics import Mean, average, differences
 from blockpruner.reporting.table import points
@@ -48,14 +47,6 @@ MISMATCH_NATS = 0.1
 """... and the held-out rise must exceed that bound by this much (perplexity times 1.11). This is the size of the
 difference between two held-out samples of a few thousand tokens."""
 
-HIGH_RATIO = 0.1
-"""Below a tenth of the parameters the expected gain (11 %) is about the spread of repeated timings."""
-
-LOW_GAIN = 0.5
-"""Reading weights bounds the time of generation, so removing the share r of them should give a speed-up of
-1 / (1 - r). Less than half of that gain is little. MLP blocks hold most parameters, MHA blocks much of the time and
-all of the KV cache, so mostly-MLP pruning has this sign."""
-
 AnyOption = TypeVar("AnyOption", bound=Option)
 
 
@@ -83,7 +74,7 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
     Args:
         traces: the model that is pruned the most, for each removal sequence.
     """
-    rules = ((is_broken, _broken), (is_mismatch, _mismatch), (is_slow, _slow))
+    rules = ((is_broken, _broken), (is_mismatch, _mismatch))
     found = [_jump(trace, options) for trace in traces]
     found += [finding(shown) for shows, finding in rules if (shown := [option for option in options if shows(option)])]
     return [finding for finding in found if finding]
@@ -123,13 +114,6 @@ def is_mismatch(option: Option) -> bool:
     if plan.method in SEARCHES and SEARCHES[plan.method].asks == "nothing":
         return False
     return option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + MISMATCH_NATS
-
-
-def is_slow(option: Option) -> bool:
-    """Check whether a high ratio brought little speed-up in generation (HIGH_RATIO, LOW_GAIN)."""
-    return (
-        option.is_timed and option.ratio >= HIGH_RATIO and option.speedup - 1 < LOW_GAIN * (1 / (1 - option.ratio) - 1)
-    )
 
 
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
@@ -195,15 +179,6 @@ def _mismatch(found: Sequence[Option]) -> Finding:
     )
 
 
-def _slow(found: Sequence[Option]) -> Finding:
-    gains = [
-        f"{option.name}: {percent(option.ratio)} of the parameters removed ({option.taken_out}), generation "
-        f"{times(option.speedup)} as fast; reading fewer weights alone would give {times(1 / (1 - option.ratio))}."
-        for option in found
-    ]
-    return Finding(Level.WARNING, "slow", "Little speed-up for the parameters removed", " ".join(gains))
-
-
 def stop(options: Sequence[Option]) -> Finding:
     """Write the verdict on pruned models, which come the least pruned first."""
     if not any(option.is_timed for option in options):
@@ -222,19 +197,3 @@ def stop(options: Sequence[Option]) -> Finding:
         speed = f", at {times(first.speedup)} the speed of generation" if first.is_timed else ""
         text += f" {_losses(first)}{speed}."
     return Finding(Level.ADVICE, "stop", "Keep the dense model", text)
-
-
-def noise(reported: ReportedRun) -> Finding:
-    """Write how much the scores of a run can show."""
-    counts = sorted({score.items for score in reported.scores.values()})
-    each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    error = mean(score.stderr for score in reported.scores.values())
-    size = f"about {100 * error:.0f} points" if math.isfinite(error) else "unknown"
-    whole = f", and the average's {100 * reported.dense.model.average.stderr:.1f}" if math.isfinite(error) else ""
-    return Finding(
-        Level.NOTE,
-        "noise",
-        "How much to trust the scores",
-        f"With {each} items a task, a score's standard error is {size}{whole}. Models are compared item by item; only "
-        "differences beyond 2 standard errors are marked.",
-    )

@@ -14,7 +14,7 @@ from blockpruner.evaluation.samples import PROMPTS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import Comparison, comparisons
 from blockpruner.reporting.figures import map_of, quality, trade_off
-from blockpruner.reporting.findings import noise, recommended, stop, warnings
+from blockpruner.reporting.findings import recommended, stop, warnings
 from blockpruner.reporting.formats import listed, number
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, made_line, write_page
@@ -105,7 +105,6 @@ def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
         f"Evidence: {reported.run}",
         (
             headline(reported),
-            Findings((noise(reported),)),
             *(drawn if draw else ()),
             Facts("Model, data and work", _facts(reported)),
         ),

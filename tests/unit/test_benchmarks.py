@@ -11,7 +11,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from lm_eval.api.metrics import mean
 from lm_eval.api.registry import get_metric_aggregation, is_higher_better
 from lm_eval.tasks import TaskManager
@@ -254,16 +253,6 @@ def test_without_lm_eval_the_fix_is_named(monkeypatch):
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'blockpruner\[eval\]'"):
         hub_repository("piqa")
-
-
-def test_function_tags_survive(tmp_path):
-    write_task("winogrande", tmp_path, tables_of("winogrande"), location=tmp_path)
-    tagged = {
-        key.value: value.value
-        for key, value in yaml.compose((tmp_path / "winogrande" / "winogrande.yaml").read_text()).value
-        if value.tag == "!function"
-    }
-    assert tagged == {f"doc_to_{part}": f"preprocess_winogrande.doc_to_{part}" for part in ("text", "target", "choice")}
 
 
 def test_the_full_data_are_whole():

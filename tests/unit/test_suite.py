@@ -36,6 +36,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 6
 TASKS = ("piqa", "winogrande", "arc_easy")
 NOWHERE = {"source": "path", "path": "nowhere"}
 PLAN = plan_of(tiny_model().config.to_dict(), sorted(map(str, MASK)))
+SEARCH = {"seconds": 1.5, "trials_asked": 20, "trials_computed": 10}
 PHASES = ["perplexity", *TASKS, "samples", "speed"]
 
 
@@ -93,7 +94,7 @@ def evaluate(root, observer, checkpoint="pruned", subject=None, **changes):
     dense = Checkpoint(root / "dense", changes.get("dtype", "float32"), "cpu", False)
     subject = subject(dense) if subject else dense if checkpoint == "dense" else dense.export(root / checkpoint)
     places = [root / name for name in ("sources", "out", "store")]
-    return suite.benchmark(subject, dense, *places, settings=settings, observer=observer, plan=PLAN)
+    return suite.benchmark(subject, dense, *places, settings=settings, observer=observer, plan=PLAN, search=SEARCH)
 
 
 def call_verified(checkpoint):
@@ -126,6 +127,7 @@ def test_results(world):
     out = world.root / "out"
     written = read_json(out / "results.json") | read_json(out / "speed.json")
     assert written == json.loads(json.dumps(results)) and load_plan(out / "plan.json") == PLAN
+    assert written["search"] == SEARCH
     ids = tiny_tokenizer()(f"{TEXT}\n\n{TEXT}")["input_ids"]
     dense = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     with masked(dense, MASK) as model:
