@@ -136,12 +136,12 @@ def template(tmp_path_factory):
 @pytest.fixture
 def project(template, tmp_path, home, monkeypatch):
     """A copy of the miniature project as the current folder; the environment names no server."""
+    forking.ready()  # from another folder: it is no process of the project
     folder = shutil.copytree(template, tmp_path / "project")
     monkeypatch.chdir(folder)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(home))
     monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
-    forking.ready()
     monkeypatch.setenv("PYTHONPATH", f"{forking.STARTS}{os.pathsep}{ROOT}")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     yield folder
