@@ -323,9 +323,8 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):
     assert started == ["fetch mine", "score mine", "commit mine-2blocks-train", "report all"]
     assert yaml.safe_load(Path("runs/mine.yaml").read_text()) == {
         "model": {"source": "path", "path": "models/mine"},
-        "score": {"method": "floating", "acceleration": "lazy+race", "unit": "layer"},
-        "compensate": {"method": "refit"},
-        "calibration": {"data": {"source": "path", "path": "texts.txt"}, "split": "all"},
+        "score": {"method": "recommended", "unit": "layer"},
+        "calibration": {"data": {"source": "path", "path": "texts.txt"}, "split": "all", "num_rows": 16},
         "train": {"data": {"source": "path", "path": "texts.txt"}},
         "evaluate": {"perplexity": {"data": {"source": "wikitext-2"}}, "zero_shot": {"limit": 7}},
     }
