@@ -128,27 +128,6 @@ def test_a_wide_walk_ends_in_the_same_states_with_no_more_work(parallel, seed, w
     assert sum(map(len, calls)) == sum(len(ran) for _, ran in runs(steps, masks))
 
 
-def test_a_wide_sweep_takes_fewer_calls():
-    """Of n blocks, three masks at once: the next three start before the block that the last one lacks."""
-    calls = []
-    sweep = [frozenset({block}) for block in WALK]
-    list(walk(steps_of(4, False), sweep, 0, lambda block, states: calls.append(block) or states, max_of, 3))
-    assert len(calls) == 8 + 6 + 3
-
-
-def max_of(state, adds):
-    return max([state, *adds])
-
-
-def test_a_sweep_is_balanced_and_its_prefixes_stay_together():
-    tasks = [Task(range(0, 2), (DENSE, *(frozenset({block}) for block in all_blocks(4))))]
-    whole = cost(tasks)
-    shared = share_out(tasks, ROWS, 3, COSTS)
-    assert len(shared) == 3
-    assert max(map(cost, shared)) < 0.5 * whole
-    assert sum(map(cost, shared)) < 1.25 * whole
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_costs_are_the_parameters_that_multiply(family):
     model = tiny_model(family, layers=2)
@@ -205,21 +184,6 @@ def test_attention_changes_no_score(checkpoint, attention):
     agrees(*score(checkpoint, attention=attention), tiny_model("qwen2", 2, torch.float32).double())
 
 
-def test_threads_are_set(checkpoint):
-    before = torch.get_num_threads()
-    try:
-        make_scorer(checkpoint, "float32", Runtime(**RUNTIME, threads=before + 1))
-        assert torch.get_num_threads() == before + 1
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_ray_that_is_not_installed(checkpoint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"needs the package ray.*pip install 'blockpruner\[ray\]'.*executor: local"):
-        make_scorer(checkpoint, "float32", Runtime(**RUNTIME, executor="ray"))
-
-
 def test_the_module_loads_neither_torch_nor_ray():
     """`score` takes a second when nothing must be computed."""
     program = (
@@ -227,25 +191,6 @@ def test_the_module_loads_neither_torch_nor_ray():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("runtime", "nodes", "needs"),
-    [
-        ({"workers": 2, "threads": "auto"}, [(8, 0)], {"CPU": 4}),
-        ({"workers": 2, "threads": "auto"}, [(16, 0)] * 3, {"CPU": 16}),
-        ({"workers": 4, "threads": "auto"}, [(0, 0), (16, 0), (16, 0), (6, 0)], {"CPU": 8}),
-        ({"workers": 2, "threads": 3}, [(8, 2)], {"CPU": 3}),
-        ({"workers": 2, "device": "auto"}, [(8, 2)], {"CPU": 1, "GPU": 1}),
-        ({"workers": 3, "device": "auto"}, [(8, 0)], {"CPU": 2}),
-        ({"workers": 1, "device": "cuda", "threads": 2}, [(8, 2)], {"CPU": 2, "GPU": 1}),
-        ({"workers": 2, "device": "split"}, [(8, 8)], {"CPU": 1, "GPU": 4}),
-        ({"workers": 2, "device": "split"}, [(8, 4)] * 3, {"CPU": 1, "GPU": 4}),
-        ({"workers": 4, "device": "split"}, [(8, 4)] * 3, {"CPU": 1, "GPU": 2}),
-    ],
-)
-def test_resources_of_a_worker(runtime, nodes, needs):
-    assert resources(ray_runtime(**runtime), ray_nodes(nodes)) == needs
 
 
 def ray_runtime(**runtime):
@@ -281,19 +226,6 @@ def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
         else:
             with pytest.raises(InputError, match=f"runtime.workers {workers} with "):
                 resources(ray_runtime(**wanted), ray_nodes(nodes))
-
-
-@pytest.mark.parametrize(
-    ("runtime", "nodes", "message"),
-    [
-        ({"workers": 3}, [(2, 0)], r"workers 3 with 1 CPU each: .*room for 2, .*lower runtime.workers"),
-        ({"workers": 3, "device": "auto"}, [(8, 2)], r"1 CPU and 1 GPU each: .*room for 2"),
-        ({"workers": 1, "device": "cuda:1"}, [(8, 2)], r"'cuda:1'.* use auto or cuda$"),
-    ],
-)
-def test_too_few_resources_are_refused_with_the_figures(runtime, nodes, message):
-    with pytest.raises(InputError, match=message):
-        resources(ray_runtime(**runtime), ray_nodes(nodes))
 
 
 def test_a_replica_says_that_its_memory_ran_out_before_it_gives_what_came_after():
