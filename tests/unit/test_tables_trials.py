@@ -287,17 +287,11 @@ def other_iteration(path):
     table_path(path.parent, 5).rename(path)
 
 
-def incomplete(path):
-    table = pq.read_table(path)
-    pq.write_table(table.replace_schema_metadata({"search": "s", "iteration": "0"}), path)
-
-
 DAMAGE = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-20]),
     "not parquet": lambda path: path.write_text("hello"),
     "foreign": lambda path: write_iteration(path.parent, iteration(), "other search"),
     "other iteration": other_iteration,
-    "incomplete": incomplete,
     "other columns": lambda path: pq.write_table(pa.table({"x": [1]}), path),
 }
 
