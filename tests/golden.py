@@ -437,7 +437,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "swap, race": {"method": "swap", "options": {"tries": 8}, "acceleration": "race"},
     "floating": {"method": "floating", "options": {"tries": 4}},
     "floating, lazy+race": {"method": "floating", "options": {"tries": 4}, "acceleration": "lazy+race"},
-    "quadratic": {"method": "quadratic", "options": {"pairs": 12, "candidates": 4}},
 }
 PLANS: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "greedy": (BLOCKS, ("0.2", "0.35", "3blocks", "0.25kv", "1.2x")),

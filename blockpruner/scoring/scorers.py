@@ -59,7 +59,7 @@ def make_scorer(
     """Load a checkpoint for scoring.
 
     Args:
-        note: receives lines of information, also those of workers.
+        note: receives lines of information from Ray workers.
         advance: while a model is streamed here, receives the layers done, their number, and the last one's name.
 
     Raises:
@@ -69,7 +69,7 @@ def make_scorer(
         from blockpruner.scoring.large.ray import RayScorer
 
         return RayScorer(checkpoint, dtype, runtime, trust_remote_code, note)
-    return local_scorer(checkpoint, dtype, runtime, trust_remote_code, note, advance)
+    return local_scorer(checkpoint, dtype, runtime, trust_remote_code, advance)
 
 
 def local_scorer(
@@ -77,7 +77,6 @@ def local_scorer(
     dtype: str,
     runtime: Runtime,
     trust_remote_code: bool,
-    note: Callable[[str], object],
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
     memory: int | None = None,
 ) -> Scorer:
@@ -90,7 +89,7 @@ def local_scorer(
 
         return StreamingEngine(
             checkpoint, dtype, device=runtime.device, batch_tokens=runtime.batch_tokens, attention=runtime.attention,
-            trust_remote_code=trust_remote_code, note=note, advance=advance, memory=memory,
+            trust_remote_code=trust_remote_code, advance=advance, memory=memory,
         )  # fmt: skip
     from blockpruner.scoring.engine import Engine
 

@@ -41,8 +41,6 @@ class Stability:
     """How much more the mean loss of the next candidate is, in the loss's units."""
     kept: float
     """In which share of resampled row sets, of as many rows, the chosen candidate has the lowest loss again."""
-    dropped: int
-    """How many candidates are not compared, since they have fewer rows: a race dropped them earlier, by its bound."""
 
 
 def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability | None:
@@ -75,7 +73,6 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
         rivals=tuple(mask for mask, is_close in zip(shared, close, strict=True) if is_close and mask != chosen),
         margin=float(np.delete(means, shared.index(chosen)).min()),
         kept=float(np.mean((resampled(d)).argmin(axis=1) == shared.index(chosen))),
-        dropped=len(losses) - len(shared),
     )
 
 

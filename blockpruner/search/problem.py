@@ -17,9 +17,9 @@ from blockpruner.scoring.objectives import MaskScore
 
 
 class Ask(Protocol):
-    """Scores of masks, lower is better, in the order given; on so many of the first rows, or on all."""
+    """Scores of masks on all rows, lower is better, in the order given."""
 
-    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]: ...
+    def __call__(self, masks: Sequence[Mask], *, base: Mask = DENSE) -> list[MaskScore]: ...
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from blockpruner.search.greedy import PricedOptions, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.problem import Problem
-from blockpruner.search.quadratic import QuadraticOptions, quadratic
 from blockpruner.search.random_order import RandomOptions, random_order
 from blockpruner.search.swap import SwapOptions, swap
 
@@ -112,7 +111,6 @@ SEARCHES = Registry(
         Search("one_shot", "one-shot", one_shot, asks="units"),
         Search("contiguous", "contiguous layers", contiguous, nested=False, asks="units"),
         Search("floating", "floating search", floating, FloatingOptions, nested=False, accelerated=True),
-        Search("quadratic", "quadratic search", quadratic, QuadraticOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
         Search("random", "random order", random_order, RandomOptions, asks="nothing"),
         Search("given", "given order", given, GivenOptions, asks="nothing"),

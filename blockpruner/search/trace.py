@@ -85,7 +85,7 @@ def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
         schema=ITERATION,
     )
     path = table_path(directory, iteration.index)
-    facts = {"search": search, "iteration": str(iteration.index), "complete": "true"}
+    facts = {"search": search, "iteration": str(iteration.index)}
     facts |= {"origin": json.dumps(dict(iteration.origin)), "environment": json.dumps(environment())}
     write_table(path, table, facts)
 
@@ -94,10 +94,10 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
     """Read one table; raises InputError if it is missing, damaged, incomplete or of another search."""
     path = table_path(directory, index)
     table, facts = read_table(path, ITERATION)
-    if facts.get("search") != search or facts.get("iteration") != str(index) or facts.get("complete") != "true":
+    if facts.get("search") != search or facts.get("iteration") != str(index):
         raise InputError(
             f"{path} is not iteration {index} of search {search} (it says search {facts.get('search')!r}, iteration "
-            f"{facts.get('iteration')!r}, complete {facts.get('complete')!r})"
+            f"{facts.get('iteration')!r})"
         )
     rows = table.to_pylist()
     masks = [parse_mask(",".join(row["removed"])) for row in rows]

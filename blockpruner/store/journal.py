@@ -10,7 +10,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,8 +42,8 @@ class Journal:
             line = stream.readline()
         return parse_checksummed(line[:-1]) if line.endswith("\n") else None
 
-    def read(self, accept: Callable[[dict[str, Any]], bool], problems: list[str]) -> list[dict[str, Any]]:
-        """Read the entries that are whole and that `accept` takes.
+    def read(self, problems: list[str]) -> list[dict[str, Any]]:
+        """Read the entries that are whole.
 
         A log of something else is set aside. A last line without an end is what a kill interrupted: no problem.
 
@@ -66,10 +66,10 @@ class Journal:
         entries = []
         for number, line in enumerate(lines[1:], start=2):
             entry = parse_checksummed(line)
-            if entry is not None and accept(entry):
+            if entry is not None:
                 entries.append(entry)
             else:
-                problems.append(f"{self.path}, line {number}: damaged, or of something else; it is computed again")
+                problems.append(f"{self.path}, line {number}: damaged; it is computed again")
         return entries
 
     def append(self, entry: Mapping[str, Any]) -> None:
@@ -138,5 +138,5 @@ def parse_checksummed(line: str) -> dict[str, Any] | None:
     checksum, _, text = line.partition(" ")
     if checksum != f"{zlib.crc32(text.encode()):08x}":
         return None
-    value = json.loads(text)
-    return value if isinstance(value, dict) else None
+    value: dict[str, Any] = json.loads(text)
+    return value

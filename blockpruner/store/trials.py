@@ -154,7 +154,7 @@ class TrialStore:
         rows: Sequence[str] = header.get("rows", ())
         if header.get("fingerprint") == self.fingerprint and self._places.keys().isdisjoint(rows):
             return
-        for unit in journal.read(lambda entry: "trial" in entry, self.problems):
+        for unit in journal.read(self.problems):
             self._remember(unit["trial"], [rows[row] for row in _rows_of(unit)], unit["loss"])
 
     def _remember(self, key: str, rows: Sequence[str], values: Sequence[float]) -> None:

@@ -1,14 +1,12 @@
 """A colleague clones, pulls and asks for one target more; an experiment in a folder of its own; the stores cleaned."""
 
 import hashlib
-import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
-from tests.integration.project import ROOT, counts, dvc, environment, make_project, module, set_targets, stage, tables
+from tests.integration.project import ROOT, counts, dvc, make_project, module, set_targets, stage, tables
 
 
 def git(folder, *arguments):
@@ -83,28 +81,3 @@ def test_clean_deletes_only_what_no_run_names_and_stores_may_go_as_a_whole(proje
     for store in ("trials", "evaluations", "cache", "adapters"):
         shutil.rmtree(copy / "data" / store, ignore_errors=True)
     assert "didn't change" in dvc(copy, "repro", "commit@small") and tables(copy) == tables(project)
-
-
-@pytest.mark.skipif("BLOCKPRUNER_EXPERIMENTS" not in os.environ, reason="BLOCKPRUNER_EXPERIMENTS is not set: 1 minute")
-@pytest.mark.parametrize("how", [["--temp"], ["--queue"]])
-def test_an_experiment_shares_the_trials(project, how):
-    """In a folder of its own, with the workspace as it was; its third removal's trials are in the shared store then."""
-    store = str(project / "data/trials")
-    shared = environment() | {"BLOCKPRUNER_TRIALS": store}
-    change = "+targets.more={run: tiny, budget: 3blocks, train: false}"
-
-    def exp(*arguments):
-        command = [sys.executable, "-m", "dvc", "exp", *arguments]
-        result = subprocess.run(command, cwd=project, env=shared, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
-
-    logs = set((project / "data/trials").rglob("*.jsonl"))
-    exp("run", *how, "-n", f"more{how[0]}", "-S", change, "commit@more")
-    if how == ["--queue"]:
-        exp("run", "--run-all")
-    assert "more: " not in (project / "params.yaml").read_text()
-    new = set((project / "data/trials").rglob("*.jsonl")) - logs
-    lines = sum(len(path.read_text().splitlines()) - 1 for path in new)
-    assert lines == (6 if how == ["--temp"] else 0), "the second experiment finds the first one's trials"
-    assert f"more{how[0]}" in exp("show", "--csv")

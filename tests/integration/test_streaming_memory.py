@@ -78,7 +78,7 @@ def score(mode, checkpoint):
     layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
     masks = (DENSE, *(frozenset({block}) for block in all_blocks(layers)))
     tasks = [Task(range(1), masks), Task(range(1, 2), masks[::9])]
-    mapped, notes, found = set(), [], {}
+    mapped, found = set(), {}
 
     def look(*_):
         maps = Path("/proc/self/maps").read_text()
@@ -86,7 +86,7 @@ def score(mode, checkpoint):
 
     if mode == "streamed":
         before = figure("io", "rchar")
-        engine = StreamingEngine(checkpoint, "float32", device="cpu", note=notes.append, advance=look)
+        engine = StreamingEngine(checkpoint, "float32", device="cpu", advance=look)
     else:
         engine = Engine(load_model(checkpoint, "float32", "cpu"))
     table = [[unit.span[0], format_mask(unit.mask), unit.loss] for unit in engine.run(tasks, rows)]
@@ -95,7 +95,6 @@ def score(mode, checkpoint):
             "read": figure("io", "rchar") - before,
             "weights": engine.weight_bytes_read,
             "measured": figure("status", "VmHWM") * 1024,
-            "notes": notes,
         }
     look()
     print(json.dumps({"table": sorted(table), "mapped": sorted(mapped)} | found))
@@ -170,7 +169,7 @@ def test_three_times_the_memory(tmp_path):
         assert expected["mapped"], "a mapped checkpoint does not show"
         uncache(checkpoint)
         streamed = run("streamed", checkpoint, group)
-    print(*streamed["notes"], {name: value for name, value in streamed.items() if isinstance(value, int)}, sep="\n")
+    print({name: value for name, value in streamed.items() if isinstance(value, int)})
     assert streamed["table"] == expected["table"]
     assert len(streamed["table"]) == (1 + 2 * layers) + len(range(0, 1 + 2 * layers, 9))
     assert not streamed["mapped"]

@@ -90,18 +90,6 @@ def test_bound_is_scipys_interval(monkeypatch):
     assert bounds(others - leader, 10**9, 0.95) == pytest.approx(wanted, abs=1e-6)
 
 
-def test_bound_knows_that_the_rows_are_finite():
-    differences = np.random.default_rng(1).normal(0.1, 1.0, (4, 6))
-    assert bounds(differences, 6, 0.99) == pytest.approx(differences.mean(axis=1))
-    assert (bounds(differences, 7, 0.99) > bounds(differences, 60, 0.99)).all()
-
-
-def test_two_rows_that_agree_by_chance_drop_nobody():
-    """A difference of 0.02 +- 0 over two rows, where the others' rows differ by 0.1: not enough."""
-    differences = np.array([[0.02, 0.02], [0.0, 0.2], [0.3, 0.1], [0.4, 0.2]])
-    assert bounds(differences, 12, 0.95)[0] < 0 < bounds(differences + 1.0, 12, 0.95)[0]
-
-
 def test_bound_with_a_past_covers_as_often_as_it_says(monkeypatch):
     """Rows of a past step, a change since with a small spread, k of them seen: the true mean over all rows is above
     the bound in 95 of 100 cases, and the bound is nearer than that without the past."""
@@ -118,19 +106,7 @@ def test_bound_with_a_past_covers_as_often_as_it_says(monkeypatch):
     assert nearer / cases > 0.9
 
 
-def test_expected_rises_move_with_the_change():
-    runner = Runner(np.array([0.2, 0.4]), np.array([0.1, 0.1, 0.5]))
-    assert runner.expected == pytest.approx([0.2, 0.4, 0.7])
-    assert runner.expected.mean() == pytest.approx(runner.past.mean() + 0.2)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 12, 100])
-def test_slices_end_with_the_last_row(rows):
-    stops = list(slices(rows))
-    assert stops[-1] == rows and stops == sorted(set(stops)) and all(stop >= 2 for stop in stops[:-1])
-
-
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("acceleration", ["race", "lazy", "lazy+race"])
 @PRICED
 def test_same_sequence_for_less_where_candidates_differ(seed, acceleration, per):
@@ -199,7 +175,7 @@ def test_an_audit_finds_what_lazy_evaluation_missed():
     assert len(trace[2].scores) == len(UNITS) - 2 > len(trace[1].scores)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("noise", [0.1, 0.3])
 def test_nothing_that_is_known_is_better_than_the_choice(seed, noise):
     """Candidates enter in several rounds; one that has all rows stays in, whatever its first rows say."""

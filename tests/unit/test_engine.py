@@ -4,33 +4,16 @@ import pytest
 import torch
 
 from blockpruner.core.blocks import DENSE, parse_mask
-from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.core.errors import NonFiniteLossError
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.model.models import kernel_options, masked
+from blockpruner.model.models import masked
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
 from blockpruner.store.trials import TrialStore, store_fields
 from tests.oracles import LiveBytes, make_rows, score_all, sweep
-from tests.tiny import full_nll, tiny_model, tolerance
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("lengths", [[16] * 5, [16, 3, 9, 12, 2, 7]], ids=["even", "padded"])
-@pytest.mark.parametrize("base", ["", "mha.1,mlp.3"])
-@pytest.mark.parametrize("width", [1, 3])
-def test_equals_full_forwards(family, lengths, base, width, monkeypatch):
-    """Of all variants: test_engine_properties.py, and test_streaming.py for whole sweeps."""
-    model, rows = tiny_model(family), make_rows(lengths)
-    masks, engine = sweep(parse_mask(base)), Engine(model, batch_tokens=40)
-    monkeypatch.setattr(engine, "_width", lambda *batch: width)
-    found = score_all(engine, masks, rows)
-    for mask in masks:
-        with masked(model, mask):
-            for index, row in enumerate(rows):
-                assert found[mask, index] == pytest.approx(full_nll(model, row), abs=tolerance(family))
+from tests.tiny import full_nll, tiny_model
 
 
 def test_model_is_left_as_it_was():
@@ -50,18 +33,6 @@ def test_row_batches_keep_to_the_token_budget():
     for batch in batches:
         assert len(batch) == 1 or max(len(rows[i]) for i in batch) * len(batch) <= 20
     assert batches == [range(0, 2), range(2, 4), range(4, 5), range(5, 6)]
-
-
-def test_batches_of_sorted_rows_hold_few_pads():
-    """256 rows as of samples, 29,779 tokens, of which the longest row has 622. One batch of all would be five times as
-    large."""
-    drawn = torch.exp(4.5 + 0.7 * torch.randn(256, generator=torch.Generator().manual_seed(2)))
-    lengths = sorted(map(int, drawn))
-    rows, engine = [[1] * length for length in lengths], Engine(tiny_model(), batch_tokens=65536)
-    batches = engine.row_batches(rows, range(256))
-    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
-    assert [row for batch in batches for row in batch] == list(range(256)) and len(batches) <= 12
-    assert 256 * lengths[-1] > 5 * sum(lengths) and padded < 1.15 * sum(lengths)
 
 
 def test_a_searchs_rows_are_batched_by_length(tmp_path):
@@ -191,27 +162,6 @@ def test_the_memory_of_a_walk_is_foreseen(monkeypatch, attention):
     assert attention == "sdpa" or most(range(10)) > 1200 * token
 
 
-def test_layers_on_one_device_share_their_masks(monkeypatch):
-    """The arguments go to another device once, not once for each layer."""
-    engine = Engine(tiny_model("mistral", attn_implementation="eager"))
-    monkeypatch.setattr(engine, "_device", lambda layer: torch.device("meta"))
-    _, layer_kwargs = engine._prepare(torch.ones(3, 9, dtype=torch.int64))
-    masks = [kwargs["attention_mask"] for kwargs in layer_kwargs]
-    assert masks[0].is_meta and all(mask is masks[0] for mask in masks)
-
-
-@pytest.mark.parametrize(("room", "moves"), [(0, 4), (10**6, 0), (16 * 32 * 8 * 30, 2)])
-def test_the_reference_stays_on_the_device_while_it_fits(monkeypatch, room, moves):
-    """Four rows of 15 targets, of 32 numbers of float64; the last case has room for two of them."""
-    engine, moved, to_cpu = Engine(tiny_model(), 16), [], torch.Tensor.cpu
-    engine._room = room
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(tensor.shape) or to_cpu(tensor))
-    rows = make_rows([16] * 4)
-    tasks = [Task(range(i, i + 1), (DENSE,), METRICS["kl"]) for i in range(4)]
-    assert [unit.loss for unit in engine.run(tasks, rows)] == [(pytest.approx(0, abs=1e-12),)] * 4
-    assert moved == [(15, 32)] * moves
-
-
 def test_once_memory_has_run_out_later_batches_are_cut_before_they_fail():
     class Small(Engine):
         failed = 0
@@ -229,13 +179,3 @@ def test_once_memory_has_run_out_later_batches_are_cut_before_they_fail():
     found = {(mask, row): loss for mask, values in pairs for row, loss in values}
     assert (len(tasks), engine.failed) == (3, 1)
     assert found == pytest.approx(score_all(Engine(model, 40), masks, rows), abs=1e-10)
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
-def test_flash_attention_is_for_16_bits_on_gpu(attention):
-    assert kernel_options(attention, "bfloat16", torch.device("cuda")) == {"attn_implementation": attention}
-    for dtype, device in (("float32", "cuda"), ("bfloat16", "cpu")):
-        with pytest.raises(
-            InputError, match=f"{attention} has no kernel for {dtype} on {device}: it needs a CUDA device"
-        ):
-            kernel_options(attention, dtype, torch.device(device))

@@ -17,7 +17,6 @@ from blockpruner.model.models import masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.ray import Replica, resources
 from blockpruner.scoring.large.sharing import (
-    WalkCosts,
     share_out,
     unfinished,
 )
@@ -29,7 +28,7 @@ from tests.tiny import full_nll, save_tiny, tiny_model
 RUNTIME = {"device": "cpu", "batch_tokens": 40}
 ROWS = [[1] * 9, [1] * 4, [1] * 9, [1] * 6, [1] * 5]
 WALK = sorted(all_blocks(4), key=lambda block: (block.layer, block.kind is BlockKind.MLP))
-COSTS = WalkCosts([(block,) for block in WALK], dict(zip(WALK, (3, 5, 4, 2, 7, 1, 6, 6), strict=True)), head=10)
+STEPS = steps_of(4, False)
 
 
 def pool(count, seed):
@@ -45,48 +44,16 @@ def tasks_of(seed):
     ]
 
 
-def cost(piece):
-    """Brute force: every block run on a state counts once, a state being what was removed so far; every mask a head."""
-    total = 0
-    for task in piece:
-        states = {(i, mask & set(WALK[:i])) for mask in task.masks for i, block in enumerate(WALK) if block not in mask}
-        tokens = len(task.span) * max(len(ROWS[i]) for i in task.span)
-        total += tokens * (sum(COSTS.blocks[WALK[i]] for i, _ in states) + COSTS.head * len(task.masks))
-    return total
-
-
 @pytest.mark.parametrize("pieces", [1, 2, 3, 6, 50])
 @pytest.mark.parametrize("seed", range(5))
 def test_every_mask_is_in_one_piece_and_spans_stay_whole(pieces, seed):
     """Whatever the order of the masks."""
     tasks = tasks_of(seed)
-    shared = share_out(tasks, ROWS, pieces, COSTS)
+    shared = share_out(tasks, ROWS, pieces, STEPS)
     found = [(task.span, mask) for piece in shared for task in piece for mask in task.masks]
     assert sorted(found, key=repr) == sorted(((t.span, mask) for t in tasks for mask in t.masks), key=repr)
     assert 1 <= len(shared) <= pieces and all(task.masks for piece in shared for task in piece)
-    assert share_out([Task(task.span, task.masks[::-1]) for task in tasks], ROWS, pieces, COSTS) == shared
-
-
-@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(5))
-def test_the_costliest_piece_is_as_cheap_as_any_cut_allows(pieces, seed):
-    tasks = tasks_of(seed)
-    order = [
-        (task, mask)
-        for task in tasks
-        for mask in sorted(task.masks, key=lambda mask: [block not in mask for block in WALK])  # the walk's order
-    ]
-
-    def grouped(part):
-        return [
-            Task(t.span, tuple(m for other, m in part if other is t)) for t in tasks if any(o is t for o, _ in part)
-        ]
-
-    best = min(
-        max(cost(grouped(order[start:stop])) for start, stop in itertools.pairwise([0, *cuts, len(order)]))
-        for cuts in itertools.combinations(range(1, len(order)), pieces - 1)
-    )
-    assert max(map(cost, share_out(tasks, ROWS, pieces, COSTS))) == best
+    assert share_out([Task(task.span, task.masks[::-1]) for task in tasks], ROWS, pieces, STEPS) == shared
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -126,39 +93,6 @@ def test_a_wide_walk_ends_in_the_same_states_with_no_more_work(parallel, seed, w
         assert [state] * len(group) == [tuple(b for step in steps for b in step if b not in mask) for mask in group]
     assert max(map(len, calls)) <= width
     assert sum(map(len, calls)) == sum(len(ran) for _, ran in runs(steps, masks))
-
-
-def test_a_wide_sweep_takes_fewer_calls():
-    """Of n blocks, three masks at once: the next three start before the block that the last one lacks."""
-    calls = []
-    sweep = [frozenset({block}) for block in WALK]
-    list(walk(steps_of(4, False), sweep, 0, lambda block, states: calls.append(block) or states, max_of, 3))
-    assert len(calls) == 8 + 6 + 3
-
-
-def max_of(state, adds):
-    return max([state, *adds])
-
-
-def test_a_sweep_is_balanced_and_its_prefixes_stay_together():
-    tasks = [Task(range(0, 2), (DENSE, *(frozenset({block}) for block in all_blocks(4))))]
-    whole = cost(tasks)
-    shared = share_out(tasks, ROWS, 3, COSTS)
-    assert len(shared) == 3
-    assert max(map(cost, shared)) < 0.5 * whole
-    assert sum(map(cost, shared)) < 1.25 * whole
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_costs_are_the_parameters_that_multiply(family):
-    model = tiny_model(family, layers=2)
-    costs = WalkCosts.of(model.config.to_dict())
-    sizes = [
-        sum(weight.numel() for name, weight in layer.named_parameters() if name.startswith(branch))
-        for layer in model.model.layers
-        for branch in (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
-    ]
-    assert [costs.blocks[block] for (block,) in costs.steps] == sizes and costs.head == model.lm_head.weight.numel()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -205,21 +139,6 @@ def test_attention_changes_no_score(checkpoint, attention):
     agrees(*score(checkpoint, attention=attention), tiny_model("qwen2", 2, torch.float32).double())
 
 
-def test_threads_are_set(checkpoint):
-    before = torch.get_num_threads()
-    try:
-        make_scorer(checkpoint, "float32", Runtime(**RUNTIME, threads=before + 1))
-        assert torch.get_num_threads() == before + 1
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_ray_that_is_not_installed(checkpoint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"needs the package ray.*pip install 'blockpruner\[ray\]'.*executor: local"):
-        make_scorer(checkpoint, "float32", Runtime(**RUNTIME, executor="ray"))
-
-
 def test_the_module_loads_neither_torch_nor_ray():
     """`score` takes a second when nothing must be computed."""
     program = (
@@ -227,25 +146,6 @@ def test_the_module_loads_neither_torch_nor_ray():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("runtime", "nodes", "needs"),
-    [
-        ({"workers": 2, "threads": "auto"}, [(8, 0)], {"CPU": 4}),
-        ({"workers": 2, "threads": "auto"}, [(16, 0)] * 3, {"CPU": 16}),
-        ({"workers": 4, "threads": "auto"}, [(0, 0), (16, 0), (16, 0), (6, 0)], {"CPU": 8}),
-        ({"workers": 2, "threads": 3}, [(8, 2)], {"CPU": 3}),
-        ({"workers": 2, "device": "auto"}, [(8, 2)], {"CPU": 1, "GPU": 1}),
-        ({"workers": 3, "device": "auto"}, [(8, 0)], {"CPU": 2}),
-        ({"workers": 1, "device": "cuda", "threads": 2}, [(8, 2)], {"CPU": 2, "GPU": 1}),
-        ({"workers": 2, "device": "split"}, [(8, 8)], {"CPU": 1, "GPU": 4}),
-        ({"workers": 2, "device": "split"}, [(8, 4)] * 3, {"CPU": 1, "GPU": 4}),
-        ({"workers": 4, "device": "split"}, [(8, 4)] * 3, {"CPU": 1, "GPU": 2}),
-    ],
-)
-def test_resources_of_a_worker(runtime, nodes, needs):
-    assert resources(ray_runtime(**runtime), ray_nodes(nodes)) == needs
 
 
 def ray_runtime(**runtime):
@@ -265,7 +165,7 @@ def fits(workers, cpus, gpus, nodes):
     )
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(20))
 def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
     generator = random.Random(seed)
     nodes = [(generator.randint(0, 7), generator.randint(0, 4)) for _ in range(generator.randint(1, 3))]
@@ -281,19 +181,6 @@ def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
         else:
             with pytest.raises(InputError, match=f"runtime.workers {workers} with "):
                 resources(ray_runtime(**wanted), ray_nodes(nodes))
-
-
-@pytest.mark.parametrize(
-    ("runtime", "nodes", "message"),
-    [
-        ({"workers": 3}, [(2, 0)], r"workers 3 with 1 CPU each: .*room for 2, .*lower runtime.workers"),
-        ({"workers": 3, "device": "auto"}, [(8, 2)], r"1 CPU and 1 GPU each: .*room for 2"),
-        ({"workers": 1, "device": "cuda:1"}, [(8, 2)], r"'cuda:1'.* use auto or cuda$"),
-    ],
-)
-def test_too_few_resources_are_refused_with_the_figures(runtime, nodes, message):
-    with pytest.raises(InputError, match=message):
-        resources(ray_runtime(**runtime), ray_nodes(nodes))
 
 
 def test_a_replica_says_that_its_memory_ran_out_before_it_gives_what_came_after():

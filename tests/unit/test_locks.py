@@ -59,17 +59,6 @@ def test_where_it_cannot_be_written_or_locked_is_named(tmp_path, monkeypatch):
         pass
 
 
-def test_an_error_of_whoever_is_told_is_its_own(tmp_path):
-    def full(holder):
-        raise OSError(errno.ENOSPC, "the output is full")
-
-    path = tmp_path / "a.lock"
-    raised = pytest.raises(OSError, match="the output is full")
-    with hold(path, "first", refuse), raised as found, hold(path, "second", full):
-        pass
-    assert type(found.value) is OSError
-
-
 def test_a_killed_holder_leaves_no_lock_and_its_child_keeps_it(tmp_path):
     script = (
         "import subprocess, sys, time; from pathlib import Path; from blockpruner.store.locks import hold\n"

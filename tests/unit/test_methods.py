@@ -392,7 +392,7 @@ OPTIONS = [
         ({"metric": "ppl"}, "ppl"),
         ({"method": "random", "metric": "kl"}, "score.metric kl"),
         *(({"method": method, "metric": "block_influence"}, "score.metric block_influence")
-          for method in ("floating", "quadratic", "swap")),
+          for method in ("floating", "swap")),
         *(({"method": method, "metric": metric, "acceleration": acceleration}, f"score.acceleration {acceleration}")
           for method, metric, acceleration in (
               ("greedy", "block_influence", "race"), ("one_shot", "perplexity", "lazy+race"),

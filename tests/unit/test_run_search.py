@@ -1,23 +1,17 @@
 """What a scored run reuses and what it computes: every input of the fingerprints, and budgets out of reach."""
 
-import os
 import shutil
-import socket
-import threading
 from dataclasses import replace
 
 import pytest
 
 from blockpruner.core.blocks import format_mask
-from blockpruner.core.errors import InputError, UnreachableError
-from blockpruner.core.progress import SilentObserver
+from blockpruner.core.errors import InputError
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.kind import Job
 from blockpruner.methods.registry import require_budgets
 from blockpruner.scoring.settings import Score
 from blockpruner.search.trace import read_trace, trace_directory, write_iteration
-from tests.builders import FakeScorer, material_of, scored, short_rows, small_config
-from tests.shapes import SHAPES
+from tests.builders import FakeScorer, scored, short_rows, small_config
 
 CONFIG = small_config(2)
 ROWS = CalibrationSet(((1, 2, 3), (4, 5, 6)))
@@ -129,48 +123,7 @@ def test_a_budget_that_needs_a_measurement_is_not_refused_before():
         require_budgets(score, CONFIG, ("1.5x",))
 
 
-def test_what_changes_weights_is_refused_by_the_shape_of_the_model():
-    llama = SHAPES["meta-llama/Llama-2-7b-hf"]
-    with pytest.raises(UnreachableError, match=r"C = 7 .* removes 7 of 32 layers at no threshold.*: 6 and 8"):
-        require_budgets(Score(method="laco", options={"count": 7}), llama, ("0.2102",))
-    require_budgets(Score(method="laco", options={"count": 4}), llama, ("0.2102",))
-    with pytest.raises(UnreachableError, match="ratio 0.99 is out of SliceGPT's reach"):
-        require_budgets(Score(method="slicegpt"), llama, ("0.99",))
-
-
 def test_a_speed_up_needs_a_measurement(tmp_path):
     for budget, options in (("1.5x", {}), ("1blocks", {"per": "latency"})):
         with pytest.raises(InputError, match="what blocks take of the time is not known here"):
             run(tmp_path, budgets=[budget], options=options)
-
-
-class Notes(SilentObserver):
-    def __init__(self):
-        self.notes, self.told = [], threading.Event()
-
-    def note(self, message):
-        self.notes.append(message)
-        self.told.set()
-
-
-def test_who_waits_for_the_same_trials_says_for_which_process_on_which_host(tmp_path):
-    first, second = Notes(), Notes()
-
-    def stores(observer):
-        material = material_of(tmp_path, FakeScorer(), CONFIG, observer=observer)
-        return Job(material, ROWS, Score(), (), tmp_path / "scores", {}, None).stores(["perplexity", "kl"])
-
-    def wait():
-        with stores(second):
-            second.note("goes on")
-
-    waiting = threading.Thread(target=wait)
-    with stores(first) as found:
-        assert found.keys() == {"perplexity", "kl"}
-        waiting.start()
-        assert second.told.wait(20)
-        assert len(second.notes) == 1
-    waiting.join(20)
-    holder = f"process {os.getpid()} on {socket.gethostname()}"
-    assert second.notes == [f"{holder} computes the same trials; waiting for it, then reusing them", "goes on"]
-    assert first.notes == []

@@ -3,10 +3,7 @@
 import json
 import os
 import random
-import subprocess
-import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -113,22 +110,14 @@ def test_a_tied_weight_that_is_stored_as_the_head(tmp_path):
     assert streamed == in_memory
 
 
-def test_eager_attention(tmp_path):
-    rows = make_rows([16, 9])
-    engine = StreamingEngine(save(tmp_path, "mistral"), "float64", device="cpu", attention="eager")
-    in_memory = Engine(load_model(tmp_path, "float64", "cpu", attention="eager"))
-    assert score_all(engine, sweep(), rows) == score_all(in_memory, sweep(), rows)
-
-
 @pytest.mark.parametrize(("room", "passes"), [(4, 3), (9, 1)])
 def test_as_many_passes_as_the_states_need(tmp_path, monkeypatch, room, passes):
     """Half of the free memory holds so many of nine states. The last pass has the dense model, so each reads all."""
-    rows, notes, tile = make_rows([16] * 12), [], 12 * 16 * 32 * 8
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=1000, note=notes.append)
+    rows, tile = make_rows([16] * 12), 12 * 16 * 32 * 8
+    engine = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=1000)
     monkeypatch.setattr(streaming, "available_memory", lambda: 2 * room * tile)
     in_memory = Engine(load_model(tmp_path, "float64", "cpu"), 1000)
     assert score_all(engine, sweep(), rows) == score_all(in_memory, sweep(), rows)
-    assert len(notes) == passes
     assert engine.weight_bytes_read == passes * sum(weight.nbytes for weight in tiny_model().parameters())
 
 
@@ -155,97 +144,6 @@ def test_each_weight_is_read_once_and_no_weight_that_all_masks_remove(tmp_path):
     gone = ("layers.1.", "layers.2.mlp.", "layers.2.post_attention_layernorm.")
     left = sum(size for name, size in sizes.items() if not any(part in name for part in gone))
     assert engine.weight_bytes_read == sum(sizes.values()) + left
-
-
-QUIET = """
-import json, re, sys
-from pathlib import Path
-from blockpruner.core.blocks import DENSE, all_blocks
-from blockpruner.scoring.large.streaming import StreamingEngine
-from blockpruner.scoring.work import Task
-
-def rchar():
-    return int(re.search(r"rchar: (\\d+)", Path("/proc/self/io").read_text())[1])
-
-results = []
-for path in sys.argv[1:]:
-    engine = StreamingEngine(Path(path), "float32", device="cpu")
-    tasks = [Task(range(1), (DENSE, *(frozenset({block}) for block in all_blocks(4))))]
-    list(engine.run(tasks, [[1, 2, 3]]))  # what is imported by then is not read again
-    before, weights = rchar(), engine.weight_bytes_read
-    list(engine.run(tasks, [[1, 2, 3]]))
-    results.append([rchar() - before, engine.weight_bytes_read - weights])
-print(json.dumps(results))
-"""
-
-
-def test_bytes_read_as_the_system_counts_them(tmp_path):
-    sizes = []
-    for name, tied, shard in (("untied", False, "1MB"), ("tied", True, "5GB")):
-        save(tmp_path / name, dtype=torch.float32, shard=shard, hidden_size=256, tie_word_embeddings=tied)
-        sizes += [sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors"))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", QUIET, str(tmp_path / "untied"), str(tmp_path / "tied")]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    results = json.loads(output.splitlines()[-1])
-    for size, (read, weights) in zip(sizes, results, strict=True):
-        assert 0.95 * size <= read <= 1.1 * size
-        assert 0.95 * size <= weights <= size
-
-
-@pytest.mark.parametrize("wide", [0, 1])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_experts_stored_in_several_dtypes(tmp_path, wide, dtype):
-    """One expert in float32, the others in bfloat16."""
-    save(tmp_path, "mixtral", dtype=torch.bfloat16)
-    weights = load_file(tmp_path / "model.safetensors")
-    for name in weights:
-        if f"experts.{wide}." in name:
-            weights[name] = weights[name].float() * 1.001
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    streamed, in_memory = both(tmp_path, sweep(), make_rows([16, 9]), dtype)
-    assert streamed == in_memory
-
-
-def test_the_plan_is_noted_and_layers_are_counted(tmp_path):
-    notes, steps = [], []
-    engine = StreamingEngine(
-        save(tmp_path), "float64", device="cpu", note=notes.append, advance=lambda *step: steps.append(step)
-    )
-    score_all(engine, sweep(), make_rows([16]))
-    (note,) = notes
-    assert "9 states" in note
-    assert steps == [(n + 1, 4, f"layer {n}") for n in range(4)]
-
-
-def test_a_layer_is_read_while_the_one_before_computes(tmp_path, monkeypatch):
-    """A layer's last block waits until the next weights are being read, from a slow file."""
-    engine = StreamingEngine(save(tmp_path), "float64", device="cpu")
-    expected = score_all(Engine(load_model(tmp_path, "float64", "cpu")), sweep(), make_rows([16]))
-    groups, log, read = engine._groups(DENSE), [], os.preadv
-    begun = [threading.Event() for _ in groups]
-    read_group, block = engine._weights._read, engine._block
-
-    def reading(names, *rest):
-        if names in groups:
-            begun[groups.index(names)].set()
-        return read_group(names, *rest)
-
-    def slow(*arguments):
-        time.sleep(0.002)
-        return read(*arguments)
-
-    def computing(which, *rest):
-        following = begun[which.layer + 2]  # before a layer there are the embedding's weights
-        assert following.wait(60)
-        log.append(which)
-        return block(which, *rest)
-
-    monkeypatch.setattr(engine._weights, "_read", reading)
-    monkeypatch.setattr(engine, "_block", computing)
-    monkeypatch.setattr(os, "preadv", slow)
-    assert score_all(engine, sweep(), make_rows([16])) == expected
-    assert set(log) == set(all_blocks(4))
 
 
 def readers():

@@ -260,7 +260,7 @@ class SimilarityLog:
         """
         self.problems = []
         self._journal = Journal(path, {"fingerprint": fingerprint(fields), "fields": dict(fields)})
-        entries = self._journal.read(lambda entry: {"merges", "similarity"} <= entry.keys(), self.problems)
+        entries = self._journal.read(self.problems)
         self.known = {tuple(Merge(*pair) for pair in entry["merges"]): entry["similarity"] for entry in entries}
 
     def record(self, merges: Merges, value: float) -> None:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError
+from blockpruner.core.families import FAMILIES
 from blockpruner.core.settings import Runtime
-from blockpruner.scoring.large.sharing import WalkCosts, share_out, unfinished
+from blockpruner.scoring.large.sharing import share_out, unfinished
 from blockpruner.scoring.scorers import local_scorer
+from blockpruner.scoring.walk import steps_of
 from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, over_all_rows
 from blockpruner.store.files import read_json
 from blockpruner.store.trials import SIXTEEN_BITS, Origin
@@ -64,7 +66,7 @@ class Replica:
             from blockpruner.scoring.large.memory import available_memory
 
             memory = available_memory() // self._runtime.workers
-        self._scorer: Any = local_scorer(*self._arguments, lambda line: None, memory=memory)
+        self._scorer: Any = local_scorer(*self._arguments, memory=memory)
         return f"process {os.getpid()} on {socket.gethostname()}", self._scorer.origin()
 
     def row_batches(self, rows: Rows, span: Span, limit: int) -> list[Span]:
@@ -105,7 +107,8 @@ class RayScorer:
         self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool, note: Callable[[str], object]
     ) -> None:
         self._runtime, self._note = runtime, note
-        self._costs = WalkCosts.of(read_json(checkpoint / "config.json"))
+        config = read_json(checkpoint / "config.json")
+        self._steps = steps_of(config["num_hidden_layers"], FAMILIES[config["model_type"]].is_parallel(config))
         self._workers: list[_Worker] = []
         self._rows: Rows | None = None
         self._reference: Any = None
@@ -173,7 +176,7 @@ class RayScorer:
         """
         # more pieces balance better, but each streamed one reads all weights
         pieces = len(self._workers) * (1 if self._runtime.streaming else PIECES)
-        waiting = deque(share_out(over_all_rows(tasks, rows), rows, pieces, self._costs))
+        waiting = deque(share_out(over_all_rows(tasks, rows), rows, pieces, self._steps))
         try:
             while waiting or any(worker.job is not None for worker in self._workers):
                 for worker in self._workers:

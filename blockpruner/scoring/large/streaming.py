@@ -21,7 +21,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -44,12 +43,10 @@ from blockpruner.scoring.work import Rows, ScoredRows, Task
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Where the states of one pass are kept, and what it reads; made before anything is read."""
+    """Where the states of one pass are kept; made before anything is read."""
 
-    weights_read: int
-    """Bytes, as are the next ones."""
     weights_held: int
-    """At most at once, in the dtype of scoring."""
+    """Bytes at most at once, in the dtype of scoring."""
     weights_room: int
     """What they may take: half of the free memory of the device that computes."""
     tile: int
@@ -60,12 +57,6 @@ class PassPlan:
     """How many of them the device's own memory can hold; 0 on a CPU."""
     ram_room: int
     """How many RAM can hold."""
-
-    def __str__(self) -> str:
-        return (
-            f"streaming: {_size(self.weights_read)} of weights read in one pass, {_size(self.weights_held)} held at "
-            f"once; {self.tiles} states of {_size(self.tile)}, {min(self.tiles, self.device_room)} on the device"
-        )
 
     def check(self) -> None:
         """Raise DeviceMemoryError if weights or states do not fit."""
@@ -100,12 +91,10 @@ class StreamingEngine(Engine):
         checkpoint: a directory with config.json and safetensors, whole or in shards.
         dtype, device, attention, trust_remote_code: as in `models.load_model`, on one device.
         batch_tokens: as in `Engine`; a pass reads the weights once for all batches.
-        note: receives the plan of each pass, as a line.
         advance: receives the layers done, their number, and the last one's name.
         memory: bytes of main memory that count as free, at most; None counts all that are.
 
     Attributes:
-        plan: the plan of the last pass.
         weight_bytes_read: the sum over all passes.
 
     Raises:
@@ -121,7 +110,6 @@ class StreamingEngine(Engine):
         batch_tokens: int | str = "auto",
         attention: str = "auto",
         trust_remote_code: bool = False,
-        note: Callable[[str], object] = lambda line: None,
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         memory: int | None = None,
     ) -> None:
@@ -131,7 +119,7 @@ class StreamingEngine(Engine):
         model = skeleton(checkpoint, dtype, self._place, attention, trust_remote_code)
         super().__init__(model, 1)
         self._weights = weights = Weights(model, checkpoint, self._place)
-        self._note, self._advance = note, advance
+        self._advance = advance
         layers, norm, head = (f"{path}." for path in (self._family.layers, self._family.final_norm, self._family.head))
         outer = [name for name in weights.names if not name.startswith(layers)]
         self._after = [name for name in outer if all(use.startswith(head) for use in weights.names[name])]
@@ -144,7 +132,6 @@ class StreamingEngine(Engine):
         self._before = [name for name in outer if name not in self._after and name not in self._kept]
         half = accelerator.total_memory(self._place) // 2 if self._on_gpu else 0  # for states
         self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE)) + half)
-        self.plan: PassPlan | None = None
 
     _streaming_fix = ""
 
@@ -218,9 +205,7 @@ class StreamingEngine(Engine):
             yield part
 
     def _pass(self, tasks: Sequence[Task], rows: Rows) -> Generator[ScoredRows]:
-        plan = self.plan = self.plan_of(tasks, rows)
-        self._note(str(plan))
-        with closing(_Tiles(plan, self._head.weight.dtype, self._place)) as tiles:
+        with closing(_Tiles(self.plan_of(tasks, rows), self._head.weight.dtype, self._place)) as tiles:
             yield from self._streamed(tasks, rows, tiles)
 
     def _streamed(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> Iterator[ScoredRows]:
@@ -310,7 +295,6 @@ class StreamingEngine(Engine):
         own = accelerator.free_memory(self._place) if self._on_gpu else 0
         groups = self._groups(_removed(tasks))
         return PassPlan(
-            weights_read=self._weights.stored_bytes([*self._kept, *chain(*groups)]),
             weights_held=self._held(groups),
             weights_room=(own or host) // 2,
             tile=tile,

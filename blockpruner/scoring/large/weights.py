@@ -72,9 +72,6 @@ class Weights:
         """Memory of these weights in the dtype of scoring."""
         return sum(aligned(self._empty[name].nbytes + VECTOR) for name in names)
 
-    def stored_bytes(self, names: Iterable[str]) -> int:
-        return sum(part.nbytes for name in names for part in self._stored[name])
-
     def load(self, names: Sequence[str]) -> None:
         """Read these weights into new memory, which is freed once all of them are dropped."""
         self._use(self._read(names, self._slab(self.bytes(names))))
