@@ -38,13 +38,6 @@ class InProcess:
 
 
 @contextmanager
-def verified_in_process() -> Iterator[None]:
-    """Within, exports are verified in this process."""
-    with patch.object(verification, "subprocess", InProcess):
-        yield
-
-
-@contextmanager
 def unverified() -> Iterator[None]:
     """Within, exports are written and not verified."""
     answer = SimpleNamespace(returncode=0, stdout='{"ok": true, "engine": "nobody"}\n', stderr="")
