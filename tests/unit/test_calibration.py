@@ -106,15 +106,6 @@ def test_joined_rows_begin_as_the_tokenizer_begins_a_text(score):
         pack_rows(TEXTS, tokenizer, 2, "joined")
 
 
-def test_no_row_says_how_many_samples_would_do():
-    tokens = len(tiny_tokenizer()(TEXTS[0])["input_ids"])
-    message = rf"1 samples are {tokens} tokens.*seq_len 100; about {-(-100 // tokens)} samp"
-    with pytest.raises(InputError, match=message):
-        pack_rows(TEXTS[:1], tiny_tokenizer(), 100, "joined")
-    with pytest.raises(InputError, match="no row"):
-        pack_rows(["", "a"], tiny_tokenizer(), 100, "per_sample")
-
-
 def test_per_sample_rows_are_scored_without_their_pads():
     """Rows of other lengths in the same batch change nothing: each equals the row alone (full forward, fp64)."""
     texts = ["a long sentence with many words in it", "a short one", "of middle length"]

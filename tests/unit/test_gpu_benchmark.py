@@ -1,4 +1,4 @@
-"""`benchmarks.gpu`: its parts rehearsed at tiny shapes on the CPU, and what a part that fails leaves behind."""
+"""`benchmarks.gpu`: its parts rehearsed at tiny shapes on the CPU."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from benchmarks import gpu
 from blockpruner.store.files import read_json
 
 CPU = torch.device("cpu")
-CHECKS = {"sweep": 1, "refit": 1, "export": 0, "generation": 3}
+CHECKS = {"sweep": 1, "generation": 3}
 """How many checks a part of the rehearsal has."""
 
 
@@ -19,4 +19,3 @@ def test_the_rehearsal_answers_every_part(tmp_path, monkeypatch):
     assert found["where"]["device"] == gpu.NO_DEVICE
     assert {name: len(record["checks"]) for name, record in found["parts"].items()} == CHECKS
     assert all(check["holds"] for record in found["parts"].values() for check in record["checks"])
-    assert found["parts"]["export"]["facts"]["ok"] is True
