@@ -38,13 +38,6 @@ class InProcess:
 
 
 @contextmanager
-def verified_in_process() -> Iterator[None]:
-    """Within, exports are verified in this process."""
-    with patch.object(verification, "subprocess", InProcess):
-        yield
-
-
-@contextmanager
 def unverified() -> Iterator[None]:
     """Within, exports are written and not verified."""
     answer = SimpleNamespace(returncode=0, stdout='{"ok": true, "engine": "nobody"}\n', stderr="")
@@ -97,9 +90,8 @@ class Hub:
 class PushHub:
     """A stand-in for the hub that keeps what it is given."""
 
-    def __init__(self, monkeypatch: Any, error: Exception | None = None, private: bool = True) -> None:
+    def __init__(self, monkeypatch: Any, private: bool = True) -> None:
         self.calls: list[Any] = []
-        self.error = error
         monkeypatch.setattr(
             huggingface_hub.HfApi, "model_info", lambda api, repo: type("Info", (), {"private": private})()
         )
@@ -108,7 +100,5 @@ class PushHub:
             monkeypatch.setattr(huggingface_hub.HfApi, name, lambda api, *a, _name=name, **k: self.call(_name, a, k))
 
     def call(self, name: str, args: Any, options: Any) -> Any:
-        if self.error:
-            raise self.error
         self.calls.append((name, *args, options))
         return type("Commit", (), {"commit_url": "https://hub.invalid/me/small/commit/1"})

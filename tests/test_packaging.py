@@ -3,7 +3,6 @@
 The oracle is the metadata of the installed packages: what a package requires, and which modules it brings.
 """
 
-import ast
 import json
 import re
 import subprocess
@@ -137,39 +136,3 @@ def test_every_module_is_imported_without_extras_or_names_one():
 
 def test_the_demo_needs_no_more_than_its_extra_and_nothing_that_windows_lacks():
     assert not import_all(DAG, ["blockpruner", "stages", "flows"], NOT_WINDOWS)
-
-
-def optional_imports():
-    """(file, line, module, the names of extras around) of every import of what the library alone does not install."""
-    for path in (ROOT / "blockpruner").rglob("*.py"):
-        if path.name not in ENGINES:
-            yield from _optional(path.relative_to(ROOT).as_posix(), ast.parse(path.read_text()), ())
-
-
-def _optional(name, node, around):
-    if isinstance(node, ast.With) and isinstance(call := node.items[0].context_expr, ast.Call):
-        around = (*around, *(a.value for a in call.args)) if ast.unparse(call.func) == "extra" else around
-    if isinstance(node, ast.Try):
-        around = (*around, *re.findall(r"blockpruner\[(\w+)\]", " ".join(map(ast.unparse, node.handlers))))
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-        return
-    for module in _imported(node):
-        names = MODULES.get(module.partition(".")[0])
-        if names and not names & BASE and module.partition(".")[0] not in ("blockpruner", "setuptools"):
-            yield name, node.lineno, module, around
-    for child in ast.iter_child_nodes(node):
-        yield from _optional(name, child, around)
-
-
-def _imported(node):
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    return [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-
-
-def test_every_optional_import_names_the_extra_that_installs_it():
-    found = list(optional_imports())
-    assert {module.partition(".")[0] for _, _, module, _ in found} >= {"gguf", "lm_eval", "matplotlib", "peft", "ray"}
-    for name, line, module, extras in found:
-        brought = MODULES[module.partition(".")[0]]
-        assert any(brought & closure(EXTRAS[extra]) for extra in extras), f"{name}:{line} imports {module}"

@@ -18,7 +18,7 @@ from blockpruner.store.files import TEMPORARY
 from blockpruner.store.locks import hold
 from stages import commit
 from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables
-from tests.power import forked
+from tests.power import MODES, forked
 
 KILLS = int(os.environ.get("BLOCKPRUNER_KILLS", "3"))
 BUDGET = {"small-3": "3blocks"}
@@ -94,7 +94,7 @@ def test_killed_at_random_moments(project, undisturbed):
 
 
 def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, monkeypatch):
-    """Of `commit`, which is fast, in turns by a kill and by a cut of power; benchmarks/faults.py does all to all."""
+    """Of `commit`, which is fast, in turns by a kill and by both cuts of power."""
     project, log = tmp_path / "project", tmp_path / "log"
     shutil.copytree(undisturbed, project, ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc"))
     monkeypatch.setattr(sys, "argv", ["stages.commit", "small-3"])
@@ -108,7 +108,7 @@ def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, mon
     code, writes = forked(project, work, log)
     assert code == 0 and writes > 10, log.read_text()
     whole = plans()
-    for mode, cut in zip(itertools.cycle(("killed", "lost")), range(1, writes + 1), strict=False):
+    for mode, cut in zip(itertools.cycle(MODES), range(1, writes + 1), strict=False):
         for made in ("plans", "provenance"):
             shutil.rmtree(project / "data" / made, ignore_errors=True)
         assert forked(project, work, log, cut, mode)[0] == -signal.SIGKILL

@@ -298,11 +298,8 @@ def test_a_study_makes_its_targets_and_tables_once(project, server, monkeypatch)
     assert load_params().targets["mine"] == Target(**targets["mine"]) and load_params().studies == ("one",)
     with monkeypatch.context() as patch:
         patch.setattr(dvc, "repro", None)  # dvc is not even started
-        state, started = run_flow(server, paper, "one", True)
+        state, started = run_flow(server, paper, "one")
     assert started == [] and state.message == "5 stages: 0 run, 5 cached"
-    page = Path("docs/results.md").read_text()
-    assert "python -m flows.paper --study one --publish" in page and page.endswith("\n\n![a](results/a.png)")
-    assert "# title" not in page and Path("docs/results/a.png").exists()
     targets["mine"]["budget"] = "4blocks"
     Path("studies/one.yaml").write_text(yaml.safe_dump(study))
     with refused("target-taken"):

@@ -7,9 +7,6 @@ import sys
 
 import pytest
 
-from blockpruner.model import models
-from tests.tiny import save_tiny
-
 PROGRAM = """
 import resource, sys, torch
 from blockpruner.model.allocator import keep_freed_memory
@@ -33,10 +30,3 @@ def test_freed_memory_is_used_again():
 
     assert pages("plain") > 9 * 2**26  # every tensor's pages are new
     assert pages("kept") < 2**26
-
-
-def test_memory_is_kept_once_a_models_weights_have_theirs(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(models, "keep_freed_memory", told.append)
-    models.load_model(save_tiny(tmp_path / "model", layers=1), "float32", "cpu")
-    assert told == [False, True]

@@ -21,7 +21,6 @@ from blockpruner.core.blocks import BlockId, BlockKind, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.model import models
 from blockpruner.model.modeling_blockpruned import BaichuanConfig, BaichuanForCausalLM, alibi_slopes
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.scoring.engine import Engine
@@ -203,23 +202,6 @@ def test_bias_keeps_its_precision_in_bfloat16():
     assert ((bias.double() - exact).abs() <= exact.abs() / 255.9).all()
 
 
-@pytest.mark.parametrize("implementation", ["dynamic", "static"])
-def test_distances_are_those_to_the_query_in_decoding_too(tmp_path, implementation):
-    """Else the last tokens of a long text, which matter most, would have the largest and so coarsest biases."""
-    model = load_model(fetched(tmp_path, *original("2-13B")), "float32", "cpu")
-    biases = []
-    model.model.layers[0].register_forward_pre_hook(
-        lambda layer, args, kwargs: biases.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    static = {"cache_implementation": "static"} if implementation == "static" else {}
-    model.generate(IDS[None], attention_mask=torch.ones_like(IDS[None]), **GREEDY | static)
-    assert len(biases) == 6
-    for step, bias in enumerate(biases):
-        last = len(IDS) - 1 + step
-        assert bias[0, :, -1, last].tolist() == [0, 0, 0, 0]
-        assert bias[0, :, -1, last - 3].tolist() == [-3 * slope for slope in SLOPES[4]]
-
-
 def test_7b_becomes_a_plain_llama_checkpoint(tmp_path):
     """Weights stay in bfloat16, except the head, and in as many files."""
     config, tensors = original("2-7B")
@@ -286,14 +268,6 @@ def test_unknown_forms_are_refused_and_leave_nothing(tmp_path, changes, message)
     with pytest.raises(InputError, match=message):
         fetched(tmp_path, config, tensors)
     assert not (tmp_path / "model").exists() and not list((tmp_path / "cache" / "models").iterdir())
-
-
-def test_flash_attention_is_refused(tmp_path, monkeypatch):
-    directory = fetched(tmp_path, *original("2-13B"))
-    monkeypatch.setattr(models, "kernel_options", lambda *given: {"attn_implementation": "flash_attention_2"})
-    message = r"runtime\.attention 'flash_attention_2' cannot be used here: .* support Flash .*; use auto"
-    with pytest.raises(InputError, match=message):
-        load_model(directory, "bfloat16", "cpu", attention="flash_attention_2")
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from tokenizers import processors
 
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
-from blockpruner.inputs.calibration import CalibrationSet, beginning, check_context, draw, draw_rows, pack_rows
+from blockpruner.inputs.calibration import CalibrationSet, beginning, draw, draw_rows, pack_rows
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
 from blockpruner.scoring.engine import Engine
@@ -66,16 +66,6 @@ def test_evaluated_texts_are_not_drawn():
     assert rows == pack_rows(draw(samples, 8, "all", 42), tiny_tokenizer(), 60, "per_sample")
 
 
-@pytest.mark.parametrize(("given", "score"), [
-    ({}, "all"), ({"split": "all"}, "response"), ({"split": "all", "score": "all"}, "all"),
-    ({"split": "all", "data": {"source": "path", "path": "x.txt"}}, "all"),
-    ({"split": "all", "data": {"source": "path", "path": "x.json", "format": "alpaca"}}, "response"),
-    ({"split": "paper", "data": {"source": "path", "path": "x.json", "format": "alpaca"}}, "all"),
-])  # fmt: skip
-def test_instructions_score_their_responses_but_in_the_paper_s_setting(given, score):
-    assert Calibration(**given).score == score
-
-
 def test_split_paper_is_what_the_public_code_does():
     whole = datasets.Dataset.from_dict({"text": TEXTS}).train_test_split(test_size=0.2, seed=42)
     half = whole["test"].train_test_split(test_size=0.5, seed=42)["train"]
@@ -116,15 +106,6 @@ def test_joined_rows_begin_as_the_tokenizer_begins_a_text(score):
         pack_rows(TEXTS, tokenizer, 2, "joined")
 
 
-def test_no_row_says_how_many_samples_would_do():
-    tokens = len(tiny_tokenizer()(TEXTS[0])["input_ids"])
-    message = rf"1 samples are {tokens} tokens.*seq_len 100; about {-(-100 // tokens)} samp"
-    with pytest.raises(InputError, match=message):
-        pack_rows(TEXTS[:1], tiny_tokenizer(), 100, "joined")
-    with pytest.raises(InputError, match="no row"):
-        pack_rows(["", "a"], tiny_tokenizer(), 100, "per_sample")
-
-
 def test_per_sample_rows_are_scored_without_their_pads():
     """Rows of other lengths in the same batch change nothing: each equals the row alone (full forward, fp64)."""
     texts = ["a long sentence with many words in it", "a short one", "of middle length"]
@@ -143,12 +124,6 @@ def test_file_round_trip_and_digest(tmp_path):
     assert CalibrationSet.load(tmp_path / "rows.parquet") == rows
     assert rows.tokens == 5
     assert rows.digest != CalibrationSet(((1, 2), (3, 4, 5))).digest
-
-
-def test_context():
-    check_context(128, {"max_position_embeddings": 128}, "calibration.seq_len")
-    with pytest.raises(InputError, match=r"calibration.seq_len 129 is longer than the model's context of 128"):
-        check_context(129, {"max_position_embeddings": 128}, "calibration.seq_len")
 
 
 def test_num_rows_are_the_first_rows_of_all_texts_joined():

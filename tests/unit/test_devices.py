@@ -7,14 +7,12 @@ moved where can make a difference.
 
 import copy
 import gc
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers.utils import logging
 
-from benchmarks.scoring import Meter, full_forward, matrix_rate
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import in_float32, reference_outputs
@@ -27,13 +25,11 @@ from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import generate, measure_speed, random_prompt
-from blockpruner.healing import train as train_module
 from blockpruner.healing.compensate import compensate
 from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import _batch, train_
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.healed import parameter_digests
 from blockpruner.methods.laco.merging import ModelBench
 from blockpruner.methods.laco.walk import Merge
 from blockpruner.methods.slicegpt.slicing import slice_
@@ -49,7 +45,7 @@ from tests import fake_devices as made_up
 from tests.fake_devices import MODULE, SETUP, fake_devices
 from tests.golden import unverified
 from tests.plans import fetch_tiny, plan_of, pruning
-from tests.tiny import GRID, VARIANTS, VOCABULARY, tiny_model, tiny_tokenizer, tolerance
+from tests.tiny import GRID, VARIANTS, VOCABULARY, tiny_model, tolerance
 
 pytestmark = pytest.mark.skipif(SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python")
 
@@ -174,25 +170,6 @@ def test_slicing_runs_on_a_device(variant, checkpoints):
     assert found.row_nll == pytest.approx(expected.row_nll, rel=1e-8)
 
 
-@pytest.mark.parametrize(("weights", "shares"), [("lora", True), ("all", False)])
-def test_a_student_whose_weights_are_frozen_shares_them_with_its_teacher(weights, shares, tmp_path, monkeypatch):
-    dense, met = fetch_tiny(tmp_path, layers=3), []
-
-    def seen(model, *rest, teacher, **others):
-        own = {id(weight) for weight in teacher.parameters()}
-        met.append({name for name, weight in model.named_parameters() if id(weight) in own})
-        return train_(model, *rest, teacher=teacher, **others)
-
-    monkeypatch.setattr(train_module, "train_", seen)
-    job, wanted = pruning(dense, plan_of(dense, ["mlp.1"])), recipe(weights=weights, seq_len=16)
-    own = parameter_digests(prune_(load_model(dense, "float32", "cpu"), job.plan.mask)).keys()
-    train_module.write_trained(
-        tmp_path / "out", job, wanted, CalibrationSet(tuple(ROWS)), states=tmp_path / "states", validation=None,
-        observer=SilentObserver(),
-    )  # fmt: skip
-    assert met == [own if shares else set()]
-
-
 @pytest.mark.parametrize("variant", GRID)
 def test_streaming_runs_on_a_device(variant, checkpoints):
     tasks = [Task(range(4), (DENSE, MASK, parse_mask("mha.1")), METRICS["js"])]
@@ -261,10 +238,6 @@ def test_numbers_on_a_real_device(variant, place, checkpoints):
         assert flat(found) == pytest.approx(flat(expected), rel=1e-5, abs=1e-5), name
 
 
-def test_these_tests_see_no_real_device():
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-
-
 def test_devices_are_named_by_the_settings():
     with fake_devices():
         assert resolve_device("cpu") == torch.device("cpu")
@@ -295,13 +268,6 @@ def test_a_split_that_cannot_fit_is_refused_before_a_weight_is_read(checkpoints)
         assert [card.peak - card.live for card in cards] == [0, 0]
 
 
-def test_a_model_that_does_not_fit_is_one_line(checkpoints):
-    with fake_devices() as cards:
-        cards[0].limit = cards[0].live + 1000
-        with pytest.raises(DeviceMemoryError, match="does not fit into the memory of runtime.device 'auto'"):
-            load_model(checkpoints("llama"), "float64")
-
-
 @pytest.mark.parametrize("variant", ["llama", "mixtral", "tied"])
 def test_a_model_beside_another_takes_memory_for_what_differs_alone(variant, checkpoints, tmp_path):
     folder = checkpoints(variant)
@@ -322,18 +288,6 @@ def test_a_model_beside_another_takes_memory_for_what_differs_alone(variant, che
         found = {name: weight.cpu() for name, weight in other.state_dict().items()}
     assert dense.num_parameters() > pruned.num_parameters() and found.keys() == pruned.state_dict().keys()
     assert all(torch.equal(found[name], weight) for name, weight in pruned.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("error", "is_one"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory."), True),
-        *((RuntimeError(f"CUDA error: {words}"), True) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-    ],
-)
-def test_what_is_out_of_memory(error, is_one):
-    assert accelerator.is_out_of_memory(error) is is_one
 
 
 def test_peak_memory_is_a_models_own_though_two_share_weights(checkpoints):
@@ -450,37 +404,6 @@ def test_a_row_that_does_not_fit_is_one_line(checkpoints):
             measure_perplexity(model, EQUAL)
 
 
-def test_where_memory_ends_fewer_texts_are_generated_at_once(checkpoints):
-    from lm_eval.api.instance import Instance  # takes seconds
-
-    from blockpruner.evaluation import zero_shot
-
-    def generated(model):
-        done, model.generation_config.eos_token_id = [], tiny_tokenizer().eos_token_id
-        harness = zero_shot._Harness(
-            lambda *step: done.append(step), pretrained=model, tokenizer=tiny_tokenizer(), batch_size=8,
-        )  # fmt: skip
-        how = {"max_gen_toks": 12, "do_sample": False, "until": ["\0"]}
-        requests = [Instance("generate_until", {}, (f"{n}: {'ab' * n}", how), n) for n in range(8)]
-        return harness.generate_until(requests), [step[0] for step in done]
-
-    expected, done = generated(load_model(checkpoints("llama"), "float64", "cpu"))
-    assert done == [8] and len(set(expected)) > 2
-    with fake_devices(1) as (card,):
-        model = load_model(checkpoints("llama"), "float64")
-        gc.collect()
-        MODULE.reset_peak_memory_stats(0)
-        before = card.live
-        assert generated(model) == (expected, [8])
-        needed = card.peak - before
-        gc.collect()
-        card.limit = before + int(0.2 * needed)
-        assert generated(model) == (expected, [1, 2, 3, 4, 5, 6, 7, 8])
-        card.limit = card.live + 1000
-        with pytest.raises(torch.OutOfMemoryError):  # which `suite` words
-            generated(model)
-
-
 def test_training_that_does_not_fit_is_one_line(checkpoints, tmp_path):
     with fake_devices(1) as (card,):
         student, rows = prune_(load_model(checkpoints("llama"), "float64"), MASK), CalibrationSet(tuple(EQUAL))
@@ -515,15 +438,3 @@ def test_a_reference_in_float32_takes_a_weight_at_a_time():
         assert card.peak - before < size / 2
         assert all(weight is own[name] for name, weight in model.named_parameters())
         assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_benchmarks_run_on_a_device(checkpoints):
-    expected, _ = full_forward(load_model(checkpoints("llama"), "float64", "cpu"), MASK, torch.tensor(EQUAL))
-    with fake_devices(1):
-        model = load_model(checkpoints("llama"), "float64")
-        ids, meter = torch.tensor(EQUAL, device=model.device), Meter(model.device)
-        waits = MODULE.synchronized
-        losses, _ = meter("full", lambda: full_forward(model, MASK, ids))
-        assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-9)
-        assert MODULE.synchronized == waits + 1, "the clock stopped before the device did"
-        assert matrix_rate(model, 64) > 0

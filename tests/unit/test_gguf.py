@@ -336,14 +336,7 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
     export(dense, tmp_path / "other", order=["mlp.3"])
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
         quantized(f'cp {tmp_path}/other/model-Q8_0.gguf "$2"', "wrong")  # with an attention more
-    with pytest.raises(InputError, match="gguf:Q4_K_M: llama-quantize failed: no such type. Choose another"):
-        quantized("echo no such type >&2; exit 1", "failed")
     assert {path.name for path in tmp_path.iterdir()} == {"bin", "out", "other"}
-    with pytest.raises(InputError, match="gguf:Q4: the quantization is unknown; valid: .*Q4_K_M"):
-        gguf.require_quantizations(["Q4"])
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="llama-quantize, which is not on PATH; install llama.cpp"):
-        gguf.require_quantizations(["Q4_K_M"])
 
 
 @pytest.mark.parametrize(

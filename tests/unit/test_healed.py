@@ -76,14 +76,6 @@ def test_an_export_equals_that_of_a_dense_model_with_these_weights(tmp_path, den
     assert metadata_load(card)["datasets"] == ["someone/texts"]
 
 
-def test_weights_take_the_dtype_of_the_model(tmp_path, dense):
-    plan = plan_of(dense, HOLES)
-    weights = other(dense, DOWN.format(3))
-    healed = healed_of(dense, plan, tmp_path / "healed", {DOWN.format(2): weights[DOWN.format(3)]})
-    found, report = export("hf", dense, plan, tmp_path / "out", healed=healed, dtype="bfloat16")
-    assert report["ok"] and torch.equal(found[DOWN.format(2)], weights[DOWN.format(3)].bfloat16())
-
-
 @pytest.mark.parametrize(
     ("kind", "details", "gone"),
     [("laco", {"merges": [[1, 1]], "variant": "paper"}, 1), ("slicegpt", {"width": 24, "hidden": 32}, 0)],

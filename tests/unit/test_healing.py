@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
-from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HubTexts
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
@@ -142,14 +141,6 @@ def test_stage_trains_what_was_compensated(project):
     _, card = exported()
     assert "workflow and compensated by hand, then trained (LoRA, rank 2" in card
     assert metadata_load("data/checkpoints/t/hf/README.md")["datasets"] == ["some/one", "someone/texts"]
-
-
-@pytest.mark.parametrize("stage", [train, materialize])
-def test_weights_of_another_plan_are_refused(project, stage):
-    of = pruning(DENSE, replace(project, removed=("mha.0",))).identity
-    save_healed(Path("data/compensated/t"), {OUT: torch.zeros(32, 32)}, of, "", SOMEONE)
-    with pytest.raises(InputError, match="compensated/t/weights.safetensors belongs to another model, plan"):
-        stage.main("t")
 
 
 def test_training_is_quick_when_off(project):

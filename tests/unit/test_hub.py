@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from huggingface_hub import ModelCard, metadata_load
 
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hub import push
@@ -69,20 +68,11 @@ def test_a_card_without_the_bases_licence_stays_here(checkpoint, monkeypatch):
     assert push(checkpoint, "me/small", True, {}, "mine-0.2")
 
 
-def test_the_cards_metadata_is_what_the_hub_knows(checkpoint):
-    data = metadata_load(checkpoint / "README.md")
-    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
-    assert data["tags"] == ["blockpruner", "pruned"] and data["base_model"] == "meta-llama/Llama-2-7b-hf"
-    assert LICENCE.items() <= data.items()
-    assert ModelCard.load(checkpoint / "README.md").text.startswith("\n# t\n")
-
-
 @pytest.mark.parametrize(
     ("report", "words"),
     [
         (None, "is not a verified checkpoint; give a folder that"),
-        ('{"ok": null, "unchecked": "xllamacpp is not installed"}', "was not verified .xllamacpp is not installed."),
-        ('{"ok": true}', "is damaged"),
+        ({"ok": None, "unchecked": "xllamacpp is not installed"}, "was not verified .xllamacpp is not installed."),
     ],
 )
 def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words):
@@ -93,10 +83,3 @@ def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words)
     with pytest.raises(InputError, match=words):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []
-
-
-def test_a_hub_that_refuses_is_one_clear_line(checkpoint, monkeypatch):
-    PushHub(monkeypatch, OSError("403 Forbidden: you lack write access\nand a long story"))
-    with pytest.raises(InputError, match=r"'me/small' cannot be used: 403 Forbidden.*token may write there") as error:
-        push(checkpoint, "me/small", False, LICENCE, "mine-0.2")
-    assert "story" not in str(error.value)

@@ -1,13 +1,7 @@
 """In transformers a pruned model is a model like any other: it saves itself, batches continuously, has other heads."""
 
-import copy
-import runpy
-from types import SimpleNamespace
-
 import pytest
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -17,7 +11,6 @@ from transformers import (
 )
 
 from blockpruner.core.blocks import parse_mask
-from blockpruner.model import modeling_blockpruned
 from blockpruner.model.models import decoder_layers, masked, model_family, prune_
 from tests.tiny import GRID, tiny_model
 
@@ -84,11 +77,6 @@ def test_continuous_batching(family, mask):
     assert model.config is config
 
 
-def test_continuous_batching_without_attentions_is_refused():
-    with pytest.raises(ValueError, match="caches attentions, and this model has none left; use generate"):
-        batched(pruned("llama", parse_mask("mha.0,mha.1,mha.2,mha.3")))
-
-
 @families
 def test_a_model_pruned_in_memory_saves_itself(tmp_path, family):
     """Its holes reach transformers' own field, too."""
@@ -125,18 +113,6 @@ def test_other_classes_load_a_checkpoint(tmp_path, family):
     assert torch.equal(again(IDS).logits, classifier(IDS).logits)
 
 
-def test_what_is_written_to_a_caches_config_is_kept():
-    config = pruned("llama").config
-    cache = config.get_text_config(decoder=True)
-    assert (cache.num_hidden_layers, config.num_hidden_layers) == (2, 3)
-    cache.tie_word_embeddings = True
-    assert config.tie_word_embeddings and config.num_hidden_layers == 3
-    other = copy.deepcopy(cache)
-    other.tie_word_embeddings = False
-    assert config.tie_word_embeddings
-    assert type(config).from_dict(cache.to_dict()).num_hidden_layers == 2
-
-
 @families
 def test_attentions_and_hidden_states(family):
     """hidden_states has every layer, attentions those that are left, in order."""
@@ -154,17 +130,3 @@ def test_attentions_and_hidden_states(family):
         assert found.shape[1:] == (4, 14, 14)
     states = [state[0] if isinstance(state, tuple) else state for state in seen]
     assert all(torch.equal(a, b) for a, b in zip(outputs.hidden_states[1:4], states[:3], strict=True))
-
-
-def test_lora_has_the_targets_of_the_base_family():
-    def targets(model):
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).peft_config["default"].target_modules
-
-    assert targets(pruned("gpt_neox")) == targets(tiny_model("gpt_neox")) != set()
-
-
-def test_an_older_transformers_is_told_what_is_needed(monkeypatch):
-    monkeypatch.setitem(runpy.sys.modules, "transformers", SimpleNamespace(__version__="5.14.1"))
-    with pytest.raises(ImportError, match=r"needs transformers 5\.15 or newer, and this is 5\.14\.1"):
-        runpy.run_path(modeling_blockpruned.__file__)
-    assert transformers.__version__ != "5.14.1"

@@ -176,18 +176,6 @@ def test_directory_is_complete(exported):
 
 @with_mlx
 @pytest.mark.usefixtures("in_process")
-def test_export_in_bfloat16(exported, tmp_path):
-    _, dense, plan = exported("first and last attention")
-    export(dense, plan, tmp_path / "out", "bfloat16")
-    report = json.loads((tmp_path / "out/verification.json").read_text())
-    assert report["ok"] and report["median_logit_difference"] > 1e-3
-    weights = load_file(tmp_path / "out/model.safetensors")
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
-
-
-@with_mlx
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("function", "fault"),
     [

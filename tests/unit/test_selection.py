@@ -8,10 +8,9 @@ import pytest
 from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
-from blockpruner.studies import target_name
 from flows import prune as prune_module
 from flows.new_model import NewModel, add, source_of
-from flows.prune import LEFT_OUT, main, outcome, results, run_stages, with_links
+from flows.prune import LEFT_OUT, main, outcome, results, run_stages
 from flows.selection import Chosen, Selection, choose
 
 ROOT = Path(__file__).parents[2]
@@ -81,11 +80,6 @@ def test_a_table_has_a_row_for_each_model_that_is_measured_or_failed(tmp_path, m
     ]
 
 
-def test_a_report_without_pages_names_its_file_and_has_no_pictures(tmp_path):
-    (tmp_path / "report.md").write_text("a ![b](plots/b.png) c")
-    assert with_links(tmp_path / "report.md") == f"The page: `{tmp_path / 'index.html'}`\n\na  c"
-
-
 def test_added_run_and_target_keep_comments(project):
     shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
     chosen = choose(Selection(runs=("other",), budgets=("0.125", ".1250", "17blocks", "0.10kv", ".1kv")))
@@ -99,11 +93,6 @@ def test_added_run_and_target_keep_comments(project):
     assert [line for line in lines if line not in new and line != lines[1]] == [before[0], *before[2:]]
     assert lines[1].split("#")[0].split() == ["runs:", "[smollm2,", "other]"]
     assert lines[1].split("#")[1] == before[1].split("#")[1]
-
-
-def test_names_of_targets_hold_no_dot():
-    assert target_name("smollm2", "", "0.07", "refit", True) == "smollm2-b7-refit-train"
-    assert target_name("qwen1.5-7b", "one_shot", "0.335", None, False) == "qwen1-5-7b-one-shot-b33-5"
 
 
 def test_healed_targets_are_added_beside_the_plain_ones(project):

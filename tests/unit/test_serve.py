@@ -10,7 +10,6 @@ import httpx
 import pytest
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
-    PREFECT_API_URL,
     PREFECT_HOME,
     PREFECT_SERVER_API_AUTH_STRING,
     PREFECT_SERVER_API_PORT,
@@ -18,7 +17,6 @@ from prefect.settings import (
 )
 from prefect.utilities.schema_tools import is_valid_schema
 
-from blockpruner.core.errors import InputError
 from flows import serve, server
 from tests.errors import refused
 from tests.ports import free_port
@@ -100,21 +98,6 @@ def test_taken_port_is_named_with_the_fix(settings, port, capsys):
     said = capsys.readouterr().err
     assert f"port {port} of 127.0.0.1 cannot be used" in said and "PREFECT_SERVER_API_PORT" in said
     assert "Traceback" not in said
-
-
-def test_a_server_of_ones_own_is_not_started_twice(settings, capsys):
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        assert serve.main() == 2
-    assert (
-        "http://127.0.0.1:9/api" in capsys.readouterr().err
-        and not (server.password_file().parent / "server.log").exists()
-    )
-
-
-def test_a_server_that_does_not_start_shows_the_end_of_its_log(settings, port, monkeypatch):
-    monkeypatch.setattr(serve.sys, "executable", "/bin/false")
-    with pytest.raises(InputError, match="did not start"), serve.prefect_server(port, "me:secret"):
-        pass
 
 
 def test_report_pages_follow_the_files_and_nothing_else_is_served(tmp_path, monkeypatch, port):
