@@ -16,6 +16,7 @@ import argparse
 import gc
 import math
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.flops import Flops
 from benchmarks.scoring import full_forward, matrix_rate
 from benchmarks.shapes import MODELS, random_model, random_rows
+from blockpruner.api import Pruned, prune
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, all_blocks
 from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
@@ -38,7 +41,7 @@ from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, prune_, resolve_device, shared_copy
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
-from blockpruner.store.files import write_json
+from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import commit, environment
 
 NO_DEVICE = "no accelerator: rehearsal at tiny shapes"
@@ -59,6 +62,8 @@ class Setting:
     """Calibration rows."""
     length: int
     """Tokens of a row."""
+    layers: int
+    """Layers of the smaller model, where depth decides nothing."""
     sample: int
     """Masks that are scored by full forward passes, too."""
     generated: int
@@ -80,16 +85,17 @@ class Setting:
     def data(self) -> Rows:
         return tuple(map(tuple, random_rows(self.vocabulary, self.rows, self.length)))
 
-    def model(self) -> PreTrainedModel:
+    def model(self, layers: int | None = None) -> PreTrainedModel:
         """A model in bfloat16; what is timed does not depend on the values of its weights."""
-        return random_model(self.shape, torch.bfloat16, str(self.device))
+        changes = {} if layers is None else {"num_hidden_layers": layers}
+        return random_model(self.shape, torch.bfloat16, str(self.device), **changes)
 
 
 def setting_of(shape: str, device: torch.device) -> Setting:
     """The shape's setting; without an accelerator the tiny one."""
     if device.type == "cpu" or shape == "tiny":
-        return Setting("tiny", device, 2, 32, 3, 4)
-    return Setting(shape, device, 15, 2048, 16, 64)
+        return Setting("tiny", device, 2, 32, 3, 3, 4)
+    return Setting(shape, device, 15, 2048, 8, 16, 64)
 
 
 class Found:
@@ -209,6 +215,52 @@ def sweep(s: Setting, found: Found) -> None:
     found.check(what, apart({mask: losses[mask] for mask in some}, plain), APART)
 
 
+# -- refit, export --
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet, 3)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def pruned(s: Setting, layers: int, compensation: str) -> tuple[float, Pruned]:
+    """Seconds of one-shot pruning of two blocks by the API, and its result."""
+    model, letters = s.model(layers), [97 + id_ % 26 for row in random_rows(26, 16, s.length) for id_ in row]
+    work = partial(
+        prune, model, byte_tokenizer(), [bytes(letters).decode()], "2blocks",
+        seq_len=s.length, method="one_shot", compensate=compensation, device=str(s.device),
+    )  # fmt: skip
+    return clocked(s.device, work)
+
+
+def refit(s: Setting, found: Found) -> None:
+    """The same pruning without refit and with it: what it takes, and that it does no harm on held-out rows."""
+    plain, _ = pruned(s, s.layers, "none")
+    clean()
+    if s.is_real:
+        accelerator.reset_peak(s.device)
+    seconds, result = pruned(s, s.layers, "refit")
+    perplexity = result.compensation["perplexity"]
+    found.add(**{
+        "layers": s.layers, "pruning alone, s": plain, "refit, s": seconds - plain,
+        "tokens": result.compensation["tokens"],
+        "peak memory, GiB": accelerator.peak(s.device) / GIB if s.is_real else None,
+    })  # fmt: skip
+    found.check("held-out perplexity, refitted relative to pruned", perplexity["after"] / perplexity["before"], 1.0)
+
+
+def export(s: Setting, found: Found) -> None:
+    """A checkpoint written and verified in a fresh process; one that differs from the pruned model raises."""
+    _, result = pruned(s, min(4, s.layers), "none")
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, places = clocked(s.device, partial(result.export, Path(folder) / "out"))
+        report = read_json(places["hf"] / "verification.json")
+    found.add(seconds=seconds, **{key: value for key, value in report.items() if isinstance(value, bool | float)})
+
+
 # -- generation --
 
 
@@ -234,6 +286,8 @@ def generation(s: Setting, found: Found) -> None:
 
 PARTS: Mapping[str, tuple[str, Callable[[Setting, Found], None]]] = {
     "sweep": ("How fast is an exact iteration, and how fast are full forward passes in the same run?", sweep),
+    "refit": ("What does refit take, and does it do no harm?", refit),
+    "export": ("Is a checkpoint written and verified, and how fast?", export),
     "generation": ("How fast is generation, dense and pruned?", generation),
 }
 
