@@ -20,7 +20,6 @@ from blockpruner.methods.laco.walk import (
     Merge,
     SimilarityLog,
     Walk,
-    collapse,
     dropped,
     layers_after,
     search_threshold,
@@ -241,6 +240,12 @@ def test_states_that_are_not_finite_name_row_and_merges():
 # The walk
 
 
+def collapse(similarity, depth, *, threshold, **walk):
+    """The merges that a walk accepts at one threshold."""
+    steps = Walk(depth, **walk).steps(similarity, threshold)
+    return next((step.merges for step in reversed(list(steps)) if step.accepted), ())
+
+
 def notebook_walk(similarity, depth, count, lowest, highest, interval, threshold):
     """The public notebook's loop over a list of layers that really shrinks; the candidates asked, and the merges."""
     model, merges, asked = list(range(depth)), (), []
@@ -345,14 +350,13 @@ def test_the_threshold_is_the_largest_that_meets_the_budget(walk, similarity):
     for wanted in range(1, depth):
         meeting = [t for t in removed if removed[t] == wanted]
         asked.clear()
-        search = {k: v for k, v in walk.items() if k != "depth"}
         if meeting:
-            threshold, merges = search_threshold(measure, depth, wanted, **search)
+            threshold, merges = search_threshold(measure, Walk(**walk), wanted)
             assert merges == scan[max(meeting)] and dropped(merges, depth) == wanted
             assert notebook_walk(similarity, threshold=threshold, **walk)[1] == merges
         else:
             with pytest.raises(InputError, match=rf"removes {wanted} of {depth} layers at no threshold") as error:
-                search_threshold(measure, depth, wanted, **search)
+                search_threshold(measure, Walk(**walk), wanted)
             if asked:  # else no walk could remove as many, and the nearest are those that one could
                 below = [n for n in removed.values() if 0 < n < wanted]
                 above = [n for n in removed.values() if n > wanted]
@@ -371,7 +375,7 @@ def test_a_lower_threshold_may_remove_fewer_layers():
 
     removed = {t: dropped(collapse(similarity, 8, threshold=t, **SETTINGS), 8) for t in (0.85, 0.75, 0.6)}
     assert removed == {0.85: 0, 0.75: 4, 0.6: 2}
-    threshold, merges = search_threshold(similarity, 8, 4, **SETTINGS)
+    threshold, merges = search_threshold(similarity, Walk(8, **SETTINGS), 4)
     assert merges == (Merge(3, 2), Merge(2, 2)) and threshold == pytest.approx((0.7 + 0.78) / 2)
 
 
@@ -384,7 +388,7 @@ def test_a_budget_that_no_walk_meets_is_refused_before_anything_is_measured(want
     walk = {"count": 3, "lowest": 2, "highest": 7, "interval": 1}
     message = rf"{wanted} of 8 layers at no threshold; the nearest that it removes: {near}\."
     with pytest.raises(InputError, match=message):
-        search_threshold(never_asked, 8, wanted, **walk)
+        search_threshold(never_asked, Walk(8, **walk), wanted)
 
 
 def test_the_nearest_below_and_above_are_named():
@@ -395,7 +399,7 @@ def test_the_nearest_below_and_above_are_named():
 
     message = r"removes: 5 \(at T = -0\.5500\) and 7 \(at T = -0\.8000\)\. Ask for one of these, or change C, I, L or H"
     with pytest.raises(InputError, match=message):
-        search_threshold(similarity, 8, 6, count=4, lowest=0, highest=7, interval=1)
+        search_threshold(similarity, Walk(8, count=4, lowest=0, highest=7, interval=1), 6)
 
 
 def test_defaults_fit_the_papers_models():
@@ -421,7 +425,7 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
             return similarity(merges)
 
         try:
-            return search_threshold(measure, 8, 4, **SETTINGS), len(log.known)
+            return search_threshold(measure, Walk(8, **SETTINGS), 4), len(log.known)
         finally:
             log.close()
 
