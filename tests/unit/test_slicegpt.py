@@ -131,15 +131,6 @@ def test_sliced_equals_the_projected_dense_model(exact_norms, name, width, batch
 
 
 @models
-def test_full_width_is_only_a_rotation(exact_norms, name):
-    model = tiny(name)
-    expected = model(IDS).logits
-    embedding = model.get_input_embeddings().weight.clone()
-    assert (slice_(model, ROWS, 32)(IDS).logits - expected).abs().max() <= 1e-8
-    assert not torch.allclose(model.get_input_embeddings().weight, embedding)
-
-
-@models
 @pytest.mark.parametrize("width", [8, 24])
 def test_parameters_are_counted_from_the_config(name, width):
     model = tiny(name)

@@ -93,13 +93,9 @@ class Similarity:
     taken in float64. The dense states of all rows are held in memory, in the model's dtype.
 
     Args:
-        model: dense, in eval mode; its layers are swapped during a measurement, then restored to the bit.
-        rows: token ids, in rows of any lengths.
-        variant: a key of `VARIANTS`.
         known: similarities that were measured before and are not measured again.
         record: receives each new similarity as soon as it is known.
         advance: receives, during a measurement, the rows done, their number, and the candidate's last merge.
-        batch_tokens: as in `scoring.engine.Engine`.
 
     Raises:
         InputError: no rows. When called: a merge that is not possible, or hidden states that are not finite.
