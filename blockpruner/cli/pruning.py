@@ -68,11 +68,6 @@ class Place:
 
     def read_run(self, model: str, dtype: str, trusted: bool, sections: Mapping[str, Any]) -> Run:
         """The settings of a run file; raises InputError for a model, name or value that is not valid."""
-        if model.endswith(".gguf") or Path(model).expanduser().is_file():
-            raise InputError(
-                f"model {model!r}: GGUF files and other single files are not read; give a folder "
-                "with config.json, safetensors and the tokenizer, or a name on the hub"
-            )
         is_path = model.startswith((".", "/", "~")) or model.count("/") > 1  # a name on the hub has one
         is_folder = is_path or Path(model).expanduser().is_dir()
         path = str(Path(model).expanduser().absolute())

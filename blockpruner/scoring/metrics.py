@@ -27,8 +27,6 @@ class Metric:
     units_text: str
     formula: str
     """The formula, and the paper that it is from."""
-    rise_title: str = ""
-    """Title of what a removal adds to a loss; empty for an influence, which is compared as it is."""
     stored_as: str = ""
     """Name in trial stores where it is not `name`: metrics that store the same number share their trials."""
     influence: bool = False
@@ -46,11 +44,6 @@ class Metric:
     def key(self) -> str:
         """The name under which trials are stored."""
         return self.stored_as or self.name
-
-    @property
-    def cost_title(self) -> str:
-        """Title of what a search compares candidates by."""
-        return self.rise_title or self.title
 
     @property
     def is_nll(self) -> bool:

@@ -353,20 +353,6 @@ def test_a_curve_goes_on_after_a_kill_and_draws_itself(model, place, say, monkey
     assert "<svg" in (place / "out-curve.svg").read_text()
 
 
-@pytest.mark.usefixtures("in_process")
-def test_what_is_no_curve_is_refused_before_a_model_is_loaded(model, place, say):
-    (place / "heldout.txt").write_text("a few words of which there is one row")
-    done(say(*prune(model, "--out", "out", "--json")))
-    for more, words in (
-        (["--out", "curve.gif"], "no known ending; valid: .svg, .png, .csv, .json"),
-        (["--seq-len", "32"], "needs at least 2"),
-        (["--seq-len", "400"], "here: --seq-len"),
-        (["--seq-len", "100"], "here: --seq-len"),
-    ):
-        code, out, err = say(*curve(model, "out", *more))
-        assert code == 2 and not out and words in err.splitlines()[-1], err
-
-
 @pytest.mark.parametrize(
     ("option", "value", "named"),
     [
