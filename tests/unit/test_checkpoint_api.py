@@ -200,14 +200,6 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         assert alone.plan.method == "floating" and "judged" not in alone.compensation
 
 
-@pytest.mark.parametrize(("budget", "mha", "blocks"), [("3blocks", None, 3), ("0.5kv", 2, 2)])
-def test_prune_to_another_budget(budget, mha, blocks):
-    options = {"per": "kv"} if mha else {}
-    plan = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, budget, seq_len=32, options=options).plan
-    assert sum(plan.blocks.values()) == blocks == len(plan.removed)
-    assert mha is None or plan.blocks["mha"] == mha
-
-
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [

@@ -42,10 +42,8 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
         variant: a key of `VARIANTS`.
 
     Raises:
-        InputError: the model has no layers for a merge, or the variant is unknown; the model is unchanged.
+        InputError: the model has no layers for a merge; it is unchanged.
     """
-    if variant not in VARIANTS:
-        raise InputError(f"LaCo variant {variant!r} is unknown; valid: {', '.join(VARIANTS)}")
     layers, config = decoder_layers(model), model.config
     after = layers_after(merges, len(layers))
     for sources in after:
