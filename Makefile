@@ -135,7 +135,7 @@ $(DOCS_VENV)/.ready: constraints/docs.txt
 
 # runs/schema.json, by which editors complete and check run files.
 schema: setup
-	$(BIN)/python -m blockpruner.params
+	$(BIN)/blockpruner schema > runs/schema.json
 
 # tests/golden, after a version in blockpruner/versions.py was raised.
 golden: setup

@@ -207,27 +207,18 @@ def prune(
     Args:
         model: a transformers causal LM of a supported family. It is changed.
         texts: calibration texts, from which all rows are drawn.
-        budget: the share of all parameters to remove, in (0, 1); the nearest reachable one is taken. Or a budget as in
-            params.yaml ("17blocks", "0.30kv").
+        budget: the share of all parameters to remove, in (0, 1); or a budget as in params.yaml ("17blocks", "0.30kv").
+            The nearest reachable one is taken.
         seq_len: tokens in a calibration row; shortened to the model's context.
-        num_rows: the most calibration rows. The default is about as many as the paper's 256 samples fill.
-        method: the name of a recipe (docs/methods.md): "recommended" makes two searches, compensates both results and
-            keeps the better one; "blockpruner" is exactly arXiv 2406.10594. Or the name of a plain search; a row of
-            your own (docs/extend.md); or a function of (problem, options) that yields iterations, whose last choice is
-            taken. Methods that change weights need a run file.
-        metric: a name as in a run file's `score` section, a row of your own, or a function of (logits, targets, the
-            dense model's logits). Speed-ups and answers to items need a run file.
-        unit: as in a run file's `score` section.
-        candidates: as in a run file's `score` section.
-        options: as in a run file's `score` section.
-        acceleration: "none", "lazy", "race" or "lazy+race" (docs/performance.md names what they gain and risk), in
-            place of the method's own.
-        compensate: "none", or a method of `compensate.method` (docs/methods.md), in place of the method's own: weights
-            that stay change to make up for what is gone. It is fitted to at most 192 rows of 256 tokens of `texts`, of
-            which an eighth is held out to choose its strength.
+        num_rows: the most calibration rows.
+        method: the name of a recipe or of a search (docs/methods.md); a row of your own (docs/extend.md); or a function
+            of (problem, options) that yields iterations, whose last choice is taken. Methods that change weights need a
+            run file.
+        metric: a name, a row of your own, or a function of (logits, targets, the dense model's logits).
+        unit, candidates, options: as in a run file's `score` section.
+        acceleration, compensate: in place of the method's own (docs/methods.md).
         cache: a folder that keeps every score, so that a call that was killed continues where it was.
-        device: the device to run on; "auto" moves a model on the CPU to the GPU if there is one. Or cpu, cuda,
-            cuda:N.
+        device: auto (a model on the CPU moves to the GPU if there is one), cpu, cuda or cuda:N.
         observer: shows progress; by default on standard error. `core.progress.SilentObserver()` shows nothing.
 
     Raises:

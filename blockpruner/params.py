@@ -1,12 +1,10 @@
 """params.yaml and runs/*.yaml, read and checked.
 
 Only stages and flows read these files. Everything else gets the values of `settings`.
-`python -m blockpruner.params` writes runs/schema.json, by which editors complete and check run files.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from blockpruner.core.settings import NAME, T, read_settings
 from blockpruner.methods.recipes import names
 from blockpruner.methods.registry import method_names, options_model
 from blockpruner.settings import Params, Run, Sections, resolve
-from blockpruner.store.files import write_text
 
 NO_RUNS = frozenset({"sources"})
 """Files of runs/ that are something else: sources by name."""
@@ -142,12 +139,3 @@ def run_schema(named: Collection[str]) -> dict[str, Any]:
         if field.pop("discriminator", None) and named:
             field["oneOf"].append({"$ref": "#/$defs/Named"})
     return found
-
-
-def main(directory: Path = Path("runs")) -> None:
-    schema = run_schema(named_sources(directory))
-    write_text(directory / "schema.json", json.dumps(schema, indent=1, sort_keys=True) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from blockpruner.core.budgets import read_budget
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, Frozen
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.methods.recipes import recipe
@@ -104,7 +104,5 @@ def load_study(name: str, folder: Path = FOLDER) -> Study:
             rule="unknown-study", key="studies", value=name,
         )  # fmt: skip
     study = read_file(path, Study)
-    try:
+    with named(f"{path}: "):
         return study.model_copy(update={"targets": targets_of(study), "grids": ()})
-    except InputError as error:
-        raise InputError(f"{path}: {error}", rule=error.rule, key=error.key, value=error.value) from None

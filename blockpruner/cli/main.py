@@ -66,8 +66,13 @@ MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of the 
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
-CALIBRATION, METHOD = "Calibration", "Method"
-"""Panels of the help."""
+FILES, ALPACA = ".jsonl, .json or .parquet records with a text, or a .txt file.", "Alpaca from the hub"
+Unseen = Annotated[
+    Path | None,
+    Option(metavar="FILE", help=f"Texts that prune has not seen, to measure perplexity on: {FILES}"),
+]
+Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
+Planned = Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")]
 
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -96,62 +101,25 @@ def prune(
         Path | None, Option(metavar="DIR", help="The checkpoint's folder.", show_default="NAME-BUDGET")
     ] = None,
     texts: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE",
-            rich_help_panel=CALIBRATION,
-            help="Calibration texts: .jsonl, .json or .parquet records with a text, or a .txt file.",
-            show_default="Alpaca from the hub",
-        ),
+        Path | None, Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default=ALPACA)
     ] = None,
     num_samples: Annotated[
-        int | None,
-        Option(
-            metavar="N",
-            rich_help_panel=CALIBRATION,
-            min=1,
-            help="Texts that are drawn.",
-            show_default="256; of --texts what fills 16 rows",
-        ),
+        int | None, Option(metavar="N", min=1, help="Texts that are drawn.", show_default="256; of --texts for 16 rows")
     ] = None,
-    seq_len: Annotated[
-        int | None,
-        Option(
-            metavar="N",
-            rich_help_panel=CALIBRATION,
-            min=2,
-            help="Tokens in a row.",
-            show_default="2048, or the context",
-        ),
-    ] = None,
+    seq_len: RowLength = None,
     method: Annotated[
-        str,
-        Option(
-            metavar="NAME",
-            rich_help_panel=METHOD,
-            help="A recipe: recommended, or blockpruner, exactly as published; or a plain search (docs/methods.md).",
-        ),
+        str, Option(metavar="NAME", help="A recipe: recommended, or blockpruner, exactly as published; or a search.")
     ] = RECOMMENDED,
-    unit: Annotated[
-        str, Option(metavar="NAME", rich_help_panel=METHOD, help="What a step removes: block or layer.")
-    ] = "block",
-    metric: Annotated[
-        str, Option(metavar="NAME", rich_help_panel=METHOD, help="What a step keeps low (docs/methods.md).")
-    ] = "perplexity",
+    unit: Annotated[str, Option(metavar="NAME", help="What a step removes: block or layer.")] = "block",
+    metric: Annotated[str, Option(metavar="NAME", help="What a step keeps low (docs/methods.md).")] = "perplexity",
     acceleration: Annotated[
         str | None,
-        Option(
-            metavar="NAME",
-            rich_help_panel=METHOD,
-            help="none is exact; lazy, race, lazy+race are faster.",
-            show_default="lazy+race if recommended",
-        ),
+        Option(metavar="NAME", help="none (exact), lazy, race, lazy+race.", show_default="lazy+race if recommended"),
     ] = None,
     compensate: Annotated[
         str | None,
         Option(
             metavar="NAME",
-            rich_help_panel=METHOD,
             help="Fit the weights that stay: refit, map, none.",
             show_default="refit if recommended",
         ),
@@ -160,7 +128,6 @@ def prune(
         str | None,
         Option(
             metavar="NAME",
-            rich_help_panel=METHOD,
             help="Train the result towards the dense model's predictions, on the texts: all (weights), or lora "
             "(adapters, for less memory).",
             show_default="no training",
@@ -202,7 +169,7 @@ def prune(
 @app.command()
 def apply(
     model: Dense,
-    plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
+    plan: Planned,
     cache: Annotated[Path, CACHE],
     out: Annotated[Path, Option(metavar="DIR", help="The checkpoint's folder.")],
     export: Export = "",
@@ -229,16 +196,9 @@ def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str
 @app.command()
 def curve(
     model: Dense,
-    plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
+    plan: Planned,
     cache: Annotated[Path, CACHE],
-    texts: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE",
-            help="Texts that prune has not seen: .jsonl, .json or .parquet records with a text, or a .txt file.",
-            show_default="WikiText-2 from the hub",
-        ),
-    ] = None,
+    texts: Unseen = None,
     seq_len: RowLength = None,
     max_rows: MostRows = 32,
     out: Annotated[
@@ -256,7 +216,7 @@ def curve(
 ) -> None:
     """Show held-out perplexity against the share removed, to choose a budget.
 
-    Each point is a step of the plan's search, without compensation, and no checkpoint is written for it. If it is
+    The texts are WikiText-2 without --texts. Each point is a step of the plan's search, without compensation. If it is
     interrupted, run the same command again.
     """
     from blockpruner.cli import curve as work
@@ -296,14 +256,7 @@ def compare(
     b: Spoken,
     prompt: Annotated[str | None, Option(metavar="TEXT", help="What both answer.")] = None,
     max_new_tokens: Limit = 64,
-    texts: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE",
-            help="Texts that prune has not seen, to measure perplexity on: .jsonl, .json or .parquet records with a "
-            "text, or a .txt file.",
-        ),
-    ] = None,
+    texts: Unseen = None,
     seq_len: RowLength = None,
     max_rows: MostRows = 32,
     device: Device = "auto",
@@ -324,7 +277,7 @@ def compare(
 
 @app.command()
 def report(
-    checkpoint: Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")],
+    checkpoint: Written,
     cache: Annotated[Path, CACHE],
     out: Annotated[
         Path | None, Option(metavar="FILE", help="The page, one file.", show_default="DIR-report.html")
@@ -344,7 +297,7 @@ def report(
 
 @app.command()
 def push(
-    checkpoint: Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")],
+    checkpoint: Written,
     repo: Annotated[str, Argument(metavar="REPO", help="USER/NAME on the Hugging Face hub; made if it is not there.")],
     cache: Annotated[Path, CACHE],
     private: Annotated[bool, Option("--private/--public", help="Who may see the repository.")] = True,
@@ -380,7 +333,7 @@ def doctor(
     """Show what this machine has, and how to get what is missing. Exit code 1 if something needed is missing."""
     from blockpruner.cli import doctor as work
 
-    checks = work.look(cache.expanduser().absolute())
+    checks = list(work.look(cache.expanduser().absolute()))
     if as_json:
         print(json.dumps([{**vars(check), "verdict": check.verdict} for check in checks]))
     else:

@@ -72,20 +72,17 @@ def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None
         if after
         else "The perplexity of the pruned model was not measured.",
     )
-    if found is not None:
-        for point in (point for point in found["points"] if point["removed"] == list(plan.removed)):
-            low, high = (f"{end:.2f}" for end in point["interval"])
-            yield Finding(
-                Level.RESULT,
-                "heldout",
-                f"Held-out perplexity {times(point['relative'])} the dense model's [{low}, {high}]",
-                f"On {found['rows']} rows of {found['text']}: {number(found['dense_perplexity'])} → "
-                f"{number(point['perplexity'])}, as pruned.",
-            )
-    else:
+    for point in (point for point in (found or {}).get("points", ()) if point["removed"] == list(plan.removed)):
+        low, high = (f"{end:.2f}" for end in point["interval"])
         yield Finding(
-            Level.ADVICE, "curve", "Measure it on texts that the search has not seen", "blockpruner curve does that."
+            Level.RESULT,
+            "heldout",
+            f"Held-out perplexity {times(point['relative'])} the dense model's [{low}, {high}]",
+            f"On rows of {found['text']}, as pruned." if found else "",
         )
+    if found is None:
+        text = "blockpruner curve does that."
+        yield Finding(Level.ADVICE, "curve", "Measure it on texts that the search has not seen", text)
     if plan.compensate != "none":
         yield Finding(
             Level.NOTE,

@@ -7,7 +7,6 @@ something must be computed.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from blockpruner import pipeline
 from blockpruner.checkpoints.registry import EXPORTS, require_families, require_packages
 from blockpruner.checks import check_run
-from blockpruner.core.errors import InputError, MissingPackageError, missing
+from blockpruner.core.errors import InputError, missing
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
@@ -69,18 +68,13 @@ class Place:
 
     def read_run(self, model: str, dtype: str, trusted: bool, sections: Mapping[str, Any]) -> Run:
         """The settings of a run file; raises InputError for a model, name or value that is not valid."""
-        if model.endswith(".gguf") or Path(model).expanduser().is_file():
-            raise InputError(
-                f"model {model!r}: GGUF files and other single files are not read; give a folder "
-                "with config.json, safetensors and the tokenizer, or a name on the hub"
-            )
         is_path = model.startswith((".", "/", "~")) or model.count("/") > 1  # a name on the hub has one
         is_folder = is_path or Path(model).expanduser().is_dir()
         path = str(Path(model).expanduser().absolute())
         source = {"source": "path", "path": path} if is_folder else {"source": "hub", "repo": model}
         given = {**source, "trust_remote_code": trusted} | ({} if dtype == "auto" else {"dtype": dtype})
         run = read_settings(Run, {"model": given, "export": list(self._asked), **sections})
-        self._require_programs(run)
+        require_packages(run.export)
         config = self.config_of(run)
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
             raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
@@ -106,17 +100,6 @@ class Place:
 
             require_quantizations(quantizations)
         return run
-
-    def _require_programs(self, run: Run) -> None:
-        """Raise MissingPackageError for what the formats lack here, all at once."""
-        try:
-            require_packages(run.export)
-        except MissingPackageError as error:
-            if not self._asked.get("gguf") or shutil.which("llama-quantize"):
-                raise
-            raise MissingPackageError(
-                f"{error}; --export {self.export} needs llama.cpp's program llama-quantize, too, which is not on PATH"
-            ) from error
 
     def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
         """Every step of the pipeline, as far as it was not done before."""

@@ -18,8 +18,7 @@ from transformers import TextStreamer
 from blockpruner.cli.pruning import fitted, own_dtype, several
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config
-from blockpruner.core.progress import stderr_observer
-from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
+from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.samples import answer
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.texts import load_texts
@@ -53,13 +52,6 @@ class Talker:
         """As `samples.answer`; `show` prints the text as it comes."""
         streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         return answer(self.model, self._tokenizer, turns, limit, streamer)
-
-    def perplexity(self, rows: Sequence[Sequence[int]]) -> HeldOutPerplexity:
-        observer = stderr_observer()
-        observer.begin("perplexity")
-        found = measure_perplexity(self.model, rows, lambda done, total: observer.advance(done, total, ""))
-        observer.end(f"{len(rows)} rows")
-        return found
 
     def chat(self, prompts: Iterable[str] | None, limit: int) -> None:
         """Answer these prompts, or those that are typed, on standard output."""
@@ -119,10 +111,7 @@ def compared(
     """Checkpoints compared. One model at a time is in memory.
 
     Args:
-        heldout: texts whose perplexity is measured.
-
-    Raises:
-        InputError: the texts are fewer than two rows, or tokenizers make different rows of them.
+        heldout: texts whose perplexity is measured; raises InputError as `rows_of`.
     """
     rows = None if heldout is None else rows_of(folders, heldout)
     found: list[Compared] = []
@@ -137,7 +126,7 @@ def compared(
             speed = tokens / (time.perf_counter() - started)
             one = replace(one, answer=text.strip(), tokens_per_second=round(speed, 1))
         if rows is not None:
-            measured = talker.perplexity(rows)
+            measured = measure_perplexity(talker.model, rows)
             one = replace(one, perplexity=measured.perplexity)
             if first:
                 effect = perplexity_ratio(first, measured.row_nll)

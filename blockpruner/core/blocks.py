@@ -95,15 +95,6 @@ def removable_units(layers: int, unit: str, candidates: str) -> list[Mask]:
         unit: "block" (BlockPruner) or "layer" (both blocks of a layer, as SLEB and ShortGPT do).
         candidates: "all", "mha" or "mlp"; a layer holds both, so `unit: layer` takes only "all".
     """
-    if unit not in ("block", "layer"):
-        raise InputError(f"score.unit {unit!r} is unknown; valid: block, layer")
-    if candidates not in ("all", "mha", "mlp"):
-        raise InputError(f"score.candidates {candidates!r} is unknown; valid: all, mha, mlp")
     if unit == "layer":
-        if candidates != "all":
-            raise InputError(
-                f"score.candidates {candidates!r} does not fit score.unit 'layer', which removes both blocks of "
-                "a layer; set candidates: all, or unit: block"
-            )
         return [frozenset(BlockId(kind, layer) for kind in BlockKind) for layer in range(layers)]
     return [frozenset({b}) for b in all_blocks(layers) if candidates in ("all", b.kind.value)]

@@ -21,12 +21,7 @@ WRITTEN = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>blocks|layers|kv|x|)", re.A
 
 
 def read_budget(text: str) -> tuple[float, str]:
-    """Number and unit: "" (a share of all parameters), "blocks", "layers", "kv" (a share of the KV cache), "x" (a
-    speed-up of generation).
-
-    Raises:
-        InputError: names the text and the valid forms.
-    """
+    """Number and unit ("" is a share of all parameters); raises InputError that names the valid forms."""
     match = WRITTEN.fullmatch(text)
     if match:
         number, unit = float(match["number"]), match["unit"]
@@ -70,14 +65,7 @@ class Budget:
 
 
 def parse_budget(text: str, counts: Costs) -> Budget:
-    """Read a budget for one model.
-
-    Args:
-        counts: its parameters.
-
-    Raises:
-        InputError: names the text and the valid forms.
-    """
+    """Read a budget for one model of these parameters; raises InputError that names the valid forms."""
     number, unit = read_budget(text)
     if unit == "blocks":
         return Budget(text, blocks=int(number))
@@ -196,11 +184,7 @@ class Goal:
 
 
 def goal_of(budget: Budget, units: Sequence[Mask], costs: Costs) -> Goal:
-    """The goal of a search over `units`.
-
-    Args:
-        costs: of the budget's resource, of which every unit takes something.
-    """
+    """The goal of a search over `units`, each of which takes something of the budget's resource."""
     if budget.blocks is not None:
         return Goal(budget, len, budget.blocks, 0.0)
     assert budget.ratio is not None

@@ -82,14 +82,14 @@ class ConsoleObserver:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._pace = Pace()
-        self._phase = self._outlook = ""
+        self._title = self._outlook = ""
         self._started = self._printed = time.monotonic()
 
     def note(self, message: str) -> None:
         self._console.print(message, markup=False)
 
     def begin(self, phase: str, overall: float | None = None) -> None:
-        self._phase = phase
+        self._title = phase
         self._started = self._printed = time.monotonic()
         self._outlook = self._pace.begin(overall, self._started)
         if self._console.is_terminal:
@@ -114,7 +114,7 @@ class ConsoleObserver:
             self._bar.update(self._task, completed=done, total=total, detail=text)
         elif now - self._printed >= self._interval:
             self._printed = now
-            self._console.print(f"  {self._phase}: {text}, {outlook}{self._outlook}", markup=False)
+            self._console.print(f"  {self._title}: {text}, {outlook}{self._outlook}", markup=False)
 
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
         if self._bar is not None:
@@ -122,7 +122,7 @@ class ConsoleObserver:
             self._bar = self._task = None
         self._pace.end(cached)
         took = "cached" if cached else duration(time.monotonic() - self._started)
-        self._console.print(f"{self._phase}: {summary} [{took}]", markup=False)
+        self._console.print(f"{self._title}: {summary} [{took}]", markup=False)
 
 
 def stderr_observer() -> ConsoleObserver:

@@ -14,7 +14,6 @@ from blockpruner.methods.blocks.kind import BLOCKS
 from blockpruner.methods.kind import Kind
 from blockpruner.methods.laco.kind import LACO
 from blockpruner.methods.slicegpt.kind import SLICEGPT
-from blockpruner.methods.weights import require_no_search_settings
 from blockpruner.scoring.settings import Score
 from blockpruner.search.registry import SEARCHES, request
 from blockpruner.search.run import require_searchable
@@ -59,7 +58,11 @@ def check_score(score: Score) -> Kind:
     if kind.removes_blocks:
         request(score)
     else:
-        require_no_search_settings(kind.name, score)
+        for key in ("unit", "candidates", "metric", "acceleration"):
+            if (value := getattr(score, key)) != Score.model_fields[key].default:
+                raise InputError(
+                    f"score.{key}: {value} does nothing with method: {kind.name}, which searches no mask; remove it"
+                )
         options_of(score)
     return kind
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Budget, parse_budget
-from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.plan import Plan
@@ -23,8 +22,7 @@ from blockpruner.methods.kind import Job, Kind, make_plan
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, Objective, in_one_origin
 from blockpruner.scoring.scorers import LazyScorer
-from blockpruner.scoring.settings import Score
-from blockpruner.scoring.work import Rows, Scorer
+from blockpruner.scoring.work import Rows
 from blockpruner.search.trace import Current, search_fingerprint, trace_directory
 from blockpruner.store.files import read_json, read_kept_json, write_sealed_json
 
@@ -68,21 +66,23 @@ def weights_kind(
         version: raise it when the method plans something else for the same budget, or makes other weights of a plan.
         others: the other fields of `Kind`.
     """
-    score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
 
     def identity_of_version(plan: Plan, rows: str) -> dict[str, Any]:
         return {**identity(plan, rows), "version": version}
 
+    score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
     return Kind(name, title, score, commit, apply_, identity_of_version, options=options, **others)
 
 
 def _score(name: str, options: type[Options], plan: Planner, version: int, job: Job) -> tuple[Current, Counts]:
     """Find the details for each budget, and the NLL of the dense model."""
+    from blockpruner.scoring.engine import Engine
+
     chosen = read_options(name, options, job.score.options)
     loss, observer = NLL.key, job.material.observer
     fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump(), "version": version}
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
-    with job.stores([loss]) as stores, LazyScorer(lambda: _dense_scorer(job)) as scorer:
+    with job.stores([loss]) as stores, LazyScorer(lambda: Engine(job.material.dense())) as scorer:
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
             observer.begin(f"{name} for {text}")
@@ -119,22 +119,3 @@ def _commit(
         details=details,
     )
     return plan, []
-
-
-UNUSED = Score()
-
-
-def require_no_search_settings(name: str, score: Score) -> None:
-    """Refuse keys of a `score` section that mean nothing to a method that removes no block."""
-    for key in ("unit", "candidates", "metric", "acceleration"):
-        value = getattr(score, key)
-        if value != getattr(UNUSED, key):
-            raise InputError(
-                f"score.{key}: {value} does nothing with method: {name}, which searches no mask; remove it"
-            )
-
-
-def _dense_scorer(job: Job) -> Scorer:
-    from blockpruner.scoring.engine import Engine
-
-    return Engine(job.material.dense())

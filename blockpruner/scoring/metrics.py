@@ -27,8 +27,6 @@ class Metric:
     units_text: str
     formula: str
     """The formula, and the paper that it is from."""
-    rise_title: str = ""
-    """Title of what a removal adds to a loss; empty for an influence, which is compared as it is."""
     stored_as: str = ""
     """Name in trial stores where it is not `name`: metrics that store the same number share their trials."""
     influence: bool = False
@@ -48,11 +46,6 @@ class Metric:
         return self.stored_as or self.name
 
     @property
-    def cost_title(self) -> str:
-        """Title of what a search compares candidates by."""
-        return self.rise_title or self.title
-
-    @property
     def is_nll(self) -> bool:
         return self.key == NLL.key
 
@@ -66,7 +59,7 @@ LOSSES, INFLUENCES = "blockpruner.scoring.losses:", "blockpruner.scoring.influen
 
 NLL = Metric(
     "perplexity", LOSSES + "token_nll", "perplexity", "nats per token",
-    "the mean of -log p(token), the logarithm of perplexity (arXiv 2406.10594)", "NLL rise",
+    "the mean of -log p(token), the logarithm of perplexity (arXiv 2406.10594)",
 )  # fmt: skip
 """Its trials are stored under "perplexity", as they always were."""
 
@@ -74,17 +67,17 @@ METRICS = Registry("score.metric", Metric, [
     NLL,
     Metric(
         "answer_likelihood", LOSSES + "token_nll", "likelihood of the right answers",
-        "nats per token of the right answer", "the mean of -log p(token) over the right answers of items", "NLL rise",
+        "nats per token of the right answer", "the mean of -log p(token) over the right answers of items",
         stored_as=NLL.key, answers=True,
     ),
     Metric(
         "kl", LOSSES + "token_kl", "KL divergence", "nats per token",
-        "KL(p || q) from the dense model's distribution p to the pruned model's q", "KL divergence rise",
+        "KL(p || q) from the dense model's distribution p to the pruned model's q",
         reference=True,
     ),
     Metric(
         "js", LOSSES + "token_js", "JS divergence", "nats per token",
-        "KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (FinerCut, arXiv 2405.18218)", "JS divergence rise",
+        "KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (FinerCut, arXiv 2405.18218)",
         reference=True,
     ),
     Metric(

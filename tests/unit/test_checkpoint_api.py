@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations
@@ -15,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import blockpruner
-from blockpruner import api
 from blockpruner.checkpoints import hf, verification
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
@@ -101,19 +98,6 @@ def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
 def test_what_a_format_holds_is_known_before_anything_is_computed(kind, dtype, names, message):
     with pytest.raises(InputError, match=message) if message else nullcontext():
         require_exports(names, KINDS[kind], dtype)
-
-
-@pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("phi3", "float32"), ("qwen3_moe", "bfloat16"), ("gemma2", "float64")],
-)
-def test_other_dtypes_and_families_are_exported_and_verified(tmp_path, family, dtype):
-    """Among them a class that transformers wraps, and models that rounding sends to other experts."""
-    dense = fetch_tiny(tmp_path, family, dtype=dtype)
-    assert export(dense, plan_of(dense, ["mha.0", "mlp.2"]), tmp_path / "out", dtype=dtype)["ok"]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert loaded.dtype is getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("fault", ["renumbering", "weights"])
@@ -216,20 +200,6 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         assert alone.plan.method == "floating" and "judged" not in alone.compensation
 
 
-def test_light_modules_load_no_torch():
-    modules = "blockpruner.core.blocks, blockpruner.methods.commit, blockpruner.inputs.checkpoints"
-    code = f"import sys, {modules}; assert 'torch' not in sys.modules, 'torch'"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize(("budget", "mha", "blocks"), [("3blocks", None, 3), ("0.5kv", 2, 2)])
-def test_prune_to_another_budget(budget, mha, blocks):
-    options = {"per": "kv"} if mha else {}
-    plan = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, budget, seq_len=32, options=options).plan
-    assert sum(plan.blocks.values()) == blocks == len(plan.removed)
-    assert mha is None or plan.blocks["mha"] == mha
-
-
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -268,14 +238,6 @@ def test_a_function_may_search_and_progress_shows_by_itself(capsys):
     assert pruned.plan.method == "best_pair"
 
 
-def test_the_model_goes_to_the_device_that_is_there(monkeypatch):
-    asked = []
-    monkeypatch.setattr(api, "resolve_device", lambda device: asked.append(device) or torch.device("cpu"))
-    blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, "1blocks", seq_len=32, method="greedy")
-    blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, "1blocks", seq_len=32, method="greedy", device="cuda:1")
-    assert asked == ["auto", "cuda:1"]
-
-
 def test_evaluate_is_the_perplexity_of_joined_rows():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     ids = tokenizer("\n\n".join(TEXTS)).input_ids
@@ -285,10 +247,6 @@ def test_evaluate_is_the_perplexity_of_joined_rows():
     pruned = blockpruner.prune(model, tokenizer, TEXTS, "2blocks", seq_len=32, method="greedy")
     found = pruned.evaluate(TEXTS, seq_len=32, max_rows=3)
     assert found.row_nll == pytest.approx([full_nll(pruned.model, row) for row in rows]) and found != dense
-    with pytest.raises(InputError, match="texts is one string"):
-        pruned.evaluate("a few words")
-    with pytest.raises(InputError, match="held-out perplexity has no row"):
-        pruned.evaluate(["a"])
 
 
 @pytest.fixture
@@ -320,9 +278,6 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     assert (plan.compensate, plan.removed) == ("refit", ("mlp.0",))
     with pytest.raises(InputError, match="out is not empty; choose another directory"):
         compensated.export(tmp_path / "out")
-    with pytest.raises(InputError, match="export 'onnx' is unknown"):
-        compensated.export(tmp_path / "new", ["hf", "onnx"])
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.usefixtures("in_process")
@@ -332,5 +287,3 @@ def test_what_is_pushed_is_private_verified_and_licensed(compensated, monkeypatc
     (_, card), (_, repo, made), (_, sent) = hub.calls
     assert repo == "me/small" and made["private"] is True and card["license"] == "mit"
     assert {"model.safetensors", "verification.json", "blockpruner_plan.json"} <= set(sent["allow_patterns"])
-    with pytest.raises(InputError, match="'me/small' is there and private"):
-        compensated.push_to_hub("me/small", private=False)

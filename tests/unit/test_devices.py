@@ -30,7 +30,7 @@ from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import _batch, train_
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.laco.merging import ModelBench
+from blockpruner.methods.laco.merging import Similarity, merged_nll
 from blockpruner.methods.laco.walk import Merge
 from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.methods.slicegpt.widths import SLICEABLE
@@ -98,9 +98,9 @@ def compensated(method):
 
 
 def merged(model):
-    bench, merges = ModelBench(model, ROWS, lambda *step: None), (Merge(0, 1),)
+    merges = (Merge(0, 1),)
     return [
-        [bench.similarity(variant, {}, lambda *found: None)(merges), bench.merged_nll(merges, variant)]
+        [Similarity(model, ROWS, variant, {})(merges), merged_nll(model, ROWS, merges, variant)]
         for variant in ("repo", "paper")
     ]
 

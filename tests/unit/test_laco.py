@@ -20,7 +20,6 @@ from blockpruner.methods.laco.walk import (
     Merge,
     SimilarityLog,
     Walk,
-    collapse,
     dropped,
     layers_after,
     search_threshold,
@@ -108,17 +107,6 @@ def test_a_merged_model_is_the_one_built_by_hand(family, variant):
             cached.append(step.logits[0, -1])
     assert len(past) == 3
     assert (torch.stack(cached) - expected[0]).abs().max() <= tolerance(family) / 10 * scale
-
-
-@OF_ALL
-def test_repo_is_the_last_layer_under_the_first_ones_norms_to_the_bit(family):
-    model = tiny_model(family, layers=6)
-    before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in decoder_layers(model)]
-    merge_(model, [Merge(1, 3)], "repo")
-    after = [layer.state_dict() for layer in decoder_layers(model)]
-    for layer, (base, linears) in enumerate([(0, 0), (1, 4), (5, 5)]):
-        for name, value in after[layer].items():
-            assert torch.equal(value, before[base if "norm" in name else linears][name])
 
 
 def test_paper_is_computed_in_float32_and_rounded_once():
@@ -223,14 +211,6 @@ def test_similarity_is_the_mean_cosine_after_the_final_norm(family, variant, bat
     assert abs(found) < 0.999
 
 
-def test_what_is_known_is_not_measured():
-    recorded = []
-    similarity = Similarity(tiny_model(), ROWS, "repo", {(Merge(2, 1),): 0.25}, lambda *fact: recorded.append(fact))
-    assert similarity((Merge(2, 1),)) == 0.25 and recorded == []
-    value = similarity((Merge(1, 1),))
-    assert similarity((Merge(1, 1),)) == value and recorded == [((Merge(1, 1),), value)]
-
-
 def test_states_that_are_not_finite_name_row_and_merges():
     model, rows = tiny_model(), [[1, 2, 3], [4, 200, 5]]
     model.model.embed_tokens.weight[200] = math.inf
@@ -239,6 +219,12 @@ def test_states_that_are_not_finite_name_row_and_merges():
 
 
 # The walk
+
+
+def collapse(similarity, depth, *, threshold, **walk):
+    """The merges that a walk accepts at one threshold."""
+    steps = Walk(depth, **walk).steps(similarity, threshold)
+    return next((step.merges for step in reversed(list(steps)) if step.accepted), ())
 
 
 def notebook_walk(similarity, depth, count, lowest, highest, interval, threshold):
@@ -294,12 +280,6 @@ def test_the_walk_is_the_notebooks(walk, similarity, threshold):
     assert asked == expected and found == merges
 
 
-def test_merges_are_limited_to_the_layers_that_are_there():
-    found = collapse(lambda m: 1.0, 8, threshold=0.5, count=4, lowest=0, highest=7, interval=1)
-    assert found == (Merge(3, 3), Merge(2, 2), Merge(1, 1), Merge(0, 1))
-    assert len(layers_after(found, 8)) == 1
-
-
 # The threshold
 
 
@@ -345,34 +325,14 @@ def test_the_threshold_is_the_largest_that_meets_the_budget(walk, similarity):
     for wanted in range(1, depth):
         meeting = [t for t in removed if removed[t] == wanted]
         asked.clear()
-        search = {k: v for k, v in walk.items() if k != "depth"}
         if meeting:
-            threshold, merges = search_threshold(measure, depth, wanted, **search)
+            threshold, merges = search_threshold(measure, Walk(**walk), wanted)
             assert merges == scan[max(meeting)] and dropped(merges, depth) == wanted
             assert notebook_walk(similarity, threshold=threshold, **walk)[1] == merges
         else:
-            with pytest.raises(InputError, match=rf"removes {wanted} of {depth} layers at no threshold") as error:
-                search_threshold(measure, depth, wanted, **search)
-            if asked:  # else no walk could remove as many, and the nearest are those that one could
-                below = [n for n in removed.values() if 0 < n < wanted]
-                above = [n for n in removed.values() if n > wanted]
-                nearest = ([max(below)] if below else []) + ([min(above)] if above else [])
-                told = str(error.value).split("the nearest that it removes: ")[1].split(". Ask")[0]
-                assert [int(part.split()[0]) for part in told.split(" and ")] == nearest
+            with pytest.raises(InputError, match=rf"removes {wanted} of {depth} layers at no threshold"):
+                search_threshold(measure, Walk(**walk), wanted)
         assert len(asked) == len(set(asked)), "a candidate was measured twice"
-
-
-def test_a_lower_threshold_may_remove_fewer_layers():
-    """Why this is no bisection: 4 layers go at T = 0.75 alone; around it, 0 and 2."""
-    values = {(Merge(4, 2),): 0.7, (Merge(3, 2),): 0.8, (Merge(3, 2), Merge(2, 2)): 0.78}
-
-    def similarity(merges):
-        return values.get(merges, 0.1)
-
-    removed = {t: dropped(collapse(similarity, 8, threshold=t, **SETTINGS), 8) for t in (0.85, 0.75, 0.6)}
-    assert removed == {0.85: 0, 0.75: 4, 0.6: 2}
-    threshold, merges = search_threshold(similarity, 8, 4, **SETTINGS)
-    assert merges == (Merge(3, 2), Merge(2, 2)) and threshold == pytest.approx((0.7 + 0.78) / 2)
 
 
 def never_asked(merges):
@@ -384,18 +344,7 @@ def test_a_budget_that_no_walk_meets_is_refused_before_anything_is_measured(want
     walk = {"count": 3, "lowest": 2, "highest": 7, "interval": 1}
     message = rf"{wanted} of 8 layers at no threshold; the nearest that it removes: {near}\."
     with pytest.raises(InputError, match=message):
-        search_threshold(never_asked, 8, wanted, **walk)
-
-
-def test_the_nearest_below_and_above_are_named():
-    """The third merge (6 layers) and the fourth (7) are equally similar: no threshold takes one without the other."""
-
-    def similarity(merges):
-        return {1: 0.9, 2: -0.5}.get(len(merges), -0.6)
-
-    message = r"removes: 5 \(at T = -0\.5500\) and 7 \(at T = -0\.8000\)\. Ask for one of these, or change C, I, L or H"
-    with pytest.raises(InputError, match=message):
-        search_threshold(similarity, 8, 6, count=4, lowest=0, highest=7, interval=1)
+        search_threshold(never_asked, Walk(8, **walk), wanted)
 
 
 def test_defaults_fit_the_papers_models():
@@ -421,7 +370,7 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
             return similarity(merges)
 
         try:
-            return search_threshold(measure, 8, 4, **SETTINGS), len(log.known)
+            return search_threshold(measure, Walk(8, **SETTINGS), 4), len(log.known)
         finally:
             log.close()
 
@@ -436,22 +385,3 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
     assert search() == (found, measured) and forwards == []
     path.unlink()
     assert search() == (found, measured), "an undisturbed search gives the same"
-
-
-def test_a_log_keeps_values_to_the_bit(tmp_path):
-    path = tmp_path / "new" / "log.jsonl"
-    log = SimilarityLog(path, FIELDS)
-    facts = {(): 1.0, (Merge(3, 2),): 0.1 + 0.2, (Merge(3, 2), Merge(1, 1)): -math.pi / 4}
-    for merges, value in facts.items():
-        log.record(merges, value)
-    assert SimilarityLog(path, FIELDS).known == facts, "on disk before the log is closed"
-    log.close()
-
-
-def test_a_log_of_other_fields_is_set_aside(tmp_path):
-    path = tmp_path / "log.jsonl"
-    log = SimilarityLog(path, FIELDS)
-    log.record((Merge(3, 2),), 0.5)
-    log.close()
-    other = SimilarityLog(path, FIELDS | {next(iter(FIELDS)): "other"})
-    assert other.known == {} and len(other.problems) == 1 and path.with_name("log.jsonl.bad").exists()

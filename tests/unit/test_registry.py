@@ -43,13 +43,6 @@ def installed(monkeypatch):
     registry.extension_rows.cache_clear()
 
 
-def test_a_registry_is_a_mapping_in_the_order_of_its_rows(installed):
-    installed()
-    rows = pets()
-    assert dict(rows) == {"cat": Pet("cat"), "dog": Pet("dog")} and list(rows) == ["cat", "dog"] and len(rows) == 2
-    assert "cat" in rows and "fox" not in rows and rows.get("fox") is None
-
-
 def test_an_unknown_name_is_refused_with_the_valid_ones(installed):
     installed()
     with refused("unknown-name") as error:

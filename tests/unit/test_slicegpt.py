@@ -18,7 +18,6 @@ from blockpruner.methods.slicegpt.widths import (
     SLICEABLE,
     sliced_parameters,
     sliced_ratio,
-    sliced_width,
     width_for_ratio,
 )
 from blockpruner.model import modeling_slicegpt
@@ -131,15 +130,6 @@ def test_sliced_equals_the_projected_dense_model(exact_norms, name, width, batch
 
 
 @models
-def test_full_width_is_only_a_rotation(exact_norms, name):
-    model = tiny(name)
-    expected = model(IDS).logits
-    embedding = model.get_input_embeddings().weight.clone()
-    assert (slice_(model, ROWS, 32)(IDS).logits - expected).abs().max() <= 1e-8
-    assert not torch.allclose(model.get_input_embeddings().weight, embedding)
-
-
-@models
 @pytest.mark.parametrize("width", [8, 24])
 def test_parameters_are_counted_from_the_config(name, width):
     model = tiny(name)
@@ -154,19 +144,9 @@ def test_ratios_of_the_paper(config, width, ratio):
     dense = 2 * 32000 * d + layers * (4 * d * d + 3 * d * inner) + (2 * layers + 1) * d
     sliced = 32000 * (n + d) + layers * (4 * n * d + 3 * n * inner) + (d - n) * inner
     sliced += (2 * layers - 1) * n * n + n * d
-    assert sliced_width(d, 0.30) == n
     assert sliced_parameters(config, n) == (dense, sliced)
     assert round(100 * sliced_ratio(config, n), 2) == ratio
     assert width_for_ratio(config, ratio / 100) == n
-
-
-def test_width_of_a_sparsity():
-    assert [sliced_width(4096, s) for s in (0, 0.25, 0.3)] == [4096, 3072, 2864]
-    assert sliced_width(5120, 0.8) == 1024  # (1 - 0.8) * 5120 is 1023.9999999999998 in floating point
-    assert sliced_width(32, 0.4, multiple=1) == 19
-    for sparsity in (-0.1, 1.0, 0.9):
-        with pytest.raises(InputError, match=r"at most 0\.7500, which keeps 8"):
-            sliced_width(32, sparsity)
 
 
 def test_width_of_a_ratio():
@@ -253,10 +233,8 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path):
 
 
 def test_sliced_model_is_a_model_like_others():
-    """It can be trained, its hidden states are recorded, and its dtype stays. Progress is by layer."""
-    events = []
-    model = slice_(tiny("llama", dtype=torch.bfloat16), ROWS, 24, advance=lambda *event: events.append(event))
-    assert events == [(1, 3, "layer 0"), (2, 3, "layer 1"), (3, 3, "layer 2")]
+    """It can be trained, its hidden states are recorded, and its dtype stays."""
+    model = slice_(tiny("llama", dtype=torch.bfloat16), ROWS, 24)
     model.requires_grad_(True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     out = model(IDS, labels=IDS, output_hidden_states=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
-from functools import cached_property
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,6 @@ from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
 from blockpruner.methods.laco.walk import (
-    Measure,
     Merge,
     Merges,
     SimilarityLog,
@@ -34,7 +33,7 @@ from blockpruner.versions import PLAN_VERSION, WEIGHTS_VERSION
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from blockpruner.methods.laco.merging import ModelBench
+    from blockpruner.methods.laco.merging import Similarity
 
 
 class LacoOptions(Options):
@@ -50,31 +49,6 @@ class LacoOptions(Options):
     """How weights are merged: as the public notebook does it, or by the paper's equation."""
 
 
-class _Bench:
-    """Similarities and losses of merged models, known or measured. The model is loaded when the first is not known."""
-
-    def __init__(self, job: Job, variant: str, log: SimilarityLog) -> None:
-        self._job, self._variant, self._log = job, variant, log
-
-    @cached_property
-    def _model(self) -> ModelBench:
-        from blockpruner.methods.laco.merging import ModelBench
-
-        material = self._job.material
-        return ModelBench(material.dense(), self._job.calibration.rows, material.observer.advance)
-
-    def similarity(self, merges: Merges) -> float:
-        known = self._log.known
-        return known[merges] if merges in known else self._measure(merges)
-
-    @cached_property
-    def _measure(self) -> Measure:
-        return self._model.similarity(self._variant, self._log.known, self._log.record)
-
-    def nll(self, merges: Merges) -> list[float]:
-        return self._model.merged_nll(merges, self._variant)
-
-
 def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
     """LaCo's merges that remove the number of layers nearest to the budget.
 
@@ -87,32 +61,36 @@ def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
     """
     material, costs = job.material, job.resources[budget.resource]
     assert material.trials is not None  # only searches of masks keep trials in memory
-    depth, wanted = len(costs.blocks) // 2, _wanted(budget, costs)
+    from blockpruner.methods.laco.merging import merged_nll
+
+    walk, wanted = _walk(options, costs), _wanted(budget, costs)
     fields = similarity_fields(job.calibration.digest, material.identity, material.dtype, options.variant)
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
         for problem in log.problems:
             material.observer.note(f"warning: {problem}")
-        bench = _Bench(job, options.variant, log)
+
+        @cache
+        def measure() -> Similarity:
+            """The model is loaded when the first similarity is not known."""
+            from blockpruner.methods.laco.merging import Similarity
+
+            rows, advance = job.calibration.rows, material.observer.advance
+            return Similarity(material.dense(), rows, options.variant, log.known, log.record, advance)
+
+        def similarity(merges: Merges) -> float:
+            return log.known[merges] if merges in log.known else measure()(merges)
+
         try:
-            threshold, merges = search_threshold(
-                bench.similarity,
-                depth,
-                wanted,
-                count=options.count,
-                lowest=options.lowest,
-                highest=options.highest,
-                interval=options.interval,
-            )
+            threshold, merges = search_threshold(similarity, walk, wanted)
         except InputError as error:
             raise type(error)(f"budget {budget.text!r}: {error}") from error
-        similarity = bench.similarity(merges)
-        nll = bench.nll(merges)
+        reached, nll = similarity(merges), merged_nll(material.dense(), job.calibration.rows, merges, options.variant)
     return {
         "variant": options.variant,
         "merges": [[merge.layer, merge.count] for merge in merges],
         "threshold": threshold,
-        "similarity": similarity,
-        "layers": dropped(merges, depth),
+        "similarity": reached,
+        "layers": dropped(merges, walk.depth),
         "nll": nll,
     }
 
@@ -130,11 +108,14 @@ def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None
     costs = resources_of(config).get(budget.resource)
     if costs is None:  # a speed-up, which is measured first
         return
-    walk = Walk(len(costs.blocks) // 2, options.count, options.lowest, options.highest, options.interval)
     try:
-        walk.require(_wanted(budget, costs))
+        _walk(options, costs).require(_wanted(budget, costs))
     except UnreachableError as error:
         raise UnreachableError(f"budget {budget.text!r}: {error}") from None
+
+
+def _walk(options: LacoOptions, costs: Costs) -> Walk:
+    return Walk(len(costs.blocks) // 2, options.count, options.lowest, options.highest, options.interval)
 
 
 def _left(details: Details, config: Config) -> Left:

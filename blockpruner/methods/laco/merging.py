@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
 from statistics import fmean
 
@@ -20,9 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import DENSE
-from blockpruner.core.errors import DeviceMemoryError, InputError
+from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.walk import Merge, Merges, layers_after
-from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.models import decoder_layers, model_family, renumber_, restored
 from blockpruner.scoring.engine import Engine
@@ -44,10 +42,8 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
         variant: a key of `VARIANTS`.
 
     Raises:
-        InputError: the model has no layers for a merge, or the variant is unknown; the model is unchanged.
+        InputError: the model has no layers for a merge; it is unchanged.
     """
-    if variant not in VARIANTS:
-        raise InputError(f"LaCo variant {variant!r} is unknown; valid: {', '.join(VARIANTS)}")
     layers, config = decoder_layers(model), model.config
     after = layers_after(merges, len(layers))
     for sources in after:
@@ -95,17 +91,12 @@ class Similarity:
     taken in float64. The dense states of all rows are held in memory, in the model's dtype.
 
     Args:
-        model: dense, in eval mode; its layers are swapped during a measurement, then restored to the bit.
-        rows: token ids, in rows of any lengths.
-        variant: a key of `VARIANTS`.
         known: similarities that were measured before and are not measured again.
         record: receives each new similarity as soon as it is known.
         advance: receives, during a measurement, the rows done, their number, and the candidate's last merge.
-        batch_tokens: as in `scoring.engine.Engine`.
 
     Raises:
         InputError: no rows. When called: a merge that is not possible, or hidden states that are not finite.
-        DeviceMemoryError: when called: the model, the rows and the merged layers do not fit together.
     """
 
     def __init__(
@@ -128,17 +119,7 @@ class Similarity:
 
     def __call__(self, merges: Merges) -> float:
         if merges not in self._known:
-            try:
-                value = self._measure(merges)
-            except RuntimeError as error:
-                if not accelerator.is_out_of_memory(error):
-                    raise
-                raise DeviceMemoryError(
-                    f"rows of {max(len(row) for row in self._rows)} tokens and the layers merged by "
-                    f"{', '.join(map(str, merges))} do not fit into the device's memory beside the model; lower "
-                    "runtime.batch_tokens, or use fewer or shorter rows or a larger device. Similarities measured "
-                    "before are kept"
-                ) from error
+            value = self._measure(merges)
             self._known[merges] = value
             self._record(merges, value)
         return self._known[merges]
@@ -174,25 +155,13 @@ class Similarity:
                 yield state[: len(row)]
 
 
-@dataclass(frozen=True)
-class ModelBench:
-    """Measures with a dense model in memory, on the calibration rows."""
-
-    model: PreTrainedModel
-    rows: Rows
-    advance: Callable[[int, int, str], object]
-
-    def similarity(
-        self, variant: str, known: Mapping[Merges, float], record: Callable[[Merges, float], object]
-    ) -> Similarity:
-        return Similarity(self.model, self.rows, variant, known, record, self.advance)
-
-    def merged_nll(self, merges: Merges, variant: str) -> list[float]:
-        with merged(self.model, merges, variant) as model:
-            engine = Engine(model)
-            tasks = [Task(span, (DENSE,)) for span in engine.row_batches(self.rows, range(len(self.rows)))]
-            found = sorted(engine.run(tasks, self.rows), key=lambda scored: scored.span[0])
-        return [value for scored in found for value in scored.loss]
+def merged_nll(model: PreTrainedModel, rows: Rows, merges: Merges, variant: str) -> list[float]:
+    """The mean NLL of each row after the merges."""
+    with merged(model, merges, variant):
+        engine = Engine(model)
+        tasks = [Task(span, (DENSE,)) for span in engine.row_batches(rows, range(len(rows)))]
+        found = sorted(engine.run(tasks, rows), key=lambda scored: scored.span[0])
+    return [value for scored in found for value in scored.loss]
 
 
 def _last_linears(layers: Layers) -> dict[str, Tensor]:

@@ -173,26 +173,7 @@ class Walk:
         return Merge(layer, min(self.count - 1, depth - 1 - layer))
 
 
-def collapse(
-    similarity: Measure, depth: int, *, count: int, lowest: int, highest: int | None, interval: int, threshold: float
-) -> Merges:
-    """The merges that LaCo accepts at one threshold (its Algorithm 1); empty if none.
-
-    Args:
-        similarity: asked once for each candidate; its argument is all merges of the candidate.
-        count, lowest, highest, interval: C, L, H and I; `highest` None is the last layer.
-        threshold: T; a candidate is accepted if its similarity is larger.
-
-    Raises:
-        InputError: settings that do not fit the depth.
-    """
-    steps = Walk(depth, count, lowest, highest, interval).steps(similarity, threshold)
-    return next((step.merges for step in reversed(list(steps)) if step.accepted), ())
-
-
-def search_threshold(
-    similarity: Measure, depth: int, wanted_layers: int, *, count: int, lowest: int, highest: int | None, interval: int
-) -> tuple[float, Merges]:
+def search_threshold(similarity: Measure, walk: Walk, wanted_layers: int) -> tuple[float, Merges]:
     """The largest threshold at which LaCo removes exactly `wanted_layers` layers, and its merges.
 
     A lower threshold may remove fewer layers: one more merge near the top can make all later ones too dissimilar. So
@@ -204,15 +185,13 @@ def search_threshold(
         The threshold, in the middle of those that give these merges, and the merges.
 
     Raises:
-        InputError: settings that do not fit the depth.
         UnreachableError: a number of layers that no threshold removes, before anything is measured where similarities
             cannot matter. Names the nearest numbers that are removed.
     """
-    walk = Walk(depth, count, lowest, highest, interval)
     walk.require(wanted_layers)
     seen: dict[int, str] = {}
     for threshold, merges in walk.results(similarity):
-        layers = dropped(merges, depth)
+        layers = dropped(merges, walk.depth)
         if layers == wanted_layers:
             return threshold, merges
         seen.setdefault(layers, f" (at T = {threshold:.4f})")

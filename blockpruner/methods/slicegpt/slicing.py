@@ -20,8 +20,6 @@ the mean diagonal to X^T X. That moves every eigenvalue and no eigenvector, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -44,13 +42,12 @@ def slice_(
     width: int,
     *,
     batch_tokens: int | str = "auto",
-    advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
 ) -> PreTrainedModel:
     """Slice the model's residual stream to `width` columns, in place, for good.
 
     Model and config become the SliceGPT classes of the family, which `save_pretrained` and
     `from_pretrained(..., trust_remote_code=True)` round-trip; tied embeddings are untied. At the full width the model
-    is only rotated and its logits stay. After an error behind the first layer the model is of no use.
+    is only rotated and its logits stay.
 
     Args:
         model: a dense causal LM of a family in `widths.SLICEABLE`, in eval mode, on one device. The device also sums
@@ -59,7 +56,6 @@ def slice_(
             The host's memory holds their signal in the model's dtype: tokens x hidden size.
         width: columns kept, from 1 to the hidden size.
         batch_tokens: as in `Engine`.
-        advance: receives, after each layer, the layers done, their number, and the name of the last one.
 
     Raises:
         InputError: a family that cannot be sliced, a width out of range, a model on several devices, or a signal that
@@ -96,7 +92,6 @@ def slice_(
             setattr(layer, shortcut, _linear((into.T @ out_of).T, scale))
             into = out_of
         layer.__class__ = getattr(slicegpt, f"{family.prefix}SlicedLayer")
-        advance(index + 1, len(layers), f"layer {index}")
     # embedding and final norm at the end: until then each pass runs the decoder around its layers
     embedding.weight = _parameter(_product(embedding.weight, first), embedding.weight)
     embedding.embedding_dim = width

@@ -6,9 +6,7 @@ decided by `slicing`.
 
 from __future__ import annotations
 
-import math
-
-from blockpruner.core.errors import InputError, UnreachableError
+from blockpruner.core.errors import UnreachableError
 from blockpruner.core.families import FAMILIES, Config, Family, count_parameters
 
 SLICEABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -26,22 +24,6 @@ def sliceable_family(model_type: str) -> Family:
             f"gated MLP; use a model of one of {', '.join(SLICEABLE)}, or another method"
         )
     return FAMILIES[model_type]
-
-
-def sliced_width(hidden: int, sparsity: float, multiple: int = MULTIPLE) -> int:
-    """Columns of the residual stream that are kept: floor((1 - sparsity) hidden), rounded down to a multiple.
-
-    Raises:
-        InputError: a sparsity outside of [0, 1), or one that keeps nothing.
-    """
-    # rounded first: 0.2 * 5120 is 1023.9999999999998 when 0.2 comes as 1 - 0.8
-    width = math.floor(round((1 - sparsity) * hidden, 6)) // multiple * multiple
-    if not 0 <= sparsity < 1 or width < 1:
-        raise InputError(
-            f"sparsity {sparsity} is not valid for a hidden size of {hidden}: give 0 or more, and at most "
-            f"{1 - multiple / hidden:.4f}, which keeps {multiple} columns"
-        )
-    return width
 
 
 def sliced_parameters(config: Config, width: int) -> tuple[int, int]:
@@ -72,13 +54,13 @@ def sliced_ratio(config: Config, width: int) -> float:
     return 1 - sliced / dense
 
 
-def width_for_ratio(config: Config, ratio: float, multiple: int = MULTIPLE) -> int:
+def width_for_ratio(config: Config, ratio: float) -> int:
     """The width whose ratio is nearest to `ratio`, a share of all parameters; a tie goes to the larger ratio.
 
     Raises:
         UnreachableError: no width comes near `ratio`; names the smallest and the largest that one comes to.
     """
-    widths = range(multiple, int(config["hidden_size"]) + 1, multiple)
+    widths = range(MULTIPLE, int(config["hidden_size"]) + 1, MULTIPLE)
     ratios = {width: sliced_ratio(config, width) for width in widths}  # falls with the width
     ratios = {width: share for width, share in ratios.items() if share > 0}  # a wide one adds more than it removes
     if not ratios:
