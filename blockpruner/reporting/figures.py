@@ -1,33 +1,26 @@
 """The plots of the report of targets, each with its caption. Decides what is drawn.
 
-Quality is drawn relative to the dense model, with intervals. No line joins what was measured with noise; only the
-removals of one search, on rows that are the same for all of them, are joined.
+Quality is drawn relative to the dense model, with intervals. No line joins what was measured with noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from blockpruner.core.blocks import Mask
 from blockpruner.core.errors import extra
 from blockpruner.core.plan import Plan
 from blockpruner.reporting import plots
 from blockpruner.reporting.comparison import Comparison
-from blockpruner.reporting.findings import jump_at, recommended
+from blockpruner.reporting.findings import recommended
 from blockpruner.reporting.formats import percent
-from blockpruner.reporting.inputs import PrunedOption, ReportedRun
-from blockpruner.reporting.plots import BLUE, GREY, MARKS, ORANGE, REMOVED, Plot
+from blockpruner.reporting.inputs import PrunedOption
+from blockpruner.reporting.plots import MARKS, Plot
 
 with extra("report"):
     from matplotlib.figure import Figure
 
 RELATIVE = "perplexity, × dense"
-CURVE_CAPTION = (
-    "Perplexity as a multiple of the dense model's. Dots: each removal, on the calibration rows, before any healing. "
-    "Rings: targets on the calibration rows. Squares: targets on held-out text, with 95 % intervals of the paired rows."
-)
 MAP_CAPTION = "The blocks of {}: filled ones are gone"
 ORDER_CAPTION = ", and bear the number of their removal."
 SET_CAPTION = ". The search chose all of them together, so they have no order."
@@ -82,35 +75,3 @@ def trade_off(comparison: Comparison) -> Plot:
     height = 3.4 + 0.2 * -(-len(methods) // 2)
     caption = TRADE_CAPTION + (RING_CAPTION if best else "")
     return plots.render(f"{comparison.runs[0].run}-pareto", caption, (7.0, height), draw)
-
-
-def quality(reported: ReportedRun) -> Plot:
-    """Draw perplexity against the share of parameters removed, of one run."""
-
-    def draw(figure: Figure) -> None:
-        axes, shown = figure.subplots(), [1.0]
-        plots.label_(axes, REMOVED, RELATIVE)
-        keys = {}
-        for trace, line in zip(reported.traces, ("-", "--", "-.", ":") * len(reported.traces), strict=False):
-            curve = [value / trace.curve[0] for value in trace.curve]
-            shown += curve
-            label = "calibration" if len(reported.traces) == 1 else f"calibration, {trace.name}"
-            ratios = [0.0, *(100 * removal.ratio for removal in trace.removals)]
-            keys[label] = axes.plot(ratios, curve, line, color=BLUE, linewidth=1.2, marker="o", markersize=4)[0]
-            jump = jump_at(trace)
-            if jump is not None:
-                keys["last before a jump"] = axes.axvline(ratios[jump], color=GREY, linestyle=":", linewidth=1.5)
-        for option in reported.targets:
-            ratio, rise = option.model.perplexity / option.dense.perplexity, option.calibration_rise
-            if not option.removals and rise is not None:
-                shown.append(np.exp(rise))
-                plots.dot_(axes, 100 * option.ratio, shown[-1], BLUE, "o", fill="none")
-                keys["calibration"] = plots.key("", BLUE, "o", fill="none")
-            shown.append(ratio)
-            plots.dot_(axes, 100 * option.ratio, ratio, ORANGE, "s", None, option.heldout_interval)
-        keys["held-out"] = plots.key("", ORANGE, "s")
-        plots.star_(axes, 0, 1)
-        plots.scale_(axes, shown)
-        axes.legend(keys.values(), keys)
-
-    return plots.render(f"{reported.run}-perplexity", CURVE_CAPTION, (5.0, 3.6), draw, wide=False)

@@ -1,7 +1,6 @@
 """What the report of targets is made of, read from the files of earlier stages into values.
 
-Decides what the report may use. A candidate that was scored on some of the calibration rows only (it lost a race) goes
-no further: no ranking or minimum can see it.
+Decides what the report may use.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from blockpruner.reporting.results import (
     TaskScore,
     read_items,
 )
-from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.stability import Stability, stability
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
 from blockpruner.store.plans import load_plan
@@ -51,11 +48,6 @@ class Removal:
     """ln of the quotient of the two, nats per token."""
     ratio: float
     """The cumulative share of the parameters removed."""
-    cost: float | None
-    """What the unit was chosen by, in the unit of the search's metric: its influence, or what its removal adds to the
-    loss; None where no candidate was scored."""
-    stability: Stability | None
-    """How firmly the calibration rows decide it; None where they do not show it, or a price decided too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,15 +194,9 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     Raises:
         InputError: the rows of `path` do not lead to the plan's order of removal.
     """
-    complete = [row for row in rows if row["rows_used"] == row["rows_total"]]
-    losses = {row["removed"]: row["loss"] for row in complete}
     # only of what was chosen: the perplexity of a mask that lost a race is of its first rows
     perplexities = {row["removed"]: row["perplexity"] for row in rows if row["chosen"] or row["removed"] == DENSE}
-    metric = METRICS[plan.metric]
-    is_priced = plan.options.get("per", "none") != "none"
     found: list[Removal] = []
-    row_losses: dict[Mask, Sequence[float]] = {}
-    costs: dict[Mask, float] = {}  # a one-shot search ranks once, so both are kept
     base = DENSE
     for index, ratio in enumerate(plan.ratios):
         own = [row for row in rows if row["added"] is not None and row["iteration"] == index]
@@ -221,28 +207,9 @@ def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
                 "what was before it; exactly one is valid: delete the file and run `dvc repro`",
                 rule="unclear-choice",
             )
-        unit = chosen[0]["removed"] - base
-        scored = {
-            row["added"]: row["loss"] - (0.0 if metric.influence else losses.get(base, math.nan))
-            for row in own
-            if row["rows_used"] == row["rows_total"] and row["removed"] == base | row["added"]
-        }
-        costs = scored or costs
-        row_losses = {row["added"]: row["row_loss"] for row in own if row["row_loss"]} or row_losses
-        before, after = perplexities[base], chosen[0]["perplexity"]
-        found.append(
-            Removal(
-                added=unit,
-                before=before,
-                perplexity=after,
-                rise=scored[unit] if metric.is_nll and unit in scored else math.log(after / before),
-                ratio=ratio,
-                cost=costs.get(unit),
-                stability=None if is_priced else stability(row_losses, unit),
-            )
-        )
-        row_losses = {other: losses for other, losses in row_losses.items() if other != unit}
-        base = chosen[0]["removed"]
+        before, after, removed = perplexities[base], chosen[0]["perplexity"], chosen[0]["removed"]
+        found.append(Removal(removed - base, before, after, math.log(after / before), ratio))
+        base = removed
     _require_same([format_mask(removal.added) for removal in found], plan.order, path)
     return tuple(found)
 
