@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from blockpruner.core.blocks import Mask
+from blockpruner.core.blocks import Mask, parse_mask
 from blockpruner.core.errors import extra
 from blockpruner.core.plan import Plan
 from blockpruner.reporting import plots
@@ -44,7 +44,8 @@ def map_of(target: PrunedOption) -> list[Plot]:
     """Draw which blocks of a target are gone; nothing where it removes none as a whole."""
     if not target.plan.removed:
         return []
-    return [removed_map(target.name, target.plan, [removal.added for removal in target.removals])]
+    order = [parse_mask(unit) for unit in target.plan.order] if target.plan.nested else []
+    return [removed_map(target.name, target.plan, order)]
 
 
 def trade_off(comparison: Comparison) -> Plot:

@@ -113,7 +113,7 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     index = jump_at(trace)
     if index is None or trace.plan is None:
         return None
-    begin, ratios = trace.order[: index + 1], trace.plan.ratios
+    begin, ratios = trace.plan.order[: index + 1], trace.plan.ratios
     past = [o for o in options if o.plan and len(o.plan.order) > index and o.plan.order[: index + 1] == begin]
     blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
     share = f" ({percent(ratios[index - 1], 2)} of the parameters)" if 0 < index <= len(ratios) else ""
@@ -121,7 +121,7 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     return Finding(
         Level.NOTE if past and all(option.healing for option in past) else Level.WARNING,
         "jump",
-        f"{trace.method}: removal {index + 1} ({trace.order[index]}) breaks the model before healing",
+        f"{trace.method}: removal {index + 1} ({begin[-1]}) breaks the model before healing",
         f"Calibration perplexity jumps from {number(trace.curve[index])} to {number(trace.curve[index + 1])}. {safe} "
         f"Models beyond it: {listed([option.name for option in past])}.",
     )

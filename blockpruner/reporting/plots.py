@@ -92,19 +92,19 @@ def render(
 
 def dot_(
     axes: Axes, x: float, y: float, colour: str, shape: str, across: Interval | None = None,
-    up: Interval | None = None, *, size: float = 6.5, fill: str | None = None,
+    up: Interval | None = None,
 ) -> None:  # fmt: skip
     """Draw one measured value with its intervals, where they are finite."""
     for interval, others in ((across, (y, y)), (up, (x, x))):
         if interval and np.isfinite(interval.high):
             ends = (interval.low, interval.high)
             axes.plot(*((ends, others) if interval is across else (others, ends)), color=colour, linewidth=1.3)
-    axes.plot(x, y, shape, color=colour, markersize=size, markerfacecolor=fill or colour)
+    axes.plot(x, y, shape, color=colour, markersize=6.5)
 
 
-def key(label: str, colour: str, shape: str, fill: str | None = None) -> Line2D:
+def key(label: str, colour: str, shape: str) -> Line2D:
     """Make an entry of a legend."""
-    return Line2D([], [], linestyle="none", marker=shape, color=colour, markerfacecolor=fill or colour, label=label)
+    return Line2D([], [], linestyle="none", marker=shape, color=colour, label=label)
 
 
 def label_(axes: Axes, x: str, y: str = "") -> None:

@@ -99,7 +99,7 @@ def _use(target: PrunedOption, folded: bool) -> Facts:
 
 def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
     """Show all that was measured of a run. The blocks of the option `shown` are drawn already."""
-    searches = [*reported.traces, *(target for target in reported.targets if not target.removals)]
+    searches = [*reported.traces, *(target for target in reported.targets if not target.curve)]
     drawn = [plot for target in searches if target is not shown for plot in map_of(target)]
     return Section(
         f"Evidence: {reported.run}",

@@ -5,13 +5,13 @@ Decides which numbers are shown, and in which order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import mean
 
 from pandas import DataFrame
 
-from blockpruner.core.blocks import format_mask
 from blockpruner.core.budgets import speedup
 from blockpruner.reporting.comparison import Comparison
 from blockpruner.reporting.findings import paired, paired_confidence, recommended
@@ -236,7 +236,8 @@ def iterations_csv(runs: Sequence[ReportedRun]) -> str:
     for reported, t in ((one, target) for one in runs for target in one.traces):
         own = {"run": reported.run, "target": t.name}
         rows.append(own | {"iteration": 0, "removed": "", "ratio": 0.0, "perplexity": t.curve[0], "nll_rise": 0.0})
-        for i, r in enumerate(t.removals, 1):
-            row = {"iteration": i, "removed": format_mask(r.added), "ratio": r.ratio, "perplexity": r.perplexity}
-            rows.append({**own, **row, "nll_rise": r.rise})
+        for i, (unit, ratio) in enumerate(zip(t.plan.order, t.plan.ratios, strict=True), 1):
+            rise = math.log(t.curve[i] / t.curve[i - 1])
+            row = {"iteration": i, "removed": unit, "ratio": ratio, "perplexity": t.curve[i], "nll_rise": rise}
+            rows.append(own | row)
     return to_csv(DataFrame(rows, columns=ITERATION_COLUMNS, dtype=object))

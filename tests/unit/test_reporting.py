@@ -37,9 +37,9 @@ from blockpruner.reporting.findings import (
 from blockpruner.reporting.inputs import (
     ITERATIONS,
     ReportedRun,
+    curve_of,
     read_iterations,
     read_runs,
-    removals,
     unit_of,
 )
 from blockpruner.reporting.pages import Facts, Page
@@ -527,8 +527,7 @@ def test_racing_losers_are_in_no_ranking_and_no_curve(tmp_path: Path) -> None:
     """Every iteration holds a row over one calibration row with the lowest NLL of all."""
     plain, raced = study(tmp_path / "0"), study(tmp_path / "1", replace(World(), losers=True))
     (honest,), (other,) = plain.traces, raced.traces
-    for left, right in zip(honest.removals, other.removals, strict=True):
-        assert (right.added, right.perplexity, right.rise) == (left.added, left.perplexity, left.rise)
+    assert honest.curve == other.curve
     assert findings(plain) == findings(raced)
 
 
@@ -745,10 +744,7 @@ def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, change
     table = read_iterations(path)
     assert unit_of(table) == unit
     if plan.nested:
-        steps = removals(table, plan, path)
-        assert [removal.added for removal in steps] == order[: len(plan.order)]
-        assert [steps[0].before, *(removal.perplexity for removal in steps)] == pytest.approx(
-            perplexities[: len(plan.order) + 1]
-        )
+        assert list(plan.order) == [format_mask(unit) for unit in order[: len(plan.order)]]
+        assert curve_of(table, plan, path) == pytest.approx(tuple(perplexities[: len(plan.order) + 1]))
     else:
         assert sum(row["chosen"] for row in table) == len(trace)
