@@ -264,7 +264,7 @@ def test_fetch_and_calibrate(tmp_path, monkeypatch):
     fetch.main("tiny")
     assert not (tmp_path / "data/sources/tiny/calibration.parquet").exists()
     calibrate.main("tiny")
-    path = tmp_path / "data/calibration/tiny/rows.parquet"
+    path = tmp_path / "data/calibration/tiny/search.parquet"
     written = path.read_bytes()
     rows = CalibrationSet.load(path).rows
     assert len(rows) == 3

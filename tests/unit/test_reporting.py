@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,7 +50,6 @@ from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import read_trace, trace_directory
 from blockpruner.store.files import read_json, read_table, write_sealed_json, write_table
-from stages.report import name_of
 from tests.builders import FakeScorer, by_text, scored, short_rows, small_config, speed_facts
 from tests.errors import refused
 
@@ -140,14 +137,12 @@ def build(data: Path, world: World = World()) -> Path:
 def _told(world: World, row: dict[str, Any]) -> dict[str, Any] | None:
     """A row of greedy by perplexity as the world's method and metric leave it, None if they leave none.
 
-    KL is a tenth of the rise of NLL over the dense model, an influence three tenths of that over the model before.
+    An influence is three tenths of the rise of NLL over the model before.
     """
     is_kept = row["chosen"] or not row["removed"]
     if not is_kept and (world.method in ("random", "given") or (world.method == "one_shot" and row["iteration"])):
         return None
-    if world.metric == "kl":
-        row = row | {"loss": 0.1 * (row["loss"] - 2.5)}
-    elif world.metric == "block_influence":
+    if world.metric == "block_influence":
         row = row | {"loss": 0.3 * (row["loss"] - 2.5 - sum(world.costs[: row["iteration"]]))}
     if world.metric != "perplexity" and not is_kept:
         row = row | {"perplexity": None, "row_nll": None}
@@ -377,20 +372,6 @@ def test_the_numbers_in_short_have_the_intervals_of_scipy(tmp_path: Path) -> Non
     assert "tokens/s, × 1.12 [" in shown["Generation"]
 
 
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ({"source": "pypi", "package": "p==1", "file": "p/SmolLM2-135M-Instruct.Q4_1.gguf"}, "SmolLM2-135M-Instruct"),
-        ({"source": "pypi-parts", "title": "t", "parts": [SimpleNamespace(file="d/gemma-3-270m-q4-k-m.gguf.part00")]},
-         "gemma-3-270m"),
-        ({"source": "hub", "repo": "Qwen/Qwen3-8B"}, "Qwen3-8B"),
-        ({"source": "path", "path": Path("/models/mine-v1.5")}, "mine-v1.5"),
-    ],
-)  # fmt: skip
-def test_a_model_has_a_short_name(source: dict[str, Any], name: str) -> None:
-    assert name_of(SimpleNamespace(**source)) == name
-
-
 def test_the_page_has_samples_and_commands_of_every_target(report: Path) -> None:
     text = (report / "index.html").read_text()
     assert ">Why &lt;blue&gt;?</th>" in text and "Why <blue>" not in text
@@ -420,18 +401,6 @@ class _Page(HTMLParser):
         self.tags.add(tag)
         self.ids += [value or "" for key, value in attrs if key == "id"]
         self.loads += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href", "data", "srcset")]
-
-
-def test_faster_is_what_the_interval_of_the_speed_up_is(tmp_path: Path) -> None:
-    """Against all samples of five pairs with replacement."""
-    found = study(tmp_path, replace(World(), drift=(1.1, 0.9, 1.2, 1.0, 1.05)))
-    for target in found.targets:
-        dense, pruned = (np.array(s.seconds["generation"]) for s in (target.race.dense, target.race.pruned))
-        every = np.array(list(itertools.product(range(5), repeat=5)))
-        low, high = np.quantile(np.median(dense[every], axis=1) / np.median(pruned[every], axis=1), [0.025, 0.975])
-        interval = target.race.interval("generation")
-        assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02)
-        assert target.race.is_faster == (low > 1) and interval.holds(1) == (low <= 1 <= high)
 
 
 @pytest.mark.parametrize(
@@ -704,17 +673,6 @@ def test_runs_that_cannot_be_compared_are_kept_apart(several: Path) -> None:
         titles = [section.title for section in page_of(*read_runs(chosen, labels, several)).sections]
         assert titles.count("Tiny") == overviews
     assert not re.search(r"\b(nan|None|inf)\b", (several / "report" / "index.html").read_text())
-
-
-def test_runs_of_one_model_are_compared_by_size(several: Path) -> None:
-    page = page_of(*read_runs(NAMES, LABELS, several))
-    assert page.sections[0].title == "Tiny"
-    targets, table = page.grids[0], rows(page.grids[0])
-    best = {row["target"] for row in _csv(several / "report" / "curve.csv") if row["front"] == "1"}
-    assert next(iter(table)) == "tiny-a" and set(table) == set(NAMES)
-    assert {name for name, row in table.items() if row["front"]} == best - {f"{world.run}-dense" for world in SEVERAL}
-    assert [f"Take {list(table)[i]}" for i in targets.strong] == [page.sections[0].blocks[0].of[0].title]
-    assert table["shortgpt-a"]["method"] == "one-shot, whole layers, by Block Influence"
 
 
 @pytest.mark.parametrize(
