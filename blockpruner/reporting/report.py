@@ -13,7 +13,7 @@ from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.evaluation.samples import PROMPTS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import Comparison, comparisons
-from blockpruner.reporting.figures import map_of, trade_off
+from blockpruner.reporting.figures import map_of
 from blockpruner.reporting.findings import recommended, stop, warnings
 from blockpruner.reporting.formats import listed, number
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
@@ -73,7 +73,6 @@ def _sections(comparison: Comparison, draw: bool) -> list[Section]:
             *([Findings(tuple(signs))] if signs else []),
             *(map_of(shown) if draw else []),
             *([compared(comparison)] if len(targets) > 1 else []),
-            *([trade_off(comparison)] if draw and len(targets) > 1 else []),
             *samples([comparison.options[0], *targets]),
             *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
         ),
