@@ -277,12 +277,6 @@ class Option:
         return value
 
     @property
-    def calibration_rise(self) -> float | None:
-        """ln(PPL / dense PPL) on the calibration rows, nats per token."""
-        value = self.calibration_perplexity
-        return None if value is None or not self.plan else math.log(value / self.plan.calibration["dense_perplexity"])
-
-    @property
     def heldout_rise(self) -> float:
         """ln(PPL / dense PPL) on the held-out text, nats per token."""
         return math.log(self.model.perplexity / self.dense.perplexity)

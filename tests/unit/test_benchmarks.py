@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.evaluation import tasks, zero_shot
+from blockpruner.evaluation import zero_shot
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.tasks import (
     hub_repository,
@@ -189,11 +189,6 @@ def test_passages_sums_and_openbookqa_from_an_archive():
         assert table.select(expected.column_names).equals(expected)
 
 
-def test_a_package_without_the_task_is_no_source():
-    with pytest.raises(InputError, match=r"race: .*package does not hold it.*race_test\.parquet.*piqa, "):
-        tables_from_archive("race", {}.__getitem__)
-
-
 def test_items_from_a_folder(tmp_path):
     table = tables_of("piqa")["validation"]
     pq.write_table(table, tmp_path / "piqa_validation.parquet")
@@ -231,9 +226,3 @@ def test_items_from_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(InputError, match=r"piqa: split validation of hub data set 'baber/piqa'.*Couldn't reach"):
         tables_from_hub("piqa")
-
-
-def test_without_lm_eval_the_fix_is_named(monkeypatch):
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'blockpruner\[eval\]'"):
-        hub_repository("piqa")
