@@ -8,7 +8,6 @@ are lm-eval's own. How items are fetched and written for lm-eval is decided in `
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +19,6 @@ import pyarrow as pa
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.registry import Registry
-
-GZIP_LIMIT = 2**30
-"""Largest content of a gzipped member, bytes."""
 
 CHOICES = "multiple_choice"
 
@@ -144,17 +140,9 @@ def unscored_items(name: str, skip: int | None) -> tuple[str, int]:
     return next(iter(row.splits)), skip
 
 
-def _gunzip(content: bytes) -> bytes:
-    with gzip.GzipFile(fileobj=io.BytesIO(content)) as handle:
-        found = handle.read(GZIP_LIMIT + 1)
-    if len(found) > GZIP_LIMIT:
-        raise ValueError(f"unpacks to more than {GZIP_LIMIT} bytes, the limit")
-    return found
-
-
 def _documents(content: bytes) -> list[dict[str, Any]]:
     """Items from scoring requests: the "doc" of each line, in order of appearance. An item has several requests."""
-    documents = [json.loads(line)["doc"] for line in _gunzip(content).decode().splitlines()]
+    documents = [json.loads(line)["doc"] for line in gzip.decompress(content).decode().splitlines()]
     return list({document["id"]: document for document in reversed(documents)}.values())[::-1]
 
 

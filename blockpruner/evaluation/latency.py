@@ -58,15 +58,12 @@ def kept_latency(
             observer.note(f"{_words(found)} (kept: {path})")
             write_sealed_json(folder / name, found)
             return found
-    for key in ("streaming", "ray_address"):
-        if value := getattr(runtime, key):
-            raise InputError(
-                f"a speed-up is measured with the model in this process's memory, which runtime.{key}: {value} "
-                "excludes; give budgets in parameters or KV cache, or measure first, without it",
-                rule="latency-elsewhere",
-                key=f"runtime.{key}",
-                value=value,
-            )
+    if runtime.streaming or runtime.ray_address:
+        raise InputError(
+            "a speed-up is measured with the model in this process's memory, which runtime.streaming and "
+            "runtime.ray_address exclude; give budgets in parameters or KV cache, or measure first, without them",
+            rule="latency-elsewhere",
+        )
     observer.begin("latency of blocks")
     set_threads(runtime.threads)
     loaded = load_model(checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention)

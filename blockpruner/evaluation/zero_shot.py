@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -257,15 +256,11 @@ def _quiet() -> Iterator[None]:
     """Keep lm-eval's and datasets' log lines and progress bars (on stderr) off the terminal."""
     loggers = {name: logging.getLogger(name) for name in ("lm_eval", "datasets")}
     levels = {name: logger.level for name, logger in loggers.items()}
-    bars = datasets.is_progress_bar_enabled()
     try:
         for logger in loggers.values():
             logger.setLevel(logging.ERROR)
-        datasets.disable_progress_bars()
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
-        if bars:
-            datasets.enable_progress_bars()

@@ -5,7 +5,7 @@ Decides which runs may be compared, which models count as of one size, and what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun
@@ -14,20 +14,6 @@ from blockpruner.reporting.results import Option
 BAND = 0.015
 """Models whose ratios differ by no more than this share of all parameters count as of one size. It is half of a layer
 of a 32-layer model, as near as whole layers come to a budget."""
-
-
-@dataclass(frozen=True)
-class Gain:
-    """Something that pruning can gain."""
-
-    title: str
-    """The title of an axis."""
-    of: Callable[[Option], float]
-    """The gain of an option; more is better."""
-
-
-SPEED = Gain("generation speed-up, ×", lambda option: option.speedup)
-SIZE = Gain("parameters removed, %", lambda option: 100 * option.ratio)
 
 
 @dataclass(frozen=True)
@@ -41,10 +27,9 @@ class Comparison:
         """The dense model, then all targets by run."""
         return (self.runs[0].dense, *(target for reported in self.runs for target in reported.targets))
 
-    @property
-    def gain(self) -> Gain:
-        """Speed where all options are timed, else size."""
-        return SPEED if self.runs[0].dense.is_timed else SIZE
+    def gain(self, option: Option) -> float:
+        """The speed-up of an option where all are timed, else the share of the parameters that it removes."""
+        return option.speedup if self.runs[0].dense.is_timed else option.ratio
 
     @property
     def targets(self) -> list[PrunedOption]:
@@ -55,9 +40,8 @@ class Comparison:
     @property
     def front(self) -> list[Option]:
         """The options that no other betters in held-out perplexity and gain together, the least gain first."""
-        options, gain = self.options, self.gain
-        members = front([(-gain.of(option), option.model.perplexity) for option in options])
-        return sorted((options[i] for i in members), key=gain.of)
+        members = front([(-self.gain(option), option.model.perplexity) for option in self.options])
+        return sorted((self.options[i] for i in members), key=self.gain)
 
 
 def comparisons(runs: Sequence[ReportedRun]) -> list[Comparison]:

@@ -19,8 +19,6 @@ from blockpruner.reporting.formats import listed, number, percent, times
 from blockpruner.reporting.results import Model, Option
 from blockpruner.reporting.statistics import Mean, average, differences
 from blockpruner.reporting.table import points
-from blockpruner.scoring.metrics import METRICS
-from blockpruner.search.registry import SEARCHES
 
 JUMP_FACTOR = 3.0
 """A removal is a jump if it costs this many times the median of the removals before it. Greedy costs grow steadily,
@@ -37,15 +35,6 @@ broken alike."""
 TASK_LOSS = 0.1
 """A model is broken, too, if accuracy or p of the right answer falls by more than a tenth of the dense model's, and
 beyond noise. Noise alone would be the wrong bound: with enough items every loss exceeds it."""
-
-MISMATCH_FACTOR = 1.5
-"""Held-out and calibration text differ, so their perplexities rise at different rates. If the held-out rise (in nats)
-is one and a half times the calibration rise, the search spared what the calibration text needs and cut what the
-held-out text needs."""
-
-MISMATCH_NATS = 0.1
-"""... and the held-out rise must exceed that bound by this much (perplexity times 1.11). This is the size of the
-difference between two held-out samples of a few thousand tokens."""
 
 AnyOption = TypeVar("AnyOption", bound=Option)
 
@@ -74,9 +63,9 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
     Args:
         traces: the model that is pruned the most, for each removal sequence.
     """
-    rules = ((is_broken, _broken), (is_mismatch, _mismatch))
     found = [_jump(trace, options) for trace in traces]
-    found += [finding(shown) for shows, finding in rules if (shown := [option for option in options if shows(option)])]
+    if broken := [option for option in options if is_broken(option)]:
+        found.append(_broken(broken))
     return [finding for finding in found if finding]
 
 
@@ -102,20 +91,6 @@ def is_broken(option: Option) -> bool:
     return fails or option.heldout_rise >= COLLAPSE_NATS
 
 
-def is_mismatch(option: Option) -> bool:
-    """Check whether held-out perplexity rises well beyond calibration perplexity (MISMATCH_FACTOR, MISMATCH_NATS).
-
-    There is nothing to compare where the calibration text has decided nothing, or where its perplexity is unknown,
-    that of answers instead of a text, or that of the weights before healing.
-    """
-    plan, rise = option.plan, option.calibration_rise
-    if plan is None or rise is None or METRICS[plan.metric].answers or option.healing:
-        return False
-    if plan.method in SEARCHES and SEARCHES[plan.method].asks == "nothing":
-        return False
-    return option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + MISMATCH_NATS
-
-
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
     """Find the fastest model that is faster than dense beyond noise and not broken, or None: keep the dense model."""
     safe = [option for option in options if option.is_timed and option.race.is_faster and not is_broken(option)]
@@ -138,7 +113,7 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     index = jump_at(trace)
     if index is None or trace.plan is None:
         return None
-    begin, ratios = trace.order[: index + 1], trace.plan.ratios
+    begin, ratios = trace.plan.order[: index + 1], trace.plan.ratios
     past = [o for o in options if o.plan and len(o.plan.order) > index and o.plan.order[: index + 1] == begin]
     blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
     share = f" ({percent(ratios[index - 1], 2)} of the parameters)" if 0 < index <= len(ratios) else ""
@@ -146,7 +121,7 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     return Finding(
         Level.NOTE if past and all(option.healing for option in past) else Level.WARNING,
         "jump",
-        f"{trace.method}: removal {index + 1} ({trace.order[index]}) breaks the model before healing",
+        f"{trace.method}: removal {index + 1} ({begin[-1]}) breaks the model before healing",
         f"Calibration perplexity jumps from {number(trace.curve[index])} to {number(trace.curve[index + 1])}. {safe} "
         f"Models beyond it: {listed([option.name for option in past])}.",
     )
@@ -162,21 +137,6 @@ def _losses(option: Option) -> str:
 def _broken(found: Sequence[Option]) -> Finding:
     text = f"{'. '.join(map(_losses, found))}. Prune less, or heal more."
     return Finding(Level.WARNING, "broken", f"Broken: {listed([option.name for option in found])}", text)
-
-
-def _mismatch(found: Sequence[Option]) -> Finding:
-    rises = [
-        f"{times(math.exp(o.heldout_rise))} against {times(math.exp(o.calibration_rise or 0.0))} at {o.name}"
-        for o in found
-    ]
-    tokens = {f"{option.plan.calibration['tokens']:,}" for option in found if option.plan}
-    return Finding(
-        Level.WARNING,
-        "mismatch",
-        "Calibration mismatch: held-out text suffers more than the calibration text",
-        f"Perplexity over the dense model's, on held-out text against the {' or '.join(sorted(tokens))} calibration "
-        f"tokens: {listed(rises)}. Calibrate on more text, or on text nearer to its use.",
-    )
 
 
 def stop(options: Sequence[Option]) -> Finding:

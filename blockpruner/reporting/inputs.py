@@ -1,12 +1,10 @@
 """What the report of targets is made of, read from the files of earlier stages into values.
 
-Decides what the report may use. A candidate that was scored on some of the calibration rows only (it lost a race) goes
-no further: no ranking or minimum can see it.
+Decides what the report may use.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, format_mask, parse_mask
+from blockpruner.core.blocks import BlockId, BlockKind, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.results import (
-    TIMED,
     Model,
     Option,
     Race,
@@ -29,8 +26,6 @@ from blockpruner.reporting.results import (
     TaskScore,
     read_items,
 )
-from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.stability import Stability, stability
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
 from blockpruner.store.plans import load_plan
@@ -38,33 +33,11 @@ from blockpruner.store.plans import load_plan
 ITERATIONS = pa.schema([pa.field("iteration", pa.int32(), nullable=False), *ITERATION])
 
 
-@dataclass(frozen=True)
-class Removal:
-    """One iteration of a search."""
-
-    added: Mask
-    """The unit that it removed."""
-    before: float
-    perplexity: float
-    """The perplexities on the calibration rows before and after the removal."""
-    rise: float
-    """ln of the quotient of the two, nats per token."""
-    ratio: float
-    """The cumulative share of the parameters removed."""
-    cost: float | None
-    """What the unit was chosen by, in the unit of the search's metric: its influence, or what its removal adds to the
-    loss; None where no candidate was scored."""
-    stability: Stability | None
-    """How firmly the calibration rows decide it; None where they do not show it, or a price decided too."""
-
-
 @dataclass(frozen=True, eq=False)
 class PrunedOption(Option):
     """A pruned model, and how the search got there."""
 
     plan: Plan
-    removals: tuple[Removal, ...]
-    """The removals in order; empty where the plan has no sequence of them."""
     compensation: Mapping[str, Any]
     """The report of its compensation; empty where the plan asks for none."""
     checkpoints: tuple[Path, ...]
@@ -111,7 +84,7 @@ class ReportedRun:
     @property
     def traces(self) -> tuple[PrunedOption, ...]:
         """Find the targets whose removal sequence is not the beginning of another's; nested searches have one."""
-        longest = {target.plan.order: target for target in self.targets if target.removals}
+        longest = {target.plan.order: target for target in self.targets if target.curve}
         return tuple(
             target
             for own, target in longest.items()
@@ -148,24 +121,23 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
     facts = {name: read_results(folder) for name, folder in folders.items()}
     models = _read_models(folders, facts)
     timed = all(fields["speed"] for fields in facts.values())
-    races = {name: {TIMED: Race.of(fields["speed"])} if timed else {} for name, fields in facts.items()}
+    races = {name: Race.of(fields["speed"]) if timed else None for name, fields in facts.items()}
     calibrations = [plan.calibration for plan in plans.values()]
     known = [found["dense_perplexity"] for found in calibrations if found["perplexity"] is not None]
     dense = Option(
         name="dense", method="", plan=None, model=models[f"{run}-dense"],
-        dense=models[f"{run}-dense"], races=races[f"{run}-dense"], order=(), curve=tuple(known[:1]),
+        dense=models[f"{run}-dense"], timed=races[f"{run}-dense"], curve=tuple(known[:1]),
     )  # fmt: skip
     found = []
     for name in names:
         plan = plans[name]
         healing = read_json(data / "compensated" / name / "compensate.json")
-        removed, unit = _read_search(plan, data / "plans" / name / f"{healing['search']}.parquet")
+        curve, unit = _read_search(plan, data / "plans" / name / f"{healing['search']}.parquet")
         found.append(
             PrunedOption(
                 name=name, method=KINDS[plan.kind].words(plan, unit), plan=plan,
-                model=models[name], dense=dense.model, races=races[name], order=plan.order,
-                curve=(removed[0].before, *(removal.perplexity for removal in removed)) if removed else (),
-                removals=removed, compensation=healing if "perplexity" in healing else {},
+                model=models[name], dense=dense.model, timed=races[name], curve=curve,
+                compensation=healing if "perplexity" in healing else {},
                 checkpoints=tuple(data / "checkpoints" / name / form for form in facts[name]["formats"]),
             )
         )  # fmt: skip
@@ -173,17 +145,12 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
     return ReportedRun(run, labels, dense, tuple(found), chance)
 
 
-def _read_search(plan: Plan, path: Path) -> tuple[tuple[Removal, ...], str]:
-    """Read the removals of a search, and what it removed at once, in words; nothing where it removes no blocks."""
+def _read_search(plan: Plan, path: Path) -> tuple[tuple[float, ...], str]:
+    """Read the curve of a search, and what it removed at once, in words; nothing where it removes no blocks."""
     if not plan.removed:
         return (), ""
     rows = read_iterations(path)
-    if plan.nested:
-        return removals(rows, plan, path), unit_of(rows)
-    last = max((row["iteration"] for row in rows if row["chosen"]), default=None)
-    answer = [row["removed"] for row in rows if row["chosen"] and row["iteration"] == last]
-    _require_same([format_mask(mask) for mask in answer], plan.order, path)
-    return (), unit_of(rows)
+    return curve_of(rows, plan, path) if plan.nested else (), unit_of(rows)
 
 
 def read_iterations(path: Path) -> list[dict[str, Any]]:
@@ -196,55 +163,27 @@ def read_iterations(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def removals(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[Removal, ...]:
-    """List the removals of a plan whose search is nested, in order.
+def curve_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[float, ...]:
+    """List the perplexities of a plan whose search is nested: of the dense model, and after each removal.
 
     Raises:
         InputError: the rows of `path` do not lead to the plan's order of removal.
     """
-    complete = [row for row in rows if row["rows_used"] == row["rows_total"]]
-    losses = {row["removed"]: row["loss"] for row in complete}
-    # only of what was chosen: the perplexity of a mask that lost a race is of its first rows
-    perplexities = {row["removed"]: row["perplexity"] for row in rows if row["chosen"] or row["removed"] == DENSE}
-    metric = METRICS[plan.metric]
-    is_priced = plan.options.get("per", "none") != "none"
-    found: list[Removal] = []
-    row_losses: dict[Mask, Sequence[float]] = {}
-    costs: dict[Mask, float] = {}  # a one-shot search ranks once, so both are kept
-    base = DENSE
-    for index, ratio in enumerate(plan.ratios):
-        own = [row for row in rows if row["added"] is not None and row["iteration"] == index]
-        chosen = [row for row in own if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
-        if len(chosen) != 1 or perplexities.get(base) is None or chosen[0]["perplexity"] is None:
-            raise InputError(
-                f"{path} has {len(chosen)} fully scored choices in iteration {index}, or no perplexity of one or of "
-                "what was before it; exactly one is valid: delete the file and run `dvc repro`",
-                rule="unclear-choice",
-            )
-        unit = chosen[0]["removed"] - base
-        scored = {
-            row["added"]: row["loss"] - (0.0 if metric.influence else losses.get(base, math.nan))
-            for row in own
-            if row["rows_used"] == row["rows_total"] and row["removed"] == base | row["added"]
-        }
-        costs = scored or costs
-        row_losses = {row["added"]: row["row_loss"] for row in own if row["row_loss"]} or row_losses
-        before, after = perplexities[base], chosen[0]["perplexity"]
-        found.append(
-            Removal(
-                added=unit,
-                before=before,
-                perplexity=after,
-                rise=scored[unit] if metric.is_nll and unit in scored else math.log(after / before),
-                ratio=ratio,
-                cost=costs.get(unit),
-                stability=None if is_priced else stability(row_losses, unit),
-            )
+    dense = [row for row in rows if not row["removed"]]
+    chosen = [
+        row for row in rows
+        if row["chosen"] and row["added"] and row["iteration"] < len(plan.order)
+        and row["rows_used"] in (0, row["rows_total"])
+    ]  # fmt: skip
+    steps = [*dense[:1], *sorted(chosen, key=lambda row: row["iteration"])]
+    curve = tuple(row["perplexity"] for row in steps)
+    if [format_mask(row["added"]) for row in steps[1:]] != list(plan.order) or None in curve or not dense:
+        raise InputError(
+            f"{path} does not have one fully scored choice, with its perplexity, for each of the plan's removals "
+            f"{', '.join(plan.order)}: they are of different searches; delete both and run `dvc repro`",
+            rule="different-searches",
         )
-        row_losses = {other: losses for other, losses in row_losses.items() if other != unit}
-        base = chosen[0]["removed"]
-    _require_same([format_mask(removal.added) for removal in found], plan.order, path)
-    return tuple(found)
+    return curve
 
 
 def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -254,15 +193,6 @@ def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
     if all(BlockId(kind, block.layer) in mask for mask in masks for block in mask for kind in BlockKind):
         return "whole layers"
     return f"{next(iter(kinds)).upper()} blocks" if len(kinds) == 1 else "blocks"
-
-
-def _require_same(removed: Sequence[str], order: Sequence[str], path: Path) -> None:
-    if list(removed) != list(order):
-        raise InputError(
-            f"{path} removes {', '.join(removed)}; the plan removes {', '.join(order)}: they are of different "
-            "searches; delete both and run `dvc repro`",
-            rule="different-searches",
-        )
 
 
 def _read_models(folders: Mapping[str, Path], facts: Mapping[str, Any]) -> dict[str, Model]:
@@ -285,4 +215,4 @@ def _read_models(folders: Mapping[str, Path], facts: Mapping[str, Any]) -> dict[
         table = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
         tables.append(table.append_column("model", pa.array([name] * table.num_rows)))
     items = read_items(pa.concat_tables(tables), metrics, folders[dense].parent, "dvc repro")
-    return {name: Model.of(fields, {"heldout": fields["perplexity"]}, items[name]) for name, fields in facts.items()}
+    return {name: Model.of(fields, items[name]) for name, fields in facts.items()}

@@ -11,7 +11,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
@@ -44,27 +44,7 @@ class Facts:
     """Whether a page shows them only on request."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One large number."""
-
-    title: str
-    value: str
-    interval: str = ""
-    detail: str = ""
-    tone: Literal["", "good", "bad"] = ""
-    """What the number is beyond noise."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """A row of large numbers."""
-
-    kind: ClassVar = "tiles"
-    of: tuple[Tile, ...]
-
-
-Block = Findings | Table | Plot | Facts | Tiles | str
+Block = Findings | Table | Plot | Facts | str
 """A part of a section; a str is a sentence."""
 
 

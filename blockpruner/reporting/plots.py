@@ -10,17 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from blockpruner.core.blocks import BlockId, BlockKind, Mask
 from blockpruner.core.errors import extra
-from blockpruner.reporting.statistics import Interval
 
 with extra("report"):
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -90,32 +86,10 @@ def render(
     return Plot(name, caption, svg.getvalue(), png.getvalue(), size[0], wide)
 
 
-def dot_(
-    axes: Axes, x: float, y: float, colour: str, shape: str, across: Interval | None = None,
-    up: Interval | None = None, *, size: float = 6.5, fill: str | None = None,
-) -> None:  # fmt: skip
-    """Draw one measured value with its intervals, where they are finite."""
-    for interval, others in ((across, (y, y)), (up, (x, x))):
-        if interval and np.isfinite(interval.high):
-            ends = (interval.low, interval.high)
-            axes.plot(*((ends, others) if interval is across else (others, ends)), color=colour, linewidth=1.3)
-    axes.plot(x, y, shape, color=colour, markersize=size, markerfacecolor=fill or colour)
-
-
-def key(label: str, colour: str, shape: str, fill: str | None = None) -> Line2D:
-    """Make an entry of a legend."""
-    return Line2D([], [], linestyle="none", marker=shape, color=colour, markerfacecolor=fill or colour, label=label)
-
-
 def label_(axes: Axes, x: str, y: str = "") -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     grid_(axes)
-
-
-def ring_(axes: Axes, x: float, y: float) -> None:
-    """Mark the recommended stopping point."""
-    axes.plot(x, y, "o", markersize=13.5, markerfacecolor="none", markeredgecolor=ORANGE, markeredgewidth=1.8)
 
 
 def star_(axes: Axes, x: float, y: float, label: str | None = None) -> None:

@@ -13,7 +13,7 @@ from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.evaluation.samples import PROMPTS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import Comparison, comparisons
-from blockpruner.reporting.figures import map_of, quality, trade_off
+from blockpruner.reporting.figures import map_of
 from blockpruner.reporting.findings import recommended, stop, warnings
 from blockpruner.reporting.formats import listed, number
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
@@ -24,9 +24,9 @@ from blockpruner.reporting.tables import (
     compared,
     curve_csv,
     headline,
+    in_short,
     iterations_csv,
     samples,
-    tiles,
 )
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.registry import SEARCHES
@@ -69,11 +69,10 @@ def _sections(comparison: Comparison, draw: bool) -> list[Section]:
         runs[0].labels.name,
         (
             Findings((stop(targets),)),
-            tiles(shown),
+            in_short(shown),
             *([Findings(tuple(signs))] if signs else []),
             *(map_of(shown) if draw else []),
             *([compared(comparison)] if len(targets) > 1 else []),
-            *([trade_off(comparison)] if draw and len(targets) > 1 else []),
             *samples([comparison.options[0], *targets]),
             *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
         ),
@@ -99,8 +98,8 @@ def _use(target: PrunedOption, folded: bool) -> Facts:
 
 def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
     """Show all that was measured of a run. The blocks of the option `shown` are drawn already."""
-    searches = [*reported.traces, *(target for target in reported.targets if not target.removals)]
-    drawn = [quality(reported), *(plot for target in searches if target is not shown for plot in map_of(target))]
+    searches = [*reported.traces, *(target for target in reported.targets if not target.curve)]
+    drawn = [plot for target in searches if target is not shown for plot in map_of(target)]
     return Section(
         f"Evidence: {reported.run}",
         (

@@ -29,9 +29,6 @@ from blockpruner.reporting.statistics import Effect, Floats, Interval, Mean
 PARTS = ("prefill", "decode", "generation")
 """Parts of a timed generation: the prompt, the other new tokens, both together."""
 
-TIMED = "timed"
-"""The setting in which all models of a report are timed."""
-
 
 @dataclass(frozen=True)
 class RunLabels:
@@ -157,8 +154,7 @@ class Model:
 
     parameters: int
     weight_bytes: int
-    texts: Mapping[str, Text]
-    """By name: "heldout" and, where it was measured, "wikitext2"."""
+    heldout: Text
     tasks: Mapping[str, TaskScore]
     """All that were measured."""
     average: Mean
@@ -175,16 +171,14 @@ class Model:
     """Where and when each of this was computed; empty where it was not recorded."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any], texts: Mapping[str, Any], items: Items) -> Model:
+    def of(cls, fields: Mapping[str, Any], items: Items) -> Model:
         """Read the facts that an evaluation wrote of one model."""
         scores = {task: values for task, (_, values, _) in items.items()}
-        own = fields.get("average")
+        own, text = fields.get("average"), fields["perplexity"]
         return cls(
             parameters=fields["parameters"],
             weight_bytes=fields["weight_bytes"],
-            texts={
-                k: Text(v["perplexity"], v["rows"], v["tokens"], tuple(v.get("row_nll", ()))) for k, v in texts.items()
-            },
+            heldout=Text(text["perplexity"], text["rows"], text["tokens"], tuple(text.get("row_nll", ()))),
             tasks={
                 k: TaskScore(v["value"], _error(v["stderr"]), v["metric"], v["items"])
                 for k, v in fields["tasks"].items()
@@ -201,10 +195,6 @@ class Model:
     def confidence(self) -> Mean | None:
         """The average of p of the right answer."""
         return statistics.average(self.p_gold) if self.p_gold else None
-
-    @property
-    def heldout(self) -> Text:
-        return self.texts["heldout"]
 
     @property
     def perplexity(self) -> float:
@@ -225,12 +215,11 @@ class Option:
     """None for the dense model."""
     model: Model
     dense: Model
-    races: Mapping[str, Race]
-    """By setting; none where it was not timed."""
-    order: tuple[str, ...]
-    """All units that the search removed one after the other, beyond the plan's too."""
+    timed: Race | None
+    """The timing of the model and the dense one in turns."""
     curve: tuple[float, ...]
-    """Perplexities on the calibration rows: of the dense model, and after each of these removals, as far as known."""
+    """Perplexities on the calibration rows: of the dense model, and after each removal, as far as known. Empty where
+    the plan has no sequence of removals."""
 
     @property
     def ratio(self) -> float:
@@ -262,12 +251,12 @@ class Option:
 
     @property
     def is_timed(self) -> bool:
-        return TIMED in self.races
+        return self.timed is not None
 
     @property
     def race(self) -> Race:
-        """The timing of the model and the dense one in turns."""
-        return self.races[TIMED]
+        assert self.timed is not None, self.name
+        return self.timed
 
     @property
     def speedup(self) -> float:
@@ -286,12 +275,6 @@ class Option:
             return self.curve[0] if self.curve else None
         value: float | None = self.plan.calibration["perplexity"]
         return value
-
-    @property
-    def calibration_rise(self) -> float | None:
-        """ln(PPL / dense PPL) on the calibration rows, nats per token."""
-        value = self.calibration_perplexity
-        return None if value is None or not self.plan else math.log(value / self.plan.calibration["dense_perplexity"])
 
     @property
     def heldout_rise(self) -> float:

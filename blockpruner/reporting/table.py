@@ -166,45 +166,11 @@ def to_markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
 
 
-LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "−": "$-$",
-        "±": r"$\pm$",
-        "×": r"$\times$",
-        "≥": r"$\geq$",
-        "≈": r"$\approx$",
-        "→": r"$\rightarrow$",
-        "–": "--",
-        "’": "'",
-    }
-)
-
-
-def escape_latex(text: str) -> str:
-    return text.translate(LATEX)
-
-
 def to_latex(table: Table) -> str:
-    """Write a `table` for a document with the package booktabs. Texts are set left, numbers right."""
-
-    def cell(text: str, row: int) -> str:
-        return f"\\textbf{{{escape_latex(text)}}}" if row in table.strong and text else escape_latex(text)
-
-    rows = [[cell(text, i) for text in row] for i, row in enumerate(table.texts)]
-    text = DataFrame(rows, columns=[column.key for column in table.columns], dtype=object).to_latex(
-        index=False,
-        escape=False,
-        header=[escape_latex(title) for title in table.head],
-        column_format="".join("r" if is_number else "l" for is_number in table.numeric),
-        caption=escape_latex(table.title),
-        label=f"tab:{table.name}",
+    """Write a table for a document with the package booktabs. Texts are set left, numbers right."""
+    frame = DataFrame(table.texts, columns=table.head, dtype=object)
+    places = "".join("r" if is_number else "l" for is_number in table.numeric)
+    text = frame.to_latex(
+        index=False, escape=True, column_format=places, caption=table.title, label=f"tab:{table.name}"
     )
-    notes = "".join(f"\\par\\footnotesize {escape_latex(note)}\n" for note in table.notes)
-    begin, end = "\\begin{table}\n", "\\end{table}"
-    return str(text).replace(begin, begin + "\\centering\\small\n").replace(end, notes + end)
+    return str(text).replace("−", "$-$")

@@ -9,17 +9,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import mean
-from typing import Literal
 
 from pandas import DataFrame
 
-from blockpruner.core.blocks import format_mask
 from blockpruner.core.budgets import speedup
 from blockpruner.reporting.comparison import Comparison
 from blockpruner.reporting.findings import paired, paired_confidence, recommended
 from blockpruner.reporting.formats import number, parameters, percent, size, times
 from blockpruner.reporting.inputs import ReportedRun
-from blockpruner.reporting.pages import Tile, Tiles
+from blockpruner.reporting.pages import Facts
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Interval, Mean
 from blockpruner.reporting.table import (
@@ -35,10 +33,10 @@ from blockpruner.reporting.table import (
     to_csv,
 )
 
-AT_CHANCE, BETTER, WORSE = "†", "↑", "↓"
+BETTER, WORSE = "↑", "↓"
 LEGEND = (
     f"Scores in % ± 1 standard error. {WORSE} {BETTER}: differs from the dense model by more than 2 standard errors of "
-    f"the paired items; unmarked: within noise. {AT_CHANCE}: within 2 standard errors of chance. Brackets: 95 % "
+    f"the paired items; unmarked: within noise. Brackets: 95 % "
     "intervals. Speed-ups (×) are measured with dense and pruned in turns, so they need not equal the quotient of two "
     "columns. p of the right answer: of all choices' likelihoods (per character where the accuracy is by character) "
     "the share that the right one has; finer than right and wrong."
@@ -88,13 +86,9 @@ def headline(reported: ReportedRun) -> Table:
     def add(title: str, of: Callable[[Option], Cell], chance: float | None = None) -> None:
         rows.append((title, None if chance is None else Number(100 * chance, 1), *map(of, reported.options)))
 
-    def accuracy(task: str | None, chance: float) -> Callable[[Option], Cell]:
-        def cell(option: Option) -> Cell:
-            found = option.model.tasks[task] if task else option.model.average
-            marks = "" if found.differs_from(chance) else AT_CHANCE
-            return score(found, mark=marks + (_change(paired(option.dense, option.model, task)) if option.plan else ""))
-
-        return cell
+    def accuracy(option: Option, task: str | None = None) -> Cell:
+        found = option.model.tasks[task] if task else option.model.average
+        return score(found, mark=_change(paired(option.dense, option.model, task)) if option.plan else "")
 
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
     add("Parameters removed", lambda o: percentage(o.ratio))
@@ -108,8 +102,8 @@ def headline(reported: ReportedRun) -> Table:
             title = f"{task}, {found.metric.replace('_', ' ')}"
             add(title, lambda o, task=task: Number(o.model.tasks[task].value))  # type: ignore[misc]
     for task, chance in reported.chance.items():
-        add(f"{task}, %", accuracy(task, chance), chance)
-    add("Average, %", accuracy(None, reported.average_chance), reported.average_chance)
+        add(f"{task}, %", partial(accuracy, task=task), chance)
+    add("Average, %", accuracy, reported.average_chance)
     if known := reported.dense.model.p_gold:
         chance = mean(reported.chance[task] for task in known)
         add(P_TITLE, _confidence, chance)
@@ -128,54 +122,33 @@ def _saved(option: Option) -> str:
     return f"−{percent(option.cache_saved, 0)}" if option.cache_saved else percent(0, 0)
 
 
-def tiles(option: Option) -> Tiles:
-    """Show what a pruned model is beside the dense one."""
-    dense, model, accuracy = option.dense, option.model, paired(option.dense, option.model)
-    title, before, after, gap, more = "Average accuracy", dense.average, model.average, accuracy, ""
-    if dense.confidence and model.confidence:
-        title, before, after = "P of the right answer", dense.confidence, model.confidence
-        gap, more = paired_confidence(dense, model), f"; accuracy {points(accuracy)}"
-    ratio = times(model.perplexity / dense.perplexity)
+def in_short(option: Option) -> Facts:
+    """Show what a pruned model is next to the dense one."""
+    dense, model, known = option.dense, option.model, option.plan.removes if option.plan else {}
     counts = _change_of(parameters, dense.parameters, model.parameters)
-    sizes = _change_of(size, dense.weight_bytes, model.weight_bytes)
+    weights = _change_of(size, dense.weight_bytes, model.weight_bytes)
     texts = _change_of(number, dense.perplexity, model.perplexity)
-    scores = _change_of(percent, before.value, after.value) + more
-    return Tiles(
-        (
-            Tile("Size", f"−{percent(option.ratio)}", sizes, f"{counts} parameters"),
-            _tile("Perplexity against dense", ratio, _heldout(option), f"{texts}, held-out", 1, "bad"),
-            _tile(title, f"{Number(100 * gap.value, 1, signed=True)} points", points(gap), scores, 0, "good"),
-            *_speed_tiles(option),
-        )
-    )
-
-
-def _speed_tiles(option: Option) -> list[Tile]:
-    title, known = "Speed against dense", option.plan.removes if option.plan else {}
-    told = [f"by the times of its blocks {times(speedup(known['latency']))}"] if "latency" in known else []
-    if not option.is_timed:
-        return [Tile(title, NOT_TIMED, detail="".join(told))]
-    race = option.race
-    rates = _change_of(number, *(side.rate("generation") for side in (race.dense, race.pruned)))
-    detail = "; ".join([f"{rates} tokens/s", *told])
-    return [
-        _tile(title, times(option.speedup), _speedup(option), detail, 1, "good"),
-        Tile("KV cache", _saved(option), _change_of(size, race.dense.cache_bytes, race.pruned.cache_bytes)),
+    scores = _change_of(percent, dense.average.value, model.average.value)
+    facts = [
+        ("Size", f"−{percent(option.ratio)}: {counts} parameters, {weights}"),
+        ("Held-out perplexity", f"{texts}, × {_heldout(option)}"),
+        ("Average accuracy", f"{scores}, {points(paired(dense, model))} points"),
     ]
+    if dense.confidence and model.confidence:
+        change = _change_of(percent, dense.confidence.value, model.confidence.value)
+        facts.append(("P of the right answer", f"{change}, {points(paired_confidence(dense, model))} points"))
+    if option.is_timed:
+        rates = _change_of(number, *(side.rate("generation") for side in (option.race.dense, option.race.pruned)))
+        facts += [("Generation", f"{rates} tokens/s, × {_speedup(option)}"), ("KV cache", _saved(option))]
+    else:
+        facts.append(("Generation", NOT_TIMED))
+    if "latency" in known:
+        facts.append(("Generation by the times of its blocks", times(speedup(known["latency"]))))
+    return Facts("In short, with 95 % intervals", tuple(facts))
 
 
 def _change_of(write: Callable[[float], str], before: float, after: float) -> str:
     return f"{write(before)} → {write(after)}"
-
-
-def _tile(title: str, value: str, cell: Number, detail: str, equal: float, more_is: Literal["good", "bad"]) -> Tile:
-    """Show a measured number with its interval; `equal` is the value of what is as the dense model."""
-    if cell.low is None or cell.high is None or not math.isfinite(cell.high - cell.low):
-        return Tile(title, value, "its interval is not known", detail)
-    told = f"95 %: {str(cell).partition('[')[2].rstrip(']').replace(', ', ' to ')}"
-    if cell.low <= equal <= cell.high:
-        return Tile(title, value, f"{told}, within noise", detail)
-    return Tile(title, value, told, detail, more_is if cell.low > equal else "bad" if more_is == "good" else "good")
 
 
 def compared(comparison: Comparison) -> Table:
@@ -254,10 +227,7 @@ def curve_csv(found: Sequence[Comparison]) -> str:
     return to_csv(DataFrame(rows, dtype=object))
 
 
-ITERATION_COLUMNS = (
-    "run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise", "rows_compared", "units_compared",
-    "margin", "rivals", "kept",
-)  # fmt: skip
+ITERATION_COLUMNS = ("run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise")
 
 
 def iterations_csv(runs: Sequence[ReportedRun]) -> str:
@@ -266,10 +236,8 @@ def iterations_csv(runs: Sequence[ReportedRun]) -> str:
     for reported, t in ((one, target) for one in runs for target in one.traces):
         own = {"run": reported.run, "target": t.name}
         rows.append(own | {"iteration": 0, "removed": "", "ratio": 0.0, "perplexity": t.curve[0], "nll_rise": 0.0})
-        for i, r in enumerate(t.removals, 1):
-            row = {"iteration": i, "removed": format_mask(r.added), "ratio": r.ratio, "perplexity": r.perplexity}
-            s = r.stability
-            firm = {"rows_compared": s.rows, "units_compared": s.compared, "margin": s.margin} if s else {}
-            more = {"rivals": len(s.rivals), "kept": s.kept} if s else {}
-            rows.append({**own, **row, "nll_rise": r.rise, **firm, **more})
+        for i, (unit, ratio) in enumerate(zip(t.plan.order, t.plan.ratios, strict=True), 1):
+            rise = math.log(t.curve[i] / t.curve[i - 1])
+            row = {"iteration": i, "removed": unit, "ratio": ratio, "perplexity": t.curve[i], "nll_rise": rise}
+            rows.append(own | row)
     return to_csv(DataFrame(rows, columns=ITERATION_COLUMNS, dtype=object))

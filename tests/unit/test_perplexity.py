@@ -2,10 +2,7 @@
 
 import copy
 import math
-import os
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import processors
@@ -74,11 +71,6 @@ def test_rows_of_documents_begin_with_a_document_and_share_none():
     assert few.rows == found.rows[:3] and few.documents == found.documents[: len(few.documents)]
 
 
-def test_documents_that_fill_no_row_say_how_many_are_short():
-    with pytest.raises(InputError, match=r"3 texts are 98 tokens \(1 of them have fewer than 32 and are left out\)"):
-        held_out(tiny_tokenizer(), TEXTS, Perplexity(seq_len=512, packing="documents"))
-
-
 def test_no_row_says_how_long_a_row_may_be():
     with pytest.raises(InputError, match=r"3 texts are 98 tokens.*seq_len 512; lower seq_len to at most 98"):
         held_out_rows(tiny_tokenizer(), TEXTS, 512)
@@ -112,27 +104,3 @@ def test_nan_names_the_row():
     model.get_input_embeddings().weight[250] = torch.nan
     with pytest.raises(NonFiniteLossError, match="row 1 is nan"):
         measure_perplexity(model, [[1, 2, 3], [1, 250, 3]])
-
-
-def test_wikitext2_at_2048_is_that_of_transformers_own_loss():
-    """And of a cross-entropy in float64, over the first rows of the whole test set joined, as the paper measures."""
-    if "BLOCKPRUNER_DATA" not in os.environ:
-        pytest.skip("BLOCKPRUNER_DATA is not set: WikiText-2 is not measured")
-    table = pq.read_table(Path(os.environ["BLOCKPRUNER_DATA"]) / "wikitext2_raw_test.parquet")
-    texts = table.column("text").to_pylist()[:100]
-    rows = held_out_rows(tiny_tokenizer(), texts, 2048, max_rows=3)
-    assert (
-        tiny_tokenizer().decode(rows[0]).startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English")
-    )
-    model = tiny_model(layers=2, dtype=torch.float32, max_position_embeddings=2048)
-    found = measure_perplexity(model, rows)
-    losses, double = [], []
-    for row in rows:
-        ids = torch.tensor([row])
-        with torch.no_grad():
-            out = model(input_ids=ids, labels=ids)
-        losses.append(out.loss.item())
-        double.append(torch.nn.functional.cross_entropy(out.logits[0, :-1].double(), ids[0, 1:]).item())
-    assert found.tokens == 3 * 2048
-    for expected in (losses, double):
-        assert found.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-4)

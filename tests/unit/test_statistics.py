@@ -12,7 +12,6 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from blockpruner.core.errors import InputError
-from blockpruner.reporting import statistics
 from blockpruner.reporting.statistics import (
     Effect,
     Interval,
@@ -29,13 +28,6 @@ from blockpruner.reporting.statistics import (
 )
 
 PAIRS = st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=2, max_size=12)
-
-
-def two_models(sizes, seed, *, fractions=False):
-    """Scores of two models that agree on most items, by task."""
-    rng = np.random.default_rng(seed)
-    a = {f"t{i}": rng.random(n) if fractions else (rng.random(n) < 0.6).astype(float) for i, n in enumerate(sizes)}
-    return a, {task: np.where(rng.random(len(x)) < 0.2, 1 - x, x) for task, x in a.items()}
 
 
 def assert_quantiles(interval, population, level, resamples):
@@ -56,11 +48,6 @@ def test_average_and_its_error_by_hand():
     assert average(scores) == Mean(pytest.approx((3 / 4 + 1 / 2) / 2), pytest.approx(math.sqrt(1 / 16 + 1 / 12) / 2))
     assert average({"x": scores["x"]}).stderr == pytest.approx(1 / 4)
     assert average({"x": [1], "y": [0, 1, 1]}).stderr == math.inf  # a single item
-
-
-def test_an_estimate_differs_beyond_two_standard_errors():
-    assert Mean(0.5, 0.1).differs_from(0.29) and not Mean(0.5, 0.1).differs_from(0.31)
-    assert not Mean(0.5, math.inf).differs_from(0)
 
 
 def test_differences_are_b_minus_a_by_task():
@@ -89,20 +76,6 @@ def test_bootstrap_against_all_resamples(level):
     assert found.p == pytest.approx(2 * min(tails), abs=2 * 5 * math.sqrt(0.25 / 20_000))
 
 
-@pytest.mark.parametrize("fractions", [False, True])
-def test_bootstrap_against_scipy(fractions):
-    a, b = two_models([300, 120, 40], seed=1, fractions=fractions)
-    reference = stats.bootstrap(
-        [b[task] - a[task] for task in a],
-        lambda *tasks, axis: sum(items.mean(axis=axis) for items in tasks) / len(tasks),
-        n_resamples=4000,
-        method="percentile",
-        rng=np.random.default_rng(5),
-    )
-    found = paired_bootstrap(a, b)
-    assert_quantiles(found.interval, reference.bootstrap_distribution, 0.95, 4000 * 10 / 14)
-
-
 def test_bootstrap_of_items_that_do_not_vary():
     same = {"x": [1, 0, 1], "y": [0.3, 0.6]}
     assert paired_bootstrap(same, same) == Effect(0, Interval(0, 0), 1)
@@ -114,15 +87,6 @@ def test_bootstrap_counts_zero_as_both_sides_despite_rounding():
     """0.1 + 0.2 - 0.3 is 6e-17 as floats."""
     zero, sums = {"x": [0, 0], "y": [0, 0], "z": [0, 0]}, {"x": [0.1, 0.1], "y": [0.2, 0.2], "z": [-0.3, -0.3]}
     assert paired_bootstrap(zero, sums).p == paired_bootstrap(sums, zero).p == 1
-
-
-def test_bootstrap_depends_on_the_seed_alone(monkeypatch):
-    a, b = two_models([50, 30], seed=3)
-    found = paired_bootstrap(a, b, resamples=1000)
-    assert paired_bootstrap(dict(reversed(a.items())), b, resamples=1000) == found
-    assert paired_bootstrap(a, b, resamples=1000, seed=1) != found
-    monkeypatch.setattr(statistics, "COUNTS", 500)  # chunks of 166 resamples
-    assert paired_bootstrap(a, b, resamples=1000) == found
 
 
 # Rows

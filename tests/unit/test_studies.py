@@ -347,7 +347,7 @@ def test_a_study_writes_its_tables_figures_and_pages(written, rows):
     assert {path.stem for path in (out / "tables").glob("*.csv")} == tables.keys()
     kept = pd.read_csv(out / "tables" / "models.csv")
     assert kept["heldout_ppl"].tolist() == pytest.approx(tables["models"]["heldout_ppl"].tolist(), rel=1e-15)
-    assert {path.stem for path in (out / "plots").glob("*.png")} == {"quality", "speed", "kinds"}
+    assert {path.stem for path in (out / "plots").glob("*.png")} == {"quality", "speed"}
     page, html = (out / "results.md").read_text(), (out / "index.html").read_text()
     assert page.startswith("# A study\n") and page.count("![") == 2 and page.count("instructions") == 1
     assert len(verdict(models_frame(rows))) <= 5

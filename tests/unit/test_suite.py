@@ -15,17 +15,17 @@ import torch
 
 from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
-from blockpruner.core.errors import DeviceMemoryError, InputError
+from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import suite, zero_shot
 from blockpruner.evaluation.settings import Evaluate
-from blockpruner.evaluation.store import ITEMS, ResultsStore
+from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.suite import Checkpoint, InMemory
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.model.models import masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json, write_table
-from blockpruner.store.manifest import manifest, model_identity
+from blockpruner.store.manifest import manifest
 from blockpruner.store.plans import load_plan
 from tests.plans import plan_of
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
@@ -197,15 +197,6 @@ def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch
     assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == before
 
 
-def test_models_are_timed_over_shared_tensors(place, monkeypatch):
-    measured, measure = [], suite.measure_speed
-    monkeypatch.setattr(suite, "measure_speed", lambda models, *rest: measured.append(models) or measure(models, *rest))
-    evaluate(place, Recorder(), speed={"prompt_tokens": 5})
-    (models,) = measured
-    dense, pruned = ({id(weight) for weight in models[name].parameters()} for name in ("dense", "pruned"))
-    assert pruned < dense
-
-
 def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
     monkeypatch.setattr(suite, "measure_speed", no_model)
     monkeypatch.setattr(suite, "load_model", no_model)  # all else is stored
@@ -216,17 +207,6 @@ def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
         "speed": None,
         "made": {name: world.results["made"][name] for name in PHASES[:-1]},
     }
-
-
-def test_what_does_not_fit_into_memory_is_one_line(tmp_path):
-    def full(advance):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    wanted = suite.Evaluation("gsm8k", SimpleNamespace(), {"kind": "task"}, "requests", full, str)
-    with pytest.raises(
-        DeviceMemoryError, match=r"^evaluation gsm8k does not fit .*\(CUDA out of memory\); use a larger"
-    ):
-        suite.Evaluator(ResultsStore(tmp_path, print), Recorder()).settle(wanted, 0.0)
 
 
 def test_the_dense_model_alone(place):
@@ -263,24 +243,9 @@ def change_item(root):
     write_table(path, pq.read_table(path).take([1, 0, 2, 3, 4]))
 
 
-def change_prompt(root):
-    path = root / "sources" / "tasks" / "winogrande" / "preprocess_winogrande.py"
-    path.write_text(path.read_text() + "\n# another helper\n")
-
-
 def change_tokenizer(root):
     path = root / "pruned" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": True}))
-    call_verified(root / "pruned")
-
-
-def change_generation(root):
-    (root / "pruned" / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
-    call_verified(root / "pruned")
-
-
-def change_template(root):
-    (root / "pruned" / "chat_template.jinja").write_text("{{ messages }}")
     call_verified(root / "pruned")
 
 
@@ -309,12 +274,9 @@ def change_layout(root):
         (None, {"perplexity": {"seq_len": 20}}, ["perplexity"]),
         (None, {"perplexity": {"max_rows": 2}}, ["perplexity"]),
         (change_item, {}, ["piqa"]),
-        (change_prompt, {}, ["winogrande"]),
         (None, {"zero_shot": {"limit": 2}}, list(TASKS)),
         (None, {"zero_shot": {"bos": False}}, list(TASKS)),
         (change_tokenizer, {}, ["perplexity", *TASKS, "samples"]),
-        (change_generation, {}, ["perplexity", *TASKS, "samples"]),
-        (change_template, {}, ["perplexity", *TASKS, "samples"]),
         (change_layout, {}, []),
         (change_weights, {}, PHASES),
         (None, {"dtype": "float64"}, PHASES),
@@ -323,27 +285,12 @@ def change_layout(root):
         (None, {"zero_shot": {"tasks": TASKS[::-1]}}, []),
     ],
 )
-def test_only_what_a_change_touches_is_computed_again(place, monkeypatch, change, settings, again):
-    monkeypatch.setattr(zero_shot, "require_stock", lambda *_: None)  # as if the installed lm-eval had that prompt
+def test_only_what_a_change_touches_is_computed_again(place, change, settings, again):
     if change is not None:
         change(place)
     observer = Recorder()
     evaluate(place, observer, **settings)
     assert observer.computed == again
-
-
-def test_files_that_few_models_have_are_in_the_keys_too(tmp_path):
-    folder = save_tiny(tmp_path / "mine")
-
-    def keys():
-        return model_identity(manifest(folder)), suite.tokenizer_digest(folder)
-
-    before = keys()
-    (folder / "qwen.tiktoken").write_text("IQ== 0")
-    model, tokenizer = keys()
-    assert model == before[0] and tokenizer != before[1]
-    (folder / "model.safetensors.index.json").write_text("{}")
-    assert keys()[0] != model and keys()[1] == tokenizer
 
 
 @pytest.mark.parametrize("name", ["EVAL_VERSION", "machine", "harness"])
@@ -388,18 +335,13 @@ def entry_of(root, kind, task=None):
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated", "foreign", "not ours", "items gone", "items truncated", "items swapped"]
-)
+@pytest.mark.parametrize("damage", ["foreign", "items gone", "items swapped"])
 def test_an_entry_that_cannot_be_trusted_is_named_and_computed_again(world, place, damage):
     path, other = (entry_of(place, "task", task) for task in ("piqa", "winogrande"))
     table, others = path.with_suffix(".parquet"), other.with_suffix(".parquet")
     contents = {
-        "truncated": (path, path.read_bytes()[:100]),
         "foreign": (path, other.read_bytes()),
-        "not ours": (path, b"[1, 2]"),
         "items gone": (table, None),
-        "items truncated": (table, table.read_bytes()[:-20]),
         "items swapped": (table, others.read_bytes()),
     }
     bad, content = contents[damage]

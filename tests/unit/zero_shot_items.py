@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.evaluation.benchmarks import BENCHMARKS
+from blockpruner.evaluation.benchmarks import BENCHMARKS, MMLU_SUBJECTS
 from blockpruner.evaluation.tasks import write_task
 
 CHOICES = [name for name, row in BENCHMARKS.items() if row.has_choices]
@@ -185,26 +185,13 @@ ITEMS: dict[str, list[Item]] = {
         _aqua("Q: What is 2 + 3? Answer Choices:\nA:", ("(A)4", "(B)5", "(C)16", "(D)7", "(E)8"), 1),
         _aqua("Q: Half of 6? Answer Choices:\nA:", ("(A)3", "(B)2", "(C)1", "(D)60", "(E)0"), 0),
     ],
-    "mmlu_high_school_biology": [
-        _mmlu("high school biology", "A cell has", ("a nucleus", "wheels", "wings", "doors"), 0),
-        _mmlu("high school biology", "Leaves are", ("loud", "old", "green", "round"), 2),
-    ],
-    "mmlu_high_school_geography": [
-        _mmlu("high school geography", "The Nile is", ("a hill", "a river", "a city", "a sea"), 1),
-        _mmlu("high school geography", "Oslo is in", ("Peru", "Chad", "Iran", "Norway"), 3),
-    ],
-    "mmlu_marketing": [
-        _mmlu("marketing", "A brand is", ("a name", "a price", "a shop", "a tax"), 0),
-        _mmlu("marketing", "Price is one of the", ("five As", "four Ps", "two Cs", "six Ks"), 1),
-    ],
-    "mmlu_miscellaneous": [
-        _mmlu("miscellaneous", "A week has", ("5 days", "6 days", "7 days", "8 days"), 2),
-        _mmlu("miscellaneous", "Chess has", ("2 players", "3", "5", "9"), 0),
-    ],
-    "mmlu_world_religions": [
-        _mmlu("world religions", "A mosque is a place of", ("trade", "prayer", "war", "sport"), 1),
-        _mmlu("world religions", "Zen is", ("Buddhist", "Norse", "new", "Greek"), 0),
-    ],
+    **{
+        f"mmlu_{subject}": [
+            _mmlu(subject.replace("_", " "), "The Nile is", ("a hill", "a river", "a city", "a sea"), 1),
+            _mmlu(subject.replace("_", " "), "A week has", ("7 days", "6 days", "5 days", "8 days"), 0),
+        ]
+        for subject in MMLU_SUBJECTS
+    },
 }
 """Of the tasks with choices."""
 

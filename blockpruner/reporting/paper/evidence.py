@@ -143,7 +143,7 @@ def _read(folder: Path, dense: Path | None) -> Measured:
     fields = facts | {"average": None, "made": apart.get("made", {})}
     speed = apart.get("speed")
     return Measured(
-        Model.of(fields, {"heldout": facts["perplexity"]}, items[folder.name]),
+        Model.of(fields, items[folder.name]),
         None if dense is None else load_plan(folder / "plan.json"),
         Race.of(speed) if speed else None,
         apart.get("search", {}),

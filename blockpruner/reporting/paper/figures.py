@@ -1,4 +1,4 @@
-"""The figures of a study: quality against size and against speed with panels for each model, and the kinds of block."""
+"""The figures of a study: quality against size and against speed, with panels for each model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.core.errors import extra
-from blockpruner.methods.recipes import BLOCKPRUNER
 from blockpruner.reporting import plots
-from blockpruner.reporting.paper.evidence import Row
 from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.paper.tables import measured
 from blockpruner.reporting.plots import MARKS, REMOVED, Plot
@@ -31,7 +28,6 @@ SPEED_CAPTION = (
     "Held-out perplexity against the speed of generation, with 95 % intervals; lower and further right is better. The "
     "star is the dense model, numbers are % of the parameters removed."
 )
-KINDS_CAPTION = "The share of MHA among the blocks removed so far by BlockPruner."
 STYLES = ((":", "none"), ("--", "bottom"), ("-", "full"))
 """Line and filling of a marker: as pruned, compensated, trained after that."""
 SHAPES = [shape for _, shape in MARKS]
@@ -40,20 +36,16 @@ MANY_MARKS = [*MARKS, *((colour, shape) for (colour, _), shape in zip(MARKS, SHA
 LEGEND: dict[str, Any] = {"fontsize": 7.5, "loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
 
 
-def figures(frame: pd.DataFrame, rows: Sequence[Row] = ()) -> list[Plot]:
+def figures(frame: pd.DataFrame) -> list[Plot]:
     """Draw every figure of which something was measured."""
     known = measured(frame)
     models = [own for _, own in known.groupby("model", sort=False) if (own["recipe"] != DENSE).any()]
     timed = [own for own in models if "generation_x" in own and own["generation_x"].notna().any()]
-    searched = {row.subject.run: row for row in sorted(rows, key=_steps) if row.method == BLOCKPRUNER and _steps(row)}
     found = []
     if models:
         found.append(_draw("quality", QUALITY_CAPTION, models, (_perplexity, _accuracy)))
     if timed:
         found.append(_draw("speed", SPEED_CAPTION, timed, (_speed,)))
-    if searched:
-        longest = list(searched.values())
-        found.append(plots.render("kinds", KINDS_CAPTION, (8, 3.2), lambda figure: _kinds(figure, longest)))
     return found
 
 
@@ -115,21 +107,3 @@ def _speed(axes: Axes, own: pd.DataFrame) -> None:
     plots.scale_(axes, own["heldout_ppl"].tolist())
     plots.label_(axes, "generation, × dense", PERPLEXITY)
     axes.legend(**LEGEND)
-
-
-def _steps(row: Row) -> int:
-    return len(row.found.plan.order) if row.found and row.found.plan else 0
-
-
-def _kinds(figure: Figure, rows: Sequence[Row]) -> None:
-    axes = figure.subplots()
-    for row, (colour, shape) in zip(rows, MARKS, strict=False):
-        assert row.found and row.found.plan
-        order = [block for unit in row.found.plan.order for block in parse_mask(unit)]
-        gone = np.arange(1, len(order) + 1)
-        share = 100 * np.cumsum([block.kind is BlockKind.MHA for block in order]) / gone
-        label = f"{row.subject.model}, {row.subject.run}"
-        axes.plot(gone, share, color=colour, marker=shape, markersize=3.5, label=label)
-    axes.set_ylim(0, 104)
-    plots.label_(axes, "blocks removed", "MHA among them, %")
-    axes.legend(fontsize=7)

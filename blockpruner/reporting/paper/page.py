@@ -41,7 +41,7 @@ def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
 def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> None:
     """Write the tables and figures of a study in the place of `out`, as a whole or not at all."""
     frame, tables = models_frame(rows), study_tables(rows, published)
-    plots = figures(frame, rows)
+    plots = figures(frame)
     ours = dict.fromkeys(f"{row.subject.run}: {row.subject.labels.conditions}." for row in rows)
     made = made_line(made for row in rows if row.found for made in row.found.result.made)
     summary = results_page(title, frame, [*ours, made], [plot.name for plot in plots])
