@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import shutil
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,11 +24,12 @@ from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.suite import Checkpoint, InMemory
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
+from blockpruner.methods.healed import find_healed, save_healed
 from blockpruner.model.models import masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json, write_table
 from blockpruner.store.manifest import manifest
 from blockpruner.store.plans import load_plan
-from tests.plans import plan_of
+from tests.plans import SOMEONE, plan_of
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
 
@@ -184,6 +186,18 @@ def test_a_model_in_memory_gives_what_its_checkpoint_gives(world, place):
     again = Recorder()
     evaluate(place, again, subject=lambda dense: InMemory(dense, PLAN, rows))
     assert again.cached == PHASES
+
+
+def test_a_model_in_memory_has_its_healed_weights(place, tmp_path):
+    """A last norm of zeros makes all tokens equally likely."""
+    save_healed(tmp_path / "healed", {"model.norm.weight": torch.zeros(32)}, "it", "healed by hand", SOMEONE)
+    healed = find_healed([tmp_path / "healed"], "it")
+    rows, results = CalibrationSet(((1, 2, 3, 4),)), []
+    for weights in (None, healed):
+        subject = partial(InMemory, plan=PLAN, rows=rows, healed=weights)
+        results.append(evaluate(place, Recorder(), subject=subject, speed=None))
+    plain, changed = (found["perplexity"]["perplexity"] for found in results)
+    assert changed == pytest.approx(260) and plain != pytest.approx(260)
 
 
 def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch):

@@ -185,6 +185,12 @@ def test_facts_of_32_bits_are_of_no_origin(tmp_path, name):
     assert all(step.origin == {} for step in steps)
 
 
+@pytest.mark.parametrize(("dtype", "shared"), [("float32", True), ("bfloat16", False)])
+def test_a_32_bit_store_is_that_of_every_origin(tmp_path, dtype, shared):
+    own = TrialStore(store_fields(ROWS.digest, "m", dtype, "perplexity"), ROWS.row_keys, tmp_path)
+    assert (own.of({"device": "card 9"}) is own) is shared
+
+
 @pytest.mark.parametrize(
     "change", [{"torch": "2.10"}, {"device": "card 9"}, {"attention": "eager"}, {"batch_tokens": 16}, {}], ids=str
 )
