@@ -49,7 +49,8 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
             raise _refusal(package, sha256, result.stderr)
         for path in directory.iterdir():
             if file_sha256(path) != sha256:
-                raise InputError(f"{package}: {path.name} has sha256 {file_sha256(path)}, expected {sha256}")
+                message = f"{package}: {path.name} has sha256 {file_sha256(path)}, expected {sha256}"
+                raise InputError(message, rule="package-digest", key="sha256", value=sha256)
 
     replace_directory(kept, download)
     return next(iter(kept.iterdir()))

@@ -82,7 +82,10 @@ def test_an_sdist_is_fetched_and_not_built(tmp_path, monkeypatch):
     assert found.name == name and read_member(found, "tiny.data-1.0/texts.json") == b"[]"
     with refused("package-missing"):
         package_file("Tiny_Data==1.0", "0" * 64, tmp_path / "cache")
-    assert not spy.exists()
+    pages[f"https://index.invalid/simple/{name}"] += b"more"
+    with refused("package-digest"):
+        package_file("Tiny_Data==1.0", digest, tmp_path / "other")
+    assert not spy.exists() and not [*(tmp_path / "other").rglob(name)]
 
 
 def test_package_errors_leave_nothing(tmp_path, wheel):
