@@ -7,9 +7,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.methods.recipes import compensation, recipe, searches
 from blockpruner.methods.registry import check_score, kind_of_method
-from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.settings import Score
-from blockpruner.search.registry import SEARCHES
 from blockpruner.settings import Run, Target, score_of
 
 
@@ -30,19 +28,6 @@ def _check_search(run: Run, score: Score) -> None:
     kind = check_score(score)
     require_exports(run.export, kind, run.model.dtype)
     check_compensation(score, compensation(run.compensate.method, run.score.method))
-    metric, source = METRICS[score.metric], run.calibration.data.source
-    if metric.answers and source != "tasks":
-        raise InputError(
-            f"score.metric: {metric.name} needs the answers of items, and calibration.data.source: {source} has "
-            f"texts; set calibration.data.source: tasks, or score.metric: {NLL.name}",
-            rule="metric-of-answers", key="score.metric", value=metric.name,
-        )  # fmt: skip
-    asks = kind.removes_blocks and SEARCHES[score.method].asks != "nothing"
-    if asks and source == "tasks" and metric == NLL:
-        raise InputError(
-            f"score.metric: {metric.name} of answers given their questions is answer_likelihood; with "
-            "calibration.data.source: tasks set score.metric: answer_likelihood"
-        )
 
 
 def check_target(run: Run, target: Target) -> None:

@@ -22,7 +22,7 @@ NO_RUNS = frozenset({"sources"})
 """Files of runs/ that are something else: sources by name."""
 
 SOURCES = "sources.yaml"
-KINDS_OF_SOURCE = ("pypi", "pypi-parts", "hub", "path", "tasks", "mix")
+KINDS_OF_SOURCE = ("pypi", "pypi-parts", "hub", "path", "mix")
 """What `source` may be beside a name in runs/sources.yaml."""
 
 

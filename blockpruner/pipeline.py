@@ -20,15 +20,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.evaluation.settings import Evaluate, Perplexity
 from blockpruner.healing.settings import Compensate, Train
-from blockpruner.inputs.calibration import (
-    Answer,
-    CalibrationSet,
-    draw,
-    draw_in_turn,
-    draw_rows,
-    pack_answers,
-    sharing,
-)
+from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, sharing
 from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
@@ -54,8 +46,8 @@ JUDGING = 8
 class Pool:
     """The texts that a run draws from, by what they are for."""
 
-    search: Sequence[str] | Mapping[str, Sequence[Answer]]
-    """Calibration texts; or the right answers to items of some tasks, by task."""
+    search: Sequence[str]
+    """Calibration texts."""
     fit: Sequence[str] | None = None
     """Texts of the compensation; None: those of the search."""
     train: Sequence[str] | None = None
@@ -114,24 +106,15 @@ def calibrate(
     from blockpruner.healing.rows import compensation_rows, training_rows
 
     context = config.get("max_position_embeddings") or compensate.seq_len
-    answers = pool.search if isinstance(pool.search, Mapping) else None
-    texts = pool.fit if pool.fit is not None else (() if answers else pool.search)
-    assert not isinstance(texts, Mapping)
+    texts = pool.fit if pool.fit is not None else pool.search
     judge, reserved = NONE, set[str]()
-    if judged and texts:
+    if judged:
         judge, reserved = _set_aside(compensate, texts, tokenizer, context, pool.evaluated, note)
-    if isinstance(pool.search, Mapping):
-        drawn = draw_in_turn(pool.search, wanted.num_samples, wanted.seed)
-        search = pack_answers(drawn, tokenizer, wanted.seq_len)
-    else:
-        search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
-    if texts:
-        try:
-            fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved)
-        except InputError:  # no row comes out, which `heal` refuses where something is compensated
-            fit = NONE
-    else:  # the answers, with every token scored
-        fit = CalibrationSet(tuple(tuple(max(t, ~t) for t in row) for row in search.rows[: compensate.num_rows]))
+    search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
+    try:
+        fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved)
+    except InputError:  # no row comes out, which `heal` refuses where something is compensated
+        fit = NONE
     rows = Rows(search, fit, judge)
     if train is None or pool.train is None:
         return rows

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import NAME, Frozen, Model, Runtime, TaskAnswers, Texts, read_settings
+from blockpruner.core.settings import NAME, Frozen, Model, Runtime, Texts, read_settings
 from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, ZeroShot
 from blockpruner.healing.settings import Compensate, CompensationMethod, Train
 from blockpruner.inputs.settings import Calibration
@@ -47,26 +47,6 @@ class Run(Frozen):
         if len(set(value)) != len(value):
             raise ValueError(f"export: {list(value)} names the same format twice; keep one")
         return value
-
-    @model_validator(mode="after")
-    def _calibrates_on_nothing_that_is_evaluated(self) -> Run:
-        data, zero_shot = self.calibration.data, self.evaluate.zero_shot
-        if not isinstance(data, TaskAnswers):
-            return self
-        for task in data.tasks:
-            if task not in zero_shot.tasks:
-                raise ValueError(
-                    f"calibration.data.tasks: {task!r} is not among evaluate.zero_shot.tasks, whose data are used; "
-                    f"valid: {', '.join(zero_shot.tasks) or 'none'}"
-                )
-        if data.skip is not None and (zero_shot.limit is None or data.skip < zero_shot.limit):
-            scored = f"the first {zero_shot.limit} items" if zero_shot.limit else "every item"
-            raise ValueError(
-                f"calibration.data.skip: {data.skip} would calibrate on what is evaluated: evaluate.zero_shot.limit "
-                f"scores {scored}; set a limit of at most {data.skip}, or leave skip out and name only tasks with a "
-                "split that is not evaluated"
-            )
-        return self
 
 
 class Target(Frozen):
@@ -160,8 +140,6 @@ class Sources(Frozen):
     model: Model
     texts: dict[str, Texts]
     """The texts, by their use: perplexity, calibration, compensate, train."""
-    answers: TaskAnswers | None
-    """The items that the run is calibrated on, in place of texts."""
     zero_shot: ZeroShot
 
 
@@ -234,8 +212,7 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
         model=run.model,
         sources=Sources(
             model=run.model,
-            texts={role: data for role, data in texts.items() if data and not isinstance(data, TaskAnswers)},
-            answers=run.calibration.data if isinstance(run.calibration.data, TaskAnswers) else None,
+            texts={role: data for role, data in texts.items() if data},
             zero_shot=ZeroShot(data=run.evaluate.zero_shot.data, tasks=run.evaluate.zero_shot.tasks),
         ),
         calibration=run.calibration,

@@ -20,14 +20,7 @@ def main(name: str) -> None:
     tokenizer = load_tokenizer(checkpoint, settings.model.trust_remote_code)
     texts = {path.stem: read_texts(path) for path in sources.glob("*.parquet")}
     evaluated = held_out(tokenizer, texts["perplexity"], settings.heldout).documents
-    answers = settings.sources.answers
-    if answers is not None:
-        from blockpruner.evaluation.zero_shot import gold_answers  # loads lm-eval
-
-        items = {task: gold_answers(task, sources / "tasks", answers.skip) for task in answers.tasks}
-    pool = pipeline.Pool(
-        items if answers else texts["calibration"], texts.get("compensate"), texts.get("train"), evaluated
-    )
+    pool = pipeline.Pool(texts["calibration"], texts.get("compensate"), texts.get("train"), evaluated)
     sections_ = (wanted, settings.compensate, settings.train)
     rows = pipeline.calibrate(*sections_, pool, tokenizer, config, note, judged=settings.judged)
     rows.save(DATA / "calibration" / name, wanted.data.source)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from blockpruner.core.progress import observer
-from blockpruner.evaluation.benchmarks import unscored_items
 from blockpruner.evaluation.tasks import check_tasks, fetch_tasks
 from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.inputs.texts import load_texts, write_texts
@@ -16,9 +15,6 @@ from stages import CACHE, DATA, PINS, run, sections
 def main(name: str) -> None:
     wanted, note, out = sections(name).sources, observer().note, DATA / "sources" / name
     check_tasks(wanted.zero_shot)
-    if wanted.answers is not None:
-        for task in wanted.answers.tasks:
-            unscored_items(task, wanted.answers.skip)  # raises before anything is downloaded
 
     def build(directory: Path) -> None:
         for role, data in wanted.texts.items():

@@ -27,8 +27,6 @@ def origin(source: Any) -> str:
         return str(source.path)
     if source.source == "mix":
         return " + ".join(map(origin, source.of))
-    if source.source == "tasks":
-        return f"right answers of {', '.join(source.tasks)}"
     return str(getattr(source, "repo", "the tasks' own hub data sets"))
 
 

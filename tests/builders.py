@@ -65,7 +65,7 @@ class FakeScorer:
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         for task in tasks:
             for mask in task.masks:
-                asked = [(task.metric.key, task.base, mask, row) for row in task.span]
+                asked = [(task.metric.name, task.base, mask, row) for row in task.span]
                 self.asked += asked
                 yield ScoredRows(mask, task.span, tuple(self._loss(*question) for question in asked))
 

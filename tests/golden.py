@@ -260,13 +260,6 @@ def rows(world: World, **changes: Any) -> Any:
     return pq.read_table("data/calibration/rows/search.parquet").column("input_ids").to_pylist()
 
 
-def answers(world: World) -> Any:
-    data = {"source": "tasks", "tasks": ["piqa"], "skip": 3}
-    section = CALIBRATION | {"data": data, "packing": "per_sample", "num_samples": 1, "seq_len": 100}
-    world.start("answers", score={"metric": "answer_likelihood"}, calibration=section)
-    return pq.read_table("data/calibration/answers/search.parquet").column("input_ids").to_pylist()
-
-
 FEW = {"perplexity": "greedy", "block_influence": "one_shot"}
 LOSSES = FEW | {"kl": "greedy", "js": "greedy", "relative_magnitude": "one_shot", "angular_distance": "one_shot",
                 "taylor": "one_shot"}  # fmt: skip
@@ -465,7 +458,7 @@ ENTRIES: dict[str, dict[str, Entry]] = {
         f"{packing}, split {split}": Entry(partial(rows, packing=packing, split=split, num_samples=6))
         for packing in ("joined", "per_sample")
         for split in ("paper", "all")
-    } | {"answers": Entry(answers)},
+    },
     "SCORE_VERSION": {variant: Entry(partial(losses, variant=variant), loose(variant)) for variant in VARIANTS},
     "SEARCH_VERSION": {
         name: Entry(partial(search, section={"method": "greedy"} | section)) for name, section in SEARCHES.items()

@@ -70,11 +70,11 @@ def measure(place: Place, run: Run, path: Path) -> dict[str, Any]:
     runtime = read_settings(Runtime, {"device": place.device})
     with (
         open_material(dense, run.model, runtime, place.root, place.observer) as given,
-        open_stores([NLL.key], rows, given.identity, given.dtype, place.root, place.observer) as stores,
+        open_stores([NLL.name], rows, given.identity, given.dtype, place.root, place.observer) as stores,
     ):
 
         def scored() -> tuple[list[MaskScore], Counts]:
-            objective = Objective(rows, stores[NLL.key], given.scorer, place.observer)
+            objective = Objective(rows, stores[NLL.name], given.scorer, place.observer)
             return objective([DENSE, *masks]), objective.counts
 
         place.observer.begin("curve")

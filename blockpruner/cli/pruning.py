@@ -20,7 +20,7 @@ from blockpruner.core.errors import InputError, missing
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import HubModel, LocalModel, Runtime, TaskAnswers, read_settings
+from blockpruner.core.settings import HubModel, LocalModel, Runtime, read_settings
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
@@ -108,7 +108,6 @@ class Place:
 
         config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
-        assert not isinstance(run.calibration.data, TaskAnswers)
         texts, dense = load_texts(run.calibration.data, self.root / "cache", self.pins), self.fetch(run)
         pool = pipeline.Pool(texts, train=None if run.train is None else texts)
         tokenizer, base = load_tokenizer(dense, run.model.trust_remote_code), checkpoint_identity(dense)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from blockpruner.core.errors import InputError
 
@@ -173,26 +173,6 @@ Texts = Annotated[PypiTexts | HubTexts | LocalTexts | MixedTexts, Field(discrimi
 
 
 ALPACA = HubTexts(source="hub", repo="tatsu-lab/alpaca")
-
-
-class TaskAnswers(Frozen):
-    """Right answers to items of the run's zero-shot tasks that are not evaluated."""
-
-    source: Literal["tasks"]
-    tasks: tuple[str, ...] = Field(min_length=1)
-    skip: int | None = Field(default=None, ge=1)
-    """Items to pass over in a task that has only the evaluated split."""
-
-    @property
-    def title(self) -> str:
-        return f"answers to {', '.join(self.tasks)}"
-
-    @field_validator("tasks")
-    @classmethod
-    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) != len(value):
-            raise ValueError(f"tasks {list(value)} name the same task twice; keep one")
-        return value
 
 
 class Runtime(Frozen):

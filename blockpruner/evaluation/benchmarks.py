@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.core.errors import InputError
 from blockpruner.core.registry import Registry
 
 CHOICES = "multiple_choice"
@@ -100,11 +99,6 @@ class Benchmark:
         others = scores[:gold] + scores[gold + 1 :]
         return math.exp(right - best) / math.fsum(math.exp(score - best) for score in scores), right - max(others)
 
-    @property
-    def has_spare_split(self) -> bool:
-        """One of its splits is not evaluated."""
-        return len(self.splits) == len(EVALUATION_SPLITS)
-
     def chance(self, items: pa.Table) -> float | None:
         """The expected accuracy of guessing: the mean over items of 1 / choices, 0 where there are none; None where the
         metric is no accuracy."""
@@ -112,32 +106,6 @@ class Benchmark:
             return 0.0 if self.is_accuracy else None
         choices = items.column("loglikelihoods").combine_chunks().value_lengths().to_pylist()
         return math.fsum(1 / count for count in choices) / len(choices)
-
-
-def unscored_items(name: str, skip: int | None) -> tuple[str, int]:
-    """The split that holds items which are not evaluated, and the number of its first such item.
-
-    A task with two splits gives all of the one that lm-eval does not score (ARC: validation). Another task gives what
-    follows the first `skip` items of its only split.
-
-    Raises:
-        InputError: the task is unknown or has no choices, or it has one split only and there is no `skip`.
-    """
-    row = BENCHMARKS[name]
-    if not row.has_choices:
-        raise InputError(
-            f"calibration.data.tasks: {name} is not multiple choice, so it has no right choice to calibrate on; valid: "
-            f"{', '.join(other.name for other in BENCHMARKS.values() if other.has_choices)}"
-        )
-    if row.has_spare_split:
-        return EVALUATION_SPLITS[0], 0
-    if skip is None:
-        spare = ", ".join(other.name for other in BENCHMARKS.values() if other.has_choices and other.has_spare_split)
-        raise InputError(
-            f"benchmark {name} has no split apart from the one that is evaluated; set calibration.data.skip to at "
-            f"least evaluate.zero_shot.limit, and items after those are drawn; or calibrate on {spare} alone"
-        )
-    return next(iter(row.splits)), skip
 
 
 def _documents(content: bytes) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Zero-shot scores through lm-eval, and the answers that calibration may score. No other module imports lm-eval.
+"""Zero-shot scores through lm-eval. No other module imports lm-eval.
 
 Decides how lm-eval is run (its own `hf` model class over a model in memory, stock prompts, no few-shot examples; of its
 computations only log-likelihoods are ours, in `choices`) and what is kept of an item. Tasks come from files that
@@ -29,12 +29,11 @@ import pyarrow as pa
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from blockpruner.core.errors import InputError, extra
-from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, Benchmark, unscored_items
+from blockpruner.core.errors import extra
+from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, Benchmark
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.tasks import require_stock
-from blockpruner.inputs.calibration import Answer
 from blockpruner.model import accelerator
 
 with extra("eval"):
@@ -126,36 +125,6 @@ def _confident(row: Benchmark, definition: Any, items: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(found, schema=ITEMS)
 
 
-def gold_answers(task: str, task_dir: Path, skip: int | None) -> list[Answer]:
-    """Prompt and right answer of every item that is not evaluated, as lm-eval scores them.
-
-    They are the items of `benchmarks.unscored_items` without those whose prompt an evaluated item has too (in the full
-    data, 2 of ARC-Challenge's 299, and 3 of PIQA's 1,788 after the first 50). Near twins of other wording stay.
-
-    Args:
-        task_dir: holds <task>/<task>.yaml.
-        skip: for a task with one split, how many items at its start may be evaluated.
-
-    Raises:
-        InputError: the task has no choices, one split and no `skip`, or no such item.
-    """
-    split, first = unscored_items(task, skip)
-    with _quiet():
-        definition = _load(task, task_dir)["tasks"][task]
-        items = list(definition.validation_docs() if split == "validation" else definition.test_docs())
-        evaluated = items[:first] if first else list(definition.eval_docs)
-        prompts = {prompt for item in evaluated for prompt, _ in _requests(definition, item)}
-        answers = [_requests(definition, item)[_gold(definition, item)] for item in items[first:]]
-    answers = [answer for answer in answers if answer[0] not in prompts]
-    if not answers:
-        raise InputError(
-            f"benchmark {task} has no item to calibrate on: of its {len(items)} {split} items none after the first "
-            f"{first} asks what no evaluated item asks; lower calibration.data.skip and evaluate.zero_shot.limit, or "
-            f"leave {task} out of calibration.data.tasks"
-        )
-    return answers
-
-
 class _Harness(HFLM):  # type: ignore[misc]
     """lm-eval's own model class, reporting progress instead of drawing a bar."""
 
@@ -219,12 +188,6 @@ def _load(task: str, task_dir: Path) -> Any:
     # lm-eval bootstraps the standard error of this very function: minutes for LAMBADA, in forks of this process
     aggregation.update({metric: partial(how) for metric, how in aggregation.items() if how is perplexity})
     return loaded
-
-
-def _requests(definition: Any, doc: dict[str, Any]) -> list[Answer]:
-    """Prompt and continuation of each choice, as lm-eval makes them (`Task.build_all_requests`)."""
-    context = definition.fewshot_context(doc, 0, gen_prefix=definition.doc_to_prefix(doc))
-    return [request.args for request in definition.construct_requests(doc, context)]
 
 
 def _loglikelihoods(kind: str, responses: list[Any]) -> list[float]:

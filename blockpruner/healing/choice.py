@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import TaskAnswers, Texts
+from blockpruner.core.settings import Texts
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
@@ -80,7 +80,7 @@ def choose(
     return replace(best, facts={**best.facts, "judged": judged})
 
 
-def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts | TaskAnswers) -> None:
+def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
     """Write what was chosen, as a whole or not at all.
 
     Args:

@@ -1,7 +1,7 @@
 """The calibration set: which samples are drawn, and how they become token rows.
 
 Decides sampling, packing, which tokens are scored and the set's digest. Where texts come from, and where a response
-begins in one, is decided in `texts`. How a benchmark item reads, and what is evaluated, is decided in `evaluation`.
+begins in one, is decided in `texts`. What is evaluated is decided in `evaluation`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,6 @@ from blockpruner.store.files import read_table, write_table
 
 CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
 
-Answer = tuple[str, str]
-"""The prompt of a benchmark item, and its right answer, which continues the prompt."""
-
 FEWEST_SCORED = 16
 """A row of text with fewer scored tokens is dropped: its mean says little, and weighs as much as that of a long row.
 Where rows are shorter than 64 tokens, a quarter of a row is enough."""
@@ -40,7 +37,7 @@ class CalibrationSet:
 
     rows: tuple[tuple[int, ...], ...]
     """Token ids. A row's first token is not scored. Neither are tokens that are only given to the model, such as the
-    question before an answer: they are stored as `~id`, a negative number. All other tokens are scored."""
+    instruction before a response: they are stored as `~id`, a negative number. All other tokens are scored."""
     dropped: int = field(default=0, compare=False)
     """How many rows were left out, since too few of their tokens are scored."""
 
@@ -309,58 +306,6 @@ def cut(ids: Sequence[int], seq_len: int, repeated: int = 0) -> list[tuple[int, 
     """Cut tokens into rows of `seq_len`, and drop the tail. The first `repeated` tokens stand before each row."""
     head, ids, size = tuple(ids[:repeated]), ids[repeated:], seq_len - repeated
     return [(*head, *ids[i : i + size]) for i in range(0, len(ids) - size + 1, size)]
-
-
-def draw_in_turn(pools: Mapping[str, Sequence[Answer]], num_samples: int, seed: int) -> list[Answer]:
-    """Draw `num_samples` answers evenly over tasks.
-
-    The tasks give one answer each in turn. The first of k tasks give one more where k does not divide `num_samples`.
-    The first rows of the set, on which a race decides, then come from all tasks. A task gives a
-    `random.Random(seed).sample` of its own answers.
-
-    Raises:
-        InputError: a task has fewer answers than its share.
-    """
-    drawn: dict[str, list[Answer]] = {}
-    for number, (task, pool) in enumerate(pools.items()):
-        share = len(range(number, num_samples, len(pools)))
-        if share > len(pool):
-            raise InputError(
-                f"calibration.num_samples {num_samples} over {len(pools)} tasks asks for {share} items of {task}, "
-                f"which has {len(pool)} that are not evaluated; lower it to at most {len(pools) * len(pool)}, or leave "
-                f"{task} out of calibration.data.tasks"
-            )
-        drawn[task] = random.Random(seed).sample(list(pool), share)
-    return [answer for turn in zip_longest(*drawn.values()) for answer in turn if answer is not None]
-
-
-def pack_answers(answers: Sequence[Answer], tokenizer: Any, seq_len: int) -> CalibrationSet:
-    """Tokenize (prompt, answer) pairs into one row each. The prompt's tokens are given, the answer's are scored.
-
-    The border between them follows lm-eval's rule (`TemplateLM._encode_pair`): spaces that end the prompt belong to the
-    answer, and both texts are tokenized together; the prompt alone shows how many of these tokens are the prompt's. A
-    row longer than `seq_len` loses the beginning of its prompt. No prompt may be empty.
-
-    Raises:
-        InputError: an answer does not fit into `seq_len` with one token before it, or has no token.
-    """
-    rows, longest = [], 0
-    for prompt, answer in answers:
-        given = tokenizer.encode(prompt.rstrip())
-        scored = tokenizer.encode(prompt + answer)[len(given) :]
-        if not scored:
-            raise InputError(
-                f"the answer {answer!r} to {prompt!r} has no token of its own in this tokenizer, and nothing of it can "
-                "be scored; leave its task out of calibration.data.tasks"
-            )
-        rows.append(tuple(~token for token in given) + tuple(scored))
-        longest = max(longest, len(scored))
-    if longest >= seq_len:
-        raise InputError(
-            f"calibration.seq_len {seq_len} is too short: the longest answer is {longest} tokens, and a row holds "
-            f"at least one token of the prompt before it; give at least {longest + 1}, or choose other tasks"
-        )
-    return CalibrationSet(tuple(row[-seq_len:] for row in rows))
 
 
 def check_context(seq_len: int, config: dict[str, Any], key: str) -> None:

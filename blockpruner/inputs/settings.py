@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from blockpruner.core.settings import ALPACA, Frozen, HubTexts, LocalTexts, MixedTexts, PypiTexts, TaskAnswers
+from blockpruner.core.settings import ALPACA, Frozen, MixedTexts, Texts
 
 
 def _has_responses(data: Any) -> bool:
@@ -18,9 +18,7 @@ def _has_responses(data: Any) -> bool:
 class Calibration(Frozen):
     """The token rows on which blocks are scored. The defaults are the paper's."""
 
-    data: Annotated[PypiTexts | HubTexts | LocalTexts | MixedTexts | TaskAnswers, Field(discriminator="source")] = (
-        ALPACA
-    )
+    data: Texts = ALPACA
     num_samples: int = Field(default=256, ge=1)
     """How many texts are drawn."""
     num_rows: int | None = Field(default=None, ge=1)
@@ -29,9 +27,7 @@ class Calibration(Frozen):
     """Tokens in a row."""
     packing: Literal["joined", "per_sample"] = "joined"
     """How rows are made. joined: they are cut from all samples joined; per_sample: a row is one sample's beginning."""
-    split: Literal["paper", "all"] = Field(
-        default_factory=lambda given: "all" if isinstance(given["data"], TaskAnswers) else "paper"
-    )
+    split: Literal["paper", "all"] = "paper"
     """Which texts are drawn from: all, or (the default) the tenth that the paper's code splits off."""
     score: Literal["all", "response"] = Field(
         default_factory=lambda given: "response" if given["split"] == "all" and _has_responses(given["data"]) else "all"
@@ -45,21 +41,5 @@ class Calibration(Frozen):
         if self.num_rows is not None and (self.packing != "joined" or self.split != "all"):
             raise ValueError(
                 "num_rows is for joined rows of all texts; set packing: joined and split: all, or num_samples"
-            )
-        if not isinstance(self.data, TaskAnswers):
-            return self
-        if self.score == "response":
-            raise ValueError("score: response is for texts; with data.source: tasks the answers are scored anyway")
-        if self.packing != "per_sample":
-            raise ValueError(
-                f"packing: {self.packing} does not fit data.source: tasks, where a row is one item; "
-                "set packing: per_sample"
-            )
-        if self.split != "all":
-            raise ValueError(f"split: {self.split} is for texts; with data.source: tasks set split: all")
-        if self.num_samples < len(self.data.tasks):
-            raise ValueError(
-                f"num_samples: {self.num_samples} gives no item to some of the {len(self.data.tasks)} tasks; give at "
-                f"least {len(self.data.tasks)}, or name fewer tasks"
             )
         return self

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Hub, MixedTexts, TaskAnswers, Texts
+from blockpruner.core.settings import Hub, MixedTexts, Texts
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import replace_parameters_
 from blockpruner.store.files import DIGEST
@@ -47,7 +47,7 @@ def save_healed(
     weights: Mapping[str, Tensor],
     of: str,
     words: str,
-    data: Texts | TaskAnswers,
+    data: Texts,
     since: Healed | None = None,
 ) -> None:
     """Write the file of `weights` in `folder`; `of` and `words` are as in `Healed`.

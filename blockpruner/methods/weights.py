@@ -79,7 +79,7 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
     from blockpruner.scoring.engine import Engine
 
     chosen = read_options(name, options, job.score.options)
-    loss, observer = NLL.key, job.material.observer
+    loss, observer = NLL.name, job.material.observer
     fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump(), "version": version}
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
     with job.stores([loss]) as stores, LazyScorer(lambda: Engine(job.material.dense())) as scorer:

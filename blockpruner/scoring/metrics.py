@@ -27,8 +27,6 @@ class Metric:
     units_text: str
     formula: str
     """The formula, and the paper that it is from."""
-    stored_as: str = ""
-    """Name in trial stores where it is not `name`: metrics that store the same number share their trials."""
     influence: bool = False
     """Computed from the model as it is, without removing the unit: from the hidden states of one forward pass, or from
     a gradient."""
@@ -37,17 +35,6 @@ class Metric:
     set: a set that has some of the rows cannot use them."""
     reference: bool = False
     """Compares with the logits of the dense model."""
-    answers: bool = False
-    """Needs rows of items, in which only the right answers are scored."""
-
-    @property
-    def key(self) -> str:
-        """The name under which trials are stored."""
-        return self.stored_as or self.name
-
-    @property
-    def is_nll(self) -> bool:
-        return self.key == NLL.key
 
     @property
     def compute(self) -> Callable[..., Any]:
@@ -65,11 +52,6 @@ NLL = Metric(
 
 METRICS = Registry("score.metric", Metric, [
     NLL,
-    Metric(
-        "answer_likelihood", LOSSES + "token_nll", "likelihood of the right answers",
-        "nats per token of the right answer", "the mean of -log p(token) over the right answers of items",
-        stored_as=NLL.key, answers=True,
-    ),
     Metric(
         "kl", LOSSES + "token_kl", "KL divergence", "nats per token",
         "KL(p || q) from the dense model's distribution p to the pruned model's q",
@@ -108,6 +90,6 @@ def stored_under(key: str, calibration: str) -> str:
     """The name of a metric in the fields of a trial store; that of a gradient holds the digest of the calibration set.
 
     Args:
-        key: a metric's `key`.
+        key: a metric's name.
     """
     return f"{key} of {calibration}" if key in METRICS and METRICS[key].gradient else key

@@ -54,7 +54,7 @@ class Request:
     @property
     def losses(self) -> tuple[str, ...]:
         """What is stored, each in a trial store of its own. Every choice is also reported in perplexity."""
-        return tuple(sorted({self.metric.key, NLL.key}))
+        return tuple(sorted({self.metric.name, NLL.name}))
 
     @property
     def fields(self) -> dict[str, Any]:

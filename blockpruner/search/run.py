@@ -77,9 +77,9 @@ def search(
     seen = observer or SilentObserver()
 
     def searched() -> Traces:
-        own = nll = Objective(calibration, stores[request.metric.key], scorer, seen, request.metric)
-        if request.metric.key != NLL.key:
-            nll = Objective(calibration, stores[NLL.key], scorer, seen)
+        own = nll = Objective(calibration, stores[request.metric.name], scorer, seen, request.metric)
+        if request.metric.name != NLL.name:
+            nll = Objective(calibration, stores[NLL.name], scorer, seen)
         found: dict[str, list[Iteration]] = {}
         for budget, iterations in _Run(request, own, nll, resources, seen).traces(budgets).items():
             found[budget] = []

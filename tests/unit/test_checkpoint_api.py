@@ -206,7 +206,6 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         ({"budget": 22.0}, ""),
         ({"budget": "1.2x"}, ""),
         ({"method": "laco"}, "method-of-weights"),
-        ({"metric": "answer_likelihood"}, "metric-of-answers"),
         ({"metric": lambda logits, targets, dense: 0, "cache": "kept"}, "cache-of-function"),
         ({"texts": "one string"}, "texts-one-string"),
         ({"texts": TEXTS[:1]}, "too-few-rows"),

@@ -29,7 +29,6 @@ from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import choice, train
 from blockpruner.model.models import load_model, masked, prune_
-from blockpruner.params import named_sources, run_schema
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
 from tests.fakes import Hub, PushHub
@@ -527,8 +526,3 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     floor = next(line for line in metadata.requires("blockpruner") if line.startswith("typer"))
     assert checks["typer"]["lacks"] == f"0.1 is not {floor[5:]}: pip install '{floor}'"
     assert say("doctor", "--cache", "texts.txt/inner")[0] == 1
-
-
-def test_schema_is_that_of_run_files(say):
-    code, out, _ = say("schema")
-    assert code == 0 and json.loads(out) == run_schema(named_sources())

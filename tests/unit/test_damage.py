@@ -1,7 +1,5 @@
 """Files made by hypothesis, whole, damaged, malicious: each gives what was put in, or an InputError."""
 
-import json
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -52,12 +50,6 @@ def refused_or(name, read, *arguments):
 
 # --- texts and items ----------------------------------------------------------------------------------------------
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=5),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.sampled_from(["text", "x"]), children),
-    max_leaves=6,
-)
-
 
 @given(content=st.binary(max_size=200), form=st.sampled_from(["alpaca", "text", "wikipedia"]))
 @many
@@ -65,21 +57,6 @@ def test_bytes_that_are_no_texts_are_refused(content, form):
     for name in ("x.json", "x.jsonl", "x.parquet", "x.txt"):
         found = refused_or(name, parse_texts, content, name, form)
         assert found is None or all(isinstance(text, str) for text in found)
-
-
-@given(value=json_values)
-@many
-def test_json_that_is_no_records_is_refused(value):
-    found = refused_or("x.json", parse_texts, json.dumps(value).encode(), "x.json", "text")
-    assert found is None or found == [record["text"] for record in value]
-
-
-@given(content=st.binary(max_size=200))
-@many
-def test_items_that_are_none_are_refused(content, tmp_path):
-    (tmp_path / "piqa_validation.parquet").write_bytes(content)
-    with pytest.raises(InputError, match="piqa"):
-        tables_from_folder("piqa", tmp_path)
 
 
 ITEMS_OF = {

@@ -19,7 +19,6 @@ from transformers import AutoConfig, LlamaTokenizer, PreTrainedTokenizerFast, Qw
 from blockpruner.checkpoints import gguf, verification, verify_llama_cpp
 from blockpruner.checkpoints.gguf import TEXT, export_gguf
 from blockpruner.checkpoints.packing import require_fit
-from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import reference_outputs
 from blockpruner.checkpoints.vocabulary import CASED, CONTRACTED, vocabulary
 from blockpruner.core.blocks import BlockKind, parse_mask
@@ -378,7 +377,3 @@ def lower_cased():
 def test_tokenizers_without_an_equal_are_refused(tokenizer, message):
     with pytest.raises(InputError, match=rf"the tokenizer .*{message}.*supported: byte-level BPE.*Use export: \[hf\]"):
         vocabulary(tokenizer(), {"vocab_size": 304})
-
-
-def test_families_are_those_that_are_refused_before_a_search():
-    assert set(gguf.WHOLE) == set(EXPORTS["gguf"].families)

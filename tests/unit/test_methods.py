@@ -207,7 +207,7 @@ def test_adjacent_layers(metric):
         assert step.removed == min(runs, key=wanted.__getitem__)
 
 
-def test_answer_likelihood_is_perplexity_over_the_scored_tokens():
+def test_perplexity_is_over_the_scored_tokens():
     rows = CalibrationSet((row(9, 1, given=5), row(12, 2, given=10), row(6, 3, given=2)))
 
     def loss(mask):
@@ -219,7 +219,7 @@ def test_answer_likelihood_is_perplexity_over_the_scored_tokens():
             found.append(-np.mean([lp[t - 1, tokens[t]].item() for t in range(1, len(tokens)) if tokens[t] >= 0]))
         return np.mean(found)
 
-    found = Searched(rows=rows, metric="answer_likelihood")
+    found = Searched(rows=rows)
     assert found.losses == pytest.approx({format_mask(u): loss(u) for u in units_of()}, abs=1e-10)
     assert found.order == brute_greedy(units_of(), lambda removed, u: loss(removed | u))
 
@@ -331,7 +331,6 @@ def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
     assert run(tmp_path, budget="3blocks") == ({}, "mha.0,mha.1,mha.2")
     # one-shot asks for the scores of single blocks, which greedy knows; its masks are greedy's
     assert run(tmp_path, method="one_shot") == ({}, "mha.0,mha.1")
-    assert run(tmp_path, metric="answer_likelihood") == ({}, "mha.0,mha.1")
     # Jensen-Shannon is of its own, and so is an influence within what a first removal leaves
     assert run(tmp_path, metric="js") == ({"js": 12, "perplexity": 1}, "mlp.0,mlp.1")
     assert run(tmp_path, metric="block_influence") == ({"block_influence": 5}, "mlp.1,mlp.2")

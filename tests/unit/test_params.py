@@ -36,19 +36,6 @@ def edited_run(tmp_path, edit):
     return load_run("r", tmp_path)
 
 
-def answers(limit=50, packing="per_sample", split="all", num_samples=10, metric="answer_likelihood", **data):
-    """An edit of a run: calibration on the answers of tasks."""
-
-    def edit(values):
-        tasks = {"source": "tasks", "tasks": ["piqa", "arc_easy"], "skip": 50} | data
-        values["calibration"].update(data=tasks, packing=packing, split=split, num_samples=num_samples, score="all")
-        values["calibration"].pop("num_rows", None)
-        values["score"]["metric"] = metric
-        values["evaluate"]["zero_shot"]["limit"] = limit
-
-    return edit
-
-
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "runs").glob("*.yaml") if path.stem not in NO_RUNS])
 def test_shipped_runs_are_valid(name):
     text = (ROOT / "runs" / f"{name}.yaml").read_text()
@@ -187,13 +174,6 @@ def test_bad_params(tmp_path, changes, key, words):
 BAD_RUNS = [
     (lambda v: v["calibration"].update(nsamples=1), "calibration.nsamples"),
     (lambda v: v["model"].update(pakage="x"), "model.pypi.pakage"),
-    (answers(tasks=["piqa", "piqa"]), "calibration.data.tasks.tasks"),
-    (answers(tasks=["boolq"]), ""),
-    (answers(skip=49), ""),
-    (answers(limit=None), ""),
-    (answers(packing="joined"), "calibration"),
-    (answers(split="paper"), "calibration"),
-    (answers(num_samples=1), "calibration"),
     (lambda v: v["score"].update(unit="layer", candidates="mha"), "score"),
     (lambda v: v["score"].update(options={"width": 2}), "score.options.width"),
     (lambda v: v.update(export=["gguf"]), "export"),
@@ -220,19 +200,12 @@ def test_a_mistake_is_a_line_with_the_file_the_key_and_the_value(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (answers(metric="perplexity"), "set score.metric: answer_likelihood"),
-        (lambda v: v["score"].update(metric="answer_likelihood"), "needs the answers of items"),
         (lambda v: v.update(export=["gguf", "hf"], score={"method": "slicegpt"}), "valid with it: hf"),
     ],
 )
 def test_sections_that_do_not_fit_together(tmp_path, edit, words):
     with pytest.raises(InputError, match=words):
         edited_run(tmp_path, edit)
-
-
-@pytest.mark.parametrize("edit", [answers(), answers(skip=None, limit=None), answers(skip=60, num_samples=2)])
-def test_calibration_on_answers(tmp_path, edit):
-    assert edited_run(tmp_path, edit).calibration.data.tasks == ("piqa", "arc_easy")
 
 
 NAMES = ("../smollm2", "a" * 101, "é", "a; touch P", "a\n", "a.b", "sources")

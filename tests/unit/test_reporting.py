@@ -372,21 +372,6 @@ def test_the_numbers_in_short_have_the_intervals_of_scipy(tmp_path: Path) -> Non
     assert "tokens/s, × 1.12 [" in shown["Generation"]
 
 
-def test_the_page_has_samples_and_commands_of_every_target(report: Path) -> None:
-    text = (report / "index.html").read_text()
-    assert ">Why &lt;blue&gt;?</th>" in text and "Why <blue>" not in text
-    assert [f">answer {i}</td>" in text for i in range(4)] == [True, True, True, False]
-    for name in ("tiny-a", "tiny-b"):
-        folder = report.parent / "checkpoints" / name
-        for command in (
-            f"blockpruner chat {folder}/hf",
-            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf --host 127.0.0.1 --port 8000",
-            f"llama-server -m {folder}/gguf/model-Q8_0.gguf --port 8080",
-        ):
-            assert f"<pre>{command}</pre>" in text
-    assert "tiny-b/nas" not in text and text.index("Use tiny-b") < text.index("Use tiny-a")
-
-
 class _Page(HTMLParser):
     """Collects everything that a browser would load, and ids."""
 
@@ -655,16 +640,6 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build(data, world)
     write_report(data / "report", "Several", NAMES, LABELS, data, False)
     return data
-
-
-def test_the_front_is_of_all_models(several: Path) -> None:
-    points = {
-        row["target"]: (-float(row["speedup_generation"]), float(row["perplexity_heldout"]))
-        for row in _csv(several / "report" / "curve.csv")
-    }
-    worse = {a for a, p in points.items() for q in points.values() if q[0] <= p[0] and q[1] <= p[1] and q != p}
-    front = {row["target"] for row in _csv(several / "report" / "curve.csv") if row["front"] == "1"}
-    assert front == points.keys() - worse and len(points) == 3 * len(SEVERAL)
 
 
 def test_runs_that_cannot_be_compared_are_kept_apart(several: Path) -> None:

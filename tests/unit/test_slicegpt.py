@@ -20,7 +20,6 @@ from blockpruner.methods.slicegpt.widths import (
     sliced_ratio,
     width_for_ratio,
 )
-from blockpruner.model import modeling_slicegpt
 from tests.shapes import SHAPES
 from tests.tiny import tiny_model
 
@@ -267,16 +266,3 @@ def test_what_cannot_be_sliced():
     ):
         with pytest.raises(InputError, match=message):
             slice_(model, ROWS, width)
-
-
-@pytest.mark.parametrize("family", SLICEABLE)
-def test_modelling_classes_say_what_the_row_says(family):
-    """The shipped file repeats what it needs of the row, since it must not import blockpruner."""
-    row = FAMILIES[family]
-    model = getattr(modeling_slicegpt, f"{row.prefix}SliceGPTForCausalLM")
-    assert [block[:2] for block in modeling_slicegpt.BLOCKS] == [(b.norm, b.module) for b in (row.mha, row.mlp)]
-    assert (row.layers, row.final_norm, row.head) == ("model.layers", "model.norm", "lm_head")
-    assert model.config_class.model_type == f"{family}_slicegpt"
-    assert model.config_class().sliced_width == model.config_class().hidden_size
-    assert model.config_class(hidden_size=64).sliced_width == 64
-    assert model._no_split_modules == (model.layer_class.__name__,)

@@ -238,14 +238,6 @@ def test_tensors_that_are_not_aligned_to_their_items(tmp_path):
     assert streamed == pytest.approx(in_memory, abs=1e-12)
 
 
-@pytest.mark.parametrize("keep", [4, 1000, -100])
-def test_a_torn_file_is_named(tmp_path, keep):
-    file = save(tmp_path) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(InputError, match=r"model\.safetensors cannot be read as safetensors.*fetch"):
-        StreamingEngine(tmp_path, "float64", device="cpu")
-
-
 def test_a_missing_shard_or_no_weights_are_named(tmp_path):
     save(tmp_path, shard="60KB")
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()

@@ -26,13 +26,10 @@ from blockpruner.methods.registry import check_score
 from blockpruner.params import load_run
 from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.evidence import FIVE, Asked, Row, Subject, read_rows
-from blockpruner.reporting.paper.figures import figures
-from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
-from blockpruner.reporting.paper.published import MODELS, read_published
+from blockpruner.reporting.paper.published import read_published
 from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
 from blockpruner.reporting.results import RunLabels
-from blockpruner.reporting.table import to_markdown
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Target
 from blockpruner.store.files import write_sealed_json, write_table
@@ -107,12 +104,6 @@ def test_a_study_that_is_wrong_is_refused(rule, change):
     grids = [{"methods": ["floating"], "budgets": ["0.1"]}]
     with refused(rule):
         targets_of(read_settings(Study, {"title": "t", "runs": ["a"], "grids": grids} | change))
-
-
-def test_an_unknown_study_names_those_that_there_are():
-    with refused("unknown-study") as caught:
-        load_study("mine", ROOT / "studies")
-    assert "gemma3" in str(caught.value)
 
 
 # The tables
@@ -298,11 +289,6 @@ def test_rows_of_the_paper_follow_ours_at_the_nearest_ratio(tmp_path):
     assert minutes["BlockPruner", "here"] == 1.5 and minutes["BlockPruner", "paper"] == 45
 
 
-def test_a_model_that_the_paper_lacks_has_none_of_its_rows(rows):
-    found = tables_of(rows)
-    assert set(found["table1"]["source"]) == {"here"} and "table4" not in found and "table10" not in found
-
-
 def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
     study = study_of(["blockpruner", "shortgpt", "laco", "taylor"], ["0.20"])
     folder = evidence(tmp_path / "evidence", study)
@@ -316,13 +302,6 @@ def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
     assert reasons["tiny-laco-b20"] == "stage score failed: removes 6 or 8 layers"
     assert "different items" in reasons["tiny-taylor-b20"]
     assert "- tiny-laco-b20: stage score failed" in results_page("A study", frame, (), ())
-
-
-def test_a_study_of_which_nothing_is_measured_has_pages(tmp_path):
-    rows = rows_of(STUDY, tmp_path / "nothing")
-    write_study(tmp_path / "tables", "A study", rows, PUBLISHED)
-    assert "Nothing is measured yet." in (tmp_path / "tables" / "results.md").read_text()
-    assert models_frame(rows)["reason"].ne("").all()
 
 
 def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
@@ -354,22 +333,6 @@ def test_a_study_writes_its_tables_figures_and_pages(written, rows):
     assert "&lt;tiny&gt;" in html and "<tiny>" not in html
 
 
-def test_figures_are_of_what_was_measured(rows):
-    frame = models_frame(rows).drop(columns=["generation_x", "generation_x_low", "generation_x_high"])
-    assert [plot.name for plot in figures(frame)] == ["quality"]
-    assert figures(frame.assign(reason="lost")) == []
-
-
-def test_a_cell_has_its_number_error_and_interval():
-    cells = {"method": "a & b|c", "avg_pct": 47.2, "avg_pct_se": 3.03, "kv_pct": -20.0, "heldout_x": 1234.567}
-    frame = pd.DataFrame([cells | {"heldout_x_low": 1.5, "heldout_x_high": 2e3, "piqa": None}])
-    table = table_of_frame("t", "A table", frame)
-    shown = dict(zip(table.head, table.texts[0], strict=True))
-    assert shown == {"method": "a & b|c", "accuracy, %": "47.2 ± 3.0", "KV cache, %": "−20",
-                     "held-out, × dense": "1,234.57 [1.50, 2,000.00]"}  # fmt: skip
-    assert to_markdown(table).splitlines()[2].startswith("| a & b\\|c | 47.2 ± 3.0 |")
-
-
 # docs/
 
 
@@ -395,10 +358,3 @@ def test_publish_copies_a_study_and_fills_the_pages(written):
     assert lines[2].startswith("  | method | removed, % |") and lines[-2:] == ["  <!-- /table -->", "b"]
     page = (root / "docs" / "results.md").read_text()
     assert all((root / "docs" / link).exists() for link in re.findall(r"\]\((results/\w+\.png)\)", page))
-
-
-def test_models_of_the_paper_have_runs():
-    repos = {
-        getattr(load_run(path.stem, ROOT / "runs").model, "repo", "") for path in (ROOT / "runs").glob("*-*b.yaml")
-    }
-    assert repos >= MODELS.keys()

@@ -374,12 +374,3 @@ def test_an_export_that_was_changed_since_is_not_measured(place, change):
     path.write_bytes(path.read_bytes()[:-1] + b" " if path.exists() else b"")
     with pytest.raises(InputError, match=rf"pruned is not what was verified: {change} changed, or came or went"):
         evaluate(place, Recorder())
-
-
-def test_bad_input(place):
-    with pytest.raises(InputError, match="evaluate.zero_shot.tasks is empty; name at least one of piqa"):
-        evaluate(place, Recorder(), zero_shot={"tasks": []})
-    with pytest.raises(InputError, match="'boolq' is unknown; valid: piqa"):
-        evaluate(place, Recorder(), zero_shot={"tasks": ["boolq"]})
-    with pytest.raises(InputError, match="evaluate.perplexity.seq_len 600 is longer than the model's context of 512"):
-        evaluate(place, Recorder(), perplexity={"seq_len": 600})

@@ -262,15 +262,6 @@ def test_a_foreign_log_is_set_aside(log):
     assert log.with_name("log.jsonl.bad").exists() and not log.exists()
 
 
-def test_a_full_disk_is_an_error_for_users(log, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"log\.jsonl: no space left"):
-        Journal(log, {"of": "tests"}).append({"n": 4})
-
-
 # --- iteration tables ---------------------------------------------------------------------------------------------
 
 

@@ -224,7 +224,7 @@ TEXTS = {
 def tables_of(name: str) -> dict[str, pa.Table]:
     """The items as the split that is scored. A task's other split holds the last item only."""
     table = pa.Table.from_pylist([item.row for item in ITEMS[name]] if name in ITEMS else TEXTS[name])
-    if BENCHMARKS[name].has_spare_split:
+    if len(BENCHMARKS[name].splits) == 2:
         return {"validation": table.slice(table.num_rows - 1), "test": table}
     return dict.fromkeys(BENCHMARKS[name].splits, table)
 

@@ -40,12 +40,12 @@ def score(job: Job) -> tuple[Current, Counts]:
     asked, observer = request(job.score), job.material.observer
     rows = job.calibration
     special: dict[str, Any] = {"latency": job.latency} if asked.options.price == "latency" else {}
-    loss = asked.metric.key
+    loss = asked.metric.name
     fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **special})
     current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
     with job.stores(asked.losses) as stores:
         seeded = seed_stores(
-            job.folder / fingerprint, fingerprint, stores[loss], stores[NLL.key], asked.metric.influence
+            job.folder / fingerprint, fingerprint, stores[loss], stores[NLL.name], asked.metric.influence
         )
         for problem in seeded:
             observer.note(f"warning: {problem}")
