@@ -30,7 +30,7 @@ from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import Healed, set_weights_
 from blockpruner.methods.kind import Material
-from blockpruner.methods.recipes import OWN_ROWS, RECOMMENDED, compensation, searches, sections
+from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
 from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.model.models import prune_, resolve_device
 from blockpruner.scoring.engine import Engine
@@ -232,6 +232,11 @@ def prune(
             "cache keeps scores by a metric's name, and a function may change; give a row, or no cache",
             rule="cache-of-function", key="cache",
         )  # fmt: skip
+    if search is not None and search.name in RECIPES:
+        raise InputError(
+            f"a search of your own is called {search.name!r}, as a recipe is; give it another name",
+            rule="name-of-recipe", key="method", value=search.name,
+        )  # fmt: skip
     with ExitStack() as stack:
         if search is not None:
             stack.enter_context(SEARCHES.added(search))
@@ -275,12 +280,7 @@ def _prune(
     rows = pipeline.calibrate(
         run.calibration, run.compensate, None, pool, tokenizer, config, observer.note, judged=judged, at_most=True
     )
-    if method != "none" and len(rows.fit.rows) < 2:
-        raise InputError(
-            f"compensate {method} is fitted to rows of {run.compensate.seq_len} tokens and checked on others, and the "
-            f"texts fill {len(rows.fit.rows)}; give more texts, or compensate='none'",
-            rule="too-few-rows", key="texts",
-        )  # fmt: skip
+    pipeline.require_fit(rows, run.compensate, method)
     identity = _identity(model) if cache is not None else IN_MEMORY
     dtype = str(model.dtype).removeprefix("torch.")
     material = Material(identity, dtype, config, cache, Engine(model, batch_tokens), lambda: model, observer)

@@ -32,10 +32,10 @@ def _check_search(run: Run, score: Score) -> None:
 
 def check_target(run: Run, target: Target) -> None:
     """Refuse keys of a target that do not fit its run; raises InputError."""
-    found = searches(score_of(run, target.method)).values()
-    for score in found:
+    own = target.compensate or compensation(run.compensate.method, target.method or run.score.method)
+    for score in searches(score_of(run, target.method)).values():
         check_score(score)
-        check_compensation(score, target.compensate or "none")
+        check_compensation(score, own)
     if target.train and run.train is None:
         raise InputError(
             f"train: true needs a train section in runs/{target.run}.yaml; add one (train: {{}} is the paper's "

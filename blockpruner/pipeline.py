@@ -109,7 +109,8 @@ def calibrate(
     texts = pool.fit if pool.fit is not None else pool.search
     judge, reserved = NONE, set[str]()
     if judged:
-        judge, reserved = _set_aside(compensate, texts, tokenizer, context, pool.evaluated, note)
+        judge, documents = _set_aside(compensate, texts, tokenizer, context, pool.evaluated, note)
+        reserved = documents | sharing({*texts, *pool.search, *(pool.train or ())}, documents)
     search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
     try:
         fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved)
@@ -124,6 +125,16 @@ def calibrate(
     return replace(rows, train=trained, validation=validation or NONE)
 
 
+def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:
+    """Refuse, before a search, a compensation with too few rows to fit to some and to check on others."""
+    if method != "none" and len(rows.fit.rows) < 2:
+        raise InputError(
+            f"compensate {method} is fitted to rows of {wanted.seq_len} tokens and checked on others, and the texts "
+            f"fill {len(rows.fit.rows)}; give more texts, or compensate: none",
+            rule="too-few-rows", key="compensate",
+        )  # fmt: skip
+
+
 def _set_aside(
     wanted: Compensate,
     texts: Sequence[str],
@@ -132,8 +143,8 @@ def _set_aside(
     evaluated: Sequence[str],
     note: Callable[[str], object],
 ) -> tuple[CalibrationSet, set[str]]:
-    """The rows that judge, and the texts that nothing else may see: those in the rows, and others that share a
-    paragraph with one. They are the last ones of the order in which texts are drawn, so that first draws stay."""
+    """The rows that judge, and the texts in them, which nothing else may see. They are the last ones of the order in
+    which texts are drawn, so that first draws stay."""
     from blockpruner.evaluation.perplexity import held_out
 
     known = sharing(texts, evaluated)
@@ -150,7 +161,7 @@ def _set_aside(
             "search of the recipe is made"
         )
         return NONE, set()
-    return CalibrationSet(found.rows), sharing(texts, found.documents) | set(found.documents)
+    return CalibrationSet(found.rows), set(found.documents)
 
 
 def score(

@@ -178,7 +178,7 @@ def results(chosen: Chosen, states: Mapping[str, State[Any]]) -> list[dict[str, 
             if found or failed:
                 rows.append({"model": metrics.stem, **found, "why": failed[0].message if failed else ""})
     keys = dict.fromkeys(key for row in rows for key in row)
-    return [{key: row.get(key) for key in (*(keys.keys() - {"why"}), "why")} for row in rows]
+    return [{key: row.get(key) for key in (*(key for key in keys if key != "why"), "why")} for row in rows]
 
 
 def with_links(report: Path) -> str:

@@ -38,6 +38,7 @@ def run(stage: str, main: Callable[[str], object]) -> None:
     item = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[2]
     name = f"{stage} {item}".rstrip()
     started = time.monotonic()
+    _GIVEN.clear()
     try:
         files = [path for path in (Path("params.yaml"), *sorted(Path("runs").glob("*.yaml"))) if path.exists()]
         digests = {str(path): file_sha256(path) for path in files}

@@ -29,8 +29,8 @@ def search_of(name: str, run_name: str) -> dict[str, float]:
     path = DATA / "provenance" / f"{run_name}-search.json"
     if not path.exists():
         return {}
-    method = target(name).method or next(iter(sections(run_name).score))
-    found = read_json(path).get(method, {}).values()
+    searched = read_json(path)  # the run's own method comes first
+    found = searched.get(target(name).method or next(iter(searched), ""), {}).values()
     reused, computed, seconds = (
         sum(counts[key] for counts in found) for key in ("trials_reused", "trials_computed", "seconds")
     )

@@ -71,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
             start_gradients()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup` tests that share a module's fixture run in one worker, and all others anywhere."""
     for item in items:

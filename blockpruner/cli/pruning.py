@@ -37,7 +37,7 @@ from blockpruner.store.files import read_json
 from blockpruner.store.manifest import require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields
 from blockpruner.store.provenance import fingerprint
-from blockpruner.versions import PLAN_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
+from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
 
 if TYPE_CHECKING:
     from blockpruner.methods.apply import Pruning
@@ -115,8 +115,8 @@ class Place:
         rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self.observer.note, judged=judged, at_most=True)
         key = self._key(run, rows, method, base, budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
-        if healed.exists():
-            self._require_free(run, out, load_plan(healed / choice.PLAN))
+        self._require_free(run, out, load_plan(healed / choice.PLAN) if healed.exists() else None)
+        pipeline.require_fit(rows, run.compensate, method)
         with open_material(dense, run.model, self._runtime, self.root, self.observer) as material:
             counts = pipeline.score(material, rows, run.score, [budget], traces, self._latency(run, dense, traces))
             if not healed.exists():
@@ -141,7 +141,7 @@ class Place:
         """What decides the compensated model."""
         facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
         digests = [part.digest for part in (rows.search, rows.fit, rows.judge)]
-        version = [SEARCH_VERSION, PLAN_VERSION, WEIGHTS_VERSION]
+        version = [SCORE_VERSION, SEARCH_VERSION, PLAN_VERSION, WEIGHTS_VERSION]
         return fingerprint(
             {**facts, "method": method, "base": base, "rows": digests, "budget": budget, "version": version}
         )
@@ -243,10 +243,10 @@ class Place:
     def _places(self, run: Run, out: Path) -> dict[str, Path]:
         return {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
 
-    def _require_free(self, run: Run, out: Path, plan: Plan) -> None:
+    def _require_free(self, run: Run, out: Path, plan: Plan | None) -> None:
         """Refuse, before a search, a place that holds another model than this plan's."""
         for place in self._places(run, out).values():
-            _is_there(place, replace(plan, train=run.train is not None))
+            _is_there(place, plan and replace(plan, train=run.train is not None))
 
     def _export(self, run: Run, pruning: Pruning, out: Path) -> dict[str, Any]:
         words, places = "" if pruning.healed is None else pruning.healed.words, self._places(run, out)
@@ -295,10 +295,11 @@ def own_dtype(config: Config) -> str:
     return found if found in ("bfloat16", "float16", "float64") else "float32"
 
 
-def _is_there(place: Path, plan: Plan, words: str | None = None) -> bool:
+def _is_there(place: Path, plan: Plan | None, words: str | None = None) -> bool:
     """Whether a folder holds the whole checkpoint of a plan; raises InputError if it holds anything else.
 
     Args:
+        plan: None where it is not known yet.
         words: what the model card says of healing (`Healed.words`); None: they are not compared.
     """
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
@@ -307,7 +308,7 @@ def _is_there(place: Path, plan: Plan, words: str | None = None) -> bool:
     held = load_plan(file) if file.is_file() else None
     card = place / "README.md"
     other = words is not None and card.exists() and words not in card.read_text(encoding="utf-8")
-    if held is None or other or replace(held, target=plan.target) != plan:
+    if held is None or plan is None or other or replace(held, target=plan.target) != plan:
         raise InputError(
             f"--out {place} is not empty and holds something else; choose another folder, or remove it",
             rule="place-not-empty", key="out", value=str(place),

@@ -68,11 +68,14 @@ class Registry(Mapping[str, Row]):
     @contextmanager
     def added(self, row: Row) -> Iterator[Row]:
         """A row for a while, for instance in a test."""
+        name = getattr(row, self._key)
+        is_new = name not in self._rows
         self.add(row)
         try:
             yield row
         finally:
-            del self._rows[getattr(row, self._key)]
+            if is_new:
+                del self._rows[name]
 
     def _all(self) -> dict[str, Row]:
         if not self._is_extended:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.settings import Calibration
-from blockpruner.inputs.texts import response_start
+from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, response_start
 from blockpruner.store.files import read_table, write_table
 
 CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
@@ -93,7 +93,7 @@ def draw(
             smaller one. "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in
             half, both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         key: what asks for so many in the run file, for the message.
-        reserved: texts that are passed over. They are left out after the order is drawn, which stays the same.
+        reserved: texts that are passed over. They are left out after the order of "all" is drawn, which stays the same.
 
     Raises:
         InputError: there are fewer texts than `num_samples`.
@@ -133,6 +133,12 @@ def without_evaluated(texts: Sequence[str], evaluated: Iterable[str]) -> list[st
     return [text for text in texts if text not in known]
 
 
+TEMPLATE = frozenset(
+    line.casefold() for text in (ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT) for line in text.splitlines()
+)
+"""Lines of the Alpaca template, which say nothing about where a text is from."""
+
+
 def sharing(texts: Iterable[str], others: Iterable[str]) -> set[str]:
     """The texts that share a paragraph with one of the others."""
     known = {paragraph for text in others for paragraph in _paragraphs(text)}
@@ -141,7 +147,7 @@ def sharing(texts: Iterable[str], others: Iterable[str]) -> set[str]:
 
 def _paragraphs(text: str) -> set[str]:
     lines = (" ".join(line.split()).casefold() for line in text.splitlines())
-    return {line for line in lines if len(line) >= 50}
+    return {line for line in lines if len(line) >= 50} - TEMPLATE
 
 
 def pack_rows(

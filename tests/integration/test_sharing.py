@@ -44,7 +44,7 @@ def test_a_clone_computes_only_what_is_new(project, tmp_path):
 
 def test_a_changed_file_of_a_remote_is_refused(project, tmp_path):
     """By the setting that docs/operations.md asks for: DVC by itself looks at no content."""
-    remote, plan = shutil.copytree(project.parent / "remote", tmp_path / "remote"), "data/plans/small/plan.json"
+    remote, plan = shutil.copytree(project.parent / "remote", tmp_path / "remote"), "data/plans/small/greedy.json"
     md5 = hashlib.md5((project / plan).read_bytes()).hexdigest()
     (stored,) = remote.rglob(md5[2:])
     stored.chmod(0o644)

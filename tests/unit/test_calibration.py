@@ -7,7 +7,7 @@ from tokenizers import processors
 
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
-from blockpruner.inputs.calibration import CalibrationSet, beginning, draw, draw_rows, pack_rows
+from blockpruner.inputs.calibration import CalibrationSet, beginning, draw, draw_rows, pack_rows, sharing
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
 from blockpruner.scoring.engine import Engine
@@ -138,3 +138,8 @@ def test_num_rows_are_the_first_rows_of_all_texts_joined():
         draw_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 9999}), (), print)
     with pytest.raises(ValueError, match="num_rows is for joined rows of all texts"):
         Calibration(data=DATA, num_rows=5)
+
+
+def test_the_alpaca_template_makes_no_text_share_a_paragraph():
+    texts = [ALPACA_WITHOUT_INPUT.format(instruction=f"Say {i}.", output=f"{i} " * 40) for i in range(5)]
+    assert sharing(texts, texts[:2]) == set(texts[:2])
