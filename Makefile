@@ -75,7 +75,7 @@ test-newest: RESOLUTION := highest
 test-floors test-newest: test-%: $(LOCK)/bin/uv
 	$(LOCK)/bin/uv venv --quiet --clear --python $(PYTHON) $(VENV)-$*
 	$(LOCK)/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) --editable '.[dag,dev,ray]'
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n $(JOBS) --dist loadgroup $(CORE)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n $(JOBS) $(CORE)
 
 demo: $(VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
@@ -94,7 +94,7 @@ check: setup
 
 # One thread for each of the workers and of the processes that they start.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS)
 
 test: check
 	$(PYTEST)

@@ -1,6 +1,6 @@
 """Tests run beside each other: one torch thread each, no hub, nothing that depends on how fast the machine is.
 
-Property tests draw the same 40 examples where the same modules are imported, and and 100 in
+Property tests draw the same 40 examples where the same modules are imported, and 100 in
 `make test-slow`; `pytest --hypothesis-profile=explore` draws others.
 """
 
@@ -8,7 +8,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -21,6 +23,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="blockpruner-tests-")  
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import forking
 from tests.fake_devices import SETUP, start_gradients
@@ -71,11 +74,24 @@ def pytest_configure(config: pytest.Config) -> None:
             start_gradients()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With `--dist loadgroup` tests that share a module's fixture run in one worker, and all others anywhere."""
-    fixtures = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
-    if any(definitions[-1].scope == "module" for definitions in fixtures):
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
+@cache
+def _shares_fixtures(path: str) -> bool:
+    return 'scope="module"' in Path(path).read_text()
+
+
+class _Scheduling(LoadScopeScheduling):
+    """Tests of a file that shares fixtures run in one worker, and all others anywhere.
+
+    xdist's own `loadgroup` does not see its groups with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.split("::")[0]
+        return path if _shares_fixtures(str(self.config.rootpath / path)) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
+    return _Scheduling(config, log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -407,6 +407,7 @@ def test_a_row_that_does_not_fit_is_one_line(checkpoints):
 def test_training_that_does_not_fit_is_one_line(checkpoints, tmp_path):
     with fake_devices(1) as (card,):
         student, rows = prune_(load_model(checkpoints("llama"), "float64"), MASK), CalibrationSet(tuple(EQUAL))
+        gc.collect()
         card.limit = card.live + 40_000
         with pytest.raises(DeviceMemoryError, match=r"training on 2 rows of up to 32 tokens .* lower train.batch"):
             train_(student, rows, recipe(distill=0.0), teacher=None, validation=None, states=tmp_path,
