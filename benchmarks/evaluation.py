@@ -4,10 +4,9 @@
 
 All score `data/models/smollm2` in float32: the command `lm_eval run --model hf` at a batch size of 8 (by default it is
 1), its model class in this process, and ours, for which lm-eval makes the requests and the scores. Prints for each task
-the seconds (the least of the rounds), their quotients, that of the FLOPs, how far the log-likelihoods of both classes
-are from ours in float64 at most, and how many items are scored otherwise. The command runs once. Its clock begins
-before the model is loaded, and so does ours beside it. All read the task, so a small limit makes quotients smaller.
-Needs `dvc repro fetch@smollm2`.
+the seconds (the least of the rounds), their quotients, and how many items are scored otherwise. The command runs once.
+Its clock begins before the model is loaded, and so does ours beside it. All read the task, so a small limit makes
+quotients smaller. Needs `dvc repro fetch@smollm2`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,8 +26,7 @@ from unittest import mock
 from lm_eval.models.huggingface import HFLM
 
 from benchmarks.scoring import SMOLLM2, TEXT
-from blockpruner.core.families import Config, count_parameters
-from blockpruner.evaluation import choices, zero_shot
+from blockpruner.evaluation import zero_shot
 from blockpruner.evaluation.benchmarks import ACCURACIES
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, set_threads
@@ -41,21 +39,6 @@ class Stock(zero_shot._Harness):
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         return HFLM._loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=override_bs)
-
-
-def flops_ratio(config: Config, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
-    """FLOPs of lm-eval's passes over ours, without padding and attention scores, for (given, continuation) pairs."""
-    head = config["vocab_size"] * config["hidden_size"]
-    body = count_parameters(config).total - head  # the embedding is tied to the head
-    given = [
-        choices.Continuation(number, (*before, *after), len(after)) for number, (before, after) in enumerate(requests)
-    ]
-    theirs = sum(len(one.tokens) - 1 for one in given) * (body + head)
-    read = sum(
-        group.common + sum(len(one.tokens) - 1 - group.common for one in group.requests)
-        for group in choices.groups(given)
-    )
-    return theirs / (read * body + sum(one.scored for one in given) * head)
 
 
 def command_seconds(task: str, limit: int, threads: int) -> float:
@@ -89,12 +72,10 @@ def main() -> None:
     began = time.perf_counter()
     model, tokenizer = load_model(SMOLLM2, "float32"), load_tokenizer(SMOLLM2)
     loading = time.perf_counter() - began
-    wide = load_model(SMOLLM2, "float64")
     classes = {"lm-eval": Stock, "ours": zero_shot._Harness}
     total = dict.fromkeys(("command", *classes), 0.0)
-    print("| task | lm_eval, s | ours, s | ratio | its class, s | ratio | of FLOPs | its class off, nats | ours off | "
-          "items that differ |")  # fmt: skip
-    print("|---|" + "---:|" * 9)
+    print("| task | lm_eval, s | ours, s | ratio | its class, s | ratio | items that differ |")
+    print("|---|" + "---:|" * 6)
     for task in given.tasks.split(","):
         seconds: dict[str, list[float]] = {name: [] for name in classes}
         found = {}
@@ -105,28 +86,13 @@ def main() -> None:
                     result = zero_shot.evaluate(model, tokenizer, task, TEXT.parent / "tasks", given.limit)
                     seconds[name].append(time.perf_counter() - start)
                 found[name] = result.items.to_pylist()
-        with mock.patch.object(zero_shot, "answers", wraps=choices.answers) as asked:
-            exact = zero_shot.evaluate(wide, tokenizer, task, TEXT.parent / "tasks", given.limit).items.to_pylist()
-        bound = flops_ratio(model.config.to_dict(), asked.call_args.args[1])
-        off = {
-            name: max(
-                abs(x - y)
-                for a, b in zip(exact, items, strict=True)
-                for x, y in zip(a["loglikelihoods"], b["loglikelihoods"], strict=True)
-            )
-            for name, items in found.items()
-        }
         pairs = list(zip(found["lm-eval"], found["ours"], strict=True))
         differ = sum(any(a[metric] != b[metric] for metric in ACCURACIES) for a, b in pairs)
         known = {name: min(taken) for name, taken in seconds.items()}
         known["command"] = command_seconds(task, given.limit, given.threads)
         total = {name: total[name] + known[name] for name in total}
-        print(
-            f"| {task} | {timed(known, loading)} | {bound:.2f} | {off['lm-eval']:.1e} | {off['ours']:.1e} | "
-            f"{differ} of {len(pairs)} |",
-            flush=True,
-        )
-    print(f"| all | {timed(total, loading * len(given.tasks.split(',')))} |" + " |" * 4)
+        print(f"| {task} | {timed(known, loading)} | {differ} of {len(pairs)} |", flush=True)
+    print(f"| all | {timed(total, loading * len(given.tasks.split(',')))} | |")
 
 
 if __name__ == "__main__":

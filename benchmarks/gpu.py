@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.flops import Flops
@@ -46,9 +45,6 @@ from blockpruner.store.provenance import commit, environment
 
 NO_DEVICE = "no accelerator: rehearsal at tiny shapes"
 GIB = 2**30
-
-APART = 0.25
-"""The largest distance of two computations of one loss, relative to what a mask moves it (`apart`)."""
 
 
 @dataclass(frozen=True)
@@ -135,41 +131,11 @@ def clocked(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-Losses = Mapping[Mask, Mapping[int, float]]
-"""The mean NLL of each row under each mask."""
-
-
-def losses_of(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> Losses:
-    found: dict[Mask, dict[int, float]] = {mask: {} for mask in masks}
+def scored(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> None:
+    """Score all rows under each mask."""
     tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))]
-    for unit in engine.run(tasks, rows):
-        found[unit.mask] |= dict(zip(unit.span, unit.loss, strict=True))
-    return found
-
-
-def apart(found: Losses, other: Losses) -> float:
-    """How far losses are apart, relative to how far those of masks are from the dense model's: means over rows and
-    masks. Rounding of random models is near 0, other masks or rows are near 1 or beyond. NaN, which no check lets pass,
-    if one has rows or masks less.
-    """
-    if {m: sorted(rows) for m, rows in found.items()} != {m: sorted(rows) for m, rows in other.items()}:
-        return math.nan
-    pairs = [(loss, other[mask][row], other[DENSE][row]) for mask in found for row, loss in found[mask].items() if mask]
-    removed = sum(abs(there - dense) for _, there, dense in pairs)
-    return sum(abs(here - there) for here, there, _ in pairs) / removed if removed else math.nan
-
-
-def singles(layers: int) -> list[Mask]:
-    return [frozenset({block}) for block in all_blocks(layers)]
-
-
-def nll_of(logits: Tensor, ids: Tensor) -> list[float]:
-    """The mean NLL of each row, from logits [B, T, V] in whatever dtype; row by row, in float32 at least."""
-    found = []
-    for row, targets in zip(logits, ids[:, 1:], strict=True):
-        wide = row[:-1].to(torch.promote_types(row.dtype, torch.float32))
-        found.append((wide.logsumexp(-1) - wide.gather(-1, targets[:, None])[:, 0]).double().mean().item())
-    return found
+    for _ in engine.run(tasks, rows):
+        pass
 
 
 # -- sweep --
@@ -178,13 +144,14 @@ def nll_of(logits: Tensor, ids: Tensor) -> list[float]:
 def sweep(s: Setting, found: Found) -> None:
     """The first iteration of the exact search, then some of its masks by full forward passes."""
     model, rows = s.model(), s.data
-    flops, masks = Flops.of(model.config.to_dict(), s.rows, s.length), [DENSE, *singles(len(decoder_layers(model)))]
+    flops, masks = Flops.of(model.config.to_dict(), s.rows, s.length), [DENSE]
+    masks += [frozenset({block}) for block in all_blocks(len(decoder_layers(model)))]
     engine = Engine(model)
     rate = matrix_rate(model, s.tokens)
-    losses_of(engine, rows, [DENSE])  # to warm up
+    scored(engine, rows, [DENSE])  # to warm up
     if s.is_real:
         accelerator.reset_peak(s.device)
-    seconds, losses = clocked(s.device, partial(losses_of, engine, rows, masks))
+    seconds, _ = clocked(s.device, partial(scored, engine, rows, masks))
     exact = flops.exact(masks)
     found.add(**{
         "masks": len(masks), "rows": s.rows, "tokens of each": s.length, "exact iteration, s": seconds,
@@ -193,26 +160,19 @@ def sweep(s: Setting, found: Found) -> None:
     })  # fmt: skip
 
     some = [masks[i * len(masks) // s.sample] for i in range(min(s.sample, len(masks)))]
-    spent, plain, size = 0.0, {}, s.rows
+    spent, size = 0.0, s.rows
     while s.is_real and size > 1 and 5 * size * s.length * 2 * s.vocabulary > accelerator.free_memory(s.device):
         size = -(-size // 2)
     parts = [torch.tensor(rows[i : i + size], device=s.device) for i in range(0, s.rows, size)]
     full_forward(model, DENSE, parts[0])
     for mask in some:
-        values: list[float] = []
         for ids in parts:
-            taken, (_, logits) = clocked(s.device, partial(full_forward, model, mask, ids))
-            spent += taken
-            values += nll_of(logits, ids)
-            del logits
-        plain[mask] = dict(enumerate(values))
+            spent += clocked(s.device, partial(full_forward, model, mask, ids))[0]
     naive = flops.naive(some) / spent
     found.add(**{
         "full forward passes, rows at once": size, "full forward passes, TFLOP/s": naive / 1e12,
         "gain in time": flops.naive(masks) / naive / seconds, "bound by FLOPs": flops.naive(masks) / exact,
     })  # fmt: skip
-    what = "row NLL to full forward passes, relative to what a mask moves"
-    found.check(what, apart({mask: losses[mask] for mask in some}, plain), APART)
 
 
 # -- refit, export --

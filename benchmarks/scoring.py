@@ -1,9 +1,10 @@
 """What scoring costs: full forward passes, as the paper's public code does, against the exact sweep and acceleration.
 
-    python -m benchmarks.scoring iteration [smollm2 | llama2-7b] [layers]   one iteration, 8 rows of 128 tokens, float32
-    python -m benchmarks.scoring search [removals] [seed ...]               greedy on SmolLM2, exact and lazy+race
+    python -m benchmarks.scoring iteration                      one iteration
+    python -m benchmarks.scoring search [removals] [seed ...]   greedy, exact and lazy+race
 
-Each prints Markdown. SmolLM2 must be in data/models/smollm2 (`dvc repro fetch@smollm2`).
+Each prints Markdown, for SmolLM2 in float32 and 8 rows of 128 tokens. The model must be in data/models/smollm2 (`dvc
+repro fetch@smollm2`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from benchmarks.flops import Flops
-from benchmarks.shapes import random_model, random_rows
 from blockpruner.core.blocks import DENSE, Mask, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Config
 from blockpruner.inputs.calibration import CalibrationSet, draw, pack_rows
@@ -78,64 +78,37 @@ def matrix_rate(model: PreTrainedModel, tokens: int) -> float:
     return sum(2 * n * m.weight.numel() for m, n in linears) / statistics.median(seconds)
 
 
-class Meter:
-    """Measures seconds and peak resident memory of pieces of work that take turns in one process; a piece ends when the
-    device is done with it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds: dict[str, float] = {}
-        self.peak: dict[str, int] = {}
-
-    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        started = time.perf_counter()
-        result = work()
-        accelerator.synchronize(self._device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        self.peak[name] = max(self.peak.get(name, 0), peak)
-        return result
-
-
-def iteration(shape: str, layers: int | None) -> dict[str, Any]:
+def iteration() -> dict[str, Any]:
     """The first iteration of a greedy search: dense and every block removed; naive and exact take turns."""
-    if shape == "smollm2":
-        model, rows = load_model(SMOLLM2, "float32"), calibration_rows(42)
-    else:
-        changes = {} if layers is None else {"num_hidden_layers": layers}
-        model = random_model(shape, torch.float32, **changes)
-        rows = CalibrationSet(tuple(map(tuple, random_rows(model.config.vocab_size, ROWS, LENGTH))))
+    model, rows = load_model(SMOLLM2, "float32"), calibration_rows(42)
     ids, depth = torch.tensor(rows.rows, device=model.device), model.config.num_hidden_layers
     masks = [DENSE, *(frozenset({block}) for block in all_blocks(depth))]
     engine, flops = Engine(model, ROWS * LENGTH), Flops.of(model.config.to_dict(), ROWS, LENGTH)
-    meter = Meter(model.device)
-    rate = matrix_rate(model, ROWS * LENGTH)
+    seconds = dict.fromkeys(("naive", "exact", "race"), 0.0)
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        accelerator.synchronize(model.device)
+        seconds[name] += time.perf_counter() - started
+        return result
+
     full_forward(model, DENSE, ids)
     walk = engine.run([Task(range(ROWS), tuple(masks))], rows.rows)
     worst = 0.0
     for done in range(len(masks)):
-        unit: ScoredRows = meter("exact", lambda: next(walk))
-        _, logits = meter("naive", lambda unit=unit: full_forward(model, unit.mask, ids))
+        unit: ScoredRows = timed("exact", lambda: next(walk))
+        _, logits = timed("naive", lambda unit=unit: full_forward(model, unit.mask, ids))
         reference = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(dim=1).neg()
         del logits
         worst = max(worst, (reference.cpu() - torch.tensor(unit.loss, dtype=torch.float64)).abs().max().item())
         if done % 10 == 0:
             print(f"  {done + 1}/{len(masks)} masks", file=sys.stderr, flush=True)
-    rate = (rate + matrix_rate(model, ROWS * LENGTH)) / 2
     race = Counted(engine, model.config.to_dict())
-    objective = Objective(rows, TrialStore({}, rows.row_keys), race)
-    select = accelerate(objective, Score(acceleration="race"))
-    meter("race", lambda: select(0, DENSE, masks))
+    select = accelerate(Objective(rows, TrialStore({}, rows.row_keys), race), Score(acceleration="race"))
+    timed("race", lambda: select(0, DENSE, masks))
     counted = {"naive": flops.naive(masks), "exact": flops.exact(masks), "race": race.flops}
-    return {
-        "shape": shape if layers is None else f"{shape}, {layers} layers", "rows": ROWS, "length": LENGTH,
-        "masks": len(masks), "flops": counted, "seconds": meter.seconds, "peak": meter.peak, "matrix_rate": rate,
-        "worst": worst, "trials": {"naive": len(masks), "exact": len(masks), "race": objective.counts.trials_computed},
-        "rows_scored": {"naive": len(masks) * ROWS, "exact": len(masks) * ROWS, "race": objective.counts.rows_computed},
-        **setting(),
-    }  # fmt: skip
+    return {"masks": len(masks), "flops": counted, "seconds": seconds, "worst": worst, **setting()}
 
 
 class Counted:
@@ -168,23 +141,11 @@ def setting() -> dict[str, Any]:
 
 
 def show_iteration(found: dict[str, Any]) -> None:
-    flops, seconds = found["flops"], found["seconds"]
-    bound = flops["naive"] / flops["exact"]
-    ratio = seconds["naive"] / seconds["exact"]
-    print(f"\n{found['shape']}: {found['masks']} masks, {found['rows']} rows of {found['length']} tokens, float32")
-    print("\n| | TFLOP | seconds | GFLOP/s | of the matrix rate | trials on all rows | rows | peak memory, GiB |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for name in ("naive", "exact", "race"):
-        rate = flops[name] / seconds[name]
-        print(
-            f"| {name} | {flops[name] / 1e12:.2f} | {seconds[name]:.1f} | {rate / 1e9:.0f} | "
-            f"{rate / found['matrix_rate']:.0%} | {found['trials'][name]} | {found['rows_scored'][name]} | "
-            f"{found['peak'][name] / 2**30:.2f} |"
-        )
-    print(
-        f"\nnaive / exact: {ratio:.3f}x in time, {bound:.3f}x in FLOPs: {ratio / bound:.1%} of the bound; the matrices "
-        f"alone: {found['matrix_rate'] / 1e9:.0f} GFLOP/s; largest difference of a row's NLL {found['worst']:.1e}"
-    )
+    print(f"\nSmolLM2-135M: {found['masks']} masks, {ROWS} rows of {LENGTH} tokens, float32")
+    print("\n| | TFLOP | seconds |\n|---|---:|---:|")
+    for name, seconds in found["seconds"].items():
+        print(f"| {name} | {found['flops'][name] / 1e12:.2f} | {seconds:.1f} |")
+    print(f"\nlargest difference of a row's NLL {found['worst']:.1e}")
 
 
 def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
@@ -207,8 +168,6 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
                 records.append({
                     "added": format_mask(added), "nll": step.scores[step.chosen].loss, "flops": scorer.flops,
                     "naive_flops": scorer.of(ROWS).naive(entered), "seconds": objective.counts.seconds,
-                    "candidates": len(entered), "complete": sum(s.rows_used == ROWS for s in step.scores),
-                    "audit": None if step.lazy_choice is None else format_mask(step.lazy_choice - removed),
                 })  # fmt: skip
                 print(
                     f"  seed {seed}, {mode}, {step.index + 1}/{removals}: {format_mask(added)}",
@@ -223,8 +182,8 @@ def search(removals: int, seeds: Sequence[int]) -> dict[str, Any]:
 
 def show_search(found: dict[str, Any]) -> None:
     print(f"\nSmolLM2-135M, {found['removals']} removals, {ROWS} rows of {LENGTH} tokens")
-    print("\n| seed | | removed, in order | NLL | against exact | FLOPs, of naive | s | scored on all rows | audits |")
-    print("|---:|---|---|---:|---:|---:|---:|---:|---|")
+    print("\n| seed | | removed, in order | NLL | against exact | FLOPs, of naive | s |")
+    print("|---:|---|---|---:|---:|---:|---:|")
     for seed in found["exact"]:
         exact = found["exact"][seed]
         for mode in ("exact", "lazy+race"):
@@ -235,21 +194,16 @@ def show_search(found: dict[str, Any]) -> None:
             ]
             share = sum(r["flops"] for r in records) / sum(r["naive_flops"] for r in records)
             seconds = sum(r["seconds"] for r in records)
-            audits = [r for r in records if r["audit"]]
-            other = [f"{r['added']}, not {r['audit']}" for r in audits if r["audit"] != r["added"]]
-            said = f"{len(audits)}, " + ("; ".join(other) if other else "all agree") if audits else "–"
             print(
                 f"| {seed} | {mode} | {' '.join(picks)} | {records[-1]['nll']:.5f} | "
-                f"{records[-1]['nll'] / exact[-1]['nll'] - 1:+.3%} | 1/{1 / share:.2f} | {seconds:.0f} | "
-                f"{sum(r['complete'] for r in records)} of {sum(r['candidates'] for r in records)} | {said} |"
+                f"{records[-1]['nll'] / exact[-1]['nll'] - 1:+.3%} | 1/{1 / share:.2f} | {seconds:.0f} |"
             )
 
 
 def main(arguments: Sequence[str]) -> int:
     command, *rest = arguments or ["help"]
     if command == "iteration":
-        shape, layers = rest[0] if rest else "smollm2", int(rest[1]) if len(rest) > 1 else None
-        found = iteration(shape, layers)
+        found = iteration()
         show_iteration(found)
     elif command == "search":
         found = search(int(rest[0]) if rest else 16, [int(seed) for seed in rest[1:]] or [42, 43, 44])

@@ -1,6 +1,6 @@
 """SmolLM2-135M dense and pruned in the engines that its exports are for: bytes, prefill and decode.
 
-    python -m benchmarks.serving [engine ...]     names of ENGINES; all, if none is named
+    python -m benchmarks.serving
 
 The pruned models are those of the floating search in the study smollm2, compensated. It measures one sequence,
 with the prompt and new tokens of Table 6 of arXiv 2406.10594. An engine's models take turns within each repeat. Medians
@@ -10,9 +10,7 @@ flows.paper --study smollm2` and `pip install '.[serve]'`. `make test-slow` prin
 
 from __future__ import annotations
 
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,30 +106,6 @@ def llama_cpp(precision: str) -> Callable[[Path], tuple[int, Callable[[], Run]]]
     return opened
 
 
-def mlx_lm(directory: Path) -> tuple[int, Callable[[], Run]]:
-    import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.utils import load_model as load
-
-    mx.set_default_device(mx.cpu)
-    model, _ = load(directory)
-    ids = mx.array([[100 + 7 * i for i in range(PROMPT)]])
-
-    def run() -> Run:
-        cache, start = make_prompt_cache(model), time.perf_counter()
-        token = mx.argmax(model(ids, cache=cache)[:, -1:], axis=-1)
-        mx.eval(token)
-        prefilled = time.perf_counter()
-        for _ in range(NEW - 1):
-            token = mx.argmax(model(token, cache=cache), axis=-1)
-            mx.eval(token)
-        ended = time.perf_counter()
-        held = sum(part[..., : layer.offset, :].nbytes for layer in cache for part in (layer.keys, layer.values))
-        return Run(prefilled - start, ended - prefilled, held)
-
-    return weights_bytes(directory), run
-
-
 def weights_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
@@ -140,7 +114,6 @@ ENGINES: dict[str, tuple[str, Callable[[Path], tuple[int, Callable[[], Run]]]]] 
     "transformers": ("hf", transformers_),
     "llama.cpp, F16": ("gguf", llama_cpp("F16")),
     "llama.cpp, Q8_0": ("gguf", llama_cpp("Q8_0")),
-    "mlx-lm on a CPU": ("nas", mlx_lm),
 }
 
 
@@ -165,15 +138,10 @@ def speed(tokens: int, dense: list[float], seconds: list[float]) -> str:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or list(ENGINES)
-    unknown = [name for name in wanted if name not in ENGINES]
-    if unknown:
-        sys.exit(f"unknown engine {unknown[0]!r}; valid: {', '.join(ENGINES)}")
     torch.manual_seed(0)
     print("| engine | model | file, MB | KV cache, MB | prefill, tokens/s | decode, tokens/s |")
     print("|---|---|---:|---:|---:|---:|")
-    for engine in wanted:
-        form, opened = ENGINES[engine]
+    for engine, (form, opened) in ENGINES.items():
         found = {name: opened(exported(pruning, form)) for name, pruning in prunings().items()}
         runs = measure({name: run for name, (_, run) in found.items()})
         prefill = {name: [run.prefill for run in each] for name, each in runs.items()}

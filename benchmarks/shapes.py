@@ -16,8 +16,6 @@ MODELS: Mapping[str, Config] = {
              "num_key_value_heads": 2, "vocab_size": 500},
     "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                   "num_key_value_heads": 32, "vocab_size": 32000},
-    "llama2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-                   "num_key_value_heads": 40, "vocab_size": 32000},
 }  # fmt: skip
 
 

@@ -15,13 +15,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 
-from blockpruner.core.errors import InputError
-from blockpruner.store import locks
 from blockpruner.store.files import set_aside, write_text
 
 GRACE = 10.0
@@ -43,18 +41,6 @@ REASON = re.compile(r"error in stage [^:]*: (.*)")
 
 class StageError(RuntimeError):
     """A stage failed, or dvc itself; the output names the reason."""
-
-
-def workspace(holder: str) -> AbstractContextManager[int]:
-    """Lock the workspace in the current folder for one flow; gives the lock's file descriptor.
-
-    Raises:
-        InputError: another process holds it, which is named; or this is Windows, which has no process groups and no
-            files that a child inherits.
-    """
-    if os.name == "nt":
-        raise InputError("flows need Linux or macOS; here run the same stages with `dvc repro`", rule="no-posix")
-    return locks.workspace(holder)
 
 
 def read_pipeline() -> dict[str, tuple[str, ...]]:
@@ -85,7 +71,7 @@ def repro(stage: str, lock: int, show: Callable[[str], object], environment: Map
     """Run `dvc repro --single-item` on one stage; True if its command ran, False if nothing had changed.
 
     Args:
-        lock: what `workspace` gave. dvc holds it, too: after a killed flow, its last stage ends before a new flow.
+        lock: the workspace's. dvc holds it, too: after a killed flow, its last stage ends before a new flow.
         show: gets every line of output once, as it comes.
         environment: added to this process's.
     """

@@ -34,7 +34,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import OBSERVER_VARIABLE
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.store.files import read_json
-from blockpruner.store.locks import this_process
+from blockpruner.store.locks import this_process, workspace
 from flows import dvc, phases
 from flows.observer import TASK_VARIABLE
 from flows.selection import BUDGETS, Chosen, Selection, choose
@@ -96,7 +96,7 @@ def build(check: Callable[[], Chosen], keep_going: bool = False, push: str | Non
     """Make what `check` chooses, show it, and push it to a remote of DVC; None: to none."""
     show = get_run_logger().info
     try:
-        with dvc.workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
+        with workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
             chosen = check()
             chosen.write()
             if chosen.additions:
@@ -194,7 +194,7 @@ def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> in
     """Run a flow from the command line; `check` refuses what the flow would refuse, before a server is started."""
     try:
         check()
-        with dvc.workspace(this_process()):
+        with workspace(this_process()):
             if url := get_current_settings().api.url:
                 require_access(url)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server

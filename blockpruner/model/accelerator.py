@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from blockpruner.core.errors import DeviceMemoryError
 
@@ -68,36 +67,6 @@ def follow(device: torch.device, event: Any) -> None:
     """Have what this thread asks of a device from now on begin after an event; the thread does not wait."""
     if event is not None:
         _module(device).current_stream(device).wait_event(event)
-
-
-def pin(tensor: Tensor, device: torch.device) -> None:
-    """Let CUDA read and write a tensor of main memory by itself from now on, until `unpin`.
-
-    torch's own pinned memory takes a power of two of bytes, up to twice what is asked for, and torch keeps it. Where
-    memory cannot be pinned, copies are slower.
-    """
-    if device.type == "cuda" and tensor.numel():
-        _passed_over(_cuda().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0), device)
-
-
-def unpin(tensor: Tensor, device: torch.device) -> None:
-    """Wait for the device, and undo `pin`, also where it could not."""
-    if device.type == "cuda" and tensor.numel():
-        synchronize(device)
-        _passed_over(_cuda().cudaHostUnregister(tensor.data_ptr()), device)
-
-
-def _passed_over(status: Any, device: torch.device) -> None:
-    """CUDA reports an error once more, at the next kernel: let that be one that does nothing."""
-    try:
-        torch.cuda.check_error(status)
-    except RuntimeError:
-        with suppress(RuntimeError):
-            torch.zeros(1, device=device)
-
-
-def _cuda() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def reset_peak(device: torch.device) -> None:

@@ -22,6 +22,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_H
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_params
 from blockpruner.settings import Target
+from blockpruner.store.locks import workspace
 from flows import dvc, serve
 from flows.new_model import NewModel, add, new_model
 from flows.paper import paper
@@ -366,8 +367,9 @@ def test_stage_goes_on_when_the_server_is_gone(project):
 @pytest.mark.usefixtures("true_starts")
 def test_stage_ends_with_a_killed_flow(project):
     script = (
+        "from blockpruner.store.locks import workspace\n"
         "from flows import dvc\n"
-        "with dvc.workspace('a test') as lock:\n"
+        "with workspace('a test') as lock:\n"
         "    for stage in ('fetch@smollm2', 'score@smollm2'): dvc.repro(stage, lock, print)\n"
     )
     as_nohup_does = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
@@ -380,7 +382,7 @@ def test_stage_ends_with_a_killed_flow(project):
 
     def is_free():
         try:
-            with dvc.workspace("the next flow"):
+            with workspace("the next flow"):
                 return True
         except InputError:
             return False
@@ -393,7 +395,7 @@ def test_files_that_a_kill_cut_short_are_mended(project, damage):
     """dvc rewrites them in place, and does not start while it cannot read them."""
     lines = []
     Path(".dvc/tmp/rwlock").write_text('{"read": {"a')
-    with dvc.workspace("a test") as lock:
+    with workspace("a test") as lock:
         assert dvc.repro("fetch@smollm2", lock, lines.append)
         whole = Path("dvc.lock").read_text()
         Path("dvc.lock").write_text(damage)

@@ -205,10 +205,7 @@ class StreamingEngine(Engine):
             yield part
 
     def _pass(self, tasks: Sequence[Task], rows: Rows) -> Generator[ScoredRows]:
-        with closing(_Tiles(self.plan_of(tasks, rows), self._head.weight.dtype, self._place)) as tiles:
-            yield from self._streamed(tasks, rows, tiles)
-
-    def _streamed(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> Iterator[ScoredRows]:
+        tiles = _Tiles(self.plan_of(tasks, rows), self._head.weight.dtype, self._place)
         self._weights.load(self._kept)
         with closing(self._weights.in_turn(self._groups(_removed(tasks)))) as weights:
             next(weights)
@@ -326,12 +323,10 @@ class _Tiles:
         self._dtype, self._device, self._used = dtype, device, 0
         on_device = min(plan.tiles, plan.device_room)
         own = [torch.empty(plan.tile, dtype=torch.uint8, device=device) for _ in range(on_device)]
-        self._ram = torch.empty(plan.tiles - on_device, plan.tile, dtype=torch.uint8)
-        self._held = [*own, *self._ram]
+        self._held = [*own, *torch.empty(plan.tiles - on_device, plan.tile, dtype=torch.uint8)]
         self._at_home = on_device if device.type != "cpu" else plan.tiles
         away = plan.tile if self._at_home < plan.tiles else 0
         self._arrivals = [torch.empty(away, dtype=torch.uint8, device=device) for _ in range(2)]
-        accelerator.pin(self._ram, device)
 
     def new(self) -> int:
         self._used += 1
@@ -348,9 +343,6 @@ class _Tiles:
     def _get(self, shape: torch.Size, slot: int, arrival: Tensor) -> Tensor:
         held = self._tensor(self._held[slot], shape)
         return held if slot < self._at_home else self._tensor(arrival, shape).copy_(held, non_blocking=True)
-
-    def close(self) -> None:
-        accelerator.unpin(self._ram, self._device)
 
     def _tensor(self, memory: Tensor, shape: torch.Size) -> Tensor:
         return memory[: shape.numel() * self._dtype.itemsize].view(self._dtype).view(shape)
