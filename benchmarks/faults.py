@@ -1,6 +1,7 @@
 """What is lost when a stage breaks, and whether a second run ends in the same outputs: a matrix, measured.
 
     unshare --mount python -m benchmarks.faults [word ...]     nine cells a stage; those whose names hold all the words
+    python -m benchmarks.faults every [word ...]               a cut before every write, one row a stage and mode
 
 The stages of a tiny random model run once undisturbed; the project is kept as it was before `score` and `materialize`.
 A cell copies that, breaks the stage once, runs it again, and compares its outputs with the undisturbed ones:
@@ -9,7 +10,8 @@ A cell copies that, breaks the stage once, runs it again, and compares its outpu
 - `disk full`: the project is on a small file system with room for a share of what the stage writes. It is mounted, so
   this needs root and a mount namespace.
 
-Stages run in forks of this process. Prints a Markdown table; exits with 1 if a cell is not good.
+Stages run in forks of this process. `every` verifies checkpoints within them: a process for each takes seconds.
+Prints a Markdown table; exits with 1 if a cell is not good.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import stages
+from blockpruner.checkpoints import verification
 from blockpruner.store.files import TEMPORARY
+from tests.fakes import InProcess
 from tests.integration.project import make_project, set_targets
 from tests.power import MODES, forked
 
@@ -112,13 +117,16 @@ class Undisturbed:
 
 def cut(undisturbed: Undisturbed, stage: str, mode: str, share: float) -> dict[str, Any]:
     """The stage is cut at a write, a share of all of them."""
-    write = max(1, round(share * undisturbed.writes[stage]))
+    return cut_before(undisturbed, stage, mode, max(1, round(share * undisturbed.writes[stage])))
+
+
+def cut_before(undisturbed: Undisturbed, stage: str, mode: str, write: int) -> dict[str, Any]:
     with undisturbed.copied(stage) as project:
         log = project.parent / "log"
         code, at = forked(project, work_of(stage), log, write, mode)
         facts = afterwards(undisturbed, project, stage, log.read_text())
         broken = code == -signal.SIGKILL and at == write
-        return facts | {"broken": broken, "how": f"before write {write}"}
+        return facts | {"broken": broken, "ended": code == 0, "how": f"before write {write}"}
 
 
 def full(undisturbed: Undisturbed, stage: str, share: float) -> dict[str, Any]:
@@ -178,16 +186,33 @@ def cells() -> dict[str, Callable[[Undisturbed], dict[str, Any]]]:
     return found
 
 
+def every(undisturbed: Undisturbed, stage: str, mode: str) -> dict[str, Any]:
+    """The stage is cut before each of its writes in turn; the facts are those of the worst cut."""
+    found = [cut_before(undisturbed, stage, mode, write + 1) for write in range(undisturbed.writes[stage])]
+    found = [facts for facts in found if not facts["ended"]]  # the number of syncs depends on the time
+    bad = [facts for facts in found if not is_good(facts)]
+    worst = bad[0] if bad else max(found, key=lambda facts: facts["twice"])
+    return worst | {"how": f"{len(found)} cuts, {len(bad)} bad" + (f", the first {worst['how']}" if bad else "")}
+
+
 def is_good(facts: dict[str, Any]) -> bool:
     return facts["broken"] and facts["same"] and facts["twice"] <= 1 and not facts["traceback"]
 
 
 def main(words: list[str]) -> int:
-    wanted = {name: cell for name, cell in cells().items() if all(word in name for word in words)}
+    if words[:1] == ["every"]:
+        words, found = (
+            words[1:],
+            {f"{s}, {m}, every write": partial(every, stage=s, mode=m) for s in OUTPUTS for m in MODES},
+        )
+        verified: AbstractContextManager[Any] = patch.object(verification, "subprocess", InProcess)
+    else:
+        found, verified = cells(), nullcontext()
+    wanted = {name: cell for name, cell in found.items() if all(word in name for word in words)}
     good = []
     print("| stage | fault | where | how | units kept | computed twice | good | what a person sees |")
     print("|---|---|---|---|---:|---:|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
+    with verified, tempfile.TemporaryDirectory() as folder:
         undisturbed = Undisturbed(Path(folder))
         for name, cell in wanted.items():
             facts = cell(undisturbed)
