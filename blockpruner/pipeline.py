@@ -308,7 +308,7 @@ def measure(
     settings: Evaluate,
     observer: Observer,
     search: Mapping[str, float] | None = None,
-) -> dict[str, float | int | None]:
+) -> dict[str, float | int]:
     """Measure perplexity, tasks and speed of a model, as `evaluation.suite.benchmark`; returns its main figures."""
     from blockpruner.evaluation.suite import benchmark, headline
 

@@ -27,8 +27,6 @@ class Timing:
     """Seconds over the repeats."""
 
     median: float
-    min: float
-    max: float
     samples: list[float]
     """The value of each repeat, in order. Samples of two models that took turns are pairs."""
 
@@ -179,4 +177,4 @@ def _now(model: PreTrainedModel) -> float:
 
 
 def _timing(seconds: list[float]) -> Timing:
-    return Timing(median(seconds), min(seconds), max(seconds), seconds)
+    return Timing(median(seconds), seconds)

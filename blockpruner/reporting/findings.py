@@ -117,7 +117,7 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     past = [o for o in options if o.plan and len(o.plan.order) > index and o.plan.order[: index + 1] == begin]
     blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
     share = f" ({percent(ratios[index - 1], 2)} of the parameters)" if 0 < index <= len(ratios) else ""
-    safe = f"The last budget before it is {blocks}blocks{share}." if index else "It is the first removal."
+    safe = f"The last budget before it is {blocks} blocks{share}." if index else "It is the first removal."
     return Finding(
         Level.NOTE if past and all(option.healing for option in past) else Level.WARNING,
         "jump",

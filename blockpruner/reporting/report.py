@@ -24,7 +24,6 @@ from blockpruner.reporting.tables import (
     compared,
     curve_csv,
     headline,
-    in_short,
     iterations_csv,
     samples,
 )
@@ -69,7 +68,6 @@ def _sections(comparison: Comparison, draw: bool) -> list[Section]:
         runs[0].labels.name,
         (
             Findings((stop(targets),)),
-            in_short(shown),
             *([Findings(tuple(signs))] if signs else []),
             *(map_of(shown) if draw else []),
             *([compared(comparison)] if len(targets) > 1 else []),
@@ -112,7 +110,7 @@ def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
 
 def _facts(reported: ReportedRun) -> tuple[tuple[str, str], ...]:
     calibration, text, labels = reported.targets[0].plan.calibration, reported.dense.model.heldout, reported.labels
-    tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in reported.scores.items())
+    tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in reported.dense.model.tasks.items())
     mended = [_mended(target) for target in reported.targets if target.compensation]
     trained = [target.name for target in reported.targets if target.plan.train]
     return (
