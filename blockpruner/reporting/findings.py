@@ -93,7 +93,8 @@ def is_broken(option: Option) -> bool:
 
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
     """Find the fastest model that is faster than dense beyond noise and not broken, or None: keep the dense model."""
-    safe = [option for option in options if option.is_timed and option.race.is_faster and not is_broken(option)]
+    faster = [option for option in options if option.is_timed and option.race.interval("generation").low > 1]
+    safe = [option for option in faster if not is_broken(option)]
     return max(safe, key=lambda option: option.speedup, default=None)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pyarrow as pa
@@ -70,10 +69,6 @@ class ReportedRun:
     @property
     def options(self) -> tuple[Option, ...]:
         return self.dense, *self.targets
-
-    @property
-    def average_chance(self) -> float:
-        return mean(self.chance.values())
 
     @property
     def traces(self) -> tuple[PrunedOption, ...]:

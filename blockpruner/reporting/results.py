@@ -136,11 +136,6 @@ class Race:
             part: statistics.ratio_of_medians(self.dense.seconds[part], self.pruned.seconds[part]) for part in PARTS
         }
 
-    @property
-    def is_faster(self) -> bool:
-        """Whether generation is faster than dense beyond noise: the interval is above 1."""
-        return self.interval("generation").low > 1
-
     def interval(self, part: str) -> Interval:
         """The interval of a speed-up; infinite where nothing was timed twice."""
         return Interval(0, math.inf) if len(self.dense.seconds[part]) == 1 else self.speedups[part].interval

@@ -98,7 +98,7 @@ def headline(reported: ReportedRun) -> Table:
     add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
     for task, chance in reported.chance.items():
         add(f"{task}, %", partial(accuracy, task=task), chance)
-    add("Average, %", accuracy, reported.average_chance)
+    add("Average, %", accuracy, mean(reported.chance.values()))
     if known := reported.dense.model.p_gold:
         chance = mean(reported.chance[task] for task in known)
         add(P_TITLE, _confidence, chance)
