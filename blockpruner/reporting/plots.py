@@ -69,13 +69,9 @@ class Plot:
     png: bytes
     width: float
     """Inches."""
-    wide: bool = True
-    """Whether it keeps its size on a small screen, which scrolls."""
 
 
-def render(
-    name: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None], wide: bool = True
-) -> Plot:
+def render(name: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> Plot:
     svg, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
@@ -83,7 +79,7 @@ def render(
         bare = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(svg, format="svg", metadata=bare)
         figure.savefig(png, format="png", dpi=180, metadata={"Software": None})
-    return Plot(name, caption, svg.getvalue(), png.getvalue(), size[0], wide)
+    return Plot(name, caption, svg.getvalue(), png.getvalue(), size[0])
 
 
 def label_(axes: Axes, x: str, y: str = "") -> None:

@@ -74,7 +74,6 @@ class Text:
 class TaskScore(Mean):
     """The main metric of one task. The error is infinite for a single item."""
 
-    metric: str
     items: int
 
 
@@ -173,7 +172,7 @@ class Model:
             weight_bytes=fields["weight_bytes"],
             heldout=Text(text["perplexity"], text["rows"], text["tokens"], tuple(text.get("row_nll", ()))),
             tasks={
-                k: TaskScore(v["value"], math.inf if v["stderr"] is None else v["stderr"], v["metric"], v["items"])
+                k: TaskScore(v["value"], math.inf if v["stderr"] is None else v["stderr"], v["items"])
                 for k, v in fields["tasks"].items()
             },
             average=statistics.average(scores),
