@@ -255,44 +255,29 @@ def prune(
         _require_masks(run)
         if device != "auto" or model.device.type == "cpu":
             model.to(resolve_device(device))
+        model.eval()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         wanted = budget if isinstance(budget, str) else f"{budget:.12f}".rstrip("0")
-        return _prune(
-            model.eval(), tokenizer, texts, wanted, run, folder,
-            Path(cache) if cache is not None else None, batch_tokens, observer or stderr_observer(),
-        )  # fmt: skip
-
-
-def _prune(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    texts: Sequence[str],
-    budget: str,
-    run: Run,
-    folder: Path,
-    cache: Path | None,
-    batch_tokens: int | str,
-    observer: Observer,
-) -> Pruned:
-    base, config = _Base(model.config.to_json_string(use_diff=False), model.name_or_path), model.config.to_dict()
-    method = compensation(run.compensate.method, run.score.method)
-    judged, pool = len(searches(run.score)) > 1, pipeline.Pool(texts)
-    rows = pipeline.calibrate(
-        run.calibration, run.compensate, None, pool, tokenizer, config, observer.note, judged=judged, at_most=True
-    )
-    pipeline.require_fit(rows, run.compensate, method)
-    identity = _identity(model) if cache is not None else IN_MEMORY
-    dtype = str(model.dtype).removeprefix("torch.")
-    material = Material(identity, dtype, config, cache, Engine(model, batch_tokens), lambda: model, observer)
-    pipeline.score(material, rows, run.score, [budget], folder)
-    found = pipeline.commit(folder, run.score, config, budget, rows, target="", run="", compensate=method)
-    healed = pipeline.heal(lambda: model, found, rows, run.compensate, observer)
-    current = Current.load(folder / healed.search)
-    trace = read_trace(trace_directory(folder / healed.search, current, budget), current.search)
-    firm = stabilities(trace, str(current.score.options.get("per", "none")))
-    pruned = prune_(model, healed.plan.mask)
-    set_weights_(pruned, healed.weights)
-    return Pruned(pruned, tokenizer, healed.plan, tuple(trace), firm, healed.facts, base)
+        shown, scores = observer or stderr_observer(), None if cache is None else Path(cache)
+        base, config = _Base(model.config.to_json_string(use_diff=False), model.name_or_path), model.config.to_dict()
+        chosen = compensation(run.compensate.method, run.score.method)
+        judged, pool = len(searches(run.score)) > 1, pipeline.Pool(texts)
+        rows = pipeline.calibrate(
+            run.calibration, run.compensate, None, pool, tokenizer, config, shown.note, judged=judged, at_most=True
+        )
+        pipeline.require_fit(rows, run.compensate, chosen)
+        identity = IN_MEMORY if cache is None else _identity(model)
+        dtype = str(model.dtype).removeprefix("torch.")
+        material = Material(identity, dtype, config, scores, Engine(model, batch_tokens), lambda: model, shown)
+        pipeline.score(material, rows, run.score, [wanted], folder)
+        found = pipeline.commit(folder, run.score, config, wanted, rows, target="", run="", compensate=chosen)
+        healed = pipeline.heal(lambda: model, found, rows, run.compensate, shown)
+        current = Current.load(folder / healed.search)
+        trace = read_trace(trace_directory(folder / healed.search, current, wanted), current.search)
+        firm = stabilities(trace, str(current.score.options.get("per", "none")))
+        pruned = prune_(model, healed.plan.mask)
+        set_weights_(pruned, healed.weights)
+        return Pruned(pruned, tokenizer, healed.plan, tuple(trace), firm, healed.facts, base)
 
 
 def _require_masks(run: Run) -> None:

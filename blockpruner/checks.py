@@ -19,15 +19,10 @@ def check_run(run: Run) -> None:
     """
     recipe(run.score.method)  # refuses a name that is neither a recipe nor a method
     for score in searches(run.score).values():
-        _check_search(run, score)
+        require_exports(run.export, check_score(score), run.model.dtype)
+        check_compensation(score, compensation(run.compensate.method, run.score.method))
     for task in run.evaluate.zero_shot.tasks:
         BENCHMARKS[task]
-
-
-def _check_search(run: Run, score: Score) -> None:
-    kind = check_score(score)
-    require_exports(run.export, kind, run.model.dtype)
-    check_compensation(score, compensation(run.compensate.method, run.score.method))
 
 
 def check_target(run: Run, target: Target) -> None:

@@ -1,6 +1,6 @@
 """The way through the house: one function a step, called by every door.
 
-    calibrate -> score -> commit -> heal -> train -> export -> measure -> report
+    calibrate -> score -> commit -> heal -> train -> export -> measure
 
 Decides what a step is made of, and what is kept apart: texts on which models are evaluated or judged are seen by no
 search, no fit and no training. Where files are kept and what is shown is decided by the doors: stages, command, API,
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from blockpruner.evaluation.suite import Checkpoint, InMemory
     from blockpruner.healing.choice import Healing
     from blockpruner.methods.apply import Pruning
-    from blockpruner.reporting.results import RunLabels
 
 NONE = CalibrationSet(())
 
@@ -308,7 +307,7 @@ def measure(
     settings: Evaluate,
     observer: Observer,
     search: Mapping[str, float] | None = None,
-) -> dict[str, float | int | None]:
+) -> dict[str, float | int]:
     """Measure perplexity, tasks and speed of a model, as `evaluation.suite.benchmark`; returns its main figures."""
     from blockpruner.evaluation.suite import benchmark, headline
 
@@ -316,12 +315,3 @@ def measure(
         subject, dense, sources, out, store, plan=plan, settings=settings, observer=observer, search=search
     )
     return headline(found, plan)
-
-
-def report(
-    out: Path, title: str, targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path, plots: bool
-) -> None:
-    """Write the page on measured targets, as `reporting.report.write_report`."""
-    from blockpruner.reporting.report import write_report
-
-    write_report(out, title, targets, labels, data, plots)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from blockpruner.core.progress import observer
 from blockpruner.methods.recipes import compensation
 from blockpruner.params import load_sections
-from blockpruner.reporting.paper.evidence import Asked, Subject, read_rows
+from blockpruner.reporting.paper.evidence import Subject, read_rows
 from blockpruner.reporting.paper.page import write_study
 from blockpruner.reporting.paper.published import MODELS
 from blockpruner.studies import load_study
@@ -24,7 +24,8 @@ def main(name: str) -> None:
     for target, wanted in study.targets.items():
         settings = runs[wanted.run]
         method = wanted.method or next(iter(settings.score))
-        asked[target] = Asked.of(wanted, method, compensation(settings.compensate.method, method))
+        chosen = wanted.compensate or compensation(settings.compensate.method, method)
+        asked[target] = wanted.model_copy(update={"method": method, "compensate": chosen})
     out = DATA / "tables" / name
     rows = read_rows(subjects, asked, DATA / "evidence")
     write_study(out, study.title, rows, DATA / "paper")

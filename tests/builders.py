@@ -142,8 +142,8 @@ def scored(
 
 def speed_facts(seconds: Mapping[str, Sequence[float]], cache: int, memory: int, **setting: Any) -> dict[str, Any]:
     """What a measurement of speed leaves of one model, from the seconds of each repeat by part."""
-    timings = {f"{part}_seconds": Timing(median(s), min(s), max(s), tuple(s)) for part, s in seconds.items()}
-    sizes = {"kv_cache_bytes": cache, "weight_bytes": memory, "peak_memory_bytes": memory}
+    timings = {f"{part}_seconds": Timing(median(s), tuple(s)) for part, s in seconds.items()}
+    sizes = {"kv_cache_bytes": cache, "peak_memory_bytes": memory}
     rates = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
     words = {"peak_memory": "weights + KV cache", "device": "cpu", "dtype": "float32"}
     return asdict(MeasuredSpeed(threads=2, **timings, **sizes, **rates, **(words | setting)))

@@ -53,8 +53,8 @@ FOLDER = Path(__file__).with_suffix("")
 TEXTS = {"source": "path", "path": "inputs/texts.parquet", "format": "text"}
 CALIBRATION = {"data": TEXTS, "num_samples": 10, "seq_len": 24, "packing": "joined", "split": "all", "seed": 42}
 TIMED = {"prompt_tokens": 4, "new_tokens": 2, "repeats": 1, "batch": 1}
-KINDS = ("piqa", "mmlu_marketing", "lambada_openai", "wikitext", "gsm8k")
-"""Benchmarks of every kind: choices, letters, a word, a page, an answer that is generated."""
+KINDS = ("piqa", "mmlu_marketing", "lambada_openai", "gsm8k")
+"""Benchmarks of every kind: choices, letters, a word, an answer that is generated."""
 
 ITEMS: dict[str, list[dict[str, Any]]] = {
     "piqa_validation": [
@@ -68,8 +68,6 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
         {"question": "Price is", "subject": "", "choices": ["an A", "a P", "a C", "a K"], "answer": 1},
     ],
     "lambada_openai_test": [{"text": "The cat sat on the mat"}, {"text": "Up and down"}],
-    "wikitext2_raw_validation_documents": [{"page": "Unused ."}],
-    "wikitext2_raw_test_documents": [{"page": " = Fox = \n The fox , which is 1 @,@ 000 years old .\n"}, {"page": "A"}],
     "gsm8k_test": [
         {"question": "What is 40 + 2?", "answer": "40 + 2 = <<40+2=42>>42\n#### 42"},
         {"question": "How many are 6 twos?", "answer": "6 * 2 = 12\n#### 12"},

@@ -40,7 +40,7 @@ def assert_same(theirs, samples, ours):
             assert sample["resps"] == [[item["response"]]]
         else:
             answers = sample["filtered_resps"]
-            logs = [float(answer if row.kind == "loglikelihood_rolling" else answer[0]) for answer in answers]
+            logs = [float(answer[0]) for answer in answers]
             assert logs == pytest.approx(item["loglikelihoods"], rel=1e-4)
     for metric, value in ours.scores.items():
         if value is not None:

@@ -178,7 +178,7 @@ def plot(found: Mapping[str, Any]) -> Plot:
         plots.scale_(axes, [1, *(end for point in points for end in point["interval"])])
 
     text = f"{CAPTION} {found['model']}, dense {number(found['dense_perplexity'])} on {found['text']}."
-    return plots.render("curve", text, (4.3, 3.3), draw, wide=False)
+    return plots.render("curve", text, (4.3, 3.3), draw)
 
 
 def require_known(file: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from blockpruner.cli import curve
 from blockpruner.cli.pruning import read_plan
-from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.registry import KINDS
@@ -55,7 +54,7 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
 
 def _removed(plan: Plan) -> Iterator[Any]:
     if plan.removed:
-        yield removed_map(plan.target, plan, [parse_mask(unit) for unit in plan.order] if plan.nested else [])
+        yield removed_map(plan.target, plan)
     else:
         yield KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
 

@@ -25,8 +25,7 @@ EVALUATION_SPLITS = ("validation", "test")
 """Splits that a stock task may name apart from its training split; lm-eval scores on "test" where a task has one."""
 
 ACCURACIES = ("acc", "acc_norm", "exact_match")
-"""Metrics that are a share of items, 0 to 1, higher is better. Averages are taken of them alone. All others are
-perplexities: 1 or more, lower is better."""
+"""The metrics of tasks, each a share of items, 0 to 1; higher is better."""
 
 
 def _arrow(content: bytes) -> pa.Table:
@@ -74,36 +73,23 @@ class Benchmark:
     def has_choices(self) -> bool:
         return self.kind == CHOICES
 
-    @property
-    def is_accuracy(self) -> bool:
-        return self.metric in ACCURACIES
-
-    @property
-    def has_confidence(self) -> bool:
-        return self.kind in (CHOICES, "loglikelihood")
-
-    def confidence(
-        self, loglikelihoods: Sequence[float], gold: int | None, choices: Sequence[str]
-    ) -> tuple[float, float | None]:
-        """p of an item's right answer, and the margin by which it is right: finer than right and wrong.
+    def confidence(self, loglikelihoods: Sequence[float], gold: int | None, choices: Sequence[str]) -> float:
+        """p of an item's right answer: finer than right and wrong.
 
         With s the log-likelihoods of the choices, each divided by its number of characters if the metric is acc_norm:
-        p = exp(s_gold) / sum_i exp(s_i), margin = s_gold - max of the others, in nats (per character). Where the answer
-        is a word among all words, p is exp(log-likelihood), and there is no margin.
+        p = exp(s_gold) / sum_i exp(s_i). Where the answer is a word among all words, p is exp(log-likelihood).
         """
         if gold is None:
-            return math.exp(loglikelihoods[0]), None
+            return math.exp(loglikelihoods[0])
         lengths = [len(choice) if self.metric == "acc_norm" else 1 for choice in choices]
         scores = [value / length for value, length in zip(loglikelihoods, lengths, strict=True)]
-        right, best = scores[gold], max(scores)
-        others = scores[:gold] + scores[gold + 1 :]
-        return math.exp(right - best) / math.fsum(math.exp(score - best) for score in scores), right - max(others)
+        best = max(scores)
+        return math.exp(scores[gold] - best) / math.fsum(math.exp(score - best) for score in scores)
 
-    def chance(self, items: pa.Table) -> float | None:
-        """The expected accuracy of guessing: the mean over items of 1 / choices, 0 where there are none; None where the
-        metric is no accuracy."""
+    def chance(self, items: pa.Table) -> float:
+        """The expected accuracy of guessing: the mean over items of 1 / choices, 0 where there are none."""
         if not self.has_choices:
-            return 0.0 if self.is_accuracy else None
+            return 0.0
         choices = items.column("loglikelihoods").combine_chunks().value_lengths().to_pylist()
         return math.fsum(1 / count for count in choices) / len(choices)
 
@@ -175,7 +161,6 @@ _GSM8K = _task(
     "gsm8k", "gsm8k/gsm8k.yaml", "exact_match", "question answer", kind="generate_until",
     test=_oe("gsm8k/gold_bpb_5shot", _gsm8k),
 )  # fmt: skip
-_PAGES = {split: Split(file=f"wikitext2_raw_{split}_documents.parquet") for split in EVALUATION_SPLITS}
 _WINOGRANDE = _hf("winogrande/winogrande_xl", "winogrande_xl_validation.parquet")
 _SWAG = "startphrase ending0 ending1 ending2 ending3 label"
 _LAMBADA = _oe("lambada/bpb_0shot", _lambada)
@@ -205,7 +190,6 @@ BENCHMARKS: Registry[Benchmark] = Registry(
         _task("lambada_openai", "lambada/lambada_openai.yaml", "acc", "text", kind="loglikelihood", test=_LAMBADA),
         # without examples no model knows the "#### 18" that strict-match asks for
         replace(_GSM8K, filter="flexible-extract"),
-        _task("wikitext", "wikitext/wikitext.yaml", "word_perplexity", "page", kind="loglikelihood_rolling", **_PAGES),
     ],
     hint="A new one is one row in blockpruner/evaluation/benchmarks.py",
 )  # fmt: skip

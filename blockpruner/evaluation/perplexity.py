@@ -32,7 +32,7 @@ SHORT = 32
 extract, 1,299 are that short, and 1,254 of them a bare title. They have 2 % of its tokens."""
 
 Packed = tuple[Sequence[tuple[int, ...]], Sequence[str], int]
-"""The fields of HeldOut."""
+"""The fields of HeldOut, and how many texts were passed over because they have fewer than SHORT tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,6 @@ class HeldOut:
     documents: tuple[str, ...]
     """The texts that are in the rows, wholly or in part; all, if texts are joined and no row is left over. Nothing that
     decides what is pruned may see them."""
-    short: int
-    """How many texts were passed over because they have fewer than SHORT tokens."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
             f"evaluate.perplexity.seq_len {wanted.seq_len}; lower seq_len to at most {tokens}, or choose longer texts",
             rule="too-few-tokens", key="evaluate.perplexity.seq_len", value=wanted.seq_len,
         )  # fmt: skip
-    return HeldOut(tuple(rows), tuple(documents), short)
+    return HeldOut(tuple(rows), tuple(documents))
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:

@@ -27,8 +27,6 @@ class Timing:
     """Seconds over the repeats."""
 
     median: float
-    min: float
-    max: float
     samples: list[float]
     """The value of each repeat, in order. Samples of two models that took turns are pairs."""
 
@@ -48,8 +46,6 @@ class MeasuredSpeed:
     decode_tokens_per_second: float
     kv_cache_bytes: int
     """Keys and values at the end, of prompt + new - 1 tokens: the last token is never fed."""
-    weight_bytes: int
-    """The bytes of all parameters; shared ones count once."""
     peak_memory_bytes: int
     peak_memory: str
     """What the peak is. "allocated": the largest sum of tensors on the model's (first) device while it generated,
@@ -74,6 +70,7 @@ class Generation:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
+    """The bytes of all parameters; shared ones count once."""
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
@@ -140,7 +137,7 @@ def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tok
     batch, new_tokens = runs[0].tokens.shape
     prefill = _timing([run.prefill_seconds for run in runs])
     decode = _timing([run.decode_seconds for run in runs])
-    weights, held = weight_bytes(model), runs[0].kv_cache_bytes
+    held = runs[0].kv_cache_bytes
     return MeasuredSpeed(
         prefill_seconds=prefill,
         decode_seconds=decode,
@@ -148,8 +145,7 @@ def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tok
         prefill_tokens_per_second=batch * prompt_tokens / prefill.median,
         decode_tokens_per_second=batch * (new_tokens - 1) / decode.median,
         kv_cache_bytes=held,
-        weight_bytes=weights,
-        peak_memory_bytes=peak or weights + held,
+        peak_memory_bytes=peak or weight_bytes(model) + held,
         peak_memory="allocated" if peak else "weights + KV cache",
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -179,4 +175,4 @@ def _now(model: PreTrainedModel) -> float:
 
 
 def _timing(seconds: list[float]) -> Timing:
-    return Timing(median(seconds), min(seconds), max(seconds), seconds)
+    return Timing(median(seconds), seconds)

@@ -28,23 +28,20 @@ ITEMS = pa.schema(
         pa.field("acc_norm", pa.float64()),
         pa.field("prompt_hash", pa.string(), nullable=False),
         pa.field("exact_match", pa.float64()),
-        pa.field("word_perplexity", pa.float64()),
         pa.field("response", pa.string()),
         pa.field("p_gold", pa.float64()),
-        pa.field("margin", pa.float64()),
     ]
 )
 """One row per item of a task. Null is what the task does not have.
 
     item             its number in the split
     gold             index of the right choice
-    loglikelihoods   log p of each choice given the context, or of the last word, or of the whole text; nats
+    loglikelihoods   log p of each choice given the context, or of the last word; nats
     acc, exact_match 0 or 1
     acc_norm         0 or 1, by loglikelihood per character of the choice
     prompt_hash      SHA-256 of the first choice's context
-    word_perplexity  exp(-log p / words of the text)
     response         what was generated
-    p_gold, margin   `benchmarks.Benchmark.confidence`
+    p_gold           `benchmarks.Benchmark.confidence`
 """
 
 

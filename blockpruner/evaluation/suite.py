@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -47,15 +47,6 @@ from blockpruner.store.provenance import fingerprint, machine, made
 from blockpruner.versions import EVAL_VERSION
 
 Advance = Callable[[int, int], None]
-
-
-class Evaluated(Protocol):
-    """A model and its tokenizer, made when first used."""
-
-    @property
-    def model(self) -> PreTrainedModel: ...
-    @property
-    def tokenizer(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -126,6 +117,10 @@ class InMemory:
         """What identifies the model in the keys of its results."""
         facts = model_facts(self.plan, self.rows.digest)
         return self.dense.key | {"pruned": facts | ({"healed": self.healed.digest} if self.healed else {})}
+
+
+Evaluated = Checkpoint | InMemory
+"""A model and its tokenizer, made when first used."""
 
 
 @dataclass(frozen=True)
@@ -203,15 +198,13 @@ def benchmark(
         results.json has these keys:
         parameters, weight_bytes.
         perplexity: with the NLL of each row.
-        tasks: the scores of each task; value and stderr are those of its main metric; p_gold and margin are means over
-            items (`benchmarks.Benchmark.confidence`).
-        average: mean of the main metrics that are accuracies, SE = sqrt(sum SE_t^2) / tasks; null if none is one.
-        chance: the accuracy of guessing, by task; null for a perplexity.
+        tasks: the scores of each task; value and stderr are those of its main metric.
+        average: mean of the main metrics, SE = sqrt(sum SE_t^2) / tasks.
+        chance: the accuracy of guessing, by task.
         samples: answers to `samples.PROMPTS`.
         formats: the folders of verified exports next to the subject, its own among them.
         speed.json has what no two runs agree on:
-        speed: pruned (unless the subject is the dense model), dense, and the speed-ups, dense over pruned seconds;
-            null where it is not wanted.
+        speed: pruned (unless the subject is the dense model) and dense; null where it is not wanted.
         made: where and when each result was computed, as from `provenance.made`.
         search: as given.
 
@@ -225,7 +218,6 @@ def benchmark(
             rule="no-tasks",
             key="evaluate.zero_shot.tasks",
         )
-    rows = {task: BENCHMARKS[task] for task in tasks}
     folder = subject.directory if isinstance(subject, Checkpoint) else dense.directory
     check_context(settings.perplexity.seq_len, read_json(folder / "config.json"), "evaluate.perplexity.seq_len")
     is_export = isinstance(subject, Checkpoint) and subject is not dense
@@ -239,13 +231,13 @@ def benchmark(
     ]
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}
-    scores = {task: found[task].value["scores"] | _confidence(found[task].items) for task in tasks}
+    scores = {task: found[task].value["scores"] for task in tasks}
     results = {
         **evaluator.size(subject, subject.key),
         "perplexity": found["perplexity"].value | {"row_nll": list(found["perplexity"].value["row_nll"])},
         "tasks": scores,
-        "average": _average([scores[task] for task in tasks if rows[task].is_accuracy]),
-        "chance": {task: rows[task].chance(found[task].items) for task in tasks},
+        "average": _average(list(scores.values())),
+        "chance": {task: BENCHMARKS[task].chance(found[task].items) for task in tasks},
         "samples": found["samples"].value["samples"],
         "formats": sorted(path.parent.name for path in folder.parent.glob(f"*/{REPORT_FILE}")) if is_export else [],
     }
@@ -266,7 +258,7 @@ def benchmark(
     return results | timings
 
 
-def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float | int | None]:
+def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float | int]:
     """The main figures of a model for data/metrics; `plan` is None for the dense model. kv_cache is a share."""
     gone = plan.blocks if plan else dict.fromkeys(BlockKind, 0)
     figures = {task: scores["value"] for task, scores in results["tasks"].items()}
@@ -278,7 +270,7 @@ def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float |
         "mlp_removed": gone[BlockKind.MLP],
         "kv_cache": 1 - gone[BlockKind.MHA] / plan.layers if plan else 1.0,
     }
-    return {key: None if value is None else round(value, 4) for key, value in figures.items()}
+    return {key: round(value, 4) for key, value in figures.items()}
 
 
 def tokenizer_digest(directory: Path) -> str:
@@ -293,8 +285,7 @@ def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity:
     def compute(advance: Advance) -> Stored:
         data = held_out(model.tokenizer, found, settings)
         value = asdict(measure_perplexity(model.model, data.rows, advance)) | {"seq_len": settings.seq_len}
-        counts = {"documents": len(data.documents), "short_documents": data.short}
-        return Stored(value if settings.packing == "joined" else value | counts, made={"batch": "1 row"})
+        return Stored(value, made={"batch": "1 row"})
 
     key = {
         "kind": "perplexity",
@@ -337,17 +328,6 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
     )
 
 
-def _confidence(items: pa.Table) -> dict[str, float | None]:
-    """The means of p_gold and margin over the items that have them, with standard errors."""
-    found: dict[str, float | None] = {}
-    for name in ("p_gold", "margin"):
-        values = items[name].drop_null().to_numpy()
-        if len(values):
-            error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-            found |= {name: float(values.mean()), f"{name}_stderr": error}
-    return found
-
-
 def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
     def compute(advance: Advance) -> Stored:
         samples = []
@@ -367,14 +347,7 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
 
     def compute(advance: Advance) -> Stored:
         found = measure_speed({name: side.model for name, side in sides.items()}, settings, advance)
-        value = {name: asdict(speed) for name, speed in found.items()}
-        if model is dense:
-            return Stored(value)
-        medians = {
-            part: [value[name][f"{part}_seconds"]["median"] for name in ("dense", "pruned")]
-            for part in ("prefill", "decode", "generation")
-        }
-        return Stored(value | {f"speedup_{part}": before / after for part, (before, after) in medians.items()})
+        return Stored({name: asdict(speed) for name, speed in found.items()})
 
     key = {
         "kind": "speed",
@@ -395,8 +368,6 @@ def _speed_summary(value: Mapping[str, Any]) -> str:
 
 
 def _average(scores: list[dict[str, Any]]) -> dict[str, float | None]:
-    if not scores:
-        return {"value": None, "stderr": None}
     errors = [score["stderr"] for score in scores]
     stderr = None if None in errors else math.hypot(*errors) / len(errors)
     return {"value": math.fsum(score["value"] for score in scores) / len(scores), "stderr": stderr}

@@ -18,7 +18,6 @@ import contextlib
 import io
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -73,15 +72,12 @@ def evaluate(
 
     Args:
         task_dir: holds <task>/<task>.yaml.
-        batch_size: answers that are generated at once. Whole texts are cut into windows as long as the model's context,
-            whose logits alone can fill a machine, and these go one at a time.
-        advance: called with (requests done, requests in all). An item has a request for each choice, a text one for
-            each window.
+        batch_size: answers that are generated at once.
+        advance: called with (requests done, requests in all). An item has a request for each choice.
         bos: whether texts get the special tokens that the tokenizer adds.
     """
     row = BENCHMARKS[task]
-    if row.kind == "loglikelihood_rolling":
-        batch_size = 1
+    is_generated = row.kind == "generate_until"
     with _quiet():
         loaded = _load(task, task_dir)
         definition = loaded["tasks"][task]
@@ -96,11 +92,10 @@ def evaluate(
             "task": task,
             "item": sample["doc_id"],
             "gold": _gold(definition, sample["doc"]) if row.has_choices else None,
-            "loglikelihoods": _loglikelihoods(row.kind, sample["filtered_resps"]),
+            "loglikelihoods": [] if is_generated else [float(found[0]) for found in sample["filtered_resps"]],
             "prompt_hash": sample["prompt_hash"],
-            "response": sample["resps"][0][0] if row.kind == "generate_until" else None,
+            "response": sample["resps"][0][0] if is_generated else None,
             **{metric: sample.get(metric) for metric in ACCURACIES},
-            "word_perplexity": _per_word(*sample["word_perplexity"]) if "word_perplexity" in sample else None,
         }
         for sample in samples
     ]
@@ -112,16 +107,14 @@ def evaluate(
     if row.has_choices:
         found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
     table = pa.Table.from_pylist(items, schema=ITEMS)
-    return TaskResult(task, found, _confident(row, definition, table))
+    return TaskResult(task, found, table if is_generated else _confident(row, definition, table))
 
 
 def _confident(row: Benchmark, definition: Any, items: pa.Table) -> pa.Table:
-    if not row.has_confidence:
-        return items
     docs, found = definition.eval_docs, items.to_pylist()  # thousands of rows, each read when it is asked for
     for item in found:
         choices = definition.doc_to_choice(docs[item["item"]]) if row.has_choices else ()
-        item["p_gold"], item["margin"] = row.confidence(item["loglikelihoods"], item["gold"], choices)
+        item["p_gold"] = row.confidence(item["loglikelihoods"], item["gold"], choices)
     return pa.Table.from_pylist(found, schema=ITEMS)
 
 
@@ -134,29 +127,17 @@ class _Harness(HFLM):  # type: ignore[misc]
         self._done = self._total = 0
         self._rows = self.batch_size
 
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        lengths = [len(self.tok_encode(*request.args)) for request in requests]
-        self._total = sum(-(-length // self.max_length) for length in lengths)  # windows; they do not overlap
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         self._total = len(requests)
         return super().generate_until(requests, disable_tqdm=True)
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        if override_bs is not None:  # some windows of whole texts
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> Any:
         self._total = len(requests)
         pairs = [(given, rest) for _, given, rest in requests]
         found = answers(self.model, pairs, self.max_length, lambda done: self._advance(done, self._total))
         for (texts, _, _), answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return found
-
-    def _model_call(self, inps: Any, **kwargs: Any) -> Any:
-        logits = super()._model_call(inps, **kwargs)
-        self._step(len(inps))
-        return logits
 
     def _model_generate(
         self, context: Any, max_length: int, stop: list[str], *, attention_mask: Any, **kwargs: Any
@@ -170,14 +151,11 @@ class _Harness(HFLM):  # type: ignore[misc]
         while len(rows) < len(context):
             count = min(self._rows, len(context) - len(rows))
             if accelerator.fits(partial(generate, slice(len(rows), len(rows) + count)), is_least=count == 1):
-                self._step(count)
+                self._done += count
+                self._advance(self._done, self._total)
             else:
                 self._rows = count // 2
         return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-
-    def _step(self, requests: int) -> None:
-        self._done += requests
-        self._advance(self._done, self._total)
 
 
 def _load(task: str, task_dir: Path) -> Any:
@@ -188,18 +166,6 @@ def _load(task: str, task_dir: Path) -> Any:
     # lm-eval bootstraps the standard error of this very function: minutes for LAMBADA, in forks of this process
     aggregation.update({metric: partial(how) for metric, how in aggregation.items() if how is perplexity})
     return loaded
-
-
-def _loglikelihoods(kind: str, responses: list[Any]) -> list[float]:
-    """log p of each of an item's requests. lm-eval answers a request with (log p, whether greedy), one for a whole text
-    with log p alone, and one for a generation with its text."""
-    if kind == "generate_until":
-        return []
-    return [float(response if kind == "loglikelihood_rolling" else response[0]) for response in responses]
-
-
-def _per_word(loglikelihood: float, words: int) -> float:
-    return math.exp(-loglikelihood / words)
 
 
 def _gold(definition: Any, doc: dict[str, Any]) -> int:

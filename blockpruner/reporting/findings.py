@@ -93,7 +93,8 @@ def is_broken(option: Option) -> bool:
 
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
     """Find the fastest model that is faster than dense beyond noise and not broken, or None: keep the dense model."""
-    safe = [option for option in options if option.is_timed and option.race.is_faster and not is_broken(option)]
+    faster = [option for option in options if option.is_timed and option.race.interval("generation").low > 1]
+    safe = [option for option in faster if not is_broken(option)]
     return max(safe, key=lambda option: option.speedup, default=None)
 
 
@@ -117,7 +118,7 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     past = [o for o in options if o.plan and len(o.plan.order) > index and o.plan.order[: index + 1] == begin]
     blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
     share = f" ({percent(ratios[index - 1], 2)} of the parameters)" if 0 < index <= len(ratios) else ""
-    safe = f"The last budget before it is {blocks}blocks{share}." if index else "It is the first removal."
+    safe = f"The last budget before it is {blocks} blocks{share}." if index else "It is the first removal."
     return Finding(
         Level.NOTE if past and all(option.healing for option in past) else Level.WARNING,
         "jump",

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pyarrow as pa
@@ -16,15 +15,14 @@ import pyarrow as pa
 from blockpruner.core.blocks import BlockId, BlockKind, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.results import (
     Model,
     Option,
     Race,
     RunLabels,
-    TaskScore,
     read_items,
+    read_results,
 )
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
@@ -66,20 +64,11 @@ class ReportedRun:
     dense: Option
     targets: tuple[PrunedOption, ...]
     chance: Mapping[str, float]
-    """What guessing scores, by task of the average."""
+    """What guessing scores, by task."""
 
     @property
     def options(self) -> tuple[Option, ...]:
         return self.dense, *self.targets
-
-    @property
-    def scores(self) -> Mapping[str, TaskScore]:
-        """The dense model's scores by task of the average."""
-        return {task: self.dense.model.tasks[task] for task in self.chance}
-
-    @property
-    def average_chance(self) -> float:
-        return mean(self.chance.values())
 
     @property
     def traces(self) -> tuple[PrunedOption, ...]:
@@ -106,20 +95,13 @@ def read_runs(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Pat
     return [_read_run(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """Read results.json and speed.json of a folder of evidence.
-
-    Raises:
-        InputError: a file is missing or damaged.
-    """
-    return {**read_json(folder / "results.json"), **read_json(folder / "speed.json")}
-
-
 def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> ReportedRun:
     names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].train, plans[name].compensate, name))
     folders = {name: data / "evidence" / name for name in (f"{run}-dense", *names)}
     facts = {name: read_results(folder) for name, folder in folders.items()}
-    models = _read_models(folders, facts)
+    dense_tasks = facts[f"{run}-dense"]["tasks"]
+    items = read_items([*folders.values()], {task: found["metric"] for task, found in dense_tasks.items()})
+    models = {name: Model.of(fields, items[folders[name].name]) for name, fields in facts.items()}
     timed = all(fields["speed"] for fields in facts.values())
     races = {name: Race.of(fields["speed"]) if timed else None for name, fields in facts.items()}
     calibrations = [plan.calibration for plan in plans.values()]
@@ -141,8 +123,7 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
                 checkpoints=tuple(data / "checkpoints" / name / form for form in facts[name]["formats"]),
             )
         )  # fmt: skip
-    chance = {task: value for task, value in facts[f"{run}-dense"]["chance"].items() if value is not None}
-    return ReportedRun(run, labels, dense, tuple(found), chance)
+    return ReportedRun(run, labels, dense, tuple(found), facts[f"{run}-dense"]["chance"])
 
 
 def _read_search(plan: Plan, path: Path) -> tuple[tuple[float, ...], str]:
@@ -193,26 +174,3 @@ def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
     if all(BlockId(kind, block.layer) in mask for mask in masks for block in mask for kind in BlockKind):
         return "whole layers"
     return f"{next(iter(kinds)).upper()} blocks" if len(kinds) == 1 else "blocks"
-
-
-def _read_models(folders: Mapping[str, Path], facts: Mapping[str, Any]) -> dict[str, Model]:
-    """Read the dense model of a run, which comes first, and its targets, all evaluated on the same items."""
-    dense = next(iter(folders))
-    metrics = {
-        name: task["metric"]
-        for name, task in facts[dense]["tasks"].items()
-        if facts[dense]["chance"][name] is not None  # null: a perplexity
-    }
-    if not metrics:
-        raise InputError(
-            f"{folders[dense] / 'results.json'} has no task that is scored by accuracy, and a report gives their "
-            f"average; name one in evaluate.zero_shot.tasks with {', '.join(facts[dense]['tasks'])}",
-            rule="no-accuracy",
-            key="evaluate.zero_shot.tasks",
-        )
-    tables = []
-    for name, folder in folders.items():
-        table = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
-        tables.append(table.append_column("model", pa.array([name] * table.num_rows)))
-    items = read_items(pa.concat_tables(tables), metrics, folders[dense].parent, "dvc repro")
-    return {name: Model.of(fields, items[name]) for name, fields in facts.items()}

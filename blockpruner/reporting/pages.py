@@ -65,16 +65,8 @@ class Page:
     """Where and when the results were computed, as from `made_line`."""
 
     @property
-    def blocks(self) -> list[Block]:
-        return [block for section in self.sections for block in section.blocks]
-
-    @property
-    def grids(self) -> list[Table]:
-        return [block for block in self.blocks if isinstance(block, Table)]
-
-    @property
     def plots(self) -> list[Plot]:
-        return [block for block in self.blocks if isinstance(block, Plot)]
+        return [block for section in self.sections for block in section.blocks if isinstance(block, Plot)]
 
 
 def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:

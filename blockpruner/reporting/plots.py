@@ -69,13 +69,9 @@ class Plot:
     png: bytes
     width: float
     """Inches."""
-    wide: bool = True
-    """Whether it keeps its size on a small screen, which scrolls."""
 
 
-def render(
-    name: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None], wide: bool = True
-) -> Plot:
+def render(name: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> Plot:
     svg, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
@@ -83,13 +79,14 @@ def render(
         bare = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(svg, format="svg", metadata=bare)
         figure.savefig(png, format="png", dpi=180, metadata={"Software": None})
-    return Plot(name, caption, svg.getvalue(), png.getvalue(), size[0], wide)
+    return Plot(name, caption, svg.getvalue(), png.getvalue(), size[0])
 
 
 def label_(axes: Axes, x: str, y: str = "") -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    grid_(axes)
+    axes.grid(color=GREY, alpha=0.3, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def star_(axes: Axes, x: float, y: float, label: str | None = None) -> None:
@@ -106,11 +103,6 @@ def scale_(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def grid_(axes: Axes) -> None:
-    axes.grid(color=GREY, alpha=0.3, linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def block_map(figure: Figure, layers: int, mask: Mask, removals: Sequence[Mask]) -> None:

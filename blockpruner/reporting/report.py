@@ -13,7 +13,7 @@ from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.evaluation.samples import PROMPTS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import Comparison, comparisons
-from blockpruner.reporting.figures import map_of
+from blockpruner.reporting.figures import removed_map
 from blockpruner.reporting.findings import recommended, stop, warnings
 from blockpruner.reporting.formats import listed, number
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
@@ -24,7 +24,6 @@ from blockpruner.reporting.tables import (
     compared,
     curve_csv,
     headline,
-    in_short,
     iterations_csv,
     samples,
 )
@@ -69,9 +68,8 @@ def _sections(comparison: Comparison, draw: bool) -> list[Section]:
         runs[0].labels.name,
         (
             Findings((stop(targets),)),
-            in_short(shown),
             *([Findings(tuple(signs))] if signs else []),
-            *(map_of(shown) if draw else []),
+            *([removed_map(shown.name, shown.plan)] if draw and shown.plan.removed else []),
             *([compared(comparison)] if len(targets) > 1 else []),
             *samples([comparison.options[0], *targets]),
             *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
@@ -99,12 +97,12 @@ def _use(target: PrunedOption, folded: bool) -> Facts:
 def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
     """Show all that was measured of a run. The blocks of the option `shown` are drawn already."""
     searches = [*reported.traces, *(target for target in reported.targets if not target.curve)]
-    drawn = [plot for target in searches if target is not shown for plot in map_of(target)]
+    drawn = [target for target in searches if target is not shown and target.plan.removed]
     return Section(
         f"Evidence: {reported.run}",
         (
             headline(reported),
-            *(drawn if draw else ()),
+            *(removed_map(target.name, target.plan) for target in drawn if draw),
             Facts("Model, data and work", _facts(reported)),
         ),
     )
@@ -112,7 +110,7 @@ def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
 
 def _facts(reported: ReportedRun) -> tuple[tuple[str, str], ...]:
     calibration, text, labels = reported.targets[0].plan.calibration, reported.dense.model.heldout, reported.labels
-    tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in reported.scores.items())
+    tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in reported.dense.model.tasks.items())
     mended = [_mended(target) for target in reported.targets if target.compensation]
     trained = [target.name for target in reported.targets if target.plan.train]
     return (

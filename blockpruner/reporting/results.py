@@ -7,7 +7,7 @@ Decides how the files of an evaluation become values, for the report of targets 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting import statistics
 from blockpruner.reporting.statistics import Effect, Floats, Interval, Mean
+from blockpruner.store.files import read_json, read_table
 
 PARTS = ("prefill", "decode", "generation")
 """Parts of a timed generation: the prompt, the other new tokens, both together."""
@@ -70,14 +72,9 @@ class Text:
 
 @dataclass(frozen=True)
 class TaskScore(Mean):
-    """The main metric of one task. The error is infinite where the metric or a single item has none."""
+    """The main metric of one task. The error is infinite for a single item."""
 
-    metric: str
     items: int
-
-    @property
-    def is_accuracy(self) -> bool:
-        return "perplexity" not in self.metric
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,11 +135,6 @@ class Race:
             part: statistics.ratio_of_medians(self.dense.seconds[part], self.pruned.seconds[part]) for part in PARTS
         }
 
-    @property
-    def is_faster(self) -> bool:
-        """Whether generation is faster than dense beyond noise: the interval is above 1."""
-        return self.interval("generation").low > 1
-
     def interval(self, part: str) -> Interval:
         """The interval of a speed-up; infinite where nothing was timed twice."""
         return Interval(0, math.inf) if len(self.dense.seconds[part]) == 1 else self.speedups[part].interval
@@ -158,7 +150,7 @@ class Model:
     tasks: Mapping[str, TaskScore]
     """All that were measured."""
     average: Mean
-    """The mean of the accuracies."""
+    """The mean over the tasks of the average."""
     items: Mapping[str, NDArray[Any]]
     """Numbers of the items, by task of the average."""
     scores: Mapping[str, Floats]
@@ -174,16 +166,16 @@ class Model:
     def of(cls, fields: Mapping[str, Any], items: Items) -> Model:
         """Read the facts that an evaluation wrote of one model."""
         scores = {task: values for task, (_, values, _) in items.items()}
-        own, text = fields.get("average"), fields["perplexity"]
+        text = fields["perplexity"]
         return cls(
             parameters=fields["parameters"],
             weight_bytes=fields["weight_bytes"],
             heldout=Text(text["perplexity"], text["rows"], text["tokens"], tuple(text.get("row_nll", ()))),
             tasks={
-                k: TaskScore(v["value"], _error(v["stderr"]), v["metric"], v["items"])
+                k: TaskScore(v["value"], math.inf if v["stderr"] is None else v["stderr"], v["items"])
                 for k, v in fields["tasks"].items()
             },
-            average=Mean(own["value"], _error(own["stderr"])) if own else statistics.average(scores),
+            average=statistics.average(scores),
             items={task: numbers for task, (numbers, _, _) in items.items()},
             scores=scores,
             p_gold={task: p for task, (_, _, p) in items.items() if not np.isnan(p).any()},
@@ -199,10 +191,6 @@ class Model:
     @property
     def perplexity(self) -> float:
         return self.heldout.perplexity
-
-
-def _error(stderr: float | None) -> float:
-    return math.inf if stderr is None else stderr
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,29 +281,42 @@ Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
 """By task: the items' numbers, their scores in the task's metric, and p of their right answers, NaN without one."""
 
 
-def read_items(table: pa.Table, metrics: Mapping[str, str], place: Path, remedy: str) -> dict[str, Items]:
-    """Read the items of each model, in one order.
-
-    Args:
-        table: items of all models, with the column `model`.
-        place, remedy: where the items are from, and the command that makes them anew.
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read results.json and speed.json of a folder of evidence.
 
     Raises:
-        InputError: models were evaluated on different items.
+        InputError: a file is missing or damaged.
     """
+    return {**read_json(folder / "results.json"), **read_json(folder / "speed.json")}
+
+
+def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str, Items]:
+    """Read the items of each model, in one order, from folders of evidence.
+
+    Args:
+        metrics: the metric of each task that is read.
+
+    Raises:
+        InputError: models were evaluated on different items, or a file is missing or damaged.
+    """
+    tables = []
+    for folder in folders:
+        own = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
+        tables.append(own.append_column("model", pa.array([folder.name] * own.num_rows)))
+    table = pa.concat_tables(tables)
     found: dict[str, Items] = {model: {} for model in pc.unique(table["model"]).to_pylist()}
     for task, metric in metrics.items():
         part = table.filter(pc.equal(table["task"], task)).sort_by([("model", "ascending"), ("item", "ascending")])
         names, starts = np.unique(part["model"].to_numpy(zero_copy_only=False), return_index=True)
         items = np.split(part["item"].to_numpy(), starts[1:])
         values, p_gold = (np.split(part[key].to_numpy().astype(float), starts[1:]) for key in (metric, "p_gold"))
-        own = dict(zip(names, zip(items, values, p_gold, strict=True), strict=True))
+        rows = dict(zip(names, zip(items, values, p_gold, strict=True), strict=True))
         for model in found:
-            if model not in own or not np.array_equal(own[model][0], items[0]):
+            if model not in rows or not np.array_equal(rows[model][0], items[0]):
                 raise InputError(
-                    f"{place}: {model} and {names[0]} were evaluated on different items of {task}, so they cannot be "
-                    f"compared; run `{remedy}` to evaluate both alike",
+                    f"{folders[0].parent}: {model} and {names[0]} were evaluated on different items of {task}, so they "
+                    "cannot be compared; run `dvc repro` to evaluate both alike",
                     rule="different-items",
                 )
-            found[model][task] = own[model]
+            found[model][task] = rows[model]
     return found

@@ -176,13 +176,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
     At most a share alpha of all families of tests has a wrong one among those with an adjusted p <= alpha. The k-th
     smallest of m becomes max over j <= k of min(1, (m - j + 1) p_(j)).
-
-    Raises:
-        InputError: a value lies outside [0, 1].
     """
-    for p in p_values:
-        if not 0 <= p <= 1:
-            raise InputError(f"{p} is no p value; valid are 0 to 1")
     order = np.argsort(p_values)
     raised = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
     adjusted = np.minimum(np.maximum.accumulate(raised), 1)
@@ -195,9 +189,6 @@ def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> tuple[float, 
     Holm tests the k-th smallest of m at alpha / (m - k + 1), and stops at the first that is larger: that one's step is
     also that of all after it. Hence an interval of this level leaves out "no difference" if, and only if, the adjusted
     p is at most alpha; where p is of a bootstrap, up to the resolution of its resamples.
-
-    Raises:
-        InputError: a value lies outside [0, 1].
     """
     rejected = sum(p <= alpha for p in holm(p_values))
     ranks = np.argsort(np.argsort(p_values, kind="stable"), kind="stable")

@@ -1,4 +1,4 @@
-"""A table of numbers that keep their precision: text for people, CSV for machines, LaTeX for a paper.
+"""A table of numbers that keep their precision: text for people, CSV for machines.
 
 Decides how a number and its uncertainty are written. The modules of tables decide which numbers are in which column.
 """
@@ -104,9 +104,6 @@ class Table:
     folded: bool = False
     """Whether a page shows it only on request."""
 
-    def __post_init__(self) -> None:
-        assert all(len(row) == len(self.columns) for row in self.rows), self.name
-
     @property
     def head(self) -> tuple[str, ...]:
         return tuple(column.title for column in self.columns)
@@ -145,13 +142,12 @@ def table_of(
     rows: Iterable[Row],
     notes: Sequence[str] = (),
     strong: Callable[[Row], bool] = lambda row: False,
-    folded: bool = False,
 ) -> Table:
     """Make a table with one row of cells for each value."""
     rows = tuple(rows)
     cells = tuple(tuple(field.of(row) for field in fields) for row in rows)
     stressed = frozenset(i for i, row in enumerate(rows) if strong(row))
-    return Table(name, title, tuple(fields), cells, tuple(notes), stressed, folded)
+    return Table(name, title, tuple(fields), cells, tuple(notes), stressed)
 
 
 def to_csv(table: Table | DataFrame) -> str:
@@ -164,13 +160,3 @@ def to_markdown(table: Table) -> str:
     rule = ["---:" if is_number else "---" for is_number in table.numeric]
     rows = [table.head, rule, *table.texts]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
-
-
-def to_latex(table: Table) -> str:
-    """Write a table for a document with the package booktabs. Texts are set left, numbers right."""
-    frame = DataFrame(table.texts, columns=table.head, dtype=object)
-    places = "".join("r" if is_number else "l" for is_number in table.numeric)
-    text = frame.to_latex(
-        index=False, escape=True, column_format=places, caption=table.title, label=f"tab:{table.name}"
-    )
-    return str(text).replace("−", "$-$")

@@ -15,9 +15,8 @@ from pandas import DataFrame
 from blockpruner.core.budgets import speedup
 from blockpruner.reporting.comparison import Comparison
 from blockpruner.reporting.findings import paired, paired_confidence, recommended
-from blockpruner.reporting.formats import number, parameters, percent, size, times
+from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.inputs import ReportedRun
-from blockpruner.reporting.pages import Facts
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Interval, Mean
 from blockpruner.reporting.table import (
@@ -97,19 +96,17 @@ def headline(reported: ReportedRun) -> Table:
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
     add("Held-out perplexity", lambda o: Number(o.model.perplexity))
     add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
-    for task, found in reported.dense.model.tasks.items():
-        if not found.is_accuracy:
-            title = f"{task}, {found.metric.replace('_', ' ')}"
-            add(title, lambda o, task=task: Number(o.model.tasks[task].value))  # type: ignore[misc]
     for task, chance in reported.chance.items():
         add(f"{task}, %", partial(accuracy, task=task), chance)
-    add("Average, %", accuracy, reported.average_chance)
+    add("Average, %", accuracy, mean(reported.chance.values()))
     if known := reported.dense.model.p_gold:
         chance = mean(reported.chance[task] for task in known)
         add(P_TITLE, _confidence, chance)
     for part in PARTS:
         add(f"{part.capitalize()}, tokens/s", _timed(lambda o, part=part: Number(o.race.pruned.rate(part))))  # type: ignore[misc]
         add(f"{part.capitalize()}, × dense", _timed(partial(_speedup, part=part)))
+    if any("latency" in target.plan.removes for target in reported.targets):
+        add("Generation by the times of its blocks", _estimate)
     add("Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)))
     add("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
     add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
@@ -118,37 +115,13 @@ def headline(reported: ReportedRun) -> Table:
     return Table(f"{reported.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
 
 
+def _estimate(option: Option) -> Cell:
+    known = option.plan.removes if option.plan else {}
+    return times(speedup(known["latency"])) if "latency" in known else None
+
+
 def _saved(option: Option) -> str:
     return f"−{percent(option.cache_saved, 0)}" if option.cache_saved else percent(0, 0)
-
-
-def in_short(option: Option) -> Facts:
-    """Show what a pruned model is next to the dense one."""
-    dense, model, known = option.dense, option.model, option.plan.removes if option.plan else {}
-    counts = _change_of(parameters, dense.parameters, model.parameters)
-    weights = _change_of(size, dense.weight_bytes, model.weight_bytes)
-    texts = _change_of(number, dense.perplexity, model.perplexity)
-    scores = _change_of(percent, dense.average.value, model.average.value)
-    facts = [
-        ("Size", f"−{percent(option.ratio)}: {counts} parameters, {weights}"),
-        ("Held-out perplexity", f"{texts}, × {_heldout(option)}"),
-        ("Average accuracy", f"{scores}, {points(paired(dense, model))} points"),
-    ]
-    if dense.confidence and model.confidence:
-        change = _change_of(percent, dense.confidence.value, model.confidence.value)
-        facts.append(("P of the right answer", f"{change}, {points(paired_confidence(dense, model))} points"))
-    if option.is_timed:
-        rates = _change_of(number, *(side.rate("generation") for side in (option.race.dense, option.race.pruned)))
-        facts += [("Generation", f"{rates} tokens/s, × {_speedup(option)}"), ("KV cache", _saved(option))]
-    else:
-        facts.append(("Generation", NOT_TIMED))
-    if "latency" in known:
-        facts.append(("Generation by the times of its blocks", times(speedup(known["latency"]))))
-    return Facts("In short, with 95 % intervals", tuple(facts))
-
-
-def _change_of(write: Callable[[float], str], before: float, after: float) -> str:
-    return f"{write(before)} → {write(after)}"
 
 
 def compared(comparison: Comparison) -> Table:

@@ -105,8 +105,8 @@ WHOLE = {
     "items": (
         ITEMS,
         {"task": ["piqa"] * 2, "item": [0, 1], "gold": [1, 0], "loglikelihoods": [[-1.0, -2.0]] * 2, "acc": [0.0, 1.0],
-         "acc_norm": [None, 1.0], "prompt_hash": ["x", "y"], "exact_match": [None, 0.0], "word_perplexity": [None, 2.0],
-         "response": ["", "18"], "p_gold": [0.5, None], "margin": [None, -0.25]},
+         "acc_norm": [None, 1.0], "prompt_hash": ["x", "y"], "exact_match": [None, 0.0],
+         "response": ["", "18"], "p_gold": [0.5, None]},
         {},
     ),
 }  # fmt: skip

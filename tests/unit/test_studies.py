@@ -25,7 +25,7 @@ from blockpruner.methods.recipes import RECIPES
 from blockpruner.methods.registry import check_score
 from blockpruner.params import load_run
 from blockpruner.reporting.paper import publish
-from blockpruner.reporting.paper.evidence import FIVE, Asked, Row, Subject, read_rows
+from blockpruner.reporting.paper.evidence import FIVE, Row, Subject, read_rows
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
 from blockpruner.reporting.paper.published import read_published
 from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
@@ -184,7 +184,10 @@ def study_of(methods: list[str], budgets: list[str], *more: dict[str, Any], runs
 
 
 def rows_of(study: Study, folder: Path, paper: str | None = None) -> list[Row]:
-    asked = {name: Asked.of(target, "greedy", "none") for name, target in study.targets.items()}
+    asked = {
+        name: target.model_copy(update={"method": target.method or "greedy", "compensate": target.compensate or "none"})
+        for name, target in study.targets.items()
+    }
     return read_rows([Subject(run, LABELS, paper) for run in study.runs], asked, folder)
 
 

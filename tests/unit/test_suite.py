@@ -7,7 +7,7 @@ import shutil
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -153,18 +153,11 @@ def test_results(world):
     assert results["chance"] == pytest.approx(chance)
     speed = results["speed"]
     assert speed["dense"]["kv_cache_bytes"] == 2 * speed["pruned"]["kv_cache_bytes"]
-    for part in ("prefill", "decode", "generation"):
-        medians = [speed[name][f"{part}_seconds"]["median"] for name in ("dense", "pruned")]
-        assert speed[f"speedup_{part}"] == pytest.approx(medians[0] / medians[1])
     items = pq.read_table(world.root / "out" / "items.parquet")
     assert items.schema.names == ITEMS.names and items.num_rows == 9
     for task in TASKS:
         rows = [row for row in items.to_pylist() if row["task"] == task]
         assert sum(row[scores[task]["metric"]] for row in rows) / len(rows) == pytest.approx(scores[task]["value"])
-        for name in ("p_gold", "margin"):
-            values = [row[name] for row in rows]
-            assert scores[task][name] == pytest.approx(mean(values))
-            assert scores[task][f"{name}_stderr"] == pytest.approx(stdev(values) / math.sqrt(3))
     assert list(results["made"]) == PHASES
     for made in results["made"].values():
         assert made["torch"] == version("torch") and (made["device"], made["attention"]) == ("cpu", "sdpa")
@@ -230,22 +223,17 @@ def test_the_dense_model_alone(place):
 
 
 def test_any_mix_of_tasks(place):
-    """Only accuracies are averaged; guessing a word or a number is never right, and no perplexity is a matter of it."""
-    tasks = ["piqa", "wikitext", "lambada_openai", "mmlu_marketing"]
+    """Guessing a word or a number is never right."""
+    tasks = ["piqa", "lambada_openai", "mmlu_marketing"]
     results = evaluate(place, Recorder(), zero_shot={"tasks": tasks, "limit": 2})
     scores = results["tasks"]
-    assert [scores[task]["metric"] for task in tasks] == ["acc_norm", "word_perplexity", "acc", "acc"]
-    accuracies = [scores[task]["value"] for task in tasks if task != "wikitext"]
-    assert results["average"]["value"] == pytest.approx(sum(accuracies) / 3)
-    assert scores["wikitext"]["value"] > 1 and scores["wikitext"]["stderr"] is None
-    assert results["chance"] == {"piqa": 0.5, "wikitext": None, "lambada_openai": 0.0, "mmlu_marketing": 0.25}
+    assert [scores[task]["metric"] for task in tasks] == ["acc_norm", "acc", "acc"]
+    assert results["average"]["value"] == pytest.approx(sum(scores[task]["value"] for task in tasks) / 3)
+    assert results["chance"] == {"piqa": 0.5, "lambada_openai": 0.0, "mmlu_marketing": 0.25}
     rows = pq.read_table(place / "out" / "items.parquet").to_pylist()
     assert [row["task"] for row in rows] == [task for task in tasks for _ in range(2)]
-    assert [row["word_perplexity"] is not None for row in rows] == [row["task"] == "wikitext" for row in rows]
     again = Recorder()
     assert evaluate(place, again, zero_shot={"tasks": tasks, "limit": 2}) == results and not again.computed
-    alone = evaluate(place, Recorder(), zero_shot={"tasks": ["wikitext"], "limit": 2})
-    assert alone["average"] == {"value": None, "stderr": None}
 
 
 def change_text(root):

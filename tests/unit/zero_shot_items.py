@@ -201,22 +201,9 @@ PASSAGES = [("The cat sat on the", " mat"), ('"It is so," he said to them', " tw
 SUMS = [("What is 40 + 2?", "40 + 2 = <<40+2=42>>42\n#### 42"), ("How many are 6 twos?", "6 * 2 = 12\n#### 12")]
 """Of gsm8k: question and answer."""
 
-PAGES = [
-    " = Fox = \n The quick brown fox , which is 1 @,@ 000 years old , jumps over the lazy dog . \n",
-    ' = Box = \n " Pack " my box ( with five dozen jugs ) .',
-]
-"""Of wikitext, in its tokens."""
-
-DETOKENIZED = [
-    " = Fox =\nThe quick brown fox, which is 1,000 years old, jumps over the lazy dog.\n",
-    ' = Box =\n"Pack" my box (with five dozen jugs) .',
-]
-"""The same as plain text, as lm-eval's rules make it."""
-
 TEXTS = {
     "lambada_openai": [{"text": context + word} for context, word in PASSAGES],
     "gsm8k": [{"question": question, "answer": answer} for question, answer in SUMS],
-    "wikitext": [{"page": page} for page in PAGES],
 }
 """Rows of the tasks without choices."""
 

@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.recipes import recipe
 from blockpruner.reporting.paper.published import DENSE
-from blockpruner.reporting.results import Model, Race, RunLabels, read_items
+from blockpruner.reporting.results import Model, Race, RunLabels, read_items, read_results
 from blockpruner.settings import Target
-from blockpruner.store.files import read_json, read_table
+from blockpruner.store.files import read_json
 from blockpruner.store.plans import load_plan
 
 FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
@@ -80,30 +76,12 @@ class Row:
         return " + ".join(filter(None, (title, self.healing)))
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A target as a study asks for it, with everything that its run decides filled in."""
+def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Target], evidence: Path) -> list[Row]:
+    """Read the dense model and all targets of each run, in the order in which they are asked for.
 
-    run: str
-    budget: str
-    method: str
-    compensate: str
-    train: bool
-
-    @classmethod
-    def of(cls, target: Target, method: str, compensate: str) -> Asked:
-        """Fill in the run's method and compensation."""
-        chosen = target.compensate or compensate
-        return cls(target.run, target.budget, target.method or method, chosen, target.train)
-
-    @property
-    def healing(self) -> str:
-        parts = ([] if self.compensate == "none" else [self.compensate]) + ["training"] * self.train
-        return " + ".join(parts)
-
-
-def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Asked], evidence: Path) -> list[Row]:
-    """Read the dense model and all targets of each run, in the order in which they are asked for."""
+    Args:
+        asked: targets by name, with everything that their run decides filled in.
+    """
     rows: list[Row] = []
     for subject in subjects:
         name = f"{subject.run}-dense"
@@ -120,7 +98,9 @@ def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Asked], evidence:
                     found, why = _read(evidence / target, evidence / name), ""
                 except InputError as error:
                     why = str(error)
-            rows.append(Row(target, subject, one.method, one.healing, one.budget, found, why))
+            assert one.method and one.compensate, target
+            healing = [*(() if one.compensate == "none" else (one.compensate,)), *(("training",) if one.train else ())]
+            rows.append(Row(target, subject, one.method, " + ".join(healing), one.budget, found, why))
     return rows
 
 
@@ -135,30 +115,13 @@ def _read(folder: Path, dense: Path | None) -> Measured:
         raise InputError(f"stage {failed['stage']} failed: {failed['reason']}")
     if not (folder / "results.json").exists():
         raise InputError("not measured yet")
-    facts, timed = read_json(folder / "results.json"), folder / "speed.json"
-    apart: dict[str, Any] = read_json(timed) if timed.exists() else {}
-    metrics = _metrics(facts)
-    names = {folder.name: folder} | ({} if dense is None else {dense.name: dense})
-    items = read_items(pa.concat_tables([_items(*one) for one in names.items()]), metrics, folder.parent, "dvc repro")
-    fields = facts | {"average": None, "made": apart.get("made", {})}
-    speed = apart.get("speed")
-    return Measured(
-        Model.of(fields, items[folder.name]),
-        None if dense is None else load_plan(folder / "plan.json"),
-        Race.of(speed) if speed else None,
-        apart.get("search", {}),
-    )
-
-
-def _metrics(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Find the tasks of the average, each with its metric."""
+    facts = read_results(folder)
     tasks = facts["tasks"]
-    own = FIVE if tasks.keys() >= set(FIVE) else [task for task in tasks if "perplexity" not in tasks[task]["metric"]]
-    if not own:
-        raise InputError("no task is scored by accuracy; name one in evaluate.zero_shot.tasks")
-    return {task: tasks[task]["metric"] for task in own}
-
-
-def _items(name: str, folder: Path) -> pa.Table:
-    table = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
-    return table.append_column("model", pa.array([name] * table.num_rows))
+    metrics = {task: tasks[task]["metric"] for task in (FIVE if tasks.keys() >= set(FIVE) else tasks)}
+    items = read_items([folder] if dense is None else [folder, dense], metrics)
+    return Measured(
+        Model.of(facts, items[folder.name]),
+        None if dense is None else load_plan(folder / "plan.json"),
+        Race.of(facts["speed"]) if facts["speed"] else None,
+        facts["search"],
+    )

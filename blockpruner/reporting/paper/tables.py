@@ -57,7 +57,7 @@ def _line(row: Row, dense: Measured | None) -> dict[str, Any]:
     if model.confidence:
         line |= {"p_gold_pct": 100 * model.confidence.value, "p_gold_pct_se": 100 * model.confidence.stderr}
     for task, score in model.tasks.items():
-        line[task] = 100 * score.value if score.is_accuracy else score.value
+        line[task] = 100 * score.value
     line["weights_mib"] = model.weight_bytes / 2**20
     if found.race:
         line["generation_ms"] = 1000 * found.race.pruned.median("generation")
