@@ -21,18 +21,13 @@ class Metric:
     name: str
     """As in `score.metric` of a run file."""
     function: str | Callable[..., Any]
-    """A `losses.Loss`, an `influences.Influence`, or with `gradient` an `influences.GradientInfluence`; text,
-    "module:function", is imported when it is first used."""
+    """A `losses.Loss` or an `influences.Influence`; text, "module:function", is imported when it is first used."""
     title: str
     units_text: str
     formula: str
     """The formula, and the paper that it is from."""
     influence: bool = False
-    """Computed from the model as it is, without removing the unit: from the hidden states of one forward pass, or from
-    a gradient."""
-    gradient: bool = False
-    """An influence that takes the gradient of the loss over all rows together. So its trials belong to one calibration
-    set: a set that has some of the rows cannot use them."""
+    """Computed from the hidden states of one forward pass of the model as it is, without removing the unit."""
     reference: bool = False
     """Compares with the logits of the dense model."""
 
@@ -78,18 +73,4 @@ METRICS = Registry("score.metric", Metric, [
         "angular_distance", INFLUENCES + "angular_distance", "angular distance", "share of a half turn",
         "arccos(cos(x, x + f)) / pi at the last token (arXiv 2403.17887)", influence=True,
     ),
-    Metric(
-        "taylor", INFLUENCES + "taylor", "Taylor criterion", "nats per token",
-        "the sum over weights of |w dL/dw|, L the mean NLL of all rows (Shortened-LLM, arXiv 2402.02834)",
-        influence=True, gradient=True,
-    ),
 ])  # fmt: skip
-
-
-def stored_under(key: str, calibration: str) -> str:
-    """The name of a metric in the fields of a trial store; that of a gradient holds the digest of the calibration set.
-
-    Args:
-        key: a metric's name.
-    """
-    return f"{key} of {calibration}" if key in METRICS and METRICS[key].gradient else key

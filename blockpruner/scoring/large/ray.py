@@ -27,7 +27,7 @@ from blockpruner.core.settings import Runtime
 from blockpruner.scoring.large.sharing import share_out, unfinished
 from blockpruner.scoring.scorers import local_scorer
 from blockpruner.scoring.walk import steps_of
-from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, over_all_rows
+from blockpruner.scoring.work import Rows, ScoredRows, Span, Task
 from blockpruner.store.files import read_json
 from blockpruner.store.trials import SIXTEEN_BITS, Origin
 
@@ -176,7 +176,7 @@ class RayScorer:
         """
         # more pieces balance better, but each streamed one reads all weights
         pieces = len(self._workers) * (1 if self._runtime.streaming else PIECES)
-        waiting = deque(share_out(over_all_rows(tasks, rows), rows, pieces, self._steps))
+        waiting = deque(share_out(tasks, rows, pieces, self._steps))
         try:
             while waiting or any(worker.job is not None for worker in self._workers):
                 for worker in self._workers:
