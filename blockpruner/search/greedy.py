@@ -9,7 +9,7 @@ MLP blocks are weighed by what they cost.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from blockpruner.core.blocks import DENSE, Mask
@@ -20,7 +20,6 @@ from blockpruner.scoring.accelerate import worth
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
-from blockpruner.search.space import goal_of_problem, is_settled
 
 
 class PricedOptions(Options):
@@ -76,19 +75,3 @@ def forward(
     best = min(complete, key=lambda i: worth(scores[i], before, costs))
     added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
     return Iteration(step, scores, added, best, selection.lazy_choice)
-
-
-def greedy_to_goal(problem: Problem) -> Generator[Iteration, None, list[Mask]]:
-    """Yield iterations until no further removal could change which prefix is nearest to the problem's goal.
-
-    Returns:
-        What each iteration left removed, the prefixes; `space.nearest` of them is greedy's own answer.
-    """
-    goal = goal_of_problem(problem)
-    prefixes: list[Mask] = []
-    for iteration in greedy(problem, PricedOptions()):
-        yield iteration
-        prefixes.append(iteration.removed)
-        if is_settled(goal, iteration.removed, problem.units):
-            break
-    return prefixes

@@ -100,7 +100,7 @@ def compensated(method):
 def merged(model):
     merges = (Merge(0, 1),)
     return [
-        [Similarity(model, ROWS, variant, {})(merges), merged_nll(model, ROWS, merges, variant)]
+        [Similarity(model, ROWS, variant)(merges), merged_nll(model, ROWS, merges, variant)]
         for variant in ("repo", "paper")
     ]
 

@@ -227,5 +227,5 @@ def test_influences_are_not_streamed(tmp_path, name):
     units: Iterator = engine.run([Task(range(1), (parse_mask("mha.0"),), METRICS[name])], ROWS)
     with pytest.raises(InputError, match=rf"score\.metric {name} .* set runtime\.streaming: false"):
         next(units)
-    assert engine.weight_bytes_read == 0
+    assert engine._weights.bytes_read == 0
     engine.close()

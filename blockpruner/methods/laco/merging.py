@@ -82,7 +82,7 @@ def _replace_parameters_(layer: nn.Module, values: Mapping[str, Tensor]) -> None
 
 
 class Similarity:
-    """How similar a model stays to itself after merges; what is not known is measured.
+    """How similar a model stays to itself after merges.
 
         s(merges) = mean over rows of cos(flat(X), flat(X_merges))
 
@@ -91,8 +91,6 @@ class Similarity:
     taken in float64. The dense states of all rows are held in memory, in the model's dtype.
 
     Args:
-        known: similarities that were measured before and are not measured again.
-        record: receives each new similarity as soon as it is known.
         advance: receives, during a measurement, the rows done, their number, and the candidate's last merge.
 
     Raises:
@@ -104,28 +102,19 @@ class Similarity:
         model: PreTrainedModel,
         rows: Rows,
         variant: str,
-        known: Mapping[Merges, float],
-        record: Callable[[Merges, float], object] = lambda merges, value: None,
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         batch_tokens: int | str = "auto",
     ) -> None:
         require_rows(len(rows))
         self._model, self._variant = model, variant
         self._rows = [[token if token >= 0 else ~token for token in row] for row in rows]  # scored or only given
-        self._known, self._record, self._advance = dict(known), record, advance
+        self._advance = advance
         self._decoder: nn.Module = attrgetter(model_family(model).decoder)(model)
         self._batches = Engine(model, batch_tokens).row_batches(rows, range(len(rows)))
         self._dense: list[Tensor] = []
 
-    def __call__(self, merges: Merges) -> float:
-        if merges not in self._known:
-            value = self._measure(merges)
-            self._known[merges] = value
-            self._record(merges, value)
-        return self._known[merges]
-
     @torch.inference_mode()
-    def _measure(self, merges: Merges) -> float:
+    def __call__(self, merges: Merges) -> float:
         if not self._dense:
             self._dense = [states.clone() for states in self._states()]
         values: list[float] = []
