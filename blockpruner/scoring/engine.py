@@ -30,7 +30,7 @@ from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers,
 from blockpruner.store.provenance import computing, processor
 from blockpruner.store.trials import Origin
 
-REFERENCE = Metric("reference", "", title="", units_text="", formula="")
+REFERENCE = Metric("reference", "", title="", formula="")
 """In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
 
 DENSE_SHARE = 16

@@ -30,8 +30,6 @@ ROUNDING = 1e-12
 class Stability:
     """What other calibration rows might have chosen in one step of a search."""
 
-    rows: int
-    """On how many rows the candidates are compared."""
     rivals: tuple[Mask, ...]
     """Those of them that cannot be told from the chosen one: 0 is in the 95 % interval of the paired t test."""
     kept: float
@@ -64,7 +62,6 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
         return None
     close = means <= special.stdtrit(rows - 1, (1 + LEVEL) / 2) * errors + ROUNDING
     return Stability(
-        rows=rows,
         rivals=tuple(mask for mask, is_close in zip(shared, close, strict=True) if is_close and mask != chosen),
         kept=float(np.mean((_counts(rows) @ d.T / rows).argmin(axis=1) == shared.index(chosen))),
     )

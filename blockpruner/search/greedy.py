@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.core.options import Options
 from blockpruner.scoring.accelerate import worth
@@ -32,11 +31,7 @@ class PricedOptions(Options):
 
 
 def greedy(problem: Problem, options: PricedOptions) -> Iterator[Iteration]:
-    """Yield iterations until nothing is left to remove.
-
-    Raises:
-        InputError: the price is a resource that was not measured.
-    """
+    """Yield iterations until nothing is left to remove."""
     costs = costs_of(problem, options)
     base: MaskScore | None = None
     remaining = list(problem.units)
@@ -51,10 +46,7 @@ def greedy(problem: Problem, options: PricedOptions) -> Iterator[Iteration]:
 
 def costs_of(problem: Problem, options: PricedOptions) -> Costs | None:
     """What prices a removal; None where all cost the same."""
-    per = options.per
-    if per != "none" and per not in problem.resources:
-        raise InputError(f"score.options.per {per!r} is not known here; valid: none, {', '.join(problem.resources)}")
-    return problem.resources.get(per)
+    return None if options.per == "none" else problem.resources[options.per]
 
 
 def forward(

@@ -25,7 +25,6 @@ from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.models import decoder_layers, model_family, renumber_, restored
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
-from blockpruner.store.trials import require_rows
 
 Layers = Sequence[nn.Module]
 """Decoder layers l, l+1 .. l+m that are merged into the first."""
@@ -94,7 +93,7 @@ class Similarity:
         advance: receives, during a measurement, the rows done, their number, and the candidate's last merge.
 
     Raises:
-        InputError: no rows. When called: a merge that is not possible, or hidden states that are not finite.
+        InputError: when called: a merge that is not possible, or hidden states that are not finite.
     """
 
     def __init__(
@@ -105,7 +104,6 @@ class Similarity:
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         batch_tokens: int | str = "auto",
     ) -> None:
-        require_rows(len(rows))
         self._model, self._variant = model, variant
         self._rows = [[token if token >= 0 else ~token for token in row] for row in rows]  # scored or only given
         self._advance = advance
