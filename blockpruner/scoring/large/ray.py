@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, extra
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.settings import Runtime
 from blockpruner.scoring.large.sharing import share_out, unfinished
@@ -275,14 +275,9 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
         if "ray" not in sys.modules:  # else Ray's processes would want a token that this one does not send
             os.environ["RAY_AUTH_MODE"] = "token"  # keeps other users of this machine out
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray's own is a file that all may read
-    try:
+    with extra("ray"):
         import ray
         import ray.util.scheduling_strategies
-    except ImportError as error:
-        raise InputError(
-            f"runtime.executor 'ray' needs the package ray ({error}); pip install 'blockpruner[ray]', or set "
-            "runtime.executor: local"
-        ) from error
     if ray.is_initialized():
         return ray, False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
