@@ -7,7 +7,7 @@ and accepted is decided in `walk`. A merged model is a plain model of its own fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from statistics import fmean
@@ -22,7 +22,7 @@ from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.walk import Merge, Merges, layers_after
 from blockpruner.model import modeling_blockpruned as blockpruned
-from blockpruner.model.models import decoder_layers, model_family, renumber_, restored
+from blockpruner.model.models import decoder_layers, model_family, renumber_, replace_parameters_, restored
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
 
@@ -57,7 +57,13 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
     for merge in merges:
         group = remaining[merge.layer : merge.layer + merge.count + 1]
         del remaining[merge.layer + 1 : merge.layer + merge.count + 1]
-        _replace_parameters_(group[0], VARIANTS[variant](group))
+        values = VARIANTS[variant](group)
+        new = {
+            old: nn.Parameter(values[name].detach().to(old.device), requires_grad=old.requires_grad)
+            for name, old in group[0].named_parameters()
+            if name in values
+        }
+        replace_parameters_(group[0], new)
     blockpruned.drop_layers_(layers, kept)
     blockpruned.number_attentions_(layers, model_family(model).mha.module)
     renumber_(config, model_family(model), [(layer, layer) for layer in kept])
@@ -69,15 +75,6 @@ def merged(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Ite
     """The model after `merge_`, restored on exit. Only parameters that a merge computes take memory."""
     with restored(model):
         yield merge_(model, merges, variant)
-
-
-def _replace_parameters_(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give a layer new parameters by name; the old ones may belong to others and are not written to."""
-    for name, value in values.items():
-        path, _, attribute = name.rpartition(".")
-        old = layer.get_parameter(name)
-        new = nn.Parameter(value.detach().to(old.device), requires_grad=old.requires_grad)
-        setattr(layer.get_submodule(path), attribute, new)
 
 
 class Similarity:
