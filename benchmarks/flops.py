@@ -27,11 +27,7 @@ class Flops:
 
     @classmethod
     def of(cls, config: Config, rows: int, length: int) -> Flops:
-        """Count for `rows` rows of `length` tokens.
-
-        Raises:
-            InputError: an unsupported family, or one whose blocks do not follow one another.
-        """
+        """Count for `rows` rows of `length` tokens."""
         products, attention = count_products(config)
         tokens, head = rows * length, 2 * int(config["hidden_size"]) * int(config["vocab_size"])
         blocks = {

@@ -336,4 +336,4 @@ def _metric(metric: str | Metric | Callable[..., Any]) -> Metric:
         return metric
     formula = (metric.__doc__ or "").partition("\n")[0]
     name = _name(metric)
-    return Metric(name, metric, title=name, units_text="", formula=formula, reference=True)
+    return Metric(name, metric, title=name, formula=formula, reference=True)

@@ -259,8 +259,7 @@ def rows(world: World, **changes: Any) -> Any:
 
 
 FEW = {"perplexity": "greedy", "block_influence": "one_shot"}
-LOSSES = FEW | {"kl": "greedy", "js": "greedy", "relative_magnitude": "one_shot", "angular_distance": "one_shot",
-                "taylor": "one_shot"}  # fmt: skip
+LOSSES = FEW | {"kl": "greedy", "js": "greedy", "relative_magnitude": "one_shot", "angular_distance": "one_shot"}
 """Metrics, and the search that computes them."""
 
 

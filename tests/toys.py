@@ -49,8 +49,7 @@ def quiet_(model, plan, rows):
 
 ROWS = (
     Search("behind", "from behind", from_behind, DepthOptions),
-    Metric("bits", surprise, title="bits of surprise", units_text="bits per token",
-           formula="-log2 p(token)"),
+    Metric("bits", surprise, title="bits of surprise", formula="-log2 p(token)"),
     Export("shapes", "a file of shapes", ("nothing",), shapes),
     Family("gemma", "Gemma", optional_bias, gated_mlp, defaults={"tie_word_embeddings": True}),
     weights_kind(

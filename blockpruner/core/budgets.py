@@ -200,8 +200,6 @@ def choose_prefix(budget: Budget, prefixes: Sequence[Mask], costs: Costs) -> int
     Raises:
         InputError: nothing in the sequence meets it; what is out of reach is refused by `require_reachable` before.
     """
-    if not prefixes:
-        raise InputError(f"budget {budget.text!r} cannot be met: nothing can be removed")
     if budget.blocks is not None:
         sizes = [len(prefix) for prefix in prefixes]
         if budget.blocks not in sizes:

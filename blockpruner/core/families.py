@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, all_blocks
-from blockpruner.core.errors import InputError
 from blockpruner.core.registry import Registry
 
 Config = Mapping[str, Any]
@@ -126,18 +125,11 @@ def count_kv_cache(config: Config) -> Costs:
 
 def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
     """Multiplications for one token: in each block's matrices; and between an MHA block's queries and the keys of one
-    token that it attends to (there are as many with its values).
-
-    Raises:
-        InputError: MHA and MLP read the same input, and share no prefix within a layer.
+    token that it attends to (there are as many with its values). MHA and MLP must follow one another.
     """
     family = FAMILIES[str(config["model_type"])]
     config = {**family.defaults, **config}
-    if family.is_parallel(config):
-        raise InputError(
-            f"costs of model family {family.model_type!r} are not known: its MHA and MLP blocks read the same input, "
-            f"and are counted here one after the other; set {family.parallel}: false, or measure"
-        )
+    assert not family.is_parallel(config)
     heads, head = _heads(config)
     mha = _attention(config)
     blocks = {

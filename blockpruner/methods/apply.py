@@ -63,10 +63,11 @@ class Pruning:
                 while, where the kind of plan can lend it, and the healed weights are among those that it leaves.
         """
         kind, lend = KINDS[self.plan.kind], KINDS[self.plan.kind].lend
-        if kind.removes_blocks:
-            self.heal_(dense)
-        elif self.healed is not None:
-            lend = None
+        if self.healed is not None:
+            if kind.removes_blocks:  # into those tensors of the dense model that are left
+                load_healed_(pruned_copy(dense, self.plan, self.rows.rows), self.healed.path)
+            else:
+                lend = None
         if lend is not None:
             with lend(dense, self.plan) as reduced:
                 note(reduced)
@@ -76,11 +77,6 @@ class Pruning:
                 load_healed_(pruned, self.healed.path)
             note(pruned)
         return pruned
-
-    def heal_(self, dense: PreTrainedModel) -> None:
-        """Put the healed weights into those tensors of the dense model that are left when blocks are removed."""
-        if self.healed is not None:
-            load_healed_(pruned_copy(dense, self.plan, self.rows.rows), self.healed.path)
 
 
 def pruned_copy(dense: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:

@@ -20,7 +20,6 @@ from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.scoring.metrics import stored_under
 from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Rows, Scorer
@@ -50,11 +49,6 @@ class Material:
     observer: Observer
 
 
-def fields_of(loss: str, rows: CalibrationSet, identity: str, dtype: str) -> dict[str, Any]:
-    """What identifies the trial store of a loss."""
-    return store_fields(rows.digest, identity, dtype, stored_under(loss, rows.digest))
-
-
 @contextmanager
 def open_stores(
     losses: Sequence[str],
@@ -76,7 +70,7 @@ def open_stores(
 
     with ExitStack() as stack:
         for loss in sorted(losses):  # in one order everywhere: two processes cannot wait for each other
-            fields = fields_of(loss, rows, identity, dtype)
+            fields = store_fields(rows.digest, identity, dtype, loss)
             if trials is not None:
                 stack.enter_context(hold(trials / f"{fingerprint(fields)}.lock", this_process(), busy))
             found[loss] = TrialStore(fields, rows.row_keys, trials)
@@ -102,7 +96,7 @@ class Job:
 
     def store_fields(self, loss: str) -> dict[str, Any]:
         """What identifies the trial store of a loss."""
-        return fields_of(loss, self.calibration, self.material.identity, self.material.dtype)
+        return store_fields(self.calibration.digest, self.material.identity, self.material.dtype, loss)
 
     def stores(self, losses: Sequence[str]) -> AbstractContextManager[dict[str, TrialStore]]:
         """The trial stores of some losses, locked."""

@@ -57,7 +57,6 @@ RECIPES: Mapping[str, Recipe] = {
     "relative-magnitude": _one("Relative Magnitude", (RM,), **LAYERS, metric=RM),
     "relative-magnitude-frobenius": _one("Relative Magnitude, Frobenius", (RM,), **LAYERS, metric=f"{RM}_frobenius"),
     "shortgpt": _one("ShortGPT", ("shortgpt",), **LAYERS, metric=BI),
-    "taylor": _one("Taylor", **LAYERS, metric="taylor"),
     "one-shot-perplexity": _one("one-shot perplexity", ("one_shot_ppl",), method="one_shot"),
     "greedy-layers": _one("greedy layers", ("layer_greedy_ppl", "layer"), method="greedy", unit="layer"),
     "blockpruner-per-parameter": _one("BlockPruner per parameter", method="greedy", options={"per": "parameters"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,6 @@ from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.scoring.settings import Score
 from blockpruner.search.iteration import stabilities
-from blockpruner.search.run import UNTIMED
 from blockpruner.search.trace import Current, read_trace, trace_directory
 from blockpruner.store.files import read_json, remove_temporaries
 from blockpruner.store.trials import require_rows
@@ -56,7 +55,7 @@ def open_material(
         )
 
     identity, config = checkpoint_identity(checkpoint), read_json(checkpoint / "config.json")
-    with LazyScorer(scorer) as lazy:
+    with closing(LazyScorer(scorer)) as lazy:
         yield Material(identity, model.dtype, config, trials, lazy, dense, observer)
 
 
@@ -121,5 +120,8 @@ def _known_latency(
         return None
     require_budgets(score, config, budgets)
     if latency is None:
-        raise InputError(f"budgets {list(budgets)} or score.options.per need a speed-up, and {UNTIMED}")
+        raise InputError(
+            f"budgets {list(budgets)} or score.options.per need a speed-up, and what blocks take of the time is not "
+            "known here: the stage score measures it"
+        )
     return latency()

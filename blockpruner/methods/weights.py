@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
     loss, observer = NLL.name, job.material.observer
     fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump(), "version": version}
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
-    with job.stores([loss]) as stores, LazyScorer(lambda: Engine(job.material.dense())) as scorer:
+    with job.stores([loss]) as stores, closing(LazyScorer(lambda: Engine(job.material.dense()))) as scorer:
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
             observer.begin(f"{name} for {text}")

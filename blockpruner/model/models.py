@@ -157,7 +157,7 @@ def _beginning(weight: Tensor) -> tuple[Any, ...]:
     return weight.shape, weight.dtype, *weight.flatten()[:16].tolist()
 
 
-def replace_parameters_(model: PreTrainedModel, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+def replace_parameters_(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Replace parameters of a model wherever they stand in it; the old ones may belong to another model, too."""
     for module in model.modules():
         for name, old in module._parameters.items():

@@ -13,10 +13,6 @@ Lazy (lazy greedy): the priority of a candidate is its last known rise of the lo
 scored first. The others stay unscored if their rises, less a margin, are above the best fresh one. The margin comes
 from how far rises have moved, and is wider for a candidate known on few rows. Rises are not monotone, hence audits: in
 every n-th step all candidates enter, and the choice without them is recorded.
-
-Where a resource prices removals, prices are compared in place of losses. With the leader, a race compares rises per
-share where the leader's is positive, and rises times share where it is not: `price` orders two candidates as one of
-these products does, whatever the sign of the other's rise.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from scipy import special
@@ -68,7 +64,8 @@ FLOOR = 10
 """The least number of candidates that enter a lazy step."""
 
 SLACK = 2.0
-"""The margin of the lazy rule."""
+"""The margin of the lazy rule, as a multiple of sqrt(m^2 + e^2): m is the median of how far a rise had moved when it
+was taken again, e the standard error of the candidate's own rise."""
 
 AUDIT = 6
 """All candidates enter every so many lazy steps."""
@@ -83,8 +80,7 @@ def accelerate(objective: Objective, score: Score, costs: Costs | None = None) -
     parts = (score.acceleration or "none").split("+")
     if parts == ["none"]:
         return Exact(objective)
-    lazy: dict[str, Any] = {"floor": FLOOR, "slack": SLACK, "audit": AUDIT} if "lazy" in parts else {}
-    return Accelerated(objective, CONFIDENCE if "race" in parts else None, **lazy, costs=costs)
+    return Accelerated(objective, "race" in parts, "lazy" in parts, costs)
 
 
 def price(rise: float, share: float) -> float:
@@ -114,36 +110,24 @@ class Accelerated:
     """Selects the candidates of one search, step after step.
 
     Args:
-        confidence: of each comparison in a race, in (0.5, 1); None scores each candidate that enters on all rows.
-        floor: the least number of candidates that enter a step; None lets all enter (racing alone).
-        slack: margin of the lazy rule, as a multiple of sqrt(m^2 + e^2): m is the median of how far a rise had moved
-            when it was taken again, e the standard error of the candidate's own rise.
-        audit: all candidates enter every `audit`-th step; 0 is never.
-        costs: of the resource that prices a removal.
+        races: whether candidates race; else each one that enters is scored on all rows.
+        is_lazy: whether only promising candidates enter a step.
+        costs: of the resource that prices a removal; None where all cost the same.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        confidence: float | None = None,
-        floor: int | None = None,
-        slack: float = 0.0,
-        audit: int = 0,
-        costs: Costs | None = None,
-    ) -> None:
-        self._objective, self._confidence, self._costs = objective, confidence, costs
-        self._floor, self._slack, self._audit = floor, slack, audit
+    def __init__(self, objective: Objective, races: bool, is_lazy: bool, costs: Costs | None) -> None:
+        self._objective, self._races, self._is_lazy, self._costs = objective, races, is_lazy, costs
         self._rises: dict[Mask, np.ndarray] = {}
         self._drifts: list[float] = []
 
     def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
         candidates = [mask for mask in masks if mask != base]
         lazy_choice = None
-        if self._floor is None or index == 0:
+        if not self._is_lazy or index == 0:
             found = self._score(candidates, base)
         else:
             found = self._most_promising(candidates, base)
-            if self._audit and index % self._audit == 0:
+            if index % AUDIT == 0:
                 lazy_choice = self._best(found, base)
                 rest = [mask for mask in candidates if mask not in found]
                 found |= self._score(rest, base, found[lazy_choice])
@@ -152,21 +136,21 @@ class Accelerated:
         return Considered(tuple(found[mask] for mask in masks if mask in found), lazy_choice)
 
     def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
-        if self._confidence is None:
+        if not self._races:
             return self._objective(masks)
-        found = race(self._objective, standing.mask, masks, self._confidence, standing=standing)
+        found = race(self._objective, standing.mask, masks, CONFIDENCE, standing=standing)
         return [found[mask] for mask in masks]
 
     def _most_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, MaskScore]:
         error = {mask: standard_error(self._rises[mask - base], self._objective.rows) for mask in candidates}
         waiting = sorted(candidates, key=lambda mask: self._price(mask - base))
-        entering, waiting = waiting[: self._floor], waiting[self._floor :]
+        entering, waiting = waiting[:FLOOR], waiting[FLOOR:]
         found: dict[Mask, MaskScore] = {}
         while entering:
             found |= self._score(entering, base, found[self._best(found, base)] if found else None)
             best = self._price(self._best(found, base) - base)
             drift = float(np.median(np.abs(self._drifts)))
-            margin = {mask: self._slack * math.hypot(drift, error[mask]) for mask in waiting}
+            margin = {mask: SLACK * math.hypot(drift, error[mask]) for mask in waiting}
             entering = [mask for mask in waiting if self._price(mask - base, margin[mask]) < best]
             waiting = [mask for mask in waiting if mask not in entering]
         return found
@@ -189,10 +173,10 @@ class Accelerated:
         if not masks:
             return {}
         past = {mask: self._rises[mask - base] for mask in masks if mask - base in self._rises}
-        if self._confidence is None:
-            found = dict(zip(masks, self._objective([base, *masks])[1:], strict=True))
+        if self._races:
+            found = race(self._objective, base, masks, CONFIDENCE, past, standing, self._share)
         else:
-            found = race(self._objective, base, masks, self._confidence, past, standing, self._share)
+            found = dict(zip(masks, self._objective([base, *masks])[1:], strict=True))
         before = np.array(self._objective([base])[0].row_loss)
         for mask, score in found.items():
             seen = np.array(score.row_loss) - before[: score.rows_used]

@@ -15,23 +15,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockId, Mask, format_mask, sorted_blocks
+from blockpruner.core.blocks import DENSE, BlockId, Mask, format_mask
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model import accelerator
 from blockpruner.model.models import placement, room_beside
 from blockpruner.scoring.batches import Batch, row_batches
 from blockpruner.scoring.forward import Forward, LayerKwargs, joined
-from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import walk
-from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers, logits_bytes, over_all_rows
+from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers, logits_bytes
 from blockpruner.store.provenance import computing, processor
 from blockpruner.store.trials import Origin
 
-REFERENCE = Metric("reference", "", title="", units_text="", formula="")
+REFERENCE = Metric("reference", "", title="", formula="")
 """In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
 
 DENSE_SHARE = 16
@@ -105,12 +104,12 @@ class Engine(Forward):
             NonFiniteLossError: a loss is NaN or infinite; names mask and row. Values yielded before are good.
             DeviceMemoryError: not even one row fits.
         """
-        waiting = list(reversed(self.referenced(over_all_rows(tasks, rows), rows)))
+        waiting = list(reversed(self.referenced(tasks, rows)))
         while waiting:
             task = waiting.pop()
             done: set[Mask] = set()
             try:
-                for scored in (self._by_gradient if task.metric.gradient else self.score)(task, rows):
+                for scored in self.score(task, rows):
                     done.add(scored.mask)
                     yield scored
             except RuntimeError as error:
@@ -134,8 +133,6 @@ class Engine(Forward):
         """Nothing to give back."""
 
     def _in_batches(self, task: Task, rows: Rows) -> list[Task]:
-        if task.metric.gradient:
-            return [task]
         return [replace(task, span=span) for span in self.row_batches(rows, task.span)]
 
     def _halved(self, task: Task, rows: Rows, reason: str) -> list[Task]:
@@ -143,7 +140,7 @@ class Engine(Forward):
         if self._width(len(span) * longest) > 1:  # first one mask at a time
             self._batch_tokens = len(span) * longest
             return [task]
-        if len(span) == 1 or task.metric.gradient:  # which is taken row by row, and not streamed
+        if len(span) == 1:
             streaming = "" if task.metric.influence else self._streaming_fix
             raise DeviceMemoryError(
                 f"one row of {longest} tokens does not fit into the device's memory beside the model ({reason}); "
@@ -247,44 +244,6 @@ class Engine(Forward):
             for states in (reads, adds):  # a state is kept as long as a unit began at it
                 for block in [block for block in states if block.layer < open_from]:
                     del states[block]
-
-    def _by_gradient(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
-        """Influences from backward passes without `task.base`, row by row; all rows of a unit at once."""
-        units = {mask: self._weights_of(mask - task.base) for mask in task.masks}
-        kept = [tuple(block for block in step if block not in task.base) for step in self._steps]
-        weights = list(dict.fromkeys(weight for own in units.values() for weight in own))
-
-        @torch.enable_grad()
-        def gradients(row: int) -> dict[Tensor, Tensor]:
-            batch = self._batch([rows[row]])
-            hidden, layer_kwargs = self._prepare(batch.input_ids)
-            for step in kept:
-                hidden = joined(hidden, [self._block(block, hidden, layer_kwargs, batch.packed) for block in step])
-            logits = self._capped(self._head(self._final_states(hidden, batch)))
-            loss = token_nll(logits, batch.targets).mean()
-            found = torch.autograd.grad(loss, weights, allow_unused=True)  # an expert may see no token
-            return {weight: part for weight, part in zip(weights, found, strict=True) if part is not None}
-
-        before = [weight.requires_grad for weight in weights]
-        try:
-            for weight in weights:
-                weight.requires_grad_(True)
-            values = task.metric.compute(units, gradients, len(rows))
-        finally:
-            for weight, was in zip(weights, before, strict=True):
-                weight.requires_grad_(was)
-        for mask in task.masks:
-            yield self._finite(mask, values[mask], task)
-
-    def _weights_of(self, unit: Mask) -> list[nn.Parameter]:
-        """The weights of a unit's norms and modules, without biases."""
-        parts = [
-            getattr(self._layers[block.layer], name)
-            for block in sorted_blocks(unit)
-            for name in (*self._family.branch(block.kind).norms, self._family.branch(block.kind).module)
-        ]
-        named = (pair for part in parts for pair in part.named_parameters())
-        return [parameter for name, parameter in named if not name.endswith("bias")]
 
     def _batch(self, rows: Rows) -> Batch:
         return Batch.of(rows, self._home)

@@ -1,5 +1,4 @@
-"""Influences of a unit: how much it changes the residual stream, from one forward pass; or what its weights do to the
-loss, from a backward pass.
+"""Influences of a unit: how much it changes the residual stream, from one forward pass.
 
 In functions of states x [B, T, H] is the state that a unit (a block, a layer, adjacent layers) reads, f [B, T, H] is
 what it adds, and is_real [B, T] tells tokens from pads. Numbers are float32 at least; lower means less important. Their
@@ -9,22 +8,14 @@ words are rows of `metrics`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, linalg
 from torch.nn import functional
 
-from blockpruner.core.blocks import Mask
-
 Influence = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, f, is_real) -> [B]."""
-
-Gradients = Callable[[int], Mapping[Tensor, Tensor]]
-"""The gradients of the weights that a row's mean NLL depends on, from a backward pass of that row."""
-
-GradientInfluence = Callable[[Mapping[Mask, Sequence[Tensor]], Gradients, int], Mapping[Mask, Sequence[float]]]
-"""(the weights of each unit, gradients, the number of rows) -> of each unit a value for each row."""
 
 
 def block_influence(x: Tensor, f: Tensor, is_real: Tensor) -> Tensor:
@@ -60,28 +51,6 @@ def angular_distance(x: Tensor, f: Tensor, is_real: Tensor) -> Tensor:
     row, last = torch.arange(len(x), device=x.device), is_real.sum(dim=1) - 1
     u, v = (functional.normalize(state[row, last], dim=-1) for state in (x, x + f))
     return 2 * torch.atan2(linalg.vector_norm(u - v, dim=-1), linalg.vector_norm(u + v, dim=-1)) / math.pi
-
-
-def taylor(units: Mapping[Mask, Sequence[Tensor]], gradients: Gradients, rows: int) -> dict[Mask, list[float]]:
-    """sum_w |w G_w| over a unit's weights, G = mean over rows of g_r, g_r the gradient of a row's mean NLL (the Taylor
-    criterion of Shortened-LLM, arXiv 2402.02834).
-
-    The absolute value is taken of the mean over rows, as in its public code, so it is a number of all rows together.
-    The value of row r is its share, sum_w |w| sign(G_w) g_rw, which a second pass finds; the mean of the shares is the
-    criterion.
-    """
-    weights = dict.fromkeys(weight for own in units.values() for weight in own)
-    total = {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights}
-    for row in range(rows):
-        for weight, gradient in gradients(row).items():
-            total[weight] += gradient
-    direction = {weight: gradient.sign_().mul_(weight.detach().abs()) for weight, gradient in total.items()}
-    shares: dict[Mask, list[float]] = {unit: [] for unit in units}
-    for row in range(rows):
-        parts = {weight: float((direction[weight] * gradient).sum()) for weight, gradient in gradients(row).items()}
-        for unit, own in units.items():
-            shares[unit].append(math.fsum(parts.get(weight, 0.0) for weight in own))
-    return shares
 
 
 def _mean(values: Tensor, is_real: Tensor) -> Tensor:

@@ -21,18 +21,12 @@ class Metric:
     name: str
     """As in `score.metric` of a run file."""
     function: str | Callable[..., Any]
-    """A `losses.Loss`, an `influences.Influence`, or with `gradient` an `influences.GradientInfluence`; text,
-    "module:function", is imported when it is first used."""
+    """A `losses.Loss` or an `influences.Influence`; text, "module:function", is imported when it is first used."""
     title: str
-    units_text: str
     formula: str
     """The formula, and the paper that it is from."""
     influence: bool = False
-    """Computed from the model as it is, without removing the unit: from the hidden states of one forward pass, or from
-    a gradient."""
-    gradient: bool = False
-    """An influence that takes the gradient of the loss over all rows together. So its trials belong to one calibration
-    set: a set that has some of the rows cannot use them."""
+    """Computed from the hidden states of one forward pass of the model as it is, without removing the unit."""
     reference: bool = False
     """Compares with the logits of the dense model."""
 
@@ -45,7 +39,7 @@ class Metric:
 LOSSES, INFLUENCES = "blockpruner.scoring.losses:", "blockpruner.scoring.influences:"
 
 NLL = Metric(
-    "perplexity", LOSSES + "token_nll", "perplexity", "nats per token",
+    "perplexity", LOSSES + "token_nll", "perplexity",
     "the mean of -log p(token), the logarithm of perplexity (arXiv 2406.10594)",
 )  # fmt: skip
 """Its trials are stored under "perplexity", as they always were."""
@@ -53,43 +47,29 @@ NLL = Metric(
 METRICS = Registry("score.metric", Metric, [
     NLL,
     Metric(
-        "kl", LOSSES + "token_kl", "KL divergence", "nats per token",
+        "kl", LOSSES + "token_kl", "KL divergence",
         "KL(p || q) from the dense model's distribution p to the pruned model's q",
         reference=True,
     ),
     Metric(
-        "js", LOSSES + "token_js", "JS divergence", "nats per token",
+        "js", LOSSES + "token_js", "JS divergence",
         "KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (FinerCut, arXiv 2405.18218)",
         reference=True,
     ),
     Metric(
-        "block_influence", INFLUENCES + "block_influence", "Block Influence", "1 - cosine",
+        "block_influence", INFLUENCES + "block_influence", "Block Influence",
         "1 - the mean of cos(x, x + f) (ShortGPT, arXiv 2403.03853)", influence=True,
     ),
     Metric(
-        "relative_magnitude", INFLUENCES + "relative_magnitude", "relative magnitude", "ratio of norms",
+        "relative_magnitude", INFLUENCES + "relative_magnitude", "relative magnitude",
         "the mean of |f| / |x + f| (weight subcloning, arXiv 2312.09299)", influence=True,
     ),
     Metric(
         "relative_magnitude_frobenius", INFLUENCES + "relative_magnitude_frobenius",
-        "relative magnitude (Frobenius)", "ratio of norms", "|F| / |X + F| over all tokens of a row", influence=True,
+        "relative magnitude (Frobenius)", "|F| / |X + F| over all tokens of a row", influence=True,
     ),
     Metric(
-        "angular_distance", INFLUENCES + "angular_distance", "angular distance", "share of a half turn",
+        "angular_distance", INFLUENCES + "angular_distance", "angular distance",
         "arccos(cos(x, x + f)) / pi at the last token (arXiv 2403.17887)", influence=True,
     ),
-    Metric(
-        "taylor", INFLUENCES + "taylor", "Taylor criterion", "nats per token",
-        "the sum over weights of |w dL/dw|, L the mean NLL of all rows (Shortened-LLM, arXiv 2402.02834)",
-        influence=True, gradient=True,
-    ),
 ])  # fmt: skip
-
-
-def stored_under(key: str, calibration: str) -> str:
-    """The name of a metric in the fields of a trial store; that of a gradient holds the digest of the calibration set.
-
-    Args:
-        key: a metric's name.
-    """
-    return f"{key} of {calibration}" if key in METRICS and METRICS[key].gradient else key

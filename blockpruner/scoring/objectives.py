@@ -68,7 +68,6 @@ class Counts:
     iterations: int = 0
     units_computed: int = 0
     """Pairs of a mask and a batch of rows."""
-    units_reused: int = 0
     rows_computed: int = 0
     """Pairs of a mask and a row."""
     trials_computed: int = 0
@@ -150,7 +149,6 @@ class Objective:
         for key in keys:
             if key not in self._asked:
                 self._asked.add(key)
-                self.counts.units_reused += self._store.units(key)
                 self.counts.trials_reused += self._store.known(key, 0, self.rows)
 
     def _missing(self, keys: Mapping[Mask, str], rows: int) -> dict[Span, list[Mask]]:

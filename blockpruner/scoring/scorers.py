@@ -14,7 +14,7 @@ from blockpruner.store.trials import Origin
 
 
 class LazyScorer:
-    """A scorer that is made at the first question and closed at the end of a `with`."""
+    """A scorer that is made at the first question."""
 
     def __init__(self, make: Callable[[], Scorer]) -> None:
         self._make = make
@@ -33,12 +33,6 @@ class LazyScorer:
         if self._made is not None:
             self._made.close()
             self._made = None
-
-    def __enter__(self) -> LazyScorer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     @property
     def _scorer(self) -> Scorer:

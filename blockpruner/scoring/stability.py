@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import special
 
 from blockpruner.core.blocks import Mask
@@ -31,14 +30,8 @@ ROUNDING = 1e-12
 class Stability:
     """What other calibration rows might have chosen in one step of a search."""
 
-    rows: int
-    """On how many rows the candidates are compared."""
-    compared: int
-    """How many candidates beside the chosen one were scored on all of these rows."""
     rivals: tuple[Mask, ...]
     """Those of them that cannot be told from the chosen one: 0 is in the 95 % interval of the paired t test."""
-    margin: float
-    """How much more the mean loss of the next candidate is, in the loss's units."""
     kept: float
     """In which share of resampled row sets, of as many rows, the chosen candidate has the lowest loss again."""
 
@@ -62,31 +55,16 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
     shared = [mask for mask, own in losses.items() if len(own) >= rows]
     if rows < 2:
         return None
-    d = differences([losses[mask][:rows] for mask in shared], shared.index(chosen))
+    found = np.array([losses[mask][:rows] for mask in shared])
+    d = found - found[shared.index(chosen)]
     means, errors = d.mean(axis=1), d.std(axis=1, ddof=1) / math.sqrt(rows)
     if means.min() < -ROUNDING:
         return None
     close = means <= special.stdtrit(rows - 1, (1 + LEVEL) / 2) * errors + ROUNDING
     return Stability(
-        rows=rows,
-        compared=len(shared) - 1,
         rivals=tuple(mask for mask, is_close in zip(shared, close, strict=True) if is_close and mask != chosen),
-        margin=float(np.delete(means, shared.index(chosen)).min()),
-        kept=float(np.mean((resampled(d)).argmin(axis=1) == shared.index(chosen))),
+        kept=float(np.mean((_counts(rows) @ d.T / rows).argmin(axis=1) == shared.index(chosen))),
     )
-
-
-def differences(losses: ArrayLike, chosen: int) -> np.ndarray:
-    """Losses less those of the chosen candidate, [candidates, rows]."""
-    found = np.array(losses)
-    less: np.ndarray = found - found[chosen]
-    return less
-
-
-def resampled(d: np.ndarray) -> np.ndarray:
-    """Means of d [candidates, rows] over resampled rows, [RESAMPLES, candidates]."""
-    means: np.ndarray = _counts(d.shape[1]) @ d.T / d.shape[1]
-    return means
 
 
 @lru_cache(maxsize=8)

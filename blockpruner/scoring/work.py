@@ -7,7 +7,7 @@ memory (`engine`), streamed from disk, or on many workers. No torch here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from blockpruner.core.blocks import DENSE, Mask
@@ -46,15 +46,6 @@ class Task:
     metric: Metric = NLL
     base: Mask = DENSE
     """What is removed already; an influence is that of the unit mask - base."""
-
-
-def over_all_rows(tasks: Sequence[Task], rows: Rows) -> list[Task]:
-    """The same tasks, those of a gradient joined to one over all rows, whatever rows they ask for."""
-    found: dict[Task, dict[Mask, None]] = {}
-    for task in tasks:
-        key = replace(task, span=range(len(rows)), masks=()) if task.metric.gradient else task
-        found.setdefault(key, {}).update(dict.fromkeys(task.masks))
-    return [replace(task, masks=tuple(masks)) for task, masks in found.items()]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def floating(problem: Problem, options: FloatingOptions) -> Iterator[Iteration]:
     that meet the goal compete.
 
     Raises:
-        InputError: the budget is nearest to removing nothing, or the price is a resource that was not measured.
+        InputError: the budget is nearest to removing nothing.
     """
     walk, costs = _Walk(problem, options.tries), costs_of(problem, options)
     index = steps = 0

@@ -9,18 +9,16 @@ MLP blocks are weighed by what they cost.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.core.options import Options
 from blockpruner.scoring.accelerate import worth
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
-from blockpruner.search.space import goal_of_problem, is_settled
 
 
 class PricedOptions(Options):
@@ -33,11 +31,7 @@ class PricedOptions(Options):
 
 
 def greedy(problem: Problem, options: PricedOptions) -> Iterator[Iteration]:
-    """Yield iterations until nothing is left to remove.
-
-    Raises:
-        InputError: the price is a resource that was not measured.
-    """
+    """Yield iterations until nothing is left to remove."""
     costs = costs_of(problem, options)
     base: MaskScore | None = None
     remaining = list(problem.units)
@@ -52,10 +46,7 @@ def greedy(problem: Problem, options: PricedOptions) -> Iterator[Iteration]:
 
 def costs_of(problem: Problem, options: PricedOptions) -> Costs | None:
     """What prices a removal; None where all cost the same."""
-    per = options.per
-    if per != "none" and per not in problem.resources:
-        raise InputError(f"score.options.per {per!r} is not known here; valid: none, {', '.join(problem.resources)}")
-    return problem.resources.get(per)
+    return None if options.per == "none" else problem.resources[options.per]
 
 
 def forward(
@@ -76,19 +67,3 @@ def forward(
     best = min(complete, key=lambda i: worth(scores[i], before, costs))
     added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
     return Iteration(step, scores, added, best, selection.lazy_choice)
-
-
-def greedy_to_goal(problem: Problem) -> Generator[Iteration, None, list[Mask]]:
-    """Yield iterations until no further removal could change which prefix is nearest to the problem's goal.
-
-    Returns:
-        What each iteration left removed, the prefixes; `space.nearest` of them is greedy's own answer.
-    """
-    goal = goal_of_problem(problem)
-    prefixes: list[Mask] = []
-    for iteration in greedy(problem, PricedOptions()):
-        yield iteration
-        prefixes.append(iteration.removed)
-        if is_settled(goal, iteration.removed, problem.units):
-            break
-    return prefixes

@@ -1,7 +1,7 @@
 """One-shot ranking: score every unit once, in the dense model, then remove the lowest, one after the other.
 
 Over layers it is ShortGPT by Block Influence (arXiv 2403.03853), RM by relative magnitude (as in arXiv 2406.10594), and
-Shortened-LLM by perplexity or the Taylor criterion (arXiv 2402.02834). Over blocks it is LLM-Drop by Block Influence
+Shortened-LLM by perplexity (arXiv 2402.02834). Over blocks it is LLM-Drop by Block Influence
 (arXiv 2406.15786), and the first ablation of table 2 of arXiv 2406.10594 by perplexity.
 """
 

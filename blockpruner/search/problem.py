@@ -6,20 +6,13 @@ masks to ask about.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.blocks import Mask
 from blockpruner.core.budgets import Goal, Resources
 from blockpruner.scoring.accelerate import Select
 from blockpruner.scoring.objectives import MaskScore
-
-
-class Ask(Protocol):
-    """Scores of masks on all rows, lower is better, in the order given."""
-
-    def __call__(self, masks: Sequence[Mask], *, base: Mask = DENSE) -> list[MaskScore]: ...
 
 
 @dataclass(frozen=True)
@@ -28,8 +21,8 @@ class Problem:
 
     units: Sequence[Mask]
     """What may be removed at once, in tie-break order: of equal scores the first wins."""
-    ask: Ask
-    """Scores any masks."""
+    ask: Callable[[Sequence[Mask]], list[MaskScore]]
+    """Scores any masks on all rows, lower is better, in the order given."""
     select: Select
     """Scores the candidates of one step. In an accelerated run it leaves out some that cannot win."""
     rows: int

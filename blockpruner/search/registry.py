@@ -69,16 +69,13 @@ class Request:
         }
 
 
-def request(score: Score, search: Search | None = None, metric: Metric | None = None) -> Request:
+def request(score: Score) -> Request:
     """Check a `score` section.
-
-    Args:
-        search, metric: used in place of the rows that the section names.
 
     Raises:
         InputError: an unknown search, metric or option, or two settings that do not fit together.
     """
-    search, metric = search or SEARCHES[score.method], metric or METRICS[score.metric]
+    search, metric = SEARCHES[score.method], METRICS[score.metric]
     if search.asks == "nothing" and metric.name != NLL.name:
         raise InputError(
             f"score.metric {metric.name} does nothing with method: {search.name}, which asks for no score; remove it"

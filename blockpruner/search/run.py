@@ -38,9 +38,6 @@ OnIteration = Callable[[str, Iteration], object]
 """Receives the budget that a trace is for ("" where one trace serves all) and each iteration when it is complete."""
 
 
-UNTIMED = "what blocks take of the time is not known here: the stage score measures it"
-
-
 @dataclass(frozen=True)
 class Traces:
     """What a search found."""
@@ -139,8 +136,6 @@ class _Run:
         """The iterations by budget, or under "" those for all budgets, where the search is nested."""
         wanted = [parse_budget(text, self._resources["parameters"]) for text in budgets]
         for budget in wanted:
-            if budget.resource not in self._resources:
-                raise InputError(f"budget {budget.text!r} is a speed-up, and {UNTIMED}")
             require_reachable(budget, self._units, self._costs(budget))
         return {"": self._nested(wanted)} if self._request.search.nested else {b.text: self._for(b) for b in wanted}
 

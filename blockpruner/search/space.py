@@ -40,14 +40,6 @@ def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
     return found
 
 
-def is_settled(goal: Goal, mask: Mask, units: Sequence[Mask]) -> bool:
-    """Whether a mask with one unit more, any of them, would be farther from the goal: `budgets.is_settled` of it."""
-    larger = [mask | unit for unit in units if not unit <= mask]
-    if not larger or goal.share(mask) >= goal.wanted:
-        return True
-    return goal.distance(min(larger, key=goal.share)) > goal.distance(mask)
-
-
 def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:
     """A sort key by which, of two masks, the one comes first that removes the first unit in which they differ.
 
@@ -65,8 +57,6 @@ class Exchange:
     """How many of the restorable units are restored. This number or `removed` is 1."""
     removable: Sequence[Mask]
     removed: int
-    across: bool
-    """The classes differ: for instance three MHA blocks count as much as one MLP block."""
 
 
 class Space:
@@ -96,7 +86,7 @@ class Space:
         """All ways from one of the masks to others, those within a kind first."""
         removed = [[unit for unit in kind if unit <= mask] for kind in self.classes]
         kept = [[unit for unit in kind if not unit <= mask] for kind in self.classes]
-        found = [Exchange(r, 1, k, 1, across=False) for r, k in zip(removed, kept, strict=True) if r and k]
+        found = [Exchange(r, 1, k, 1) for r, k in zip(removed, kept, strict=True) if r and k]
         for counts in self.compositions:
             change = [after - len(before) for after, before in zip(counts, removed, strict=True)]
             fewer = [kind for kind, n in enumerate(change) if n < 0]
@@ -104,5 +94,5 @@ class Space:
             if len(fewer) == len(more) == 1:
                 restored, added = -change[fewer[0]], change[more[0]]
                 if 1 in (restored, added):
-                    found.append(Exchange(removed[fewer[0]], restored, kept[more[0]], added, across=True))
+                    found.append(Exchange(removed[fewer[0]], restored, kept[more[0]], added))
         return found

@@ -13,8 +13,9 @@ from itertools import islice
 from pydantic import Field
 
 from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.budgets import is_settled
 from blockpruner.core.options import Options
-from blockpruner.search.greedy import greedy_to_goal
+from blockpruner.search.greedy import PricedOptions, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import Exchange, Space, goal_of_problem, nearest, unit_order
@@ -36,8 +37,13 @@ def swap(problem: Problem, options: SwapOptions) -> Iterator[Iteration]:
     Raises:
         InputError: the budget is nearest to removing nothing.
     """
-    goal = goal_of_problem(problem)
-    prefixes = yield from greedy_to_goal(problem)
+    goal, prefixes = goal_of_problem(problem), list[Mask]()
+    costs = problem.resources[goal.budget.resource]
+    for iteration in greedy(problem, PricedOptions()):
+        yield iteration
+        prefixes.append(iteration.removed)
+        if is_settled(goal.budget, prefixes, costs, [unit for unit in problem.units if not unit <= prefixes[-1]]):
+            break
     index, mask = len(prefixes), nearest(goal, prefixes)
     space, order = Space(problem.units, goal.around(mask)), unit_order(problem.units)
     known = {mask}  # of the space: no better than the current mask

@@ -12,7 +12,6 @@ import math
 import os
 import secrets
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +70,6 @@ class TrialStore:
     problems: list[str] = field(default_factory=list)
     """One line for each file or line that was found and not trusted."""
     _facts: dict[str, list[float]] = field(default_factory=dict)
-    _units: Counter[str] = field(default_factory=Counter)
     _of: dict[str, TrialStore] = field(default_factory=dict)
     _log: Journal | None = None
 
@@ -122,10 +120,6 @@ class TrialStore:
         """How many trials are known, on all rows or on some."""
         return len(self._facts)
 
-    def units(self, key: str) -> int:
-        """In how many units the rows of a trial were recorded."""
-        return self._units[key]
-
     def put(self, key: str, rows: Sequence[int], loss: Iterable[float]) -> None:
         """Record some rows of a trial; a kill after the return does not lose them."""
         values = [float(v) for v in loss]
@@ -164,7 +158,6 @@ class TrialStore:
             facts = self._facts.setdefault(key, [math.nan] * len(self.rows))
             for at, value in known:
                 facts[at] = value
-            self._units[key] += 1
 
 
 def _rows_of(entry: Mapping[str, Any]) -> Sequence[int]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,7 @@ def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda li
                 self.units += 1
                 during(self.inner, self.units)
 
-    with LazyScorer(Observed) as scorer:
+    with closing(LazyScorer(Observed)) as scorer:
         counts = scored(folder, scorer, read_json(checkpoint / "config.json"), [f"{REMOVALS}blocks"], ROWS)
     masks = (1 + 2 * LAYERS) + (2 * LAYERS - 1)
     assert (counts.iterations, counts.trials_computed) == (REMOVALS, masks)

@@ -93,7 +93,7 @@ def score(mode, checkpoint):
     if mode == "streamed":
         found = {
             "read": figure("io", "rchar") - before,
-            "weights": engine.weight_bytes_read,
+            "weights": engine._weights.bytes_read,
             "measured": figure("status", "VmHWM") * 1024,
         }
     look()

@@ -55,9 +55,9 @@ def sequence(world, steps=8, objective=None, per="none", acceleration="none", **
         for name, value in lazy.items():
             patch.setattr(module, name.upper(), value)
         select = accelerate(objective, Score(acceleration=acceleration), COSTS if per == "parameters" else None)
-    problem = Problem(UNITS, objective, select, ROWS, resources={"parameters": COSTS})
-    search = greedy(problem, PricedOptions(per=per))
-    return [next(search) for _ in range(steps)]
+        problem = Problem(UNITS, objective, select, ROWS, resources={"parameters": COSTS})
+        search = greedy(problem, PricedOptions(per=per))
+        return [next(search) for _ in range(steps)]
 
 
 def brute_force(world, steps=8, per="none"):

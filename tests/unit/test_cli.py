@@ -116,7 +116,6 @@ def test_a_killed_run_goes_on_and_transformers_loads_the_result(model, place, sa
     assert f"found {len(kept)} scores of before in {place / 'cache/blockpruner'}" in resumed[2].splitlines()
     assert kept and "scores of before" not in undisturbed[2]
     assert found["plan"] == whole["plan"] | {"target": "out"} and found["plan"]["method"] == "greedy"
-    assert found["search"]["greedy"]["units_reused"] >= 12 > whole["search"]["greedy"]["units_reused"]
     assert found["search"]["greedy"]["units_computed"] <= whole["search"]["greedy"]["units_computed"] - 12
     assert [each["verified"] for each in found["written"]] == [True]
     loaded = fresh(LOAD, "out", "logits.pt")

@@ -100,7 +100,7 @@ def compensated(method):
 def merged(model):
     merges = (Merge(0, 1),)
     return [
-        [Similarity(model, ROWS, variant, {})(merges), merged_nll(model, ROWS, merges, variant)]
+        [Similarity(model, ROWS, variant)(merges), merged_nll(model, ROWS, merges, variant)]
         for variant in ("repo", "paper")
     ]
 
@@ -144,9 +144,9 @@ def test_numbers_are_those_of_the_cpu(variant, checkpoints):
         except InputError as error:  # what the family cannot be asked for, wherever it is
             refused.append(f"{name}: {error}")
             continue
-        # on two devices there is all that goes wrong on one; torch takes no gradient over two made-up ones
-        one = {"auto": {0}} if name == "score taylor" or variant == "llama" else {}
-        for place, indices in (one | ({} if name == "score taylor" else {"split": {0, 1}})).items():
+        # on two devices there is all that goes wrong on one
+        one = {"auto": {0}} if variant == "llama" else {}
+        for place, indices in (one | {"split": {0, 1}}).items():
             with fake_devices():
                 model = load_model(dense, "float64", place)
                 assert {weight.device.index for weight in model.parameters()} == indices

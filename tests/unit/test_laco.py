@@ -22,7 +22,6 @@ from blockpruner.methods.laco.walk import (
     dropped,
     layers_after,
     search_threshold,
-    similarity_fields,
 )
 from blockpruner.model.models import decoder_layers, load_model, model_family
 from tests import tiny
@@ -35,7 +34,7 @@ MERGES = (Merge(3, 2), Merge(1, 1), Merge(1, 2))  # the third merges a merged la
 SETTINGS = {"count": 3, "lowest": 0, "highest": None, "interval": 1}
 ROWS = [[5, 17, 200, 3, 99, 41, 8], [250, 1, 0], [60, 61, 62, 63]]
 IDS = torch.tensor([[5, 17, 200, 3, 99, 41, 8, 250, 77]])
-FIELDS = similarity_fields("c", "m", "float64", "repo")
+FIELDS = {"calibration": "c"}
 
 
 def by_hand(dense, merges, variant):
@@ -153,7 +152,7 @@ def snapshot(model):
 def test_a_similarity_leaves_the_dense_model_to_the_bit(monkeypatch, family, variant):
     model = tiny_model(family, layers=8)
     before, parameters = snapshot(model), list(model.parameters())
-    similarity = Similarity(model, ROWS, variant, {})
+    similarity = Similarity(model, ROWS, variant)
     similarity(MERGES)
     assert snapshot(model) == before
     with pytest.raises(InputError, match=r"merge 2 \(5\+1"):
@@ -205,7 +204,7 @@ def test_similarity_is_the_mean_cosine_after_the_final_norm(family, variant, bat
                 for model in (dense, other)
             )
         expected.append(a @ b / np.sqrt((a @ a) * (b @ b)))
-    found = Similarity(dense, ROWS, variant, {}, batch_tokens=batch_tokens)(MERGES)
+    found = Similarity(dense, ROWS, variant, batch_tokens=batch_tokens)(MERGES)
     assert found == pytest.approx(np.mean(expected), abs=1e-12)
     assert abs(found) < 0.999
 
@@ -214,7 +213,7 @@ def test_states_that_are_not_finite_name_row_and_merges():
     model, rows = tiny_model(), [[1, 2, 3], [4, 200, 5]]
     model.model.embed_tokens.weight[200] = math.inf
     with pytest.raises(InputError, match=r"row 1 are not finite.*merges 1\+1; try a wider dtype"):
-        Similarity(model, rows, "repo", {})((Merge(1, 1),))
+        Similarity(model, rows, "repo")((Merge(1, 1),))
 
 
 # The walk
@@ -356,12 +355,14 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
 
     def search(kill_after=None):
         log = SimilarityLog(path, FIELDS)
-        similarity = Similarity(model, ROWS, "repo", log.known, log.record)
+        similarity = Similarity(model, ROWS, "repo")
 
         def measure(merges):
             if kill_after is not None and len(log.known) >= kill_after:
                 raise KeyboardInterrupt
-            return similarity(merges)
+            if merges not in log.known:
+                log.record(merges, similarity(merges))
+            return log.known[merges]
 
         try:
             return search_threshold(measure, Walk(8, **SETTINGS), 4), len(log.known)

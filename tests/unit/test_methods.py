@@ -6,7 +6,6 @@ import re
 import shutil
 from collections import Counter
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +22,13 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import KINDS, check_score
 from blockpruner.model.models import decoder_layers, masked
 from blockpruner.params import load_run
-from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
 from blockpruner.search.iteration import removals
 from blockpruner.search.registry import SEARCHES, request
 from blockpruner.search.trace import read_trace, trace_directory
 from tests.builders import FakeScorer, removed_in, scored, searched, short_rows, small_config
-from tests.oracles import divergence, influence, model_of, recorded, row, states_of, values_of
+from tests.oracles import divergence, influence, model_of, recorded, row, states_of
 from tests.shapes import SHAPES
 from tests.tiny import full_nll, tiny_model
 from tests.unit.test_blocks_budgets import OFFICIAL_ORDER
@@ -39,7 +37,6 @@ LAYERS = 3
 ROWS = CalibrationSet((row(12, 1), row(7, 2), row(10, 3)))
 ROOT = Path(__file__).parents[2]
 INFLUENCES = [name for name, metric in METRICS.items() if metric.influence]
-OF_STATES = [name for name in INFLUENCES if not METRICS[name].gradient]
 MODELS = pytest.mark.parametrize("variant", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 
 
@@ -99,7 +96,7 @@ def units_of(unit="block", candidates="all"):
 
 
 @pytest.mark.parametrize("unit", ["layer", "block"])
-@pytest.mark.parametrize("metric", ["perplexity", *OF_STATES])
+@pytest.mark.parametrize("metric", ["perplexity", *INFLUENCES])
 @MODELS
 def test_one_shot_is_the_ranking_of_the_formula(variant, metric, unit):
     """Over layers by block influence: ShortGPT; by relative magnitude: the paper's RM; by perplexity: Shortened-LLM.
@@ -139,7 +136,7 @@ def test_greedy_by_divergence(metric):
 
 
 @pytest.mark.parametrize("unit", ["block", "layer"])
-@pytest.mark.parametrize("metric", OF_STATES)
+@pytest.mark.parametrize("metric", INFLUENCES)
 @MODELS
 def test_greedy_by_influence_measures_what_is_left_anew(variant, metric, unit):
     """Figure 6, and LLM-Drop's iterative script: after each removal from the states of the model without it, and with
@@ -157,37 +154,6 @@ def test_greedy_by_influence_measures_what_is_left_anew(variant, metric, unit):
         moved |= {unit for unit in brute if abs(brute[unit] - dense[unit]) > 1e-3}
     assert len(moved) > 1  # scores of the dense model would not have passed
     assert found.perplexities == perplexities_of(model, bases)
-
-
-@pytest.mark.parametrize("unit", ["block", "layer"])
-def test_greedy_by_the_taylor_criterion_takes_gradients_of_what_is_left(unit):
-    """The first step ranks as one-shot does (Shortened-LLM over layers); later ones are of the smaller model."""
-    model = lopsided("llama")
-    ranked = Searched(model, method="one_shot", metric="taylor", unit=unit)
-    assert ranked.order == sorted(ranked.losses, key=ranked.losses.__getitem__)
-    trace = Searched(model, metric="taylor", unit=unit).trace
-    for before, step in pairwise(trace):
-        base = before.removed
-        masks = [score.mask for score in step.scores]
-        rows = values_of(Engine(model), ROWS.rows, "taylor", masks, base)
-        wanted = {mask: np.mean([rows[mask, index] for index in range(len(ROWS.rows))]) for mask in masks}
-        assert [score.loss for score in step.scores] == pytest.approx([wanted[mask] for mask in masks], rel=1e-12)
-        assert step.removed == min(masks, key=wanted.__getitem__)
-
-
-def test_a_taylor_criterion_belongs_to_one_calibration_set(tmp_path):
-    """A set with one row more shares no trial with the smaller one, since the value is of all rows together."""
-    model = lopsided("llama")
-    for rows in (ROWS.rows[:2], ROWS.rows, ROWS.rows[:2]):
-        found = scored(
-            tmp_path, Engine(model), model.config.to_dict(), ["2layers"], CalibrationSet(rows), dtype="float64",
-            method="one_shot", unit="layer", metric="taylor",
-        )  # fmt: skip
-        trace = read_trace(trace_directory(tmp_path / "scores", found.current, "2layers"), found.current.search)
-        wanted = values_of(Engine(model), rows, "taylor", units_of("layer"))
-        means = {unit: np.mean([wanted[unit, index] for index in range(len(rows))]) for unit in units_of("layer")}
-        got = {score.mask: score.loss for score in trace[0].scores if score.mask}
-        assert got == pytest.approx(means, rel=1e-12)
 
 
 @pytest.mark.parametrize("metric", ["angular_distance", "perplexity"])
@@ -341,7 +307,7 @@ def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
 @pytest.mark.parametrize(
     "score",
     [
-        *({"metric": metric} for metric in ("perplexity", "kl", "block_influence", "taylor")),
+        *({"metric": metric} for metric in ("perplexity", "kl", "block_influence")),
         *({"method": method} for method in ("one_shot", "random", "swap")),
         {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
     ],

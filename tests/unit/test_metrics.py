@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from blockpruner.core.blocks import DENSE, BlockId, BlockKind, all_blocks, format_mask, parse_mask, removable_units
+from blockpruner.core.blocks import DENSE, all_blocks, format_mask, parse_mask, removable_units
 from blockpruner.core.errors import InputError
-from blockpruner.model.models import decoder_layers, masked, model_family
 from blockpruner.scoring import losses
 from blockpruner.scoring.engine import REFERENCE, Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.losses import token_js, token_kl, token_nll
 from blockpruner.scoring.metrics import METRICS, Metric
-from blockpruner.scoring.work import Task, over_all_rows
+from blockpruner.scoring.work import Task
 from tests.oracles import (
     LAYERS,
     MASKS,
@@ -33,7 +32,7 @@ from tests.oracles import (
 )
 from tests.tiny import GRID, VOCABULARY, tiny_model, tolerance
 
-INFLUENCES = sorted(name for name, metric in METRICS.items() if metric.influence and not metric.gradient)
+INFLUENCES = sorted(name for name, metric in METRICS.items() if metric.influence)
 DIVERGENCES = sorted(name for name, metric in METRICS.items() if metric.reference)
 
 
@@ -221,73 +220,12 @@ def test_influences_in_bfloat16_are_taken_in_float32(name, variant):
     assert max(rounded) > 1e-4  # the sum x + f in bfloat16 would have shown
 
 
-@pytest.mark.parametrize("name", [*INFLUENCES, "taylor"])
+@pytest.mark.parametrize("name", INFLUENCES)
 def test_influences_are_not_streamed(tmp_path, name):
     model_of("llama", LAYERS).save_pretrained(tmp_path)
     engine = StreamingEngine(tmp_path, "float64", device="cpu")
     units: Iterator = engine.run([Task(range(1), (parse_mask("mha.0"),), METRICS[name])], ROWS)
     with pytest.raises(InputError, match=rf"score\.metric {name} .* set runtime\.streaming: false"):
         next(units)
-    assert engine.weight_bytes_read == 0
+    assert engine._weights.bytes_read == 0
     engine.close()
-
-
-# --- a gradient ------------------------------------------------------------------------------------------------------
-
-
-def weights_by_unit(model):
-    """Parameters but biases, by the names of the model's own modules."""
-    family, found = model_family(model), {}
-    for index, layer in enumerate(decoder_layers(model)):
-        for kind in BlockKind:
-            branch = family.branch(kind)
-            own = tuple(f"{part}." for part in (branch.module, *branch.norms))
-            named = [p for name, p in layer.named_parameters() if name.startswith(own) and not name.endswith("bias")]
-            found[frozenset({BlockId(kind, index)})] = named
-    return found
-
-
-def gradients_of_rows(model, base):
-    """Of each row's mean NLL over its scored tokens, from the model's own forward pass."""
-    found = []
-    for tokens in ROWS:
-        ids = torch.tensor([[token if token >= 0 else ~token for token in tokens]])
-        model.requires_grad_(True)
-        with masked(model, base):
-            lp = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-        scored = [t for t in range(1, len(tokens)) if tokens[t] >= 0]
-        (-torch.stack([lp[t - 1, tokens[t]] for t in scored]).mean()).backward()
-        found.append({p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()})
-        model.zero_grad()
-        model.requires_grad_(False)
-    return found
-
-
-@pytest.mark.parametrize("base", ["", "mha.1,mlp.2"])
-@pytest.mark.parametrize("variant", GRID)
-def test_taylor_is_that_of_the_models_own_gradients(variant, base):
-    """Of all rows together: the absolute value is taken after the mean. A row's value is its share of it."""
-    model, base = tiny_model(variant, LAYERS), parse_mask(base)
-    rows, weights = gradients_of_rows(model, base), weights_by_unit(model)
-    units = [u for u in weights if not u <= base]
-    units += [u for u in removable_units(LAYERS, "layer", "all") if not u & base]
-    found = values_of(Engine(model, 24), ROWS, "taylor", [base | unit for unit in units], base)
-    for unit in units:
-        own = [p for block in unit for p in weights[frozenset({block})]]
-        mean = {p: sum(row[p] for row in rows) / len(rows) for p in own}
-        wanted = sum((p * mean[p]).abs().sum().item() for p in own)
-        values = [found[base | unit, index] for index in range(len(ROWS))]
-        assert np.mean(values) == pytest.approx(wanted, rel=max(1e-9, 10 * tolerance(variant)))
-        for gradient, value in zip(rows, values, strict=True):
-            share = sum((p.abs() * mean[p].sign() * gradient[p]).sum().item() for p in own)
-            assert value == pytest.approx(share, rel=1e-6, abs=1e-6 * wanted)
-    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-
-
-def test_taylor_does_not_depend_on_batches_or_on_what_is_asked_together():
-    model, units = model_of("llama", LAYERS), removable_units(LAYERS, "block", "all")
-    whole = values_of(Engine(model, 1000), ROWS, "taylor", units)
-    assert values_of(Engine(model, 2), ROWS, "taylor", units) == whole
-    assert values_of(Engine(model, 24), ROWS, "taylor", units[:1])[units[0], 0] == whole[units[0], 0]
-    (task,) = over_all_rows([Task(range(2, 3), (units[0],), METRICS["taylor"])], ROWS)
-    assert task.span == range(len(ROWS))

@@ -118,7 +118,7 @@ def test_as_many_passes_as_the_states_need(tmp_path, monkeypatch, room, passes):
     monkeypatch.setattr(streaming, "available_memory", lambda: 2 * room * tile)
     in_memory = Engine(load_model(tmp_path, "float64", "cpu"), 1000)
     assert score_all(engine, sweep(), rows) == score_all(in_memory, sweep(), rows)
-    assert engine.weight_bytes_read == passes * sum(weight.nbytes for weight in tiny_model().parameters())
+    assert engine._weights.bytes_read == passes * sum(weight.nbytes for weight in tiny_model().parameters())
 
 
 def test_weights_and_states_that_do_not_fit_are_refused_before_reading(tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_weights_and_states_that_do_not_fit_are_refused_before_reading(tmp_path,
         monkeypatch.setattr(streaming, "available_memory", lambda free=free: free)
         with pytest.raises(DeviceMemoryError, match=rf"{words}.*Nothing was read"):
             score_all(engine, sweep(), make_rows([16] * 200))
-    assert engine.weight_bytes_read == 0
+    assert engine._weights.bytes_read == 0
 
 
 def test_each_weight_is_read_once_and_no_weight_that_all_masks_remove(tmp_path):
@@ -139,11 +139,11 @@ def test_each_weight_is_read_once_and_no_weight_that_all_masks_remove(tmp_path):
     rows, base = make_rows([16, 9, 16]), parse_mask("mha.1,mlp.1,mlp.2")
     sizes = {name: p.numel() * 8 for name, p in tiny_model().named_parameters()}
     score_all(engine, sweep(), rows)
-    assert engine.weight_bytes_read == sum(sizes.values())
+    assert engine._weights.bytes_read == sum(sizes.values())
     score_all(engine, sweep(base), rows)
     gone = ("layers.1.", "layers.2.mlp.", "layers.2.post_attention_layernorm.")
     left = sum(size for name, size in sizes.items() if not any(part in name for part in gone))
-    assert engine.weight_bytes_read == sum(sizes.values()) + left
+    assert engine._weights.bytes_read == sum(sizes.values()) + left
 
 
 def readers():

@@ -49,7 +49,7 @@ def test_facts_survive_the_process(tmp_path):
     first.put("mlp.2", range(4), [0.0] * 4)
     also.put(KEY, [3], [math.pi])
     second = store(tmp_path)
-    assert second.get(KEY) == [2.5, 0.1, 1 / 3, math.pi] and second.units(KEY) == 3
+    assert second.get(KEY) == [2.5, 0.1, 1 / 3, math.pi]
     assert second.known(KEY, 0, 4) and second.problems == []
 
 

@@ -23,7 +23,6 @@ from blockpruner.methods.laco.walk import (
     dropped,
     layers_after,
     search_threshold,
-    similarity_fields,
 )
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
@@ -64,7 +63,13 @@ def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
     from blockpruner.methods.laco.merging import merged_nll
 
     walk, wanted = _walk(options, costs), _wanted(budget, costs)
-    fields = similarity_fields(job.calibration.digest, material.identity, material.dtype, options.variant)
+    fields = {
+        "calibration": job.calibration.digest,
+        "model": material.identity,
+        "dtype": material.dtype,
+        "variant": options.variant,
+        "plan_version": PLAN_VERSION,
+    }
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
         for problem in log.problems:
             material.observer.note(f"warning: {problem}")
@@ -75,10 +80,12 @@ def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
             from blockpruner.methods.laco.merging import Similarity
 
             rows, advance = job.calibration.rows, material.observer.advance
-            return Similarity(material.dense(), rows, options.variant, log.known, log.record, advance)
+            return Similarity(material.dense(), rows, options.variant, advance)
 
         def similarity(merges: Merges) -> float:
-            return log.known[merges] if merges in log.known else measure()(merges)
+            if merges not in log.known:
+                log.record(merges, measure()(merges))
+            return log.known[merges]
 
         try:
             threshold, merges = search_threshold(similarity, walk, wanted)

@@ -7,7 +7,7 @@ and accepted is decided in `walk`. A merged model is a plain model of its own fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from statistics import fmean
@@ -22,10 +22,9 @@ from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.walk import Merge, Merges, layers_after
 from blockpruner.model import modeling_blockpruned as blockpruned
-from blockpruner.model.models import decoder_layers, model_family, renumber_, restored
+from blockpruner.model.models import decoder_layers, model_family, renumber_, replace_parameters_, restored
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
-from blockpruner.store.trials import require_rows
 
 Layers = Sequence[nn.Module]
 """Decoder layers l, l+1 .. l+m that are merged into the first."""
@@ -58,7 +57,13 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
     for merge in merges:
         group = remaining[merge.layer : merge.layer + merge.count + 1]
         del remaining[merge.layer + 1 : merge.layer + merge.count + 1]
-        _replace_parameters_(group[0], VARIANTS[variant](group))
+        values = VARIANTS[variant](group)
+        new = {
+            old: nn.Parameter(values[name].detach().to(old.device), requires_grad=old.requires_grad)
+            for name, old in group[0].named_parameters()
+            if name in values
+        }
+        replace_parameters_(group[0], new)
     blockpruned.drop_layers_(layers, kept)
     blockpruned.number_attentions_(layers, model_family(model).mha.module)
     renumber_(config, model_family(model), [(layer, layer) for layer in kept])
@@ -72,17 +77,8 @@ def merged(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Ite
         yield merge_(model, merges, variant)
 
 
-def _replace_parameters_(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give a layer new parameters by name; the old ones may belong to others and are not written to."""
-    for name, value in values.items():
-        path, _, attribute = name.rpartition(".")
-        old = layer.get_parameter(name)
-        new = nn.Parameter(value.detach().to(old.device), requires_grad=old.requires_grad)
-        setattr(layer.get_submodule(path), attribute, new)
-
-
 class Similarity:
-    """How similar a model stays to itself after merges; what is not known is measured.
+    """How similar a model stays to itself after merges.
 
         s(merges) = mean over rows of cos(flat(X), flat(X_merges))
 
@@ -91,12 +87,10 @@ class Similarity:
     taken in float64. The dense states of all rows are held in memory, in the model's dtype.
 
     Args:
-        known: similarities that were measured before and are not measured again.
-        record: receives each new similarity as soon as it is known.
         advance: receives, during a measurement, the rows done, their number, and the candidate's last merge.
 
     Raises:
-        InputError: no rows. When called: a merge that is not possible, or hidden states that are not finite.
+        InputError: when called: a merge that is not possible, or hidden states that are not finite.
     """
 
     def __init__(
@@ -104,28 +98,18 @@ class Similarity:
         model: PreTrainedModel,
         rows: Rows,
         variant: str,
-        known: Mapping[Merges, float],
-        record: Callable[[Merges, float], object] = lambda merges, value: None,
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         batch_tokens: int | str = "auto",
     ) -> None:
-        require_rows(len(rows))
         self._model, self._variant = model, variant
         self._rows = [[token if token >= 0 else ~token for token in row] for row in rows]  # scored or only given
-        self._known, self._record, self._advance = dict(known), record, advance
+        self._advance = advance
         self._decoder: nn.Module = attrgetter(model_family(model).decoder)(model)
         self._batches = Engine(model, batch_tokens).row_batches(rows, range(len(rows)))
         self._dense: list[Tensor] = []
 
-    def __call__(self, merges: Merges) -> float:
-        if merges not in self._known:
-            value = self._measure(merges)
-            self._known[merges] = value
-            self._record(merges, value)
-        return self._known[merges]
-
     @torch.inference_mode()
-    def _measure(self, merges: Merges) -> float:
+    def __call__(self, merges: Merges) -> float:
         if not self._dense:
             self._dense = [states.clone() for states in self._states()]
         values: list[float] = []

@@ -25,7 +25,6 @@ from typing import Any
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import fingerprint
-from blockpruner.versions import PLAN_VERSION
 
 
 @dataclass(frozen=True)
@@ -212,17 +211,6 @@ def _out_of_reach(wanted: int, walk: Walk, removed: Mapping[int, str]) -> Unreac
 # What is known
 
 
-def similarity_fields(calibration: str, model: str, dtype: str, variant: str) -> dict[str, Any]:
-    """What a similarity depends on: content of the rows, identity of the model, dtype, and how layers are merged."""
-    return {
-        "calibration": calibration,
-        "model": model,
-        "dtype": dtype,
-        "variant": variant,
-        "plan_version": PLAN_VERSION,
-    }
-
-
 class SimilarityLog:
     """Similarities on disk (`store.journal`), each synced as soon as it is known; for one writer at a time."""
 
@@ -235,7 +223,7 @@ class SimilarityLog:
         """Read the file if it exists.
 
         Args:
-            fields: as from `similarity_fields`; a file of other fields is set aside.
+            fields: what a similarity depends on; a file of other fields is set aside.
         """
         self.problems = []
         self._journal = Journal(path, {"fingerprint": fingerprint(fields), "fields": dict(fields)})

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, extra
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.settings import Runtime
 from blockpruner.scoring.large.sharing import share_out, unfinished
 from blockpruner.scoring.scorers import local_scorer
 from blockpruner.scoring.walk import steps_of
-from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, over_all_rows
+from blockpruner.scoring.work import Rows, ScoredRows, Span, Task
 from blockpruner.store.files import read_json
 from blockpruner.store.trials import SIXTEEN_BITS, Origin
 
@@ -176,7 +176,7 @@ class RayScorer:
         """
         # more pieces balance better, but each streamed one reads all weights
         pieces = len(self._workers) * (1 if self._runtime.streaming else PIECES)
-        waiting = deque(share_out(over_all_rows(tasks, rows), rows, pieces, self._steps))
+        waiting = deque(share_out(tasks, rows, pieces, self._steps))
         try:
             while waiting or any(worker.job is not None for worker in self._workers):
                 for worker in self._workers:
@@ -275,14 +275,9 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
         if "ray" not in sys.modules:  # else Ray's processes would want a token that this one does not send
             os.environ["RAY_AUTH_MODE"] = "token"  # keeps other users of this machine out
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray's own is a file that all may read
-    try:
+    with extra("ray"):
         import ray
         import ray.util.scheduling_strategies
-    except ImportError as error:
-        raise InputError(
-            f"runtime.executor 'ray' needs the package ray ({error}); pip install 'blockpruner[ray]', or set "
-            "runtime.executor: local"
-        ) from error
     if ray.is_initialized():
         return ray, False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}

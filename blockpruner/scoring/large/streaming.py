@@ -94,9 +94,6 @@ class StreamingEngine(Engine):
         advance: receives the layers done, their number, and the last one's name.
         memory: bytes of main memory that count as free, at most; None counts all that are.
 
-    Attributes:
-        weight_bytes_read: the sum over all passes.
-
     Raises:
         InputError: unsupported family, weights that do not match the config, or an attention that is not installed.
     """
@@ -134,10 +131,6 @@ class StreamingEngine(Engine):
         self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE)) + half)
 
     _streaming_fix = ""
-
-    @property
-    def weight_bytes_read(self) -> int:
-        return self._weights.bytes_read
 
     @property
     def _home(self) -> torch.device:

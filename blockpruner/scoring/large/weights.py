@@ -47,10 +47,6 @@ class _Stored:
     """None where it is none of `FLOATS`; such a tensor is not read."""
     shape: torch.Size
 
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.dtype is None else self.shape.numel() * self.dtype.itemsize
-
 
 class Weights:
     """Puts a checkpoint's tensors into a model's parameters, and takes them out again.
