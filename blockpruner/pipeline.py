@@ -1,6 +1,6 @@
 """The way through the house: one function a step, called by every door.
 
-    calibrate -> score -> commit -> heal -> train -> export -> measure
+    calibrate -> score -> commit -> heal -> train -> export -> measure -> report
 
 Decides what a step is made of, and what is kept apart: texts on which models are evaluated or judged are seen by no
 search, no fit and no training. Where files are kept and what is shown is decided by the doors: stages, command, API,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from blockpruner.evaluation.suite import Checkpoint, InMemory
     from blockpruner.healing.choice import Healing
     from blockpruner.methods.apply import Pruning
+    from blockpruner.reporting.results import RunLabels
 
 NONE = CalibrationSet(())
 
@@ -315,3 +316,12 @@ def measure(
         subject, dense, sources, out, store, plan=plan, settings=settings, observer=observer, search=search
     )
     return headline(found, plan)
+
+
+def report(
+    out: Path, title: str, targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path, plots: bool
+) -> None:
+    """Write the page on measured targets, as `reporting.report.write_report`."""
+    from blockpruner.reporting.report import write_report
+
+    write_report(out, title, targets, labels, data, plots)

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from blockpruner import pipeline
 from blockpruner.core.progress import observer
 from blockpruner.methods.recipes import searches
 from blockpruner.params import load_params
-from blockpruner.reporting.report import write_report
 from blockpruner.reporting.results import RunLabels
 from blockpruner.settings import Sections
 from stages import DATA, run, sections
@@ -69,7 +69,7 @@ def main(_: str) -> None:
     built = [name for name in params.targets if (DATA / "evidence" / name / "results.json").exists()]
     for name in sorted(set(params.targets) - set(built)):
         show.note(f"target {name} is not built yet and not in the report; `dvc repro` builds it")
-    write_report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
+    pipeline.report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
     show.note(f"report: {DATA / 'report' / 'index.html'}")
 
 

@@ -68,9 +68,9 @@ def _sections(comparison: Comparison, draw: bool) -> list[Section]:
         runs[0].labels.name,
         (
             Findings((stop(targets),)),
+            compared(comparison),
             *([Findings(tuple(signs))] if signs else []),
             *([removed_map(shown.name, shown.plan)] if draw and shown.plan.removed else []),
-            *([compared(comparison)] if len(targets) > 1 else []),
             *samples([comparison.options[0], *targets]),
             *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
         ),

@@ -1,4 +1,4 @@
-"""A table of numbers that keep their precision: text for people, CSV for machines.
+"""A table of numbers that keep their precision: text for people, CSV for machines, LaTeX for a paper.
 
 Decides how a number and its uncertainty are written. The modules of tables decide which numbers are in which column.
 """
@@ -160,3 +160,13 @@ def to_markdown(table: Table) -> str:
     rule = ["---:" if is_number else "---" for is_number in table.numeric]
     rows = [table.head, rule, *table.texts]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+
+
+def to_latex(table: Table) -> str:
+    """Write a table for a document with the package booktabs. Texts are set left, numbers right."""
+    frame = DataFrame(table.texts, columns=table.head, dtype=object)
+    places = "".join("r" if is_number else "l" for is_number in table.numeric)
+    text = frame.to_latex(
+        index=False, escape=True, column_format=places, caption=table.title, label=f"tab:{table.name}"
+    )
+    return str(text).replace("−", "$-$")

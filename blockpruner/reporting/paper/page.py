@@ -1,6 +1,6 @@
 """The pages of a study: everything for its own folder, and one page of results for docs/.
 
-index.html, report.md, results.md, tables/*.csv, plots/*.svg and *.png.
+index.html, report.md, results.md, tables/*.csv and *.tex, plots/*.svg and *.png.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blockpruner.reporting.paper.tables import (
     paired,
     paper_tables,
 )
-from blockpruner.reporting.table import Number, Table, to_csv, to_markdown
+from blockpruner.reporting.table import Number, Table, to_csv, to_latex, to_markdown
 
 FRONT_TITLE = "The best models of each size"
 
@@ -45,7 +45,8 @@ def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> 
     ours = dict.fromkeys(f"{row.subject.run}: {row.subject.labels.conditions}." for row in rows)
     made = made_line(made for row in rows if row.found for made in row.found.result.made)
     summary = results_page(title, frame, [*ours, made], [plot.name for plot in plots])
-    files = {f"tables/{table.name}.csv": to_csv(table) for table in tables} | {"results.md": summary}
+    files = {f"tables/{table.name}.csv": to_csv(table) for table in tables}
+    files |= {f"tables/{table.name}.tex": to_latex(table) for table in tables} | {"results.md": summary}
     sections = [Section("In short", tuple(verdict(frame)))]
     sections += [Section(table.title, (table,)) for table in tables]
     sections += [Section("Figures", tuple(plots)), Section("Conditions", tuple(ours))]
