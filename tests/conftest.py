@@ -4,6 +4,7 @@ Property tests draw the same 40 examples where the same modules are imported, an
 `make test-slow`; `pytest --hypothesis-profile=explore` draws others.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -92,6 +93,12 @@ class _Scheduling(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
     return _Scheduling(config, log)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """No collection of garbage looks at what torch and the tests have loaded."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
