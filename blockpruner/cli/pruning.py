@@ -33,7 +33,7 @@ from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material
 from blockpruner.settings import Run
-from blockpruner.store.files import read_json
+from blockpruner.store.files import read_json, set_aside
 from blockpruner.store.manifest import require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields
 from blockpruner.store.provenance import fingerprint
@@ -104,7 +104,7 @@ class Place:
     def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
         """Every step of the pipeline, as far as it was not done before."""
         from blockpruner.healing import choice
-        from blockpruner.healing.train import TRAIN_FACTS
+        from blockpruner.methods.healed import COMPENSATE_FACTS, TRAIN_FACTS
 
         config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
@@ -115,11 +115,12 @@ class Place:
         rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self.observer.note, judged=judged, at_most=True)
         key = self._key(run, rows, method, base, budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
-        self._require_free(run, out, load_plan(healed / choice.PLAN) if healed.exists() else None)
+        is_kept = self._is_kept(healed, choice.PLAN, COMPENSATE_FACTS)
+        self._require_free(run, out, load_plan(healed / choice.PLAN) if is_kept else None)
         pipeline.require_fit(rows, run.compensate, method)
         with open_material(dense, run.model, self._runtime, self.root, self.observer) as material:
             counts = pipeline.score(material, rows, run.score, [budget], traces, self._latency(run, dense, traces))
-            if not healed.exists():
+            if not is_kept:
                 found = pipeline.commit(
                     traces, run.score, config, budget, rows,
                     target="", run=run.model.title, compensate=method, base=base,
@@ -127,7 +128,7 @@ class Place:
                 best = pipeline.heal(material.dense, found, rows, run.compensate, self.observer)
                 choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), run.calibration.data)
         pruning = self._healed(run, dense, replace(load_plan(healed / choice.PLAN), target=out.name), rows, [healed])
-        facts = read_json(healed / choice.FACTS)
+        facts = read_json(healed / COMPENSATE_FACTS)
         told = {"compensated": facts["perplexity"]} if "perplexity" in facts else {}
         if run.train is not None:
             pruning = replace(pruning, plan=replace(pruning.plan, train=True))
@@ -154,15 +155,34 @@ class Place:
 
     def _train(self, wanted: Train, pruning: Pruning, rows: pipeline.Rows) -> Path:
         """The folder of trained weights; a killed training continues."""
+        from blockpruner.methods.healed import TRAIN_FACTS
+
         facts = {
             "of": pruning.identity, "since": pruning.healed and pruning.healed.digest,
             "rows": [rows.train.digest, rows.validation.digest], "recipe": wanted.model_dump(mode="json"),
             "version": WEIGHTS_VERSION,
         }  # fmt: skip
         folder = self.root / "trained" / fingerprint(facts)
-        if not folder.exists():
+        if not self._is_kept(folder, TRAIN_FACTS):
             pipeline.train(pruning, wanted, rows, self.root / "training", folder, self.observer)
         return folder
+
+    def _is_kept(self, folder: Path, *facts: str) -> bool:
+        """Whether a folder of healed weights is whole. One that is not is set aside, and a line reports that."""
+        from blockpruner.methods.healed import has_weights
+
+        if not folder.exists():
+            return False
+        try:
+            for name in facts:
+                read_json(folder / name)
+            has_weights(folder)
+        except InputError:
+            self.observer.note(
+                f"warning: {folder} is not whole: it is made again; {set_aside(folder).name} is the old one"
+            )
+            return False
+        return True
 
     def _latency(self, run: Run, dense: Path, traces: Path) -> Callable[[], Mapping[str, Any]]:
         def measured() -> Mapping[str, Any]:

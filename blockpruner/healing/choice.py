@@ -21,11 +21,11 @@ from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning, pruned_copy
-from blockpruner.methods.healed import save_healed, set_weights_
+from blockpruner.methods.healed import COMPENSATE_FACTS, save_healed, set_weights_
 from blockpruner.store.files import replace_directory, write_sealed_json
 from blockpruner.store.plans import save_plan
 
-PLAN, FACTS = "plan.json", "compensate.json"
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
 
     def build(directory: Path) -> None:
         save_plan(found.plan, directory / PLAN)
-        write_sealed_json(directory / FACTS, {"search": found.search, **found.facts})
+        write_sealed_json(directory / COMPENSATE_FACTS, {"search": found.search, **found.facts})
         if found.weights:
             tokens = found.facts["tokens"]
             words = f"compensated without training ({found.plan.compensate}, {tokens:,} tokens of `{data.title}`)"

@@ -12,15 +12,13 @@ from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
-from blockpruner.methods.healed import changed_weights, load_healed_, parameter_digests, save_healed
+from blockpruner.methods.healed import TRAIN_FACTS, changed_weights, load_healed_, parameter_digests, save_healed
 from blockpruner.store.files import read_json, replace_directory, write_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import WEIGHTS_VERSION
 
 NOT_IN_KEY = {"data", "num_samples", "num_rows", "seq_len", "validation"}
 """The settings that do not decide the weights, given the rows."""
-
-TRAIN_FACTS = "train.json"
 
 
 def write_trained(

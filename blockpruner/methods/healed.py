@@ -21,10 +21,12 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Hub, MixedTexts, Texts
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import replace_parameters_
-from blockpruner.store.files import DIGEST
+from blockpruner.store.files import DIGEST, read_json
 from blockpruner.store.tensors import REMEDY, read_facts, read_tensors, tensor_bytes, write_tensors
 
 FILE = "weights.safetensors"
+COMPENSATE_FACTS, TRAIN_FACTS = "compensate.json", "train.json"
+"""The facts of a healing, in the folder of its weights."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,28 @@ def save_healed(
     write_tensors(folder / FILE, weights, facts)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds healed weights; raises InputError if its facts tell of some and they are gone."""
+    if (folder / FILE).exists():
+        return True
+    for path in (folder / COMPENSATE_FACTS, folder / TRAIN_FACTS):
+        facts = read_json(path) if path.exists() else {}
+        if facts.get("share") or facts.get("enabled"):
+            raise InputError(
+                f"{folder} has no {FILE}, and its {path.name} tells of changed weights: they are gone; delete the "
+                "folder and run again (a stage: `dvc repro`)",
+                rule="lost-weights",
+            )
+    return False
+
+
 def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
     """The file in the first of `folders` that has one.
 
     Raises:
-        InputError: it is damaged, or of another model than `of`.
+        InputError: it is damaged, gone, or of another model than `of`.
     """
-    path = next((folder / FILE for folder in folders if (folder / FILE).exists()), None)
+    path = next((folder / FILE for folder in folders if has_weights(folder)), None)
     if path is None:
         return None
     facts = read_facts(path)

@@ -23,7 +23,7 @@ from blockpruner.store.files import DIGEST, let_others_read, write_atomic
 FACTS = "facts"
 """The entry of the metadata."""
 
-REMEDY = "delete it and run `dvc repro`"
+REMEDY = "delete it and run again (a stage: `dvc repro`)"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:

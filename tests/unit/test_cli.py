@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,6 +259,30 @@ def test_training_begins_at_the_compensated_weights(model, place, say, monkeypat
     assert before[0] != pytest.approx(before[1], rel=1e-3)
     card = (place / "out-another/README.md").read_text()
     assert card.index("compensated without training") < card.index("then trained")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypatch):
+    """A purge of scratch space takes old files one by one."""
+    (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(300)))
+    args = prune(model, "--seq-len", 16, "--train", "all", "--json", "--out", "out", method="recommended", budget=0.2)
+    fit = choice.compensate
+
+    def helping(model, *given):
+        return {"model.norm.weight": 3 * model.model.norm.weight.detach()}, fit(model, *given)[1] | {"share": 1.0}
+
+    monkeypatch.setattr(choice, "compensate", helping)
+    done(say(*args))
+    whole = load_file(place / "out/model.safetensors")
+    for lost in ("compensated/*/weights.safetensors", "trained/*/weights.safetensors", "compensated/*/plan.json"):
+        (file,) = (path for path in (place / "cache/blockpruner").glob(lost) if ".bad" not in str(path))
+        file.unlink()
+        shutil.rmtree(place / "out")
+        result = say(*args)
+        done(result)
+        found = load_file(place / "out/model.safetensors")
+        assert file.exists() and all(torch.equal(found[name], weight) for name, weight in whole.items())
+        assert "it is made again" in result[2]
 
 
 def test_a_dry_run_counts_from_the_shape_and_leaves_nothing(model, place, say):

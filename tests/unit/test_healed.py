@@ -153,5 +153,5 @@ def test_a_damaged_file_is_refused(tmp_path, dense, fault):
     content = bytearray(healed.path.read_bytes())
     content[-9] ^= 1
     healed.path.write_bytes({"a bit flipped": content, "truncated": content[:-40], "not safetensors": b"{}"}[fault])
-    with pytest.raises(InputError, match="weights.safetensors.* damaged.*; delete it and run `dvc repro`"):
+    with pytest.raises(InputError, match="weights.safetensors.* damaged.*; delete it and run again"):
         load_healed_(tiny_model(), healed.path)

@@ -20,6 +20,7 @@ from blockpruner.params import load_run
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.plans import save_plan
 from stages import calibrate, compensate, materialize, settings, train
+from tests.errors import refused
 from tests.fakes import unverified
 from tests.integration.project import sentence
 from tests.plans import SOMEONE, fetch_tiny, plan_of, pruning
@@ -141,6 +142,16 @@ def test_stage_trains_what_was_compensated(project):
     _, card = exported()
     assert "workflow and compensated by hand, then trained (LoRA, rank 2" in card
     assert metadata_load("data/checkpoints/t/hf/README.md")["datasets"] == ["some/one", "someone/texts"]
+
+
+@pytest.mark.parametrize("stage", ["compensated", "trained"])
+def test_a_stage_refuses_a_model_whose_healed_weights_are_gone(project, stage):
+    """They are not left out: the export would be of another model."""
+    kept(plan_of(DENSE, ["mlp.2"], run="tiny", compensate="refit", train=stage == "trained"))
+    train.main("t")
+    Path(f"data/{stage}/t/weights.safetensors").unlink()
+    with refused("lost-weights"):
+        materialize.main("t")
 
 
 def test_training_is_quick_when_off(project):
