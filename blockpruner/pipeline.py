@@ -224,12 +224,13 @@ def commit(
     compensate: str,
     train: bool = False,
     base: str | None = None,
+    weights: str | None = None,
 ) -> list[Proposal]:
     """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges.
 
     Args:
         folder: as `score` left it.
-        base: the identity of the dense model, where it is kept.
+        base, weights: identities of the dense model and of its weights, where it is kept.
 
     Raises:
         InputError: the budget cannot be met, or a file of a search is missing or damaged.
@@ -237,7 +238,8 @@ def commit(
     found = []
     for name in _competing(wanted, config, budget, rows):
         plan, tables = commit_run(folder / name, config, budget, target, run)
-        found.append(Proposal(name, replace(plan, compensate=compensate, train=train, base=base), tables))
+        plan = replace(plan, compensate=compensate, train=train, base=base, weights=weights)
+        found.append(Proposal(name, plan, tables))
     return found
 
 

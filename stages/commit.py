@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.inputs.checkpoints import checkpoint_identity
+from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.methods.commit import save_iterations
 from blockpruner.methods.recipes import compensation
 from blockpruner.methods.registry import KINDS
@@ -18,7 +18,8 @@ from stages import DATA, run, sections, target
 
 def main(name: str) -> None:
     wanted = target(name)
-    settings, config = sections(wanted.run), read_json(DATA / "models" / wanted.run / "config.json")
+    dense = DATA / "models" / wanted.run
+    settings, config = sections(wanted.run), read_json(dense / "config.json")
     method = wanted.method or next(iter(settings.score))
     found = pipeline.commit(
         DATA / "scores" / wanted.run / method,
@@ -30,7 +31,8 @@ def main(name: str) -> None:
         run=wanted.run,
         compensate=wanted.compensate or compensation(settings.compensate.method, method),
         train=wanted.train,
-        base=checkpoint_identity(DATA / "models" / wanted.run),
+        base=checkpoint_identity(dense),
+        weights=checkpoint_weights(dense),
     )
 
     def build(directory: Path) -> None:

@@ -298,13 +298,14 @@ def slicegpt(world: World) -> Any:
 
 
 def plans(world: World, section: Mapping[str, Any], budgets: Sequence[str]) -> Any:
-    """The plan of each budget, all of it but fingerprints."""
+    """The plan of each budget, all of it but fingerprints and the number of the file's format."""
     world.start("plans", budgets=budgets)
     world.scored("plans", section)
     found = {}
     for i, budget in enumerate(budgets):
         commit.main(f"plans-t{i}")
         plan = read_json(next(Path(f"data/plans/plans-t{i}").glob("*.json")))
+        del plan["format"]
         found[budget] = {key: value for key, value in plan.items() if not re.search("[0-9a-f]{16}", json.dumps(value))}
     return found
 

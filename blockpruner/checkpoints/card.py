@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from blockpruner.core.families import FAMILIES
+from blockpruner.core.markdown import code, plain
 from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import licence_of
 from blockpruner.methods.healed import Healed
@@ -23,7 +24,7 @@ from blockpruner.store.manifest import SOURCE_FILE
 def model_card(
     plan: Plan,
     dense: Path,
-    code: str | None = None,
+    module: str | None = None,
     healed: Healed | None = None,
     note: str = "",
     library: str = "transformers",
@@ -33,7 +34,7 @@ def model_card(
 
     Args:
         dense: the base model's directory.
-        code: the modelling file in the checkpoint, None where there is none.
+        module: the modelling file in the checkpoint, None where there is none.
         healed: what was done after pruning.
         note: a remark about the format.
         library: what loads the checkpoint.
@@ -48,13 +49,13 @@ def model_card(
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
-# {plan.target}
+# {plain(plan.target)}
 
-`{base}` {KINDS[plan.kind].card(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
+{code(base)} {KINDS[plan.kind].card(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
 {_perplexity(plan)}{note}
-{_loading(code) + _serving(dense, code) if loading is None else loading}{_steps(plan)}"""
+{_loading(module) + _serving(dense, module) if loading is None else loading}{_steps(plan)}"""
 
 
 def _perplexity(plan: Plan) -> str:
@@ -66,8 +67,8 @@ def _perplexity(plan: Plan) -> str:
 """
 
 
-def _loading(code: str | None) -> str:
-    option, no = (", trust_remote_code=True", ", trust_remote_code=False") if code else ("", "")
+def _loading(module: str | None) -> str:
+    option, no = (", trust_remote_code=True", ", trust_remote_code=False") if module else ("", "")
     text = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,19 +76,19 @@ model = AutoModelForCausalLM.from_pretrained("<this directory>"{option})
 tokenizer = AutoTokenizer.from_pretrained("<this directory>"{no})
 ```
 """
-    if code:
+    if module:
         text += f"""
-`trust_remote_code` runs the file `{code}` beside this card and no other; it needs transformers 5.15 or newer and
+`trust_remote_code` runs the file `{module}` beside this card and no other; it needs transformers 5.15 or newer and
 nothing else. The tokenizer needs no code: `False` keeps transformers from asking.
 """
     return text
 
 
-def _serving(dense: Path, code: str | None) -> str:
-    if code == "modeling_slicegpt.py" or not FAMILIES[read_json(dense / "config.json")["model_type"]].in_vllm:
+def _serving(dense: Path, module: str | None) -> str:
+    if module == "modeling_slicegpt.py" or not FAMILIES[read_json(dense / "config.json")["model_type"]].in_vllm:
         return ""
-    plugin = " with the plugin in `blockpruner`, and runs no code of this directory" if code else ""
-    install = "pip install --no-deps blockpruner   # beside vLLM; or the path of a clone\n" if code else ""
+    plugin = " with the plugin in `blockpruner`, and runs no code of this directory" if module else ""
+    install = "pip install --no-deps blockpruner   # beside vLLM; or the path of a clone\n" if module else ""
     return f"""
 vLLM serves it{plugin}:
 

@@ -45,9 +45,11 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
         "Folder": str(checkpoint),
         "Weights": size(weights),
         "Method": f"{plan.method}, by {plan.metric}, budget {plan.budget}",
-        "Calibration": f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens",
+        "Calibration": "not done here: the plan was applied",
         "Try it": f"blockpruner chat {checkpoint}",
     }
+    if plan.calibration["rows"] is not None:
+        facts["Calibration"] = f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
     sections.append(Section("Model", (Facts("Model, data and use", tuple(facts.items())),)))
     write_text(out, to_html(Page(plan.target, INTRO, tuple(sections))))
 

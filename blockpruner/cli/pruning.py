@@ -16,26 +16,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from blockpruner import pipeline
 from blockpruner.checkpoints.registry import EXPORTS, require_families, require_packages
 from blockpruner.checks import check_run
-from blockpruner.core.errors import InputError, missing
-from blockpruner.core.families import FAMILIES, Config, count_parameters
+from blockpruner.core.errors import InputError, missing, named
+from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import HubModel, LocalModel, Runtime, read_settings
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
-from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint, fetch_config
-from blockpruner.inputs.hub import HubError
+from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights, fetch_checkpoint, fetch_config
+from blockpruner.inputs.hub import COMMIT, HubError, pinned_revision
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.methods.blocks.kind import require_of
 from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material
 from blockpruner.settings import Run
 from blockpruner.store.files import read_json, set_aside
 from blockpruner.store.manifest import require_verified
-from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields
+from blockpruner.store.plans import NUMBERS, PLAN_FILE, load_plan, plan_fields
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
 
@@ -124,6 +125,7 @@ class Place:
                 found = pipeline.commit(
                     traces, run.score, config, budget, rows,
                     target="", run=run.model.title, compensate=method, base=base,
+                    weights=checkpoint_weights(dense),
                 )  # fmt: skip
                 best = pipeline.heal(material.dense, found, rows, run.compensate, self.observer)
                 choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), run.calibration.data)
@@ -212,6 +214,9 @@ class Place:
             )
             plan = replace(plan, compensate="none", train=False)
         run, dense = self.fetch_base(run, file, plan)
+        unknown = dict.fromkeys(NUMBERS["calibration"])  # what its author has measured, nobody has measured here
+        shares = {name: share for name, share in plan.removes.items() if name != "latency"}
+        plan = replace(plan, calibration=unknown, removes=shares, weights=checkpoint_weights(dense))
         return self._export(run, self._pruning(run, dense, replace(plan, target=out.name), CalibrationSet(())), out)
 
     def fetch(self, run: Run) -> Path:
@@ -221,28 +226,59 @@ class Place:
         return dense
 
     def fetch_base(self, run: Run, file: Path, plan: Plan) -> tuple[Run, Path]:
-        """The dense model that a plan's file is of, as fetched, and the run with its revision; raises InputError for
-        another model."""
+        """The dense model that a plan's file is of, as fetched, and the run with its revision.
+
+        Raises:
+            InputError: the plan is of another model, does not follow from what it removes, or names no commit.
+        """
         if plan.base is None:
             raise InputError(f"{file} does not name its base model; give a plan that `blockpruner prune` has written")
         repo, at, commit = plan.base.partition("@")
-        if at and isinstance(run.model, HubModel) and run.model.repo == repo:
-            run = run.model_copy(update={"model": run.model.model_copy(update={"revision": commit})})
-        dense = self.fetch(run)
-        base = checkpoint_identity(dense)
-        if at:
-            config = read_json(dense / "config.json")
-            base = f"{count_parameters(config).total:,} parameters in {config['num_hidden_layers']} layers"
-            if base == f"{plan.parameters['dense']:,} parameters in {plan.layers} layers":
-                if not (isinstance(run.model, HubModel) and run.model.repo == repo):
-                    self.observer.note(f"{file} is for {repo}; of {run.model.title} only the shape was compared")
-                return run, dense
-        if plan.base != base:
+        is_own = isinstance(run.model, HubModel) and run.model.repo == repo
+        if at and not COMMIT.fullmatch(commit):
             raise InputError(
-                f"{file} is of another model: its base is {plan.base}, and {run.model.title} is {base}; give the model "
-                "that the plan was made for"
-            )
+                f"{file} names the revision {commit!r} of {repo}, which may be anybody's; valid: a commit of 40 hex "
+                "digits",
+                rule="plan-revision", key="base", value=plan.base,
+            )  # fmt: skip
+        if at and is_own:
+            run = self._at_commit(run, file, commit)
+        with named(f"{file}: "):
+            require_of(plan, self.config_of(run), run.model.title)
+        dense = self.fetch(run)
+        found, wanted = checkpoint_identity(dense), plan.base
+        if at:
+            found = checkpoint_weights(dense)
+            wanted = plan.weights or found
+            if plan.weights is None and not is_own:
+                self.observer.note(f"{file} is for {repo}; of {run.model.title} only the shape was compared")
+        if wanted != found:
+            raise InputError(
+                f"{file}: the plan is of another model: its base is {plan.base}, by content {wanted}, and "
+                f"{run.model.title} is {found}; give the model that the plan was made for",
+                rule="plan-of-other-model", key="base", value=plan.base,
+            )  # fmt: skip
         return run, dense
+
+    def _at_commit(self, run: Run, file: Path, commit: str) -> Run:
+        """The run with the revision that a plan names; code of it is run only if the user's own revision is the same.
+
+        Raises:
+            InputError: the user's own revision is another one.
+        """
+        assert isinstance(run.model, HubModel)
+        if not run.model.trust_remote_code and run.model.revision is None:
+            self.observer.note(f"weights of commit {commit}, because {file} names it")
+            return run.model_copy(update={"model": run.model.model_copy(update={"revision": commit})})
+        own = pinned_revision(run.model.repo, "model", run.model.revision, self.pins)
+        if own != commit:
+            raise InputError(
+                f"{file} is for commit {commit} of {run.model.repo}, and yours is {own}, which counts where you name "
+                "a revision or trust the repository's code; leave that out, or fetch the plan's commit yourself and "
+                "give its folder",
+                rule="plan-revision", key="trust_remote_code", value=True,
+            )  # fmt: skip
+        return run
 
     @property
     def pins(self) -> Path:

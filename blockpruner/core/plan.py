@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
 
 from blockpruner.core.blocks import Mask, parse_mask
 
@@ -15,6 +17,8 @@ from blockpruner.core.blocks import Mask, parse_mask
 @dataclass(frozen=True)
 class Plan:
     """How one pruned model differs from the dense one, and how that was found."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
 
     kind: str
     """The kind of method: "mask" (blocks are removed), or a kind that changes weights, such as "laco"."""
@@ -56,6 +60,8 @@ class Plan:
     base: str | None = None
     """The dense model, by content (`checkpoint_identity`), or as <repository>@<commit> of the hub; None for a plan in
     the folder of its model."""
+    weights: str | None = None
+    """The dense model's files of weights, by content (`manifest.weights_identity`); None where they are not known."""
 
     @property
     def mask(self) -> Mask:

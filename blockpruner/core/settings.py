@@ -223,10 +223,15 @@ def read_settings(model: type[T], values: Any, where: str = "", section: str = "
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows another
-        keys = [section + ".".join(map(str, fault["loc"])) for fault in faults]
-        message = "\n".join(f"{where}{_words(key, fault)}" for key, fault in zip(keys, faults, strict=True))
-        raise InputError(message, rule="settings", key=keys[0], value=faults[0]["input"]) from error
+        raise input_error(error, where, section) from error
+
+
+def input_error(error: ValidationError, where: str, section: str = "") -> InputError:
+    """What pydantic refuses as an InputError; where and section are as in `read_settings`."""
+    faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows another
+    keys = [section + ".".join(map(str, fault["loc"])) for fault in faults]
+    message = "\n".join(f"{where}{_words(key, fault)}" for key, fault in zip(keys, faults, strict=True))
+    return InputError(message, rule="settings", key=keys[0], value=faults[0]["input"])
 
 
 def _words(key: str, fault: Mapping[str, Any]) -> str:

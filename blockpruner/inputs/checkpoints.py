@@ -38,6 +38,7 @@ from blockpruner.store.manifest import (
     content_sha256,
     manifest,
     model_identity,
+    weights_identity,
 )
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import FETCH_VERSION
@@ -104,6 +105,11 @@ def checkpoint_identity(directory: Path) -> str:
     """The identity of a fetched checkpoint, as recorded when it was fetched."""
     known: str = read_json(directory / SOURCE_FILE)["identity"]
     return known
+
+
+def checkpoint_weights(directory: Path) -> str:
+    """The identity of a fetched checkpoint's weights alone."""
+    return weights_identity(read_json(directory / SOURCE_FILE)["manifest"])
 
 
 def licence_of(directory: Path) -> dict[str, Any]:

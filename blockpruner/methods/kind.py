@@ -16,6 +16,7 @@ from blockpruner.core.blocks import DENSE, BlockKind, Mask
 from blockpruner.core.budgets import Budget, Resources, parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
+from blockpruner.core.markdown import code
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
@@ -138,7 +139,7 @@ class Kind:
     removed at once."""
     taken_out: Callable[[Plan], str] = lambda plan: f"{plan.ratio:.1%} of the parameters"
     """What is gone, for instance "3 MHA + 4 MLP"."""
-    card: Callable[[Plan], str] = lambda plan: f"with weights changed by `{plan.method}`"
+    card: Callable[[Plan], str] = lambda plan: f"with weights changed by {code(plan.method)}"
     """What was done to the model, as a clause of its model card."""
     steps: Callable[[Plan], str] = lambda plan: ""
     """What the plan does, step by step, where the report has no table of it."""
@@ -178,10 +179,8 @@ def make_plan(
         pruned: its parameters, where `gone` does not say how many are left.
     """
     resources = known_resources(config, budget, current)
-    (dense, after), counts = perplexities, resources["parameters"]
-    if pruned is None:
-        pruned = counts.total - sum(counts.blocks[block] for block in gone)
-    ratio = (counts.total - pruned) / counts.total
+    dense, after = perplexities
+    own = sizes(resources, gone, pruned)
     return Plan(
         kind=current.kind,
         target="",
@@ -191,18 +190,29 @@ def make_plan(
         metric=current.score.metric,
         options=current.score.options,
         search=current.search,
-        layers=len(counts.blocks) // 2,
         removed=removed,
         order=order,
-        ratio=ratio,
         ratios=ratios,
-        removes={name: costs.ratio(gone) for name, costs in resources.items()} | {"parameters": ratio},
-        blocks={kind.value: sum(block.kind is kind for block in gone) for kind in BlockKind},
-        parameters={"dense": counts.total, "pruned": pruned},
         calibration={**current.calibration, "dense_perplexity": dense, "perplexity": after},
         nested=current.nested,
         details=details or {},
+        **own,
     )
+
+
+def sizes(resources: Resources, gone: Mask, pruned: int | None = None) -> dict[str, Any]:
+    """The fields of a plan that follow from the dense model's resources and the blocks that are gone."""
+    counts = resources["parameters"]
+    if pruned is None:
+        pruned = counts.total - sum(counts.blocks[block] for block in gone)
+    ratio = (counts.total - pruned) / counts.total
+    return {
+        "layers": len(counts.blocks) // 2,
+        "ratio": ratio,
+        "removes": {name: costs.ratio(gone) for name, costs in resources.items()} | {"parameters": ratio},
+        "blocks": {kind.value: sum(block.kind is kind for block in gone) for kind in BlockKind},
+        "parameters": {"dense": counts.total, "pruned": pruned},
+    }
 
 
 def known_resources(config: Config, budget: str, current: Current) -> Resources:

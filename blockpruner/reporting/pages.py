@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from blockpruner.core.markdown import plain
 from blockpruner.reporting.findings import Finding, Level
 from blockpruner.reporting.formats import listed
 from blockpruner.reporting.plots import Plot
@@ -100,11 +101,6 @@ def made_line(results: Iterable[Mapping[str, str]]) -> str:
         )
     parts = [f"{len(when)} {where}, {' to '.join(sorted({min(when), max(when)}))}" for where, when in found.items()]
     return f"Results were computed: {'; '.join(parts)}." if parts else ""
-
-
-def plain(text: str) -> str:
-    """Keep Markdown from reading a text as markup; line breaks become spaces."""
-    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split()))
 
 
 def data_url(plot: Plot) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,16 @@ def manifest(directory: Path) -> dict[str, str]:
 def model_identity(files: Manifest) -> str:
     """SHA-256 over what a forward pass depends on: config, weights and code."""
     ends = (".safetensors", ".safetensors.index.json", ".py")
-    lines = [f"{name}:{files[name]}\n" for name in sorted(files) if name == "config.json" or name.endswith(ends)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return _digest(files, [name for name in files if name == "config.json" or name.endswith(ends)])
+
+
+def weights_identity(files: Manifest) -> str:
+    """SHA-256 over the files of weights alone."""
+    return _digest(files, [name for name in files if name.endswith(".safetensors")])
+
+
+def _digest(files: Manifest, names: Iterable[str]) -> str:
+    return hashlib.sha256("".join(f"{name}:{files[name]}\n" for name in sorted(names)).encode()).hexdigest()
 
 
 def require_verified(directory: Path) -> dict[str, str]:

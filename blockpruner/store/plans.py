@@ -1,22 +1,39 @@
-"""Plans on disk: one JSON file each."""
+"""Plans on disk: one JSON file each, of a numbered format; what it holds is read strictly.
+
+A plan may come from a stranger. Whether it fits a model is decided where it is applied.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.core.settings import input_error
 from blockpruner.store.files import read_json, write_sealed_json
 
 PLAN_FILE = "blockpruner_plan.json"
 """The plan in a checkpoint directory."""
 
+FORMAT = 1
+"""The number of the format; a file without one is of the first."""
+
+NUMBERS = {
+    "blocks": ("mha", "mlp"),
+    "parameters": ("dense", "pruned"),
+    "calibration": ("rows", "tokens", "dense_perplexity", "perplexity"),
+}
+"""Keys of a plan's mappings that every plan has: numbers, in the last mapping also null."""
+
 
 def plan_fields(plan: Plan) -> dict[str, Any]:
     """A plan as JSON."""
-    return {name: value for name, value in asdict(plan).items() if value is not None}
+    return {"format": FORMAT} | {name: value for name, value in asdict(plan).items() if value is not None}
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -25,8 +42,20 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 def load_plan(path: Path) -> Plan:
     """Read a plan; raises InputError that names the file."""
-    fields = read_json(path, sealed=True)
+    fields, where = read_json(path, sealed=True), f"{path} is not a plan: "
+    if isinstance(fields, dict) and (number := fields.pop("format", FORMAT)) != FORMAT:
+        raise InputError(
+            f"{path} is a plan of format {number!r}, and this version reads {FORMAT}; take the version of blockpruner "
+            "that wrote it, or make the plan again",
+            rule="plan-format", key="format", value=number,
+        )  # fmt: skip
     try:
-        return Plan(**fields | {name: tuple(fields[name]) for name in ("removed", "order", "ratios")})
-    except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a plan of this version ({error}); delete it and run `dvc repro`") from error
+        plan = TypeAdapter(Plan).validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise input_error(error, where) from error
+    for name, keys in NUMBERS.items():
+        for key in keys:
+            value = getattr(plan, name).get(key, "missing")
+            if not (isinstance(value, int | float) or (value is None and name == "calibration")):
+                raise InputError(f"{where}{name}.{key} is {value!r}; valid: a number", rule="settings", key=name)
+    return plan

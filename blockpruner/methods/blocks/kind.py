@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockpruner.core.blocks import BlockKind, Mask, format_mask, sorted_blocks
-from blockpruner.core.budgets import Resources, choose_prefix, is_settled, parse_budget
+from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
+from blockpruner.core.budgets import Resources, choose_prefix, is_settled, parse_budget, resources_of
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import Config
+from blockpruner.core.families import Config, Costs
+from blockpruner.core.markdown import code
 from blockpruner.core.plan import Plan
-from blockpruner.methods.kind import Job, Kind, known_resources, make_plan
+from blockpruner.methods.kind import Job, Kind, known_resources, make_plan, sizes
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.work import Rows
@@ -88,11 +89,47 @@ def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config,
         budget,
         config,
         gone=mask,
-        removed=tuple(str(block) for block in sorted_blocks(mask)),
-        order=tuple(format_mask(unit) for unit in order[:steps]),
-        ratios=tuple(counts.ratio(prefix) for prefix in prefixes[:steps]),
+        **listed(order[:steps], counts),
         perplexities=(perplexities[0], perplexities[steps]),
     )
+
+
+def listed(order: Sequence[Mask], counts: Costs) -> dict[str, Any]:
+    """The fields of a plan that follow from the units that are removed, in order."""
+    prefixes = [Mask().union(*order[: k + 1]) for k in range(len(order))]
+    return {
+        "removed": tuple(str(block) for block in sorted_blocks(DENSE.union(*order))),
+        "order": tuple(format_mask(unit) for unit in order),
+        "ratios": tuple(counts.ratio(prefix) for prefix in prefixes),
+    }
+
+
+def require_of(plan: Plan, config: Config, model: str) -> None:
+    """Refuse a plan of another shape than the model's, or whose fields do not follow from what it removes.
+
+    Args:
+        model: its name, for messages.
+    """
+    resources = resources_of(config)
+    counts, order = resources["parameters"], [parse_mask(unit) for unit in plan.order]
+    layers, gone = len(counts.blocks) // 2, DENSE.union(*order)
+    if (plan.layers, plan.parameters["dense"]) != (layers, counts.total):
+        raise InputError(
+            f"the plan is of another model: its base is {plan.base}, with {plan.parameters['dense']:,} parameters in "
+            f"{plan.layers} layers, and {model} has {counts.total:,} in {layers}; give the model that the plan was "
+            "made for",
+            rule="plan-of-other-model", key="base", value=plan.base,
+        )  # fmt: skip
+    if strange := sorted_blocks(gone - counts.blocks.keys()):
+        raise InputError(f"the plan removes {strange[0]}, and {model} has {layers} layers", rule="plan-differs")
+    for name, own in (sizes(resources, gone) | listed(order, counts)).items():
+        given = getattr(plan, name)
+        if (given | own if name == "removes" else own) != given:  # it may also hold a time that was measured
+            raise InputError(
+                f"the plan's {name} is {given!r}, and what it removes of {model} makes it {own!r}: it was changed by "
+                "hand or damaged; take the plan as it was written",
+                rule="plan-differs", key=name, value=given,
+            )  # fmt: skip
 
 
 def commit(scores: Path, config: Config, budget: str, current: Current) -> tuple[Plan, Sequence[Path]]:
@@ -127,8 +164,8 @@ def words(plan: Plan, unit: str) -> str:
 
 
 def card(plan: Plan) -> str:
-    by = "" if SEARCHES[plan.method].asks == "nothing" else f" by `{plan.metric}`"
-    options = ", ".join(f"`{key}: {value}`" for key, value in plan.options.items() if key != "order")
+    by = "" if SEARCHES[plan.method].asks == "nothing" else f" by {code(plan.metric)}"
+    options = ", ".join(code(f"{key}: {value}") for key, value in plan.options.items() if key != "order")
     return (
         f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its {plan.layers} MLP "
         f"blocks, chosen by `{plan.method}` search{by}{f' ({options})' if options else ''}"
