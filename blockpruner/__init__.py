@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from blockpruner.model.known import watch
+
 if TYPE_CHECKING:
     from blockpruner.api import Pruned, evaluate, prune
 
 __all__ = ["Pruned", "evaluate", "prune"]
 __version__ = "0.1.0"
+
+watch()
 
 
 def __getattr__(name: str) -> Any:

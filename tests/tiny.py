@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import blockpruner.model.models  # noqa: F401  # tells transformers of the classes that it lacks
 from blockpruner.core.families import FAMILIES
+from blockpruner.model.modeling_blockpruned import BaichuanConfig
 
 VOCABULARY = 260
 GROUPED = {"num_key_value_heads": 2}
@@ -57,6 +58,13 @@ def tolerance(variant: str) -> float:
     return 1e-5 if variant == "gemma2" else 1e-10
 
 
+def config_of(model_type: str, **fields: Any) -> Any:
+    """The config of a family; transformers knows none of Baichuan."""
+    if model_type == "baichuan":
+        return BaichuanConfig(**fields)
+    return AutoConfig.for_model(model_type, **fields)
+
+
 def tiny_model(
     family: str = "llama", layers: int = 4, dtype: torch.dtype = torch.float64, **config: Any
 ) -> PreTrainedModel:
@@ -76,7 +84,7 @@ def tiny_model(
     }
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family.split()[0], **fields | EXTRA.get(family, {}) | config),
+        config_of(family.split()[0], **fields | EXTRA.get(family, {}) | config),
         dtype=dtype,
         experts_implementation="eager",  # the others know no float64
     )

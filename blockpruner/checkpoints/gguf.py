@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.checkpoints import verify_llama_cpp
@@ -29,6 +29,7 @@ from blockpruner.core.errors import InputError, extra
 from blockpruner.inputs.checkpoints import LICENCE_FILES, copy_files
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import Pruning
+from blockpruner.model.classes import read_config
 from blockpruner.model.models import model_family
 from blockpruner.store.files import write_text
 from blockpruner.store.plans import PLAN_FILE, save_plan
@@ -84,7 +85,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
             model in memory; nothing is left at `out`.
     """
     plan, dense, trusted = pruning.plan, pruning.dense, pruning.trust_remote_code
-    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=trusted).to_dict()
+    config = read_config(dense, trusted).to_dict()
     require_fit("gguf", config, plan)
     tokenizer = load_tokenizer(dense, trusted)
     words, more = vocabulary(tokenizer, config), facts(tokenizer, config)

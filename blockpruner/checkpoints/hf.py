@@ -12,15 +12,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.verification import reference_outputs, tolerance_of, write_verified
 from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKENIZER_FILES, copy_files, drop_code_
 from blockpruner.methods.apply import Pruning
-from blockpruner.model.classes import OUR_MODULES
-from blockpruner.store.files import let_others_read, write_text
+from blockpruner.model.classes import OUR_MODULES, read_config
+from blockpruner.model.known import FORMAT, FORMAT_KEY
+from blockpruner.store.files import let_others_read, read_json, write_json, write_text
 from blockpruner.store.plans import PLAN_FILE, save_plan
 
 COUNTED = """
@@ -51,7 +52,7 @@ def _remark(pruned: PreTrainedModel, dense: Path) -> str:
     """What a plain checkpoint's card must say of engines that know its family."""
     if code_file(pruned) is not None:
         return ""
-    configs = (pruned.config, AutoConfig.from_pretrained(dense, local_files_only=True))
+    configs = (pruned.config, read_config(dense))
     left, before = (getattr(config, "layer_types", None) or [] for config in configs)
     return "" if left == before[: len(left)] else COUNTED
 
@@ -76,6 +77,9 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
             kind.register_for_auto_class(entry)
         model.save_pretrained(directory, max_shard_size="5GB")
     drop_code_(directory, code)
+    if code:
+        config = read_json(directory / "config.json")
+        write_json(directory / "config.json", config | {FORMAT_KEY: FORMAT})
     let_others_read(directory)
     assert not code or (directory / code).exists()
 

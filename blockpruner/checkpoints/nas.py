@@ -1,4 +1,4 @@
-"""The `nas` export: a DeciLM (`nemotron-nas`) directory, whose layers may lack a block, for vLLM and mlx-lm.
+"""The `nas` export: a DeciLM (`nemotron-nas`) directory, whose layers may lack a block, for mlx-lm.
 
 Decides how a pruned model is written in that format, and which models fit it. The directory also holds the files of the
 hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not exist.
@@ -16,7 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.card import model_card
@@ -25,6 +25,7 @@ from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
 from blockpruner.checkpoints.verification import in_float32, reference_outputs, write_verified
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import Pruning
+from blockpruner.model.classes import read_config
 from blockpruner.model.models import model_family
 from blockpruner.store.files import let_others_read, write_json
 
@@ -52,7 +53,7 @@ def export_nas(pruning: Pruning, out: Path) -> None:
             nothing is left at `out`.
     """
     plan, dense = pruning.plan, pruning.dense
-    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=pruning.trust_remote_code)
+    config = read_config(dense, pruning.trust_remote_code)
     width = config.hidden_size // config.num_attention_heads
     head = getattr(config, "head_dim", None) or width
     require_fit("nas", config.to_dict(), plan, dtype=(pruning.dtype, DTYPES), head_dim=(head, (width,)))
@@ -162,9 +163,7 @@ embedding.
 
 ```sh
 mlx_lm.generate --model <this directory> --prompt "..."
-python -m vllm.entrypoints.openai.api_server --model <this directory> --host 127.0.0.1
 ```
 
-vLLM knows the config by a plugin that blockpruner installs (`pip install --no-deps`), and needs no remote code.
-transformers has no model for it; the `hf` export of the same plan is for transformers.
+transformers has no model for it, and vLLM no config; the `hf` export of the same plan is for both.
 {more if held != pruned else ""}"""

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Branch, Family
 from blockpruner.model import modeling_blockpruned, modeling_slicegpt
@@ -33,6 +35,31 @@ from transformers import {prefix}Config  # noqa: E402
 
 add_family({prefix}Config, "{prefix}", ({mha!r}, {mlp!r}), "{layers}")
 """
+
+
+for _prefix in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+    AutoModelForCausalLM.register(
+        *(getattr(modeling_slicegpt, f"{_prefix}SliceGPT{part}") for part in ("Config", "ForCausalLM"))
+    )
+
+# transformers has no class for Baichuan 13B. The model is registered for our config class alone, and that for no name.
+AutoModelForCausalLM.register(modeling_blockpruned.BaichuanConfig, modeling_blockpruned.BaichuanForCausalLM)
+
+
+def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint directory; by our own class where transformers has none of the family."""
+    own = read_json(directory / "config.json").get("model_type") == modeling_blockpruned.BaichuanConfig.model_type
+    reader = modeling_blockpruned.BaichuanConfig if own else AutoConfig
+    return reader.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def own_config_class(model_type: str) -> type[Any]:
+    """The config class of a type of `known`."""
+    family, _, kind = model_type.rpartition("_")
+    if kind == "blockpruned":
+        return config_class(FAMILIES[family])
+    found: type[Any] = getattr(modeling_slicegpt, f"{FAMILIES[family].prefix}SliceGPTConfig")
+    return found
 
 
 def config_class(family: Family) -> type[Any]:

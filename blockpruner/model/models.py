@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
 from blockpruner.core.errors import DeviceMemoryError, InputError, extra
@@ -26,11 +26,7 @@ from blockpruner.core.families import FAMILIES, Family
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.allocator import keep_freed_memory
-from blockpruner.model.classes import config_class, model_class
-
-# transformers has no class of its own for Baichuan 13B; the one for checkpoints is used in memory too
-AutoConfig.register(blockpruned.BaichuanConfig.model_type, blockpruned.BaichuanConfig)
-AutoModelForCausalLM.register(blockpruned.BaichuanConfig, blockpruned.BaichuanForCausalLM)
+from blockpruner.model.classes import config_class, model_class, read_config
 
 
 def resolve_device(device: str) -> torch.device:
@@ -106,6 +102,7 @@ def load_model(
         with usable(attention):
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
+                config=read_config(directory, trust_remote_code),
                 dtype=getattr(torch, dtype),
                 device_map=places,
                 local_files_only=True,
@@ -199,7 +196,7 @@ def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, t
         from accelerate import infer_auto_device_map
         from accelerate.utils import get_balanced_memory
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    config = read_config(directory, trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code

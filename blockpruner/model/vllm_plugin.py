@@ -1,42 +1,23 @@
-"""vLLM's plugin: what vLLM must know to load an `hf` or a `nas` checkpoint without remote code.
+"""vLLM's plugin: what vLLM must know to load an `hf` checkpoint without remote code.
 
 Decides how their configs are read, and which of vLLM's classes get one for models with holes (`vllm_models`): those of
-every family that both vLLM and transformers have. For `nas` vLLM has the model (`DeciLMForCausalLM`) but no config
-class. vLLM calls `register` in each of its processes, by the entry point in pyproject.toml. Imports nothing of
+every family that both vLLM and transformers have. No type of others is registered: vLLM would read their models by our
+class. vLLM calls `register` in each of its processes, by the entry point in pyproject.toml. Imports next to nothing of
 blockpruner, and works with transformers older than the library needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from blockpruner.model.known import require_format
+
 PRUNED, MODELS = "_blockpruned", "blockpruner.model.vllm_models"
-
-
-class Fields(dict[str, Any]):
-    """A dict whose items are attributes too: vLLM asks for `block.attention.no_op`, and JSON takes it as it is."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class NemotronNasConfig(LlamaConfig):  # type: ignore[misc]  # transformers is untyped
-    """Llama's config and, for each layer, which blocks it has (`checkpoints/nas.py`)."""
-
-    model_type = "nemotron-nas"
-
-    def __init__(self, block_configs: Sequence[Mapping[str, Mapping[str, Any]]] = (), **kwargs: Any) -> None:
-        self.block_configs = [
-            Fields({block: Fields(fields) for block, fields in config.items()}) for config in block_configs
-        ]
-        super().__init__(**kwargs)
 
 
 class BlockPrunedConfig:
@@ -47,17 +28,24 @@ class BlockPrunedConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], **kwargs: Any) -> Any:
+        require_format(fields)
         family = str(fields["model_type"]).removesuffix(PRUNED)
         kept = {name: value for name, value in fields.items() if name not in ("auto_map", "per_layer_config")}
         return CONFIG_MAPPING[family].from_dict(kept | {"model_type": family}, **kwargs)
 
 
 def register() -> None:
-    """Make the configs known to transformers and the models to vLLM, once; another's `nemotron-nas` stays."""
+    """Make the configs known to transformers and the models to vLLM. What fails is logged: vLLM calls this outside of a
+    try, and would not start for any model."""
+    try:
+        _register()
+    except Exception as error:  # of a vLLM or transformers that is not as this module knows it
+        logging.getLogger(__name__).warning("vLLM starts without blockpruner's models: %r", error)
+
+
+def _register() -> None:
     from vllm import ModelRegistry
 
-    if NemotronNasConfig.model_type not in CONFIG_MAPPING:
-        AutoConfig.register(NemotronNasConfig.model_type, NemotronNasConfig)
     known = ModelRegistry.get_supported_archs()
     for family, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         prefix, suffix, _ = architecture.partition("ForCausalLM")

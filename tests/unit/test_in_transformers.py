@@ -1,5 +1,8 @@
 """In transformers a pruned model is a model like any other: it saves itself, batches continuously, has other heads."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -10,8 +13,11 @@ from transformers import (
     GenerationConfig,
 )
 
+from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.model.models import decoder_layers, masked, model_family, prune_
+from blockpruner.store.files import read_json, write_json
+from tests.plans import fetch_tiny, plan_of, pruning
 from tests.tiny import GRID, tiny_model
 
 MASK = parse_mask("mha.0,mha.2,mlp.0,mlp.3")
@@ -130,3 +136,41 @@ def test_attentions_and_hidden_states(family):
         assert found.shape[1:] == (4, 14, 14)
     states = [state[0] if isinstance(state, tuple) else state for state in seen]
     assert all(torch.equal(a, b) for a, b in zip(outputs.hidden_states[1:4], states[:3], strict=True))
+
+
+LOADED = """
+import sys
+import blockpruner
+assert not {"torch", "transformers"} & sys.modules.keys(), "importing blockpruner is no longer cheap"
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+names = [type(AutoModelForCausalLM.from_pretrained(path)).__module__ for path in sys.argv[1:]]
+import blockpruner.api
+print(*names, "baichuan" in CONFIG_MAPPING, "nemotron-nas" in CONFIG_MAPPING)
+"""
+
+
+def test_after_an_import_our_checkpoints_load_without_their_code_and_others_as_before(tmp_path):
+    dense = fetch_tiny(tmp_path)
+    sliced = plan_of(dense, ["mha.1"], kind="slicegpt", method="slicegpt", details={"width": 24, "hidden": 32})
+    for name, plan in {"pruned": plan_of(dense, ["mha.1"]), "sliced": sliced}.items():
+        made = pruning(dense, plan, rows=((1, 2, 3, 4),) * 8)
+        save_pruned(made.prune_(made.load()), tmp_path / name)
+    found = subprocess.run(
+        [sys.executable, "-c", LOADED, tmp_path / "pruned", tmp_path / "sliced"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    ours = ["blockpruner.model.modeling_blockpruned", "blockpruner.model.modeling_slicegpt"]
+    assert found.stdout.split() == [*ours, "False", "False"], found.stderr
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_by_name(tmp_path):
+    dense = fetch_tiny(tmp_path)
+    made = pruning(dense, plan_of(dense, ["mha.1"]))
+    save_pruned(made.prune_(made.load()), tmp_path / "out")
+    config = read_json(tmp_path / "out/config.json")
+    assert config["blockpruner_format"] == 1
+    write_json(tmp_path / "out/config.json", config | {"blockpruner_format": 2})
+    with pytest.raises(ValueError, match="is of blockpruner's format 2, and this version reads 1; install a newer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")

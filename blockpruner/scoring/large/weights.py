@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from blockpruner.core.errors import InputError
+from blockpruner.model.classes import read_config
 from blockpruner.model.models import kernel_options, usable
 from blockpruner.scoring.large.ahead import in_turn
 
@@ -136,7 +137,7 @@ def skeleton(
     checkpoint: Path, dtype: str, device: torch.device, attention: str, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers, which no checkpoint holds, on `device`."""
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
+    config = read_config(checkpoint, trust_remote_code)
     options = kernel_options(attention, dtype, device)
     with usable(attention), _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
