@@ -176,7 +176,11 @@ ALPACA = HubTexts(source="hub", repo="tatsu-lab/alpaca")
 
 
 class Runtime(Frozen):
-    """What changes speed and no number but measured times. No stage depends on it."""
+    """Where and how a model runs: for speed. No stage depends on it.
+
+    In float32 numbers differ by rounding alone. In 16 bits, device, kernel and batch size may move a loss by as much as
+    two candidates differ, and so what a search chooses.
+    """
 
     device: str = "auto"
     """The device: auto (the first GPU, else the CPU), cpu, cuda, cuda:<n>, or split: one model over all GPUs."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -20,6 +21,7 @@ from scipy.stats import ttest_rel
 from transformers import AutoModelForCausalLM
 from typer import Abort
 
+from blockpruner import pipeline
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.cli import curve as work
 from blockpruner.cli import doctor, talking
@@ -29,6 +31,7 @@ from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import choice, train
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
@@ -283,6 +286,15 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
         found = load_file(place / "out/model.safetensors")
         assert file.exists() and all(torch.equal(found[name], weight) for name, weight in whole.items())
         assert "it is made again" in result[2]
+
+
+@pytest.mark.parametrize("part", ["search", "fit", "judge"])
+def test_a_kept_refit_is_of_the_rows_it_was_fitted_to_and_judged_by(model, tmp_path, part):
+    place = Place(tmp_path, "cpu", SilentObserver())
+    run, rows = place.read_run(str(model), "auto", False, {}), pipeline.Rows(CalibrationSet(((1, 2, 3),)))
+    keys = {place._key(run, each, "refit", "base", "0.2")
+            for each in (rows, replace(rows, **{part: CalibrationSet(((1, 2, 4),))}))}  # fmt: skip
+    assert len(keys) == 2
 
 
 def test_a_dry_run_counts_from_the_shape_and_leaves_nothing(model, place, say):
