@@ -21,6 +21,7 @@ from blockpruner.core.progress import Observer
 from blockpruner.evaluation.settings import Evaluate, Perplexity
 from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, sharing
+from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
@@ -223,14 +224,13 @@ def commit(
     run: str,
     compensate: str,
     train: bool = False,
-    base: str | None = None,
-    weights: str | None = None,
+    dense: Path | None = None,
 ) -> list[Proposal]:
     """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges.
 
     Args:
         folder: as `score` left it.
-        base, weights: identities of the dense model and of its weights, where it is kept.
+        dense: the dense model's directory, where it is kept: the plans name it by its content.
 
     Raises:
         InputError: the budget cannot be met, or a file of a search is missing or damaged.
@@ -238,8 +238,9 @@ def commit(
     found = []
     for name in _competing(wanted, config, budget, rows):
         plan, tables = commit_run(folder / name, config, budget, target, run)
-        plan = replace(plan, compensate=compensate, train=train, base=base, weights=weights)
-        found.append(Proposal(name, plan, tables))
+        if dense is not None:
+            plan = replace(plan, base=checkpoint_identity(dense), weights=checkpoint_weights(dense))
+        found.append(Proposal(name, replace(plan, compensate=compensate, train=train), tables))
     return found
 
 

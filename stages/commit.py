@@ -7,7 +7,6 @@ from pathlib import Path
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.methods.commit import save_iterations
 from blockpruner.methods.recipes import compensation
 from blockpruner.methods.registry import KINDS
@@ -31,8 +30,7 @@ def main(name: str) -> None:
         run=wanted.run,
         compensate=wanted.compensate or compensation(settings.compensate.method, method),
         train=wanted.train,
-        base=checkpoint_identity(dense),
-        weights=checkpoint_weights(dense),
+        dense=dense,
     )
 
     def build(directory: Path) -> None:

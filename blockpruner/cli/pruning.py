@@ -124,8 +124,7 @@ class Place:
             if not is_kept:
                 found = pipeline.commit(
                     traces, run.score, config, budget, rows,
-                    target="", run=run.model.title, compensate=method, base=base,
-                    weights=checkpoint_weights(dense),
+                    target="", run=run.model.title, compensate=method, dense=dense,
                 )  # fmt: skip
                 best = pipeline.heal(material.dense, found, rows, run.compensate, self.observer)
                 choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), run.calibration.data)
@@ -226,56 +225,46 @@ class Place:
         return dense
 
     def fetch_base(self, run: Run, file: Path, plan: Plan) -> tuple[Run, Path]:
-        """The dense model that a plan's file is of, as fetched, and the run with its revision.
-
-        Raises:
-            InputError: the plan is of another model, does not follow from what it removes, or names no commit.
-        """
+        """The dense model that a plan's file is of, as fetched, and the run with its revision; raises InputError for
+        another model, or a plan that does not follow from what it removes."""
         if plan.base is None:
             raise InputError(f"{file} does not name its base model; give a plan that `blockpruner prune` has written")
         repo, at, commit = plan.base.partition("@")
         is_own = isinstance(run.model, HubModel) and run.model.repo == repo
-        if at and not COMMIT.fullmatch(commit):
-            raise InputError(
-                f"{file} names the revision {commit!r} of {repo}, which may be anybody's; valid: a commit of 40 hex "
-                "digits",
-                rule="plan-revision", key="base", value=plan.base,
-            )  # fmt: skip
-        if at and is_own:
-            run = self._at_commit(run, file, commit)
+        if at:
+            run = self._at_commit(run, file, repo, commit)
         with named(f"{file}: "):
             require_of(plan, self.config_of(run), run.model.title)
         dense = self.fetch(run)
-        found, wanted = checkpoint_identity(dense), plan.base
-        if at:
-            found = checkpoint_weights(dense)
-            wanted = plan.weights or found
-            if plan.weights is None and not is_own:
-                self.observer.note(f"{file} is for {repo}; of {run.model.title} only the shape was compared")
-        if wanted != found:
+        found = checkpoint_weights(dense) if at else checkpoint_identity(dense)
+        if at and plan.weights is None and not is_own:
+            self.observer.note(f"{file} is for {repo}; of {run.model.title} only the shape was compared")
+        if found != (plan.weights or found if at else plan.base):
             raise InputError(
-                f"{file}: the plan is of another model: its base is {plan.base}, by content {wanted}, and "
-                f"{run.model.title} is {found}; give the model that the plan was made for",
+                f"{file} is of another model: its base is {plan.base}, and {run.model.title} is by content {found}; "
+                "give the model that the plan was made for",
                 rule="plan-of-other-model", key="base", value=plan.base,
             )  # fmt: skip
         return run, dense
 
-    def _at_commit(self, run: Run, file: Path, commit: str) -> Run:
-        """The run with the revision that a plan names; code of it is run only if the user's own revision is the same.
-
-        Raises:
-            InputError: the user's own revision is another one.
-        """
-        assert isinstance(run.model, HubModel)
+    def _at_commit(self, run: Run, file: Path, repo: str, commit: str) -> Run:
+        """The run with the revision that a plan names, if it is of the plan's repository. Code of it is run, or a
+        revision of the user's own replaced, only if that is the same commit; raises InputError otherwise."""
+        if not COMMIT.fullmatch(commit):
+            raise InputError(
+                f"{file} names the revision {commit!r} of {repo}, which may be anybody's; valid: 40 hex digits",
+                rule="plan-revision", key="base", value=commit,
+            )  # fmt: skip
+        if not isinstance(run.model, HubModel) or run.model.repo != repo:
+            return run
         if not run.model.trust_remote_code and run.model.revision is None:
             self.observer.note(f"weights of commit {commit}, because {file} names it")
             return run.model_copy(update={"model": run.model.model_copy(update={"revision": commit})})
-        own = pinned_revision(run.model.repo, "model", run.model.revision, self.pins)
+        own = pinned_revision(repo, "model", run.model.revision, self.pins)
         if own != commit:
             raise InputError(
-                f"{file} is for commit {commit} of {run.model.repo}, and yours is {own}, which counts where you name "
-                "a revision or trust the repository's code; leave that out, or fetch the plan's commit yourself and "
-                "give its folder",
+                f"{file} is for commit {commit} of {repo}, and yours is {own}, which counts where you name a revision "
+                "or trust its code; leave that out, or fetch the plan's commit yourself and give its folder",
                 rule="plan-revision", key="trust_remote_code", value=True,
             )  # fmt: skip
         return run

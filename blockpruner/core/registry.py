@@ -59,11 +59,6 @@ class Registry(Mapping[str, Row]):
     def __len__(self) -> int:
         return len(self._all())
 
-    @property
-    def own(self) -> tuple[str, ...]:
-        """The names of the rows that are there without a look at other packages."""
-        return tuple(self._rows)
-
     def add(self, row: Row) -> None:
         name = getattr(row, self._key)
         if self._rows.get(name, row) is not row:

@@ -55,11 +55,10 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
 
 def own_config_class(model_type: str) -> type[Any]:
     """The config class of a type of `known`."""
-    family, _, kind = model_type.rpartition("_")
-    if kind == "blockpruned":
-        return config_class(FAMILIES[family])
-    found: type[Any] = getattr(modeling_slicegpt, f"{FAMILIES[family].prefix}SliceGPTConfig")
-    return found
+    name, _, kind = model_type.rpartition("_")
+    family = FAMILIES[name]
+    sliced: type[Any] | None = getattr(modeling_slicegpt, f"{family.prefix}SliceGPTConfig", None)
+    return sliced if kind == "slicegpt" and sliced else config_class(family)
 
 
 def config_class(family: Family) -> type[Any]:

@@ -41,15 +41,13 @@ class OwnConfig:
 
 
 def add_types(table: ModuleType) -> None:
-    """Register our types in transformers' module of configs."""
-    from blockpruner.core.families import FAMILIES
-
-    for family in FAMILIES.own:
+    """Register our types, of every family that there may be, in transformers' module of configs."""
+    for family in (*table.CONFIG_MAPPING_NAMES, "baichuan"):
         for kind in ("blockpruned", "slicegpt"):
             table.AutoConfig.register(f"{family}_{kind}", OwnConfig, exist_ok=True)
 
 
-class _Watch(MetaPathFinder):
+class TableWatch(MetaPathFinder):
     """Finds nothing, but has `add_types` called when transformers' module of configs is loaded."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -57,14 +55,14 @@ class _Watch(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
+        assert spec is not None and spec.loader is not None
+        load = spec.loader.exec_module
 
-            def load_and_add(module: ModuleType) -> None:
-                load(module)
-                add_types(module)
+        def load_and_add(module: ModuleType) -> None:
+            load(module)
+            add_types(module)
 
-            spec.loader.exec_module = load_and_add  # type: ignore[method-assign]
+        spec.loader.exec_module = load_and_add  # type: ignore[method-assign]
         return spec
 
 
@@ -72,5 +70,5 @@ def watch() -> None:
     """Add our types now, if transformers has its table, or as soon as it has."""
     if TABLE in sys.modules:
         add_types(sys.modules[TABLE])
-    elif not any(isinstance(each, _Watch) for each in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    else:
+        sys.meta_path.insert(0, TableWatch())

@@ -105,30 +105,18 @@ def listed(order: Sequence[Mask], counts: Costs) -> dict[str, Any]:
 
 
 def require_of(plan: Plan, config: Config, model: str) -> None:
-    """Refuse a plan of another shape than the model's, or whose fields do not follow from what it removes.
-
-    Args:
-        model: its name, for messages.
-    """
+    """Refuse a plan of another shape than the model of this name has, or that does not follow from what it removes."""
     resources = resources_of(config)
-    counts, order = resources["parameters"], [parse_mask(unit) for unit in plan.order]
-    layers, gone = len(counts.blocks) // 2, DENSE.union(*order)
-    if (plan.layers, plan.parameters["dense"]) != (layers, counts.total):
-        raise InputError(
-            f"the plan is of another model: its base is {plan.base}, with {plan.parameters['dense']:,} parameters in "
-            f"{plan.layers} layers, and {model} has {counts.total:,} in {layers}; give the model that the plan was "
-            "made for",
-            rule="plan-of-other-model", key="base", value=plan.base,
-        )  # fmt: skip
-    if strange := sorted_blocks(gone - counts.blocks.keys()):
-        raise InputError(f"the plan removes {strange[0]}, and {model} has {layers} layers", rule="plan-differs")
-    for name, own in (sizes(resources, gone) | listed(order, counts)).items():
-        given = getattr(plan, name)
-        if (given | own if name == "removes" else own) != given:  # it may also hold a time that was measured
+    counts = resources["parameters"]
+    order = [parse_mask(unit) & counts.blocks.keys() for unit in plan.order]  # a deeper model has others
+    own = sizes(resources, DENSE.union(*order)) | listed(order, counts)
+    own["removes"] = {**plan.removes, **own["removes"]}  # there may also be a time that was measured
+    for name, value in own.items():
+        if getattr(plan, name) != value:
             raise InputError(
-                f"the plan's {name} is {given!r}, and what it removes of {model} makes it {own!r}: it was changed by "
-                "hand or damaged; take the plan as it was written",
-                rule="plan-differs", key=name, value=given,
+                f"the plan is of another model: its base is {plan.base}, and its {name} is {getattr(plan, name)!r}, "
+                f"which for {model} is {value!r}; give the model that the plan was made for, and an unchanged plan",
+                rule="plan-differs", key=name, value=getattr(plan, name),
             )  # fmt: skip
 
 
