@@ -14,8 +14,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ DENIED = "permission denied; make the folder writable for this user or choose an
 CAUSES = {
     errno.ENOSPC: "no space left on the device; free some and run again",
     errno.EDQUOT: "the disk quota is used up; free some and run again",
+    errno.EFBIG: "no file there may be so large; raise the limit (`ulimit -f`) or choose another place",
     errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
     errno.EACCES: DENIED,
     errno.EPERM: DENIED,
@@ -43,9 +44,40 @@ CAUSES = {
 """What a user can do about an error of the file system."""
 
 
+SAFETENSORS = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
+"""How safetensors words a failed write: today, and in 0.5."""
+
+TORCH = ("inline_container", "iostream error")
+"""What is in torch's words for a failed write."""
+
+
 def storage_error(path: Path, error: OSError) -> StorageError:
     cause = CAUSES.get(error.errno or 0, str(error))
     return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")
+
+
+@contextmanager
+def writing(path: Path, *, alone: bool = False) -> Iterator[None]:
+    """Within, a file or folder is written, be it by safetensors or torch, which have errors of their own.
+
+    Args:
+        alone: nothing else is done within, so that every OSError is of this place.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if alone or error.errno in CAUSES:
+            raise storage_error(path, error) from error
+        raise
+    except (SafetensorError, RuntimeError) as error:
+        found = SAFETENSORS.search(str(error))
+        if not found and not any(words in str(error) for words in TORCH):
+            raise
+        code = int(found[1] or found[2]) if found else errno.ENOSPC  # torch does not tell; it is the usual one
+        raise storage_error(path, OSError(code, str(error))) from error
 
 
 def temporary_beside(path: Path) -> Path:
@@ -60,13 +92,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = temporary_beside(path)
     try:
-        make_folder(path.parent)
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        raise storage_error(path, error) from error
+        with writing(path, alone=True):
+            make_folder(path.parent)
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         with suppress(OSError):  # the place is read-only: the error above names that
             temporary.unlink(missing_ok=True)
@@ -213,29 +244,21 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
     """
     temporary, replaced = temporary_beside(path), temporary_beside(path)
     try:
-        make_folder(path.parent)
-        temporary.mkdir()
-        build(temporary)
-        for folder, _, names in os.walk(temporary, topdown=False):
-            for name in [*names, "."]:
-                sync(Path(folder, name))
-        with suppress(FileNotFoundError):
-            os.replace(path, replaced)
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
-                raise
-        sync(path.parent)
-    except SafetensorError as error:  # safetensors reports a failed write by this, with the cause as text
-        if "os error" not in str(error):
-            raise
-        full = "os error 28" in str(error)
-        raise storage_error(path, OSError(errno.ENOSPC if full else 0, str(error))) from error
-    except OSError as error:
-        if error.errno in CAUSES:
-            raise storage_error(path, error) from error
-        raise
+        with writing(path):
+            make_folder(path.parent)
+            temporary.mkdir()
+            build(temporary)
+            for folder, _, names in os.walk(temporary, topdown=False):
+                for name in [*names, "."]:
+                    sync(Path(folder, name))
+            with suppress(FileNotFoundError):
+                os.replace(path, replaced)
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
+                    raise
+            sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
