@@ -1,25 +1,28 @@
 """Locks that name their holder.
 
-filelock holds a file beside the one with the name. The kernel frees it when the last process that has it open ends, so
-no lock is ever stale, and no lock file is deleted.
+`flock` holds a file beside the one with the name. The kernel frees it when the last process that has it open ends, so no
+lock is ever stale, and no lock file is deleted.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import make_folder, storage_error
 
 WORKSPACE = Path(".dvc/tmp/flow.lock")
 """Held by a flow, which changes params.yaml, and by `stages.clean`, which deletes outputs."""
+
+
+UNLOCKABLE = (errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems without locks answer, apart from ENOLCK: Lustre without `-o flock`, for instance."""
 
 
 def this_process() -> str:
@@ -38,21 +41,23 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
     Raises:
         StorageError: the file cannot be written or locked.
     """
-    lock = FileLock(path.with_name(f"{path.name}.held"))
     with _storage(path):
         make_folder(path.parent)
-        with suppress(Timeout):
-            lock.acquire(blocking=False)
-    if not lock.is_locked:
-        busy(_holder(path))
-        with _storage(path):
-            lock.acquire()
-    try:
-        with _storage(path):
-            path.write_text(f"{holder}\n", encoding="utf-8")
-        yield lock._context.lock_file_fd or -1
-    finally:
-        lock.release()
+        lock = open(path.with_name(f"{path.name}.held"), "a")  # noqa: SIM115
+    with lock:
+        try:
+            with _storage(path):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy(_holder(path))
+            with _storage(path):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            with _storage(path):
+                path.write_text(f"{holder}\n", encoding="utf-8")
+            yield lock.fileno()
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # also for a child that holds it
 
 
 def workspace(holder: str) -> AbstractContextManager[int]:
@@ -72,10 +77,11 @@ def _refuse(holder: str) -> None:
 def _storage(path: Path) -> Iterator[None]:
     try:
         yield
-    except NotImplementedError as error:  # filelock's, on a file system without locks
-        raise storage_error(path, OSError(errno.ENOLCK, str(error))) from error
+    except BlockingIOError:
+        raise
     except OSError as error:
-        raise storage_error(path, error) from error
+        code = errno.ENOLCK if error.errno in UNLOCKABLE else error.errno
+        raise storage_error(path, OSError(code, str(error))) from error
 
 
 def _holder(path: Path) -> str:
