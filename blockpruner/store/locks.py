@@ -1,6 +1,6 @@
 """Locks that name their holder.
 
-`flock` holds a file beside the one with the name. The kernel frees it when the last process that has it open ends, so no
+`flock` holds a file beside the one with the name. The kernel frees it when the last process that has it open ends: no
 lock is ever stale, and no lock file is deleted.
 """
 

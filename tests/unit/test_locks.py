@@ -57,7 +57,8 @@ def test_where_it_cannot_be_written_or_locked_is_named(tmp_path, monkeypatch, co
         raise OSError(code, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", lock)
-    with pytest.raises(StorageError, match=r"cannot write .*a\.lock: no file can be locked there"), hold(tmp_path / "a.lock", "", refuse):
+    said = pytest.raises(StorageError, match=r"cannot write .*a\.lock: no file can be locked there")
+    with said, hold(tmp_path / "a.lock", "", refuse):
         pass
 
 
