@@ -28,7 +28,7 @@ from blockpruner.checkpoints import verify
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.model.classes import has_our_code
-from blockpruner.store.files import replace_directory, write_sealed_json
+from blockpruner.store.files import new_directory, write_sealed_json
 from blockpruner.store.manifest import REPORT_FILE, manifest
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -86,7 +86,7 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 
 def write_verified(out: Path, write: Callable[[Path, Path], float], script: ModuleType = verify) -> None:
-    """Write a checkpoint directory at `out` and verify it; a directory that fails does not exist.
+    """Write a new checkpoint directory at `out` and verify it; a directory that fails does not exist.
 
     Args:
         write: called with the directory and with the file for the reference, which it writes; returns the tolerance.
@@ -94,7 +94,7 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
     """
 
     def build(directory: Path) -> None:
-        # named like a directory of `replace_directory`: `stages.clean` removes what a killed export left
+        # named like a directory of `new_directory`: `stages.clean` removes what a killed export left
         name, writer, end = directory.name.rsplit(".", 2)
         folder = directory.with_name(f"{name}.reference.{writer}.{end}")
         folder.mkdir()
@@ -105,7 +105,7 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
         finally:
             shutil.rmtree(folder)
 
-    replace_directory(out, build)
+    new_directory(out, build)
 
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:

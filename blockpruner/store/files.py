@@ -237,12 +237,75 @@ def set_aside(path: Path) -> Path:
     return path.rename(target)
 
 
-def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary directory, then put it in the place of `path`; on failure `path` is unchanged.
+def require_free(path: Path) -> None:
+    """Refuse a place for a new folder that is neither absent nor an empty folder."""
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise _taken(path)
+
+
+def _taken(path: Path) -> InputError:
+    return InputError(
+        f"{path} is not empty; choose another folder, or remove it", rule="place-not-empty", value=str(path)
+    )
+
+
+def new_directory(path: Path, build: Callable[[Path], object]) -> None:
+    """Let `build` fill a temporary directory, then give it the name `path`; on failure there is nothing new.
+
+    On return all of it is on disk.
+
+    Raises:
+        InputError: something is at `path`, or has come while `build` ran; it is left as it is.
+    """
+    require_free(path)
+    path = path.resolve()
+
+    def put(temporary: Path) -> None:
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _taken(path) from error
+            raise
+
+    _build_directory(path, build, put)
+
+
+def replace_directory(
+    path: Path, build: Callable[[Path], object], check: Callable[[Path], object] = lambda old: None
+) -> None:
+    """Let `build` fill a temporary directory, then put it in the place of `path`, which is ours; on failure `path` is
+    unchanged.
 
     On return all of it is on disk. A kill between the two renames leaves neither the old one nor the new one.
+
+    Args:
+        check: called with what was at `path` before it is deleted; if it raises, that is left as it is.
     """
-    temporary, replaced = temporary_beside(path), temporary_beside(path)
+    replaced = temporary_beside(path)
+
+    def put(temporary: Path) -> None:
+        with suppress(FileNotFoundError):
+            os.replace(path, replaced)
+            try:
+                check(replaced)
+            except InputError:
+                os.rename(replaced, path)
+                raise
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
+                raise
+
+    try:
+        _build_directory(path, build, put)
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _build_directory(path: Path, build: Callable[[Path], object], put: Callable[[Path], object]) -> None:
+    temporary = temporary_beside(path)
     try:
         with writing(path):
             make_folder(path.parent)
@@ -251,17 +314,10 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
             for folder, _, names in os.walk(temporary, topdown=False):
                 for name in [*names, "."]:
                     sync(Path(folder, name))
-            with suppress(FileNotFoundError):
-                os.replace(path, replaced)
-            try:
-                os.replace(temporary, path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
-                    raise
+            put(temporary)
             sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def let_others_read(directory: Path) -> None:

@@ -19,12 +19,13 @@ from scipy.stats import ttest_rel
 from transformers import AutoModelForCausalLM
 from typer import Abort
 
+import blockpruner
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.cli import curve as work
 from blockpruner.cli import doctor, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
-from blockpruner.core.blocks import DENSE, parse_mask
+from blockpruner.core.blocks import DENSE, parse_mask, sorted_blocks
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import choice, train
@@ -161,6 +162,18 @@ def test_a_quantization_may_be_asked_for_later(model, place, say, monkeypatch):
     assert code == 0 and (out / "model-Q4_K_M.gguf").exists()
     code, _, _ = say("apply", model, "out", "--out", "again", "--export", "gguf:Q4_K_M")
     assert code == 0 and (again / "model-Q4_K_M.gguf").exists()
+    (out / "README.md").write_text((out / "README.md").read_text() + "My words.")
+    more = prune(model, "--out", "out", "--export", "gguf:Q4_K_M,gguf:Q5_0", budget="1blocks")
+    assert say(*more)[0] == 0 and (out / "README.md").read_text().endswith("My words.")
+    tool.write_text(f"#!/bin/sh\ntouch {out}/notes\ncp model-Q8_0.gguf $2\n")
+    last = prune(model, "--out", "out", "--export", "gguf:Q4_K_M,gguf:Q5_0,gguf:Q6_K", budget="1blocks")
+    for by in ("notes", ".git/config"):
+        code, _, err = say(*last)
+        assert code == 2 and "out-gguf holds files of yours, or changed meanwhile" in err and (out / by).exists()
+        (out / "notes").unlink(missing_ok=True)
+        (out / ".git").mkdir(exist_ok=True)
+        (out / ".git/config").touch()
+    assert (out / "model-Q5_0.gguf").exists() and not (out / "model-Q6_K.gguf").exists()
 
 
 @pytest.mark.usefixtures("in_process")
@@ -481,6 +494,27 @@ def test_the_report_is_one_file_that_tells_what_the_plan_and_the_curve_hold(mode
     (place / "out/config.json").write_text("{}")
     code, _, err = say("report", "out")
     assert code == 2 and "is not what was verified: config.json changed" in err
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_the_api_saves_is_taken_by_every_command(model, place, say):
+    (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
+    (place / "plain.safetensors").touch()  # is not the model's
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    pruned = blockpruner.prune(loaded, tiny_tokenizer(), TEXTS.split("\n"), 0.3, seq_len=32, method="greedy")
+    pruned.save("out")
+    assert say("report", "out")[0] == 0
+    points = done(say(*curve(model, "out", "--json")))["points"]
+    assert points[-1]["removed"] == [str(block) for block in sorted_blocks(pruned.plan.mask)]
+    assert "model.safetensors" in done(say("push", "out", "me/small", "--dry-run", "--json"))["files"]
+    code, _, err = say("apply", model, "out", "--out", "again")
+    assert code == 0 and (place / "again/model.safetensors").exists(), err
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.model.norm.weight.mul_(1.5)
+    blockpruner.prune(changed, tiny_tokenizer(), TEXTS.split("\n"), "1blocks", seq_len=32, method="greedy").save("b")
+    code, _, err = say(*curve(model, "b"))
+    assert code == 2 and "does not name its base model" in err
 
 
 @pytest.mark.usefixtures("in_process")
