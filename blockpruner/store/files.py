@@ -151,10 +151,10 @@ def read_json(path: Path, sealed: bool = False) -> Any:
     except FileNotFoundError:
         raise _missing(path) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); delete it and run `dvc repro`") from error
+        raise damaged(path, f"is not valid JSON ({error})") from error
     digest = value.pop(DIGEST, None) if isinstance(value, dict) else None
     if (sealed or digest is not None) and digest != _json_digest(value):
-        raise _damaged(path)
+        raise damaged(path)
     return value
 
 
@@ -174,11 +174,12 @@ def _json_digest(value: Mapping[str, Any]) -> str:
 
 
 def _missing(path: Path) -> InputError:
-    return InputError(f"{path} does not exist; the stage before this one writes it: run `dvc repro`")
+    return InputError(f"{path} does not exist", rule="missing-file", value=str(path))
 
 
-def _damaged(path: Path) -> InputError:
-    return InputError(f"{path} is damaged: its content is not what was written; delete it and run `dvc repro`")
+def damaged(path: Path, how: str = "is damaged: its content is not what was written") -> InputError:
+    """The error of a file that cannot be used. How it is made again, only the door knows that catches this."""
+    return InputError(f"{path} {how}", rule="damaged-file", value=str(path))
 
 
 def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
@@ -204,10 +205,7 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
     except FileNotFoundError:
         raise _missing(path) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is truncated, damaged or not Parquet ({error}); nothing in it can be used: delete it and run "
-            "`dvc repro`"
-        ) from error
+        raise damaged(path, f"is truncated, damaged or not Parquet ({error}); nothing in it can be used") from error
     if columns != _columns(schema):
         raise InputError(f"{path} has columns {columns}; expected {_columns(schema)}")
     empty = [field.name for field in schema if not field.nullable and table.column(field.name).null_count]
@@ -215,7 +213,7 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
         raise InputError(f"{path} has no value in some rows of {', '.join(empty)}; every row needs one")
     table = table.cast(schema).replace_schema_metadata(None)
     if metadata.pop(DIGEST, None) != table_digest(table):
-        raise _damaged(path)
+        raise damaged(path)
     return table, metadata
 
 
@@ -262,7 +260,7 @@ def new_directory(path: Path, build: Callable[[Path], object]) -> None:
 
     def put(temporary: Path) -> None:
         try:
-            os.rename(temporary, path)
+            temporary.rename(path)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise _taken(path) from error
@@ -290,7 +288,7 @@ def replace_directory(
             try:
                 check(replaced)
             except InputError:
-                os.rename(replaced, path)
+                replaced.rename(path)
                 raise
         try:
             os.replace(temporary, path)

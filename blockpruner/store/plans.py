@@ -6,9 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.store.files import read_json, write_sealed_json
+from blockpruner.store.files import damaged, read_json, write_sealed_json
 
 PLAN_FILE = "blockpruner_plan.json"
 """The plan in a checkpoint directory."""
@@ -29,4 +28,4 @@ def load_plan(path: Path) -> Plan:
     try:
         return Plan(**fields | {name: tuple(fields[name]) for name in ("removed", "order", "ratios")})
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a plan of this version ({error}); delete it and run `dvc repro`") from error
+        raise damaged(path, f"is not a plan of this version ({error})") from error
