@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import TimeoutExpired
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +36,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 """By dtype of the weights: the largest logit difference from the masked model, relative to the largest logit."""
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
+
+LIMIT = 1800.0
+"""Seconds that a program may take for a checkpoint, and so many more for each GiB of it: far more than slow disks and
+few cores need. What takes longer hangs."""
 
 
 @contextmanager
@@ -108,6 +113,24 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
     new_directory(out, build)
 
 
+@contextmanager
+def limited(program: str, folder: Path) -> Iterator[float]:
+    """Within, a program reads the checkpoint in a folder, for the yielded number of seconds at most.
+
+    Raises:
+        InputError: it hangs.
+    """
+    seconds = LIMIT * (1 + sum(path.stat().st_size for path in folder.iterdir()) / 2**30)
+    try:
+        yield seconds
+    except TimeoutExpired:
+        raise InputError(
+            f"{program} did not end within {seconds / 60:.0f} minutes and was stopped. Nothing was left behind; see "
+            "that memory and cores are free, and run again",
+            rule="engine-hangs", value=program,
+        ) from None  # fmt: skip
+
+
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
     """Run an engine's script in a fresh isolated process, and keep its report as verification.json, with the manifest.
 
@@ -118,7 +141,7 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
             module that it needs.
 
     Raises:
-        InputError: the checkpoint does not reproduce the reference.
+        InputError: the checkpoint does not reproduce the reference, or the engine hangs.
     """
     engine: str = script.ENGINE
     has_our_code(directory)
@@ -130,7 +153,10 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
     environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-I", str(script.__file__), str(directory), str(reference), str(tolerance)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        with limited(engine, directory) as seconds:
+            result = subprocess.run(
+                command, capture_output=True, text=True, env=environment, check=False, timeout=seconds
+            )
     finally:
         shutil.rmtree(modules, ignore_errors=True)
     lines = result.stdout.strip().splitlines()

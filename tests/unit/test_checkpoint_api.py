@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
+from types import ModuleType
 
 import pytest
 import torch
@@ -120,6 +121,22 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
         export(dense, plan_of(dense, ["mha.0"]), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_hangs_is_stopped_and_nothing_is_left(tmp_path, monkeypatch):
+    script = ModuleType("hangs")
+    script.ENGINE, script.__file__ = "json", str(tmp_path / "hangs.py")
+    Path(script.__file__).write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(verification, "LIMIT", 0.3)
+
+    def write(directory, reference):
+        (directory / "config.json").write_text("{}")
+        return 0.1
+
+    with refused("engine-hangs") as caught:
+        verification.write_verified(tmp_path / "out", write, script)
+    assert "json did not end within" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hangs.py"]
 
 
 def test_plan_round_trip(tmp_path):
