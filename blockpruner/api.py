@@ -65,7 +65,7 @@ class _Base:
     @cached_property
     def identity(self) -> str | None:
         """As of a fetched model; None if no folder has its weights."""
-        return self.folder and identity_of(self.folder)
+        return identity_of(self.folder) if self.folder else None
 
     @cached_property
     def licence(self) -> dict[str, Any]:
@@ -166,8 +166,8 @@ class Pruned:
         """Export, and upload what was verified to a repository, which is made if it is not there; returns the address.
 
         Raises:
-            InputError: as `save_pretrained`; or the format's engine is not installed, the repository is there and not as private
-                as was asked, or the hub refuses.
+            InputError: as `save_pretrained`; or the format's engine is not installed, the repository is there and not
+                as private as was asked, or the hub refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
             name = repo.rpartition("/")[2]
@@ -325,7 +325,7 @@ def _identity(model: PreTrainedModel) -> str:
 
 
 def _folder_of(model: PreTrainedModel) -> Path | None:
-    """The folder that a model was loaded from, if its weights are still those of the files; of the hub: in its cache."""
+    """The folder that a model was loaded from, for the hub that in its cache, if the files still have its weights."""
     place, state, found = model.name_or_path, model.state_dict(), False
     config: Any = Path(place) / "config.json"
     if not config.is_file():

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
 from tests.fakes import Hub, PushHub
+from tests.plans import plan_of
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(40))
@@ -417,7 +419,7 @@ def test_chat_and_compare(model, place, say, monkeypatch):
         expected = torch.cat([expected, dense(expected, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     text = tiny_tokenizer().decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
     code, out, _ = say("chat", model, "--prompt", "a few words", "--max-new-tokens", 5)
-    assert code == 0 and out.strip() == text.strip()
+    assert code == 0 and out.strip() == talking.printable(text.strip())
     typed = iter(["a few words"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
     assert say("chat", model, "--max-new-tokens", 5)[:2] == (0, out)
@@ -427,6 +429,23 @@ def test_chat_and_compare(model, place, say, monkeypatch):
     assert [one["answer"] for one in both] == [text.strip()] * 2
     assert both[0]["parameters"] == dense.num_parameters() and both[0]["tokens_per_second"] > 0
     assert say("compare", model, model)[0] == say("chat", place)[0] == 2
+    shutil.copy(model / "config.json", place)
+    code, _, err = say("chat", place, "--prompt", "x")
+    assert code == 2 and "has no safetensors" in err
+
+
+def test_names_and_answers_are_shown_as_text(model, place, say, monkeypatch, capsys):
+    """Neither as markup, in which "[/x]" ends nothing, nor as orders to the terminal."""
+    said = "a \x1b]0;title\x07b\x9b31m\nc"
+    monkeypatch.setattr(talking.Talker, "answer", lambda *_, **__: (said, 3))
+    shutil.copytree(model, place / (odd := "m[/x]\x1b[31m:smile:"))
+    code, out, err = say("compare", odd, odd, "--prompt", "x")
+    assert code == 0 and "m[/x]" in out and ":smile:" in out, err
+    found = {"model": odd, "text": "t", "dense_perplexity": 1.0, "points": []}
+    command.shown(work.words(found, plan_of(model, ["mha.0"])))
+    talking.Streamer(tiny_tokenizer()).on_finalized_text(f"{said} é👩‍💻\t", stream_end=True)
+    out += capsys.readouterr().out
+    assert "é👩‍💻\t" in out and not {"\x1b", "\x07", "\x9b"} & set(out)
 
 
 def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeypatch):
@@ -537,8 +556,13 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     facts = read_json(source) | {"licence": {"license": "llama2"}}
     write_sealed_json(source, facts)
     assert say("push", "out", "me/small", "--dry-run")[0] == 2, "the card lacks the base model's licence"
+    (place / "cache/blockpruner/models/.left.01234567.tmp").mkdir()
+    (place / "cache/blockpruner/models/cut").mkdir()
     write_sealed_json(source, facts | {"identity": "another model's"})
     assert say("push", "out", "me/small", "--dry-run")[0] == 0
+    (place / "out/README.md").unlink()
+    code, _, err = say("push", "out", "me/small", "--dry-run")
+    assert code == 2 and "out has no README.md" in err
 
 
 def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch):
