@@ -155,8 +155,7 @@ class Pruned:
             dense, name = Path(own), Path(folder).absolute().name
             plan = replace(self.plan, target=name, base=self.base.identity)
             self.base.write(dense, self.tokenizer)
-            healed = self._healed
-            made = _Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed, model=self.model)
+            made = _Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=self._healed, model=self.model)
             pipeline.export(made, places)
         return places
 
@@ -326,25 +325,23 @@ def _identity(model: PreTrainedModel) -> str:
 
 def _folder_of(model: PreTrainedModel) -> Path | None:
     """The folder that a model was loaded from, for the hub that in its cache, if the files still have its weights."""
-    place, state, found = model.name_or_path, model.state_dict(), False
-    config: Any = Path(place) / "config.json"
-    if not config.is_file():
-        from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-        config = None
+    place, state, found = model.name_or_path, model.state_dict(), False
+    config: Any = f"{place}/config.json"
+    if not Path(place).is_dir():
         with suppress(ValueError):  # the name is no repository's
             revision = getattr(model.config, "_commit_hash", None)
             config = try_to_load_from_cache(place, "config.json", revision=revision)
-    if not place or not isinstance(config, str | Path):
+    if not place or not isinstance(config, str):
         return None
-    folder = Path(config).parent
-    for path in folder.glob("*.safetensors"):
+    for path in Path(config).parent.glob("model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in state.keys() & set(file.keys()):
                 found = torch.equal(file.get_tensor(name).to(state[name]), state[name])
                 if not found:
                     return None
-    return folder if found else None
+    return Path(config).parent if found else None
 
 
 def _search(method: str | Search | Callable[..., Any]) -> Search | None:

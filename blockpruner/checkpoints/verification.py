@@ -149,16 +149,10 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
         report: dict[str, Any] = {"ok": None, "engine": engine, "unchecked": f"{engine} is not installed"}
         write_sealed_json(directory / REPORT_FILE, report | {"manifest": manifest(directory)})
         return
-    modules = reference.with_name("modules")
-    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_MODULES_CACHE": str(reference.with_name("modules")), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-I", str(script.__file__), str(directory), str(reference), str(tolerance)]
-    try:
-        with limited(engine, directory) as seconds:
-            result = subprocess.run(
-                command, capture_output=True, text=True, env=environment, check=False, timeout=seconds
-            )
-    finally:
-        shutil.rmtree(modules, ignore_errors=True)
+    with limited(engine, directory) as seconds:
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=seconds)
     lines = result.stdout.strip().splitlines()
     if result.returncode != 0 or not lines:
         said = lines[-1] if lines else result.stderr.strip().rpartition("\n")[2]

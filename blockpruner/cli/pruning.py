@@ -7,7 +7,6 @@ something must be computed.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -34,10 +33,10 @@ from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material
 from blockpruner.settings import Run
-from blockpruner.store.files import read_json, replace_directory
-from blockpruner.store.manifest import BESIDE, CARD_FILE, require_verified
+from blockpruner.store.files import read_json
+from blockpruner.store.manifest import require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields
-from blockpruner.store.provenance import file_sha256, fingerprint
+from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
 
 if TYPE_CHECKING:
@@ -252,31 +251,15 @@ class Place:
     def _export(self, run: Run, pruning: Pruning, out: Path) -> dict[str, Any]:
         words, places = "" if pruning.healed is None else pruning.healed.words, self._places(run, out)
         files = {form: [places[form] / f"model-{name}.gguf" for name in more] for form, more in self._asked.items()}
-        there = {form for form, place in places.items() if _is_there(place, pruning.plan, words)}
-        pipeline.export(pruning, {form: place for form, place in places.items() if form not in there}, self._asked)
-        for form in there:
-            if not all(map(Path.exists, files[form])):
-                self._write_again(pruning, form, places[form])
+        missing = {form: place for form, place in places.items() if not _is_there(place, pruning.plan, words)}
+        for lacking in (file for form in files.keys() - missing.keys() for file in files[form] if not file.exists()):
+            raise InputError(
+                f"{lacking.parent} was written without {lacking.name}, and nothing is replaced; remove that folder and "
+                "run again, or choose another --out: scores are kept",
+                rule="place-not-empty", key="out", value=str(lacking.parent),
+            )  # fmt: skip
+        pipeline.export(pruning, missing, self._asked)
         return {"plan": plan_fields(pruning.plan), "written": [pipeline.exported(*each) for each in places.items()]}
-
-    def _write_again(self, pruning: Pruning, form: str, place: Path) -> None:
-        """Replace a checkpoint by one with more files, unless something else is in its folder by then."""
-        before = _contents(place)
-
-        def build(new: Path) -> None:
-            pipeline.export(pruning, {form: new}, self._asked)
-            shutil.copy(place / CARD_FILE, new)  # which a person may edit
-
-        def check(old: Path) -> None:
-            if _contents(old) != before or before.keys() - {*require_verified(old), *BESIDE}:
-                raise InputError(
-                    f"--out {place} holds files of yours, or changed meanwhile; move them elsewhere, or choose another "
-                    "folder",
-                    rule="place-not-empty", key="out", value=str(place),
-                )  # fmt: skip
-
-        check(place)
-        replace_directory(place, build, check)
 
 
 T = TypeVar("T", Calibration, Perplexity)
@@ -334,12 +317,6 @@ def _is_there(place: Path, plan: Plan | None, words: str | None = None) -> bool:
         )  # fmt: skip
     require_verified(place)
     return True
-
-
-def _contents(place: Path) -> dict[str, str]:
-    """Every file of a folder, also hidden ones, with its digest."""
-    paths = (path for path in place.rglob("*") if path.is_file())
-    return {path.relative_to(place).as_posix(): file_sha256(path) for path in paths}
 
 
 def words(found: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ DIGEST = "sha256"
 """The key of a table's metadata, and of a sealed JSON object, that holds the digest of the content."""
 
 DENIED = "permission denied; make the folder writable for this user or choose another place"
+UNLOCKED = "no file can be locked there; choose a place on another file system"
 CAUSES = {
     errno.ENOSPC: "no space left on the device; free some and run again",
     errno.EDQUOT: "the disk quota is used up; free some and run again",
@@ -39,7 +40,7 @@ CAUSES = {
     errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
     errno.EACCES: DENIED,
     errno.EPERM: DENIED,
-    errno.ENOLCK: "no file can be locked there; choose a place on another file system",
+    **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), UNLOCKED),
 }
 """What a user can do about an error of the file system."""
 
@@ -257,8 +258,7 @@ def new_directory(path: Path, build: Callable[[Path], object]) -> None:
     """
     require_free(path)
     path = path.resolve()
-
-    def put(temporary: Path) -> None:
+    with _built(path, build) as temporary:
         try:
             temporary.rename(path)
         except OSError as error:
@@ -266,43 +266,30 @@ def new_directory(path: Path, build: Callable[[Path], object]) -> None:
                 raise _taken(path) from error
             raise
 
-    _build_directory(path, build, put)
 
-
-def replace_directory(
-    path: Path, build: Callable[[Path], object], check: Callable[[Path], object] = lambda old: None
-) -> None:
+def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
     """Let `build` fill a temporary directory, then put it in the place of `path`, which is ours; on failure `path` is
     unchanged.
 
     On return all of it is on disk. A kill between the two renames leaves neither the old one nor the new one.
-
-    Args:
-        check: called with what was at `path` before it is deleted; if it raises, that is left as it is.
     """
     replaced = temporary_beside(path)
-
-    def put(temporary: Path) -> None:
-        with suppress(FileNotFoundError):
-            os.replace(path, replaced)
-            try:
-                check(replaced)
-            except InputError:
-                replaced.rename(path)
-                raise
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
-                raise
-
     try:
-        _build_directory(path, build, put)
+        with _built(path, build) as temporary:
+            with suppress(FileNotFoundError):
+                os.replace(path, replaced)
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
+                    raise
     finally:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _build_directory(path: Path, build: Callable[[Path], object], put: Callable[[Path], object]) -> None:
+@contextmanager
+def _built(path: Path, build: Callable[[Path], object]) -> Iterator[Path]:
+    """Within, a temporary directory is filled and on disk; what is left of it at the end is removed."""
     temporary = temporary_beside(path)
     try:
         with writing(path):
@@ -312,7 +299,7 @@ def _build_directory(path: Path, build: Callable[[Path], object], put: Callable[
             for folder, _, names in os.walk(temporary, topdown=False):
                 for name in [*names, "."]:
                     sync(Path(folder, name))
-            put(temporary)
+            yield temporary
             sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,23 +6,18 @@ lock is ever stale, and no lock file is deleted.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import make_folder, storage_error
+from blockpruner.store.files import make_folder, writing
 
 WORKSPACE = Path(".dvc/tmp/flow.lock")
 """Held by a flow, which changes params.yaml, and by `stages.clean`, which deletes outputs."""
-
-
-UNLOCKABLE = (errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems without locks answer, apart from ENOLCK: Lustre without `-o flock`, for instance."""
 
 
 def this_process() -> str:
@@ -41,19 +36,19 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
     Raises:
         StorageError: the file cannot be written or locked.
     """
-    with _storage(path):
+    with writing(path, alone=True):
         make_folder(path.parent)
         lock = open(path.with_name(f"{path.name}.held"), "a")  # noqa: SIM115
     with lock:
-        try:
-            with _storage(path):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        is_free = False
+        with writing(path, alone=True), suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = True
+        if not is_free:
             busy(_holder(path))
-            with _storage(path):
-                fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            with _storage(path):
+            with writing(path, alone=True):
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 path.write_text(f"{holder}\n", encoding="utf-8")
             yield lock.fileno()
         finally:
@@ -71,17 +66,6 @@ def _refuse(holder: str) -> None:
         "changes params.yaml, dvc.lock and data/",
         rule="workspace-busy",
     )
-
-
-@contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        code = errno.ENOLCK if error.errno in UNLOCKABLE else error.errno
-        raise storage_error(path, OSError(code, str(error))) from error
 
 
 def _holder(path: Path) -> str:
