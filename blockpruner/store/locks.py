@@ -1,17 +1,18 @@
 """Locks that name their holder.
 
-`flock` holds a file beside the one with the name. The kernel frees it when the last process that has it open ends: no
-lock is ever stale, and no lock file is deleted.
+filelock holds a file beside the one with the name. The kernel frees it when the last process that has it open ends, so
+no lock is ever stale, and no lock file is deleted.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import make_folder, writing
@@ -36,23 +37,21 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
     Raises:
         StorageError: the file cannot be written or locked.
     """
+    lock = FileLock(path.with_name(f"{path.name}.held"), fallback_to_soft=False)  # a soft lock outlives a kill
     with writing(path, alone=True):
         make_folder(path.parent)
-        lock = open(path.with_name(f"{path.name}.held"), "a")  # noqa: SIM115
-    with lock:
-        is_free = False
-        with writing(path, alone=True), suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_free = True
-        if not is_free:
-            busy(_holder(path))
-        try:
-            with writing(path, alone=True):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                path.write_text(f"{holder}\n", encoding="utf-8")
-            yield lock.fileno()
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # also for a child that holds it
+        with suppress(Timeout):
+            lock.acquire(blocking=False)
+    if not lock.is_locked:
+        busy(_holder(path))
+        with writing(path, alone=True):
+            lock.acquire()
+    try:
+        with writing(path, alone=True):
+            path.write_text(f"{holder}\n", encoding="utf-8")
+        yield lock._context.lock_file_fd or -1
+    finally:
+        lock.release()
 
 
 def workspace(holder: str) -> AbstractContextManager[int]:
