@@ -216,7 +216,7 @@ def export(s: Setting, found: Found) -> None:
     """A checkpoint written and verified in a fresh process; one that differs from the pruned model raises."""
     _, result = pruned(s, min(4, s.layers), "none")
     with tempfile.TemporaryDirectory() as folder:
-        seconds, places = clocked(s.device, partial(result.export, Path(folder) / "out"))
+        seconds, places = clocked(s.device, partial(result.save_pretrained, Path(folder) / "out"))
         report = read_json(places["hf"] / "verification.json")
     found.add(seconds=seconds, **{key: value for key, value in report.items() if isinstance(value, bool | float)})
 

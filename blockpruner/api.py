@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from blockpruner import pipeline
-from blockpruner.checkpoints.hf import code_file, save_pruned
 from blockpruner.checkpoints.hub import push
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.checks import check_run
@@ -26,7 +27,7 @@ from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, drop_code_, licence_beside
+from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, identity_of, licence_beside
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import Healed, set_weights_
 from blockpruner.methods.kind import Material
@@ -58,6 +59,13 @@ class _Base:
     """Its config.json."""
     place: str
     """The folder or the repository that it was loaded from; empty if it was not."""
+    folder: Path | None
+    """The folder that has its weights, as `_folder_of`."""
+
+    @cached_property
+    def identity(self) -> str | None:
+        """As of a fetched model; None if no folder has its weights."""
+        return identity_of(self.folder) if self.folder else None
 
     @cached_property
     def licence(self) -> dict[str, Any]:
@@ -127,10 +135,11 @@ class Pruned:
         """The perplexity on texts that `prune` has not seen, as `blockpruner.evaluate`."""
         return evaluate(self.model, self.tokenizer, texts, seq_len, max_rows)
 
-    def export(self, directory: str | Path, formats: Sequence[str] = ("hf",)) -> dict[str, Path]:
-        """Write verified checkpoints, `hf` at the directory and another format at DIRECTORY-FORMAT; returns the places.
+    def save_pretrained(self, folder: str | Path, formats: Sequence[str] = ("hf",)) -> dict[str, Path]:
+        """Write verified checkpoints, `hf` at the folder and another format at FOLDER-FORMAT; returns the places.
 
-        A fresh process compares each with this model. A copy of the model is in memory meanwhile.
+        A fresh process compares each with this model. A copy of the model is in memory meanwhile. transformers loads
+        `hf` without blockpruner (`trust_remote_code=True`); `blockpruner report`, `curve` and `push` take the folder.
 
         Args:
             formats: as in `export` of a run file.
@@ -139,32 +148,29 @@ class Pruned:
             InputError: an unknown format, one that cannot hold the model, or a place that is not empty; before anything
                 is written, except where only the writing shows it.
         """
-        places = {form: Path(f"{directory}{'' if form == 'hf' else f'-{form}'}").absolute() for form in formats}
+        places = {form: Path(f"{folder}{'' if form == 'hf' else f'-{form}'}").absolute() for form in formats}
         dtype = str(self.model.dtype).removeprefix("torch.")
         require_exports(formats, KINDS[self.plan.kind], dtype)
-        for place in places.values():
-            if place.exists() and (not place.is_dir() or any(place.iterdir())):
-                raise InputError(f"{place} is not empty; choose another directory, or remove it")
-        with tempfile.TemporaryDirectory() as folder:
-            self.base.write(Path(folder), self.tokenizer)
-            for form, place in places.items():
-                plan = replace(self.plan, target=place.name)
-                made = _Made(
-                    Path(folder), plan, CalibrationSet(()), dtype, "cpu", healed=self._healed, model=self.model
-                )
-                pipeline.export(made, {form: place})
+        with tempfile.TemporaryDirectory() as own:
+            dense, name = Path(own), Path(folder).absolute().name
+            plan = replace(self.plan, target=name, base=self.base.identity)
+            self.base.write(dense, self.tokenizer)
+            made = _Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=self._healed, model=self.model)
+            pipeline.export(made, places)
         return places
+
+    save = save_pretrained
 
     def push_to_hub(self, repo: str, private: bool = True, format: str = "hf") -> str:
         """Export, and upload what was verified to a repository, which is made if it is not there; returns the address.
 
         Raises:
-            InputError: as `export`; or the format's engine is not installed, the repository is there and not as private
-                as was asked, or the hub refuses.
+            InputError: as `save_pretrained`; or the format's engine is not installed, the repository is there and not
+                as private as was asked, or the hub refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
             name = repo.rpartition("/")[2]
-            (place,) = self.export(Path(folder) / name, [format]).values()
+            (place,) = self.save_pretrained(Path(folder) / name, [format]).values()
             return push(place, repo, private, self.base.licence, name)
 
     @property
@@ -174,12 +180,6 @@ class Pruned:
             return None
         words = f"compensated without training ({self.compensation['method']}, {self.compensation['tokens']:,} tokens)"
         return Healed(Path(), "", words, (), "")
-
-    def save(self, directory: str) -> None:
-        """Write a checkpoint that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads."""
-        save_pruned(self.model, Path(directory))
-        self.tokenizer.save_pretrained(directory)
-        drop_code_(Path(directory), code_file(self.model))
 
 
 def prune(
@@ -259,7 +259,8 @@ def prune(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         wanted = budget if isinstance(budget, str) else f"{budget:.12f}".rstrip("0")
         shown, scores = observer or stderr_observer(), None if cache is None else Path(cache)
-        base, config = _Base(model.config.to_json_string(use_diff=False), model.name_or_path), model.config.to_dict()
+        config, origin = model.config.to_dict(), model.name_or_path
+        base = _Base(model.config.to_json_string(use_diff=False), origin, _folder_of(model))
         chosen = compensation(run.compensate.method, run.score.method)
         judged, pool = len(searches(run.score)) > 1, pipeline.Pool(texts)
         rows = pipeline.calibrate(
@@ -320,6 +321,27 @@ def _identity(model: PreTrainedModel) -> str:
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     weights = {name: sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
     return fingerprint({"config": config, "weights": weights})
+
+
+def _folder_of(model: PreTrainedModel) -> Path | None:
+    """The folder that a model was loaded from, for the hub that in its cache, if the files still have its weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    place, state, found = model.name_or_path, model.state_dict(), False
+    config: Any = f"{place}/config.json"
+    if not Path(place).is_dir():
+        with suppress(ValueError):  # the name is no repository's
+            revision = getattr(model.config, "_commit_hash", None)
+            config = try_to_load_from_cache(place, "config.json", revision=revision)
+    if not place or not isinstance(config, str):
+        return None
+    for path in Path(config).parent.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in state.keys() & set(file.keys()):
+                found = torch.equal(file.get_tensor(name).to(state[name]), state[name])
+                if not found:
+                    return None
+    return Path(config).parent if found else None
 
 
 def _search(method: str | Search | Callable[..., Any]) -> Search | None:

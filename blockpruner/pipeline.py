@@ -275,13 +275,20 @@ def train(pruning: Pruning, wanted: Train, rows: Rows, states: Path, out: Path, 
 def export(
     pruning: Pruning, places: Mapping[str, Path], quantizations: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """Write verified checkpoints of a plan's model, a folder for each format.
+    """Write verified checkpoints of a plan's model, a new folder for each format.
 
     Args:
         quantizations: by format, what more files of it are quantized to.
+
+    Raises:
+        InputError: something is at one of the places, before anything is written; or has come there meanwhile, or a
+            format cannot hold the model, and nothing is left at that place.
     """
     from blockpruner.checkpoints.registry import EXPORTS
+    from blockpruner.store.files import require_free
 
+    for place in places.values():
+        require_free(place)
     for form, place in places.items():
         write: Any = EXPORTS[form].write
         more = (quantizations or {}).get(form, ())

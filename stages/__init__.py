@@ -54,11 +54,21 @@ def run(stage: str, main: Callable[[str], object]) -> None:
     except InputError as error:
         if not error.rule.startswith("settings-"):  # which the next run mends
             _leave_reason(stage, item, str(error))
-        print(f"error in stage {name}: {error}", file=sys.stderr, flush=True)
+        print(f"error in stage {name}: {error}{_advice(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"stage {name} interrupted; what is finished is kept: run again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def _advice(error: InputError) -> str:
+    """How a file of the DAG is made again; nothing of other files."""
+    path = Path(str(error.value))
+    if not path.is_relative_to(DATA):
+        return ""
+    if error.rule == "missing-file":
+        return "; run `dvc repro`, which makes it"
+    return "; delete it and run `dvc repro`" if error.rule == "damaged-file" and path.exists() else ""
 
 
 def _leave_reason(stage: str, item: str, reason: str) -> None:

@@ -4,9 +4,9 @@
     python -m stages.clean delete     deletes what is listed as unused
 
 Not part of the DAG: run it by hand. An output is in use if the DAG writes it for a name in params.yaml. What Git keeps
-is left alone. Files that were set aside (`.bad`), and temporary files older than a day, are never in use. The stores
-data/trials, data/evaluations, data/cache and data/adapters are safe to delete as a whole, and cost only the time to
-compute or download again. DVC's own cache is cleaned by `dvc gc`.
+is left alone. What was set aside as damaged (`.bad`), and temporary files older than a day, are never in use. The
+stores data/trials, data/evaluations, data/cache and data/adapters are safe to delete as a whole, and cost only the time
+to compute or download again. DVC's own cache is cleaned by `dvc gc`.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def outputs(params: Params) -> dict[Path, bool]:
 
 
 def left_over() -> Iterator[Path]:
-    """Files that were set aside, and what killed writers left."""
+    """Files and folders that were set aside, and what killed writers left."""
     for path in sorted(DATA.rglob("*")):
         if TEMPORARY.fullmatch(path.name):
             with suppress(FileNotFoundError):  # its writer has just finished
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     yield path
-        elif SET_ASIDE.fullmatch(path.name) and path.is_file():
+        elif SET_ASIDE.fullmatch(path.name):
             yield path
 
 
@@ -65,7 +65,7 @@ def report(delete: bool) -> None:
     """List the entries of data/ and what of them is unused; delete that if asked to."""
     show, found = observer(), outputs(load_params())
     gone = {path for path, used in found.items() if not used}
-    rest = [path for path in left_over() if gone.isdisjoint(path.parents)]
+    rest = [path for path in left_over() if gone.isdisjoint((path, *path.parents))]
     rest = [path for path in rest if set(rest).isdisjoint(path.parents)]
     for what, entries, unused in (("outputs", list(found), sorted(gone)), ("left over", rest, rest)):
         show.note(

@@ -8,6 +8,7 @@ from blockpruner import pipeline
 from blockpruner.core.progress import observer
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import find_healed
+from blockpruner.store.files import replace_directory
 from stages import DATA, kept_plan, run, sections
 from stages.compensate import pruning_of
 
@@ -22,11 +23,10 @@ def healed_of(name: str) -> Pruning:
 
 def main(name: str) -> None:
     pruning, out = healed_of(name), DATA / "checkpoints" / name
-    out.mkdir(parents=True, exist_ok=True)  # it stays empty where nothing is exported
-    places = {form: out / form for form in sections(pruning.plan.run).export}
-    pipeline.export(pruning, places)
-    for form, place in places.items():
-        seen = pipeline.exported(form, place)
+    forms = sections(pruning.plan.run).export
+    replace_directory(out, lambda folder: pipeline.export(pruning, {form: folder / form for form in forms}))
+    for form in forms:
+        seen = pipeline.exported(form, out / form)
         checked = f"checked by {seen['verified_by']}" if seen["verified"] else "unchecked"
         observer().note(f"{name}: {form} for {', '.join(seen['for'])}, {checked}")
 

@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
-from blockpruner.checkpoints.verification import in_float32, reference_outputs, write_verified
+from blockpruner.checkpoints.verification import in_float32, limited, reference_outputs, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError, extra
 from blockpruner.inputs.checkpoints import LICENCE_FILES, copy_files
@@ -130,7 +130,8 @@ def require_quantizations(names: Sequence[str]) -> None:
 def _quantize(directory: Path, name: str) -> None:
     command = [QUANTIZER, "model-F16.gguf", target := f"model-{name}.gguf", name]
     options: dict[str, Any] = {"text": True, "errors": "replace"}  # it prints tokens
-    result = subprocess.run(command, cwd=directory, capture_output=True, check=False, **options)
+    with limited(QUANTIZER, directory) as seconds:
+        result = subprocess.run(command, cwd=directory, capture_output=True, check=False, timeout=seconds, **options)
     if result.returncode or not (directory / target).is_file():
         said = result.stderr.strip().rpartition("\n")[2] or f"exit code {result.returncode}"
         raise InputError(f"export gguf:{name}: {QUANTIZER} failed: {said}. Choose another quantization, or export gguf")

@@ -40,6 +40,8 @@ def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
             f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')}); install the engine and "
             "export it again"
         )
+    if not (checkpoint / CARD_FILE).is_file():
+        raise InputError(f"{checkpoint} has no {CARD_FILE}, the model card; put one there, or export again")
     files = require_verified(checkpoint)
     card = ModelCard.load(checkpoint / CARD_FILE)
     if licence and not card.data.license:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import TimeoutExpired
 from types import ModuleType
 from typing import Any
 
@@ -28,13 +29,17 @@ from blockpruner.checkpoints import verify
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.model.classes import has_our_code
-from blockpruner.store.files import replace_directory, write_sealed_json
+from blockpruner.store.files import new_directory, write_sealed_json
 from blockpruner.store.manifest import REPORT_FILE, manifest
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """By dtype of the weights: the largest logit difference from the masked model, relative to the largest logit."""
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
+
+LIMIT = 1800.0
+"""Seconds that a program may take for a checkpoint, and so many more for each GiB of it: far more than slow disks and
+few cores need. What takes longer hangs."""
 
 
 @contextmanager
@@ -86,7 +91,7 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 
 def write_verified(out: Path, write: Callable[[Path, Path], float], script: ModuleType = verify) -> None:
-    """Write a checkpoint directory at `out` and verify it; a directory that fails does not exist.
+    """Write a new checkpoint directory at `out` and verify it; a directory that fails does not exist.
 
     Args:
         write: called with the directory and with the file for the reference, which it writes; returns the tolerance.
@@ -94,7 +99,7 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
     """
 
     def build(directory: Path) -> None:
-        # named like a directory of `replace_directory`: `stages.clean` removes what a killed export left
+        # named like a directory of `new_directory`: `stages.clean` removes what a killed export left
         name, writer, end = directory.name.rsplit(".", 2)
         folder = directory.with_name(f"{name}.reference.{writer}.{end}")
         folder.mkdir()
@@ -105,7 +110,25 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
         finally:
             shutil.rmtree(folder)
 
-    replace_directory(out, build)
+    new_directory(out, build)
+
+
+@contextmanager
+def limited(program: str, folder: Path) -> Iterator[float]:
+    """Within, a program reads the checkpoint in a folder, for the yielded number of seconds at most.
+
+    Raises:
+        InputError: it hangs.
+    """
+    seconds = LIMIT * (1 + sum(path.stat().st_size for path in folder.iterdir()) / 2**30)
+    try:
+        yield seconds
+    except TimeoutExpired:
+        raise InputError(
+            f"{program} did not end within {seconds / 60:.0f} minutes and was stopped. Nothing was left behind; see "
+            "that memory and cores are free, and run again",
+            rule="engine-hangs", value=program,
+        ) from None  # fmt: skip
 
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
@@ -118,7 +141,7 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
             module that it needs.
 
     Raises:
-        InputError: the checkpoint does not reproduce the reference.
+        InputError: the checkpoint does not reproduce the reference, or the engine hangs.
     """
     engine: str = script.ENGINE
     has_our_code(directory)
@@ -126,13 +149,10 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
         report: dict[str, Any] = {"ok": None, "engine": engine, "unchecked": f"{engine} is not installed"}
         write_sealed_json(directory / REPORT_FILE, report | {"manifest": manifest(directory)})
         return
-    modules = reference.with_name("modules")
-    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_MODULES_CACHE": str(reference.with_name("modules")), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-I", str(script.__file__), str(directory), str(reference), str(tolerance)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    finally:
-        shutil.rmtree(modules, ignore_errors=True)
+    with limited(engine, directory) as seconds:
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=seconds)
     lines = result.stdout.strip().splitlines()
     if result.returncode != 0 or not lines:
         said = lines[-1] if lines else result.stderr.strip().rpartition("\n")[2]

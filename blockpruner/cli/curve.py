@@ -25,7 +25,7 @@ from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.kind import open_stores
 from blockpruner.methods.score import open_material
-from blockpruner.reporting.formats import number
+from blockpruner.reporting.formats import number, printable
 from blockpruner.reporting.statistics import perplexity_ratio
 from blockpruner.reporting.table import Field, Number, Table, percentage, table_of, to_csv
 from blockpruner.scoring.metrics import NLL
@@ -155,7 +155,7 @@ def table(found: Mapping[str, Any], plan: Plan | None = None, fields: Sequence[F
 def words(found: Mapping[str, Any], plan: Plan) -> RichTable:
     """The curve for a terminal, a line for each point."""
     grid = table(found, plan)
-    shown = RichTable(title=grid.title, title_justify="left", box=None, pad_edge=False)
+    shown = RichTable(title=printable(grid.title), title_justify="left", box=None, pad_edge=False)
     for title, is_number in zip(grid.head, grid.numeric, strict=True):
         shown.add_column(title, justify="right" if is_number else "left", no_wrap=is_number)
     for index, texts in enumerate(grid.texts):

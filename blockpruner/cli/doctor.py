@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 from rich.table import Table
+from rich.text import Text
 
 from blockpruner.checkpoints.gguf import QUANTIZER
 from blockpruner.model import accelerator
@@ -90,5 +91,5 @@ def words(checks: list[Checkup]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for check in checks:
         style = {"ok": "green", "missing": "bold red", "optional": "yellow"}[check.verdict]
-        table.add_row(check.name, f"[{style}]{check.verdict}[/]", check.found or check.lacks)
+        table.add_row(check.name, Text(check.verdict, style), check.found or check.lacks)
     return table

@@ -233,7 +233,7 @@ def curve(
     if as_json:
         _tell({**found, "file": str(file)}, "", True)
     else:
-        Console().print(work.words(found, read_plan(plan.expanduser())[1]))
+        shown(work.words(found, read_plan(plan.expanduser())[1]))
         print(f"the plan's point is bold; wrote {file}")
 
 
@@ -272,7 +272,7 @@ def compare(
     if as_json:
         print(json.dumps([vars(one) for one in found]))
     else:
-        Console().print(side_by_side(found))
+        shown(side_by_side(found))
 
 
 @app.command()
@@ -337,7 +337,7 @@ def doctor(
     if as_json:
         print(json.dumps([{**vars(check), "verdict": check.verdict} for check in checks]))
     else:
-        Console().print(work.words(checks))
+        shown(work.words(checks))
     if any(check.verdict == "missing" for check in checks):
         raise typer.Exit(1)
 
@@ -359,6 +359,11 @@ def _folder(model: str) -> Path:
     return place.fetch(place.read_run(model, "auto", False, {}))
 
 
+def shown(table: Any) -> None:
+    """Print a table. What is in its cells is text, and no markup of rich."""
+    Console(markup=False, emoji=False).print(table)
+
+
 def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
     print(json.dumps(found) if as_json else words)
 
@@ -366,6 +371,8 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
 def _fail(error: InputError) -> NoReturn:
     option = OPTIONS.get(error.key) or OPTIONS.get(error.key.rpartition(".")[2])
     named = f"{error} (here: {option})" if option else str(error)
+    if error.rule in ("missing-file", "damaged-file"):
+        named += "; if it is in the folder of --cache, delete its own folder there and run again; else give a whole one"
     print(f"error: {named}", file=sys.stderr)
     sys.exit(2)
 

@@ -296,11 +296,13 @@ class Place:
     def _export(self, run: Run, pruning: Pruning, out: Path) -> dict[str, Any]:
         words, places = "" if pruning.healed is None else pruning.healed.words, self._places(run, out)
         files = {form: [places[form] / f"model-{name}.gguf" for name in more] for form, more in self._asked.items()}
-        missing = {
-            form: place
-            for form, place in places.items()
-            if not (_is_there(place, pruning.plan, words) and all(map(Path.exists, files[form])))
-        }
+        missing = {form: place for form, place in places.items() if not _is_there(place, pruning.plan, words)}
+        for lacking in (file for form in files.keys() - missing.keys() for file in files[form] if not file.exists()):
+            raise InputError(
+                f"{lacking.parent} was written without {lacking.name}, and nothing is replaced; remove that folder and "
+                "run again, or choose another --out: scores are kept",
+                rule="place-not-empty", key="out", value=str(lacking.parent),
+            )  # fmt: skip
         pipeline.export(pruning, missing, self._asked)
         return {"plan": plan_fields(pruning.plan), "written": [pipeline.exported(*each) for each in places.items()]}
 

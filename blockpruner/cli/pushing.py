@@ -8,6 +8,7 @@ from typing import Any
 
 from blockpruner.inputs.checkpoints import checkpoint_identity, licence_of
 from blockpruner.reporting.formats import size
+from blockpruner.store.manifest import SOURCE_FILE
 from blockpruner.store.plans import PLAN_FILE, load_plan
 
 
@@ -15,8 +16,8 @@ def base_licence(checkpoint: Path, cache: Path) -> dict[str, Any]:
     """The licence of the checkpoint's base, if the folder of `--cache` still has that model."""
     plan = checkpoint / PLAN_FILE
     base = load_plan(plan).base if plan.is_file() else None
-    bases = (dense for dense in (cache / "models").glob("*/") if checkpoint_identity(dense) == base)
-    return next(map(licence_of, bases), {})
+    known = (source.parent for source in (cache / "models").glob(f"[!.]*/{SOURCE_FILE}"))
+    return next((licence_of(dense) for dense in known if checkpoint_identity(dense) == base), {})
 
 
 def words(found: Mapping[str, Any]) -> str:

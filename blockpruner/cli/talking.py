@@ -25,18 +25,27 @@ from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
-from blockpruner.reporting.formats import number
+from blockpruner.reporting.formats import number, printable
 from blockpruner.reporting.statistics import perplexity_ratio
 from blockpruner.reporting.table import Number
 from blockpruner.store.files import read_json
 
 
 def config_of(folder: Path) -> Config:
-    """A checkpoint's config; raises InputError if the folder holds none."""
+    """A checkpoint's config; raises InputError if the folder holds none, or no weights."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint's folder, as prune writes it")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{str(folder)!r} has no safetensors; give the folder of format hf, as prune writes it")
     config: Config = read_json(folder / "config.json")
     return config
+
+
+class Streamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped
+    """Prints an answer as it comes, as text alone."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 class Talker:
@@ -50,7 +59,7 @@ class Talker:
 
     def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> tuple[str, int]:
         """As `samples.answer`; `show` prints the text as it comes."""
-        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+        streamer = Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         return answer(self.model, self._tokenizer, turns, limit, streamer)
 
     def chat(self, prompts: Iterable[str] | None, limit: int) -> None:
@@ -147,7 +156,7 @@ def side_by_side(found: Sequence[Compared]) -> Table:
             lines.append(f"held-out perplexity {number(one.perplexity)}")
         if one.relative is not None and one.interval is not None:
             lines.append(str(Number(one.relative, 2, low=one.interval[0], high=one.interval[1])) + " of the first")
-        table.add_column("\n".join(lines), ratio=1)
+        table.add_column(Text(printable("\n".join(lines))), ratio=1)
     if found[0].answer is not None:
-        table.add_row(*(Text(one.answer or "") for one in found))
+        table.add_row(*(Text(printable(one.answer or "")) for one in found))
     return table

@@ -30,6 +30,7 @@ from blockpruner.healing.settings import Train
 from blockpruner.healing.weights import TrainedWeights, trained_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
+from blockpruner.store.files import writing
 
 
 def train_(
@@ -68,7 +69,7 @@ def train_(
         _cast_(model, torch.float32)
     model.eval()
     weights = trained_weights_(model, recipe)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), writing(states):
         trainer = _Trainer(model, teacher if recipe.distill else None, weights, rows, validation, recipe, states)
         start = {} if validation is None else trainer.evaluate()
         before = {name: master.detach().clone().cpu() for name, master in weights.state_dict().items()}
@@ -201,8 +202,9 @@ def _batch(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 
 def _last_checkpoint(states: Path) -> str | None:
-    """The last checkpoint that was written to its end: the file of the Trainer's state comes last."""
-    found = [path.parent for path in states.glob("checkpoint-*/trainer_state.json")]
+    """The last checkpoint that was written to its end: the file of the Trainer's state comes last, and ends so."""
+    ends = states.glob("checkpoint-*/trainer_state.json")
+    found = [path.parent for path in ends if path.read_bytes().endswith(b"\n}\n")]
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
 
 

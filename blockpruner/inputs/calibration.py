@@ -22,7 +22,7 @@ import pyarrow as pa
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, response_start
-from blockpruner.store.files import read_table, write_table
+from blockpruner.store.files import damaged, read_table, write_table
 
 CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
 
@@ -73,7 +73,7 @@ class CalibrationSet:
         rows = tuple(map(tuple, table.column("input_ids").to_pylist()))
         loaded = cls(rows, int(facts["dropped"]))
         if facts.get("digest") != loaded.digest:
-            raise InputError(f"{path} does not match its own digest; delete it and run `dvc repro`")
+            raise damaged(path)
         return loaded
 
 

@@ -23,11 +23,13 @@ from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel, Py
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.store.files import (
+    TEMPORARY,
     let_others_read,
     link_or_copy,
     read_json,
     replace_directory,
     set_aside,
+    temporary_beside,
     write_atomic,
     write_json,
     write_sealed_json,
@@ -112,6 +114,17 @@ def checkpoint_weights(directory: Path) -> str:
     return weights_identity(read_json(directory / SOURCE_FILE)["manifest"])
 
 
+def identity_of(folder: Path) -> str:
+    """The identity that a folder's checkpoint has once it is fetched without its code."""
+    with tempfile.TemporaryDirectory() as place:
+        own = temporary_beside(Path(place) / "model")
+        own.mkdir()
+        for path in _matching(folder, MODEL_FILES):
+            (own / path.name).symlink_to(path.resolve())
+        drop_code_(own)
+        return model_identity(manifest(own))
+
+
 def licence_of(directory: Path) -> dict[str, Any]:
     """What a fetched checkpoint's source says about its licence: some of `LICENCE_FIELDS`, or nothing."""
     found: dict[str, Any] = read_json(directory / SOURCE_FILE).get("licence", {})
@@ -126,7 +139,9 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
 
 
 def drop_code_(directory: Path, own: str | None = None) -> None:
-    """Remove all code from a checkpoint directory, and what asks for it (`auto_map`), except the file `own`."""
+    """Remove all code from a checkpoint directory that is being made, and what asks for it (`auto_map`), except the
+    file `own`."""
+    assert TEMPORARY.fullmatch(directory.name), f"{directory} may hold files of a user"
     for path in directory.glob("*.py"):
         if path.name != own:
             path.unlink()

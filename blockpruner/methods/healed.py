@@ -21,8 +21,8 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Hub, MixedTexts, Texts
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import replace_parameters_
-from blockpruner.store.files import DIGEST, read_json
-from blockpruner.store.tensors import REMEDY, read_facts, read_tensors, tensor_bytes, write_tensors
+from blockpruner.store.files import DIGEST, damaged, read_json
+from blockpruner.store.tensors import read_facts, read_tensors, tensor_bytes, write_tensors
 
 FILE = "weights.safetensors"
 COMPENSATE_FACTS, TRAIN_FACTS = "compensate.json", "train.json"
@@ -91,7 +91,7 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
         return None
     facts = read_facts(path)
     if facts.get("of") != of:
-        raise InputError(f"{path} belongs to another model, plan or calibration than this target's; {REMEDY}")
+        raise damaged(path, "belongs to another model, plan or calibration than this target's")
     return Healed(path, of, facts["words"], tuple(json.loads(facts["datasets"])), facts[DIGEST])
 
 
@@ -108,7 +108,7 @@ def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> No
     try:
         set_weights_(model, weights, shared)
     except InputError as error:
-        raise InputError(f"{path}: {error}; {REMEDY}") from error
+        raise damaged(path, f"does not fit: {error}") from error
 
 
 @torch.no_grad()

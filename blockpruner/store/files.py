@@ -14,8 +14,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,53 @@ DIGEST = "sha256"
 """The key of a table's metadata, and of a sealed JSON object, that holds the digest of the content."""
 
 DENIED = "permission denied; make the folder writable for this user or choose another place"
+UNLOCKED = "no file can be locked there; choose a place on another file system"
 CAUSES = {
     errno.ENOSPC: "no space left on the device; free some and run again",
     errno.EDQUOT: "the disk quota is used up; free some and run again",
+    errno.EFBIG: "no file there may be so large; raise the limit (`ulimit -f`) or choose another place",
     errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
     errno.EACCES: DENIED,
     errno.EPERM: DENIED,
-    errno.ENOLCK: "no file can be locked there; choose a place on another file system",
+    **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), UNLOCKED),
 }
 """What a user can do about an error of the file system."""
+
+
+SAFETENSORS = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
+"""How safetensors words a failed write: today, and in 0.5."""
+
+TORCH = ("inline_container", "iostream error")
+"""What is in torch's words for a failed write."""
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     cause = CAUSES.get(error.errno or 0, str(error))
     return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")
+
+
+@contextmanager
+def writing(path: Path, *, alone: bool = False) -> Iterator[None]:
+    """Within, a file or folder is written, be it by safetensors or torch, which have errors of their own.
+
+    Args:
+        alone: nothing else is done within, so that every OSError is of this place.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if alone or error.errno in CAUSES:
+            raise storage_error(path, error) from error
+        raise
+    except (SafetensorError, RuntimeError) as error:
+        found = SAFETENSORS.search(str(error))
+        if not found and not any(words in str(error) for words in TORCH):
+            raise
+        code = int(found[1] or found[2]) if found else errno.ENOSPC  # torch does not tell; it is the usual one
+        raise storage_error(path, OSError(code, str(error))) from error
 
 
 def temporary_beside(path: Path) -> Path:
@@ -60,13 +93,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = temporary_beside(path)
     try:
-        make_folder(path.parent)
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        raise storage_error(path, error) from error
+        with writing(path, alone=True):
+            make_folder(path.parent)
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         with suppress(OSError):  # the place is read-only: the error above names that
             temporary.unlink(missing_ok=True)
@@ -120,10 +152,10 @@ def read_json(path: Path, sealed: bool = False) -> Any:
     except FileNotFoundError:
         raise _missing(path) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); delete it and run `dvc repro`") from error
+        raise damaged(path, f"is not valid JSON ({error})") from error
     digest = value.pop(DIGEST, None) if isinstance(value, dict) else None
     if (sealed or digest is not None) and digest != _json_digest(value):
-        raise _damaged(path)
+        raise damaged(path)
     return value
 
 
@@ -143,11 +175,12 @@ def _json_digest(value: Mapping[str, Any]) -> str:
 
 
 def _missing(path: Path) -> InputError:
-    return InputError(f"{path} does not exist; the stage before this one writes it: run `dvc repro`")
+    return InputError(f"{path} does not exist", rule="missing-file", value=str(path))
 
 
-def _damaged(path: Path) -> InputError:
-    return InputError(f"{path} is damaged: its content is not what was written; delete it and run `dvc repro`")
+def damaged(path: Path, how: str = "is damaged: its content is not what was written") -> InputError:
+    """The error of a file that cannot be used. How it is made again, only the door knows that catches this."""
+    return InputError(f"{path} {how}", rule="damaged-file", value=str(path))
 
 
 def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
@@ -173,10 +206,7 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
     except FileNotFoundError:
         raise _missing(path) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is truncated, damaged or not Parquet ({error}); nothing in it can be used: delete it and run "
-            "`dvc repro`"
-        ) from error
+        raise damaged(path, f"is truncated, damaged or not Parquet ({error}); nothing in it can be used") from error
     if columns != _columns(schema):
         raise InputError(f"{path} has columns {columns}; expected {_columns(schema)}")
     empty = [field.name for field in schema if not field.nullable and table.column(field.name).null_count]
@@ -184,7 +214,7 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
         raise InputError(f"{path} has no value in some rows of {', '.join(empty)}; every row needs one")
     table = table.cast(schema).replace_schema_metadata(None)
     if metadata.pop(DIGEST, None) != table_digest(table):
-        raise _damaged(path)
+        raise damaged(path)
     return table, metadata
 
 
@@ -206,39 +236,73 @@ def set_aside(path: Path) -> Path:
     return path.rename(target)
 
 
+def require_free(path: Path) -> None:
+    """Refuse a place for a new folder that is neither absent nor an empty folder."""
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise _taken(path)
+
+
+def _taken(path: Path) -> InputError:
+    return InputError(
+        f"{path} is not empty; choose another folder, or remove it", rule="place-not-empty", value=str(path)
+    )
+
+
+def new_directory(path: Path, build: Callable[[Path], object]) -> None:
+    """Let `build` fill a temporary directory, then give it the name `path`; on failure there is nothing new.
+
+    On return all of it is on disk.
+
+    Raises:
+        InputError: something is at `path`, or has come while `build` ran; it is left as it is.
+    """
+    require_free(path)
+    path = path.resolve()
+    with _built(path, build) as temporary:
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _taken(path) from error
+            raise
+
+
 def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary directory, then put it in the place of `path`; on failure `path` is unchanged.
+    """Let `build` fill a temporary directory, then put it in the place of `path`, which is ours; on failure `path` is
+    unchanged.
 
     On return all of it is on disk. A kill between the two renames leaves neither the old one nor the new one.
     """
-    temporary, replaced = temporary_beside(path), temporary_beside(path)
+    replaced = temporary_beside(path)
     try:
-        make_folder(path.parent)
-        temporary.mkdir()
-        build(temporary)
-        for folder, _, names in os.walk(temporary, topdown=False):
-            for name in [*names, "."]:
-                sync(Path(folder, name))
-        with suppress(FileNotFoundError):
-            os.replace(path, replaced)
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
-                raise
-        sync(path.parent)
-    except SafetensorError as error:  # safetensors reports a failed write by this, with the cause as text
-        if "os error" not in str(error):
-            raise
-        full = "os error 28" in str(error)
-        raise storage_error(path, OSError(errno.ENOSPC if full else 0, str(error))) from error
-    except OSError as error:
-        if error.errno in CAUSES:
-            raise storage_error(path, error) from error
-        raise
+        with _built(path, build) as temporary:
+            with suppress(FileNotFoundError):
+                os.replace(path, replaced)
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
+                    raise
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _built(path: Path, build: Callable[[Path], object]) -> Iterator[Path]:
+    """Within, a temporary directory is filled and on disk; what is left of it at the end is removed."""
+    temporary = temporary_beside(path)
+    try:
+        with writing(path):
+            make_folder(path.parent)
+            temporary.mkdir()
+            build(temporary)
+            for folder, _, names in os.walk(temporary, topdown=False):
+                for name in [*names, "."]:
+                    sync(Path(folder, name))
+            yield temporary
+            sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def let_others_read(directory: Path) -> None:

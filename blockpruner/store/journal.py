@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from blockpruner.store.files import make_folder, set_aside, storage_error, sync
+from blockpruner.store.files import make_folder, set_aside, storage_error, sync, writing
 
 
 class Journal:
@@ -104,12 +104,9 @@ class Journal:
         stream, self._stream = self._stream, None
         if stream is None:
             return
-        try:
-            with stream:
-                if self._seconds:
-                    os.fsync(stream.fileno())
-        except OSError as error:
-            raise storage_error(self.path, error) from error
+        with writing(self.path, alone=True), stream:
+            if self._seconds:
+                os.fsync(stream.fileno())
 
     def _open(self) -> TextIO:
         if self._stream is None:

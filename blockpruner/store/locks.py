@@ -6,7 +6,6 @@ no lock is ever stale, and no lock file is deleted.
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import make_folder, storage_error
+from blockpruner.store.files import make_folder, writing
 
 WORKSPACE = Path(".dvc/tmp/flow.lock")
 """Held by a flow, which changes params.yaml, and by `stages.clean`, which deletes outputs."""
@@ -38,17 +37,17 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
     Raises:
         StorageError: the file cannot be written or locked.
     """
-    lock = FileLock(path.with_name(f"{path.name}.held"))
-    with _storage(path):
+    lock = FileLock(path.with_name(f"{path.name}.held"), fallback_to_soft=False)  # a soft lock outlives a kill
+    with writing(path, alone=True):
         make_folder(path.parent)
         with suppress(Timeout):
             lock.acquire(blocking=False)
     if not lock.is_locked:
         busy(_holder(path))
-        with _storage(path):
+        with writing(path, alone=True):
             lock.acquire()
     try:
-        with _storage(path):
+        with writing(path, alone=True):
             path.write_text(f"{holder}\n", encoding="utf-8")
         yield lock._context.lock_file_fd or -1
     finally:
@@ -66,16 +65,6 @@ def _refuse(holder: str) -> None:
         "changes params.yaml, dvc.lock and data/",
         rule="workspace-busy",
     )
-
-
-@contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except NotImplementedError as error:  # filelock's, on a file system without locks
-        raise storage_error(path, OSError(errno.ENOLCK, str(error))) from error
-    except OSError as error:
-        raise storage_error(path, error) from error
 
 
 def _holder(path: Path) -> str:

@@ -17,13 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blockpruner.core.errors import InputError
-from blockpruner.store.files import DIGEST, let_others_read, write_atomic
+from blockpruner.store.files import DIGEST, damaged, let_others_read, write_atomic
 
 FACTS = "facts"
 """The entry of the metadata."""
-
-REMEDY = "delete it and run again (a stage: `dvc repro`)"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
@@ -46,7 +43,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     tensors, facts = _read(path, tensors=True)
     if facts.pop(DIGEST) != _digest(tensors, facts):
-        raise InputError(f"{path} is damaged: its content is not what was written; {REMEDY}")
+        raise damaged(path)
     return tensors, facts
 
 
@@ -57,9 +54,9 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]
             names = file.keys() if tensors else ()
             found = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError) as error:
-        raise InputError(f"{path} is truncated or damaged ({error}); {REMEDY}") from error
+        raise damaged(path, f"is truncated or damaged ({error})") from error
     if not isinstance(facts, dict) or DIGEST not in facts:
-        raise InputError(f"{path} has no digest, so it was not written here; {REMEDY}")
+        raise damaged(path, "has no digest, so it was not written here")
     return found, facts
 
 

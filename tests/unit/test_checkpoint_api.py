@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
+from types import ModuleType
 
 import pytest
 import torch
@@ -105,14 +106,13 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
     save = hf.save_pruned
 
     def spoil(model, directory):
+        if fault == "weights":
+            with torch.no_grad():
+                model.model.norm.weight.mul_(1.5)
         save(model, directory)
         if fault == "renumbering":
             path = directory / "modeling_blockpruned.py"
             path.write_text(path.read_text().replace("layer_idx = number", "layer_idx = number + 1"))
-        else:
-            with torch.no_grad():
-                model.model.norm.weight.mul_(1.5)
-            save(model, directory)
 
     monkeypatch.setattr(hf, "save_pruned", spoil)
     monkeypatch.setattr(verification, "has_our_code", lambda directory: True)  # as if it were installed like that
@@ -123,6 +123,22 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_engine_that_hangs_is_stopped_and_nothing_is_left(tmp_path, monkeypatch):
+    script = ModuleType("hangs")
+    script.ENGINE, script.__file__ = "json", str(tmp_path / "hangs.py")
+    Path(script.__file__).write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(verification, "LIMIT", 0.3)
+
+    def write(directory, reference):
+        (directory / "config.json").write_text("{}")
+        return 0.1
+
+    with refused("engine-hangs") as caught:
+        verification.write_verified(tmp_path / "out", write, script)
+    assert "json did not end within" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hangs.py"]
+
+
 def test_plan_round_trip(tmp_path):
     plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
     save_plan(plan, tmp_path / "plan.json")
@@ -131,6 +147,7 @@ def test_plan_round_trip(tmp_path):
     assert plan.ratios[-1] == plan.ratio == pytest.approx(1 - plan.parameters["pruned"] / plan.parameters["dense"])
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_model_pruned_in_memory_is_the_masked_one_and_can_be_saved(tmp_path):
     """By the mask of its plan, whose ratio is the nearest to the one that was asked for."""
     model, reference, ratio = tiny_model(), tiny_model(), 0.3
@@ -142,7 +159,7 @@ def test_a_model_pruned_in_memory_is_the_masked_one_and_can_be_saved(tmp_path):
     with masked(reference, pruned.plan.mask):
         expected = reference(ids).logits
     assert torch.equal(pruned.model(ids).logits, expected)
-    pruned.save(str(tmp_path / "out"))
+    assert pruned.save(str(tmp_path / "out")) == {"hf": tmp_path / "out"}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert (loaded(ids).logits - expected).abs().max() <= 1e-5
 
@@ -263,7 +280,7 @@ def compensated(tmp_path):
 @pytest.mark.usefixtures("in_process")
 def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compensated):
     before = {name: tensor.clone() for name, tensor in compensated.model.state_dict().items()}
-    places = compensated.export(tmp_path / "out", ["hf", "nas"])
+    places = compensated.save_pretrained(tmp_path / "out", ["hf", "nas"])
     assert places == {"hf": tmp_path / "out", "nas": tmp_path / "out-nas"}
     for place in places.values():
         assert json.loads((place / "verification.json").read_text())["ok"]
@@ -275,8 +292,37 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     card, plan = (tmp_path / "out/README.md").read_text(), load_plan(tmp_path / "out/blockpruner_plan.json")
     assert "license: mit" in card and "compensated without training (refit" in card and "# out\n" in card
     assert (plan.compensate, plan.removed) == ("refit", ("mlp.0",))
-    with pytest.raises(InputError, match="out is not empty; choose another directory"):
-        compensated.export(tmp_path / "out")
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("formats", [["hf"], ["nas", "hf"]])
+def test_a_folder_of_the_users_is_left_as_it_is(tmp_path, compensated, formats):
+    """Before anything is written at another place."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/train.py").write_text("a day of work")
+    (tmp_path / "work/config.json").write_text('{"auto_map": {"AutoConfig": "train.Config"}}')
+    before = files_in(tmp_path)
+    with refused("place-not-empty") as caught:
+        compensated.save_pretrained(tmp_path / "work", formats)
+    assert "work is not empty; choose another folder" in str(caught.value) and files_in(tmp_path) == before
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("name", ["out/notes", "out"])
+def test_what_comes_while_an_export_runs_is_left_as_it_is(tmp_path, compensated, monkeypatch, name):
+    def meanwhile(*_):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+        return ""
+
+    monkeypatch.setattr(hf, "_remark", meanwhile)
+    before = files_in(tmp_path)
+    with refused("place-not-empty"):
+        compensated.save(tmp_path / "out")
+    assert files_in(tmp_path) == before | {name: b"mine"}
 
 
 @pytest.mark.usefixtures("in_process")

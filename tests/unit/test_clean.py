@@ -35,7 +35,7 @@ KEPT = {
 
 LEFT_OVER = (
     "scores/tiny/s/iteration_001.parquet.bad", "trials/latency-1.json.bad.12", "trials/run/host-1-2.jsonl.bad",
-    "cache/models/.3333333333333333.0123abcd.tmp/file",
+    "cache/models/.3333333333333333.0123abcd.tmp/file", "cache/models/4444444444444444.bad.1/file",
     "checkpoints/.small.0123abcd.tmp/a/file", "trials/.latency-1.json.0123abcd.tmp",
 )  # fmt: skip
 """Set aside, or left by a process of this machine that does not run."""
@@ -81,7 +81,7 @@ def test_exactly_what_nothing_names_is_listed_and_deleted(capsys):
     goes = {f"{name}/file" for name, kept in KEPT.items() if not kept} | set(LEFT_OVER)
     clean.main("")
     listed = capsys.readouterr().out
-    assert files() == before and f"outputs: {len(KEPT)} entries" in listed and "left over: 6 entries" in listed
+    assert files() == before and f"outputs: {len(KEPT)} entries" in listed and "left over: 7 entries" in listed
     clean.main("delete")
     assert capsys.readouterr().out == listed.replace("  unused:", "  deleted:")
     assert before - files() == goes

@@ -21,13 +21,14 @@ from scipy.stats import ttest_rel
 from transformers import AutoModelForCausalLM
 from typer import Abort
 
+import blockpruner
 from blockpruner import pipeline
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.cli import curve as work
 from blockpruner.cli import doctor, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
-from blockpruner.core.blocks import DENSE, parse_mask
+from blockpruner.core.blocks import DENSE, parse_mask, sorted_blocks
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import choice, train
@@ -36,6 +37,7 @@ from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
 from tests.fakes import Hub, PushHub
+from tests.plans import plan_of
 from tests.tiny import full_nll, save_tiny, tiny_tokenizer
 
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(40))
@@ -161,8 +163,13 @@ def test_a_quantization_may_be_asked_for_later(model, place, say, monkeypatch):
     out, again = place / "out-gguf", place / "again-gguf"
     done(say(*prune(model, "--out", "out", "--export", "gguf", "--json", budget="1blocks")))
     assert (out / "model-F16.gguf").exists() and not (out / "model-Q4_K_M.gguf").exists()
-    code, _, _ = say(*prune(model, "--out", "out", "--export", "gguf:Q4_K_M", budget="1blocks"))
-    assert code == 0 and (out / "model-Q4_K_M.gguf").exists()
+    (out / "README.md").write_text((out / "README.md").read_text() + "My words.")
+    later = prune(model, "--out", "out", "--export", "gguf:Q4_K_M", budget="1blocks")
+    code, _, err = say(*later)
+    assert code == 2 and "out-gguf was written without model-Q4_K_M.gguf, and nothing is replaced" in err
+    assert (out / "README.md").read_text().endswith("My words.")
+    shutil.rmtree(out)
+    assert say(*later)[0] == 0 and (out / "model-Q4_K_M.gguf").exists()
     code, _, _ = say("apply", model, "out", "--out", "again", "--export", "gguf:Q4_K_M")
     assert code == 0 and (again / "model-Q4_K_M.gguf").exists()
 
@@ -441,7 +448,7 @@ def test_chat_and_compare(model, place, say, monkeypatch):
         expected = torch.cat([expected, dense(expected, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     text = tiny_tokenizer().decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
     code, out, _ = say("chat", model, "--prompt", "a few words", "--max-new-tokens", 5)
-    assert code == 0 and out.strip() == text.strip()
+    assert code == 0 and out.strip() == talking.printable(text.strip())
     typed = iter(["a few words"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
     assert say("chat", model, "--max-new-tokens", 5)[:2] == (0, out)
@@ -451,6 +458,23 @@ def test_chat_and_compare(model, place, say, monkeypatch):
     assert [one["answer"] for one in both] == [text.strip()] * 2
     assert both[0]["parameters"] == dense.num_parameters() and both[0]["tokens_per_second"] > 0
     assert say("compare", model, model)[0] == say("chat", place)[0] == 2
+    shutil.copy(model / "config.json", place)
+    code, _, err = say("chat", place, "--prompt", "x")
+    assert code == 2 and "has no safetensors" in err
+
+
+def test_names_and_answers_are_shown_as_text(model, place, say, monkeypatch, capsys):
+    """Neither as markup, in which "[/x]" ends nothing, nor as orders to the terminal."""
+    said = "a \x1b]0;title\x07b\x9b31m\nc"
+    monkeypatch.setattr(talking.Talker, "answer", lambda *_, **__: (said, 3))
+    shutil.copytree(model, place / (odd := "m[/x]\x1b[31m:smile:"))
+    code, out, err = say("compare", odd, odd, "--prompt", "x")
+    assert code == 0 and "m[/x]" in out and ":smile:" in out, err
+    found = {"model": odd, "text": "t", "dense_perplexity": 1.0, "points": []}
+    command.shown(work.words(found, plan_of(model, ["mha.0"])))
+    talking.Streamer(tiny_tokenizer()).on_finalized_text(f"{said} é👩‍💻\t", stream_end=True)
+    out += capsys.readouterr().out
+    assert "é👩‍💻\t" in out and not {"\x1b", "\x07", "\x9b"} & set(out)
 
 
 def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeypatch):
@@ -521,6 +545,27 @@ def test_the_report_is_one_file_that_tells_what_the_plan_and_the_curve_hold(mode
 
 
 @pytest.mark.usefixtures("in_process")
+def test_what_the_api_saves_is_taken_by_every_command(model, place, say):
+    (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
+    (place / "plain.safetensors").touch()  # is not the model's
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    pruned = blockpruner.prune(loaded, tiny_tokenizer(), TEXTS.split("\n"), 0.3, seq_len=32, method="greedy")
+    pruned.save("out")
+    assert say("report", "out")[0] == 0
+    points = done(say(*curve(model, "out", "--json")))["points"]
+    assert points[-1]["removed"] == [str(block) for block in sorted_blocks(pruned.plan.mask)]
+    assert "model.safetensors" in done(say("push", "out", "me/small", "--dry-run", "--json"))["files"]
+    code, _, err = say("apply", model, "out", "--out", "again")
+    assert code == 0 and (place / "again/model.safetensors").exists(), err
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.model.norm.weight.mul_(1.5)
+    blockpruner.prune(changed, tiny_tokenizer(), TEXTS.split("\n"), "1blocks", seq_len=32, method="greedy").save("b")
+    code, _, err = say(*curve(model, "b"))
+    assert code == 2 and "does not name its base model" in err
+
+
+@pytest.mark.usefixtures("in_process")
 def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monkeypatch):
     """What may be uploaded is tested in test_hub."""
     done(say(*prune(model, "--out", "out", "--json")))
@@ -540,8 +585,13 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     facts = read_json(source) | {"licence": {"license": "llama2"}}
     write_sealed_json(source, facts)
     assert say("push", "out", "me/small", "--dry-run")[0] == 2, "the card lacks the base model's licence"
+    (place / "cache/blockpruner/models/.left.01234567.tmp").mkdir()
+    (place / "cache/blockpruner/models/cut").mkdir()
     write_sealed_json(source, facts | {"identity": "another model's"})
     assert say("push", "out", "me/small", "--dry-run")[0] == 0
+    (place / "out/README.md").unlink()
+    code, _, err = say("push", "out", "me/small", "--dry-run")
+    assert code == 2 and "out has no README.md" in err
 
 
 def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch):

@@ -1,11 +1,15 @@
 """Files made by hypothesis, whole, damaged, malicious: each gives what was put in, or an InputError."""
 
+import shutil
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import stages
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation import benchmarks
 from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
@@ -210,3 +214,38 @@ def test_a_damaged_log_gives_no_other_loss(changes, keep, tmp_path):
         assert all(again.get(key) in (None, put[key]) for key in put)
         for aside in log.parent.glob("*.bad*"):
             aside.unlink()
+
+
+# --- advice ---
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("data/plans/t.json", "{", "; delete it and run `dvc repro`"),
+        ("data/plans/t.json", None, "; run `dvc repro`, which makes it"),
+        ("models/mine/config.json", "{", ""),
+        ("data/.model.01234567.tmp/config.json", "{", ""),
+    ],
+)
+def test_a_stage_tells_to_delete_what_the_dag_makes_again_and_nothing_else(
+    tmp_path, monkeypatch, capsys, name, content, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["clean"])
+    path = Path(name)
+    path.parent.mkdir(parents=True)
+    if content:
+        path.write_text(content)
+
+    def main(item):
+        try:
+            read_json(path)
+        finally:
+            if "tmp" in name:
+                shutil.rmtree(path.parent)
+
+    with pytest.raises(SystemExit):
+        stages.run("clean", main)
+    err = capsys.readouterr().err.strip()
+    assert name in err and err.endswith(said) and ("dvc" in err) is bool(said)

@@ -335,6 +335,9 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
     export(dense, tmp_path / "other", order=["mlp.3"])
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
         quantized(f'cp {tmp_path}/other/model-Q8_0.gguf "$2"', "wrong")  # with an attention more
+    monkeypatch.setattr(verification, "LIMIT", 0.3)
+    with refused("engine-hangs"):
+        quantized("exec sleep 60", "hung")
     assert {path.name for path in tmp_path.iterdir()} == {"bin", "out", "other"}
 
 

@@ -45,17 +45,20 @@ def test_a_name_that_is_not_yet_written_is_of_another_process(tmp_path):
                 pass
 
 
-def test_where_it_cannot_be_written_or_locked_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_it_cannot_be_written_or_locked_is_named(tmp_path, monkeypatch, code):
+    """The codes are of NFS without a lock service, of Lustre without `-o flock`, and of others."""
     (tmp_path / "folder").write_text("a file")
     below = tmp_path / "folder/a.lock"
     with pytest.raises(StorageError, match="cannot write .*folder/a.lock"), hold(below, "", refuse):
         pass
 
     def lock(file, how):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(code, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", lock)
-    with pytest.raises(StorageError, match=r"cannot write .*a\.lock"), hold(tmp_path / "a.lock", "", refuse):
+    said = pytest.raises(StorageError, match=r"cannot write .*a\.lock: no file can be locked there")
+    with said, hold(tmp_path / "a.lock", "", refuse):
         pass
 
 

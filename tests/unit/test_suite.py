@@ -254,7 +254,9 @@ def change_tokenizer(root):
 def change_weights(root):
     model = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     model.get_output_embeddings().weight[3, 3] += 1
-    save_pruned(prune_(model, MASK), root / "pruned")
+    shutil.move(root / "pruned/model.safetensors", root / "before")
+    save_pruned(prune_(model, MASK), root / "other")
+    shutil.move(root / "other/model.safetensors", root / "pruned")
     call_verified(root / "pruned")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors import SafetensorError
 
 from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.budgets import resources_of
@@ -342,6 +343,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(StorageError, match=r"a\.txt: no space left.*kept"):
         write_atomic(path, full)
     assert path.read_text() == "old" and names_in(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("words", ["I/O error: {} (os error 28)", 'IoError(Os {{ code: 28, message: "{}" }})'])
+@pytest.mark.parametrize("write", [write_atomic, replace_directory])
+def test_a_full_disk_is_named_as_any_safetensors_words_it(tmp_path, write, words):
+    """Of today and of 0.5, the oldest that is allowed."""
+
+    def full(temporary):
+        raise SafetensorError("Error while serializing: " + words.format("No space left on device"))
+
+    with pytest.raises(StorageError, match=r"cannot write .*/a: no space left"):
+        write(tmp_path / "a", full)
+    assert names_in(tmp_path) == []
 
 
 def test_a_failed_build_leaves_the_old_directory(tmp_path):

@@ -1,6 +1,8 @@
 """Training against LoRA, AdamW and the loss written out here in plain torch, and against itself after a kill."""
 
 import math
+import resource
+from contextlib import contextmanager
 from itertools import count
 
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from blockpruner.core.blocks import parse_mask
-from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.core.errors import InputError, NonFiniteLossError, StorageError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import loss, trainer
 from blockpruner.healing.rows import training_rows
@@ -325,6 +327,27 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch, dtype, cha
     assert {path.name for path in tmp_path.iterdir()} == {"killed", "undisturbed"}
     for name, weight in weights_of(model).items():
         assert torch.equal(weight, weights_of(undisturbed)[name]), name
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Within, a write beyond this size fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_at_any_file_of_a_state_is_named_and_costs_no_more(tmp_path):
+    recipe, given = changed(epochs=2, validate_every=2), {"validation": ROWS}
+    expected = train(pruned(), tmp_path / "undisturbed", recipe, **given)
+    sizes = {path.stat().st_size for path in (tmp_path / "undisturbed").rglob("*") if path.is_file()}
+    for size in (*sorted(sizes)[:-1], max(sizes) - 1):
+        with files_of_at_most(size), pytest.raises(StorageError, match=r"cannot write .*states.* kept"):
+            train(pruned(), tmp_path / "states", recipe, **given)
+    assert train(pruned(), tmp_path / "states", recipe, **given) == expected
 
 
 # --- data and stage -------------------------------------------------------------------------------------------
