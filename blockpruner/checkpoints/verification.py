@@ -109,7 +109,7 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
 
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
-    """Run an engine's script in a fresh isolated process, and keep its report as verification.json, with the manifest.
+    """Run an engine's script in a fresh process, and keep its report as verification.json, with the manifest.
 
     The report of an engine that is not installed is "unchecked". Code that is not ours is refused before it could run.
 
@@ -127,8 +127,8 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
         write_sealed_json(directory / REPORT_FILE, report | {"manifest": manifest(directory)})
         return
     modules = reference.with_name("modules")
-    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", str(script.__file__), str(directory), str(reference), str(tolerance)]
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "PYTHONPATH": _python_path()}
+    command = [sys.executable, "-P", str(script.__file__), str(directory), str(reference), str(tolerance)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     finally:
@@ -141,3 +141,9 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
             "Nothing was left behind; please report this with the family and the plan"
         )
     write_sealed_json(directory / REPORT_FILE, json.loads(lines[-1]) | {"manifest": manifest(directory)})
+
+
+def _python_path() -> str:
+    """PYTHONPATH without the working folder: packages come from the rest of it, as for this process."""
+    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join(path for path in named if Path(path).resolve() != Path.cwd().resolve())
