@@ -276,6 +276,14 @@ def test_weights_that_do_not_match_the_config(tmp_path):
         load_model(folder, "float32", "cpu")
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\x85", "\x1c"])
+def test_a_line_of_json_ends_where_its_bytes_do(sign):
+    """Unicode has more ends of lines, and JSON allows them in strings."""
+    line = json.dumps({"text": f"one{sign}two"}, ensure_ascii=False)
+    content = f"{line}\r\n \t\n\n{line}  ".encode()
+    assert parse_texts(content, "x.jsonl", "text") == [f"one{sign}two"] * 2
+
+
 def test_texts(tmp_path):
     records = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},
