@@ -56,7 +56,7 @@ CACHE = Option(
     metavar="DIR",
     default_factory=cache_folder,
     show_default="~/.cache/blockpruner",
-    help="Folder that keeps all scores and a copy of the model. A killed run continues from it; it is safe to delete.",
+    help="Folder that keeps all scores and links to models. A killed run continues from it; it is safe to delete.",
 )
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place of text.")]
 RowLength = Annotated[

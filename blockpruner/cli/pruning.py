@@ -24,7 +24,7 @@ from blockpruner.core.settings import HubModel, LocalModel, Runtime, read_settin
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
-from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint, fetch_config
+from blockpruner.inputs.checkpoints import cached_checkpoint, checkpoint_identity, fetch_config, require_unchanged
 from blockpruner.inputs.hub import HubError
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import load_texts
@@ -196,9 +196,7 @@ class Place:
 
     def fetch(self, run: Run) -> Path:
         """The folder of the run's dense model, as fetched."""
-        dense = self.root / "models" / fingerprint(run.model.model_dump(exclude={"dtype"}))
-        fetch_checkpoint(run.model, dense, self.root / "cache", self.pins)
-        return dense
+        return cached_checkpoint(run.model, self.root / "cache", self.pins, self.observer.note)
 
     def fetch_base(self, run: Run, file: Path, plan: Plan) -> tuple[Run, Path]:
         """The dense model that a plan's file is of, as fetched, and the run with its revision; raises InputError for
@@ -238,6 +236,7 @@ class Place:
     def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Pruning:
         from blockpruner.methods.apply import Pruning  # loads torch
 
+        require_unchanged(dense)
         return Pruning(dense, plan, rows, run.model.dtype, self.device, run.model.trust_remote_code)
 
     def _places(self, run: Run, out: Path) -> dict[str, Path]:

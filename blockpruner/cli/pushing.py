@@ -15,7 +15,7 @@ def base_licence(checkpoint: Path, cache: Path) -> dict[str, Any]:
     """The licence of the checkpoint's base, if the folder of `--cache` still has that model."""
     plan = checkpoint / PLAN_FILE
     base = load_plan(plan).base if plan.is_file() else None
-    bases = (dense for dense in (cache / "models").glob("*/") if checkpoint_identity(dense) == base)
+    bases = (dense for dense in (cache / "cache/models").glob("[!.]*/") if checkpoint_identity(dense) == base)
     return next(map(licence_of, bases), {})
 
 
