@@ -6,7 +6,6 @@ something must be computed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -32,6 +31,7 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material
+from blockpruner.scoring.metrics import perplexity
 from blockpruner.settings import Run
 from blockpruner.store.files import read_json
 from blockpruner.store.manifest import require_verified
@@ -133,7 +133,7 @@ class Place:
             pruning = replace(pruning, plan=replace(pruning.plan, train=True))
             trained = self._train(run.train, pruning, rows)
             pruning, facts = self._healed(run, dense, pruning.plan, rows, [trained]), read_json(trained / TRAIN_FACTS)
-            by_step = {each["step"]: math.exp(each["nll"]) for each in facts["validations"]}
+            by_step = {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}
             told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
         return self._export(run, pruning, out) | {"search": counts, "perplexity": told}
 
