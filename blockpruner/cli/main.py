@@ -380,5 +380,9 @@ def main(args: Sequence[str] | None = None) -> None:
         raise
     except InputError as error:
         _fail(error)
+    except OSError as error:
+        from blockpruner.store.files import no_room  # loads much
+
+        _fail(no_room(error))
     except ModuleNotFoundError as error:
         _fail(InputError(f"this needs the package {error.name}, which is not installed: pip install {error.name}"))

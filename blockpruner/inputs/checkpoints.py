@@ -98,9 +98,7 @@ def cached_checkpoint(model: Model, cache: Path, pins: Path, note: Callable[[str
 def require_unchanged(directory: Path) -> None:
     """Refuse a fetched checkpoint whose files, or what they link to, are not those that were fetched."""
     if read_json(directory / SOURCE_FILE)["manifest"] != manifest(directory):
-        raise InputError(
-            f"the model of {directory} has changed since this command began; run it again", rule="model-changed"
-        )
+        raise InputError(f"the model of {directory} has changed meanwhile; run the command again", rule="model-changed")
 
 
 def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
@@ -258,15 +256,15 @@ def _download(model: HubModel) -> Path:
     """The folder of a repository in the hub's cache; only what is missing or damaged is downloaded."""
     from huggingface_hub import snapshot_download
 
-    patterns = list(_patterns(model)), list(OTHER_LAYOUTS)
+    patterns, others = list(_patterns(model)), list(OTHER_LAYOUTS)
     for _ in range(2):
         try:
             found = snapshot_download(
-                model.repo, revision=model.revision, allow_patterns=patterns[0], ignore_patterns=patterns[1]
+                model.repo, revision=model.revision, allow_patterns=patterns, ignore_patterns=others
             )
         except Exception as error:  # as in `hub`
             raise hub_error(model.repo, error) from error
-        weights = {path.name: path for path in _matching(Path(found), ("*.safetensors",))}
+        weights = {path.name: path for path in Path(found).glob("*.safetensors")}
         blobs = {weights[name].resolve(): digest for name, digest in digests(weights).items()}
         damaged = [blob for blob, digest in blobs.items() if SHA256.fullmatch(blob.name) and blob.name != digest]
         if not damaged:

@@ -219,9 +219,8 @@ class Engine(Forward):
         for offset, value in enumerate(values):
             if of_dense and not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss of row {task.span[offset]} is {value} in the dense model; try a wider dtype "
-                    "(model.dtype: float32), or leave the row out of the calibration set. Trials finished before are "
-                    "kept"
+                    f"the loss of row {task.span[offset]} is {value} in the dense model; try a wider dtype (model."
+                    "dtype: float32), or leave the row out of the calibration set. Trials finished before are kept"
                 )
         return ScoredRows(mask, task.span, tuple(value if math.isfinite(value) else math.inf for value in values))
 

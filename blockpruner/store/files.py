@@ -35,6 +35,7 @@ DENIED = "permission denied; make the folder writable for this user or choose an
 CAUSES = {
     errno.ENOSPC: "no space left on the device; free some and run again",
     errno.EDQUOT: "the disk quota is used up; free some and run again",
+    errno.EFBIG: "no file there may be so large; raise the limit (ulimit -f) or choose another place",
     errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
     errno.EACCES: DENIED,
     errno.EPERM: DENIED,
@@ -43,9 +44,24 @@ CAUSES = {
 """What a user can do about an error of the file system."""
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
-    cause = CAUSES.get(error.errno or 0, str(error))
+def storage_error(path: Path, error: OSError | SafetensorError) -> StorageError:
+    cause = CAUSES.get(_errno(error), str(error))
     return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")
+
+
+def no_room(error: OSError) -> StorageError:
+    """The error for users where any write, also a library's, found no room; another error is raised as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise error
+    return storage_error(Path(error.filename or "a file"), error)
+
+
+def _errno(error: OSError | SafetensorError) -> int:
+    """The number of an error; safetensors has it in its text alone, in other words in each version."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"(?:os error |code: )(\d+)", str(error))
+    return int(found[1]) if found else 0
 
 
 def temporary_beside(path: Path) -> Path:
@@ -65,7 +81,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise storage_error(path, error) from error
     finally:
         with suppress(OSError):  # the place is read-only: the error above names that
@@ -227,13 +243,8 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
                 raise
         sync(path.parent)
-    except SafetensorError as error:  # safetensors reports a failed write by this, with the cause as text
-        if "os error" not in str(error):
-            raise
-        full = "os error 28" in str(error)
-        raise storage_error(path, OSError(errno.ENOSPC if full else 0, str(error))) from error
-    except OSError as error:
-        if error.errno in CAUSES:
+    except (OSError, SafetensorError) as error:
+        if _errno(error) in CAUSES:
             raise storage_error(path, error) from error
         raise
     finally:

@@ -56,9 +56,7 @@ def digests(paths: Mapping[str, Path]) -> dict[str, str]:
 def _weights_sha256(path: Path) -> str:
     found = path.stat()
     stamp = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
-    if stamp in _KNOWN:
-        return _KNOWN[stamp]
-    digest = file_sha256(path)
+    digest = _KNOWN.get(stamp) or file_sha256(path)
     if time.time() - found.st_mtime > SETTLED:
         _KNOWN[stamp] = digest
     return digest
@@ -83,14 +81,9 @@ def _without_version(value: Any) -> Any:
 
 def manifest(directory: Path) -> dict[str, str]:
     """Every file of a checkpoint directory, also in folders, with its digest; hidden files are none."""
-    paths = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    return digests(
-        {
-            name.as_posix(): path
-            for name, path in paths.items()
-            if name.as_posix() not in BESIDE and not any(part.startswith(".") for part in name.parts)
-        }
-    )
+    names = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    shown = {name.as_posix(): path for name, path in names.items() if not any(part[0] == "." for part in name.parts)}
+    return digests({name: path for name, path in shown.items() if name not in BESIDE})
 
 
 def model_identity(files: Manifest) -> str:

@@ -1,5 +1,6 @@
 """A scoring process killed at any moment, an orphan beside it, damaged files: the same tables in the end."""
 
+import importlib
 import itertools
 import os
 import random
@@ -17,9 +18,11 @@ from blockpruner.store import provenance
 from blockpruner.store.files import TEMPORARY
 from blockpruner.store.locks import hold
 from stages import commit
+from tests.fakes import unverified
 from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables
 from tests.power import MODES, forked
 
+FULL = int(os.environ.get("BLOCKPRUNER_FULL", "17"))
 KILLS = int(os.environ.get("BLOCKPRUNER_KILLS", "3"))
 BUDGET = {"small-3": "3blocks"}
 BATCH_TOKENS = 96  # 15 row batches a sweep, for a moment to be hit in
@@ -113,6 +116,66 @@ def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, mon
             shutil.rmtree(project / "data" / made, ignore_errors=True)
         assert forked(project, work, log, cut, mode)[0] == -signal.SIGKILL
         assert forked(project, work, log)[0] == 0 and plans() == whole, log.read_text()
+
+
+STAGES = {
+    "settings": ("tiny", "settings"), "fetch": ("tiny", "models", "sources"), "calibrate": ("tiny", "calibration"),
+    "score": ("tiny", "scores"), "commit": ("lora-3", "plans"), "compensate": ("lora-3", "compensated"),
+    "materialize": ("lora-3", "checkpoints"),
+}  # fmt: skip
+if FULL == 1:  # not daily: they load lm-eval each time
+    STAGES |= {"baseline": ("tiny", "evidence/tiny-dense"), "benchmark": ("lora-3", "evidence/lora-3")}
+"""The stages in their order, with an item and the folders of what they make; not `train`, since a fork cannot train."""
+
+
+def work_of(name):
+    main = importlib.import_module(f"stages.{name}").main
+
+    def work():
+        sys.argv = [f"stages.{name}", STAGES[name][0]]
+        provenance.commit = lambda: None  # git is asked in three processes
+        with unverified():
+            stages.run(name, main)
+
+    return work
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    project = make_project(folder, {"lora-3": "3blocks"})
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("train: true", "train: false"))
+    for name in STAGES:
+        assert forked(project, work_of(name), folder / "log")[0] == 0, (folder / "log").read_text()
+    return project
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_whose_disk_is_full_at_any_of_its_writes(name, finished, tmp_path):
+    """It ends in one line, what is there is whole, and a later run makes the same. Every FULL-th write in turn."""
+    project, log, (_, *made) = tmp_path / "project", tmp_path / "log", STAGES[name]
+    shutil.copytree(finished, project, ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc"))
+
+    def outputs():
+        files = (path for folder in made for path in (project / "data" / folder).rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in files if not any(map(TEMPORARY.fullmatch, path.parts))}
+
+    whole, cut = outputs(), 1
+    for store in ("trials", "cache", "adapters"):  # not evaluations: they hold times
+        shutil.rmtree(project / "data" / store, ignore_errors=True)
+    while True:
+        for folder in made:
+            shutil.rmtree(project / "data" / folder, ignore_errors=True)
+        code, writes = forked(project, work_of(name), log, cut, "full")
+        assert outputs().items() <= whole.items()
+        told = log.read_text()
+        if writes < cut:
+            break
+        assert code == 1 and "no space left on the device; free some" in told.splitlines()[-1], told
+        assert "Traceback" not in told
+        cut += FULL
+    assert code == 0 and outputs() == whole != {}, told
 
 
 def test_damaged_files_are_named_and_computed_again(undisturbed, tmp_path):
