@@ -35,13 +35,6 @@ def succeed(project, name="score"):
     return result.stdout
 
 
-def fail(project, command):
-    """The errors of a stage that ends with one of its own, not with a traceback."""
-    result = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stdout + result.stderr
-    return result.stderr
-
-
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated")
@@ -197,32 +190,6 @@ def test_tables_alone_spare_the_model(project, undisturbed):
     succeed(project)
     assert counts(project)["trials_computed"] == 0
     assert tables(project) == tables(undisturbed)
-
-
-def require_mounts():
-    """Skip unless this process may mount in a namespace of its own, as root mostly may."""
-    command = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode != 0:
-        pytest.skip(f"a file system cannot be mounted in a namespace of its own here: {found.stderr.strip()}")
-
-
-@pytest.mark.usefixtures("true_starts")  # in a mount namespace of their own
-def test_a_full_disk(project, undisturbed):
-    """The score stage on a small tmpfs names the reason; what was computed before is whole, and a rerun uses it."""
-    require_mounts()
-    fill = (
-        "mkdir data/trials && mount -t tmpfs -o size=64k tmpfs data/trials; head -c 52k /dev/zero > data/trials/fill;"
-        ' "$@"; code=$?; rm data/trials/fill; cp -r data/trials kept; exit $code'
-    )
-    errors = fail(project, ["unshare", "--mount", "sh", "-c", fill, "sh", *SCORE])
-    assert "no space left on the device; free some and run again" in errors
-    subprocess.run("rm -rf data/trials && mv kept data/trials", shell=True, cwd=project, check=True)
-    before, total = units_logged(project), counts(undisturbed)["units_computed"]
-    assert 0 < before < total
-    succeed(project)
-    assert tables(project) == tables(undisturbed)
-    assert counts(project)["units_computed"] <= total - before + 1
 
 
 def test_a_second_process_waits_and_reuses(project, undisturbed):

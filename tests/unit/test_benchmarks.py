@@ -156,12 +156,7 @@ def test_items_from_an_archive():
     with pa.ipc.new_stream(sink, validation.schema) as stream:
         stream.write_table(validation)
     docs = [
-        {
-            "id": "x",
-            "query": "Question: Why\u2028?\nAnswer:",
-            "choices": ["because", "so", "thus", "hm", "no"],
-            "gold": 4,
-        },
+        {"id": "x", "query": "Question: Why\u2028?\nAnswer:", "choices": ["as", "so", "thus", "hm", "no"], "gold": 4},
         {"id": "y", "query": "Question: Answer: or Question: ?\nAnswer:", "choices": ["a", "b", "c"], "gold": 0},
     ]
     requests = [{"doc": doc, "idx": idx} for doc in docs for idx in range(len(doc["choices"]))]
