@@ -26,7 +26,7 @@ from blockpruner.core.progress import Observer, stderr_observer
 from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.evaluation.settings import Perplexity
-from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.calibration import CalibrationSet, require_embedded
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, identity_of, licence_beside
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import Healed, set_weights_
@@ -308,7 +308,9 @@ def evaluate(
         raise InputError("texts is one string; give a list of texts")
     seq_len = min(seq_len, model.config.max_position_embeddings or seq_len)
     wanted = read_settings(Perplexity, {"seq_len": seq_len, "max_rows": max_rows})
-    return measure_perplexity(model.eval(), held_out(tokenizer, texts, wanted).rows)
+    rows = held_out(tokenizer, texts, wanted).rows
+    require_embedded(rows, tokenizer, model.config.to_dict())
+    return measure_perplexity(model.eval(), rows)
 
 
 def _name(function: Callable[..., Any]) -> str:

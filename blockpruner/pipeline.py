@@ -20,7 +20,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.evaluation.settings import Evaluate, Perplexity
 from blockpruner.healing.settings import Compensate, Train
-from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, sharing
+from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, require_embedded, sharing
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.commit import commit_run
@@ -118,12 +118,13 @@ def calibrate(
     except InputError:  # no row comes out, which `heal` refuses where something is compensated
         fit = NONE
     rows = Rows(search, fit, judge)
-    if train is None or pool.train is None:
-        return rows
-    trained, validation = training_rows(
-        pool.train, tokenizer, train, pool.evaluated, note, at_most=at_most, reserved=reserved
-    )
-    return replace(rows, train=trained, validation=validation or NONE)
+    if train is not None and pool.train is not None:
+        trained, validation = training_rows(
+            pool.train, tokenizer, train, pool.evaluated, note, at_most=at_most, reserved=reserved
+        )
+        rows = replace(rows, train=trained, validation=validation or NONE)
+    require_embedded((row for part in vars(rows).values() for row in part.rows), tokenizer, config)
+    return rows
 
 
 def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:

@@ -9,6 +9,7 @@ background service, and that keeps the process waiting at its end when the serve
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +55,7 @@ class Phase:
                     key=artifact_key(f"{self._stage}-table"),
                     type="table",
                     description=f"{self._name}: {summary}",
-                    data=TableArtifact(table=list(table)).format(),
+                    data=TableArtifact(table=_finite(table)).format(),
                     flow_run_id=self._flow_run,
                     task_run_id=self._id,
                 )
@@ -62,6 +63,11 @@ class Phase:
                 client.request("POST", "/artifacts/", json=artifact.model_dump(mode="json", exclude_unset=True))
             name = "Cached" if cached else "Completed"
             client.set_task_run_state(self._id, Completed(name=name, message=summary))
+
+
+def _finite(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table with infinities as text: JSON has none."""
+    return [{key: str(value) if value == math.inf else value for key, value in row.items()} for row in table]
 
 
 def _client() -> SyncPrefectClient:

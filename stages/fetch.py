@@ -24,7 +24,7 @@ def main(name: str) -> None:
         fetch_tasks(wanted.zero_shot, directory / "tasks", out / "tasks", CACHE, PINS, note)
 
     replace_directory(out, build)
-    fetch_checkpoint(wanted.model, DATA / "models" / name, CACHE, PINS)
+    fetch_checkpoint(wanted.model, DATA / "models" / name, CACHE, PINS, note)
 
 
 if __name__ == "__main__":

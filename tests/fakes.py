@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import runpy
 import sys
@@ -67,8 +68,11 @@ class Hub:
     """A stand-in for the hub: whatever the revision, commit SHA of every repository is a local folder."""
 
     def __init__(self, folder: Path, monkeypatch: Any) -> None:
-        self.folder = folder
+        self.folder, self.cache = folder, folder.with_name(f"{folder.name}-cache")
         self.asked: list[tuple[str, str]] = []
+        self.downloaded: list[str] = []
+        self.breaks_after: int | None = None
+        """After so many files the line is cut."""
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, *a, **k: self.model_info(*a, **k))
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.file)
@@ -81,12 +85,25 @@ class Hub:
         assert revision == SHA, f"{revision!r} is unknown"
         return str(self.folder / name)
 
-    def download(self, repo: str, *, revision: str, allow_patterns: Any, ignore_patterns: Any, local_dir: str) -> None:
+    def download(self, repo: str, *, revision: str, allow_patterns: Any, ignore_patterns: Any) -> str:
+        """Into a cache, which keeps what came before the line was cut."""
         assert revision == SHA, f"{revision!r} is unknown"
         names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            (Path(local_dir) / name).parent.mkdir(exist_ok=True)
-            (Path(local_dir) / name).write_bytes((self.folder / name).read_bytes())
+            place, content = self.cache / name, (self.folder / name).read_bytes()
+            if place.exists():
+                continue
+            if len(self.downloaded) == self.breaks_after:
+                self.breaks_after = None
+                raise ConnectionError("the line is cut")
+            blob = self.cache / "blobs" / hashlib.sha256(content).hexdigest()
+            for path in (place, blob):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(content)
+            place.unlink(missing_ok=True)
+            place.symlink_to(blob)
+            self.downloaded.append(name)
+        return str(self.cache)
 
 
 class PushHub:

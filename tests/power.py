@@ -6,12 +6,17 @@ work runs in a forked child. Files are looked at when they are synced, so writes
 - `killed`: the process dies, and all that it has written stays.
 - `lost`: power is cut. The disk has what was synced and nothing else: files as at their last sync, folders with the
   names of theirs. No file system may keep less.
+- `full`: the disk is full from this write on, which fails, as does every later one. A file that is opened to be written
+  counts as a write, too.
 - `reordered`: power is cut. The disk has all names, but of content only what was synced, and half of a new file that
   never was. File systems that write names before data do this.
 """
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import os
 import pickle
 import shutil
@@ -88,7 +93,9 @@ class Recorder:
         """Of each file, by inode, at its last sync."""
         self.held: dict[int, int] = {}
         """Open files by inode: the inode of a file that is deleted goes to no other."""
-        if cut and mode != "killed":
+        if mode == "full":
+            io.open = builtins.open = self.counted("open", builtins.open)
+        elif cut and mode != "killed":
             for path in (self.folder, *(str(path) for path in folder.rglob("*"))):
                 self.see(path)
         for name in WRITES:
@@ -110,7 +117,11 @@ class Recorder:
         def write(*arguments: Any, **options: Any) -> Any:
             if os.getpid() != self.process or not self.is_within(arguments[name in ("replace", "rename", "link")]):
                 return original(*arguments, **options)
+            if name == "open" and not set("wax+") & set((*arguments, options.get("mode", "r"))[1]):
+                return original(*arguments, **options)
             self.writes += 1
+            if self.mode == "full" and 0 < self.cut <= self.writes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self.writes == self.cut:
                 self.note(None if self.mode == "killed" else dict(self.image()))
                 os.kill(self.process, signal.SIGKILL)

@@ -132,7 +132,7 @@ def limited(program: str, folder: Path) -> Iterator[float]:
 
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
-    """Run an engine's script in a fresh isolated process, and keep its report as verification.json, with the manifest.
+    """Run an engine's script in a fresh process, and keep its report as verification.json, with the manifest.
 
     The report of an engine that is not installed is "unchecked". Code that is not ours is refused before it could run.
 
@@ -149,10 +149,16 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
         report: dict[str, Any] = {"ok": None, "engine": engine, "unchecked": f"{engine} is not installed"}
         write_sealed_json(directory / REPORT_FILE, report | {"manifest": manifest(directory)})
         return
-    environment = os.environ | {"HF_MODULES_CACHE": str(reference.with_name("modules")), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", str(script.__file__), str(directory), str(reference), str(tolerance)]
-    with limited(engine, directory) as seconds:
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=seconds)
+    modules = reference.with_name("modules")
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "PYTHONPATH": _python_path()}
+    command = [sys.executable, "-P", str(script.__file__), str(directory), str(reference), str(tolerance)]
+    try:
+        with limited(engine, directory) as limit:
+            result = subprocess.run(
+                command, capture_output=True, text=True, env=environment, check=False, timeout=limit
+            )
+    finally:
+        shutil.rmtree(modules, ignore_errors=True)
     lines = result.stdout.strip().splitlines()
     if result.returncode != 0 or not lines:
         said = lines[-1] if lines else result.stderr.strip().rpartition("\n")[2]
@@ -161,3 +167,9 @@ def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script
             "Nothing was left behind; please report this with the family and the plan"
         )
     write_sealed_json(directory / REPORT_FILE, json.loads(lines[-1]) | {"manifest": manifest(directory)})
+
+
+def _python_path() -> str:
+    """PYTHONPATH without the working folder: packages come from the rest of it, as for this process."""
+    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join(path for path in named if Path(path).resolve() != Path.cwd().resolve())

@@ -20,7 +20,7 @@ from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Runtime, read_settings
-from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.calibration import CalibrationSet, require_embedded
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.kind import open_stores
@@ -65,7 +65,9 @@ def measure(place: Place, run: Run, path: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(dense, run.model.trust_remote_code)
     texts = load_texts(wanted.data, place.root / "cache", place.pins)
     rows = CalibrationSet(several(held_out(tokenizer, texts, wanted).rows, wanted.seq_len))
-    parameters = resources_of(read_json(dense / "config.json"))["parameters"]
+    config = read_json(dense / "config.json")
+    require_embedded(rows.rows, tokenizer, config)
+    parameters = resources_of(config)["parameters"]
     masks = sorted(steps(place.root, plan), key=parameters.ratio)
     runtime = read_settings(Runtime, {"device": place.device})
     with (

@@ -56,7 +56,7 @@ CACHE = Option(
     metavar="DIR",
     default_factory=cache_folder,
     show_default="~/.cache/blockpruner",
-    help="Folder that keeps all scores and a copy of the model. A killed run continues from it; it is safe to delete.",
+    help="Folder that keeps all scores and links to models. A killed run continues from it; it is safe to delete.",
 )
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place of text.")]
 RowLength = Annotated[
@@ -387,5 +387,9 @@ def main(args: Sequence[str] | None = None) -> None:
         raise
     except InputError as error:
         _fail(error)
+    except OSError as error:
+        from blockpruner.store.files import no_room  # loads much
+
+        _fail(no_room(error))
     except ModuleNotFoundError as error:
         _fail(InputError(f"this needs the package {error.name}, which is not installed: pip install {error.name}"))

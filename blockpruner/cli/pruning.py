@@ -6,7 +6,6 @@ something must be computed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -24,7 +23,13 @@ from blockpruner.core.settings import HubModel, LocalModel, Runtime, read_settin
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
-from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights, fetch_checkpoint, fetch_config
+from blockpruner.inputs.checkpoints import (
+    cached_checkpoint,
+    checkpoint_identity,
+    checkpoint_weights,
+    fetch_config,
+    require_unchanged,
+)
 from blockpruner.inputs.hub import COMMIT, HubError, pinned_revision
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import load_texts
@@ -33,6 +38,7 @@ from blockpruner.methods.blocks.kind import require_of
 from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material
+from blockpruner.scoring.metrics import perplexity
 from blockpruner.settings import Run
 from blockpruner.store.files import read_json, set_aside
 from blockpruner.store.manifest import require_verified
@@ -135,7 +141,7 @@ class Place:
             pruning = replace(pruning, plan=replace(pruning.plan, train=True))
             trained = self._train(run.train, pruning, rows)
             pruning, facts = self._healed(run, dense, pruning.plan, rows, [trained]), read_json(trained / TRAIN_FACTS)
-            by_step = {each["step"]: math.exp(each["nll"]) for each in facts["validations"]}
+            by_step = {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}
             told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
         return self._export(run, pruning, out) | {"search": counts, "perplexity": told}
 
@@ -220,9 +226,7 @@ class Place:
 
     def fetch(self, run: Run) -> Path:
         """The folder of the run's dense model, as fetched."""
-        dense = self.root / "models" / fingerprint(run.model.model_dump(exclude={"dtype"}))
-        fetch_checkpoint(run.model, dense, self.root / "cache", self.pins)
-        return dense
+        return cached_checkpoint(run.model, self.root / "cache", self.pins, self.observer.note)
 
     def fetch_base(self, run: Run, file: Path, plan: Plan) -> tuple[Run, Path]:
         """The dense model that a plan's file is of, as fetched, and the run with its revision; raises InputError for
@@ -283,6 +287,7 @@ class Place:
     def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Pruning:
         from blockpruner.methods.apply import Pruning  # loads torch
 
+        require_unchanged(dense)
         return Pruning(dense, plan, rows, run.model.dtype, self.device, run.model.trust_remote_code)
 
     def _places(self, run: Run, out: Path) -> dict[str, Path]:

@@ -21,6 +21,7 @@ from blockpruner.core.families import FAMILIES, Config
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.samples import answer
 from blockpruner.evaluation.settings import Perplexity
+from blockpruner.inputs.calibration import require_embedded
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.classes import has_our_code
@@ -105,7 +106,9 @@ def rows_of(folders: Sequence[Path], wanted: Perplexity) -> tuple[tuple[int, ...
     shortest = min(map(config_of, folders), key=lambda config: config.get("max_position_embeddings") or math.inf)
     wanted = fitted(wanted, shortest, "evaluate.perplexity.seq_len")
     for folder in folders:
-        found.append(several(held_out(load_tokenizer(folder), texts, wanted).rows, wanted.seq_len))
+        tokenizer = load_tokenizer(folder)
+        found.append(several(held_out(tokenizer, texts, wanted).rows, wanted.seq_len))
+        require_embedded(found[-1], tokenizer, config_of(folder))
         if found[-1] != found[0]:
             raise InputError(
                 f"{folder} has another tokenizer than {folders[0]}: perplexities of different tokens cannot be "

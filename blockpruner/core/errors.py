@@ -28,7 +28,7 @@ class UnreachableError(InputError):
 
 
 class NonFiniteLossError(InputError):
-    """The loss of one (mask, row) is NaN or infinite."""
+    """The loss of the dense model, or of training, is NaN or infinite."""
 
 
 class StorageError(InputError):

@@ -8,7 +8,6 @@ are lm-eval's own. How items are fetched and written for lm-eval is decided in `
 from __future__ import annotations
 
 import gzip
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from blockpruner.core.registry import Registry
+from blockpruner.inputs.texts import json_lines
 
 CHOICES = "multiple_choice"
 
@@ -96,7 +96,7 @@ class Benchmark:
 
 def _documents(content: bytes) -> list[dict[str, Any]]:
     """Items from scoring requests: the "doc" of each line, in order of appearance. An item has several requests."""
-    documents = [json.loads(line)["doc"] for line in gzip.decompress(content).decode().splitlines()]
+    documents = [request["doc"] for request in json_lines(gzip.decompress(content))]
     return list({document["id"]: document for document in reversed(documents)}.values())[::-1]
 
 

@@ -22,6 +22,7 @@ from blockpruner.inputs.calibration import cut
 from blockpruner.model import accelerator
 from blockpruner.model.models import head_of, room_beside
 from blockpruner.scoring.losses import token_nll
+from blockpruner.scoring.metrics import perplexity
 from blockpruner.scoring.work import logits_bytes
 
 SEED = 0
@@ -160,4 +161,4 @@ def measure_perplexity(
         means.append(total / (len(row) - 1))
         advance(number + 1, len(rows))
     nll = math.fsum(means) / len(means)
-    return HeldOutPerplexity(math.exp(nll), nll, len(rows), sum(len(row) for row in rows), tuple(means))
+    return HeldOutPerplexity(perplexity(nll), nll, len(rows), sum(len(row) for row in rows), tuple(means))

@@ -30,7 +30,7 @@ from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, ZeroSho
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
 from blockpruner.evaluation.store import ResultsStore, Stored
 from blockpruner.evaluation.tasks import task_digest
-from blockpruner.inputs.calibration import CalibrationSet, check_context
+from blockpruner.inputs.calibration import CalibrationSet, check_context, require_embedded
 from blockpruner.inputs.checkpoints import GENERATION_FILE, TOKENIZER_FILES
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_export_tokenizer, load_tokenizer
@@ -284,6 +284,7 @@ def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity:
 
     def compute(advance: Advance) -> Stored:
         data = held_out(model.tokenizer, found, settings)
+        require_embedded(data.rows, model.tokenizer, model.model.config.to_dict())
         value = asdict(measure_perplexity(model.model, data.rows, advance)) | {"seq_len": settings.seq_len}
         return Stored(value, made={"batch": "1 row"})
 

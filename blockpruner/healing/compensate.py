@@ -18,6 +18,7 @@ from blockpruner.healing.refit import COMPENSATIONS
 from blockpruner.healing.streams import Streams
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_, shared_copy
+from blockpruner.scoring.metrics import perplexity
 from blockpruner.scoring.work import Task
 
 SHARES = (1.0, 0.75, 0.5)
@@ -54,13 +55,13 @@ def compensate(
     streams = Streams(dense, rows.rows, count - held_out)
     held = range(count - held_out, count)
 
-    def perplexity(mask: Mask) -> float:
+    def measured(mask: Mask) -> float:
         tasks = [Task(span, (mask,)) for span in streams.row_batches(rows.rows, held)]
         losses = [loss for scored in streams.run(tasks, rows.rows) for loss in scored.loss]
-        return math.exp(math.fsum(losses) / len(losses))
+        return perplexity(math.fsum(losses) / len(losses))
 
-    best, before = 0.0, perplexity(plan.mask)
-    found = {"dense": perplexity(DENSE), "before": before, "after": before}
+    best, before = 0.0, measured(plan.mask)
+    found = {"dense": measured(DENSE), "before": before, "after": before}
     try:
         stops, names = [], [str(block) for block in streams.blocks]
         for mended in row.change_(streams, plan.mask):
@@ -72,7 +73,7 @@ def compensate(
         new = {weight: weight.clone().cpu() for weight in streams.old}
         for share in SHARES if new else ():
             _set_(streams.old, new, share)
-            after = perplexity(plan.mask)
+            after = measured(plan.mask)
             if after < found["after"]:
                 best, found["after"] = share, after
         _set_(streams.old, new, best)

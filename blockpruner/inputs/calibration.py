@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -312,6 +312,22 @@ def cut(ids: Sequence[int], seq_len: int, repeated: int = 0) -> list[tuple[int, 
     """Cut tokens into rows of `seq_len`, and drop the tail. The first `repeated` tokens stand before each row."""
     head, ids, size = tuple(ids[:repeated]), ids[repeated:], seq_len - repeated
     return [(*head, *ids[i : i + size]) for i in range(0, len(ids) - size + 1, size)]
+
+
+def require_embedded(rows: Iterable[Sequence[int]], tokenizer: Any, config: Mapping[str, Any]) -> None:
+    """Refuse rows with a token that the model has no embedding of; on a GPU it would end the process.
+
+    Args:
+        config: of the model.
+    """
+    last, size = max((max(token, ~token) for row in rows for token in row), default=0), config["vocab_size"]
+    if last >= size:
+        raise InputError(
+            f"the tokenizer ({type(tokenizer).__name__} of {tokenizer.name_or_path or 'no file'}) gives token {last}, "
+            f"and the model {config.get('_name_or_path') or config['model_type']} has embeddings of the tokens 0 to "
+            f"{size - 1}; give the tokenizer that the model was trained with",
+            rule="token-without-embedding", value=last,
+        )  # fmt: skip
 
 
 def check_context(seq_len: int, config: dict[str, Any], key: str) -> None:

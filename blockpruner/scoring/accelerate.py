@@ -173,6 +173,7 @@ class Accelerated:
         if not masks:
             return {}
         past = {mask: self._rises[mask - base] for mask in masks if mask - base in self._rises}
+        past = {mask: rises for mask, rises in past.items() if np.isfinite(rises).all()}
         if self._races:
             found = race(self._objective, base, masks, CONFIDENCE, past, standing, self._share)
         else:
@@ -181,7 +182,7 @@ class Accelerated:
         for mask, score in found.items():
             seen = np.array(score.row_loss) - before[: score.rows_used]
             runner = Runner(seen, past.get(mask, np.empty(0)))
-            if mask in past:
+            if mask in past and score.loss < math.inf:
                 self._drifts.append(float(runner.expected.mean() - past[mask].mean()))
             self._rises[mask - base] = runner.expected
         return found
@@ -190,6 +191,8 @@ class Accelerated:
 def standard_error(rises: np.ndarray, total: int) -> float:
     """The error of the mean over all rows, from the known ones: sd / sqrt(K) with the finite population correction."""
     known = len(rises)
+    if not np.isfinite(rises).all():
+        return 0.0
     return float(rises.std(ddof=1)) * math.sqrt(1 / known - 1 / total) if known < total else 0.0
 
 
@@ -271,7 +274,8 @@ def race(
     standing: MaskScore | None = None,
     share: Callable[[Mask], float] = lambda unit: 1.0,
 ) -> dict[Mask, MaskScore]:
-    """Score masks on more and more rows, and drop those that are worse than the leader. The leader sees all rows.
+    """Score masks on more and more rows, and drop those that are worse than the leader, or infinite. The leader sees
+    all rows.
 
     Args:
         confidence: of each comparison with the leader.
@@ -292,6 +296,11 @@ def race(
         known |= {score.mask: score for score in scores}
         if stop == objective.rows:
             break
+        finite = [score for score in scores if score.loss < math.inf]
+        scores = finite or scores[: standing is None]
+        alive = [score.mask for score in scores]
+        if not finite:
+            continue
         zero = np.array(before.row_loss)
         runners = [Runner(np.array(s.row_loss) - zero, past.get(s.mask, np.empty(0))) for s in scores]
         if standing is not None:

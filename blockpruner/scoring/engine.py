@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockId, Mask, format_mask
+from blockpruner.core.blocks import DENSE, BlockId, Mask
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model import accelerator
 from blockpruner.model.models import placement, room_beside
@@ -101,7 +101,8 @@ class Engine(Forward):
         later batches are smaller too.
 
         Raises:
-            NonFiniteLossError: a loss is NaN or infinite; names mask and row. Values yielded before are good.
+            NonFiniteLossError: a loss of the dense model is NaN or infinite; names the row. Values yielded before are
+                good.
             DeviceMemoryError: not even one row fits.
         """
         waiting = list(reversed(self.referenced(tasks, rows)))
@@ -213,14 +214,15 @@ class Engine(Forward):
                 yield self._finite(mask, values, task)
 
     def _finite(self, mask: Mask, values: Sequence[float], task: Task) -> ScoredRows:
+        """The values, infinite where a mask makes the model overflow: a search then never chooses it."""
+        of_dense = task.base == DENSE if task.metric.influence else mask == DENSE
         for offset, value in enumerate(values):
-            if not math.isfinite(value):
+            if of_dense and not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss of row {task.span[offset]} is {value} with mask "
-                    f"{format_mask(mask) or '(dense)'}; try a wider dtype (model.dtype: float32), or leave the row "
-                    "out of the calibration set. Trials finished before are kept"
+                    f"the loss of row {task.span[offset]} is {value} in the dense model; try a wider dtype (model."
+                    "dtype: float32), or leave the row out of the calibration set. Trials finished before are kept"
                 )
-        return ScoredRows(mask, task.span, tuple(values))
+        return ScoredRows(mask, task.span, tuple(value if math.isfinite(value) else math.inf for value in values))
 
     def _influences(self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> Iterator[ScoredRows]:
         """One pass without `task.base`; a unit is yielded after its last layer."""

@@ -6,6 +6,7 @@ The functions are in `losses` and `influences`. No torch here.
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ class Metric:
     def compute(self) -> Callable[..., Any]:
         found: Any = pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
         return found  # type: ignore[no-any-return]
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), infinite where no number is so large."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 LOSSES, INFLUENCES = "blockpruner.scoring.losses:", "blockpruner.scoring.influences:"

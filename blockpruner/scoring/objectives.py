@@ -16,7 +16,7 @@ from typing import TypeVar
 from blockpruner.core.blocks import DENSE, Mask, format_mask
 from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.scoring.metrics import NLL, Metric
+from blockpruner.scoring.metrics import NLL, Metric, perplexity
 from blockpruner.scoring.work import Scorer, Span, Task
 from blockpruner.store.trials import Origin, TrialStore, trial_key
 
@@ -50,7 +50,7 @@ class MaskScore:
     def perplexity(self) -> float:
         """exp(mean over rows of the row's mean NLL), as in the public code of arXiv 2406.10594; the loss must be the
         NLL."""
-        return math.exp(self.loss)
+        return perplexity(self.loss)
 
     @property
     def rows_used(self) -> int:

@@ -43,7 +43,7 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
 
     Args:
         losses: of each candidate on the first rows, in the order of ties. Those with the most rows are compared, on the
-            rows that they share with the chosen one.
+            rows that they share with the chosen one. One that is infinite is not.
 
     Returns:
         None where the rows tell nothing: there is one, there is nothing to compare, or something else than the lowest
@@ -52,8 +52,8 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
     rows = min(
         len(losses.get(chosen, ())), max((len(own) for mask, own in losses.items() if mask != chosen), default=0)
     )
-    shared = [mask for mask, own in losses.items() if len(own) >= rows]
-    if rows < 2:
+    shared = [mask for mask, own in losses.items() if len(own) >= rows and math.inf not in own]
+    if rows < 2 or chosen not in shared:
         return None
     found = np.array([losses[mask][:rows] for mask in shared])
     d = found - found[shared.index(chosen)]

@@ -80,19 +80,24 @@ class _Walk:
         self.goal = Space(problem.units, goal_of_problem(problem)).goal
         self._scores: dict[Mask, MaskScore] = {}
         self._tried: set[Mask] = set()
+        self._overflown: set[Mask] = set()
+        """Units whose removal has made the model overflow, which are not removed again."""
         self._errors: list[float] = []
         """The errors of the surrogate's predictions of what a move changes."""
 
     def fitting(self, mask: Mask) -> list[Mask]:
         """Units that may be removed next without removing more than the goal allows."""
-        return [unit for unit in self._units if not unit <= mask and self._fits(mask | unit)]
+        left = (unit for unit in self._units if not unit <= mask and unit not in self._overflown)
+        return [unit for unit in left if self._fits(mask | unit)]
 
     def _fits(self, mask: Mask) -> bool:
         return self.goal.share(mask) <= self.goal.wanted + self.goal.tolerance + 1e-12
 
     def taken(self, iteration: Iteration) -> MaskScore:
         """The best known mask that removes as much as a forward step's choice."""
-        self._scores |= {score.mask: score for score in iteration.scores}
+        self._scores |= {score.mask: score for score in iteration.scores if score.loss < math.inf}
+        added = zip(iteration.scores, iteration.added, strict=True)
+        self._overflown |= {unit for score, unit in added if unit and score.loss == math.inf}
         chosen = iteration.scores[iteration.chosen]
         return min([chosen, *self._like(chosen.mask)], key=lambda score: score.loss)
 
@@ -117,7 +122,10 @@ class _Walk:
         for rival in dict.fromkeys(rivals[masks[i]] for i in chosen):
             against = {masks[i]: change[i] for i in chosen if rivals[masks[i]] == rival}
             for score in self._problem.select.challenge(rival, sorted(against, key=self._order)):
-                found[score.mask] = self._scores[score.mask] = score
+                found[score.mask] = score
+                if score.loss == math.inf:
+                    continue
+                self._scores[score.mask] = score
                 rise = score.rise_over(rival)
                 self._errors.append(rise - against[score.mask])
                 if score.is_complete and -rise > gain:
@@ -136,6 +144,7 @@ class _Walk:
         change = dict(zip(self._units, energy([mask ^ unit for unit in self._units]) - energy([mask]), strict=True))
         swaps = by_prediction(mask, Space(self._units, around).exchanges(mask), change)
         new = (other for other in swaps if other not in self._tried and self._fits(other))
+        new = (other for other in new if not any(unit <= other - mask for unit in self._overflown))
         return list(islice((other for other in new if not self._is_complete(other)), POOL))
 
     def _is_complete(self, mask: Mask) -> bool:

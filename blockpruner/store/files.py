@@ -57,6 +57,13 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")
 
 
+def no_room(error: OSError) -> StorageError:
+    """The error for users where any write, also a library's, found no room; another error is raised as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise error
+    return storage_error(Path(error.filename or "a file"), error)
+
+
 @contextmanager
 def writing(path: Path, *, alone: bool = False) -> Iterator[None]:
     """Within, a file or folder is written, be it by safetensors or torch, which have errors of their own.

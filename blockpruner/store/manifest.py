@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import read_json
+from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.provenance import file_sha256
 
 SOURCE_FILE = "blockpruner_source.json"
@@ -26,6 +29,38 @@ VERSION_FIELD = "transformers_version"
 
 Manifest = Mapping[str, str]
 
+SETTLED = 2.0
+"""Seconds after its last change from which on a file has another time if it changes again."""
+
+_KNOWN: dict[str, str] = {}
+"""SHA-256 of weights by device, inode, size and time: a shard of gigabytes is read once."""
+
+
+@contextmanager
+def known_digests(path: Path) -> Iterator[None]:
+    """Within, digests of weights that a file holds are known; new ones are added to it."""
+    with suppress(InputError, AttributeError, TypeError):  # there is none, or it is damaged
+        _KNOWN.update(read_json(path, sealed=True)["digests"])
+    before = len(_KNOWN)
+    yield
+    if len(_KNOWN) > before:
+        write_sealed_json(path, {"digests": _KNOWN})
+
+
+def digests(paths: Mapping[str, Path]) -> dict[str, str]:
+    """The `content_sha256` of files by name; a thread reads each of a few at a time."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(content_sha256, paths.values()), strict=True))
+
+
+def _weights_sha256(path: Path) -> str:
+    found = path.stat()
+    stamp = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
+    digest = _KNOWN.get(stamp) or file_sha256(path)
+    if time.time() - found.st_mtime > SETTLED:
+        _KNOWN[stamp] = digest
+    return digest
+
 
 def content_sha256(path: Path) -> str:
     """SHA-256 of a file; of a config: of its fields, whatever their layout, without the version of transformers."""
@@ -35,7 +70,7 @@ def content_sha256(path: Path) -> str:
         except ValueError:
             return file_sha256(path)
         return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return file_sha256(path)
+    return _weights_sha256(path) if path.suffix == ".safetensors" else file_sha256(path)
 
 
 def _without_version(value: Any) -> Any:
@@ -46,12 +81,9 @@ def _without_version(value: Any) -> Any:
 
 def manifest(directory: Path) -> dict[str, str]:
     """Every file of a checkpoint directory, also in folders, with its digest; hidden files are none."""
-    paths = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    return {
-        name.as_posix(): content_sha256(path)
-        for name, path in paths.items()
-        if name.as_posix() not in BESIDE and not any(part.startswith(".") for part in name.parts)
-    }
+    names = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    shown = {name.as_posix(): path for name, path in names.items() if not any(part[0] == "." for part in name.parts)}
+    return digests({name: path for name, path in shown.items() if name not in BESIDE})
 
 
 def model_identity(files: Manifest) -> str:

@@ -1,5 +1,6 @@
 """A scoring process killed at any moment, an orphan beside it, damaged files: the same tables in the end."""
 
+import importlib
 import itertools
 import os
 import random
@@ -17,9 +18,11 @@ from blockpruner.store import provenance
 from blockpruner.store.files import TEMPORARY
 from blockpruner.store.locks import hold
 from stages import commit
+from tests.fakes import unverified
 from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables
 from tests.power import MODES, forked
 
+FULL = int(os.environ.get("BLOCKPRUNER_FULL", "17"))
 KILLS = int(os.environ.get("BLOCKPRUNER_KILLS", "3"))
 BUDGET = {"small-3": "3blocks"}
 BATCH_TOKENS = 96  # 15 row batches a sweep, for a moment to be hit in
@@ -30,13 +33,6 @@ def succeed(project, name="score"):
     result = stage(project, name)
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def fail(project, command):
-    """The errors of a stage that ends with one of its own, not with a traceback."""
-    result = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stdout + result.stderr
-    return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +111,66 @@ def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, mon
         assert forked(project, work, log)[0] == 0 and plans() == whole, log.read_text()
 
 
+STAGES = {
+    "settings": ("tiny", "settings"), "fetch": ("tiny", "models", "sources"), "calibrate": ("tiny", "calibration"),
+    "score": ("tiny", "scores"), "commit": ("lora-3", "plans"), "compensate": ("lora-3", "compensated"),
+    "materialize": ("lora-3", "checkpoints"),
+}  # fmt: skip
+if FULL == 1:  # not daily: they load lm-eval each time
+    STAGES |= {"baseline": ("tiny", "evidence/tiny-dense"), "benchmark": ("lora-3", "evidence/lora-3")}
+"""The stages in their order, with an item and the folders of what they make; not `train`, since a fork cannot train."""
+
+
+def work_of(name):
+    main = importlib.import_module(f"stages.{name}").main
+
+    def work():
+        sys.argv = [f"stages.{name}", STAGES[name][0]]
+        provenance.commit = lambda: None  # git is asked in three processes
+        with unverified():
+            stages.run(name, main)
+
+    return work
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    project = make_project(folder, {"lora-3": "3blocks"})
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("train: true", "train: false"))
+    for name in STAGES:
+        assert forked(project, work_of(name), folder / "log")[0] == 0, (folder / "log").read_text()
+    return project
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_whose_disk_is_full_at_any_of_its_writes(name, finished, tmp_path):
+    """It ends in one line, what is there is whole, and a later run makes the same. Every FULL-th write in turn."""
+    project, log, (_, *made) = tmp_path / "project", tmp_path / "log", STAGES[name]
+    shutil.copytree(finished, project, ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc"))
+
+    def outputs():
+        files = (path for folder in made for path in (project / "data" / folder).rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in files if not any(map(TEMPORARY.fullmatch, path.parts))}
+
+    whole, cut = outputs(), 1
+    for store in ("trials", "cache", "adapters"):  # not evaluations: they hold times
+        shutil.rmtree(project / "data" / store, ignore_errors=True)
+    while True:
+        for folder in made:
+            shutil.rmtree(project / "data" / folder, ignore_errors=True)
+        code, writes = forked(project, work_of(name), log, cut, "full")
+        assert outputs().items() <= whole.items()
+        told = log.read_text()
+        if writes < cut:
+            break
+        assert code == 1 and "no space left on the device; free some" in told.splitlines()[-1], told
+        assert "Traceback" not in told
+        cut += FULL
+    assert code == 0 and outputs() == whole != {}, told
+
+
 def test_damaged_files_are_named_and_computed_again(undisturbed, tmp_path):
     project = shutil.copytree(undisturbed, tmp_path / "project")
     path = next((project / "data/scores").rglob("iteration_001.parquet"))
@@ -134,32 +190,6 @@ def test_tables_alone_spare_the_model(project, undisturbed):
     succeed(project)
     assert counts(project)["trials_computed"] == 0
     assert tables(project) == tables(undisturbed)
-
-
-def require_mounts():
-    """Skip unless this process may mount in a namespace of its own, as root mostly may."""
-    command = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode != 0:
-        pytest.skip(f"a file system cannot be mounted in a namespace of its own here: {found.stderr.strip()}")
-
-
-@pytest.mark.usefixtures("true_starts")  # in a mount namespace of their own
-def test_a_full_disk(project, undisturbed):
-    """The score stage on a small tmpfs names the reason; what was computed before is whole, and a rerun uses it."""
-    require_mounts()
-    fill = (
-        "mkdir data/trials && mount -t tmpfs -o size=64k tmpfs data/trials; head -c 52k /dev/zero > data/trials/fill;"
-        ' "$@"; code=$?; rm data/trials/fill; cp -r data/trials kept; exit $code'
-    )
-    errors = fail(project, ["unshare", "--mount", "sh", "-c", fill, "sh", *SCORE])
-    assert "no space left on the device; free some and run again" in errors
-    subprocess.run("rm -rf data/trials && mv kept data/trials", shell=True, cwd=project, check=True)
-    before, total = units_logged(project), counts(undisturbed)["units_computed"]
-    assert 0 < before < total
-    succeed(project)
-    assert tables(project) == tables(undisturbed)
-    assert counts(project)["units_computed"] <= total - before + 1
 
 
 def test_a_second_process_waits_and_reuses(project, undisturbed):

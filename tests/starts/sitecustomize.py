@@ -17,7 +17,7 @@ def forked(arguments):
     arguments = arguments[unbuffered:]
     if arguments[:1] == ["-m"] and (arguments[1] in ("dvc", "flows.dvc") or arguments[1].startswith("stages.")):
         what = {"module": arguments[1]}
-    elif arguments[:1] == ["-I"] and arguments[1].endswith(".py"):
+    elif arguments[:1] == ["-P"] and arguments[1].endswith(".py"):
         what = {"script": arguments[1]}
     if not server or not what:
         return

@@ -156,11 +156,11 @@ def test_items_from_an_archive():
     with pa.ipc.new_stream(sink, validation.schema) as stream:
         stream.write_table(validation)
     docs = [
-        {"id": "x", "query": "Question: Why?\nAnswer:", "choices": ["because", "so", "thus", "hm", "no"], "gold": 4},
+        {"id": "x", "query": "Question: Why\u2028?\nAnswer:", "choices": ["as", "so", "thus", "hm", "no"], "gold": 4},
         {"id": "y", "query": "Question: Answer: or Question: ?\nAnswer:", "choices": ["a", "b", "c"], "gold": 0},
     ]
     requests = [{"doc": doc, "idx": idx} for doc in docs for idx in range(len(doc["choices"]))]
-    lines = "\n".join(json.dumps(request) for request in requests) + "\n"
+    lines = "\n".join(json.dumps(request, ensure_ascii=False) for request in requests) + "\n"
     splits = BENCHMARKS["arc_easy"].splits
     archive = {splits["validation"].member: sink.getvalue(), splits["test"].member: gzip.compress(lines.encode())}
     tables = tables_from_archive("arc_easy", archive.__getitem__)
@@ -168,7 +168,7 @@ def test_items_from_an_archive():
     assert tables["validation"].schema.metadata is None
     shown = [{"text": doc["choices"], "label": list("ABCDE"[: len(doc["choices"])])} for doc in docs]
     assert tables["test"].to_pylist() == [
-        {"id": "x", "question": "Why?", "choices": shown[0], "answerKey": "E"},
+        {"id": "x", "question": "Why\u2028?", "choices": shown[0], "answerKey": "E"},
         {"id": "y", "question": "Answer: or Question: ?", "choices": shown[1], "answerKey": "A"},
     ]
 

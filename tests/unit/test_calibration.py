@@ -1,17 +1,28 @@
 import random
+import re
 from copy import deepcopy
 
 import datasets
 import pytest
 from tokenizers import processors
 
+from blockpruner.api import evaluate, prune
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
-from blockpruner.inputs.calibration import CalibrationSet, beginning, draw, draw_rows, pack_rows, sharing
+from blockpruner.inputs.calibration import (
+    CalibrationSet,
+    beginning,
+    draw,
+    draw_rows,
+    pack_rows,
+    require_embedded,
+    sharing,
+)
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
+from tests.errors import refused
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 DATA = {"source": "path", "path": "nowhere"}
@@ -46,6 +57,21 @@ def test_response_scoring_gives_the_same_tokens_and_scores_what_ends_in_a_respon
     assert min(row) >= 0 and len(row) == len(tokenizer(plain).input_ids)
     with pytest.raises(InputError, match=r"score: response is for instructions.*'text number 0"):
         draw_rows(TEXTS[:1], tokenizer, Calibration(num_samples=1, seq_len=20, score="response"), [], print)
+
+
+def test_a_token_without_an_embedding_is_refused_with_its_tokenizer_and_model():
+    """On a GPU it ends the process. A given token is stored as its complement."""
+    last = max(max(tiny_tokenizer()(text).input_ids) for text in TEXTS)
+    model = tiny_model(vocab_size=last)
+    words = rf" gives token {last}, and the model llama has embeddings of the tokens 0 to {last - 1};"
+    with refused("token-without-embedding") as caught:
+        evaluate(model, tiny_tokenizer(), TEXTS, seq_len=20)
+    assert re.search(words, str(caught.value))
+    rows = CalibrationSet(((1, 2, 3), (~last, 5, 6)))
+    with refused("token-without-embedding"):
+        require_embedded(rows.rows, tiny_tokenizer(), model.config.to_dict())
+    with refused("token-without-embedding"):
+        prune(model, tiny_tokenizer(), TEXTS, "1blocks", seq_len=20, method="greedy")
 
 
 def test_rows_that_say_too_little_are_dropped_with_their_number():

@@ -581,7 +581,7 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     assert code == 1 and "to the private repository me/small" in err and "model.safetensors" in err
     assert hub.calls == []
     assert done(say("push", "out", "me/small", "--yes", "--json"))["commit"] == "https://hub.invalid/me/small/commit/1"
-    (source,) = (place / "cache/blockpruner/models").glob("*/blockpruner_source.json")
+    (source,) = (place / "cache/blockpruner/cache/models").glob("*/blockpruner_source.json")
     facts = read_json(source) | {"licence": {"license": "llama2"}}
     write_sealed_json(source, facts)
     assert say("push", "out", "me/small", "--dry-run")[0] == 2, "the card lacks the base model's licence"

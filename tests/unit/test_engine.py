@@ -1,5 +1,7 @@
 """The engine against full forward passes of the masked model, one row and one mask at a time."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,10 +9,15 @@ from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.errors import NonFiniteLossError
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
+from blockpruner.reporting.formats import number
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.metrics import perplexity
+from blockpruner.scoring.objectives import MaskScore, Objective
 from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
+from blockpruner.search.iteration import Iteration
+from blockpruner.search.trace import read_iteration, write_iteration
+from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.trials import TrialStore, store_fields
 from tests.oracles import LiveBytes, make_rows, score_all, sweep
 from tests.tiny import full_nll, tiny_model
@@ -64,14 +71,31 @@ def test_a_searchs_rows_are_batched_by_length(tmp_path):
         assert batches == (expected_batches if fresh else [])
 
 
-def test_nan_names_mask_and_row():
+def test_nan_of_a_candidate_is_infinite_and_of_the_dense_model_names_the_row():
     model, rows = tiny_model(), [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [200, 13, 14, 15, 16, 17]]
     model.model.embed_tokens.weight[rows[2][0]] = float("nan")
     engine = Engine(model, batch_tokens=6)
-    mask = parse_mask("mlp.1")
-    units = []
-    with pytest.raises(NonFiniteLossError, match=r"row 2 is nan with mask mlp\.1.*float32"):
-        units.extend(engine.run([Task(span, (mask,)) for span in engine.row_batches(rows, range(3))], rows))
+    spans = engine.row_batches(rows, range(3))
+    found = [scored.loss[0] for scored in engine.run([Task(span, (parse_mask("mlp.1"),)) for span in spans], rows)]
+    assert [math.isfinite(loss) for loss in found] == [True, True, False] and found[2] == math.inf
+    with pytest.raises(NonFiniteLossError, match=r"row 2 is nan in the dense model.*float32"):
+        list(engine.run([Task(span, (DENSE,)) for span in spans], rows))
+
+
+def test_an_infinite_loss_is_kept_and_read_again(tmp_path):
+    """In logs, tables and JSON. A mean NLL above 709 has no finite perplexity."""
+    store = TrialStore({"model": "m"}, ["a", "b"], tmp_path)
+    store.put("mha.1", [0, 1], [math.inf, 2.0])
+    store.close()
+    again = TrialStore({"model": "m"}, ["a", "b"], tmp_path)
+    assert again.get("mha.1") == [math.inf, 2.0] and again.problems == []
+    scores = MaskScore(DENSE, (1.0, 2.0), 2), MaskScore(parse_mask("mha.1"), (710.0, math.inf), 2)
+    assert scores[1].perplexity == MaskScore(DENSE, (710.0,), 1).perplexity == perplexity(710.0) == math.inf
+    step = Iteration(0, scores, (None, parse_mask("mha.1")), 1, nll=scores)
+    write_iteration(tmp_path, step, "search")
+    assert read_iteration(tmp_path, 0, "search") == step
+    write_sealed_json(tmp_path / "facts.json", {"perplexity": math.inf})
+    assert read_json(tmp_path / "facts.json", sealed=True) == {"perplexity": math.inf} and number(math.inf) == "inf"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

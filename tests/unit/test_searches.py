@@ -16,6 +16,8 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.scoring.accelerate import Exact
 from blockpruner.scoring.objectives import MaskScore
+from blockpruner.search import run
+from blockpruner.search.iteration import stabilities
 from blockpruner.search.problem import Problem
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.space import Space
@@ -131,6 +133,27 @@ def test_greedy_at_a_price(seed, per):
         removed |= {min(worth, key=worth.get)}
         assert step.removed == removed
     assert removed == frozenset(saved)
+
+
+@pytest.mark.parametrize("acceleration", ["none", "lazy", "race", "lazy+race"])
+@pytest.mark.parametrize("method", ["greedy", "floating", "swap"])
+def test_a_candidate_that_overflows_is_as_if_it_were_none(method, acceleration, monkeypatch):
+    """Its losses are infinite wherever it is removed."""
+    if method == "swap" and acceleration != "none":
+        pytest.skip("it is not accelerated")
+    found, lost, units_of = {}, removable_units(5, "block", "all")[3], run.units_of
+    for is_there in (True, False):
+        table = Table(2, layers=5)
+        if is_there:
+            draw = table.rows_of
+            table.rows_of = lambda mask, draw=draw: [math.inf] * ROWS if lost <= mask else draw(mask)
+        else:
+            monkeypatch.setattr(run, "units_of", lambda *asked: [unit for unit in units_of(*asked) if unit != lost])
+        trace = table.search(method, "4blocks", acceleration)
+        found[is_there] = [step.removed for step in trace], trace[-1].perplexity
+        is_known = [one and (one.kept, one.rivals) for one in stabilities(trace)] if method == "greedy" else []
+        found[is_there] += (is_known,)
+    assert found[True] == found[False]
 
 
 @pytest.mark.parametrize(("budget", "wanted"), [("0.5kv", 0.5), ("1.2x", 1 - 1 / 1.2)])

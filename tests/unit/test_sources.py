@@ -16,14 +16,22 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import HubModel, MixedTexts, PypiPartsModel, PypiTexts
+from blockpruner.core.settings import HubModel, LocalModel, MixedTexts, PypiPartsModel, PypiTexts
 from blockpruner.inputs import packages
-from blockpruner.inputs.checkpoints import checkpoint_identity, fetch_checkpoint, licence_of
+from blockpruner.inputs.checkpoints import (
+    cached_checkpoint,
+    checkpoint_identity,
+    fetch_checkpoint,
+    licence_of,
+    require_unchanged,
+)
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.inputs.texts import load_texts, parse_texts
 from blockpruner.model.models import load_model
+from blockpruner.store import manifest as store_manifest
 from blockpruner.store.manifest import SOURCE_FILE
+from blockpruner.store.provenance import file_sha256
 from stages.report import origin
 from tests.errors import refused
 from tests.fakes import SHA, Hub
@@ -134,6 +142,17 @@ def test_a_name_that_may_move_is_a_commit_from_its_first_fetch_on(tmp_path, monk
     assert len(list((tmp_path / "cache/models").iterdir())) == 1
 
 
+def test_a_broken_download_goes_on(tmp_path, monkeypatch):
+    hub = Hub(save_tiny(tmp_path / "hub"), monkeypatch)
+    hub.breaks_after = 2
+    with pytest.raises(InputError, match="hub repository 'a/b' cannot be used: the line is cut"):
+        fetch_hub(tmp_path)
+    assert not (tmp_path / "out").exists()
+    fetch_hub(tmp_path)
+    assert sorted(hub.downloaded) == sorted(set(hub.downloaded)) and "model.safetensors" in hub.downloaded
+    load_model(tmp_path / "out", "float32", "cpu")
+
+
 def test_two_fetches_at_once_lose_no_pin_and_agree_on_one(tmp_path, monkeypatch):
     """Each asks the hub, which has moved on, while the other has not yet written what it was told."""
     pins, meet, commits = tmp_path / "pins.json", Barrier(4, timeout=60), iter(f"{n:040x}" for n in range(9))
@@ -215,16 +234,42 @@ def test_a_changed_file_of_a_local_model_is_fetched(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["model.safetensors", SOURCE_FILE])
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_damaged_cached_file_heals(tmp_path, name, gone):
-    """It is damaged in place: cache and output are one file."""
-    folder = save_tiny(tmp_path / "mine")
-    out = fetch(folder, tmp_path / "out")
+def test_a_damaged_cached_file_heals(tmp_path, monkeypatch, name, gone):
+    """It is damaged in place: the hub's cache, ours and the output are one file."""
+    Hub(save_tiny(tmp_path / "hub"), monkeypatch)
+    fetch_hub(tmp_path, revision=SHA)
     (kept,) = (tmp_path / "cache" / "models").iterdir()
-    whole = (out / name).read_bytes()
+    whole = (tmp_path / "out" / name).read_bytes()
+    assert (kept / name).samefile(tmp_path / "out" / name)
     (kept / name).unlink() if gone else os.truncate(kept / name, len(whole) // 2)
-    fetch(folder, out)
-    assert (out / name).read_bytes() == whole
+    fetch_hub(tmp_path, revision=SHA)
+    assert (tmp_path / "out" / name).read_bytes() == whole
     assert {path.name for path in kept.parent.iterdir()} == {kept.name, f"{kept.name}.bad"}
+
+
+def test_weights_are_read_where_they_are_and_hashed_once(tmp_path, monkeypatch):
+    """A second command finds the model whole, and leaves it alone; two at once make it once."""
+    folder, read = save_tiny(tmp_path / "mine"), []
+    os.utime(folder / "model.safetensors", (0, 0))
+    monkeypatch.setattr(store_manifest, "file_sha256", lambda path: read.append(path.name) or file_sha256(path))
+    model = LocalModel(source="path", path=str(folder))
+
+    def kept(_=None):
+        return cached_checkpoint(model, tmp_path / "cache", tmp_path / "pins.json")
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(kept, range(2))
+    assert first == second and (first / "model.safetensors").samefile(folder / "model.safetensors")
+    assert not (first / "config.json").samefile(folder / "config.json")
+    inode = first.stat().st_ino
+    store_manifest._KNOWN.clear()  # as in another process
+    read.clear()
+    assert kept() == first and first.stat().st_ino == inode and "model.safetensors" not in read
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with refused("model-changed"):
+        require_unchanged(first)
+    assert kept() != first
 
 
 def test_only_files_of_a_checkpoint_are_copied(tmp_path):
@@ -274,6 +319,14 @@ def test_weights_that_do_not_match_the_config(tmp_path):
     change_json(folder / "config.json", intermediate_size=40)
     with pytest.raises(InputError, match=r"weights in .* do not match its config\.json"):
         load_model(folder, "float32", "cpu")
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x85", "\x1c"])
+def test_a_line_of_json_ends_where_its_bytes_do(sign):
+    """Unicode has more ends of lines, and JSON allows them in strings."""
+    line = json.dumps({"text": f"one{sign}two"}, ensure_ascii=False)
+    content = f"{line}\r\n \t\n\n{line}  ".encode()
+    assert parse_texts(content, "x.jsonl", "text") == [f"one{sign}two"] * 2
 
 
 def test_texts(tmp_path):

@@ -332,13 +332,17 @@ def names_in(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize(
+    "words", [None, "(os error 28)", 'IoError(Os { code: 28, kind: StorageFull, message: "..." })']
+)
+def test_a_failed_write_leaves_the_old_file(words, tmp_path):
+    """Each version of safetensors names the cause in other words."""
     path = tmp_path / "a.txt"
     write_text(path, "old")
 
     def full(temporary):
         temporary.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError(words) if words else OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(StorageError, match=r"a\.txt: no space left.*kept"):
         write_atomic(path, full)

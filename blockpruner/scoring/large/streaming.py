@@ -150,7 +150,7 @@ class StreamingEngine(Engine):
 
         Raises:
             InputError: an influence, which is not streamed.
-            NonFiniteLossError: a loss is NaN or infinite; names mask and row. Values yielded before are good.
+            NonFiniteLossError: as `Engine.run`.
             DeviceMemoryError: weights or states do not fit into memory, or not even one row does.
         """
         influence = next((task.metric.name for task in tasks if task.metric.influence), None)
