@@ -123,9 +123,9 @@ class Pruned:
     base: _Base
     """What exports take over from the dense model beside its weights."""
 
-    def evaluate(self, texts: Sequence[str], seq_len: int = 2048, max_rows: int | None = None) -> HeldOutPerplexity:
-        """The perplexity on texts that `prune` has not seen, as `blockpruner.evaluate`."""
-        return evaluate(self.model, self.tokenizer, texts, seq_len, max_rows)
+    def evaluate(self, texts: Sequence[str], **settings: Any) -> HeldOutPerplexity:
+        """The perplexity on texts that `prune` has not seen; the settings are those of `blockpruner.evaluate`."""
+        return evaluate(self.model, self.tokenizer, texts, **settings)
 
     def export(self, directory: str | Path, formats: Sequence[str] = ("hf",)) -> dict[str, Path]:
         """Write verified checkpoints, `hf` at the directory and another format at DIRECTORY-FORMAT; returns the places.
@@ -290,15 +290,21 @@ def _require_masks(run: Run) -> None:
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], seq_len: int = 2048, max_rows: int | None = None
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    seq_len: int = 2048,
+    max_rows: int | None = None,
+    packing: str = "documents",
 ) -> HeldOutPerplexity:
-    """The perplexity of a model, dense or pruned, on texts joined and cut into rows.
+    """The perplexity of a model, dense or pruned, on texts.
 
     `reporting.statistics.perplexity_ratio(a.row_nll, b.row_nll)` compares two models on the same texts.
 
     Args:
         seq_len: tokens in a row; shortened to the model's context.
         max_rows: at most so many rows.
+        packing: as in a run file's `evaluate.perplexity`; "joined" is the paper's.
 
     Raises:
         InputError: the texts are shorter than one row.
@@ -306,7 +312,7 @@ def evaluate(
     if isinstance(texts, str):
         raise InputError("texts is one string; give a list of texts")
     seq_len = min(seq_len, model.config.max_position_embeddings or seq_len)
-    wanted = read_settings(Perplexity, {"seq_len": seq_len, "max_rows": max_rows})
+    wanted = read_settings(Perplexity, {"seq_len": seq_len, "max_rows": max_rows, "packing": packing})
     return measure_perplexity(model.eval(), held_out(tokenizer, texts, wanted).rows)
 
 

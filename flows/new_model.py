@@ -30,13 +30,13 @@ WHERE = "a folder or file of the workspace, a name on the hub, or a source of ru
 
 
 class NewModel(Frozen):
-    """A model that has no run file yet. What is left out has the paper's setting."""
+    """A model that has no run file yet. What is left out has the defaults of the command."""
 
     name: str = Field(description="The run file becomes `runs/<name>.yaml`.")
     model: str = Field(description=f"The dense model: {WHERE}.")
     budgets: tuple[str, ...] = Field(min_length=1, description=f"How far to prune: {BUDGETS}.")
     texts: str | None = Field(
-        default=None, description=f"What the blocks are scored on: {WHERE}. None: Alpaca from the hub."
+        default=None, description=f"What the blocks are scored on: {WHERE}. None: Alpaca and WikiText-2 from the hub."
     )
     heldout: str | None = Field(
         default=None, description=f"What perplexity is measured on: {WHERE}. None: WikiText-2 from the hub."
@@ -58,7 +58,7 @@ class NewModel(Frozen):
         data = None if self.texts is None else source_of(self.texts)
         values = {"model": source_of(self.model)} | sections(self.method, data=data, calibration={}, score={})
         if self.train:
-            values["train"] = {} if data is None else {"data": data}
+            values["train"] = {key: value for key, value in values["calibration"].items() if key == "data"}
         if self.heldout is not None:
             values["evaluate"] = {"perplexity": {"data": source_of(self.heldout)}}
         values = merged(values, self.more)

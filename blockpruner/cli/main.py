@@ -66,7 +66,7 @@ MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of the 
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
-FILES, ALPACA = ".jsonl, .json or .parquet records with a text, or a .txt file.", "Alpaca from the hub"
+FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
 Unseen = Annotated[
     Path | None,
     Option(metavar="FILE", help=f"Texts that prune has not seen, to measure perplexity on: {FILES}"),
@@ -101,12 +101,16 @@ def prune(
         Path | None, Option(metavar="DIR", help="The checkpoint's folder.", show_default="NAME-BUDGET")
     ] = None,
     texts: Annotated[
-        Path | None, Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default=ALPACA)
+        Path | None,
+        Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default="Alpaca and WikiText-2 from the hub"),
     ] = None,
     num_samples: Annotated[
-        int | None, Option(metavar="N", min=1, help="Texts that are drawn.", show_default="256; of --texts for 16 rows")
+        int | None, Option(metavar="N", min=1, help="Texts that are drawn.", show_default="64; of --texts for 16 rows")
     ] = None,
-    seq_len: RowLength = None,
+    seq_len: Annotated[
+        int | None,
+        Option(metavar="N", min=2, help="Tokens in a row.", show_default="256; of --texts 2048, or the context"),
+    ] = None,
     method: Annotated[
         str, Option(metavar="NAME", help="A recipe: recommended, or blockpruner, exactly as published; or a search.")
     ] = RECOMMENDED,
@@ -189,7 +193,9 @@ def apply(
 
 def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
     """The keys of `evaluate.perplexity` that the options give."""
-    source = {} if texts is None else {"data": {"source": "path", "path": str(texts)}}
+    source: dict[str, Any] = {"packing": "joined_bos"}
+    if texts is not None:
+        source = {"packing": "documents", "data": {"source": "path", "path": str(texts)}}
     return source | ({} if seq_len is None else {"seq_len": seq_len}) | {"max_rows": max_rows}
 
 

@@ -241,10 +241,10 @@ def test_evaluate_is_the_perplexity_of_joined_rows():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     ids = tokenizer("\n\n".join(TEXTS)).input_ids
     rows = [ids[i : i + 32] for i in range(0, 96, 32)]
-    dense = blockpruner.evaluate(model, tokenizer, TEXTS, seq_len=32, max_rows=3)
+    dense = blockpruner.evaluate(model, tokenizer, TEXTS, seq_len=32, max_rows=3, packing="joined")
     assert dense.perplexity == pytest.approx(math.exp(mean(full_nll(model, row) for row in rows)))
     pruned = blockpruner.prune(model, tokenizer, TEXTS, "2blocks", seq_len=32, method="greedy")
-    found = pruned.evaluate(TEXTS, seq_len=32, max_rows=3)
+    found = pruned.evaluate(TEXTS, seq_len=32, max_rows=3, packing="joined")
     assert found.row_nll == pytest.approx([full_nll(pruned.model, row) for row in rows]) and found != dense
 
 
