@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measu
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, drop_code_, licence_beside
+from blockpruner.inputs.texts import listed
+from blockpruner.inputs.tokenizers import conversation
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import Healed, set_weights_
 from blockpruner.methods.kind import Material
@@ -206,7 +208,8 @@ def prune(
 
     Args:
         model: a transformers causal LM of a supported family. It is changed.
-        texts: calibration texts, from which all rows are drawn.
+        texts: calibration texts, from which all rows are drawn; a list, or a `datasets.Dataset` with a column
+            `text`, or `messages` of chats.
         budget: the share of all parameters to remove, in (0, 1); or a budget as in params.yaml ("17blocks", "0.30kv").
             The nearest reachable one is taken.
         seq_len: tokens in a calibration row; shortened to the model's context.
@@ -224,8 +227,7 @@ def prune(
     Raises:
         InputError: unsupported family, no calibration row, a budget that cannot be met, settings that do not fit.
     """
-    if isinstance(texts, str):
-        raise InputError("texts is one string; give a list of calibration samples", rule="texts-one-string")
+    texts = listed(texts, partial(conversation, lambda: tokenizer))
     search, measure = _search(method), _metric(metric)
     if callable(metric) and cache is not None:
         raise InputError(
@@ -309,8 +311,7 @@ def evaluate(
     Raises:
         InputError: the texts are shorter than one row.
     """
-    if isinstance(texts, str):
-        raise InputError("texts is one string; give a list of texts")
+    texts = listed(texts, partial(conversation, lambda: tokenizer))
     seq_len = min(seq_len, model.config.max_position_embeddings or seq_len)
     wanted = read_settings(Perplexity, {"seq_len": seq_len, "max_rows": max_rows, "packing": packing})
     return measure_perplexity(model.eval(), held_out(tokenizer, texts, wanted).rows)

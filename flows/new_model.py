@@ -6,7 +6,6 @@ repository). What a run file may hold is decided by blockpruner.params, and how 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from prefect.client.schemas.objects import State
 from pydantic import Field
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Frozen
+from blockpruner.core.settings import Frozen, merged
 from blockpruner.methods.recipes import RECOMMENDED, sections
 from blockpruner.params import load_run, named_sources
 from blockpruner.store.files import write_text
@@ -74,15 +73,6 @@ def source_of(text: str) -> dict[str, str]:
     if is_path or Path(text).exists() or Path(text).suffix in FILES:
         return {"source": "path", "path": text}
     return {"source": "hub", "repo": text}
-
-
-def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of which those in `more` replace those at the same keys; another `source` replaces its section."""
-    found = {} if "source" in more else dict(values)
-    for key, value in more.items():
-        old = found.get(key)
-        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return found
 
 
 def require_inside(values: Any) -> None:

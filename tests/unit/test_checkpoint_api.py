@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -235,6 +236,21 @@ def test_a_function_may_search_and_progress_shows_by_itself(capsys):
 
     assert pruned.plan.mask == frozenset(min(combinations(all_blocks(4), 2), key=loss))
     assert pruned.plan.method == "best_pair"
+
+
+def test_texts_may_be_a_data_set():
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    given = {"seq_len": 32, "packing": "joined"}
+    listed = blockpruner.evaluate(tiny_model(), tiny_tokenizer(), TEXTS, **given)
+    assert blockpruner.evaluate(tiny_model(), tiny_tokenizer(), table, **given) == listed
+    pruned = [
+        blockpruner.prune(tiny_model(), tiny_tokenizer(), texts, "1blocks", seq_len=32, method="greedy").plan
+        for texts in (TEXTS, table)
+    ]
+    assert pruned[0] == pruned[1]
+    for texts, rule in ((datasets.DatasetDict(train=table), "texts-of-splits"), ("text", "texts-one-string")):
+        with refused(rule):
+            blockpruner.evaluate(tiny_model(), tiny_tokenizer(), texts)
 
 
 def test_evaluate_is_the_perplexity_of_joined_rows():

@@ -97,6 +97,10 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     exported = place / "data/checkpoints/pruned/hf"
     assert (place / "pruned/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     assert same_plan(place / "pruned", "tiny") == same_plan(exported, "tiny")
+    with pytest.raises(SystemExit) as end:
+        command.main(("prune", "--config", "runs/tiny.yaml", "--budget", "0.3", "--out", "by-file"))
+    assert end.value.code == 0
+    assert (place / "by-file/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     found = prune_in_memory()
     assert found.plan.removed == same_plan(exported, "tiny").removed
     assert found.compensation["judged"].keys() == {"floating", "greedy-layers"}
@@ -105,7 +109,7 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     more = {"model": {"dtype": "float32"}, "calibration": {"seq_len": 64}}
     form = NewModel(name="form", model="tiny", budgets=("0.3",), texts="t.jsonl", more=more)
     (place / "runs/form.yaml").write_text(form.text())
-    for run in (load_run("form"), load_run("tiny")):
+    for run in (load_run("form"), load_run("tiny"), asked[1]):
         for section in ("score", "compensate", "train"):
             assert getattr(run, section) == getattr(asked[0], section)
         absolute = {"data": asked[0].calibration.data}
