@@ -34,7 +34,7 @@ from blockpruner.methods.healed import Healed, set_weights_
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
 from blockpruner.methods.registry import KINDS, kind_of_method
-from blockpruner.model.models import prune_, resolve_device
+from blockpruner.model.models import prune_, require_float64, require_plain, resolve_device
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.stability import Stability
@@ -225,8 +225,10 @@ def prune(
         observer: shows progress; by default on standard error. `core.progress.SilentObserver()` shows nothing.
 
     Raises:
-        InputError: unsupported family, no calibration row, a budget that cannot be met, settings that do not fit.
+        InputError: unsupported family; a model that is quantized, offloaded, on MPS or has adapters; no calibration
+            row, a budget that cannot be met, settings that do not fit.
     """
+    require_plain(model)
     texts = listed(texts, partial(conversation, lambda: tokenizer))
     search, measure = _search(method), _metric(metric)
     if callable(metric) and cache is not None:
@@ -311,6 +313,7 @@ def evaluate(
     Raises:
         InputError: the texts are shorter than one row.
     """
+    require_float64(model)
     texts = listed(texts, partial(conversation, lambda: tokenizer))
     seq_len = min(seq_len, model.config.max_position_embeddings or seq_len)
     wanted = read_settings(Perplexity, {"seq_len": seq_len, "max_rows": max_rows, "packing": packing})

@@ -73,10 +73,7 @@ class Place:
     def read_run(self, model: str | None, dtype: str, trusted: bool, sections: Mapping[str, Any]) -> Run:
         """The settings of a run file; raises InputError for a model, name or value that is not valid.
 
-        Args:
-            model: a folder or a name on the hub, whose own dtype is taken; None: `sections` name the model, as a run
-                file does.
-            sections: what they give in `model` replaces the other arguments.
+        The model has its own dtype; but where it is None, and `sections` name one, they decide as a run file does.
         """
         given = {} if model is None else model_of(model)
         given |= ({"trust_remote_code": True} if trusted else {}) | ({} if dtype == "auto" else {"dtype": dtype})
@@ -157,13 +154,12 @@ class Place:
             return None if data is None else load_texts(data, self.root / "cache", self.pins, written)
 
         heldout, texts = run.evaluate.perplexity, load(run.calibration.data)
-        evaluated: tuple[str, ...] = ()
-        fit, train = load(run.compensate.data), load(run.train and run.train.data)
-        if "data" in heldout.model_fields_set:
-            from blockpruner.evaluation.perplexity import held_out
+        pool = pipeline.Pool(texts or (), load(run.compensate.data), load(run.train and run.train.data))
+        if "data" not in heldout.model_fields_set:
+            return pool
+        from blockpruner.evaluation.perplexity import held_out
 
-            evaluated = held_out(tokenizer(), load(heldout.data) or (), heldout).documents
-        return pipeline.Pool(texts or (), fit, train, evaluated)
+        return replace(pool, evaluated=held_out(tokenizer(), load(heldout.data) or (), heldout).documents)
 
     def _key(self, run: Run, rows: pipeline.Rows, method: str, base: str, budget: str) -> str:
         """What decides the compensated model."""

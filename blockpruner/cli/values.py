@@ -28,9 +28,7 @@ OPTIONS = {
 } | {"compensate.method": "--compensate"}  # fmt: skip
 """The options that give a settings key."""
 
-SECTIONS = ("calibration", "score", "evaluate", "compensate", "train", "runtime")
-"""Sections whose keys messages name."""
-
+KEY = re.compile(r"\b(?:calibration|score|evaluate|compensate|train|runtime)(?:\.[a-z_]+)+")
 HUB = re.compile(r"^(hf://|https://(huggingface\.co|hf\.co)/)")
 TAGS = re.compile(r"\.(hub|path|pypi|pypi-parts|mix)(?=\.)")
 """Kinds of source, which pydantic puts into the key of a mistake."""
@@ -101,12 +99,11 @@ def named(message: str, key: str, options: Collection[str]) -> str:
         key: what the error itself names.
         options: those of the command.
     """
-    keys = [key, *re.findall(r"\b[a-z]+(?:\.[a-z_-]+)+", message)]
+    keys = [key, *KEY.findall(message)]
     found = []
     for each in dict.fromkeys(TAGS.sub("", one) for one in keys):
-        section, _, rest = each.partition(".")
         if (option := OPTIONS.get(each, "")) in options:
             found.append(option)
-        elif "--set" in options and rest and (section in SECTIONS or each == key):
+        elif "--set" in options and "." in each:
             found.append(f"--set {each}=VALUE")
     return f"{message} (here: {', '.join(found)})" if found else message

@@ -137,13 +137,10 @@ def compensation(own: str | None, method: str) -> str:
 
 
 MIXED: Mapping[str, Any] = {
-    "data": {
-        "source": "mix",
-        "of": [
-            {"source": "hub", "repo": "tatsu-lab/alpaca"},
-            {"source": "hub", "repo": "Salesforce/wikitext", "config": "wikitext-2-raw-v1"},
-        ],
-    },
+    "data": {"source": "mix", "of": [
+        {"source": "hub", "repo": "tatsu-lab/alpaca"},
+        {"source": "hub", "repo": "Salesforce/wikitext", "config": "wikitext-2-raw-v1"},
+    ]},
     "split": "all", "packing": "per_sample", "num_samples": 64, "seq_len": 256,
 }  # fmt: skip
 """Calibration without texts of one's own: instructions, of which responses are scored, and an encyclopaedia, each text

@@ -11,9 +11,12 @@ from statistics import mean
 import datasets
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 import blockpruner
+from blockpruner import api
 from blockpruner.checkpoints import hf, verification
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
@@ -222,6 +225,53 @@ def best_pair(problem, options):
     pairs = [first | second for first, second in combinations(problem.units, 2)]
     scores = tuple(problem.ask([DENSE, *pairs]))
     yield Iteration(0, scores, (None,) * len(scores), min(range(1, len(scores)), key=lambda i: scores[i].loss))
+
+
+def quantized(model):
+    """As bitsandbytes marks it."""
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    return model
+
+
+def adapted(model):
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+def with_adapter(model):
+    return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+
+
+def offloaded(model):
+    return cpu_offload(model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "rule", "fix"),
+    [
+        (quantized, "quantized-model", "in bfloat16"), (adapted, "adapted-model", "merge_and_unload"),
+        (with_adapter, "adapted-model", "merge_and_unload"), (offloaded, "offloaded-model", "device_map"),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_not_plain_is_refused_with_the_fix(changed, rule, fix, monkeypatch):
+    monkeypatch.setattr(api.pipeline, "calibrate", None)  # before anything is computed
+    with refused(rule) as caught:
+        blockpruner.prune(changed(tiny_model(dtype=torch.float32)), tiny_tokenizer(), TEXTS, "1blocks", seq_len=32)
+    assert fix in str(caught.value)
+
+
+def test_mps_is_refused_with_the_fix(monkeypatch):
+    """MPS has no float64, in which losses are added."""
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "device", torch.device("mps"))
+    for call, more in ((blockpruner.prune, ("1blocks",)), (blockpruner.evaluate, ())):
+        with refused("mps-model") as caught:
+            call(model, tiny_tokenizer(), TEXTS, *more, seq_len=32)
+        assert 'model.to("cpu")' in str(caught.value)
+
+
+def test_a_model_spread_over_the_cpu_by_accelerate_is_pruned(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "tiny"), device_map="cpu")
+    assert blockpruner.prune(model, tiny_tokenizer(), TEXTS, "1blocks", seq_len=32, method="greedy").plan.removed
 
 
 def test_a_function_may_search_and_progress_shows_by_itself(capsys):

@@ -452,6 +452,14 @@ def test_a_revision_and_an_address_of_the_hub(model, say, asked, monkeypatch):
     assert say("curve", "a/tiny@refs/pr/1", "plan.json")[0] == 130 and asked[-1][1].model.revision == "refs/pr/1"
 
 
+def test_a_quantized_base_is_refused_from_its_config(place, say):
+    path = save_tiny(place / "packed") / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps(config))
+    code, _, err = say("prune", "packed", "--budget", 0.3, "--dry-run")
+    assert code == 2 and "quantized (fp8)" in err and "quantize the result" in err
+
+
 def test_chat_records_go_through_the_template(place, say, monkeypatch):
     save_tiny(place / "chatty")
     tokenizer = bos_tokenizer()
