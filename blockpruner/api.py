@@ -97,7 +97,7 @@ class _Made(Pruning):
 
     def load_for_export(self) -> PreTrainedModel:
         """A copy on the CPU, which the export may change."""
-        return copy.deepcopy(self.model).cpu()
+        return copy.deepcopy(self.model).cpu().requires_grad_(False)
 
     def prune_(
         self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None

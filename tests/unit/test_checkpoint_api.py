@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import blockpruner
 from blockpruner import api
-from blockpruner.checkpoints import hf, verification
+from blockpruner.checkpoints import hf, verification, verify_llama_cpp
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.core.blocks import DENSE, all_blocks
@@ -327,7 +327,7 @@ def compensated(tmp_path):
 
 
 @pytest.mark.usefixtures("in_process")
-def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compensated):
+def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compensated, monkeypatch):
     before = {name: tensor.clone() for name, tensor in compensated.model.state_dict().items()}
     places = compensated.export(tmp_path / "out", ["hf", "nas"])
     assert places == {"hf": tmp_path / "out", "nas": tmp_path / "out-nas"}
@@ -343,6 +343,9 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     assert (plan.compensate, plan.removed) == ("refit", ("mlp.0",))
     with pytest.raises(InputError, match="out is not empty; choose another directory"):
         compensated.export(tmp_path / "out")
+    monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
+    (place,) = compensated.export(tmp_path / "more", ["gguf"]).values()
+    assert (place / "model-F16.gguf").exists(), "though the model's weights require gradients"
 
 
 @pytest.mark.usefixtures("in_process")
