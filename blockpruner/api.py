@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measu
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import CalibrationSet, require_embedded
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, identity_of, licence_beside
+from blockpruner.inputs.texts import listed
+from blockpruner.inputs.tokenizers import conversation
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import Healed, set_weights_
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
 from blockpruner.methods.registry import KINDS, kind_of_method
-from blockpruner.model.models import prune_, resolve_device
+from blockpruner.model.models import prune_, require_float64, require_plain, resolve_device
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.stability import Stability
@@ -103,7 +105,7 @@ class _Made(Pruning):
 
     def load_for_export(self) -> PreTrainedModel:
         """A copy on the CPU, which the export may change."""
-        return copy.deepcopy(self.model).cpu()
+        return copy.deepcopy(self.model).cpu().requires_grad_(False)
 
     def prune_(
         self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
@@ -131,9 +133,9 @@ class Pruned:
     base: _Base
     """What exports take over from the dense model beside its weights."""
 
-    def evaluate(self, texts: Sequence[str], seq_len: int = 2048, max_rows: int | None = None) -> HeldOutPerplexity:
-        """The perplexity on texts that `prune` has not seen, as `blockpruner.evaluate`."""
-        return evaluate(self.model, self.tokenizer, texts, seq_len, max_rows)
+    def evaluate(self, texts: Sequence[str], **settings: Any) -> HeldOutPerplexity:
+        """The perplexity on texts that `prune` has not seen; the settings are those of `blockpruner.evaluate`."""
+        return evaluate(self.model, self.tokenizer, texts, **settings)
 
     def save_pretrained(self, folder: str | Path, formats: Sequence[str] = ("hf",)) -> dict[str, Path]:
         """Write verified checkpoints, `hf` at the folder and another format at FOLDER-FORMAT; returns the places.
@@ -206,7 +208,8 @@ def prune(
 
     Args:
         model: a transformers causal LM of a supported family. It is changed.
-        texts: calibration texts, from which all rows are drawn.
+        texts: calibration texts, from which all rows are drawn; a list, or a `datasets.Dataset` with a column
+            `text`, or `messages` of chats.
         budget: the share of all parameters to remove, in (0, 1); or a budget as in params.yaml ("17blocks", "0.30kv").
             The nearest reachable one is taken.
         seq_len: tokens in a calibration row; shortened to the model's context.
@@ -222,10 +225,11 @@ def prune(
         observer: shows progress; by default on standard error. `core.progress.SilentObserver()` shows nothing.
 
     Raises:
-        InputError: unsupported family, no calibration row, a budget that cannot be met, settings that do not fit.
+        InputError: unsupported family; a model that is quantized, offloaded, on MPS or has adapters; no calibration
+            row, a budget that cannot be met, settings that do not fit.
     """
-    if isinstance(texts, str):
-        raise InputError("texts is one string; give a list of calibration samples", rule="texts-one-string")
+    require_plain(model)
+    texts = listed(texts, partial(conversation, lambda: tokenizer))
     search, measure = _search(method), _metric(metric)
     if callable(metric) and cache is not None:
         raise InputError(
@@ -291,23 +295,29 @@ def _require_masks(run: Run) -> None:
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], seq_len: int = 2048, max_rows: int | None = None
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    seq_len: int = 2048,
+    max_rows: int | None = None,
+    packing: str = "documents",
 ) -> HeldOutPerplexity:
-    """The perplexity of a model, dense or pruned, on texts joined and cut into rows.
+    """The perplexity of a model, dense or pruned, on texts.
 
     `reporting.statistics.perplexity_ratio(a.row_nll, b.row_nll)` compares two models on the same texts.
 
     Args:
         seq_len: tokens in a row; shortened to the model's context.
         max_rows: at most so many rows.
+        packing: as in a run file's `evaluate.perplexity`; "joined" is the paper's.
 
     Raises:
         InputError: the texts are shorter than one row.
     """
-    if isinstance(texts, str):
-        raise InputError("texts is one string; give a list of texts")
+    require_float64(model)
+    texts = listed(texts, partial(conversation, lambda: tokenizer))
     seq_len = min(seq_len, model.config.max_position_embeddings or seq_len)
-    wanted = read_settings(Perplexity, {"seq_len": seq_len, "max_rows": max_rows})
+    wanted = read_settings(Perplexity, {"seq_len": seq_len, "max_rows": max_rows, "packing": packing})
     rows = held_out(tokenizer, texts, wanted).rows
     require_embedded(rows, tokenizer, model.config.to_dict())
     return measure_perplexity(model.eval(), rows)

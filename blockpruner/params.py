@@ -54,10 +54,18 @@ def load_run(name: str, directory: Path = Path("runs"), text: str | None = None)
         known = ", ".join(run_names(directory)) or "none"
         message = f"run {name!r} is unknown: {path} does not exist; existing runs: {known}"
         raise InputError(message, rule="unknown-run", value=name)
-    run = read_settings(Run, _with_sources(_read(path, text), named_sources(directory), path), f"{path}: ")
+    run = read_settings(Run, read_values(path, text), f"{path}: ")
     with named(f"{path}: "):
         check_run(run)
     return run
+
+
+def read_values(path: Path, text: str | None = None) -> dict[str, Any]:
+    """The values of a run file, with those of each named source."""
+    found = _with_sources(_read(path, text), named_sources(path.parent), path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no run file: it holds no keys", rule="yaml")
+    return found
 
 
 def load_sections(run: str) -> Sections:

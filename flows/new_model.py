@@ -6,7 +6,6 @@ repository). What a run file may hold is decided by blockpruner.params, and how 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from prefect.client.schemas.objects import State
 from pydantic import Field
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Frozen
+from blockpruner.core.settings import Frozen, merged
 from blockpruner.methods.recipes import RECOMMENDED, sections
 from blockpruner.params import load_run, named_sources
 from blockpruner.store.files import write_text
@@ -30,13 +29,13 @@ WHERE = "a folder or file of the workspace, a name on the hub, or a source of ru
 
 
 class NewModel(Frozen):
-    """A model that has no run file yet. What is left out has the paper's setting."""
+    """A model that has no run file yet. What is left out has the defaults of the command."""
 
     name: str = Field(description="The run file becomes `runs/<name>.yaml`.")
     model: str = Field(description=f"The dense model: {WHERE}.")
     budgets: tuple[str, ...] = Field(min_length=1, description=f"How far to prune: {BUDGETS}.")
     texts: str | None = Field(
-        default=None, description=f"What the blocks are scored on: {WHERE}. None: Alpaca from the hub."
+        default=None, description=f"What the blocks are scored on: {WHERE}. None: Alpaca and WikiText-2 from the hub."
     )
     heldout: str | None = Field(
         default=None, description=f"What perplexity is measured on: {WHERE}. None: WikiText-2 from the hub."
@@ -58,7 +57,7 @@ class NewModel(Frozen):
         data = None if self.texts is None else source_of(self.texts)
         values = {"model": source_of(self.model)} | sections(self.method, data=data, calibration={}, score={})
         if self.train:
-            values["train"] = {} if data is None else {"data": data}
+            values["train"] = {key: value for key, value in values["calibration"].items() if key == "data"}
         if self.heldout is not None:
             values["evaluate"] = {"perplexity": {"data": source_of(self.heldout)}}
         values = merged(values, self.more)
@@ -74,15 +73,6 @@ def source_of(text: str) -> dict[str, str]:
     if is_path or Path(text).exists() or Path(text).suffix in FILES:
         return {"source": "path", "path": text}
     return {"source": "hub", "repo": text}
-
-
-def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of which those in `more` replace those at the same keys; another `source` replaces its section."""
-    found = {} if "source" in more else dict(values)
-    for key, value in more.items():
-        old = found.get(key)
-        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return found
 
 
 def require_inside(values: Any) -> None:

@@ -5,13 +5,14 @@ Weights have a standard deviation of 0.5: at the usual initialisation a wrong KV
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import blockpruner.model.models  # noqa: F401  # tells transformers of the classes that it lacks
@@ -107,6 +108,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
     )
+
+
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, which begins each text with <s> as Gemma's and Llama's do."""
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
+    return tokenizer
 
 
 def save_tiny(directory: Path, family: str = "llama", layers: int = 4, **config: Any) -> Path:

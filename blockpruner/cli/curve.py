@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Runtime, read_settings
 from blockpruner.inputs.calibration import CalibrationSet, require_embedded
 from blockpruner.inputs.texts import load_texts
-from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.methods.kind import open_stores
 from blockpruner.methods.score import open_material
 from blockpruner.reporting.formats import number, printable
@@ -63,7 +64,7 @@ def measure(place: Place, run: Run, path: Path) -> dict[str, Any]:
     run, dense = place.fetch_base(run, file, plan)
     wanted = run.evaluate.perplexity
     tokenizer = load_tokenizer(dense, run.model.trust_remote_code)
-    texts = load_texts(wanted.data, place.root / "cache", place.pins)
+    texts = load_texts(wanted.data, place.root / "cache", place.pins, partial(conversation, lambda: tokenizer))
     rows = CalibrationSet(several(held_out(tokenizer, texts, wanted).rows, wanted.seq_len))
     config = read_json(dense / "config.json")
     require_embedded(rows.rows, tokenizer, config)

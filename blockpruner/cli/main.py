@@ -20,27 +20,20 @@ from rich.console import Console
 from typer import Argument, Option
 
 from blockpruner import __version__
+from blockpruner.cli.values import data_of, model_of, named, values_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.settings import Perplexity
-from blockpruner.methods.recipes import RECOMMENDED, sections
-
-OPTIONS = {
-    name: f"--{name.replace('_', '-')}"
-    for name in (
-        "num_samples", "seq_len", "max_rows", "method", "unit", "metric", "acceleration", "dtype", "device",
-        "trust_remote_code", "train", "export",
-    )
-} | {"compensate.method": "--compensate"}  # fmt: skip
-"""The options here, by the last part of a settings key, or by the whole key."""
+from blockpruner.methods.recipes import RECOMMENDED
 
 
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockpruner"
 
 
-Dense = Annotated[str, Argument(metavar="MODEL", help="A folder, or a name on the Hugging Face hub.")]
+A_MODEL = "A folder, or a name on the Hugging Face hub, perhaps with @REVISION."
+Dense = Annotated[str, Argument(metavar="MODEL", help=A_MODEL)]
 Export = Annotated[
     str,
     Option(
@@ -66,7 +59,7 @@ MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of the 
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
-FILES, ALPACA = ".jsonl, .json or .parquet records with a text, or a .txt file.", "Alpaca from the hub"
+FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
 Unseen = Annotated[
     Path | None,
     Option(metavar="FILE", help=f"Texts that prune has not seen, to measure perplexity on: {FILES}"),
@@ -92,26 +85,53 @@ def common(
 
 @app.command()
 def prune(
-    model: Dense,
     budget: Annotated[
         str, Option(metavar="SHARE", help="Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x.")
     ],
     cache: Annotated[Path, CACHE],
+    model: Annotated[str | None, Argument(metavar="MODEL", help=A_MODEL, show_default="that of --config")] = None,
     out: Annotated[
         Path | None, Option(metavar="DIR", help="The checkpoint's folder.", show_default="NAME-BUDGET")
     ] = None,
+    config: Annotated[
+        Path | None, Option(metavar="FILE", help="A run file (docs/methods.md); options replace its values.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE", help="Any key of a run file or of runtime, as in calibration.split=all."),
+    ] = None,
+    revision: Annotated[
+        str | None, Option(metavar="NAME", help="The model's commit, branch or tag on the hub.", show_default="main")
+    ] = None,
     texts: Annotated[
-        Path | None, Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default=ALPACA)
+        Path | None,
+        Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default="Alpaca and WikiText-2 from the hub"),
+    ] = None,
+    dataset: Annotated[
+        str | None, Option(metavar="REPO[:SPLIT]", help="Calibration texts: a data set of the hub.")
     ] = None,
     num_samples: Annotated[
-        int | None, Option(metavar="N", min=1, help="Texts that are drawn.", show_default="256; of --texts for 16 rows")
+        int | None, Option(metavar="N", min=1, help="Texts that are drawn.", show_default="64; of --texts for 16 rows")
     ] = None,
-    seq_len: RowLength = None,
+    seq_len: Annotated[
+        int | None,
+        Option(metavar="N", min=2, help="Tokens in a row.", show_default="256; of --texts 2048, or the context"),
+    ] = None,
     method: Annotated[
-        str, Option(metavar="NAME", help="A recipe: recommended, or blockpruner, exactly as published; or a search.")
-    ] = RECOMMENDED,
-    unit: Annotated[str, Option(metavar="NAME", help="What a step removes: block or layer.")] = "block",
-    metric: Annotated[str, Option(metavar="NAME", help="What a step keeps low (docs/methods.md).")] = "perplexity",
+        str | None,
+        Option(
+            metavar="NAME",
+            help="A recipe: recommended, or blockpruner, exactly as published; or a search.",
+            show_default=RECOMMENDED,
+        ),
+    ] = None,
+    unit: Annotated[
+        str | None, Option(metavar="NAME", help="What a step removes: block or layer.", show_default="block")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        Option(metavar="NAME", help="What a step keeps low (docs/methods.md).", show_default="perplexity"),
+    ] = None,
     acceleration: Annotated[
         str | None,
         Option(metavar="NAME", help="none (exact), lazy, race, lazy+race.", show_default="lazy+race if recommended"),
@@ -137,6 +157,12 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    workers: Annotated[
+        int | None, Option(metavar="N", min=1, help="Copies of the model that score at once, by Ray.")
+    ] = None,
+    streaming: Annotated[
+        bool, Option("--streaming", help="Hold one layer at a time, for a model larger than memory.")
+    ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print what it would take; prune nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -147,16 +173,25 @@ def prune(
     def given(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in options.items() if value is not None}
 
-    wanted = sections(
+    own_dtype, trusted = None if dtype == "auto" else dtype, trust_remote_code or None
+    source = {} if model is None else model_of(model)
+    source |= given(revision=revision, dtype=own_dtype, trust_remote_code=trusted)
+    wanted = values_of(
+        config,
+        set_ or (),
+        {"model": source, "runtime": given(workers=workers, executor=workers and "ray", streaming=streaming or None)},
         method,
-        data=None if texts is None else {"source": "path", "path": str(texts)},
+        data=data_of(texts, dataset),
         calibration=given(num_samples=num_samples, seq_len=seq_len),
-        score={"unit": unit, "metric": metric, **given(acceleration=acceleration)},
+        score=given(unit=unit, metric=metric, acceleration=acceleration),
         compensate=compensate,
         train=train,
     )
-    place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
-    run = place.read_run(model, dtype, trust_remote_code, wanted)
+    if "source" not in wanted["model"]:
+        raise InputError("there is no model; give MODEL, or --config FILE that names one", rule="no-model")
+    runtime, formats = wanted.pop("runtime"), [*wanted.pop("export", ()), export]
+    place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime)
+    run = place.read_run(model, "auto", False, wanted)
     if dry_run:
         found = forecast.dry_run(run, place.config_of(run), budget)
         _tell(found, forecast.in_words(found), as_json)
@@ -189,7 +224,9 @@ def apply(
 
 def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
     """The keys of `evaluate.perplexity` that the options give."""
-    source = {} if texts is None else {"data": {"source": "path", "path": str(texts)}}
+    source: dict[str, Any] = {"packing": "joined_bos"}
+    if texts is not None:
+        source = {"packing": "documents", "data": {"source": "path", "path": str(texts)}}
     return source | ({} if seq_len is None else {"seq_len": seq_len}) | {"max_rows": max_rows}
 
 
@@ -368,12 +405,14 @@ def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
     print(json.dumps(found) if as_json else words)
 
 
-def _fail(error: InputError) -> NoReturn:
-    option = OPTIONS.get(error.key) or OPTIONS.get(error.key.rpartition(".")[2])
-    named = f"{error} (here: {option})" if option else str(error)
+def _fail(error: InputError, args: Sequence[str] | None) -> NoReturn:
+    commands: Any = typer.main.get_command(app)
+    (name, *_) = sys.argv[1:] if args is None else args
+    options = {option for each in commands.commands[name].params for option in each.opts}
+    words = named(str(error), error.key, options)
     if error.rule in ("missing-file", "damaged-file"):
-        named += "; if it is in the folder of --cache, delete its own folder there and run again; else give a whole one"
-    print(f"error: {named}", file=sys.stderr)
+        words += "; if it is in the folder of --cache, delete its own folder there and run again; else give a whole one"
+    print(f"error: {words}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -386,10 +425,11 @@ def main(args: Sequence[str] | None = None) -> None:
             print("interrupted; scores are kept: run the same command again", file=sys.stderr)
         raise
     except InputError as error:
-        _fail(error)
+        _fail(error, args)
     except OSError as error:
         from blockpruner.store.files import no_room  # loads much
 
-        _fail(no_room(error))
+        _fail(no_room(error), args)
     except ModuleNotFoundError as error:
-        _fail(InputError(f"this needs the package {error.name}, which is not installed: pip install {error.name}"))
+        words = f"this needs the package {error.name}, which is not installed: pip install {error.name}"
+        _fail(InputError(words), args)

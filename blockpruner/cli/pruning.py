@@ -7,7 +7,8 @@ something must be computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from blockpruner import pipeline
 from blockpruner.checkpoints.registry import EXPORTS, require_families, require_packages
 from blockpruner.checks import check_run
+from blockpruner.cli.values import model_of
 from blockpruner.core.errors import InputError, missing, named
 from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import HubModel, LocalModel, Runtime, read_settings
+from blockpruner.core.settings import HubModel, LocalModel, Runtime, Texts, merged, read_settings
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
@@ -33,7 +35,7 @@ from blockpruner.inputs.checkpoints import (
 from blockpruner.inputs.hub import COMMIT, HubError, pinned_revision
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import load_texts
-from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.methods.blocks.kind import require_of
 from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
@@ -60,6 +62,8 @@ class Place:
     observer: Observer
     export: str = ""
     """Formats beside `hf`, as in `--export`."""
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    """Values of `runtime` other than the device."""
 
     @property
     def _asked(self) -> dict[str, tuple[str, ...]]:
@@ -73,20 +77,23 @@ class Place:
             found[name] = (*found.get(name, ()), *([quantization.upper()] if quantization else []))
         return found
 
-    def read_run(self, model: str, dtype: str, trusted: bool, sections: Mapping[str, Any]) -> Run:
-        """The settings of a run file; raises InputError for a model, name or value that is not valid."""
-        is_path = model.startswith((".", "/", "~")) or model.count("/") > 1  # a name on the hub has one
-        is_folder = is_path or Path(model).expanduser().is_dir()
-        path = str(Path(model).expanduser().absolute())
-        source = {"source": "path", "path": path} if is_folder else {"source": "hub", "repo": model}
-        given = {**source, "trust_remote_code": trusted} | ({} if dtype == "auto" else {"dtype": dtype})
-        run = read_settings(Run, {"model": given, "export": list(self._asked), **sections})
+    def read_run(self, model: str | None, dtype: str, trusted: bool, sections: Mapping[str, Any]) -> Run:
+        """The settings of a run file; raises InputError for a model, name or value that is not valid.
+
+        The model has its own dtype; but where it is None, and `sections` name one, they decide as a run file does.
+        """
+        given = {} if model is None else model_of(model)
+        given |= ({"trust_remote_code": True} if trusted else {}) | ({} if dtype == "auto" else {"dtype": dtype})
+        run = read_settings(
+            Run, merged({"export": list(self._asked)}, sections) | {"model": merged(given, sections.get("model", {}))}
+        )
+        is_auto = model is not None and "dtype" not in run.model.model_fields_set
         require_packages(run.export)
         config = self.config_of(run)
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
             raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
         require_families(run.export, str(config["model_type"]))
-        own = run.model.model_copy(update={"dtype": own_dtype(config)} if dtype == "auto" else {})
+        own = run.model.model_copy(update={"dtype": own_dtype(config)} if is_auto else {})
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
         context, train = config.get("max_position_embeddings"), run.train
         if train is not None and train.weights == "lora" and find_spec("peft") is None:
@@ -102,6 +109,7 @@ class Place:
             }
         )
         check_run(run)
+        self._runtime.model_dump()  # checked before anything is computed
         if quantizations := self._asked.get("gguf"):
             from blockpruner.checkpoints.gguf import require_quantizations
 
@@ -115,8 +123,7 @@ class Place:
 
         config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
-        texts, dense = load_texts(run.calibration.data, self.root / "cache", self.pins), self.fetch(run)
-        pool = pipeline.Pool(texts, train=None if run.train is None else texts)
+        pool, dense = self._pool(run), self.fetch(run)
         tokenizer, base = load_tokenizer(dense, run.model.trust_remote_code), checkpoint_identity(dense)
         judged, wanted = len(searches(run.score)) > 1, (run.calibration, run.compensate, run.train)
         rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self.observer.note, judged=judged, at_most=True)
@@ -144,6 +151,23 @@ class Place:
             by_step = {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}
             told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
         return self._export(run, pruning, out) | {"search": counts, "perplexity": told}
+
+    def _pool(self, run: Run) -> pipeline.Pool:
+        """The texts of a run. The held-out ones count where a run file names them."""
+        tokenizer = cache(lambda: load_tokenizer(self.fetch(run), run.model.trust_remote_code))
+
+        @cache
+        def load(data: Texts | None) -> list[str] | None:
+            written = partial(conversation, tokenizer)
+            return None if data is None else load_texts(data, self.root / "cache", self.pins, written)
+
+        heldout, texts = run.evaluate.perplexity, load(run.calibration.data)
+        pool = pipeline.Pool(texts or (), load(run.compensate.data), load(run.train and run.train.data))
+        if "data" not in heldout.model_fields_set:
+            return pool
+        from blockpruner.evaluation.perplexity import held_out
+
+        return replace(pool, evaluated=held_out(tokenizer(), load(heldout.data) or (), heldout).documents)
 
     def _key(self, run: Run, rows: pipeline.Rows, method: str, base: str, budget: str) -> str:
         """What decides the compensated model."""
@@ -202,7 +226,7 @@ class Place:
 
     @property
     def _runtime(self) -> Runtime:
-        return read_settings(Runtime, {"device": self.device})
+        return read_settings(Runtime, {"device": self.device, **self.runtime}, section="runtime.")
 
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
         """Export the model of a plan's file."""
@@ -278,7 +302,9 @@ class Place:
         return self.root / "pins.json"
 
     def config_of(self, run: Run) -> Config:
-        assert isinstance(run.model, HubModel | LocalModel)
+        if not isinstance(run.model, HubModel | LocalModel):
+            found: Config = read_json(self.fetch(run) / "config.json")
+            return found
         try:
             return fetch_config(run.model, self.pins)
         except HubError as error:
@@ -317,7 +343,7 @@ T = TypeVar("T", Calibration, Perplexity)
 
 def fitted(given: T, config: Config, key: str) -> T:
     """The same, its rows as long as the model's context at most; raises InputError if longer ones were asked for."""
-    if "seq_len" in given.model_fields_set:
+    if "seq_len" in given.model_fields_set and given.packing != "per_sample":  # of which it is only the most
         check_context(given.seq_len, dict(config), key)
     length = min(given.seq_len, config.get("max_position_embeddings") or given.seq_len)
     return given.model_copy(update={"seq_len": length})

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -23,7 +24,7 @@ from blockpruner.evaluation.samples import answer
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import require_embedded
 from blockpruner.inputs.texts import load_texts
-from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
 from blockpruner.reporting.formats import number, printable
@@ -102,7 +103,8 @@ def rows_of(folders: Sequence[Path], wanted: Perplexity) -> tuple[tuple[int, ...
     Raises:
         InputError: the texts are fewer than two rows, or the tokenizers make different rows of them.
     """
-    texts, found = load_texts(wanted.data, Path(), Path()), list[tuple[tuple[int, ...], ...]]()
+    written = partial(conversation, lambda: load_tokenizer(folders[0]))
+    texts, found = load_texts(wanted.data, Path(), Path(), written), list[tuple[tuple[int, ...], ...]]()
     shortest = min(map(config_of, folders), key=lambda config: config.get("max_position_embeddings") or math.inf)
     wanted = fitted(wanted, shortest, "evaluate.perplexity.seq_len")
     for folder in folders:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, all_blocks
+from blockpruner.core.errors import InputError
 from blockpruner.core.registry import Registry
 
 Config = Mapping[str, Any]
@@ -299,3 +300,15 @@ FAMILIES: Registry[Family] = Registry(
     key="model_type",
     hint='A new one is one row in blockpruner/core/families.py (docs/architecture.md, "Model families")',
 )
+
+
+def require_supported(config: Config) -> None:
+    """Refuse the config of a model that cannot be pruned: of no known family, or quantized; raises InputError."""
+    FAMILIES[config["model_type"]]
+    if packed := config.get("quantization_config"):
+        method = packed.get("quant_method", "by an unknown method")
+        raise InputError(
+            f"the model's weights are quantized ({method}), and pruning needs the plain ones; give the model that was "
+            "quantized, in bfloat16, and quantize the result",
+            rule="quantized-model", key="model", value=method,
+        )  # fmt: skip

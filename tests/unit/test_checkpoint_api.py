@@ -9,12 +9,16 @@ from pathlib import Path
 from statistics import mean
 from types import ModuleType
 
+import datasets
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 import blockpruner
-from blockpruner.checkpoints import hf, verification
+from blockpruner import api
+from blockpruner.checkpoints import hf, verification, verify_llama_cpp
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.core.blocks import DENSE, all_blocks
@@ -240,6 +244,53 @@ def best_pair(problem, options):
     yield Iteration(0, scores, (None,) * len(scores), min(range(1, len(scores)), key=lambda i: scores[i].loss))
 
 
+def quantized(model):
+    """As bitsandbytes marks it."""
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    return model
+
+
+def adapted(model):
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+def with_adapter(model):
+    return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+
+
+def offloaded(model):
+    return cpu_offload(model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "rule", "fix"),
+    [
+        (quantized, "quantized-model", "in bfloat16"), (adapted, "adapted-model", "merge_and_unload"),
+        (with_adapter, "adapted-model", "merge_and_unload"), (offloaded, "offloaded-model", "device_map"),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_not_plain_is_refused_with_the_fix(changed, rule, fix, monkeypatch):
+    monkeypatch.setattr(api.pipeline, "calibrate", None)  # before anything is computed
+    with refused(rule) as caught:
+        blockpruner.prune(changed(tiny_model(dtype=torch.float32)), tiny_tokenizer(), TEXTS, "1blocks", seq_len=32)
+    assert fix in str(caught.value)
+
+
+def test_mps_is_refused_with_the_fix(monkeypatch):
+    """MPS has no float64, in which losses are added."""
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "device", torch.device("mps"))
+    for call, more in ((blockpruner.prune, ("1blocks",)), (blockpruner.evaluate, ())):
+        with refused("mps-model") as caught:
+            call(model, tiny_tokenizer(), TEXTS, *more, seq_len=32)
+        assert 'model.to("cpu")' in str(caught.value)
+
+
+def test_a_model_spread_over_the_cpu_by_accelerate_is_pruned(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "tiny"), device_map="cpu")
+    assert blockpruner.prune(model, tiny_tokenizer(), TEXTS, "1blocks", seq_len=32, method="greedy").plan.removed
+
+
 def test_a_function_may_search_and_progress_shows_by_itself(capsys):
     reference = tiny_model()
     pruned = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, "2blocks", seq_len=32, method=best_pair)
@@ -254,14 +305,29 @@ def test_a_function_may_search_and_progress_shows_by_itself(capsys):
     assert pruned.plan.method == "best_pair"
 
 
+def test_texts_may_be_a_data_set():
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    given = {"seq_len": 32, "packing": "joined"}
+    listed = blockpruner.evaluate(tiny_model(), tiny_tokenizer(), TEXTS, **given)
+    assert blockpruner.evaluate(tiny_model(), tiny_tokenizer(), table, **given) == listed
+    pruned = [
+        blockpruner.prune(tiny_model(), tiny_tokenizer(), texts, "1blocks", seq_len=32, method="greedy").plan
+        for texts in (TEXTS, table)
+    ]
+    assert pruned[0] == pruned[1]
+    for texts, rule in ((datasets.DatasetDict(train=table), "texts-of-splits"), ("text", "texts-one-string")):
+        with refused(rule):
+            blockpruner.evaluate(tiny_model(), tiny_tokenizer(), texts)
+
+
 def test_evaluate_is_the_perplexity_of_joined_rows():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     ids = tokenizer("\n\n".join(TEXTS)).input_ids
     rows = [ids[i : i + 32] for i in range(0, 96, 32)]
-    dense = blockpruner.evaluate(model, tokenizer, TEXTS, seq_len=32, max_rows=3)
+    dense = blockpruner.evaluate(model, tokenizer, TEXTS, seq_len=32, max_rows=3, packing="joined")
     assert dense.perplexity == pytest.approx(math.exp(mean(full_nll(model, row) for row in rows)))
     pruned = blockpruner.prune(model, tokenizer, TEXTS, "2blocks", seq_len=32, method="greedy")
-    found = pruned.evaluate(TEXTS, seq_len=32, max_rows=3)
+    found = pruned.evaluate(TEXTS, seq_len=32, max_rows=3, packing="joined")
     assert found.row_nll == pytest.approx([full_nll(pruned.model, row) for row in rows]) and found != dense
 
 
@@ -278,7 +344,7 @@ def compensated(tmp_path):
 
 
 @pytest.mark.usefixtures("in_process")
-def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compensated):
+def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compensated, monkeypatch):
     before = {name: tensor.clone() for name, tensor in compensated.model.state_dict().items()}
     places = compensated.save_pretrained(tmp_path / "out", ["hf", "nas"])
     assert places == {"hf": tmp_path / "out", "nas": tmp_path / "out-nas"}
@@ -292,6 +358,9 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     card, plan = (tmp_path / "out/README.md").read_text(), load_plan(tmp_path / "out/blockpruner_plan.json")
     assert "license: mit" in card and "compensated without training (refit" in card and "# out\n" in card
     assert (plan.compensate, plan.removed) == ("refit", ("mlp.0",))
+    monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
+    (place,) = compensated.save_pretrained(tmp_path / "more", ["gguf"]).values()
+    assert (place / "model-F16.gguf").exists(), "though the model's weights require gradients"
 
 
 def files_in(folder):

@@ -38,7 +38,7 @@ from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
 from tests.fakes import Hub, PushHub
 from tests.plans import plan_of
-from tests.tiny import full_nll, save_tiny, tiny_tokenizer
+from tests.tiny import bos_tokenizer, full_nll, save_tiny, tiny_tokenizer
 
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(40))
 PROMPT = torch.arange(1, 20)[None]
@@ -409,6 +409,118 @@ def test_a_bad_value_is_named_in_the_last_line(model, place, say, option, value,
     last = err.splitlines()[-1]
     assert code == 2 and not out and last.startswith("error: ") and value.partition(":")[2] in last, err
     assert not named or last.endswith(f"(here: {option})"), err
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The place and the run of each command, which ends there."""
+    found = []
+
+    def read(place, *given):
+        found.append((place, read_run(place, *given)))
+        raise KeyboardInterrupt
+
+    read_run = Place.read_run
+    monkeypatch.setattr(Place, "read_run", read)
+    return found
+
+
+@pytest.mark.usefixtures("place")
+def test_every_setting_has_a_way_in(model, say, asked):
+    def run(*more):
+        code, _, err = say(*prune(model), *more)
+        assert code == 130, err
+        return asked[-1]
+
+    sets = (
+        "calibration.split=all", "calibration.num_rows=3", "score.options={per: kv}", "evaluate.speed=null",
+        "model.dtype=bfloat16", "compensate.seed=7", "runtime.batch_tokens=64", "export=[hf, nas]",
+    )  # fmt: skip
+    place, found = run(*(word for text in sets for word in ("--set", text)))
+    assert (found.calibration.num_rows, found.score.options, found.evaluate.speed) == (3, {"per": "kv"}, None)
+    assert (found.model.dtype, found.compensate.seed, found.export) == ("bfloat16", 7, ("hf", "nas"))
+    assert found.calibration.data.path == "texts.txt" and place._runtime.batch_tokens == 64
+    place, _ = run("--workers", 3)
+    assert (place._runtime.executor, place._runtime.workers) == ("ray", 3)
+    assert run("--streaming")[0]._runtime.streaming
+    given = ("prune", model, "--budget", 0.3, "--dataset")
+    assert say(*given, "someone/texts:test")[0] == say(*given, "someone/texts")[0] == 130
+    for (_, one), split in zip(asked[-2:], ("test", "train"), strict=True):
+        assert (one.calibration.data.repo, one.calibration.data.split) == ("someone/texts", split)
+        assert one.calibration.split == "all"
+    Path("mine.yaml").write_text(
+        f"model: {{source: path, path: {model}}}\ncalibration: {{data: {{source: path, path: t.txt}}, num_samples: 5}}"
+    )
+    code, _, err = say("prune", "--config", "mine.yaml", "--budget", 0.3, "--seq-len", 16, "--method", "random")
+    assert code == 130, err
+    wanted = asked[-1][1]
+    assert (wanted.calibration.num_samples, wanted.calibration.seq_len, wanted.score.method) == (5, 16, "random")
+    assert (wanted.calibration.split, wanted.calibration.data.path, wanted.model.dtype) == ("paper", "t.txt", "float32")
+
+
+@pytest.mark.parametrize(
+    ("more", "words", "here"),
+    [
+        (("--set", "calibration.sed=3"), "calibration.sed: Extra inputs", "--set calibration.sed="),
+        (("--set", "train.batch=x", "--train", "all"), "valid integer", "--set train.batch="),
+        (("--set", "runtime.workers=2"), "executor", ""),
+        (("--set", "calibration"), "KEY=VALUE", ""),
+        (("--set", "score.options=[a"), "not valid YAML", ""),
+        (("--set", "targets.x=1"), "targets: Extra inputs", ""),
+        (("--revision", "v1"), "model.path.revision: Extra", "--revision"),
+        (("--dataset", "a/b"), "--texts and --dataset", ""),
+        (("--config", "absent.yaml"), "absent.yaml does not exist", ""),
+        (("--set", "calibration.score=response"), "calibration.score: response", "--set calibration.score="),
+    ],
+)
+def test_what_is_refused_is_named_as_the_command_calls_it(model, place, say, more, words, here):
+    code, out, err = say(*prune(model, "--set", "calibration.split=all"), *more)
+    assert code == 2 and not out and words in err and (not here or here in err.splitlines()[-1]), err
+    assert not (place / "0.3").exists() and "(here: )" not in err
+
+
+@pytest.mark.usefixtures("place")
+def test_a_revision_and_an_address_of_the_hub(model, say, asked, monkeypatch):
+    hub = Hub(model, monkeypatch)
+    for words in (
+        ("a/tiny@v1",),
+        ("a/tiny", "--revision", "v1"),
+        ("hf://a/tiny@v1",),
+        ("https://huggingface.co/a/tiny@v1",),
+    ):
+        code, _, err = say("prune", *words, "--budget", 0.3)
+        assert code == 130, err
+        assert (asked[-1][1].model.repo, asked[-1][1].model.revision) == ("a/tiny", "v1")
+    assert {*hub.asked} == {("a/tiny", "v1")}
+    assert say("curve", "a/tiny@refs/pr/1", "plan.json")[0] == 130 and asked[-1][1].model.revision == "refs/pr/1"
+
+
+def test_a_quantized_base_is_refused_from_its_config(place, say):
+    path = save_tiny(place / "packed") / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps(config))
+    code, _, err = say("prune", "packed", "--budget", 0.3, "--dry-run")
+    assert code == 2 and "quantized (fp8)" in err and "quantize the result" in err
+
+
+def test_chat_records_go_through_the_template(place, say, monkeypatch):
+    save_tiny(place / "chatty")
+    tokenizer = bos_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(place / "chatty")
+    turns = [
+        [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * 9}] for i in range(40)
+    ]
+    (place / "chat.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    found = []
+    monkeypatch.setattr(pipeline, "calibrate", lambda *given, **_: found.append(given[3]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.main(["prune", "chatty", "--budget", "0.3", "--texts", "chat.jsonl"])
+    assert found[0].search == [f"[user] say {i} [assistant] {f'{i} ' * 9} " for i in range(40)], "and one BOS in a row"
+    tiny_tokenizer().save_pretrained(place / "chatty")
+    (place / "chatty/chat_template.jinja").unlink(missing_ok=True)
+    code, _, err = say("prune", "chatty", "--budget", 0.3, "--texts", "chat.jsonl", "--cache", "other")
+    assert code == 2 and "no chat template" in err
 
 
 def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch):

@@ -11,17 +11,22 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import blockpruner
-from blockpruner import pipeline
+from blockpruner import api, pipeline
+from blockpruner.cli import curve as cli_curve
 from blockpruner.cli import main as command
+from blockpruner.cli import pruning, talking
 from blockpruner.cli.pruning import Place
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
+from blockpruner.evaluation import perplexity
 from blockpruner.healing import rows as healing_rows
-from blockpruner.inputs import calibration
+from blockpruner.inputs import calibration, texts
+from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
 from blockpruner.params import load_run
-from blockpruner.store.plans import load_plan
+from blockpruner.store.plans import load_plan, save_plan
 from flows.new_model import NewModel
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.plans import plan_of
+from tests.tiny import bos_tokenizer, save_tiny, tiny_tokenizer
 
 
 def document(number):
@@ -92,6 +97,10 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     exported = place / "data/checkpoints/pruned/hf"
     assert (place / "pruned/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     assert same_plan(place / "pruned", "tiny") == same_plan(exported, "tiny")
+    with pytest.raises(SystemExit) as end:
+        command.main(("prune", "--config", "runs/tiny.yaml", "--budget", "0.3", "--out", "by-file"))
+    assert end.value.code == 0
+    assert (place / "by-file/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     found = prune_in_memory()
     assert found.plan.removed == same_plan(exported, "tiny").removed
     assert found.compensation["judged"].keys() == {"floating", "greedy-layers"}
@@ -100,7 +109,7 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     more = {"model": {"dtype": "float32"}, "calibration": {"seq_len": 64}}
     form = NewModel(name="form", model="tiny", budgets=("0.3",), texts="t.jsonl", more=more)
     (place / "runs/form.yaml").write_text(form.text())
-    for run in (load_run("form"), load_run("tiny")):
+    for run in (load_run("form"), load_run("tiny"), asked[1]):
         for section in ("score", "compensate", "train"):
             assert getattr(run, section) == getattr(asked[0], section)
         absolute = {"data": asked[0].calibration.data}
@@ -123,6 +132,92 @@ def by_stages():
     path.write_text(yaml.safe_dump(run))
     write_texts(Path("heldout.jsonl"), TEXTS[:20])  # which are calibration texts, too
     stages(*OF_RUN)
+
+
+def by_command_without_texts():
+    command.main((*PRUNE[:4], "--num-samples", "40", "--train", "all"))
+
+
+@pytest.fixture
+def gemma(place, monkeypatch):
+    """A model that needs BOS, and a hub of instructions and of an encyclopaedia."""
+    save_tiny(place / "tiny", "gemma3_text", max_position_embeddings=512)
+    bos_tokenizer().save_pretrained(place / "tiny")
+    write_texts(place / "heldout.jsonl", [f"other words {i} " * 9 for i in range(20)])
+
+    def load(data, *given):
+        if data.source == "path":
+            return texts.load_texts(data, *given)
+        sources = data.of if data.source == "mix" else (data,)
+        half = {"tatsu-lab/alpaca": map(instruction, TEXTS[:60]), "Salesforce/wikitext": TEXTS[60:]}
+        return [text for source in sources for text in half[source.repo]]
+
+    monkeypatch.setattr(pruning, "load_texts", load)
+    monkeypatch.setattr(cli_curve, "load_texts", load)
+    return place
+
+
+def decoded(rows):
+    return "".join(tiny_tokenizer().decode([max(token, ~token) for token in row]) for row in rows)
+
+
+def instruction(text):
+    return ALPACA_WITHOUT_INPUT.format(instruction="Count.", output=text)
+
+
+def test_without_texts_every_family_can_read_the_rows_and_responses_are_scored(gemma, monkeypatch):
+    """The paper's draw begins one row with BOS, and scores Alpaca's template."""
+    found, noted = [], []
+
+    class Noted(SilentObserver):
+        def note(self, message):
+            noted.append(message)
+
+    def recorded(*given, **more):
+        found.append(calibrate(*given, **more))
+        raise RecordedError
+
+    calibrate = pipeline.calibrate
+    monkeypatch.setattr(pipeline, "calibrate", recorded)
+    monkeypatch.setattr(command, "stderr_observer", Noted)
+    with pytest.raises(RecordedError):
+        by_command_without_texts()
+    for name, part in vars(found[0]).items():
+        assert part.rows and {max(row[0], ~row[0]) for row in part.rows} == {257}, name
+    rows = {name: set(re.findall(r"doc\d{3}", decoded(part.rows))) for name, part in vars(found[0]).items()}
+    judge = rows.pop("judge")
+    assert judge and not judge & set().union(*rows.values()), "set aside before the search draws"
+    scored = decoded([token for token in row if token >= 0] for row in found[0].search.rows)
+    numbers = {*map(int, re.findall(r"doc(\d{3})", scored))}
+    assert min(numbers) < 60 <= max(numbers), "both kinds of text"
+    assert "Response" not in scored and not any("BOS" in note for note in noted)
+    paper = ("--method", "blockpruner", "--seq-len", "64", "--num-samples", "4")
+    with pytest.raises(RecordedError):
+        command.main(("prune", "tiny", "--budget", "0.3", *paper))
+    assert "Response" in decoded(found[1].search.rows), "as published"
+
+
+def test_held_out_rows_begin_with_bos_in_every_door(gemma, monkeypatch):
+    seen, held_out = [], perplexity.held_out
+
+    def recorded(*given):
+        seen.append(held_out(*given).rows)
+        raise RecordedError
+
+    for module in (perplexity, talking, api):
+        monkeypatch.setattr(module, "held_out", recorded)
+    save_plan(plan_of(gemma / "tiny", ["mlp.0"], base=f"some/one@{40 * 'a'}"), gemma / "plan.json")
+    given = ("--texts", "heldout.jsonl", "--seq-len", "64")
+    model = AutoModelForCausalLM.from_pretrained("tiny")
+    for door in (
+        lambda: blockpruner.evaluate(model, bos_tokenizer(), TEXTS, 64),
+        lambda: command.main(("compare", "tiny", "tiny", *given)),
+        lambda: command.main(("curve", "tiny", "plan.json", *given)),
+        lambda: command.main(("curve", "tiny", "plan.json", *given[2:])),
+    ):
+        with pytest.raises(RecordedError):
+            door()
+    assert all({row[0] for row in rows} == {257} and len(rows) > 1 for rows in seen)
 
 
 DOORS = [(by_command, set()), (by_stages, set(range(19))), (prune_in_memory, set())]

@@ -1,11 +1,9 @@
 """Held-out perplexity against plain full-logits forwards."""
 
-import copy
 import math
 
 import pytest
 import torch
-from tokenizers import processors
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
@@ -13,7 +11,7 @@ from blockpruner.evaluation.perplexity import SHORT, held_out, measure_perplexit
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.model.models import masked, prune_
 from blockpruner.scoring import work
-from tests.tiny import VARIANTS, VARIANTS_DAILY, full_nll, tiny_model, tiny_tokenizer, tolerance
+from tests.tiny import VARIANTS, VARIANTS_DAILY, bos_tokenizer, full_nll, tiny_model, tiny_tokenizer, tolerance
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "Sphinx of quartz."]
 MASK = parse_mask("mha.1,mlp.2,mha.3,mlp.3")
@@ -31,12 +29,24 @@ def test_rows_are_the_joined_texts_cut_and_the_tail_dropped():
 
 
 def test_a_tokenizer_that_adds_bos_adds_one():
-    tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 257)]
-    )
-    rows = held_out_rows(tokenizer, TEXTS, 20)
+    rows = held_out_rows(bos_tokenizer(), TEXTS, 20)
     assert rows[0][0] == 257 and sum(row.count(257) for row in rows) == 1
+
+
+@pytest.mark.parametrize("packing", ["joined_bos", "documents"])
+def test_every_row_may_begin_as_the_tokenizer_begins_a_text(packing):
+    """Gemma 3 has perplexity 109 in place of 12 on rows without."""
+    text = "\n\n".join(TEXTS)
+    found = held_out(bos_tokenizer(), [text], Perplexity(seq_len=20, packing=packing))
+    assert {row[0] for row in found.rows} == {257} and found.documents == (text,)
+    read = tiny_tokenizer().decode([token for row in found.rows for token in row[1:]])
+    assert read == text[: 19 * len(found.rows)] and len(found.rows) == len(text) // 19
+    wanted = Perplexity(seq_len=20, packing="joined")
+    assert held_out(tiny_tokenizer(), [text], wanted.model_copy(update={"packing": packing})) == held_out(
+        tiny_tokenizer(), [text], wanted
+    )
+    cut = held_out(bos_tokenizer(), TEXTS, Perplexity(seq_len=20, max_rows=3, packing="joined_bos"))
+    assert cut.documents == tuple(TEXTS[:2]), "57 characters reach into the second text"
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, None])

@@ -59,11 +59,11 @@ def wheel(tmp_path, monkeypatch):
 def test_package_file_is_verified_cached_and_read(tmp_path, wheel, monkeypatch):
     package, digest = wheel
     data = PypiTexts(source="pypi", package=package, sha256=digest, file="tinydata/texts.json", format="text")
-    assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
+    assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json", str) == ["one", "two"]
     package_file(package, digest, tmp_path / "cache").write_bytes(b"damaged")  # it is downloaded again
     assert hashlib.sha256(package_file(package, digest, tmp_path / "cache").read_bytes()).hexdigest() == digest
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
-    assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json") == ["one", "two"]
+    assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json", str) == ["one", "two"]
 
 
 def sdist(path, files):
@@ -334,16 +334,16 @@ def test_texts(tmp_path):
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Hi", "input": "", "output": "Ho"},
     ]
-    first, second = parse_texts(json.dumps(records).encode(), "x.json", "alpaca")
+    first, second = parse_texts(json.dumps(records).encode(), "x.json", "alpaca", str)
     assert first.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3")
     assert second.endswith("### Instruction:\nHi\n\n### Response:\nHo")
     wiki = b'<doc id="1" title="A">\nA\n\nBody\n\n</doc>\n<doc id="2" title="B">\nB\n\nMore\n</doc>\n'
-    assert parse_texts(wiki, "wiki.utf8", "wikipedia") == ["A\n\nBody", "B\n\nMore"]
+    assert parse_texts(wiki, "wiki.utf8", "wikipedia", str) == ["A\n\nBody", "B\n\nMore"]
     (tmp_path / "x.json").write_text(json.dumps(records))
     (tmp_path / "y.txt").write_text("Yes.")
     names = {"x.json": "alpaca", "y.txt": "text"}
     parts = [{"source": "path", "path": str(tmp_path / name), "format": form} for name, form in names.items()]
     mix = MixedTexts.model_validate({"source": "mix", "of": parts})
-    assert load_texts(mix, tmp_path, tmp_path) == [first, second, "Yes."]
+    assert load_texts(mix, tmp_path, tmp_path, str) == [first, second, "Yes."]
     with pytest.raises(InputError, match=r"record 0, has no text text \(it has instruction, input, output\)"):
-        parse_texts(json.dumps(records).encode(), "x.json", "text")
+        parse_texts(json.dumps(records).encode(), "x.json", "text", str)

@@ -1,0 +1,109 @@
+"""The values of a run file as the command gets them, and its own names for their keys.
+
+Decides the order: what --set gives replaces what other options give, and those replace --config. Values are checked by
+the settings classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from blockpruner.core.errors import InputError
+from blockpruner.core.settings import merged
+from blockpruner.methods.recipes import RECOMMENDED, sections, training
+
+OPTIONS = {
+    key: f"--{key.rpartition('.')[2].replace('_', '-')}"
+    for key in (
+        "calibration.num_samples", "calibration.seq_len", "evaluate.perplexity.seq_len", "evaluate.perplexity.max_rows",
+        "score.method", "score.unit", "score.metric", "score.acceleration", "model.dtype", "model.trust_remote_code",
+        "model.revision", "runtime.device", "runtime.workers", "runtime.streaming", "method", "train", "export",
+        "compensate",
+    )
+} | {"compensate.method": "--compensate"}  # fmt: skip
+"""The options that give a settings key."""
+
+KEY = re.compile(r"\b(?:calibration|score|evaluate|compensate|train|runtime)(?:\.[a-z_]+)+")
+HUB = re.compile(r"^(hf://|https://(huggingface\.co|hf\.co)/)")
+TAGS = re.compile(r"\.(hub|path|pypi|pypi-parts|mix)(?=\.)")
+"""Kinds of source, which pydantic puts into the key of a mistake."""
+
+
+def data_of(texts: Path | None, dataset: str | None) -> dict[str, Any] | None:
+    """The source of texts that options name."""
+    if texts is not None and dataset is not None:
+        raise InputError("--texts and --dataset are both given; give one", rule="texts-twice", key="calibration.data")
+    if dataset is None:
+        return None if texts is None else {"source": "path", "path": str(texts)}
+    repo, _, split = HUB.sub("", dataset).removeprefix("datasets/").partition(":")
+    return {"source": "hub", "repo": repo} | ({"split": split} if split else {})
+
+
+def model_of(text: str) -> dict[str, Any]:
+    """The source of a model: a folder; or a name on the hub or its address, perhaps with @ and a revision."""
+    repo, _, revision = HUB.sub("", text).partition("@")
+    is_path = text.startswith((".", "/", "~")) or repo.count("/") > 1  # a name on the hub has one
+    if is_path or Path(text).expanduser().is_dir():
+        return {"source": "path", "path": str(Path(text).expanduser().absolute())}
+    return {"source": "hub", "repo": repo} | ({"revision": revision} if revision else {})
+
+
+def values_of(
+    config: Path | None, sets: Sequence[str], others: Mapping[str, Any], method: str | None, **given: Any
+) -> dict[str, Any]:
+    """Sections of a run file, and `runtime`.
+
+    Args:
+        config: a run file, which is kept but for what else is given.
+        sets: texts KEY=VALUE, the key dotted and the value as in YAML.
+        others: values of sections that are no argument of `methods.recipes.sections`, as the rest is.
+    """
+    if config is None:
+        found = sections(method or RECOMMENDED, **given)
+    else:
+        from blockpruner.params import read_values
+
+        own = {} if given["data"] is None else {"data": given["data"]}
+        found = read_values(config.expanduser()) | ({"train": training(given["train"]) | own} if given["train"] else {})
+        calibration = own | given["calibration"]
+        score = given["score"] | ({"method": method} if method else {})
+        compensate = {"method": given["compensate"]} if given["compensate"] else {}
+        found = merged(found, {"calibration": calibration, "score": score, "compensate": compensate})
+    for each in (others, *map(_set, sets)):
+        found = merged(found, each)
+    return found
+
+
+def _set(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {text!r} is not KEY=VALUE; an example: --set calibration.split=all", rule="set-form")
+    try:
+        found: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {text!r}: the value is not valid YAML", rule="yaml", key=key, value=value) from error
+    for part in reversed(key.strip().split(".")):
+        found = {part: found}
+    return dict(found)
+
+
+def named(message: str, key: str, options: Collection[str]) -> str:
+    """A message, and what this command calls the settings keys in it.
+
+    Args:
+        key: what the error itself names.
+        options: those of the command.
+    """
+    keys = [key, *KEY.findall(message)]
+    found = []
+    for each in dict.fromkeys(TAGS.sub("", one) for one in keys):
+        if (option := OPTIONS.get(each, "")) in options:
+            found.append(option)
+        elif "--set" in options and "." in each:
+            found.append(f"--set {each}=VALUE")
+    return f"{message} (here: {', '.join(found)})" if found else message
