@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +28,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, drop_code_, licence_beside
 from blockpruner.inputs.texts import listed
 from blockpruner.inputs.tokenizers import conversation
-from blockpruner.methods.apply import Pruning
+from blockpruner.methods.apply import Made
 from blockpruner.methods.healed import Healed, set_weights_
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
@@ -89,23 +88,6 @@ class _Base:
         return bool(self.place) and Path(self.place).is_dir()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Made(Pruning):
-    """A model that is pruned already: what is written of it is verified against itself."""
-
-    model: PreTrainedModel
-
-    def load_for_export(self) -> PreTrainedModel:
-        """A copy on the CPU, which the export may change."""
-        return copy.deepcopy(self.model).cpu().requires_grad_(False)
-
-    def prune_(
-        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
-    ) -> PreTrainedModel:
-        note(dense)
-        return dense
-
-
 @dataclass(frozen=True)
 class Pruned:
     """What `prune` returns."""
@@ -151,9 +133,7 @@ class Pruned:
             self.base.write(Path(folder), self.tokenizer)
             for form, place in places.items():
                 plan = replace(self.plan, target=place.name)
-                made = _Made(
-                    Path(folder), plan, CalibrationSet(()), dtype, "cpu", healed=self._healed, model=self.model
-                )
+                made = Made(Path(folder), plan, CalibrationSet(()), dtype, "cpu", healed=self._healed, model=self.model)
                 pipeline.export(made, {form: place})
         return places
 

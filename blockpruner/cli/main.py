@@ -222,6 +222,22 @@ def apply(
     _tell(found, work.words(found), as_json)
 
 
+@app.command()
+def export(
+    checkpoint: Written,
+    formats: Annotated[
+        list[str], Argument(metavar="FORMATS...", help="nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Write other formats of a finished checkpoint, each at DIR-FORMAT."""
+    from blockpruner.cli import exporting, pruning
+
+    place = pruning.Place(cache_folder(), "cpu", stderr_observer(), ",".join(formats))
+    found = exporting.export(checkpoint.expanduser().absolute(), place)
+    _tell(found, pruning.words(found), as_json)
+
+
 def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
     """The keys of `evaluate.perplexity` that the options give."""
     source: dict[str, Any] = {"packing": "joined_bos"}

@@ -165,6 +165,29 @@ def test_a_quantization_may_be_asked_for_later(model, place, say, monkeypatch):
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_finished_checkpoint_gets_other_formats(model, place, say, monkeypatch):
+    """The oracle is the export in one go, of the healed model."""
+    monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
+    (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(60)))
+    order = ("--set", "score.options={order: [mlp.0]}", "--compensate", "refit")
+    args = prune(model, "--seq-len", 16, *order, budget="1blocks", method="given")
+    done(say(*args, "--out", "whole", "--export", "nas,gguf", "--json"))
+    done(say(*args, "--out", "small", "--json"))
+    found = done(say("export", "small", "mlx-lm", "llama.cpp", "--json"))
+    assert [Path(each["path"]).name for each in found["written"]] == ["small-nas", "small-gguf"]
+    for form, name in (("nas", "model.safetensors"), ("nas", "config.json"), ("gguf", "model-F16.gguf")):
+        assert (place / f"small-{form}" / name).read_bytes() == (place / f"whole-{form}" / name).read_bytes(), form
+    assert load_plan(place / "small-nas/blockpruner_plan.json").removed
+    assert "compensated" in (place / "small-nas/README.md").read_text()
+    for words, message in (
+        (("small", "nas"), "is there already"), (("small", "hf"), "is the hf checkpoint itself"),
+        (("small-nas/..", "nas"), "does not exist; give a blockpruner_plan.json"), (("small", "onnx"), "onnx"),
+    ):  # fmt: skip
+        code, _, err = say("export", *words)
+        assert code == 2 and message in err, err
+
+
+@pytest.mark.usefixtures("in_process")
 def test_apply_makes_the_same_checkpoint_from_the_same_base_alone(model, place, say):
     done(say(*prune(model, "--out", "out", "--json")))
     assert done(say("apply", model, "out", "--out", "again", "--json"))["written"][0]["verified"]
