@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from statistics import mean
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,12 +29,14 @@ from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
+from blockpruner.evaluation import zero_shot
 from blockpruner.healing import choice, train
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
 from tests.fakes import Hub, PushHub
 from tests.tiny import bos_tokenizer, full_nll, save_tiny, tiny_tokenizer
+from tests.unit.zero_shot_items import tables_of, write_tasks
 
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(40))
 PROMPT = torch.arange(1, 20)[None]
@@ -580,6 +583,19 @@ def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeyp
     monkeypatch.setattr(talking, "load_tokenizer", lambda folder: next(others))
     code, _, err = say(*given)
     assert code == 2 and "pruned has another tokenizer than" in err
+
+
+def test_eval_prints_what_the_benchmarks_of_the_library_score(model, place, say):
+    (place / "items").mkdir()
+    pq.write_table(tables_of("piqa")["validation"], place / "items/piqa_validation.parquet")
+    given = ("eval", model, "--tasks", "piqa", "--items", "items")
+    found = done(say(*given, "--json"))
+    expected = zero_shot.evaluate(load_model(model, "float32"), tiny_tokenizer(), "piqa", write_tasks(place / "tasks"))
+    assert found == {"piqa": expected.scores}
+    code, out, _ = say(*given, "--limit", 1)
+    assert code == 0 and out.startswith("piqa: acc")
+    code, _, err = say("eval", model, "--tasks", "piqua")
+    assert code == 2 and "'piqua' is unknown" in err and "(here: --tasks)" in err
 
 
 def test_code_of_others_is_not_run_and_not_needed_for_a_known_family(place, say):
