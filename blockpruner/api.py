@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -30,7 +29,7 @@ from blockpruner.inputs.calibration import CalibrationSet, require_embedded
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, identity_of, licence_beside
 from blockpruner.inputs.texts import listed
 from blockpruner.inputs.tokenizers import conversation
-from blockpruner.methods.apply import Pruning
+from blockpruner.methods.apply import Made
 from blockpruner.methods.healed import Healed, set_weights_
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
@@ -97,23 +96,6 @@ class _Base:
         return bool(self.place) and Path(self.place).is_dir()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Made(Pruning):
-    """A model that is pruned already: what is written of it is verified against itself."""
-
-    model: PreTrainedModel
-
-    def load_for_export(self) -> PreTrainedModel:
-        """A copy on the CPU, which the export may change."""
-        return copy.deepcopy(self.model).cpu().requires_grad_(False)
-
-    def prune_(
-        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
-    ) -> PreTrainedModel:
-        note(dense)
-        return dense
-
-
 @dataclass(frozen=True)
 class Pruned:
     """What `prune` returns."""
@@ -157,7 +139,7 @@ class Pruned:
             dense, name = Path(own), Path(folder).absolute().name
             plan = replace(self.plan, target=name, base=self.base.identity)
             self.base.write(dense, self.tokenizer)
-            made = _Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=self._healed, model=self.model)
+            made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=self._healed, model=self.model)
             pipeline.export(made, places)
         return places
 

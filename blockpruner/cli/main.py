@@ -24,7 +24,7 @@ from blockpruner.cli.values import data_of, model_of, named, values_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import read_settings
-from blockpruner.evaluation.settings import Perplexity
+from blockpruner.evaluation.settings import Perplexity, ZeroShot
 from blockpruner.methods.recipes import RECOMMENDED
 
 
@@ -59,6 +59,7 @@ MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of the 
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
+TASKS = ",".join(ZeroShot().tasks)
 FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
 Unseen = Annotated[
     Path | None,
@@ -222,6 +223,22 @@ def apply(
     _tell(found, work.words(found), as_json)
 
 
+@app.command()
+def export(
+    checkpoint: Written,
+    formats: Annotated[
+        list[str], Argument(metavar="FORMATS...", help="nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Write other formats of a finished checkpoint, each at DIR-FORMAT."""
+    from blockpruner.cli import exporting, pruning
+
+    place = pruning.Place(cache_folder(), "cpu", stderr_observer(), ",".join(formats))
+    found = exporting.export(checkpoint.expanduser().absolute(), place)
+    _tell(found, pruning.words(found), as_json)
+
+
 def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
     """The keys of `evaluate.perplexity` that the options give."""
     source: dict[str, Any] = {"packing": "joined_bos"}
@@ -310,6 +327,35 @@ def compare(
         print(json.dumps([vars(one) for one in found]))
     else:
         shown(side_by_side(found))
+
+
+@app.command("eval")
+def evaluate(
+    model: Spoken,
+    cache: Annotated[Path, CACHE],
+    tasks: Annotated[str, Option(metavar="NAMES", help="Benchmarks, separated by commas.")] = TASKS,
+    limit: Annotated[
+        int | None, Option(metavar="N", min=1, help="The most items of a task.", show_default="all")
+    ] = None,
+    items: Annotated[
+        Path | None, Option(metavar="DIR", help="Holds <task>_<split>.parquet files.", show_default="from the hub")
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score a checkpoint, dense or pruned, in lm-eval's benchmarks without examples."""
+    from blockpruner.cli.talking import scored
+
+    source = {"source": "hub"} if items is None else {"source": "path", "path": str(items)}
+    wanted = read_settings(ZeroShot, {"data": source, "tasks": tasks.split(","), "limit": limit})
+    found = scored(_folder(model), wanted, cache.expanduser().absolute(), device, stderr_observer().note)
+    lines = (
+        f"{task}: {name} {value:.4f}"
+        for task, each in found.items()
+        for name, value in each.items()
+        if value is not None
+    )
+    _tell(found, "\n".join(lines), as_json)
 
 
 @app.command()

@@ -110,11 +110,16 @@ class Place:
         )
         check_run(run)
         self._runtime.model_dump()  # checked before anything is computed
+        self.checked_formats()
+        return run
+
+    def checked_formats(self) -> Mapping[str, Sequence[str]]:
+        """The formats, each with its quantizations, which this machine can make; raises InputError."""
         if quantizations := self._asked.get("gguf"):
             from blockpruner.checkpoints.gguf import require_quantizations
 
             require_quantizations(quantizations)
-        return run
+        return self._asked
 
     def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
         """Every step of the pipeline, as far as it was not done before."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +23,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
 from blockpruner.evaluation.samples import answer
-from blockpruner.evaluation.settings import Perplexity
+from blockpruner.evaluation.settings import Perplexity, ZeroShot
+from blockpruner.evaluation.tasks import check_tasks, fetch_tasks
 from blockpruner.inputs.calibration import require_embedded
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import conversation, load_tokenizer
@@ -57,12 +60,12 @@ class Talker:
         config = config_of(folder)
         has_code = config.get("model_type") not in FAMILIES and has_our_code(folder)
         self.model = load_model(folder, own_dtype(config), device, has_code)
-        self._tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder)
 
     def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> tuple[str, int]:
         """As `samples.answer`; `show` prints the text as it comes."""
-        streamer = Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
-        return answer(self.model, self._tokenizer, turns, limit, streamer)
+        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+        return answer(self.model, self.tokenizer, turns, limit, streamer)
 
     def chat(self, prompts: Iterable[str] | None, limit: int) -> None:
         """Answer these prompts, or those that are typed, on standard output."""
@@ -147,6 +150,25 @@ def compared(
                 one = replace(one, relative=effect.value, interval=(effect.interval.low, effect.interval.high))
             first = first or measured.row_nll
         found.append(one)
+    return found
+
+
+def scored(folder: Path, wanted: ZeroShot, cache: Path, device: str, note: Callable[[str], object]) -> dict[str, Any]:
+    """A checkpoint's scores by task, with the keys that lm-eval's command prints.
+
+    Raises:
+        InputError: a task is unknown, lm-eval is not installed, or the items are out of reach.
+    """
+    check_tasks(wanted)
+    from blockpruner.evaluation.zero_shot import evaluate  # lm-eval takes seconds to import
+
+    with TemporaryDirectory() as directory:
+        tasks = Path(directory)
+        fetch_tasks(wanted, tasks, tasks, cache / "cache", cache / "pins.json", note)
+        talker, found = Talker(folder, device), {}
+        for task in wanted.tasks:
+            found[task] = evaluate(talker.model, talker.tokenizer, task, tasks, wanted.limit).scores
+            note(f"{task}: scored")
     return found
 
 

@@ -25,7 +25,7 @@ OPTIONS = {
         "model.revision", "runtime.device", "runtime.workers", "runtime.streaming", "method", "train", "export",
         "compensate",
     )
-} | {"compensate.method": "--compensate"}  # fmt: skip
+} | {"compensate.method": "--compensate", "benchmark": "--tasks"}  # fmt: skip
 """The options that give a settings key."""
 
 KEY = re.compile(r"\b(?:calibration|score|evaluate|compensate|train|runtime)(?:\.[a-z_]+)+")

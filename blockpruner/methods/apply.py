@@ -79,6 +79,23 @@ class Pruning:
         return pruned
 
 
+@dataclass(frozen=True, kw_only=True)
+class Made(Pruning):
+    """A model that is pruned already: what is written of it is verified against itself."""
+
+    model: PreTrainedModel
+
+    def load_for_export(self) -> PreTrainedModel:
+        """A copy on the CPU, which the export may change."""
+        return copy.deepcopy(self.model).cpu().requires_grad_(False)
+
+    def prune_(
+        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
+    ) -> PreTrainedModel:
+        note(dense)
+        return dense
+
+
 def pruned_copy(dense: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
     """The pruned model beside the dense one, which stays whole. They share the tensors that the plan leaves alone."""
     kind = KINDS[plan.kind]

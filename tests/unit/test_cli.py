@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from statistics import mean
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import DENSE, parse_mask, sorted_blocks
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
+from blockpruner.evaluation import zero_shot
 from blockpruner.healing import choice, train
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import load_model, masked, prune_
@@ -39,6 +41,7 @@ from blockpruner.store.plans import load_plan
 from tests.fakes import Hub, PushHub
 from tests.plans import plan_of
 from tests.tiny import bos_tokenizer, full_nll, save_tiny, tiny_tokenizer
+from tests.unit.zero_shot_items import tables_of, write_tasks
 
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(40))
 PROMPT = torch.arange(1, 20)[None]
@@ -172,6 +175,29 @@ def test_a_quantization_may_be_asked_for_later(model, place, say, monkeypatch):
     assert say(*later)[0] == 0 and (out / "model-Q4_K_M.gguf").exists()
     code, _, _ = say("apply", model, "out", "--out", "again", "--export", "gguf:Q4_K_M")
     assert code == 0 and (again / "model-Q4_K_M.gguf").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_finished_checkpoint_gets_other_formats(model, place, say, monkeypatch):
+    """The oracle is the export in one go, of the healed model."""
+    monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
+    (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(60)))
+    order = ("--set", "score.options={order: [mlp.0]}", "--compensate", "refit")
+    args = prune(model, "--seq-len", 16, *order, budget="1blocks", method="given")
+    done(say(*args, "--out", "whole", "--export", "nas,gguf", "--json"))
+    done(say(*args, "--out", "small", "--json"))
+    found = done(say("export", "small", "mlx-lm", "llama.cpp", "--json"))
+    assert [Path(each["path"]).name for each in found["written"]] == ["small-nas", "small-gguf"]
+    for form, name in (("nas", "model.safetensors"), ("nas", "config.json"), ("gguf", "model-F16.gguf")):
+        assert (place / f"small-{form}" / name).read_bytes() == (place / f"whole-{form}" / name).read_bytes(), form
+    assert load_plan(place / "small-nas/blockpruner_plan.json").removed
+    assert "compensated" in (place / "small-nas/README.md").read_text()
+    for words, message in (
+        (("small", "nas"), "is there already"), (("small", "hf"), "is the hf checkpoint itself"),
+        (("small-nas/..", "nas"), "does not exist; give a blockpruner_plan.json"), (("small", "onnx"), "onnx"),
+    ):  # fmt: skip
+        code, _, err = say("export", *words)
+        assert code == 2 and message in err, err
 
 
 @pytest.mark.usefixtures("in_process")
@@ -617,6 +643,19 @@ def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeyp
     monkeypatch.setattr(talking, "load_tokenizer", lambda folder: next(others))
     code, _, err = say(*given)
     assert code == 2 and "pruned has another tokenizer than" in err
+
+
+def test_eval_prints_what_the_benchmarks_of_the_library_score(model, place, say):
+    (place / "items").mkdir()
+    pq.write_table(tables_of("piqa")["validation"], place / "items/piqa_validation.parquet")
+    given = ("eval", model, "--tasks", "piqa", "--items", "items")
+    found = done(say(*given, "--json"))
+    expected = zero_shot.evaluate(load_model(model, "float32"), tiny_tokenizer(), "piqa", write_tasks(place / "tasks"))
+    assert found == {"piqa": expected.scores}
+    code, out, _ = say(*given, "--limit", 1)
+    assert code == 0 and out.startswith("piqa: acc")
+    code, _, err = say("eval", model, "--tasks", "piqua")
+    assert code == 2 and "'piqua' is unknown" in err and "(here: --tasks)" in err
 
 
 def test_code_of_others_is_not_run_and_not_needed_for_a_known_family(place, say):

@@ -1,0 +1,84 @@
+"""`blockpruner export`: other formats of a finished checkpoint, without the dense model.
+
+Decides what stands in for the dense model: the checkpoint's own config, tokenizer, licence and card.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import metadata_load
+
+from blockpruner import pipeline
+from blockpruner.checkpoints.registry import require_exports, require_families, require_packages
+from blockpruner.cli.pruning import Place, own_dtype, read_plan
+from blockpruner.core.errors import InputError
+from blockpruner.core.families import FAMILIES
+from blockpruner.core.plan import Plan
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKENIZER_FILES, copy_files, licence_beside
+from blockpruner.methods.apply import Made
+from blockpruner.methods.healed import Healed
+from blockpruner.methods.registry import KINDS
+from blockpruner.model.classes import has_our_code, model_class
+from blockpruner.model.models import load_model
+from blockpruner.store.files import read_json, write_json
+from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE, require_verified
+from blockpruner.store.plans import plan_fields
+
+PRUNED = ("auto_map", "architectures", "layers_without_mha", "layers_without_mlp", "layer_types")
+"""Fields of a pruned model's config that its dense model has not, or has otherwise."""
+
+SENTENCE = re.compile(r"^`(.+?)` .+? workflow and (.+?)\.$", re.DOTALL | re.MULTILINE)
+"""The base and what was done after pruning, in a card of ours."""
+
+
+def export(folder: Path, place: Place) -> dict[str, Any]:
+    """Write the place's formats at FOLDER-FORMAT.
+
+    Raises:
+        InputError: the folder is no checkpoint as it was verified, a format cannot hold it, or a place is not empty.
+    """
+    plan, config = read_plan(folder)[1], read_json(folder / "config.json")
+    require_verified(folder)
+    family, dtype = str(config["model_type"]).removesuffix("_blockpruned"), own_dtype(config)
+    forms = place.checked_formats()
+    places = {form: folder.with_name(f"{folder.name}-{form}") for form in forms if form != "hf"}
+    if not places:
+        raise InputError(f"{folder} is the hf checkpoint itself; name other formats: nas, gguf", rule="no-format")
+    require_packages(list(places))
+    require_exports(list(places), KINDS[plan.kind], dtype)
+    require_families(list(places), family)
+    for path in places.values():
+        if path.exists():
+            raise InputError(f"{path} is there already; remove it, or move it elsewhere", rule="place-not-empty")
+    if has_our_code(folder):  # formats know our own classes, not those of the file beside the weights
+        model = model_class(FAMILIES[family]).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    else:
+        model = load_model(folder, dtype, "cpu")
+    with TemporaryDirectory() as directory:
+        dense = Path(directory)
+        own = {name: value for name, value in config.items() if name not in PRUNED}
+        write_json(dense / "config.json", own | {"model_type": family, "num_hidden_layers": plan.layers})
+        copy_files(folder, dense, (*TOKENIZER_FILES, GENERATION_FILE, *LICENCE_FILES))
+        healed = _stand_in(folder, dense, plan)
+        made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed, model=model)
+        pipeline.export(made, places, forms)
+    return {"plan": plan_fields(plan), "written": [pipeline.exported(*each) for each in places.items()]}
+
+
+def _stand_in(folder: Path, dense: Path, plan: Plan) -> Healed | None:
+    """Write what a card names of the base; returns what it names of healing."""
+    card = folder / CARD_FILE
+    front = (metadata_load(card) if card.exists() else None) or {}
+    found = SENTENCE.search(card.read_text(encoding="utf-8")) if card.exists() else None
+    base, words = found.groups() if found else (folder.name, "healed")
+    source = {"source": "hub", "repo": base} if "base_model" in front else {"source": "path", "path": base}
+    write_json(dense / SOURCE_FILE, {"source": source, "licence": licence_beside(folder)})
+    if plan.compensate == "none" and not plan.train:
+        return None
+    return Healed(Path(), "", words, tuple(front.get("datasets", ())), "")
