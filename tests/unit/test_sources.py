@@ -326,7 +326,7 @@ def test_a_line_of_json_ends_where_its_bytes_do(sign):
     """Unicode has more ends of lines, and JSON allows them in strings."""
     line = json.dumps({"text": f"one{sign}two"}, ensure_ascii=False)
     content = f"{line}\r\n \t\n\n{line}  ".encode()
-    assert parse_texts(content, "x.jsonl", "text") == [f"one{sign}two"] * 2
+    assert parse_texts(content, "x.jsonl", "text", str) == [f"one{sign}two"] * 2
 
 
 def test_texts(tmp_path):
