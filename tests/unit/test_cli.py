@@ -737,7 +737,7 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     write_sealed_json(source, facts)
     assert say("push", "out", "me/small", "--dry-run")[0] == 2, "the card lacks the base model's licence"
     (place / "cache/blockpruner/cache/models/.left.01234567.tmp").mkdir()
-    (place / "cache/blockpruner/models/cut").mkdir()
+    (place / "cache/blockpruner/cache/models/cut").mkdir()
     write_sealed_json(source, facts | {"identity": "another model's"})
     assert say("push", "out", "me/small", "--dry-run")[0] == 0
     (place / "out/README.md").unlink()
