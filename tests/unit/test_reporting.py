@@ -541,9 +541,9 @@ def test_what_healed_a_target_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "rule"),
     [
-        (lambda d: (d / "evidence/tiny-dense/results.json").unlink(), ""),
-        (lambda d: (d / "plans/tiny-a/mine.parquet").write_bytes(b"PAR1"), ""),
-        (lambda d: (d / "evidence/tiny-a/items.parquet").write_bytes(b""), ""),
+        (lambda d: (d / "evidence/tiny-dense/results.json").unlink(), "missing-file"),
+        (lambda d: (d / "plans/tiny-a/mine.parquet").write_bytes(b"PAR1"), "damaged-file"),
+        (lambda d: (d / "evidence/tiny-a/items.parquet").write_bytes(b""), "damaged-file"),
         (
             lambda d: write_table(
                 d / "evidence/tiny-a/items.parquet", read_table(d / "evidence/tiny-a/items.parquet", ITEMS)[0].slice(1)
