@@ -80,9 +80,10 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
     if not rows:
         tokens = len(_ids(tokenizer, texts))
         left_out = f" ({short} of them have fewer than {SHORT} and are left out)" if short else ""
+        fix = "set packing to joined_bos, which leaves none out" if short else f"lower seq_len to at most {tokens}"
         raise InputError(
             f"held-out perplexity has no row: {len(texts)} texts are {tokens} tokens{left_out}, fewer than one row of "
-            f"evaluate.perplexity.seq_len {wanted.seq_len}; lower seq_len to at most {tokens}, or choose longer texts",
+            f"evaluate.perplexity.seq_len {wanted.seq_len}; {fix}, or choose longer texts",
             rule="too-few-tokens", key="evaluate.perplexity.seq_len", value=wanted.seq_len,
         )  # fmt: skip
     return HeldOut(tuple(rows), tuple(documents))

@@ -65,7 +65,7 @@ def test_a_token_without_an_embedding_is_refused_with_its_tokenizer_and_model():
     model = tiny_model(vocab_size=last)
     words = rf" gives token {last}, and the model llama has embeddings of the tokens 0 to {last - 1};"
     with refused("token-without-embedding") as caught:
-        evaluate(model, tiny_tokenizer(), TEXTS, seq_len=20)
+        evaluate(model, tiny_tokenizer(), TEXTS, seq_len=20, packing="joined")
     assert re.search(words, str(caught.value))
     rows = CalibrationSet(((1, 2, 3), (~last, 5, 6)))
     with refused("token-without-embedding"):
