@@ -102,7 +102,10 @@ def _read(path: Path, text: str | None = None) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=_UniqueKeys)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; run in the project folder", rule="no-file", value=path) from None
+        where = "" if path.is_absolute() else "; run in the project folder"
+        raise InputError(f"{path} does not exist{where}", rule="no-file", value=path) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", rule="no-file", value=path) from error
     except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and numbers and dates that are none
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}", rule="yaml") from error
 

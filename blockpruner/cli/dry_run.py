@@ -53,6 +53,6 @@ def in_words(found: Mapping[str, Any]) -> str:
         "parameters": f"{found['parameters']:,}" + (f"; removed: {gone:,}" if gone else ""),
         "masks of the first step": ", ".join(f"{count} ({name})" for name, count in masks.items()) or "0",
         "memory": f"{size(found['weights_bytes'])} of weights, and more for what is computed",
-        "disk": f"{size(found['disk_bytes'])} for the copy in --cache, and less for each checkpoint",
+        "disk": f"{size(found['disk_bytes'])} for the download of a hub model (HF_HOME), and less for each checkpoint",
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())

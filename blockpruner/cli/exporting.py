@@ -26,7 +26,7 @@ from blockpruner.methods.healed import Healed
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.classes import has_our_code, model_class
 from blockpruner.model.models import load_model
-from blockpruner.store.files import read_json, write_json
+from blockpruner.store.files import read_json, require_free, write_json
 from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE, require_verified
 from blockpruner.store.plans import plan_fields
 
@@ -54,8 +54,7 @@ def export(folder: Path, place: Place) -> dict[str, Any]:
     require_exports(list(places), KINDS[plan.kind], dtype)
     require_families(list(places), family)
     for path in places.values():
-        if path.exists():
-            raise InputError(f"{path} is there already; remove it, or move it elsewhere", rule="place-not-empty")
+        require_free(path)
     if has_our_code(folder):  # formats know our own classes, not those of the file beside the weights
         model = model_class(FAMILIES[family]).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     else:

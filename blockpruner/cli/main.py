@@ -162,7 +162,8 @@ def prune(
         int | None, Option(metavar="N", min=1, help="Copies of the model that score at once, by Ray.")
     ] = None,
     streaming: Annotated[
-        bool, Option("--streaming", help="Hold one layer at a time, for a model larger than memory.")
+        bool,
+        Option("--streaming", help="Score one layer at a time; healing and exports hold the whole model."),
     ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print what it would take; prune nothing.")] = False,
     as_json: AsJson = False,
@@ -346,9 +347,11 @@ def evaluate(
     """Score a checkpoint, dense or pruned, in lm-eval's benchmarks without examples."""
     from blockpruner.cli.talking import scored
 
-    source = {"source": "hub"} if items is None else {"source": "path", "path": str(items)}
-    wanted = read_settings(ZeroShot, {"data": source, "tasks": tasks.split(","), "limit": limit})
-    found = scored(_folder(model), wanted, cache.expanduser().absolute(), device, stderr_observer().note)
+    source = {"source": "hub"} if items is None else {"source": "path", "path": str(items.expanduser())}
+    names = [name.strip() for name in tasks.split(",")]
+    wanted = read_settings(ZeroShot, {"data": source, "tasks": names, "limit": limit})
+    place = cache.expanduser().absolute()
+    found = scored(_folder(model, place), wanted, place, device, stderr_observer().note)
     lines = (
         f"{task}: {name} {value:.4f}"
         for task, each in found.items()
@@ -433,12 +436,12 @@ def schema() -> None:
     print(json.dumps(run_schema(named_sources()), indent=1, sort_keys=True))
 
 
-def _folder(model: str) -> Path:
+def _folder(model: str, cache: Path | None = None) -> Path:
     from blockpruner.cli.pruning import Place
 
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
-    place = Place(cache_folder(), "auto", stderr_observer())
+    place = Place(cache or cache_folder(), "auto", stderr_observer())
     return place.fetch(place.read_run(model, "auto", False, {}))
 
 
@@ -456,7 +459,7 @@ def _fail(error: InputError, args: Sequence[str] | None) -> NoReturn:
     (name, *_) = sys.argv[1:] if args is None else args
     options = {option for each in commands.commands[name].params for option in each.opts}
     words = named(str(error), error.key, options)
-    if error.rule in ("missing-file", "damaged-file"):
+    if error.rule in ("missing-file", "damaged-file") and "--cache" in options:
         words += "; if it is in the folder of --cache, delete its own folder there and run again; else give a whole one"
     print(f"error: {words}", file=sys.stderr)
     sys.exit(2)

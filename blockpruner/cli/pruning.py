@@ -319,7 +319,7 @@ class Place:
         from blockpruner.methods.apply import Pruning  # loads torch
 
         require_unchanged(dense)
-        return Pruning(dense, plan, rows, run.model.dtype, self.device, run.model.trust_remote_code)
+        return Pruning(dense, plan, rows, run.model.dtype, self._runtime.device, run.model.trust_remote_code)
 
     def _places(self, run: Run, out: Path) -> dict[str, Path]:
         return {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}

@@ -16,7 +16,8 @@ def base_licence(checkpoint: Path, cache: Path) -> dict[str, Any]:
     """The licence of the checkpoint's base, if the folder of `--cache` still has that model."""
     plan = checkpoint / PLAN_FILE
     base = load_plan(plan).base if plan.is_file() else None
-    known = (source.parent for source in (cache / "cache/models").glob(f"[!.]*/{SOURCE_FILE}"))
+    places = (source.parent for source in (cache / "cache/models").glob(f"[!.]*/{SOURCE_FILE}"))
+    known = (place for place in places if ".bad" not in place.suffixes)
     return next((licence_of(dense) for dense in known if checkpoint_identity(dense) == base), {})
 
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,7 +106,7 @@ def rows_of(folders: Sequence[Path], wanted: Perplexity) -> tuple[tuple[int, ...
     Raises:
         InputError: the texts are fewer than two rows, or the tokenizers make different rows of them.
     """
-    written = partial(conversation, lambda: load_tokenizer(folders[0]))
+    written = partial(conversation, cache(lambda: load_tokenizer(folders[0])))
     texts, found = load_texts(wanted.data, Path(), Path(), written), list[tuple[tuple[int, ...], ...]]()
     shortest = min(map(config_of, folders), key=lambda config: config.get("max_position_embeddings") or math.inf)
     wanted = fitted(wanted, shortest, "evaluate.perplexity.seq_len")

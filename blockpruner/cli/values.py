@@ -69,12 +69,20 @@ def values_of(
         from blockpruner.params import read_values
 
         own = {} if given["data"] is None else {"data": given["data"]}
-        found = read_values(config.expanduser()) | ({"train": training(given["train"]) | own} if given["train"] else {})
+        found = read_values(config.expanduser())
+        if given["train"]:
+            texts = found.get("train") or found.get("calibration") or {}
+            found["train"] = training(given["train"]) | {key: texts[key] for key in ("data",) if key in texts} | own
         calibration = own | given["calibration"]
         score = given["score"] | ({"method": method} if method else {})
         compensate = {"method": given["compensate"]} if given["compensate"] else {}
         found = merged(found, {"calibration": calibration, "score": score, "compensate": compensate})
     for each in (others, *map(_set, sets)):
+        for key, value in each.items():
+            if key == "export":
+                each = {key: value.split(",") if isinstance(value, str) else value or []}
+            elif not isinstance(value, Mapping) and (key, value) != ("train", None):
+                raise InputError(f"{key} is {value!r}; valid: keys within it, as {key}.NAME=VALUE", rule="settings")
         found = merged(found, each)
     return found
 

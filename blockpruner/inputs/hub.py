@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import read_json, write_json
+from blockpruner.store.files import FULL, read_json, storage_error, write_json
 from blockpruner.store.locks import hold, this_process
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -62,7 +62,12 @@ def hub_error(repo: str, error: Exception, fix: str = f"check the network, or {A
 
     Args:
         fix: what to do where the error does not tell.
+
+    Raises:
+        StorageError: the hub's cache has no room.
     """
+    if isinstance(error, OSError) and error.errno in FULL:
+        raise storage_error(Path(error.filename or "the hub's cache (HF_HOME)"), error) from error
     causes = {
         "GatedRepoError": "access is gated: accept its terms on the hub and log in with `hf auth login`",
         "RepositoryNotFoundError": "no such repository, or it is private: check the name, or log in with "

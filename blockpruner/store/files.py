@@ -44,6 +44,9 @@ CAUSES = {
 }
 """What a user can do about an error of the file system."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The errors of a place without room."""
+
 
 SAFETENSORS = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
 """How safetensors words a failed write: today, and in 0.5."""
@@ -59,7 +62,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 def no_room(error: OSError) -> StorageError:
     """The error for users where any write, also a library's, found no room; another error is raised as it is."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in FULL:
         raise error
     return storage_error(Path(error.filename or "a file"), error)
 
@@ -247,6 +250,8 @@ def require_free(path: Path) -> None:
     """Refuse a place for a new folder that is neither absent nor an empty folder."""
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise _taken(path)
+    if path.is_mount():
+        raise InputError(f"{path} is a mount point; choose a folder in it", rule="mount-point", value=str(path))
 
 
 def _taken(path: Path) -> InputError:

@@ -482,6 +482,9 @@ def test_every_setting_has_a_way_in(model, say, asked):
     wanted = asked[-1][1]
     assert (wanted.calibration.num_samples, wanted.calibration.seq_len, wanted.score.method) == (5, 16, "random")
     assert (wanted.calibration.split, wanted.calibration.data.path, wanted.model.dtype) == ("paper", "t.txt", "float32")
+    code, _, err = say("prune", "--config", "mine.yaml", "--budget", 0.3, "--train", "all", "--set", "export=nas,gguf")
+    assert code == 130, err
+    assert (asked[-1][1].train.data.path, asked[-1][1].export) == ("t.txt", ("hf", "nas", "gguf"))
 
 
 @pytest.mark.parametrize(
@@ -491,6 +494,8 @@ def test_every_setting_has_a_way_in(model, say, asked):
         (("--set", "train.batch=x", "--train", "all"), "valid integer", "--set train.batch="),
         (("--set", "runtime.workers=2"), "executor", ""),
         (("--set", "calibration"), "KEY=VALUE", ""),
+        (("--set", "runtime=ray"), "runtime.NAME=VALUE", ""),
+        (("--config", "."), "cannot be read: Is a directory", ""),
         (("--set", "score.options=[a"), "not valid YAML", ""),
         (("--set", "targets.x=1"), "targets: Extra inputs", ""),
         (("--revision", "v1"), "model.path.revision: Extra", "--revision"),
@@ -738,6 +743,8 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     assert say("push", "out", "me/small", "--dry-run")[0] == 2, "the card lacks the base model's licence"
     (place / "cache/blockpruner/cache/models/.left.01234567.tmp").mkdir()
     (place / "cache/blockpruner/cache/models/cut").mkdir()
+    (place / "cache/blockpruner/cache/models/1.bad").mkdir()
+    (place / "cache/blockpruner/cache/models/1.bad/blockpruner_source.json").write_text("{")
     write_sealed_json(source, facts | {"identity": "another model's"})
     assert say("push", "out", "me/small", "--dry-run")[0] == 0
     (place / "out/README.md").unlink()

@@ -1,5 +1,6 @@
 """Every source, and every way it can fail; packages are made here and found without a network."""
 
+import errno
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, StorageError
 from blockpruner.core.settings import HubModel, LocalModel, MixedTexts, PypiPartsModel, PypiTexts
 from blockpruner.inputs import packages
 from blockpruner.inputs.checkpoints import (
@@ -140,6 +141,15 @@ def test_a_name_that_may_move_is_a_commit_from_its_first_fetch_on(tmp_path, monk
     assert hub.asked == [("a/b", name)]
     assert json.loads((tmp_path / "pins.json").read_text()) == {f"model:a/b@{name}": SHA}
     assert len(list((tmp_path / "cache/models").iterdir())) == 1
+
+
+def test_a_full_disk_in_a_download_is_no_fault_of_the_network(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/of/the/hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(StorageError, match="cannot write /cache/of/the/hub: no space left"):
+        fetch_hub(tmp_path, revision=SHA)
 
 
 def test_a_broken_download_goes_on(tmp_path, monkeypatch):
